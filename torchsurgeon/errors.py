@@ -1,0 +1,78 @@
+"""Every error torchsurgeon raises on purpose.
+
+::
+
+    TorchSurgeonError
+    ├── TraceError                 a model that cannot be turned into a LayerGraph
+    ├── PartitionError             a partition point or tensor name the graph does not have (also a ValueError)
+    ├── SpecError                  a model SPEC, weights file or example that cannot be loaded (also a ValueError)
+    ├── LinkError                  a link profile, rate, delay or trace that cannot be (also a ValueError)
+    ├── ProfileError               a profile file that is damaged, of another version or of another graph (also a ValueError)
+    ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
+    ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
+    │   └── BodyTooLargeError      a message larger than the boundary it claims to carry can be
+    └── ServerError                the server's side of an inference did not give an answer
+        ├── ServerUnavailableError nothing answered in time: down, slow, or gone in mid-answer (also a ConnectionError)
+        ├── RequestRefusedError    the server answered with an error status; ``status`` holds it
+        └── ModelMismatchError     the two sides hold different graphs or weights
+
+A message names the value that is wrong, says why, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class TorchSurgeonError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class TraceError(TorchSurgeonError):
+    """The model cannot be turned into a :class:`~torchsurgeon.graph.LayerGraph`."""
+
+
+class PartitionError(TorchSurgeonError, ValueError):
+    """A partition point, layer or tensor name that the graph does not have, or names that do not determine the output."""
+
+
+class SpecError(TorchSurgeonError, ValueError):
+    """A model SPEC, weights file or example input that cannot be loaded."""
+
+
+class LinkError(TorchSurgeonError, ValueError):
+    """A link profile, rate, delay or bandwidth trace that cannot be."""
+
+
+class ProfileError(TorchSurgeonError, ValueError):
+    """A profile that is damaged, of another version, or of another graph."""
+
+
+class NativeUnavailableError(TorchSurgeonError):
+    """The compiled extension, a driver or a library it opens is missing; the message says which."""
+
+
+class ProtocolError(TorchSurgeonError):
+    """Bytes that are not a valid Open Inference Protocol v2 message."""
+
+
+class BodyTooLargeError(ProtocolError):
+    """A message larger than the boundary tensors it claims to carry can be."""
+
+
+class ServerError(TorchSurgeonError):
+    """The server's side of an inference did not give an answer."""
+
+
+class ServerUnavailableError(ServerError, ConnectionError):
+    """Nothing answered in time: the server is down, slow, or was gone in mid-answer."""
+
+
+class RequestRefusedError(ServerError):
+    """The server answered with an error; ``status`` is its HTTP status code."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ModelMismatchError(ServerError):
+    """The two sides hold different graphs or different weights."""
