@@ -1,0 +1,62 @@
+# make setup   virtual environment in .venv, with the package and its extension built in place
+# make demo    set up, then the main job on this machine
+# make test    set up, then the tests
+# make lint    set up, then ruff and mypy
+PYTHON ?= python3
+VENV := .venv
+INTEROP := .venv-interop
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+# The other PyTorch that stands for a device in tests; its own dependencies are its own.
+INTEROP_PACKAGES := torch==2.13.0 numpy scikit-learn requests starlette uvicorn httptools
+
+.PHONY: setup demo test lint format interop clean
+
+setup: $(VENV)/.set-up
+
+demo: setup
+	$(BIN)/torchsurgeon demo
+
+test: setup interop
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+interop: $(INTEROP)/.set-up
+
+clean:
+	rm -rf build dist *.egg-info torchsurgeon/*.so .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/.set-up: $(SOURCES)
+	@$(call make-venv,$(VENV))
+	@command -v $${CXX:-g++} >/dev/null || { echo "No C++ compiler: apt-get install g++"; exit 1; }
+	@echo "[1/3] PyTorch and the build tools (some GB the first time)"
+	$(BIN)/python -m pip install -c constraints.txt setuptools wheel torch
+	@echo "[2/3] torchsurgeon, its extension and what it needs"
+	TORCHSURGEON_BUILD_EXT=1 $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[all,dev]'
+	@echo "[3/3] Does it load?"
+	$(BIN)/python -c "import torch, torchsurgeon._C; print('PyTorch', torch.__version__, 'and the extension are ready')"
+	@touch $@
+
+$(INTEROP)/.set-up: Makefile
+	@$(call make-venv,$(INTEROP))
+	@echo "A second PyTorch for the tests in which device and server differ"
+	$(INTEROP)/bin/python -m pip install $(INTEROP_PACKAGES)
+	@touch $@
+
+# A virtual environment that is already there is used as it is.
+define make-venv
+test -x $(1)/bin/python || { \
+  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+    || { echo "$(PYTHON) is older than 3.10: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }; \
+  $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+    || { echo "$(PYTHON) has no venv module: apt-get install python3-venv"; exit 1; }; \
+  echo "[0/3] $(1)"; $(PYTHON) -m venv $(1); }
+endef
