@@ -1,0 +1,482 @@
+"""Open Inference Protocol v2 (REST) with the binary tensor data extension: bytes to named tensors and back.
+
+A message is a JSON header, padded with spaces to a multiple of 64 bytes, followed by the tensors' memory, little
+endian, in the order the header lists them. Encoding copies no tensor that lies densely in CPU memory: it returns the
+header and views of the tensors' own memory. Decoding returns tensors that are views of the message's buffer; only one
+that does not lie on a 64-byte boundary there is copied, because kernels choose code paths, and with them the last
+bits, by alignment.
+
+A tensor whose dimensions are stored in another order than row-major (``channels_last`` and the like) travels as its
+physical memory with the tensor parameter ``"dim_order"``: the permutation from the outermost to the innermost
+dimension. Servers that do not know the parameter are sent contiguous tensors by calling ``.contiguous()`` first.
+
+Specification: https://github.com/kserve/open-inference-protocol and the binary tensor data extension of
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
+Every malformed message is a :class:`~torchsurgeon.errors.ProtocolError` that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torchsurgeon.errors import BodyTooLargeError, ProtocolError
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+ALIGNMENT_BYTES = 64
+MAX_HEADER_BYTES = 1 << 20
+MAX_RANK = 16
+MAX_ELEMENTS = 1 << 40
+
+_DATATYPES: dict[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "UINT8",
+    torch.uint16: "UINT16",
+    torch.uint32: "UINT32",
+    torch.uint64: "UINT64",
+    torch.int8: "INT8",
+    torch.int16: "INT16",
+    torch.int32: "INT32",
+    torch.int64: "INT64",
+    torch.float16: "FP16",
+    torch.bfloat16: "BF16",
+    torch.float32: "FP32",
+    torch.float64: "FP64",
+}
+_DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
+
+
+@dataclass(frozen=True)
+class RequestedOutput:
+    """One output a request asks for; ``binary`` says whether it wants it as bytes rather than as JSON numbers."""
+
+    name: str
+    binary: bool
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A decoded request. ``outputs`` is empty when the client wants all of them, in the form ``binary_output`` says."""
+
+    tensors: dict[str, Tensor]
+    outputs: tuple[RequestedOutput, ...] = ()
+    binary_output: bool = False
+    request_id: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InferResponse:
+    """A decoded answer."""
+
+    tensors: dict[str, Tensor]
+    model_name: str = ""
+    model_version: str = ""
+    request_id: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded message: write ``buffers`` one after the other.
+
+    ``header_bytes`` is the value of ``Inference-Header-Content-Length``, or None when the message is JSON only and the
+    header must not be sent. The buffers after the first are views of the tensors' memory and keep it alive.
+    """
+
+    buffers: list[Buffer]
+    header_bytes: int | None
+    size_bytes: int
+
+
+def datatype_of(dtype: torch.dtype) -> str:
+    """The protocol's name of a dtype (``"FP32"``). Raises ProtocolError for one the protocol has no name for."""
+    try:
+        return _DATATYPES[dtype]
+    except KeyError:
+        raise ProtocolError(
+            f"{dtype} has no name in the Open Inference Protocol; convert the tensor to one of {', '.join(_DTYPES)}"
+        ) from None
+
+
+def dtype_of(datatype: object) -> torch.dtype:
+    """The torch dtype of a protocol datatype. Raises ProtocolError for an unknown one (BYTES included)."""
+    dtype = _DTYPES.get(datatype) if isinstance(datatype, str) else None
+    if dtype is None:
+        raise ProtocolError(f"unknown datatype {_short(datatype)}; known ones are {', '.join(_DTYPES)}")
+    return dtype
+
+
+def encode_request(
+    tensors: Mapping[str, Tensor],
+    *,
+    outputs: Collection[str] = (),
+    request_id: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Encoded:
+    """Encode named tensors as a binary infer request that asks for binary outputs (all of them unless named)."""
+    header: dict[str, Any] = {}
+    if request_id is not None:
+        header["id"] = request_id
+    header["parameters"] = {**(parameters or {}), "binary_data_output": True}
+    header["inputs"], views = _encode_tensors(tensors, None)
+    if outputs:
+        header["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+    return _message(header, views)
+
+
+def encode_response(
+    model_name: str,
+    model_version: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    as_json: Collection[str] = (),
+    request_id: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Encoded:
+    """Encode an answer. Outputs named in ``as_json`` are written as JSON numbers, the others as bytes.
+
+    Raises ProtocolError when an output to be written as JSON holds NaN or infinity, which JSON cannot say.
+    """
+    header: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
+    if request_id is not None:
+        header["id"] = request_id
+    if parameters:
+        header["parameters"] = dict(parameters)
+    header["outputs"], views = _encode_tensors(tensors, as_json)
+    return _message(header, views)
+
+
+def decode_request(body: Buffer, header_bytes: int | None = None) -> InferRequest:
+    """Decode an infer request. ``header_bytes`` is ``Inference-Header-Content-Length``, None when it was not sent.
+
+    The tensors are views of ``body`` wherever it is writable and aligned. Raises ProtocolError.
+    """
+    header, payload = _split(body, header_bytes)
+    parameters = _parameters(header, "the request")
+    outputs = []
+    default = _flag(parameters, "binary_data_output", "the request", False)
+    for entry in _entries(header, "outputs", required=False):
+        name = _name(entry, "outputs")
+        wants = _parameters(entry, f"output {name!r}")
+        if wants.get("classification"):
+            raise ProtocolError(f"output {name!r} asks for classification, which this server does not do; ask for data")
+        outputs.append(RequestedOutput(name, _flag(wants, "binary_data", f"output {name!r}", default)))
+    if len({output.name for output in outputs}) != len(outputs):
+        raise ProtocolError("the same output is asked for twice; list each output once")
+    tensors = _decode_tensors(_entries(header, "inputs", required=True), "input", payload)
+    return InferRequest(tensors, tuple(outputs), default, _request_id(header), parameters)
+
+
+def decode_response(body: Buffer, header_bytes: int | None = None) -> InferResponse:
+    """Decode an answer; the counterpart of :func:`decode_request`. Raises ProtocolError."""
+    header, payload = _split(body, header_bytes)
+    tensors = _decode_tensors(_entries(header, "outputs", required=True), "output", payload)
+    names = [header.get("model_name", ""), header.get("model_version", "")]
+    if not all(isinstance(name, str) for name in names):
+        raise ProtocolError("model_name and model_version must be strings")
+    return InferResponse(tensors, names[0], names[1], _request_id(header), _parameters(header, "the answer"))
+
+
+def header_length(value: str | bytes, body_bytes: int | None = None) -> int:
+    """Parse ``Inference-Header-Content-Length``. ProtocolError if it is no length, too long or longer than the body."""
+    text = value.decode("latin-1") if isinstance(value, bytes) else value
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise ProtocolError(f"{HEADER_LENGTH} is {_short(text)}, which is not a number of bytes")
+    _check_header_length(int(text), body_bytes)
+    return int(text)
+
+
+def parse_json(data: Buffer, what: str) -> Any:
+    """``data`` as strict JSON: UTF-8, no NaN or Infinity, no duplicate keys. Raises ProtocolError naming ``what``."""
+    try:
+        text = str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"{what} is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        return _JSON.decode(text)
+    except RecursionError:
+        raise ProtocolError(f"{what} is nested too deeply to be a message of this protocol") from None
+    except ValueError as error:
+        raise ProtocolError(f"{what} is not valid JSON: {error}") from None
+
+
+def _message(header: dict[str, Any], views: list[memoryview]) -> Encoded:
+    try:
+        text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        raise ProtocolError("an output holds NaN or infinity, which JSON cannot say; ask for binary outputs") from None
+    if "inputs" not in header and not any("parameters" in entry for entry in header["outputs"]):
+        return Encoded([text], None, len(text))
+    text += b" " * (-len(text) % ALIGNMENT_BYTES)
+    _check_header_length(len(text), None)
+    return Encoded([text, *views], len(text), len(text) + sum(view.nbytes for view in views))
+
+
+def _encode_tensors(
+    tensors: Mapping[str, Tensor], as_json: Collection[str] | None
+) -> tuple[list[dict[str, Any]], list[memoryview]]:
+    entries: list[dict[str, Any]] = []
+    views: list[memoryview] = []
+    for name, tensor in tensors.items():
+        entry: dict[str, Any] = {
+            "name": name,
+            "datatype": datatype_of(tensor.dtype),
+            "shape": list(tensor.shape),
+        }
+        if as_json is not None and name in as_json:
+            entry["data"] = tensor.detach().reshape(-1).tolist()
+        else:
+            order, physical = _physical(tensor)
+            entry["parameters"] = {"binary_data_size": physical.numel() * physical.element_size()}
+            if order is not None:
+                entry["parameters"]["dim_order"] = order
+            if physical.numel():
+                views.append(physical.view(torch.uint8).numpy().data)
+        entries.append(entry)
+    return entries, views
+
+
+def _physical(tensor: Tensor) -> tuple[list[int] | None, Tensor]:
+    """The dimension order of a dense tensor (None for row-major) and its memory as one flat CPU tensor."""
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    shape, strides = tensor.shape, tensor.stride()
+    if not tensor.is_contiguous() or strides != _row_major(shape):
+        # Equal strides mean a dimension of size one beside a larger one; the larger one lies outside.
+        order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], shape[dim] == 1))
+        permuted = tensor.permute(order)
+        if tensor.numel() and permuted.is_contiguous() and order != list(range(tensor.dim())):
+            return order, permuted.reshape(-1)
+        tensor = tensor.contiguous()
+    return None, tensor.view(-1)
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = []
+    step = 1
+    for dim in reversed(shape):
+        strides.append(step)
+        step *= dim
+    return tuple(reversed(strides))
+
+
+def _check_header_length(header_bytes: int, body_bytes: int | None) -> None:
+    if header_bytes > MAX_HEADER_BYTES:
+        raise BodyTooLargeError(f"the JSON header is {header_bytes} bytes; at most {MAX_HEADER_BYTES} are read")
+    if body_bytes is not None and header_bytes > body_bytes:
+        raise ProtocolError(f"{HEADER_LENGTH} is {header_bytes}, but the whole body has only {body_bytes} bytes")
+
+
+def _split(body: Buffer, header_bytes: int | None) -> tuple[dict[str, Any], memoryview | None]:
+    view = memoryview(body)
+    if view.ndim != 1 or view.format != "B":
+        view = view.cast("B")
+    if header_bytes is None:
+        header, payload = parse_json(view, "the body"), None
+    else:
+        if isinstance(header_bytes, bool) or header_bytes < 0:
+            raise ProtocolError(f"{HEADER_LENGTH} is {header_bytes}, which is not a number of bytes")
+        _check_header_length(header_bytes, len(view))
+        header, payload = parse_json(view[:header_bytes], "the JSON header"), view[header_bytes:]
+        if payload.readonly:
+            # torch has no read-only tensors; a view of immutable bytes would be undefined behaviour once written to.
+            payload = memoryview(bytearray(payload))
+    if not isinstance(header, dict):
+        raise ProtocolError(f"the JSON header is a {type(header).__name__}, not an object")
+    return header, payload
+
+
+def _decode_tensors(entries: list[dict[str, Any]], kind: str, payload: memoryview | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    offset = 0
+    for entry in entries:
+        name = _name(entry, f"{kind}s")
+        where = f"{kind} {name!r}"
+        if name in tensors:
+            raise ProtocolError(f"{where} appears twice; each tensor may be sent once")
+        dtype = dtype_of(entry.get("datatype"))
+        shape = _shape(entry.get("shape"), where)
+        parameters = _parameters(entry, where)
+        for unsupported in ("shared_memory_region", "shared_memory_offset"):
+            if unsupported in parameters:
+                raise ProtocolError(f"{where} refers to shared memory, which is not supported; send its data")
+        if "binary_data_size" in parameters:
+            if "data" in entry:
+                raise ProtocolError(f"{where} has both data and binary_data_size; send one of them")
+            size = parameters["binary_data_size"]
+            count = math.prod(shape)
+            if type(size) is not int or size != count * dtype.itemsize:
+                raise ProtocolError(
+                    f"{where} declares binary_data_size {_short(size)}, but {entry['datatype']} of shape {list(shape)} "
+                    f"takes {count * dtype.itemsize} bytes"
+                )
+            available = 0 if payload is None else len(payload) - offset
+            if size > available:
+                raise ProtocolError(
+                    f"{where} declares {size} bytes of binary data, but {available} are left in the body"
+                    + (f"; was {HEADER_LENGTH} sent?" if payload is None else "")
+                )
+            order = _dim_order(parameters.get("dim_order"), len(shape), where)
+            tensors[name] = _view(payload, offset, dtype, shape, order, where)
+            offset += size
+        elif "data" in entry:
+            tensors[name] = _from_json(entry["data"], dtype, shape, where)
+        else:
+            raise ProtocolError(f"{where} has neither data nor binary_data_size")
+    if payload is not None and offset != len(payload):
+        raise ProtocolError(f"{len(payload) - offset} bytes are left over after the tensors the header declares")
+    return tensors
+
+
+def _view(
+    payload: memoryview | None,
+    offset: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    order: list[int] | None,
+    where: str,
+) -> Tensor:
+    count = math.prod(shape)
+    if payload is None or count == 0:
+        return torch.empty(shape, dtype=dtype)
+    if dtype == torch.bool and int(torch.frombuffer(payload, dtype=torch.uint8, count=count, offset=offset).max()) > 1:
+        raise ProtocolError(f"{where} is BOOL and holds a byte other than 0 and 1")
+    flat = torch.frombuffer(payload, dtype=dtype, count=count, offset=offset)
+    if flat.data_ptr() % ALIGNMENT_BYTES:
+        flat = flat.clone()
+    if order is None:
+        return flat.view(shape)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([shape[dim] for dim in order]).permute(inverse)
+
+
+def _from_json(data: Any, dtype: torch.dtype, shape: tuple[int, ...], where: str) -> Tensor:
+    count = math.prod(shape)
+    flat = _flatten(data, shape, where)
+    if len(flat) != count:
+        raise ProtocolError(f"{where} has {len(flat)} values, but shape {list(shape)} needs {count}")
+    kinds = set(map(type, flat))
+    allowed = {int, float} if dtype.is_floating_point else {int, bool} if dtype == torch.bool else {int}
+    if not kinds <= allowed:
+        wrong = ", ".join(sorted(kind.__name__ for kind in kinds - allowed))
+        raise ProtocolError(f"{where} is {datatype_of(dtype)} but its data holds {wrong} values")
+    code, wide = ("d", torch.float64) if dtype.is_floating_point else ("Q", torch.uint64)
+    if not dtype.is_floating_point and dtype != torch.uint64:
+        code, wide = "q", torch.int64
+    try:
+        values = array(code, flat)
+        if dtype == torch.bool:
+            low, high = 0.0, 1.0
+        else:
+            limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+            low, high = limits.min, limits.max
+        if count and not (low <= min(values) and max(values) <= high):
+            raise OverflowError
+    except OverflowError:
+        raise ProtocolError(f"{where} holds a value that does not fit {datatype_of(dtype)}") from None
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(values, dtype=wide).to(dtype).view(shape)
+
+
+def _flatten(data: Any, shape: tuple[int, ...], where: str) -> list[Any]:
+    rows: list[Any] = data if isinstance(data, list) else [data]
+    depth = 0
+    while rows and isinstance(rows[0], list):
+        if depth >= len(shape) or len(rows) != math.prod(shape[: depth + 1]):
+            raise ProtocolError(f"the nesting of {where}'s data does not match its shape {list(shape)}")
+        dim = shape[depth + 1] if depth + 1 < len(shape) else -1
+        if not all(isinstance(row, list) and len(row) == dim for row in rows):
+            raise ProtocolError(f"the nesting of {where}'s data does not match its shape {list(shape)}")
+        rows = list(chain.from_iterable(rows))
+        depth += 1
+    return rows
+
+
+def _shape(value: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(dim) is int and dim >= 0 for dim in value):
+        raise ProtocolError(f"{where} has shape {_short(value)}; a shape is a list of non-negative integers")
+    if len(value) > MAX_RANK:
+        raise ProtocolError(f"{where} has {len(value)} dimensions; at most {MAX_RANK} are accepted")
+    if math.prod(dim for dim in value if dim) > MAX_ELEMENTS:
+        raise ProtocolError(f"{where} has shape {_short(value)}, more than {MAX_ELEMENTS} elements")
+    return tuple(value)
+
+
+def _dim_order(value: Any, rank: int, where: str) -> list[int] | None:
+    if value is None:
+        return None
+    permutation = isinstance(value, list) and all(type(dim) is int for dim in value)
+    if not permutation or sorted(value) != list(range(rank)):
+        raise ProtocolError(f"{where} has dim_order {_short(value)}, no permutation of its {rank} dimensions")
+    return list(value)
+
+
+def _entries(header: dict[str, Any], key: str, *, required: bool) -> list[dict[str, Any]]:
+    value = header.get(key)
+    if value is None and not required:
+        return []
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise ProtocolError(f'"{key}" must be a list of objects, one per tensor')
+    return value
+
+
+def _name(entry: dict[str, Any], key: str) -> str:
+    name = entry.get("name")
+    if not isinstance(name, str) or not name:
+        raise ProtocolError(f'an entry of "{key}" has name {_short(name)}; it must be a non-empty string')
+    return name
+
+
+def _parameters(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    parameters = entry.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise ProtocolError(f"the parameters of {where} must be an object")
+    return parameters
+
+
+def _flag(parameters: dict[str, Any], key: str, where: str, default: bool) -> bool:
+    value = parameters.get(key, default)
+    if not isinstance(value, bool):
+        raise ProtocolError(f"parameter {key} of {where} is {_short(value)}; it must be true or false")
+    return value
+
+
+def _request_id(header: dict[str, Any]) -> str | None:
+    request_id = header.get("id")
+    if request_id is not None and not isinstance(request_id, str):
+        raise ProtocolError(f'"id" is {_short(request_id)}; it must be a string')
+    return request_id
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return result
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
