@@ -7,6 +7,7 @@
     ├── PartitionError             a partition point or tensor name the graph does not have (also a ValueError)
     ├── SpecError                  a model SPEC, weights file or example that cannot be loaded (also a ValueError)
     ├── LinkError                  a link profile, rate, delay or trace that cannot be (also a ValueError)
+    ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
     ├── ProfileError               a profile file that is damaged, of another version or of another graph (also a ValueError)
     ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
@@ -40,6 +41,10 @@ class SpecError(TorchSurgeonError, ValueError):
 
 class LinkError(TorchSurgeonError, ValueError):
     """A link profile, rate, delay or bandwidth trace that cannot be."""
+
+
+class DeviceError(TorchSurgeonError, ValueError):
+    """A device that does not exist, or a factor of its speed that cannot be."""
 
 
 class ProfileError(TorchSurgeonError, ValueError):
