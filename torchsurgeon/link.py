@@ -137,7 +137,7 @@ PRESETS: dict[str, Link] = {
             5.85e6,
             13.76e6,
             0.060,
-            f"{_RATES}; round trip: operators' averages of 57-65 ms, OpenSignal, State of Mobile Networks: USA, August 2016",
+            f"{_RATES}; round trip: averages of 57-65 ms, OpenSignal, State of Mobile Networks: USA, August 2016",
         ),
         Link(
             "wifi",

@@ -1,0 +1,358 @@
+"""A model as a graph of layers, with every point where it can be cut.
+
+``trace`` follows the model once with torch.fx and once on meta tensors; nothing is computed. The resulting
+:class:`LayerGraph` names each layer by its module path, and lists each :class:`PartitionPoint` with the boundary tensors
+that have to travel there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchsurgeon.capture import Call, capture
+from torchsurgeon.errors import PartitionError, TraceError
+from torchsurgeon.flow import Flow, Value
+from torchsurgeon.program import Step, map_refs
+from torchsurgeon.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in
+from torchsurgeon.structure import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that may cross a boundary.
+
+    ``shape`` is the shape in the traced example. ``batch_step`` says by how much each dimension grows with every further
+    sample in the batch: ``(1, 0, 0, 0)`` for an image tensor, ``(64, 0, 0)`` where 64 windows are folded into the batch,
+    all zeros where the batch size does not matter (or is not free).
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    batch_step: tuple[int, ...]
+    example_batch: int = 1
+
+    def at_batch(self, batch: int) -> tuple[int, ...]:
+        """Return the shape for a batch of ``batch`` samples."""
+        extra = batch - self.example_batch
+        return tuple(size + step * extra for size, step in zip(self.shape, self.batch_step, strict=True))
+
+    @property
+    def wire_shape(self) -> tuple[int, ...]:
+        """The shape with -1 for each dimension that depends on the batch."""
+        return tuple(-1 if step else size for size, step in zip(self.shape, self.batch_step, strict=True))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor in the traced example."""
+        return self.size_bytes_at(self.example_batch)
+
+    def size_bytes_at(self, batch: int) -> int:
+        """Bytes of the tensor for a batch of ``batch`` samples."""
+        size = self.dtype.itemsize
+        for dim in self.at_batch(batch):
+            size *= dim
+        return size
+
+    def __str__(self) -> str:
+        dims = "×".join("N" if s == 1 else f"{s}N" if s else str(n) for n, s in zip(self.shape, self.batch_step, strict=True))
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}[{dims}]"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+            "batch_step": list(self.batch_step),
+            "size_bytes": self.size_bytes,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One operation of the model: a module called, or a function on tensors.
+
+    ``name`` is the module path (``layer1.0.conv1``); a function's is the path of the module that calls it and its own
+    name (``layer1.0.add``); later calls of the same are numbered (``layer1.0.relu_1``). ``flops`` counts multiply and add
+    as two, as PyTorch's flop counter does, and only for the operators that counter knows (matrix products, convolutions,
+    attention). ``uncounted`` names custom operators inside whose flops are unknown.
+    """
+
+    index: int
+    name: str
+    type: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    flops: int
+    parameter_bytes: int
+    uncounted: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {k: getattr(self, k) for k in ("index", "name", "type", "flops", "parameter_bytes", "uncounted")}
+        return fields | {
+            "inputs": [spec.name for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class PartitionPoint:
+    """A place to cut: the first ``index`` layers run on the device.
+
+    Point 0 is everything on the server, its boundary tensors are the model's inputs; the last point is everything on
+    the device, its boundary tensors are the model's outputs. ``name`` is the last layer on the device (``input`` at
+    point 0). Where a memory hazard forbids a cut, the index is missing from the graph's points.
+    """
+
+    index: int
+    name: str
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all boundary tensors in the traced example."""
+        return sum(spec.size_bytes for spec in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "index": self.index,
+            "name": self.name,
+            "size_bytes": self.size_bytes,
+            "tensors": [spec.to_json() for spec in self.tensors],
+        }
+
+
+class LayerGraph:
+    """A traced model. Made by :func:`trace`; immutable; holds the model itself and shares its parameters.
+
+    Attributes:
+        model: the model.
+        layers: every :class:`Layer`, in the order the model runs them.
+        points: every :class:`PartitionPoint`, from all on the server to all on the device.
+        inputs, outputs: the model's own input and output tensors.
+        values: every tensor that may cross a boundary, by name.
+        batch: the example's batch size; ``batch_free`` says whether other sizes work.
+        traced_by: how the model was traced.
+        fingerprint: hex digest of names, types, configurations, shapes and order; not of the weights.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, steps: list[Step], flow: Flow, specs: _Specs) -> None:
+        self.model = model
+        self.batch, self.batch_free = specs.batch, specs.batch_free
+        self.traced_by = "fx"
+        self._call, self.steps, self.flow = call, steps, flow
+        self.calls = [step.compiled() if step.kind in ("call", "output") else _never for step in steps]
+        self._values = {value.name: value for value in flow.values}
+        self.values: Mapping[str, TensorSpec] = {value.name: specs.of(value) for value in flow.values}
+        self.inputs = tuple(self.values[name] for name in call.names)
+        names = steps[-1].target.names
+        result = tuple(specs.of_output(name, ref) for name, ref in zip(names, steps[-1].args, strict=True))
+        self.outputs = result
+        self.layers = tuple(self._layer(i, index, specs.shapes) for i, index in enumerate(flow.layers))
+        boundaries = flow.boundaries({value.name: self.values[value.name].size_bytes for value in flow.values})
+        self.points = tuple(
+            PartitionPoint(
+                k,
+                self.layers[k - 1].name if k else "input",
+                self.inputs if k == 0 else result if k == len(self.layers) else tuple(self.values[v.name] for v in boundary),
+            )
+            for k, boundary in boundaries.items()
+        )
+        self._points = {point.name: point for point in self.points} | {point.index: point for point in self.points}
+        self.fingerprint = self._digest()
+
+    def _layer(self, i: int, index: int, shapes: Shapes) -> Layer:
+        step = self.steps[index]
+        parameters = {id(p): p for p in step.target.parameters()} if step.is_module else {}
+        parameters |= {id(p): p for p in self.flow.attributes_of(step, self.model)}
+        return Layer(
+            index=i,
+            name=step.name,
+            type=step.type_name,
+            inputs=tuple(self.values[v.name] for v in self.flow.reads(step)),
+            outputs=tuple(self.values[v.name] for v in self.flow.gives(index)),
+            flops=shapes.flops[index],
+            parameter_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+            uncounted=tuple(sorted(shapes.uncounted[index])),
+        )
+
+    def point(self, ref: int | str) -> PartitionPoint:
+        """Return a partition point by index (negative counts from the end), by the name of the last layer on the device,
+        or as ``"server"`` and ``"device"`` for the two ends.
+
+        Raises :class:`~torchsurgeon.errors.PartitionError`, listing the near ones, when there is none.
+        """
+        if ref in ("server", "device"):
+            return self.points[0 if ref == "server" else -1]
+        key = ref + len(self.layers) + 1 if isinstance(ref, int) and ref < 0 else ref
+        found = self._points.get(key)
+        if found is not None:
+            return found
+        if isinstance(ref, int):
+            near = sorted(self.points, key=lambda p: abs(p.index - int(key)))[:3]
+            listed = ", ".join(f"{p.index} ({p.name})" for p in sorted(near, key=lambda p: p.index))
+            raise PartitionError(
+                f"there is no partition point {ref}; the points are 0 … {len(self.layers)}, the nearest {listed}"
+            )
+        names = [point.name for point in self.points]
+        near_names = difflib.get_close_matches(ref, names, n=5, cutoff=0.3) or names[:5]
+        raise PartitionError(f"there is no layer {ref!r} to cut after; near it: {', '.join(near_names)}")
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Return a call's tensors by input name. Raises ``TypeError`` for a call unlike the traced example."""
+        return dict(zip(self._call.names, self._call.tensors(args, kwargs), strict=True))
+
+    def tensors_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return a call's tensors in the order of ``inputs``. Raises ``TypeError`` as ``bind`` does."""
+        return self._call.tensors(args, kwargs)
+
+    def value(self, name: str) -> Value:
+        """Return where in the program the tensor ``name`` comes to be."""
+        return self._values[name]
+
+    def flatten_output(self, output: Any) -> dict[str, torch.Tensor]:
+        """Return the tensors of a model's result, named as in ``outputs``."""
+        target = self.steps[-1].target
+        leaves = dict(flatten(output)[0])
+        return {name: leaves[path] for name, path in zip(target.names, target.paths, strict=True)}
+
+    def unflatten_output(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """Return the model's result, in its own structure, from the tensors named as in ``outputs``."""
+        target = self.steps[-1].target
+        return target(*(tensors[name] for name in target.names))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the graph as plain data: layers, points, inputs, outputs and fingerprint."""
+        return {
+            "format": "torchsurgeon.graph/1",
+            "model": type(self.model).__name__,
+            "traced_by": self.traced_by,
+            "fingerprint": self.fingerprint,
+            "batch": self.batch,
+            "batch_free": self.batch_free,
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+            "layers": [layer.to_json() for layer in self.layers],
+            "points": [point.to_json() for point in self.points],
+        }
+
+    def _digest(self) -> str:
+        rows: list[Any] = [[s.name, str(s.dtype), s.wire_shape] for s in (*self.inputs, *self.outputs)]
+        for layer, index in zip(self.layers, self.flow.layers, strict=True):
+            outputs = [[str(s.dtype), s.wire_shape] for s in layer.outputs]
+            rows.append([layer.name, layer.type, [s.name for s in layer.inputs], outputs, _configuration(self.steps[index])])
+        return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"LayerGraph({type(self.model).__name__}, {len(self.layers)} layers, {len(self.points)} points)"
+
+
+def _never(_: Any) -> Any:
+    raise AssertionError("inputs are fed and attributes are read, neither is called")
+
+
+def _configuration(step: Step) -> Any:
+    """What a layer computes beside its weights, in a form that is the same under every PyTorch version: a module's
+    constructor arguments that differ from their defaults, a function's arguments that are not tensors."""
+    if not step.is_module:
+        return str(_without_refs(step.args)), str(_without_refs(step.kwargs))
+    config = {}
+    for name, parameter in inspect.signature(type(step.target).__init__).parameters.items():
+        value = getattr(step.target, name, None)
+        plain = isinstance(value, (int, float, str, tuple)) or value is None
+        if plain and name != "inplace" and value != parameter.default:
+            config[name] = str(value)
+    return config
+
+
+def _without_refs(value: Any) -> Any:
+    return map_refs(lambda _: "·", value)
+
+
+class _Specs:
+    """Tensor specs from two runs of the shapes: the example's batch size and one more sample."""
+
+    def __init__(self, shapes: Shapes, more: Shapes | None, batch: int) -> None:
+        self.shapes, self.more, self.batch = shapes, more, batch
+        self.batch_free = more is not None
+
+    def of(self, value: Value) -> TensorSpec:
+        return self._spec(value.name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None)
+
+    def of_output(self, name: str, ref: Any) -> TensorSpec:
+        return self._spec(name, self.shapes.values[ref.step], self.more.values[ref.step] if self.more else None)
+
+    def _spec(self, name: str, leaf: torch.Tensor, more: torch.Tensor | None) -> TensorSpec:
+        shape = tuple(leaf.shape)
+        step = tuple(b - a for a, b in zip(shape, more.shape, strict=True)) if more is not None else (0,) * len(shape)
+        return TensorSpec(name, leaf.dtype, shape, step, self.batch)
+
+
+def trace(
+    model: nn.Module,
+    *example_args: Any,
+    leaf_modules: Collection[str | type[nn.Module]] = (),
+    **example_kwargs: Any,
+) -> LayerGraph:
+    """Trace ``model``, called with the example, into a :class:`LayerGraph`.
+
+    The model must be in eval mode. The example's tensors give shapes and dtypes only; no layer is computed. Dimension 0
+    of all input tensors is the batch when it has one size for all of them. ``leaf_modules`` names modules (paths or classes)
+    to keep whole, as one layer each.
+
+    Raises :class:`~torchsurgeon.errors.TraceError`: the model is in training mode, fx cannot follow it (the message names
+    the line and what to try), or it changes its own parameters or buffers while it runs.
+    """
+    _refuse_training(model)
+    call = Call(model, example_args, example_kwargs)
+    tensors = call.tensors(example_args, example_kwargs)
+    steps = capture(model, call, leaf_modules)
+    try:
+        source: MetaModel = MetaModel(model)
+        shapes = propagate(steps, tensors, source)
+    except Exception:
+        # Some step needs values, not only shapes; then the example is run for real, and says itself what is wrong.
+        source = RealModel(model)
+        shapes = propagate(steps, tensors, source)
+    sizes = {t.shape[0] if t.dim() else None for t in tensors}
+    more = None
+    if len(sizes) == 1 and None not in sizes:
+        grown = [torch.cat([t[:1], t]) if isinstance(source, RealModel) else t.new_empty((len(t) + 1, *t.shape[1:]), device="meta") for t in tensors]
+        more = _try_propagate(steps, grown, source, shapes)
+    flow = Flow(steps, shapes, model)
+    if not flow.layers:
+        raise TraceError(f"{type(model).__name__} computes nothing from its input: there is no layer to cut after")
+    specs = _Specs(shapes, more, (len(sizes) == 1 and next(iter(sizes))) or 1)
+    return LayerGraph(model, call, steps, flow, specs)
+
+
+def _try_propagate(steps: Sequence[Step], tensors: list[torch.Tensor], source: MetaModel, like: Shapes) -> Shapes | None:
+    """Return the shapes with one more sample, or None when the model does not take one."""
+    try:
+        more = propagate(steps, tensors, source, count_flops=False)
+    except Exception:
+        return None
+    for one, other in zip(like.values, more.values, strict=True):
+        pair = tensors_in(one), tensors_in(other)
+        if len(pair[0]) != len(pair[1]) or any(a.dim() != b.dim() for a, b in zip(*pair, strict=True)):
+            return None
+    return more
+
+
+def _refuse_training(model: nn.Module) -> None:
+    name = next((path for path, module in model.named_modules() if module.training), None)
+    if name is not None:
+        what = f"submodule {name!r} of {type(model).__name__}" if name else type(model).__name__
+        raise TraceError(
+            f"{what} is in training mode: dropout and batch statistics would make head and tail give other answers "
+            "than the model; call model.eval() first"
+        )

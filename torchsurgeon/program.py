@@ -1,0 +1,299 @@
+"""The traced model as a straight line of steps, and the modules that run a part of it.
+
+A :class:`Step` is one call of the traced graph with its arguments already looked up: running it costs one Python call
+over the eager model. Head and tail are :class:`Segment` modules, slices of the same steps, so that cutting a graph at
+another point copies nothing and compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchsurgeon.structure import LEAF, Path, Structure, flatten
+
+Environment = list[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """The value of an earlier step, as it stands in a step's arguments."""
+
+    step: int
+
+
+@dataclasses.dataclass
+class Step:
+    """One call of the traced graph.
+
+    ``kind`` is ``input`` (a model input), ``attr`` (a parameter, buffer or constant of the model), ``call`` or
+    ``output`` (the model's result, always the last step). ``target`` is a callable, a method's name, or the dotted
+    attribute. ``after`` lists steps that must have run before although no value of theirs is used: they overwrite memory
+    this step reads.
+    """
+
+    index: int
+    name: str
+    kind: str
+    target: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    module_path: str = ""
+    after: tuple[int, ...] = ()
+    structure: Structure = LEAF
+
+    @property
+    def is_module(self) -> bool:
+        return isinstance(self.target, nn.Module)
+
+    @property
+    def is_method(self) -> bool:
+        return self.kind == "call" and isinstance(self.target, str)
+
+    @property
+    def type_name(self) -> str:
+        """Class of a module, name of a function or method, as users know it."""
+        if self.is_module:
+            return type(self.target).__name__
+        return self.target if isinstance(self.target, str) else function_name(self.target)
+
+    def uses(self) -> list[int]:
+        """Return the steps whose values this one reads, in the order it names them, each once."""
+        found: dict[int, None] = {}
+        map_refs(lambda ref: found.setdefault(ref.step), (self.args, self.kwargs))
+        return list(found)
+
+    def replace(self, old: int, new: Any) -> None:
+        """Read ``new``, another :class:`Ref` or a constant, wherever ``old`` was read."""
+
+        def swap(ref: Ref) -> Any:
+            return new if ref.step == old else ref
+
+        self.args, self.kwargs = map_refs(swap, self.args), map_refs(swap, self.kwargs)
+
+    def compiled(self) -> Callable[[Environment], Any]:
+        """Return a function from the environment to this step's value."""
+        return compile_call(self.target, self.is_method, self.args, self.kwargs)
+
+
+def function_name(target: Any) -> str:
+    """Return a function's plain name; an ATen overload is called by its operator, ``add`` for ``aten.add.Tensor``."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name).rpartition("::")[2]
+    return getattr(target, "__name__", type(target).__name__).strip("_")
+
+
+def map_refs(change: Callable[[Ref], Any], args: Any) -> Any:
+    """Return ``args`` with every :class:`Ref` in it, at any depth, replaced by ``change(ref)``."""
+    if isinstance(args, Ref):
+        return change(args)
+    if isinstance(args, (tuple, list)):
+        parts = [map_refs(change, a) for a in args]
+        if isinstance(args, tuple) and hasattr(args, "_fields"):
+            return type(args)(*parts)
+        return type(args)(parts) if type(args) in (tuple, list) else tuple(parts)
+    if isinstance(args, dict):
+        return {key: map_refs(change, a) for key, a in args.items()}
+    if isinstance(args, slice):
+        return slice(*(map_refs(change, a) for a in (args.start, args.stop, args.step)))
+    return args
+
+
+def compile_call(
+    target: Any, is_method: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Environment], Any]:
+    """Return ``environment → target(*args, **kwargs)`` with every :class:`Ref` looked up in the environment.
+
+    The source of each argument *shape* is compiled once and shared by all calls of that shape, in all graphs.
+    """
+    slots: list[int] = []
+    constants: list[Any] = []
+
+    def source(value: Any) -> str:
+        if isinstance(value, Ref):
+            slots.append(value.step)
+            return f"e[i{len(slots) - 1}]"
+        if type(value) is tuple and contains_ref(value):
+            return "(" + "".join(source(v) + "," for v in value) + ")"
+        if type(value) is list:
+            return "[" + ",".join(source(v) for v in value) + "]"
+        if type(value) is dict and contains_ref(value):
+            constants.append(tuple(value))
+            keys = f"c{len(constants) - 1}"
+            return f"dict(zip({keys},({''.join(source(v) + ',' for v in value.values())})))"
+        if isinstance(value, slice) and contains_ref((value.start, value.stop, value.step)):
+            return f"slice({source(value.start)},{source(value.stop)},{source(value.step)})"
+        constants.append(value)
+        return f"c{len(constants) - 1}"
+
+    positional = [source(a) for a in args]
+    named = [f"{key}={source(a)}" for key, a in kwargs.items()]
+    if is_method:
+        call = f"{positional[0]}.{target}({','.join(positional[1:] + named)})"
+    else:
+        call = f"f({','.join(positional + named)})"
+    return _call_factory(call, len(slots), len(constants))(None if is_method else target, *slots, *constants)  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=4096)
+def _call_factory(call: str, slots: int, constants: int) -> Callable[..., Any]:
+    names = ["f", *(f"i{i}" for i in range(slots)), *(f"c{i}" for i in range(constants))]
+    return eval(f"lambda {','.join(names)}: lambda e: {call}")  # type: ignore[no-any-return]
+
+
+def contains_ref(args: Any) -> bool:
+    """Return whether a :class:`Ref` stands anywhere in ``args``."""
+    found: list[Ref] = []
+    map_refs(found.append, args)
+    return bool(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """How one tensor given to a segment enters the environment.
+
+    ``path`` is empty when the tensor is the whole value of ``step``; otherwise it is one leaf of that step's structure.
+    ``restore`` turns a tensor that carries a plain Python value back into it; ``clone`` is set when a step of the segment
+    overwrites the tensor, which belongs to the caller.
+    """
+
+    step: int
+    path: Path = ()
+    restore: Callable[[torch.Tensor], Any] | None = None
+    clone: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Pick:
+    """A segment's output: one leaf of a step's value, made a tensor if it is a plain Python number."""
+
+    step: int
+    path: Path = ()
+
+    def __call__(self, environment: Environment) -> torch.Tensor:
+        value = environment[self.step]
+        if self.path:
+            value = dict(flatten(value)[0])[self.path]
+        return value if isinstance(value, torch.Tensor) else number_to_tensor(value)
+
+
+def number_to_tensor(value: bool | int | float | Sequence[int]) -> torch.Tensor:
+    """Return a Python number, or a sequence of ints such as ``torch.Size``, as the tensor that carries it."""
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.int64)
+
+
+class Segment(nn.Module):
+    """A part of a traced model as an ordinary module.
+
+    It shares the model's submodules, parameters and buffers, under the model's own names. ``forward`` takes one tensor
+    per feed and returns a tuple of the picked tensors, or the model's own output when ``picks`` is None. Calls are
+    independent of each other: a segment may run in several threads at once.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        calls: Sequence[Callable[[Environment], Any]],
+        included: Iterable[int],
+        feeds: Sequence[Feed],
+        picks: Sequence[Pick] | None,
+        model: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.training = False
+        self._size = len(steps)
+        self._feeds = tuple(feeds)
+        self._picks = None if picks is None else tuple(picks)
+        included = sorted(included)
+        packed = {feed.step for feed in feeds if feed.path}
+        self._structures = {step: steps[step].structure for step in packed}
+        self._packs = tuple((i, dict.fromkeys(shape.paths())) for i, shape in self._structures.items())
+        _register(self, model, [steps[i] for i in included])
+        last: dict[int, int] = {}
+        for i in included:
+            for used in steps[i].uses():
+                last[used] = i
+        for pick in self._picks or ():
+            last.pop(pick.step, None)
+        dead: dict[int, tuple[int, ...]] = {}
+        for used, i in last.items():
+            dead[i] = (*dead.get(i, ()), used)
+        self._program = tuple(
+            (_read_attribute(self, steps[i].target) if steps[i].kind == "attr" else calls[i], i, dead.get(i, ()))
+            for i in included
+        )
+        self.steps = tuple(included)
+
+    def load(self, tensors: Sequence[torch.Tensor]) -> Environment:
+        """Return a fresh environment that holds ``tensors``, one per feed."""
+        if len(tensors) != len(self._feeds):
+            raise TypeError(f"this part of the model takes {len(self._feeds)} tensors, {len(tensors)} were given")
+        environment: Environment = [None] * self._size
+        leaves: dict[int, dict[Path, Any]] = {}
+        for feed, tensor in zip(self._feeds, tensors, strict=True):
+            value = tensor.clone() if feed.clone else tensor
+            if feed.restore is not None:
+                value = feed.restore(value)
+            if feed.path:
+                leaves.setdefault(feed.step, {})[feed.path] = value
+            else:
+                environment[feed.step] = value
+        for step, blank in self._packs:
+            environment[step] = self._structures[step].rebuild(blank | leaves[step])
+        return environment
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        environment = self.load(tensors)
+        for call, i, dead in self._program:
+            environment[i] = call(environment)
+            for j in dead:
+                environment[j] = None
+        if self._picks is None:
+            return environment[-1]
+        return tuple(pick(environment) for pick in self._picks)
+
+
+def _read_attribute(segment: nn.Module, target: str) -> Callable[[Environment], Any]:
+    owner_path, _, name = target.rpartition(".")
+    owner = segment.get_submodule(owner_path)
+    return lambda _: getattr(owner, name)
+
+
+def _register(segment: nn.Module, model: nn.Module, steps: Sequence[Step]) -> None:
+    """Give ``segment`` the submodules and attributes its steps use, under the names the model has for them."""
+    owners: dict[str, nn.Module] = {"": segment}
+
+    def owner(path: str) -> nn.Module:
+        if path not in owners:
+            parent, _, name = path.rpartition(".")
+            siblings = owner(parent)._modules
+            if siblings.get(name) is None:
+                siblings[name] = nn.Module().eval()
+            owners[path] = siblings[name]  # type: ignore[assignment]
+        return owners[path]
+
+    # Parents first, so that a submodule used on its own is found inside a whole module that holds it.
+    for path, module in sorted({s.module_path: s.target for s in steps if s.is_module}.items()):
+        parent, _, name = path.rpartition(".")
+        owner(parent)._modules.setdefault(name, module)
+    for step in steps:
+        if step.kind == "attr":
+            parent, _, name = step.target.rpartition(".")
+            source = functools.reduce(getattr, parent.split("."), model) if parent else model
+            value = getattr(source, name)
+            here = owner(parent)
+            if here is source:
+                continue
+            if name in source._parameters:
+                here._parameters[name] = value
+            elif name in source._buffers:
+                here.register_buffer(name, value, persistent=name not in source._non_persistent_buffers_set)
+            else:
+                setattr(here, name, value)

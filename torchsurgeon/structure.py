@@ -1,0 +1,118 @@
+"""Nested values (tuples, dicts, dataclasses, …) ↔ named leaves.
+
+A model's inputs and outputs are rarely one tensor. ``flatten`` gives every leaf a dotted name from its place in the
+structure (``out``, ``0``, ``logits``, ``past.1.0``) and ``Structure`` puts leaves back, so that only tensors and plain
+numbers have to travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """The shape of a nested value: how to rebuild it from its leaves.
+
+    ``kind`` is ``None`` for a leaf; otherwise the container's class. ``keys`` and ``children`` have equal length.
+    """
+
+    kind: type | None
+    keys: tuple[Any, ...] = ()
+    children: tuple[Structure, ...] = ()
+
+    def rebuild(self, leaves: Mapping[Path, Any], at: Path = ()) -> Any:
+        """Return the nested value whose leaf at each path is ``leaves[path]``."""
+        if self.kind is None:
+            return leaves[at]
+        parts = [
+            child.rebuild(leaves, (*at, str(key))) for key, child in zip(self.keys, self.children, strict=True)
+        ]
+        return _BUILDERS[_family(self.kind)](self.kind, self.keys, parts)
+
+    def paths(self, at: Path = ()) -> list[Path]:
+        """Return the path of every leaf, in order."""
+        if self.kind is None:
+            return [at]
+        return [
+            path
+            for key, child in zip(self.keys, self.children, strict=True)
+            for path in child.paths((*at, str(key)))
+        ]
+
+    def at(self, path: Path) -> Structure:
+        """Return the part of the structure under ``path``."""
+        here = self
+        for key in path:
+            here = here.children[[str(k) for k in here.keys].index(key)]
+        return here
+
+
+LEAF = Structure(None)
+
+
+def _family(kind: type) -> str:
+    if dataclasses.is_dataclass(kind):
+        return "dataclass"
+    if issubclass(kind, tuple):
+        return "namedtuple" if hasattr(kind, "_fields") else "tuple"
+    if issubclass(kind, list):
+        return "list"
+    if issubclass(kind, Mapping):
+        return "mapping"
+    return "leaf"
+
+
+def _build_dataclass(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any:
+    return kind(**dict(zip(keys, parts, strict=True)))
+
+
+def _build_mapping(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any:
+    pairs = zip(keys, parts, strict=True)
+    return OrderedDict(pairs) if kind is OrderedDict else kind(dict(pairs))
+
+
+_BUILDERS: dict[str, Callable[[type, tuple[Any, ...], list[Any]], Any]] = {
+    "dataclass": _build_dataclass,
+    "namedtuple": lambda kind, _, parts: kind(*parts),
+    # torch.return_types and other C sequences are built from one iterable, like tuple itself.
+    "tuple": lambda kind, _, parts: kind(parts),
+    "list": lambda kind, _, parts: list(parts),
+    "mapping": _build_mapping,
+}
+
+
+def flatten(value: Any, at: Path = ()) -> tuple[list[tuple[Path, Any]], Structure]:
+    """Return every leaf of ``value`` with its path, and the structure that rebuilds it.
+
+    Tuples, named tuples, lists, mappings and dataclass instances are containers; all else is a leaf. Dataclass fields
+    that are ``None`` stay leaves, so an output object keeps the fields it was made with. ``torch.Size`` is a leaf: it is
+    one value to whoever uses it.
+    """
+    kind = type(value)
+    family = _family(kind) if kind.__name__ != "Size" and not isinstance(value, type) else "leaf"
+    if family == "leaf":
+        return [(at, value)], LEAF
+    if family == "dataclass":
+        items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
+    elif family == "mapping":
+        items = list(value.items())
+    else:
+        items = list(enumerate(value))
+    leaves: list[tuple[Path, Any]] = []
+    children = []
+    for key, item in items:
+        inner, structure = flatten(item, (*at, str(key)))
+        leaves += inner
+        children.append(structure)
+    return leaves, Structure(kind, tuple(key for key, _ in items), tuple(children))
+
+
+def leaf_name(root: str, path: Path) -> str:
+    """Return the dotted name of the leaf at ``path`` of a value called ``root``."""
+    return ".".join((root, *path))
