@@ -385,7 +385,7 @@ class Flow:
                 continue
             step = self.steps[i]
             needed = set(self._leaves(i)) if i in whole else demands[i]
-            if needed and needed <= provided:
+            if needed and needed <= provided and i not in self._select:
                 continue
             if step.kind == "input":
                 missing.append(step.name)

@@ -157,7 +157,7 @@ class LayerGraph:
         names = steps[-1].target.names
         result = tuple(specs.of_output(name, ref) for name, ref in zip(names, steps[-1].args, strict=True))
         self.outputs = result
-        self.layers = tuple(self._layer(i, index, specs.shapes) for i, index in enumerate(flow.layers))
+        self.layers = tuple(self._layer(i, index, specs) for i, index in enumerate(flow.layers))
         boundaries = flow.boundaries({value.name: self.values[value.name].size_bytes for value in flow.values})
         self.points = tuple(
             PartitionPoint(
@@ -170,7 +170,7 @@ class LayerGraph:
         self._points = {point.name: point for point in self.points} | {point.index: point for point in self.points}
         self.fingerprint = self._digest()
 
-    def _layer(self, i: int, index: int, shapes: Shapes) -> Layer:
+    def _layer(self, i: int, index: int, specs: _Specs) -> Layer:
         step = self.steps[index]
         parameters = {id(p): p for p in step.target.parameters()} if step.is_module else {}
         parameters |= {id(p): p for p in self.flow.attributes_of(step, self.model)}
@@ -179,10 +179,10 @@ class LayerGraph:
             name=step.name,
             type=step.type_name,
             inputs=tuple(self.values[v.name] for v in self.flow.reads(step)),
-            outputs=tuple(self.values[v.name] for v in self.flow.gives(index)),
-            flops=shapes.flops[index],
+            outputs=tuple(specs.of(v) for v in self.flow.gives(index)),
+            flops=specs.shapes.flops[index],
             parameter_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
-            uncounted=tuple(sorted(shapes.uncounted[index])),
+            uncounted=tuple(sorted(specs.shapes.uncounted[index])),
         )
 
     def point(self, ref: int | str) -> PartitionPoint:
