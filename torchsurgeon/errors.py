@@ -8,7 +8,7 @@
     ├── SpecError                  a model SPEC, weights file or example that cannot be loaded (also a ValueError)
     ├── LinkError                  a link profile, rate, delay or trace that cannot be (also a ValueError)
     ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
-    ├── ProfileError               a profile file that is damaged, of another version or of another graph (also a ValueError)
+    ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
     ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
     │   └── BodyTooLargeError      a message larger than the boundary it claims to carry can be

@@ -1,13 +1,8 @@
-"""A wireless link and a slow device on one machine, for demos, tests and benchmarks.
-
-:class:`LinkEmulator` is a TCP proxy whose two directions have the rate and delay of a link. Each direction is one
-bottleneck shared by all connections: bytes queue in a bounded buffer, pass at the link's rate, and arrive half a round
-trip later. When bytes pass is computed from when the bytes before them passed, not from when a timer fired, so that late
-timers delay single bytes but never add up. Headers, loss and the slow start of TCP are not emulated.
-"""
+"""A TCP proxy with the rates and the delay of a wireless link."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import heapq
 import itertools
@@ -22,27 +17,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import torch
-from torch import nn
+from torchsurgeon.emulate.bottleneck import Bottleneck, Packet
+from torchsurgeon.errors import LinkError
+from torchsurgeon.link import Link, TracedLink
 
-from torchsurgeon.errors import DeviceError, LinkError
-from torchsurgeon.link import BandwidthTrace, Link, TracedLink, parse_profile
-
-__all__ = ["LinkCounts", "LinkEmulator", "SlowDevice", "parse_profile"]
-
-_T = TypeVar("_T")
-
-_CHUNK_S = 2e-3
-_LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 1500, 1 << 16
-_BUFFER_S = 0.1
-_LEAST_BUFFER_BYTES = 1 << 14
 _SOCKET_BUFFER_BYTES = 1 << 17
 _MOST_SELECT_FD = 1024
 _ACCEPT_PAUSE_S = 0.1
-_MOST_DRAINED_CHUNKS = 8
-_SPIN_S = 3e-4
+_DRAIN_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -79,23 +63,19 @@ class _Side:
 
     def close(self, *, reset: bool = False) -> None:
         self.wait_for(self._mask, False)
-        try:
+        with contextlib.suppress(OSError):
             if reset:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:
                 # Closing with bytes unread resets the connection, and the peer may lose what it was sent before.
-                for _ in range(_MOST_DRAINED_CHUNKS):
-                    if not self.sock.recv(_MOST_CHUNK_BYTES):
-                        break
-        except OSError:
-            pass
+                self.sock.recv(_DRAIN_BYTES)
         self.sock.close()
 
 
 class _Flow:
     """One direction of one connection: `source` is read, `sink` written once it is there."""
 
-    def __init__(self, connection: _Connection, path: _Path) -> None:
+    def __init__(self, connection: _Connection, path: Bottleneck[_Flow]) -> None:
         self.connection = connection
         self.path = path
         self.source: _Side | None = None
@@ -116,7 +96,7 @@ class _Flow:
 
 
 class _Connection:
-    def __init__(self, uplink: _Path, downlink: _Path) -> None:
+    def __init__(self, uplink: Bottleneck[_Flow], downlink: Bottleneck[_Flow]) -> None:
         self.up = _Flow(self, uplink)
         self.down = _Flow(self, downlink)
         self.connecting = False
@@ -129,89 +109,6 @@ class _Connection:
         self.closed = True
         for side in self.sides():
             side.close(reset=reset)
-
-
-class _Packet(NamedTuple):
-    """Bytes on their way; none at all mean that the source's side ended, in order or by a reset."""
-
-    flow: _Flow
-    data: bytes
-    arrived_s: float
-    reset: bool = False
-
-
-class _Path:
-    """One direction of the link: a bounded queue, a transmitter at the link's rate, and the delay of the way.
-
-    All times are on the emulator's clock, and only :meth:`advance` looks at the present: what happened since is
-    worked out as if it had been attended to at once.
-    """
-
-    def __init__(self) -> None:
-        self.readable: deque[_Flow] = deque()
-        self.passed_bytes = 0
-        self._queue: deque[_Packet] = deque()
-        self._queued_bytes = 0
-        self._free_at_s = -math.inf
-        self._head_passed_s: float | None = None
-        self._flying: deque[tuple[float, _Packet]] = deque()
-        self._last_arrival_s = -math.inf
-
-    def shape(self, rate: float | BandwidthTrace, delay_s: float, now_s: float) -> None:
-        """Take on another rate and one-way delay from now on; what has passed keeps its time of arrival."""
-        self.advance(now_s)
-        if isinstance(rate, BandwidthTrace):
-            mean_bit_s = rate.mean_bit_s
-            self._passed_s: Callable[[float, int], float] = lambda start_s, size_bytes: (
-                now_s + rate.delivered_at(start_s - now_s, size_bytes)
-            )
-        else:
-            mean_bit_s = rate
-            self._passed_s = lambda start_s, size_bytes: start_s + size_bytes * 8 / rate
-        self.delay_s = delay_s
-        self.chunk_bytes = min(max(int(mean_bit_s * _CHUNK_S / 8), _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
-        self.buffer_bytes = max(int(mean_bit_s * _BUFFER_S / 8), _LEAST_BUFFER_BYTES)
-        self._free_at_s = now_s
-        self._head_passed_s = None
-
-    @property
-    def full(self) -> bool:
-        return self._queued_bytes >= self.buffer_bytes
-
-    def push(self, packet: _Packet) -> None:
-        self._queue.append(packet)
-        self._queued_bytes += len(packet.data)
-
-    def advance(self, now_s: float) -> None:
-        """Let everything pass the transmitter that would have passed by now."""
-        while self._queue and (passed_s := self._head_passes()) <= now_s:
-            packet = self._queue.popleft()
-            self._head_passed_s = None
-            self._queued_bytes -= len(packet.data)
-            self._free_at_s = passed_s
-            self._last_arrival_s = max(passed_s + self.delay_s, self._last_arrival_s)
-            self._flying.append((self._last_arrival_s, packet))
-
-    def arrivals(self, now_s: float) -> Iterator[_Packet]:
-        while self._flying and self._flying[0][0] <= now_s:
-            packet = self._flying.popleft()[1]
-            self.passed_bytes += len(packet.data)
-            yield packet
-
-    def wake_at_s(self) -> float:
-        """When there is something to do next: an arrival, or room for bytes that wait to be read."""
-        if self.readable and not self.full:
-            return -math.inf
-        room_s = self._head_passes() if self._queue and self.readable else math.inf
-        if self._flying:
-            return min(room_s, self._flying[0][0])
-        return min(room_s, self._head_passes() + self.delay_s) if self._queue else math.inf
-
-    def _head_passes(self) -> float:
-        if self._head_passed_s is None:
-            head = self._queue[0]
-            self._head_passed_s = self._passed_s(max(self._free_at_s, head.arrived_s), len(head.data))
-        return self._head_passed_s
 
 
 class LinkEmulator:
@@ -238,12 +135,12 @@ class LinkEmulator:
         *,
         host: str = "127.0.0.1",
     ) -> None:
+        _checked_link(link)
         try:
-            family, kind, proto, _, self._target = socket.getaddrinfo(
-                target_host, target_port, type=socket.SOCK_STREAM
-            )[0]
+            family, kind, proto, _, target = socket.getaddrinfo(target_host, target_port, type=socket.SOCK_STREAM)[0]
         except (OSError, OverflowError) as error:
             raise LinkError(f"no address for the link's target {target_host}:{target_port}: {error}") from error
+        self._target: Any = target
         self._target_socket = (family, kind, proto)
         self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         try:
@@ -264,7 +161,7 @@ class LinkEmulator:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._uplink, self._downlink = _Path(), _Path()
+        self._uplink, self._downlink = Bottleneck[_Flow](), Bottleneck[_Flow]()
         self._connections: set[_Connection] = set()
         self._accepted = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
@@ -280,8 +177,8 @@ class LinkEmulator:
         return self._link
 
     def set_link(self, link: Link | TracedLink) -> None:
-        """Change the link under open connections; bytes already on their way arrive as before."""
-        self._link = link
+        """Change the link under open connections; bytes already on their way arrive as before, and a replay starts."""
+        self._link = _checked_link(link)
         self._link_is_new = True
         self._wake()
 
@@ -336,10 +233,8 @@ class LinkEmulator:
             sock.close()
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._wake_out.send(b"x")
-        except OSError:
-            pass
 
     def _drain_wake(self) -> None:
         self._wake_in.recv(4096)
@@ -359,12 +254,13 @@ class LinkEmulator:
             if callable(key.data):
                 key.data()
             else:
-                self._attend(*key.data, mask)
+                connection, side = key.data
+                self._attend(connection, side, mask)
 
     def _take_on(self, link: Link | TracedLink, now_s: float) -> None:
-        rates = (link.uplink_bit_s, link.downlink_bit_s) if isinstance(link, Link) else (link.uplink, link.downlink)
-        for path, rate in zip((self._uplink, self._downlink), rates, strict=True):
-            path.shape(rate, link.round_trip_s / 2, now_s)
+        up, down = (link.uplink_bit_s, link.downlink_bit_s) if isinstance(link, Link) else (link.uplink, link.downlink)
+        self._uplink.shape(up, link.round_trip_s / 2, now_s)
+        self._downlink.shape(down, link.round_trip_s / 2, now_s)
 
     def _poll(self, wake_s: float) -> list[tuple[selectors.SelectorKey, int]]:
         timeout_s = None if wake_s == math.inf else max(wake_s - time.monotonic(), 0.0)
@@ -385,7 +281,7 @@ class LinkEmulator:
             sock, _ = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                # A pending connection that cannot be accepted keeps the listener readable: without a pause, a busy loop.
+                # A connection that cannot be accepted keeps the listener readable; without a pause the loop would spin.
                 self._selector.unregister(self._listener)
                 self._after(_ACCEPT_PAUSE_S, self._listen)
             return
@@ -414,16 +310,16 @@ class LinkEmulator:
             self._connected(connection, code)
 
     def _connected(self, connection: _Connection, code: int) -> None:
+        connection.connecting = False
         if code:
             self._refuse(connection)
             return
-        connection.connecting = False
         self._flush(connection.up)
         self._read_again(connection.down)
 
     def _refuse(self, connection: _Connection) -> None:
         connection.up.ended = True
-        self._downlink.push(_Packet(connection.down, b"", time.monotonic()))
+        self._downlink.push(Packet(connection.down, b"", time.monotonic()))
         connection.up.done = True
 
     def _read_again(self, flow: _Flow) -> None:
@@ -446,14 +342,14 @@ class LinkEmulator:
         if mask & selectors.EVENT_WRITE:
             self._flush(outgoing)
 
-    def _pump(self, path: _Path, now_s: float) -> None:
+    def _pump(self, path: Bottleneck[_Flow], now_s: float) -> None:
         path.advance(now_s)
         while self._read(path):
             path.advance(now_s)
         for packet in path.arrivals(now_s):
             self._deliver(packet)
 
-    def _read(self, path: _Path) -> bool:
+    def _read(self, path: Bottleneck[_Flow]) -> bool:
         took = False
         while path.readable and not path.full:
             flow = path.readable.popleft()
@@ -464,12 +360,12 @@ class LinkEmulator:
                 flow.parked = True
                 continue
             try:
-                packet = _Packet(flow, source.sock.recv(path.chunk_bytes), flow.readable_since_s)
+                packet = Packet(flow, source.sock.recv(path.chunk_bytes), flow.readable_since_s)
             except BlockingIOError:
                 source.wait_for(selectors.EVENT_READ)
                 continue
             except OSError:
-                packet = _Packet(flow, b"", flow.readable_since_s, reset=True)
+                packet = Packet(flow, b"", flow.readable_since_s, reset=True)
             path.push(packet)
             took = True
             if not packet.data:
@@ -480,7 +376,7 @@ class LinkEmulator:
                 path.readable.append(flow)
         return took
 
-    def _deliver(self, packet: _Packet) -> None:
+    def _deliver(self, packet: Packet[_Flow]) -> None:
         flow = packet.flow
         if flow.done or flow.connection.closed:
             return
@@ -533,57 +429,12 @@ class LinkEmulator:
         self._connections.discard(connection)
 
 
+def _checked_link(link: Link | TracedLink) -> Link | TracedLink:
+    if not isinstance(link, Link | TracedLink):
+        raise LinkError(f"no link: {link!r}; give a Link or a TracedLink, such as parse_profile('lte')")
+    return link
+
+
 def _bound_buffers(sock: socket.socket) -> None:
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
-
-
-class SlowDevice:
-    """A device `factor` times slower than this one: every call takes `factor` times what it took.
-
-    :param factor: 1 or more
-    :raises DeviceError: the factor is below 1 or not finite
-    """
-
-    def __init__(self, factor: float) -> None:
-        if not (math.isfinite(factor) and factor >= 1):
-            raise DeviceError(f"a device cannot be slowed by a factor of {factor}: give 1 or more")
-        self.factor = factor
-
-    def call(self, function: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
-        """What `function` returns, `factor` times as late. CUDA work it launches is waited for and counted."""
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        if cuda:
-            torch.cuda.synchronize()
-        start_s = time.perf_counter()
-        result = function(*args, **kwargs)
-        if cuda:
-            torch.cuda.synchronize()
-        end_s = start_s + self.factor * (time.perf_counter() - start_s)
-        rest_s = end_s - time.perf_counter() - _SPIN_S
-        if rest_s > 0:
-            time.sleep(rest_s)
-        while time.perf_counter() < end_s:
-            pass
-        return result
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """A module that computes what `module` does, with its parameters and attributes, as slowly as this device."""
-        return _Slowed(module, self)
-
-
-class _Slowed(nn.Module):
-    def __init__(self, module: nn.Module, device: SlowDevice) -> None:
-        super().__init__()
-        self.module = module
-        self.training = module.training
-        self._device = device
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._device.call(self.module, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)

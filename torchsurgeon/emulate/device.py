@@ -1,0 +1,68 @@
+"""A device slower than this one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from torchsurgeon.errors import DeviceError
+
+_T = TypeVar("_T")
+
+_SPIN_S = 3e-4
+
+
+class SlowDevice:
+    """A device `factor` times slower than this one: every call takes `factor` times what it took.
+
+    :param factor: 1 or more
+    :raises DeviceError: the factor is below 1 or not finite
+    """
+
+    def __init__(self, factor: float) -> None:
+        if not (math.isfinite(factor) and factor >= 1):
+            raise DeviceError(f"a device cannot be slowed by a factor of {factor}: give 1 or more")
+        self.factor = factor
+
+    def call(self, function: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
+        """What `function` returns, `factor` times as late. CUDA work it launches is waited for and counted."""
+        cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if cuda:
+            torch.cuda.synchronize()
+        start_s = time.perf_counter()
+        result = function(*args, **kwargs)
+        if cuda:
+            torch.cuda.synchronize()
+        end_s = start_s + self.factor * (time.perf_counter() - start_s)
+        rest_s = end_s - time.perf_counter() - _SPIN_S
+        if rest_s > 0:
+            time.sleep(rest_s)
+        while time.perf_counter() < end_s:
+            pass
+        return result
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """A module that computes what `module` does, with its parameters and attributes, as slowly as this device."""
+        return _Slowed(module, self)
+
+
+class _Slowed(nn.Module):
+    def __init__(self, module: nn.Module, device: SlowDevice) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+        self._device = device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._device.call(self.module, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
