@@ -39,7 +39,9 @@ class Call:
         try:
             arguments = self._bind(args, kwargs)
         except TypeError as error:
-            raise TraceError(f"the example does not fit {type(model).__name__}.forward{self.signature}: {error}") from None
+            raise TraceError(
+                f"the example does not fit {type(model).__name__}.forward{self.signature}: {error}"
+            ) from None
         leaves, self.structure = flatten(arguments)
         self.names = [path_name(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.paths = [path for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -47,7 +49,9 @@ class Call:
         self._plain = all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False))
         self._count = len(self.paths)
         if not self.names:
-            raise TraceError(f"the example for {type(model).__name__} holds no tensor; give the tensors the model is called with")
+            raise TraceError(
+                f"the example for {type(model).__name__} holds no tensor; give the tensors the model is called with"
+            )
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         bound = self.signature.bind(*args, **kwargs)

@@ -83,7 +83,11 @@ def tail_for(graph: LayerGraph, names: Sequence[str]) -> Segment:
     for name in names:
         if name not in graph.values:
             near = difflib.get_close_matches(name, graph.values, n=3, cutoff=0.4)
-            hint = f"; near it: {', '.join(near)}" if near else f"; the model's inputs are {', '.join(s.name for s in graph.inputs)}"
+            hint = (
+                f"; near it: {', '.join(near)}"
+                if near
+                else f"; the model's inputs are {', '.join(s.name for s in graph.inputs)}"
+            )
             raise PartitionError(f"the graph has no tensor {name!r}{hint}")
         if list(names).count(name) > 1:
             raise PartitionError(f"tensor {name!r} is given twice")

@@ -272,9 +272,7 @@ class Flow:
         for key, last in self._last.items():
             if last > self._born[key]:
                 begins[self._born[key] + 1].append(key)
-        written = {
-            storage: min(self._rank.get(i, 0) for i in steps) for storage, steps in self._irregular.items()
-        }
+        written = {storage: min(self._rank.get(i, 0) for i in steps) for storage, steps in self._irregular.items()}
         alive: dict[Key, None] = {}
         result: dict[int, list[Value]] = {}
         for k in range(count + 1):
@@ -393,9 +391,7 @@ class Flow:
             included.append(i)
             if i in self._select:
                 root, path = self._select[i]
-                demands.setdefault(root, set()).update(
-                    key for key in self._leaves(root) if key[1][: len(path)] == path
-                )
+                demands.setdefault(root, set()).update(key for key in self._leaves(root) if key[1][: len(path)] == path)
                 # The selecting steps in between run on whatever the root's value is rebuilt to.
                 for j in self._uses[i]:
                     if j != root:

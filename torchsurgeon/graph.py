@@ -64,7 +64,9 @@ class TensorSpec:
         return size
 
     def __str__(self) -> str:
-        dims = "×".join("N" if s == 1 else f"{s}N" if s else str(n) for n, s in zip(self.shape, self.batch_step, strict=True))
+        dims = "×".join(
+            "N" if s == 1 else f"{s}N" if s else str(n) for n, s in zip(self.shape, self.batch_step, strict=True)
+        )
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}[{dims}]"
 
     def to_json(self) -> dict[str, Any]:
@@ -163,7 +165,11 @@ class LayerGraph:
             PartitionPoint(
                 k,
                 self.layers[k - 1].name if k else "input",
-                self.inputs if k == 0 else result if k == len(self.layers) else tuple(self.values[v.name] for v in boundary),
+                self.inputs
+                if k == 0
+                else result
+                if k == len(self.layers)
+                else tuple(self.values[v.name] for v in boundary),
             )
             for k, boundary in boundaries.items()
         )
@@ -249,7 +255,9 @@ class LayerGraph:
         rows: list[Any] = [[s.name, str(s.dtype), s.wire_shape] for s in (*self.inputs, *self.outputs)]
         for layer, index in zip(self.layers, self.flow.layers, strict=True):
             outputs = [[str(s.dtype), s.wire_shape] for s in layer.outputs]
-            rows.append([layer.name, layer.type, [s.name for s in layer.inputs], outputs, _configuration(self.steps[index])])
+            rows.append(
+                [layer.name, layer.type, [s.name for s in layer.inputs], outputs, _configuration(self.steps[index])]
+            )
         return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -286,7 +294,9 @@ class _Specs:
         self.batch_free = more is not None
 
     def of(self, value: Value) -> TensorSpec:
-        return self._spec(value.name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None)
+        return self._spec(
+            value.name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None
+        )
 
     def of_output(self, name: str, ref: Any) -> TensorSpec:
         return self._spec(name, self.shapes.values[ref.step], self.more.values[ref.step] if self.more else None)
@@ -326,7 +336,12 @@ def trace(
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     more = None
     if len(sizes) == 1 and None not in sizes:
-        grown = [torch.cat([t[:1], t]) if isinstance(source, RealModel) else t.new_empty((len(t) + 1, *t.shape[1:]), device="meta") for t in tensors]
+        grown = [
+            torch.cat([t[:1], t])
+            if isinstance(source, RealModel)
+            else t.new_empty((len(t) + 1, *t.shape[1:]), device="meta")
+            for t in tensors
+        ]
         more = _try_propagate(steps, grown, source, shapes)
     flow = Flow(steps, shapes, model)
     if not flow.layers:
@@ -335,7 +350,9 @@ def trace(
     return LayerGraph(model, call, steps, flow, specs)
 
 
-def _try_propagate(steps: Sequence[Step], tensors: list[torch.Tensor], source: MetaModel, like: Shapes) -> Shapes | None:
+def _try_propagate(
+    steps: Sequence[Step], tensors: list[torch.Tensor], source: MetaModel, like: Shapes
+) -> Shapes | None:
     """Return the shapes with one more sample, or None when the model does not take one."""
     try:
         more = propagate(steps, tensors, source, count_flops=False)

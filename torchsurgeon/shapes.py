@@ -162,7 +162,10 @@ def _known_flops(step: Step, values: Environment) -> int:
         query, key = values[named["query"].step], values[named["key"].step]
         batch_dim, length_dim = (0, 1) if mha.batch_first else (1, 0)
         batch = query.shape[batch_dim] if query.dim() == 3 else 1
-        target, source = query.shape[length_dim if query.dim() == 3 else 0], key.shape[length_dim if key.dim() == 3 else 0]
+        target, source = (
+            query.shape[length_dim if query.dim() == 3 else 0],
+            key.shape[length_dim if key.dim() == 3 else 0],
+        )
         width = mha.embed_dim
         projections = 2 * batch * (2 * target * width * width + source * width * (mha.kdim + mha.vdim))
         return int(projections + 4 * batch * target * source * width)

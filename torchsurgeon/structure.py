@@ -30,9 +30,7 @@ class Structure:
         """Return the nested value whose leaf at each path is ``leaves[path]``."""
         if self.kind is None:
             return leaves[at]
-        parts = [
-            child.rebuild(leaves, (*at, str(key))) for key, child in zip(self.keys, self.children, strict=True)
-        ]
+        parts = [child.rebuild(leaves, (*at, str(key))) for key, child in zip(self.keys, self.children, strict=True)]
         return _BUILDERS[_family(self.kind)](self.kind, self.keys, parts)
 
     def paths(self, at: Path = ()) -> list[Path]:
@@ -40,9 +38,7 @@ class Structure:
         if self.kind is None:
             return [at]
         return [
-            path
-            for key, child in zip(self.keys, self.children, strict=True)
-            for path in child.paths((*at, str(key)))
+            path for key, child in zip(self.keys, self.children, strict=True) for path in child.paths((*at, str(key)))
         ]
 
     def at(self, path: Path) -> Structure:
