@@ -259,6 +259,18 @@ class Segment(nn.Module):
             return environment[-1]
         return tuple(pick(environment) for pick in self._picks)
 
+    def timed(self, tensors: Sequence[torch.Tensor], clock: Callable[[], int]) -> list[int]:
+        """Run like ``forward`` and return the clock before the first step and after each, aligned with ``steps``."""
+        environment = self.load(tensors)
+        stamps = [clock()]
+        mark = stamps.append
+        for call, i, dead in self._program:
+            environment[i] = call(environment)
+            for j in dead:
+                environment[j] = None
+            mark(clock())
+        return stamps
+
 
 def _read_attribute(segment: nn.Module, target: str) -> Callable[[Environment], Any]:
     owner_path, _, name = target.rpartition(".")
