@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from torchsurgeon.errors import LinkError
 
@@ -161,7 +161,7 @@ class BandwidthTrace:
     :raises LinkError: the two are not such a line, or it carries nothing
     """
 
-    def __init__(self, times_s: NDArray[np.float64], bits: NDArray[np.float64], name: str = "trace") -> None:
+    def __init__(self, times_s: ArrayLike, bits: ArrayLike, name: str = "trace") -> None:
         times, total = np.asarray(times_s, dtype=np.float64), np.asarray(bits, dtype=np.float64)
         if times.ndim != 1 or times.shape != total.shape or len(times) < 2:
             raise LinkError(f"{name}: a trace is two points or more, not {times.shape} times with {total.shape} bits")
