@@ -1,0 +1,64 @@
+"""Split a PyTorch model between a device and a server: trace, cut, profile, and run with the model's own answer."""
+
+from __future__ import annotations
+
+from torchsurgeon.cut import Partition, cut, tail_for
+from torchsurgeon.errors import (
+    BodyTooLargeError,
+    DeviceError,
+    LinkError,
+    ModelMismatchError,
+    NativeUnavailableError,
+    PartitionError,
+    ProfileError,
+    ProtocolError,
+    RequestRefusedError,
+    ServerError,
+    ServerUnavailableError,
+    SpecError,
+    TorchSurgeonError,
+    TraceError,
+)
+from torchsurgeon.graph import Layer, LayerGraph, PartitionPoint, TensorSpec, trace
+from torchsurgeon.link import BandwidthTrace, Link
+from torchsurgeon.module import Inference, SplitModule, measure_link
+from torchsurgeon.plan import Estimate, best, estimate
+from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, profile
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BandwidthTrace",
+    "BodyTooLargeError",
+    "DeviceError",
+    "Estimate",
+    "Inference",
+    "Layer",
+    "LayerGraph",
+    "LayerProfile",
+    "Link",
+    "LinkError",
+    "ModelMismatchError",
+    "NativeUnavailableError",
+    "NoisyProfileWarning",
+    "Partition",
+    "PartitionError",
+    "PartitionPoint",
+    "ProfileError",
+    "ProtocolError",
+    "RequestRefusedError",
+    "ServerError",
+    "ServerUnavailableError",
+    "SpecError",
+    "SplitModule",
+    "TensorSpec",
+    "TorchSurgeonError",
+    "TraceError",
+    "best",
+    "cut",
+    "estimate",
+    "measure_link",
+    "profile",
+    "tail_for",
+    "trace",
+]

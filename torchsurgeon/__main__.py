@@ -1,0 +1,9 @@
+"""``python -m torchsurgeon`` is the ``torchsurgeon`` command."""
+
+from __future__ import annotations
+
+import sys
+
+from torchsurgeon.cli import main
+
+sys.exit(main())

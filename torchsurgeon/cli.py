@@ -1,0 +1,140 @@
+"""The ``torchsurgeon`` command. Reads arguments, calls the rooms, prints; no logic of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchsurgeon.errors import TorchSurgeonError
+
+_NEEDS_CLI = "pip install 'torchsurgeon[cli]'"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, or 2 with the reason on standard error."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+    except TorchSurgeonError as error:
+        print(f"torchsurgeon: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("torchsurgeon", ""):
+            raise
+        print(f"torchsurgeon: this command needs {error.name}: {_NEEDS_CLI} (or [server], [vision], [plot], [all])", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="torchsurgeon", description="Split a PyTorch model between a device and a server.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="everything on this machine, over emulated links")
+    demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures and the results")
+    demo.add_argument("--slow", type=float, default=8.0, metavar="FACTOR", help="how much slower the device is than this machine")
+    demo.add_argument("--repeats", type=int, default=5, help="inferences measured in each setting")
+    demo.set_defaults(run=_demo)
+
+    trace = commands.add_parser("trace", help="list a model's layers and partition points")
+    _model_arguments(trace)
+    trace.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    trace.set_defaults(run=_trace)
+
+    serve = commands.add_parser("serve", help="serve the tails of models")
+    serve.add_argument("models", nargs="+", metavar="NAME=SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one and says which")
+    serve.add_argument("--weights", action="append", default=[], metavar="NAME=FILE", help=".safetensors, .pt, or 'default'")
+    serve.add_argument("--input", action="append", default=[], metavar="NAME=SPEC", help="e.g. resnet=x:float32[1,3,320,320]")
+    serve.add_argument("--seed", type=int, default=0, help="of random weights")
+    serve.add_argument("--threads", type=int, help="CPU threads of one inference")
+    serve.add_argument("--max-batch", type=int, default=64)
+    serve.set_defaults(run=_serve)
+
+    link = commands.add_parser("link", help="emulate a wireless link: a TCP proxy with a rate and a delay")
+    link.add_argument("--listen", type=int, required=True, metavar="PORT", help="0 takes a free one and says which")
+    link.add_argument("--to", required=True, metavar="HOST:PORT")
+    link.add_argument("--profile", required=True, help="3g, lte, wifi, UP/DOWN/RTT (Mbit/s, s), or trace:UPFILE,DOWNFILE,RTT")
+    link.set_defaults(run=_link)
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", metavar="SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file")
+    parser.add_argument("--input", metavar="SPEC", help="example input, e.g. x:float32[1,3,224,224]")
+    parser.add_argument("--leaf", action="append", default=[], metavar="MODULE", help="keep this module whole, as one layer")
+
+
+def _trace(options: argparse.Namespace) -> None:
+    from torchsurgeon import specs
+    from torchsurgeon.graph import trace
+
+    model = specs.load(options.spec, input_spec=options.input)
+    graph = trace(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)
+    if options.json:
+        print(json.dumps(graph.to_json()))
+        return
+    from rich.console import Console
+
+    from torchsurgeon.report import graph_table
+
+    Console().print(graph_table(graph))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    import torch
+
+    from torchsurgeon import serve
+    from torchsurgeon.profile import profile
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    serve.run(
+        _pairs(options.models),
+        options.host,
+        options.port,
+        weights=_pairs(options.weights),
+        input_specs=_pairs(options.input),
+        seed=options.seed,
+        max_batch=options.max_batch,
+        profiler=lambda graph: profile(graph).to_json(),
+    )
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise TorchSurgeonError(f"{text!r} is not NAME=VALUE")
+        if name in pairs:
+            raise TorchSurgeonError(f"the name {name!r} is given twice")
+        pairs[name] = value
+    return pairs
+
+
+def _link(options: argparse.Namespace) -> None:
+    from torchsurgeon.emulate import LinkEmulator, parse_profile
+
+    host, colon, port = options.to.rpartition(":")
+    if not colon or not port.isdigit():
+        raise TorchSurgeonError(f"--to {options.to!r} is not HOST:PORT")
+    link = parse_profile(options.profile)
+    emulator = LinkEmulator(options.listen, host.strip("[]"), int(port), link)
+    print(f"ready: {link}; listening on {emulator.host}:{emulator.port}, to {options.to}", flush=True)
+    emulator.run()
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from torchsurgeon.demo import run
+
+    run(options.out, slow=options.slow, repeats=options.repeats)

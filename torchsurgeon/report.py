@@ -1,0 +1,212 @@
+"""Tables for the terminal and pictures for people. Converts units for printing; computes nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from torchsurgeon.errors import TorchSurgeonError
+from torchsurgeon.graph import LayerGraph
+from torchsurgeon.plan import Estimate
+from torchsurgeon.profile import LayerProfile
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_BARS = 28
+
+
+def bytes_text(size_bytes: float) -> str:
+    """Return a size for people, in decimal units."""
+    return _scaled(size_bytes, "B", 1000)
+
+
+def flops_text(flops: float) -> str:
+    """Return a number of floating-point operations for people."""
+    return _scaled(flops, "FLOP", 1000)
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration for people, in milliseconds or seconds."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+
+
+def _scaled(value: float, unit: str, base: int) -> str:
+    if value < base:
+        return f"{value:g} {unit}"
+    power = min(int(math.log(value, base)), 4)
+    return f"{value / base**power:.3g} {' kMGT'[power]}{unit}"
+
+
+def graph_table(graph: LayerGraph) -> Table:
+    """Return the layers of a graph, and what crosses when it is cut after each."""
+    table = Table(
+        title=f"{type(graph.model).__name__}: {len(graph.layers)} layers, {len(graph.points)} partition points",
+        caption=(
+            "FLOPs count multiply and add as two, as PyTorch's flop counter does. N is the batch size; bytes are for "
+            f"N={graph.batch}. Crosses: what is sent when this is the last layer on the device."
+        ),
+    )
+    table.add_column("#", justify="right")
+    table.add_column("layer", overflow="fold")
+    table.add_column("type")
+    table.add_column("output", overflow="fold")
+    table.add_column("compute", justify="right")
+    table.add_column("weights", justify="right")
+    table.add_column("crosses", justify="right")
+    table.add_column("as", overflow="fold")
+    points = {point.index: point for point in graph.points}
+    start = points[0]
+    table.add_row("0", "(all on the server)", "", "", "", "", bytes_text(start.size_bytes), _tensor_list(graph, 0))
+    for layer in graph.layers:
+        index = layer.index + 1
+        table.add_row(
+            str(index),
+            layer.name,
+            layer.type,
+            "\n".join(_shape(spec) for spec in layer.outputs),
+            flops_text(layer.flops) if layer.flops else "",
+            bytes_text(layer.parameter_bytes) if layer.parameter_bytes else "",
+            bytes_text(points[index].size_bytes) if index in points else "no cut",
+            _tensor_list(graph, index) if index in points else "",
+        )
+    return table
+
+
+def _tensor_list(graph: LayerGraph, index: int) -> str:
+    point = graph.point(index)
+    if index == len(graph.layers):
+        return "nothing: all on the device"
+    own = graph.layers[index - 1].name if index else ""
+    names = [spec.name for spec in point.tensors]
+    return "" if names == [own] else ", ".join(names)
+
+
+def _shape(spec: object) -> str:
+    return str(spec).rpartition(" ")[2]
+
+
+def profile_table(graph: LayerGraph, profile: LayerProfile) -> Table:
+    """Return the measured time of each layer, with quartiles and its share."""
+    table = Table(title=f"{profile.model} on {profile.provenance.get('device', 'an unnamed device')}")
+    for name in ("#", "layer", "type"):
+        table.add_column(name)
+    for name in ("median", "quartiles", "share"):
+        table.add_column(name, justify="right")
+    low, high = profile.quartiles_s()
+    total_s = profile.layer_s.sum()
+    for layer, median_s, low_s, high_s in zip(graph.layers, profile.layer_s, low, high, strict=True):
+        table.add_row(
+            str(layer.index + 1),
+            layer.name,
+            layer.type,
+            seconds_text(median_s),
+            f"{seconds_text(low_s)} … {seconds_text(high_s)}",
+            f"{median_s / total_s:.1%}",
+        )
+    return table
+
+
+def estimate_table(estimates: Sequence[Estimate], chosen: Estimate) -> Table:
+    """Return the predicted latency of the two ends, the chosen point, and the best others."""
+    others = sorted((e for e in estimates[1:-1] if e is not chosen), key=lambda e: e.latency_s)[:5]
+    table = Table(title="Predicted latency by partition point")
+    for name in ("cut after", "sent", "head", "uplink", "tail", "downlink", "latency"):
+        table.add_column(name, justify="left" if name == "cut after" else "right")
+    rows = sorted({e.point.index: e for e in (estimates[0], chosen, *others, estimates[-1])}.items())
+    for _, e in rows:
+        times = [seconds_text(t) if t else "–" for t in (e.head_s, e.uplink_s, e.tail_s, e.downlink_s, e.latency_s)]
+        sent = bytes_text(e.point.size_bytes) if e.uplink_s else "–"
+        star = "★ " if e is chosen else ""
+        table.add_row(star + point_text(e, estimates), sent, *times, style="bold" if e is chosen else None)
+    return table
+
+
+def point_text(chosen: Estimate, estimates: Sequence[Estimate]) -> str:
+    """Return where an estimate cuts, in words."""
+    if chosen.point.index == 0:
+        return "all on server"
+    if chosen.point.index == estimates[-1].point.index:
+        return "all on device"
+    return chosen.point.name
+
+
+def layer_picture(
+    graph: LayerGraph, profiles: Iterable[tuple[str, LayerProfile]], stars: Sequence[tuple[str, int]], path: str | Path
+) -> None:
+    """Draw each layer's latency on each device as bars, the size of what crosses after it as a line, and a star for each
+    named partition index, into a PNG (or what ``path`` ends in).
+
+    Runs of layers are drawn together when there are more than fit. Raises
+    :class:`~torchsurgeon.errors.TorchSurgeonError` when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TorchSurgeonError(f"drawing needs matplotlib ({error}): pip install 'torchsurgeon[plot]'") from None
+    groups = _groups(graph, [index for _, index in stars])
+    labels = ["input"] + [_label([graph.layers[i].name for i in g]) for g in groups]
+    x = np.arange(len(labels))
+    figure = Figure(figsize=(max(8.0, 0.42 * len(labels) + 3), 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    times = figure.add_subplot()
+    named = list(profiles)
+    width = 0.8 / len(named)
+    for n, (name, profile) in enumerate(named):
+        heights = [0.0] + [float(profile.layer_s[g].sum()) * 1e3 for g in groups]
+        color = (_BLUE, _GREEN, "#CC79A7")[n % 3]
+        times.bar(x + (n - (len(named) - 1) / 2) * width, heights, width, label=f"latency, {name}", color=color)
+    times.set_ylabel("latency of the layer (ms)")
+    times.set_xticks(x, labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    times.set_xlim(-0.7, len(labels) - 0.3)
+    sizes = times.twinx()
+    points = {point.index: point.size_bytes for point in graph.points}
+    ends = [0] + [g[-1] + 1 for g in groups]
+    kilobytes = [points.get(end, math.nan) / 1e3 for end in ends]
+    sizes.plot(x, kilobytes, color=_ORANGE, marker="o", markersize=4, label="data that crosses after it")
+    sizes.set_yscale("log")
+    sizes.set_ylabel("size of what crosses (kB, logarithmic)")
+    for n, (name, index) in enumerate(stars):
+        at = ends.index(index)
+        sizes.plot(at, kilobytes[at], "*", markersize=18 + 5 * (len(stars) - n), color=_RED, alpha=0.9, markeredgecolor="white")
+        sizes.annotate(
+            name, (at, kilobytes[at]), xytext=(0, 14 + 12 * n), textcoords="offset points", ha="center", color=_RED, fontsize=9
+        )
+    low, high = sizes.get_ylim()
+    sizes.set_ylim(low, high * 4)
+    handles = [*times.get_legend_handles_labels()[0], *sizes.get_legend_handles_labels()[0]]
+    times.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(handles), frameon=False)
+    times.set_title(f"{type(graph.model).__name__}: where time goes and what would cross", pad=34)
+    figure.savefig(path, dpi=130)
+
+
+def _groups(graph: LayerGraph, keep: Sequence[int]) -> list[list[int]]:
+    """Split the layers into at most about ``_BARS`` runs, along modules; a run ends at every index in ``keep``."""
+    count = len(graph.layers)
+    if count <= _BARS:
+        return [[i] for i in range(count)]
+    for depth in (3, 2, 1):
+        groups: list[list[int]] = []
+        previous = None
+        for layer in graph.layers:
+            prefix = layer.name.split(".")[:depth]
+            if groups and prefix == previous and layer.index not in keep:
+                groups[-1].append(layer.index)
+            else:
+                groups.append([layer.index])
+            previous = prefix
+        if len(groups) <= _BARS or depth == 1:
+            break
+    return groups
+
+
+def _label(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    parts = [name.split(".") for name in names]
+    shared = [p[0] for p in zip(*parts, strict=False) if len(set(p)) == 1]
+    return ".".join(shared) or f"{names[0]} … {names[-1]}"
