@@ -15,7 +15,11 @@
     └── ServerError                the server's side of an inference did not give an answer
         ├── ServerUnavailableError nothing answered in time: down, slow, or gone in mid-answer (also a ConnectionError)
         ├── RequestRefusedError    the server answered with an error status; ``status`` holds it
-        └── ModelMismatchError     the two sides hold different graphs or weights
+        ├── ModelMismatchError     the two sides hold different graphs or weights
+        └── ModelServingError      raised inside a server; its clients see RequestRefusedError
+            ├── ModelNotServedError    a model or version the server does not have
+            ├── ModelNotReadyError     a model that still loads, or could not be loaded
+            └── ModelFailedError       the model itself raised while it ran
 
 A message names the value that is wrong, says why, and what to do about it.
 """
@@ -81,3 +85,19 @@ class RequestRefusedError(ServerError):
 
 class ModelMismatchError(ServerError):
     """The two sides hold different graphs or different weights."""
+
+
+class ModelServingError(ServerError):
+    """Raised inside a server; its clients see :class:`RequestRefusedError`."""
+
+
+class ModelNotServedError(ModelServingError):
+    """A model or version that the server does not have."""
+
+
+class ModelNotReadyError(ModelServingError):
+    """A model that is still loading, or could not be loaded."""
+
+
+class ModelFailedError(ModelServingError):
+    """The model itself raised while it ran."""
