@@ -111,6 +111,13 @@ def test_tensors_that_are_not_dense_are_sent_row_major() -> None:
         assert received.is_contiguous()
 
 
+def test_a_client_that_does_not_know_dim_order_is_answered_row_major() -> None:
+    tensor = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    message = wire.encode_response("m", "1", {"y": tensor}, dim_order=False)
+    assert b"dim_order" not in message.buffers[0]
+    assert torch.equal(wire.decode_response(joined(message), message.header_bytes).tensors["y"], tensor)
+
+
 def test_encoding_copies_no_dense_tensor() -> None:
     plain = torch.zeros(2, 3, 8, 8)
     last = torch.zeros(2, 3, 8, 8).to(memory_format=torch.channels_last)

@@ -29,7 +29,7 @@ class TensorDigest:
 
 @dataclass(frozen=True)
 class WeightDigests:
-    """Digests of all parameters and buffers by name (shared ones under each name), and ``combined`` over all of them."""
+    """Digests of all parameters and buffers by name (shared ones under each name), and ``combined`` over all."""
 
     tensors: Mapping[str, TensorDigest]
     combined: str

@@ -8,7 +8,8 @@ bits, by alignment.
 
 A tensor whose dimensions are stored in another order than row-major (``channels_last`` and the like) travels as its
 physical memory with the tensor parameter ``"dim_order"``: the permutation from the outermost to the innermost
-dimension. Servers that do not know the parameter are sent contiguous tensors by calling ``.contiguous()`` first.
+dimension. A request says with the parameter ``"dim_order": true`` that its sender understands the same in the answer;
+others get row-major answers.
 
 Specification: https://github.com/kserve/open-inference-protocol and the binary tensor data extension of
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
@@ -67,11 +68,15 @@ class RequestedOutput:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A decoded request. ``outputs`` is empty when the client wants all of them, in the form ``binary_output`` says."""
+    """A decoded request. ``outputs`` is empty when the client wants all of them, in the form ``binary_output`` says.
+
+    ``dim_order`` says that the client understands the tensor parameter of that name in the answer.
+    """
 
     tensors: dict[str, Tensor]
     outputs: tuple[RequestedOutput, ...] = ()
     binary_output: bool = False
+    dim_order: bool = False
     request_id: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
@@ -129,8 +134,8 @@ def encode_request(
     header: dict[str, Any] = {}
     if request_id is not None:
         header["id"] = request_id
-    header["parameters"] = {**(parameters or {}), "binary_data_output": True}
-    header["inputs"], views = _encode_tensors(tensors, None)
+    header["parameters"] = {**(parameters or {}), "binary_data_output": True, "dim_order": True}
+    header["inputs"], views = _encode_tensors(tensors, (), True)
     if outputs:
         header["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
     return _message(header, views)
@@ -142,10 +147,13 @@ def encode_response(
     tensors: Mapping[str, Tensor],
     *,
     as_json: Collection[str] = (),
+    dim_order: bool = True,
     request_id: str | None = None,
     parameters: Mapping[str, Any] | None = None,
 ) -> Encoded:
     """Encode an answer. Outputs named in ``as_json`` are written as JSON numbers, the others as bytes.
+
+    Without ``dim_order`` every tensor is sent row-major, for clients that do not know that parameter.
 
     Raises ProtocolError when an output to be written as JSON holds NaN or infinity, which JSON cannot say.
     """
@@ -154,7 +162,7 @@ def encode_response(
         header["id"] = request_id
     if parameters:
         header["parameters"] = dict(parameters)
-    header["outputs"], views = _encode_tensors(tensors, as_json)
+    header["outputs"], views = _encode_tensors(tensors, as_json, dim_order)
     return _message(header, views)
 
 
@@ -176,7 +184,8 @@ def decode_request(body: Buffer, header_bytes: int | None = None) -> InferReques
     if len({output.name for output in outputs}) != len(outputs):
         raise ProtocolError("the same output is asked for twice; list each output once")
     tensors = _decode_tensors(_entries(header, "inputs", required=True), "input", payload)
-    return InferRequest(tensors, tuple(outputs), default, _request_id(header), parameters)
+    understands = _flag(parameters, "dim_order", "the request", False)
+    return InferRequest(tensors, tuple(outputs), default, understands, _request_id(header), parameters)
 
 
 def decode_response(body: Buffer, header_bytes: int | None = None) -> InferResponse:
@@ -225,7 +234,7 @@ def _message(header: dict[str, Any], views: list[memoryview]) -> Encoded:
 
 
 def _encode_tensors(
-    tensors: Mapping[str, Tensor], as_json: Collection[str] | None
+    tensors: Mapping[str, Tensor], as_json: Collection[str], dim_order: bool
 ) -> tuple[list[dict[str, Any]], list[memoryview]]:
     entries: list[dict[str, Any]] = []
     views: list[memoryview] = []
@@ -235,10 +244,10 @@ def _encode_tensors(
             "datatype": datatype_of(tensor.dtype),
             "shape": list(tensor.shape),
         }
-        if as_json is not None and name in as_json:
+        if name in as_json:
             entry["data"] = tensor.detach().reshape(-1).tolist()
         else:
-            order, physical = _physical(tensor)
+            order, physical = _physical(tensor if dim_order else tensor.contiguous())
             entry["parameters"] = {"binary_data_size": physical.numel() * physical.element_size()}
             if order is not None:
                 entry["parameters"]["dim_order"] = order

@@ -1,0 +1,9 @@
+"""The tail server: holds models, and runs whatever part of one turns the tensors it is sent into the output."""
+
+from __future__ import annotations
+
+from torchsurgeon.serve.app import TailApp, create_app
+from torchsurgeon.serve.registry import ModelRegistry, ServedModel
+from torchsurgeon.serve.server import Server, run
+
+__all__ = ["ModelRegistry", "ServedModel", "Server", "TailApp", "create_app", "run"]

@@ -1,0 +1,361 @@
+"""The models a server holds, the tails cut from them on the spot, and the threads that run them."""
+
+from __future__ import annotations
+
+import difflib
+import queue
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchsurgeon import specs, wire
+from torchsurgeon.cut import tail_for
+from torchsurgeon.errors import (
+    ModelFailedError,
+    ModelNotReadyError,
+    ModelNotServedError,
+    ProtocolError,
+    SpecError,
+    TorchSurgeonError,
+)
+from torchsurgeon.fingerprint import weight_digests
+from torchsurgeon.graph import LayerGraph, TensorSpec, trace
+
+T = TypeVar("T")
+
+Profiler = Callable[[LayerGraph], dict[str, Any]]
+State = Literal["loading", "ready", "failed"]
+
+# JSON numbers take up to eight times the bytes of the value they stand for ("255, " for a uint8).
+JSON_FACTOR = 8
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Worker:
+    """One thread that runs what it is given, in order. A model has one, so its layers never run concurrently."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def close(self) -> None:
+        """Let what is queued finish, then end the thread."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            future, job = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = job()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            # The thread must not keep the last request's buffers while it waits for the next.
+            del item, future, job
+            result = None
+
+
+class Tails:
+    """The tails cut so far, by the names that they take; the least recently used are dropped beyond ``capacity``."""
+
+    def __init__(self, graph: LayerGraph, capacity: int) -> None:
+        self._graph = graph
+        self._capacity = capacity
+        self._tails: OrderedDict[tuple[str, ...], nn.Module] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._tails)
+
+    def get(self, names: tuple[str, ...]) -> nn.Module:
+        """The tail for ``names``, cut now if it was never asked for. Raises PartitionError."""
+        with self._lock:
+            tail = self._tails.get(names)
+            if tail is not None:
+                self._tails.move_to_end(names)
+                return tail
+        tail = tail_for(self._graph, names)
+        with self._lock:
+            self._tails[names] = tail
+            while len(self._tails) > self._capacity:
+                self._tails.popitem(last=False)
+        return tail
+
+
+@dataclass(frozen=True)
+class Received:
+    """A request's body as it came, and how long it took to come."""
+
+    body: memoryview
+    header_bytes: int | None
+    receive_s: float
+    arrived_s: float
+
+
+class ServedModel:
+    """A loaded model: its graph, its tails and its thread."""
+
+    versions = ("1",)
+
+    def __init__(
+        self,
+        name: str,
+        graph: LayerGraph,
+        *,
+        max_batch: int = 64,
+        max_tails: int = 64,
+        profiler: Profiler | None = None,
+        source: str = "",
+    ) -> None:
+        self.name = name
+        self.graph = graph
+        self.source = source
+        self.max_batch = max_batch if graph.batch_free else graph.batch
+        self.max_tensor_bytes = max(
+            sum(spec.size_bytes_at(self.max_batch) for spec in point.tensors) for point in graph.points
+        )
+        self.tails = Tails(graph, max_tails)
+        self.worker = Worker(f"torchsurgeon-{name}")
+        self._profiler = profiler
+        self._once = threading.Lock()
+        self._fingerprint: dict[str, Any] | None = None
+        self._profile: dict[str, Any] | None = None
+
+    def max_body_bytes(self, *, binary: bool) -> int:
+        """The largest request body there can be: the widest boundary at ``max_batch``, and a header."""
+        return self.max_tensor_bytes * (1 if binary else JSON_FACTOR) + wire.MAX_HEADER_BYTES
+
+    def metadata(self) -> dict[str, Any]:
+        """The protocol's model metadata; the batch dimension is -1."""
+        return {
+            "name": self.name,
+            "versions": list(self.versions),
+            "platform": "torchsurgeon",
+            "inputs": [_tensor_metadata(spec) for spec in self.graph.inputs],
+            "outputs": [_tensor_metadata(spec) for spec in self.graph.outputs],
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Graph and weight digests, computed once."""
+        with self._once:
+            if self._fingerprint is None:
+                digests = weight_digests(self.graph.model)
+                self._fingerprint = {"graph": self.graph.fingerprint, "torch": torch.__version__, **digests.to_json()}
+            return self._fingerprint
+
+    def profile(self) -> dict[str, Any]:
+        """The server's layer profile, measured once, in the worker thread. Raises ModelNotServedError without a profiler."""
+        if self._profiler is None:
+            raise ModelNotServedError(f"this server does not profile model {self.name!r}")
+        if self._profile is None:
+            with torch.no_grad():
+                self._profile = self._profiler(self.graph)
+        return self._profile
+
+    def answer(self, request: Received) -> wire.Encoded:
+        """Decode, run and encode one request, in the worker thread.
+
+        Raises ProtocolError or PartitionError for a request that is wrong, ModelFailedError when the model fails.
+        """
+        started_s = time.perf_counter()
+        decoded = wire.decode_request(request.body, request.header_bytes)
+        wanted = self._wanted(decoded)
+        names = tuple(sorted(decoded.tensors))
+        check_tensors(self.graph, decoded.tensors, self.max_batch)
+        tail = self.tails.get(names)
+        decoded_s = time.perf_counter()
+        try:
+            with torch.no_grad():
+                outputs = self.graph.flatten_output(tail(*[decoded.tensors[name] for name in names]))
+        except Exception as error:
+            raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {error}") from error
+        computed_s = time.perf_counter()
+        if wanted:
+            outputs = {name: outputs[name] for name in wanted}
+            as_json = [name for name, binary in wanted.items() if not binary]
+        else:
+            as_json = [] if decoded.binary_output else list(outputs)
+        parameters = {
+            "receive_s": _micro(request.receive_s),
+            "queue_s": _micro(started_s - request.arrived_s),
+            "decode_s": _micro(decoded_s - started_s),
+            "compute_s": _micro(computed_s - decoded_s),
+        }
+        return wire.encode_response(
+            self.name,
+            self.versions[0],
+            outputs,
+            as_json=as_json,
+            dim_order=decoded.dim_order,
+            request_id=decoded.request_id,
+            parameters=parameters,
+        )
+
+    def close(self) -> None:
+        self.worker.close()
+
+    def _wanted(self, request: wire.InferRequest) -> dict[str, bool]:
+        known = [spec.name for spec in self.graph.outputs]
+        for output in request.outputs:
+            if output.name not in known:
+                raise ProtocolError(f"model {self.name!r} has no output {output.name!r}; it has {', '.join(known)}")
+        return {output.name: output.binary for output in request.outputs}
+
+
+class ModelRegistry:
+    """Models by name. Thread-safe. ``profiler`` turns a graph into the JSON that ``…/profile`` answers with."""
+
+    def __init__(self, *, max_batch: int = 64, max_tails: int = 64, profiler: Profiler | None = None) -> None:
+        self.max_batch = max_batch
+        self.max_tails = max_tails
+        self._profiler = profiler
+        self._models: dict[str, ServedModel | State] = {}
+        self._reasons: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def announce(self, name: str) -> None:
+        """Say that a model will be loaded; until then it answers "not ready". Raises SpecError for an unusable name."""
+        if not _NAME.fullmatch(name):
+            raise SpecError(f"{name!r} cannot be a model's name; use letters, digits, '.', '_' and '-'")
+        with self._lock:
+            if isinstance(self._models.get(name), ServedModel):
+                raise SpecError(f"a model named {name!r} is already served; choose another name")
+            self._models[name] = "loading"
+
+    def add(
+        self,
+        name: str,
+        model: nn.Module,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        source: str = "",
+    ) -> ServedModel:
+        """Trace ``model`` with the example arguments and serve it. Raises TraceError or SpecError."""
+        self.announce(name)
+        try:
+            graph = trace(model, *args, **(kwargs or {}))
+            served = ServedModel(
+                name,
+                graph,
+                max_batch=self.max_batch,
+                max_tails=self.max_tails,
+                profiler=self._profiler,
+                source=source,
+            )
+        except TorchSurgeonError as error:
+            self._fail(name, error)
+            raise
+        with self._lock:
+            self._models[name] = served
+        return served
+
+    def load(self, name: str, spec: str, **options: Any) -> ServedModel:
+        """Load a SPEC (options as :func:`torchsurgeon.specs.load`) and serve it. Raises SpecError or TraceError."""
+        self.announce(name)
+        try:
+            loaded = specs.load(spec, **options)
+        except TorchSurgeonError as error:
+            self._fail(name, error)
+            raise
+        return self.add(name, loaded.model, loaded.args, loaded.kwargs, source=loaded.source)
+
+    def names(self) -> list[str]:
+        return sorted(self._models)
+
+    def ready(self) -> bool:
+        """True when every announced model is loaded."""
+        return all(isinstance(model, ServedModel) for model in list(self._models.values()))
+
+    def get(self, name: str, version: str | None = None) -> ServedModel:
+        """The model. Raises ModelNotServedError or ModelNotReadyError."""
+        model = self._models.get(name)
+        if model is None:
+            near = difflib.get_close_matches(name, self._models, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; served are {', '.join(self.names()) or 'none'}"
+            raise ModelNotServedError(f"model {name!r} is not served{hint}")
+        if model == "failed":
+            raise ModelNotReadyError(f"model {name!r} could not be loaded: {self._reasons.get(name, '')}")
+        if not isinstance(model, ServedModel):
+            raise ModelNotReadyError(f"model {name!r} is still loading; try again")
+        if version is not None and version not in model.versions:
+            raise ModelNotServedError(f"model {name!r} has no version {version!r}; it has {', '.join(model.versions)}")
+        return model
+
+    def close(self) -> None:
+        """End the models' threads."""
+        with self._lock:
+            models, self._models = list(self._models.values()), {}
+        for model in models:
+            if isinstance(model, ServedModel):
+                model.close()
+
+    def _fail(self, name: str, error: Exception) -> None:
+        with self._lock:
+            self._models[name] = "failed"
+            self._reasons[name] = str(error)
+
+
+def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: int) -> None:
+    """Refuse tensors whose dtype or shape the graph does not have, or that disagree about the batch size.
+
+    Names the graph does not know are left to ``tail_for``. Raises ProtocolError.
+    """
+    batch: int | None = None
+    decided_by = ""
+    for name, tensor in tensors.items():
+        spec = graph.values.get(name)
+        if spec is None:
+            continue
+        if tensor.dtype != spec.dtype:
+            raise ProtocolError(
+                f"tensor {name!r} is {wire.datatype_of(tensor.dtype)}; the model has {wire.datatype_of(spec.dtype)} there"
+            )
+        shape = tuple(tensor.shape)
+        own = _batch_of(spec, shape)
+        if own is None or own > max_batch:
+            problem = f" in a batch of at most {max_batch}" if any(spec.batch_step) else ""
+            raise ProtocolError(
+                f"tensor {name!r} has shape {list(shape)}; the model has {list(spec.wire_shape)} there{problem}"
+            )
+        if any(spec.batch_step):
+            if batch is not None and own != batch:
+                raise ProtocolError(f"tensor {name!r} is a batch of {own}, but {decided_by!r} is a batch of {batch}")
+            batch, decided_by = own, name
+
+
+def _batch_of(spec: TensorSpec, shape: tuple[int, ...]) -> int | None:
+    """The batch size a shape stands for (the example's where it does not depend on it), None if it fits none."""
+    if len(shape) != len(spec.shape):
+        return None
+    batch = spec.example_batch
+    for size, example, step in zip(shape, spec.shape, spec.batch_step, strict=True):
+        if step:
+            batch = spec.example_batch + (size - example) // step
+            break
+    return batch if batch >= 1 and spec.at_batch(batch) == shape else None
+
+
+def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": wire.datatype_of(spec.dtype), "shape": list(spec.wire_shape)}
+
+
+def _micro(seconds: float) -> float:
+    return round(seconds, 6)

@@ -1,0 +1,190 @@
+"""Running the application under uvicorn: in a thread (:class:`Server`), or as the process's job (:func:`run`)."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import uvicorn
+
+from torchsurgeon.errors import ServerError, TorchSurgeonError
+from torchsurgeon.serve.app import create_app
+from torchsurgeon.serve.memory import retain_freed_memory
+from torchsurgeon.serve.protocol import InPlaceProtocol
+from torchsurgeon.serve.registry import ModelRegistry, Profiler
+
+_KEEP_ALIVE_S = 75
+_MAX_CONNECTIONS = 512
+_START_S = 10.0
+
+
+class Server:
+    """An ASGI application served from a thread, for tests, demos and notebooks.
+
+    A context manager: ``with Server(app) as server: … server.url``. Port 0 takes a free one. Raises ServerError when the
+    address cannot be listened on. ``in_place=False`` uses uvicorn's own protocol, which copies bodies.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        ssl_certfile: str | None = None,
+        ssl_keyfile: str | None = None,
+        in_place: bool = True,
+    ) -> None:
+        self.host = host
+        self._socket = listen(host, port)
+        self.port: int = self._socket.getsockname()[1]
+        self.url = _url("https" if ssl_certfile else "http", host, self.port)
+        config = _config(app, in_place=in_place, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
+        self._server = uvicorn.Server(config)
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> Server:
+        """Start serving; returns once requests are taken."""
+        if self._thread is None:
+            arguments = {"sockets": [self._socket]}
+            self._thread = threading.Thread(
+                target=self._server.run, kwargs=arguments, name="torchsurgeon-serve", daemon=True
+            )
+            self._thread.start()
+            end_s = time.monotonic() + _START_S
+            while not self._server.started:
+                if not self._thread.is_alive() or time.monotonic() > end_s:
+                    raise ServerError(f"the server at {self.url} did not start; its log says why")
+                time.sleep(0.005)
+        return self
+
+    def stop(self) -> None:
+        """Stop serving and close every connection. Stopping twice is harmless."""
+        self._server.should_exit = self._server.force_exit = True
+        if self._thread is not None:
+            self._thread.join()
+        self._socket.close()
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def run(
+    models: Mapping[str, str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    weights: Mapping[str, str] | None = None,
+    input_specs: Mapping[str, str] | None = None,
+    seed: int = 0,
+    max_batch: int = 64,
+    profiler: Profiler | None = None,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Serve models (name to SPEC) until interrupted; the process is then a server and nothing else.
+
+    The port answers at once, with 503 for models that still load; ``say`` (by default ``print``) is given the line that
+    tells they are ready. ``weights`` and ``input_specs`` are by model name, as in :func:`torchsurgeon.specs.load`.
+    Raises ServerError when the address is taken, SpecError or TraceError when a model cannot be loaded.
+    """
+    tell = say or (lambda line: print(line, flush=True))
+    if not is_loopback(host):
+        warnings.warn(
+            f"listening on {host}: everyone who can reach this address can run the models and read their weights' digests; "
+            "nothing is encrypted or authenticated",
+            stacklevel=2,
+        )
+    retain_freed_memory()
+    registry = ModelRegistry(max_batch=max_batch, profiler=profiler)
+    for name in models:
+        registry.announce(name)
+    bound = listen(host, port)
+    url = _url("http", host, bound.getsockname()[1])
+    server = uvicorn.Server(_config(create_app(registry), in_place=True))
+    failures: list[TorchSurgeonError] = []
+
+    def load() -> None:
+        try:
+            for name, spec in models.items():
+                started_s = time.perf_counter()
+                served = registry.load(
+                    name,
+                    spec,
+                    weights=(weights or {}).get(name),
+                    input_spec=(input_specs or {}).get(name),
+                    seed=seed,
+                )
+                tell(
+                    f"loaded {name} from {served.source} in {time.perf_counter() - started_s:.1f} s: "
+                    f"{len(served.graph.layers)} layers, {len(served.graph.points)} partition points"
+                )
+            tell(f"ready: serving {', '.join(models)} at {url}")
+        except TorchSurgeonError as error:
+            failures.append(error)
+            server.should_exit = True
+
+    threading.Thread(target=load, name="torchsurgeon-load", daemon=True).start()
+    try:
+        server.run(sockets=[bound])
+    finally:
+        bound.close()
+        registry.close()
+    if failures:
+        raise failures[0]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening-ready socket. Raises ServerError saying what to do when the address cannot be had."""
+    bound: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        if bound is not None:
+            bound.close()
+        raise ServerError(f"cannot listen on {host}:{port}: {error}; choose another port or host") from error
+    return bound
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _config(
+    app: Any, *, in_place: bool, ssl_certfile: str | None = None, ssl_keyfile: str | None = None
+) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=InPlaceProtocol if in_place else "httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        limit_concurrency=_MAX_CONNECTIONS,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+    )
