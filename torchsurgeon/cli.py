@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="everything on this machine, over emulated links")
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures and the results")
-    demo.add_argument("--slow", type=float, default=8.0, metavar="FACTOR", help="how much slower the device is than this machine")
+    demo.add_argument("--slow", type=float, default=10.0, metavar="FACTOR", help="how much slower the device is than this machine")
     demo.add_argument("--repeats", type=int, default=5, help="inferences measured in each setting")
     demo.set_defaults(run=_demo)
 

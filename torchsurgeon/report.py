@@ -135,10 +135,14 @@ def point_text(chosen: Estimate, estimates: Sequence[Estimate]) -> str:
 
 
 def layer_picture(
-    graph: LayerGraph, profiles: Iterable[tuple[str, LayerProfile]], stars: Sequence[tuple[str, int]], path: str | Path
+    title: str,
+    graph: LayerGraph,
+    profiles: Iterable[tuple[str, LayerProfile]],
+    stars: Sequence[tuple[str, int]],
+    path: str | Path,
 ) -> None:
     """Draw each layer's latency on each device as bars, the size of what crosses after it as a line, and a star for each
-    named partition index, into a PNG (or what ``path`` ends in).
+    named partition index, into a PNG (or whatever format ``path`` ends in).
 
     Runs of layers are drawn together when there are more than fit. Raises
     :class:`~torchsurgeon.errors.TorchSurgeonError` when matplotlib is not installed.
@@ -170,17 +174,24 @@ def layer_picture(
     sizes.plot(x, kilobytes, color=_ORANGE, marker="o", markersize=4, label="data that crosses after it")
     sizes.set_yscale("log")
     sizes.set_ylabel("size of what crosses (kB, logarithmic)")
-    for n, (name, index) in enumerate(stars):
+    for name, index in stars:
         at = ends.index(index)
-        sizes.plot(at, kilobytes[at], "*", markersize=18 + 5 * (len(stars) - n), color=_RED, alpha=0.9, markeredgecolor="white")
+        sizes.plot(at, kilobytes[at], "*", markersize=22, color=_RED, markeredgecolor="white")
         sizes.annotate(
-            name, (at, kilobytes[at]), xytext=(0, 14 + 12 * n), textcoords="offset points", ha="center", color=_RED, fontsize=9
+            name,
+            (at, kilobytes[at]),
+            xytext=(0, 16),
+            textcoords="offset points",
+            ha="center",
+            color=_RED,
+            fontweight="bold",
+            bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
         )
     low, high = sizes.get_ylim()
-    sizes.set_ylim(low, high * 4)
+    sizes.set_ylim(low / 2, high * 4)
     handles = [*times.get_legend_handles_labels()[0], *sizes.get_legend_handles_labels()[0]]
     times.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(handles), frameon=False)
-    times.set_title(f"{type(graph.model).__name__}: where time goes and what would cross", pad=34)
+    times.set_title(f"{title}: where time goes and what would cross", pad=34)
     figure.savefig(path, dpi=130)
 
 

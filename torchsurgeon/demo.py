@@ -1,0 +1,308 @@
+"""The main job on one machine: a server, an emulated link and a device, each in a process of its own.
+
+A photograph goes through AlexNet and ResNet-18 entirely on the device, entirely on the server, and split where the
+plan says, over 3G, LTE and Wi-Fi. The device is this process, made slower by a factor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+from torchsurgeon.emulate import SlowDevice
+from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.link import PRESETS
+from torchsurgeon.module import SplitModule, measure_link
+from torchsurgeon.plan import Estimate
+from torchsurgeon.profile import LayerProfile, profile
+from torchsurgeon.report import bytes_text, estimate_table, layer_picture, point_text, seconds_text
+from torchsurgeon.structure import flatten
+from torchsurgeon.transport import HttpTransport
+
+MODELS = ("alexnet", "resnet18")
+_START_S = 120.0
+_WHERE = ("device", "server", "split")
+
+
+class Photograph(nn.Module):
+    """A classifier on a photograph as a camera gives it: ``uint8[N, 3, H, W]`` in, class scores out.
+
+    Scaling and normalization (ImageNet's mean and deviation) are part of the model, so that "all on the server" sends bytes.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, photo: torch.Tensor) -> torch.Tensor:
+        return self.classifier((photo.float() / 255 - self.mean) / self.deviation)  # type: ignore[no-any-return, operator]
+
+
+def alexnet() -> tuple[nn.Module, torch.Tensor]:
+    """Return AlexNet on photographs, and an example."""
+    return _photograph("alexnet")
+
+
+def resnet18() -> tuple[nn.Module, torch.Tensor]:
+    """Return ResNet-18 on photographs, and an example."""
+    return _photograph("resnet18")
+
+
+def _photograph(name: str) -> tuple[nn.Module, torch.Tensor]:
+    from torchvision.models import get_model
+
+    weights = "DEFAULT" if os.environ.get(_WEIGHTS) == "downloaded" else None
+    return Photograph(get_model(name, weights=weights)).eval(), torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+
+
+_WEIGHTS = "TORCHSURGEON_DEMO_WEIGHTS"
+
+
+def download_weights() -> str:
+    """Fetch torchvision's weights if that is possible; return a sentence that says what is used."""
+    from torchvision.models import get_model
+
+    try:
+        for name in MODELS:
+            get_model(name, weights="DEFAULT", progress=False)
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        return f"Weights are random: torchvision's cannot be downloaded here ({reason}). Times and sizes are the same."
+    os.environ[_WEIGHTS] = "downloaded"
+    return "Weights are torchvision's own, trained on ImageNet."
+
+
+def photo() -> torch.Tensor:
+    """Return a real photograph (scikit-learn ships one), its middle at ``uint8[1, 3, 224, 224]``."""
+    from sklearn.datasets import load_sample_image
+
+    image = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None]
+    side = min(image.shape[-2:])
+    top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
+    square = image[..., top : top + side, left : left + side].float()
+    small = nn.functional.interpolate(square, size=(224, 224), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One setting's result: latencies in seconds (``measured_s`` a median, with its quartiles), and what was sent."""
+
+    model: str
+    link: str
+    where: str
+    cut: str
+    index: int
+    predicted_s: float
+    measured_s: float
+    low_s: float
+    high_s: float
+    sent_bytes: int
+    equal: bool
+
+
+def run(out: Path, *, slow: float = 10.0, repeats: int = 5, console: Console | None = None) -> list[Row]:
+    """Run the demo, print its table, write ``results.json`` and a picture a model into ``out``; return the rows.
+
+    ``slow`` is how many times slower than this machine the device is made to be.
+    """
+    console = console or Console()
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(download_weights(), style="dim")
+    rows: list[Row] = []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with contextlib.ExitStack() as stack, Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting the server", total=3 + len(MODELS) * len(PRESETS) * (3 * (repeats + 1)))
+
+        def step(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        specs = [f"{name}=torchsurgeon.demo:{name}" for name in MODELS]
+        server = stack.enter_context(_process("serve", *specs, "--port", "0", "--threads", "1"))
+        port = server(r"ready: .*:(\d+)")
+        links = {}
+        for name in PRESETS:
+            step(f"starting the {name} link")
+            link = stack.enter_context(_process("link", "--listen", "0", "--to", f"127.0.0.1:{port}", "--profile", name))
+            links[name] = "http://127.0.0.1:" + link(r"listening on [^ ]*:(\d+)")
+        image = photo()
+        for name in MODELS:
+            rows += _measure(name, image, links, f"http://127.0.0.1:{port}", slow, repeats, out, step, console)
+    console.print(_table(rows, slow))
+    (out / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    pictures = ", ".join(str(out / f"{name}.png") for name in MODELS)
+    console.print(f"Pictures: {pictures}; numbers: {out / 'results.json'}")
+    return rows
+
+
+def _measure(
+    name: str,
+    image: torch.Tensor,
+    links: dict[str, str],
+    server: str,
+    slow: float,
+    repeats: int,
+    out: Path,
+    step: Callable[[str], None],
+    console: Console,
+) -> list[Row]:
+    # The server makes its random weights from seed 0 as well.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, _ = globals()[name]()
+    with torch.no_grad():
+        truth = model(image)
+    device = SlowDevice(slow)
+    here: LayerProfile | None = None
+    there: LayerProfile | None = None
+    rows: list[Row] = []
+    stars: list[tuple[str, int]] = []
+    for link, url in links.items():
+        with SplitModule(
+            model, image, server=url, name=name, backend=device.wrap, device_profile=here, server_profile=there, timeout_s=60
+        ) as split:
+            if here is None:
+                here = profile(split.graph, inputs=[image]).scaled(slow)
+                with HttpTransport(server, 60) as direct:
+                    there = LayerProfile.from_json(direct.get_json(f"/v2/models/{name}/profile"))
+                split.device_profile, split.server_profile = here, there
+            with HttpTransport(url, 60) as probe:
+                split.link = measure_link(probe, name=link)
+            estimates = split.estimates()
+            chosen = min(estimates, key=lambda e: e.latency_s)
+            stars.append((f"{link}: {point_text(chosen, estimates)}", chosen.point.index))
+            if link == "lte":
+                lte = estimate_table(estimates, chosen)
+            for where, wanted in zip(_WHERE, (estimates[-1], estimates[0], chosen), strict=True):
+                what = f"{name} over {link}: {where}"
+                rows.append(_row(split, image, truth, (name, link, where), wanted, estimates, repeats, lambda w=what: step(w)))
+    layer_picture(name, split.graph, [(f"device (this machine, {slow:g}× slower)", here), ("server", there)], _merged(stars), out / f"{name}.png")  # type: ignore[list-item]
+    lte.title = f"{name} over LTE: predicted latency by partition point"
+    console.print(lte)
+    return rows
+
+
+def _merged(stars: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """One star a point, labelled with every link that chose it."""
+    by_point: dict[int, list[str]] = {}
+    for name, index in stars:
+        by_point.setdefault(index, []).append(name.partition(":")[0])
+    return [(", ".join(names), index) for index, names in by_point.items()]
+
+
+def _row(
+    split: SplitModule,
+    image: torch.Tensor,
+    truth: Any,
+    setting: tuple[str, str, str],
+    wanted: Estimate,
+    estimates: list[Estimate],
+    repeats: int,
+    step: Callable[[], None],
+) -> Row:
+    split.partition = wanted.point.index
+    equal = True
+    times = []
+    for repeat in range(repeats + 1):
+        answer = split(image)
+        equal &= all(torch.equal(a, b) for (_, a), (_, b) in zip(flatten(answer)[0], flatten(truth)[0], strict=True))
+        # The first inference opens the connection and makes the server build the tail.
+        if repeat and split.last is not None:
+            times.append(split.last.total_s)
+        step()
+    low_s, middle_s, high_s = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    sent = split.last.sent_bytes if split.last is not None else 0
+    cut = point_text(wanted, estimates)
+    return Row(*setting, cut, wanted.point.index, wanted.latency_s, middle_s, low_s, high_s, sent, equal)
+
+
+def _table(rows: list[Row], slow: float) -> Table:
+    table = Table(
+        title=f"One photograph, one machine; the device is {slow:g}× slower than the server, one thread each",
+        caption=(
+            "★ where the plan cuts. Measured: median, ± half the inter-quartile range. Speed-up: against the device alone. "
+            "Equal: every answer is bit for bit the model's own."
+        ),
+    )
+    for column in ("model", "link", "cut after"):
+        table.add_column(column, no_wrap=True)
+    for column in ("sent", "predicted", "measured", "speed-up", "equal"):
+        table.add_column(column, justify="right", no_wrap=True)
+    alone = {(row.model, row.link): row.measured_s for row in rows if row.where == "device"}
+    for row in rows:
+        best = row.where == "split"
+        table.add_row(
+            row.model if row.where == "device" else "",
+            row.link if row.where == "device" else "",
+            f"★ {row.cut}" if best else row.cut,
+            bytes_text(row.sent_bytes) if row.sent_bytes else "–",
+            seconds_text(row.predicted_s),
+            f"{seconds_text(row.measured_s)} ±{(row.high_s - row.low_s) / 2 / row.measured_s:.0%}",
+            f"{alone[row.model, row.link] / row.measured_s:.2f}×",
+            "yes" if row.equal else "NO",
+            style="bold" if best else None,
+            end_section=best,
+        )
+    return table
+
+
+@contextlib.contextmanager
+def _process(*arguments: str) -> Iterator[Callable[[str], str]]:
+    """Run a torchsurgeon command; yield a function that waits for a line and returns the pattern's group in it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torchsurgeon", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines: SimpleQueue[str | None] = SimpleQueue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    seen: list[str] = []
+
+    def wait(pattern: str) -> str:
+        while True:
+            try:
+                line = lines.get(timeout=_START_S)
+            except Empty:
+                line = None
+            if line is None:
+                said = "".join(seen[-20:]) or "(nothing)"
+                raise ServerUnavailableError(f"torchsurgeon {' '.join(arguments)} did not start. It said:\n{said}")
+            seen.append(line)
+            found = re.search(pattern, line)
+            if found:
+                return found[1]
+
+    try:
+        yield wait
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
