@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,9 @@ settings.load_profile("torchsurgeon")
 
 ROOT = Path(__file__).parent.parent
 INTEROP_PYTHON = ROOT / ".venv-interop" / "bin" / "python"
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
+
+Build = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +34,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def interop_python() -> Path:
     """The interpreter of the second PyTorch; run it with PYTHONPATH at the checkout."""
     return INTEROP_PYTHON
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    """build("recorder.cpp", "-o", target, …) compiles a file of tests/native, warnings being errors."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+
+    def run(source: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        path = ROOT / "tests" / "native" / source
+        command = [compiler, "-std=c++20", *WARNINGS, "-iquote", str(ROOT / "csrc"), str(path), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fake_gpu(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a libcuda.so.1 and a libcupti.so.13 that record what a GPU would."""
+    folder = tmp_path_factory.mktemp("gpu")
+    for source, library in (("fake_cuda.cpp", "libcuda.so.1"), ("fake_cupti.cpp", "libcupti.so.13")):
+        result = build(source, "-shared", "-fPIC", "-o", folder / library)
+        assert result.returncode == 0, result.stderr
+    return folder

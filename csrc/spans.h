@@ -1,0 +1,115 @@
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "clock.h"
+
+namespace torchsurgeon {
+
+// Where a span's two times come from; Python's hooks.Source has the same numbers.
+enum class Source : int64_t { kCpu = 0, kCudaEvent = 1, kCupti = 2 };
+
+// Spans (id, start, end, source) in storage taken once, so that recording one neither allocates nor faults a page.
+// Any thread may begin, end and add spans at any time, and read the finished ones; clear() wants the others still.
+class SpanRecorder {
+ public:
+  static constexpr int64_t kColumns = 5;
+  static constexpr int64_t kFull = -1;
+
+  explicit SpanRecorder(int64_t capacity) : capacity_(capacity), slots_(new Slot[static_cast<size_t>(capacity)]()) {
+    clear();
+  }
+
+  // The slot to hand to end(), or kFull, which end() accepts too.
+  int64_t begin(int64_t id, Source source = Source::kCpu) noexcept {
+    const int64_t index = take();
+    if (index != kFull) {
+      Slot& slot = slots_[static_cast<size_t>(index)];
+      slot.id = id;
+      slot.source = source;
+      slot.start_ns = monotonic_ns();
+    }
+    return index;
+  }
+
+  void end(int64_t index) noexcept {
+    const int64_t now = monotonic_ns();
+    if (index >= 0 && index < capacity_) {
+      slots_[static_cast<size_t>(index)].end_ns.store(now, std::memory_order_release);
+    }
+  }
+
+  void add(int64_t id, int64_t start_ns, int64_t end_ns, Source source) noexcept {
+    const int64_t index = take();
+    if (index != kFull) {
+      Slot& slot = slots_[static_cast<size_t>(index)];
+      slot.id = id;
+      slot.source = source;
+      slot.start_ns = start_ns;
+      slot.end_ns.store(end_ns, std::memory_order_release);
+    }
+  }
+
+  int64_t capacity() const noexcept {
+    return capacity_;
+  }
+
+  // Slots handed out, whether their span has ended or not.
+  int64_t taken() const noexcept {
+    return std::min(next_.load(std::memory_order_relaxed), capacity_);
+  }
+
+  // Spans that found no room.
+  int64_t dropped() const noexcept {
+    return std::max<int64_t>(next_.load(std::memory_order_relaxed) - capacity_, 0);
+  }
+
+  // Writes (slot, id, start, end, source) of each finished span among the first `count` slots; returns how many.
+  int64_t read(int64_t count, int64_t* rows) const noexcept {
+    int64_t written = 0;
+    for (int64_t index = 0; index < std::min(count, taken()); ++index) {
+      const Slot& slot = slots_[static_cast<size_t>(index)];
+      const int64_t end_ns = slot.end_ns.load(std::memory_order_acquire);
+      if (end_ns != kOpen) {
+        int64_t* row = rows + written++ * kColumns;
+        row[0] = index;
+        row[1] = slot.id;
+        row[2] = slot.start_ns;
+        row[3] = end_ns;
+        row[4] = static_cast<int64_t>(slot.source);
+      }
+    }
+    return written;
+  }
+
+  void clear() noexcept {
+    for (int64_t index = 0; index < capacity_; ++index) {
+      slots_[static_cast<size_t>(index)].end_ns.store(kOpen, std::memory_order_relaxed);
+    }
+    next_.store(0, std::memory_order_release);
+  }
+
+ private:
+  static constexpr int64_t kOpen = INT64_MIN;
+
+  struct Slot {
+    int64_t id;
+    int64_t start_ns;
+    std::atomic<int64_t> end_ns;
+    Source source;
+  };
+
+  int64_t take() noexcept {
+    const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
+    return index < capacity_ ? index : kFull;
+  }
+
+  int64_t capacity_;
+  std::unique_ptr<Slot[]> slots_;
+  std::atomic<int64_t> next_{0};
+};
+
+} // namespace torchsurgeon
