@@ -1,4 +1,7 @@
-"""A TCP proxy with the rates and the delay of a wireless link."""
+"""A TCP proxy with the rates and the delay of a wireless link.
+
+Headers below TCP's payload, loss, and the slow start of a fresh connection are not emulated.
+"""
 
 from __future__ import annotations
 
