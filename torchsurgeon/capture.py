@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import linecache
+import operator
+import threading
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -18,11 +21,13 @@ import torch
 from torch import fx, nn
 
 from torchsurgeon.errors import TraceError
-from torchsurgeon.program import Ref, Step, function_name
+from torchsurgeon.program import Constant, Ref, Step, function_name, number_to_tensor, restorer
 from torchsurgeon.structure import Path, Structure, flatten, leaf_name
 
 _LIBRARY = str(FilePath(torch.__file__).parent)
 _HERE = str(FilePath(__file__).parent)
+# fx patches nn.Module for the time of a trace: one at a time.
+_TRACING = threading.Lock()
 
 
 class Call:
@@ -110,11 +115,15 @@ def path_name(path: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """The form of a model's result: which leaves are traced, in order, and what the rest always is."""
+    """The form of a model's result: which leaves are traced, in order, and what the rest always is.
+
+    ``restore`` holds, for each traced leaf that is a plain number, what makes it one again out of the tensor it travels as.
+    """
 
     structure: Structure
     paths: tuple[Path, ...]
     fixed: Mapping[Path, Any]
+    restore: Mapping[Path, Callable[[torch.Tensor], Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -126,18 +135,215 @@ class Output:
         """Return the model's result with ``leaves`` in their places."""
         return self.structure.rebuild({**self.fixed, **dict(zip(self.paths, leaves, strict=True))})
 
+    def build(self, *tensors: torch.Tensor) -> Any:
+        """Return the model's result from tensors, numbers among the leaves included."""
+        pairs = zip(self.paths, tensors, strict=True)
+        return self(*(self.restore[path](t) if path in self.restore else t for path, t in pairs))
+
+    def tensors(self, result: Any) -> dict[str, torch.Tensor]:
+        """Return the traced leaves of a model's result by name, numbers as tensors."""
+        leaves = dict(flatten(result)[0])
+        found = {name: leaves[path] for name, path in zip(self.names, self.paths, strict=True)}
+        return {name: v if isinstance(v, torch.Tensor) else number_to_tensor(v) for name, v in found.items()}
+
+
+def settle_output(steps: list[Step], values: Sequence[Any]) -> bool:
+    """Make each leaf of the model's result one tensor or number, now that the steps' values are known.
+
+    A layer's tuple that is returned as it came is taken apart, by steps that are inserted; the result is whether that was
+    done. What is neither tensor nor number (a dtype, a device) is fixed at its example value.
+    """
+    last = steps.pop()
+    output: Output = last.target
+    structure, fixed, restore = output.structure, dict(output.fixed), {}
+    paths: list[Path] = []
+    args: list[Ref] = []
+    count = len(steps)
+    for path, ref in zip(output.paths, last.args, strict=True):
+        leaves, part = flatten(values[ref.step])
+        structure = structure.replaced(path, part)
+        for inner, leaf in leaves:
+            kind = None if isinstance(leaf, torch.Tensor) else restorer(leaf)
+            if kind is None and not isinstance(leaf, torch.Tensor):
+                fixed[(*path, *inner)] = leaf
+                continue
+            if kind is not None:
+                restore[(*path, *inner)] = kind
+            paths.append((*path, *inner))
+            args.append(_select(steps, ref, part, inner))
+    steps.append(
+        dataclasses.replace(
+            last, index=len(steps), target=Output(structure, tuple(paths), fixed, restore), args=tuple(args)
+        )
+    )
+    return len(steps) > count + 1
+
+
+def _select(steps: list[Step], ref: Ref, structure: Structure, path: Path) -> Ref:
+    for key in path:
+        place = [str(k) for k in structure.keys].index(key)
+        by_name = dataclasses.is_dataclass(structure.kind)
+        target, real_key = (getattr, key) if by_name else (operator.getitem, structure.keys[place])
+        name = _unique("getitem", {step.name for step in steps})
+        steps.append(Step(len(steps), name, "call", target, (ref, real_key)))
+        ref, structure = Ref(len(steps) - 1), structure.children[place]
+    return ref
+
+
+class _Proxy(fx.Proxy):
+    """A traced value that also follows ``y += x`` and ``y[i] = x``, which fx takes for ``y + x`` and refuses."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _in_place(name: str) -> Callable[[_Proxy, Any], Any]:
+    target = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "matmul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
+    setattr(_Proxy, f"__i{_name}__", _in_place(f"__i{_name}__"))
+
+
+class _Stored(_Proxy):
+    """A parameter or buffer: what configuration depends on (its shape, a flag kept in it) is read off the real one."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._tensor.shape
+
+    @property
+    def ndim(self) -> int:
+        return self._tensor.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tensor.dtype
+
+    def size(self, dim: int | None = None) -> Any:
+        return self._tensor.size() if dim is None else self._tensor.size(dim)
+
+    def dim(self) -> int:
+        return self._tensor.dim()
+
+    def numel(self) -> int:
+        return self._tensor.numel()
+
+    def item(self) -> Any:
+        return self._tensor.item()
+
+    def tolist(self) -> Any:
+        return self._tensor.tolist()
+
+    def __bool__(self) -> bool:
+        return bool(self._tensor)
+
+    def __int__(self) -> int:
+        return int(self._tensor)
+
+    def __float__(self) -> float:
+        return float(self._tensor)
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self._tensor)))
+
+
+# Memory made in forward may be filled there: making it has to be followed even when no traced value is involved.
+_ALWAYS_FOLLOWED = ("zeros", "ones", "empty", "full")
+_FOLLOWED_WITH_TRACED_SIZES = ("arange", "linspace", "eye", "tensor")
+
 
 class _Tracer(fx.Tracer):
-    """fx's tracer, which also keeps the module path every node was made under."""
+    """fx's tracer, which also keeps the module path every node was made under, and leaves the model as it was."""
 
-    def __init__(self, call: Call, leaf_modules: Collection[str | type[nn.Module]]) -> None:
+    def __init__(self, model: nn.Module, call: Call, leaf_modules: Collection[str | type[nn.Module]]) -> None:
         super().__init__()
-        self.call = call
+        self.model, self.call = model, call
         self.leaf_paths = {leaf for leaf in leaf_modules if isinstance(leaf, str)}
         self.leaf_types = tuple(leaf for leaf in leaf_modules if isinstance(leaf, type))
         self.stack: list[str] = [""]
         self.failed_in = ""
         self.where: dict[fx.Node, str] = {}
+        self.thread = threading.get_ident()
+        self.stored_names: dict[int, str] = {}
+        self.stored: dict[str, _Stored] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self.stored_names.setdefault(id(tensor), name)
+
+    def follow(self) -> fx.Graph:
+        """Return the traced graph. What ``forward`` assigns to attributes of modules is taken back."""
+        attributes = [(module, dict(module.__dict__)) for module in self.model.modules()]
+        with _TRACING, self._follow_factories():
+            try:
+                return self.trace(self.model)
+            finally:
+                for module, before in attributes:
+                    if module.__dict__ != before:
+                        module.__dict__.clear()
+                        module.__dict__.update(before)
+
+    @contextmanager
+    def _follow_factories(self) -> Iterator[None]:
+        originals = {name: getattr(torch, name) for name in (*_ALWAYS_FOLLOWED, *_FOLLOWED_WITH_TRACED_SIZES)}
+
+        def follow(name: str) -> Callable[..., Any]:
+            original = originals[name]
+
+            def factory(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != self.thread:
+                    return original(*args, **kwargs)
+                traced = any(isinstance(leaf, fx.Proxy) for _, leaf in flatten([args, kwargs])[0])
+                if traced or name in _ALWAYS_FOLLOWED:
+                    return self.create_proxy("call_function", original, args, kwargs)
+                return original(*args, **kwargs)
+
+            return factory
+
+        for name in originals:
+            setattr(torch, name, follow(name))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(torch, name, original)
+
+    def proxy(self, node: fx.Node) -> _Proxy:
+        return _Proxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        name = self.stored_names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if name is None or threading.get_ident() != self.thread:
+            return attr_val
+        if name not in self.stored:
+            self.stored[name] = _Stored(self.create_node("get_attr", name, (), {}), self, attr_val)
+        return self.stored[name]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and id(a) not in self.stored_names and a not in self.tensor_attrs:
+            return self.create_node("call_function", Constant(a), (), {})
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaf_paths or (self.leaf_types and isinstance(m, self.leaf_types)):
@@ -145,6 +351,8 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         self.stack.append(self.path_of_module(m))
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -186,9 +394,9 @@ def capture(model: nn.Module, call: Call, leaf_modules: Collection[str | type[nn
     for leaf in leaf_modules:
         if isinstance(leaf, str) and leaf not in known:
             raise TraceError(f"leaf_modules names {leaf!r}, which is not a module of {type(model).__name__}")
-    tracer = _Tracer(call, leaf_modules)
+    tracer = _Tracer(model, call, leaf_modules)
     try:
-        graph = tracer.trace(model)
+        graph = tracer.follow()
     except Exception as error:
         raise TraceError(_explain(model, tracer, error)) from error
     return _steps(model, tracer, graph)
@@ -210,6 +418,8 @@ def _steps(model: nn.Module, tracer: _Tracer, graph: fx.Graph) -> list[Step]:
             step.kind, step.name = "input", next(inputs)
         elif node.op == "get_attr":
             step.kind, step.name = "attr", str(node.target)
+        elif isinstance(node.target, Constant):
+            step.kind, step.target, step.name = "attr", node.target, _unique("constant", taken)
         elif node.op == "output":
             step.kind, step.name, step.target, step.args = "output", "output", tracer.output, step.args[0]
         elif node.op == "call_module":

@@ -58,7 +58,7 @@ def cut(graph: LayerGraph, point: int | str | PartitionPoint) -> Partition:
     inputs = [graph.value(spec.name) for spec in graph.inputs]
     if here.index == len(graph.layers):
         picks = [Pick(ref.step) for ref in graph.steps[-1].args]
-        return Partition(here, Head(graph, _segment(graph, inputs, picks)), Result(graph))
+        return Partition(here, Head(graph, _segment(graph, inputs, picks, all_of_it=True)), Result(graph))
     picks = [Pick(value.step, value.path) for value in (graph.value(spec.name) for spec in here.tensors)]
     return Partition(here, Head(graph, _segment(graph, inputs, picks)), tail_for(graph, [s.name for s in here.tensors]))
 
@@ -68,7 +68,7 @@ class Result(nn.Module):
 
     def __init__(self, graph: LayerGraph) -> None:
         super().__init__()
-        self._build = graph.steps[-1].target
+        self._build = graph.steps[-1].target.build
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         return self._build(*tensors)
@@ -94,13 +94,25 @@ def tail_for(graph: LayerGraph, names: Sequence[str]) -> Segment:
     return _segment(graph, [graph.value(name) for name in names], None)
 
 
-def _segment(graph: LayerGraph, given: Sequence[Value], picks: Sequence[Pick] | None) -> Segment:
-    wanted = None if picks is None else [(pick.step, pick.path) for pick in picks]
+def _segment(
+    graph: LayerGraph, given: Sequence[Value], picks: Sequence[Pick] | None, all_of_it: bool = False
+) -> Segment:
+    wanted = None if picks is None or all_of_it else [(pick.step, pick.path) for pick in picks]
     included, missing = graph.flow.reach(given, wanted)
+    if all_of_it:
+        included.remove(graph.steps[-1].index)
     if missing:
         raise PartitionError(
             f"the tensors {', '.join(v.name for v in given) or '(none)'} do not determine the output: it also depends on the "
             f"model's inputs {', '.join(sorted(missing))} along paths they do not cut"
         )
-    feeds = [Feed(v.step, v.path, v.restore, graph.flow.overwrites(included, v)) for v in given]
+    torn = graph.flow.torn(given, included)
+    if torn:
+        raise PartitionError(
+            f"the tensors {', '.join(torn)} share memory that is overwritten later through another of its names; given "
+            "apart from each other they do not determine the output. Use the tensors of one of the graph's points"
+        )
+    feeds = [
+        Feed(v.step, v.path, v.restore or graph.layouts.get(v.name), graph.flow.overwrites(included, v)) for v in given
+    ]
     return Segment(graph.steps, graph.calls, included, feeds, picks, graph.model)

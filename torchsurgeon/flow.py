@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import TraceError
-from torchsurgeon.program import Environment, Ref, Step, number_to_tensor
+from torchsurgeon.program import Constant, Environment, Ref, Step, number_to_tensor, restorer
 from torchsurgeon.shapes import Shapes, storage_of
 from torchsurgeon.structure import LEAF, Path, flatten, leaf_name
 
@@ -44,15 +44,6 @@ class Value:
         if self.path:
             value = dict(flatten(value)[0])[self.path]
         return value if isinstance(value, torch.Tensor) else number_to_tensor(value)
-
-
-def _restorer(value: Any) -> Callable[[torch.Tensor], Any] | None:
-    if isinstance(value, (bool, int, float)):
-        return lambda t: t.item()
-    if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
-        kind = type(value)
-        return lambda t: kind(t.tolist())
-    return None
 
 
 class Flow:
@@ -111,11 +102,13 @@ class Flow:
                 keys = sharing.get(storage, [])
                 owner = next((self.steps[i] for i, _ in keys if self.steps[i].kind == "attr"), None)
                 if owner is not None:
+                    what = f"the model's own {owner.target!r}"
+                    if isinstance(owner.target, Constant):
+                        what = "a tensor made in forward that is the same in every call"
                     raise TraceError(
-                        f"layer {step.name!r} overwrites the model's own {owner.target!r} while it runs; the two sides would "
-                        "drift apart. Keep such state outside of forward, pass it in and return it"
+                        f"layer {step.name!r} overwrites {what}: the two sides would drift apart. Keep such state outside "
+                        "of forward, pass it in and return it; or clone the tensor before writing to it"
                     )
-                self._return_what_is_overwritten(step, storage, sharing)
                 for key in [k for k in keys if k[0] < step.index]:
                     i = key[0]
                     for reader in sorted(r for r in readers.get(i, ()) if r > step.index):
@@ -127,18 +120,6 @@ class Flow:
                             self.steps[reader].after += (step.index,)
                             irregular.setdefault(storage, []).append(step.index)
         return irregular
-
-    def _return_what_is_overwritten(self, step: Step, storage: int, sharing: Mapping[int, list[Key]]) -> None:
-        """``x[0] = y`` returns None: let the step's value be ``x`` itself, so that later readers have something to read."""
-        first = step.args[0] if step.args else None
-        if self._shapes.values[step.index] is None and isinstance(first, Ref):
-            if self._storage.get((first.step, ())) == storage:
-                value = self._shapes.values[first.step]
-                step.target = _returning_first(step.target, step.is_method)
-                self._shapes.values[step.index] = value
-                self._keys[step.index] = {(step.index, ()): value}
-                self._storage[(step.index, ())] = storage
-                sharing[storage].append((step.index, ()))
 
     def _same_view(self, key: Key, other: Key) -> bool:
         if key[1] or self._storage.get(key) != self._storage.get(other):
@@ -232,13 +213,13 @@ class Flow:
         if step.kind == "input" or i in self._rank:
             mine = []
             for path, leaf in flatten(self._shapes.values[i])[0]:
-                restore = None if isinstance(leaf, torch.Tensor) else _restorer(leaf)
+                restore = None if isinstance(leaf, torch.Tensor) else restorer(leaf)
                 if isinstance(leaf, torch.Tensor) or restore is not None:
                     self._values[(i, path)] = Value(leaf_name(step.name, path), i, path, restore)
                     self._born[(i, path)] = self._rank.get(i, -1)
                     mine.append((i, path))
             return tuple(mine)
-        restore = _restorer(self._shapes.values[i])
+        restore = restorer(self._shapes.values[i])
         sources = self._crossing_in(step)
         if restore is None:
             return tuple(dict.fromkeys(sources))
@@ -358,13 +339,31 @@ class Flow:
     def attributes_of(self, step: Step, model: nn.Module) -> list[nn.Parameter]:
         """Return the parameters a step reads as arguments."""
         targets = [self.steps[j].target for j in self._uses[step.index] if self.steps[j].kind == "attr"]
-        found = [operator.attrgetter(target)(model) for target in targets]
+        found = [operator.attrgetter(target)(model) for target in targets if isinstance(target, str)]
         return [value for value in found if isinstance(value, nn.Parameter)]
 
     def overwrites(self, steps: Iterable[int], value: Value) -> bool:
         """Return whether any of ``steps`` overwrites the memory of ``value``."""
         storage = self._storage.get((value.step, value.path))
         return any(storage in self._shapes.overwrites[i] for i in steps)
+
+    def torn(self, given: Iterable[Value], included: Iterable[int]) -> list[str]:
+        """Return the names in ``given`` whose memory the ``included`` steps would overwrite or read through another name,
+        which they have a copy of their own under."""
+        found = []
+        if not self._irregular:
+            return found
+        steps = set(included)
+        given = list(given)
+        for value in given:
+            storage = self._storage.get((value.step, value.path), None)
+            if storage not in self._irregular:
+                continue
+            others = any(v is not value and self._storage.get((v.step, v.path)) == storage for v in given)
+            made_again = any(self._storage[key] == storage for i in steps if i < value.step for key in self._keys[i])
+            if others or made_again or value.step >= min(self._irregular[storage]):
+                found.append(value.name)
+        return found
 
     def reach(self, given: Iterable[Value], wanted: Iterable[Key] | None) -> tuple[list[int], list[str]]:
         """Return the steps that turn ``given`` into the ``wanted`` parts of steps' values (the model's output when None),
@@ -416,12 +415,3 @@ def _device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def _returning_first(target: Any, is_method: bool) -> Callable[..., Any]:
-    def call(first: Any, *rest: Any, **named: Any) -> Any:
-        (getattr(first, target) if is_method else functools.partial(target, first))(*rest, **named)
-        return first
-
-    call.__name__ = target if is_method else target.__name__
-    return call

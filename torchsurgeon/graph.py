@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.capture import Call, capture
+from torchsurgeon.capture import Call, capture, settle_output
 from torchsurgeon.errors import PartitionError, TraceError
 from torchsurgeon.flow import Flow, Value
 from torchsurgeon.program import Step, map_refs
@@ -150,6 +150,7 @@ class LayerGraph:
     def __init__(self, model: nn.Module, call: Call, steps: list[Step], flow: Flow, specs: _Specs) -> None:
         self.model = model
         self.batch, self.batch_free = specs.batch, specs.batch_free
+        self.layouts = {value.name: layout for value in flow.values if (layout := specs.layout(value)) is not None}
         self.traced_by = "fx"
         self._call, self.steps, self.flow = call, steps, flow
         self.calls = [step.compiled() if step.kind in ("call", "output") else _never for step in steps]
@@ -227,14 +228,12 @@ class LayerGraph:
 
     def flatten_output(self, output: Any) -> dict[str, torch.Tensor]:
         """Return the tensors of a model's result, named as in ``outputs``."""
-        target = self.steps[-1].target
-        leaves = dict(flatten(output)[0])
-        return {name: leaves[path] for name, path in zip(target.names, target.paths, strict=True)}
+        return self.steps[-1].target.tensors(output)  # type: ignore[no-any-return]
 
     def unflatten_output(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Return the model's result, in its own structure, from the tensors named as in ``outputs``."""
         target = self.steps[-1].target
-        return target(*(tensors[name] for name in target.names))
+        return target.build(*(tensors[name] for name in target.names))
 
     def to_json(self) -> dict[str, Any]:
         """Return the graph as plain data: layers, points, inputs, outputs and fingerprint."""
@@ -286,6 +285,45 @@ def _without_refs(value: Any) -> Any:
     return map_refs(lambda _: "·", value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where in memory the elements of a tensor lie, at the example's batch and by how much that grows with each sample.
+
+    Kernels may add up a slice of a larger tensor in another order than its compact copy: a tail gets the same bits as the
+    model only from the same strides.
+    """
+
+    shape: tuple[int, ...]
+    batch_step: tuple[int, ...]
+    strides: tuple[int, ...]
+    grows: tuple[int, ...]
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor``, copied to this layout where it has another."""
+        dim = next((d for d, step in enumerate(self.batch_step) if step), None)
+        more = 0 if dim is None else (tensor.shape[dim] - self.shape[dim]) // self.batch_step[dim]
+        strides = tuple(stride + grow * more for stride, grow in zip(self.strides, self.grows, strict=True))
+        if tensor.stride() == strides or not _fits(tensor.shape, strides):
+            return tensor
+        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _fits(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether no two elements share memory."""
+    extent = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return False
+            extent = stride * (size - 1) + extent
+    return True
+
+
+def _has_gaps(tensor: torch.Tensor) -> bool:
+    extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return extent > tensor.numel() > 0 and _fits(tensor.shape, tensor.stride())
+
+
 class _Specs:
     """Tensor specs from two runs of the shapes: the example's batch size and one more sample."""
 
@@ -299,7 +337,18 @@ class _Specs:
         )
 
     def of_output(self, name: str, ref: Any) -> TensorSpec:
-        return self._spec(name, self.shapes.values[ref.step], self.more.values[ref.step] if self.more else None)
+        value = Value(name, ref.step)
+        return self._spec(name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None)
+
+    def layout(self, value: Value) -> Layout | None:
+        """Return the layout of a tensor with gaps between its elements, which does not survive a journey; None for others."""
+        leaf = value.leaf(self.shapes.values)
+        if not _has_gaps(leaf):
+            return None
+        spec = self.of(value)
+        more = value.leaf(self.more.values).stride() if self.more else leaf.stride()
+        grows = tuple(b - a for a, b in zip(leaf.stride(), more, strict=True))
+        return Layout(spec.shape, spec.batch_step, leaf.stride(), grows)
 
     def _spec(self, name: str, leaf: torch.Tensor, more: torch.Tensor | None) -> TensorSpec:
         shape = tuple(leaf.shape)
@@ -333,16 +382,13 @@ def trace(
         # Some step needs values, not only shapes; then the example is run for real, and says itself what is wrong.
         source = RealModel(model)
         shapes = propagate(steps, tensors, source)
+    if settle_output(steps, shapes.values):
+        shapes = propagate(steps, tensors, source)
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     more = None
     if len(sizes) == 1 and None not in sizes:
-        grown = [
-            torch.cat([t[:1], t])
-            if isinstance(source, RealModel)
-            else t.new_empty((len(t) + 1, *t.shape[1:]), device="meta")
-            for t in tensors
-        ]
-        more = _try_propagate(steps, grown, source, shapes)
+        alike = [t if isinstance(source, RealModel) else t.detach().to("meta") for t in tensors]
+        more = _try_propagate(steps, [torch.cat([t[:1], t]) for t in alike], source, shapes)
     flow = Flow(steps, shapes, model)
     if not flow.layers:
         raise TraceError(f"{type(model).__name__} computes nothing from its input: there is no layer to cut after")

@@ -27,13 +27,24 @@ class Ref:
     step: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A tensor the model makes out of nothing, the same in every call."""
+
+    tensor: torch.Tensor
+    __name__ = "constant"
+
+    def __call__(self) -> torch.Tensor:
+        return self.tensor
+
+
 @dataclasses.dataclass
 class Step:
     """One call of the traced graph.
 
     ``kind`` is ``input`` (a model input), ``attr`` (a parameter, buffer or constant of the model), ``call`` or
-    ``output`` (the model's result, always the last step). ``target`` is a callable, a method's name, or the dotted
-    attribute. ``after`` lists steps that must have run before although no value of theirs is used: they overwrite memory
+    ``output`` (the model's result, always the last step). ``target`` is a callable, a method's name, the dotted
+    attribute or a :class:`Constant`. ``after`` lists steps that must have run before although no value of theirs is used: they overwrite memory
     this step reads.
     """
 
@@ -60,7 +71,7 @@ class Step:
         """Class of a module, name of a function or method, as users know it."""
         if self.is_module:
             return type(self.target).__name__
-        return self.target if isinstance(self.target, str) else function_name(self.target)
+        return self.target.strip("_") if isinstance(self.target, str) else function_name(self.target)
 
     def uses(self) -> list[int]:
         """Return the steps whose values this one reads, in the order it names them, each once."""
@@ -85,7 +96,15 @@ def function_name(target: Any) -> str:
     """Return a function's plain name; an ATen overload is called by its operator, ``add`` for ``aten.add.Tensor``."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name).rpartition("::")[2]
-    return getattr(target, "__name__", type(target).__name__).strip("_")
+    name: str = getattr(target, "__name__", type(target).__name__).strip("_")
+    # y += x is the layer "add" to the user, whether it reuses y's memory or not.
+    return name[1:] if getattr(target, "__module__", "") == "_operator" and name in _IN_PLACE else name
+
+
+_IN_PLACE = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"} | {
+    "ilshift",
+    "irshift",
+}
 
 
 def map_refs(change: Callable[[Ref], Any], args: Any) -> Any:
@@ -146,6 +165,17 @@ def _call_factory(call: str, slots: int, constants: int) -> Callable[..., Any]:
     return eval(f"lambda {','.join(names)}: lambda e: {call}")  # type: ignore[no-any-return]
 
 
+def returning_first(target: Any, is_method: bool) -> Callable[..., Any]:
+    """Return ``target`` made to return its first argument, which it overwrites."""
+
+    def call(first: Any, *rest: Any, **named: Any) -> Any:
+        (getattr(first, target) if is_method else functools.partial(target, first))(*rest, **named)
+        return first
+
+    call.__name__ = target if is_method else function_name(target)
+    return call
+
+
 def contains_ref(args: Any) -> bool:
     """Return whether a :class:`Ref` stands anywhere in ``args``."""
     found: list[Ref] = []
@@ -187,6 +217,16 @@ def number_to_tensor(value: bool | int | float | Sequence[int]) -> torch.Tensor:
     if isinstance(value, float):
         return torch.tensor(value, dtype=torch.float64)
     return torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.int64)
+
+
+def restorer(value: Any) -> Callable[[torch.Tensor], Any] | None:
+    """Return what turns the tensor that carries a number, or a sequence of ints, back into it; None for other values."""
+    if isinstance(value, (bool, int, float)):
+        return lambda t: t.item()
+    if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
+        kind = type(value)
+        return lambda t: kind(t.tolist())
+    return None
 
 
 class Segment(nn.Module):
@@ -272,7 +312,9 @@ class Segment(nn.Module):
         return stamps
 
 
-def _read_attribute(segment: nn.Module, target: str) -> Callable[[Environment], Any]:
+def _read_attribute(segment: nn.Module, target: str | Constant) -> Callable[[Environment], Any]:
+    if isinstance(target, Constant):
+        return lambda _: target.tensor
     owner_path, _, name = target.rpartition(".")
     owner = segment.get_submodule(owner_path)
     return lambda _: getattr(owner, name)
@@ -296,7 +338,7 @@ def _register(segment: nn.Module, model: nn.Module, steps: Sequence[Step]) -> No
         parent, _, name = path.rpartition(".")
         owner(parent)._modules.setdefault(name, module)
     for step in steps:
-        if step.kind == "attr":
+        if step.kind == "attr" and not isinstance(step.target, Constant):
             parent, _, name = step.target.rpartition(".")
             source = functools.reduce(getattr, parent.split("."), model) if parent else model
             value = getattr(source, name)

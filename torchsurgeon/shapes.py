@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from torchsurgeon.program import Environment, Step, map_refs
+from torchsurgeon.program import Constant, Environment, Step, map_refs, returning_first
 from torchsurgeon.structure import flatten
 
 META = torch.device("meta")
@@ -58,7 +58,9 @@ class MetaModel:
             self._tensors[id(value)] = value.detach().to(META)
         return self._tensors[id(value)]
 
-    def attribute(self, target: str) -> Any:
+    def attribute(self, target: str | Constant) -> Any:
+        if isinstance(target, Constant):
+            return self.tensor(target.tensor)
         return self.tensor(operator.attrgetter(target)(self._model))
 
     def module(self, module: nn.Module) -> nn.Module:
@@ -140,6 +142,10 @@ def propagate(
                     else:
                         values[step.index] = call(*args, **kwargs)
                     overwrites = frozenset(storage_of(t) for t, version in before if t._version != version)
+                    if overwrites and values[step.index] is None and args and isinstance(args[0], torch.Tensor):
+                        # After x[0] = y later readers need a value to read.
+                        step.target = returning_first(step.target, step.is_method)
+                        values[step.index] = args[0]
             result.overwrites.append(overwrites)
             result.flops.append(flops or _known_flops(step, values))
             result.uncounted.append(uncounted)
@@ -234,6 +240,12 @@ def _binary(target: Any, x: Any, y: Any, **kwargs: Any) -> Outcome:
     return torch.empty_like(x), 0, False
 
 
+def _binary_in_place(target: Any, x: Any, y: Any) -> Outcome:
+    if not isinstance(x, torch.Tensor) or _binary(target, x, y) is NotImplemented:
+        return NotImplemented
+    return x, 0, True
+
+
 def _cat(target: Any, tensors: Any, dim: Any = 0, **kwargs: Any) -> Outcome:
     if kwargs or not isinstance(dim, int) or not all(isinstance(t, torch.Tensor) for t in tensors):
         return NotImplemented
@@ -265,6 +277,7 @@ _MODULE_RULES: dict[type, Callable[..., Outcome]] = {
 }
 _FUNCTION_RULES: dict[Any, Callable[..., Outcome]] = {
     **dict.fromkeys((operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul), _binary),
+    **dict.fromkeys((operator.iadd, operator.isub, operator.imul), _binary_in_place),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
 }
 

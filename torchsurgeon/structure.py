@@ -41,6 +41,14 @@ class Structure:
             path for key, child in zip(self.keys, self.children, strict=True) for path in child.paths((*at, str(key)))
         ]
 
+    def replaced(self, path: Path, part: Structure) -> Structure:
+        """Return this structure with ``part`` in the place of what is at ``path``."""
+        if not path:
+            return part
+        place = [str(k) for k in self.keys].index(path[0])
+        child = self.children[place].replaced(path[1:], part)
+        return dataclasses.replace(self, children=(*self.children[:place], child, *self.children[place + 1 :]))
+
     def at(self, path: Path) -> Structure:
         """Return the part of the structure under ``path``."""
         here = self
