@@ -2,6 +2,8 @@
 # make demo    set up, then the main job on this machine
 # make test    set up, then the tests
 # make lint    set up, then ruff and mypy
+# make cross-check   compile the extension for aarch64, as a Jetson would
+# make wheel   set up, then a wheel in dist/, audited to use the limited Python API only
 PYTHON ?= python3
 VENV := .venv
 INTEROP := .venv-interop
@@ -10,7 +12,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # The other PyTorch that stands for a device in tests; its own dependencies are its own.
 INTEROP_PACKAGES := torch==2.13.0 numpy scikit-learn requests starlette uvicorn httptools
 
-.PHONY: setup demo test lint format interop clean
+.PHONY: setup demo test lint format interop cross-check wheel clean
 
 setup: $(VENV)/.set-up
 
@@ -30,6 +32,18 @@ format: setup
 	$(BIN)/ruff format .
 
 interop: $(INTEROP)/.set-up
+
+CROSS_CXX ?= aarch64-linux-gnu-g++
+cross-check: setup
+	@command -v $(CROSS_CXX) >/dev/null || { echo "No $(CROSS_CXX): apt-get install g++-aarch64-linux-gnu"; exit 1; }
+	@mkdir -p build/aarch64
+	$(CROSS_CXX) -std=c++20 -O2 -fPIC -shared -Wall -Wextra -Wconversion -Werror -DTORCH_TARGET_VERSION=0x020a000000000000 \
+	  $$($(BIN)/python -c "from torch.utils.cpp_extension import include_paths; print(*('-isystem ' + p for p in include_paths()))") \
+	  csrc/*.cpp -o build/aarch64/_C.abi3.so
+
+wheel: setup
+	TORCHSURGEON_BUILD_EXT=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/abi3audit --strict --assume-minimum-abi3 3.10 --report dist/torchsurgeon-*.whl
 
 clean:
 	rm -rf build dist *.egg-info torchsurgeon/*.so .mypy_cache .pytest_cache .ruff_cache
