@@ -10,6 +10,7 @@
     ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
     ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
+    ├── MeterError                 a clock or energy meter that is missing, unreadable, or read something impossible
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
     │   └── BodyTooLargeError      a message larger than the boundary it claims to carry can be
     └── ServerError                the server's side of an inference did not give an answer
@@ -36,7 +37,7 @@ class TraceError(TorchSurgeonError):
 
 
 class PartitionError(TorchSurgeonError, ValueError):
-    """A partition point, layer or tensor name that the graph does not have, or names that do not determine the output."""
+    """A partition point, layer or tensor name the graph does not have, or names that do not determine the output."""
 
 
 class SpecError(TorchSurgeonError, ValueError):
@@ -57,6 +58,10 @@ class ProfileError(TorchSurgeonError, ValueError):
 
 class NativeUnavailableError(TorchSurgeonError):
     """The compiled extension, a driver or a library it opens is missing; the message says which."""
+
+
+class MeterError(TorchSurgeonError):
+    """A clock or an energy meter is missing, cannot be read, or read something impossible; the message says which."""
 
 
 class ProtocolError(TorchSurgeonError):
