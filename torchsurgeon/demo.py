@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -31,13 +34,14 @@ from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.link import PRESETS
 from torchsurgeon.module import SplitModule, measure_link
 from torchsurgeon.plan import Estimate
-from torchsurgeon.profile import LayerProfile, profile
+from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, profile
 from torchsurgeon.report import bytes_text, estimate_table, layer_picture, point_text, seconds_text
 from torchsurgeon.structure import flatten
 from torchsurgeon.transport import HttpTransport
 
 MODELS = ("alexnet", "resnet18")
 _START_S = 120.0
+_DOWNLOAD_S = 10.0
 _WHERE = ("device", "server", "split")
 
 
@@ -81,12 +85,17 @@ def download_weights() -> str:
     """Fetch torchvision's weights if that is possible; return a sentence that says what is used."""
     from torchvision.models import get_model
 
+    patience_s = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_S)
     try:
-        for name in MODELS:
-            get_model(name, weights="DEFAULT", progress=False)
+        with contextlib.redirect_stderr(io.StringIO()):
+            for name in MODELS:
+                get_model(name, weights="DEFAULT", progress=False)
     except OSError as error:
         reason = getattr(error, "reason", error)
         return f"Weights are random: torchvision's cannot be downloaded here ({reason}). Times and sizes are the same."
+    finally:
+        socket.setdefaulttimeout(patience_s)
     os.environ[_WEIGHTS] = "downloaded"
     return "Weights are torchvision's own, trained on ImageNet."
 
@@ -182,7 +191,11 @@ def _measure(
             model, image, server=url, name=name, backend=device.wrap, device_profile=here, server_profile=there, timeout_s=60
         ) as split:
             if here is None:
-                here = profile(split.graph, inputs=[image]).scaled(slow)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", NoisyProfileWarning)
+                    here = profile(split.graph, inputs=[image], repeats=20).scaled(slow)
+                for warning in caught:
+                    console.print(f"{name}: {warning.message}", style="dim")
                 with HttpTransport(server, 60) as direct:
                     there = LayerProfile.from_json(direct.get_json(f"/v2/models/{name}/profile"))
                 split.device_profile, split.server_profile = here, there
@@ -280,7 +293,8 @@ def _process(*arguments: str) -> Iterator[Callable[[str], str]]:
             lines.put(line)
         lines.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     seen: list[str] = []
 
     def wait(pattern: str) -> str:
@@ -306,3 +320,5 @@ def _process(*arguments: str) -> Iterator[Callable[[str], str]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        reader.join()
+        process.stdout.close()  # type: ignore[union-attr]

@@ -243,7 +243,7 @@ class SplitModule(nn.Module):
             raise ProtocolError("the server's fingerprint is not what torchsurgeon's servers answer")
         ours = weight_digests(self.model)
         if theirs.get("weights") != ours.combined:
-            raise ModelMismatchError(_differing_weights(self.name, ours, theirs["tensors"]))
+            raise ModelMismatchError(_differing_weights(self.name, self.model, ours, theirs["tensors"]))
         if theirs.get("graph") != self.graph.fingerprint:
             raise ModelMismatchError(
                 f"model {self.name!r} has the same weights on both sides, but another graph: "
@@ -313,9 +313,10 @@ def _seconds(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e6 else 0.0
 
 
-def _differing_weights(name: str, ours: WeightDigests, theirs: Mapping[str, Any]) -> str:
+def _differing_weights(name: str, model: nn.Module, ours: WeightDigests, theirs: Mapping[str, Any]) -> str:
     rows = []
-    for tensor in [*ours.tensors, *(t for t in theirs if t not in ours.tensors)]:
+    order = [*model.state_dict(keep_vars=True), *ours.tensors, *theirs]
+    for tensor in dict.fromkeys(order):
         here = ours.tensors[tensor].to_json() if tensor in ours.tensors else None
         there = theirs.get(tensor)
         if here != there:

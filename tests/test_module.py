@@ -1,0 +1,353 @@
+"""SplitModule gives the model's own answer, wherever it is cut, and says clearly when it cannot."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.transport import HttpTransport, InProcessTransport
+
+_PARTS = ("head_s", "encode_s", "uplink_s", "queue_s", "tail_s", "downlink_s", "decode_s")
+
+pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
+
+
+class Net(nn.Module):
+    """A residual model with two inputs and a dict for an answer."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        y = self.relu(self.norm(self.stem(x)))
+        y = self.relu(self.body(y) + y)
+        if scale is not None:
+            y = y * scale
+        return {"scores": self.head(y.mean((2, 3))), "map": y.amax(1)}
+
+
+def make_net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+EXAMPLE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    registry = ModelRegistry(profiler=lambda graph: ts.profile(graph, repeats=2, warmup=1).to_json())
+    registry.add("net", make_net(), (EXAMPLE,))
+    registry.add("wide", Net(16).eval(), (EXAMPLE,))
+    with Server(create_app(registry)) as running:
+        yield running
+    registry.close()
+
+
+def same(answer: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> bool:
+    return list(answer) == list(truth) and all(torch.equal(answer[k], truth[k]) for k in truth)
+
+
+def test_every_partition_gives_the_models_bits(server: Server) -> None:
+    model = make_net()
+    with torch.no_grad(), ts.SplitModule(model, EXAMPLE, server=server.url, name="net", partition=0) as split:
+        for x in (EXAMPLE, torch.rand(3, 3, 16, 16)):
+            truth = model(x)
+            for point in split.graph.points:
+                split.partition = point.index
+                assert same(split(x), truth), point.name
+
+
+def test_auto_chooses_a_point_and_answers(server: Server) -> None:
+    model = make_net()
+    with torch.no_grad(), ts.SplitModule(model, EXAMPLE, server=server.url, name="net") as split:
+        assert split.partition is None
+        assert same(split(EXAMPLE), model(EXAMPLE))
+        assert split.partition in split.graph.points
+        assert split.link is not None
+        estimates = split.estimates()
+        assert [e.point for e in estimates] == list(split.graph.points)
+        assert split.partition == ts.best(estimates).point
+
+
+def test_auto_prefers_a_fast_server_to_a_slow_device_and_a_device_to_a_slow_link(server: Server) -> None:
+    fast = ts.Link("fast", 1e9, 1e9, 1e-4)
+    slow = ts.Link("slow", 1e4, 1e4, 1.0)
+    model = make_net()
+    profile = ts.profile(ts.trace(model, EXAMPLE), repeats=2, warmup=1)
+    choices = []
+    for link, factor in ((fast, 1e5), (slow, 1.0)):
+        with ts.SplitModule(
+            model,
+            EXAMPLE,
+            server=server.url,
+            name="net",
+            link=link,
+            device_profile=profile.scaled(factor),
+            server_profile=profile,
+        ) as split:
+            split(EXAMPLE)
+            choices.append(split.partition.index if split.partition else None)
+    assert choices == [0, len(split.graph.layers)]
+
+
+@pytest.mark.parametrize(("partition", "index"), [("server", 0), ("stem", 1), (2, 2), ("device", -1)])
+def test_partition_is_given_by_word_name_or_index(server: Server, partition: str | int, index: int) -> None:
+    with ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition=partition) as split:
+        assert split.partition == split.graph.points[index]
+
+
+def test_device_only_needs_no_server() -> None:
+    model = make_net()
+    split = ts.SplitModule(model, EXAMPLE, partition="device")
+    with torch.no_grad():
+        assert same(split(EXAMPLE), model(EXAMPLE))
+    assert split.last is not None
+    assert split.last.sent_bytes == 0
+    with pytest.raises(ts.ServerUnavailableError, match="needs a server"):
+        split.partition = "server"
+    with pytest.raises(ts.ServerUnavailableError, match="needs a server"):
+        ts.SplitModule(model, EXAMPLE)
+
+
+def test_last_says_where_the_time_went(server: Server) -> None:
+    with ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition="stem") as split:
+        assert split.last is None
+        split(EXAMPLE)
+        last = split.last
+    assert last is not None
+    assert last.partition.name == "stem"
+    parts = [getattr(last, part) for part in _PARTS]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(last.total_s, rel=1e-6)
+    assert last.head_s > 0
+    assert last.tail_s > 0
+    assert last.sent_bytes > 8 * 16 * 16 * 4
+    assert last.received_bytes > (5 + 16 * 16) * 4
+    assert "cut after stem" in str(last)
+    assert {f.name for f in dataclasses.fields(last)} >= set(_PARTS)
+
+
+def test_keyword_and_several_inputs(server: Server) -> None:
+    registry = ModelRegistry()
+    example = {"x": EXAMPLE, "scale": torch.full((1, 8, 1, 1), 2.0)}
+    registry.add("scaled", make_net(), (), example)
+    model = make_net()
+    with Server(create_app(registry)) as running, torch.no_grad():
+        split = ts.SplitModule(model, example, server=running.url, name="scaled", partition=0)
+        for point in split.graph.points:
+            split.partition = point.index
+            assert same(split(**example), model(**example))
+        split.close()
+    registry.close()
+
+
+def test_in_process_transport_serves_tests() -> None:
+    registry = ModelRegistry()
+    registry.add("net", make_net(), (EXAMPLE,))
+    model = make_net()
+    with torch.no_grad(), InProcessTransport(create_app(registry)) as transport:
+        split = ts.SplitModule(model, EXAMPLE, server=transport, name="net", partition="body")
+        assert same(split(EXAMPLE), model(EXAMPLE))
+    registry.close()
+
+
+def test_threads_share_a_module(server: Server) -> None:
+    model = make_net()
+    inputs = [torch.rand(1 + i % 3, 3, 16, 16) for i in range(24)]
+    with torch.no_grad():
+        truths = [model(x) for x in inputs]
+    with ts.SplitModule(model, EXAMPLE, server=server.url, name="net", partition="relu") as split:
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(split, inputs))
+    assert all(same(a, t) for a, t in zip(answers, truths, strict=True))
+
+
+def test_input_and_model_stay_as_they_are(server: Server) -> None:
+    model = make_net()
+    state = copy.deepcopy(model.state_dict())
+    x = EXAMPLE.clone()
+    with ts.SplitModule(model, x, server=server.url, name="net", partition="norm") as split:
+        split(x)
+        assert {n.removeprefix("model.") for n in split.state_dict()} == set(state)
+    assert torch.equal(x, EXAMPLE)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
+def test_other_weights_are_named() -> None:
+    registry = ModelRegistry()
+    registry.add("net", make_net(), (EXAMPLE,))
+    other = make_net()
+    with torch.no_grad():
+        other.body.weight[0, 0, 0, 0] += 1e-3
+    with Server(create_app(registry)) as running:
+        split = ts.SplitModule(other, EXAMPLE, server=running.url, name="net", partition="stem")
+        with pytest.raises(ts.ModelMismatchError, match=r"body\.weight") as caught:
+            split(EXAMPLE)
+        assert "stem.weight" not in str(caught.value)
+        split.close()
+    registry.close()
+
+
+def test_another_architecture_is_a_mismatch(server: Server) -> None:
+    split = ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="wide", partition="stem")
+    with pytest.raises(ts.ModelMismatchError, match=r"stem\.weight.*8×3×3×3.*16×3×3×3"):
+        split(EXAMPLE)
+    split.close()
+
+
+def test_the_same_weights_in_another_graph_are_a_mismatch(server: Server) -> None:
+    model = make_net()
+    model.body.padding, model.body.padding_mode = (1, 1), "zeros"
+    model.norm.eps = 1e-3
+    split = ts.SplitModule(model, EXAMPLE, server=server.url, name="net", partition="stem")
+    with pytest.raises(ts.ModelMismatchError, match="another graph"):
+        split(EXAMPLE)
+    split.close()
+
+
+def test_a_model_the_server_does_not_have(server: Server) -> None:
+    split = ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="absent", partition="stem")
+    with pytest.raises(ts.ModelMismatchError, match="absent"):
+        split(EXAMPLE)
+    split.close()
+
+
+def test_a_server_that_is_down() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    split = ts.SplitModule(make_net(), EXAMPLE, server=url, name="net", partition="stem", timeout_s=2)
+    with pytest.raises(ts.ServerUnavailableError):
+        split(EXAMPLE)
+    split.close()
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """Accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        held: list[socket.socket] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    held.append(listener.accept()[0])
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        for link in held:
+            link.close()
+        thread.join(5)
+
+
+def test_a_server_that_never_answers_ends_within_the_timeout() -> None:
+    with silent_server() as url:
+        split = ts.SplitModule(make_net(), EXAMPLE, server=url, name="net", partition="stem", timeout_s=0.5)
+        begin = time.monotonic()
+        with pytest.raises(ts.ServerUnavailableError):
+            split(EXAMPLE)
+        assert time.monotonic() - begin < 5
+        split.close()
+
+
+def test_a_server_gone_between_two_inferences() -> None:
+    registry = ModelRegistry()
+    registry.add("net", make_net(), (EXAMPLE,))
+    running = Server(create_app(registry)).start()
+    split = ts.SplitModule(make_net(), EXAMPLE, server=running.url, name="net", partition="stem", timeout_s=2)
+    split(EXAMPLE)
+    running.stop()
+    with pytest.raises(ts.ServerUnavailableError):
+        split(EXAMPLE)
+    split.partition = "device"
+    assert same(split(EXAMPLE), make_net()(EXAMPLE))
+    split.close()
+    registry.close()
+
+
+def test_calls_after_close_say_so(server: Server) -> None:
+    split = ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition="stem")
+    split(EXAMPLE)
+    split.close()
+    split.close()
+    with pytest.raises(ts.ServerUnavailableError, match="closed"):
+        split(EXAMPLE)
+
+
+def test_an_input_unlike_the_example_is_refused_with_a_reason(server: Server) -> None:
+    with ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition="stem") as split:
+        with pytest.raises(ts.RequestRefusedError, match="stem"):
+            split(torch.rand(1, 3, 8, 8))
+        with pytest.raises(TypeError):
+            split(EXAMPLE, EXAMPLE, EXAMPLE)
+        assert same(split(EXAMPLE), make_net()(EXAMPLE))
+
+
+def test_a_missing_point_lists_the_near_ones(server: Server) -> None:
+    with pytest.raises(ts.PartitionError, match="stem"):
+        ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition="stm")
+    with pytest.raises(ts.PartitionError, match="999"):
+        ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition=999)
+
+
+def test_training_is_refused() -> None:
+    split = ts.SplitModule(make_net(), EXAMPLE, partition="device")
+    assert split.eval() is split
+    with pytest.raises(ts.TraceError, match="inference"):
+        split.train()
+    with pytest.raises(ts.TraceError, match="eval"):
+        ts.SplitModule(Net(), EXAMPLE, partition="device")
+
+
+def test_moving_the_module_moves_what_it_runs() -> None:
+    model = make_net()
+    split = ts.SplitModule(model, EXAMPLE, partition="device")
+    split(EXAMPLE)
+    split.double()
+    assert split(EXAMPLE.double())["scores"].dtype == torch.float64
+
+
+def test_a_backend_runs_the_head(server: Server) -> None:
+    ran = []
+
+    def backend(module: nn.Module) -> nn.Module:
+        module.register_forward_hook(lambda *_: ran.append(True))
+        return module
+
+    with ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition="relu", backend=backend) as split:
+        split(EXAMPLE)
+    assert ran == [True]
+
+
+def test_measured_link_is_that_of_the_emulated_one(server: Server) -> None:
+    from torchsurgeon.emulate import LinkEmulator
+
+    link = ts.Link("test", 8e6, 16e6, 0.04)
+    with LinkEmulator(0, "127.0.0.1", server.port, link) as emulator:
+        with HttpTransport(f"http://127.0.0.1:{emulator.port}") as transport:
+            measured = ts.measure_link(transport)
+    assert measured.round_trip_s == pytest.approx(link.round_trip_s, rel=0.15)
+    assert measured.uplink_bit_s == pytest.approx(link.uplink_bit_s, rel=0.15)
+    assert measured.downlink_bit_s == pytest.approx(link.downlink_bit_s, rel=0.15)
