@@ -29,6 +29,7 @@ from torchsurgeon.link import Link, TracedLink
 _SOCKET_BUFFER_BYTES = 1 << 17
 _MOST_SELECT_FD = 1024
 _ACCEPT_PAUSE_S = 0.1
+_WAKES_LATE_S = 1e-4
 _DRAIN_BYTES = 1 << 19
 
 
@@ -247,6 +248,8 @@ class LinkEmulator:
         if self._link_is_new:
             self._link_is_new = False
             self._take_on(self._link, now_s)
+        # Linux wakes a sleeper about this late, which on every hop of a short round trip would add up to a percent.
+        now_s += _WAKES_LATE_S
         while self._timers and self._timers[0][0] <= now_s:
             heapq.heappop(self._timers)[2]()
         wake_s = self._timers[0][0] if self._timers else math.inf
@@ -266,7 +269,7 @@ class LinkEmulator:
         self._downlink.shape(down, link.round_trip_s / 2, now_s)
 
     def _poll(self, wake_s: float) -> list[tuple[selectors.SelectorKey, int]]:
-        timeout_s = None if wake_s == math.inf else max(wake_s - time.monotonic(), 0.0)
+        timeout_s = None if wake_s == math.inf else max(wake_s - _WAKES_LATE_S - time.monotonic(), 0.0)
         # epoll waits in whole milliseconds, which is several percent of a short round trip; select on it does not.
         fileno = getattr(self._selector, "fileno", lambda: _MOST_SELECT_FD)()
         if fileno >= _MOST_SELECT_FD:
