@@ -1,0 +1,38 @@
+"""Clocks and energy meters, each kind behind one small interface.
+
+A :class:`Clock` notes marks and tells the time between them. An :class:`EnergyMeter` reads power or a running total of
+energy; an :class:`EnergySampler` reads one in the background, and its :class:`EnergyTrace` tells what any stretch of
+time cost. :func:`find_meter` takes the best meter of the machine. Where there is none it is a :class:`NullMeter`, and
+energies are None: nothing is ever made up.
+"""
+
+from __future__ import annotations
+
+from torchsurgeon.meters.clock import Clock, CudaEventClock, CuptiClock, WallClock
+from torchsurgeon.meters.energy import EnergyMeter, NullMeter, Reading, ReplayMeter, save_log
+from torchsurgeon.meters.find import find_meter
+from torchsurgeon.meters.ina3221 import Ina3221Meter
+from torchsurgeon.meters.nvml import NvmlMeter
+from torchsurgeon.meters.rapl import RaplMeter
+from torchsurgeon.meters.sampler import EnergySampler, measure_idle
+from torchsurgeon.meters.trace import EnergyEstimate, EnergyTrace
+
+__all__ = [
+    "Clock",
+    "CudaEventClock",
+    "CuptiClock",
+    "EnergyEstimate",
+    "EnergyMeter",
+    "EnergySampler",
+    "EnergyTrace",
+    "Ina3221Meter",
+    "NullMeter",
+    "NvmlMeter",
+    "RaplMeter",
+    "Reading",
+    "ReplayMeter",
+    "WallClock",
+    "find_meter",
+    "measure_idle",
+    "save_log",
+]

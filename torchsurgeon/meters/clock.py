@@ -1,0 +1,174 @@
+"""Clocks that note marks cheaply and tell the time between them afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+
+from torchsurgeon import _native, hooks
+from torchsurgeon.errors import MeterError, NativeUnavailableError
+
+
+class Clock(ABC):
+    """Notes marks; a context manager that gives back what it took."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def mark(self) -> None:
+        """Note this moment, without waiting for the device."""
+
+    @abstractmethod
+    def intervals_ns(self) -> list[int]:
+        """Nanoseconds between neighbouring marks since the last call, one fewer than marks; waits for the device.
+
+        Raises :class:`MeterError` where the clock ran backwards; the marks are forgotten all the same.
+        """
+
+    def close(self) -> None:
+        """Give back what the clock took."""
+
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class WallClock(Clock):
+    """The host's monotonic clock, right for work that runs on the CPU."""
+
+    name = "wall"
+
+    def __init__(self, read_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+        self._read_ns = read_ns
+        self._marks: list[int] = []
+
+    def mark(self) -> None:
+        self._marks.append(self._read_ns())
+
+    def intervals_ns(self) -> list[int]:
+        marks, self._marks = self._marks, []
+        intervals = [end - start for start, end in pairwise(marks)]
+        for index, interval in enumerate(intervals):
+            if interval < 0:
+                raise MeterError(
+                    f"the wall clock jumped back by {-interval} ns between marks {index} and {index + 1}; "
+                    "measure again, and keep the machine from sleeping or migrating meanwhile"
+                )
+        return intervals
+
+
+class CudaEventClock(Clock):
+    """Events on a CUDA stream: device time between marks, resolved to about half a microsecond.
+
+    Uses the extension's preallocated events where it is built, PyTorch's where it is not. ``capacity`` is the number of
+    marks between two calls of :meth:`intervals_ns`. Raises :class:`NativeUnavailableError` without a CUDA device.
+    """
+
+    name = "cuda-events"
+
+    def __init__(self, capacity: int, stream: torch.cuda.Stream | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise NativeUnavailableError("timing with CUDA events needs a CUDA device, and PyTorch sees none")
+        torch.cuda.init()
+        self._tape = _EventTape(capacity) if _native.available() else _TorchTape()
+        self._stream = stream if stream is not None else torch.cuda.current_stream()
+
+    def mark(self) -> None:
+        self._tape.record(self._stream)
+
+    def intervals_ns(self) -> list[int]:
+        return [end - start for start, end in pairwise(self._tape.rewind())]
+
+    def close(self) -> None:
+        self._tape.close()
+
+
+class _EventTape:
+    def __init__(self, capacity: int) -> None:
+        self._ops: Any = _native.open_cuda_driver("timing with CUDA events")
+        self._record = self._ops.event_record.default
+        self._handle = self._ops.event_tape_open(capacity)
+
+    def record(self, stream: torch.cuda.Stream) -> None:
+        self._record(self._handle, stream.cuda_stream)
+
+    def rewind(self) -> list[int]:
+        elapsed: list[int] = self._ops.event_rewind(self._handle).flatten().tolist()
+        return elapsed
+
+    def close(self) -> None:
+        self._ops.event_tape_close(self._handle)
+
+
+class _TorchTape:
+    def __init__(self) -> None:
+        self._events: list[torch.cuda.Event] = []
+
+    def record(self, stream: torch.cuda.Stream) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        self._events.append(event)
+
+    def rewind(self) -> list[int]:
+        events, self._events = self._events, []
+        elapsed = [0] * len(events)
+        for index, (start, end) in enumerate(pairwise(events), start=1):
+            end.synchronize()
+            elapsed[index] = elapsed[index - 1] + round(start.elapsed_time(end) * 1e6)
+        return elapsed
+
+    def close(self) -> None:
+        self._events = []
+
+
+class CuptiClock(Clock):
+    """CUPTI's own kernel times: how long kernels launched between marks kept the device busy, gaps left out.
+
+    Raises :class:`NativeUnavailableError` where kernels cannot be traced (see :func:`torchsurgeon.hooks.kernel_trace`).
+    """
+
+    name = "cupti"
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._exit = contextlib.ExitStack()
+        self._trace = self._exit.enter_context(hooks.kernel_trace())
+        ranges = hooks.active()
+        assert ranges is not None
+        self._ranges = ranges
+        self._marks = 0
+        self._slot: int | None = None
+
+    def mark(self) -> None:
+        if self._slot is not None:
+            self._ranges.pop(self._slot)
+        self._slot = self._ranges.push(self._ranges.id_of(f"interval {self._marks}"))
+        self._marks += 1
+
+    def intervals_ns(self) -> list[int]:
+        busy_ns = [0] * max(self._marks - 1, 0)
+        self.close()
+        for kernel in self._trace.kernels:
+            if kernel.call is not None:
+                index = int(kernel.layer.rpartition(" ")[2])
+                if index < len(busy_ns):
+                    busy_ns[index] += kernel.end_ns - kernel.start_ns
+        self._start()
+        return busy_ns
+
+    def close(self) -> None:
+        if self._slot is not None:
+            self._ranges.pop(self._slot)
+            self._slot = None
+        self._exit.close()

@@ -1,0 +1,153 @@
+"""Readings integrated over time, and what each of many short spans cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+
+from torchsurgeon.errors import MeterError
+from torchsurgeon.meters.energy import Reading
+
+_CONFIDENCE = 0.95
+# A pause in the readings this many times the usual one is a gap, over which nothing is known.
+_GAP_FACTOR = 10
+
+
+@dataclass(frozen=True)
+class EnergyEstimate:
+    """What one repetition of a span cost above idle.
+
+    ``interval_j`` holds the mean with 95 % confidence (Student's t over batches that are each at least two sampling
+    periods long, since neighbours closer than that share readings); None where there are fewer than two batches.
+    ``resolved`` is False for spans shorter than the sampling period: their energy is smeared over their neighbours, and
+    only the sum over both can be trusted. ``missing`` repetitions fell into gaps of the readings and are left out.
+    """
+
+    mean_j: float
+    interval_j: tuple[float, float] | None
+    repeats: int
+    missing: int
+    resolved: bool
+
+
+class EnergyTrace:
+    """Energy over time, integrated from readings of one meter.
+
+    Power is joined by straight lines, and a counter's growth is spread evenly between two readings. A reading whose
+    time or counter runs backwards ends the stretch before it and is listed in ``faults``; across such a break, and
+    across pauses in the readings, energy is unknown.
+    """
+
+    def __init__(self, readings: Iterable[Reading]) -> None:
+        self.faults: list[MeterError] = []
+        kept = self._in_order(list(readings))
+        self._times = np.array([reading.time_ns for reading in kept], dtype=np.int64)
+        steps_j = np.array([_step_j(start, end) for start, end in pairwise(kept)], dtype=np.float64)
+        pauses = np.diff(self._times)
+        self.period_s = float(np.median(pauses)) * 1e-9 if len(pauses) else math.nan
+        unknown = np.isnan(steps_j)
+        if len(pauses):
+            unknown |= pauses > _GAP_FACTOR * np.median(pauses)
+        self._energy_j = np.concatenate([[0.0], np.cumsum(np.where(unknown, 0.0, steps_j))])
+        self._unknown = np.concatenate([[0], np.cumsum(unknown)])
+        for start, end in pairwise(kept):
+            if start.energy_j is not None and end.energy_j is not None and end.energy_j < start.energy_j:
+                self.faults.append(
+                    MeterError(
+                        f"the energy counter fell from {start.energy_j} J to {end.energy_j} J; the driver was reset"
+                    )
+                )
+
+    def _in_order(self, readings: Sequence[Reading]) -> list[Reading]:
+        kept: list[Reading] = []
+        for reading in readings:
+            if kept and reading.time_ns <= kept[-1].time_ns:
+                back_ns = kept[-1].time_ns - reading.time_ns
+                self.faults.append(
+                    MeterError(f"the clock jumped back by {back_ns} ns between two readings; one is left out")
+                )
+            else:
+                kept.append(reading)
+        return kept
+
+    @property
+    def is_empty(self) -> bool:
+        """True where nothing was measured, and every energy is None."""
+        return len(self._times) < 2
+
+    def energy_j(self, start_ns: int, end_ns: int) -> float | None:
+        """Joules between two times, None where any moment between them was not metered."""
+        (energy_j,) = self._energies([(start_ns, end_ns)])
+        return None if math.isnan(energy_j) else float(energy_j)
+
+    def mean_power_w(self) -> float | None:
+        """Mean power over all that was metered, None where nothing was."""
+        if self.is_empty:
+            return None
+        known_ns = np.diff(self._times)[np.diff(self._unknown) == 0].sum()
+        return float(self._energy_j[-1] / (known_ns * 1e-9)) if known_ns else None
+
+    def estimate(self, spans: Sequence[tuple[int, int]], idle_power_w: float = 0.0) -> EnergyEstimate | None:
+        """What one of ``spans``, repetitions (start_ns, end_ns) of the same work, cost above idle.
+
+        None where nothing was metered during any of them.
+        """
+        energies = self._energies(spans)
+        metered = ~np.isnan(energies)
+        if not metered.any():
+            return None
+        starts, ends = np.array(spans, dtype=np.int64)[metered].T
+        above_idle = energies[metered] - idle_power_w * (ends - starts) * 1e-9
+        return EnergyEstimate(
+            mean_j=float(above_idle.mean()),
+            interval_j=_interval(above_idle, self._batches(starts)),
+            repeats=int(metered.sum()),
+            missing=int((~metered).sum()),
+            resolved=bool(np.median(ends - starts) * 1e-9 >= self.period_s),
+        )
+
+    def _energies(self, spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.float64]:
+        edges = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        if self.is_empty:
+            return np.full(len(edges), np.nan)
+        outside = (edges[:, 0] < self._times[0]) | (edges[:, 1] > self._times[-1]) | (edges[:, 1] < edges[:, 0])
+        first = np.clip(np.searchsorted(self._times, edges[:, 0], side="right") - 1, 0, len(self._times) - 2)
+        last = np.clip(np.searchsorted(self._times, edges[:, 1], side="left"), 1, len(self._times) - 1)
+        in_gap = self._unknown[last] > self._unknown[first]
+        # Relative to the first reading, since nanoseconds since boot have no digits to spare in a float.
+        at = np.interp(
+            (edges - self._times[0]).astype(np.float64),
+            (self._times - self._times[0]).astype(np.float64),
+            self._energy_j,
+        )
+        return np.where(outside | in_gap, np.nan, at[:, 1] - at[:, 0])
+
+    def _batches(self, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        width_ns = max(2 * self.period_s * 1e9, 1.0)
+        batches: npt.NDArray[np.int64] = ((starts - starts.min()) // width_ns).astype(np.int64)
+        return batches
+
+
+def _step_j(start: Reading, end: Reading) -> float:
+    if start.power_w is not None and end.power_w is not None:
+        return (start.power_w + end.power_w) / 2 * (end.time_ns - start.time_ns) * 1e-9
+    if start.energy_j is not None and end.energy_j is not None and end.energy_j >= start.energy_j:
+        return end.energy_j - start.energy_j
+    return math.nan
+
+
+def _interval(values: npt.NDArray[np.float64], batches: npt.NDArray[np.int64]) -> tuple[float, float] | None:
+    _, index, sizes = np.unique(batches, return_inverse=True, return_counts=True)
+    count = len(sizes)
+    if count < 2:
+        return None
+    means = np.bincount(index, weights=values) / sizes
+    half = float(stdtrit(count - 1, (1 + _CONFIDENCE) / 2)) * float(means.std(ddof=1)) / math.sqrt(count)
+    mean = float(values.mean())
+    return mean - half, mean + half
