@@ -1,0 +1,47 @@
+// A libnvidia-ml.so.1 without a GPU. FAKE_NVML says which: "energy" (a counter that grows 2 J a call), "power" (a GPU from
+// before Volta), "jetson" (tells nothing) or "driver" (the driver is not loaded).
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+unsigned long long energy_mj = 5'000;
+
+bool is(const char* what) {
+  const char* setting = std::getenv("FAKE_NVML");
+  return std::strcmp(setting != nullptr ? setting : "energy", what) == 0;
+}
+
+constexpr int kNotSupported = 3;
+constexpr int kNotFound = 6;
+constexpr int kDriverNotLoaded = 9;
+
+} // namespace
+
+extern "C" {
+int nvmlInit_v2() {
+  return is("driver") ? kDriverNotLoaded : 0;
+}
+int nvmlShutdown() {
+  return 0;
+}
+const char* nvmlErrorString(int code) {
+  return code == kNotSupported ? "Not Supported" : code == kDriverNotLoaded ? "Driver Not Loaded" : "Not Found";
+}
+int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void** device) {
+  *device = &energy_mj;
+  return index == 0 ? 0 : kNotFound;
+}
+int nvmlDeviceGetHandleByUUID(const char* uuid, void** device) {
+  *device = &energy_mj;
+  return std::strcmp(uuid, "GPU-1234") == 0 ? 0 : kNotFound;
+}
+int nvmlDeviceGetTotalEnergyConsumption(void*, unsigned long long* energy) {
+  *energy = energy_mj += 2'000;
+  return is("energy") ? 0 : kNotSupported;
+}
+int nvmlDeviceGetPowerUsage(void*, unsigned int* power_mw) {
+  *power_mw = 75'500;
+  return is("jetson") ? kNotSupported : 0;
+}
+}
