@@ -36,6 +36,10 @@ void span_end(int64_t handle, int64_t slot) {
   recorder_of(handle).end(slot);
 }
 
+void span_mark(int64_t handle, int64_t id) {
+  recorder_of(handle).mark(id);
+}
+
 void span_add(int64_t handle, int64_t id, int64_t start_ns, int64_t end_ns, int64_t source) {
   recorder_of(handle).add(id, start_ns, end_ns, static_cast<Source>(source));
 }
@@ -64,6 +68,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchsurgeon, m) {
   m.def("span_recorder_close(int recorder) -> ()");
   m.def("span_begin(int recorder, int id) -> int");
   m.def("span_end(int recorder, int slot) -> ()");
+  m.def("span_mark(int recorder, int id) -> ()");
   m.def("span_add(int recorder, int id, int start_ns, int end_ns, int source) -> ()");
   m.def("span_table(int recorder) -> Tensor");
   m.def("span_dropped(int recorder) -> int");
@@ -75,6 +80,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchsurgeon, CompositeExplicitAutograd, m) {
   m.impl("span_recorder_close", TORCH_BOX(&torchsurgeon::span_recorder_close));
   m.impl("span_begin", TORCH_BOX(&torchsurgeon::span_begin));
   m.impl("span_end", TORCH_BOX(&torchsurgeon::span_end));
+  m.impl("span_mark", TORCH_BOX(&torchsurgeon::span_mark));
   m.impl("span_add", TORCH_BOX(&torchsurgeon::span_add));
   m.impl("span_table", TORCH_BOX(&torchsurgeon::span_table));
   m.impl("span_dropped", TORCH_BOX(&torchsurgeon::span_dropped));

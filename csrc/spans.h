@@ -24,21 +24,26 @@ class SpanRecorder {
   }
 
   // The slot to hand to end(), or kFull, which end() accepts too.
-  int64_t begin(int64_t id, Source source = Source::kCpu) noexcept {
+  int64_t begin(int64_t id) noexcept {
     const int64_t index = take();
     if (index != kFull) {
-      Slot& slot = slots_[static_cast<size_t>(index)];
-      slot.id = id;
-      slot.source = source;
-      slot.start_ns = monotonic_ns();
+      open(index, id, monotonic_ns());
     }
     return index;
   }
 
   void end(int64_t index) noexcept {
+    close(index, monotonic_ns());
+  }
+
+  // Ends the span the last mark began and begins the next at the same moment; a negative id only ends. Unlike the rest,
+  // marks of one recorder belong to one thread.
+  void mark(int64_t id) noexcept {
     const int64_t now = monotonic_ns();
-    if (index >= 0 && index < capacity_) {
-      slots_[static_cast<size_t>(index)].end_ns.store(now, std::memory_order_release);
+    close(marked_, now);
+    marked_ = id < 0 ? kFull : take();
+    if (marked_ != kFull) {
+      open(marked_, id, now);
     }
   }
 
@@ -89,6 +94,7 @@ class SpanRecorder {
     for (int64_t index = 0; index < capacity_; ++index) {
       slots_[static_cast<size_t>(index)].end_ns.store(kOpen, std::memory_order_relaxed);
     }
+    marked_ = kFull;
     next_.store(0, std::memory_order_release);
   }
 
@@ -102,6 +108,19 @@ class SpanRecorder {
     Source source;
   };
 
+  void open(int64_t index, int64_t id, int64_t start_ns) noexcept {
+    Slot& slot = slots_[static_cast<size_t>(index)];
+    slot.id = id;
+    slot.source = Source::kCpu;
+    slot.start_ns = start_ns;
+  }
+
+  void close(int64_t index, int64_t end_ns) noexcept {
+    if (index >= 0 && index < capacity_) {
+      slots_[static_cast<size_t>(index)].end_ns.store(end_ns, std::memory_order_release);
+    }
+  }
+
   int64_t take() noexcept {
     const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
     return index < capacity_ ? index : kFull;
@@ -110,6 +129,7 @@ class SpanRecorder {
   int64_t capacity_;
   std::unique_ptr<Slot[]> slots_;
   std::atomic<int64_t> next_{0};
+  int64_t marked_ = kFull;
 };
 
 } // namespace torchsurgeon

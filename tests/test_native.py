@@ -95,6 +95,16 @@ def test_spans_come_back_in_the_order_they_began() -> None:
     assert (spans[2].start_ns, spans[2].end_ns, spans[2].source) == (100, 250, Source.CUPTI)
 
 
+def test_marks_time_a_straight_line() -> None:
+    with SpanRecorder(3) as recorder:
+        mark = recorder.mark
+        for span_id in (8, 9, 8, -1):
+            mark(span_id)
+        spans = recorder.spans()
+    assert [span.id for span in spans] == [8, 9, 8]
+    assert [span.end_ns for span in spans[:-1]] == [span.start_ns for span in spans[1:]]
+
+
 def test_spans_share_pythons_clock() -> None:
     with SpanRecorder(1) as recorder:
         before = time.perf_counter_ns()

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -74,6 +75,14 @@ class SpanRecorder:
     def end(self, slot: int) -> None:
         """End the span in ``slot`` now."""
         self._end(self._handle, slot)
+
+    @property
+    def mark(self) -> Callable[[int], None]:
+        """A function that ends the span it began last and begins span ``id`` at the same moment; -1 only ends.
+
+        The cheapest way to time a straight line, one operator call a layer; for one thread.
+        """
+        return functools.partial(self._ops.span_mark.default, self._handle)
 
     def add(self, span_id: int, start_ns: int, end_ns: int, source: Source) -> None:
         """Record a span whose times were taken elsewhere."""

@@ -73,6 +73,18 @@ void a_full_recorder_counts_what_it_drops() {
   expect(recorder.read(2, rows) == 0 && recorder.dropped() == 0, "clear starts anew");
 }
 
+void marks_leave_no_gap_between_spans() {
+  SpanRecorder recorder(2);
+  for (const int64_t id : {4, 5, 6, -1}) {
+    recorder.mark(id);
+  }
+  int64_t rows[2 * SpanRecorder::kColumns];
+  expect(recorder.read(2, rows) == 2 && rows[1] == 4 && rows[6] == 5, "two spans found room");
+  expect(rows[3] == rows[7], "one ends where the next begins");
+  expect(recorder.dropped() == 1, "the third was dropped");
+  recorder.mark(-1);
+}
+
 void an_open_span_is_not_read() {
   SpanRecorder recorder(3);
   recorder.begin(1);
@@ -151,6 +163,7 @@ void a_log_is_filled_while_it_is_read() {
 int main() {
   spans_of_many_threads_are_all_there_once();
   a_full_recorder_counts_what_it_drops();
+  marks_leave_no_gap_between_spans();
   an_open_span_is_not_read();
   a_closed_handle_finds_nothing();
   activities_find_their_external_id_in_any_order();

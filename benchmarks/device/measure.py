@@ -1,0 +1,291 @@
+"""What the native hooks measure and cost on the device at hand: layer times, kernels by layer, and overheads.
+
+Writes four JSON files and a trace to the output folder, each with its environment. On a CPU there are no kernels, and
+the overheads compare the host's clocks. Runs that are compared take turns within each round.
+
+    python benchmarks/device/measure.py --device cuda --out results/
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon import _native, hooks, meters
+from torchsurgeon.cut import tail_for
+from torchsurgeon.errors import TorchSurgeonError
+
+MODELS = ("alexnet", "resnet50", "vit_b_16")
+CHAIN = 200
+Run = Callable[[], Any]
+
+
+def environment(device: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "extension": _native.available(),
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+    }
+    if device == "cuda":
+        facts["driver"] = output(
+            "nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"
+        )
+        facts["meter"] = meters.find_meter("cuda").name
+    return facts
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
+    except OSError as error:
+        return str(error)
+
+
+def model_and_input(name: str, device: str) -> tuple[nn.Module, torch.Tensor]:
+    from torchvision.models import get_model
+
+    return get_model(name, weights=None).eval().to(device), torch.rand(1, 3, 224, 224, device=device)
+
+
+def clock_for(device: str, capacity: int) -> meters.Clock:
+    return meters.CudaEventClock(capacity) if device == "cuda" else meters.WallClock()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def spread(samples: Iterable[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return {"median": middle, "low_quartile": low, "high_quartile": high}
+
+
+def layer_times(name: str, device: str, repeats: int) -> dict[str, Any]:
+    """Seconds of every step of the traced model between clock marks, beside the whole model's."""
+    model, x = model_and_input(name, device)
+    graph = ts.trace(model, x)
+    whole = tail_for(graph, [spec.name for spec in graph.inputs])
+    names = [graph.steps[index].name for index in whole.steps]
+    rows, plain = [], []
+    with clock_for(device, len(names) + 1) as clock, torch.no_grad():
+        for done in range(-5, repeats):
+            whole.timed([x], clock.mark)
+            steps = clock.intervals_ns()
+            clock.mark()
+            whole(x)
+            clock.mark()
+            (total,) = clock.intervals_ns()
+            if done >= 0:
+                rows.append(steps)
+                plain.append(total * 1e-9)
+    layers = {layer: spread(row[index] * 1e-9 for row in rows) for index, layer in enumerate(names)}
+    ratios = [sum(row) * 1e-9 / total for row, total in zip(rows, plain, strict=True)]
+    print(
+        f"{name:12} whole {statistics.median(plain) * 1e3:8.3f} ms   "
+        f"sum of layers / whole {statistics.median(ratios):.3f}"
+    )
+    return {
+        "model": name,
+        "whole_s": spread(plain),
+        "sum_to_whole": spread(ratios),
+        "layers_s": layers,
+        "clock": clock.name,
+    }
+
+
+def kernels(name: str, device: str, out: Path) -> dict[str, Any]:
+    model, x = model_and_input(name, device)
+    with torch.no_grad():
+        model(x)
+        try:
+            with hooks.kernel_trace() as trace:
+                model(x)
+        except TorchSurgeonError as error:
+            print(f"{name:12} no kernels: {error}")
+            return {"model": name, "error": str(error)}
+    print(f"\n{name}\n{trace.table()}")
+    if name == MODELS[0]:
+        with gzip.open(out / f"{name}-trace.json.gz", "wt", encoding="utf-8") as file:
+            json.dump(trace.to_chrome(), file)
+    rows = [vars(row) for row in trace.by_layer()]
+    outside = sum(kernel.layer == "(outside any layer)" for kernel in trace.kernels)
+    return {
+        "model": name,
+        "kernels": len(trace.kernels),
+        "outside_layers": outside,
+        "dropped": trace.dropped,
+        "layers": rows,
+    }
+
+
+def in_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round; the order turns from round to round."""
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(-3, rounds):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            begin = time.perf_counter()
+            runs[name]()
+            if index >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def chain_overhead(device: str, rounds: int) -> dict[str, Any]:
+    """Cost a layer of a mark after each of 200 one-element layers in a straight line."""
+    layers = [nn.Identity() if index % 2 else nn.ReLU() for index in range(CHAIN)]
+    x = torch.zeros(1, device=device)
+
+    def marked(mark: Callable[[], Any]) -> None:
+        y = x
+        mark()
+        for layer in layers:
+            y = layer(y)
+            mark()
+        synchronize(device)
+
+    def plain() -> None:
+        y = x
+        for layer in layers:
+            y = layer(y)
+        synchronize(device)
+
+    def profiled() -> None:
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(
+            activities=[activity.CPU, *([activity.CUDA] if device == "cuda" else [])]
+        ) as profiler:
+            plain()
+        profiler.key_averages()
+
+    runs: dict[str, Run] = {"eager": plain}
+    clock = clock_for(device, CHAIN + 1)
+
+    def clocked() -> None:
+        marked(clock.mark)
+        clock.intervals_ns()
+
+    runs[clock.name] = clocked
+    if device == "cuda":
+
+        def torch_events() -> None:
+            marked(lambda: torch.cuda.Event(enable_timing=True).record())
+
+        runs["torch.cuda.Event"] = torch_events
+    if _native.available():
+        recorder = hooks.SpanRecorder(CHAIN + 1)
+
+        def spans() -> None:
+            recorder.clear()
+            y = x
+            for index, layer in enumerate(layers):
+                slot = recorder.begin(index)
+                y = layer(y)
+                recorder.end(slot)
+            synchronize(device)
+
+        def span_marks() -> None:
+            recorder.clear()
+            y, mark = x, recorder.mark
+            for index, layer in enumerate(layers):
+                mark(index)
+                y = layer(y)
+            mark(-1)
+            synchronize(device)
+
+        runs["spans"] = spans
+        runs["span marks"] = span_marks
+    runs["torch.profiler"] = profiled
+    with torch.no_grad():
+        return compared(in_turns(runs, rounds), CHAIN)
+
+
+def model_overhead(name: str, device: str, rounds: int) -> dict[str, Any]:
+    """A real model, plain and with a clock read after each step."""
+    model, x = model_and_input(name, device)
+    graph = ts.trace(model, x)
+    whole = tail_for(graph, [spec.name for spec in graph.inputs])
+    clock = clock_for(device, len(whole.steps) + 1)
+
+    def eager() -> None:
+        model(x)
+        synchronize(device)
+
+    def clocked() -> None:
+        whole.timed([x], clock.mark)
+        clock.intervals_ns()
+
+    with torch.no_grad():
+        return compared(in_turns({"eager": eager, clock.name: clocked}, rounds), len(whole.steps))
+
+
+def compared(seconds: dict[str, list[float]], layers: int) -> dict[str, Any]:
+    eager = seconds["eager"]
+    rows = {}
+    for name, samples in seconds.items():
+        ratios = [sample / base for sample, base in zip(samples, eager, strict=True)]
+        extra_us = (statistics.median(samples) - statistics.median(eager)) * 1e6 / layers
+        rows[name] = {"seconds": spread(samples), "ratio_to_eager": spread(ratios), "extra_us_per_layer": extra_us}
+        ratio = rows[name]["ratio_to_eager"]
+        print(
+            f"  {name:18} {statistics.median(samples) * 1e3:9.3f} ms  ratio {ratio['median']:.3f} "
+            f"({ratio['low_quartile']:.3f} … {ratio['high_quartile']:.3f})  {extra_us:+8.2f} µs a layer"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    facts = environment(options.device)
+
+    def write(name: str, content: Any) -> None:
+        text = json.dumps({"environment": facts, "results": content}, indent=1)
+        (options.out / f"{name}.json").write_text(text + "\n")
+
+    print(json.dumps(facts, indent=1))
+    write("layers", [layer_times(name, options.device, options.rounds) for name in options.models])
+    write("kernels", [kernels(name, options.device, options.out) for name in options.models])
+    overheads = {}
+    print(f"\nchain of {CHAIN} one-element layers")
+    overheads["chain"] = chain_overhead(options.device, options.rounds)
+    for name in (*options.models, "mobilenet_v3_large"):
+        print(name)
+        overheads[name] = model_overhead(name, options.device, options.rounds)
+    write("overhead", overheads)
+
+
+if __name__ == "__main__":
+    main()
