@@ -47,7 +47,7 @@ def layout(tensor: torch.Tensor) -> list[int]:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def assert_same(actual: Any, expected: Any, where: str, *, strides: bool = True) -> None:
@@ -83,7 +83,9 @@ def check_point(
     assert len(boundary) == len(point.tensors)
     for spec, tensor in zip(point.tensors, boundary, strict=True):
         shape = spec.shape if batch is None else spec.at_batch(batch)
-        assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, shape), f"{where}: {spec} is {tensor.shape} {tensor.dtype}"
+        assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, shape), (
+            f"{where}: {spec} is {tensor.shape} {tensor.dtype}"
+        )
     sent = [fresh(tensor) for tensor in boundary]
     kept = [fresh(tensor) for tensor in sent]
     output = partition.tail(*sent)

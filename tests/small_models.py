@@ -657,7 +657,9 @@ def bfloat16_inside():
 
 @case
 def float64_throughout():
-    return model(lambda self, x: self.last(self.conv(x).relu()), conv=conv().double(), last=conv().double()), image().double()
+    return model(
+        lambda self, x: self.last(self.conv(x).relu()), conv=conv().double(), last=conv().double()
+    ), image().double()
 
 
 @case
@@ -734,7 +736,9 @@ def recurrent():
         z, last = self.gru(y)
         return self.linear(z[:, -1]), h, c.transpose(0, 1), last
 
-    made = model(forward, lstm=nn.LSTM(6, 8, 2, batch_first=True), gru=nn.GRU(8, 5, batch_first=True), linear=nn.Linear(5, 3))
+    made = model(
+        forward, lstm=nn.LSTM(6, 8, 2, batch_first=True), gru=nn.GRU(8, 5, batch_first=True), linear=nn.Linear(5, 3)
+    )
     return made, torch.randn(3, 4, 6), [torch.randn(5, 4, 6)]
 
 

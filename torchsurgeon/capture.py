@@ -193,8 +193,15 @@ def _select(steps: list[Step], ref: Ref, structure: Structure, path: Path) -> Re
 class _Proxy(fx.Proxy):
     """A traced value that also follows ``y += x`` and ``y[i] = x``, which fx takes for ``y + x`` and refuses."""
 
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+class _Attribute(fx.proxy.Attribute, _Proxy):
+    """``y.values`` or ``y.add``, of which nobody knows yet whether it will be called."""
 
 
 def _in_place(name: str) -> Callable[[_Proxy, Any], Any]:

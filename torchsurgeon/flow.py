@@ -116,7 +116,7 @@ class Flow:
                             self.steps[reader].replace(i, Ref(step.index))
                             readers[i].discard(reader)
                             readers.setdefault(step.index, set()).add(reader)
-                        else:
+                        elif not _reads_no_element(self.steps[reader]):
                             self.steps[reader].after += (step.index,)
                             irregular.setdefault(storage, []).append(step.index)
         return irregular
@@ -224,7 +224,8 @@ class Flow:
         if restore is None:
             return tuple(dict.fromkeys(sources))
         self._values[(i, ())] = Value(step.name, i, (), restore)
-        self._born[(i, ())] = max((self._born[key] for key in sources), default=-1)
+        since = [self._born[key] for key in sources] + [self._rank.get(j, -1) for j in step.after]
+        self._born[(i, ())] = max(since, default=-1)
         return ((i, ()),)
 
     def _find_views(self) -> dict[Key, Key | None]:
@@ -409,6 +410,18 @@ class Flow:
         if self.steps[i].structure.kind is None:
             return [(i, ())]
         return [key for key in self._crossing[i] if key[0] == i]
+
+
+_OF_NO_ELEMENT = frozenset(
+    ("shape", "size", "ndim", "dim", "numel", "nelement", "dtype", "device", "stride", "is_contiguous", "element_size")
+)
+
+
+def _reads_no_element(step: Step) -> bool:
+    """Return whether a step looks only at a tensor's shape and the like, which no overwriting changes."""
+    if step.target is builtins.getattr:
+        return step.args[1] in _OF_NO_ELEMENT
+    return step.target is builtins.len or (step.is_method and step.target in _OF_NO_ELEMENT)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -401,7 +402,9 @@ def _try_propagate(
 ) -> Shapes | None:
     """Return the shapes with one more sample, or None when the model does not take one."""
     try:
-        more = propagate(steps, tensors, source, count_flops=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            more = propagate(steps, tensors, source, count_flops=False)
     except Exception:
         return None
     for one, other in zip(like.values, more.values, strict=True):
