@@ -3,8 +3,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,49 @@ def test_an_unknown_build_mode_says_what_is_allowed(mode: str) -> None:
     result = run_setup(mode, "--version")
     assert result.returncode != 0
     assert "must be auto, 1 or 0" in result.stderr
+
+
+SMOKE = """
+import sys, torch, torchsurgeon
+from torchsurgeon import _native, hooks, meters
+with hooks.SpanRecorder(2) as recorder:
+    recorder.end(recorder.begin(7))
+    (span,) = recorder.spans()
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+x = torch.randn(3, 4)
+head, tail = (part := torchsurgeon.cut(torchsurgeon.trace(model, x), 1)).head, part.tail
+assert torch.equal(tail(*head(x)), model(x))
+print(sys.version_info[:2], torch.__version__, span.id, torchsurgeon.__file__)
+"""
+
+
+@pytest.mark.interop
+def test_one_wheel_serves_another_pytorch(tmp_path: Path, interop_python: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            source.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, source)
+    for name in ("torchsurgeon", "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    build = ["wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(tmp_path), str(source)]
+    environment = {**os.environ, "TORCHSURGEON_BUILD_EXT": "1"}
+    pip = [sys.executable, "-m", "pip", "-q"]
+    subprocess.run([*pip, *build], env=environment, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("torchsurgeon-0.1.0-cp310-abi3-")
+    target = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    result = subprocess.run(
+        [interop_python, "-c", SMOKE],
+        env={**os.environ, "PYTHONPATH": str(target)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert " 7 " in result.stdout
+    assert str(target) in result.stdout
