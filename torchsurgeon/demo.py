@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,9 +33,10 @@ from torch import nn
 
 from torchsurgeon.emulate import SlowDevice
 from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.graph import LayerGraph, trace
 from torchsurgeon.link import PRESETS
 from torchsurgeon.module import SplitModule, measure_link
-from torchsurgeon.plan import Estimate
+from torchsurgeon.plan import Estimate, best
 from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, profile
 from torchsurgeon.report import bytes_text, estimate_table, layer_picture, point_text, seconds_text
 from torchsurgeon.structure import flatten
@@ -42,23 +45,25 @@ from torchsurgeon.transport import HttpTransport
 MODELS = ("alexnet", "resnet18")
 _START_S = 120.0
 _DOWNLOAD_S = 10.0
+_PATIENCE_S = 60.0
 _WHERE = ("device", "server", "split")
 
 
 class Photograph(nn.Module):
     """A classifier on a photograph as a camera gives it: ``uint8[N, 3, H, W]`` in, class scores out.
 
-    Scaling and normalization (ImageNet's mean and deviation) are part of the model, so that "all on the server" sends bytes.
+    Scaling and normalization (ImageNet's mean and deviation) are part of the model, so that "all on the server" sends
+    bytes.
     """
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.net = net
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
     def forward(self, photo: torch.Tensor) -> torch.Tensor:
-        return self.classifier((photo.float() / 255 - self.mean) / self.deviation)  # type: ignore[no-any-return, operator]
+        return self.net((photo.float() / 255 - self.mean) / self.deviation)  # type: ignore[no-any-return, operator]
 
 
 def alexnet() -> tuple[nn.Module, torch.Tensor]:
@@ -88,7 +93,7 @@ def download_weights() -> str:
     patience_s = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_S)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             for name in MODELS:
                 get_model(name, weights="DEFAULT", progress=False)
     except OSError as error:
@@ -152,7 +157,9 @@ def run(out: Path, *, slow: float = 10.0, repeats: int = 5, console: Console | N
         links = {}
         for name in PRESETS:
             step(f"starting the {name} link")
-            link = stack.enter_context(_process("link", "--listen", "0", "--to", f"127.0.0.1:{port}", "--profile", name))
+            link = stack.enter_context(
+                _process("link", "--listen", "0", "--to", f"127.0.0.1:{port}", "--profile", name)
+            )
             links[name] = "http://127.0.0.1:" + link(r"listening on [^ ]*:(\d+)")
         image = photo()
         for name in MODELS:
@@ -181,46 +188,50 @@ def _measure(
         model, _ = globals()[name]()
     with torch.no_grad():
         truth = model(image)
-    device = SlowDevice(slow)
-    here: LayerProfile | None = None
-    there: LayerProfile | None = None
+    graph = trace(model, image)
+    here = _profile(name, graph, image, console).scaled(slow)
+    with HttpTransport(server, _PATIENCE_S) as direct:
+        there = LayerProfile.from_json(direct.get_json(f"/v2/models/{name}/profile"))
     rows: list[Row] = []
-    stars: list[tuple[str, int]] = []
+    stars: dict[int, list[str]] = {}
     for link, url in links.items():
-        with SplitModule(
-            model, image, server=url, name=name, backend=device.wrap, device_profile=here, server_profile=there, timeout_s=60
-        ) as split:
-            if here is None:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", NoisyProfileWarning)
-                    here = profile(split.graph, inputs=[image], repeats=20).scaled(slow)
-                for warning in caught:
-                    console.print(f"{name}: {warning.message}", style="dim")
-                with HttpTransport(server, 60) as direct:
-                    there = LayerProfile.from_json(direct.get_json(f"/v2/models/{name}/profile"))
-                split.device_profile, split.server_profile = here, there
-            with HttpTransport(url, 60) as probe:
-                split.link = measure_link(probe, name=link)
+        with HttpTransport(url, _PATIENCE_S) as transport:
+            split = SplitModule(
+                model,
+                image,
+                server=transport,
+                name=name,
+                partition="server",
+                link=measure_link(transport, name=link),
+                device_profile=here,
+                server_profile=there,
+                backend=SlowDevice(slow).wrap,
+            )
             estimates = split.estimates()
-            chosen = min(estimates, key=lambda e: e.latency_s)
-            stars.append((f"{link}: {point_text(chosen, estimates)}", chosen.point.index))
+            chosen = best(estimates)
+            stars.setdefault(chosen.point.index, []).append(link)
             if link == "lte":
-                lte = estimate_table(estimates, chosen)
+                title = f"{name} over LTE: predicted latency by partition point"
+                console.print(estimate_table(title, estimates, chosen))
             for where, wanted in zip(_WHERE, (estimates[-1], estimates[0], chosen), strict=True):
-                what = f"{name} over {link}: {where}"
-                rows.append(_row(split, image, truth, (name, link, where), wanted, estimates, repeats, lambda w=what: step(w)))
-    layer_picture(name, split.graph, [(f"device (this machine, {slow:g}× slower)", here), ("server", there)], _merged(stars), out / f"{name}.png")  # type: ignore[list-item]
-    lte.title = f"{name} over LTE: predicted latency by partition point"
-    console.print(lte)
+                announce = functools.partial(step, f"{name} over {link}: {where}")
+                setting = (name, link, where)
+                rows.append(
+                    _row(split, image, truth, setting, wanted, point_text(wanted, estimates), repeats, announce)
+                )
+    devices = [(f"device (this machine, {slow:g}× slower)", here), ("server", there)]
+    named = [(", ".join(names), index) for index, names in stars.items()]
+    layer_picture(name, graph, devices, named, out / f"{name}.png")
     return rows
 
 
-def _merged(stars: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """One star a point, labelled with every link that chose it."""
-    by_point: dict[int, list[str]] = {}
-    for name, index in stars:
-        by_point.setdefault(index, []).append(name.partition(":")[0])
-    return [(", ".join(names), index) for index, names in by_point.items()]
+def _profile(name: str, graph: LayerGraph, image: torch.Tensor, console: Console) -> LayerProfile:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoisyProfileWarning)
+        measured = profile(graph, inputs=[image], repeats=20)
+    for warning in caught:
+        console.print(f"{name}: {warning.message}", style="dim")
+    return measured
 
 
 def _row(
@@ -229,7 +240,7 @@ def _row(
     truth: Any,
     setting: tuple[str, str, str],
     wanted: Estimate,
-    estimates: list[Estimate],
+    cut: str,
     repeats: int,
     step: Callable[[], None],
 ) -> Row:
@@ -245,7 +256,6 @@ def _row(
         step()
     low_s, middle_s, high_s = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     sent = split.last.sent_bytes if split.last is not None else 0
-    cut = point_text(wanted, estimates)
     return Row(*setting, cut, wanted.point.index, wanted.latency_s, middle_s, low_s, high_s, sent, equal)
 
 
@@ -253,13 +263,15 @@ def _table(rows: list[Row], slow: float) -> Table:
     table = Table(
         title=f"One photograph, one machine; the device is {slow:g}× slower than the server, one thread each",
         caption=(
-            "★ where the plan cuts. Measured: median, ± half the inter-quartile range. Speed-up: against the device alone. "
+            "★ where the plan cuts. Measured: median. Gain: against the device alone. "
             "Equal: every answer is bit for bit the model's own."
         ),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for column in ("model", "link", "cut after"):
         table.add_column(column, no_wrap=True)
-    for column in ("sent", "predicted", "measured", "speed-up", "equal"):
+    for column in ("sent", "predicted", "measured", "gain", "equal"):
         table.add_column(column, justify="right", no_wrap=True)
     alone = {(row.model, row.link): row.measured_s for row in rows if row.where == "device"}
     for row in rows:
@@ -270,7 +282,7 @@ def _table(rows: list[Row], slow: float) -> Table:
             f"★ {row.cut}" if best else row.cut,
             bytes_text(row.sent_bytes) if row.sent_bytes else "–",
             seconds_text(row.predicted_s),
-            f"{seconds_text(row.measured_s)} ±{(row.high_s - row.low_s) / 2 / row.measured_s:.0%}",
+            seconds_text(row.measured_s),
             f"{alone[row.model, row.link] / row.measured_s:.2f}×",
             "yes" if row.equal else "NO",
             style="bold" if best else None,

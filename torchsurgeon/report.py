@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from torchsurgeon.errors import TorchSurgeonError
@@ -31,7 +32,13 @@ def flops_text(flops: float) -> str:
 
 def seconds_text(seconds: float) -> str:
     """Return a duration for people, in milliseconds or seconds."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+    return (
+        f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.1f} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:.0f} µs"
+    )
 
 
 def _scaled(value: float, unit: str, base: int) -> str:
@@ -110,10 +117,10 @@ def profile_table(graph: LayerGraph, profile: LayerProfile) -> Table:
     return table
 
 
-def estimate_table(estimates: Sequence[Estimate], chosen: Estimate) -> Table:
+def estimate_table(title: str, estimates: Sequence[Estimate], chosen: Estimate) -> Table:
     """Return the predicted latency of the two ends, the chosen point, and the best others."""
     others = sorted((e for e in estimates[1:-1] if e is not chosen), key=lambda e: e.latency_s)[:5]
-    table = Table(title="Predicted latency by partition point")
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("cut after", "sent", "head", "uplink", "tail", "downlink", "latency"):
         table.add_column(name, justify="left" if name == "cut after" else "right")
     rows = sorted({e.point.index: e for e in (estimates[0], chosen, *others, estimates[-1])}.items())
@@ -141,8 +148,8 @@ def layer_picture(
     stars: Sequence[tuple[str, int]],
     path: str | Path,
 ) -> None:
-    """Draw each layer's latency on each device as bars, the size of what crosses after it as a line, and a star for each
-    named partition index, into a PNG (or whatever format ``path`` ends in).
+    """Draw each layer's latency on each device as bars, the size of what crosses after it as a line, and a star for
+    each named partition index, into a PNG (or whatever format ``path`` ends in).
 
     Runs of layers are drawn together when there are more than fit. Raises
     :class:`~torchsurgeon.errors.TorchSurgeonError` when matplotlib is not installed.
