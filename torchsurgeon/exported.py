@@ -1,9 +1,10 @@
 """Loading an exported program (``.pt2``) after checking that nothing in the file can run code.
 
-``torch.export.load`` unpickles what a file marks as pickled, resolves operator names by attribute look-up from ``torch``,
-evaluates shape expressions and executes guards, so a file from elsewhere could do anything. Here every record is checked
-first, with the reader torch itself uses and on the very bytes that are then loaded: only known records, no pickled
-weights, example inputs that load with ``weights_only``, operators from an allowed set, expressions of plain arithmetic.
+``torch.export.load`` unpickles what a file marks as pickled, resolves operator names by attribute look-up from
+``torch``, evaluates shape expressions and executes guards, so a file from elsewhere could do anything. Here every record
+is checked first, with the reader torch itself uses and on the very bytes that are then loaded: only known records, no
+pickled weights, example inputs that load with ``weights_only``, operators from an allowed set, expressions of plain
+arithmetic.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ _EXPRESSION_NODES = (
 
 
 def load_exported(path: Path) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Return the program as a module, with its example arguments. Raises SpecError for a file that is not safe or valid."""
+    """Return the program as a module and its example arguments. Raises SpecError for a file not safe or not valid."""
     try:
         data = path.read_bytes()
         _check(data)
@@ -135,9 +136,7 @@ def _check(data: bytes) -> None:
         raise SpecError("the archive lists records more than once, or differently to different readers")
     for path, name in zip(paths, names, strict=True):
         if not _RECORD.fullmatch(name):
-            raise SpecError(
-                f"record {path!r} is not one of a plain exported program (pickled, compiled or custom objects)"
-            )
+            raise SpecError(f"record {path!r} does not belong in a plain exported program; it may hold code")
     for kind, key in (("weights", "weight"), ("constants", "tensor")):
         config = json.loads(reader.get_record(f"data/{kind}/model_{kind}_config.json"))["config"]
         for name, entry in config.items():
@@ -188,14 +187,14 @@ def _expression(text: str) -> None:
             good = good and all(re.fullmatch(r"[\w.+-]+", str(arg.value)) for arg in quoted)
             good = good and all(isinstance(keyword.value, ast.Constant) for keyword in node.keywords)
         elif isinstance(node, ast.keyword):
-            good = not isinstance(getattr(node.value, "value", None), str) or called_precision(node)
+            good = not isinstance(getattr(node.value, "value", None), str) or _is_precision(node)
         else:
             good = isinstance(node, _EXPRESSION_NODES)
         if not good or (isinstance(node, ast.Name) and "__" in node.id):
             raise SpecError(f"the shape expression {text[:60]!r} is more than arithmetic")
 
 
-def called_precision(node: ast.keyword) -> bool:
+def _is_precision(node: ast.keyword) -> bool:
     """Whether a keyword is the quoted number that sympy writes beside a Float."""
     return node.arg == "precision" and isinstance(node.value, ast.Constant) and str(node.value.value).isdigit()
 

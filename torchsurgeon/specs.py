@@ -1,10 +1,10 @@
 """Model SPECs: one line of text that names a model, the same on a device and on its server.
 
-=======================  ==============================================================================================
+=======================  =====================================================================================
 ``torchvision:NAME``     a model of torchvision's, with seeded random weights unless weights are given
-``package.module:NAME``  a factory that returns an ``nn.Module`` or ``(module, example)``; the working directory is importable
+``package.module:NAME``  a factory of a Module or ``(module, example)``; the working directory is importable
 ``path/to/model.pt2``    an exported program
-=======================  ==============================================================================================
+=======================  =====================================================================================
 
 Nothing is unpickled: weights are safetensors, or files that load with ``weights_only``.
 """
@@ -49,12 +49,13 @@ class Model:
 def load(spec: str, *, weights: str | None = None, input_spec: str | None = None, seed: int = 0) -> Model:
     """Load the model that ``spec`` names.
 
-    ``weights`` is a ``.safetensors`` file, a ``.pt``/``.pth`` file that loads with ``weights_only``, or ``"default"`` for
-    torchvision's own (downloaded when not cached). Without it weights are random, the same for the same ``seed``.
+    ``weights`` is a ``.safetensors`` file, a ``.pt``/``.pth`` file that loads with ``weights_only``, or ``"default"``
+    for torchvision's own (downloaded when not cached). Without it weights are random, the same for the same ``seed``.
     ``input_spec`` replaces the example: ``"x:float32[1,3,224,224]"``, several separated by commas, names optional.
     Raises SpecError.
     """
     prefix, colon, rest = spec.partition(":")
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None
     if prefix == "torchvision" and colon:
         model, example = _torchvision(rest, default=weights == "default", seed=seed)
         source = f"{spec} with {'its own' if weights == 'default' else 'random'} weights"
@@ -95,15 +96,16 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise SpecError(f"there is no weights file {path!r}")
     try:
         if path.endswith(".safetensors"):
-            state = _safetensors(path)
+            state: Any = _safetensors(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except SpecError:
         raise
     except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
         raise SpecError(
-            f"{path} cannot be loaded as plain tensors ({type(error).__name__}: {str(error).splitlines()[0][:200]}); save the "
-            "model's state_dict() with safetensors or torch.save"
+            f"{path} cannot be loaded as plain tensors ({type(error).__name__}: {reason}); save the model's state_dict() "
+            "with safetensors or torch.save"
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
@@ -181,8 +183,8 @@ def _torchvision(name: str, *, default: bool, seed: int) -> tuple[nn.Module, tup
                 model = builder(**options)
         except Exception as error:
             raise SpecError(
-                f"torchvision's weights of {name} cannot be had ({type(error).__name__}: {error}); they are downloaded once and "
-                "need internet: leave weights out for random ones, or give a file"
+                f"torchvision's weights of {name} cannot be had ({type(error).__name__}: {error}); they are downloaded "
+                "once and need internet: leave weights out for random ones, or give a file"
             ) from error
     else:
         model = _seeded(lambda: builder(**options), seed)
@@ -229,9 +231,7 @@ def _factory(
         raise SpecError(f"{module_name}:{attribute} failed: {type(error).__name__}: {error}") from error
     model, *example = made if isinstance(made, tuple) else (made,)
     if not isinstance(model, nn.Module) or len(example) > 1:
-        raise SpecError(
-            f"{module_name}:{attribute} returned {type(made).__name__}; return a Module or (Module, example)"
-        )
+        raise SpecError(f"{module_name}:{attribute} returned {type(made).__name__}; return Module or (Module, example)")
     if not example:
         return model, None
     if isinstance(example[0], dict):
@@ -255,7 +255,7 @@ def _safetensors(path: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _plain_tensors_only() -> Iterator[None]:
-    """torchvision downloads its weights with ``weights_only=False``; this makes torch read them as tensors all the same."""
+    """torchvision reads its downloads with ``weights_only=False``; this makes torch read plain tensors all the same."""
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     with _environment_lock:
         before = os.environ.get(variable)

@@ -41,6 +41,10 @@ _CONTROL_LIMIT_BYTES = 64 << 20
 _ERROR_LIMIT_BYTES = 64 << 10
 _MAX_IDLE = 16
 _IOV_MAX = 512
+_SCRATCH_BYTES = 16 << 10
+# A connection used this recently is taken to be open; the check costs a system call.
+_FRESH_S = 1.0
+_HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 
 
 @dataclass(frozen=True)
@@ -423,41 +427,62 @@ class _Connection:
         self._address = address
         self._context = context
         self._socket: socket.socket | None = None
+        self._incoming: select.poll | None = None
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._used_s = 0.0
+        self._first_byte_s = 0.0
 
     @property
     def open(self) -> bool:
         return self._socket is not None
 
     def usable(self) -> bool:
-        """False when the server has closed an idle connection, or sent something nobody asked for."""
-        return self._socket is not None and not _readable(self._socket)
+        """False when the server has closed a connection that was idle for a while."""
+        if time.monotonic() - self._used_s < _FRESH_S:
+            return self.open
+        poller = select.poll()
+        poller.register(self._socket or -1, select.POLLIN)
+        return not poller.poll(0)
 
     def exchange(self, parts: list[wire.Buffer], size: int, limit_bytes: int, deadline: _Deadline) -> RawAnswer:
         link = self._socket or self._connect(deadline)
         start = time.perf_counter()
+        self._first_byte_s = 0.0
+        broken: OSError | None = None
         try:
             complete = self._send(link, parts, deadline)
-            broken = None
         except (ConnectionError, ssl.SSLError) as error:
             # A server that refuses a body may answer and close before it has read all of it.
             complete, broken = False, error
         sent = time.perf_counter()
-        reader = _DeadlineReader(link, deadline)
-        response = http.client.HTTPResponse(reader, method="POST")  # type: ignore[arg-type]
         try:
-            response.begin()
+            head, rest = self._read_head(link, deadline)
         except (ConnectionError, ssl.SSLError) as error:
-            if reader.first_byte_s is None:
+            if not self._first_byte_s:
                 raise _StaleError from (broken or error)
             raise
-        limit = limit_bytes if response.status < 300 else _ERROR_LIMIT_BYTES
-        body = _read_body(response, limit)
+        status, headers = _simple_head(head)
+        length = headers.get(b"content-length", b"")
+        if status and length.isdigit() and len(length) < 16:
+            _check_size(int(length), limit_bytes if status < 300 else _ERROR_LIMIT_BYTES, "the server")
+            body = _aligned(int(length))
+            _fill(body, rest, lambda view: self._receive(link, view, deadline))
+            header_bytes = headers.get(_HEADER_LENGTH, b"").decode("latin-1") or None
+            closing = headers.get(b"connection", b"").lower() != b"keep-alive" and b"connection" in headers
+            closing = closing or len(rest) > len(body)
+        else:
+            source = _Replay(bytes(head) + bytes(rest), lambda view: self._receive(link, view, deadline))
+            response = http.client.HTTPResponse(source, method="POST")  # type: ignore[arg-type]
+            response.begin()
+            body = _read_body(response, limit_bytes if response.status < 300 else _ERROR_LIMIT_BYTES)
+            status, header_bytes = response.status, response.headers.get(wire.HEADER_LENGTH)
+            # What the fallback has read ahead is lost with it.
+            closing = True
         end = time.perf_counter()
-        header_bytes = response.headers.get(wire.HEADER_LENGTH)
-        if response.will_close or not complete:
+        if closing or not complete:
             self.close()
-        timing = Timing(size, len(body), start, sent, reader.first_byte_s or end, end)
-        return RawAnswer(response.status, header_bytes, body, timing)
+        self._used_s = time.monotonic()
+        return RawAnswer(status, header_bytes, body, Timing(size, len(body), start, sent, self._first_byte_s, end))
 
     def close(self) -> None:
         if self._socket is not None:
@@ -471,6 +496,10 @@ class _Connection:
             if self._context is not None:
                 link.settimeout(deadline.left_s())
                 link = self._context.wrap_socket(link, server_hostname=self._address[0])
+            else:
+                link.setblocking(False)
+                self._incoming = select.poll()
+                self._incoming.register(link, select.POLLIN)
         except BaseException:
             link.close()
             raise
@@ -486,8 +515,10 @@ class _Connection:
             return True
         pending = [memoryview(part) for part in parts]
         while True:
-            link.settimeout(deadline.left_s())
-            done = link.sendmsg(pending[:_IOV_MAX])
+            try:
+                done = link.sendmsg(pending[:_IOV_MAX])
+            except BlockingIOError:
+                done = 0
             while pending and done >= len(pending[0]):
                 done -= len(pending.pop(0))
             if not pending:
@@ -496,14 +527,39 @@ class _Connection:
             if _wait_writable(link, deadline):
                 return False
 
+    def _receive(self, link: socket.socket, view: memoryview, deadline: _Deadline) -> int:
+        """Read what there is, at least a byte, before the deadline; 0 at the end of the stream."""
+        if self._context is not None:
+            link.settimeout(deadline.left_s())
+        elif self._incoming is not None and not self._incoming.poll(deadline.left_s() * 1000):
+            raise TimeoutError
+        count = link.recv_into(view)
+        if not self._first_byte_s and count:
+            self._first_byte_s = time.perf_counter()
+        return count
 
-class _DeadlineReader(io.RawIOBase):
-    """Reads a socket until a deadline, and notes when the first byte came."""
+    def _read_head(self, link: socket.socket, deadline: _Deadline) -> tuple[memoryview, memoryview]:
+        """The status line and headers, and what came with them of the body."""
+        filled = 0
+        while filled < _SCRATCH_BYTES:
+            count = self._receive(link, self._scratch[filled:], deadline)
+            if not count:
+                if not filled:
+                    raise ConnectionResetError("the server closed the connection without an answer")
+                raise http.client.IncompleteRead(bytes(self._scratch[:filled]))
+            filled += count
+            end = bytes(self._scratch[:filled]).find(b"\r\n\r\n")
+            if end >= 0:
+                return self._scratch[: end + 4], self._scratch[end + 4 : filled]
+        raise http.client.LineTooLong("headers")
 
-    def __init__(self, link: socket.socket, deadline: _Deadline) -> None:
-        self._link = link
-        self._deadline = deadline
-        self.first_byte_s: float | None = None
+
+class _Replay(io.RawIOBase):
+    """What ``http.client`` reads an answer from: bytes that have come already, then the connection."""
+
+    def __init__(self, already: bytes, receive: Callable[[memoryview], int]) -> None:
+        self._already = already
+        self._receive = receive
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """What ``http.client`` asks of a socket."""
@@ -513,11 +569,37 @@ class _DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._link.settimeout(self._deadline.left_s())
-        count = self._link.recv_into(buffer)
-        if self.first_byte_s is None and count:
-            self.first_byte_s = time.perf_counter()
-        return count
+        if not self._already:
+            return self._receive(memoryview(buffer))
+        piece, self._already = self._already[: len(buffer)], self._already[len(buffer) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def _simple_head(head: memoryview) -> tuple[int, dict[bytes, bytes]]:
+    """Status and headers (names in lower case) of a plain answer; status 0 for one that ``http.client`` must read."""
+    first, *lines = bytes(head).split(b"\r\n")[:-2]
+    version, _, rest = first.partition(b" ")
+    if version != b"HTTP/1.1" or not rest[:3].isdigit() or rest[:1] == b"1" or rest[3:4] not in (b" ", b""):
+        return 0, {}
+    headers: dict[bytes, bytes] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        name = name.lower()
+        if not colon or name in headers or line[:1] in b" \t" or name in (b"transfer-encoding", b"content-encoding"):
+            return 0, {}
+        headers[name] = value.strip()
+    return int(rest[:3]), headers
+
+
+def _fill(body: memoryview, already: memoryview, receive: Callable[[memoryview], int]) -> None:
+    filled = min(len(already), len(body))
+    body[:filled] = already[:filled]
+    while filled < len(body):
+        count = receive(body[filled:])
+        if not count:
+            raise http.client.IncompleteRead(b"", len(body) - filled)
+        filled += count
 
 
 def _open_socket(address: tuple[str, int], deadline: _Deadline) -> socket.socket:
@@ -538,24 +620,16 @@ def _open_socket(address: tuple[str, int], deadline: _Deadline) -> socket.socket
 def _read_body(response: http.client.HTTPResponse, limit_bytes: int) -> memoryview:
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise ProtocolError("the server compressed an answer that did not ask for it")
-    size = response.length
-    if size is None:
-        received = bytearray()
-        while piece := response.read(min(1 << 16, limit_bytes + 1 - len(received))):
-            received += piece
-            _check_size(len(received), limit_bytes, "the server")
-        body = _aligned(len(received))
-        body[:] = received
-        return body
-    _check_size(size, limit_bytes, "the server")
-    body = _aligned(size)
-    filled = 0
-    while filled < size:
-        count = response.readinto(body[filled:])
-        if not count:
-            raise http.client.IncompleteRead(b"", size - filled)
-        filled += count
-    response.close()
+    if response.length is not None:
+        _check_size(response.length, limit_bytes, "the server")
+    received = bytearray()
+    while piece := response.read(min(1 << 16, limit_bytes + 1 - len(received))):
+        received += piece
+        _check_size(len(received), limit_bytes, "the server")
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+    body = _aligned(len(received))
+    body[:] = received
     return body
 
 
@@ -579,12 +653,6 @@ def _check_status(status: int, body: memoryview, path: str) -> None:
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise RequestRefusedError(f"the server answered {status} to {path}: {text or 'no reason given'}", status)
-
-
-def _readable(link: socket.socket) -> bool:
-    poller = select.poll()
-    poller.register(link, select.POLLIN)
-    return bool(poller.poll(0))
 
 
 def _wait_writable(link: socket.socket, deadline: _Deadline) -> bool:

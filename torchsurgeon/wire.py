@@ -24,7 +24,9 @@ import reprlib
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import lru_cache
+from itertools import accumulate, chain
+from operator import mul
 from typing import Any, TypeAlias
 
 import torch
@@ -39,6 +41,7 @@ ALIGNMENT_BYTES = 64
 MAX_HEADER_BYTES = 1 << 20
 MAX_RANK = 16
 MAX_ELEMENTS = 1 << 40
+_MAX_REMEMBERED_BYTES = 4096
 
 _DATATYPES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
@@ -131,14 +134,14 @@ def encode_request(
     parameters: Mapping[str, Any] | None = None,
 ) -> Encoded:
     """Encode named tensors as a binary infer request that asks for binary outputs (all of them unless named)."""
-    header: dict[str, Any] = {}
+    described, views = _encode_tensors(tensors, (), True)
+    header = '{"parameters":' + _text({**(parameters or {}), "binary_data_output": True, "dim_order": True})
     if request_id is not None:
-        header["id"] = request_id
-    header["parameters"] = {**(parameters or {}), "binary_data_output": True, "dim_order": True}
-    header["inputs"], views = _encode_tensors(tensors, (), True)
+        header += ',"id":' + _text(request_id)
     if outputs:
-        header["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
-    return _message(header, views)
+        wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+        header += ',"outputs":' + _text(wanted)
+    return _message(f'{header},"inputs":[{described}]}}', views, True)
 
 
 def encode_response(
@@ -157,13 +160,13 @@ def encode_response(
 
     Raises ProtocolError when an output to be written as JSON holds NaN or infinity, which JSON cannot say.
     """
-    header: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
+    described, views = _encode_tensors(tensors, as_json, dim_order)
+    header = f'{{"model_name":{_text(model_name)},"model_version":{_text(model_version)}'
     if request_id is not None:
-        header["id"] = request_id
+        header += ',"id":' + _text(request_id)
     if parameters:
-        header["parameters"] = dict(parameters)
-    header["outputs"], views = _encode_tensors(tensors, as_json, dim_order)
-    return _message(header, views)
+        header += ',"parameters":' + _text(parameters)
+    return _message(f'{header},"outputs":[{described}]}}', views, any(name not in as_json for name in tensors))
 
 
 def decode_request(body: Buffer, header_bytes: int | None = None) -> InferRequest:
@@ -171,27 +174,20 @@ def decode_request(body: Buffer, header_bytes: int | None = None) -> InferReques
 
     The tensors are views of ``body`` wherever it is writable and aligned. Raises ProtocolError.
     """
-    header, payload = _split(body, header_bytes)
-    parameters = _parameters(header, "the request")
-    outputs = []
-    default = _flag(parameters, "binary_data_output", "the request", False)
-    for entry in _entries(header, "outputs", required=False):
-        name = _name(entry, "outputs")
-        wants = _parameters(entry, f"output {name!r}")
-        if wants.get("classification"):
-            raise ProtocolError(f"output {name!r} asks for classification, which this server does not do; ask for data")
-        outputs.append(RequestedOutput(name, _flag(wants, "binary_data", f"output {name!r}", default)))
-    if len({output.name for output in outputs}) != len(outputs):
-        raise ProtocolError("the same output is asked for twice; list each output once")
-    tensors = _decode_tensors(_entries(header, "inputs", required=True), "input", payload)
-    understands = _flag(parameters, "dim_order", "the request", False)
-    return InferRequest(tensors, tuple(outputs), default, understands, _request_id(header), parameters)
+    payload = _payload(body, header_bytes)
+    if header_bytes is None or header_bytes > _MAX_REMEMBERED_BYTES:
+        head = _request_head(_parsed(body, header_bytes))
+    else:
+        head = _remembered_request_head(bytes(body[:header_bytes]))
+    tensors = _tensors(head.entries, payload)
+    return InferRequest(tensors, head.outputs, head.binary_output, head.dim_order, head.request_id, head.parameters)
 
 
 def decode_response(body: Buffer, header_bytes: int | None = None) -> InferResponse:
     """Decode an answer; the counterpart of :func:`decode_request`. Raises ProtocolError."""
-    header, payload = _split(body, header_bytes)
-    tensors = _decode_tensors(_entries(header, "outputs", required=True), "output", payload)
+    payload = _payload(body, header_bytes)
+    header = _parsed(body, header_bytes)
+    tensors = _tensors(_tensor_entries(_entries(header, "outputs", required=True), "output"), payload)
     names = [header.get("model_name", ""), header.get("model_version", "")]
     if not all(isinstance(name, str) for name in names):
         raise ProtocolError("model_name and model_version must be strings")
@@ -221,65 +217,75 @@ def parse_json(data: Buffer, what: str) -> Any:
         raise ProtocolError(f"{what} is not valid JSON: {error}") from None
 
 
-def _message(header: dict[str, Any], views: list[memoryview]) -> Encoded:
-    try:
-        text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
-    except ValueError:
-        raise ProtocolError("an output holds NaN or infinity, which JSON cannot say; ask for binary outputs") from None
-    if "inputs" not in header and not any("parameters" in entry for entry in header["outputs"]):
+def _message(header: str, views: list[memoryview], binary: bool) -> Encoded:
+    text = header.encode()
+    if not binary:
         return Encoded([text], None, len(text))
     text += b" " * (-len(text) % ALIGNMENT_BYTES)
     _check_header_length(len(text), None)
-    return Encoded([text, *views], len(text), len(text) + sum(view.nbytes for view in views))
+    return Encoded([text, *views], len(text), len(text) + sum(map(len, views)))
 
 
 def _encode_tensors(
     tensors: Mapping[str, Tensor], as_json: Collection[str], dim_order: bool
-) -> tuple[list[dict[str, Any]], list[memoryview]]:
-    entries: list[dict[str, Any]] = []
+) -> tuple[str, list[memoryview]]:
+    """The header's entries, as text, and views of the tensors' memory."""
+    entries: list[str] = []
     views: list[memoryview] = []
     for name, tensor in tensors.items():
-        entry: dict[str, Any] = {
-            "name": name,
-            "datatype": datatype_of(tensor.dtype),
-            "shape": list(tensor.shape),
-        }
+        shape = tuple(tensor.shape)
         if name in as_json:
-            entry["data"] = tensor.detach().reshape(-1).tolist()
-        else:
-            order, physical = _physical(tensor if dim_order else tensor.contiguous())
-            entry["parameters"] = {"binary_data_size": physical.numel() * physical.element_size()}
-            if order is not None:
-                entry["parameters"]["dim_order"] = order
-            if physical.numel():
-                views.append(physical.view(torch.uint8).numpy().data)
-        entries.append(entry)
-    return entries, views
+            entries.append(_entry_with_data(name, tensor))
+            continue
+        order, physical = _physical(tensor if dim_order else tensor.contiguous(), shape)
+        entries.append(_entry(name, tensor.dtype, shape, order))
+        if 0 not in shape:
+            views.append(physical.numpy().data.cast("B"))
+    return ",".join(entries), views
 
 
-def _physical(tensor: Tensor) -> tuple[list[int] | None, Tensor]:
-    """The dimension order of a dense tensor (None for row-major) and its memory as one flat CPU tensor."""
-    tensor = tensor.detach()
-    if tensor.device.type != "cpu":
+@lru_cache(maxsize=1024)
+def _entry(name: str, dtype: torch.dtype, shape: tuple[int, ...], order: tuple[int, ...] | None) -> str:
+    parameters: dict[str, Any] = {"binary_data_size": math.prod(shape) * dtype.itemsize}
+    if order is not None:
+        parameters["dim_order"] = order
+    return _text({"name": name, "datatype": datatype_of(dtype), "shape": shape, "parameters": parameters})
+
+
+def _entry_with_data(name: str, tensor: Tensor) -> str:
+    data = tensor.detach().reshape(-1).tolist()
+    try:
+        return _text({"name": name, "datatype": datatype_of(tensor.dtype), "shape": tuple(tensor.shape), "data": data})
+    except ValueError:
+        raise ProtocolError(
+            f"output {name!r} holds NaN or infinity, which JSON cannot say; ask for binary outputs"
+        ) from None
+
+
+def _physical(tensor: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...] | None, Tensor]:
+    """The dimension order of a dense tensor (None for row-major) and its memory, as a row-major CPU tensor."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_cpu:
         tensor = tensor.cpu()
-    shape, strides = tensor.shape, tensor.stride()
-    if not tensor.is_contiguous() or strides != _row_major(shape):
+    order: tuple[int, ...] | None = None
+    strides = tensor.stride()
+    if strides != _row_major(shape):
         # Equal strides mean a dimension of size one beside a larger one; the larger one lies outside.
-        order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], shape[dim] == 1))
+        order = tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], shape[dim] == 1)))
         permuted = tensor.permute(order)
-        if tensor.numel() and permuted.is_contiguous() and order != list(range(tensor.dim())):
-            return order, permuted.reshape(-1)
-        tensor = tensor.contiguous()
-    return None, tensor.view(-1)
+        if 0 not in shape and permuted.is_contiguous() and order != tuple(range(len(shape))):
+            tensor = permuted
+        else:
+            order, tensor = None, tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        # numpy has no bfloat16; only the bytes matter.
+        tensor = tensor.view(torch.int16)
+    return order, tensor
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    strides = []
-    step = 1
-    for dim in reversed(shape):
-        strides.append(step)
-        step *= dim
-    return tuple(reversed(strides))
+    return tuple(accumulate(shape[:0:-1], mul, initial=1))[::-1] if shape else ()
 
 
 def _check_header_length(header_bytes: int, body_bytes: int | None) -> None:
@@ -289,64 +295,126 @@ def _check_header_length(header_bytes: int, body_bytes: int | None) -> None:
         raise ProtocolError(f"{HEADER_LENGTH} is {header_bytes}, but the whole body has only {body_bytes} bytes")
 
 
-def _split(body: Buffer, header_bytes: int | None) -> tuple[dict[str, Any], memoryview | None]:
-    view = memoryview(body)
-    if view.ndim != 1 or view.format != "B":
-        view = view.cast("B")
+def _payload(body: Buffer, header_bytes: int | None) -> memoryview | None:
+    """The bytes after the header, as memory that may be written; None for a message without any."""
     if header_bytes is None:
-        header, payload = parse_json(view, "the body"), None
+        return None
+    if isinstance(header_bytes, bool) or header_bytes < 0:
+        raise ProtocolError(f"{HEADER_LENGTH} is {header_bytes}, which is not a number of bytes")
+    _check_header_length(header_bytes, len(body))
+    payload = memoryview(body)[header_bytes:]
+    # torch has no read-only tensors; a view of immutable bytes would be undefined behaviour once written to.
+    return memoryview(bytearray(payload)) if payload.readonly else payload
+
+
+def _parsed(body: Buffer, header_bytes: int | None) -> dict[str, Any]:
+    if header_bytes is None:
+        header = parse_json(body, "the body")
     else:
-        if isinstance(header_bytes, bool) or header_bytes < 0:
-            raise ProtocolError(f"{HEADER_LENGTH} is {header_bytes}, which is not a number of bytes")
-        _check_header_length(header_bytes, len(view))
-        header, payload = parse_json(view[:header_bytes], "the JSON header"), view[header_bytes:]
-        if payload.readonly:
-            # torch has no read-only tensors; a view of immutable bytes would be undefined behaviour once written to.
-            payload = memoryview(bytearray(payload))
+        header = parse_json(memoryview(body)[:header_bytes], "the JSON header")
     if not isinstance(header, dict):
         raise ProtocolError(f"the JSON header is a {type(header).__name__}, not an object")
-    return header, payload
+    return header
 
 
-def _decode_tensors(entries: list[dict[str, Any]], kind: str, payload: memoryview | None) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor's description in a header, checked in itself: everything but the bytes it refers to."""
+
+    name: str
+    where: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    size_bytes: int | None = None
+    order: list[int] | None = None
+    data: Any = None
+
+
+@dataclass(frozen=True)
+class _RequestHead:
+    entries: list[_Entry]
+    outputs: tuple[RequestedOutput, ...]
+    binary_output: bool
+    dim_order: bool
+    request_id: str | None
+    parameters: Mapping[str, Any]
+
+
+def _request_head(header: dict[str, Any]) -> _RequestHead:
+    parameters = _parameters(header, "the request")
+    outputs = []
+    default = _flag(parameters, "binary_data_output", "the request", False)
+    for entry in _entries(header, "outputs", required=False):
+        name = _name(entry, "outputs")
+        wants = _parameters(entry, f"output {name!r}")
+        if wants.get("classification"):
+            raise ProtocolError(f"output {name!r} asks for classification, which this server does not do; ask for data")
+        outputs.append(RequestedOutput(name, _flag(wants, "binary_data", f"output {name!r}", default)))
+    if len({output.name for output in outputs}) != len(outputs):
+        raise ProtocolError("the same output is asked for twice; list each output once")
+    understands = _flag(parameters, "dim_order", "the request", False)
+    entries = _tensor_entries(_entries(header, "inputs", required=True), "input")
+    return _RequestHead(entries, tuple(outputs), default, understands, _request_id(header), parameters)
+
+
+@lru_cache(maxsize=256)
+def _remembered_request_head(text: bytes) -> _RequestHead:
+    # A device sends the same header as long as it cuts at the same point.
+    return _request_head(_parsed(text, len(text)))
+
+
+def _tensor_entries(entries: list[dict[str, Any]], kind: str) -> list[_Entry]:
+    checked = [_tensor_entry(entry, kind) for entry in entries]
+    seen: set[str] = set()
+    for one in checked:
+        if one.name in seen:
+            raise ProtocolError(f"{one.where} appears twice; each tensor may be sent once")
+        seen.add(one.name)
+    return checked
+
+
+def _tensor_entry(entry: dict[str, Any], kind: str) -> _Entry:
+    name = _name(entry, f"{kind}s")
+    where = f"{kind} {name!r}"
+    dtype = dtype_of(entry.get("datatype"))
+    shape = _shape(entry.get("shape"), where)
+    parameters = _parameters(entry, where)
+    if "shared_memory_region" in parameters:
+        raise ProtocolError(f"{where} refers to shared memory, which is not supported; send its data")
+    if "binary_data_size" in parameters:
+        if "data" in entry:
+            raise ProtocolError(f"{where} has both data and binary_data_size; send one of them")
+        size = parameters["binary_data_size"]
+        needed = math.prod(shape) * dtype.itemsize
+        if type(size) is not int or size != needed:
+            raise ProtocolError(
+                f"{where} declares binary_data_size {_short(size)}, but {datatype_of(dtype)} of shape {list(shape)} "
+                f"takes {needed} bytes"
+            )
+        order = _dim_order(parameters.get("dim_order"), len(shape), where)
+        return _Entry(name, where, dtype, shape, size, order)
+    if "data" not in entry:
+        raise ProtocolError(f"{where} has neither data nor binary_data_size")
+    return _Entry(name, where, dtype, shape, data=entry["data"])
+
+
+def _tensors(entries: list[_Entry], payload: memoryview | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     offset = 0
+    available = 0 if payload is None else len(payload)
     for entry in entries:
-        name = _name(entry, f"{kind}s")
-        where = f"{kind} {name!r}"
-        if name in tensors:
-            raise ProtocolError(f"{where} appears twice; each tensor may be sent once")
-        dtype = dtype_of(entry.get("datatype"))
-        shape = _shape(entry.get("shape"), where)
-        parameters = _parameters(entry, where)
-        for unsupported in ("shared_memory_region", "shared_memory_offset"):
-            if unsupported in parameters:
-                raise ProtocolError(f"{where} refers to shared memory, which is not supported; send its data")
-        if "binary_data_size" in parameters:
-            if "data" in entry:
-                raise ProtocolError(f"{where} has both data and binary_data_size; send one of them")
-            size = parameters["binary_data_size"]
-            count = math.prod(shape)
-            if type(size) is not int or size != count * dtype.itemsize:
-                raise ProtocolError(
-                    f"{where} declares binary_data_size {_short(size)}, but {entry['datatype']} of shape {list(shape)} "
-                    f"takes {count * dtype.itemsize} bytes"
-                )
-            available = 0 if payload is None else len(payload) - offset
-            if size > available:
-                raise ProtocolError(
-                    f"{where} declares {size} bytes of binary data, but {available} are left in the body"
-                    + (f"; was {HEADER_LENGTH} sent?" if payload is None else "")
-                )
-            order = _dim_order(parameters.get("dim_order"), len(shape), where)
-            tensors[name] = _view(payload, offset, dtype, shape, order, where)
-            offset += size
-        elif "data" in entry:
-            tensors[name] = _from_json(entry["data"], dtype, shape, where)
-        else:
-            raise ProtocolError(f"{where} has neither data nor binary_data_size")
-    if payload is not None and offset != len(payload):
-        raise ProtocolError(f"{len(payload) - offset} bytes are left over after the tensors the header declares")
+        if entry.size_bytes is None:
+            tensors[entry.name] = _from_json(entry.data, entry.dtype, entry.shape, entry.where)
+            continue
+        if entry.size_bytes > available - offset:
+            raise ProtocolError(
+                f"{entry.where} declares {entry.size_bytes} bytes of binary data, but {available - offset} are left in "
+                f"the body{f'; was {HEADER_LENGTH} sent?' if payload is None else ''}"
+            )
+        tensors[entry.name] = _view(payload, offset, entry.dtype, entry.shape, entry.order, entry.where)
+        offset += entry.size_bytes
+    if offset != available:
+        raise ProtocolError(f"{available - offset} bytes are left over after the tensors the header declares")
     return tensors
 
 
@@ -488,4 +556,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+_text = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _JSON = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)

@@ -1,25 +1,24 @@
 """The ASGI application: Open Inference Protocol v2 over HTTP, and three extensions.
 
-===================================================  ================================================================
-``GET /v2``                                          server metadata
-``GET /v2/health/live``, ``/v2/health/ready``        200, or 503 while a model loads
-``GET /v2/models/NAME[/versions/V]``                 model metadata; ``…/ready`` likewise
-``POST /v2/models/NAME[/versions/V]/infer``          inference; the tensors' names decide which part of the model runs
-``GET /v2/models/NAME/fingerprint``                  graph and weight digests
-``GET /v2/models/NAME/profile``                      the server's own layer profile
-``POST /v2/probe[?down=BYTES]``                      takes a body and answers with as many bytes as asked, to measure a link
-===================================================  ================================================================
+=============================================  =====================================================================
+``GET /v2``                                    server metadata
+``GET /v2/health/live``, ``/v2/health/ready``  200, or 503 while a model loads
+``GET /v2/models/NAME[/versions/V]``           model metadata; ``…/ready`` likewise
+``POST /v2/models/NAME[/versions/V]/infer``    inference; the tensors' names decide which part of the model runs
+``GET /v2/models/NAME/fingerprint``            graph and weight digests
+``GET /v2/models/NAME/profile``                the server's own layer profile
+``POST /v2/probe[?down=BYTES]``                takes a body, answers with as many bytes as asked, to measure a link
+=============================================  =====================================================================
 
 Errors are ``{"error": "…"}``: 400 for a request that is wrong, 404 for a model that is not served, 408 for a body that
-does not arrive, 413 for one larger than the model can be sent (judged before it is read), 500 when the model fails, 503 while
-it loads.
+does not arrive, 413 for one larger than the model can be sent (judged before it is read), 500 when the model fails, 503
+while it loads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import metadata
@@ -28,20 +27,13 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from torchsurgeon import wire
-from torchsurgeon.errors import (
-    BodyTooLargeError,
-    ModelFailedError,
-    ModelNotReadyError,
-    ModelNotServedError,
-    PartitionError,
-    ProtocolError,
-)
+from torchsurgeon.errors import ProtocolError
 from torchsurgeon.serve.body import (
-    BodyTimeoutError,
+    JOIN_BYTES,
     DisconnectedError,
     Receive,
     check_length,
@@ -50,6 +42,8 @@ from torchsurgeon.serve.body import (
     inflate,
     read_body,
 )
+from torchsurgeon.serve.direct import Direct
+from torchsurgeon.serve.failure import STATUS, error_body, status_of
 from torchsurgeon.serve.registry import ModelRegistry, Received, ServedModel
 
 Scope = Mapping[str, Any]
@@ -58,41 +52,30 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 MAX_PROBE_BYTES = 4 << 20
 _LINGER_BYTES = 16 << 20
 _LINGER_S = 2.0
-_JOIN_BYTES = 64 << 10
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
-
-_STATUS: dict[type[Exception], int] = {
-    ModelNotServedError: 404,
-    BodyTimeoutError: 408,
-    BodyTooLargeError: 413,
-    ProtocolError: 400,
-    PartitionError: 400,
-    ModelFailedError: 500,
-    ModelNotReadyError: 503,
-}
-
-_log = logging.getLogger(__name__)
 
 
 class TailApp:
     """The application. Inference and probes are handled here, everything else is routed by Starlette.
 
+    ``direct`` is the short way past ASGI that torchsurgeon's own server takes for plain inference requests.
     ``body_timeout_s`` is how long a client may take to send a body, beside the time that takes at 16 KiB/s.
     """
 
     def __init__(self, registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> None:
         self.registry = registry
         self.body_timeout_s = body_timeout_s
+        self.direct = Direct(registry, body_timeout_s)
         self._rest = _control_plane(registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
             parts = scope["path"].split("/")
-            if parts[-1] == "infer" and parts[1:3] == ["v2", "models"] and len(parts) in (5, 7):
-                if len(parts) == 5 or parts[4] == "versions":
-                    version = parts[5] if len(parts) == 7 else None
-                    await self._guarded(self._infer(parts[3], version, scope, receive, send), receive, send)
-                    return
+            versioned = len(parts) == 7 and parts[4] == "versions"
+            if parts[-1] == "infer" and parts[1:3] == ["v2", "models"] and (versioned or len(parts) == 5):
+                version = parts[5] if versioned else None
+                await self._guarded(self._infer(parts[3], version, scope, receive, send), receive, send)
+                return
             if scope["path"] == "/v2/probe":
                 await self._guarded(self._probe(scope, receive, send), receive, send)
                 return
@@ -103,15 +86,8 @@ class TailApp:
             await handling
         except DisconnectedError:
             pass
-        except tuple(_STATUS) as error:
-            status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
-            if isinstance(error, ModelFailedError):
-                _log.error("%s", error, exc_info=error.__cause__)
-            text = str(error) or "the body did not arrive in time"
-            await _refuse(status, text, receive, send)
         except Exception as error:
-            _log.exception("a request failed")
-            await _refuse(500, f"{type(error).__name__} in the server; its log has the details", receive, send)
+            await _refuse(status_of(error), error_body(error), receive, send)
 
     async def _infer(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.perf_counter()
@@ -124,7 +100,7 @@ class TailApp:
         header_bytes = None if length is None else wire.header_length(length, None if compressed else size)
         limit = model.max_body_bytes(binary=header_bytes is not None)
         check_length(size, limit)
-        body = await read_body(scope, receive, size, limit, self.body_timeout_s)
+        body = await read_body(receive, size, limit, self.body_timeout_s)
         arrived_s = time.perf_counter()
         request = Received(body, header_bytes, arrived_s - started_s, arrived_s)
         del body
@@ -141,7 +117,7 @@ class TailApp:
         down = _down_bytes(scope["query_string"])
         size = content_length(headers)
         check_length(size, MAX_PROBE_BYTES)
-        received = len(await read_body(scope, receive, size, MAX_PROBE_BYTES, self.body_timeout_s))
+        received = len(await read_body(receive, size, MAX_PROBE_BYTES, self.body_timeout_s))
         answer = {"received_bytes": received, "receive_s": round(time.perf_counter() - started_s, 6)}
         # JSON may end in spaces, so the answer is as long as asked and still JSON.
         await _json(200, json.dumps(answer).encode().ljust(down), send)
@@ -172,7 +148,7 @@ async def _answer(encoded: wire.Encoded, send: Send) -> None:
         headers.append((_HEADER_LENGTH, b"%d" % encoded.header_bytes))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     # Joining small buffers costs less than another system call for each.
-    buffers = [b"".join(encoded.buffers)] if encoded.size_bytes <= _JOIN_BYTES else encoded.buffers
+    buffers = [b"".join(encoded.buffers)] if encoded.size_bytes <= JOIN_BYTES else encoded.buffers
     for index, buffer in enumerate(buffers):
         await send({"type": "http.response.body", "body": buffer, "more_body": index + 1 < len(buffers)})
 
@@ -185,14 +161,14 @@ async def _json(status: int, body: bytes, send: Send, *, close: bool = False) ->
     await send({"type": "http.response.body", "body": body, "more_body": close})
 
 
-async def _refuse(status: int, text: str, receive: Receive, send: Send) -> None:
-    body = json.dumps({"error": text}).encode()
+async def _refuse(status: int, body: bytes, receive: Receive, send: Send) -> None:
     try:
         await _json(status, body, send, close=True)
         await discard(receive, _LINGER_BYTES, _LINGER_S)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
     except (OSError, RuntimeError):
-        _log.debug("a client did not wait for its error", exc_info=True)
+        # The client did not wait for its error.
+        return
 
 
 def _control_plane(registry: ModelRegistry) -> Starlette:
@@ -225,11 +201,10 @@ def _control_plane(registry: ModelRegistry) -> Starlette:
     async def post_only(request: Request) -> JSONResponse:
         raise HTTPException(404)
 
-    async def failure(request: Request, error: Exception) -> JSONResponse:
+    async def failure(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             return JSONResponse({"error": f"{error.detail}: {request.method} {request.url.path}"}, error.status_code)
-        status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
-        return JSONResponse({"error": str(error)}, status)
+        return Response(error_body(error), status_of(error), media_type="application/json")
 
     routes = [
         Route("/v2", server),
@@ -246,7 +221,7 @@ def _control_plane(registry: ModelRegistry) -> Starlette:
             Route(f"{prefix}/fingerprint", fingerprint),
             Route(f"{prefix}/profile", profile),
         ]
-    handlers: dict[Any, Any] = {HTTPException: failure, **dict.fromkeys(_STATUS, failure)}
+    handlers: dict[Any, Any] = {HTTPException: failure, **dict.fromkeys(STATUS, failure)}
     return Starlette(routes=routes, exception_handlers=handlers)
 
 

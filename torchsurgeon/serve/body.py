@@ -11,20 +11,17 @@ from typing import Any
 import torch
 
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError
+from torchsurgeon.serve.failure import BodyTimeoutError
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
-# Set by serve.protocol: reads the rest of the body straight into a buffer.
-RECEIVE_INTO = "torchsurgeon.receive_into"
 MIN_UPLINK_BYTE_S = 16_384
+# Up to here buffers are joined rather than written one by one.
+JOIN_BYTES = 64 << 10
 
 
 class DisconnectedError(Exception):
     """The client went away in mid-request."""
-
-
-class BodyTimeoutError(Exception):
-    """The body did not arrive in time."""
 
 
 def content_length(headers: Mapping[bytes, bytes]) -> int | None:
@@ -43,36 +40,22 @@ def check_length(size: int | None, limit_bytes: int) -> None:
         raise BodyTooLargeError(f"the body is {size} bytes; what this model can be sent is at most {limit_bytes} bytes")
 
 
-async def read_body(
-    scope: Mapping[str, Any], receive: Receive, size: int | None, limit_bytes: int, timeout_s: float
-) -> memoryview:
+def timeout_for(timeout_s: float, size: int) -> float:
+    """How long a body of ``size`` bytes may take: ``timeout_s``, and the time it needs at 16 KiB/s."""
+    return timeout_s + size / MIN_UPLINK_BYTE_S
+
+
+async def read_body(receive: Receive, size: int | None, limit_bytes: int, timeout_s: float) -> memoryview:
     """Read the whole body: ``size`` bytes when that is known, otherwise at most ``limit_bytes``.
 
-    The client has ``timeout_s`` and the time the body takes at 16 KiB/s, whatever way it spends them. Raises
-    BodyTooLargeError, BodyTimeoutError or DisconnectedError.
+    The client may take :func:`timeout_for` long, whatever way it spends that. Raises BodyTooLargeError, ProtocolError,
+    BodyTimeoutError or DisconnectedError.
     """
-    timeout_s += (limit_bytes if size is None else size) / MIN_UPLINK_BYTE_S
-    if size is None:
-        return await _in_time(_read_chunked(receive, limit_bytes), timeout_s)
-    buffer = _buffer(size)
-    receive_into = scope.get("extensions", {}).get(RECEIVE_INTO)
-    if receive_into is None:
-        await _in_time(_read_sized(receive, buffer), timeout_s)
-        return buffer
-    arriving: asyncio.Future[bool] = receive_into(buffer)
-    if not arriving.done():
-        timer = arriving.get_loop().call_later(timeout_s, arriving.cancel, "late")
-        try:
-            await arriving
-        except asyncio.CancelledError as error:
-            if error.args == ("late",):
-                raise BodyTimeoutError from None
-            raise
-        finally:
-            timer.cancel()
-    if not arriving.result():
-        raise DisconnectedError
-    return buffer
+    reading = _read_chunked(receive, limit_bytes) if size is None else _read_sized(receive, new_buffer(size))
+    try:
+        return await asyncio.wait_for(reading, timeout_for(timeout_s, limit_bytes if size is None else size))
+    except (TimeoutError, asyncio.TimeoutError):
+        raise BodyTimeoutError("the body did not arrive in time") from None
 
 
 async def discard(receive: Receive, limit_bytes: int, timeout_s: float) -> int:
@@ -106,16 +89,9 @@ def inflate(body: memoryview, encoding: bytes, limit_bytes: int) -> memoryview:
         raise BodyTooLargeError(f"the body inflates to more than the {limit_bytes} bytes this model can be sent")
     if not unpacker.eof or unpacker.unused_data:
         raise ProtocolError("the compressed body is cut off, or something follows it")
-    buffer = _buffer(len(data))
+    buffer = new_buffer(len(data))
     buffer[:] = data
     return buffer
-
-
-async def _in_time(reading: Awaitable[memoryview], timeout_s: float) -> memoryview:
-    try:
-        return await asyncio.wait_for(reading, timeout_s)
-    except (TimeoutError, asyncio.TimeoutError):
-        raise BodyTimeoutError from None
 
 
 async def _read_sized(receive: Receive, buffer: memoryview) -> memoryview:
@@ -139,7 +115,7 @@ async def _read_chunked(receive: Receive, limit_bytes: int) -> memoryview:
         chunk, more = await _chunk(receive)
         check_length(len(collected) + len(chunk), limit_bytes)
         collected += chunk
-    buffer = _buffer(len(collected))
+    buffer = new_buffer(len(collected))
     buffer[:] = collected
     return buffer
 
@@ -151,6 +127,7 @@ async def _chunk(receive: Receive) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
-def _buffer(size: int) -> memoryview:
+def new_buffer(size: int) -> memoryview:
+    """Memory for a body."""
     # torch aligns its memory to 64 bytes and does not clear it, so a page is touched only as data arrives.
     return torch.empty(size, dtype=torch.uint8).numpy().data

@@ -1,7 +1,7 @@
 """Keep freed memory in a serving process, instead of handing it back to the kernel after every request.
 
-glibc maps each large block anew and returns it when freed, so every request pays a page fault for every 4 KiB of its body and of
-each layer's output. Measured on one loopback request of 150 KB: most of its time (see ``docs/architecture.md``).
+glibc maps each large block anew and returns it when freed, so every request pays a page fault for every 4 KiB of its
+body and of each layer's output.
 """
 
 from __future__ import annotations
@@ -30,4 +30,5 @@ def retain_freed_memory() -> bool:
         _M_TRIM_THRESHOLD: _TRIM_THRESHOLD_BYTES,
         _M_TOP_PAD: _TOP_PAD_BYTES,
     }
-    return all([mallopt(option, value) == 1 for option, value in settings.items()])
+    accepted = [mallopt(option, value) for option, value in settings.items()]
+    return accepted == [1] * len(settings)

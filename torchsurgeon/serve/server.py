@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import socket
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
 from torchsurgeon.errors import ServerError, TorchSurgeonError
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.memory import retain_freed_memory
-from torchsurgeon.serve.protocol import InPlaceProtocol
+from torchsurgeon.serve.protocol import ServeProtocol
 from torchsurgeon.serve.registry import ModelRegistry, Profiler
 
 _KEEP_ALIVE_S = 75
@@ -27,8 +29,9 @@ _START_S = 10.0
 class Server:
     """An ASGI application served from a thread, for tests, demos and notebooks.
 
-    A context manager: ``with Server(app) as server: … server.url``. Port 0 takes a free one. Raises ServerError when the
-    address cannot be listened on. ``in_place=False`` uses uvicorn's own protocol, which copies bodies.
+    A context manager: ``with Server(app) as server: … server.url``. Port 0 takes a free one. Raises ServerError when
+    the address cannot be listened on. ``direct=False`` takes every request through
+    ASGI.
     """
 
     def __init__(
@@ -39,13 +42,13 @@ class Server:
         *,
         ssl_certfile: str | None = None,
         ssl_keyfile: str | None = None,
-        in_place: bool = True,
+        direct: bool = True,
     ) -> None:
         self.host = host
         self._socket = listen(host, port)
         self.port: int = self._socket.getsockname()[1]
         self.url = _url("https" if ssl_certfile else "http", host, self.port)
-        config = _config(app, in_place=in_place, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
+        config = _config(app, direct=direct, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
 
@@ -101,8 +104,8 @@ def run(
     tell = say or (lambda line: print(line, flush=True))
     if not is_loopback(host):
         warnings.warn(
-            f"listening on {host}: everyone who can reach this address can run the models and read their weights' digests; "
-            "nothing is encrypted or authenticated",
+            f"listening on {host}: everyone who can reach this address can run the models and read their weights' "
+            "digests; nothing is encrypted or authenticated",
             stacklevel=2,
         )
     retain_freed_memory()
@@ -111,7 +114,7 @@ def run(
         registry.announce(name)
     bound = listen(host, port)
     url = _url("http", host, bound.getsockname()[1])
-    server = uvicorn.Server(_config(create_app(registry), in_place=True))
+    server = uvicorn.Server(_config(create_app(registry), direct=True))
     failures: list[TorchSurgeonError] = []
 
     def load() -> None:
@@ -129,6 +132,9 @@ def run(
                     f"loaded {name} from {served.source} in {time.perf_counter() - started_s:.1f} s: "
                     f"{len(served.graph.layers)} layers, {len(served.graph.points)} partition points"
                 )
+            # What is loaded stays: the garbage collector need not walk through it again during a request.
+            gc.collect()
+            gc.freeze()
             tell(f"ready: serving {', '.join(models)} at {url}")
         except TorchSurgeonError as error:
             failures.append(error)
@@ -172,15 +178,16 @@ def _url(scheme: str, host: str, port: int) -> str:
 
 
 def _config(
-    app: Any, *, in_place: bool, ssl_certfile: str | None = None, ssl_keyfile: str | None = None
+    app: Any, *, direct: bool, ssl_certfile: str | None = None, ssl_keyfile: str | None = None
 ) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=InPlaceProtocol if in_place else "httptools",
+        http=cast(Any, partial(ServeProtocol, getattr(app, "direct", None) if direct else None)),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
