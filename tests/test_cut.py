@@ -193,3 +193,169 @@ def test_random_programs_give_their_bits_at_every_point_in_any_order_of_names(op
             names = list(boundary)
             random.shuffle(names)
             assert_same(tail_for(graph, names)(*(fresh(boundary[name]) for name in names)), expected, f"{names}")
+
+
+# --- what else a user relies on ---
+
+
+def test_parts_share_the_models_parameters_under_its_names_and_leave_it_alone() -> None:
+    made = randomized(zoo.resnet18())
+    x = torch.randn(1, 3, 32, 32)
+    names, state = [name for name, _ in made.named_modules()], copy.deepcopy(made.state_dict())
+    with torch.no_grad():
+        before = made(x)
+        graph = trace(made, x)
+        partition = cut(graph, "layer2.0.conv1")
+        partition.tail(*partition.head(x))
+        assert_same(made(x), before, "the model's answer")
+    assert [name for name, _ in made.named_modules()] == names
+    assert_same(dict(made.state_dict()), dict(state), "the model's state")
+    whole = dict(made.named_parameters())
+    parts = [dict(part.named_parameters()) for part in (partition.head.segment, partition.tail)]
+    assert set(parts[0]) | set(parts[1]) == set(whole)
+    assert not set(parts[0]) & set(parts[1])
+    for part in parts:
+        for name, parameter in part.items():
+            assert parameter.data_ptr() == whole[name].data_ptr()
+    assert not any(module.training for part in (partition.head, partition.tail) for module in part.modules())
+
+
+def test_a_weight_loaded_after_the_cut_is_used_by_both_parts() -> None:
+    made = model(lambda self, x: self.last(self.conv(x)) * self.scale, conv=conv(), last=conv(), scale=torch.ones(6))
+    partition = cut(trace(made, image()), "conv")
+    with torch.no_grad():
+        made.load_state_dict({name: value + 1 for name, value in made.state_dict().items()})
+        assert_same(partition.tail(*partition.head(image())), made(image()), "after loading")
+
+
+def test_a_deep_copy_of_a_part_stands_on_its_own() -> None:
+    made = model(lambda self, x: self.last(self.conv(x)) * self.scale, conv=conv(), last=conv(), scale=torch.ones(6))
+    with torch.no_grad():
+        expected = made(image())
+        partition = cut(trace(made, image()), "conv")
+        head, tail = copy.deepcopy(partition.head), copy.deepcopy(partition.tail)
+        for parameter in (*made.parameters(), *made.buffers()):
+            parameter.zero_()
+        assert_same(tail(*head(image())), expected, "the copies")
+        assert_same(tail.double()(*(t.double() for t in head(image()))).float().shape, expected.shape, "converted")
+
+
+def test_two_cuts_of_one_graph_are_independent() -> None:
+    made = randomized(zoo.shufflenet_v2_x0_5())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, graph = made(x), trace(made, x)
+        early, late = cut(graph, 20), cut(graph, 60)
+        crossing = late.head(x)
+        assert_same(early.tail(*early.head(x)), expected, "the early cut")
+        assert_same(late.tail(*crossing), expected, "the late cut")
+
+
+def test_parts_run_in_several_threads_at_once() -> None:
+    made = randomized(zoo.mobilenet_v3_small())
+    inputs = [torch.randn(1 + i % 2, 3, 32, 32) for i in range(6)]
+    with torch.no_grad():
+        expected = [made(x) for x in inputs]
+    partition = cut(trace(made, inputs[0]), 50)
+    answers = in_threads(6, lambda i: [partition.tail(*partition.head(inputs[i])) for _ in range(3)])
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert_same(answer, [wanted] * 3, "a thread's answer")
+
+
+def test_tracing_in_one_thread_does_not_disturb_a_tail_in_another() -> None:
+    made, other = randomized(zoo.resnet18()), randomized(zoo.mobilenet_v3_small())
+    x = torch.randn(1, 3, 32, 32)
+    partition = cut(trace(made, x), 20)
+    with torch.no_grad():
+        expected = made(x)
+
+    def work(i: int) -> Any:
+        if i < 2:
+            return [trace(other, x).fingerprint for _ in range(4)]
+        return [partition.tail(*partition.head(x)) + torch.zeros(1) for _ in range(10)]
+
+    first, second, *answers = in_threads(4, work)
+    assert len({*first, *second}) == 1
+    for answer in answers:
+        assert_same(answer, [expected] * 10, "while another thread traces")
+
+
+def test_an_untraced_layout_gives_its_bits_too() -> None:
+    made = randomized(zoo.resnet18())
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected, graph = made(x), trace(made, torch.randn(1, 3, 32, 32))
+        for point in graph.points[::7]:
+            partition = cut(graph, point)
+            assert_same(partition.tail(*(fresh(t) for t in partition.head(x))), expected, point.name)
+
+
+def test_gradients_flow_through_both_parts() -> None:
+    made = model(lambda self, x: self.last(self.relu(self.conv(x))), conv=conv(), last=conv(), relu=nn.ReLU())
+    partition = cut(trace(made, image()), "relu")
+    made(image()).sum().backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in made.named_parameters()}
+    made.zero_grad()
+    partition.tail(*partition.head(image())).sum().backward()
+    assert_same({name: parameter.grad for name, parameter in made.named_parameters()}, wanted, "gradients")
+
+
+def test_a_long_chain_is_cut_anywhere() -> None:
+    layers = [layer for _ in range(800) for layer in (nn.Linear(4, 4), nn.ReLU(inplace=True))]
+    made, x = nn.Sequential(*layers).eval(), torch.randn(2, 4)
+    graph = check(made, x, points=slice(None, None, 200))
+    assert len(graph.points) == 1601
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["conv_typo"], "no tensor 'conv_typo'; near it: conv"),
+        (["conv", "conv"], "tensor 'conv' is given twice"),
+        (["first"], "tensors first do not determine the output: it also depends on the model's inputs y"),
+        ([], r"\(none\) do not determine the output"),
+    ],
+)
+def test_names_that_make_no_tail_are_refused(names: list[str], message: str) -> None:
+    made = model(lambda self, x, y: self.conv(self.first(x)) + y, conv=conv(), first=conv())
+    with pytest.raises(PartitionError, match=message):
+        tail_for(trace(made, image(), image()), names)
+
+
+def test_views_of_memory_that_is_overwritten_are_refused_when_they_come_apart() -> None:
+    def forward(self, x):
+        y = self.conv(x)
+        part = y[:, :2]
+        part.add_(1)
+        return self.last(y) + part.sum()
+
+    graph = trace(model(forward, conv=conv(), last=conv()), image())
+    for names in (["conv", "getitem"], ["x", "getitem"], ["conv", "add"]):
+        with pytest.raises(
+            PartitionError, match=r"share memory that is overwritten.*Use the tensors of one of the graph's points"
+        ):
+            tail_for(graph, names)
+
+
+def test_a_part_called_with_too_few_or_too_many_tensors_says_how_many_it_takes() -> None:
+    partition = cut(trace(model(lambda self, x: self.conv(x).relu(), conv=conv()), image()), "conv")
+    with pytest.raises(TypeError, match="takes 1 tensors, 2 were given"):
+        partition.tail(image(), image())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda head: head(), "x"),
+        (lambda head: head([image()]), "another structure than the example"),
+        (lambda head: head(image(), flag=True), "argument 'flag' is True, but the model was traced with False"),
+        (lambda head: head("text"), "argument 'x' must be a tensor as in the example, not str"),
+    ],
+)
+def test_a_head_called_unlike_the_example_says_what_differs(call: Callable[[nn.Module], Any], message: str) -> None:
+    partition = cut(trace(model(lambda self, x, flag=False: self.conv(x), conv=conv()), image()), 1)
+    with pytest.raises(TypeError, match=message):
+        call(partition.head)

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import linecache
 import operator
+import os
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from torchsurgeon.errors import TraceError
 from torchsurgeon.program import Constant, Ref, Step, function_name, number_to_tensor, restorer
 from torchsurgeon.structure import Path, Structure, flatten, leaf_name
 
-_LIBRARY = str(FilePath(torch.__file__).parent)
-_HERE = str(FilePath(__file__).parent)
+_LIBRARY = str(FilePath(torch.__file__).parent) + os.sep
+_HERE = str(FilePath(__file__).parent) + os.sep
 # fx patches nn.Module for the time of a trace: one at a time.
 _TRACING = threading.Lock()
 

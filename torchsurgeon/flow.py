@@ -60,6 +60,8 @@ class Flow:
         self._settle_constants(model)
         self._irregular = self._settle_overwrites()
         self._uses = [step.uses() for step in steps]
+        for step, uses in zip(steps, self._uses, strict=True):
+            step.reads = tuple(uses)
         self._prune()
         self._classify()
         self._number_values()

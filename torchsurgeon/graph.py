@@ -153,7 +153,7 @@ class LayerGraph:
         self.batch, self.batch_free = specs.batch, specs.batch_free
         self.layouts = {value.name: layout for value in flow.values if (layout := specs.layout(value)) is not None}
         self.traced_by = "fx"
-        self._call, self.steps, self.flow = call, steps, flow
+        self.call, self.steps, self.flow = call, steps, flow
         self.calls = [step.compiled() if step.kind in ("call", "output") else _never for step in steps]
         self._values = {value.name: value for value in flow.values}
         self.values: Mapping[str, TensorSpec] = {value.name: specs.of(value) for value in flow.values}
@@ -217,11 +217,11 @@ class LayerGraph:
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Return a call's tensors by input name. Raises ``TypeError`` for a call unlike the traced example."""
-        return dict(zip(self._call.names, self._call.tensors(args, kwargs), strict=True))
+        return dict(zip(self.call.names, self.call.tensors(args, kwargs), strict=True))
 
     def tensors_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """Return a call's tensors in the order of ``inputs``. Raises ``TypeError`` as ``bind`` does."""
-        return self._call.tensors(args, kwargs)
+        return self.call.tensors(args, kwargs)
 
     def value(self, name: str) -> Value:
         """Return where in the program the tensor ``name`` comes to be."""

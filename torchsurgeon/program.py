@@ -7,6 +7,7 @@ another point copies nothing and compiles nothing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +46,7 @@ class Step:
     ``kind`` is ``input`` (a model input), ``attr`` (a parameter, buffer or constant of the model), ``call`` or
     ``output`` (the model's result, always the last step). ``target`` is a callable, a method's name, the dotted
     attribute or a :class:`Constant`. ``after`` lists steps that must have run before although no value of theirs is used: they overwrite memory
-    this step reads.
+    this step reads. ``reads`` keeps what ``uses`` finds once the program is settled.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Step:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     module_path: str = ""
     after: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()
     structure: Structure = LEAF
 
     @property
@@ -229,6 +231,9 @@ def restorer(value: Any) -> Callable[[torch.Tensor], Any] | None:
     return None
 
 
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
 class Segment(nn.Module):
     """A part of a traced model as an ordinary module.
 
@@ -251,25 +256,45 @@ class Segment(nn.Module):
         self._size = len(steps)
         self._feeds = tuple(feeds)
         self._picks = None if picks is None else tuple(picks)
-        included = sorted(included)
+        self._included = [steps[i] for i in sorted(included)]
         packed = {feed.step for feed in feeds if feed.path}
         self._structures = {step: steps[step].structure for step in packed}
         self._packs = tuple((i, dict.fromkeys(shape.paths())) for i, shape in self._structures.items())
-        _register(self, model, [steps[i] for i in included])
+        _register(self, model, self._included)
         last: dict[int, int] = {}
-        for i in included:
-            for used in steps[i].uses():
-                last[used] = i
+        for step in self._included:
+            for used in step.reads:
+                last[used] = step.index
         for pick in self._picks or ():
             last.pop(pick.step, None)
         dead: dict[int, tuple[int, ...]] = {}
         for used, i in last.items():
             dead[i] = (*dead.get(i, ()), used)
         self._program = tuple(
-            (_read_attribute(self, steps[i].target) if steps[i].kind == "attr" else calls[i], i, dead.get(i, ()))
-            for i in included
+            (_read_attribute(self, s.target) if s.kind == "attr" else calls[s.index], s.index, dead.get(s.index, ()))
+            for s in self._included
         )
-        self.steps = tuple(included)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps this segment runs, by their index in the traced graph."""
+        return tuple(step.index for step in self._included)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Segment:
+        copied = Segment.__new__(Segment)
+        memo[id(self)] = copied
+        nn.Module.__init__(copied)
+        own = {key: copy.deepcopy(self.__dict__[key], memo) for key in _TABLES}
+        copied.__dict__.update(self.__dict__ | own)
+        copied._included = [
+            dataclasses.replace(step, target=memo[id(step.target)]) if step.is_module else step
+            for step in self._included
+        ]
+        copied._program = tuple(
+            (_read_attribute(copied, s.target) if s.kind == "attr" else s.compiled() if s.is_module else call, i, dead)
+            for s, (call, i, dead) in zip(copied._included, self._program, strict=True)
+        )
+        return copied
 
     def load(self, tensors: Sequence[torch.Tensor]) -> Environment:
         """Return a fresh environment that holds ``tensors``, one per feed."""
@@ -315,39 +340,40 @@ class Segment(nn.Module):
 def _read_attribute(segment: nn.Module, target: str | Constant) -> Callable[[Environment], Any]:
     if isinstance(target, Constant):
         return lambda _: target.tensor
-    owner_path, _, name = target.rpartition(".")
-    owner = segment.get_submodule(owner_path)
+    owner, name = _owner(segment, target)
     return lambda _: getattr(owner, name)
 
 
+def _owner(segment: nn.Module, target: str) -> tuple[Any, str]:
+    path, _, name = target.rpartition(".")
+    return (segment._modules[path] if path else segment), name
+
+
 def _register(segment: nn.Module, model: nn.Module, steps: Sequence[Step]) -> None:
-    """Give ``segment`` the submodules and attributes its steps use, under the names the model has for them."""
-    owners: dict[str, nn.Module] = {"": segment}
+    """Give ``segment`` the submodules and attributes its steps use, under the names the model has for them.
 
-    def owner(path: str) -> nn.Module:
-        if path not in owners:
-            parent, _, name = path.rpartition(".")
-            siblings = owner(parent)._modules
-            if siblings.get(name) is None:
-                siblings[name] = nn.Module().eval()
-            owners[path] = siblings[name]  # type: ignore[assignment]
-        return owners[path]
-
-    # Parents first, so that a submodule used on its own is found inside a whole module that holds it.
-    for path, module in sorted({s.module_path: s.target for s in steps if s.is_module}.items()):
-        parent, _, name = path.rpartition(".")
-        owner(parent)._modules.setdefault(name, module)
+    Each stands under its whole dotted path in the segment itself: modules made only to hold others would cost more than all
+    the rest of a cut.
+    """
+    modules = segment._modules
     for step in steps:
-        if step.kind == "attr" and not isinstance(step.target, Constant):
-            parent, _, name = step.target.rpartition(".")
-            source = functools.reduce(getattr, parent.split("."), model) if parent else model
-            value = getattr(source, name)
-            here = owner(parent)
+        if step.is_module:
+            modules[step.module_path] = step.target
+    for step in steps:
+        if step.kind == "attr" and isinstance(step.target, str):
+            source, name = functools.reduce(getattr, step.target.split(".")[:-1], model), step.target.rpartition(".")[2]
+            path = step.target[: -len(name) - 1]
+            if path and path not in modules:
+                modules[path] = nn.Module().eval()
+            here = modules[path] if path else segment
             if here is source:
                 continue
+            assert here is not None
             if name in source._parameters:
-                here._parameters[name] = value
+                here._parameters[name] = source._parameters[name]
             elif name in source._buffers:
-                here.register_buffer(name, value, persistent=name not in source._non_persistent_buffers_set)
+                here.register_buffer(
+                    name, source._buffers[name], persistent=name not in source._non_persistent_buffers_set
+                )
             else:
-                setattr(here, name, value)
+                setattr(here, name, getattr(source, name))
