@@ -174,9 +174,9 @@ def test_threads_share_a_module(server: Server) -> None:
     inputs = [torch.rand(1 + i % 3, 3, 16, 16) for i in range(24)]
     with torch.no_grad():
         truths = [model(x) for x in inputs]
-    with ts.SplitModule(model, EXAMPLE, server=server.url, name="net", partition="relu") as split:
-        with ThreadPoolExecutor(6) as pool:
-            answers = list(pool.map(split, inputs))
+    split = ts.SplitModule(model, EXAMPLE, server=server.url, name="net", partition="relu")
+    with split, ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(split, inputs))
     assert all(same(a, t) for a, t in zip(answers, truths, strict=True))
 
 
@@ -345,9 +345,9 @@ def test_measured_link_is_that_of_the_emulated_one(server: Server) -> None:
     from torchsurgeon.emulate import LinkEmulator
 
     link = ts.Link("test", 8e6, 16e6, 0.04)
-    with LinkEmulator(0, "127.0.0.1", server.port, link) as emulator:
-        with HttpTransport(f"http://127.0.0.1:{emulator.port}") as transport:
-            measured = ts.measure_link(transport)
+    emulator = LinkEmulator(0, "127.0.0.1", server.port, link)
+    with emulator, HttpTransport(f"http://127.0.0.1:{emulator.port}") as transport:
+        measured = ts.measure_link(transport)
     assert measured.round_trip_s == pytest.approx(link.round_trip_s, rel=0.15)
     assert measured.uplink_bit_s == pytest.approx(link.uplink_bit_s, rel=0.15)
     assert measured.downlink_bit_s == pytest.approx(link.downlink_bit_s, rel=0.15)

@@ -39,7 +39,8 @@ def test_terms_are_those_of_the_arithmetic(graph: ts.LayerGraph) -> None:
 def test_the_choice_moves_with_the_link(graph: ts.LayerGraph) -> None:
     device, server = profile_of(graph, [0.4, 0.1, 0.2, 3.0]), profile_of(graph, [0.04, 0.01, 0.02, 0.03])
     chosen = [
-        ts.best(ts.estimate(graph, device, server, ts.Link("test", rate, 1e9, 0.0))).point.index for rate in (1e3, 2e3, 1e9)
+        ts.best(ts.estimate(graph, device, server, ts.Link("test", rate, 1e9, 0.0))).point.index
+        for rate in (1e3, 2e3, 1e9)
     ]
     assert chosen == [3, 3, 0]
     far = ts.Link("far", 1e9, 1e9, 10.0)

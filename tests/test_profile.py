@@ -89,7 +89,7 @@ def test_progress_is_told(graph: ts.LayerGraph) -> None:
 
 def test_a_profile_of_another_graph_is_refused_by_name(profile: ts.LayerProfile) -> None:
     other = ts.trace(nn.Sequential(nn.Linear(4, 4)).eval(), torch.rand(1, 4))
-    with pytest.raises(ts.ProfileError, match="Uneven.*Sequential"):
+    with pytest.raises(ts.ProfileError, match=r"Uneven.*Sequential"):
         profile.check(other)
 
 

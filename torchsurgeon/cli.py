@@ -24,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("torchsurgeon", ""):
             raise
-        print(f"torchsurgeon: this command needs {error.name}: {_NEEDS_CLI} (or [server], [vision], [plot], [all])", file=sys.stderr)
+        print(
+            f"torchsurgeon: this command needs {error.name}: {_NEEDS_CLI} (or [server], [vision], [plot], [all])",
+            file=sys.stderr,
+        )
         return 2
     except BrokenPipeError:
         sys.stderr.close()
@@ -35,12 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="torchsurgeon", description="Split a PyTorch model between a device and a server.")
+    parser = argparse.ArgumentParser(
+        prog="torchsurgeon", description="Split a PyTorch model between a device and a server."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="everything on this machine, over emulated links")
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures and the results")
-    demo.add_argument("--slow", type=float, default=10.0, metavar="FACTOR", help="how much slower the device is than this machine")
+    demo.add_argument(
+        "--slow", type=float, default=10.0, metavar="FACTOR", help="how much slower the device is than this machine"
+    )
     demo.add_argument("--repeats", type=int, default=5, help="inferences measured in each setting")
     demo.set_defaults(run=_demo)
 
@@ -50,11 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     trace.set_defaults(run=_trace)
 
     serve = commands.add_parser("serve", help="serve the tails of models")
-    serve.add_argument("models", nargs="+", metavar="NAME=SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file")
+    serve.add_argument(
+        "models", nargs="+", metavar="NAME=SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file"
+    )
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one and says which")
-    serve.add_argument("--weights", action="append", default=[], metavar="NAME=FILE", help=".safetensors, .pt, or 'default'")
-    serve.add_argument("--input", action="append", default=[], metavar="NAME=SPEC", help="e.g. resnet=x:float32[1,3,320,320]")
+    serve.add_argument(
+        "--weights", action="append", default=[], metavar="NAME=FILE", help=".safetensors, .pt, or 'default'"
+    )
+    serve.add_argument(
+        "--input", action="append", default=[], metavar="NAME=SPEC", help="e.g. resnet=x:float32[1,3,320,320]"
+    )
     serve.add_argument("--seed", type=int, default=0, help="of random weights")
     serve.add_argument("--threads", type=int, help="CPU threads of one inference")
     serve.add_argument("--max-batch", type=int, default=64)
@@ -63,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     link = commands.add_parser("link", help="emulate a wireless link: a TCP proxy with a rate and a delay")
     link.add_argument("--listen", type=int, required=True, metavar="PORT", help="0 takes a free one and says which")
     link.add_argument("--to", required=True, metavar="HOST:PORT")
-    link.add_argument("--profile", required=True, help="3g, lte, wifi, UP/DOWN/RTT (Mbit/s, s), or trace:UPFILE,DOWNFILE,RTT")
+    link.add_argument(
+        "--profile", required=True, help="3g, lte, wifi, UP/DOWN/RTT (Mbit/s, s), or trace:UPFILE,DOWNFILE,RTT"
+    )
     link.set_defaults(run=_link)
     return parser
 
@@ -71,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", metavar="SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file")
     parser.add_argument("--input", metavar="SPEC", help="example input, e.g. x:float32[1,3,224,224]")
-    parser.add_argument("--leaf", action="append", default=[], metavar="MODULE", help="keep this module whole, as one layer")
+    parser.add_argument(
+        "--leaf", action="append", default=[], metavar="MODULE", help="keep this module whole, as one layer"
+    )
 
 
 def _trace(options: argparse.Namespace) -> None:

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.cut import Partition, cut
-from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, ServerUnavailableError, TraceError
+from torchsurgeon.cut import cut
+from torchsurgeon.errors import (
+    ModelMismatchError,
+    ProtocolError,
+    RequestRefusedError,
+    ServerUnavailableError,
+    TraceError,
+)
 from torchsurgeon.fingerprint import WeightDigests, weight_digests
 from torchsurgeon.graph import LayerGraph, PartitionPoint, trace
 from torchsurgeon.link import Link
@@ -32,8 +38,8 @@ Backend = Callable[[nn.Module], Callable[..., Any]]
 class Inference:
     """Where the time of one inference went, in seconds, and what crossed.
 
-    ``uplink_s`` and ``downlink_s`` include half a round trip each; what the server spends beside queue and tail counts to
-    the uplink. The parts add up to ``total_s``.
+    ``uplink_s`` and ``downlink_s`` include half a round trip each; what the server spends beside queue and tail
+    counts to the uplink. The parts add up to ``total_s``.
     """
 
     partition: PartitionPoint
@@ -58,7 +64,8 @@ _PARTS = ("head", "encode", "uplink", "queue", "tail", "downlink", "decode")
 
 
 class SplitModule(nn.Module):
-    """Wrap ``model`` so that calling it runs a part here and the rest on a tail server, and gives the model's own answer.
+    """Wrap ``model`` so that calling it runs a part here and the rest on a tail server, and gives the model's own
+    answer.
 
     Args:
         model: the model, in eval mode. It is not changed; its parameters are shared.
@@ -66,7 +73,8 @@ class SplitModule(nn.Module):
         server: URL of a server started with ``torchsurgeon serve``, or a :class:`~torchsurgeon.transport.Transport`.
             Not needed with ``partition="device"``.
         name: the model's name on that server.
-        partition: ``"device"`` or ``"server"`` for everything on one side, a partition index, the name of the last layer
+        partition: ``"device"`` or ``"server"`` for everything on one side, a partition index, the name of the last
+        layer
             to run here, or ``"auto"``: the point with the lowest predicted latency, from measured layer times of both
             sides and the measured link.
         link: the link, when it is known; measured at the first call otherwise (``"auto"`` only).
@@ -75,10 +83,10 @@ class SplitModule(nn.Module):
         timeout_s: an inference that takes the server longer raises.
         leaf_modules: passed to :func:`~torchsurgeon.graph.trace`.
 
-    The first call shakes hands with the server and raises :class:`~torchsurgeon.errors.ModelMismatchError` unless both sides
-    hold the same graph and weights. A server that is down, slow or gone in mid-answer raises
-    :class:`~torchsurgeon.errors.ServerUnavailableError` within ``timeout_s``. Inference only: no gradients. May be called from
-    several threads at once. Close it, or use it in a ``with`` statement, to close its connections.
+    The first call shakes hands with the server and raises :class:`~torchsurgeon.errors.ModelMismatchError` unless
+    both sides hold the same graph and weights. A server that is down, slow or gone in mid-answer raises
+    :class:`~torchsurgeon.errors.ServerUnavailableError` within ``timeout_s``. Inference only: no gradients. May be
+    called from several threads at once. Close it, or use it in a ``with`` statement, to close its connections.
     """
 
     def __init__(
@@ -110,7 +118,7 @@ class SplitModule(nn.Module):
         self._transport = HttpTransport(server, timeout_s) if isinstance(server, str) else server
         self._lock = threading.RLock()
         self._shaken = False
-        self._running: dict[int, tuple[Partition, Callable[..., Any]]] = {}
+        self._heads: dict[int, Callable[..., Any]] = {}
         self._choice: PartitionPoint | None = None
         self.partition = partition
 
@@ -126,7 +134,7 @@ class SplitModule(nn.Module):
         choice = None if wanted == "auto" else self.graph.point(wanted)
         if self._transport is None and (choice is None or choice != self.graph.points[-1]):
             raise ServerUnavailableError(
-                f"partition {wanted!r} needs a server: give server=\"http://host:port\", or partition=\"device\""
+                f'partition {wanted!r} needs a server: give server="http://host:port", or partition="device"'
             )
         self._choice = choice
 
@@ -160,7 +168,7 @@ class SplitModule(nn.Module):
         point = self._chosen()
         with torch.no_grad():
             if point.index == len(self.graph.layers):
-                output = self._head(point)[1](*args, **kwargs)
+                output = self._head(point)(*args, **kwargs)
                 end = time.perf_counter()
                 self.last = Inference(point, end - begin, end - begin)
                 return output
@@ -168,8 +176,7 @@ class SplitModule(nn.Module):
 
     def _split(self, point: PartitionPoint, args: tuple[Any, ...], kwargs: Mapping[str, Any], begin: float) -> Any:
         transport = self._connected()
-        partition, head = self._head(point)
-        boundary = head(*args, **kwargs)
+        boundary = self._head(point)(*args, **kwargs)
         headed = time.perf_counter()
         batch = next((len(t) for t in boundary if t.dim()), 1) if self.graph.batch_free else self.graph.batch
         answer = transport.infer(
@@ -179,7 +186,9 @@ class SplitModule(nn.Module):
         )
         expected = {spec.name: spec.dtype for spec in self.graph.outputs}
         if {name: tensor.dtype for name, tensor in answer.tensors.items()} != expected:
-            raise ProtocolError(f"the server answered with tensors {sorted(answer.tensors)}, expected {sorted(expected)}")
+            raise ProtocolError(
+                f"the server answered with tensors {sorted(answer.tensors)}, expected {sorted(expected)}"
+            )
         device = boundary[0].device
         tensors = {name: tensor.to(device) for name, tensor in answer.tensors.items()}
         output = self.graph.unflatten_output(tensors)
@@ -207,12 +216,12 @@ class SplitModule(nn.Module):
             received_bytes=timing.received_bytes,
         )
 
-    def _head(self, point: PartitionPoint) -> tuple[Partition, Callable[..., Any]]:
-        found = self._running.get(point.index)
+    def _head(self, point: PartitionPoint) -> Callable[..., Any]:
+        found = self._heads.get(point.index)
         if found is None:
-            partition = cut(self.graph, point)
             whole = point.index == len(self.graph.layers)
-            found = self._running[point.index] = (partition, self._backend(self.model if whole else partition.head))
+            found = self._backend(self.model if whole else cut(self.graph, point).head)
+            self._heads[point.index] = found
         return found
 
     # --- the server ---
@@ -247,8 +256,8 @@ class SplitModule(nn.Module):
         if theirs.get("graph") != self.graph.fingerprint:
             raise ModelMismatchError(
                 f"model {self.name!r} has the same weights on both sides, but another graph: "
-                f"here {self.graph.fingerprint[:12]}, on the server {str(theirs.get('graph'))[:12]}. Trace both with the same "
-                f"example ({', '.join(map(str, self.graph.inputs))} here) and the same version of the model's source"
+                f"here {self.graph.fingerprint[:12]}, on the server {str(theirs.get('graph'))[:12]}. Trace both with the "
+                f"same example ({', '.join(map(str, self.graph.inputs))} here) and the same version of the model's source"
             )
 
     def close(self) -> None:
@@ -273,7 +282,7 @@ class SplitModule(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SplitModule:
-        self._running.clear()
+        self._heads.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

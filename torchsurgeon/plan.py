@@ -19,8 +19,8 @@ from torchsurgeon.profile import LayerProfile
 class Estimate:
     """The predicted latency of one inference cut at ``point``, term by term.
 
-    ``uplink_s`` and ``downlink_s`` each hold half the round trip; all terms but ``head_s`` are 0 when everything runs on
-    the device.
+    ``uplink_s`` and ``downlink_s`` each hold half the round trip; all terms but ``head_s`` are 0 when everything runs
+    on the device.
     """
 
     point: PartitionPoint

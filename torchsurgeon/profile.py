@@ -1,8 +1,8 @@
 """Measure every layer of a model on the machine at hand.
 
-The traced steps run in one straight line with a clock read between them, which costs well under a microsecond a layer. Each
-repeat times the whole run in one pass, so the time to *reach* a partition point is measured too: a sum of layers' medians
-is not a block's time.
+The traced steps run in one straight line with a clock read between them, which costs well under a microsecond a
+layer. Each repeat times the whole run in one pass, so the time to *reach* a partition point is measured too: a sum of
+layers' medians is not a block's time.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class NoisyProfileWarning(UserWarning):
 class LayerProfile:
     """What each layer of one model costs on one device with one backend.
 
-    ``samples_s`` has one row a repeat and one column a layer, in seconds; ``whole_s`` holds times of the whole model run as
-    it is, in the same session. ``provenance`` says where it comes from (device, versions, threads, date).
+    ``samples_s`` has one row a repeat and one column a layer, in seconds; ``whole_s`` holds times of the whole model
+    run as it is, in the same session. ``provenance`` says where it comes from (device, versions, threads, date).
     """
 
     model: str
@@ -55,7 +55,9 @@ class LayerProfile:
 
     def __post_init__(self) -> None:
         if self.samples_s.ndim != 2 or self.samples_s.shape[1] != len(self.layers) or not len(self.samples_s):
-            raise ProfileError(f"a profile of {len(self.layers)} layers cannot hold samples of shape {self.samples_s.shape}")
+            raise ProfileError(
+                f"a profile of {len(self.layers)} layers cannot hold samples of shape {self.samples_s.shape}"
+            )
         for what, values in (("samples_s", self.samples_s), ("whole_s", self.whole_s)):
             if not len(values) or not np.isfinite(values).all() or (values < 0).any():
                 raise ProfileError(f"{what} must hold finite, non-negative seconds")
@@ -116,8 +118,9 @@ class LayerProfile:
         """Raise :class:`~torchsurgeon.errors.ProfileError` when this is not a profile of ``graph``."""
         if self.fingerprint != graph.fingerprint:
             raise ProfileError(
-                f"this profile is of {self.model} ({len(self.layers)} layers, fingerprint {self.fingerprint[:12]}), not of "
-                f"{type(graph.model).__name__} ({len(graph.layers)} layers, {graph.fingerprint[:12]}); profile that model"
+                f"this profile is of {self.model} ({len(self.layers)} layers, fingerprint {self.fingerprint[:12]}), "
+                f"not of {type(graph.model).__name__} ({len(graph.layers)} layers, {graph.fingerprint[:12]}); "
+                "profile that model"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -135,7 +138,8 @@ class LayerProfile:
 
     @staticmethod
     def from_json(data: Any) -> LayerProfile:
-        """Return the profile in ``data``. Raises :class:`~torchsurgeon.errors.ProfileError` naming what is wrong with it."""
+        """Return the profile in ``data``. Raises :class:`~torchsurgeon.errors.ProfileError` naming what is wrong with
+        it."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ProfileError(f"not a profile of this version: format is {found!r}, not {FORMAT!r}; measure it again")
@@ -150,7 +154,9 @@ class LayerProfile:
                 dict(data["provenance"]),
             )
         except KeyError as error:
-            raise ProfileError(f"the profile has no field {error}; it was cut short or edited, measure it again") from None
+            raise ProfileError(
+                f"the profile has no field {error}; it was cut short or edited, measure it again"
+            ) from None
         except (TypeError, ValueError) as error:
             if isinstance(error, ProfileError):
                 raise
@@ -162,7 +168,8 @@ class LayerProfile:
 
     @staticmethod
     def load(path: str | Path) -> LayerProfile:
-        """Read a profile. Raises :class:`~torchsurgeon.errors.ProfileError` naming the file and what is wrong with it."""
+        """Read a profile. Raises :class:`~torchsurgeon.errors.ProfileError` naming the file and what is wrong with
+        it."""
         try:
             return LayerProfile.from_json(json.loads(Path(path).read_text()))
         except OSError as error:
@@ -194,9 +201,10 @@ def profile(
 ) -> LayerProfile:
     """Measure every layer of ``graph`` on the device its model is on.
 
-    ``inputs`` are the model's input tensors (random ones by default, which most models' speed does not depend on). Passes of
-    the instrumented and of the plain model alternate, ``repeats`` of each after ``warmup``. ``progress(done, total)`` is
-    called after each. Warns with :class:`NoisyProfileWarning` when the machine was not quiet.
+    ``inputs`` are the model's input tensors (random ones by default, which most models' speed does not depend on).
+    Passes of the instrumented and of the plain model alternate, ``repeats`` of each after ``warmup``.
+    ``progress(done, total)`` is called after each. Warns with :class:`NoisyProfileWarning` when the machine was not
+    quiet.
     """
     if repeats < 1 or warmup < 0:
         raise ProfileError(f"cannot measure {repeats} repeats after {warmup} warm-up runs; give at least 1 and 0")
@@ -233,8 +241,8 @@ def profile(
     )
     if repeats >= 4 and result.spread > _NOISY_SPREAD:
         warnings.warn(
-            f"the middle half of {repeats} runs spreads over {result.spread:.0%} of their median: the machine is busy or "
-            "changes its clocks; quiet it, or take more repeats",
+            f"the middle half of {repeats} runs spreads over {result.spread:.0%} of their median: the machine is busy "
+            "or changes its clocks; quiet it, or take more repeats",
             NoisyProfileWarning,
             stacklevel=2,
         )
