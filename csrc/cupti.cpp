@@ -35,7 +35,8 @@ DynamicLibrary library;
 Cupti cupti;
 bool is_complete = false;
 std::atomic<bool> is_tracing{false};
-ActivityLog activities(kMaxActivities);
+// Never destroyed: CUPTI may deliver a last buffer from its own thread while the process exits.
+ActivityLog& activities = *new ActivityLog(kMaxActivities);
 
 bool find_functions() {
   return library.find("cuptiActivityEnable", cupti.enable) && library.find("cuptiActivityDisable", cupti.disable) &&

@@ -152,11 +152,11 @@ model = torch.nn.Sequential(Block(), Block())
 """
 
 
-def on_fake_gpu(fake_gpu: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def on_fake_gpu(fake_gpu: Path, code: str) -> subprocess.CompletedProcess[str]:
     settings = {"LD_LIBRARY_PATH": str(fake_gpu), "FAKE_GPU": str(fake_gpu), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-        env={**os.environ, **settings, **environment},
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
         timeout=120,
@@ -241,34 +241,60 @@ def test_a_failing_model_leaves_no_trace_running(fake_gpu: Path) -> None:
     ], result.stderr
 
 
-@pytest.mark.parametrize(
-    ("answer", "advice"),
-    [
-        ("35", r"CUPTI_ERROR_INSUFFICIENT_PRIVILEGES (35): on a Jetson run as root"),
-        ("39", "another profiler (nsys, ncu, a torch.profiler) has hold of CUPTI; end it first"),
-        ("999", "CUPTI refuses with CUPTI_ERROR_FAKE (999)"),
-    ],
-)
-def test_a_cupti_that_refuses_says_what_to_do(answer: str, advice: str, fake_gpu: Path) -> None:
-    code = """
-    try:
-        with hooks.kernel_trace():
-            print("not reached")
-    except hooks.NativeUnavailableError as error:
-        print(error, hooks.active())
-    """
-    result = on_fake_gpu(fake_gpu, code, FAKE_CUPTI_ENABLE=answer)
-    assert advice in result.stdout, result.stderr
-    assert result.stdout.endswith("None\n")
+def test_a_cupti_that_is_missing_or_refuses_says_what_to_do(fake_gpu: Path) -> None:
+    result = on_fake_gpu(
+        fake_gpu,
+        """
+        def attempt():
+            try:
+                with hooks.kernel_trace():
+                    print("traced")
+            except hooks.NativeUnavailableError as error:
+                print(error)
+            assert hooks.active() is None
+
+        candidates = _native._cupti_candidates
+        _native._cupti_candidates = lambda: [("/nowhere/libcupti.so.13", False)]
+        attempt()
+        _native._cupti_candidates = candidates
+        for answer in ("35", "39", "999", "0"):
+            os.environ["FAKE_CUPTI_ENABLE"] = answer
+            attempt()
+        """,
+    )
+    missing, privileges, subscribers, other, none = result.stdout.splitlines()
+    assert "needs CUPTI, and none of /nowhere/libcupti.so.13 opens" in missing
+    assert "CUPTI_ERROR_INSUFFICIENT_PRIVILEGES (35): on a Jetson run as root" in privileges
+    assert "another profiler (nsys, ncu, a torch.profiler) has hold of CUPTI; end it first" in subscribers
+    assert "CUPTI refuses with CUPTI_ERROR_FAKE (999)" in other
+    assert none == "traced"
 
 
-def test_a_missing_cupti_lists_where_it_was_looked_for(fake_gpu: Path) -> None:
-    code = """
-    _native._cupti_candidates = lambda: [("/nowhere/libcupti.so.13", False)]
-    with hooks.kernel_trace():
-        pass
-    """
-    assert "needs CUPTI, and none of /nowhere/libcupti.so.13 opens" in on_fake_gpu(fake_gpu, code).stderr
+def test_a_gpus_clocks_tell_device_time(fake_gpu: Path) -> None:
+    result = on_fake_gpu(
+        fake_gpu,
+        """
+        from torchsurgeon import meters
+        stream = torch.cuda.current_stream = lambda: type("Stream", (), {"cuda_stream": 0})()
+        with meters.CudaEventClock(3) as clock:
+            for _ in range(2):
+                for _ in range(3):
+                    clock.mark()
+                print(clock.intervals_ns())
+        with meters.CuptiClock() as clock:
+            for _ in range(2):
+                launch(b"before", 1)
+                clock.mark()
+                launch(b"one", 2000)
+                launch(b"two", 3000)
+                clock.mark()
+                clock.mark()
+                launch(b"after", 1)
+                print(clock.intervals_ns())
+        print(hooks.active())
+        """,
+    )
+    assert result.stdout == "[1500000, 1500000]\n" * 2 + "[5000, 0]\n" * 2 + "None\n", result.stderr
 
 
 @pytest.mark.cuda

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
@@ -43,12 +42,15 @@ class Clock(ABC):
 
 
 class WallClock(Clock):
-    """The host's monotonic clock, right for work that runs on the CPU."""
+    """The host's monotonic clock, right for work that runs on the CPU; ``read_ns`` replaces it by another.
+
+    The first one of a process warns where the extension is missing, since only Python's clock is left then.
+    """
 
     name = "wall"
 
-    def __init__(self, read_ns: Callable[[], int] = time.perf_counter_ns) -> None:
-        self._read_ns = read_ns
+    def __init__(self, read_ns: Callable[[], int] | None = None) -> None:
+        self._read_ns = _native.clock() if read_ns is None else read_ns
         self._marks: list[int] = []
 
     def mark(self) -> None:
