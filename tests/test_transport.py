@@ -1,0 +1,329 @@
+"""What a device relies on: its answer, or a clear error within the timeout, whatever the other side does."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from torchsurgeon import wire
+from torchsurgeon.errors import BodyTooLargeError, ProtocolError, RequestRefusedError, ServerUnavailableError
+from torchsurgeon.transport import HttpTransport
+
+X = torch.arange(6.0).view(2, 3)
+Script = Callable[[socket.socket], None]
+
+
+def answer_bytes(extra: str = "", tensors: dict[str, torch.Tensor] | None = None) -> bytes:
+    message = wire.encode_response("m", "1", tensors or {"y": X * 2})
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {message.size_bytes}\r\n"
+    head += f"Inference-Header-Content-Length: {message.header_bytes}\r\n{extra}\r\n"
+    return head.encode() + b"".join(message.buffers)
+
+
+def read_request(link: socket.socket) -> bytes:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += link.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += link.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+@contextmanager
+def scripted(*scripts: Script) -> Iterator[str]:
+    """A server that runs one script for each connection it accepts, and closes it."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        for script in scripts:
+            try:
+                link, _ = listening.accept()
+            except OSError:
+                return
+            with link:
+                try:
+                    script(link)
+                except OSError:
+                    pass
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        listening.close()
+
+
+def says(data: bytes, times: int = 1) -> Script:
+    def script(link: socket.socket) -> None:
+        for _ in range(times):
+            read_request(link)
+            link.sendall(data)
+
+    return script
+
+
+def ask(url: str, timeout_s: float = 5.0, max_answer_bytes: int = 1000) -> torch.Tensor:
+    with HttpTransport(url, timeout_s) as transport:
+        return transport.infer("m", {"x": X}, max_answer_bytes=max_answer_bytes).tensors["y"]
+
+
+def chunked(data: bytes) -> bytes:
+    head, _, body = data.partition(b"\r\n\r\n")
+    lines = [line for line in head.split(b"\r\n") if not line.startswith(b"Content-Length")]
+    pieces = [body[:7], body[7:100], body[100:]]
+    coded = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    return b"\r\n".join([*lines, b"Transfer-Encoding: chunked"]) + b"\r\n\r\n" + coded
+
+
+def without_length(data: bytes) -> bytes:
+    head, _, body = data.partition(b"\r\n\r\n")
+    lines = [line for line in head.split(b"\r\n") if not line.startswith(b"Content-Length")]
+    return b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answer_bytes(),
+        answer_bytes("Server: x\r\nX-Empty:\r\n"),
+        chunked(answer_bytes()),
+        without_length(answer_bytes()),
+        b"HTTP/1.1 100 Continue\r\n\r\n" + answer_bytes(),
+        answer_bytes("Connection: close\r\n"),
+        answer_bytes().replace(b"HTTP/1.1", b"HTTP/1.0"),
+        answer_bytes().replace(b"Content-Length", b"CONTENT-length"),
+    ],
+    ids=["plain", "more headers", "chunked", "until closed", "interim", "closing", "1.0", "odd case"],
+)
+def test_every_way_to_frame_an_answer_is_understood(answer: bytes) -> None:
+    with scripted(says(answer)) as url:
+        assert torch.equal(ask(url), X * 2)
+
+
+def test_the_tensor_arrives_as_it_was_sent_and_the_timing_is_in_order() -> None:
+    seen: list[bytes] = []
+
+    def script(link: socket.socket) -> None:
+        seen.append(read_request(link))
+        link.sendall(answer_bytes())
+
+    with scripted(script) as url, HttpTransport(url) as transport:
+        timing = transport.infer("m", {"x": X}, version="2", max_answer_bytes=1000).timing
+    head, _, body = seen[0].partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /v2/models/m/versions/2/infer HTTP/1.1")
+    length = int(head.split(b"Inference-Header-Content-Length: ")[1].split(b"\r\n")[0])
+    assert torch.equal(wire.decode_request(body, length).tensors["x"], X)
+    assert timing.sent_bytes == len(body)
+    assert timing.send_start_s <= timing.send_end_s <= timing.first_byte_s <= timing.end_s
+
+
+def test_a_connection_is_kept_and_reused() -> None:
+    with scripted(says(answer_bytes(), times=3)) as url, HttpTransport(url) as transport:
+        for _ in range(3):
+            transport.infer("m", {"x": X}, max_answer_bytes=1000)
+
+
+def test_a_kept_connection_that_the_server_closed_is_replaced_silently() -> None:
+    with scripted(says(answer_bytes()), says(answer_bytes())) as url, HttpTransport(url) as transport:
+        for _ in range(2):
+            assert torch.equal(transport.infer("m", {"x": X}, max_answer_bytes=1000).tensors["y"], X * 2)
+            time.sleep(0.05)
+
+
+def test_a_server_that_keeps_closing_is_not_asked_for_ever() -> None:
+    closes: Script = lambda link: None  # noqa: E731
+    with scripted(says(answer_bytes()), closes, closes, closes) as url, HttpTransport(url, 5) as transport:
+        transport.infer("m", {"x": X}, max_answer_bytes=1000)
+        with pytest.raises(ServerUnavailableError):
+            transport.infer("m", {"x": X}, max_answer_bytes=1000)
+
+
+def test_nothing_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with pytest.raises(ServerUnavailableError, match=f"127.0.0.1:{port}"):
+        ask(f"http://127.0.0.1:{port}")
+
+
+def silent(link: socket.socket) -> None:
+    read_request(link)
+    link.recv(1)
+
+
+def deaf(link: socket.socket) -> None:
+    time.sleep(1.5)
+
+
+def trickle_head(link: socket.socket) -> None:
+    read_request(link)
+    for byte in b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 100:
+        link.sendall(bytes([byte]))
+        time.sleep(0.05)
+
+
+def trickle_body(link: socket.socket) -> None:
+    read_request(link)
+    answer = answer_bytes()
+    start = answer.index(b"\r\n\r\n") + 4
+    link.sendall(answer[:start])
+    for byte in answer[start:]:
+        link.sendall(bytes([byte]))
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("script", [silent, trickle_head, trickle_body], ids=lambda script: script.__name__)
+def test_a_slow_server_is_given_up_at_the_deadline_whatever_it_dribbles(script: Script) -> None:
+    start = time.monotonic()
+    with scripted(script) as url, pytest.raises(ServerUnavailableError, match=r"0\.4 s"):
+        ask(url, timeout_s=0.4)
+    assert 0.35 < time.monotonic() - start < 3
+
+
+def test_a_server_that_does_not_read_is_given_up_at_the_deadline() -> None:
+    with scripted(deaf) as url, HttpTransport(url, 0.4) as transport, pytest.raises(ServerUnavailableError):
+        transport.infer("m", {"x": torch.zeros(8_000_000)}, max_answer_bytes=1000)
+
+
+def test_the_control_plane_has_one_deadline_too() -> None:
+    def script(link: socket.socket) -> None:
+        for byte in b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 100:
+            link.sendall(bytes([byte]))
+            time.sleep(0.05)
+
+    with scripted(script) as url, HttpTransport(url, 0.4) as transport, pytest.raises(ServerUnavailableError):
+        transport.get_json("/v2")
+
+
+@pytest.mark.parametrize("cut", [1, 20, 150, -1])
+def test_a_server_gone_in_mid_answer(cut: int) -> None:
+    with scripted(says(answer_bytes()[:cut])) as url, pytest.raises(ServerUnavailableError):
+        ask(url)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"\x00" * 20_000,
+        b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 5_000 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nInference-Header-Content-Length: 9\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nInference-Header-Content-Length: -1\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["ssh", "zeros", "endless head", "no JSON", "header lies", "header negative", "no outputs", "gzip", "bad chunk"],
+)
+def test_an_answer_that_is_not_of_this_protocol(answer: bytes) -> None:
+    with scripted(says(answer)) as url, pytest.raises((ProtocolError, ServerUnavailableError)):
+        ask(url, timeout_s=2)
+
+
+@pytest.mark.parametrize("frame", [lambda data: data, chunked, without_length])
+def test_an_answer_larger_than_the_outputs_can_be_is_not_read(frame: Callable[[bytes], bytes]) -> None:
+    huge = answer_bytes(tensors={"y": torch.zeros(1_000_000)})
+    with scripted(says(frame(huge))) as url, pytest.raises(BodyTooLargeError, match="at most"):
+        ask(url, max_answer_bytes=100)
+
+
+def test_a_length_that_would_fill_the_memory_is_refused() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\n"
+    with scripted(says(answer)) as url, pytest.raises(BodyTooLargeError):
+        ask(url)
+
+
+def test_an_error_status_carries_the_servers_words() -> None:
+    body = b'{"error": "no such layer"}'
+    answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    with scripted(says(answer)) as url, pytest.raises(RequestRefusedError, match="no such layer") as caught:
+        ask(url)
+    assert caught.value.status == 400
+
+
+def test_a_refusal_that_comes_before_the_body_is_sent_is_heard() -> None:
+    def script(link: socket.socket) -> None:
+        link.recv(1000)
+        body = b'{"error": "too large"}'
+        link.sendall(b"HTTP/1.1 413 X\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        time.sleep(0.3)
+
+    with scripted(script) as url, HttpTransport(url, 5) as transport:
+        with pytest.raises(RequestRefusedError, match="too large"):
+            transport.infer("m", {"x": torch.zeros(8_000_000)}, max_answer_bytes=1000)
+
+
+def test_redirects_are_not_followed() -> None:
+    answer = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+    with scripted(says(answer)) as url, pytest.raises(RequestRefusedError) as caught:
+        ask(url)
+    assert caught.value.status == 302
+
+
+def test_threads_share_a_transport() -> None:
+    def script(link: socket.socket) -> None:
+        while True:
+            request = read_request(link)
+            head, _, body = request.partition(b"\r\n\r\n")
+            length = int(head.split(b"Inference-Header-Content-Length: ")[1].split(b"\r\n")[0])
+            link.sendall(answer_bytes(tensors={"y": wire.decode_request(body, length).tensors["x"] + 1}))
+
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        while True:
+            try:
+                link, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=script, args=(link,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    def call(number: int) -> bool:
+        value = torch.full((5,), float(number))
+        return torch.equal(transport.infer("m", {"x": value}, max_answer_bytes=100).tensors["y"], value + 1)
+
+    with HttpTransport(url) as transport, ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(100)))
+    listening.close()
+
+
+def test_closing_twice_is_harmless_and_calls_after_it_say_so() -> None:
+    transport = HttpTransport("http://127.0.0.1:9")
+    transport.close()
+    transport.close()
+    with pytest.raises(ServerUnavailableError, match="closed"):
+        transport.infer("m", {"x": X}, max_answer_bytes=1)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:99999", "http://u:p@a", "http://a?b"])
+def test_a_url_that_is_none_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ServerUnavailableError, match="URL"):
+        HttpTransport(url)
+
+
+def test_headers_are_sent_and_cannot_smuggle_others() -> None:
+    seen: list[bytes] = []
+
+    def script(link: socket.socket) -> None:
+        seen.append(read_request(link))
+        link.sendall(answer_bytes())
+
+    with scripted(script) as url, HttpTransport(url, headers={"Authorization": "Bearer t"}) as transport:
+        transport.infer("a b/c", {"x": X}, max_answer_bytes=1000)
+    assert b"Authorization: Bearer t\r\n" in seen[0]
+    assert seen[0].startswith(b"POST /v2/models/a%20b%2Fc/infer ")
+    with pytest.raises(ProtocolError):
+        HttpTransport("http://127.0.0.1:9", headers={"A": "b\r\nC: d"})
