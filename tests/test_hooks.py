@@ -112,7 +112,7 @@ def test_a_machine_without_gpu_is_told_what_is_missing() -> None:
 
 def test_a_running_profiler_is_not_disturbed() -> None:
     with (
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True),
         pytest.raises(NativeUnavailableError, match=r"torch\.profiler is running.*end it first"),
         hooks.kernel_trace(),
     ):
