@@ -223,7 +223,17 @@ def test_a_server_gone_in_mid_answer(cut: int) -> None:
         b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
-    ids=["ssh", "zeros", "endless head", "no JSON", "header lies", "header negative", "no outputs", "gzip", "bad chunk"],
+    ids=[
+        "ssh",
+        "zeros",
+        "endless head",
+        "no JSON",
+        "header lies",
+        "header negative",
+        "no outputs",
+        "gzip",
+        "bad chunk",
+    ],
 )
 def test_an_answer_that_is_not_of_this_protocol(answer: bytes) -> None:
     with scripted(says(answer)) as url, pytest.raises((ProtocolError, ServerUnavailableError)):
@@ -308,7 +318,9 @@ def test_closing_twice_is_harmless_and_calls_after_it_say_so() -> None:
         transport.infer("m", {"x": X}, max_answer_bytes=1)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:99999", "http://u:p@a", "http://a?b"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:99999", "http://u:p@a", "http://a?b"]
+)
 def test_a_url_that_is_none_is_refused_at_once(url: str) -> None:
     with pytest.raises(ServerUnavailableError, match="URL"):
         HttpTransport(url)

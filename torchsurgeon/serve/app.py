@@ -35,6 +35,7 @@ from torchsurgeon.errors import ProtocolError
 from torchsurgeon.serve.body import (
     JOIN_BYTES,
     DisconnectedError,
+    Incoming,
     Receive,
     check_length,
     content_length,
@@ -51,7 +52,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 MAX_PROBE_BYTES = 4 << 20
 _LINGER_BYTES = 16 << 20
-_LINGER_S = 2.0
+LINGER_S = 2.0
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 
 
@@ -74,20 +75,22 @@ class TailApp:
             versioned = len(parts) == 7 and parts[4] == "versions"
             if parts[-1] == "infer" and parts[1:3] == ["v2", "models"] and (versioned or len(parts) == 5):
                 version = parts[5] if versioned else None
-                await self._guarded(self._infer(parts[3], version, scope, receive, send), receive, send)
+                incoming = Incoming(receive)
+                await self._guarded(self._infer(parts[3], version, scope, incoming, send), incoming, send)
                 return
             if scope["path"] == "/v2/probe":
-                await self._guarded(self._probe(scope, receive, send), receive, send)
+                incoming = Incoming(receive)
+                await self._guarded(self._probe(scope, incoming, send), incoming, send)
                 return
         await self._rest(scope, receive, send)  # type: ignore[arg-type]
 
-    async def _guarded(self, handling: Awaitable[None], receive: Receive, send: Send) -> None:
+    async def _guarded(self, handling: Awaitable[None], incoming: Incoming, send: Send) -> None:
         try:
             await handling
         except DisconnectedError:
             pass
         except Exception as error:
-            await _refuse(status_of(error), error_body(error), receive, send)
+            await _refuse(status_of(error), error_body(error), incoming, send)
 
     async def _infer(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.perf_counter()
@@ -161,10 +164,13 @@ async def _json(status: int, body: bytes, send: Send, *, close: bool = False) ->
     await send({"type": "http.response.body", "body": body, "more_body": close})
 
 
-async def _refuse(status: int, body: bytes, receive: Receive, send: Send) -> None:
+async def _refuse(status: int, body: bytes, incoming: Incoming, send: Send) -> None:
+    if incoming.complete:
+        await _json(status, body, send)
+        return
     try:
         await _json(status, body, send, close=True)
-        await discard(receive, _LINGER_BYTES, _LINGER_S)
+        await discard(incoming, _LINGER_BYTES, LINGER_S)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
     except (OSError, RuntimeError):
         # The client did not wait for its error.

@@ -20,6 +20,19 @@ MIN_UPLINK_BYTE_S = 16_384
 JOIN_BYTES = 64 << 10
 
 
+class Incoming:
+    """An ASGI ``receive`` that remembers whether the whole body has come."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.complete = False
+
+    async def __call__(self) -> Mapping[str, Any]:
+        message = await self._receive()
+        self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+
 class DisconnectedError(Exception):
     """The client went away in mid-request."""
 

@@ -42,6 +42,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._direct = direct
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._job: Job | None = None
+        self._turn = _Turn()
         self._missing: memoryview | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
@@ -89,7 +90,8 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         if self._direct is not None and self._may_be_direct():
             self._job = self._direct.admit(self.url, self.headers)
             if self._job is not None:
-                self.cycle = _Turn()  # type: ignore[assignment]
+                self._turn = _Turn()
+                self.cycle = self._turn  # type: ignore[assignment]
                 return
         super().on_headers_complete()
 
@@ -121,8 +123,9 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             job.run(self.loop, self._reply)
 
     def _reply(self, reply: Reply) -> None:
-        turn = self.cycle
-        if turn is None or turn.disconnected or self.transport.is_closing():
+        # Not self.cycle: that may be a pipelined request which waits for this answer.
+        turn = self._turn
+        if turn.disconnected or self.transport.is_closing():
             return
         lines = [STATUS_LINE[reply.status], b"content-length: %d\r\n" % reply.size_bytes, *reply.headers]
         if not turn.keep_alive:

@@ -1,0 +1,439 @@
+"""The tail server: the model's own answer at every cut, and an error that says why for everything else."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import json
+import random
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchsurgeon.serve.app
+import torchsurgeon.serve.protocol
+from torchsurgeon import serve, wire
+from torchsurgeon.cut import cut
+from torchsurgeon.errors import RequestRefusedError, ServerError, SpecError
+from torchsurgeon.fingerprint import weight_digests
+from torchsurgeon.graph import LayerGraph
+from torchsurgeon.transport import HttpTransport, InProcessTransport, Transport
+
+
+class Residual(nn.Module):
+    """Several boundary tensors inside a block, an in-place layer, two outputs of two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.left = nn.Conv2d(8, 8, 3, padding=1)
+        self.right = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.relu(self.stem(x))
+        z = self.left(y) + self.right(y)
+        logits = self.head(z.mean((2, 3)))
+        return {"logits": logits, "label": logits.argmax(1)}
+
+
+class Fragile(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x)
+
+
+def make(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[serve.ModelRegistry]:
+    registry = serve.ModelRegistry(max_batch=8, max_tails=3, profiler=lambda graph: {"layers": len(graph.layers)})
+    registry.add("net", make(Residual), (X.to(memory_format=torch.channels_last),))
+    registry.add("fragile", make(Fragile), (torch.zeros(1, 4, dtype=torch.int64),))
+    yield registry
+    registry.close()
+
+
+@pytest.fixture(scope="module", params=["direct", "asgi"])
+def server(request: pytest.FixtureRequest, registry: serve.ModelRegistry) -> Iterator[serve.Server]:
+    app = serve.create_app(registry, body_timeout_s=0.5)
+    with serve.Server(app, direct=request.param == "direct") as server:
+        yield server
+
+
+@pytest.fixture(params=["direct", "asgi", "in process"])
+def transport(request: pytest.FixtureRequest, registry: serve.ModelRegistry) -> Iterator[Transport]:
+    app = serve.create_app(registry)
+    if request.param == "in process":
+        with InProcessTransport(app) as transport:
+            yield transport
+        return
+    with serve.Server(app, direct=request.param == "direct") as server, HttpTransport(server.url, 10) as transport:
+        yield transport
+
+
+@pytest.fixture(scope="module")
+def graph(registry: serve.ModelRegistry) -> LayerGraph:
+    return registry.get("net").graph
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_cut_gives_the_models_own_bits(
+    transport: Transport, graph: LayerGraph, batch: int, layout: torch.memory_format
+) -> None:
+    x = torch.randn(batch, 3, 8, 8).to(memory_format=layout)
+    with torch.no_grad():
+        want = graph.model(x)
+        for point in graph.points[:-1]:
+            boundary = cut(graph, point).head(x)
+            sent = dict(zip([spec.name for spec in point.tensors], boundary, strict=True))
+            answer = transport.infer("net", sent, max_answer_bytes=10_000)
+            assert {name: tensor.dtype for name, tensor in answer.tensors.items()} == {
+                "logits": torch.float32,
+                "label": torch.int64,
+            }
+            assert torch.equal(answer.tensors["logits"], want["logits"]), point.name
+            assert torch.equal(answer.tensors["label"], want["label"])
+
+
+def test_an_answer_says_where_the_time_went_and_carries_the_id(transport: Transport) -> None:
+    answer = transport.infer("net", {"x": X}, max_answer_bytes=10_000, version="1", outputs=["label"])
+    assert list(answer.tensors) == ["label"]
+    assert all(answer.parameters[key] >= 0 for key in ("receive_s", "queue_s", "decode_s", "compute_s"))
+
+
+def test_the_cache_of_tails_is_bounded(transport: Transport, registry: serve.ModelRegistry, graph: LayerGraph) -> None:
+    assert len(graph.points) > 4
+    for point in graph.points[:-1]:
+        sent = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in point.tensors}
+        transport.infer("net", sent, max_answer_bytes=10_000)
+    assert len(registry.get("net").tails) == 3
+
+
+def test_the_control_plane(transport: Transport, registry: serve.ModelRegistry, graph: LayerGraph) -> None:
+    assert transport.get_json("/v2")["name"] == "torchsurgeon"
+    assert transport.get_json("/v2/health/live") == {"live": True}
+    assert transport.get_json("/v2/health/ready") == {"ready": True}
+    for path in ("/v2/models/net", "/v2/models/net/versions/1"):
+        assert transport.get_json(f"{path}/ready")["ready"]
+        metadata = transport.get_json(path)
+        assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 3, 8, 8]}]
+        assert {output["name"]: output["datatype"] for output in metadata["outputs"]} == {
+            "logits": "FP32",
+            "label": "INT64",
+        }
+    fingerprint = transport.get_json("/v2/models/net/fingerprint")
+    assert fingerprint["graph"] == graph.fingerprint
+    assert fingerprint["weights"] == weight_digests(graph.model).combined
+    assert fingerprint["tensors"]["head.bias"]["shape"] == [5]
+    assert transport.get_json("/v2/models/net/profile") == {"layers": len(graph.layers)}
+
+
+def test_a_probe_moves_as_many_bytes_as_asked(transport: Transport) -> None:
+    timing = transport.probe(20_000, 30_000)
+    assert timing.sent_bytes == 20_000
+    assert timing.received_bytes == 30_000
+    with pytest.raises(RequestRefusedError) as caught:
+        transport.probe(0, 1 << 30)
+    assert caught.value.status == 400
+
+
+REFUSED: list[tuple[str, dict[str, Tensor], int, str]] = [
+    ("unknown name", {"layer9": X}, 400, "layer9"),
+    ("nothing", {}, 400, "do not determine"),
+    ("not enough", {"left": torch.zeros(1, 8, 8, 8)}, 400, "do not determine"),
+    ("wrong dtype", {"x": X.double()}, 400, "FP64"),
+    ("wrong rank", {"x": X[0]}, 400, "shape"),
+    ("wrong size", {"x": torch.zeros(1, 3, 8, 9)}, 400, "shape"),
+    ("no samples", {"x": torch.zeros(0, 3, 8, 8)}, 400, "shape"),
+    ("too many samples", {"x": torch.zeros(9, 3, 8, 8)}, 400, "at most 8"),
+    ("two batches", {"left": torch.zeros(1, 8, 8, 8), "right": torch.zeros(2, 8, 8, 8)}, 400, "batch of"),
+    ("far too large", {"x": torch.zeros(1000, 3, 64, 64)}, 413, "at most"),
+]
+
+
+@pytest.mark.parametrize(("sent", "status", "text"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_tensors_the_model_cannot_take_are_refused_with_the_reason(
+    transport: Transport, sent: dict[str, Tensor], status: int, text: str
+) -> None:
+    with pytest.raises(RequestRefusedError, match=text) as caught:
+        transport.infer("net", sent, max_answer_bytes=10_000)
+    assert caught.value.status == status
+    transport.infer("net", {"x": X}, max_answer_bytes=10_000)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v2/models/nte", 404),
+        ("/v2/models/net/versions/2", 404),
+        ("/v2/models/net/infer", 405),
+        ("/v2/nothing", 404),
+        ("/", 404),
+    ],
+)
+def test_what_is_not_there_is_answered_in_json(transport: Transport, path: str, status: int) -> None:
+    with pytest.raises(RequestRefusedError) as caught:
+        transport.get_json(path)
+    assert caught.value.status == status
+
+
+def test_a_model_not_served_and_an_output_it_does_not_have(transport: Transport) -> None:
+    with pytest.raises(RequestRefusedError, match="did you mean 'net'") as caught:
+        transport.infer("nett", {"x": X}, max_answer_bytes=10_000)
+    assert caught.value.status == 404
+    with pytest.raises(RequestRefusedError, match="no output 'probability'"):
+        transport.infer("net", {"x": X}, outputs=["probability"], max_answer_bytes=10_000)
+
+
+def test_a_model_that_raises_is_a_500_and_the_server_lives_on(transport: Transport) -> None:
+    for _ in range(3):
+        with pytest.raises(RequestRefusedError, match="out of range") as caught:
+            transport.infer("fragile", {"x": torch.full((1, 4), 9)}, max_answer_bytes=1000)
+        assert caught.value.status == 500
+        answer = transport.infer("fragile", {"x": torch.full((1, 4), 3)}, max_answer_bytes=1000)
+        assert answer.tensors["output"].shape == (1, 4, 2)
+
+
+def test_many_devices_at_once_get_each_its_own_answer(server: serve.Server, graph: LayerGraph) -> None:
+    def call(seed: int) -> bool:
+        x = torch.randn(1 + seed % 3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        answer = transport.infer("net", {"x": x}, max_answer_bytes=10_000)
+        with torch.no_grad():
+            return torch.equal(answer.tensors["logits"], graph.model(x)["logits"])
+
+    with HttpTransport(server.url, 20) as transport, ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(call, range(60)))
+
+
+def test_a_model_that_loads_answers_503_until_it_is_there() -> None:
+    registry = serve.ModelRegistry()
+    registry.announce("late")
+    with InProcessTransport(serve.create_app(registry)) as transport:
+        for path in ("/v2/health/ready", "/v2/models/late/ready", "/v2/models/late"):
+            with pytest.raises(RequestRefusedError) as caught:
+                transport.get_json(path)
+            assert caught.value.status == 503
+        with pytest.raises(RequestRefusedError, match="loading"):
+            transport.infer("late", {"x": X}, max_answer_bytes=10_000)
+        registry.add("late", make(Residual), (X,))
+        assert transport.get_json("/v2/health/ready") == {"ready": True}
+    with pytest.raises(SpecError, match="already served"):
+        registry.add("late", make(Residual), (X,))
+    with pytest.raises(SpecError, match="cannot be a model's name"):
+        registry.add("a/b", make(Residual), (X,))
+
+
+def test_a_port_that_is_taken_is_said_so(server: serve.Server) -> None:
+    with pytest.raises(ServerError, match="choose another port"):
+        serve.Server(object(), port=server.port).start()
+
+
+# ---- over a raw socket: what no well-behaved client sends
+
+
+def body_of(tensors: dict[str, Tensor]) -> tuple[bytes, int]:
+    message = wire.encode_request(tensors)
+    assert message.header_bytes is not None
+    return b"".join(message.buffers), message.header_bytes
+
+
+def post(server: serve.Server, body: Any, path: str = "/v2/models/net/infer", **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    with contextlib.closing(connection):
+        connection.request("POST", path, body, sent)
+        response = connection.getresponse()
+        answer = response.read()
+        length = response.getheader(wire.HEADER_LENGTH)
+        if length is not None:
+            return response.status, wire.decode_response(answer, int(length)).tensors
+        return response.status, json.loads(answer)
+
+
+def test_chunked_and_compressed_bodies(server: serve.Server, graph: LayerGraph) -> None:
+    body, length = body_of({"x": X})
+    with torch.no_grad():
+        want = graph.model(X)["logits"]
+    for encoding, coded in (("gzip", gzip.compress(body)), ("deflate", zlib.compress(body))):
+        status, answer = post(server, coded, Inference_Header_Content_Length=str(length), Content_Encoding=encoding)
+        assert status == 200, answer
+        assert torch.equal(answer["logits"], want)
+    pieces = iter([body[:10], body[10:300], body[300:]])
+    status, answer = post(server, pieces, Inference_Header_Content_Length=str(length))
+    assert status == 200, answer
+    assert torch.equal(answer["logits"], want)
+
+
+def test_json_in_and_json_out(server: serve.Server, graph: LayerGraph) -> None:
+    entry = {"name": "x", "datatype": "FP32", "shape": list(X.shape), "data": X.tolist()}
+    status, answer = post(server, json.dumps({"id": "7", "inputs": [entry]}).encode())
+    assert status == 200
+    assert answer["id"] == "7"
+    outputs = {output["name"]: output for output in answer["outputs"]}
+    with torch.no_grad():
+        want = graph.model(X)
+    assert outputs["label"]["data"] == want["label"].tolist()
+    assert torch.equal(torch.tensor(outputs["logits"]["data"]).view(1, 5), want["logits"])
+
+
+BOMB = gzip.compress(bytes(50_000_000))
+
+HOSTILE: list[tuple[str, Any, dict[str, str], int]] = [
+    ("empty", b"", {}, 400),
+    ("garbage", bytes(range(256)), {}, 400),
+    ("nesting bomb", b"[" * 100_000, {}, 400),
+    ("header longer than body", b"{}", {"Inference_Header_Content_Length": "3"}, 400),
+    ("header length negative", b"{}", {"Inference_Header_Content_Length": "-1"}, 400),
+    ("header length text", b"{}", {"Inference_Header_Content_Length": "ten"}, 400),
+    (
+        "bytes left over",
+        body_of({"x": X})[0] + b"1",
+        {"Inference_Header_Content_Length": str(body_of({"x": X})[1])},
+        400,
+    ),
+    ("bytes missing", body_of({"x": X})[0][:-1], {"Inference_Header_Content_Length": str(body_of({"x": X})[1])}, 400),
+    ("gzip bomb", BOMB, {"Content_Encoding": "gzip"}, 413),
+    ("gzip damaged", BOMB[:100] + b"x" + BOMB[101:], {"Content_Encoding": "gzip"}, 400),
+    ("gzip cut off", gzip.compress(b"{}" + b" " * 1000)[:-9], {"Content_Encoding": "gzip"}, 400),
+    ("unknown encoding", b"{}", {"Content_Encoding": "br"}, 400),
+    ("chunked without end in sight", iter([bytes(1 << 20)] * 40), {}, 413),
+]
+
+
+@pytest.mark.parametrize(("body", "headers", "status"), [h[1:] for h in HOSTILE[:-1]], ids=[h[0] for h in HOSTILE[:-1]])
+def test_a_hostile_body_is_refused_in_json(
+    server: serve.Server, body: Any, headers: dict[str, str], status: int
+) -> None:
+    got, answer = post(server, body, **headers)
+    assert got == status, answer
+    assert answer["error"]
+    assert post(server, body_of({"x": X})[0], Inference_Header_Content_Length=str(body_of({"x": X})[1]))[0] == 200
+
+
+def test_an_endless_chunked_body_is_stopped(server: serve.Server) -> None:
+    body, headers, status = HOSTILE[-1][1:]
+    try:
+        assert post(server, iter([bytes(1 << 20)] * 40), **headers)[0] == status
+    except OSError:
+        pass
+    assert HttpTransport(server.url).get_json("/v2/health/live") == {"live": True}
+
+
+def exchange(server: serve.Server, data: bytes, timeout_s: float = 5.0) -> bytes:
+    """Send bytes and read until the server closes, or says nothing for a while."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=timeout_s) as link:
+        link.sendall(data)
+        try:
+            while piece := link.recv(65536):
+                received += piece
+        except (TimeoutError, ConnectionResetError):
+            pass
+    return received
+
+
+def test_a_body_over_the_boundary_is_refused_before_it_is_sent(server: serve.Server) -> None:
+    head = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
+    start = time.monotonic()
+    answer = exchange(server, head)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"at most" in answer
+    assert time.monotonic() - start < 5
+
+
+def test_expect_continue_is_answered(server: serve.Server) -> None:
+    body, length = body_of({"x": X})
+    head = f"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += f"Inference-Header-Content-Length: {length}\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as link:
+        link.sendall(head.encode())
+        assert link.recv(1000).startswith(b"HTTP/1.1 100 Continue")
+        link.sendall(body)
+        assert link.recv(1000).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_pipelined_requests_are_answered_in_order(server: serve.Server) -> None:
+    body, length = body_of({"x": X})
+    head = f"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += f"Inference-Header-Content-Length: {length}\r\n"
+    first = f"{head}\r\n".encode() + body
+    last = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    received = exchange(server, first + first + last)
+    assert received.count(b"HTTP/1.1 200 OK") == 3
+    assert received.endswith(b'{"live":true}')
+
+
+@pytest.mark.parametrize("pause", ["head", "body"])
+def test_a_client_that_dribbles_is_cut_off(server: serve.Server, monkeypatch: pytest.MonkeyPatch, pause: str) -> None:
+    monkeypatch.setattr(torchsurgeon.serve.protocol, "HEAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(torchsurgeon.serve.app, "LINGER_S", 0.1)
+    data = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\n"
+    if pause == "body":
+        data += b"Content-Length: 1000\r\n\r\n{"
+    start = time.monotonic()
+    received = exchange(server, data)
+    assert time.monotonic() - start < 4
+    assert b"200 OK" not in received
+
+
+def test_clients_that_vanish_in_mid_request_leave_nothing_behind(server: serve.Server) -> None:
+    before = threading.active_count()
+    body, length = body_of({"x": X.repeat(8, 1, 1, 1)})
+    head = f"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += f"Inference-Header-Content-Length: {length}\r\n\r\n"
+    data = head.encode() + body
+    for cut_at in (10, len(head), len(head) + 30, len(data) - 1, len(data)):
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", server.port)) as link:
+                link.sendall(data[:cut_at])
+    with HttpTransport(server.url, 5) as transport:
+        transport.infer("net", {"x": X}, max_answer_bytes=10_000)
+    deadline = time.monotonic() + 5
+    connections = server._server.server_state.connections
+    while len(connections) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not connections
+    assert threading.active_count() <= before + 1
+
+
+def test_noise_on_the_socket_neither_kills_nor_hangs_the_server(server: serve.Server) -> None:
+    source = random.Random(0)
+    body, length = body_of({"x": X})
+    head = f"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += f"Inference-Header-Content-Length: {length}\r\nConnection: close\r\n\r\n"
+    good = head.encode() + body
+    for _ in range(60):
+        data = bytearray(good)
+        for _ in range(source.randint(1, 6)):
+            data[source.randrange(len(data))] = source.randrange(256)
+        exchange(server, bytes(data), timeout_s=0.05)
+    with HttpTransport(server.url, 5) as transport:
+        transport.infer("net", {"x": X}, max_answer_bytes=10_000)
+
+
+def test_the_server_process_says_when_it_is_ready_and_stops_when_a_model_cannot_be_loaded() -> None:
+    said: list[str] = []
+    with pytest.raises(SpecError, match="alexnot"):
+        serve.run({"a": "torchvision:alexnot"}, port=0, say=said.append)
+    assert not said
