@@ -134,6 +134,22 @@ void activities_find_their_external_id_in_any_order() {
   expect(log.names().size() == 2 && log.names()[0] == "a", "names are kept");
 }
 
+void copies_and_fills_are_activities_and_calls_are_not() {
+  ActivityLog log(8);
+  for (const ActivityKind kind : {ActivityKind::kMemcpy, ActivityKind::kMemset, ActivityKind::kRuntime, ActivityKind::kDriver}) {
+    torchsurgeon::TransferRecord record{};
+    record.kind = static_cast<uint32_t>(kind);
+    record.start = 5;
+    record.end = 9;
+    record.stream = 3;
+    log.add(&record);
+  }
+  const auto rows = log.rows();
+  expect(rows.size() == static_cast<size_t>(2 * ActivityLog::kColumns), "two of them ran on the device");
+  expect(rows[1] == 5 && rows[2] == 9 && rows[4] == 3, "times and stream are read");
+  expect(log.names()[0] == "memcpy" && log.names()[1] == "memset", "they have names");
+}
+
 void an_unaligned_record_is_read() {
   ActivityLog log(8);
   const auto record = kernel(1, "a");
@@ -167,6 +183,7 @@ int main() {
   an_open_span_is_not_read();
   a_closed_handle_finds_nothing();
   activities_find_their_external_id_in_any_order();
+  copies_and_fills_are_activities_and_calls_are_not();
   an_unaligned_record_is_read();
   a_log_is_filled_while_it_is_read();
   std::puts("all passed");
