@@ -297,6 +297,8 @@ def test_json_in_and_json_out(server: serve.Server, graph: LayerGraph) -> None:
     assert torch.equal(torch.tensor(outputs["logits"]["data"]).view(1, 5), want["logits"])
 
 
+GOOD, LENGTH = body_of({"x": X})
+BINARY = {"Inference_Header_Content_Length": str(LENGTH)}
 BOMB = gzip.compress(bytes(50_000_000))
 
 HOSTILE: list[tuple[str, Any, dict[str, str], int]] = [
@@ -312,32 +314,29 @@ HOSTILE: list[tuple[str, Any, dict[str, str], int]] = [
         {"Inference_Header_Content_Length": str(body_of({"x": X})[1])},
         400,
     ),
-    ("bytes missing", body_of({"x": X})[0][:-1], {"Inference_Header_Content_Length": str(body_of({"x": X})[1])}, 400),
+    ("bytes missing", GOOD[:-1], BINARY, 400),
     ("gzip bomb", BOMB, {"Content_Encoding": "gzip"}, 413),
     ("gzip damaged", BOMB[:100] + b"x" + BOMB[101:], {"Content_Encoding": "gzip"}, 400),
     ("gzip cut off", gzip.compress(b"{}" + b" " * 1000)[:-9], {"Content_Encoding": "gzip"}, 400),
     ("unknown encoding", b"{}", {"Content_Encoding": "br"}, 400),
-    ("chunked without end in sight", iter([bytes(1 << 20)] * 40), {}, 413),
 ]
 
 
-@pytest.mark.parametrize(("body", "headers", "status"), [h[1:] for h in HOSTILE[:-1]], ids=[h[0] for h in HOSTILE[:-1]])
+@pytest.mark.parametrize(("body", "headers", "status"), [h[1:] for h in HOSTILE], ids=[h[0] for h in HOSTILE])
 def test_a_hostile_body_is_refused_in_json(
     server: serve.Server, body: Any, headers: dict[str, str], status: int
 ) -> None:
     got, answer = post(server, body, **headers)
     assert got == status, answer
     assert answer["error"]
-    assert post(server, body_of({"x": X})[0], Inference_Header_Content_Length=str(body_of({"x": X})[1]))[0] == 200
+    assert post(server, GOOD, **BINARY)[0] == 200
 
 
 def test_an_endless_chunked_body_is_stopped(server: serve.Server) -> None:
-    body, headers, status = HOSTILE[-1][1:]
-    try:
-        assert post(server, iter([bytes(1 << 20)] * 40), **headers)[0] == status
-    except OSError:
-        pass
-    assert HttpTransport(server.url).get_json("/v2/health/live") == {"live": True}
+    with contextlib.suppress(OSError):
+        assert post(server, iter([bytes(1 << 20)] * 40))[0] == 413
+    with HttpTransport(server.url) as transport:
+        assert transport.get_json("/v2/health/live") == {"live": True}
 
 
 def exchange(server: serve.Server, data: bytes, timeout_s: float = 5.0) -> bytes:

@@ -1,0 +1,215 @@
+"""Transport alone: a tensor up, 4 KB down, over loopback, with the server in a process of its own.
+
+Side by side in one interleaved run: a raw socket with a length prefix, gRPC with plain bytes, ``requests.Session`` and
+torchsurgeon's HttpTransport; the last two against torchsurgeon's server with a model that only slices its input.
+``http bytes`` is that server asked by prepared bytes over a raw socket, which leaves out torchsurgeon's client.
+
+    python benchmarks/transport.py [--rounds 400] [--out benchmarks/results/transport.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import grpc
+import requests
+import torch
+from torch import Tensor, nn
+
+from torchsurgeon import wire
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve.memory import retain_freed_memory
+from torchsurgeon.transport import HttpTransport
+
+SIZES = {"4KB": 4_096, "37KB": 37_888, "150KB": 153_600, "800KB": 819_200, "3MB": 3_145_728}
+DOWN_BYTES = 4_096
+LENGTH = struct.Struct("<Q")
+GRPC_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+
+
+class Slice(nn.Module):
+    """Costs next to nothing and answers 4 KB."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.narrow(x, 1, 0, DOWN_BYTES // 4)
+
+
+def serve() -> None:
+    """The server process: raw sockets, gRPC and torchsurgeon, each on a port it prints."""
+    torch.set_num_threads(1)
+    retain_freed_memory()
+    answer = bytes(DOWN_BYTES)
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def echo(link: socket.socket) -> None:
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        buffer = memoryview(bytearray(64 << 20))
+        with link:
+            while head := link.recv(LENGTH.size, socket.MSG_WAITALL):
+                receive_into(link, buffer[: LENGTH.unpack(head)[0]])
+                link.sendall(LENGTH.pack(len(answer)) + answer)
+
+    def accept() -> None:
+        while True:
+            threading.Thread(target=echo, args=(listening.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    rpc = grpc.server(futures.ThreadPoolExecutor(2), options=GRPC_OPTIONS)
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: answer)
+    rpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", {"Infer": handler}),))
+    rpc_port = rpc.add_insecure_port("127.0.0.1:0")
+    rpc.start()
+    registry = ModelRegistry()
+    for name, size in SIZES.items():
+        registry.add(name, Slice().eval(), (torch.zeros(1, size // 4),))
+    with Server(create_app(registry)) as server:
+        print(json.dumps({"raw": listening.getsockname()[1], "grpc": rpc_port, "http": server.port}), flush=True)
+        sys.stdin.read()
+
+
+def receive_into(link: socket.socket, view: memoryview) -> None:
+    while len(view):
+        view = view[link.recv_into(view) :]
+
+
+def contestants(ports: dict[str, int], name: str, x: Tensor) -> dict[str, Callable[[], object]]:
+    memory = x.numpy().data.cast("B")
+    raw = socket.create_connection(("127.0.0.1", ports["raw"]))
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    reply = memoryview(bytearray(LENGTH.size + DOWN_BYTES))
+
+    def by_socket() -> None:
+        raw.sendmsg([LENGTH.pack(len(memory))])
+        raw.sendall(memory)
+        receive_into(raw, reply)
+
+    channel = grpc.insecure_channel(f"127.0.0.1:{ports['grpc']}", options=GRPC_OPTIONS)
+    call = channel.unary_unary("/bench/Infer")
+    payload = bytes(memory)
+
+    transport = HttpTransport(f"http://127.0.0.1:{ports['http']}")
+    answer_bytes = DOWN_BYTES
+
+    message = wire.encode_request({"x": x})
+    body = b"".join(message.buffers)
+    session = requests.Session()
+    session.trust_env = False
+    url = f"http://127.0.0.1:{ports['http']}/v2/models/{name}/infer"
+    headers = {wire.HEADER_LENGTH: str(message.header_bytes), "Content-Type": "application/octet-stream"}
+
+    def by_requests() -> object:
+        return session.post(url, data=body, headers=headers).content
+
+    plain = socket.create_connection(("127.0.0.1", ports["http"]))
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    lines = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
+    head = f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode()
+
+    def by_bytes() -> None:
+        plain.sendmsg([head, body]) if len(body) < 100_000 else (plain.sendall(head), plain.sendall(body))
+        received = plain.recv(1 << 16)
+        while b"\r\n\r\n" not in received:
+            received += plain.recv(1 << 16)
+        start = received.index(b"\r\n\r\n") + 4
+        length = int(received.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        while len(received) < start + length:
+            received += plain.recv(1 << 16)
+
+    return {
+        "raw socket": by_socket,
+        "http bytes": by_bytes,
+        "torchsurgeon": lambda: transport.infer(name, {"x": x}, max_answer_bytes=answer_bytes),
+        "grpc": lambda: call(payload),
+        "requests": by_requests,
+    }
+
+
+def measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    for way in ways.values():
+        for _ in range(20):
+            way()
+    samples: dict[str, list[float]] = {label: [] for label in ways}
+    for _ in range(rounds):
+        for label, way in ways.items():
+            start = time.perf_counter()
+            way()
+            samples[label].append(time.perf_counter() - start)
+    base = statistics.median(samples["raw socket"])
+    result = {}
+    for label, taken in samples.items():
+        low, middle, high = statistics.quantiles(taken, n=4)
+        result[label] = {"median_s": middle, "q1_s": low, "q3_s": high, "ratio_to_raw": middle / base}
+    return result
+
+
+def environment() -> dict[str, Any]:
+    def output(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")][:1]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": (model or [platform.processor()])[0],
+        "cores": os.cpu_count(),
+        "load_1min": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "grpc": grpc.__version__,
+        "requests": requests.__version__,
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "transport.json")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve()
+        return
+    torch.set_num_threads(1)
+    # The device's process is not a server; it keeps the C library's defaults.
+    server = subprocess.Popen(
+        [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        ports = json.loads(server.stdout.readline())
+        results = {}
+        for name in options.sizes.split(","):
+            ways = contestants(ports, name, torch.randn(1, SIZES[name] // 4))
+            results[name] = measure(ways, options.rounds)
+            print(f"{name} up, 4 KB down, {options.rounds} rounds")
+            for label, row in results[name].items():
+                middle, low, high = (row[key] * 1e6 for key in ("median_s", "q1_s", "q3_s"))
+                print(f"  {label:13} {middle:8.0f} µs  [{low:6.0f} … {high:6.0f}]  {row['ratio_to_raw']:5.2f} × raw")
+    finally:
+        assert server.stdin is not None
+        server.stdin.close()
+        server.wait(10)
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
