@@ -102,7 +102,7 @@ def check(
     at_least: int = 2,
     **kwargs: Any,
 ) -> LayerGraph:
-    """Trace ``model`` and check every point in ``points`` with the example and with each further call in ``batches``."""
+    """Trace ``model`` and check ``points`` with the example and with each further call in ``batches``."""
     model.eval()
     with torch.no_grad():
         graph = trace(model, *args, leaf_modules=tuple(leaf_modules), **kwargs)

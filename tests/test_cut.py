@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from torchsurgeon.cut import cut, tail_for
-from torchsurgeon.errors import PartitionError, TraceError
+from torchsurgeon.errors import PartitionError
 from torchsurgeon.graph import trace
 
 
@@ -151,7 +151,7 @@ class Program(nn.Module):
         for name, i, j, k in self.operations:
             value = OPERATIONS[name](self, pool, i % len(pool), j % len(pool), k)
             pool.append(pool[i % len(pool)] if value is None else value)
-        return [pool[i % len(pool)] for i in self.outputs]
+        return [pool[0].tanh(), *(pool[i % len(pool)] for i in self.outputs)]
 
 
 def possible(operations: list[tuple[str, int, int, int]], outputs: list[int]) -> Program:
@@ -181,11 +181,7 @@ operation = st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 9), st
 def test_random_programs_give_their_bits_at_every_point_in_any_order_of_names(operations, outputs, random) -> None:
     program = possible(operations, outputs)
     with torch.no_grad():
-        try:
-            graph = trace(program, *example())
-        except TraceError as error:
-            assert "computes nothing" in str(error)
-            return
+        graph = trace(program, *example())
         check(program, *example(), at_least=1)
         expected = program(*example())
         for point in graph.points[:-1]:
