@@ -58,10 +58,11 @@ def serve() -> None:
 
     def echo(link: socket.socket) -> None:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        buffer = memoryview(bytearray(64 << 20))
         with link:
             while head := link.recv(LENGTH.size, socket.MSG_WAITALL):
-                receive_into(link, buffer[: LENGTH.unpack(head)[0]])
+                # Like every other way here, it hands each message on in memory of its own.
+                received = bytearray(LENGTH.unpack(head)[0])
+                receive_into(link, memoryview(received))
                 link.sendall(LENGTH.pack(len(answer)) + answer)
 
     def accept() -> None:

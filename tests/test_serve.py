@@ -26,6 +26,7 @@ from torchsurgeon.cut import cut
 from torchsurgeon.errors import RequestRefusedError, ServerError, SpecError
 from torchsurgeon.fingerprint import weight_digests
 from torchsurgeon.graph import LayerGraph
+from torchsurgeon.serve.body import Buffers
 from torchsurgeon.transport import HttpTransport, InProcessTransport, Transport
 
 
@@ -247,6 +248,20 @@ def test_a_model_that_loads_answers_503_until_it_is_there() -> None:
 def test_a_port_that_is_taken_is_said_so(server: serve.Server) -> None:
     with pytest.raises(ServerError, match="choose another port"):
         serve.Server(object(), port=server.port).start()
+
+
+def test_a_buffer_is_used_again_only_when_nothing_refers_to_it() -> None:
+    buffers = Buffers()
+    first = buffers.take(4096)
+    tensor = torch.frombuffer(first[64:128], dtype=torch.float32)
+    address = tensor.data_ptr()
+    del first
+    second = torch.frombuffer(buffers.take(4096), dtype=torch.uint8)
+    assert second.data_ptr() + 64 != address
+    del tensor
+    third = torch.frombuffer(buffers.take(4096), dtype=torch.uint8)
+    assert third.data_ptr() + 64 == address
+    assert third.data_ptr() % 64 == 0
 
 
 # ---- over a raw socket: what no well-behaved client sends

@@ -24,6 +24,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -94,9 +95,9 @@ class Transport(ABC):
 
     @abstractmethod
     def _post(
-        self, path: str, headers: Mapping[str, str], buffers: list[wire.Buffer], limit_bytes: int, deadline: _Deadline
+        self, path: str, header_bytes: int | None, buffers: list[wire.Buffer], limit_bytes: int, deadline: _Deadline
     ) -> RawAnswer:
-        """Post buffers as one body; an answer above ``limit_bytes`` is not read."""
+        """Post buffers as one binary body; an answer above ``limit_bytes`` is not read."""
 
     @abstractmethod
     def close(self) -> None:
@@ -122,12 +123,10 @@ class Transport(ABC):
         """
         deadline = _Deadline(self.timeout_s if timeout_s is None else timeout_s)
         message = wire.encode_request(tensors, outputs=outputs, request_id=request_id, parameters=parameters)
-        path = f"/v2/models/{quote(model, safe='')}"
-        path += f"/versions/{quote(version, safe='')}/infer" if version else "/infer"
-        headers = {"Content-Type": "application/octet-stream"}
-        if message.header_bytes is not None:
-            headers[wire.HEADER_LENGTH] = str(message.header_bytes)
-        raw = self._post(path, headers, message.buffers, max_answer_bytes + wire.MAX_HEADER_BYTES, deadline)
+        path = _infer_path(model, version)
+        raw = self._post(
+            path, message.header_bytes, message.buffers, max_answer_bytes + wire.MAX_HEADER_BYTES, deadline
+        )
         _check_status(raw.status, raw.body, path)
         length = None if raw.header_bytes is None else wire.header_length(raw.header_bytes, len(raw.body))
         response = wire.decode_response(raw.body, length)
@@ -137,8 +136,7 @@ class Transport(ABC):
         """Move that many bytes each way and time it, to measure the link. The server bounds both."""
         deadline = _Deadline(self.timeout_s if timeout_s is None else timeout_s)
         path = f"/v2/probe?down={down_bytes}"
-        headers = {"Content-Type": "application/octet-stream"}
-        raw = self._post(path, headers, [os.urandom(up_bytes)], down_bytes + _ERROR_LIMIT_BYTES, deadline)
+        raw = self._post(path, None, [os.urandom(up_bytes)], down_bytes + _ERROR_LIMIT_BYTES, deadline)
         _check_status(raw.status, raw.body, path)
         return raw.timing
 
@@ -180,7 +178,7 @@ class HttpTransport(Transport):
         self._address = (parts.hostname, port or (443 if parts.scheme == "https" else 80))
         self._context = (ssl_context or ssl.create_default_context()) if parts.scheme == "https" else None
         self._prefix = parts.path
-        fixed = {"Host": parts.netloc, **(headers or {})}
+        fixed = {"Host": parts.netloc, "Content-Type": "application/octet-stream", **(headers or {})}
         if any("\r" in text or "\n" in text for pair in fixed.items() for text in pair):
             raise ProtocolError("a header may not hold line breaks")
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed.items())
@@ -239,12 +237,12 @@ class HttpTransport(Transport):
         return wire.parse_json(body, f"the answer of {self.url}{path}")
 
     def _post(
-        self, path: str, headers: Mapping[str, str], buffers: list[wire.Buffer], limit_bytes: int, deadline: _Deadline
+        self, path: str, header_bytes: int | None, buffers: list[wire.Buffer], limit_bytes: int, deadline: _Deadline
     ) -> RawAnswer:
-        size = sum(len(buffer) for buffer in buffers)
+        size = sum(map(len, buffers))
         head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._fixed}Content-Length: {size}\r\n"
-        head += "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
-        parts = [head.encode("latin-1") + bytes(buffers[0]), *buffers[1:]]
+        head += "\r\n" if header_bytes is None else f"{wire.HEADER_LENGTH}: {header_bytes}\r\n\r\n"
+        parts = [head.encode("latin-1") + buffers[0], *buffers[1:]]
         connection, reused = self._take()
         while True:
             try:
@@ -332,8 +330,11 @@ class InProcessTransport(Transport):
         return wire.parse_json(raw.body, f"the answer of {path}")
 
     def _post(
-        self, path: str, headers: Mapping[str, str], buffers: list[wire.Buffer], limit_bytes: int, deadline: _Deadline
+        self, path: str, header_bytes: int | None, buffers: list[wire.Buffer], limit_bytes: int, deadline: _Deadline
     ) -> RawAnswer:
+        headers = {"Content-Type": "application/octet-stream"}
+        if header_bytes is not None:
+            headers[wire.HEADER_LENGTH] = str(header_bytes)
         return self._call("POST", path, headers, buffers, limit_bytes, deadline)
 
     def _call(
@@ -401,6 +402,12 @@ class InProcessTransport(Transport):
         buffer[:] = body
         timing = Timing(size, len(body), start, start, first, time.perf_counter())
         return RawAnswer(status, None if length is None else length.decode("latin-1"), buffer, timing)
+
+
+@lru_cache(maxsize=256)
+def _infer_path(model: str, version: str | None) -> str:
+    path = f"/v2/models/{quote(model, safe='')}"
+    return f"{path}/versions/{quote(version, safe='')}/infer" if version else f"{path}/infer"
 
 
 class _StaleError(Exception):

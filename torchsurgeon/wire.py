@@ -58,6 +58,7 @@ _DATATYPES: dict[torch.dtype, str] = {
     torch.float32: "FP32",
     torch.float64: "FP64",
 }
+_PLAIN_REQUEST = '{"parameters":{"binary_data_output":true,"dim_order":true}'
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
 
 
@@ -135,7 +136,9 @@ def encode_request(
 ) -> Encoded:
     """Encode named tensors as a binary infer request that asks for binary outputs (all of them unless named)."""
     described, views = _encode_tensors(tensors, (), True)
-    header = '{"parameters":' + _text({**(parameters or {}), "binary_data_output": True, "dim_order": True})
+    header = _PLAIN_REQUEST
+    if parameters:
+        header = '{"parameters":' + _text({**parameters, "binary_data_output": True, "dim_order": True})
     if request_id is not None:
         header += ',"id":' + _text(request_id)
     if outputs:
@@ -164,9 +167,10 @@ def encode_response(
     header = f'{{"model_name":{_text(model_name)},"model_version":{_text(model_version)}'
     if request_id is not None:
         header += ',"id":' + _text(request_id)
+    header += f',"outputs":[{described}]'
     if parameters:
         header += ',"parameters":' + _text(parameters)
-    return _message(f'{header},"outputs":[{described}]}}', views, any(name not in as_json for name in tensors))
+    return _message(header + "}", views, any(name not in as_json for name in tensors))
 
 
 def decode_request(body: Buffer, header_bytes: int | None = None) -> InferRequest:
@@ -186,12 +190,17 @@ def decode_request(body: Buffer, header_bytes: int | None = None) -> InferReques
 def decode_response(body: Buffer, header_bytes: int | None = None) -> InferResponse:
     """Decode an answer; the counterpart of :func:`decode_request`. Raises ProtocolError."""
     payload = _payload(body, header_bytes)
-    header = _parsed(body, header_bytes)
-    tensors = _tensors(_tensor_entries(_entries(header, "outputs", required=True), "output"), payload)
-    names = [header.get("model_name", ""), header.get("model_version", "")]
-    if not all(isinstance(name, str) for name in names):
-        raise ProtocolError("model_name and model_version must be strings")
-    return InferResponse(tensors, names[0], names[1], _request_id(header), _parameters(header, "the answer"))
+    parts = None
+    if header_bytes is not None and header_bytes <= _MAX_REMEMBERED_BYTES:
+        parts = _without_parameters(bytes(body[:header_bytes]))
+    if parts is None:
+        header = _parsed(body, header_bytes)
+        head = _response_head(header)
+    else:
+        head, header = parts
+    tensors = _tensors(head.entries, payload)
+    parameters = _parameters(header, "the answer")
+    return InferResponse(tensors, head.model_name, head.model_version, head.request_id, parameters)
 
 
 def header_length(value: str | bytes, body_bytes: int | None = None) -> int:
@@ -361,6 +370,42 @@ def _request_head(header: dict[str, Any]) -> _RequestHead:
 def _remembered_request_head(text: bytes) -> _RequestHead:
     # A device sends the same header as long as it cuts at the same point.
     return _request_head(_parsed(text, len(text)))
+
+
+@dataclass(frozen=True)
+class _ResponseHead:
+    entries: list[_Entry]
+    model_name: str
+    model_version: str
+    request_id: str | None
+
+
+def _response_head(header: dict[str, Any]) -> _ResponseHead:
+    entries = _tensor_entries(_entries(header, "outputs", required=True), "output")
+    names = [header.get("model_name", ""), header.get("model_version", "")]
+    if not all(isinstance(name, str) for name in names):
+        raise ProtocolError("model_name and model_version must be strings")
+    return _ResponseHead(entries, names[0], names[1], _request_id(header))
+
+
+@lru_cache(maxsize=256)
+def _remembered_response_head(text: bytes) -> _ResponseHead:
+    return _response_head(_parsed(text, len(text)))
+
+
+def _without_parameters(text: bytes) -> tuple[_ResponseHead, dict[str, Any]] | None:
+    """A header that ends in its parameters, as two objects: answers differ in these, and in nothing else.
+
+    None when it is not such a header. Cutting at a comma between two members of the outermost object gives two objects
+    with the same members; a cut anywhere else gives something that is not JSON.
+    """
+    cut = text.rfind(b',"parameters":')
+    if cut < 0:
+        return None
+    try:
+        return _remembered_response_head(text[:cut] + b"}"), _parsed(b"{" + text[cut + 1 :], len(text) - cut)
+    except ProtocolError:
+        return None
 
 
 def _tensor_entries(entries: list[dict[str, Any]], kind: str) -> list[_Entry]:

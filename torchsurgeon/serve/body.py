@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,6 +19,38 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 MIN_UPLINK_BYTE_S = 16_384
 # Up to here buffers are joined rather than written one by one.
 JOIN_BYTES = 64 << 10
+
+
+class Buffers:
+    """Memory for bodies, used again once nothing refers to it any more: the same cut sends the same size again.
+
+    A tensor decoded from a buffer keeps a reference to it, so a buffer in use is never handed out. Not thread-safe.
+    """
+
+    def __init__(self, capacity: int = 8, limit_bytes: int = 64 << 20) -> None:
+        self._arrays: list[Any] = []
+        self._capacity = capacity
+        self._limit_bytes = limit_bytes
+
+    def take(self, size: int) -> memoryview:
+        """A buffer of exactly ``size`` bytes, aligned to 64; its contents are undefined."""
+        arrays = self._arrays
+        for index in range(len(arrays)):
+            if arrays[index].nbytes == size and _references(arrays, index) == _UNUSED:
+                return arrays[index].data  # type: ignore[no-any-return]
+        arrays.insert(0, torch.empty(size, dtype=torch.uint8).numpy())
+        buffer: memoryview = arrays[0].data
+        while len(arrays) > self._capacity or sum(array.nbytes for array in arrays) > self._limit_bytes:
+            arrays.pop()
+        return buffer
+
+
+def _references(items: list[Any], index: int) -> int:
+    return sys.getrefcount(items[index])
+
+
+# What a list's own item counts to, whatever this Python counts.
+_UNUSED = _references([object()], 0)
 
 
 class Incoming:

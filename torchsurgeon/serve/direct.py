@@ -12,13 +12,17 @@ from functools import partial
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ModelServingError, ProtocolError
-from torchsurgeon.serve.body import new_buffer
+from torchsurgeon.serve.body import Buffers
 from torchsurgeon.serve.failure import error_body, status_of
 from torchsurgeon.serve.registry import ModelRegistry, Received, ServedModel
 
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 # Requests that say more about their body than its length are left to the application.
 _NOT_DIRECT = frozenset({b"transfer-encoding", b"content-encoding", b"upgrade"})
+
+# A device sends the same head as long as it cuts at the same point.
+_MAX_KNOWN = 256
+_MAX_KNOWN_BYTES = 4096
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +40,12 @@ class Reply:
 class Job:
     """One request whose body is arriving."""
 
-    def __init__(self, model: ServedModel, size: int, header_bytes: int | None, timeout_s: float) -> None:
-        self.size = size
+    def __init__(self, model: ServedModel, buffer: memoryview, header_bytes: int | None, timeout_s: float) -> None:
+        self.size = len(buffer)
         self.timeout_s = timeout_s
         self._model = model
         self._header_bytes = header_bytes
-        self._buffer = new_buffer(size)
+        self._buffer = buffer
         self._filled = 0
         self._started_s = time.perf_counter()
 
@@ -84,9 +88,29 @@ class Direct:
     def __init__(self, registry: ModelRegistry, body_timeout_s: float) -> None:
         self._registry = registry
         self._timeout_s = body_timeout_s
+        self._buffers = Buffers()
+        self._known: dict[tuple[object, ...], tuple[ServedModel, int, int | None]] = {}
 
     def admit(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Job | None:
         """A job for a plain inference request; None for every other, and for one that has to be refused."""
+        key = (url, *headers)
+        known = self._known.get(key)
+        if known is None:
+            known = self._judge(url, headers)
+            if known is None:
+                return None
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[key] = known
+        model, size, header_bytes = known
+        if not model.open:
+            del self._known[key]
+            return None
+        return Job(model, self._buffers.take(size), header_bytes, self._timeout_s)
+
+    def _judge(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[ServedModel, int, int | None] | None:
+        if len(url) + sum(len(name) + len(value) for name, value in headers) > _MAX_KNOWN_BYTES:
+            return None
         parts = url.split(b"/")
         versioned = len(parts) == 7 and parts[4] == b"versions"
         if parts[-1] != b"infer" or parts[1:3] != [b"v2", b"models"] or not (versioned or len(parts) == 5):
@@ -105,7 +129,7 @@ class Direct:
             return None
         if int(size) == 0 or int(size) > model.max_body_bytes(binary=length is not None):
             return None
-        return Job(model, int(size), header_bytes, self._timeout_s)
+        return model, int(size), header_bytes
 
 
 def _answer(model: ServedModel, received: Received) -> Reply:

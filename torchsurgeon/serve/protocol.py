@@ -12,6 +12,8 @@ Measured over loopback that halves the server's time for a request of 150 KB. A 
 from __future__ import annotations
 
 import asyncio
+import os
+from contextlib import suppress
 from typing import Any
 
 import httptools
@@ -46,10 +48,13 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._missing: memoryview | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._idle_since_s = 0.0
         self._in_head = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._fd: int = transport.get_extra_info("socket").fileno()
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -64,11 +69,22 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         if self._missing is None:
             self._feed(nbytes)
             return
-        self._missing = self._missing[nbytes:]
-        if not self._missing:
-            # The parser never saw the body's end, so the next request gets a new one.
-            self.parser = httptools.HttpRequestParser(self)
-            self._body_arrived()
+        self._filled(nbytes)
+
+    def _filled(self, nbytes: int) -> None:
+        if self._missing is not None:
+            self._missing = self._missing[nbytes:]
+            if not self._missing:
+                # The parser never saw the body's end, so the next request gets a new one.
+                self.parser = httptools.HttpRequestParser(self)
+                self._body_arrived()
+
+    def _read_on(self) -> None:
+        """Read what has come of the body already; another turn of the event loop costs more than this call."""
+        if self._missing is not None:
+            # At the end of the stream nothing is read, and the event loop will find that out itself.
+            with suppress(BlockingIOError, ConnectionError):
+                self._filled(os.readv(self._fd, [self._missing]))
 
     def _feed(self, nbytes: int) -> None:
         self.data_received(self._scratch[:nbytes])  # type: ignore[arg-type]
@@ -76,11 +92,15 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
         if self._job is not None and not self._job.complete:
             self._missing = self._job.missing()
+            if self.scheme == "http":
+                self._read_on()
+        if self._missing is not None and self._job is not None:
             self._body_timer = self.loop.call_later(timeout_for(self._job.timeout_s, self._job.size), self._late)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
+        self._idle_since_s = self.loop.time()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -140,14 +160,31 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         turn.response_complete = True
         if not turn.keep_alive:
             self.transport.close()
-        self.on_response_complete()
+        if self.pipeline:
+            self.on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        self._idle_since_s = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._maybe_idle)
+
+    def _maybe_idle(self) -> None:
+        # One timer that looks whether anything happened costs less than one for each answer.
+        self._idle_timer = None
+        left_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
+        if self.cycle is not None and not self.cycle.response_complete:
+            left_s = self.timeout_keep_alive
+        if left_s > 0:
+            self._idle_timer = self.loop.call_later(left_s, self._maybe_idle)
+        else:
+            self.transport.close()
 
     def _late(self) -> None:
         self._head_timer = self._body_timer = None
         self.transport.close()
 
     def _stop_timers(self) -> None:
-        for timer in (self._head_timer, self._body_timer):
+        for timer in (self._head_timer, self._body_timer, self._idle_timer):
             if timer is not None:
                 timer.cancel()
-        self._head_timer = self._body_timer = None
+        self._head_timer = self._body_timer = self._idle_timer = None

@@ -147,6 +147,7 @@ class ServedModel:
         )
         self.tails = Tails(graph, max_tails)
         self.worker = Worker(f"torchsurgeon-{name}")
+        self.open = True
         self._profiler = profiler
         self._once = threading.Lock()
         self._fingerprint: dict[str, Any] | None = None
@@ -239,6 +240,8 @@ class ServedModel:
         )
 
     def close(self) -> None:
+        """Take no more requests, and end the thread."""
+        self.open = False
         self.worker.close()
 
     def _wanted(self, request: wire.InferRequest) -> dict[str, bool]:
