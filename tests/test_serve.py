@@ -6,13 +6,20 @@ import contextlib
 import gzip
 import http.client
 import json
+import os
 import random
+import shutil
+import signal
 import socket
+import ssl
+import subprocess
+import sys
 import threading
 import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +30,7 @@ import torchsurgeon.serve.app
 import torchsurgeon.serve.protocol
 from torchsurgeon import serve, wire
 from torchsurgeon.cut import cut
-from torchsurgeon.errors import RequestRefusedError, ServerError, SpecError
+from torchsurgeon.errors import RequestRefusedError, ServerError, ServerUnavailableError, SpecError
 from torchsurgeon.fingerprint import weight_digests
 from torchsurgeon.graph import LayerGraph
 from torchsurgeon.serve.body import Buffers
@@ -451,3 +458,69 @@ def test_the_server_process_says_when_it_is_ready_and_stops_when_a_model_cannot_
     with pytest.raises(SpecError, match="alexnot"):
         serve.run({"a": "torchvision:alexnot"}, port=0, say=said.append)
     assert not said
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key.pem")]
+    subprocess.run([*command, "-out", str(folder / "cert.pem")], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("size", [8, 200])
+def test_https(registry: serve.ModelRegistry, certificate: Path, graph: LayerGraph, size: int) -> None:
+    cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
+    wide = serve.ModelRegistry()
+    x = torch.randn(1, 3, size, size)
+    wide.add("net", make(Residual), (x,))
+    context = ssl.create_default_context(cafile=cert)
+    with (
+        serve.Server(serve.create_app(wide), ssl_certfile=cert, ssl_keyfile=key) as server,
+        HttpTransport(server.url, 10, ssl_context=context, verify=cert) as transport,
+    ):
+        assert server.url.startswith("https://")
+        assert transport.get_json("/v2/health/live") == {"live": True}
+        for _ in range(3):
+            answer = transport.infer("net", {"x": x}, max_answer_bytes=10_000)
+        with torch.no_grad():
+            assert torch.equal(answer.tensors["logits"], wide.get("net").graph.model(x)["logits"])
+        with HttpTransport(server.url, 5) as strict, pytest.raises(ServerUnavailableError):
+            strict.infer("net", {"x": x}, max_answer_bytes=10_000)
+    wide.close()
+
+
+def test_a_process_of_its_own_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "tiny_model_of_test.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make(): return nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.zeros(1, 3)\n"
+    )
+    script = "from torchsurgeon import serve; serve.run({'tiny': 'tiny_model_of_test:make'}, port=0)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        assert lines[0].startswith("loaded tiny from tiny_model_of_test:make")
+        assert lines[1].startswith("ready: serving tiny at http://127.0.0.1:")
+        with HttpTransport(lines[1].split()[-1], 10) as transport:
+            assert transport.get_json("/v2/health/ready") == {"ready": True}
+            name = transport.get_json("/v2/models/tiny")["inputs"][0]["name"]
+            answer = transport.infer("tiny", {name: torch.zeros(2, 3)}, max_answer_bytes=1000)
+            assert answer.tensors["output"].shape == (2, 4)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130, -signal.SIGINT)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_listening_beyond_this_machine_warns() -> None:
+    with pytest.warns(UserWarning, match="everyone who can reach"), pytest.raises(SpecError):
+        serve.run({"a b": "torchvision:resnet18"}, host="0.0.0.0", port=0)

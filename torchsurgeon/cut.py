@@ -1,7 +1,8 @@
 """Cut a traced model into the part that runs on the device and the part that runs on the server.
 
-A cut is fully determined by the tensors that cross: the head computes them from the model's inputs, the tail computes the
-model's output from them. So one function makes both, and a server can run the right tail from the tensors' names alone.
+A cut is fully determined by the tensors that cross: the head computes them from the model's inputs, the tail computes
+the model's output from them. So one function makes both, and a server can run the right tail from the tensors' names
+alone.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Head(nn.Module):
 def cut(graph: LayerGraph, point: int | str | PartitionPoint) -> Partition:
     """Cut ``graph`` at a partition point: an index, the name of the last layer on the device, or the point itself.
 
-    Returns two modules in eval mode that give exactly the model's own answer one after the other, at any batch size the model
-    takes. Neither changes its inputs. The model is not changed, and its parameters are not copied.
+    Returns two modules in eval mode that give exactly the model's own answer one after the other, at any batch size the
+    model takes. Neither changes its inputs. The model is not changed, and its parameters are not copied.
 
     Raises :class:`~torchsurgeon.errors.PartitionError` when there is no such point.
     """
@@ -77,8 +78,8 @@ class Result(nn.Module):
 def tail_for(graph: LayerGraph, names: Sequence[str]) -> Segment:
     """Return the module that turns the tensors ``names`` (in this order) into the model's output.
 
-    Raises :class:`~torchsurgeon.errors.PartitionError`: a name the graph does not have, a name twice, or names that do not
-    determine the output; the message lists what is wrong or missing.
+    Raises :class:`~torchsurgeon.errors.PartitionError`: a name the graph does not have, a name twice, or names that do
+    not determine the output; the message lists what is wrong or missing.
     """
     for name in names:
         if name not in graph.values:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,9 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.errors import TraceError
-from torchsurgeon.program import Constant, Environment, Ref, Step, number_to_tensor, restorer
-from torchsurgeon.shapes import Shapes, storage_of
+from torchsurgeon.program import Constant, Environment, ModelDevice, Ref, Step, number_to_tensor, restorer
+from torchsurgeon.shapes import Shapes, drifting, storage_of
 from torchsurgeon.structure import LEAF, Path, flatten, leaf_name
 
 Key = tuple[int, Path]
@@ -83,7 +81,7 @@ class Flow:
             if step.kind != "call" or not (value is None or isinstance(value, (str, torch.dtype, torch.device))):
                 continue
             if isinstance(value, torch.device):
-                step.target, step.args, step.kwargs = functools.partial(_device_of, model), (), {}
+                step.target, step.args, step.kwargs = ModelDevice(model), (), {}
             elif not self._shapes.overwrites[step.index]:
                 for later in self.steps[step.index + 1 :]:
                     later.replace(step.index, value)
@@ -107,10 +105,7 @@ class Flow:
                     what = f"the model's own {owner.target!r}"
                     if isinstance(owner.target, Constant):
                         what = "a tensor made in forward that is the same in every call"
-                    raise TraceError(
-                        f"layer {step.name!r} overwrites {what}: the two sides would drift apart. Keep such state outside "
-                        "of forward, pass it in and return it; or clone the tensor before writing to it"
-                    )
+                    raise drifting(step, what)
                 for key in [k for k in keys if k[0] < step.index]:
                     i = key[0]
                     for reader in sorted(r for r in readers.get(i, ()) if r > step.index):
@@ -183,7 +178,7 @@ class Flow:
         self._born: dict[Key, int] = {}
         self._crossing: list[tuple[Key, ...]] = []
         for step in self.steps:
-            self._crossing.append(self._live[step.index] and self._crossing_of(step) or ())
+            self._crossing.append((self._live[step.index] and self._crossing_of(step)) or ())
         self._last: dict[Key, int] = {}
         self._views = self._find_views()
         for step in self.steps:
@@ -327,6 +322,10 @@ class Flow:
 
     # --- questions of the graph and the cut ---
 
+    def running(self) -> list[Step]:
+        """Return the steps whose values the output depends on, or that overwrite memory."""
+        return [step for step in self.steps if self._live[step.index]]
+
     def gives(self, index: int) -> list[Value]:
         """Return the tensors a layer gives."""
         keys = [(index, path) for path in self.steps[index].structure.paths()]
@@ -351,8 +350,8 @@ class Flow:
         return any(storage in self._shapes.overwrites[i] for i in steps)
 
     def torn(self, given: Iterable[Value], included: Iterable[int]) -> list[str]:
-        """Return the names in ``given`` whose memory the ``included`` steps would overwrite or read through another name,
-        which they have a copy of their own under."""
+        """Return the names in ``given`` whose memory the ``included`` steps would overwrite or read through another
+        name, which they have a copy of their own under."""
         found = []
         if not self._irregular:
             return found
@@ -369,8 +368,8 @@ class Flow:
         return found
 
     def reach(self, given: Iterable[Value], wanted: Iterable[Key] | None) -> tuple[list[int], list[str]]:
-        """Return the steps that turn ``given`` into the ``wanted`` parts of steps' values (the model's output when None),
-        and the names of model inputs that are also needed for that but not given."""
+        """Return the steps that turn ``given`` into the ``wanted`` parts of steps' values (the model's output when
+        None), and the names of model inputs that are also needed for that but not given."""
         provided = {(value.step, value.path) for value in given}
         demands: dict[int, set[Key]] = {}
         whole: set[int] = set()
@@ -424,9 +423,3 @@ def _reads_no_element(step: Step) -> bool:
     if step.target is builtins.getattr:
         return step.args[1] in _OF_NO_ELEMENT
     return step.target is builtins.len or (step.is_method and step.target in _OF_NO_ELEMENT)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")

@@ -1,8 +1,8 @@
 """A model as a graph of layers, with every point where it can be cut.
 
 ``trace`` follows the model once with torch.fx and once on meta tensors; nothing is computed. The resulting
-:class:`LayerGraph` names each layer by its module path, and lists each :class:`PartitionPoint` with the boundary tensors
-that have to travel there.
+:class:`LayerGraph` names each layer by its module path, and lists each :class:`PartitionPoint` with the boundary
+tensors that have to travel there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import inspect
 import json
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -19,21 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.capture import Call, capture, settle_output
+from torchsurgeon.capture import Captured, capture
+from torchsurgeon.configuration import configuration, constant_digest
 from torchsurgeon.errors import PartitionError, TraceError
 from torchsurgeon.flow import Flow, Value
-from torchsurgeon.program import Step, map_refs
+from torchsurgeon.interface import Call, settle_output
+from torchsurgeon.layout import Layout, has_gaps
+from torchsurgeon.program import Constant, Step
 from torchsurgeon.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in
-from torchsurgeon.structure import flatten
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
     """A tensor that may cross a boundary.
 
-    ``shape`` is the shape in the traced example. ``batch_step`` says by how much each dimension grows with every further
-    sample in the batch: ``(1, 0, 0, 0)`` for an image tensor, ``(64, 0, 0)`` where 64 windows are folded into the batch,
-    all zeros where the batch size does not matter (or is not free).
+    ``shape`` is the shape in the traced example. ``batch_step`` says by how much each dimension grows with every
+    further sample in the batch: ``(1, 0, 0, 0)`` for an image tensor, ``(64, 0, 0)`` where 64 windows are folded into
+    the batch, all zeros where the batch size does not matter (or is not free).
     """
 
     name: str
@@ -85,9 +86,9 @@ class Layer:
     """One operation of the model: a module called, or a function on tensors.
 
     ``name`` is the module path (``layer1.0.conv1``); a function's is the path of the module that calls it and its own
-    name (``layer1.0.add``); later calls of the same are numbered (``layer1.0.relu_1``). ``flops`` counts multiply and add
-    as two, as PyTorch's flop counter does, and only for the operators that counter knows (matrix products, convolutions,
-    attention). ``uncounted`` names custom operators inside whose flops are unknown.
+    name (``layer1.0.add``); later calls of the same are numbered (``layer1.0.relu_1``). ``flops`` counts multiply and
+    add as two, as PyTorch's flop counter does, and only for the operators that counter knows (matrix products,
+    convolutions, attention). ``uncounted`` names custom operators inside whose flops are unknown.
     """
 
     index: int
@@ -144,15 +145,17 @@ class LayerGraph:
         inputs, outputs: the model's own input and output tensors.
         values: every tensor that may cross a boundary, by name.
         batch: the example's batch size; ``batch_free`` says whether other sizes work.
-        traced_by: how the model was traced.
+        traced_by: ``"fx"``, ``"export"``, or ``"hierarchical"`` (fx around modules that it cannot follow).
+        opaque: path of each module kept whole as one layer, and why.
         fingerprint: hex digest of names, types, configurations, shapes and order; not of the weights.
     """
 
-    def __init__(self, model: nn.Module, call: Call, steps: list[Step], flow: Flow, specs: _Specs) -> None:
+    def __init__(self, model: nn.Module, call: Call, captured: Captured, flow: Flow, specs: _Specs) -> None:
         self.model = model
+        self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
+        steps = captured.steps
         self.batch, self.batch_free = specs.batch, specs.batch_free
         self.layouts = {value.name: layout for value in flow.values if (layout := specs.layout(value)) is not None}
-        self.traced_by = "fx"
         self.call, self.steps, self.flow = call, steps, flow
         self.calls = [step.compiled() if step.kind in ("call", "output") else _never for step in steps]
         self._values = {value.name: value for value in flow.values}
@@ -194,8 +197,8 @@ class LayerGraph:
         )
 
     def point(self, ref: int | str) -> PartitionPoint:
-        """Return a partition point by index (negative counts from the end), by the name of the last layer on the device,
-        or as ``"server"`` and ``"device"`` for the two ends.
+        """Return a partition point by index (negative counts from the end), by the name of the last layer on the
+        device, or as ``"server"`` and ``"device"`` for the two ends.
 
         Raises :class:`~torchsurgeon.errors.PartitionError`, listing the near ones, when there is none.
         """
@@ -217,11 +220,14 @@ class LayerGraph:
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Return a call's tensors by input name. Raises ``TypeError`` for a call unlike the traced example."""
-        return dict(zip(self.call.names, self.call.tensors(args, kwargs), strict=True))
+        return dict(zip(self.call.names, self.tensors_of_call(args, kwargs), strict=True))
 
     def tensors_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """Return a call's tensors in the order of ``inputs``. Raises ``TypeError`` as ``bind`` does."""
-        return self.call.tensors(args, kwargs)
+        tensors = self.call.tensors(args, kwargs)
+        if self._guard is not None:
+            self._guard(tensors)
+        return tensors
 
     def value(self, name: str) -> Value:
         """Return where in the program the tensor ``name`` comes to be."""
@@ -242,6 +248,7 @@ class LayerGraph:
             "format": "torchsurgeon.graph/1",
             "model": type(self.model).__name__,
             "traced_by": self.traced_by,
+            "opaque": self.opaque,
             "fingerprint": self.fingerprint,
             "batch": self.batch,
             "batch_free": self.batch_free,
@@ -253,12 +260,15 @@ class LayerGraph:
 
     def _digest(self) -> str:
         rows: list[Any] = [[s.name, str(s.dtype), s.wire_shape] for s in (*self.inputs, *self.outputs)]
-        for layer, index in zip(self.layers, self.flow.layers, strict=True):
-            outputs = [[str(s.dtype), s.wire_shape] for s in layer.outputs]
-            rows.append(
-                [layer.name, layer.type, [s.name for s in layer.inputs], outputs, _configuration(self.steps[index])]
-            )
-        return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+        for layer in self.layers:
+            rows.append([[str(spec.dtype), spec.wire_shape] for spec in layer.outputs])
+        names = [step.name for step in self.steps]
+        for step in self.flow.running():
+            if isinstance(step.target, Constant):
+                rows.append([step.name, constant_digest(step.target)])
+            elif step.kind != "input":
+                rows.append(configuration(step, names))
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"LayerGraph({type(self.model).__name__}, {len(self.layers)} layers, {len(self.points)} points)"
@@ -266,63 +276,6 @@ class LayerGraph:
 
 def _never(_: Any) -> Any:
     raise AssertionError("inputs are fed and attributes are read, neither is called")
-
-
-def _configuration(step: Step) -> Any:
-    """What a layer computes beside its weights, in a form that is the same under every PyTorch version: a module's
-    constructor arguments that differ from their defaults, a function's arguments that are not tensors."""
-    if not step.is_module:
-        return str(_without_refs(step.args)), str(_without_refs(step.kwargs))
-    config = {}
-    for name, parameter in inspect.signature(type(step.target).__init__).parameters.items():
-        value = getattr(step.target, name, None)
-        plain = isinstance(value, (int, float, str, tuple)) or value is None
-        if plain and name != "inplace" and value != parameter.default:
-            config[name] = str(value)
-    return config
-
-
-def _without_refs(value: Any) -> Any:
-    return map_refs(lambda _: "·", value)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where in memory the elements of a tensor lie, at the example's batch and by how much that grows with each sample.
-
-    Kernels may add up a slice of a larger tensor in another order than its compact copy: a tail gets the same bits as the
-    model only from the same strides.
-    """
-
-    shape: tuple[int, ...]
-    batch_step: tuple[int, ...]
-    strides: tuple[int, ...]
-    grows: tuple[int, ...]
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return ``tensor``, copied to this layout where it has another."""
-        dim = next((d for d, step in enumerate(self.batch_step) if step), None)
-        more = 0 if dim is None else (tensor.shape[dim] - self.shape[dim]) // self.batch_step[dim]
-        strides = tuple(stride + grow * more for stride, grow in zip(self.strides, self.grows, strict=True))
-        if tensor.stride() == strides or not _fits(tensor.shape, strides):
-            return tensor
-        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def _fits(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Return whether no two elements share memory."""
-    extent = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return False
-            extent = stride * (size - 1) + extent
-    return True
-
-
-def _has_gaps(tensor: torch.Tensor) -> bool:
-    extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return extent > tensor.numel() > 0 and _fits(tensor.shape, tensor.stride())
 
 
 class _Specs:
@@ -344,7 +297,7 @@ class _Specs:
     def layout(self, value: Value) -> Layout | None:
         """Return the layout of a tensor with gaps between its elements, which does not survive a journey; None for others."""
         leaf = value.leaf(self.shapes.values)
-        if not _has_gaps(leaf):
+        if not has_gaps(leaf):
             return None
         spec = self.of(value)
         more = value.leaf(self.more.values).stride() if self.more else leaf.stride()
@@ -365,20 +318,27 @@ def trace(
 ) -> LayerGraph:
     """Trace ``model``, called with the example, into a :class:`LayerGraph`.
 
-    The model must be in eval mode. The example's tensors give shapes and dtypes only; no layer is computed. Dimension 0
-    of all input tensors is the batch when it has one size for all of them. ``leaf_modules`` names modules (paths or classes)
+    The model must be in eval mode. It is followed by torch.fx; failing that by torch.export; failing that by torch.fx
+    around the modules that cannot be followed, which stay whole. What ``torch.compile`` has wrapped is traced itself. The
+    example's tensors give shapes and dtypes only; no layer is computed, unless shapes depend on values. Dimension 0 of
+    all input tensors is the batch when it has one size for all of them. ``leaf_modules`` names modules (paths or classes)
     to keep whole, as one layer each.
 
-    Raises :class:`~torchsurgeon.errors.TraceError`: the model is in training mode, fx cannot follow it (the message names
-    the line and what to try), or it changes its own parameters or buffers while it runs.
+    Raises :class:`~torchsurgeon.errors.TraceError`: the model is in training mode, cannot be followed (the message names
+    the line and what to try), changes its own parameters or buffers while it runs, or has dropout left on. Warns with
+    :class:`UnrepeatableWarning` when it draws random numbers.
     """
+    model = model._modules.get("_orig_mod") or model
     _refuse_training(model)
     call = Call(model, example_args, example_kwargs)
     tensors = call.tensors(example_args, example_kwargs)
-    steps = capture(model, call, leaf_modules)
+    captured = capture(model, call, tensors, leaf_modules)
+    steps = captured.steps
     try:
         source: MetaModel = MetaModel(model)
         shapes = propagate(steps, tensors, source)
+    except TraceError:
+        raise
     except Exception:
         # Some step needs values, not only shapes; then the example is run for real, and says itself what is wrong.
         source = RealModel(model)
@@ -390,11 +350,12 @@ def trace(
     if len(sizes) == 1 and None not in sizes:
         alike = [t if isinstance(source, RealModel) else t.detach().to("meta") for t in tensors]
         more = _try_propagate(steps, [torch.cat([t[:1], t]) for t in alike], source, shapes)
+    _refuse_randomness([steps[i] for i in shapes.random])
     flow = Flow(steps, shapes, model)
     if not flow.layers:
         raise TraceError(f"{type(model).__name__} computes nothing from its input: there is no layer to cut after")
     specs = _Specs(shapes, more, (len(sizes) == 1 and next(iter(sizes))) or 1)
-    return LayerGraph(model, call, steps, flow, specs)
+    return LayerGraph(model, call, captured, flow, specs)
 
 
 def _try_propagate(
@@ -412,6 +373,26 @@ def _try_propagate(
         if len(pair[0]) != len(pair[1]) or any(a.dim() != b.dim() for a, b in zip(*pair, strict=True)):
             return None
     return more
+
+
+class UnrepeatableWarning(UserWarning):
+    """The model answers differently from run to run, so no cut can give "the" answer."""
+
+
+def _refuse_randomness(drawing: list[Step]) -> None:
+    for step in drawing:
+        if "dropout" in step.type_name:
+            raise TraceError(
+                f"layer {step.name!r} drops values at random although the model is in eval mode: pass "
+                "training=self.training to it, or remove it"
+            )
+    if drawing:
+        names = ", ".join(repr(step.name) for step in drawing[:5])
+        warnings.warn(
+            f"{names} draw random numbers: the model's answers differ from run to run, and so do a split model's",
+            UnrepeatableWarning,
+            stacklevel=3,
+        )
 
 
 def _refuse_training(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,14 +39,26 @@ class Constant:
         return self.tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelDevice:
+    """The device the model is on when asked: the two sides may run on different ones."""
+
+    model: nn.Module
+    __name__ = "device"
+
+    def __call__(self) -> torch.device:
+        tensor = next(iter((*self.model.parameters(), *self.model.buffers())), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+
 @dataclasses.dataclass
 class Step:
     """One call of the traced graph.
 
     ``kind`` is ``input`` (a model input), ``attr`` (a parameter, buffer or constant of the model), ``call`` or
     ``output`` (the model's result, always the last step). ``target`` is a callable, a method's name, the dotted
-    attribute or a :class:`Constant`. ``after`` lists steps that must have run before although no value of theirs is used: they overwrite memory
-    this step reads. ``reads`` keeps what ``uses`` finds once the program is settled.
+    attribute or a :class:`Constant`. ``after`` lists steps that must have run before although no value of theirs is
+    used: they overwrite memory this step reads. ``reads`` keeps what ``uses`` finds once the program is settled.
     """
 
     index: int
@@ -190,8 +202,8 @@ class Feed:
     """How one tensor given to a segment enters the environment.
 
     ``path`` is empty when the tensor is the whole value of ``step``; otherwise it is one leaf of that step's structure.
-    ``restore`` turns a tensor that carries a plain Python value back into it; ``clone`` is set when a step of the segment
-    overwrites the tensor, which belongs to the caller.
+    ``restore`` turns a tensor that carries a plain Python value back into it; ``clone`` is set when a step of the
+    segment overwrites the tensor, which belongs to the caller.
     """
 
     step: int
@@ -352,8 +364,8 @@ def _owner(segment: nn.Module, target: str) -> tuple[Any, str]:
 def _register(segment: nn.Module, model: nn.Module, steps: Sequence[Step]) -> None:
     """Give ``segment`` the submodules and attributes its steps use, under the names the model has for them.
 
-    Each stands under its whole dotted path in the segment itself: modules made only to hold others would cost more than all
-    the rest of a cut.
+    Each stands under its whole dotted path in the segment itself: modules made only to hold others would cost more than
+    all the rest of a cut.
     """
     modules = segment._modules
     for step in steps:
@@ -377,3 +389,24 @@ def _register(segment: nn.Module, model: nn.Module, steps: Sequence[Step]) -> No
                 )
             else:
                 setattr(here, name, getattr(source, name))
+
+
+def plain(value: Any) -> Any:
+    """Return fx's immutable lists and dicts as ordinary ones, which is what the eager model passes."""
+    if isinstance(value, tuple):
+        parts = [plain(v) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value
+
+
+def unique(name: str, taken: Collection[str]) -> str:
+    """The second layer that would be called ``relu`` is ``relu_1``, as in torchvision's feature extraction."""
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate

@@ -1,7 +1,7 @@
 """Run a traced model on meta tensors: what every step gives, what shares memory, what is overwritten, how many flops.
 
-Nothing is computed and no memory is taken; the common layer types have their shape rule here, the others run PyTorch's own
-meta kernels. Steps that need values (data-dependent ones) make the caller run the example for real instead.
+Nothing is computed and no memory is taken; the common layer types have their shape rule here, the others run PyTorch's
+own meta kernels. Steps that need values (data-dependent ones) make the caller run the example for real instead.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,21 +17,23 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from torchsurgeon.program import Constant, Environment, Step, map_refs, returning_first
+from torchsurgeon.errors import TraceError
+from torchsurgeon.program import Constant, Environment, ModelDevice, Step, map_refs, returning_first
+from torchsurgeon.shape_rules import META, rule_for
 from torchsurgeon.structure import flatten
-
-META = torch.device("meta")
 
 
 @dataclasses.dataclass
 class Shapes:
-    """What each step of a program gave: its value (meta tensors keep shape, dtype and sharing of memory), the storages it
-    overwrote, its flops (multiply and add counted as two), and the operators whose flops nobody knows how to count."""
+    """What each step of a program gave: its value (meta tensors keep shape, dtype and sharing of memory), the storages
+    it overwrote, its flops (multiply and add counted as two), and the operators whose flops nobody knows how to
+    count. ``random`` lists the steps that draw random numbers."""
 
     values: Environment
     overwrites: list[frozenset[int]]
     flops: list[int]
     uncounted: list[frozenset[str]]
+    random: list[int] = dataclasses.field(default_factory=list)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -86,16 +89,38 @@ class RealModel(MetaModel):
         return module
 
 
+def _attention_flops(query: Any, key: Any, value: Any, width: int, *args: Any, **kwargs: Any) -> int:
+    batch, target, source = query.shape[0], query.shape[1], key.shape[1]
+    return int(4 * batch * (target + source) * width * width + 4 * batch * target * source * width)
+
+
+def _encoder_flops(x: Any, width: int, *args: Any, **kwargs: Any) -> int:
+    hidden = args[12].shape[0]
+    return _attention_flops(x, x, x, width) + int(4 * x.shape[0] * x.shape[1] * width * hidden)
+
+
+# What inference fuses, PyTorch's own counter does not see the products of.
+_FUSED: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._native_multi_head_attention: _attention_flops,
+    torch.ops.aten._transformer_encoder_layer_fwd: _encoder_flops,
+}
+
+
 class _CountFlops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
         self.uncounted: set[str] = set()
+        self.random = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.random = self.random or torch.Tag.nondeterministic_seeded in func.tags
         formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        fused = _FUSED.get(func._overloadpacket)
+        if fused is not None:
+            self.flops += fused(*args, **(kwargs or {}))
+        elif formula is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
         elif func.namespace not in ("aten", "prims"):
             self.uncounted.add(f"{func.namespace}::{func._schema.name.rpartition('::')[2]}")
@@ -126,163 +151,58 @@ def propagate(
                 values[step.index] = None
             else:
                 args, kwargs = map_refs(lambda ref: values[ref.step], (step.args, step.kwargs))
-                rule = None if real else _rule(step)
-                outcome = NotImplemented if rule is None else rule(step.target, *args, **kwargs)
-                if outcome is not NotImplemented:
-                    values[step.index], flops, overwritten = outcome
-                    if overwritten:
+                rule = None if real or step.is_method else rule_for(step.target)
+                outcome = None if rule is None else rule(step.target, *args, **kwargs)
+                if outcome is not None:
+                    values[step.index], flops, uncounted = outcome.value, outcome.flops, frozenset(outcome.uncounted)
+                    if outcome.overwritten:
                         overwrites = frozenset([storage_of(args[0])])
+                elif isinstance(step.target, ModelDevice) and not real:
+                    values[step.index] = META
                 else:
                     before = [(t, t._version) for t in tensors_in([args, kwargs]) if not t.is_inference()]
-                    call = _callable(step, source)
-                    if count_flops:
-                        with _CountFlops() as counter:
-                            values[step.index] = call(*args, **kwargs)
+                    with _CountFlops() if count_flops else nullcontext() as counter:
+                        values[step.index] = _run(step, source, args, kwargs)
+                    if counter is not None:
                         flops, uncounted = counter.flops, frozenset(counter.uncounted)
-                    else:
-                        values[step.index] = call(*args, **kwargs)
+                        if counter.random:
+                            result.random.append(step.index)
                     overwrites = frozenset(storage_of(t) for t, version in before if t._version != version)
                     if overwrites and values[step.index] is None and args and isinstance(args[0], torch.Tensor):
                         # After x[0] = y later readers need a value to read.
                         step.target = returning_first(step.target, step.is_method)
                         values[step.index] = args[0]
             result.overwrites.append(overwrites)
-            result.flops.append(flops or _known_flops(step, values))
+            result.flops.append(flops)
             result.uncounted.append(uncounted)
     return result
 
 
-def _callable(step: Step, source: MetaModel) -> Callable[..., Any]:
-    if step.is_module:
-        return source.module(step.target)
+def _run(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Any:
     if step.is_method:
-        return lambda first, *rest, **named: getattr(first, step.target)(*rest, **named)
-    return step.target  # type: ignore[no-any-return]
+        return getattr(args[0], step.target)(*args[1:], **kwargs)
+    call = source.module(step.target) if step.is_module else step.target
+    held = _held(call) if step.is_module else {}
+    try:
+        value = call(*args, **kwargs)
+    except Exception as error:
+        if not isinstance(source, RealModel):
+            raise
+        shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in tensors_in([args, kwargs]))
+        raise TraceError(f"layer {step.name!r} cannot run on the example, which gives it {shapes}: {error}") from error
+    for name, before in held.items():
+        if _held(call).get(name) != before:
+            raise drifting(step, f"the model's own {'.'.join((step.module_path, name))!r}")
+    return value
 
 
-def _known_flops(step: Step, values: Environment) -> int:
-    """Flops of fused layers whose inner products the registry does not see."""
-    mha = step.target
-    if isinstance(mha, nn.MultiheadAttention):
-        named = dict(zip(("query", "key"), step.args, strict=False)) | step.kwargs
-        query, key = values[named["query"].step], values[named["key"].step]
-        batch_dim, length_dim = (0, 1) if mha.batch_first else (1, 0)
-        batch = query.shape[batch_dim] if query.dim() == 3 else 1
-        target, source = (
-            query.shape[length_dim if query.dim() == 3 else 0],
-            key.shape[length_dim if key.dim() == 3 else 0],
-        )
-        width = mha.embed_dim
-        projections = 2 * batch * (2 * target * width * width + source * width * (mha.kdim + mha.vdim))
-        return int(projections + 4 * batch * target * source * width)
-    return 0
+def _held(module: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (id(t), t._version) for name, t in (*module.named_parameters(), *module.named_buffers())}
 
 
-# --- shape rules: (target, *args) → (value, flops, whether the first argument was overwritten), or NotImplemented ---
-
-Outcome = tuple[Any, int, bool]
-
-
-def _elementwise(module: nn.Module, x: torch.Tensor) -> Outcome:
-    if getattr(module, "inplace", False):
-        return x, 0, True
-    return torch.empty_like(x), 0, False
-
-
-def _same_object(module: nn.Module, x: torch.Tensor, *_: Any) -> Outcome:
-    return (x, 0, False) if not module.training else NotImplemented
-
-
-def _normalization(module: nn.Module, x: torch.Tensor) -> Outcome:
-    return torch.empty_like(x), 0, False
-
-
-def _linear(module: nn.Linear, x: torch.Tensor) -> Outcome:
-    if x.shape[-1:] != (module.in_features,):
-        return NotImplemented
-    out = torch.empty((*x.shape[:-1], module.out_features), dtype=x.dtype, device=META)
-    return out, 2 * out.numel() * module.in_features, False
-
-
-def _convolution(module: Any, x: torch.Tensor) -> Outcome:
-    spatial = len(module.kernel_size)
-    if x.dim() != spatial + 2 or isinstance(module.padding, str) or x.shape[1] != module.in_channels:
-        return NotImplemented
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(
-            x.shape[2:], module.kernel_size, module.stride, module.padding, module.dilation, strict=True
-        )
-    ]
-    if min(size) < 1:
-        return NotImplemented
-    last = spatial == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    out = torch.empty(
-        (x.shape[0], module.out_channels, *size),
-        dtype=x.dtype,
-        device=META,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
+def drifting(step: Step, what: str) -> TraceError:
+    """Return the error for a step that overwrites what should be the same in every call."""
+    return TraceError(
+        f"layer {step.name!r} overwrites {what}: the two sides would drift apart. Keep such state outside of forward, "
+        "pass it in and return it; or clone the tensor before writing to it"
     )
-    products = module.in_channels // module.groups
-    for k in module.kernel_size:
-        products *= k
-    return out, 2 * out.numel() * products, False
-
-
-def _binary(target: Any, x: Any, y: Any, **kwargs: Any) -> Outcome:
-    if kwargs or not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
-        return NotImplemented
-    if isinstance(y, torch.Tensor):
-        if y.dtype != x.dtype or y.shape != x.shape or y.stride() != x.stride():
-            return NotImplemented
-    elif not isinstance(y, (int, float)):
-        return NotImplemented
-    return torch.empty_like(x), 0, False
-
-
-def _binary_in_place(target: Any, x: Any, y: Any) -> Outcome:
-    if not isinstance(x, torch.Tensor) or _binary(target, x, y) is NotImplemented:
-        return NotImplemented
-    return x, 0, True
-
-
-def _cat(target: Any, tensors: Any, dim: Any = 0, **kwargs: Any) -> Outcome:
-    if kwargs or not isinstance(dim, int) or not all(isinstance(t, torch.Tensor) for t in tensors):
-        return NotImplemented
-    first = tensors[0]
-    dim = dim % first.dim() if first.dim() else 0
-    shape = list(first.shape)
-    for t in tensors[1:]:
-        if t.dim() != len(shape) or t.dtype != first.dtype or not t.is_contiguous():
-            return NotImplemented
-        if any(a != b for i, (a, b) in enumerate(zip(t.shape, shape, strict=True)) if i != dim):
-            return NotImplemented
-        shape[dim] += t.shape[dim]
-    if not first.is_contiguous():
-        return NotImplemented
-    return torch.empty(shape, dtype=first.dtype, device=META), 0, False
-
-
-_MODULE_RULES: dict[type, Callable[..., Outcome]] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
-    nn.Linear: _linear,
-    **dict.fromkeys(
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.Softmax), _normalization
-    ),
-    **dict.fromkeys(
-        (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU),
-        _elementwise,
-    ),
-    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity), _same_object),
-}
-_FUNCTION_RULES: dict[Any, Callable[..., Outcome]] = {
-    **dict.fromkeys((operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul), _binary),
-    **dict.fromkeys((operator.iadd, operator.isub, operator.imul), _binary_in_place),
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
-}
-
-
-def _rule(step: Step) -> Callable[..., Outcome] | None:
-    if step.is_module:
-        return _MODULE_RULES.get(type(step.target))
-    return None if step.is_method else _FUNCTION_RULES.get(step.target)

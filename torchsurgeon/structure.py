@@ -95,8 +95,8 @@ def flatten(value: Any, at: Path = ()) -> tuple[list[tuple[Path, Any]], Structur
     """Return every leaf of ``value`` with its path, and the structure that rebuilds it.
 
     Tuples, named tuples, lists, mappings and dataclass instances are containers; all else is a leaf. Dataclass fields
-    that are ``None`` stay leaves, so an output object keeps the fields it was made with. ``torch.Size`` is a leaf: it is
-    one value to whoever uses it.
+    that are ``None`` stay leaves, so an output object keeps the fields it was made with. ``torch.Size`` is a leaf: it
+    is one value to whoever uses it.
     """
     kind = type(value)
     family = _family(kind) if kind.__name__ != "Size" and not isinstance(value, type) else "leaf"

@@ -1,0 +1,177 @@
+"""Traceable forms of models whose own forward torch.fx cannot follow, by model class; users can add theirs.
+
+An adapter is a function in place of the model class's ``forward``. It calls the same submodules, so names and answers stay
+the model's own; what depends on values goes through :func:`opaque`, which makes one layer of a function. Adapters here:
+torchvision's detectors, so that the cut can lie inside backbone, feature pyramid and heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torchsurgeon.shape_rules import META, Outcome, register_shape_rule
+from torchsurgeon.structure import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """``forward`` replaces the model's own while tracing; ``whole`` names the submodules to keep as one layer, with why."""
+
+    forward: Callable[..., Any]
+    whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+_ADAPTERS: dict[str, Adapter] = {}
+
+
+def register_adapter(model_class: type[nn.Module] | str, adapter: Adapter) -> None:
+    """Trace models of this class (or of a subclass that keeps its forward) by ``adapter``.
+
+    A class given by its qualified name (``"package.module.Class"``) need not be imported.
+    """
+    name = model_class if isinstance(model_class, str) else _qualified(model_class)
+    _ADAPTERS[name] = adapter
+
+
+def adapter_for(model: nn.Module) -> Adapter | None:
+    """Return the adapter of a model's class, or None."""
+    for base in type(model).__mro__:
+        if _qualified(base) in _ADAPTERS:
+            return _ADAPTERS[_qualified(base)]
+        if "forward" in vars(base):
+            return None
+    return None
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def opaque(function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function``; while tracing, record the call as one layer instead of following it."""
+    for _, leaf in flatten(list(args))[0]:
+        if isinstance(leaf, fx.Proxy):
+            return leaf.tracer.create_proxy("call_function", function, args, {})
+    return function(*args)
+
+
+# --- torchvision's detectors ---
+
+_DETECTION = "torchvision.models.detection"
+_VALUES = "what it keeps depends on the values of its tensors"
+
+
+class _Given:
+    """Stands for a submodule whose result is already known; everything else is the submodule's own."""
+
+    def __init__(self, module: nn.Module, result: Any) -> None:
+        self._module, self._result = module, result
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self._result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _Resumed:
+    """A model whose named submodules have run: calling its forward does the rest."""
+
+    def __init__(self, model: nn.Module, results: Mapping[str, Any]) -> None:
+        self._model, self._results = model, results
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._model, name)
+        return _Given(value, self._results[name]) if name in self._results else value
+
+
+class _Rest:
+    """The detector's own forward after the given submodules: from their results to boxes in the images' coordinates."""
+
+    __name__ = "postprocess"
+
+    def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
+        self._model, self._parts = model, parts
+
+    def __call__(self, sizes: list[torch.Size], *results: Any) -> Any:
+        # Of the images only their sizes are asked for.
+        images = [torch.empty((3, *size), device=META) for size in sizes]
+        resumed = _Resumed(self._model, dict(zip(self._parts, results, strict=True)))
+        return type(self._model).forward(resumed, images)  # type: ignore[arg-type]
+
+    def shape_rule(self, sizes: list[torch.Size], *results: Any) -> Outcome:
+        count = getattr(self._model, "detections_per_img", None) or self._model.roi_heads.detections_per_img  # type: ignore[union-attr]
+        if not hasattr(self._model, "roi_heads"):
+            found = [_boxes(int(count), "boxes", "scores", "labels") for _ in sizes]
+            return Outcome(found, uncounted=("postprocess",))
+        detections = results[-1][0]
+        for image, size in zip(detections, sizes, strict=True):
+            if "masks" in image:
+                image["masks"] = torch.empty((len(image["boxes"]), 1, *size), device=META)
+        return Outcome(detections, uncounted=("postprocess",))
+
+
+def _boxes(count: int, *fields: str) -> dict[str, torch.Tensor]:
+    shapes = {"boxes": ((count, 4), torch.float32), "scores": ((count,), torch.float32), "labels": ((count,), torch.int64)}
+    return {field: torch.empty(shapes[field][0], dtype=shapes[field][1], device=META) for field in fields}
+
+
+def _as_levels(features: Any) -> Any:
+    return features if isinstance(features, dict) else OrderedDict([("0", features)])
+
+
+def _two_stage(self: Any, images: list[torch.Tensor], targets: None = None) -> Any:
+    sizes = [image.shape[-2:] for image in images]
+    transformed = self.transform(images, None)
+    batch = transformed[0]
+    features = _as_levels(self.backbone(batch.tensors))
+    proposals = self.rpn(batch, features, None)
+    detections = self.roi_heads(features, proposals[0], batch.image_sizes, None)
+    rest = _Rest(self, ("transform", "backbone", "rpn", "roi_heads"))
+    return opaque(rest, sizes, transformed, features, proposals, detections)
+
+
+def _one_stage(self: Any, images: list[torch.Tensor], targets: None = None) -> Any:
+    sizes = [image.shape[-2:] for image in images]
+    transformed = self.transform(images, None)
+    features = _as_levels(self.backbone(transformed[0].tensors))
+    heads = self.head(list(features.values()))
+    return opaque(_Rest(self, ("transform", "backbone", "head")), sizes, transformed, features, heads)
+
+
+_TRANSFORM = {"transform": "it loops over images of different sizes"}
+register_adapter(
+    f"{_DETECTION}.generalized_rcnn.GeneralizedRCNN",
+    Adapter(_two_stage, {**_TRANSFORM, "rpn": _VALUES, "roi_heads": _VALUES}),
+)
+for _name in ("retinanet.RetinaNet", "fcos.FCOS", "ssd.SSD"):
+    register_adapter(f"{_DETECTION}.{_name}", Adapter(_one_stage, _TRANSFORM))
+
+
+def _proposals(module: Any, images: Any, features: Any, targets: None = None) -> Outcome:
+    count = module.post_nms_top_n()
+    return Outcome(([torch.empty((count, 4), device=META) for _ in images.image_sizes], {}), uncounted=("rpn",))
+
+
+def _found(module: Any, features: Any, proposals: Any, image_shapes: Any, targets: None = None) -> Outcome:
+    count = module.detections_per_img
+    found = [_boxes(count, "boxes", "labels", "scores") for _ in proposals]
+    for image in found:
+        if module.has_mask():
+            image["masks"] = torch.empty((count, 1, 28, 28), device=META)
+        if module.has_keypoint():
+            points = module.keypoint_predictor.kps_score_lowres.out_channels
+            image["keypoints"] = torch.empty((count, points, 3), device=META)
+            image["keypoints_scores"] = torch.empty((count, points), device=META)
+    return Outcome((found, {}), uncounted=("roi_heads",))
+
+
+register_shape_rule(f"{_DETECTION}.rpn.RegionProposalNetwork", _proposals)
+register_shape_rule(f"{_DETECTION}.roi_heads.RoIHeads", _found)

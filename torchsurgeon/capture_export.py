@@ -1,0 +1,199 @@
+"""From a model to its steps, by torch.export, for models whose Python torch.fx cannot follow.
+
+The steps are ATen operators. A layer that is one operator of one ``torch.nn`` module carries that module's path; others the
+path of the module that calls them and the operator's name. Branches that depend on sizes are decided by the example;
+what was assumed of the sizes is kept as :attr:`Exported.guard` and checked at every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from torchsurgeon.interface import Call, Output, path_name
+from torchsurgeon.errors import TraceError
+from torchsurgeon.program import Constant, ModelDevice, Ref, Step, number_to_tensor, plain, restorer, unique
+from torchsurgeon.structure import LEAF, Path, flatten, leaf_name
+
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
+
+Guard = Callable[[Sequence[torch.Tensor]], None]
+
+
+def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[list[Step], Guard]:
+    """Return the model's steps, inputs first and output last, and a function that raises ``TypeError`` for tensors whose
+    sizes would have taken another path through the model's source than the example.
+
+    Raises :class:`~torchsurgeon.errors.TraceError` with torch.export's reason.
+    """
+    args, kwargs = call.rebuild(dict(zip(call.paths, tensors, strict=True)))
+    free = ShapesCollection()
+    same_batch = len({t.shape[0] if t.dim() else -1 for t in tensors}) == 1
+    for tensor in {id(t): t for t in tensors}.values():
+        # Sequences (of numbers, of embeddings) may have any length; sizes of images are part of what a model is built for.
+        dims = ([0] if same_batch else []) + ([1] if tensor.dim() in (2, 3) else [])
+        if tensor.dim() and dims:
+            free[tensor] = dict.fromkeys(dims, Dim.AUTO)
+    try:
+        with _quietly(), torch.no_grad(), _any_size():
+            program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=free, strict=False)
+            root = program.module()
+    except Exception as error:
+        reason = str(error).strip().partition("\n\n")[0]
+        raise TraceError(f"torch.export cannot follow {type(model).__name__}: {reason}") from error
+    return _steps(model, call, root, program), _guard(root)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _any_size() -> contextlib.AbstractContextManager[Any]:
+    """Without this, export assumes that no free size is 0 or 1, unsaid in its guards: wrong for a batch of one."""
+    from torch.fx.experimental import _config
+
+    if hasattr(_config, "backed_size_oblivious"):
+        return _config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return, attr-defined]
+    raise TraceError("this PyTorch cannot export with sizes of one left free; use torch 2.10 or newer")
+
+
+def _guard(root: nn.Module) -> Guard:
+    check = getattr(root, "_guards_fn", None)
+
+    def guard(tensors: Sequence[torch.Tensor]) -> None:
+        if check is None:
+            return
+        try:
+            check(*tensors)
+        except AssertionError as error:
+            raise TypeError(
+                f"with tensors of these sizes the model takes another path than with the example it was traced with "
+                f"({error}); trace it again with an example of such sizes"
+            ) from None
+
+    return guard
+
+
+def _steps(model: nn.Module, call: Call, root: fx.GraphModule, program: Any) -> list[Step]:
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    stored = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    steps: list[Step] = []
+    position: dict[fx.Node, Any] = {}
+    taken: set[str] = set()
+    inputs = iter(_inputs(call, root))
+    here: Ref | None = None
+
+    def add(kind: str, name: str, target: Any, args: Any = (), kwargs: Any = None, path: str = "") -> Ref:
+        taken.add(name)
+        steps.append(Step(len(steps), name, kind, target, args, kwargs or {}, path))
+        return Ref(len(steps) - 1)
+
+    for node in root.graph.nodes:
+        args = plain(fx.node.map_arg(node.args, position.__getitem__))
+        kwargs = plain(fx.node.map_arg(node.kwargs, position.__getitem__))
+        if node.op == "placeholder":
+            path = next(inputs).path
+            position[node] = call.fixed[path] if path in call.fixed else add("input", path_name(path), node.target)
+        elif node.op == "get_attr":
+            value = operator.attrgetter(node.target)(root)
+            if node.target in stored:
+                position[node] = add("attr", node.target, node.target)
+            elif isinstance(value, torch.Tensor):
+                position[node] = add("attr", unique("constant", taken), Constant(value))
+            else:
+                position[node] = value
+        elif node.op == "output":
+            add("output", "output", *_output(node, args[0], program.call_spec.out_spec))
+        elif node.op == "call_module" or _is_check(node):
+            continue
+        else:
+            if device in kwargs.values():
+                here = here or add("call", unique("device", taken), ModelDevice(model))
+                kwargs = {k: here if v == device else v for k, v in kwargs.items()}
+            path, name = _name(model, node)
+            position[node] = add("call", unique(name, taken), node.target, args, kwargs, path)
+    return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    path: Path
+
+
+def _inputs(call: Call, root: fx.GraphModule) -> list[_Leaf]:
+    """The leaves that torch.export makes placeholders of: every leaf of the call, constants included, in its order."""
+    args, kwargs = call.rebuild({path: _Leaf(path) for path in (*call.paths, *call.fixed)})
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    count = sum(node.op == "placeholder" for node in root.graph.nodes)
+    if count != len(leaves):
+        raise TraceError(f"torch.export made {count} inputs of a call with {len(leaves)}; this call cannot be traced")
+    return leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeOutput(Output):
+    """A result with objects in it that only PyTorch's pytree registry knows how to take apart (a key-value cache)."""
+
+    spec: Any = None
+
+    @property
+    def names(self) -> list[str]:
+        return [leaf_name("output", path) for path in self.paths]
+
+    def __call__(self, *leaves: Any) -> Any:
+        given = {**self.fixed, **dict(zip(self.paths, leaves, strict=True))}
+        return pytree.tree_unflatten([given[str(i),] for i in range(self.spec.num_leaves)], self.spec)
+
+    def tensors(self, result: Any) -> dict[str, torch.Tensor]:
+        leaves = pytree.tree_leaves(result)
+        found = {name: leaves[int(path[0])] for name, path in zip(self.names, self.paths, strict=True)}
+        return {name: v if isinstance(v, torch.Tensor) else number_to_tensor(v) for name, v in found.items()}
+
+
+def _output(node: fx.Node, leaves: Sequence[Any], spec: Any) -> tuple[Output, tuple[Ref, ...]]:
+    """The form of the result, and the steps its traced leaves come from."""
+    examples = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args[0]]
+    numbered: list[Path] = [(str(i),) for i in range(len(leaves))]
+    try:
+        named, structure = flatten(pytree.tree_unflatten(examples, spec))
+        by_id = {id(leaf): path for path, leaf in named}
+        paths = [by_id[id(example)] for example, leaf in zip(examples, leaves, strict=True) if isinstance(leaf, Ref)]
+        fixed = {path: leaf for path, leaf in named if path not in paths}
+        form: Callable[..., Output] = Output
+    except Exception:
+        structure, form = LEAF, lambda *args: TreeOutput(*args, spec=spec)
+        paths = [path for path, leaf in zip(numbered, leaves, strict=True) if isinstance(leaf, Ref)]
+        fixed = {path: leaf for path, leaf in zip(numbered, leaves, strict=True) if not isinstance(leaf, Ref)}
+    refs = tuple(leaf for leaf in leaves if isinstance(leaf, Ref))
+    sizes = [e for e, leaf in zip(examples, leaves, strict=True) if isinstance(leaf, Ref)]
+    numbers = {p: restorer(int(e)) for p, e in zip(paths, sizes, strict=True) if isinstance(e, (int, torch.SymInt))}
+    return form(structure, tuple(paths), fixed, numbers), refs
+
+
+def _is_check(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._opname in _CHECKS
+
+
+def _name(model: nn.Module, node: fx.Node) -> tuple[str, str]:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].partition("@")[0] if stack else ""
+    name = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(getattr(node.target, "__name__", node.target))
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        owner = model
+    if type(owner).__module__.startswith("torch.nn.") and not owner._modules and path:
+        return path, path
+    return path, ".".join(filter(None, (path, name.strip("_"))))

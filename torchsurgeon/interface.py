@@ -1,0 +1,177 @@
+"""How a model is called and what it returns: named tensors in, named tensors out, everything else fixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchsurgeon.errors import TraceError
+from torchsurgeon.program import Ref, Step, number_to_tensor, restorer, unique
+from torchsurgeon.structure import Path, Structure, flatten, leaf_name
+
+
+class Call:
+    """How a model is called: its signature, bound to an example.
+
+    ``names`` lists the tensor leaves among the arguments, named after ``forward``'s parameters (``x``, ``images.0``);
+    everything else in the example (flags, ``None``, numbers) is fixed at its example value.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.signature = inspect.signature(type(model).forward)
+        parameters = list(self.signature.parameters.values())[1:]
+        self.signature = self.signature.replace(parameters=parameters)
+        try:
+            arguments = self._bind(args, kwargs)
+        except TypeError as error:
+            raise TraceError(
+                f"the example does not fit {type(model).__name__}.forward{self.signature}: {error}"
+            ) from None
+        leaves, self.structure = flatten(arguments)
+        self.names = [path_name(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.paths = [path for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.fixed: dict[Path, Any] = {path: leaf for path, leaf in leaves if not isinstance(leaf, torch.Tensor)}
+        self._plain = all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False))
+        self._count = len(self.paths)
+        if not self.names:
+            raise TraceError(
+                f"the example for {type(model).__name__} holds no tensor; give the tensors the model is called with"
+            )
+
+    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(value)
+            else:
+                arguments[name] = value
+        return arguments
+
+    def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return a call's tensors in the order of ``names``. Raises ``TypeError`` for a call unlike the example."""
+        if self._plain and not kwargs and len(args) == self._count and all(type(a) is torch.Tensor for a in args):
+            return list(args)
+        leaves, structure = flatten(self._bind(args, kwargs))
+        if structure != self.structure:
+            raise TypeError(
+                "the call's arguments have another structure than the example the model was traced with; "
+                "trace the model with an example of this form"
+            )
+        for path, leaf in leaves:
+            if path in self.fixed and leaf is not self.fixed[path] and leaf != self.fixed[path]:
+                raise TypeError(
+                    f"argument {path_name(path)!r} is {leaf!r}, but the model was traced with {self.fixed[path]!r}; "
+                    "trace it again with the value you need"
+                )
+        tensors = [leaf for path, leaf in leaves if path not in self.fixed]
+        for name, leaf in zip(self.names, tensors, strict=True):
+            if not isinstance(leaf, torch.Tensor):
+                raise TypeError(f"argument {name!r} must be a tensor as in the example, not {type(leaf).__name__}")
+        return tensors
+
+    def rebuild(self, values: Mapping[Path, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return ``(args, kwargs)`` with ``values`` in the tensors' places."""
+        arguments = self.structure.rebuild(self.fixed | dict(values))
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for name, value in arguments.items():
+            parameter = self.signature.parameters.get(name)
+            if parameter is None or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                kwargs[name] = value
+            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                args += value
+            else:
+                args.append(value)
+        return args, kwargs
+
+
+def path_name(path: Path) -> str:
+    """Return the dotted name of an argument's leaf."""
+    return leaf_name(path[0], path[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The form of a model's result: which leaves are traced, in order, and what the rest always is.
+
+    ``restore`` holds, for each traced leaf that is a plain number, what makes it one again out of the tensor it travels
+    as.
+    """
+
+    structure: Structure
+    paths: tuple[Path, ...]
+    fixed: Mapping[Path, Any]
+    restore: Mapping[Path, Callable[[torch.Tensor], Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """``output`` for one tensor; ``out``, ``logits``, ``past.0`` by key; ``output.0`` for plain sequences."""
+        by_key = all(path and not path[0].isdigit() for path in self.paths)
+        return [path_name(path) if by_key else leaf_name("output", path) for path in self.paths]
+
+    def __call__(self, *leaves: Any) -> Any:
+        """Return the model's result with ``leaves`` in their places."""
+        return self.structure.rebuild({**self.fixed, **dict(zip(self.paths, leaves, strict=True))})
+
+    def build(self, *tensors: torch.Tensor) -> Any:
+        """Return the model's result from tensors, numbers among the leaves included."""
+        pairs = zip(self.paths, tensors, strict=True)
+        return self(*(self.restore[path](t) if path in self.restore else t for path, t in pairs))
+
+    def tensors(self, result: Any) -> dict[str, torch.Tensor]:
+        """Return the traced leaves of a model's result by name, numbers as tensors."""
+        leaves = dict(flatten(result)[0])
+        found = {name: leaves[path] for name, path in zip(self.names, self.paths, strict=True)}
+        return {name: v if isinstance(v, torch.Tensor) else number_to_tensor(v) for name, v in found.items()}
+
+
+def settle_output(steps: list[Step], values: Sequence[Any]) -> bool:
+    """Make each leaf of the model's result one tensor or number, now that the steps' values are known.
+
+    A layer's tuple that is returned as it came is taken apart, by steps that are inserted; the result is whether that
+    was done. What is neither tensor nor number (a dtype, a device) is fixed at its example value.
+    """
+    last = steps.pop()
+    output: Output = last.target
+    structure, fixed, restore = output.structure, dict(output.fixed), {}
+    paths: list[Path] = []
+    args: list[Ref] = []
+    count = len(steps)
+    for path, ref in zip(output.paths, last.args, strict=True):
+        leaves, part = flatten(values[ref.step])
+        structure = structure.replaced(path, part)
+        for inner, leaf in leaves:
+            kind = None if isinstance(leaf, torch.Tensor) else restorer(leaf)
+            if kind is None and not isinstance(leaf, torch.Tensor):
+                fixed[(*path, *inner)] = leaf
+                continue
+            if kind is not None:
+                restore[(*path, *inner)] = kind
+            paths.append((*path, *inner))
+            args.append(_select(steps, ref, part, inner))
+    steps.append(
+        dataclasses.replace(
+            last, index=len(steps), target=Output(structure, tuple(paths), fixed, restore), args=tuple(args)
+        )
+    )
+    return len(steps) > count + 1
+
+
+def _select(steps: list[Step], ref: Ref, structure: Structure, path: Path) -> Ref:
+    for key in path:
+        place = [str(k) for k in structure.keys].index(key)
+        by_name = dataclasses.is_dataclass(structure.kind)
+        target, real_key = (getattr, key) if by_name else (operator.getitem, structure.keys[place])
+        name = unique("getitem", {step.name for step in steps})
+        steps.append(Step(len(steps), name, "call", target, (ref, real_key)))
+        ref, structure = Ref(len(steps) - 1), structure.children[place]
+    return ref

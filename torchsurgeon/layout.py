@@ -1,0 +1,48 @@
+"""Where the elements of a boundary tensor lie in memory, when that is not simply one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where in memory the elements of a tensor lie, at the example's batch and by how much that grows with each sample.
+
+    Kernels may add up a slice of a larger tensor in another order than its compact copy: a tail gets the same bits as
+    the model only from the same strides.
+    """
+
+    shape: tuple[int, ...]
+    batch_step: tuple[int, ...]
+    strides: tuple[int, ...]
+    grows: tuple[int, ...]
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor``, copied to this layout where it has another."""
+        dim = next((d for d, step in enumerate(self.batch_step) if step), None)
+        more = 0 if dim is None else (tensor.shape[dim] - self.shape[dim]) // self.batch_step[dim]
+        strides = tuple(stride + grow * more for stride, grow in zip(self.strides, self.grows, strict=True))
+        if tensor.stride() == strides or not _fits(tensor.shape, strides):
+            return tensor
+        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _fits(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether no two elements share memory."""
+    extent = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return False
+            extent = stride * (size - 1) + extent
+    return True
+
+
+def has_gaps(tensor: torch.Tensor) -> bool:
+    """Return whether memory that is not the tensor's lies between its elements, none of which share any."""
+    extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return extent > tensor.numel() > 0 and _fits(tensor.shape, tensor.stride())

@@ -1,0 +1,161 @@
+"""What common layers give, from the shapes of what they are given: no kernel is asked, nothing is allocated.
+
+A rule takes the layer (a module or a function) and its arguments with meta tensors in them, and returns an
+:class:`Outcome`, or None for a case it does not know; PyTorch's own meta kernels answer then, many times slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+META = torch.device("meta")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a layer gives, its flops (multiply and add counted as two), whether it overwrites its first argument, and the
+    operators inside whose flops are not in the count."""
+
+    value: Any
+    flops: int = 0
+    overwritten: bool = False
+    uncounted: tuple[str, ...] = ()
+
+
+Rule = Callable[..., "Outcome | None"]
+
+
+def rule_for(target: Any) -> Rule | None:
+    """Return the rule for a module, by its exact class, or for a function."""
+    if isinstance(target, nn.Module):
+        kind = type(target)
+        return _MODULE_RULES.get(kind) or _MODULE_RULES.get(f"{kind.__module__}.{kind.__qualname__}")
+    own = getattr(target, "shape_rule", None)
+    return _own if own is not None else _FUNCTION_RULES.get(target)
+
+
+def _own(target: Any, *args: Any) -> Outcome:
+    return target.shape_rule(*args)  # type: ignore[no-any-return]
+
+
+def register_shape_rule(module_class: type[nn.Module] | str, rule: Rule) -> None:
+    """Give modules of exactly this class a rule. A class given by its qualified name need not be imported."""
+    _MODULE_RULES[module_class] = rule
+
+
+def _elementwise(module: nn.Module, x: torch.Tensor) -> Outcome | None:
+    if getattr(module, "inplace", False):
+        return Outcome(x, overwritten=True)
+    return Outcome(torch.empty_like(x))
+
+
+def _same_object(module: nn.Module, x: torch.Tensor, *_: Any) -> Outcome | None:
+    return Outcome(x) if not module.training else None
+
+
+def _normalization(module: nn.Module, x: torch.Tensor) -> Outcome | None:
+    return Outcome(torch.empty_like(x))
+
+
+def _linear(module: nn.Linear, x: torch.Tensor) -> Outcome | None:
+    if x.shape[-1:] != (module.in_features,):
+        return None
+    out = torch.empty((*x.shape[:-1], module.out_features), dtype=x.dtype, device=META)
+    return Outcome(out, 2 * out.numel() * module.in_features)
+
+
+def _convolution(module: Any, x: torch.Tensor) -> Outcome | None:
+    spatial = len(module.kernel_size)
+    if x.dim() != spatial + 2 or isinstance(module.padding, str) or x.shape[1] != module.in_channels:
+        return None
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(
+            x.shape[2:], module.kernel_size, module.stride, module.padding, module.dilation, strict=True
+        )
+    ]
+    if min(size) < 1:
+        return None
+    last = spatial == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        (x.shape[0], module.out_channels, *size),
+        dtype=x.dtype,
+        device=META,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    products = module.in_channels // module.groups
+    for k in module.kernel_size:
+        products *= k
+    return Outcome(out, 2 * out.numel() * products)
+
+
+def _binary(target: Any, x: Any, y: Any, **kwargs: Any) -> Outcome | None:
+    if kwargs or not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
+        return None
+    if isinstance(y, torch.Tensor):
+        if y.dtype != x.dtype or y.shape != x.shape or y.stride() != x.stride():
+            return None
+    elif not isinstance(y, (int, float)):
+        return None
+    return Outcome(torch.empty_like(x))
+
+
+def _binary_in_place(target: Any, x: Any, y: Any) -> Outcome | None:
+    if not isinstance(x, torch.Tensor) or _binary(target, x, y) is None:
+        return None
+    return Outcome(x, overwritten=True)
+
+
+def _cat(target: Any, tensors: Any, dim: Any = 0, **kwargs: Any) -> Outcome | None:
+    if kwargs or not isinstance(dim, int) or not all(isinstance(t, torch.Tensor) for t in tensors):
+        return None
+    first = tensors[0]
+    dim = dim % first.dim() if first.dim() else 0
+    shape = list(first.shape)
+    for t in tensors[1:]:
+        if t.dim() != len(shape) or t.dtype != first.dtype or not t.is_contiguous():
+            return None
+        if any(a != b for i, (a, b) in enumerate(zip(t.shape, shape, strict=True)) if i != dim):
+            return None
+        shape[dim] += t.shape[dim]
+    if not first.is_contiguous():
+        return None
+    return Outcome(torch.empty(shape, dtype=first.dtype, device=META))
+
+
+def _attention(
+    module: nn.MultiheadAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+) -> Outcome | None:
+    if query.dim() != 3 or kwargs.get("need_weights", True):
+        return None
+    batch, length = (0, 1) if module.batch_first else (1, 0)
+    width, targets, sources = module.embed_dim, query.shape[length], key.shape[length]
+    projections = 2 * targets * width + sources * (module.kdim + module.vdim)
+    flops = 2 * query.shape[batch] * width * (projections + 2 * targets * sources)
+    return Outcome((torch.empty_like(query), None), flops)
+
+
+_MODULE_RULES: dict[type | str, Rule] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    nn.Linear: _linear,
+    nn.MultiheadAttention: _attention,
+    **dict.fromkeys(
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.Softmax), _normalization
+    ),
+    **dict.fromkeys(
+        (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU),
+        _elementwise,
+    ),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity), _same_object),
+}
+_FUNCTION_RULES: dict[Any, Rule] = {
+    **dict.fromkeys((operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul), _binary),
+    **dict.fromkeys((operator.iadd, operator.isub, operator.imul), _binary_in_place),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
+}
