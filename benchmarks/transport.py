@@ -1,6 +1,7 @@
 """Transport alone: a tensor up, 4 KB down, over loopback, with the server in a process of its own.
 
-Side by side in one interleaved run: a raw socket with a length prefix, gRPC with plain bytes, ``requests.Session`` and
+Side by side in one interleaved run: a raw socket with a length prefix, which hands each message on in memory of its own
+as every other way does (ratios are to this one), the same with one buffer used again and again, gRPC with plain bytes, ``requests.Session`` and
 torchsurgeon's HttpTransport; the last two against torchsurgeon's server with a model that only slices its input.
 ``http bytes`` is that server asked by prepared bytes over a raw socket, which leaves out torchsurgeon's client.
 
@@ -54,22 +55,23 @@ def serve() -> None:
     torch.set_num_threads(1)
     retain_freed_memory()
     answer = bytes(DOWN_BYTES)
-    listening = socket.create_server(("127.0.0.1", 0))
 
-    def echo(link: socket.socket) -> None:
+    def echo(link: socket.socket, reuse: bool) -> None:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        kept = memoryview(bytearray(64 << 20 if reuse else 0))
         with link:
             while head := link.recv(LENGTH.size, socket.MSG_WAITALL):
-                # Like every other way here, it hands each message on in memory of its own.
-                received = bytearray(LENGTH.unpack(head)[0])
-                receive_into(link, memoryview(received))
+                size = LENGTH.unpack(head)[0]
+                receive_into(link, kept[:size] if reuse else memoryview(bytearray(size)))
                 link.sendall(LENGTH.pack(len(answer)) + answer)
 
-    def accept() -> None:
+    def accept(listening: socket.socket, reuse: bool) -> None:
         while True:
-            threading.Thread(target=echo, args=(listening.accept()[0],), daemon=True).start()
+            threading.Thread(target=echo, args=(listening.accept()[0], reuse), daemon=True).start()
 
-    threading.Thread(target=accept, daemon=True).start()
+    plain = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    for reuse, listening in enumerate(plain):
+        threading.Thread(target=accept, args=(listening, bool(reuse)), daemon=True).start()
     rpc = grpc.server(futures.ThreadPoolExecutor(2), options=GRPC_OPTIONS)
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: answer)
     rpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", {"Infer": handler}),))
@@ -79,7 +81,8 @@ def serve() -> None:
     for name, size in SIZES.items():
         registry.add(name, Slice().eval(), (torch.zeros(1, size // 4),))
     with Server(create_app(registry)) as server:
-        print(json.dumps({"raw": listening.getsockname()[1], "grpc": rpc_port, "http": server.port}), flush=True)
+        raw, reused = (listening.getsockname()[1] for listening in plain)
+        print(json.dumps({"raw": raw, "reused": reused, "grpc": rpc_port, "http": server.port}), flush=True)
         sys.stdin.read()
 
 
@@ -90,14 +93,18 @@ def receive_into(link: socket.socket, view: memoryview) -> None:
 
 def contestants(ports: dict[str, int], name: str, x: Tensor) -> dict[str, Callable[[], object]]:
     memory = x.numpy().data.cast("B")
-    raw = socket.create_connection(("127.0.0.1", ports["raw"]))
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     reply = memoryview(bytearray(LENGTH.size + DOWN_BYTES))
 
-    def by_socket() -> None:
-        raw.sendmsg([LENGTH.pack(len(memory))])
-        raw.sendall(memory)
-        receive_into(raw, reply)
+    def by_socket(port: int) -> Callable[[], None]:
+        link = socket.create_connection(("127.0.0.1", port))
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def exchange() -> None:
+            link.sendall(LENGTH.pack(len(memory)))
+            link.sendall(memory)
+            receive_into(link, reply)
+
+        return exchange
 
     channel = grpc.insecure_channel(f"127.0.0.1:{ports['grpc']}", options=GRPC_OPTIONS)
     call = channel.unary_unary("/bench/Infer")
@@ -132,7 +139,8 @@ def contestants(ports: dict[str, int], name: str, x: Tensor) -> dict[str, Callab
             received += plain.recv(1 << 16)
 
     return {
-        "raw socket": by_socket,
+        "raw socket": by_socket(ports["raw"]),
+        "raw, reused": by_socket(ports["reused"]),
         "http bytes": by_bytes,
         "torchsurgeon": lambda: transport.infer(name, {"x": x}, max_answer_bytes=answer_bytes),
         "grpc": lambda: call(payload),

@@ -25,7 +25,7 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from operator import mul
 from typing import Any, TypeAlias
 
@@ -74,7 +74,8 @@ class RequestedOutput:
 class InferRequest:
     """A decoded request. ``outputs`` is empty when the client wants all of them, in the form ``binary_output`` says.
 
-    ``dim_order`` says that the client understands the tensor parameter of that name in the answer.
+    ``dim_order`` says that the client understands the tensor parameter of that name in the answer. Requests with the
+    same header have the same object as ``recurring``; it is None when the header is not remembered.
     """
 
     tensors: dict[str, Tensor]
@@ -83,6 +84,7 @@ class InferRequest:
     dim_order: bool = False
     request_id: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    recurring: object | None = None
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,16 @@ def decode_request(body: Buffer, header_bytes: int | None = None) -> InferReques
     The tensors are views of ``body`` wherever it is writable and aligned. Raises ProtocolError.
     """
     payload = _payload(body, header_bytes)
-    if header_bytes is None or header_bytes > _MAX_REMEMBERED_BYTES:
-        head = _request_head(_parsed(body, header_bytes))
-    else:
+    remembered = header_bytes is not None and header_bytes <= _MAX_REMEMBERED_BYTES
+    if remembered:
         head = _remembered_request_head(bytes(body[:header_bytes]))
+    else:
+        head = _request_head(_parsed(body, header_bytes))
     tensors = _tensors(head.entries, payload)
-    return InferRequest(tensors, head.outputs, head.binary_output, head.dim_order, head.request_id, head.parameters)
+    recurring = head if remembered else None
+    return InferRequest(
+        tensors, head.outputs, head.binary_output, head.dim_order, head.request_id, head.parameters, recurring
+    )
 
 
 def decode_response(body: Buffer, header_bytes: int | None = None) -> InferResponse:
@@ -279,7 +285,7 @@ def _physical(tensor: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...] |
         tensor = tensor.cpu()
     order: tuple[int, ...] | None = None
     strides = tensor.stride()
-    if strides != _row_major(shape):
+    if strides != _row_major(shape) and not (tensor.is_contiguous() and _descending(strides)):
         # Equal strides mean a dimension of size one beside a larger one; the larger one lies outside.
         order = tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], shape[dim] == 1)))
         permuted = tensor.permute(order)
@@ -291,6 +297,11 @@ def _physical(tensor: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...] |
         # numpy has no bfloat16; only the bytes matter.
         tensor = tensor.view(torch.int16)
     return order, tensor
+
+
+def _descending(strides: Sequence[int]) -> bool:
+    # Of a contiguous tensor: only the strides of dimensions of size one differ from row-major, and mean nothing.
+    return all(outer > inner for outer, inner in pairwise(strides))
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -339,7 +350,7 @@ class _Entry:
     data: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _RequestHead:
     entries: list[_Entry]
     outputs: tuple[RequestedOutput, ...]

@@ -91,7 +91,7 @@ class Tails:
 
     def __init__(self, graph: LayerGraph, capacity: int) -> None:
         self._graph = graph
-        self._capacity = capacity
+        self.capacity = capacity
         self._tails: OrderedDict[tuple[str, ...], nn.Module] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -108,7 +108,7 @@ class Tails:
         tail = tail_for(self._graph, names)
         with self._lock:
             self._tails[names] = tail
-            while len(self._tails) > self._capacity:
+            while len(self._tails) > self.capacity:
                 self._tails.popitem(last=False)
         return tail
 
@@ -153,6 +153,7 @@ class ServedModel:
         self._fingerprint: dict[str, Any] | None = None
         self._profile: dict[str, Any] | None = None
         self._taken_s: dict[int, float] = {}
+        self._plans: dict[object, _Plan] = {}
 
     def max_body_bytes(self, *, binary: bool) -> int:
         """The largest request body there can be: the widest boundary at ``max_batch``, and a header."""
@@ -207,22 +208,16 @@ class ServedModel:
 
     def _answer(self, request: Received, started_s: float) -> wire.Encoded:
         decoded = wire.decode_request(request.body, request.header_bytes)
-        wanted = self._wanted(decoded)
-        names = tuple(sorted(decoded.tensors))
-        check_tensors(self.graph, decoded.tensors, self.max_batch)
-        tail = self.tails.get(names)
+        plan = self._plans.get(decoded.recurring) or self._plan(decoded)
         decoded_s = time.perf_counter()
         try:
             with torch.no_grad():
-                outputs = self.graph.flatten_output(tail(*[decoded.tensors[name] for name in names]))
+                outputs = self.graph.flatten_output(plan.tail(*[decoded.tensors[name] for name in plan.names]))
         except Exception as error:
             raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {error}") from error
         computed_s = time.perf_counter()
-        if wanted:
-            outputs = {name: outputs[name] for name in wanted}
-            as_json = [name for name, binary in wanted.items() if not binary]
-        else:
-            as_json = [] if decoded.binary_output else list(outputs)
+        if plan.outputs is not None:
+            outputs = {name: outputs[name] for name in plan.outputs}
         parameters = {
             "receive_s": _micro(request.receive_s),
             "queue_s": _micro(started_s - request.arrived_s),
@@ -233,7 +228,7 @@ class ServedModel:
             self.name,
             self.versions[0],
             outputs,
-            as_json=as_json,
+            as_json=plan.as_json,
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
             parameters=parameters,
@@ -244,12 +239,35 @@ class ServedModel:
         self.open = False
         self.worker.close()
 
-    def _wanted(self, request: wire.InferRequest) -> dict[str, bool]:
+    def _plan(self, request: wire.InferRequest) -> _Plan:
+        """Everything about a request but its tensors' values, checked; kept for the next with the same header."""
         known = [spec.name for spec in self.graph.outputs]
         for output in request.outputs:
             if output.name not in known:
                 raise ProtocolError(f"model {self.name!r} has no output {output.name!r}; it has {', '.join(known)}")
-        return {output.name: output.binary for output in request.outputs}
+        check_tensors(self.graph, request.tensors, self.max_batch)
+        names = tuple(sorted(request.tensors))
+        tail = self.tails.get(names)
+        if request.outputs:
+            outputs: tuple[str, ...] | None = tuple(output.name for output in request.outputs)
+            as_json = tuple(output.name for output in request.outputs if not output.binary)
+        else:
+            outputs, as_json = None, () if request.binary_output else tuple(known)
+        plan = _Plan(names, tail, outputs, as_json)
+        if request.recurring is not None:
+            # A plan keeps its tail alive, so there are no more of them than of tails.
+            if len(self._plans) >= self.tails.capacity:
+                self._plans.clear()
+            self._plans[request.recurring] = plan
+        return plan
+
+
+@dataclass(frozen=True)
+class _Plan:
+    names: tuple[str, ...]
+    tail: nn.Module
+    outputs: tuple[str, ...] | None
+    as_json: tuple[str, ...]
 
 
 class ModelRegistry:
