@@ -1,9 +1,10 @@
 """Transport alone: a tensor up, 4 KB down, over loopback, with the server in a process of its own.
 
-Side by side in one interleaved run: a raw socket with a length prefix, which hands each message on in memory of its own
-as every other way does (ratios are to this one), the same with one buffer used again and again, gRPC with plain bytes, ``requests.Session`` and
-torchsurgeon's HttpTransport; the last two against torchsurgeon's server with a model that only slices its input.
-``http bytes`` is that server asked by prepared bytes over a raw socket, which leaves out torchsurgeon's client.
+Side by side in one run, in a new random order every round: a raw socket with a length prefix, which hands each message
+on in memory of its own as every other way does (ratios are to this one), the same with one buffer used again and again,
+gRPC with plain bytes, ``requests.Session`` and torchsurgeon's HttpTransport; the last two against torchsurgeon's server
+with a model that only slices its input. ``http bytes`` is that server asked by prepared bytes over a raw socket, which
+leaves out torchsurgeon's client.
 
     python benchmarks/transport.py [--rounds 400] [--out benchmarks/results/transport.json]
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import socket
 import statistics
 import struct
@@ -153,8 +155,11 @@ def measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dic
         for _ in range(20):
             way()
     samples: dict[str, list[float]] = {label: [] for label in ways}
+    order = list(ways.items())
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        for label, way in ways.items():
+        shuffle(order)
+        for label, way in order:
             start = time.perf_counter()
             way()
             samples[label].append(time.perf_counter() - start)

@@ -438,11 +438,12 @@ def test_clients_that_vanish_in_mid_request_leave_nothing_behind(server: serve.S
     assert threading.active_count() <= before + 1
 
 
-def test_noise_on_the_socket_neither_kills_nor_hangs_the_server(server: serve.Server) -> None:
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_noise_on_the_socket_neither_kills_nor_hangs_the_server(server: serve.Server, connection: str) -> None:
     source = random.Random(0)
     body, length = body_of({"x": X})
     head = f"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-    head += f"Inference-Header-Content-Length: {length}\r\nConnection: close\r\n\r\n"
+    head += f"Inference-Header-Content-Length: {length}\r\nConnection: {connection}\r\n\r\n"
     good = head.encode() + body
     for _ in range(60):
         data = bytearray(good)
