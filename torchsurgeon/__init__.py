@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from torchsurgeon.adapters import Adapter, opaque, register_adapter
 from torchsurgeon.cut import Partition, cut, tail_for
 from torchsurgeon.errors import (
     BodyTooLargeError,
     DeviceError,
     LinkError,
+    MeterError,
     ModelFailedError,
     ModelMismatchError,
     ModelNotReadyError,
@@ -23,7 +25,7 @@ from torchsurgeon.errors import (
     TorchSurgeonError,
     TraceError,
 )
-from torchsurgeon.graph import Layer, LayerGraph, PartitionPoint, TensorSpec, trace
+from torchsurgeon.graph import Layer, LayerGraph, PartitionPoint, TensorSpec, UnrepeatableWarning, trace
 from torchsurgeon.link import BandwidthTrace, Link
 from torchsurgeon.module import Inference, SplitModule, measure_link
 from torchsurgeon.plan import Estimate, best, estimate
@@ -32,6 +34,7 @@ from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, profile
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "BandwidthTrace",
     "BodyTooLargeError",
     "DeviceError",
@@ -42,6 +45,7 @@ __all__ = [
     "LayerProfile",
     "Link",
     "LinkError",
+    "MeterError",
     "ModelFailedError",
     "ModelMismatchError",
     "ModelNotReadyError",
@@ -62,11 +66,14 @@ __all__ = [
     "TensorSpec",
     "TorchSurgeonError",
     "TraceError",
+    "UnrepeatableWarning",
     "best",
     "cut",
     "estimate",
     "measure_link",
+    "opaque",
     "profile",
+    "register_adapter",
     "tail_for",
     "trace",
 ]

@@ -1,14 +1,13 @@
 """Traceable forms of models whose own forward torch.fx cannot follow, by model class; users can add theirs.
 
-An adapter is a function in place of the model class's ``forward``. It calls the same submodules, so names and answers stay
-the model's own; what depends on values goes through :func:`opaque`, which makes one layer of a function. Adapters here:
-torchvision's detectors, so that the cut can lie inside backbone, feature pyramid and heads.
+An adapter is a function in place of the model class's ``forward``. It calls the same submodules, so names and answers
+stay the model's own; what depends on values goes through :func:`opaque`, which makes one layer of a function.
+Adapters here: torchvision's detectors, so that the cut can lie inside backbone, feature pyramid and heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +21,8 @@ from torchsurgeon.structure import flatten
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """``forward`` replaces the model's own while tracing; ``whole`` names the submodules to keep as one layer, with why."""
+    """``forward`` replaces the model's own while tracing; ``whole`` names the submodules to keep as one layer, with
+    why."""
 
     forward: Callable[..., Any]
     whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -119,7 +119,11 @@ class _Rest:
 
 
 def _boxes(count: int, *fields: str) -> dict[str, torch.Tensor]:
-    shapes = {"boxes": ((count, 4), torch.float32), "scores": ((count,), torch.float32), "labels": ((count,), torch.int64)}
+    shapes = {
+        "boxes": ((count, 4), torch.float32),
+        "scores": ((count,), torch.float32),
+        "labels": ((count,), torch.int64),
+    }
     return {field: torch.empty(shapes[field][0], dtype=shapes[field][1], device=META) for field in fields}
 
 

@@ -1,4 +1,5 @@
-"""From a model to its steps, by whichever way works: torch.fx, then torch.export, then torch.fx around what it cannot follow."""
+"""From a model to its steps, by whichever way works: torch.fx, then torch.export, then torch.fx around what it cannot
+follow."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import torch
 from torch import nn
 
 from torchsurgeon.adapters import Adapter, adapter_for
-from torchsurgeon.interface import Call
 from torchsurgeon.capture_export import Guard, capture_export
 from torchsurgeon.capture_fx import UnfollowedError, capture_fx
 from torchsurgeon.errors import TraceError
+from torchsurgeon.interface import Call
 from torchsurgeon.program import Step
 
 

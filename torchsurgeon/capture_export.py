@@ -1,14 +1,15 @@
 """From a model to its steps, by torch.export, for models whose Python torch.fx cannot follow.
 
-The steps are ATen operators. A layer that is one operator of one ``torch.nn`` module carries that module's path; others the
-path of the module that calls them and the operator's name. Branches that depend on sizes are decided by the example;
-what was assumed of the sizes is kept as :attr:`Exported.guard` and checked at every call.
+The steps are ATen operators. A layer that is one operator of one ``torch.nn`` module carries that module's path;
+others the path of the module that calls them and the operator's name. Branches that depend on sizes are decided by
+the example; what was assumed of the sizes is kept as :attr:`Exported.guard` and checked at every call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,19 +20,26 @@ from torch import fx, nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from torchsurgeon.interface import Call, Output, path_name
+from torchsurgeon.capture_fx import TRACING
 from torchsurgeon.errors import TraceError
-from torchsurgeon.program import Constant, ModelDevice, Ref, Step, number_to_tensor, plain, restorer, unique
-from torchsurgeon.structure import LEAF, Path, flatten, leaf_name
+from torchsurgeon.interface import Call, Output, path_name
+from torchsurgeon.program import Constant, ModelDevice, Ref, Step, plain, restorer, unique
+from torchsurgeon.structure import Path, flatten
 
-_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
+_CHECKS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+)
 
 Guard = Callable[[Sequence[torch.Tensor]], None]
 
 
 def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[list[Step], Guard]:
-    """Return the model's steps, inputs first and output last, and a function that raises ``TypeError`` for tensors whose
-    sizes would have taken another path through the model's source than the example.
+    """Return the model's steps, inputs first and output last, and a function that raises ``TypeError`` for tensors
+    whose sizes would have taken another path through the model's source than the example.
 
     Raises :class:`~torchsurgeon.errors.TraceError` with torch.export's reason.
     """
@@ -39,18 +47,19 @@ def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]
     free = ShapesCollection()
     same_batch = len({t.shape[0] if t.dim() else -1 for t in tensors}) == 1
     for tensor in {id(t): t for t in tensors}.values():
-        # Sequences (of numbers, of embeddings) may have any length; sizes of images are part of what a model is built for.
+        # Sequences (of numbers, of embeddings) may have any length; sizes of images are part of what a model is built
+        # for.
         dims = ([0] if same_batch else []) + ([1] if tensor.dim() in (2, 3) else [])
         if tensor.dim() and dims:
             free[tensor] = dict.fromkeys(dims, Dim.AUTO)
     try:
-        with _quietly(), torch.no_grad(), _any_size():
+        with TRACING, _quietly(), torch.no_grad(), _any_size(), _returning_leaves(model) as results:
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=free, strict=False)
             root = program.module()
     except Exception as error:
         reason = str(error).strip().partition("\n\n")[0]
         raise TraceError(f"torch.export cannot follow {type(model).__name__}: {reason}") from error
-    return _steps(model, call, root, program), _guard(root)
+    return _steps(model, call, root, results[-1]), _guard(root)
 
 
 @contextlib.contextmanager
@@ -58,6 +67,32 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _returning_leaves(model: nn.Module) -> Iterator[list[Output]]:
+    """Make the model return the traceable leaves of its result, and note its form: export knows only some classes."""
+    results: list[Output] = []
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        leaves, structure = flatten(original(*args, **kwargs))
+        numbers = {path: restorer(int(leaf)) for path, leaf in leaves if isinstance(leaf, torch.SymInt)}
+        traced = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor) or path in numbers]
+        paths = tuple(path for path, _ in traced)
+        fixed = {path: leaf for path, leaf in leaves if path not in set(paths)}
+        results.append(Output(structure, paths, fixed, numbers))
+        return tuple(leaf for _, leaf in traced)
+
+    own = model.__dict__.get("forward")
+    model.__dict__["forward"] = forward
+    try:
+        yield results
+    finally:
+        del model.__dict__["forward"]
+        if own is not None:
+            model.__dict__["forward"] = own
 
 
 def _any_size() -> contextlib.AbstractContextManager[Any]:
@@ -86,9 +121,12 @@ def _guard(root: nn.Module) -> Guard:
     return guard
 
 
-def _steps(model: nn.Module, call: Call, root: fx.GraphModule, program: Any) -> list[Step]:
+def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -> list[Step]:
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    stored = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    stored = {
+        name
+        for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    }
     steps: list[Step] = []
     position: dict[fx.Node, Any] = {}
     taken: set[str] = set()
@@ -115,7 +153,7 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, program: Any) -> 
             else:
                 position[node] = value
         elif node.op == "output":
-            add("output", "output", *_output(node, args[0], program.call_spec.out_spec))
+            add("output", "output", *_settled(result, args[0]))
         elif node.op == "call_module" or _is_check(node):
             continue
         else:
@@ -142,44 +180,14 @@ def _inputs(call: Call, root: fx.GraphModule) -> list[_Leaf]:
     return leaves
 
 
-@dataclasses.dataclass(frozen=True)
-class TreeOutput(Output):
-    """A result with objects in it that only PyTorch's pytree registry knows how to take apart (a key-value cache)."""
-
-    spec: Any = None
-
-    @property
-    def names(self) -> list[str]:
-        return [leaf_name("output", path) for path in self.paths]
-
-    def __call__(self, *leaves: Any) -> Any:
-        given = {**self.fixed, **dict(zip(self.paths, leaves, strict=True))}
-        return pytree.tree_unflatten([given[str(i),] for i in range(self.spec.num_leaves)], self.spec)
-
-    def tensors(self, result: Any) -> dict[str, torch.Tensor]:
-        leaves = pytree.tree_leaves(result)
-        found = {name: leaves[int(path[0])] for name, path in zip(self.names, self.paths, strict=True)}
-        return {name: v if isinstance(v, torch.Tensor) else number_to_tensor(v) for name, v in found.items()}
-
-
-def _output(node: fx.Node, leaves: Sequence[Any], spec: Any) -> tuple[Output, tuple[Ref, ...]]:
-    """The form of the result, and the steps its traced leaves come from."""
-    examples = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args[0]]
-    numbered: list[Path] = [(str(i),) for i in range(len(leaves))]
-    try:
-        named, structure = flatten(pytree.tree_unflatten(examples, spec))
-        by_id = {id(leaf): path for path, leaf in named}
-        paths = [by_id[id(example)] for example, leaf in zip(examples, leaves, strict=True) if isinstance(leaf, Ref)]
-        fixed = {path: leaf for path, leaf in named if path not in paths}
-        form: Callable[..., Output] = Output
-    except Exception:
-        structure, form = LEAF, lambda *args: TreeOutput(*args, spec=spec)
-        paths = [path for path, leaf in zip(numbered, leaves, strict=True) if isinstance(leaf, Ref)]
-        fixed = {path: leaf for path, leaf in zip(numbered, leaves, strict=True) if not isinstance(leaf, Ref)}
-    refs = tuple(leaf for leaf in leaves if isinstance(leaf, Ref))
-    sizes = [e for e, leaf in zip(examples, leaves, strict=True) if isinstance(leaf, Ref)]
-    numbers = {p: restorer(int(e)) for p, e in zip(paths, sizes, strict=True) if isinstance(e, (int, torch.SymInt))}
-    return form(structure, tuple(paths), fixed, numbers), refs
+def _settled(result: Output, leaves: Sequence[Any]) -> tuple[Output, tuple[Ref, ...]]:
+    """The result's form with what export found to be constant fixed, and the steps its leaves come from."""
+    pairs = list(zip(result.paths, leaves, strict=True))
+    constant = {path: leaf for path, leaf in pairs if not isinstance(leaf, Ref)}
+    paths = tuple(path for path in result.paths if path not in constant)
+    restore = {path: make for path, make in result.restore.items() if path not in constant}
+    refs = tuple(leaf for _, leaf in pairs if isinstance(leaf, Ref))
+    return Output(result.structure, paths, {**result.fixed, **constant}, restore), refs
 
 
 def _is_check(node: fx.Node) -> bool:
@@ -189,7 +197,11 @@ def _is_check(node: fx.Node) -> bool:
 def _name(model: nn.Module, node: fx.Node) -> tuple[str, str]:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0].partition("@")[0] if stack else ""
-    name = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(getattr(node.target, "__name__", node.target))
+    name = (
+        node.target._opname
+        if isinstance(node.target, torch._ops.OpOverload)
+        else str(getattr(node.target, "__name__", node.target))
+    )
     try:
         owner = model.get_submodule(path)
     except AttributeError:

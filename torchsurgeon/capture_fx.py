@@ -7,8 +7,8 @@ nodes, so that two machines with different PyTorch versions mean the same layer 
 from __future__ import annotations
 
 import linecache
-import os
 import operator
+import os
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchsurgeon.interface import Call, Output
 from torchsurgeon.errors import TraceError
+from torchsurgeon.interface import Call, Output
 from torchsurgeon.program import Constant, Ref, Step, plain, unique
 from torchsurgeon.structure import flatten
 
 _LIBRARY = str(FilePath(torch.__file__).parent) + os.sep
 _HERE = str(FilePath(__file__).parent) + os.sep
 # fx patches nn.Module for the time of a trace: one at a time.
-_TRACING = threading.Lock()
+TRACING = threading.Lock()
 
 
 class _Proxy(fx.Proxy):
@@ -140,7 +140,7 @@ class _Tracer(fx.Tracer):
     def follow(self) -> fx.Graph:
         """Return the traced graph. What ``forward`` assigns to attributes of modules is taken back."""
         attributes = [(module, dict(module.__dict__)) for module in self.model.modules()]
-        with _TRACING, self._follow_factories():
+        with TRACING, self._follow_factories():
             try:
                 return self.trace(self.model)
             finally:
@@ -232,16 +232,15 @@ class _Tracer(fx.Tracer):
 
 
 class UnfollowedError(TraceError):
-    """torch.fx cannot follow a line of the model; ``module_path`` is the module it is in, ``line`` says which and why."""
+    """torch.fx cannot follow a line of the model; ``module_path`` is the module it is in, ``line`` says which and
+    why."""
 
     def __init__(self, message: str, module_path: str, line: str) -> None:
         super().__init__(message)
         self.module_path, self.line = module_path, line
 
 
-def capture_fx(
-    model: nn.Module, call: Call, whole: Collection[str], forward: Callable[..., Any]
-) -> list[Step]:
+def capture_fx(model: nn.Module, call: Call, whole: Collection[str], forward: Callable[..., Any]) -> list[Step]:
     """Return the model's steps, the inputs first and the output last.
 
     Modules named in ``whole`` stay one layer each. ``forward`` is followed in place of the model's own.

@@ -1,10 +1,10 @@
 """Loading an exported program (``.pt2``) after checking that nothing in the file can run code.
 
 ``torch.export.load`` unpickles what a file marks as pickled, resolves operator names by attribute look-up from
-``torch``, evaluates shape expressions and executes guards, so a file from elsewhere could do anything. Here every record
-is checked first, with the reader torch itself uses and on the very bytes that are then loaded: only known records, no
-pickled weights, example inputs that load with ``weights_only``, operators from an allowed set, expressions of plain
-arithmetic.
+``torch``, evaluates shape expressions and executes guards, so a file from elsewhere could do anything. Here every
+record is checked first, with the reader torch itself uses and on the very bytes that are then loaded: only known
+records, no pickled weights, example inputs that load with ``weights_only``, operators from an allowed set,
+expressions of plain arithmetic.
 """
 
 from __future__ import annotations

@@ -276,7 +276,8 @@ class Flow:
         return all(n == 1 and written[storage] >= k for storage, n in shared.items())
 
     def _lighten(self, keys: list[Key], sizes: Mapping[str, int]) -> list[Key]:
-        """Replace views by what they are views of where that is no heavier, and drop numbers the other side can read."""
+        """Replace views by what they are views of where that is no heavier, and drop numbers the other side can
+        read."""
         tensors = {key for key in keys if self._values[key].restore is None}
         numbers = {key for key in keys if self._values[key].restore is not None}
         kept = set(tensors)

@@ -295,7 +295,8 @@ class _Specs:
         return self._spec(name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None)
 
     def layout(self, value: Value) -> Layout | None:
-        """Return the layout of a tensor with gaps between its elements, which does not survive a journey; None for others."""
+        """Return the layout of a tensor with gaps between its elements, which does not survive a journey; None for
+        others."""
         leaf = value.leaf(self.shapes.values)
         if not has_gaps(leaf):
             return None
@@ -319,14 +320,14 @@ def trace(
     """Trace ``model``, called with the example, into a :class:`LayerGraph`.
 
     The model must be in eval mode. It is followed by torch.fx; failing that by torch.export; failing that by torch.fx
-    around the modules that cannot be followed, which stay whole. What ``torch.compile`` has wrapped is traced itself. The
-    example's tensors give shapes and dtypes only; no layer is computed, unless shapes depend on values. Dimension 0 of
-    all input tensors is the batch when it has one size for all of them. ``leaf_modules`` names modules (paths or classes)
-    to keep whole, as one layer each.
+    around the modules that cannot be followed, which stay whole. What ``torch.compile`` has wrapped is traced itself.
+    The example's tensors give shapes and dtypes only; no layer is computed, unless shapes depend on values. Dimension
+    0 of all input tensors is the batch when it has one size for all of them. ``leaf_modules`` names modules (paths or
+    classes) to keep whole, as one layer each.
 
-    Raises :class:`~torchsurgeon.errors.TraceError`: the model is in training mode, cannot be followed (the message names
-    the line and what to try), changes its own parameters or buffers while it runs, or has dropout left on. Warns with
-    :class:`UnrepeatableWarning` when it draws random numbers.
+    Raises :class:`~torchsurgeon.errors.TraceError`: the model is in training mode, cannot be followed (the message
+    names the line and what to try), changes its own parameters or buffers while it runs, or has dropout left on.
+    Warns with :class:`UnrepeatableWarning` when it draws random numbers.
     """
     model = model._modules.get("_orig_mod") or model
     _refuse_training(model)

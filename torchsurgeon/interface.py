@@ -28,6 +28,9 @@ class Call:
         parameters = list(self.signature.parameters.values())[1:]
         self.signature = self.signature.replace(parameters=parameters)
         try:
+            # Decorated forwards mind whether a default was left out or passed: it is left out again in ``rebuild``.
+            self._left_out = set(self.signature.parameters) - set(self.signature.bind(*args, **kwargs).arguments)
+            self._positional = set(list(self.signature.parameters)[: len(args)])
             arguments = self._bind(args, kwargs)
         except TypeError as error:
             raise TraceError(
@@ -85,12 +88,14 @@ class Call:
         kwargs: dict[str, Any] = {}
         for name, value in arguments.items():
             parameter = self.signature.parameters.get(name)
-            if parameter is None or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                kwargs[name] = value
-            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            if name in self._left_out:
+                continue
+            if parameter is not None and parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 args += value
-            else:
+            elif name in self._positional:
                 args.append(value)
+            else:
+                kwargs[name] = value
         return args, kwargs
 
 

@@ -234,7 +234,8 @@ def number_to_tensor(value: bool | int | float | Sequence[int]) -> torch.Tensor:
 
 
 def restorer(value: Any) -> Callable[[torch.Tensor], Any] | None:
-    """Return what turns the tensor that carries a number, or a sequence of ints, back into it; None for other values."""
+    """Return what turns the tensor that carries a number, or a sequence of ints, back into it; None for other
+    values."""
     if isinstance(value, (bool, int, float)):
         return lambda t: t.item()
     if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):

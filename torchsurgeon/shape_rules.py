@@ -19,8 +19,8 @@ META = torch.device("meta")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a layer gives, its flops (multiply and add counted as two), whether it overwrites its first argument, and the
-    operators inside whose flops are not in the count."""
+    """What a layer gives, its flops (multiply and add counted as two), whether it overwrites its first argument, and
+    the operators inside whose flops are not in the count."""
 
     value: Any
     flops: int = 0

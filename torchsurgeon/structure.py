@@ -10,7 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import FunctionType, ModuleType
 from typing import Any
+
+import torch
+from torch import fx, nn
 
 Path = tuple[str, ...]
 
@@ -31,7 +35,8 @@ class Structure:
         if self.kind is None:
             return leaves[at]
         parts = [child.rebuild(leaves, (*at, str(key))) for key, child in zip(self.keys, self.children, strict=True)]
-        return _BUILDERS[_family(self.kind)](self.kind, self.keys, parts)
+        family = _family(self.kind)
+        return _BUILDERS["object" if family == "leaf" else family](self.kind, self.keys, parts)
 
     def paths(self, at: Path = ()) -> list[Path]:
         """Return the path of every leaf, in order."""
@@ -58,6 +63,7 @@ class Structure:
 
 
 LEAF = Structure(None)
+_ATOMS = (torch.Tensor, fx.Proxy, int, float, str, bytes, type(None), torch.dtype, torch.device, nn.Module)
 
 
 def _family(kind: type) -> str:
@@ -72,6 +78,25 @@ def _family(kind: type) -> str:
     return "leaf"
 
 
+def _build_object(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any:
+    made = kind.__new__(kind)
+    made.__dict__.update(zip(keys, parts, strict=True))
+    return made
+
+
+def _holds_tensor(value: Any, depth: int = 4) -> bool:
+    """Whether an object of some class of its own keeps tensors in its attributes, as an image list or a cache does."""
+    if isinstance(value, (torch.Tensor, fx.Proxy)):
+        return True
+    if depth == 0 or isinstance(value, (type, nn.Module, ModuleType, FunctionType)):
+        return False
+    if isinstance(value, Mapping):
+        return any(_holds_tensor(item, depth) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensor(item, depth) for item in value)
+    return any(_holds_tensor(item, depth - 1) for item in getattr(value, "__dict__", {}).values())
+
+
 def _build_dataclass(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any:
     return kind(**dict(zip(keys, parts, strict=True)))
 
@@ -82,6 +107,7 @@ def _build_mapping(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any:
 
 
 _BUILDERS: dict[str, Callable[[type, tuple[Any, ...], list[Any]], Any]] = {
+    "object": _build_object,
     "dataclass": _build_dataclass,
     "namedtuple": lambda kind, _, parts: kind(*parts),
     # torch.return_types and other C sequences are built from one iterable, like tuple itself.
@@ -94,18 +120,22 @@ _BUILDERS: dict[str, Callable[[type, tuple[Any, ...], list[Any]], Any]] = {
 def flatten(value: Any, at: Path = ()) -> tuple[list[tuple[Path, Any]], Structure]:
     """Return every leaf of ``value`` with its path, and the structure that rebuilds it.
 
-    Tuples, named tuples, lists, mappings and dataclass instances are containers; all else is a leaf. Dataclass fields
+    Tuples, named tuples, lists, mappings, dataclass instances and objects that keep tensors in their attributes are
+    containers; all else is a leaf. Dataclass fields
     that are ``None`` stay leaves, so an output object keeps the fields it was made with. ``torch.Size`` is a leaf: it
     is one value to whoever uses it.
     """
     kind = type(value)
     family = _family(kind) if kind.__name__ != "Size" and not isinstance(value, type) else "leaf"
+    if family == "leaf" and not isinstance(value, _ATOMS) and _holds_tensor(value):
+        family = "object"
     if family == "leaf":
         return [(at, value)], LEAF
+    items: list[tuple[Any, Any]]
     if family == "dataclass":
         items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
-    elif family == "mapping":
-        items = list(value.items())
+    elif family in ("mapping", "object"):
+        items = list((value if family == "mapping" else value.__dict__).items())
     else:
         items = list(enumerate(value))
     leaves: list[tuple[Path, Any]] = []
