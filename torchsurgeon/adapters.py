@@ -104,13 +104,12 @@ class _Rest:
         # Of the images only their sizes are asked for.
         images = [torch.empty((3, *size), device=META) for size in sizes]
         resumed = _Resumed(self._model, dict(zip(self._parts, results, strict=True)))
-        return type(self._model).forward(resumed, images)  # type: ignore[arg-type]
+        return type(self._model).forward(resumed, images)
 
     def shape_rule(self, sizes: list[torch.Size], *results: Any) -> Outcome:
-        count = getattr(self._model, "detections_per_img", None) or self._model.roi_heads.detections_per_img  # type: ignore[union-attr]
-        if not hasattr(self._model, "roi_heads"):
-            found = [_boxes(int(count), "boxes", "scores", "labels") for _ in sizes]
-            return Outcome(found, uncounted=("postprocess",))
+        if "roi_heads" not in self._parts:
+            count: Any = self._model.detections_per_img
+            return Outcome([_boxes(count, "boxes", "scores", "labels") for _ in sizes], uncounted=("postprocess",))
         detections = results[-1][0]
         for image, size in zip(detections, sizes, strict=True):
             if "masks" in image:

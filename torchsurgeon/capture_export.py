@@ -2,7 +2,7 @@
 
 The steps are ATen operators. A layer that is one operator of one ``torch.nn`` module carries that module's path;
 others the path of the module that calls them and the operator's name. Branches that depend on sizes are decided by
-the example; what was assumed of the sizes is kept as :attr:`Exported.guard` and checked at every call.
+the example; what was assumed of the sizes is kept as a guard and checked at every call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torchsurgeon.capture_fx import TRACING
 from torchsurgeon.errors import TraceError
 from torchsurgeon.interface import Call, Output, path_name
-from torchsurgeon.program import Constant, ModelDevice, Ref, Step, plain, restorer, unique
+from torchsurgeon.program import Constant, ModelDevice, Ref, Step, plain, unique
 from torchsurgeon.structure import Path, flatten
 
 _CHECKS = (
@@ -78,7 +78,7 @@ def _returning_leaves(model: nn.Module) -> Iterator[list[Output]]:
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         leaves, structure = flatten(original(*args, **kwargs))
-        numbers = {path: restorer(int(leaf)) for path, leaf in leaves if isinstance(leaf, torch.SymInt)}
+        numbers = {path: int for path, leaf in leaves if isinstance(leaf, torch.SymInt)}
         traced = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor) or path in numbers]
         paths = tuple(path for path, _ in traced)
         fixed = {path: leaf for path, leaf in leaves if path not in set(paths)}
@@ -142,8 +142,8 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -
         args = plain(fx.node.map_arg(node.args, position.__getitem__))
         kwargs = plain(fx.node.map_arg(node.kwargs, position.__getitem__))
         if node.op == "placeholder":
-            path = next(inputs).path
-            position[node] = call.fixed[path] if path in call.fixed else add("input", path_name(path), node.target)
+            leaf = next(inputs).path
+            position[node] = call.fixed[leaf] if leaf in call.fixed else add("input", path_name(leaf), node.target)
         elif node.op == "get_attr":
             value = operator.attrgetter(node.target)(root)
             if node.target in stored:

@@ -114,7 +114,7 @@ class _Stored(_Proxy):
         return len(self._tensor)
 
     def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self._tensor)))
+        return (self[i] for i in range(len(self._tensor)))  # type: ignore[index]
 
 
 # Memory made in forward may be filled there: making it has to be followed even when no traced value is involved.
@@ -198,7 +198,7 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         if "_orig_mod" in m._modules:
             # What torch.compile wraps is followed itself.
-            return m._orig_mod(*args, **kwargs)
+            return m._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
         self.stack.append(self.path_of_module(m))
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -263,8 +263,8 @@ def _steps(model: nn.Module, tracer: _Tracer, graph: fx.Graph) -> list[Step]:
     for node in graph.nodes:
         if node in checks:
             continue
-        args = fx.node.map_arg(node.args, position.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, position.__getitem__)
+        args: Any = fx.node.map_arg(node.args, position.__getitem__)  # type: ignore[arg-type]
+        kwargs: Any = fx.node.map_arg(node.kwargs, position.__getitem__)  # type: ignore[arg-type]
         step = Step(len(steps), "", "call", node.target, plain(args), plain(kwargs), tracer.where.get(node, ""))
         if node.op == "placeholder":
             step.kind, step.name = "input", next(inputs)

@@ -104,8 +104,8 @@ def _segment(
         included.remove(graph.steps[-1].index)
     if missing:
         raise PartitionError(
-            f"the tensors {', '.join(v.name for v in given) or '(none)'} do not determine the output: it also depends on the "
-            f"model's inputs {', '.join(sorted(missing))} along paths they do not cut"
+            f"the tensors {', '.join(v.name for v in given) or '(none)'} do not determine the output: it also depends "
+            f"on the model's inputs {', '.join(sorted(missing))} along paths they do not cut"
         )
     torn = graph.flow.torn(given, included)
     if torn:

@@ -271,7 +271,7 @@ class Flow:
         shared: dict[int, int] = {}
         for key in crossing:
             storage = self._storage.get(key)
-            if storage in written:
+            if storage is not None and storage in written:
                 shared[storage] = shared.get(storage, 0) + 1
         return all(n == 1 and written[storage] >= k for storage, n in shared.items())
 
@@ -292,9 +292,9 @@ class Flow:
             bytes_of_root = 0 if root is None else sizes[self._values[root].name]
             if root not in tensors and bytes_of_root > sum(sizes[self._values[key].name] for key in members):
                 continue
-            if root is not None and root not in tensors and len(members) == 1:
-                if bytes_of_root == sizes[self._values[members[0]].name]:
-                    continue
+            alone = root is not None and root not in tensors and len(members) == 1
+            if alone and bytes_of_root == sizes[self._values[members[0]].name]:
+                continue
             kept.difference_update(members)
             if root is not None:
                 kept.add(root)
@@ -353,7 +353,7 @@ class Flow:
     def torn(self, given: Iterable[Value], included: Iterable[int]) -> list[str]:
         """Return the names in ``given`` whose memory the ``included`` steps would overwrite or read through another
         name, which they have a copy of their own under."""
-        found = []
+        found: list[str] = []
         if not self._irregular:
             return found
         steps = set(included)

@@ -260,8 +260,7 @@ class LayerGraph:
 
     def _digest(self) -> str:
         rows: list[Any] = [[s.name, str(s.dtype), s.wire_shape] for s in (*self.inputs, *self.outputs)]
-        for layer in self.layers:
-            rows.append([[str(spec.dtype), spec.wire_shape] for spec in layer.outputs])
+        rows += [[[str(spec.dtype), spec.wire_shape] for spec in layer.outputs] for layer in self.layers]
         names = [step.name for step in self.steps]
         for step in self.flow.running():
             if isinstance(step.target, Constant):

@@ -256,8 +256,8 @@ class SplitModule(nn.Module):
         if theirs.get("graph") != self.graph.fingerprint:
             raise ModelMismatchError(
                 f"model {self.name!r} has the same weights on both sides, but another graph: "
-                f"here {self.graph.fingerprint[:12]}, on the server {str(theirs.get('graph'))[:12]}. Trace both with the "
-                f"same example ({', '.join(map(str, self.graph.inputs))} here) and the same version of the model's source"
+                f"{self.graph.fingerprint[:12]} here, {str(theirs.get('graph'))[:12]} on the server. Trace both with the "
+                f"same example ({', '.join(map(str, self.graph.inputs))} here) and the same source of the model"
             )
 
     def close(self) -> None:

@@ -192,7 +192,7 @@ def _run(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Any:
         raise TraceError(f"layer {step.name!r} cannot run on the example, which gives it {shapes}: {error}") from error
     for name, before in held.items():
         if _held(call).get(name) != before:
-            raise drifting(step, f"the model's own {'.'.join((step.module_path, name))!r}")
+            raise drifting(step, f"the model's own {step.module_path + '.' + name!r}")
     return value
 
 

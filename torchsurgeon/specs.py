@@ -104,8 +104,8 @@ def load_weights(model: nn.Module, path: str) -> None:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise SpecError(
-            f"{path} cannot be loaded as plain tensors ({type(error).__name__}: {reason}); save the model's state_dict() "
-            "with safetensors or torch.save"
+            f"{path} cannot be loaded as plain tensors ({type(error).__name__}: {reason}); save the model's "
+            "state_dict() with safetensors or torch.save"
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

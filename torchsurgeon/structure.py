@@ -79,7 +79,7 @@ def _family(kind: type) -> str:
 
 
 def _build_object(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any:
-    made = kind.__new__(kind)
+    made: Any = object.__new__(kind)
     made.__dict__.update(zip(keys, parts, strict=True))
     return made
 

@@ -31,7 +31,7 @@ class SlowDevice:
 
     def call(self, function: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
         """What `function` returns, `factor` times as late. CUDA work it launches is waited for and counted."""
-        cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda = torch.cuda.is_initialized()
         if cuda:
             torch.cuda.synchronize()
         start_s = time.perf_counter()
