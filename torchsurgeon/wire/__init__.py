@@ -1,0 +1,270 @@
+"""Open Inference Protocol v2 (REST) with the binary tensor data extension: bytes to named tensors and back.
+
+A message is a JSON header, padded with spaces to a multiple of 64 bytes, followed by the tensors' memory, little
+endian, in the order the header lists them. Encoding copies no tensor that lies densely in CPU memory: it returns the
+header and views of the tensors' own memory. Decoding returns tensors that are views of the message's buffer; only one
+that does not lie on a 64-byte boundary there is copied, because kernels choose code paths, and with them the last
+bits, by alignment.
+
+A tensor whose dimensions are stored in another order than row-major (``channels_last`` and the like) travels as its
+physical memory with the tensor parameter ``"dim_order"``: the permutation from the outermost to the innermost
+dimension. A request says with the parameter ``"dim_order": true`` that its sender understands the same in the answer;
+others get row-major answers.
+
+Specification: https://github.com/kserve/open-inference-protocol and the binary tensor data extension of
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
+Every malformed message is a :class:`~torchsurgeon.errors.ProtocolError` that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchsurgeon.errors import ProtocolError
+from torchsurgeon.wire.header import (
+    HEADER_LENGTH,
+    MAX_HEADER_BYTES,
+    MAX_REMEMBERED_BYTES,
+    Buffer,
+    Entry,
+    RequestedOutput,
+    check_header_length,
+    header_length,
+    parameters_of,
+    parse_json,
+    parsed_header,
+    remembered_request_head,
+    request_head,
+    response_head,
+    split_response_head,
+)
+from torchsurgeon.wire.tensors import ALIGNMENT_BYTES, datatype_of, physical_order, tensor_from_json, tensor_view
+
+_PLAIN_REQUEST = '{"parameters":{"binary_data_output":true,"dim_order":true}'
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A decoded request. ``outputs`` is empty when the client wants all of them, in the form ``binary_output`` says.
+
+    ``dim_order`` says that the client understands the tensor parameter of that name in the answer. Requests with the
+    same header have the same object as ``recurring``; it is None when the header is not remembered.
+    """
+
+    tensors: dict[str, Tensor]
+    outputs: tuple[RequestedOutput, ...] = ()
+    binary_output: bool = False
+    dim_order: bool = False
+    request_id: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    recurring: object | None = None
+
+
+@dataclass(frozen=True)
+class InferResponse:
+    """A decoded answer."""
+
+    tensors: dict[str, Tensor]
+    model_name: str = ""
+    model_version: str = ""
+    request_id: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded message: write ``buffers`` one after the other.
+
+    ``header_bytes`` is the value of ``Inference-Header-Content-Length``, or None when the message is JSON only and the
+    header must not be sent. The buffers after the first are views of the tensors' memory and keep it alive.
+    """
+
+    buffers: list[Buffer]
+    header_bytes: int | None
+    size_bytes: int
+
+
+def encode_request(
+    tensors: Mapping[str, Tensor],
+    *,
+    outputs: Collection[str] = (),
+    request_id: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Encoded:
+    """Encode named tensors as a binary infer request that asks for binary outputs (all of them unless named)."""
+    described, views = _encode_tensors(tensors, (), True)
+    header = _PLAIN_REQUEST
+    if parameters:
+        header = '{"parameters":' + _text({**parameters, "binary_data_output": True, "dim_order": True})
+    if request_id is not None:
+        header += ',"id":' + _text(request_id)
+    if outputs:
+        wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+        header += ',"outputs":' + _text(wanted)
+    return _message(f'{header},"inputs":[{described}]}}', views, True)
+
+
+def encode_response(
+    model_name: str,
+    model_version: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    as_json: Collection[str] = (),
+    dim_order: bool = True,
+    request_id: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Encoded:
+    """Encode an answer. Outputs named in ``as_json`` are written as JSON numbers, the others as bytes.
+
+    Without ``dim_order`` every tensor is sent row-major, for clients that do not know that parameter.
+
+    Raises ProtocolError when an output to be written as JSON holds NaN or infinity, which JSON cannot say.
+    """
+    described, views = _encode_tensors(tensors, as_json, dim_order)
+    header = f'{{"model_name":{_text(model_name)},"model_version":{_text(model_version)}'
+    if request_id is not None:
+        header += ',"id":' + _text(request_id)
+    header += f',"outputs":[{described}]'
+    if parameters:
+        header += ',"parameters":' + _text(parameters)
+    return _message(header + "}", views, any(name not in as_json for name in tensors))
+
+
+def decode_request(body: Buffer, header_bytes: int | None = None) -> InferRequest:
+    """Decode an infer request. ``header_bytes`` is ``Inference-Header-Content-Length``, None when it was not sent.
+
+    The tensors are views of ``body`` wherever it is writable and aligned. Raises ProtocolError.
+    """
+    payload = _payload(body, header_bytes)
+    remembered = header_bytes is not None and header_bytes <= MAX_REMEMBERED_BYTES
+    if remembered:
+        head = remembered_request_head(bytes(body[:header_bytes]))
+    else:
+        head = request_head(parsed_header(body, header_bytes))
+    tensors = _tensors(head.entries, payload)
+    recurring = head if remembered else None
+    return InferRequest(
+        tensors, head.outputs, head.binary_output, head.dim_order, head.request_id, head.parameters, recurring
+    )
+
+
+def decode_response(body: Buffer, header_bytes: int | None = None) -> InferResponse:
+    """Decode an answer; the counterpart of :func:`decode_request`. Raises ProtocolError."""
+    payload = _payload(body, header_bytes)
+    parts = None
+    if header_bytes is not None and header_bytes <= MAX_REMEMBERED_BYTES:
+        parts = split_response_head(bytes(body[:header_bytes]))
+    if parts is None:
+        header = parsed_header(body, header_bytes)
+        head = response_head(header)
+    else:
+        head, header = parts
+    tensors = _tensors(head.entries, payload)
+    parameters = parameters_of(header, "the answer")
+    return InferResponse(tensors, head.model_name, head.model_version, head.request_id, parameters)
+
+
+def _message(header: str, views: list[memoryview], binary: bool) -> Encoded:
+    text = header.encode()
+    if not binary:
+        return Encoded([text], None, len(text))
+    text += b" " * (-len(text) % ALIGNMENT_BYTES)
+    check_header_length(len(text), None)
+    return Encoded([text, *views], len(text), len(text) + sum(map(len, views)))
+
+
+def _encode_tensors(
+    tensors: Mapping[str, Tensor], as_json: Collection[str], dim_order: bool
+) -> tuple[str, list[memoryview]]:
+    """The header's entries, as text, and views of the tensors' memory."""
+    entries: list[str] = []
+    views: list[memoryview] = []
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if name in as_json:
+            entries.append(_entry_with_data(name, tensor))
+            continue
+        order, physical = physical_order(tensor if dim_order else tensor.contiguous(), shape)
+        entries.append(_entry(name, tensor.dtype, shape, order))
+        if 0 not in shape:
+            views.append(physical.numpy().data.cast("B"))
+    return ",".join(entries), views
+
+
+@lru_cache(maxsize=1024)
+def _entry(name: str, dtype: torch.dtype, shape: tuple[int, ...], order: tuple[int, ...] | None) -> str:
+    parameters: dict[str, Any] = {"binary_data_size": math.prod(shape) * dtype.itemsize}
+    if order is not None:
+        parameters["dim_order"] = order
+    return _text({"name": name, "datatype": datatype_of(dtype), "shape": shape, "parameters": parameters})
+
+
+def _entry_with_data(name: str, tensor: Tensor) -> str:
+    data = tensor.detach().reshape(-1).tolist()
+    try:
+        return _text({"name": name, "datatype": datatype_of(tensor.dtype), "shape": tuple(tensor.shape), "data": data})
+    except ValueError:
+        raise ProtocolError(
+            f"output {name!r} holds NaN or infinity, which JSON cannot say; ask for binary outputs"
+        ) from None
+
+
+def _payload(body: Buffer, header_bytes: int | None) -> memoryview | None:
+    """The bytes after the header, as memory that may be written; None for a message without any."""
+    if header_bytes is None:
+        return None
+    if isinstance(header_bytes, bool) or header_bytes < 0:
+        raise ProtocolError(f"{HEADER_LENGTH} is {header_bytes}, which is not a number of bytes")
+    check_header_length(header_bytes, len(body))
+    payload = memoryview(body)[header_bytes:]
+    # torch has no read-only tensors; a view of immutable bytes would be undefined behaviour once written to.
+    return memoryview(bytearray(payload)) if payload.readonly else payload
+
+
+def _tensors(entries: list[Entry], payload: memoryview | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    offset = 0
+    available = 0 if payload is None else len(payload)
+    for entry in entries:
+        if entry.size_bytes is None:
+            tensors[entry.name] = tensor_from_json(entry.data, entry.dtype, entry.shape, entry.where)
+            continue
+        if entry.size_bytes > available - offset:
+            raise ProtocolError(
+                f"{entry.where} declares {entry.size_bytes} bytes of binary data, but {available - offset} are left in "
+                f"the body{f'; was {HEADER_LENGTH} sent?' if payload is None else ''}"
+            )
+        tensors[entry.name] = tensor_view(payload, offset, entry.dtype, entry.shape, entry.order, entry.where)
+        offset += entry.size_bytes
+    if offset != available:
+        raise ProtocolError(f"{available - offset} bytes are left over after the tensors the header declares")
+    return tensors
+
+
+_text = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+__all__ = [
+    "HEADER_LENGTH",
+    "MAX_HEADER_BYTES",
+    "Buffer",
+    "Encoded",
+    "InferRequest",
+    "InferResponse",
+    "RequestedOutput",
+    "datatype_of",
+    "decode_request",
+    "decode_response",
+    "encode_request",
+    "encode_response",
+    "header_length",
+    "parse_json",
+]
