@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import Any
@@ -15,11 +16,11 @@ from torch import Tensor
 from torchsurgeon import wire
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError
 
-DTYPES = (
-    [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
-    + [torch.int8, torch.int16, torch.int32, torch.int64]
-    + [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-)
+DTYPES = [
+    *[torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64],
+    *[torch.int8, torch.int16, torch.int32, torch.int64],
+    *[torch.float16, torch.bfloat16, torch.float32, torch.float64],
+]
 
 
 def joined(message: wire.Encoded) -> bytearray:
@@ -96,7 +97,7 @@ def test_an_answer_in_json_numbers_says_the_same_as_one_in_bytes(sent: dict[str,
 @pytest.mark.parametrize("shape", [(1, 512, 1, 1), (2, 512, 1, 1), (2, 3, 8, 8), (1, 1, 4, 4), (2, 1, 1, 7)])
 def test_channels_last_survives_even_where_sizes_of_one_hide_it(shape: tuple[int, ...]) -> None:
     tensor = torch.empty_strided(shape, torch.empty(shape).to(memory_format=torch.channels_last).stride())
-    n, c, h, w = shape
+    _, c, h, w = shape
     tensor = tensor.normal_().as_strided(shape, (h * w * c, 1, w * c, c))
     message = wire.encode_request({"x": tensor})
     assert wire.decode_request(joined(message), message.header_bytes).tensors["x"].stride() == tensor.stride()
@@ -131,7 +132,8 @@ def test_encoding_copies_no_dense_tensor() -> None:
 
 def test_decoding_aligned_bytes_copies_nothing_and_decoding_others_aligns_them() -> None:
     message = wire.encode_request({"a": torch.ones(3), "b": torch.ones(16)})
-    assert message.header_bytes is not None and message.header_bytes % 64 == 0
+    assert message.header_bytes is not None
+    assert message.header_bytes % 64 == 0
     body = torch.empty(message.size_bytes, dtype=torch.uint8)
     body.numpy().data[:] = joined(message)
     received = wire.decode_request(body.numpy().data, message.header_bytes).tensors
@@ -296,7 +298,5 @@ def test_a_damaged_message_decodes_or_is_refused_and_nothing_else(data: st.DataO
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     body = body[: data.draw(st.integers(0, len(body)))]
-    try:
+    with contextlib.suppress(ProtocolError):
         wire.decode_request(body, data.draw(st.sampled_from([message.header_bytes, None, 10])))
-    except ProtocolError:
-        pass
