@@ -1,0 +1,65 @@
+"""Split a photo classifier: the head runs here, the tail on a server, a photograph of bytes goes in.
+
+python split_photo.py                                    # with a server of its own
+torchsurgeon serve photo=split_photo:classifier          # or, in this folder, start one
+python split_photo.py --server http://127.0.0.1:8000     # and use it
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+import torchsurgeon as ts
+
+
+class Classifier(nn.Module):
+    """Scaling and normalization belong to the model, so that all on the server means bytes on the uplink."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, photo: Tensor) -> Tensor:
+        return self.net((photo.float() / 255 - self.mean) / self.deviation)
+
+
+def classifier() -> tuple[nn.Module, Tensor]:
+    """The model and an example of its input; the server's SPEC names this function."""
+    from torchvision.models import squeezenet1_1
+
+    return Classifier(squeezenet1_1()), torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--server", help="URL; one is started in this process otherwise")
+    given = parser.parse_args().server
+    with contextlib.ExitStack() as stack:
+        torch.manual_seed(0)  # random weights, those that the server makes; load your own on both sides
+        model, photo = classifier()
+        model.eval()
+        if given is None:
+            from torchsurgeon import serve
+
+            registry = serve.ModelRegistry(profiler=lambda graph: ts.profile(graph).to_json())
+            registry.add("photo", model, (photo,))
+            given = stack.enter_context(serve.Server(serve.create_app(registry))).url
+        split = stack.enter_context(ts.SplitModule(model, photo, server=given, name="photo"))
+        photo = torch.randint(0, 256, photo.shape, dtype=torch.uint8)
+        scores = split(photo)
+        print("class", int(scores.argmax()), "; cut after", split.partition.name)
+        for where in ("device", "net.features.5", "server"):
+            split.partition = where
+            with torch.no_grad():
+                assert torch.equal(split(photo), model(photo))
+            print(split.last)
+
+
+if __name__ == "__main__":
+    main()
