@@ -212,6 +212,42 @@ def test_named_ranges_outrank_module_names(fake_gpu: Path) -> None:
     assert result.stdout == "['my layer', 'my layer', 'my layer', 'pushed', 'Launch'] None\n", result.stderr
 
 
+def test_heads_and_tails_name_functions_as_the_graph_does(fake_gpu: Path) -> None:
+    result = on_fake_gpu(
+        fake_gpu,
+        """
+        import torchsurgeon as ts
+
+        class Twice(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = torch.nn.ReLU(), torch.nn.ReLU()
+            def forward(self, x):
+                return torch.cos(self.second(torch.sin(self.first(x))))
+
+        for name in ("sin", "cos"):
+            function = getattr(torch, name)
+            setattr(torch, name, lambda x, name=name, f=function: (launch(name.encode(), 1), f(x))[1])
+        for name in ("first", "second"):
+            setattr(torch.nn.ReLU, "forward", lambda self, x: (launch(b"relu", 1), x.relu())[1])
+        graph = ts.trace(Twice().eval(), torch.rand(1))
+        part = ts.cut(graph, 2)
+        with hooks.kernel_trace() as trace:
+            part.tail(*part.head(torch.rand(1)))
+            with hooks.layer_range("all"):
+                part.tail(*part.head(torch.rand(1)))
+        print([layer.name for layer in graph.layers])
+        print([(kernel.layer, kernel.name) for kernel in trace.kernels if kernel.layer != "all"])
+        print(ts.cut(graph, 2).head.segment.watcher)
+        """,
+    )
+    names, kernels, watcher = result.stdout.splitlines() or ["", "", result.stderr]
+    layers = ["first", "sin", "second", "cos"]
+    assert names == str(layers), result.stderr
+    assert kernels == str([(layer, "relu" if layer in ("first", "second") else layer) for layer in layers])
+    assert watcher == "None"
+
+
 def test_a_failing_model_leaves_no_trace_running(fake_gpu: Path) -> None:
     result = on_fake_gpu(
         fake_gpu,

@@ -298,11 +298,23 @@ def test_calls_after_close_say_so(server: Server) -> None:
 
 def test_an_input_unlike_the_example_is_refused_with_a_reason(server: Server) -> None:
     with ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition="stem") as split:
-        with pytest.raises(ts.RequestRefusedError, match="stem"):
-            split(torch.rand(1, 3, 8, 8))
+        split.partition = "server"
+        with pytest.raises(ts.RequestRefusedError, match=r"'x' is FP64; the model has FP32"):
+            split(EXAMPLE.double())
+        with pytest.raises(ts.RequestRefusedError, match=r"x \[1, 4, 16, 16\]"):
+            split(torch.rand(1, 4, 16, 16))
         with pytest.raises(TypeError):
             split(EXAMPLE, EXAMPLE, EXAMPLE)
         assert same(split(EXAMPLE), make_net()(EXAMPLE))
+
+
+def test_an_image_of_another_size_gets_the_models_answer(server: Server) -> None:
+    model = make_net()
+    with torch.no_grad(), ts.SplitModule(model, EXAMPLE, server=server.url, name="net", partition=0) as split:
+        for x in (torch.rand(1, 3, 8, 24), torch.rand(2, 3, 40, 40)):
+            for point in split.graph.points:
+                split.partition = point.index
+                assert same(split(x), model(x)), point.name
 
 
 def test_a_missing_point_lists_the_near_ones(server: Server) -> None:

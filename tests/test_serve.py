@@ -172,7 +172,7 @@ REFUSED: list[tuple[str, dict[str, Tensor], int, str]] = [
     ("not enough", {"left": torch.zeros(1, 8, 8, 8)}, 400, "do not determine"),
     ("wrong dtype", {"x": X.double()}, 400, "FP64"),
     ("wrong rank", {"x": X[0]}, 400, "shape"),
-    ("wrong size", {"x": torch.zeros(1, 3, 8, 9)}, 400, "shape"),
+    ("wrong size", {"x": torch.zeros(1, 5, 8, 8)}, 400, "shape"),
     ("no samples", {"x": torch.zeros(0, 3, 8, 8)}, 400, "shape"),
     ("too many samples", {"x": torch.zeros(9, 3, 8, 8)}, 400, "at most 8"),
     ("two batches", {"left": torch.zeros(1, 8, 8, 8), "right": torch.zeros(2, 8, 8, 8)}, 400, "batch of"),

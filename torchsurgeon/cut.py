@@ -19,6 +19,8 @@ from torchsurgeon.errors import PartitionError
 from torchsurgeon.flow import Value
 from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.program import Feed, Pick, Segment
+from torchsurgeon.shape_rules import META
+from torchsurgeon.shapes import MetaModel, dry_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,25 @@ def tail_for(graph: LayerGraph, names: Sequence[str]) -> Segment:
         if list(names).count(name) > 1:
             raise PartitionError(f"tensor {name!r} is given twice")
     return _segment(graph, [graph.value(name) for name in names], None)
+
+
+def check_shapes(graph: LayerGraph, tail: Segment, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+    """Raise :class:`~torchsurgeon.errors.PartitionError` when ``tail`` cannot run on tensors of these shapes.
+
+    For shapes other than the example's (images of another size, longer sequences). Nothing is computed; what only
+    values decide is not found out.
+    """
+    try:
+        if set(names) >= {spec.name for spec in graph.inputs}:
+            given = dict(zip(names, tensors, strict=True))
+            graph.check_sizes([given[spec.name] for spec in graph.inputs])
+        if graph.value_dependent:
+            return
+        values = tail.load([t if graph.value(n).restore else t.to(META) for n, t in zip(names, tensors, strict=True)])
+        dry_run([graph.steps[i] for i in tail.steps], values, MetaModel(graph.model))
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(names, tensors, strict=True))
+        raise PartitionError(f"the model cannot run on tensors of these shapes ({shapes}): {error}") from error
 
 
 def _segment(

@@ -147,12 +147,14 @@ class LayerGraph:
         batch: the example's batch size; ``batch_free`` says whether other sizes work.
         traced_by: ``"fx"``, ``"export"``, or ``"hierarchical"`` (fx around modules that it cannot follow).
         opaque: path of each module kept whole as one layer, and why.
+        value_dependent: whether shapes depend on values, so that the example had to be run for real.
         fingerprint: hex digest of names, types, configurations, shapes and order; not of the weights.
     """
 
     def __init__(self, model: nn.Module, call: Call, captured: Captured, flow: Flow, specs: _Specs) -> None:
         self.model = model
         self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
+        self.value_dependent = specs.value_dependent
         steps = captured.steps
         self.batch, self.batch_free = specs.batch, specs.batch_free
         self.layouts = {value.name: layout for value in flow.values if (layout := specs.layout(value)) is not None}
@@ -225,9 +227,14 @@ class LayerGraph:
     def tensors_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """Return a call's tensors in the order of ``inputs``. Raises ``TypeError`` as ``bind`` does."""
         tensors = self.call.tensors(args, kwargs)
+        self.check_sizes(tensors)
+        return tensors
+
+    def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise ``TypeError`` for input tensors whose sizes would have taken another path through the model's
+        source."""
         if self._guard is not None:
             self._guard(tensors)
-        return tensors
 
     def value(self, name: str) -> Value:
         """Return where in the program the tensor ``name`` comes to be."""
@@ -280,8 +287,8 @@ def _never(_: Any) -> Any:
 class _Specs:
     """Tensor specs from two runs of the shapes: the example's batch size and one more sample."""
 
-    def __init__(self, shapes: Shapes, more: Shapes | None, batch: int) -> None:
-        self.shapes, self.more, self.batch = shapes, more, batch
+    def __init__(self, shapes: Shapes, more: Shapes | None, batch: int, value_dependent: bool) -> None:
+        self.shapes, self.more, self.batch, self.value_dependent = shapes, more, batch, value_dependent
         self.batch_free = more is not None
 
     def of(self, value: Value) -> TensorSpec:
@@ -354,7 +361,7 @@ def trace(
     flow = Flow(steps, shapes, model)
     if not flow.layers:
         raise TraceError(f"{type(model).__name__} computes nothing from its input: there is no layer to cut after")
-    specs = _Specs(shapes, more, (len(sizes) == 1 and next(iter(sizes))) or 1)
+    specs = _Specs(shapes, more, (len(sizes) == 1 and next(iter(sizes))) or 1, isinstance(source, RealModel))
     return LayerGraph(model, call, captured, flow, specs)
 
 

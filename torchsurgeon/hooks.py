@@ -8,8 +8,10 @@
     trace.save("trace.json")        # ui.perfetto.dev opens it
 
 Modules called while a trace runs are layers by themselves, named by their path in the outermost module that was called.
-Code that runs a model by other means names its layers with :func:`layer_range`, or, in a loop that must stay cheap,
-with what :func:`active` returns. Kernels are attributed by CUPTI's external correlation ids, not by their times.
+Heads, tails and :func:`torchsurgeon.profile` name theirs as the graph does, functions included. Code that runs a model
+by other means names its layers with :func:`layer_range`, or, in a loop that must stay cheap, with what :func:`active`
+returns. Names given so outrank those found inside them. Kernels are attributed by CUPTI's external correlation ids, not
+by their times.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torchsurgeon import _native
 from torchsurgeon.errors import NativeUnavailableError
 from torchsurgeon.kernels import Kernel, KernelTrace, LayerSpan, Span, attribute
+from torchsurgeon.program import Environment, Segment, Step
 
 __all__ = [
     "Kernel",
@@ -135,19 +138,36 @@ class LayerRanges:
     def push(self, layer: int) -> int:
         """Enter a layer; hand the returned slot to :meth:`pop`. Until then kernels of this thread are the layer's."""
         self._thread.depth = self.depth + 1
+        return self.push_found(layer)
+
+    def pop(self, slot: int) -> None:
+        """Leave the layer entered last."""
+        self.pop_found(slot)
+        self._thread.depth = self.depth - 1
+
+    def push_found(self, layer: int) -> int:
+        """Enter a layer that was not named by hand, so that others may be found inside it."""
         slot = self._recorder.begin(layer)
         self._push_id(slot)
         return slot
 
-    def pop(self, slot: int) -> None:
-        """Leave the layer entered last."""
+    def pop_found(self, slot: int) -> None:
+        """Leave what :meth:`push_found` entered."""
         self._pop_id()
         self._recorder.end(slot)
-        self._thread.depth = self.depth - 1
+
+    def before(self, step: Step, environment: Environment) -> int | None:
+        """Enter the layer of a head's or tail's step (a :class:`~torchsurgeon.program.Watcher`)."""
+        return self.push(self.id_of(step.name)) if step.kind == "call" and not self.depth else None
+
+    def after(self, step: Step, environment: Environment, slot: int | None) -> None:
+        """Leave it."""
+        if slot is not None:
+            self.pop(slot)
 
     @property
     def depth(self) -> int:
-        """How many layers this thread is in."""
+        """How many ranges opened by name this thread is in."""
         return int(getattr(self._thread, "depth", 0))
 
 
@@ -200,11 +220,11 @@ def kernel_trace(capacity: int = 1 << 18) -> Iterator[KernelTrace]:
         ranges = LayerRanges(ops, recorder)
         _start(ops)
         try:
-            _active = ranges
+            _active = Segment.watcher = ranges
             with _module_ranges(ranges):
                 yield trace
         finally:
-            _active = None
+            _active = Segment.watcher = None
             torch.cuda.synchronize()
             code = ops.cupti_stop()
             offset_ns = ops.cupti_clock_offset()
@@ -243,21 +263,21 @@ def _module_ranges(ranges: LayerRanges) -> Iterator[None]:
 
     def enter(module: nn.Module, args: Any) -> None:
         stack = vars(thread).setdefault("stack", [])
-        if ranges.depth > sum(slot is not None for _, slot in stack):
+        if ranges.depth:
             stack.append((module, None))
             return
         root = stack[0][0] if stack else module
         if root not in names:
             names[root] = {child: name for name, child in root.named_modules() if name}
         name = names[root].get(module, type(module).__name__)
-        stack.append((module, ranges.push(ranges.id_of(name))))
+        stack.append((module, ranges.push_found(ranges.id_of(name))))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack = vars(thread).get("stack")
         if stack and stack[-1][0] is module:
             _, slot = stack.pop()
             if slot is not None:
-                ranges.pop(slot)
+                ranges.pop_found(slot)
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:

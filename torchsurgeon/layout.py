@@ -25,6 +25,8 @@ class Layout:
         """Return ``tensor``, copied to this layout where it has another."""
         dim = next((d for d, step in enumerate(self.batch_step) if step), None)
         more = 0 if dim is None else (tensor.shape[dim] - self.shape[dim]) // self.batch_step[dim]
+        if tensor.shape != tuple(n + step * more for n, step in zip(self.shape, self.batch_step, strict=True)):
+            return tensor
         strides = tuple(stride + grow * more for stride, grow in zip(self.strides, self.grows, strict=True))
         if tensor.stride() == strides or not _fits(tensor.shape, strides):
             return tensor

@@ -30,6 +30,7 @@ from torchsurgeon.transport import HttpTransport, Transport
 _PROBE_BYTES = (16 << 10, 128 << 10, 1 << 20)
 _PROBE_ENOUGH_S = 0.05
 _LISTED_TENSORS = 5
+_LEAST_ANSWER_LIMIT_BYTES = 64 << 20
 
 Backend = Callable[[nn.Module], Callable[..., Any]]
 
@@ -114,6 +115,8 @@ class SplitModule(nn.Module):
         self.last: Inference | None = None
         """The inference that ended last, in any thread; None before the first."""
         self._example = self.graph.tensors_of_call(args, kwargs)
+        # A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
+        self._max_answer_bytes = max(_LEAST_ANSWER_LIMIT_BYTES, 64 * self.graph.points[-1].size_bytes)
         self._backend: Backend = backend or (lambda module: module)
         self._transport = HttpTransport(server, timeout_s) if isinstance(server, str) else server
         self._lock = threading.RLock()
@@ -178,11 +181,10 @@ class SplitModule(nn.Module):
         transport = self._connected()
         boundary = self._head(point)(*args, **kwargs)
         headed = time.perf_counter()
-        batch = next((len(t) for t in boundary if t.dim()), 1) if self.graph.batch_free else self.graph.batch
         answer = transport.infer(
             self.name,
             dict(zip((spec.name for spec in point.tensors), boundary, strict=True)),
-            max_answer_bytes=sum(spec.size_bytes_at(max(batch, self.graph.batch)) for spec in self.graph.outputs),
+            max_answer_bytes=self._max_answer_bytes,
         )
         expected = {spec.name: spec.dtype for spec in self.graph.outputs}
         if {name: tensor.dtype for name, tensor in answer.tensors.items()} != expected:
@@ -256,8 +258,8 @@ class SplitModule(nn.Module):
         if theirs.get("graph") != self.graph.fingerprint:
             raise ModelMismatchError(
                 f"model {self.name!r} has the same weights on both sides, but another graph: "
-                f"{self.graph.fingerprint[:12]} here, {str(theirs.get('graph'))[:12]} on the server. Trace both with the "
-                f"same example ({', '.join(map(str, self.graph.inputs))} here) and the same source of the model"
+                f"{self.graph.fingerprint[:12]} here, {str(theirs.get('graph'))[:12]} on the server. Trace both with "
+                f"the same example ({', '.join(map(str, self.graph.inputs))} here) and the same source of the model"
             )
 
     def close(self) -> None:

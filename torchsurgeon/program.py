@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -245,6 +245,16 @@ def restorer(value: Any) -> Callable[[torch.Tensor], Any] | None:
     return None
 
 
+class Watcher(Protocol):
+    """Told of every step a segment runs, in order."""
+
+    def before(self, step: Step, environment: Environment) -> Any:
+        """Called ahead of the step; what it returns is handed to :meth:`after`."""
+
+    def after(self, step: Step, environment: Environment, token: Any) -> None:
+        """Called when the step has run or raised, before values that nobody reads any more are let go."""
+
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -254,7 +264,11 @@ class Segment(nn.Module):
     It shares the model's submodules, parameters and buffers, under the model's own names. ``forward`` takes one tensor
     per feed and returns a tuple of the picked tensors, or the model's own output when ``picks`` is None. Calls are
     independent of each other: a segment may run in several threads at once.
+
+    ``watcher``, when set, is told of the steps of every segment that runs; it must bear several threads.
     """
+
+    watcher: ClassVar[Watcher | None] = None
 
     def __init__(
         self,
@@ -329,17 +343,24 @@ class Segment(nn.Module):
         return environment
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        environment = self.load(tensors)
-        for call, i, dead in self._program:
-            environment[i] = call(environment)
-            for j in dead:
-                environment[j] = None
+        if Segment.watcher is not None:
+            environment = self.watched(tensors, Segment.watcher)
+        else:
+            environment = self.load(tensors)
+            for call, i, dead in self._program:
+                environment[i] = call(environment)
+                for j in dead:
+                    environment[j] = None
         if self._picks is None:
             return environment[-1]
         return tuple(pick(environment) for pick in self._picks)
 
     def timed(self, tensors: Sequence[torch.Tensor], clock: Callable[[], int]) -> list[int]:
         """Run like ``forward`` and return the clock before the first step and after each, aligned with ``steps``."""
+        if Segment.watcher is not None:
+            clocked = _Clocked(Segment.watcher, clock)
+            self.watched(tensors, clocked)
+            return clocked.stamps
         environment = self.load(tensors)
         stamps = [clock()]
         mark = stamps.append
@@ -349,6 +370,36 @@ class Segment(nn.Module):
                 environment[j] = None
             mark(clock())
         return stamps
+
+    def watched(self, tensors: Sequence[torch.Tensor], watcher: Watcher) -> Environment:
+        """Run like ``forward``, tell ``watcher`` of each step, and return the values that are left at the end."""
+        environment = self.load(tensors)
+        for step, (call, i, dead) in zip(self._included, self._program, strict=True):
+            token = watcher.before(step, environment)
+            try:
+                environment[i] = call(environment)
+            finally:
+                watcher.after(step, environment, token)
+            for j in dead:
+                environment[j] = None
+        return environment
+
+
+class _Clocked:
+    """Reads a clock after each step another watcher is told of."""
+
+    def __init__(self, inner: Watcher, clock: Callable[[], int]) -> None:
+        self._inner, self._clock = inner, clock
+        self.stamps: list[int] = []
+
+    def before(self, step: Step, environment: Environment) -> Any:
+        if not self.stamps:
+            self.stamps.append(self._clock())
+        return self._inner.before(step, environment)
+
+    def after(self, step: Step, environment: Environment, token: Any) -> None:
+        self._inner.after(step, environment, token)
+        self.stamps.append(self._clock())
 
 
 def _read_attribute(segment: nn.Module, target: str | Constant) -> Callable[[Environment], Any]:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from torchsurgeon.errors import TraceError
 from torchsurgeon.program import Constant, Environment, ModelDevice, Step, map_refs, returning_first
-from torchsurgeon.shape_rules import META, rule_for
+from torchsurgeon.shape_rules import META, Outcome, rule_for
 from torchsurgeon.structure import flatten
 
 
@@ -151,14 +151,11 @@ def propagate(
                 values[step.index] = None
             else:
                 args, kwargs = map_refs(lambda ref: values[ref.step], (step.args, step.kwargs))
-                rule = None if real or step.is_method else rule_for(step.target)
-                outcome = None if rule is None else rule(step.target, *args, **kwargs)
+                outcome = _known(step, source, args, kwargs)
                 if outcome is not None:
                     values[step.index], flops, uncounted = outcome.value, outcome.flops, frozenset(outcome.uncounted)
                     if outcome.overwritten:
                         overwrites = frozenset([storage_of(args[0])])
-                elif isinstance(step.target, ModelDevice) and not real:
-                    values[step.index] = META
                 else:
                     before = [(t, t._version) for t in tensors_in([args, kwargs]) if not t.is_inference()]
                     with _CountFlops() if count_flops else nullcontext() as counter:
@@ -176,6 +173,27 @@ def propagate(
             result.flops.append(flops)
             result.uncounted.append(uncounted)
     return result
+
+
+def dry_run(steps: Iterable[Step], values: Environment, source: MetaModel) -> None:
+    """Run steps on the meta tensors in ``values``, as their shapes allow it. Raises what the model raises otherwise."""
+    with torch.inference_mode(False), torch.no_grad():
+        for step in steps:
+            if step.kind == "attr":
+                values[step.index] = source.attribute(step.target)
+            elif step.kind == "call":
+                args, kwargs = map_refs(lambda ref: values[ref.step], (step.args, step.kwargs))
+                outcome = _known(step, source, args, kwargs)
+                values[step.index] = _run(step, source, args, kwargs) if outcome is None else outcome.value
+
+
+def _known(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Outcome | None:
+    if isinstance(source, RealModel) or step.is_method:
+        return None
+    if isinstance(step.target, ModelDevice):
+        return Outcome(META)
+    rule = rule_for(step.target)
+    return None if rule is None else rule(step.target, *args, **kwargs)
 
 
 def _run(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Any:

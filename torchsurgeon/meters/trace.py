@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 from torchsurgeon.errors import MeterError
 from torchsurgeon.meters.energy import Reading
@@ -147,6 +146,9 @@ def _interval(values: npt.NDArray[np.float64], batches: npt.NDArray[np.int64]) -
     count = len(sizes)
     if count < 2:
         return None
+    # Loading SciPy takes longer than loading all of this package, and only an interval needs it.
+    from scipy.special import stdtrit
+
     means = np.bincount(index, weights=values) / sizes
     half = float(stdtrit(count - 1, (1 + _CONFIDENCE) / 2)) * float(means.std(ddof=1)) / math.sqrt(count)
     mean = float(values.mean())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchsurgeon import specs, wire
-from torchsurgeon.cut import tail_for
+from torchsurgeon.cut import check_shapes, tail_for
 from torchsurgeon.errors import (
     ModelFailedError,
     ModelNotReadyError,
@@ -28,6 +28,7 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.fingerprint import weight_digests
 from torchsurgeon.graph import LayerGraph, TensorSpec, trace
+from torchsurgeon.program import Segment
 
 T = TypeVar("T")
 
@@ -92,13 +93,13 @@ class Tails:
     def __init__(self, graph: LayerGraph, capacity: int) -> None:
         self._graph = graph
         self.capacity = capacity
-        self._tails: OrderedDict[tuple[str, ...], nn.Module] = OrderedDict()
+        self._tails: OrderedDict[tuple[str, ...], Segment] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._tails)
 
-    def get(self, names: tuple[str, ...]) -> nn.Module:
+    def get(self, names: tuple[str, ...]) -> Segment:
         """The tail for ``names``, cut now if it was never asked for. Raises PartitionError."""
         with self._lock:
             tail = self._tails.get(names)
@@ -142,9 +143,9 @@ class ServedModel:
         self.graph = graph
         self.source = source
         self.max_batch = max_batch if graph.batch_free else graph.batch
-        self.max_tensor_bytes = max(
-            sum(spec.size_bytes_at(self.max_batch) for spec in point.tensors) for point in graph.points
-        )
+        # Images may be larger than the example, and sequences longer, by as much as a batch may.
+        self.max_tensor_bytes = max_batch * max(point.size_bytes for point in graph.points) // graph.batch
+        self.max_times = max_batch / graph.batch
         self.tails = Tails(graph, max_tails)
         self.worker = Worker(f"torchsurgeon-{name}")
         self.open = True
@@ -156,7 +157,7 @@ class ServedModel:
         self._plans: dict[object, _Plan] = {}
 
     def max_body_bytes(self, *, binary: bool) -> int:
-        """The largest request body there can be: the widest boundary at ``max_batch``, and a header."""
+        """The largest request body there can be: the widest boundary ``max_batch`` times, and a header."""
         return self.max_tensor_bytes * (1 if binary else JSON_FACTOR) + wire.MAX_HEADER_BYTES
 
     def metadata(self) -> dict[str, Any]:
@@ -245,9 +246,11 @@ class ServedModel:
         for output in request.outputs:
             if output.name not in known:
                 raise ProtocolError(f"model {self.name!r} has no output {output.name!r}; it has {', '.join(known)}")
-        check_tensors(self.graph, request.tensors, self.max_batch)
+        usual = check_tensors(self.graph, request.tensors, self.max_batch, self.max_times)
         names = tuple(sorted(request.tensors))
         tail = self.tails.get(names)
+        if not usual:
+            check_shapes(self.graph, tail, names, [request.tensors[name] for name in names])
         if request.outputs:
             outputs: tuple[str, ...] | None = tuple(output.name for output in request.outputs)
             as_json = tuple(output.name for output in request.outputs if not output.binary)
@@ -265,7 +268,7 @@ class ServedModel:
 @dataclass(frozen=True)
 class _Plan:
     names: tuple[str, ...]
-    tail: nn.Module
+    tail: Segment
     outputs: tuple[str, ...] | None
     as_json: tuple[str, ...]
 
@@ -364,11 +367,14 @@ class ModelRegistry:
             self._reasons[name] = str(error)
 
 
-def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: int) -> None:
-    """Refuse tensors whose dtype or shape the graph does not have, or that disagree about the batch size.
+def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: int, max_times: float) -> bool:
+    """Refuse tensors whose dtype, rank or size the graph cannot have, or that disagree about the batch size.
 
+    ``max_times`` is how many times the example's bytes a tensor may have. Returns whether all shapes are the
+    example's at some batch size; others (an image of another size) may still be fine, which ``check_shapes`` tells.
     Names the graph does not know are left to ``tail_for``. Raises ProtocolError.
     """
+    usual = True
     batch: int | None = None
     decided_by = ""
     for name, tensor in tensors.items():
@@ -380,6 +386,11 @@ def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: i
             raise ProtocolError(f"tensor {name!r} is {theirs}; the model has {ours} there")
         shape = tuple(tensor.shape)
         own = _batch_of(spec, shape)
+        samples = all(size or not step for size, step in zip(shape, spec.batch_step, strict=False))
+        fits = len(shape) == len(spec.shape) and tensor.nbytes <= spec.size_bytes * max_times
+        if own is None and samples and fits:
+            usual = False
+            continue
         if own is None or own > max_batch:
             problem = f" in a batch of at most {max_batch}" if any(spec.batch_step) else ""
             raise ProtocolError(
@@ -389,6 +400,7 @@ def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: i
             if batch is not None and own != batch:
                 raise ProtocolError(f"tensor {name!r} is a batch of {own}, but {decided_by!r} is a batch of {batch}")
             batch, decided_by = own, name
+    return usual
 
 
 def _batch_of(spec: TensorSpec, shape: tuple[int, ...]) -> int | None:
