@@ -300,3 +300,51 @@ def test_a_damaged_message_decodes_or_is_refused_and_nothing_else(data: st.DataO
     body = body[: data.draw(st.integers(0, len(body)))]
     with contextlib.suppress(ProtocolError):
         wire.decode_request(body, data.draw(st.sampled_from([message.header_bytes, None, 10])))
+
+
+# PyTorch means to remove the dtypes of quantized tensors one day; models that have them are still about.
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions.*:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.quint8, torch.qint8, torch.qint32])
+def test_a_quantized_tensor_keeps_its_integers_scale_zero_point_and_layout(dtype: torch.dtype) -> None:
+    values = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    tensor = torch.quantize_per_tensor(values, 0.1 + 2**-40, 3, dtype)
+    message = wire.encode_request({"q": tensor})
+    decoded = wire.decode_request(joined(message), message.header_bytes).tensors["q"]
+    assert decoded.dtype == dtype
+    assert (decoded.q_scale(), decoded.q_zero_point()) == (tensor.q_scale(), tensor.q_zero_point())
+    assert torch.equal(decoded.int_repr(), tensor.int_repr())
+    assert decoded.stride() == tensor.stride()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions.*:UserWarning")
+def test_a_tensor_quantized_per_channel_is_refused() -> None:
+    tensor = torch.quantize_per_channel(torch.randn(2, 3), torch.ones(2), torch.zeros(2), 0, torch.qint8)
+    with pytest.raises(ProtocolError, match="per tensor"):
+        wire.encode_request({"q": tensor})
+
+
+@pytest.mark.parametrize(
+    ("datatype", "quantized"),
+    [
+        ("UINT8", {"scale": 0.0, "zero_point": 0}),
+        ("UINT8", {"scale": -1.0, "zero_point": 0}),
+        ("UINT8", {"scale": 1, "zero_point": 0}),
+        ("UINT8", {"scale": 1.0, "zero_point": 256}),
+        ("INT8", {"scale": 1.0, "zero_point": 200}),
+        ("UINT8", {"scale": 1.0}),
+        ("UINT8", {"scale": 1.0, "zero_point": True}),
+        ("UINT8", [1.0, 0]),
+        ("INT16", {"scale": 1.0, "zero_point": 0}),
+    ],
+)
+def test_a_quantization_that_cannot_be_is_refused(datatype: str, quantized: object) -> None:
+    size = 2 if datatype == "INT16" else 1
+    entry = {
+        "name": "q",
+        "datatype": datatype,
+        "shape": [1],
+        "parameters": {"binary_data_size": size, "quantized": quantized},
+    }
+    header = json.dumps({"inputs": [entry]}).encode()
+    with pytest.raises(ProtocolError, match="quantized"):
+        wire.decode_request(header + bytes(size), len(header))

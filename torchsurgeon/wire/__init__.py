@@ -9,7 +9,8 @@ bits, by alignment.
 A tensor whose dimensions are stored in another order than row-major (``channels_last`` and the like) travels as its
 physical memory with the tensor parameter ``"dim_order"``: the permutation from the outermost to the innermost
 dimension. A request says with the parameter ``"dim_order": true`` that its sender understands the same in the answer;
-others get row-major answers.
+others get row-major answers. A tensor quantized per tensor travels as its integers (``UINT8``, ``INT8``, ``INT32``)
+with the tensor parameter ``"quantized": {"scale": …, "zero_point": …}``.
 
 Specification: https://github.com/kserve/open-inference-protocol and the binary tensor data extension of
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
@@ -46,7 +47,16 @@ from torchsurgeon.wire.header import (
     response_head,
     split_response_head,
 )
-from torchsurgeon.wire.tensors import ALIGNMENT_BYTES, datatype_of, physical_order, tensor_from_json, tensor_view
+from torchsurgeon.wire.tensors import (
+    ALIGNMENT_BYTES,
+    Quantization,
+    datatype_of,
+    physical_order,
+    quantization_of,
+    tensor_from_json,
+    tensor_view,
+    with_quantization,
+)
 
 _PLAIN_REQUEST = '{"parameters":{"binary_data_output":true,"dim_order":true}'
 
@@ -192,18 +202,29 @@ def _encode_tensors(
         if name in as_json:
             entries.append(_entry_with_data(name, tensor))
             continue
+        quantization = quantization_of(tensor)
+        if quantization is not None:
+            tensor = tensor.int_repr()
         order, physical = physical_order(tensor if dim_order else tensor.contiguous(), shape)
-        entries.append(_entry(name, tensor.dtype, shape, order))
+        entries.append(_entry(name, tensor.dtype, shape, order, quantization))
         if 0 not in shape:
             views.append(physical.numpy().data.cast("B"))
     return ",".join(entries), views
 
 
 @lru_cache(maxsize=1024)
-def _entry(name: str, dtype: torch.dtype, shape: tuple[int, ...], order: tuple[int, ...] | None) -> str:
+def _entry(
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    order: tuple[int, ...] | None,
+    quantization: Quantization | None,
+) -> str:
     parameters: dict[str, Any] = {"binary_data_size": math.prod(shape) * dtype.itemsize}
     if order is not None:
         parameters["dim_order"] = order
+    if quantization is not None:
+        parameters["quantized"] = dict(zip(("scale", "zero_point"), quantization, strict=True))
     return _text({"name": name, "datatype": datatype_of(dtype), "shape": shape, "parameters": parameters})
 
 
@@ -242,7 +263,8 @@ def _tensors(entries: list[Entry], payload: memoryview | None) -> dict[str, Tens
                 f"{entry.where} declares {entry.size_bytes} bytes of binary data, but {available - offset} are left in "
                 f"the body{f'; was {HEADER_LENGTH} sent?' if payload is None else ''}"
             )
-        tensors[entry.name] = tensor_view(payload, offset, entry.dtype, entry.shape, entry.order, entry.where)
+        tensor = tensor_view(payload, offset, entry.dtype, entry.shape, entry.order, entry.where)
+        tensors[entry.name] = tensor if entry.quantization is None else with_quantization(tensor, entry.quantization)
         offset += entry.size_bytes
     if offset != available:
         raise ProtocolError(f"{available - offset} bytes are left over after the tensors the header declares")

@@ -12,7 +12,15 @@ from typing import Any, TypeAlias
 import torch
 
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError
-from torchsurgeon.wire.tensors import checked_dim_order, checked_shape, datatype_of, dtype_of, shortened
+from torchsurgeon.wire.tensors import (
+    Quantization,
+    checked_dim_order,
+    checked_quantization,
+    checked_shape,
+    datatype_of,
+    dtype_of,
+    shortened,
+)
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -83,6 +91,7 @@ class Entry:
     size_bytes: int | None = None
     order: list[int] | None = None
     data: Any = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +199,8 @@ def _tensor_entry(entry: dict[str, Any], kind: str) -> Entry:
                 f"takes {needed} bytes"
             )
         order = checked_dim_order(parameters.get("dim_order"), len(shape), where)
-        return Entry(name, where, dtype, shape, size, order)
+        quantization = checked_quantization(parameters.get("quantized"), dtype, where)
+        return Entry(name, where, dtype, shape, size, order, quantization=quantization)
     if "data" not in entry:
         raise ProtocolError(f"{where} has neither data nor binary_data_size")
     return Entry(name, where, dtype, shape, data=entry["data"])

@@ -34,6 +34,11 @@ _DATATYPES: dict[torch.dtype, str] = {
     torch.float64: "FP64",
 }
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
+# A quantized tensor travels as its integers; its scale and zero point are tensor parameters.
+_QUANTIZED = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.int32: torch.qint32}
+_DATATYPES.update({kind: _DATATYPES[dtype] for dtype, kind in _QUANTIZED.items()})
+
+Quantization = tuple[float, int]
 
 
 def datatype_of(dtype: torch.dtype) -> str:
@@ -52,6 +57,34 @@ def dtype_of(datatype: object) -> torch.dtype:
     if dtype is None:
         raise ProtocolError(f"unknown datatype {shortened(datatype)}; known ones are {', '.join(_DTYPES)}")
     return dtype
+
+
+def quantization_of(tensor: Tensor) -> Quantization | None:
+    """Scale and zero point of a quantized tensor; None for others. ProtocolError for one quantized per channel."""
+    if not tensor.is_quantized:
+        return None
+    if tensor.qscheme() != torch.per_tensor_affine:
+        raise ProtocolError(f"a tensor quantized by {tensor.qscheme()} cannot be sent; quantize activations per tensor")
+    return tensor.q_scale(), tensor.q_zero_point()
+
+
+def checked_quantization(value: Any, dtype: torch.dtype, where: str) -> Quantization | None:
+    """The ``quantized`` parameter of a tensor, None when there is none. ProtocolError when it cannot be."""
+    if value is None:
+        return None
+    scale, zero_point = (value.get(key) for key in ("scale", "zero_point")) if isinstance(value, dict) else (None, None)
+    known = dtype in _QUANTIZED and isinstance(scale, float) and 0 < scale < math.inf and type(zero_point) is int
+    if not known or not torch.iinfo(dtype).min <= zero_point <= torch.iinfo(dtype).max:  # type: ignore[operator]
+        raise ProtocolError(
+            f"{where} has the parameter quantized {shortened(value)}; it takes a positive scale and a zero_point "
+            "within UINT8, INT8 or INT32, the tensor's datatype"
+        )
+    return scale, zero_point  # type: ignore[return-value]
+
+
+def with_quantization(tensor: Tensor, quantization: Quantization) -> Tensor:
+    """The quantized tensor that integers stand for."""
+    return torch._make_per_tensor_quantized_tensor(tensor, *quantization)
 
 
 def physical_order(tensor: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...] | None, Tensor]:
