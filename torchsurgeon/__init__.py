@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torchsurgeon import hooks as hooks
+from torchsurgeon import meters as meters
 from torchsurgeon.adapters import Adapter, opaque, register_adapter
 from torchsurgeon.cut import Partition, cut, tail_for
 from torchsurgeon.errors import (
@@ -29,7 +31,7 @@ from torchsurgeon.graph import Layer, LayerGraph, PartitionPoint, TensorSpec, Un
 from torchsurgeon.link import BandwidthTrace, Link
 from torchsurgeon.module import Inference, SplitModule, measure_link
 from torchsurgeon.plan import Estimate, best, estimate
-from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, profile
+from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,7 @@ __all__ = [
     "Estimate",
     "Inference",
     "Layer",
+    "LayerEnergy",
     "LayerGraph",
     "LayerProfile",
     "Link",

@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--json", action="store_true", help="print JSON instead of a table")
     trace.set_defaults(run=_trace)
 
+    doctor = commands.add_parser(
+        "doctor", help="tell what splitting a model is like: tracing, opaque parts, cuts that can pay"
+    )
+    _model_arguments(doctor)
+    doctor.set_defaults(run=_doctor)
+
     serve = commands.add_parser("serve", help="serve the tails of models")
     serve.add_argument(
         "models", nargs="+", metavar="NAME=SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file"
@@ -107,6 +113,17 @@ def _trace(options: argparse.Namespace) -> None:
     Console().print(graph_table(graph))
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from torchsurgeon import doctor, specs
+    from torchsurgeon.report import diagnosis_text
+
+    model = specs.load(options.spec, input_spec=options.input)
+    found = doctor.examine(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)
+    Console().print(diagnosis_text(found))
+
+
 def _serve(options: argparse.Namespace) -> None:
     import torch
 
@@ -123,7 +140,7 @@ def _serve(options: argparse.Namespace) -> None:
         input_specs=_pairs(options.input),
         seed=options.seed,
         max_batch=options.max_batch,
-        profiler=lambda graph: profile(graph).to_json(),
+        profiler=lambda graph: profile(graph, meter=None).to_json(),
     )
 
 

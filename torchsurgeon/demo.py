@@ -228,7 +228,7 @@ def _measure(
 def _profile(name: str, graph: LayerGraph, image: torch.Tensor, console: Console) -> LayerProfile:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NoisyProfileWarning)
-        measured = profile(graph, inputs=[image], repeats=20)
+        measured = profile(graph, inputs=[image], repeats=20, meter=None)
     for warning in caught:
         console.print(f"{name}: {warning.message}", style="dim")
     return measured

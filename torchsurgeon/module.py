@@ -151,7 +151,7 @@ class SplitModule(nn.Module):
             if self.server_profile is None:
                 self.server_profile = LayerProfile.from_json(transport.get_json(f"/v2/models/{self.name}/profile"))
             if self.device_profile is None:
-                self.device_profile = profile(self.graph, inputs=self._example)
+                self.device_profile = profile(self.graph, inputs=self._example, meter=None)
             if self.link is None:
                 self.link = measure_link(transport)
             return estimate(self.graph, self.device_profile, self.server_profile, self.link)

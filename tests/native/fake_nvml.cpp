@@ -40,6 +40,14 @@ int nvmlDeviceGetTotalEnergyConsumption(void*, unsigned long long* energy) {
   *energy = energy_mj += 2'000;
   return is("energy") ? 0 : kNotSupported;
 }
+int nvmlDeviceGetClockInfo(void*, int kind, unsigned int* clock_mhz) {
+  *clock_mhz = kind == 1 ? 1'410 : 1'593;
+  return 0;
+}
+int nvmlDeviceGetCurrentClocksThrottleReasons(void*, unsigned long long* reasons) {
+  *reasons = 0x24;
+  return 0;
+}
 int nvmlDeviceGetPowerUsage(void*, unsigned int* power_mw) {
   *power_mw = 75'500;
   return is("jetson") ? kNotSupported : 0;

@@ -8,6 +8,7 @@ energies are None: nothing is ever made up.
 
 from __future__ import annotations
 
+from torchsurgeon.meters.board import board_state
 from torchsurgeon.meters.clock import Clock, CudaEventClock, CuptiClock, WallClock
 from torchsurgeon.meters.energy import EnergyMeter, NullMeter, Reading, ReplayMeter, save_log
 from torchsurgeon.meters.find import find_meter
@@ -32,6 +33,7 @@ __all__ = [
     "Reading",
     "ReplayMeter",
     "WallClock",
+    "board_state",
     "find_meter",
     "measure_idle",
     "save_log",

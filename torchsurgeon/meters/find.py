@@ -10,7 +10,7 @@ import torch
 from torchsurgeon.errors import DeviceError, MeterError
 from torchsurgeon.meters.energy import EnergyMeter, NullMeter
 from torchsurgeon.meters.ina3221 import Ina3221Meter
-from torchsurgeon.meters.nvml import NvmlMeter
+from torchsurgeon.meters.nvml import NvmlMeter, nvml_name
 from torchsurgeon.meters.rapl import RaplMeter
 
 
@@ -26,7 +26,7 @@ def find_meter(device: str | torch.device = "cpu", sysfs: Path = Path("/sys")) -
         raise DeviceError(f"{device!r} is not a device; use 'cpu', 'cuda' or 'cuda:1'") from error
     makers: list[Callable[[], EnergyMeter]] = [lambda: Ina3221Meter(sysfs=sysfs)]
     if wanted.type == "cuda":
-        makers.append(lambda: NvmlMeter(_nvml_name(wanted)))
+        makers.append(lambda: NvmlMeter(nvml_name(wanted)))
     elif wanted.type == "cpu":
         makers.append(lambda: RaplMeter(sysfs))
     else:
@@ -38,10 +38,3 @@ def find_meter(device: str | torch.device = "cpu", sysfs: Path = Path("/sys")) -
         except MeterError as error:
             faults.append(error)
     return NullMeter(faults)
-
-
-def _nvml_name(device: torch.device) -> int | str:
-    """NVML counts all devices, CUDA only the visible ones, so a UUID is the only name both understand."""
-    if torch.cuda.is_available():
-        return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return device.index or 0

@@ -7,11 +7,24 @@ from __future__ import annotations
 
 import ctypes
 import time
+from typing import Any
+
+import torch
 
 from torchsurgeon.errors import MeterError
 from torchsurgeon.meters.energy import EnergyMeter, Reading
 
 _SUCCESS, _NOT_SUPPORTED = 0, 3
+_CLOCK_SM, _CLOCK_MEMORY = 1, 2
+# nvmlClocksEventReason… bits that say the clocks are lower than asked for.
+_THROTTLE_REASONS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal limit", 0x40: "hardware thermal limit"}
+
+
+def nvml_name(device: torch.device) -> int | str:
+    """Return what NVML calls a CUDA device: it counts all of them, CUDA only the visible ones, and both know UUIDs."""
+    if torch.cuda.is_available():
+        return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return device.index or 0
 
 
 class NvmlMeter(EnergyMeter):
@@ -48,6 +61,28 @@ class NvmlMeter(EnergyMeter):
             self._check(code, f"{self.scope} does not tell its energy")
             return Reading(time.perf_counter_ns(), energy_j=energy_mj.value * 1e-3)
         return Reading(time.perf_counter_ns(), power_w=self._power_w())
+
+    def state(self) -> dict[str, Any]:
+        """Clocks in MHz, enforced power limit in watts and reasons to throttle, those of them that this GPU tells."""
+        found: dict[str, Any] = {}
+        for key, kind in (("gpu_clock_mhz", _CLOCK_SM), ("gpu_memory_clock_mhz", _CLOCK_MEMORY)):
+            clock_mhz = ctypes.c_uint()
+            if self._tells("nvmlDeviceGetClockInfo", kind, ctypes.byref(clock_mhz)):
+                found[key] = clock_mhz.value
+        limit_mw = ctypes.c_uint()
+        if self._tells("nvmlDeviceGetEnforcedPowerLimit", ctypes.byref(limit_mw)):
+            found["power_limit_w"] = limit_mw.value * 1e-3
+        reasons = ctypes.c_ulonglong()
+        if self._tells("nvmlDeviceGetCurrentClocksThrottleReasons", ctypes.byref(reasons)):
+            found["throttled_by"] = [text for bit, text in _THROTTLE_REASONS.items() if reasons.value & bit]
+        return found
+
+    def _tells(self, function: str, *arguments: Any) -> bool:
+        try:
+            call = getattr(self._nvml, function)
+        except AttributeError:
+            return False
+        return bool(call(self._handle, *arguments) == _SUCCESS)
 
     def close(self) -> None:
         if self._open:

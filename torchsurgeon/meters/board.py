@@ -1,0 +1,81 @@
+"""The state a board is in while it is measured: its clocks, power mode and temperature, as far as they can be read.
+
+Linux shows the processor's clocks in cpufreq and a Jetson's GPU clock in devfreq; a Jetson's power mode is the number
+that nvpmodel leaves in ``/var/lib/nvpmodel/status``, named in ``/etc/nvpmodel.conf``. Other GPUs tell NVML.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchsurgeon.errors import MeterError
+from torchsurgeon.meters.nvml import NvmlMeter, nvml_name
+
+
+def board_state(device: torch.device, root: Path = Path("/")) -> dict[str, Any]:
+    """Return what can be read of ``board``, ``power_mode``, ``cpu_clock_mhz``, ``gpu_clock_mhz``, ``temperature_c``
+    and, by NVML, a GPU's clocks, power limit and reasons to throttle. What cannot is left out."""
+    found: dict[str, Any] = {
+        "board": _text(root / "proc/device-tree/model").rstrip("\0"),
+        "power_mode": _power_mode(root),
+        "cpu_clock_mhz": _cpu_clocks(root / "sys/devices/system/cpu"),
+        "temperature_c": _hottest_c(root / "sys/class/thermal"),
+    }
+    if device.type == "cuda":
+        found["gpu_clock_mhz"] = _tegra_gpu_clock_mhz(root / "sys/class/devfreq")
+        found |= _nvml_state(device)
+    return {name: value for name, value in found.items() if value}
+
+
+def _power_mode(root: Path) -> str:
+    number = re.match(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status"))
+    if number is None:
+        return ""
+    mode = int(number[1])
+    named = re.search(rf"POWER_MODEL\s+ID={mode}\s+NAME=(\S+)", _text(root / "etc/nvpmodel.conf"))
+    return f"{named[1]} ({mode})" if named else str(mode)
+
+
+def _cpu_clocks(folder: Path) -> dict[str, Any]:
+    policies = sorted(folder.glob("cpufreq/policy*")) or sorted(folder.glob("cpu[0-9]*/cpufreq"))
+    now = [mhz for policy in policies if (mhz := _number(policy / "scaling_cur_freq") // 1000)]
+    if not now:
+        return {}
+    limits = [_number(policy / "cpuinfo_max_freq") // 1000 for policy in policies]
+    governors = sorted({text for policy in policies if (text := _text(policy / "scaling_governor"))})
+    return {"lowest": min(now), "highest": max(now), "limit": max(limits), "governor": ", ".join(governors)}
+
+
+def _tegra_gpu_clock_mhz(folder: Path) -> int:
+    # gp10b is TX2's GPU, gv11b Xavier's, ga10b Orin's; later kernels call it 17000000.gpu.
+    names = ("*.gp10b", "*.gv11b", "*.ga10b", "*.gpu", "gpu*")
+    return max((_number(path / "cur_freq") // 1_000_000 for name in names for path in folder.glob(name)), default=0)
+
+
+def _hottest_c(folder: Path) -> float:
+    return max((_number(path) / 1000 for path in folder.glob("thermal_zone*/temp")), default=0.0)
+
+
+def _nvml_state(device: torch.device) -> dict[str, Any]:
+    try:
+        meter = NvmlMeter(nvml_name(device))
+    except MeterError:
+        return {}
+    with meter:
+        return meter.state()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _number(path: Path) -> int:
+    text = _text(path)
+    return int(text) if text.lstrip("-").isdigit() else 0

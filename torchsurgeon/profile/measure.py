@@ -1,0 +1,235 @@
+"""Measure every layer of a model on the machine at hand.
+
+The traced steps run in one straight line with a clock read between them, which costs well under a microsecond a
+layer. Each repeat times the whole run in one pass, so the time to *reach* a partition point is measured too: a sum of
+layers' medians is not a block's time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchsurgeon import hooks
+from torchsurgeon.cut import tail_for
+from torchsurgeon.errors import ProfileError
+from torchsurgeon.graph import LayerGraph, TensorSpec
+from torchsurgeon.kernels import KernelTrace, LayerSpan
+from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
+from torchsurgeon.profile.joules import layer_energy
+from torchsurgeon.profile.memory import layer_memory
+from torchsurgeon.profile.origin import device_of, provenance
+from torchsurgeon.profile.record import Array, LayerEnergy, LayerProfile
+
+_NOISY_SPREAD, _NOISY_DRIFT = 0.25, 0.1
+# How many repeats may heat the machine between two pauses.
+_REPEATS_BETWEEN_PAUSES = 10
+
+Progress = Callable[[int, int], None]
+
+
+class NoisyProfileWarning(UserWarning):
+    """The samples spread so widely that the machine was busy, throttling or changing its clocks."""
+
+
+def example_inputs(graph: LayerGraph, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+    """Return random tensors like the graph's inputs: uniform in [0, 1) for floats, zeros else."""
+    return [_random_like(spec).to(device) for spec in graph.inputs]
+
+
+def _random_like(spec: TensorSpec) -> torch.Tensor:
+    if spec.dtype.is_floating_point:
+        return torch.rand(spec.shape).to(spec.dtype)
+    return torch.zeros(spec.shape, dtype=spec.dtype)
+
+
+def profile(
+    graph: LayerGraph,
+    device: str | torch.device | None = None,
+    *,
+    repeats: int = 10,
+    warmup: int = 3,
+    inputs: Sequence[torch.Tensor] | None = None,
+    meter: EnergyMeter | str | None = "auto",
+    cooldown_s: float = 0.0,
+    progress: Progress | None = None,
+) -> LayerProfile:
+    """Measure every layer of ``graph`` on ``device`` ("cpu", "cuda", "cuda:1"), by default the one its model is on.
+
+    Passes of the instrumented and of the plain model alternate, ``repeats`` of each after ``warmup``. On CUDA the times
+    are those between events on the current stream, and nothing is synchronised inside a pass. With ``cooldown_s`` the
+    device rests that many seconds before every ten repeats, and warms up again.
+
+    ``inputs`` are the model's input tensors (random ones by default, which most models' speed does not depend on).
+    ``meter`` is an energy meter, "auto" for the best one of the machine, or None; metering takes about thirteen of the
+    meter's periods a layer, a third of a second on a Jetson. Where there is no meter ``energy`` is None, and
+    ``provenance["meter"]`` says why.
+    ``progress(done, total)`` is called after each pass, and each metered layer.
+
+    Warns with :class:`NoisyProfileWarning` when the machine was not quiet, or became slower. Raises
+    :class:`~torchsurgeon.errors.DeviceError` for a device that does not exist or that the model is not on, and
+    :class:`~torchsurgeon.errors.ProfileError` for arguments that cannot be.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ProfileError(f"cannot measure {repeats} repeats after {warmup} warm-up runs; give at least 1 and 0")
+    if not 0 <= cooldown_s < float("inf"):
+        raise ProfileError(f"cannot rest for {cooldown_s} seconds; give 0 or more")
+    target = device_of(graph, device)
+    origin = provenance(target)
+    with contextlib.ExitStack() as exit_stack:
+        exit_stack.enter_context(torch.no_grad())
+        energy_meter = exit_stack.enter_context(_meter(meter, target))
+        if target.type == "cuda":
+            exit_stack.enter_context(torch.cuda.device(target))
+        run = _Run(graph, target, inputs)
+        total = warmup + repeats + (0 if isinstance(energy_meter, NullMeter) else len(graph.layers) + 1)
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        clock = CudaEventClock(len(run.whole.steps) + 1) if target.type == "cuda" else None
+        if clock is not None:
+            exit_stack.enter_context(clock)
+        samples_s, whole_s = run.times(clock, repeats, warmup, cooldown_s, tick)
+        memory = layer_memory(run.whole, run.tensors, run.columns, len(graph.layers), target)
+        energy: LayerEnergy | None = None
+        origin["meter"] = "none" + "".join(f"; {fault}" for fault in energy_meter.faults)
+        if not isinstance(energy_meter, NullMeter):
+            origin["meter"] = f"{energy_meter.name} {energy_meter.scope}"
+            layer_s, plain_s = np.median(samples_s, axis=0), float(np.median(whole_s))
+            energy = layer_energy(
+                run.whole, run.tensors, run.ranks, layer_s, plain_s, energy_meter, run.synchronize, tick
+            )
+    measured = LayerProfile(
+        type(graph.model).__name__,
+        graph.fingerprint,
+        graph.batch,
+        tuple(layer.name for layer in graph.layers),
+        samples_s,
+        whole_s,
+        origin | {"warmup": warmup, "cooldown_s": cooldown_s, "clock": "wall" if clock is None else clock.name},
+        memory,
+        energy,
+    )
+    _warn_of_noise(measured)
+    return measured
+
+
+@contextlib.contextmanager
+def _meter(wanted: EnergyMeter | str | None, device: torch.device) -> Iterator[EnergyMeter]:
+    if isinstance(wanted, EnergyMeter):
+        yield wanted
+    elif wanted == "auto":
+        with find_meter(device) as found:
+            yield found
+    elif wanted is None:
+        yield NullMeter()
+    else:
+        raise ProfileError(f"meter is {wanted!r}; give 'auto', None, or one of torchsurgeon.meters")
+
+
+def _warn_of_noise(measured: LayerProfile) -> None:
+    repeats = len(measured.whole_s)
+    if repeats >= 4 and measured.spread > _NOISY_SPREAD:
+        warnings.warn(
+            f"the middle half of {repeats} runs spreads over {measured.spread:.0%} of their median: the machine is "
+            "busy or changes its clocks; quiet it, or take more repeats",
+            NoisyProfileWarning,
+            stacklevel=3,
+        )
+    elif measured.drift > max(_NOISY_DRIFT, measured.spread):
+        warnings.warn(
+            f"the last runs took {measured.drift:.0%} longer than the first: the machine throttles or became busy; "
+            "let it rest with cooldown_s, or cool it",
+            NoisyProfileWarning,
+            stacklevel=3,
+        )
+
+
+class _Run:
+    """A model ready to be measured: its steps, the layer each counts to, and its inputs on its device."""
+
+    def __init__(self, graph: LayerGraph, device: torch.device, inputs: Sequence[torch.Tensor] | None) -> None:
+        self.whole = tail_for(graph, [spec.name for spec in graph.inputs])
+        given = example_inputs(graph) if inputs is None else inputs
+        self.tensors = [tensor.to(device) for tensor in given]
+        self.layers = len(graph.layers)
+        self.ranks = {step: rank for rank, step in enumerate(graph.flow.layers)}
+        # Steps that are no layer (reading a size, taking one of several results) count to the layer that follows them.
+        self.columns: dict[int, int] = {}
+        column = self.layers - 1
+        for step in reversed(self.whole.steps):
+            self.columns[step] = column = self.ranks.get(step, column)
+        self._starts = np.array([self.columns[step] for step in self.whole.steps])
+        self._device = device
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def times(
+        self, clock: Clock | None, repeats: int, warmup: int, cooldown_s: float, tick: Callable[[], None]
+    ) -> tuple[Array, Array]:
+        """Seconds of each layer, shape (repeats, layers), and of the plain model; ``clock`` None is the wall clock."""
+        samples, plain = np.zeros((repeats, self.layers)), np.zeros(repeats)
+        for repeat in range(repeats):
+            if repeat == 0 or (cooldown_s and repeat % _REPEATS_BETWEEN_PAUSES == 0):
+                time.sleep(cooldown_s)
+                for _ in range(warmup):
+                    self._steps_ns(clock), self._plain_ns(clock)
+                    if repeat == 0:
+                        tick()
+            np.add.at(samples[repeat], self._starts, self._steps_ns(clock) / 1e9)
+            plain[repeat] = self._plain_ns(clock) / 1e9
+            tick()
+        return samples, plain
+
+    def _steps_ns(self, clock: Clock | None) -> Any:
+        if clock is None:
+            return np.diff(np.asarray(self.whole.timed(self.tensors, time.perf_counter_ns), dtype=np.int64))
+        self.whole.timed(self.tensors, clock.mark)  # type: ignore[arg-type]
+        return np.asarray(clock.intervals_ns(), dtype=np.int64)
+
+    def _plain_ns(self, clock: Clock | None) -> int:
+        if clock is None:
+            begin = time.perf_counter_ns()
+            self.whole(*self.tensors)
+            return time.perf_counter_ns() - begin
+        clock.mark()
+        self.whole(*self.tensors)
+        clock.mark()
+        return clock.intervals_ns()[0]
+
+
+def layer_trace(
+    graph: LayerGraph, device: str | torch.device | None = None, inputs: Sequence[torch.Tensor] | None = None
+) -> KernelTrace:
+    """Return one warmed-up run of the model as a trace: its layers, and on CUDA the kernels each launched.
+
+    Raises :class:`~torchsurgeon.errors.DeviceError` as :func:`profile` does, and
+    :class:`~torchsurgeon.errors.NativeUnavailableError` where CUDA kernels cannot be traced.
+    """
+    target = device_of(graph, device)
+    run = _Run(graph, target, inputs)
+    with torch.no_grad():
+        run.whole(*run.tensors)
+        if target.type == "cuda":
+            with torch.cuda.device(target), hooks.kernel_trace() as trace:
+                run.whole(*run.tensors)
+            return trace
+        stamps = run.whole.timed(run.tensors, time.perf_counter_ns)
+    names = {step: graph.layers[rank].name for step, rank in run.ranks.items()}
+    spans = zip(run.whole.steps, pairwise(stamps), strict=True)
+    return KernelTrace(layers=tuple(LayerSpan(names[step], *span) for step, span in spans if step in names))

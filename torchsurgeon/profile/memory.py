@@ -1,0 +1,86 @@
+"""How much memory a model's values take while each of its layers runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from torchsurgeon.program import Environment, Segment, Step
+from torchsurgeon.structure import flatten
+
+
+def layer_memory(
+    whole: Segment, tensors: Sequence[torch.Tensor], columns: Mapping[int, int], layers: int, device: torch.device
+) -> NDArray[np.int64]:
+    """Return the most bytes that values take while each layer runs, shape (layers,), from one run of the model.
+
+    On the CPU these are the tensors that are alive when the layer ends, its inputs among them; what an operator takes
+    for itself in between is not seen. On CUDA it is the allocator's peak, which sees that too. Parameters and buffers
+    are not counted. ``columns`` says to which layer each step counts.
+    """
+    watcher = _AllocatorPeak(columns, layers, device) if device.type == "cuda" else _LiveBytes(columns, layers)
+    whole.watched(tensors, watcher)
+    return watcher.most_bytes
+
+
+class _LiveBytes:
+    def __init__(self, columns: Mapping[int, int], layers: int) -> None:
+        self.most_bytes = np.zeros(layers, dtype=np.int64)
+        self._columns = columns
+        self._live: dict[int, dict[int, int]] = {}
+        self._own: set[int] = set()
+
+    def before(self, step: Step, environment: Environment) -> None:
+        if not self._live:
+            self._live = {i: _storages(value) for i, value in enumerate(environment) if value is not None}
+
+    def after(self, step: Step, environment: Environment, token: None) -> None:
+        here = _storages(environment[step.index])
+        if step.kind == "attr":
+            self._own |= here.keys()
+        self._live = {i: held for i, held in self._live.items() if environment[i] is not None} | {step.index: here}
+        all_of_them: dict[int, int] = {}
+        for held in self._live.values():
+            all_of_them |= held
+        size = sum(size_bytes for address, size_bytes in all_of_them.items() if address not in self._own)
+        column = self._columns[step.index]
+        self.most_bytes[column] = max(self.most_bytes[column], size)
+
+
+class _AllocatorPeak:
+    def __init__(self, columns: Mapping[int, int], layers: int, device: torch.device) -> None:
+        self.most_bytes = np.zeros(layers, dtype=np.int64)
+        self._columns, self._device = columns, device
+        self._without: int | None = None
+
+    def before(self, step: Step, environment: Environment) -> None:
+        if self._without is None:
+            inputs: dict[int, int] = {}
+            for value in environment:
+                inputs |= _storages(value)
+            self._without = torch.cuda.memory_allocated(self._device) - sum(inputs.values())
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def after(self, step: Step, environment: Environment, token: None) -> None:
+        assert self._without is not None
+        size = torch.cuda.max_memory_allocated(self._device) - self._without
+        column = self._columns[step.index]
+        self.most_bytes[column] = max(self.most_bytes[column], size)
+
+
+def _storages(value: Any) -> dict[int, int]:
+    """Address and bytes of the memory under every tensor in ``value``; views of one another share theirs."""
+    found: dict[int, int] = {}
+    for _, leaf in flatten(value)[0]:
+        if isinstance(leaf, torch.Tensor):
+            try:
+                storage = leaf.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):
+                # Sparse and MKL-DNN tensors have no storage that can be seen.
+                found[id(leaf)] = leaf.numel() * leaf.element_size()
+    return found

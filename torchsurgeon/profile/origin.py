@@ -1,0 +1,125 @@
+"""On which device, and with what, a measurement is made."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchsurgeon.errors import DeviceError
+from torchsurgeon.graph import LayerGraph
+from torchsurgeon.meters.board import board_state
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """Return the device with its number ("cuda" is the current one).
+
+    Raises :class:`~torchsurgeon.errors.DeviceError` for one that does not exist, listing those that do.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    existing = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise DeviceError(f"{device!r} is not a device; this machine has {existing}") from None
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if found.type != "cuda":
+        raise DeviceError(f"a {found.type} device cannot be profiled; this machine has {existing}")
+    if not count:
+        raise DeviceError(
+            f"there is no device {str(found)!r}: PyTorch {torch.__version__} sees no CUDA device; this machine has "
+            f"{existing}"
+        )
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= count:
+        raise DeviceError(f"there is no device {str(found)!r}; this machine has {existing}")
+    return torch.device("cuda", index)
+
+
+def device_of(graph: LayerGraph, wanted: str | torch.device | None) -> torch.device:
+    """Return the device that the graph's model is on, which must be the ``wanted`` one if one is.
+
+    Raises :class:`~torchsurgeon.errors.DeviceError` for a device that does not exist, or that the model is not on.
+    """
+    tensors = (*graph.model.parameters(), *graph.model.buffers())
+    places = sorted({str(tensor.device) for tensor in tensors})
+    if len(places) > 1:
+        raise DeviceError(
+            f"the model is spread over {', '.join(places)}; profile it on one device: model.to(...) and trace it again"
+        )
+    if wanted is None:
+        return find_device(places[0] if places else "cpu")
+    found = find_device(wanted)
+    if places and places[0] != str(found):
+        raise DeviceError(
+            f"the model is on {places[0]}, not on {found}: call model.to({str(found)!r}) and trace it again"
+        )
+    return found
+
+
+def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return where and with what a measurement is made; clocks and power mode only where they can be read."""
+    target = torch.device(device)
+    is_cuda = target.type == "cuda"
+    facts = {
+        "device": torch.cuda.get_device_name(target) if is_cuda else _processor(),
+        "device_type": target.type,
+        "backend": "eager",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torchsurgeon": _version(),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if is_cuda:
+        facts["cuda"] = torch.version.cuda
+    return facts | board_state(target)
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("torchsurgeon")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of a checkout; an installed package has only its version."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

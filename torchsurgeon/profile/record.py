@@ -1,0 +1,291 @@
+"""A measured profile as a value: its figures, and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchsurgeon.errors import ProfileError
+from torchsurgeon.graph import LayerGraph
+
+FORMAT = "torchsurgeon.profile/2"
+
+Array = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerEnergy:
+    """Joules above idle of each layer and of the whole model, one run of each.
+
+    ``layer_j`` has shape (layers,) and ``interval_j`` (layers, 2), the 95 % confidence interval of the mean; both are
+    NaN where nothing was metered. ``whole_j`` is (mean, low, high) of the whole model. ``idle_power_w`` has been
+    subtracted. ``meter`` names the meter and what it meters ("rapl package-0").
+    """
+
+    meter: str
+    idle_power_w: float
+    layer_j: Array
+    interval_j: Array
+    whole_j: tuple[float, float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the energies as plain data; unknown ones are null."""
+        return {
+            "meter": self.meter,
+            "idle_power_w": self.idle_power_w,
+            "layer_j": _nulls(self.layer_j.tolist()),
+            "interval_j": _nulls(self.interval_j.tolist()),
+            "whole_j": _nulls(list(self.whole_j)),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> LayerEnergy:
+        """Return the energies in ``data``. Raises KeyError, TypeError or ValueError for what is none."""
+        mean_j, low_j, high_j = _floats(data["whole_j"]).tolist()
+        return LayerEnergy(
+            str(data["meter"]),
+            float(data["idle_power_w"]),
+            _floats(data["layer_j"]),
+            _floats(data["interval_j"]).reshape(-1, 2),
+            (mean_j, low_j, high_j),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerProfile:
+    """What each layer of one model costs on one device with one backend.
+
+    ``samples_s`` has one row a repeat and one column a layer, in seconds; ``whole_s`` holds times of the whole model
+    run as it is, in the same session and order. ``provenance`` says where it comes from (device, versions, threads,
+    date). ``memory_bytes`` is the most memory that tensors take while each layer runs, parameters and buffers not
+    counted; None where it was not measured. ``energy`` is None where nothing was metered.
+    """
+
+    model: str
+    fingerprint: str
+    batch: int
+    layers: tuple[str, ...]
+    samples_s: Array
+    whole_s: Array
+    provenance: Mapping[str, Any]
+    memory_bytes: NDArray[np.int64] | None = None
+    energy: LayerEnergy | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples_s.ndim != 2 or self.samples_s.shape[1] != len(self.layers) or not len(self.samples_s):
+            raise ProfileError(
+                f"a profile of {len(self.layers)} layers cannot hold samples of shape {self.samples_s.shape}"
+            )
+        for what, values in (("samples_s", self.samples_s), ("whole_s", self.whole_s)):
+            if not len(values) or not np.isfinite(values).all() or (values < 0).any():
+                raise ProfileError(f"{what} must hold finite, non-negative seconds")
+        for what, size in (
+            ("memory_bytes", len(self.layers) if self.memory_bytes is None else len(self.memory_bytes)),
+            ("layer_j", len(self.layers) if self.energy is None else len(self.energy.layer_j)),
+            ("interval_j", len(self.layers) if self.energy is None else len(self.energy.interval_j)),
+        ):
+            if size != len(self.layers):
+                raise ProfileError(f"{what} holds {size} values for {len(self.layers)} layers")
+
+    @property
+    def layer_s(self) -> Array:
+        """Median seconds of each layer, shape (layers,)."""
+        return np.asarray(np.median(self.samples_s, axis=0))
+
+    def quartiles_s(self) -> tuple[Array, Array]:
+        """First and third quartile of each layer's seconds."""
+        low, high = np.quantile(self.samples_s, [0.25, 0.75], axis=0)
+        return low, high
+
+    @property
+    def head_s(self) -> Array:
+        """Median seconds from the start until each partition index is reached, shape (layers + 1,), from 0."""
+        reached = np.concatenate([np.zeros((len(self.samples_s), 1)), np.cumsum(self.samples_s, axis=1)], axis=1)
+        return np.asarray(np.median(reached, axis=0)) * self._scale
+
+    @property
+    def tail_s(self) -> Array:
+        """Median seconds from each partition index to the end, shape (layers + 1,), 0 at the last."""
+        rest = np.cumsum(self.samples_s[:, ::-1], axis=1)[:, ::-1]
+        rest = np.concatenate([rest, np.zeros((len(rest), 1))], axis=1)
+        return np.asarray(np.median(rest, axis=0)) * self._scale
+
+    @property
+    def head_memory_bytes(self) -> NDArray[np.int64] | None:
+        """Most memory that tensors take until each partition index is reached, shape (layers + 1,), 0 where no layer
+        runs; None where it was not measured."""
+        if self.memory_bytes is None:
+            return None
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.maximum.accumulate(self.memory_bytes)])
+
+    @property
+    def head_j(self) -> Array | None:
+        """Joules above idle until each partition index is reached, shape (layers + 1,), from 0.
+
+        NaN from the first layer on whose energy is unknown; None where nothing was metered. Layers are metered one by
+        one, so their sum is brought to the whole model's energy where that is known.
+        """
+        if self.energy is None:
+            return None
+        reached = np.concatenate([np.zeros(1), np.cumsum(self.energy.layer_j)])
+        whole_j = self.energy.whole_j[0]
+        return reached * (whole_j / reached[-1]) if whole_j > 0 and reached[-1] > 0 else reached
+
+    @property
+    def total_s(self) -> float:
+        """Median seconds of the whole model, run as it is."""
+        return float(np.median(self.whole_s))
+
+    @property
+    def whole_to_sum(self) -> float:
+        """Whole model's time over the sum of its layers' medians; heads and tails are scaled by its kin per pass."""
+        return self.total_s / float(self.layer_s.sum())
+
+    @property
+    def _scale(self) -> float:
+        return self.total_s / float(np.median(self.samples_s.sum(axis=1)))
+
+    @property
+    def spread(self) -> float:
+        """Inter-quartile range of the whole model's seconds over their median."""
+        low, high = np.quantile(self.whole_s, [0.25, 0.75])
+        return float((high - low) / self.total_s)
+
+    @property
+    def drift(self) -> float:
+        """How much longer the last third of the runs took than the first (medians): 0.1 is 10 %; 0 below six runs."""
+        third = len(self.whole_s) // 3
+        if third < 2:
+            return 0.0
+        return float(np.median(self.whole_s[-third:]) / np.median(self.whole_s[:third])) - 1
+
+    def __str__(self) -> str:
+        low_s, high_s = np.quantile(self.whole_s, [0.25, 0.75])
+        slowest = int(self.layer_s.argmax())
+        device = self.provenance.get("device", "an unnamed device")
+        name, slowest_s = self.layers[slowest], self.layer_s[slowest]
+        lines = [
+            f"{self.model}, {len(self.layers)} layers, batch {self.batch}, on {device}",
+            f"  whole    {_ms(self.total_s)} (quartiles {_ms(low_s)} … {_ms(high_s)}) over {len(self.whole_s)} runs",
+            f"  layers   sum to {1 / self.whole_to_sum:.3f} of it; the slowest is {name}, {_ms(slowest_s)}",
+        ]
+        if self.memory_bytes is not None:
+            most = int(self.memory_bytes.argmax())
+            lines.append(f"  memory   {self.memory_bytes[most] / 1e6:.3g} MB at most, in {self.layers[most]}")
+        if self.energy is None:
+            lines.append("  energy   not metered")
+        else:
+            mean_j, low_j, high_j = self.energy.whole_j
+            lines.append(
+                f"  energy   {mean_j:.3g} J ({low_j:.3g} … {high_j:.3g}) above {self.energy.idle_power_w:.3g} W idle, "
+                f"by {self.energy.meter}"
+            )
+        return "\n".join(lines)
+
+    def scaled(self, factor: float) -> LayerProfile:
+        """Return the profile of a device that takes ``factor`` times as long for everything (an emulated one).
+
+        What energy such a device would take is not known, so it has none.
+        """
+        if not (math.isfinite(factor) and factor > 0):
+            raise ProfileError(f"a device cannot be {factor} times as slow: give a positive factor")
+        provenance = {**self.provenance, "scaled_by": factor * self.provenance.get("scaled_by", 1.0)}
+        return dataclasses.replace(
+            self, samples_s=self.samples_s * factor, whole_s=self.whole_s * factor, provenance=provenance, energy=None
+        )
+
+    def check(self, graph: LayerGraph) -> None:
+        """Raise :class:`~torchsurgeon.errors.ProfileError` when this is not a profile of ``graph``."""
+        if self.fingerprint != graph.fingerprint:
+            raise ProfileError(
+                f"this profile is of {self.model} ({len(self.layers)} layers, fingerprint {self.fingerprint[:12]}), "
+                f"not of {type(graph.model).__name__} ({len(graph.layers)} layers, {graph.fingerprint[:12]}); "
+                "profile that model"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the profile as plain data, with its format's version."""
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "batch": self.batch,
+            "layers": list(self.layers),
+            "samples_s": self.samples_s.tolist(),
+            "whole_s": self.whole_s.tolist(),
+            "memory_bytes": None if self.memory_bytes is None else self.memory_bytes.tolist(),
+            "energy": None if self.energy is None else self.energy.to_json(),
+            "provenance": dict(self.provenance),
+        }
+
+    @staticmethod
+    def from_json(data: Any) -> LayerProfile:
+        """Return the profile in ``data``. Raises :class:`~torchsurgeon.errors.ProfileError` naming what is wrong with
+        it."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ProfileError(f"not a profile of this version: format is {found!r}, not {FORMAT!r}; measure it again")
+        try:
+            memory, energy = data["memory_bytes"], data["energy"]
+            return LayerProfile(
+                str(data["model"]),
+                str(data["fingerprint"]),
+                int(data["batch"]),
+                tuple(map(str, data["layers"])),
+                np.asarray(data["samples_s"], dtype=np.float64),
+                np.asarray(data["whole_s"], dtype=np.float64),
+                dict(data["provenance"]),
+                None if memory is None else np.asarray(memory, dtype=np.int64).reshape(-1),
+                None if energy is None else LayerEnergy.from_json(energy),
+            )
+        except KeyError as error:
+            raise ProfileError(
+                f"the profile has no field {error}; it was cut short or edited, measure it again"
+            ) from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ProfileError):
+                raise
+            raise ProfileError(f"the profile holds a value that is none: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.ProfileError` where it cannot be
+        written."""
+        try:
+            Path(path).write_text(json.dumps(self.to_json()))
+        except OSError as error:
+            raise ProfileError(f"{path} cannot be written: {error.strerror}") from None
+
+    @staticmethod
+    def load(path: str | Path) -> LayerProfile:
+        """Read a profile. Raises :class:`~torchsurgeon.errors.ProfileError` naming the file and what is wrong with
+        it."""
+        try:
+            return LayerProfile.from_json(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ProfileError(f"{path} is not JSON: {error}") from None
+        except ProfileError as error:
+            raise ProfileError(f"{path}: {error}") from None
+
+
+def _nulls(values: Any) -> Any:
+    """NaN is no JSON."""
+    if isinstance(values, list):
+        return [_nulls(value) for value in values]
+    return values if math.isfinite(values) else None
+
+
+def _floats(values: Any) -> Array:
+    return np.asarray(values, dtype=np.float64)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
