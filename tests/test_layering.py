@@ -30,6 +30,7 @@ ROOMS = [
     "configuration",
     "graph",
     "cut",
+    "doctor",
     "kernels",
     "hooks",
     "meters",

@@ -62,6 +62,21 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(doctor)
     doctor.set_defaults(run=_doctor)
 
+    profile = commands.add_parser("profile", help="measure each layer's time, memory and energy on this machine")
+    _model_arguments(profile)
+    profile.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    profile.add_argument("--out", type=Path, metavar="FILE", help="write the profile as JSON")
+    profile.add_argument("--repeats", type=int, default=20, help="measured runs, each of the whole model")
+    profile.add_argument("--warmup", type=int, default=3, help="runs before them")
+    profile.add_argument("--threads", type=int, help="CPU threads of one inference")
+    profile.add_argument("--cooldown", type=float, default=0.0, metavar="SECONDS", help="rest before every 10 repeats")
+    profile.add_argument("--no-energy", action="store_true", help="do not meter joules, which takes its time")
+    profile.add_argument("--plot", type=Path, metavar="FILE", help="draw the layers as bars, e.g. profile.png")
+    profile.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write one run for ui.perfetto.dev, e.g. trace.json"
+    )
+    profile.set_defaults(run=_profile)
+
     serve = commands.add_parser("serve", help="serve the tails of models")
     serve.add_argument(
         "models", nargs="+", metavar="NAME=SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file"
@@ -122,6 +137,50 @@ def _doctor(options: argparse.Namespace) -> None:
     model = specs.load(options.spec, input_spec=options.input)
     found = doctor.examine(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)
     Console().print(diagnosis_text(found))
+
+
+def _profile(options: argparse.Namespace) -> None:
+    import warnings
+
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from torch.utils import _pytree
+
+    from torchsurgeon import report, specs
+    from torchsurgeon.graph import trace
+    from torchsurgeon.profile import NoisyProfileWarning, find_device, layer_trace, profile
+
+    device = find_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    loaded = specs.load(options.spec, input_spec=options.input)
+    loaded.model.to(device)
+    args, kwargs = _pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (loaded.args, loaded.kwargs))
+    graph = trace(loaded.model, *args, leaf_modules=options.leaf, **kwargs)
+    console = Console()
+    with Progress(console=Console(stderr=True), transient=True) as bar, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoisyProfileWarning)
+        task = bar.add_task("profiling", total=None)
+        measured = profile(
+            graph,
+            device,
+            repeats=options.repeats,
+            warmup=options.warmup,
+            meter=None if options.no_energy else "auto",
+            cooldown_s=options.cooldown,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if options.out is not None:
+        measured.save(options.out)
+    console.print(report.profile_table(graph, measured))
+    console.print(str(measured), highlight=False, markup=False)
+    for warning in caught:
+        print(f"torchsurgeon: warning: {warning.message}", file=sys.stderr)
+    if options.plot is not None:
+        report.profile_picture(graph, measured, options.plot)
+    if options.trace is not None:
+        layer_trace(graph, device).save(options.trace)
 
 
 def _serve(options: argparse.Namespace) -> None:

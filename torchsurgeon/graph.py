@@ -144,7 +144,8 @@ class LayerGraph:
         points: every :class:`PartitionPoint`, from all on the server to all on the device.
         inputs, outputs: the model's own input and output tensors.
         values: every tensor that may cross a boundary, by name.
-        batch: the example's batch size; ``batch_free`` says whether other sizes work.
+        batch: the example's batch size; ``batch_free`` says whether other sizes work. Where they do not, the example
+            counts as one sample.
         traced_by: ``"fx"``, ``"export"``, or ``"hierarchical"`` (fx around modules that it cannot follow).
         opaque: path of each module kept whole as one layer, and why.
         value_dependent: whether shapes depend on values, so that the example had to be run for real.
@@ -361,7 +362,7 @@ def trace(
     flow = Flow(steps, shapes, model)
     if not flow.layers:
         raise TraceError(f"{type(model).__name__} computes nothing from its input: there is no layer to cut after")
-    specs = _Specs(shapes, more, (len(sizes) == 1 and next(iter(sizes))) or 1, isinstance(source, RealModel))
+    specs = _Specs(shapes, more, (next(iter(sizes)) if more is not None else 1) or 1, isinstance(source, RealModel))
     return LayerGraph(model, call, captured, flow, specs)
 
 

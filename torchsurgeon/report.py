@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
+from torchsurgeon.doctor import Diagnosis
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.graph import LayerGraph
 from torchsurgeon.plan import Estimate
@@ -96,25 +98,164 @@ def _shape(spec: object) -> str:
     return str(spec).rpartition(" ")[2]
 
 
+def diagnosis_text(diagnosis: Diagnosis) -> Group:
+    """Return what :func:`torchsurgeon.doctor.examine` found, for people."""
+    graph = diagnosis.graph
+    how = {
+        "fx": "torch.fx",
+        "export": "torch.export (its Python could not be followed by torch.fx); layers are ATen operators",
+        "hierarchical": "torch.fx, around modules that it cannot follow",
+    }[graph.traced_by]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("traced by", how)
+    facts.add_row("in", seconds_text(diagnosis.trace_s))
+    facts.add_row("layers", f"{len(graph.layers)}, {len(graph.points)} partition points")
+    flops = sum(layer.flops for layer in graph.layers)
+    weights = sum(p.numel() * p.element_size() for p in graph.model.parameters())
+    facts.add_row("compute", f"{flops_text(flops)} (multiply and add count as two), {bytes_text(weights)} of weights")
+    uncounted = [layer.name for layer in graph.layers if layer.uncounted]
+    if uncounted:
+        facts.add_row("not counted", f"operators inside {_listed(uncounted)}")
+    for path, why in graph.opaque.items():
+        facts.add_row("kept whole", f"{path}: {why}")
+    if not graph.opaque:
+        facts.add_row("kept whole", "nothing")
+    for spec, free in zip(graph.inputs, diagnosis.free_sizes.values(), strict=True):
+        sizes = "×".join(f"{n}{' (free)' if ok else ''}" for n, ok in zip(spec.shape, free, strict=True))
+        facts.add_row("input", f"{spec.name} {str(spec.dtype).removeprefix('torch.')}[{sizes}]")
+    if graph.value_dependent:
+        facts.add_row("sizes", "depend on values, so which input sizes are free is not known")
+    facts.add_row("batch", "free" if graph.batch_free else "fixed at the example's")
+    again = "the same bits twice" if diagnosis.repeatable else "DIFFERENT from run to run: no cut can give the same"
+    facts.add_row("answers", again)
+    for note in diagnosis.notes:
+        facts.add_row("note", note)
+    blocks = Table(title="Partition points by block", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    blocks.add_column("block")
+    blocks.add_column("points", justify="right")
+    for block, count in diagnosis.points_per_block.items():
+        blocks.add_row(block, str(count))
+    start_bytes = graph.points[0].size_bytes
+    cuts = Table(
+        title=f"Cuts that can pay: each sends less than the input ({bytes_text(start_bytes)}) and all before it",
+        caption=f"{diagnosis.too_big} of {max(len(graph.points) - 2, 0)} points send more than the input.",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    cuts.add_column("#", justify="right")
+    cuts.add_column("cut after")
+    for column in ("crosses", "compute before"):
+        cuts.add_column(column, justify="right")
+    done = np.cumsum([0] + [layer.flops for layer in graph.layers])
+    for point in diagnosis.worthwhile:
+        share = f"{done[point.index] / flops:.0%}" if flops else ""
+        cuts.add_row(str(point.index), point.name, bytes_text(point.size_bytes), share)
+    return Group(facts, blocks, cuts if diagnosis.worthwhile else "No cut sends less than the input does.")
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def profile_table(graph: LayerGraph, profile: LayerProfile) -> Table:
-    """Return the measured time of each layer, with quartiles and its share."""
-    table = Table(title=f"{profile.model} on {profile.provenance.get('device', 'an unnamed device')}")
-    for name in ("#", "layer", "type"):
-        table.add_column(name)
+    """Return the measured time of each layer with quartiles and share, and its memory and joules where known."""
+    profile.check(graph)
+    device = profile.provenance.get("device", "an unnamed device")
+    table = Table(
+        title=f"{profile.model} on {device}: {seconds_text(profile.total_s)}",
+        caption=(
+            f"Medians of {len(profile.whole_s)} runs. The layers' sum is {1 / profile.whole_to_sum:.3f} of the whole "
+            "model's time, which is measured by itself; shares are of the sum."
+            + (" Joules are above idle, with their 95 % interval." if profile.energy else "")
+        ),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("#", justify="right")
+    table.add_column("layer", overflow="fold")
+    table.add_column("type")
     for name in ("median", "quartiles", "share"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
+    if profile.memory_bytes is not None:
+        table.add_column("memory", justify="right", no_wrap=True)
+    if profile.energy is not None:
+        table.add_column("energy", justify="right", no_wrap=True)
     low, high = profile.quartiles_s()
     total_s = profile.layer_s.sum()
     for layer, median_s, low_s, high_s in zip(graph.layers, profile.layer_s, low, high, strict=True):
-        table.add_row(
+        cells = [
             str(layer.index + 1),
             layer.name,
             layer.type,
             seconds_text(median_s),
             f"{seconds_text(low_s)} … {seconds_text(high_s)}",
             f"{median_s / total_s:.1%}",
-        )
+        ]
+        if profile.memory_bytes is not None:
+            cells.append(bytes_text(float(profile.memory_bytes[layer.index])))
+        if profile.energy is not None:
+            low_j, high_j = profile.energy.interval_j[layer.index]
+            cells.append(joules_text(float(profile.energy.layer_j[layer.index]), float(low_j), float(high_j)))
+        table.add_row(*cells)
     return table
+
+
+def joules_text(mean_j: float, low_j: float, high_j: float) -> str:
+    """Return an energy and its interval for people, in one unit; "?" where it is unknown."""
+    if math.isnan(mean_j):
+        return "?"
+    size = max(abs(mean_j), abs(high_j) if math.isfinite(high_j) else 0.0)
+    factor, unit = (1.0, "J") if size >= 1 else (1e3, "mJ") if size >= 1e-3 else (1e6, "µJ")
+    if not math.isfinite(high_j - low_j):
+        return f"{mean_j * factor:.3g} {unit}"
+    return f"{mean_j * factor:.3g} ({low_j * factor:.3g} … {high_j * factor:.3g}) {unit}"
+
+
+def profile_picture(graph: LayerGraph, profile: LayerProfile, path: str | Path) -> None:
+    """Draw a bar for each layer's time, with its quartiles, into a PNG (or whatever format ``path`` ends in); beside
+    them its memory, and its joules where they are known.
+
+    Runs of layers are drawn together when there are more than fit; their time is the sum, their memory the most.
+    Raises :class:`~torchsurgeon.errors.TorchSurgeonError` when matplotlib is not installed.
+    """
+    profile.check(graph)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TorchSurgeonError(f"drawing needs matplotlib ({error}): pip install 'torchsurgeon[plot]'") from None
+    groups = _groups(graph, [])
+    labels = [_label([graph.layers[i].name for i in g]) + (f" ({len(g)} layers)" if len(g) > 1 else "") for g in groups]
+    runs_ms = np.stack([profile.samples_s[:, g].sum(axis=1) for g in groups], axis=1) * 1e3
+    median, (low, high) = np.median(runs_ms, axis=0), np.quantile(runs_ms, [0.25, 0.75], axis=0)
+    panels: list[tuple[str, str, np.ndarray, np.ndarray | None]] = [
+        ("time (ms)", _BLUE, median, np.stack([median - low, high - median]))
+    ]
+    if profile.memory_bytes is not None:
+        most = np.array([profile.memory_bytes[g].max() for g in groups]) / 1e6
+        panels.append(("tensors in memory (MB)", _GREEN, most, None))
+    if profile.energy is not None:
+        joules = np.array([profile.energy.layer_j[g].sum() for g in groups])
+        panels.append(("energy above idle (mJ)", _ORANGE, joules * 1e3, None))
+    figure = Figure(figsize=(4.5 + 3.5 * len(panels), max(3.0, 0.27 * len(groups) + 1.6)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True, width_ratios=[1.6] + [1.0] * (len(panels) - 1)))
+    y = np.arange(len(groups))
+    for axis, (name, color, values, errors) in zip(axes, panels, strict=True):
+        axis.barh(y, values, xerr=errors, color=color, error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#333333"})
+        axis.set_xlabel(name)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+    axes[0].set_yticks(y, labels, fontsize=9)
+    axes[0].set_ylim(len(groups) - 0.4, -0.6)
+    right = float((median + (high - median)).max())
+    for at, value, end in zip(y, median, high, strict=True):
+        axes[0].annotate(f"{value / median.sum():.0%}", (end + right * 0.02, at), va="center", fontsize=8)
+    axes[0].set_xlim(0, right * 1.12)
+    device = profile.provenance.get("device", "an unnamed device")
+    figure.suptitle(f"{profile.model} on {device}: {seconds_text(profile.total_s)} a run")
+    figure.savefig(path, dpi=130)
 
 
 def estimate_table(title: str, estimates: Sequence[Estimate], chosen: Estimate) -> Table:
