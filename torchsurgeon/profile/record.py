@@ -180,7 +180,7 @@ class LayerProfile:
             most = int(self.memory_bytes.argmax())
             lines.append(f"  memory   {self.memory_bytes[most] / 1e6:.3g} MB at most, in {self.layers[most]}")
         if self.energy is None:
-            lines.append("  energy   not metered")
+            lines.append(f"  energy   not metered; meter: {self.provenance.get('meter', 'none')}")
         else:
             mean_j, low_j, high_j = self.energy.whole_j
             lines.append(
