@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import operator
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -48,24 +50,66 @@ def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]
     same_batch = len({t.shape[0] if t.dim() else -1 for t in tensors}) == 1
     for tensor in {id(t): t for t in tensors}.values():
         # Sequences (of numbers, of embeddings) may have any length; sizes of images are part of what a model is built
-        # for.
+        # for, and leaving them free would make export several times slower.
         dims = ([0] if same_batch else []) + ([1] if tensor.dim() in (2, 3) else [])
         if tensor.dim() and dims:
             free[tensor] = dict.fromkeys(dims, Dim.AUTO)
     try:
-        with TRACING, _quietly(), torch.no_grad(), _any_size(), _returning_leaves(model) as results:
+        with (
+            TRACING,
+            _quietly(),
+            torch.no_grad(),
+            _any_size(),
+            _fused_as_in_eager(),
+            _returning_leaves(model) as results,
+        ):
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=free, strict=False)
             root = program.module()
+    except TraceError:
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n\n")[0]
         raise TraceError(f"torch.export cannot follow {type(model).__name__}: {reason}") from error
-    return _steps(model, call, root, results[-1]), _guard(root)
+    return _steps(model, call, root, results[-1]), _guard(root, call)
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    # Whatever export has to say about a failure is in its error, which may be one of several attempts.
+    chatty = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before, chatty.disabled = chatty.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatty.disabled = before
+
+
+@contextlib.contextmanager
+def _fused_as_in_eager() -> Iterator[None]:
+    """Let attention and encoder layers take their fused kernels, as they do when the model runs: what they do instead
+    while traced gives other bits."""
+    # Other threads may run models meanwhile.
+    here, encoder, overridden = threading.get_ident(), nn.TransformerEncoder.forward, torch.overrides.has_torch_function
+
+    @functools.wraps(encoder)
+    def forward(self: nn.TransformerEncoder, *args: Any, **kwargs: Any) -> Any:
+        padding = args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")
+        if padding is not None and self.use_nested_tensor and threading.get_ident() == here:
+            raise TraceError("nn.TransformerEncoder packs padded sequences by the values of their mask")
+        return encoder(self, *args, **kwargs)
+
+    replaced = [
+        (torch.overrides, "has_torch_function", lambda t: threading.get_ident() != here and overridden(t)),
+        (nn.modules.activation, "_is_make_fx_tracing", lambda: False),
+        (nn.TransformerEncoder, "forward", forward),
+    ]
+    with contextlib.ExitStack() as undo:
+        for owner, name, value in replaced:
+            if hasattr(owner, name):
+                undo.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
         yield
 
 
@@ -104,19 +148,31 @@ def _any_size() -> contextlib.AbstractContextManager[Any]:
     raise TraceError("this PyTorch cannot export with sizes of one left free; use torch 2.10 or newer")
 
 
-def _guard(root: nn.Module) -> Guard:
+def _guard(root: fx.GraphModule, call: Call) -> Guard:
     check = getattr(root, "_guards_fn", None)
+    nodes = (node for node in root.graph.nodes if node.op == "placeholder")
+    sizes = [
+        tuple(node.meta["val"].shape)
+        for node, leaf in zip(nodes, _inputs(call, root), strict=True)
+        if leaf.path not in call.fixed
+    ]
 
     def guard(tensors: Sequence[torch.Tensor]) -> None:
-        if check is None:
-            return
+        wrong = ""
+        for name, tensor, needed in zip(call.names, tensors, sizes, strict=True):
+            for dim, size in enumerate(needed):
+                if type(size) is int and tensor.shape[dim : dim + 1] != (size,):
+                    wrong = wrong or f"{name} is {list(tensor.shape)}, size {size} of dimension {dim} is built in"
         try:
-            check(*tensors)
+            if not wrong and check is not None:
+                check(*tensors)
         except AssertionError as error:
+            wrong = str(error)
+        if wrong:
             raise TypeError(
                 f"with tensors of these sizes the model takes another path than with the example it was traced with "
-                f"({error}); trace it again with an example of such sizes"
-            ) from None
+                f"({wrong}); trace it again with an example of such sizes"
+            )
 
     return guard
 
