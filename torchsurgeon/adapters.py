@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from torchsurgeon.shape_rules import META, Outcome, register_shape_rule
@@ -22,17 +23,18 @@ from torchsurgeon.structure import flatten
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """``forward`` replaces the model's own while tracing; ``whole`` names the submodules to keep as one layer, with
-    why."""
+    why. ``applies`` says of a call's arguments whether ``forward`` can stand in; without it, always."""
 
     forward: Callable[..., Any]
     whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    applies: Callable[..., bool] | None = None
 
 
 _ADAPTERS: dict[str, Adapter] = {}
 
 
 def register_adapter(model_class: type[nn.Module] | str, adapter: Adapter) -> None:
-    """Trace models of this class (or of a subclass that keeps its forward) by ``adapter``.
+    """Trace models of this class (or of a subclass that keeps its forward) by ``adapter``, also inside other models.
 
     A class given by its qualified name (``"package.module.Class"``) need not be imported.
     """
@@ -41,7 +43,7 @@ def register_adapter(model_class: type[nn.Module] | str, adapter: Adapter) -> No
 
 
 def adapter_for(model: nn.Module) -> Adapter | None:
-    """Return the adapter of a model's class, or None."""
+    """Return the adapter of a module's class, or None."""
     for base in type(model).__mro__:
         if _qualified(base) in _ADAPTERS:
             return _ADAPTERS[_qualified(base)]
@@ -61,6 +63,80 @@ def opaque(function: Callable[..., Any], *args: Any) -> Any:
             return leaf.tracer.create_proxy("call_function", function, args, {})
     return function(*args)
 
+
+# --- torch.nn's transformers, which fx would keep as one layer: their own layers are what one cuts between ---
+
+
+def _is_causal(mask: torch.Tensor | None, given: bool | None, length: int) -> bool:
+    return bool(nn.modules.transformer._detect_is_causal_mask(mask, given, length))
+
+
+# Decided by the mask's values; no shape depends on it.
+_is_causal.shape_rule = lambda *_: Outcome(False)  # type: ignore[attr-defined]
+
+
+def _causal(self: Any, x: Any, mask: Any, given: bool | None) -> Any:
+    if mask is None or given is not None:
+        return given is True
+    return opaque(_is_causal, mask, given, x.size(1 if self.layers[0].self_attn.batch_first else 0))
+
+
+def _float_mask(mask: torch.Tensor, like: torch.Tensor) -> Any:
+    return F._canonical_mask(mask, "mask", None, "", like.dtype, check_other=False)
+
+
+def _encoder(self: Any, src: Any, mask: Any = None, src_key_padding_mask: None = None, is_causal: Any = None) -> Any:
+    mask = None if mask is None else opaque(_float_mask, mask, src)
+    causal = _causal(self, src, mask, is_causal)
+    for layer in self.layers:
+        src = layer(src, src_mask=mask, is_causal=causal, src_key_padding_mask=None)
+    return src if self.norm is None else self.norm(src)
+
+
+def _encodes(src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: Any = None) -> bool:
+    # Padded sequences are packed by the values of their mask.
+    return src_key_padding_mask is None
+
+
+def _decoder(
+    self: Any, tgt: Any, memory: Any, tgt_mask: Any = None, *masks: Any, tgt_is_causal: Any = None, **named: Any
+) -> Any:
+    causal = _causal(self, tgt, tgt_mask, tgt_is_causal)
+    for layer in self.layers:
+        tgt = layer(tgt, memory, tgt_mask, *masks, tgt_is_causal=causal, **named)
+    return tgt if self.norm is None else self.norm(tgt)
+
+
+def _encoder_decoder(
+    self: Any,
+    src: Any,
+    tgt: Any,
+    src_mask: Any = None,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    src_key_padding_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    src_is_causal: bool | None = None,
+    tgt_is_causal: bool | None = None,
+    memory_is_causal: bool = False,
+) -> Any:
+    memory = self.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal)
+    return self.decoder(
+        tgt,
+        memory,
+        tgt_mask=tgt_mask,
+        memory_mask=memory_mask,
+        tgt_key_padding_mask=tgt_key_padding_mask,
+        memory_key_padding_mask=memory_key_padding_mask,
+        tgt_is_causal=tgt_is_causal,
+        memory_is_causal=memory_is_causal,
+    )
+
+
+register_adapter(nn.TransformerEncoder, Adapter(_encoder, applies=_encodes))
+register_adapter(nn.TransformerDecoder, Adapter(_decoder))
+register_adapter(nn.Transformer, Adapter(_encoder_decoder))
 
 # --- torchvision's detectors ---
 

@@ -40,10 +40,13 @@ def capture(
     ``leaf_modules`` (paths or classes) stay whole, which needs torch.fx. Raises
     :class:`~torchsurgeon.errors.TraceError` naming the line that cannot be followed, and what to try.
     """
-    adapter = adapter_for(model) or Adapter(type(model).forward)
+    adapter = adapter_for(model)
+    if adapter is None or not _applies(adapter, call, tensors):
+        adapter = Adapter(type(model).forward)
     opaque = {**adapter.whole, **_chosen(model, leaf_modules)}
     try:
-        return Captured(capture_fx(model, call, opaque, adapter.forward), "fx", opaque)
+        steps, whole = capture_fx(model, call, opaque, adapter.forward)
+        return Captured(steps, "fx", whole)
     except UnfollowedError as error:
         unfollowed = error
     reason = ""
@@ -56,10 +59,18 @@ def capture(
     while unfollowed.module_path and unfollowed.module_path not in opaque:
         opaque[unfollowed.module_path] = unfollowed.line
         try:
-            return Captured(capture_fx(model, call, opaque, adapter.forward), "hierarchical", opaque)
+            steps, whole = capture_fx(model, call, opaque, adapter.forward)
+            return Captured(steps, "hierarchical", whole)
         except UnfollowedError as error:
             unfollowed = error
     raise TraceError(f"{unfollowed}\n{reason}".rstrip()) from unfollowed
+
+
+def _applies(adapter: Adapter, call: Call, tensors: Sequence[torch.Tensor]) -> bool:
+    if adapter.applies is None:
+        return True
+    args, kwargs = call.rebuild(dict(zip(call.paths, tensors, strict=True)))
+    return adapter.applies(*args, **kwargs)
 
 
 def _chosen(model: nn.Module, leaf_modules: Collection[str | type[nn.Module]]) -> dict[str, str]:

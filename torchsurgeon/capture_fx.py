@@ -11,7 +11,7 @@ import operator
 import os
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torchsurgeon.adapters import adapter_for
 from torchsurgeon.errors import TraceError
 from torchsurgeon.interface import Call, Output
 from torchsurgeon.program import Constant, Ref, Step, plain, unique
@@ -125,9 +126,9 @@ _FOLLOWED_WITH_TRACED_SIZES = ("arange", "linspace", "eye", "tensor")
 class _Tracer(fx.Tracer):
     """fx's tracer, which also keeps the module path every node was made under, and leaves the model as it was."""
 
-    def __init__(self, model: nn.Module, call: Call, whole: Collection[str], forward: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, call: Call, whole: Mapping[str, str], forward: Callable[..., Any]) -> None:
         super().__init__()
-        self.model, self.call, self.whole, self.forward = model, call, whole, forward
+        self.model, self.call, self.whole, self.forward = model, call, dict(whole), forward
         self.stack: list[str] = [""]
         self.failed_in = ""
         self.where: dict[fx.Node, str] = {}
@@ -199,8 +200,13 @@ class _Tracer(fx.Tracer):
         if "_orig_mod" in m._modules:
             # What torch.compile wraps is followed itself.
             return m._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
-        self.stack.append(self.path_of_module(m))
+        path = self.path_of_module(m)
+        self.stack.append(path)
         try:
+            adapter = None if path in self.whole else adapter_for(m)
+            if adapter is not None and (adapter.applies is None or adapter.applies(*args, **kwargs)):
+                self.whole |= {f"{path}.{part}": why for part, why in adapter.whole.items()}
+                return adapter.forward(m, *args, **kwargs)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             self.failed_in = self.failed_in or self.stack[-1]
@@ -240,10 +246,13 @@ class UnfollowedError(TraceError):
         self.module_path, self.line = module_path, line
 
 
-def capture_fx(model: nn.Module, call: Call, whole: Collection[str], forward: Callable[..., Any]) -> list[Step]:
-    """Return the model's steps, the inputs first and the output last.
+def capture_fx(
+    model: nn.Module, call: Call, whole: Mapping[str, str], forward: Callable[..., Any]
+) -> tuple[list[Step], Mapping[str, str]]:
+    """Return the model's steps, the inputs first and the output last, and which modules stay one layer each, with why.
 
-    Modules named in ``whole`` stay one layer each. ``forward`` is followed in place of the model's own.
+    Those are the ones in ``whole``, and what adapters of submodules keep so. ``forward`` is followed in place of the
+    model's own.
     Raises :class:`UnfollowedError` naming the line of the model that ``torch.fx`` cannot follow.
     """
     tracer = _Tracer(model, call, whole, forward)
@@ -251,7 +260,7 @@ def capture_fx(model: nn.Module, call: Call, whole: Collection[str], forward: Ca
         graph = tracer.follow()
     except Exception as error:
         raise _unfollowed(model, tracer, error) from error
-    return _steps(model, tracer, graph)
+    return _steps(model, tracer, graph), tracer.whole
 
 
 def _steps(model: nn.Module, tracer: _Tracer, graph: fx.Graph) -> list[Step]:
