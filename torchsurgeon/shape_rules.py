@@ -141,7 +141,50 @@ def _attention(
     return Outcome((torch.empty_like(query), None), flops)
 
 
+def _encoder_layer(module: Any, x: torch.Tensor, *_: Any, **__: Any) -> Outcome | None:
+    if x.dim() != 3 or not x.is_contiguous() or not module.self_attn.batch_first:
+        return None
+    batch, length, width = x.shape
+    products = 4 * width + 2 * length + 2 * module.linear1.out_features
+    return Outcome(torch.empty_like(x), 2 * batch * length * width * products)
+
+
+def _encoder(module: nn.TransformerEncoder, x: torch.Tensor, *_: Any, **__: Any) -> Outcome | None:
+    # With padding it packs sequences by the values of their mask; the flops are those of whole sequences.
+    parts = [_encoder_layer(layer, x) for layer in module.layers if type(layer) is nn.TransformerEncoderLayer]
+    known = [part.flops for part in parts if part is not None]
+    return Outcome(torch.empty_like(x), sum(known)) if len(known) == len(module.layers) else None
+
+
+def _recurrent(module: nn.RNNBase, x: Any, state: Any = None) -> Outcome | None:
+    if not isinstance(x, torch.Tensor) or x.dim() != 3 or module.proj_size or not x.is_contiguous():
+        return None
+    directions, hidden = 2 if module.bidirectional else 1, module.hidden_size
+    batch = x.shape[0 if module.batch_first else 1]
+    out = torch.empty((*x.shape[:2], directions * hidden), dtype=x.dtype, device=META)
+    if module.batch_first:
+        # Time is the outer dimension inside.
+        out = torch.empty_like(out.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
+    states = [
+        torch.empty((directions * module.num_layers, batch, hidden), dtype=x.dtype, device=META)
+        for _ in range(2 if isinstance(module, nn.LSTM) else 1)
+    ]
+    weights = sum(p.numel() for name, p in module.named_parameters() if name.startswith("weight"))
+    return Outcome((out, tuple(states) if len(states) > 1 else states[0]), 2 * x.shape[0] * x.shape[1] * weights)
+
+
+def _embedding(module: nn.Embedding, tokens: torch.Tensor) -> Outcome | None:
+    if module.max_norm is not None or not tokens.is_contiguous():
+        return None
+    shape = (*tokens.shape, module.embedding_dim)
+    return Outcome(torch.empty(shape, dtype=module.weight.dtype, device=META))
+
+
 _MODULE_RULES: dict[type | str, Rule] = {
+    nn.TransformerEncoderLayer: _encoder_layer,
+    nn.TransformerEncoder: _encoder,
+    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), _recurrent),
+    nn.Embedding: _embedding,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
     nn.Linear: _linear,
     nn.MultiheadAttention: _attention,

@@ -89,14 +89,21 @@ class RealModel(MetaModel):
         return module
 
 
+def _lengths(sequences: torch.Tensor) -> list[int]:
+    """The length of each sequence; padded ones come packed as a nested tensor."""
+    if sequences.is_nested:
+        return [t.shape[0] for t in sequences.unbind()]
+    return [sequences.shape[1]] * sequences.shape[0]
+
+
 def _attention_flops(query: Any, key: Any, value: Any, width: int, *args: Any, **kwargs: Any) -> int:
-    batch, target, source = query.shape[0], query.shape[1], key.shape[1]
-    return int(4 * batch * (target + source) * width * width + 4 * batch * target * source * width)
+    pairs = zip(_lengths(query), _lengths(key), strict=True)
+    return sum(4 * (target + source) * width * width + 4 * target * source * width for target, source in pairs)
 
 
 def _encoder_flops(x: Any, width: int, *args: Any, **kwargs: Any) -> int:
-    hidden = args[12].shape[0]
-    return _attention_flops(x, x, x, width) + int(4 * x.shape[0] * x.shape[1] * width * hidden)
+    hidden: int = args[12].shape[0]
+    return _attention_flops(x, x, x, width) + sum(4 * length * width * hidden for length in _lengths(x))
 
 
 # What inference fuses, PyTorch's own counter does not see the products of.
