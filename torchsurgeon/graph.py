@@ -355,7 +355,7 @@ def trace(
         shapes = propagate(steps, tensors, source)
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     more = None
-    if len(sizes) == 1 and None not in sizes:
+    if len(sizes) == 1 and None not in sizes and _any_batch(captured, tensors):
         alike = [t if isinstance(source, RealModel) else t.detach().to("meta") for t in tensors]
         more = _try_propagate(steps, [torch.cat([t[:1], t]) for t in alike], source, shapes)
     _refuse_randomness([steps[i] for i in shapes.random])
@@ -364,6 +364,18 @@ def trace(
         raise TraceError(f"{type(model).__name__} computes nothing from its input: there is no layer to cut after")
     specs = _Specs(shapes, more, (next(iter(sizes)) if more is not None else 1) or 1, isinstance(source, RealModel))
     return LayerGraph(model, call, captured, flow, specs)
+
+
+def _any_batch(captured: Captured, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the path the example took through the model's source is that of batches of other sizes, too."""
+    try:
+        for extra in (1, 1023):
+            more = [torch.empty((t.shape[0] + extra, *t.shape[1:]), dtype=t.dtype, device="meta") for t in tensors]
+            if captured.guard is not None:
+                captured.guard(more)
+    except TypeError:
+        return False
+    return True
 
 
 def _try_propagate(
