@@ -29,6 +29,7 @@ from torchsurgeon.meters import (
     Reading,
     ReplayMeter,
     WallClock,
+    board_state,
     find_meter,
     measure_idle,
     save_log,
@@ -281,9 +282,55 @@ def test_an_nvml_that_cannot_meter_says_why(
         NvmlMeter(device, nvml)
 
 
+def test_a_gpu_tells_its_clocks_and_why_they_are_low(nvml: str) -> None:
+    with NvmlMeter(0, nvml) as meter:
+        assert meter.state() == {
+            "gpu_clock_mhz": 1410,
+            "gpu_memory_clock_mhz": 1593,
+            "throttled_by": ["power cap", "thermal limit"],
+        }
+
+
 def test_a_machine_without_nvml_says_so() -> None:
     with pytest.raises(MeterError, match=r"no NVML: libnothing\.so\.1 does not open"):
         NvmlMeter(0, "libnothing.so.1")
+
+
+# The board
+
+
+def test_a_board_tells_its_power_mode_and_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters.board, "_nvml_state", lambda device: {})
+    files = {
+        "proc/device-tree/model": "NVIDIA Jetson Orin Nano\0",
+        "var/lib/nvpmodel/status": "pmode:0001 fmode:quiet",
+        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=1 NAME=7W >\n< PM_CONFIG DEFAULT=0 >\n",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "729600\n",
+        "sys/devices/system/cpu/cpufreq/policy0/cpuinfo_max_freq": "1510400\n",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "schedutil\n",
+        "sys/devices/system/cpu/cpufreq/policy4/scaling_cur_freq": "1510400\n",
+        "sys/class/devfreq/17000000.ga10b/cur_freq": "306000000\n",
+        "sys/class/thermal/thermal_zone0/temp": "48500\n",
+        "sys/class/thermal/thermal_zone1/temp": "51062\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    common = {
+        "board": "NVIDIA Jetson Orin Nano",
+        "power_mode": "7W (1)",
+        "cpu_clock_mhz": {"lowest": 729, "highest": 1510, "limit": 1510, "governor": "schedutil"},
+        "temperature_c": pytest.approx(51.062),
+    }
+    assert board_state(torch.device("cpu"), tmp_path) == common
+    assert board_state(torch.device("cuda"), tmp_path)["gpu_clock_mhz"] == 306
+
+
+def test_what_a_board_does_not_tell_is_left_out(tmp_path: Path) -> None:
+    assert board_state(torch.device("cpu"), tmp_path) == {}
+    (tmp_path / "var/lib/nvpmodel").mkdir(parents=True)
+    (tmp_path / "var/lib/nvpmodel/status").write_text("pmode:0003")
+    assert board_state(torch.device("cpu"), tmp_path) == {"power_mode": "3"}
 
 
 # Choosing

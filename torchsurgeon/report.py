@@ -164,8 +164,8 @@ def profile_table(graph: LayerGraph, profile: LayerProfile) -> Table:
     table = Table(
         title=f"{profile.model} on {device}: {seconds_text(profile.total_s)}",
         caption=(
-            f"Medians of {len(profile.whole_s)} runs. The layers' sum is {1 / profile.whole_to_sum:.3f} of the whole "
-            "model's time, which is measured by itself; shares are of the sum."
+            f"Medians of {len(profile.whole_s)} runs. Layers sum to {profile.sum_to_whole:.3f} of the whole model's "
+            "time, which is measured by itself; shares are of the layers' sum."
             + (" Joules are above idle, with their 95 % interval." if profile.energy else "")
         ),
         box=SIMPLE_HEAD,

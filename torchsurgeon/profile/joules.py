@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchsurgeon.meters import EnergyEstimate, EnergyMeter, EnergySampler, measure_idle
+from torchsurgeon.meters import EnergyEstimate, EnergyMeter, EnergySampler
 from torchsurgeon.profile.record import Array, LayerEnergy
 from torchsurgeon.program import Environment, Segment, Step
 
@@ -44,10 +44,14 @@ def layer_energy(
     ``ranks`` gives the layer of each step that is one, ``layer_s`` and ``whole_s`` about how long they take. ``tick``
     is called after each layer and after the whole model.
     """
-    idle_power_w = measure_idle(meter, max(_IDLE_S, 10 * meter.period_s))
+    with EnergySampler(meter) as sampler:
+        threading.Event().wait(max(_IDLE_S, 10 * meter.period_s))
+    idle = sampler.trace()
+    idle_power_w = idle.mean_power_w()
     if idle_power_w is None:
         return None
-    span_s = _PERIODS * meter.period_s
+    # Where reading is slow, readings come less often than asked for.
+    span_s = _PERIODS * max(meter.period_s, idle.period_s)
     layers = _Repeater(ranks, layer_s, span_s, synchronize, tick)
     with EnergySampler(meter) as sampler:
         count = _count(span_s, whole_s)

@@ -111,6 +111,8 @@ def profile(
             energy = layer_energy(
                 run.whole, run.tensors, run.ranks, layer_s, plain_s, energy_meter, run.synchronize, tick
             )
+            if energy is None:
+                origin["meter"] = f"none; {energy_meter.name} {energy_meter.scope} told nothing"
     measured = LayerProfile(
         type(graph.model).__name__,
         graph.fingerprint,
@@ -148,13 +150,19 @@ def _warn_of_noise(measured: LayerProfile) -> None:
             NoisyProfileWarning,
             stacklevel=3,
         )
-    elif measured.drift > max(_NOISY_DRIFT, measured.spread):
+    elif measured.drift > _NOISY_DRIFT and _is_apart(measured.whole_s):
         warnings.warn(
             f"the last runs took {measured.drift:.0%} longer than the first: the machine throttles or became busy; "
             "let it rest with cooldown_s, or cool it",
             NoisyProfileWarning,
             stacklevel=3,
         )
+
+
+def _is_apart(whole_s: Array) -> bool:
+    """Whether the last third of the runs is slower than the first by more than either spreads."""
+    third = len(whole_s) // 3
+    return bool(np.quantile(whole_s[:third], 0.75) < np.quantile(whole_s[-third:], 0.25))
 
 
 class _Run:

@@ -149,6 +149,19 @@ class LayerProfile:
         return self.total_s / float(self.layer_s.sum())
 
     @property
+    def sum_to_whole(self) -> float:
+        """Sum of the layers over the whole model's time, pass by pass (the median of these).
+
+        On a busy machine layers' medians leave out what interrupts now this layer and now that, and the whole model's
+        median does not, so this tells better whether taking the time costs any.
+        """
+        return float(np.median(self.samples_s.sum(axis=1) / self.whole_s)) if self._paired else 1 / self.whole_to_sum
+
+    @property
+    def _paired(self) -> bool:
+        return len(self.samples_s) == len(self.whole_s)
+
+    @property
     def _scale(self) -> float:
         return self.total_s / float(np.median(self.samples_s.sum(axis=1)))
 
@@ -174,7 +187,7 @@ class LayerProfile:
         lines = [
             f"{self.model}, {len(self.layers)} layers, batch {self.batch}, on {device}",
             f"  whole    {_ms(self.total_s)} (quartiles {_ms(low_s)} … {_ms(high_s)}) over {len(self.whole_s)} runs",
-            f"  layers   sum to {1 / self.whole_to_sum:.3f} of it; the slowest is {name}, {_ms(slowest_s)}",
+            f"  layers   sum to {self.sum_to_whole:.3f} of it; the slowest is {name}, {_ms(slowest_s)}",
         ]
         if self.memory_bytes is not None:
             most = int(self.memory_bytes.argmax())
@@ -220,6 +233,8 @@ class LayerProfile:
             "layers": list(self.layers),
             "samples_s": self.samples_s.tolist(),
             "whole_s": self.whole_s.tolist(),
+            # Follows from the samples; here for readers of the file.
+            "whole_to_sum": self.whole_to_sum,
             "memory_bytes": None if self.memory_bytes is None else self.memory_bytes.tolist(),
             "energy": None if self.energy is None else self.energy.to_json(),
             "provenance": dict(self.provenance),
