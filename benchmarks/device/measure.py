@@ -26,6 +26,7 @@ import torchsurgeon as ts
 from torchsurgeon import _native, hooks, meters
 from torchsurgeon.cut import tail_for
 from torchsurgeon.errors import TorchSurgeonError
+from torchsurgeon.profile import layer_trace
 
 MODELS = ("alexnet", "resnet50", "vit_b_16")
 CHAIN = 200
@@ -85,48 +86,20 @@ def spread(samples: Iterable[float]) -> dict[str, float]:
 
 
 def layer_times(name: str, device: str, repeats: int) -> dict[str, Any]:
-    """Seconds of every step of the traced model between clock marks, beside the whole model's."""
+    """The model's profile: seconds, memory and joules of every layer, beside the whole model's."""
     model, x = model_and_input(name, device)
-    graph = ts.trace(model, x)
-    whole = tail_for(graph, [spec.name for spec in graph.inputs])
-    names = [graph.steps[index].name for index in whole.steps]
-    rows, plain = [], []
-    with clock_for(device, len(names) + 1) as clock, torch.no_grad():
-        for done in range(-5, repeats):
-            whole.timed([x], clock.mark)
-            steps = clock.intervals_ns()
-            clock.mark()
-            whole(x)
-            clock.mark()
-            (total,) = clock.intervals_ns()
-            if done >= 0:
-                rows.append(steps)
-                plain.append(total * 1e-9)
-    layers = {layer: spread(row[index] * 1e-9 for row in rows) for index, layer in enumerate(names)}
-    ratios = [sum(row) * 1e-9 / total for row, total in zip(rows, plain, strict=True)]
-    print(
-        f"{name:12} whole {statistics.median(plain) * 1e3:8.3f} ms   "
-        f"sum of layers / whole {statistics.median(ratios):.3f}"
-    )
-    return {
-        "model": name,
-        "whole_s": spread(plain),
-        "sum_to_whole": spread(ratios),
-        "layers_s": layers,
-        "clock": clock.name,
-    }
+    profile = ts.profile(ts.trace(model, x), device, inputs=[x], repeats=repeats, warmup=5)
+    print(profile)
+    return {"sum_to_whole": profile.sum_to_whole, "spread": profile.spread, "profile": profile.to_json()}
 
 
 def kernels(name: str, device: str, out: Path) -> dict[str, Any]:
     model, x = model_and_input(name, device)
-    with torch.no_grad():
-        model(x)
-        try:
-            with hooks.kernel_trace() as trace:
-                model(x)
-        except TorchSurgeonError as error:
-            print(f"{name:12} no kernels: {error}")
-            return {"model": name, "error": str(error)}
+    try:
+        trace = layer_trace(ts.trace(model, x), device, [x])
+    except TorchSurgeonError as error:
+        print(f"{name:12} no kernels: {error}")
+        return {"model": name, "error": str(error)}
     print(f"\n{name}\n{trace.table()}")
     if name == MODELS[0]:
         with gzip.open(out / f"{name}-trace.json.gz", "wt", encoding="utf-8") as file:
