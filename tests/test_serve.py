@@ -33,8 +33,8 @@ from torchsurgeon.cut import cut
 from torchsurgeon.errors import RequestRefusedError, ServerError, ServerUnavailableError, SpecError
 from torchsurgeon.fingerprint import weight_digests
 from torchsurgeon.graph import LayerGraph
-from torchsurgeon.serve.body import Buffers
 from torchsurgeon.transport import HttpTransport, InProcessTransport, Transport
+from torchsurgeon.wire.buffers import Buffers
 
 
 class Residual(nn.Module):

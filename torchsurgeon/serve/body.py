@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import torch
-
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError
 from torchsurgeon.serve.failure import BodyTimeoutError
+from torchsurgeon.wire.buffers import aligned_buffer
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
 MIN_UPLINK_BYTE_S = 16_384
 # Up to here buffers are joined rather than written one by one.
 JOIN_BYTES = 64 << 10
-
-
-class Buffers:
-    """Memory for bodies, used again once nothing refers to it any more: the same cut sends the same size again.
-
-    A tensor decoded from a buffer keeps a reference to it, so a buffer in use is never handed out. Not thread-safe.
-    """
-
-    def __init__(self, capacity: int = 8, limit_bytes: int = 64 << 20) -> None:
-        self._arrays: list[Any] = []
-        self._capacity = capacity
-        self._limit_bytes = limit_bytes
-
-    def take(self, size: int) -> memoryview:
-        """A buffer of exactly ``size`` bytes, aligned to 64; its contents are undefined."""
-        arrays = self._arrays
-        for index in range(len(arrays)):
-            if arrays[index].nbytes == size and _references(arrays, index) == _UNUSED:
-                return arrays[index].data  # type: ignore[no-any-return]
-        arrays.insert(0, torch.empty(size, dtype=torch.uint8).numpy())
-        buffer: memoryview = arrays[0].data
-        while len(arrays) > self._capacity or sum(array.nbytes for array in arrays) > self._limit_bytes:
-            arrays.pop()
-        return buffer
-
-
-def _references(items: list[Any], index: int) -> int:
-    return sys.getrefcount(items[index])
-
-
-# What a list's own item counts to, whatever this Python counts.
-_UNUSED = _references([object()], 0)
 
 
 class Incoming:
@@ -97,7 +63,7 @@ async def read_body(receive: Receive, size: int | None, limit_bytes: int, timeou
     The client may take :func:`timeout_for` long, whatever way it spends that. Raises BodyTooLargeError, ProtocolError,
     BodyTimeoutError or DisconnectedError.
     """
-    reading = _read_chunked(receive, limit_bytes) if size is None else _read_sized(receive, new_buffer(size))
+    reading = _read_chunked(receive, limit_bytes) if size is None else _read_sized(receive, aligned_buffer(size))
     try:
         return await asyncio.wait_for(reading, timeout_for(timeout_s, limit_bytes if size is None else size))
     except (TimeoutError, asyncio.TimeoutError):
@@ -135,7 +101,7 @@ def inflate(body: memoryview, encoding: bytes, limit_bytes: int) -> memoryview:
         raise BodyTooLargeError(f"the body inflates to more than the {limit_bytes} bytes this model can be sent")
     if not unpacker.eof or unpacker.unused_data:
         raise ProtocolError("the compressed body is cut off, or something follows it")
-    buffer = new_buffer(len(data))
+    buffer = aligned_buffer(len(data))
     buffer[:] = data
     return buffer
 
@@ -161,7 +127,7 @@ async def _read_chunked(receive: Receive, limit_bytes: int) -> memoryview:
         chunk, more = await _chunk(receive)
         check_length(len(collected) + len(chunk), limit_bytes)
         collected += chunk
-    buffer = new_buffer(len(collected))
+    buffer = aligned_buffer(len(collected))
     buffer[:] = collected
     return buffer
 
@@ -171,9 +137,3 @@ async def _chunk(receive: Receive) -> tuple[bytes, bool]:
     if message["type"] == "http.disconnect":
         raise DisconnectedError
     return message.get("body", b""), message.get("more_body", False)
-
-
-def new_buffer(size: int) -> memoryview:
-    """Memory for a body."""
-    # torch aligns its memory to 64 bytes and does not clear it, so a page is touched only as data arrives.
-    return torch.empty(size, dtype=torch.uint8).numpy().data

@@ -8,67 +8,67 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ModelServingError, ProtocolError
-from torchsurgeon.serve.body import Buffers
 from torchsurgeon.serve.failure import error_body, status_of
 from torchsurgeon.serve.registry import ModelRegistry, Received, ServedModel
+from torchsurgeon.wire.buffers import Buffers
 
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 # Requests that say more about their body than its length are left to the application.
 _NOT_DIRECT = frozenset({b"transfer-encoding", b"content-encoding", b"upgrade"})
 
-# A device sends the same head as long as it cuts at the same point.
-_MAX_KNOWN = 256
-_MAX_KNOWN_BYTES = 4096
-
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reply:
-    """An answer: header lines beside the length, and the body in pieces."""
+class Plain:
+    """What the head of a plain inference request says: the model, and the bytes of the body and of its JSON header."""
+
+    model: ServedModel
+    size: int
+    header_bytes: int | None
+    timeout_s: float
+
+
+class Reply(NamedTuple):
+    """An answer. ``header_bytes`` is as in :class:`torchsurgeon.wire.Encoded`."""
 
     status: int
-    headers: list[bytes]
+    header_bytes: int | None
     buffers: list[wire.Buffer]
     size_bytes: int
 
 
 class Job:
-    """One request whose body is arriving."""
+    """One request whose body is arriving in ``missing``; whoever has filled that calls :meth:`run`."""
 
-    def __init__(self, model: ServedModel, buffer: memoryview, header_bytes: int | None, timeout_s: float) -> None:
-        self.size = len(buffer)
-        self.timeout_s = timeout_s
-        self._model = model
-        self._header_bytes = header_bytes
-        self._buffer = buffer
-        self._filled = 0
+    def __init__(self, plain: Plain, body: memoryview) -> None:
+        self.plain = plain
+        self.missing = self._body = body
         self._started_s = time.perf_counter()
 
-    @property
-    def complete(self) -> bool:
-        return self._filled == self.size
+    def arrived(self, count: int) -> None:
+        """The first ``count`` bytes of what was missing are there."""
+        self.missing = self.missing[count:]
 
     def take(self, data: bytes) -> None:
         """Copy what arrived together with the head."""
-        self._buffer[self._filled : self._filled + len(data)] = data
-        self._filled += len(data)
-
-    def missing(self) -> memoryview:
-        """Where the rest of the body belongs; whoever fills it then calls :meth:`run`."""
-        return self._buffer[self._filled :]
+        self.missing[: len(data)] = data
+        self.arrived(len(data))
 
     def run(self, loop: asyncio.AbstractEventLoop, reply: Callable[[Reply], None]) -> None:
         """Answer the request; ``reply`` is called on the loop's thread, at once or later."""
         arrived_s = time.perf_counter()
-        received = Received(self._buffer, self._header_bytes, arrived_s - self._started_s, arrived_s)
-        answer = partial(_answer, self._model, received)
-        worker = self._model.worker
-        now = worker.now(answer) if self._model.quick(self.size) else None
+        model = self.plain.model
+        received = Received(self._body, self.plain.header_bytes, arrived_s - self._started_s, arrived_s)
+        answer = partial(_answer, model, received)
+        now = model.worker.now(answer) if model.quick(self.plain.size) else None
         if now is not None:
             reply(now)
             return
@@ -79,38 +79,19 @@ class Job:
             except RuntimeError:
                 _log.debug("the server stopped before a request was answered")
 
-        worker.submit(answer).add_done_callback(done)
+        model.worker.submit(answer).add_done_callback(done)
 
 
 class Direct:
-    """Admits requests for the short way."""
+    """Admits requests for the short way, and has the memory for their bodies."""
 
     def __init__(self, registry: ModelRegistry, body_timeout_s: float) -> None:
         self._registry = registry
         self._timeout_s = body_timeout_s
-        self._buffers = Buffers()
-        self._known: dict[tuple[object, ...], tuple[ServedModel, int, int | None]] = {}
+        self.buffers = Buffers()
 
-    def admit(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Job | None:
-        """A job for a plain inference request; None for every other, and for one that has to be refused."""
-        key = (url, *headers)
-        known = self._known.get(key)
-        if known is None:
-            known = self._judge(url, headers)
-            if known is None:
-                return None
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            self._known[key] = known
-        model, size, header_bytes = known
-        if not model.open:
-            del self._known[key]
-            return None
-        return Job(model, self._buffers.take(size), header_bytes, self._timeout_s)
-
-    def _judge(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[ServedModel, int, int | None] | None:
-        if len(url) + sum(len(name) + len(value) for name, value in headers) > _MAX_KNOWN_BYTES:
-            return None
+    def admit(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Plain | None:
+        """What a plain inference request says; None for every other, and for one that has to be refused."""
         parts = url.split(b"/")
         versioned = len(parts) == 7 and parts[4] == b"versions"
         if parts[-1] != b"infer" or parts[1:3] != [b"v2", b"models"] or not (versioned or len(parts) == 5):
@@ -129,7 +110,7 @@ class Direct:
             return None
         if int(size) == 0 or int(size) > model.max_body_bytes(binary=length is not None):
             return None
-        return model, int(size), header_bytes
+        return Plain(model, int(size), header_bytes, self._timeout_s)
 
 
 def _answer(model: ServedModel, received: Received) -> Reply:
@@ -137,10 +118,17 @@ def _answer(model: ServedModel, received: Received) -> Reply:
         encoded = model.answer(received)
     except Exception as error:
         body = error_body(error)
-        return Reply(status_of(error), [b"content-type: application/json\r\n"], [body], len(body))
-    if encoded.header_bytes is None:
-        lines = [b"content-type: application/json\r\n"]
-    else:
-        length = b"%s: %d\r\n" % (_HEADER_LENGTH, encoded.header_bytes)
-        lines = [b"content-type: application/octet-stream\r\n", length]
-    return Reply(200, lines, encoded.buffers, encoded.size_bytes)
+        return Reply(status_of(error), None, [body], len(body))
+    return Reply(200, encoded.header_bytes, encoded.buffers, encoded.size_bytes)
+
+
+@lru_cache(maxsize=256)
+def reply_head(status: int, header_bytes: int | None, size_bytes: int, keep_alive: bool) -> bytes:
+    """The status line and the headers of an answer."""
+    kind = b"application/json" if header_bytes is None else b"application/octet-stream"
+    lines = [STATUS_LINE[status], b"content-length: %d\r\ncontent-type: %s\r\n" % (size_bytes, kind)]
+    if header_bytes is not None:
+        lines.append(b"%s: %d\r\n" % (_HEADER_LENGTH, header_bytes))
+    if not keep_alive:
+        lines.append(b"connection: close\r\n")
+    return b"".join([*lines, b"\r\n"])

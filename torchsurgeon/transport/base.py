@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from torch import Tensor
 
 from torchsurgeon import wire
@@ -143,11 +142,6 @@ class Deadline:
         if left <= 0:
             raise TimeoutError
         return left
-
-
-def aligned_buffer(size: int) -> memoryview:
-    """Memory for an answer, aligned so that the tensors decoded from it are: torch aligns its own to 64 bytes."""
-    return torch.empty(size, dtype=torch.uint8).numpy().data
 
 
 def check_size(size: int, limit_bytes: int, who: str) -> None:

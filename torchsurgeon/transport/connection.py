@@ -17,7 +17,8 @@ from typing import Any
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ProtocolError
-from torchsurgeon.transport.base import ERROR_LIMIT_BYTES, Deadline, RawAnswer, Timing, aligned_buffer, check_size
+from torchsurgeon.transport.base import ERROR_LIMIT_BYTES, Deadline, RawAnswer, Timing, check_size
+from torchsurgeon.wire.buffers import aligned_buffer
 
 _IOV_MAX = 512
 _SCRATCH_BYTES = 16 << 10

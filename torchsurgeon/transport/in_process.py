@@ -18,10 +18,10 @@ from torchsurgeon.transport.base import (
     RawAnswer,
     Timing,
     Transport,
-    aligned_buffer,
     check_size,
     check_status,
 )
+from torchsurgeon.wire.buffers import aligned_buffer
 
 
 class InProcessTransport(Transport):
