@@ -75,15 +75,17 @@ def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    # Whatever export has to say about a failure is in its error, which may be one of several attempts.
-    chatty = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    # Whatever export has to say about a failure is in its error, and another way may follow. It prints the graph so far.
+    chatty, printing = logging.getLogger("torch.fx.experimental.symbolic_shapes"), torch.export._trace
     before, chatty.disabled = chatty.disabled, True
+    printing.__dict__["print"] = lambda *_, **__: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         chatty.disabled = before
+        del printing.__dict__["print"]
 
 
 @contextlib.contextmanager
