@@ -328,6 +328,23 @@ def test_a_gpus_clocks_tell_device_time(fake_gpu: Path) -> None:
     assert result.stdout == "[1500000, 1500000]\n" * 2 + "[5000, 0]\n" * 2 + "None\n", result.stderr
 
 
+def test_a_profile_takes_its_times_from_the_gpus_events(fake_gpu: Path) -> None:
+    result = on_fake_gpu(
+        fake_gpu,
+        """
+        import torchsurgeon as ts
+        from torchsurgeon.profile.measure import _Run
+        torch.cuda.current_stream = lambda: type("Stream", (), {"cuda_stream": 0})()
+        graph = ts.trace(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()).eval(), torch.rand(1))
+        run = _Run(graph, torch.device("cpu"), None)
+        with ts.meters.CudaEventClock(len(run.whole.steps) + 1) as clock:
+            samples, whole = run.times(clock, 2, 1, 0.0, lambda: None)
+        print(len(run.whole.steps), samples.sum(axis=1).round(6).tolist(), whole.tolist())
+        """,
+    )
+    assert result.stdout == "3 [0.0045, 0.0045] [0.0015, 0.0015]\n", result.stderr
+
+
 @pytest.mark.cuda
 def test_real_kernels_are_found_under_their_layers(tmp_path: Path) -> None:
     model = torch.nn.Sequential(

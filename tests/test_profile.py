@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torchsurgeon as ts
 from torchsurgeon import cli, meters, report
 from torchsurgeon.cut import tail_for
 from torchsurgeon.profile import find_device, joules, layer_trace, measure
+from torchsurgeon.program import Environment, Segment, Step
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 
@@ -201,6 +203,26 @@ def test_a_gpu_is_profiled_with_its_memory() -> None:
     assert found.provenance["clock"] == "cuda-events"
     assert found.provenance["device"] == torch.cuda.get_device_name()
     assert {layer.name for layer in layer_trace(graph).layers} >= {"0", "1", "2"}
+
+
+def test_while_kernels_are_traced_every_layer_is_told_apart(
+    graph: ts.LayerGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told:
+        names: ClassVar[list[str]] = []
+
+        def before(self, step: Step, environment: Environment) -> None:
+            self.names.append(step.name)
+
+        def after(self, step: Step, environment: Environment, token: None) -> None:
+            self.names.append(f"/{step.name}")
+
+    monkeypatch.setattr(Segment, "watcher", Told())
+    found = ts.profile(graph, repeats=1, warmup=0, meter=None)
+    told = [name for name in Told.names if name in found.layers]
+    assert told == [*found.layers] * 2  # the timed pass and the plain one
+    assert Told.names[1::2] == [f"/{name}" for name in Told.names[::2]]
+    assert (found.samples_s > 0).all()
 
 
 # Memory

@@ -69,7 +69,7 @@ def profile(
 
     ``inputs`` are the model's input tensors (random ones by default, which most models' speed does not depend on).
     ``meter`` is an energy meter, "auto" for the best one of the machine, or None; metering takes about thirteen of the
-    meter's periods a layer, a third of a second on a Jetson. Where there is no meter ``energy`` is None, and
+    meter's periods a layer, a quarter of a second on a Jetson. Where there is no meter ``energy`` is None, and
     ``provenance["meter"]`` says why.
     ``progress(done, total)`` is called after each pass, and each metered layer.
 
@@ -171,7 +171,7 @@ class _Run:
     def __init__(self, graph: LayerGraph, device: torch.device, inputs: Sequence[torch.Tensor] | None) -> None:
         self.whole = tail_for(graph, [spec.name for spec in graph.inputs])
         given = example_inputs(graph) if inputs is None else inputs
-        self.tensors = [tensor.to(device) for tensor in given]
+        self.tensors = [tensor.detach().to(device) for tensor in given]
         self.layers = len(graph.layers)
         self.ranks = {step: rank for rank, step in enumerate(graph.flow.layers)}
         # Steps that are no layer (reading a size, taking one of several results) count to the layer that follows them.

@@ -196,9 +196,9 @@ class LayerProfile:
             lines.append(f"  energy   not metered; meter: {self.provenance.get('meter', 'none')}")
         else:
             mean_j, low_j, high_j = self.energy.whole_j
+            interval = f" ({low_j:.3g} … {high_j:.3g})" if math.isfinite(high_j - low_j) else ""
             lines.append(
-                f"  energy   {mean_j:.3g} J ({low_j:.3g} … {high_j:.3g}) above {self.energy.idle_power_w:.3g} W idle, "
-                f"by {self.energy.meter}"
+                f"  energy   {mean_j:.3g} J{interval} above {self.energy.idle_power_w:.3g} W idle, by {self.energy.meter}"
             )
         return "\n".join(lines)
 
