@@ -197,9 +197,8 @@ class LayerProfile:
         else:
             mean_j, low_j, high_j = self.energy.whole_j
             interval = f" ({low_j:.3g} … {high_j:.3g})" if math.isfinite(high_j - low_j) else ""
-            lines.append(
-                f"  energy   {mean_j:.3g} J{interval} above {self.energy.idle_power_w:.3g} W idle, by {self.energy.meter}"
-            )
+            idle = f"{self.energy.idle_power_w:.3g} W idle"
+            lines.append(f"  energy   {mean_j:.3g} J{interval} above {idle}, by {self.energy.meter}")
         return "\n".join(lines)
 
     def scaled(self, factor: float) -> LayerProfile:
