@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -415,6 +415,12 @@ def test_the_device_rests_when_asked(graph: ts.LayerGraph, monkeypatch: pytest.M
     assert rests == [0.5] * 3
     with pytest.raises(ts.ProfileError, match="-1 seconds"):
         ts.profile(graph, cooldown_s=-1)
+
+
+def test_a_clock_that_jumps_back_is_told(graph: ts.LayerGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter_ns", count(1_000_000, -100).__next__)
+    with pytest.raises(ts.MeterError, match="jumped back by 100 ns during a run; measure again"):
+        ts.profile(graph, meter=None)
 
 
 # What people see

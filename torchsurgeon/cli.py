@@ -72,9 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--cooldown", type=float, default=0.0, metavar="SECONDS", help="rest before every 10 repeats")
     profile.add_argument("--no-energy", action="store_true", help="do not meter joules, which takes its time")
     profile.add_argument("--plot", type=Path, metavar="FILE", help="draw the layers as bars, e.g. profile.png")
-    profile.add_argument(
-        "--trace", type=Path, metavar="FILE", help="write one run for ui.perfetto.dev"
-    )
+    profile.add_argument("--trace", type=Path, metavar="FILE", help="write one run for ui.perfetto.dev")
     profile.set_defaults(run=_profile)
 
     serve = commands.add_parser("serve", help="serve the tails of models")

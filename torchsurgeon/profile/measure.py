@@ -19,7 +19,7 @@ import torch
 
 from torchsurgeon import hooks
 from torchsurgeon.cut import tail_for
-from torchsurgeon.errors import ProfileError
+from torchsurgeon.errors import MeterError, ProfileError
 from torchsurgeon.graph import LayerGraph, TensorSpec
 from torchsurgeon.kernels import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
@@ -75,7 +75,8 @@ def profile(
 
     Warns with :class:`NoisyProfileWarning` when the machine was not quiet, or became slower. Raises
     :class:`~torchsurgeon.errors.DeviceError` for a device that does not exist or that the model is not on, and
-    :class:`~torchsurgeon.errors.ProfileError` for arguments that cannot be.
+    :class:`~torchsurgeon.errors.ProfileError` for arguments that cannot be, and
+    :class:`~torchsurgeon.errors.MeterError` where the clock jumps back.
     """
     if repeats < 1 or warmup < 0:
         raise ProfileError(f"cannot measure {repeats} repeats after {warmup} warm-up runs; give at least 1 and 0")
@@ -206,7 +207,13 @@ class _Run:
 
     def _steps_ns(self, clock: Clock | None) -> Any:
         if clock is None:
-            return np.diff(np.asarray(self.whole.timed(self.tensors, time.perf_counter_ns), dtype=np.int64))
+            steps_ns = np.diff(np.asarray(self.whole.timed(self.tensors, time.perf_counter_ns), dtype=np.int64))
+            if steps_ns.min() < 0:
+                raise MeterError(
+                    f"the clock jumped back by {-steps_ns.min()} ns during a run; measure again, and keep the machine "
+                    "from sleeping or migrating meanwhile"
+                )
+            return steps_ns
         self.whole.timed(self.tensors, clock.mark)  # type: ignore[arg-type]
         return np.asarray(clock.intervals_ns(), dtype=np.int64)
 
