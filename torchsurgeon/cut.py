@@ -77,8 +77,10 @@ class Result(nn.Module):
         return self._build(*tensors)
 
 
-def tail_for(graph: LayerGraph, names: Sequence[str]) -> Segment:
+def tail_for(graph: LayerGraph, names: Sequence[str], *, flat: bool = False) -> Segment:
     """Return the module that turns the tensors ``names`` (in this order) into the model's output.
+
+    With ``flat`` it returns a tuple of the output's tensors, in the order of ``graph.outputs``.
 
     Raises :class:`~torchsurgeon.errors.PartitionError`: a name the graph does not have, a name twice, or names that do
     not determine the output; the message lists what is wrong or missing.
@@ -94,7 +96,8 @@ def tail_for(graph: LayerGraph, names: Sequence[str]) -> Segment:
             raise PartitionError(f"the graph has no tensor {name!r}{hint}")
         if list(names).count(name) > 1:
             raise PartitionError(f"tensor {name!r} is given twice")
-    return _segment(graph, [graph.value(name) for name in names], None)
+    picks = [Pick(ref.step) for ref in graph.steps[-1].args] if flat else None
+    return _segment(graph, [graph.value(name) for name in names], picks, all_of_it=True)
 
 
 def check_shapes(graph: LayerGraph, tail: Segment, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
@@ -121,7 +124,7 @@ def _segment(
 ) -> Segment:
     wanted = None if picks is None or all_of_it else [(pick.step, pick.path) for pick in picks]
     included, missing = graph.flow.reach(given, wanted)
-    if all_of_it:
+    if all_of_it and picks is not None:
         included.remove(graph.steps[-1].index)
     if missing:
         raise PartitionError(

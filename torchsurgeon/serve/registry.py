@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ class Tails:
             if tail is not None:
                 self._tails.move_to_end(names)
                 return tail
-        tail = tail_for(self._graph, names)
+        tail = tail_for(self._graph, names, flat=True)
         with self._lock:
             self._tails[names] = tail
             while len(self._tails) > self.capacity:
@@ -114,8 +114,7 @@ class Tails:
         return tail
 
 
-@dataclass(frozen=True)
-class Received:
+class Received(NamedTuple):
     """A request's body as it came, and how long it took to come."""
 
     body: memoryview
@@ -147,6 +146,7 @@ class ServedModel:
         self.max_tensor_bytes = max_batch * max(point.size_bytes for point in graph.points) // graph.batch
         self.max_times = max_batch / graph.batch
         self.tails = Tails(graph, max_tails)
+        self._output_names = [spec.name for spec in graph.outputs]
         self.worker = Worker(f"torchsurgeon-{name}")
         self.open = True
         self._profiler = profiler
@@ -213,10 +213,12 @@ class ServedModel:
         decoded_s = time.perf_counter()
         try:
             with torch.no_grad():
-                outputs = self.graph.flatten_output(plan.tail(*[decoded.tensors[name] for name in plan.names]))
+                # Called without nn.Module's own call, whose hooks a tail has none of.
+                results = plan.tail.forward(*[decoded.tensors[name] for name in plan.names])
         except Exception as error:
             raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {error}") from error
         computed_s = time.perf_counter()
+        outputs = dict(zip(self._output_names, results, strict=True))
         if plan.outputs is not None:
             outputs = {name: outputs[name] for name in plan.outputs}
         parameters = {
@@ -242,7 +244,7 @@ class ServedModel:
 
     def _plan(self, request: wire.InferRequest) -> _Plan:
         """Everything about a request but its tensors' values, checked; kept for the next with the same header."""
-        known = [spec.name for spec in self.graph.outputs]
+        known = self._output_names
         for output in request.outputs:
             if output.name not in known:
                 raise ProtocolError(f"model {self.name!r} has no output {output.name!r}; it has {', '.join(known)}")

@@ -7,10 +7,9 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from torch import Tensor
@@ -22,8 +21,7 @@ CONTROL_LIMIT_BYTES = 64 << 20
 ERROR_LIMIT_BYTES = 64 << 10
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """When one exchange happened (seconds of ``time.perf_counter``) and how many body bytes it moved."""
 
     sent_bytes: int
@@ -34,8 +32,7 @@ class Timing:
     end_s: float
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """The outputs of one inference by name, the server's parameters (``queue_s``, ``compute_s``, …), and the timing."""
 
     tensors: dict[str, Tensor]
@@ -43,8 +40,7 @@ class Answer:
     timing: Timing
 
 
-@dataclass(frozen=True)
-class RawAnswer:
+class RawAnswer(NamedTuple):
     """One HTTP answer. ``body`` is writable memory of just its size; ``header_bytes`` is the v2 extension's header."""
 
     status: int

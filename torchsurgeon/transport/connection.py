@@ -1,7 +1,8 @@
 """One kept-alive HTTP connection: tensors out from their own memory, the answer straight into its buffer, one deadline.
 
-Answers as servers usually frame them are parsed here; every other way (chunked, interim, until closed) is left to
-``http.client``.
+An answer is read at once to where its body is to lie if its head is as long as the last answer's, which in a stream of
+like inferences it is; otherwise what came with the head is copied. Answers as servers usually frame them are parsed
+here; every other way (chunked, interim, until closed) is left to ``http.client``.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ProtocolError
 from torchsurgeon.transport.base import ERROR_LIMIT_BYTES, Deadline, RawAnswer, Timing, check_size
-from torchsurgeon.wire.buffers import aligned_buffer
+from torchsurgeon.wire.buffers import Buffers, aligned_buffer
 
 _IOV_MAX = 512
-_SCRATCH_BYTES = 16 << 10
+_MAX_HEAD_BYTES = 16 << 10
 # A connection used this recently is taken to be open; the check costs a system call.
 _FRESH_S = 1.0
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
@@ -39,7 +41,10 @@ class Connection:
         self._context = context
         self._socket: socket.socket | None = None
         self._incoming: select.poll | None = None
-        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._buffers = Buffers(capacity=4)
+        # Of the last answer; before there is one, room for any head.
+        self._head_bytes = 0
+        self._body_bytes = _MAX_HEAD_BYTES
         self._used_s = 0.0
         self._first_byte_s = 0.0
 
@@ -67,22 +72,30 @@ class Connection:
             complete, broken = False, error
         sent = time.perf_counter()
         try:
-            head, rest = self._read_head(link, deadline)
+            head, behind, arrived = self._read_head(link, deadline)
         except (ConnectionError, ssl.SSLError) as error:
             if not self._first_byte_s:
                 raise StaleError from (broken or error)
             raise
-        status, headers = _simple_head(head)
-        length = headers.get(b"content-length", b"")
-        if status and length.isdigit() and len(length) < 16:
-            check_size(int(length), limit_bytes if status < 300 else ERROR_LIMIT_BYTES, "the server")
-            body = aligned_buffer(int(length))
-            _fill(body, rest, lambda view: self._receive(link, view, deadline))
-            header_bytes = headers.get(_HEADER_LENGTH, b"").decode("latin-1") or None
-            closing = headers.get(b"connection", b"").lower() != b"keep-alive" and b"connection" in headers
-            closing = closing or len(rest) > len(body)
+        simple = _simple_head(head)
+        if simple is not None:
+            status, length, header_bytes, closing = simple
+            check_size(length, limit_bytes if status < 300 else ERROR_LIMIT_BYTES, "the server")
+            closing = closing or arrived > length
+            if len(head) == self._head_bytes and length == self._body_bytes:
+                body = behind[:length]
+            else:
+                self._head_bytes, self._body_bytes = len(head), length
+                body = self._buffers.take(length)
+                arrived = min(arrived, length)
+                body[:arrived] = behind[:arrived]
+            while arrived < length:
+                count = self._receive(link, body[arrived:], deadline)
+                if not count:
+                    raise http.client.IncompleteRead(b"", length - arrived)
+                arrived += count
         else:
-            source = _Replay(bytes(head) + bytes(rest), lambda view: self._receive(link, view, deadline))
+            source = _Replay(head + bytes(behind[:arrived]), lambda view: self._receive(link, view, deadline))
             response = http.client.HTTPResponse(source, method="POST")  # type: ignore[arg-type]
             response.begin()
             body = _read_body(response, limit_bytes if response.status < 300 else ERROR_LIMIT_BYTES)
@@ -149,19 +162,26 @@ class Connection:
             self._first_byte_s = time.perf_counter()
         return count
 
-    def _read_head(self, link: socket.socket, deadline: Deadline) -> tuple[memoryview, memoryview]:
-        """The status line and headers, and what came with them of the body."""
+    def _read_head(self, link: socket.socket, deadline: Deadline) -> tuple[bytes, memoryview, int]:
+        """The status line and headers, the memory behind them, and how much of that has been read already."""
+        # One byte more than is due, to notice a server that sends more.
+        memory = self._buffers.take(self._body_bytes + 1, before=self._head_bytes)
         filled = 0
-        while filled < _SCRATCH_BYTES:
-            count = self._receive(link, self._scratch[filled:], deadline)
+        while filled < len(memory):
+            count = self._receive(link, memory[filled:], deadline)
             if not count:
                 if not filled:
                     raise ConnectionResetError("the server closed the connection without an answer")
-                raise http.client.IncompleteRead(bytes(self._scratch[:filled]))
+                raise http.client.IncompleteRead(bytes(memory[:filled]))
             filled += count
-            end = bytes(self._scratch[:filled]).find(b"\r\n\r\n")
-            if end >= 0:
-                return self._scratch[: end + 4], self._scratch[end + 4 : filled]
+            text = bytes(memory[: min(filled, _MAX_HEAD_BYTES)])
+            end = text.find(b"\r\n\r\n") + 4
+            if end >= 4:
+                return text[:end], memory[end:], filled - end
+            if filled == len(memory) < _MAX_HEAD_BYTES:
+                # The head is longer than the whole last answer.
+                memory = self._buffers.take(_MAX_HEAD_BYTES)
+                memory[:filled] = text
         raise http.client.LineTooLong("headers")
 
 
@@ -187,30 +207,34 @@ class _Replay(io.RawIOBase):
         return len(piece)
 
 
-def _simple_head(head: memoryview) -> tuple[int, dict[bytes, bytes]]:
-    """Status and headers (names in lower case) of a plain answer; status 0 for one that ``http.client`` must read."""
-    first, *lines = bytes(head).split(b"\r\n")[:-2]
+class _Head(NamedTuple):
+    """What the head of a plain answer says."""
+
+    status: int
+    length: int
+    header_bytes: str | None
+    closing: bool
+
+
+@lru_cache(maxsize=64)
+def _simple_head(head: bytes) -> _Head | None:
+    """The head of an answer; None for one that ``http.client`` must read."""
+    first, *lines = head.split(b"\r\n")[:-2]
     version, _, rest = first.partition(b" ")
     if version != b"HTTP/1.1" or not rest[:3].isdigit() or rest[:1] == b"1" or rest[3:4] not in (b" ", b""):
-        return 0, {}
+        return None
     headers: dict[bytes, bytes] = {}
     for line in lines:
         name, colon, value = line.partition(b":")
         name = name.lower()
         if not colon or name in headers or line[:1] in b" \t" or name in (b"transfer-encoding", b"content-encoding"):
-            return 0, {}
+            return None
         headers[name] = value.strip()
-    return int(rest[:3]), headers
-
-
-def _fill(body: memoryview, already: memoryview, receive: Callable[[memoryview], int]) -> None:
-    filled = min(len(already), len(body))
-    body[:filled] = already[:filled]
-    while filled < len(body):
-        count = receive(body[filled:])
-        if not count:
-            raise http.client.IncompleteRead(b"", len(body) - filled)
-        filled += count
+    length = headers.get(b"content-length", b"")
+    if not length.isdigit() or len(length) >= 16:
+        return None
+    closing = headers.get(b"connection", b"keep-alive").lower() != b"keep-alive"
+    return _Head(int(rest[:3]), int(length), headers.get(_HEADER_LENGTH, b"").decode("latin-1") or None, closing)
 
 
 def _open_socket(address: tuple[str, int], deadline: Deadline) -> socket.socket:

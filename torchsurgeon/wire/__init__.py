@@ -22,9 +22,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,11 +58,11 @@ from torchsurgeon.wire.tensors import (
     with_quantization,
 )
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _PLAIN_REQUEST = '{"parameters":{"binary_data_output":true,"dim_order":true}'
 
 
-@dataclass(frozen=True)
-class InferRequest:
+class InferRequest(NamedTuple):
     """A decoded request. ``outputs`` is empty when the client wants all of them, in the form ``binary_output`` says.
 
     ``dim_order`` says that the client understands the tensor parameter of that name in the answer. Requests with the
@@ -74,23 +74,21 @@ class InferRequest:
     binary_output: bool = False
     dim_order: bool = False
     request_id: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = _NONE
     recurring: object | None = None
 
 
-@dataclass(frozen=True)
-class InferResponse:
+class InferResponse(NamedTuple):
     """A decoded answer."""
 
     tensors: dict[str, Tensor]
     model_name: str = ""
     model_version: str = ""
     request_id: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = _NONE
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """An encoded message: write ``buffers`` one after the other.
 
     ``header_bytes`` is the value of ``Inference-Header-Content-Length``, or None when the message is JSON only and the
@@ -139,7 +137,7 @@ def encode_response(
     Raises ProtocolError when an output to be written as JSON holds NaN or infinity, which JSON cannot say.
     """
     described, views = _encode_tensors(tensors, as_json, dim_order)
-    header = f'{{"model_name":{_text(model_name)},"model_version":{_text(model_version)}'
+    header = f'{{"model_name":{_quoted(model_name)},"model_version":{_quoted(model_version)}'
     if request_id is not None:
         header += ',"id":' + _text(request_id)
     header += f',"outputs":[{described}]'
@@ -272,6 +270,11 @@ def _tensors(entries: list[Entry], payload: memoryview | None) -> dict[str, Tens
 
 
 _text = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+@lru_cache(maxsize=256)
+def _quoted(name: str) -> str:
+    return _text(name)
 
 
 __all__ = [

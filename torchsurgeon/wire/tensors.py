@@ -6,10 +6,12 @@ import math
 import reprlib
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 from operator import mul
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -34,6 +36,10 @@ _DATATYPES: dict[torch.dtype, str] = {
     torch.float64: "FP64",
 }
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
+# numpy has no bfloat16; only the bytes matter.
+_NUMPY = {
+    dtype: torch.empty(0, dtype=torch.int16 if dtype == torch.bfloat16 else dtype).numpy().dtype for dtype in _DATATYPES
+}
 # A quantized tensor travels as its integers; its scale and zero point are tensor parameters.
 _QUANTIZED = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.int32: torch.qint32}
 _DATATYPES.update({kind: _DATATYPES[dtype] for dtype, kind in _QUANTIZED.items()})
@@ -114,7 +120,8 @@ def _descending(strides: Sequence[int]) -> bool:
     return all(outer > inner for outer, inner in pairwise(strides))
 
 
-def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=1024)
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(accumulate(shape[:0:-1], mul, initial=1))[::-1] if shape else ()
 
 
@@ -130,15 +137,18 @@ def tensor_view(
     count = math.prod(shape)
     if payload is None or count == 0:
         return torch.empty(shape, dtype=dtype)
-    if dtype == torch.bool and int(torch.frombuffer(payload, dtype=torch.uint8, count=count, offset=offset).max()) > 1:
+    if dtype == torch.bool and numpy.ndarray(count, numpy.uint8, payload, offset).max() > 1:
         raise ProtocolError(f"{where} is BOOL and holds a byte other than 0 and 1")
-    flat = torch.frombuffer(payload, dtype=dtype, count=count, offset=offset)
-    if flat.data_ptr() % ALIGNMENT_BYTES:
-        flat = flat.clone()
+    stored = shape if order is None else [shape[dim] for dim in order]
+    # One call into torch; frombuffer and view would be two.
+    tensor = torch.from_numpy(numpy.ndarray(stored, _NUMPY[dtype], payload, offset))
+    if tensor.data_ptr() % ALIGNMENT_BYTES:
+        tensor = tensor.clone()
+    if dtype == torch.bfloat16:
+        tensor = tensor.view(dtype)
     if order is None:
-        return flat.view(shape)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return flat.view([shape[dim] for dim in order]).permute(inverse)
+        return tensor
+    return tensor.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def tensor_from_json(data: Any, dtype: torch.dtype, shape: tuple[int, ...], where: str) -> Tensor:
