@@ -15,6 +15,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    # Whatever export has to say about a failure is in its error, and another way may follow. It prints the graph so far.
-    chatty, printing = logging.getLogger("torch.fx.experimental.symbolic_shapes"), torch.export._trace
+    # Whatever export has to say about a failure is in its error, and another way may follow. It prints half a graph.
+    chatty, printing = logging.getLogger("torch.fx.experimental.symbolic_shapes"), import_module("torch.export._trace")
     before, chatty.disabled = chatty.disabled, True
     printing.__dict__["print"] = lambda *_, **__: None
     try:
@@ -152,22 +153,21 @@ def _any_size() -> contextlib.AbstractContextManager[Any]:
 
 def _guard(root: fx.GraphModule, call: Call) -> Guard:
     check = getattr(root, "_guards_fn", None)
-    nodes = (node for node in root.graph.nodes if node.op == "placeholder")
-    sizes = [
-        tuple(node.meta["val"].shape)
-        for node, leaf in zip(nodes, _inputs(call, root), strict=True)
-        if leaf.path not in call.fixed
-    ]
+    leaves = [leaf.path for leaf in _inputs(call, root)]
+    nodes = [node for node in root.graph.nodes if node.op == "placeholder"]
+    sizes = {path: node.meta["val"].shape for path, node in zip(leaves, nodes, strict=True) if path not in call.fixed}
 
     def guard(tensors: Sequence[torch.Tensor]) -> None:
         wrong = ""
-        for name, tensor, needed in zip(call.names, tensors, sizes, strict=True):
+        given = call.fixed | dict(zip(call.paths, tensors, strict=True))
+        for path, needed in sizes.items():
+            shape = given[path].shape
             for dim, size in enumerate(needed):
-                if type(size) is int and tensor.shape[dim : dim + 1] != (size,):
-                    wrong = wrong or f"{name} is {list(tensor.shape)}, size {size} of dimension {dim} is built in"
+                if type(size) is int and shape[dim : dim + 1] != (size,):
+                    wrong = f"{path_name(path)} is {list(shape)}, size {size} of dimension {dim} is built in"
         try:
             if not wrong and check is not None:
-                check(*tensors)
+                check(*(given[path] for path in leaves))
         except AssertionError as error:
             wrong = str(error)
         if wrong:
