@@ -31,11 +31,19 @@ _HERE = str(FilePath(__file__).parent) + os.sep
 TRACING = threading.Lock()
 
 
+_OF_PROXIES = {"tracer", "node", "root", "attr", "_node", "_tensor"}
+
+
 class _Proxy(fx.Proxy):
     """A traced value that also follows ``y += x`` and ``y[i] = x``, which fx takes for ``y + x`` and refuses."""
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OF_PROXIES:
+            raise TypeError(f"the attribute {name!r} of a traced value is assigned, which leaves no trace")
+        object.__setattr__(self, name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
