@@ -351,7 +351,7 @@ def trace(
         # Some step needs values, not only shapes; then the example is run for real, and says itself what is wrong.
         source = RealModel(model)
         shapes = propagate(steps, tensors, source)
-    if settle_output(steps, shapes.values):
+    if settle_output(steps, shapes.values, tensors[0].device):
         shapes = propagate(steps, tensors, source)
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     more = None

@@ -139,11 +139,12 @@ class Output:
         return {name: v if isinstance(v, torch.Tensor) else number_to_tensor(v) for name, v in found.items()}
 
 
-def settle_output(steps: list[Step], values: Sequence[Any]) -> bool:
+def settle_output(steps: list[Step], values: Sequence[Any], device: torch.device) -> bool:
     """Make each leaf of the model's result one tensor or number, now that the steps' values are known.
 
     A layer's tuple that is returned as it came is taken apart, by steps that are inserted; the result is whether that
-    was done. What is neither tensor nor number (a dtype, a device) is fixed at its example value.
+    was done. What is neither tensor nor number (a dtype, a device) is fixed at its example value; ``device`` is where
+    the example is.
     """
     last = steps.pop()
     output: Output = last.target
@@ -157,7 +158,7 @@ def settle_output(steps: list[Step], values: Sequence[Any]) -> bool:
         for inner, leaf in leaves:
             kind = None if isinstance(leaf, torch.Tensor) else restorer(leaf)
             if kind is None and not isinstance(leaf, torch.Tensor):
-                fixed[(*path, *inner)] = leaf
+                fixed[(*path, *inner)] = device if leaf == torch.device("meta") else leaf
                 continue
             if kind is not None:
                 restore[(*path, *inner)] = kind
@@ -174,7 +175,7 @@ def settle_output(steps: list[Step], values: Sequence[Any]) -> bool:
 def _select(steps: list[Step], ref: Ref, structure: Structure, path: Path) -> Ref:
     for key in path:
         place = [str(k) for k in structure.keys].index(key)
-        by_name = dataclasses.is_dataclass(structure.kind)
+        by_name = structure.is_by_attribute
         target, real_key = (getattr, key) if by_name else (operator.getitem, structure.keys[place])
         name = unique("getitem", {step.name for step in steps})
         steps.append(Step(len(steps), name, "call", target, (ref, real_key)))

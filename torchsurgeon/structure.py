@@ -30,6 +30,11 @@ class Structure:
     keys: tuple[Any, ...] = ()
     children: tuple[Structure, ...] = ()
 
+    @property
+    def is_by_attribute(self) -> bool:
+        """Whether the parts are attributes of an object, not items."""
+        return self.kind is not None and _family(self.kind) in ("dataclass", "leaf")
+
     def rebuild(self, leaves: Mapping[Path, Any], at: Path = ()) -> Any:
         """Return the nested value whose leaf at each path is ``leaves[path]``."""
         if self.kind is None:
