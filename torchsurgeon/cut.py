@@ -43,10 +43,10 @@ class Head(nn.Module):
         super().__init__()
         self.training = False
         self.segment = segment
-        self._call = graph.call
+        self._tensors = graph.tensors_of_call
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        return self.segment(*self._call.tensors(args, kwargs))  # type: ignore[no-any-return]
+        return self.segment(*self._tensors(args, kwargs))  # type: ignore[no-any-return]
 
 
 def cut(graph: LayerGraph, point: int | str | PartitionPoint) -> Partition:
