@@ -113,6 +113,16 @@ _FUSED: dict[Any, Callable[..., int]] = {
 }
 
 
+def _draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator draws random numbers; attention whose dropout is off does not."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = [argument.name for argument in func._schema.arguments]
+    given = {argument.name: argument.default_value for argument in func._schema.arguments}
+    given |= dict(zip(names, args, strict=False)) | dict(kwargs)
+    return given.get("dropout_p") != 0.0
+
+
 class _CountFlops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +132,7 @@ class _CountFlops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.random = self.random or torch.Tag.nondeterministic_seeded in func.tags
+        self.random = self.random or _draws(func, args, kwargs or {})
         formula = flop_registry.get(func._overloadpacket)
         fused = _FUSED.get(func._overloadpacket)
         if fused is not None:
