@@ -40,11 +40,16 @@ JSON_FACTOR = 8
 # Handing a request to another thread and back costs some 100 µs; a shorter one is run where it was received.
 _QUICK_S = 5e-4
 _MAX_REMEMBERED = 256
+# Seconds, to the microsecond.
+_TIMES = '{"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Worker:
-    """One thread that runs what it is given, in order. A model has one, so its layers never run concurrently."""
+    """One thread that runs what it is given, in order and without gradients.
+
+    A model has one, so its layers never run concurrently.
+    """
 
     def __init__(self, name: str) -> None:
         self._running = threading.Lock()
@@ -58,8 +63,11 @@ class Worker:
         return future
 
     def now(self, job: Callable[[], T]) -> T | None:
-        """Run ``job`` in the calling thread if nothing else runs or waits; None if something does."""
-        if not self._jobs.empty() or not self._running.acquire(blocking=False):
+        """Run ``job`` in the calling thread if nothing else runs or waits; None if something does.
+
+        None also where gradients are recorded: to turn that off and on again is a tenth of a small request.
+        """
+        if torch.is_grad_enabled() or not self._jobs.empty() or not self._running.acquire(blocking=False):
             return None
         try:
             return job()
@@ -76,7 +84,7 @@ class Worker:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                with self._running:
+                with self._running, torch.no_grad():
                     result = job()
             except BaseException as error:
                 future.set_exception(error)
@@ -212,21 +220,15 @@ class ServedModel:
         plan = self._plans.get(decoded.recurring) or self._plan(decoded)
         decoded_s = time.perf_counter()
         try:
-            with torch.no_grad():
-                # Called without nn.Module's own call, whose hooks a tail has none of.
-                results = plan.tail.forward(*[decoded.tensors[name] for name in plan.names])
+            # Called without nn.Module's own call, whose hooks a tail has none of.
+            results = plan.tail.forward(*[decoded.tensors[name] for name in plan.names])
         except Exception as error:
             raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {error}") from error
         computed_s = time.perf_counter()
         outputs = dict(zip(self._output_names, results, strict=True))
         if plan.outputs is not None:
             outputs = {name: outputs[name] for name in plan.outputs}
-        parameters = {
-            "receive_s": _micro(request.receive_s),
-            "queue_s": _micro(started_s - request.arrived_s),
-            "decode_s": _micro(decoded_s - started_s),
-            "compute_s": _micro(computed_s - decoded_s),
-        }
+        taken_s = (request.receive_s, started_s - request.arrived_s, decoded_s - started_s, computed_s - decoded_s)
         return wire.encode_response(
             self.name,
             self.versions[0],
@@ -234,7 +236,7 @@ class ServedModel:
             as_json=plan.as_json,
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
-            parameters=parameters,
+            parameters=_TIMES % taken_s,
         )
 
     def close(self) -> None:
@@ -419,7 +421,3 @@ def _batch_of(spec: TensorSpec, shape: tuple[int, ...]) -> int | None:
 
 def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": wire.datatype_of(spec.dtype), "shape": list(spec.wire_shape)}
-
-
-def _micro(seconds: float) -> float:
-    return round(seconds, 6)

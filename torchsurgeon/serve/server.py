@@ -13,6 +13,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
+import torch
 import uvicorn
 
 from torchsurgeon.errors import ServerError, TorchSurgeonError
@@ -55,10 +56,8 @@ class Server:
     def start(self) -> Server:
         """Start serving; returns once requests are taken."""
         if self._thread is None:
-            arguments = {"sockets": [self._socket]}
-            self._thread = threading.Thread(
-                target=self._server.run, kwargs=arguments, name="torchsurgeon-serve", daemon=True
-            )
+            arguments = (self._server, self._socket)
+            self._thread = threading.Thread(target=_serve, args=arguments, name="torchsurgeon-serve", daemon=True)
             self._thread.start()
             end_s = time.monotonic() + _START_S
             while not self._server.started:
@@ -142,12 +141,18 @@ def run(
 
     threading.Thread(target=load, name="torchsurgeon-load", daemon=True).start()
     try:
-        server.run(sockets=[bound])
+        _serve(server, bound)
     finally:
         bound.close()
         registry.close()
     if failures:
         raise failures[0]
+
+
+def _serve(server: uvicorn.Server, bound: socket.socket) -> None:
+    # Short requests run in this thread; see Worker.now.
+    with torch.no_grad():
+        server.run(sockets=[bound])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -183,6 +188,8 @@ def _config(
     return uvicorn.Config(
         app,
         http=cast(Any, partial(ServeProtocol, getattr(app, "direct", None) if direct else None)),
+        # uvloop, where it is installed, was slower by half at what ServeProtocol does.
+        loop="asyncio",
         ws="none",
         lifespan="off",
         log_config=None,

@@ -128,10 +128,11 @@ def encode_response(
     as_json: Collection[str] = (),
     dim_order: bool = True,
     request_id: str | None = None,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Any] | str | None = None,
 ) -> Encoded:
     """Encode an answer. Outputs named in ``as_json`` are written as JSON numbers, the others as bytes.
 
+    ``parameters`` may be given as JSON already.
     Without ``dim_order`` every tensor is sent row-major, for clients that do not know that parameter.
 
     Raises ProtocolError when an output to be written as JSON holds NaN or infinity, which JSON cannot say.
@@ -142,7 +143,7 @@ def encode_response(
         header += ',"id":' + _text(request_id)
     header += f',"outputs":[{described}]'
     if parameters:
-        header += ',"parameters":' + _text(parameters)
+        header += ',"parameters":' + (parameters if isinstance(parameters, str) else _text(parameters))
     return _message(header + "}", views, any(name not in as_json for name in tensors))
 
 
