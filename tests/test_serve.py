@@ -405,6 +405,98 @@ def test_pipelined_requests_are_answered_in_order(server: serve.Server) -> None:
     assert received.endswith(b'{"live":true}')
 
 
+def request_of(x: Tensor, name: str = "net") -> tuple[bytes, bytes]:
+    body, length = body_of({"x": x})
+    head = f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Inference-Header-Content-Length: {length}\r\n\r\n".encode(), body
+
+
+class Talk:
+    """One kept connection on which requests are sent in any pieces."""
+
+    def __init__(self, server: serve.Server) -> None:
+        self.link = socket.create_connection(("127.0.0.1", server.port), timeout=5)
+        self.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, *pieces: bytes) -> None:
+        for index, piece in enumerate(pieces):
+            if index:
+                time.sleep(0.01)
+            self.link.sendall(piece)
+
+    def status(self) -> int:
+        return self._read()[0].status
+
+    def logits(self) -> Tensor:
+        response, body = self._read()
+        assert response.status == 200, body
+        return wire.decode_response(bytearray(body), int(response.headers[wire.HEADER_LENGTH])).tensors["logits"]
+
+    def _read(self) -> tuple[http.client.HTTPResponse, bytes]:
+        with contextlib.closing(http.client.HTTPResponse(self.link)) as response:
+            response.begin()
+            return response, response.read()
+
+
+@pytest.fixture
+def talk(server: serve.Server) -> Iterator[Talk]:
+    talk = Talk(server)
+    with contextlib.closing(talk.link):
+        yield talk
+
+
+def logits(graph: LayerGraph, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return graph.model(x)["logits"]
+
+
+def test_requests_that_repeat_a_head_are_answered_from_their_own_bytes_however_they_arrive(
+    talk: Talk, graph: LayerGraph
+) -> None:
+    head, _ = request_of(X)
+    whole = len(head) + len(request_of(X)[1])
+    cuts = [0, 1, 20, len(head) - 1, len(head), len(head) + 1, len(head) + 100, whole - 1]
+    for step, cut_at in enumerate(cuts):
+        x = X + step
+        data = b"".join(request_of(x))
+        talk.send(data[:cut_at], data[cut_at:])
+        assert torch.equal(talk.logits(), logits(graph, x))
+
+
+def test_requests_of_changing_kinds_share_a_connection(talk: Talk, graph: LayerGraph) -> None:
+    for x in (X, X + 1, X.repeat(4, 1, 1, 1), X + 2, X + 3, X.repeat(2, 1, 1, 1)):
+        talk.send(b"".join(request_of(x)))
+        assert torch.equal(talk.logits(), logits(graph, x))
+    talk.send(b"GET /v2/health/nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert talk.status() == 404
+    talk.send(b"".join(request_of(X)) * 3)
+    received = b""
+    while received.count(b"HTTP/1.1 200 OK") < 3:
+        received += talk.link.recv(65536)
+
+
+def test_what_an_earlier_request_left_in_memory_is_never_taken_for_this_one(talk: Talk) -> None:
+    for _ in range(4):
+        talk.send(b"".join(request_of(X)))
+        assert talk.status() == 200
+    head, body = request_of(X, "other")
+    # As far as it goes the first piece is the same as the request before.
+    same = len(b"POST /v2/models/")
+    talk.send(head[:same], head[same:] + body)
+    assert talk.status() == 404
+
+
+def test_a_repeated_request_whose_body_does_not_come_is_cut_off(talk: Talk) -> None:
+    head, body = request_of(X)
+    talk.send(head + body)
+    assert talk.status() == 200
+    talk.send(head + body[:100])
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        received = talk.link.recv(1000)
+    assert b"200 OK" not in received
+
+
 @pytest.mark.parametrize("pause", ["head", "body"])
 def test_a_client_that_dribbles_is_cut_off(server: serve.Server, monkeypatch: pytest.MonkeyPatch, pause: str) -> None:
     monkeypatch.setattr(torchsurgeon.serve.protocol, "HEAD_TIMEOUT_S", 0.5)

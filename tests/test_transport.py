@@ -130,6 +130,51 @@ def test_a_connection_is_kept_and_reused() -> None:
             transport.infer("m", {"x": X}, max_answer_bytes=1000)
 
 
+def test_answers_of_changing_lengths_are_told_apart_on_one_connection() -> None:
+    tensors = [torch.arange(float(count)) for count in (6, 6, 50, 3, 3, 2000, 2000, 6)]
+    extras = ["", "", "", "X-More: 1\r\n", "", "", "X-More: 1\r\n", f"X-Long: {'1' * 5000}\r\n"]
+
+    def script(link: socket.socket) -> None:
+        for tensor, extra in zip(tensors, extras, strict=True):
+            data = answer_bytes(extra, {"y": tensor})
+            for cut_at in (0, 10, len(data) - 5):
+                read_request(link)
+                link.sendall(data[:cut_at])
+                time.sleep(0.005)
+                link.sendall(data[cut_at:])
+
+    with scripted(script) as url, HttpTransport(url) as transport:
+        for tensor in tensors:
+            for _ in range(3):
+                answer = transport.infer("m", {"x": X}, max_answer_bytes=10_000)
+                assert torch.equal(answer.tensors["y"], tensor)
+
+
+def test_answers_kept_by_the_caller_are_not_overwritten_by_later_ones() -> None:
+    def script(link: socket.socket) -> None:
+        for step in range(6):
+            read_request(link)
+            link.sendall(answer_bytes(tensors={"y": X + step}))
+
+    with scripted(script) as url, HttpTransport(url) as transport:
+        kept = [transport.infer("m", {"x": X}, max_answer_bytes=1000).tensors["y"] for _ in range(6)]
+    for step, tensor in enumerate(kept):
+        assert torch.equal(tensor, X + step)
+
+
+def test_what_a_server_sends_beyond_its_answer_is_not_taken_for_the_next() -> None:
+    doubled = answer_bytes() + answer_bytes(tensors={"y": X * 3})
+
+    def script(link: socket.socket) -> None:
+        for data in (answer_bytes(), doubled):
+            read_request(link)
+            link.sendall(data)
+
+    with scripted(script, says(answer_bytes())) as url, HttpTransport(url) as transport:
+        for _ in range(3):
+            assert torch.equal(transport.infer("m", {"x": X}, max_answer_bytes=1000).tensors["y"], X * 2)
+
+
 def test_a_kept_connection_that_the_server_closed_is_replaced_silently() -> None:
     with scripted(says(answer_bytes()), says(answer_bytes())) as url, HttpTransport(url) as transport:
         for _ in range(2):
