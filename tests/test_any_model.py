@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
@@ -57,6 +58,31 @@ def test_what_is_said_of_recurrent_layers_is_what_they_give(kind: type[nn.RNNBas
         with FlopCounterMode(display=False) as counter:
             made.to("meta")(x.to("meta"))
         assert told.flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 9, 7), (2, 3, 8, 8), (1, 4, 1, 1), (2, 1, 6, 6)], ids=str)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_what_is_said_of_pooling_resizing_and_broadcasting_is_what_they_give(
+    shape: tuple[int, ...], memory: torch.memory_format
+) -> None:
+    pools = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1), nn.AdaptiveAvgPool2d((None, 3))]
+    x = torch.rand(shape).to(memory_format=memory)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [(pool, (x,)) for pool in pools]
+    calls += [(F.interpolate, (x, size)) for size in ((5, 6), 7)]
+    for other in ((1, 4, 1, 1), (2, 4, 3, 3), (1, 1, 3, 3), (2, 1, 1, 1)):
+        calls += [(op, (x, torch.rand(other))) for op in (operator.mul, operator.add, operator.imul)]
+    known = 0
+    for target, args in calls:
+        rule = rule_for(target)
+        assert rule is not None
+        told = rule(target, *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+        if told is not None:
+            real = target(*(a.clone() if isinstance(a, torch.Tensor) else a for a in args))
+            assert told.value.shape == real.shape
+            if min(real.shape) > 1:
+                assert told.value.stride() == real.stride()
+            known += 1
+    assert known or memory is torch.channels_last
 
 
 def test_attention_with_a_mask_and_its_weights() -> None:

@@ -99,15 +99,27 @@ def _binary(target: Any, x: Any, y: Any, **kwargs: Any) -> Outcome | None:
     if kwargs or not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
         return None
     if isinstance(y, torch.Tensor):
-        if y.dtype != x.dtype or y.shape != x.shape or y.stride() != x.stride():
+        if y.dtype != x.dtype:
+            return None
+        if y.shape != x.shape and x.dim() == y.dim() and x.is_contiguous() and y.is_contiguous():
+            return _broadcast(x, y)
+        if y.shape != x.shape or y.stride() != x.stride():
             return None
     elif not isinstance(y, (int, float)):
         return None
     return Outcome(torch.empty_like(x))
 
 
+def _broadcast(x: torch.Tensor, y: torch.Tensor) -> Outcome | None:
+    if any(a != b and a != 1 and b != 1 for a, b in zip(x.shape, y.shape, strict=True)):
+        return None
+    shape = tuple(max(a, b) if a and b else 0 for a, b in zip(x.shape, y.shape, strict=True))
+    return Outcome(torch.empty(shape, dtype=x.dtype, device=META))
+
+
 def _binary_in_place(target: Any, x: Any, y: Any) -> Outcome | None:
-    if not isinstance(x, torch.Tensor) or _binary(target, x, y) is None:
+    known = _binary(target, x, y) if isinstance(x, torch.Tensor) else None
+    if known is None or known.value.shape != x.shape:
         return None
     return Outcome(x, overwritten=True)
 
@@ -173,6 +185,34 @@ def _recurrent(module: nn.RNNBase, x: Any, state: Any = None) -> Outcome | None:
     return Outcome((out, tuple(states) if len(states) > 1 else states[0]), 2 * x.shape[0] * x.shape[1] * weights)
 
 
+def _pair(value: Any) -> tuple[Any, Any]:
+    return (value, value) if not isinstance(value, (tuple, list)) else (value[0], value[1])
+
+
+def _pooling(module: Any, x: torch.Tensor) -> Outcome | None:
+    if module.ceil_mode or getattr(module, "return_indices", False) or x.dim() != 4 or not x.is_contiguous():
+        return None
+    parameters = (_pair(getattr(module, key, 1)) for key in ("kernel_size", "stride", "padding", "dilation"))
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], *parameters, strict=True)]
+    return Outcome(torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=META)) if min(size) > 0 else None
+
+
+def _adaptive_pooling(module: nn.AdaptiveAvgPool2d, x: torch.Tensor) -> Outcome | None:
+    if x.dim() != 4 or not x.is_contiguous():
+        return None
+    size = [n if wanted is None else wanted for n, wanted in zip(x.shape[2:], _pair(module.output_size), strict=True)]
+    return Outcome(torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=META))
+
+
+def _interpolate(target: Any, x: Any, size: Any = None, *args: Any, **kwargs: Any) -> Outcome | None:
+    # Where memory could be in either order PyTorch knows better.
+    if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_contiguous() or min(x.shape[1:]) < 2:
+        return None
+    if size is None or any(args) or kwargs.get("scale_factor") is not None:
+        return None
+    return Outcome(torch.empty((*x.shape[:2], *_pair(size)), dtype=x.dtype, device=META))
+
+
 def _embedding(module: nn.Embedding, tokens: torch.Tensor) -> Outcome | None:
     if module.max_norm is not None or not tokens.is_contiguous():
         return None
@@ -185,6 +225,8 @@ _MODULE_RULES: dict[type | str, Rule] = {
     nn.TransformerEncoder: _encoder,
     **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), _recurrent),
     nn.Embedding: _embedding,
+    **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d), _pooling),
+    nn.AdaptiveAvgPool2d: _adaptive_pooling,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
     nn.Linear: _linear,
     nn.MultiheadAttention: _attention,
@@ -201,4 +243,5 @@ _FUNCTION_RULES: dict[Any, Rule] = {
     **dict.fromkeys((operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul), _binary),
     **dict.fromkeys((operator.iadd, operator.isub, operator.imul), _binary_in_place),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
+    nn.functional.interpolate: _interpolate,
 }
