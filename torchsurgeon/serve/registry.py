@@ -26,7 +26,7 @@ from torchsurgeon.errors import (
     SpecError,
     TorchSurgeonError,
 )
-from torchsurgeon.fingerprint import weight_digests
+from torchsurgeon.fingerprint import identity, weight_digests
 from torchsurgeon.graph import LayerGraph, TensorSpec, trace
 from torchsurgeon.program import Segment
 
@@ -160,6 +160,7 @@ class ServedModel:
         self._profiler = profiler
         self._once = threading.Lock()
         self._fingerprint: dict[str, Any] | None = None
+        self._told = _TIMES
         self._profile: dict[str, Any] | None = None
         self._taken_s: dict[int, float] = {}
         self._plans: dict[object, _Plan] = {}
@@ -183,7 +184,11 @@ class ServedModel:
         with self._once:
             if self._fingerprint is None:
                 digests = weight_digests(self.graph.model)
-                self._fingerprint = {"graph": self.graph.fingerprint, "torch": torch.__version__, **digests.to_json()}
+                name = identity(self.graph.fingerprint, digests.combined)
+                told = {"identity": name, "graph": self.graph.fingerprint, "torch": torch.__version__}
+                self._fingerprint = {**told, **digests.to_json()}
+                # From now on answers tell it, so that clients who shook hands notice another model in this one's place.
+                self._told = f'{{"identity":"{name}",{_TIMES[1:]}'
             return self._fingerprint
 
     def profile(self) -> dict[str, Any]:
@@ -236,7 +241,7 @@ class ServedModel:
             as_json=plan.as_json,
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
-            parameters=_TIMES % taken_s,
+            parameters=self._told % taken_s,
         )
 
     def close(self) -> None:
