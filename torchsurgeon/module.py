@@ -20,12 +20,12 @@ from torchsurgeon.errors import (
     ServerUnavailableError,
     TraceError,
 )
-from torchsurgeon.fingerprint import WeightDigests, weight_digests
+from torchsurgeon.fingerprint import Snapshot, WeightDigests, weight_digests
 from torchsurgeon.graph import LayerGraph, PartitionPoint, trace
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Estimate, best, estimate
 from torchsurgeon.profile import LayerProfile, profile
-from torchsurgeon.transport import HttpTransport, Transport
+from torchsurgeon.transport import Answer, HttpTransport, Transport
 
 _PROBE_BYTES = (16 << 10, 128 << 10, 1 << 20)
 _PROBE_ENOUGH_S = 0.05
@@ -85,7 +85,9 @@ class SplitModule(nn.Module):
         leaf_modules: passed to :func:`~torchsurgeon.graph.trace`.
 
     The first call shakes hands with the server and raises :class:`~torchsurgeon.errors.ModelMismatchError` unless
-    both sides hold the same graph and weights. A server that is down, slow or gone in mid-answer raises
+    both sides hold the same graph and weights; so does the first call after the weights of either side have changed. A
+    model that is put into training mode or gets other submodules raises
+    :class:`~torchsurgeon.errors.TraceError`. A server that is down, slow or gone in mid-answer raises
     :class:`~torchsurgeon.errors.ServerUnavailableError` within ``timeout_s``. Inference only: no gradients. May be
     called from several threads at once. Close it, or use it in a ``with`` statement, to close its connections.
     """
@@ -121,6 +123,8 @@ class SplitModule(nn.Module):
         self._transport = HttpTransport(server, timeout_s) if isinstance(server, str) else server
         self._lock = threading.RLock()
         self._shaken = False
+        self._identity: str | None = None
+        self._snapshot = Snapshot(model)
         self._heads: dict[int, Callable[..., Any]] = {}
         self._choice: PartitionPoint | None = None
         self.partition = partition
@@ -181,22 +185,52 @@ class SplitModule(nn.Module):
         transport = self._connected()
         boundary = self._head(point)(*args, **kwargs)
         headed = time.perf_counter()
-        answer = transport.infer(
-            self.name,
-            dict(zip((spec.name for spec in point.tensors), boundary, strict=True)),
-            max_answer_bytes=self._max_answer_bytes,
-        )
-        expected = {spec.name: spec.dtype for spec in self.graph.outputs}
-        if {name: tensor.dtype for name, tensor in answer.tensors.items()} != expected:
-            raise ProtocolError(
-                f"the server answered with tensors {sorted(answer.tensors)}, expected {sorted(expected)}"
-            )
+        tensors = dict(zip((spec.name for spec in point.tensors), boundary, strict=True))
+        answer = self._ask(transport, tensors)
+        self._check_answer(point, boundary, answer.tensors)
         device = boundary[0].device
         tensors = {name: tensor.to(device) for name, tensor in answer.tensors.items()}
         output = self.graph.unflatten_output(tensors)
         end = time.perf_counter()
         self.last = self._account(point, answer, begin, headed, end)
         return output
+
+    def _ask(self, transport: Transport, tensors: Mapping[str, torch.Tensor]) -> Answer:
+        """Return the answer of the model that hands were shaken with, or of an equal one in its place."""
+        known = self._identity
+        answer = transport.infer(self.name, tensors, max_answer_bytes=self._max_answer_bytes)
+        if answer.parameters.get("identity") == known:
+            return answer
+        with self._lock:
+            if self._identity == known:
+                self._shake_hands(transport)
+            known = self._identity
+        answer = transport.infer(self.name, tensors, max_answer_bytes=self._max_answer_bytes)
+        if answer.parameters.get("identity") != known:
+            raise ModelMismatchError(
+                f"model {self.name!r} answers with other weights than the server has just given the fingerprint of; "
+                "are there several servers behind one address? Serve the same weights on all of them"
+            )
+        return answer
+
+    def _check_answer(
+        self, point: PartitionPoint, boundary: Sequence[torch.Tensor], answered: Mapping[str, torch.Tensor]
+    ) -> None:
+        graph = self.graph
+        valued = graph.value_dependent or any(graph.value(spec.name).restore for spec in point.tensors)
+        batch = None if valued else _batch(point, boundary)
+        for spec in graph.outputs:
+            tensor = answered.get(spec.name)
+            wanted = spec.shape if batch is None else spec.at_batch(batch)
+            if tensor is None or len(answered) != len(graph.outputs):
+                names = sorted(other.name for other in graph.outputs)
+                raise ProtocolError(f"the server answered with tensors {sorted(answered)}, expected {names}")
+            shape = tuple(tensor.shape)
+            if tensor.dtype != spec.dtype or (len(shape) != len(wanted) if batch is None else shape != wanted):
+                raise ProtocolError(
+                    f"the server answered with {tensor.dtype} {list(shape)} as {spec.name!r}, expected {spec.dtype} "
+                    f"{list(wanted)}"
+                )
 
     def _account(self, point: PartitionPoint, answer: Any, begin: float, headed: float, end: float) -> Inference:
         timing, told = answer.timing, answer.parameters
@@ -232,12 +266,26 @@ class SplitModule(nn.Module):
         transport = self._transport
         if transport is None:
             raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
-        if not self._shaken:
+        self._check_model()
+        if not self._shaken or not self._snapshot.same_weights():
             with self._lock:
-                if not self._shaken:
+                if not self._shaken or not self._snapshot.same_weights():
+                    self._snapshot = Snapshot(self.model)
+                    self._heads.clear()
                     self._shake_hands(transport)
-                    self._shaken = True
         return transport
+
+    def _check_model(self) -> None:
+        if self._snapshot.training():
+            raise TraceError("the model has been put into training mode; call model.eval(): a SplitModule only answers")
+        replaced = self._snapshot.replaced()
+        if replaced is not None:
+            raise TraceError(f"{replaced!r} of the model has been replaced since it was traced; make a new SplitModule")
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise ModelMismatchError(
+                "autocast is on here, and the server runs the model without it; call the SplitModule outside autocast, "
+                "or have the model itself in the lower precision on both sides"
+            )
 
     def _shake_hands(self, transport: Transport) -> None:
         """Make sure that the server's model is this model. Raises ModelMismatchError naming what differs first."""
@@ -252,6 +300,7 @@ class SplitModule(nn.Module):
             ) from None
         if not isinstance(theirs, dict) or not isinstance(theirs.get("tensors"), dict):
             raise ProtocolError("the server's fingerprint is not what torchsurgeon's servers answer")
+        self._shaken = False
         ours = weight_digests(self.model)
         if theirs.get("weights") != ours.combined:
             raise ModelMismatchError(_differing_weights(self.name, self.model, ours, theirs["tensors"]))
@@ -261,6 +310,8 @@ class SplitModule(nn.Module):
                 f"{self.graph.fingerprint[:12]} here, {str(theirs.get('graph'))[:12]} on the server. Trace both with "
                 f"the same example ({', '.join(map(str, self.graph.inputs))} here) and the same source of the model"
             )
+        self._identity = theirs.get("identity")
+        self._shaken = True
 
     def close(self) -> None:
         """Close the connections. Closing twice is harmless; calls that need the server raise afterwards."""
@@ -287,6 +338,9 @@ class SplitModule(nn.Module):
         self._heads.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a SplitModule holds connections and cannot be copied or saved; copy its model and wrap that")
+
     def extra_repr(self) -> str:
         where = self._choice.name if self._choice is not None else "auto"
         return f"name={self.name!r}, partition={where!r}"
@@ -310,6 +364,19 @@ def measure_link(transport: Transport, *, name: str = "measured", repeats: int =
 def _exchange_s(transport: Transport, up_bytes: int, down_bytes: int) -> float:
     timing = transport.probe(up_bytes, down_bytes)
     return timing.end_s - timing.send_start_s
+
+
+def _batch(point: PartitionPoint, boundary: Sequence[torch.Tensor]) -> int | None:
+    """Return the batch size that explains the boundary's shapes; None if none does, as with images of another size."""
+    sizes = {
+        spec.example_batch + (size - example) // step
+        for spec, tensor in zip(point.tensors, boundary, strict=True)
+        for size, example, step in zip(tensor.shape, spec.shape, spec.batch_step, strict=False)
+        if step
+    }
+    batch = sizes.pop() if sizes else 1
+    fits = all(tensor.shape == spec.at_batch(batch) for spec, tensor in zip(point.tensors, boundary, strict=True))
+    return batch if fits and not sizes else None
 
 
 def _call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
