@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import ssl
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -64,6 +66,7 @@ class HttpTransport(Transport):
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._closed = False
+        _open.add(self)
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
         return self._control("GET", path, None, timeout_s)
@@ -140,6 +143,20 @@ class HttpTransport(Transport):
             self._give_back(connection)
             return answer
 
+    def _start_anew(self) -> None:
+        """Leave the connections to the process this one was forked from; who shares one gets the other's answers."""
+        self._lock = threading.Lock()
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+        session = requests.Session()
+        session.headers, session.verify, session.trust_env = (
+            self._session.headers,
+            self._session.verify,
+            self._session.trust_env,
+        )
+        self._session = session
+
     def _connection(self) -> Connection:
         return Connection(self._address, self._context)
 
@@ -194,3 +211,14 @@ def _within(deadline: Deadline, function: Callable[[], T]) -> T:
     if not result:
         raise TimeoutError
     return result[0]
+
+
+_open: weakref.WeakSet[HttpTransport] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for transport in list(_open):
+        transport._start_anew()
+
+
+os.register_at_fork(after_in_child=_after_fork)
