@@ -301,9 +301,9 @@ class SplitModule(nn.Module):
         if not isinstance(theirs, dict) or not isinstance(theirs.get("tensors"), dict):
             raise ProtocolError("the server's fingerprint is not what torchsurgeon's servers answer")
         self._shaken = False
-        ours = weight_digests(self.model)
+        ours = weight_digests(self.graph.model)
         if theirs.get("weights") != ours.combined:
-            raise ModelMismatchError(_differing_weights(self.name, self.model, ours, theirs["tensors"]))
+            raise ModelMismatchError(_differing_weights(self.name, self.graph.model, ours, theirs["tensors"]))
         if theirs.get("graph") != self.graph.fingerprint:
             raise ModelMismatchError(
                 f"model {self.name!r} has the same weights on both sides, but another graph: "
