@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torchsurgeon.errors import TorchSurgeonError
 
-_NEEDS_CLI = "pip install 'torchsurgeon[cli]'"
+_EXTRAS = {
+    "rich": "cli",
+    "starlette": "server",
+    "uvicorn": "server",
+    "httptools": "server",
+    "safetensors": "server",
+    "torchvision": "vision",
+    "PIL": "vision",
+    "matplotlib": "plot",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, or 2 with the reason on standard error."""
     options = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show "×" shows "?"; the rest of the answer is worth having.
+            stream.reconfigure(errors="replace")
     try:
         options.run(options)
     except TorchSurgeonError as error:
         print(f"torchsurgeon: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("torchsurgeon", ""):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
             raise
         print(
-            f"torchsurgeon: this command needs {error.name}: {_NEEDS_CLI} (or [server], [vision], [plot], [all])",
+            f"torchsurgeon: this command needs {missing}: pip install 'torchsurgeon[{_EXTRAS[missing]}]'",
             file=sys.stderr,
         )
         return 2
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        print(f"torchsurgeon: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0
@@ -48,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--slow", type=float, default=10.0, metavar="FACTOR", help="how much slower the device is than this machine"
     )
-    demo.add_argument("--repeats", type=int, default=5, help="inferences measured in each setting")
+    demo.add_argument("--repeats", type=_count, default=5, help="inferences measured in each setting")
     demo.set_defaults(run=_demo)
 
     trace = commands.add_parser("trace", help="list a model's layers and partition points")
@@ -68,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--out", type=Path, metavar="FILE", help="write the profile as JSON")
     profile.add_argument("--repeats", type=int, default=20, help="measured runs, each of the whole model")
     profile.add_argument("--warmup", type=int, default=3, help="runs before them")
-    profile.add_argument("--threads", type=int, help="CPU threads of one inference")
+    profile.add_argument("--threads", type=_count, help="CPU threads of one inference")
     profile.add_argument("--cooldown", type=float, default=0.0, metavar="SECONDS", help="rest before every 10 repeats")
     profile.add_argument("--no-energy", action="store_true", help="do not meter joules, which takes its time")
     profile.add_argument("--plot", type=Path, metavar="FILE", help="draw the layers as bars, e.g. profile.png")
@@ -80,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "models", nargs="+", metavar="NAME=SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file"
     )
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one and says which")
+    serve.add_argument("--port", type=_port, default=8000, help="0 takes a free one and says which")
     serve.add_argument(
         "--weights", action="append", default=[], metavar="NAME=FILE", help=".safetensors, .pt, or 'default'"
     )
@@ -88,18 +107,31 @@ def _parser() -> argparse.ArgumentParser:
         "--input", action="append", default=[], metavar="NAME=SPEC", help="e.g. resnet=x:float32[1,3,320,320]"
     )
     serve.add_argument("--seed", type=int, default=0, help="of random weights")
-    serve.add_argument("--threads", type=int, help="CPU threads of one inference")
-    serve.add_argument("--max-batch", type=int, default=64)
+    serve.add_argument("--threads", type=_count, help="CPU threads of one inference")
+    serve.add_argument("--max-batch", type=_count, default=64)
     serve.set_defaults(run=_serve)
 
     link = commands.add_parser("link", help="emulate a wireless link: a TCP proxy with a rate and a delay")
-    link.add_argument("--listen", type=int, required=True, metavar="PORT", help="0 takes a free one and says which")
+    link.add_argument("--listen", type=_port, required=True, metavar="PORT", help="0 takes a free one and says which")
     link.add_argument("--to", required=True, metavar="HOST:PORT")
     link.add_argument(
         "--profile", required=True, help="3g, lte, wifi, UP/DOWN/RTT (Mbit/s, s), or trace:UPFILE,DOWNFILE,RTT"
     )
     link.set_defaults(run=_link)
     return parser
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    # getaddrinfo takes 65536 and more, and means another port.
+    if not (text.isascii() and text.isdigit()) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give one from 0 to 65535")
+    return int(text)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,12 +221,16 @@ def _serve(options: argparse.Namespace) -> None:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    models, weights, inputs = _pairs(options.models), _pairs(options.weights), _pairs(options.input)
+    for name in (*weights, *inputs):
+        if name not in models:
+            raise TorchSurgeonError(f"no model {name!r} is served; --weights and --input take {', '.join(models)}")
     serve.run(
-        _pairs(options.models),
+        models,
         options.host,
         options.port,
-        weights=_pairs(options.weights),
-        input_specs=_pairs(options.input),
+        weights=weights,
+        input_specs=inputs,
         seed=options.seed,
         max_batch=options.max_batch,
         profiler=lambda graph: profile(graph, meter=None).to_json(),
@@ -217,7 +253,7 @@ def _link(options: argparse.Namespace) -> None:
     from torchsurgeon.emulate import LinkEmulator, parse_profile
 
     host, colon, port = options.to.rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or not (port.isascii() and port.isdigit()):
         raise TorchSurgeonError(f"--to {options.to!r} is not HOST:PORT")
     link = parse_profile(options.profile)
     emulator = LinkEmulator(options.listen, host.strip("[]"), int(port), link)
@@ -228,4 +264,6 @@ def _link(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from torchsurgeon.demo import run
 
+    # The default would end this process without a word and leave its server and links running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run(options.out, slow=options.slow, repeats=options.repeats)

@@ -137,9 +137,10 @@ class Row:
 def run(out: Path, *, slow: float = 10.0, repeats: int = 5, console: Console | None = None) -> list[Row]:
     """Run the demo, print its table, write ``results.json`` and a picture a model into ``out``; return the rows.
 
-    ``slow`` is how many times slower than this machine the device is made to be.
+    ``slow`` is how many times slower than this machine the device is made to be. Raises DeviceError when it is below 1.
     """
     console = console or Console()
+    device = SlowDevice(slow)
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     console.print(download_weights(), style="dim")
@@ -163,7 +164,7 @@ def run(out: Path, *, slow: float = 10.0, repeats: int = 5, console: Console | N
             links[name] = "http://127.0.0.1:" + link(r"listening on [^ ]*:(\d+)")
         image = photo()
         for name in MODELS:
-            rows += _measure(name, image, links, f"http://127.0.0.1:{port}", slow, repeats, out, step, console)
+            rows += _measure(name, image, links, f"http://127.0.0.1:{port}", device, repeats, out, step, console)
     console.print(_table(rows, slow))
     (out / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     pictures = ", ".join(str(out / f"{name}.png") for name in MODELS)
@@ -176,7 +177,7 @@ def _measure(
     image: torch.Tensor,
     links: dict[str, str],
     server: str,
-    slow: float,
+    device: SlowDevice,
     repeats: int,
     out: Path,
     step: Callable[[str], None],
@@ -189,7 +190,7 @@ def _measure(
     with torch.no_grad():
         truth = model(image)
     graph = trace(model, image)
-    here = _profile(name, graph, image, console).scaled(slow)
+    here = _profile(name, graph, image, console).scaled(device.factor)
     with HttpTransport(server, _PATIENCE_S) as direct:
         there = LayerProfile.from_json(direct.get_json(f"/v2/models/{name}/profile"))
     rows: list[Row] = []
@@ -205,7 +206,7 @@ def _measure(
                 link=measure_link(transport, name=link),
                 device_profile=here,
                 server_profile=there,
-                backend=SlowDevice(slow).wrap,
+                backend=device.wrap,
             )
             estimates = split.estimates()
             chosen = best(estimates)
@@ -219,7 +220,7 @@ def _measure(
                 rows.append(
                     _row(split, image, truth, setting, wanted, point_text(wanted, estimates), repeats, announce)
                 )
-    devices = [(f"device (this machine, {slow:g}× slower)", here), ("server", there)]
+    devices = [(f"device (this machine, {device.factor:g}× slower)", here), ("server", there)]
     named = [(", ".join(names), index) for index, names in stars.items()]
     layer_picture(name, graph, devices, named, out / f"{name}.png")
     return rows

@@ -140,6 +140,8 @@ class LinkEmulator:
         host: str = "127.0.0.1",
     ) -> None:
         _checked_link(link)
+        if not 0 < target_port < 1 << 16:
+            raise LinkError(f"the link's target {target_host}:{target_port} has no such port; give one from 1 to 65535")
         try:
             family, kind, proto, _, target = socket.getaddrinfo(target_host, target_port, type=socket.SOCK_STREAM)[0]
         except (OSError, OverflowError) as error:
