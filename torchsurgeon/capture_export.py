@@ -37,6 +37,9 @@ _CHECKS = (
     "sym_constrain_range_for_size",
 )
 
+# ``x[:]`` along a dimension; which of them export leaves out differs.
+_EVERYTHING = (0, 2**63 - 1)
+
 Guard = Callable[[Sequence[torch.Tensor]], None]
 
 
@@ -46,6 +49,52 @@ def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]
 
     Raises :class:`~torchsurgeon.errors.TraceError` with torch.export's reason.
     """
+    steps, guard = _exported(model, call, tensors)
+    many = _with_batch(tensors, 1024)
+    if many is None or _passes(guard, many):
+        return steps, guard
+    # A batch of one takes paths of its own through broadcasting. Where those of two are the same steps, both are known.
+    try:
+        same, guard_of_two = _exported(model, call, _with_batch(tensors, 2) or tensors)
+    except TraceError:
+        return steps, guard
+    return steps, _either(guard, guard_of_two) if _alike(steps, same) else guard
+
+
+def _with_batch(tensors: Sequence[torch.Tensor], batch: int) -> Sequence[torch.Tensor] | None:
+    """A batch of one repeated, or None for other batches; what was one tensor given twice is so again."""
+    if any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return None
+    repeated = {id(t): t.to("meta").expand(batch, *t.shape[1:]) if batch > 2 else torch.cat([t, t]) for t in tensors}
+    return [repeated[id(t)] for t in tensors]
+
+
+def _passes(guard: Guard, tensors: Sequence[torch.Tensor]) -> bool:
+    try:
+        guard(tensors)
+    except TypeError:
+        return False
+    return True
+
+
+def _either(first: Guard, second: Guard) -> Guard:
+    def guard(tensors: Sequence[torch.Tensor]) -> None:
+        if not _passes(second, tensors):
+            first(tensors)
+
+    return guard
+
+
+def _alike(steps: Sequence[Step], others: Sequence[Step]) -> bool:
+    def same(a: Step, b: Step) -> bool:
+        if isinstance(a.target, Constant) and isinstance(b.target, Constant):
+            return a.target.tensor.shape == b.target.tensor.shape and torch.equal(a.target.tensor, b.target.tensor)
+        return (a.name, a.kind, a.target, a.args, a.kwargs) == (b.name, b.kind, b.target, b.args, b.kwargs)
+
+    return len(steps) == len(others) and all(map(same, steps, others))
+
+
+def _exported(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[list[Step], Guard]:
     args, kwargs = call.rebuild(dict(zip(call.paths, tensors, strict=True)))
     free = ShapesCollection()
     same_batch = len({t.shape[0] if t.dim() else -1 for t in tensors}) == 1
@@ -214,6 +263,8 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -
             add("output", "output", *_settled(result, args[0]))
         elif node.op == "call_module" or _is_check(node):
             continue
+        elif node.target is torch.ops.aten.slice.Tensor and tuple(args[2:]) == _EVERYTHING:
+            position[node] = args[0]
         else:
             if device in kwargs.values():
                 here = here or add("call", unique("device", taken), ModelDevice(model))
