@@ -12,12 +12,16 @@ tracing call itself, in alternation. Writes JSON and the page of the documentati
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
+import gc
 import json
 import multiprocessing
 import re
 import resource
+import signal
 import statistics
+import sys
 import time
 import traceback
 import warnings
@@ -45,6 +49,7 @@ def measure(name: str, budget_s: float) -> dict[str, Any]:
         begin = time.perf_counter()
         try:
             case = cases()[name]()
+            row["load_s"] = time.perf_counter() - begin
             # A pass for real settles lazy modules and warms up; it also says what one run takes.
             case.model(*fresh(case.args), **fresh(case.kwargs))
         except Exception as error:
@@ -294,6 +299,8 @@ def bits(tensor: Any) -> Any:
 
 
 def child(name: str, budget_s: float, memory_bytes: int, answer: Any) -> None:
+    # The collector would walk through, and so copy, all that the preloaded packages hold.
+    gc.freeze()
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     answer.send(measure(name, budget_s))
 
@@ -301,7 +308,11 @@ def child(name: str, budget_s: float, memory_bytes: int, answer: Any) -> None:
 def run_all(names: Sequence[str], options: argparse.Namespace, done: dict[str, Any], save: Callable[[], None]) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision", "transformers", "timm", "torchsurgeon", "coverage_models"])
-    waiting, running = list(names), {}
+    waiting: list[str] = list(names)
+    running: dict[Any, tuple[str, Any, float]] = {}
+    # A child outlives a parent that is told to end, unless it is ended with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    atexit.register(lambda: [process.kill() for _, process, _ in running.values()])
     while waiting or running:
         while waiting and len(running) < options.jobs:
             name = waiting.pop(0)
@@ -387,6 +398,9 @@ def page(document: dict[str, Any]) -> str:
     good = [row for row in rows if "problem" not in row]
     slow = [row for row in good if row["trace_ratio"] > HOPE_RATIO]
     longest = max(good, key=lambda row: row["layers"], default=None)
+    missing = document["missing"]
+    if missing:
+        text += ["", f"Not measured yet: {len(missing)} ({', '.join(missing)})."]
     text += ["", f"{len(slow)} of {len(good)} take more than {HOPE_RATIO:.0f}× the tracing call."]
     if longest is not None:
         text += [
@@ -463,7 +477,8 @@ def main() -> None:
 
     def save() -> None:
         rows = sorted(done.values(), key=lambda row: every.index(row["model"]))
-        document = {"environment": environment(), "rows": rows}
+        missing = [name for name in every if name not in done]
+        document = {"environment": environment(), "missing": missing, "rows": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.page.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(document, indent=1) + "\n")
