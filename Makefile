@@ -1,6 +1,7 @@
 # make setup   virtual environment in .venv, with the package and its extension built in place
 # make demo    set up, then the main job on this machine
 # make test    set up, then the tests
+# make coverage   try every model there is and write docs/coverage.md (an hour; goes on where it was stopped)
 # make lint    set up, then ruff and mypy
 # make cross-check   compile the extension for aarch64, as a Jetson would
 # make wheel   set up, then a wheel in dist/, audited to use the limited Python API only
@@ -12,7 +13,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # The other PyTorch that stands for a device in tests; its own dependencies are its own.
 INTEROP_PACKAGES := torch==2.13.0 numpy scikit-learn requests starlette uvicorn httptools
 
-.PHONY: setup demo test lint format interop cross-check wheel clean
+.PHONY: setup demo test coverage lint format interop cross-check wheel clean
 
 setup: $(VENV)/.set-up
 
@@ -21,6 +22,9 @@ demo: setup
 
 test: setup interop
 	$(BIN)/pytest
+
+coverage: setup
+	$(BIN)/python benchmarks/coverage.py --jobs 2
 
 lint: setup
 	$(BIN)/ruff check .
