@@ -11,11 +11,14 @@ loop in the same server process, with TCP_NODELAY set:
 
 Two orders. ``burst``: each round has 20 consecutive exchanges of every contestant, contestants in a new random order,
 so that each runs as warm as a stream of inferences would. ``single``: one exchange of every contestant a round, each
-with caches that the others have filled. Printed are medians, quartiles, and the median of the rounds' ratios.
+with caches that the others have filled. Two layouts. ``apart``: each process has a core of its own, as device and
+server have. ``free``: the scheduler places both processes, often on one core; then a raw socket never waits for another
+core to wake, and two processes of some size take turns in one core's caches. Printed are medians, quartiles, and the
+median of the rounds' ratios.
 
-Copies of the tensor in user space, beside the kernel's own: torchsurgeon none going out and none coming in, except for
-what arrives in one read with the request's head, which is copied from there (at most 16 KiB); raw none; gRPC and
-``requests`` one or more each way, of which joining header and body (done beforehand) is not timed.
+Copies of the tensor in user space, beside the kernel's own: torchsurgeon none going out, and none coming in once the
+connection has seen a request with the same head (for the first one, what arrives in one read with it); raw none; gRPC
+and ``requests`` one or more each way, of which joining header and body (done beforehand) is not timed.
 
     python benchmarks/transport.py [--rounds 100] [--out benchmarks/results/transport.json]
 """
@@ -145,7 +148,8 @@ def contestants(ports: dict[str, int], name: str, x: Tensor) -> dict[str, Callab
     head = f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode()
 
     def by_bytes() -> None:
-        plain.sendmsg([head, body]) if len(body) < 100_000 else (plain.sendall(head), plain.sendall(body))
+        plain.sendall(head)
+        plain.sendall(body)
         received = plain.recv(1 << 16)
         while b"\r\n\r\n" not in received:
             received += plain.recv(1 << 16)
@@ -170,7 +174,7 @@ def measure(ways: dict[str, Callable[[], object]], rounds: int, burst: int) -> d
     A ratio is that of a round's medians, so that both were taken within milliseconds of each other.
     """
     for way in ways.values():
-        for _ in range(20):
+        for _ in range(50):
             way()
     samples: dict[str, list[float]] = {label: [] for label in ways}
     ratios: dict[str, list[float]] = {label: [] for label in ways}
@@ -204,6 +208,14 @@ def measure(ways: dict[str, Callable[[], object]], rounds: int, burst: int) -> d
     return result
 
 
+def show(title: str, rows: dict[str, dict[str, float]]) -> None:
+    print(title)
+    for label, row in rows.items():
+        middle, low, high = (row[key] * 1e6 for key in ("median_s", "q1_s", "q3_s"))
+        ratios = f"{row['ratio']:5.2f} × raw  [{row['ratio_q1']:.2f} … {row['ratio_q3']:.2f}]"
+        print(f"  {label:13} {middle:8.0f} µs  [{low:6.0f} … {high:6.0f}]  {ratios}", flush=True)
+
+
 def environment() -> dict[str, Any]:
     def output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -234,30 +246,33 @@ def main() -> None:
         serve()
         return
     torch.set_num_threads(1)
-    # The device's process is not a server; it keeps the C library's defaults.
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        ports = json.loads(server.stdout.readline())
-        results = {}
-        for name in options.sizes.split(","):
-            ways = contestants(ports, name, torch.randn(1, SIZES[name] // 4))
-            results[name] = {
-                "burst": measure(ways, options.rounds, BURST),
-                "single": measure(ways, options.rounds * 4, 1),
-            }
-            for order, rows in results[name].items():
-                print(f"{name} up, 4 KB down, {order}")
-                for label, row in rows.items():
-                    middle, low, high = (row[key] * 1e6 for key in ("median_s", "q1_s", "q3_s"))
-                    ratios = f"{row['ratio']:5.2f} × raw  [{row['ratio_q1']:.2f} … {row['ratio_q3']:.2f}]"
-                    print(f"  {label:13} {middle:8.0f} µs  [{low:6.0f} … {high:6.0f}]  {ratios}", flush=True)
-    finally:
-        assert server.stdin is not None
-        server.stdin.close()
-        server.wait(10)
+    everywhere = os.sched_getaffinity(0)
+    results: dict[str, dict[str, Any]] = {}
+    for layout in ("free", "apart") if len(everywhere) > 1 else ("free",):
+        first, second, *_ = ({core} for core in sorted(everywhere)) if layout == "apart" else (everywhere, everywhere)
+        os.sched_setaffinity(0, second)
+        # The device's process is not a server; it keeps the C library's defaults.
+        server = subprocess.Popen(
+            [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        os.sched_setaffinity(0, first)
+        try:
+            assert server.stdout is not None
+            ports = json.loads(server.stdout.readline())
+            for name in options.sizes.split(","):
+                ways = contestants(ports, name, torch.randn(1, SIZES[name] // 4))
+                orders = {
+                    "burst": measure(ways, options.rounds, BURST),
+                    "single": measure(ways, options.rounds * 4, 1),
+                }
+                results.setdefault(name, {})[layout] = orders
+                for order, rows in orders.items():
+                    show(f"{name} up, 4 KB down, {layout}, {order}", rows)
+        finally:
+            os.sched_setaffinity(0, everywhere)
+            assert server.stdin is not None
+            server.stdin.close()
+            server.wait(10)
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
     print(f"written to {options.out}")
