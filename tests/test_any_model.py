@@ -85,6 +85,16 @@ def test_what_is_said_of_pooling_resizing_and_broadcasting_is_what_they_give(
     assert known or memory is torch.channels_last
 
 
+def test_flops_of_shifted_windows_are_those_of_their_products_padding_included() -> None:
+    zoo = pytest.importorskip("torchvision.models.swin_transformer")
+    made = zoo.SwinTransformer([4, 4], 16, [1, 2], [2, 4], [7, 7], num_classes=4).eval()
+    x = torch.rand(1, 3, 44, 60)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        made(x)
+    graph = check(made, x, batches=[(torch.rand(2, 3, 44, 60),)], points=slice(None, None, 5))
+    assert sum(layer.flops for layer in graph.layers) == counter.get_total_flops()
+
+
 def test_attention_with_a_mask_and_its_weights() -> None:
     def forward(self: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
         y, weights = self.attend(x, x, x, key_padding_mask=mask)

@@ -7,8 +7,10 @@ A rule takes the layer (a module or a function) and its arguments with meta tens
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -36,8 +38,12 @@ def rule_for(target: Any) -> Rule | None:
     if isinstance(target, nn.Module):
         kind = type(target)
         return _MODULE_RULES.get(kind) or _MODULE_RULES.get(f"{kind.__module__}.{kind.__qualname__}")
-    own = getattr(target, "shape_rule", None)
-    return _own if own is not None else _FUNCTION_RULES.get(target)
+    if hasattr(target, "shape_rule"):
+        return _own
+    known = _FUNCTION_RULES.get(target)
+    if known is None and isinstance(target, FunctionType):
+        known = _FUNCTION_RULES.get(f"{target.__module__}.{target.__name__}")
+    return known
 
 
 def _own(target: Any, *args: Any) -> Outcome:
@@ -213,6 +219,23 @@ def _interpolate(target: Any, x: Any, size: Any = None, *args: Any, **kwargs: An
     return Outcome(torch.empty((*x.shape[:2], *_pair(size)), dtype=x.dtype, device=META))
 
 
+def _window_attention(
+    target: Any, x: torch.Tensor, qkv: Any, projection: Any, bias: Any, window: Any, *_: Any, **__: Any
+) -> Outcome | None:
+    if not x.is_contiguous():
+        return None
+    *outer, channels = x.shape
+    if len(window) == 3:
+        window = [min(size, side) for size, side in zip(outer[1:], window, strict=True)]
+    tokens = outer[0] * math.prod(-(-size // side) * side for size, side in zip(outer[1:], window, strict=True))
+    return Outcome(torch.empty_like(x), 4 * tokens * channels * (2 * channels + math.prod(window)))
+
+
+def _window_bias(target: Any, table: torch.Tensor, index: Any, window: Any) -> Outcome:
+    side = math.prod(window)
+    return Outcome(torch.empty((1, table.shape[1], side, side), dtype=table.dtype, device=META))
+
+
 def _embedding(module: nn.Embedding, tokens: torch.Tensor) -> Outcome | None:
     if module.max_norm is not None or not tokens.is_contiguous():
         return None
@@ -244,4 +267,7 @@ _FUNCTION_RULES: dict[Any, Rule] = {
     **dict.fromkeys((operator.iadd, operator.isub, operator.imul), _binary_in_place),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
     nn.functional.interpolate: _interpolate,
+    "torchvision.models.swin_transformer.shifted_window_attention": _window_attention,
+    "torchvision.models.swin_transformer._get_relative_position_bias": _window_bias,
+    "torchvision.models.video.swin_transformer.shifted_window_attention_3d": _window_attention,
 }
