@@ -355,3 +355,33 @@ def test_a_head_called_unlike_the_example_says_what_differs(call: Callable[[nn.M
     partition = cut(trace(model(lambda self, x, flag=False: self.conv(x), conv=conv()), image()), 1)
     with pytest.raises(TypeError, match=message):
         call(partition.head)
+
+
+class _Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+        return (x + 1, x * 2), x.shape[0]
+
+
+class _TakesNestedParts(nn.Module):
+    """Reads one part of a whole layer's nested result early and another late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Pair()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pair = self.inner(x)[0]
+        y = self.linear(torch.relu(pair[1]))
+        return torch.sigmoid(y) + pair[0]
+
+
+def test_parts_of_a_nested_result_cross_on_their_own() -> None:
+    model, x = _TakesNestedParts().eval(), torch.rand(2, 4)
+    graph = trace(model, x, leaf_modules=["inner"])
+    with torch.no_grad():
+        truth = model(x)
+        for point in graph.points:
+            part = cut(graph, point)
+            assert torch.equal(part.tail(*part.head(x)), truth), point.name
+    assert [spec.name for spec in graph.point("linear").tensors] == ["inner.0.0", "linear"]

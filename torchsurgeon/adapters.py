@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -168,25 +169,37 @@ class _Resumed:
         return _Given(value, self._results[name]) if name in self._results else value
 
 
+class _Outline:
+    """Stands for a batch of images where only shapes are asked for, so that no picture has to cross for them."""
+
+    def __init__(self, shape: torch.Size, image_sizes: list[tuple[int, int]]) -> None:
+        self.tensors = SimpleNamespace(shape=shape)
+        self.image_sizes = image_sizes
+
+
 class _Rest:
     """The detector's own forward after the given submodules: from their results to boxes in the images' coordinates."""
 
     __name__ = "postprocess"
 
-    def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
-        self._model, self._parts = model, parts
+    def __init__(self, model: nn.Module, last: str) -> None:
+        self._model, self._last = model, last
 
-    def __call__(self, sizes: list[torch.Size], *results: Any) -> Any:
-        # Of the images only their sizes are asked for.
+    def __call__(
+        self, sizes: list[torch.Size], outline: _Outline, levels: Mapping[str, torch.Size], result: Any
+    ) -> Any:
         images = [torch.empty((3, *size), device=META) for size in sizes]
-        resumed = _Resumed(self._model, dict(zip(self._parts, results, strict=True)))
-        return type(self._model).forward(resumed, images)
+        like = next(leaf for _, leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor))
+        # Of the feature maps, too, only shapes, dtype and device are asked for.
+        features = OrderedDict((key, like.new_empty(1).expand(shape)) for key, shape in levels.items())
+        results = {"transform": (outline, None), "backbone": features, "rpn": ([], {}), self._last: result}
+        return type(self._model).forward(_Resumed(self._model, results), images)
 
-    def shape_rule(self, sizes: list[torch.Size], *results: Any) -> Outcome:
-        if "roi_heads" not in self._parts:
+    def shape_rule(self, sizes: list[torch.Size], outline: _Outline, levels: Any, result: Any) -> Outcome:
+        if self._last != "roi_heads":
             count: Any = self._model.detections_per_img
             return Outcome([_boxes(count, "boxes", "scores", "labels") for _ in sizes], uncounted=("postprocess",))
-        detections = results[-1][0]
+        detections = result[0]
         for image, size in zip(detections, sizes, strict=True):
             if "masks" in image:
                 image["masks"] = torch.empty((len(image["boxes"]), 1, *size), device=META)
@@ -208,21 +221,22 @@ def _as_levels(features: Any) -> Any:
 
 def _two_stage(self: Any, images: list[torch.Tensor], targets: None = None) -> Any:
     sizes = [image.shape[-2:] for image in images]
-    transformed = self.transform(images, None)
-    batch = transformed[0]
+    batch = self.transform(images, None)[0]
+    outline = opaque(_Outline, batch.tensors.shape, batch.image_sizes)
     features = _as_levels(self.backbone(batch.tensors))
-    proposals = self.rpn(batch, features, None)
-    detections = self.roi_heads(features, proposals[0], batch.image_sizes, None)
-    rest = _Rest(self, ("transform", "backbone", "rpn", "roi_heads"))
-    return opaque(rest, sizes, transformed, features, proposals, detections)
+    proposals = self.rpn(outline, features, None)[0]
+    detections = self.roi_heads(features, proposals, batch.image_sizes, None)
+    return opaque(_Rest(self, "roi_heads"), sizes, outline, {}, detections)
 
 
 def _one_stage(self: Any, images: list[torch.Tensor], targets: None = None) -> Any:
     sizes = [image.shape[-2:] for image in images]
-    transformed = self.transform(images, None)
-    features = _as_levels(self.backbone(transformed[0].tensors))
+    batch = self.transform(images, None)[0]
+    outline = opaque(_Outline, batch.tensors.shape, batch.image_sizes)
+    features = _as_levels(self.backbone(batch.tensors))
     heads = self.head(list(features.values()))
-    return opaque(_Rest(self, ("transform", "backbone", "head")), sizes, transformed, features, heads)
+    levels = {key: feature.shape for key, feature in features.items()}
+    return opaque(_Rest(self, "head"), sizes, outline, levels, heads)
 
 
 _TRANSFORM = {"transform": "it loops over images of different sizes"}

@@ -374,6 +374,7 @@ class Flow:
         provided = {(value.step, value.path) for value in given}
         demands: dict[int, set[Key]] = {}
         whole: set[int] = set()
+        passed: set[int] = set()
         if wanted is None:
             whole.add(self._count - 1)
         for key in wanted or ():
@@ -382,6 +383,9 @@ class Flow:
         missing: list[str] = []
         for i in range(self._count - 1, -1, -1):
             if i not in demands and i not in whole:
+                if i in passed:
+                    included.append(i)
+                    passed.update(j for j in self._uses[i] if j in self._select)
                 continue
             step = self.steps[i]
             needed = set(self._leaves(i)) if i in whole else demands[i]
@@ -394,10 +398,8 @@ class Flow:
             if i in self._select:
                 root, path = self._select[i]
                 demands.setdefault(root, set()).update(key for key in self._leaves(root) if key[1][: len(path)] == path)
-                # The selecting steps in between run on whatever the root's value is rebuilt to.
-                for j in self._uses[i]:
-                    if j != root:
-                        whole.add(j)
+                # The selecting steps in between run on what the root is rebuilt to: they need no more of it.
+                passed.update(j for j in self._uses[i] if j in self._select)
             else:
                 whole.update(self._uses[i])
             whole.update(step.after)
