@@ -159,6 +159,9 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening-ready socket. Raises ServerError saying what to do when the address cannot be had."""
     bound: socket.socket | None = None
     try:
+        if not 0 <= port < 1 << 16:
+            # getaddrinfo would take its lower 16 bits.
+            raise OverflowError("a port is a number from 0 to 65535")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
