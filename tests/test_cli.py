@@ -71,7 +71,8 @@ def test_trace_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "69 layers, 70 partition points" in out
     assert "layer1.0.relu_1" in out
     assert "N×64×16×16" in out
-    assert "all on the device" in out
+    assert " in 2" in out
+    assert "nothing" in out
 
 
 @pytest.mark.parametrize(

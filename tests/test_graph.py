@@ -20,6 +20,7 @@ from small_models import Detection, conv, image, model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchsurgeon.cut import cut
 from torchsurgeon.errors import PartitionError, TraceError
 from torchsurgeon.graph import trace
 
@@ -418,3 +419,18 @@ def test_specs_and_points_are_frozen() -> None:
     for known in (graph.inputs[0], graph.layers[0], graph.points[0]):
         with pytest.raises(dataclasses.FrozenInstanceError):
             known.name = "other"
+
+
+def test_what_is_no_model_graph_or_point_is_named() -> None:
+    model, x = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2)).eval(), torch.rand(1, 2)
+    with pytest.raises(TraceError, match=r"nn\.Module, not str"):
+        trace("alexnet", x)  # type: ignore[arg-type]
+    with pytest.raises(PartitionError, match="traced model, not Sequential"):
+        cut(model, 1)  # type: ignore[arg-type]
+    graph = trace(model, x)
+    with pytest.raises(PartitionError, match=r"index or a layer's name, not 1\.5"):
+        graph.point(1.5)  # type: ignore[arg-type]
+    with pytest.raises(PartitionError, match=r"'0' is a module with layers inside.*'0\.1'"):
+        graph.point("0")
+    assert str(graph.point("0.1")) == "point 2 (after 0.1): 0.1 float32[N×2]; 8 bytes"
+

@@ -57,6 +57,8 @@ def cut(graph: LayerGraph, point: int | str | PartitionPoint) -> Partition:
 
     Raises :class:`~torchsurgeon.errors.PartitionError` when there is no such point.
     """
+    if not isinstance(graph, LayerGraph):
+        raise PartitionError(f"cut takes a traced model, not {type(graph).__name__}: cut(trace(model, example), point)")
     here = point if isinstance(point, PartitionPoint) else graph.point(point)
     inputs = [graph.value(spec.name) for spec in graph.inputs]
     if here.index == len(graph.layers):

@@ -126,6 +126,10 @@ class PartitionPoint:
         """Bytes of all boundary tensors in the traced example."""
         return sum(spec.size_bytes for spec in self.tensors)
 
+    def __str__(self) -> str:
+        place = "before the first layer" if self.index == 0 else f"after {self.name}"
+        return f"point {self.index} ({place}): {', '.join(map(str, self.tensors))}; {self.size_bytes} bytes"
+
     def to_json(self) -> dict[str, Any]:
         return {
             "index": self.index,
@@ -205,6 +209,8 @@ class LayerGraph:
 
         Raises :class:`~torchsurgeon.errors.PartitionError`, listing the near ones, when there is none.
         """
+        if not isinstance(ref, (int, str)) or isinstance(ref, bool):
+            raise PartitionError(f"a partition point is an index or a layer's name, not {ref!r}")
         if ref in ("server", "device"):
             return self.points[0 if ref == "server" else -1]
         key = ref + len(self.layers) + 1 if isinstance(ref, int) and ref < 0 else ref
@@ -218,6 +224,11 @@ class LayerGraph:
                 f"there is no partition point {ref}; the points are 0 … {len(self.layers)}, the nearest {listed}"
             )
         names = [point.name for point in self.points]
+        inside = [name for name in names if name.startswith(f"{ref}.")]
+        if inside:
+            raise PartitionError(
+                f"{ref!r} is a module with layers inside; the last of them to cut after is {inside[-1]!r}"
+            )
         near_names = difflib.get_close_matches(ref, names, n=5, cutoff=0.3) or names[:5]
         raise PartitionError(f"there is no layer {ref!r} to cut after; near it: {', '.join(near_names)}")
 
@@ -336,6 +347,8 @@ def trace(
     names the line and what to try), changes its own parameters or buffers while it runs, or has dropout left on.
     Warns with :class:`UnrepeatableWarning` when it draws random numbers.
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace takes an nn.Module, not {type(model).__name__}: trace(model, example)")
     model = model._modules.get("_orig_mod") or model
     _refuse_training(model)
     call = Call(model, example_args, example_kwargs)

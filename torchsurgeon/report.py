@@ -13,7 +13,7 @@ from rich.table import Table
 
 from torchsurgeon.doctor import Diagnosis
 from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.graph import LayerGraph
+from torchsurgeon.graph import LayerGraph, PartitionPoint, TensorSpec
 from torchsurgeon.plan import Estimate
 from torchsurgeon.profile import LayerProfile
 
@@ -55,47 +55,42 @@ def graph_table(graph: LayerGraph) -> Table:
     table = Table(
         title=f"{type(graph.model).__name__}: {len(graph.layers)} layers, {len(graph.points)} partition points",
         caption=(
-            "FLOPs count multiply and add as two, as PyTorch's flop counter does. N is the batch size; bytes are for "
-            f"N={graph.batch}. Crosses: what is sent when this is the last layer on the device."
+            "FLOP counts multiply and add as two, as PyTorch's flop counter does. Tensors are float32 unless named; N is "
+            f"the batch size, and bytes are for N={graph.batch}. Crosses: what is sent when this is the last layer on "
+            "the device, and in how many tensors if not one."
         ),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("#", justify="right")
-    table.add_column("layer", overflow="fold")
-    table.add_column("type")
-    table.add_column("output", overflow="fold")
-    table.add_column("compute", justify="right")
-    table.add_column("weights", justify="right")
-    table.add_column("crosses", justify="right")
-    table.add_column("as", overflow="fold")
+    table.add_column("#", justify="right", no_wrap=True)
+    for column in ("layer", "type", "output"):
+        table.add_column(column, no_wrap=True)
+    for column in ("FLOP", "weights", "crosses"):
+        table.add_column(column, justify="right", no_wrap=True)
     points = {point.index: point for point in graph.points}
-    start = points[0]
-    table.add_row("0", "(all on the server)", "", "", "", "", bytes_text(start.size_bytes), _tensor_list(graph, 0))
+    table.add_row("0", "(all on the server)", "", "", "", "", _crossing(points[0]))
     for layer in graph.layers:
         index = layer.index + 1
+        last = index == len(graph.layers)
         table.add_row(
             str(index),
             layer.name,
             layer.type,
             "\n".join(_shape(spec) for spec in layer.outputs),
-            flops_text(layer.flops) if layer.flops else "",
+            flops_text(layer.flops).removesuffix("FLOP") if layer.flops else "",
             bytes_text(layer.parameter_bytes) if layer.parameter_bytes else "",
-            bytes_text(points[index].size_bytes) if index in points else "no cut",
-            _tensor_list(graph, index) if index in points else "",
+            "nothing" if last else _crossing(points[index]) if index in points else "no cut",
         )
     return table
 
 
-def _tensor_list(graph: LayerGraph, index: int) -> str:
-    point = graph.point(index)
-    if index == len(graph.layers):
-        return "nothing: all on the device"
-    own = graph.layers[index - 1].name if index else ""
-    names = [spec.name for spec in point.tensors]
-    return "" if names == [own] else ", ".join(names)
+def _crossing(point: PartitionPoint) -> str:
+    count = len(point.tensors)
+    return bytes_text(point.size_bytes) + (f" in {count}" if count > 1 else "")
 
 
-def _shape(spec: object) -> str:
-    return str(spec).rpartition(" ")[2]
+def _shape(spec: TensorSpec) -> str:
+    return str(spec).rpartition(" ")[2].removeprefix("float32").strip("[]") or "one number"
 
 
 def diagnosis_text(diagnosis: Diagnosis) -> Group:
