@@ -119,7 +119,11 @@ def photo() -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One setting's result: latencies in seconds (``measured_s`` a median, with its quartiles), and what was sent."""
+    """One setting's result: latencies in seconds (``measured_s`` a median, with its quartiles), and what was sent.
+
+    ``where`` is ``device``, ``server`` or ``split`` (the best cut between the two); ``chosen`` marks what the plan
+    takes.
+    """
 
     model: str
     link: str
@@ -132,6 +136,7 @@ class Row:
     high_s: float
     sent_bytes: int
     equal: bool
+    chosen: bool
 
 
 def run(out: Path, *, slow: float = 10.0, repeats: int = 5, console: Console | None = None) -> list[Row]:
@@ -214,12 +219,10 @@ def _measure(
             if link == "lte":
                 title = f"{name} over LTE: predicted latency by partition point"
                 console.print(estimate_table(title, estimates, chosen))
-            for where, wanted in zip(_WHERE, (estimates[-1], estimates[0], chosen), strict=True):
+            for where, wanted in zip(_WHERE, (estimates[-1], estimates[0], best(estimates[1:-1])), strict=True):
                 announce = functools.partial(step, f"{name} over {link}: {where}")
-                setting = (name, link, where)
-                rows.append(
-                    _row(split, image, truth, setting, wanted, point_text(wanted, estimates), repeats, announce)
-                )
+                setting = (name, link, where, point_text(wanted, estimates))
+                rows.append(_row(split, image, truth, setting, wanted, wanted is chosen, repeats, announce))
     devices = [(f"device (this machine, {device.factor:g}× slower)", here), ("server", there)]
     named = [(", ".join(names), index) for index, names in stars.items()]
     layer_picture(name, graph, devices, named, out / f"{name}.png")
@@ -239,9 +242,9 @@ def _row(
     split: SplitModule,
     image: torch.Tensor,
     truth: Any,
-    setting: tuple[str, str, str],
+    setting: tuple[str, str, str, str],
     wanted: Estimate,
-    cut: str,
+    chosen: bool,
     repeats: int,
     step: Callable[[], None],
 ) -> Row:
@@ -257,14 +260,15 @@ def _row(
         step()
     low_s, middle_s, high_s = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     sent = split.last.sent_bytes if split.last is not None else 0
-    return Row(*setting, cut, wanted.point.index, wanted.latency_s, middle_s, low_s, high_s, sent, equal)
+    return Row(*setting, wanted.point.index, wanted.latency_s, middle_s, low_s, high_s, sent, equal, chosen)
 
 
 def _table(rows: list[Row], slow: float) -> Table:
     table = Table(
         title=f"One photograph, one machine; the device is {slow:g}× slower than the server, one thread each",
         caption=(
-            "★ where the plan cuts. Measured: median. Gain: against the device alone. "
+            "★ what the plan takes; the third row of each is the best cut in between. Measured: median. "
+            "Gain: against the device alone. "
             "Equal: every answer is bit for bit the model's own."
         ),
         box=SIMPLE_HEAD,
@@ -276,18 +280,17 @@ def _table(rows: list[Row], slow: float) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     alone = {(row.model, row.link): row.measured_s for row in rows if row.where == "device"}
     for row in rows:
-        best = row.where == "split"
         table.add_row(
             row.model if row.where == "device" else "",
             row.link if row.where == "device" else "",
-            f"★ {row.cut}" if best else row.cut,
+            f"★ {row.cut}" if row.chosen else row.cut,
             bytes_text(row.sent_bytes) if row.sent_bytes else "–",
             seconds_text(row.predicted_s),
             seconds_text(row.measured_s),
             f"{alone[row.model, row.link] / row.measured_s:.2f}×",
             "yes" if row.equal else "NO",
-            style="bold" if best else None,
-            end_section=best,
+            style="bold" if row.chosen else None,
+            end_section=row.where == "split",
         )
     return table
 

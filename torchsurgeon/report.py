@@ -56,8 +56,8 @@ def graph_table(graph: LayerGraph) -> Table:
         title=f"{type(graph.model).__name__}: {len(graph.layers)} layers, {len(graph.points)} partition points",
         caption=(
             "FLOP counts multiply and add as two, as PyTorch's flop counter does. Tensors are float32 unless named; N "
-            f"is the batch size, and bytes are for N={graph.batch}. Crosses: what is sent when this is the last layer on "
-            "the device, and in how many tensors if not one."
+            f"is the batch size, and bytes are for N={graph.batch}. Crosses: what is sent when this is the last layer "
+            "on the device, and in how many tensors if not one."
         ),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
