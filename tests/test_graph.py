@@ -433,4 +433,3 @@ def test_what_is_no_model_graph_or_point_is_named() -> None:
     with pytest.raises(PartitionError, match=r"'0' is a module with layers inside.*'0\.1'"):
         graph.point("0")
     assert str(graph.point("0.1")) == "point 2 (after 0.1): 0.1 float32[N×2]; 8 bytes"
-
