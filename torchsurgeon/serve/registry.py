@@ -403,8 +403,8 @@ def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: i
         if own is None or own > max_batch:
             problem = f" in a batch of at most {max_batch}" if any(spec.batch_step) else ""
             raise ProtocolError(
-                f"tensor {name!r} has shape {list(shape)}; the model has {list(spec.wire_shape)} there{problem}, and other "
-                f"sizes of at most {max_times:g} times the example's bytes (serve with a larger --max-batch for more)"
+                f"tensor {name!r} has shape {list(shape)}; the model has {list(spec.wire_shape)} there{problem}, and "
+                f"other sizes of at most {max_times:g} times the example's bytes (a larger --max-batch raises that)"
             )
         if any(spec.batch_step):
             if batch is not None and own != batch:
