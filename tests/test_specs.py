@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from torchsurgeon import specs
@@ -334,3 +335,12 @@ def test_weight_digests_name_shared_and_hidden_tensors() -> None:
     assert list(before.tensors) == ["a.weight", "b.weight", "hidden"]
     model.hidden[0] = 2
     assert weight_digests(model).combined != before.combined
+
+
+def test_a_transformers_example_has_the_size_it_is_built_for() -> None:
+    # vit_b_16's first weights are for 224, vit_h_14's for 518; both are built for 224 without weights.
+    model = specs.load("torchvision:vit_b_16")
+    (example,) = model.args
+    assert example.shape[-2:] == (model.model.image_size, model.model.image_size)
+    sized = specs._torchvision_example("vit_h_14", torchvision.models.vit_h_14, model.model)
+    assert sized[0].shape[-2:] == (224, 224)

@@ -188,10 +188,10 @@ def _torchvision(name: str, *, default: bool, seed: int) -> tuple[nn.Module, tup
             ) from error
     else:
         model = _seeded(lambda: builder(**options), seed)
-    return model.eval(), (_torchvision_example(name, builder), {})
+    return model.eval(), (_torchvision_example(name, builder, model), {})
 
 
-def _torchvision_example(name: str, builder: Callable[..., nn.Module]) -> tuple[Any, ...]:
+def _torchvision_example(name: str, builder: Callable[..., nn.Module], model: nn.Module) -> tuple[Any, ...]:
     from torchvision import models
 
     family = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
@@ -199,7 +199,9 @@ def _torchvision_example(name: str, builder: Callable[..., nn.Module]) -> tuple[
         preset = next(iter(models.get_model_weights(name))).transforms()
     except (ValueError, StopIteration):
         preset = None
-    size = (getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None) or [224])[-1]
+    # Without weights a vision transformer is built for another size than the weights listed first.
+    built_for = getattr(model, "image_size", None)
+    size = built_for or (getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None) or [224])[-1]
     if family == "detection":
         return ([_example_tensor([3, 320, 320], torch.float32)],)
     if family == "optical_flow":
