@@ -72,7 +72,7 @@ def _torchvision(spec: str) -> Case:
         if min(resize.min_size) > 320 and resize.fixed_size is None:
             resize.min_size, resize.max_size, note = (160,), 256, "resized to 160 … 256"
         if hasattr(loaded.model, "rpn"):
-            loaded.model.rpn._post_nms_top_n["testing"] = 50
+            loaded.model.rpn._post_nms_top_n["testing"], loaded.model.roi_heads.detections_per_img = 50, 10
         loaded.args[0][:] = [images(3, 240, 320), images(3, 300, 200)]
         other = (([images(3, 200, 260), images(3, 280, 280)],), {})
     return Case(loaded.model, loaded.args, loaded.kwargs, other, note)
