@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,10 @@ def test_serve_and_link_carry_a_split_module() -> None:
 def test_serve_ends_when_a_model_cannot_be_loaded() -> None:
     with command("serve", "a=torchvision:nothing", "--port", "0") as server:
         assert server.wait(60) == 2
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == f"torchsurgeon {metadata.version('torchsurgeon')}"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torchsurgeon import __version__
 from torchsurgeon.errors import TorchSurgeonError
 
 _EXTRAS = {
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchsurgeon", description="Split a PyTorch model between a device and a server."
     )
+    parser.add_argument("--version", action="version", version=f"torchsurgeon {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="everything on this machine, over emulated links")
