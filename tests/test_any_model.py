@@ -153,6 +153,21 @@ def test_what_torch_compile_wrapped_is_followed_itself() -> None:
         assert torch.equal(cut.tail(*cut.head(x)), inner(x))
 
 
+def test_a_cache_that_forward_fills_is_left_as_it_was() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        key = str(x.device)
+        if key not in self.cache:
+            self.cache[key] = self.table.cumsum(0)
+            self.order.append(key)
+        return self.linear(x) + self.cache[key]
+
+    made = model(forward, linear=nn.Linear(4, 4), table=torch.rand(4))
+    made.cache, made.order = {}, []
+    for _ in range(2):
+        check(made, torch.rand(1, 4))
+    assert list(made.cache) == made.order == ["cpu"]
+
+
 # --- what cannot be followed ---
 
 

@@ -148,15 +148,18 @@ class _Tracer(fx.Tracer):
 
     def follow(self) -> fx.Graph:
         """Return the traced graph. What ``forward`` assigns to attributes of modules is taken back."""
-        attributes = [(module, dict(module.__dict__)) for module in self.model.modules()]
+        attributes = [(module, dict(module.__dict__), _containers(module)) for module in self.model.modules()]
         with TRACING, self._follow_factories():
             try:
                 return self.trace(self.model)
             finally:
-                for module, before in attributes:
+                for module, before, containers in attributes:
                     if module.__dict__ != before:
                         module.__dict__.clear()
                         module.__dict__.update(before)
+                    for container, contents in containers:
+                        container.clear()
+                        (container.extend if isinstance(container, list) else container.update)(contents)
 
     @contextmanager
     def _follow_factories(self) -> Iterator[None]:
@@ -243,6 +246,15 @@ class _Tracer(fx.Tracer):
             return tuple(leaf for _, leaf in traced)
 
         return run, [self.root, *args]
+
+
+_OF_MODULES = set(nn.Module().__dict__) - {"_buffers"}
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """What a module keeps in dicts, lists and sets of its own, such as a cache that forward fills."""
+    own = (value for name, value in module.__dict__.items() if name not in _OF_MODULES)
+    return [(value, value.copy()) for value in own if type(value) in (dict, list, set)]
 
 
 class UnfollowedError(TraceError):
