@@ -153,9 +153,12 @@ def test_what_torch_compile_wrapped_is_followed_itself() -> None:
         assert torch.equal(cut.tail(*cut.head(x)), inner(x))
 
 
-def test_a_cache_that_forward_fills_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("way", ["fx", "export", "whole"])
+def test_a_cache_that_forward_fills_is_left_as_it_was(way: str) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        key = str(x.device)
+        if way == "export" and x.shape[1] != 4:
+            return x
+        key = str(type(x))
         if key not in self.cache:
             self.cache[key] = self.table.cumsum(0)
             self.order.append(key)
@@ -163,9 +166,13 @@ def test_a_cache_that_forward_fills_is_left_as_it_was() -> None:
 
     made = model(forward, linear=nn.Linear(4, 4), table=torch.rand(4))
     made.cache, made.order = {}, []
+    whole = nn.Sequential(made, nn.ReLU()).eval()
+    leaves = ["0"] if way == "whole" else []
     for _ in range(2):
-        check(made, torch.rand(1, 4))
-    assert list(made.cache) == made.order == ["cpu"]
+        graph = ts.trace(whole, torch.rand(1, 4), leaf_modules=leaves)
+        assert graph.traced_by == ("export" if way == "export" else "fx")
+        assert not made.cache
+        assert not made.order
 
 
 # --- what cannot be followed ---

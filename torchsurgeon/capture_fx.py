@@ -131,8 +131,33 @@ _ALWAYS_FOLLOWED = ("zeros", "ones", "empty", "full")
 _FOLLOWED_WITH_TRACED_SIZES = ("arange", "linspace", "eye", "tensor")
 
 
+_OF_MODULES = set(nn.Module().__dict__) - {"_buffers"}
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    own = (value for name, value in module.__dict__.items() if name not in _OF_MODULES)
+    return [(value, value.copy()) for value in own if type(value) in (dict, list, set)]
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Take back what ``forward`` assigns to attributes of modules, and what it puts into their dicts, lists and sets:
+    a cache must not keep what stood for a value while tracing."""
+    attributes = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, before, containers in attributes:
+            if module.__dict__ != before:
+                module.__dict__.clear()
+                module.__dict__.update(before)
+            for container, contents in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(contents)
+
+
 class _Tracer(fx.Tracer):
-    """fx's tracer, which also keeps the module path every node was made under, and leaves the model as it was."""
+    """fx's tracer, which also keeps the module path every node was made under."""
 
     def __init__(self, model: nn.Module, call: Call, whole: Mapping[str, str], forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -147,19 +172,9 @@ class _Tracer(fx.Tracer):
             self.stored_names.setdefault(id(tensor), name)
 
     def follow(self) -> fx.Graph:
-        """Return the traced graph. What ``forward`` assigns to attributes of modules is taken back."""
-        attributes = [(module, dict(module.__dict__), _containers(module)) for module in self.model.modules()]
+        """Return the traced graph."""
         with TRACING, self._follow_factories():
-            try:
-                return self.trace(self.model)
-            finally:
-                for module, before, containers in attributes:
-                    if module.__dict__ != before:
-                        module.__dict__.clear()
-                        module.__dict__.update(before)
-                    for container, contents in containers:
-                        container.clear()
-                        (container.extend if isinstance(container, list) else container.update)(contents)
+            return self.trace(self.model)
 
     @contextmanager
     def _follow_factories(self) -> Iterator[None]:
@@ -246,15 +261,6 @@ class _Tracer(fx.Tracer):
             return tuple(leaf for _, leaf in traced)
 
         return run, [self.root, *args]
-
-
-_OF_MODULES = set(nn.Module().__dict__) - {"_buffers"}
-
-
-def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """What a module keeps in dicts, lists and sets of its own, such as a cache that forward fills."""
-    own = (value for name, value in module.__dict__.items() if name not in _OF_MODULES)
-    return [(value, value.copy()) for value in own if type(value) in (dict, list, set)]
 
 
 class UnfollowedError(TraceError):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.capture import Captured, capture
+from torchsurgeon.capture_fx import left_as_it_was
 from torchsurgeon.configuration import configuration, constant_digest
 from torchsurgeon.errors import PartitionError, TraceError
 from torchsurgeon.flow import Flow, Value
@@ -351,8 +352,18 @@ def trace(
         raise TraceError(f"trace takes an nn.Module, not {type(model).__name__}: trace(model, example)")
     model = model._modules.get("_orig_mod") or model
     _refuse_training(model)
-    call = Call(model, example_args, example_kwargs)
-    tensors = call.tensors(example_args, example_kwargs)
+    with left_as_it_was(model):
+        return _traced(model, Call(model, example_args, example_kwargs), example_args, example_kwargs, leaf_modules)
+
+
+def _traced(
+    model: nn.Module,
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaf_modules: Collection[str | type[nn.Module]],
+) -> LayerGraph:
+    tensors = call.tensors(args, kwargs)
     captured = capture(model, call, tensors, leaf_modules)
     steps = captured.steps
     try:
@@ -424,7 +435,7 @@ def _refuse_randomness(drawing: list[Step]) -> None:
         warnings.warn(
             f"{names} draw random numbers: the model's answers differ from run to run, and so do a split model's",
             UnrepeatableWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
