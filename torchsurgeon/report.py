@@ -334,7 +334,7 @@ def layer_picture(
     sizes.set_ylim(low / 2, high * 4)
     handles = [*times.get_legend_handles_labels()[0], *sizes.get_legend_handles_labels()[0]]
     times.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(handles), frameon=False)
-    times.set_title(f"{title}: where time goes and what would cross", pad=34)
+    times.set_title(f"{title}: where time goes and what would cross", pad=42)
     figure.savefig(path, dpi=130)
 
 
