@@ -9,6 +9,8 @@ import torch
 from serving import check_split, split
 from torch import nn
 
+from torchsurgeon.program import clone
+
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 
@@ -107,4 +109,14 @@ def test_a_model_of_quantized_layers_crosses_exactly() -> None:
     with split(model, x) as module:
         crossing = {spec.dtype for point in module.graph.points for spec in point.tensors}
         assert torch.quint8 in crossing
-        check_split(module, module.graph.points[::12], ((x,), {}))
+        check_split(module, module.graph.points[::6], ((x,), {}))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_copy_of_a_quantized_tensor_keeps_the_order_of_its_memory() -> None:
+    x = torch.rand(1, 4, 3, 3).to(memory_format=torch.channels_last)
+    quantized = torch.quantize_per_tensor(x, 0.1, 3, torch.quint8)
+    copy = clone(quantized)
+    assert copy.stride() == quantized.stride()
+    assert torch.equal(copy.int_repr(), quantized.int_repr())
+    assert copy.data_ptr() != quantized.data_ptr()

@@ -234,6 +234,15 @@ def number_to_tensor(value: bool | int | float | Sequence[int]) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.int64)
 
 
+def clone(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy with the same strides, on which the bits of some results depend; PyTorch's own makes quantized
+    tensors row-major."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if tensor.is_quantized and last is not None and tensor.is_contiguous(memory_format=last):
+        return tensor.clone(memory_format=last)
+    return tensor.clone()
+
+
 def restorer(value: Any) -> Callable[[torch.Tensor], Any] | None:
     """Return what turns the tensor that carries a number, or a sequence of ints, back into it; None for other
     values."""
@@ -331,7 +340,7 @@ class Segment(nn.Module):
         environment: Environment = [None] * self._size
         leaves: dict[int, dict[Path, Any]] = {}
         for feed, tensor in zip(self._feeds, tensors, strict=True):
-            value = tensor.clone() if feed.clone else tensor
+            value = clone(tensor) if feed.clone else tensor
             if feed.restore is not None:
                 value = feed.restore(value)
             if feed.path:
