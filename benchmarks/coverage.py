@@ -117,7 +117,7 @@ def tracing_call(case: Any, graph: Any) -> tuple[str, Callable[[], Any]]:
 
     from torchsurgeon.adapters import Adapter, adapter_for
     from torchsurgeon.capture_export import capture_export
-    from torchsurgeon.capture_fx import capture_fx
+    from torchsurgeon.capture_fx import capture_fx, left_as_it_was
     from torchsurgeon.interface import Call
 
     model = case.model._modules.get("_orig_mod") or case.model
@@ -130,9 +130,15 @@ def tracing_call(case: Any, graph: Any) -> tuple[str, Callable[[], Any]]:
         # Some results (caches) export does not know; what does then is inside ``trace``.
         within = functools.partial(capture_export, model, call, call.tensors(case.args, case.kwargs))
         return first_that_works(("torch.export.export", export), ("torch.export within trace", within))
+
+    def symbolic_trace() -> Any:
+        # It leaves its proxies in the caches of some models.
+        with left_as_it_was(model):
+            return torch.fx.symbolic_trace(model)
+
     adapter = adapter_for(model) or Adapter(type(model).forward)
     return first_that_works(
-        ("torch.fx.symbolic_trace", lambda: torch.fx.symbolic_trace(model)),
+        ("torch.fx.symbolic_trace", symbolic_trace),
         ("torch.fx within trace", lambda: capture_fx(model, call, graph.opaque, adapter.forward)),
     )
 
@@ -224,11 +230,12 @@ def fresh(value: Any) -> Any:
     """``value`` with tensors in memory of their own, as a network would deliver them."""
     import torch
 
+    from torchsurgeon.program import clone
     from torchsurgeon.structure import flatten
 
     def copied(tensor: Any) -> Any:
         if tensor.is_quantized:
-            return tensor.clone()
+            return clone(tensor)
         if not is_dense(tensor):
             return tensor.clone(memory_format=torch.contiguous_format)
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
