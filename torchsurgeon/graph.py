@@ -26,7 +26,7 @@ from torchsurgeon.flow import Flow, Value
 from torchsurgeon.interface import Call, settle_output
 from torchsurgeon.layout import Layout, has_gaps
 from torchsurgeon.program import Constant, Step
-from torchsurgeon.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in
+from torchsurgeon.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in, with_selections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +376,7 @@ def _traced(
         source = RealModel(model)
         shapes = propagate(steps, tensors, source)
     if settle_output(steps, shapes.values, tensors[0].device):
-        shapes = propagate(steps, tensors, source)
+        shapes = with_selections(steps, shapes)
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     more = None
     if len(sizes) == 1 and None not in sizes and _any_batch(captured, tensors):

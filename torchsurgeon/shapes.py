@@ -192,6 +192,22 @@ def propagate(
     return result
 
 
+def with_selections(steps: Sequence[Step], shapes: Shapes) -> Shapes:
+    """Return ``shapes`` of a program to whose end steps that only take values apart have been added."""
+    start = len(shapes.values) - 1
+    values = shapes.values[:start]
+    for step in steps[start:-1]:
+        values.append(step.target(*map_refs(lambda ref: values[ref.step], step.args)))
+    added = len(values) - start
+    return Shapes(
+        [*values, None],
+        [*shapes.overwrites[:start], *[frozenset[int]()] * added, *shapes.overwrites[start:]],
+        [*shapes.flops[:start], *[0] * added, *shapes.flops[start:]],
+        [*shapes.uncounted[:start], *[frozenset[str]()] * added, *shapes.uncounted[start:]],
+        shapes.random,
+    )
+
+
 def dry_run(steps: Iterable[Step], values: Environment, source: MetaModel) -> None:
     """Run steps on the meta tensors in ``values``, as their shapes allow it. Raises what the model raises otherwise."""
     with torch.inference_mode(False), torch.no_grad():
