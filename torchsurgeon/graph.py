@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import warnings
@@ -187,7 +188,6 @@ class LayerGraph:
             for k, boundary in boundaries.items()
         )
         self._points = {point.name: point for point in self.points} | {point.index: point for point in self.points}
-        self.fingerprint = self._digest()
 
     def _layer(self, i: int, index: int, specs: _Specs) -> Layer:
         step = self.steps[index]
@@ -278,7 +278,9 @@ class LayerGraph:
             "points": [point.to_json() for point in self.points],
         }
 
-    def _digest(self) -> str:
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the graph, without the weights; made when first asked for."""
         rows: list[Any] = [[s.name, str(s.dtype), s.wire_shape] for s in (*self.inputs, *self.outputs)]
         rows += [[[str(spec.dtype), spec.wire_shape] for spec in layer.outputs] for layer in self.layers]
         names = [step.name for step in self.steps]
