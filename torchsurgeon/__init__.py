@@ -5,9 +5,11 @@ from __future__ import annotations
 from torchsurgeon import hooks as hooks
 from torchsurgeon import meters as meters
 from torchsurgeon.adapters import Adapter, opaque, register_adapter
+from torchsurgeon.codec import CodecCost, CodecTable
 from torchsurgeon.cut import Partition, cut, tail_for
 from torchsurgeon.errors import (
     BodyTooLargeError,
+    CodecError,
     DeviceError,
     LinkError,
     MeterError,
@@ -39,6 +41,9 @@ __all__ = [
     "Adapter",
     "BandwidthTrace",
     "BodyTooLargeError",
+    "CodecCost",
+    "CodecError",
+    "CodecTable",
     "DeviceError",
     "Estimate",
     "Inference",

@@ -7,6 +7,7 @@
     ├── PartitionError             a partition point or tensor name the graph does not have (also a ValueError)
     ├── SpecError                  a model SPEC, weights file or example that cannot be loaded (also a ValueError)
     ├── LinkError                  a link profile, rate, delay or trace that cannot be (also a ValueError)
+    ├── CodecError                 an unknown codec, bytes it cannot have made, or a damaged table (also a ValueError)
     ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
     ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
@@ -46,6 +47,10 @@ class SpecError(TorchSurgeonError, ValueError):
 
 class LinkError(TorchSurgeonError, ValueError):
     """A link profile, rate, delay or bandwidth trace that cannot be."""
+
+
+class CodecError(TorchSurgeonError, ValueError):
+    """A codec that does not exist or cannot be used, bytes that it cannot have made, or a damaged codec table."""
 
 
 class DeviceError(TorchSurgeonError, ValueError):
