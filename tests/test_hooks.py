@@ -333,10 +333,10 @@ def test_a_profile_takes_its_times_from_the_gpus_events(fake_gpu: Path) -> None:
         fake_gpu,
         """
         import torchsurgeon as ts
-        from torchsurgeon.profile.measure import _Run
+        from torchsurgeon.profile.measure import ModelRun
         torch.cuda.current_stream = lambda: type("Stream", (), {"cuda_stream": 0})()
         graph = ts.trace(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()).eval(), torch.rand(1))
-        run = _Run(graph, torch.device("cpu"), None)
+        run = ModelRun(graph, torch.device("cpu"), None)
         with ts.meters.CudaEventClock(len(run.whole.steps) + 1) as clock:
             samples, whole = run.times(clock, 2, 1, 0.0, lambda: None)
         print(len(run.whole.steps), samples.sum(axis=1).round(6).tolist(), whole.tolist())

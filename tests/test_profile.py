@@ -185,7 +185,7 @@ def test_a_cuda_clocks_intervals_go_to_their_layers(graph: ts.LayerGraph) -> Non
             marks, self.marks = self.marks, 0
             return [1_000] * (marks - 1)
 
-    run = measure._Run(graph, torch.device("cpu"), None)
+    run = measure.ModelRun(graph, torch.device("cpu"), None)
     samples, whole = run.times(EveryMicrosecond(), 2, 1, 0.0, lambda: None)
     # Reading the batch size, before the first layer, and gathering the result, after the last, are steps of their own.
     assert samples * 1e6 == pytest.approx(np.array([[2, 1, 1, 1, 2]] * 2))
@@ -397,13 +397,13 @@ def test_a_machine_that_slows_down_is_warned_of(graph: ts.LayerGraph, monkeypatc
         whole = np.array([1.0] * 6 + [slow] * 3)
         return lambda *_: (np.ones((9, 5)), whole)
 
-    monkeypatch.setattr(measure._Run, "times", times(1.2))
+    monkeypatch.setattr(measure.ModelRun, "times", times(1.2))
     with pytest.warns(ts.NoisyProfileWarning, match="20% longer than the first.*cooldown_s"):
         found = ts.profile(graph, meter=None)
     assert found.drift == pytest.approx(0.2)
-    monkeypatch.setattr(measure._Run, "times", times(1.0))
+    monkeypatch.setattr(measure.ModelRun, "times", times(1.0))
     assert ts.profile(graph, meter=None).drift == 0
-    monkeypatch.setattr(measure._Run, "times", lambda *_: (np.ones((4, 5)), np.array([1.0, 2.0, 1.0, 2.0])))
+    monkeypatch.setattr(measure.ModelRun, "times", lambda *_: (np.ones((4, 5)), np.array([1.0, 2.0, 1.0, 2.0])))
     with pytest.warns(ts.NoisyProfileWarning, match="busy"):
         ts.profile(graph, meter=None)
 

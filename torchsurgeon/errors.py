@@ -10,6 +10,7 @@
     ├── CodecError                 an unknown codec, bytes it cannot have made, or a damaged table (also a ValueError)
     ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
+    ├── CalibrationError           a damaged calibration, or samples that no model can be fitted to (also a ValueError)
     ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
     ├── MeterError                 a clock or energy meter that is missing, unreadable, or read something impossible
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
@@ -59,6 +60,10 @@ class DeviceError(TorchSurgeonError, ValueError):
 
 class ProfileError(TorchSurgeonError, ValueError):
     """A profile that is damaged, of another version, or of another graph."""
+
+
+class CalibrationError(TorchSurgeonError, ValueError):
+    """A calibration that is damaged, unfinished or of another version or device; samples no model can be fitted to."""
 
 
 class NativeUnavailableError(TorchSurgeonError):

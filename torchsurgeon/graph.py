@@ -164,6 +164,7 @@ class LayerGraph:
         self.value_dependent = specs.value_dependent
         steps = captured.steps
         self.batch, self.batch_free = specs.batch, specs.batch_free
+        self.shapes = specs.shapes
         self.layouts = {value.name: layout for value in flow.values if (layout := specs.layout(value)) is not None}
         self.call, self.steps, self.flow = call, steps, flow
         self.calls = [step.compiled() if step.kind in ("call", "output") else _never for step in steps]

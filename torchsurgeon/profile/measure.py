@@ -24,7 +24,7 @@ from torchsurgeon.graph import LayerGraph, TensorSpec
 from torchsurgeon.kernels import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.profile.joules import layer_energy
-from torchsurgeon.profile.memory import layer_memory
+from torchsurgeon.profile.memory import keep_freed_memory, layer_memory
 from torchsurgeon.profile.origin import device_of, provenance
 from torchsurgeon.profile.record import Array, LayerEnergy, LayerProfile
 
@@ -89,7 +89,7 @@ def profile(
         energy_meter = exit_stack.enter_context(_meter(meter, target))
         if target.type == "cuda":
             exit_stack.enter_context(torch.cuda.device(target))
-        run = _Run(graph, target, inputs)
+        run = ModelRun(graph, target, inputs)
         total = warmup + repeats + (0 if isinstance(energy_meter, NullMeter) else len(graph.layers) + 1)
         done = 0
 
@@ -166,10 +166,14 @@ def _is_apart(whole_s: Array) -> bool:
     return bool(np.quantile(whole_s[:third], 0.75) < np.quantile(whole_s[-third:], 0.25))
 
 
-class _Run:
-    """A model ready to be measured: its steps, the layer each counts to, and its inputs on its device."""
+class ModelRun:
+    """A model ready to be measured: its steps, the layer each counts to, and its inputs on its device.
+
+    Freed memory is kept from then on (:func:`~torchsurgeon.profile.memory.keep_freed_memory`).
+    """
 
     def __init__(self, graph: LayerGraph, device: torch.device, inputs: Sequence[torch.Tensor] | None) -> None:
+        keep_freed_memory()
         self.whole = tail_for(graph, [spec.name for spec in graph.inputs])
         given = example_inputs(graph) if inputs is None else inputs
         self.tensors = [tensor.detach().to(device) for tensor in given]
@@ -237,7 +241,7 @@ def layer_trace(
     :class:`~torchsurgeon.errors.NativeUnavailableError` where CUDA kernels cannot be traced.
     """
     target = device_of(graph, device)
-    run = _Run(graph, target, inputs)
+    run = ModelRun(graph, target, inputs)
     with torch.no_grad():
         run.whole(*run.tensors)
         if target.type == "cuda":

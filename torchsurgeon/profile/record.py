@@ -65,7 +65,9 @@ class LayerProfile:
     ``samples_s`` has one row a repeat and one column a layer, in seconds; ``whole_s`` holds times of the whole model
     run as it is, in the same session and order. ``provenance`` says where it comes from (device, versions, threads,
     date). ``memory_bytes`` is the most memory that tensors take while each layer runs, parameters and buffers not
-    counted; None where it was not measured. ``energy`` is None where nothing was metered.
+    counted; None where it was not measured. ``energy`` is None where nothing was metered. A predicted profile has one
+    row of samples, 90 % intervals of each layer, shape (layers, 2), and of the whole, and says ``"predicted"`` in its
+    provenance.
     """
 
     model: str
@@ -77,6 +79,8 @@ class LayerProfile:
     provenance: Mapping[str, Any]
     memory_bytes: NDArray[np.int64] | None = None
     energy: LayerEnergy | None = None
+    interval_s: Array | None = None
+    whole_interval_s: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.samples_s.ndim != 2 or self.samples_s.shape[1] != len(self.layers) or not len(self.samples_s):
@@ -90,6 +94,7 @@ class LayerProfile:
             ("memory_bytes", len(self.layers) if self.memory_bytes is None else len(self.memory_bytes)),
             ("layer_j", len(self.layers) if self.energy is None else len(self.energy.layer_j)),
             ("interval_j", len(self.layers) if self.energy is None else len(self.energy.interval_j)),
+            ("interval_s", len(self.layers) if self.interval_s is None else len(self.interval_s)),
         ):
             if size != len(self.layers):
                 raise ProfileError(f"{what} holds {size} values for {len(self.layers)} layers")
@@ -208,9 +213,16 @@ class LayerProfile:
         """
         if not (math.isfinite(factor) and factor > 0):
             raise ProfileError(f"a device cannot be {factor} times as slow: give a positive factor")
+        whole = self.whole_interval_s
         provenance = {**self.provenance, "scaled_by": factor * self.provenance.get("scaled_by", 1.0)}
         return dataclasses.replace(
-            self, samples_s=self.samples_s * factor, whole_s=self.whole_s * factor, provenance=provenance, energy=None
+            self,
+            samples_s=self.samples_s * factor,
+            whole_s=self.whole_s * factor,
+            provenance=provenance,
+            energy=None,
+            interval_s=None if self.interval_s is None else self.interval_s * factor,
+            whole_interval_s=None if whole is None else (whole[0] * factor, whole[1] * factor),
         )
 
     def check(self, graph: LayerGraph) -> None:
@@ -236,6 +248,8 @@ class LayerProfile:
             "whole_to_sum": self.whole_to_sum,
             "memory_bytes": None if self.memory_bytes is None else self.memory_bytes.tolist(),
             "energy": None if self.energy is None else self.energy.to_json(),
+            "interval_s": None if self.interval_s is None else self.interval_s.tolist(),
+            "whole_interval_s": self.whole_interval_s,
             "provenance": dict(self.provenance),
         }
 
@@ -248,6 +262,7 @@ class LayerProfile:
             raise ProfileError(f"not a profile of this version: format is {found!r}, not {FORMAT!r}; measure it again")
         try:
             memory, energy = data["memory_bytes"], data["energy"]
+            intervals, whole = data.get("interval_s"), data.get("whole_interval_s")
             return LayerProfile(
                 str(data["model"]),
                 str(data["fingerprint"]),
@@ -258,6 +273,8 @@ class LayerProfile:
                 dict(data["provenance"]),
                 None if memory is None else np.asarray(memory, dtype=np.int64).reshape(-1),
                 None if energy is None else LayerEnergy.from_json(energy),
+                None if intervals is None else _floats(intervals).reshape(-1, 2),
+                None if whole is None else (float(whole[0]), float(whole[1])),
             )
         except KeyError as error:
             raise ProfileError(

@@ -1,0 +1,6 @@
+"""Calibrate a device once; then predict what any model costs on it, layer by layer, without running it."""
+
+from torchsurgeon.predict.calibrate import ThrottledWarning, calibrate
+from torchsurgeon.predict.predictor import PredictionWarning, Predictor
+
+__all__ = ["PredictionWarning", "Predictor", "ThrottledWarning", "calibrate"]

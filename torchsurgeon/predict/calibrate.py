@@ -1,0 +1,391 @@
+"""Time layers of every kind on a device, and fit its prediction models.
+
+The deployment phase of Neurosurgeon (Kang et al., ASPLOS 2017, section 4.1). Most of the time goes to networks drawn
+at random, whose layers run among the neighbours they have in real models; the rest to layers one by one, of the kinds
+whose predictions are worst so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchsurgeon.errors import CalibrationError
+from torchsurgeon.graph import LayerGraph, trace
+from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
+from torchsurgeon.predict.kinds import KINDS, Array
+from torchsurgeon.predict.nets import random_net, settle
+from torchsurgeon.predict.operations import operations
+from torchsurgeon.predict.predictor import FORMAT, BlockCorrection, Predictor, moved_bytes, read_json, write_json
+from torchsurgeon.predict.regression import HeldOut, out_of_fold
+from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
+from torchsurgeon.predict.sweep import Candidate, candidates, sweep_kinds
+from torchsurgeon.profile.joules import layer_energy
+from torchsurgeon.profile.measure import ModelRun
+from torchsurgeon.profile.origin import find_device, provenance
+
+_NETS_SHARE, _ENERGY_SHARE = 0.7, 0.3
+_SAVE_EVERY_S, _REVIEW_EVERY_S = 15.0, 40.0
+# A probe this much slower than the quickest quarter of probes means that the device throttles or is busy.
+_THROTTLED, _LONGEST_PAUSE_S = 1.3, 10.0
+_MOST_SAMPLES = 2500
+
+Progress = Callable[[float, float, str], None]
+
+
+class ThrottledWarning(UserWarning):
+    """The device became slower while it was calibrated: it throttled, or something else ran."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _TimedNet:
+    """A network as a whole: its seconds, the sum of its layers', and how many."""
+
+    group: int
+    whole_s: float
+    sum_s: float
+    layers: int
+
+
+def calibrate(
+    device: str | torch.device = "cpu",
+    *,
+    budget_s: float = 300.0,
+    out: str | Path | None = None,
+    seed: int = 0,
+    meter: EnergyMeter | str | None = "auto",
+    progress: Progress | None = None,
+) -> Predictor:
+    """Return a :class:`~torchsurgeon.predict.Predictor` of ``device``, after timing layers on it for ``budget_s``.
+
+    With ``out`` the predictor is written there, and until it is done what has been measured so far: called again with
+    the same ``out`` after an interruption, it goes on. ``meter`` is an energy meter, ``"auto"`` for the machine's best
+    one, or None. ``progress(spent_s, budget_s, what)`` is called after each network. Threads are those that PyTorch is
+    set to (``torch.set_num_threads``); predictions hold for as many. Freed memory is kept by the process from then on.
+
+    Warns with :class:`ThrottledWarning` where the device slowed down meanwhile; it was given pauses then, and the
+    provenance says how many. Raises :class:`~torchsurgeon.errors.DeviceError` for a device that is not there, and
+    :class:`~torchsurgeon.errors.CalibrationError` for a budget that cannot be, or an ``out`` of another device.
+    """
+    if not (math.isfinite(budget_s) and budget_s > 0):
+        raise CalibrationError(f"a budget of {budget_s} s cannot be; give the seconds to spend, 300 for a CPU")
+    target = find_device(device)
+    sweep = _Sweep(target, seed, None if out is None else Path(out))
+    with contextlib.ExitStack() as exit_stack:
+        exit_stack.enter_context(torch.no_grad())
+        chosen = exit_stack.enter_context(find_meter(target)) if meter == "auto" else meter
+        if isinstance(chosen, str):
+            raise CalibrationError(f"meter is {chosen!r}; give 'auto', None, or one of torchsurgeon.meters")
+        if target.type == "cuda":
+            exit_stack.enter_context(torch.cuda.device(target))
+        sweep.run(budget_s, NullMeter() if chosen is None else chosen, progress or (lambda *_: None))
+    predictor = sweep.fitted()
+    if out is not None:
+        predictor.save(out)
+    return predictor
+
+
+class _Sweep:
+    """A calibration under way: what was measured so far, and what to measure next."""
+
+    def __init__(self, device: torch.device, seed: int, out: Path | None) -> None:
+        self._device, self._seed, self._out = device, seed, out
+        self._facts = provenance(device) | {"calibrated_for_s": 0.0, "seed": seed}
+        self._samples: list[Sample] = []
+        self._nets: list[_TimedNet] = []
+        self._group = 0
+        self._pulse = _Pulse(device)
+        self._errors: dict[str, float] = {}
+        if out is not None and out.exists():
+            self._resume(out)
+        self._rng = random.Random(seed * 1_000_003 + self._group)
+        self._singles = {kind: candidates(kind, seed * 7919 + self._group) for kind in sweep_kinds()}
+
+    def run(self, budget_s: float, meter: EnergyMeter, progress: Progress) -> None:
+        energy = _Energy(meter)
+        spent_before_s = float(self._facts["calibrated_for_s"])
+        begin = saved = reviewed = time.monotonic()
+        while True:
+            now = time.monotonic()
+            spent_s = spent_before_s + now - begin
+            self._facts["calibrated_for_s"] = round(spent_s, 1)
+            if spent_s >= budget_s:
+                break
+            if now - saved > _SAVE_EVERY_S:
+                saved = now
+                self._save()
+            if now - reviewed > _REVIEW_EVERY_S:
+                reviewed = now
+                self._review()
+            self._pulse.wait(budget_s - spent_s)
+            alone = self._rng.random() > _NETS_SHARE
+            model, example, what = self._singles_of(self._worst()) if alone else self._net()
+            self._measure(model, example, energy, whole=not alone)
+            progress(spent_s, budget_s, f"{len(self._samples)} layers timed, now {what}")
+        self._facts |= energy.facts() | self._pulse.facts()
+        self._save()
+
+    def fitted(self) -> Predictor:
+        """The models, fitted to what was measured."""
+        found = {kind: _thinned(table) for kind, table in tables(self._samples).items()}
+        predictor = Predictor.fit(found, self._facts)
+        if "throttled" in self._facts:
+            facts = self._facts["throttled"]
+            warnings.warn(
+                f"the device became up to {facts['slowest'] - 1:.0%} slower while it was calibrated, and was given "
+                f"{facts['pauses']} pauses of {facts['paused_s']:.0f} s in all; cool it, or stop what else runs, and "
+                "calibrate again",
+                ThrottledWarning,
+                stacklevel=3,
+            )
+        return Predictor(
+            predictor.provenance, found, predictor.fitted, predictor.roofline, _block(predictor, found, self._nets)
+        )
+
+    def _net(self) -> tuple[nn.Module, torch.Tensor, str]:
+        with torch.device("meta"):
+            net = random_net(self._rng)
+        example = net.example
+        real = (
+            torch.rand(example.shape) if example.is_floating_point() else torch.zeros(example.shape, dtype=torch.long)
+        )
+        return net.model, real, "a network"
+
+    def _singles_of(self, kind: str) -> tuple[nn.Module, torch.Tensor, str]:
+        chosen: list[Candidate] = []
+        for candidate in self._singles[kind]:
+            chosen.append(candidate)
+            elements = sum(torch.Size(shape).numel() for c in chosen for shape in c.shapes)
+            if len(chosen) == 12 or elements > 6e6 or sum(c.flops for c in chosen) > 1e9:
+                break
+        with torch.device("meta"):
+            model = _Singles(chosen)
+        return model, torch.zeros(()), kind
+
+    def _measure(self, model: nn.Module, example: torch.Tensor, energy: _Energy, whole: bool) -> None:
+        settle(model)
+        graph = trace(model.eval().to(self._device), example.to(self._device))
+        run = ModelRun(graph, self._device, [example])
+        clock = CudaEventClock(len(run.whole.steps) + 1) if self._device.type == "cuda" else None
+        with clock or contextlib.nullcontext():
+            _, once = run.times(clock, 1, 1, 0.0, lambda: None)
+            repeats = min(max(round(0.2 / once[0]), 3), 8)
+            samples_s, whole_s = run.times(clock, repeats, 2, 0.0, lambda: None)
+        layer_s = np.median(samples_s, axis=0)
+        joules = energy.of(run, layer_s, float(np.median(whole_s)))
+        self._note(graph, layer_s, joules)
+        if whole:
+            net = _TimedNet(self._group, float(np.median(whole_s)), float(layer_s.sum()), len(layer_s))
+            self._nets.append(net)
+        self._group += 1
+
+    def _note(self, graph: LayerGraph, layer_s: Array, joules: Array) -> None:
+        before = 0
+        for layer, found, seconds, energy_j in zip(graph.layers, operations(graph), layer_s, joules, strict=True):
+            if len(found) == 1 and found[0].kind in KINDS and seconds > 0:
+                self._samples.append(Sample(found[0], float(seconds), float(energy_j), before, self._group))
+            before = moved_bytes(layer)
+
+    def _review(self) -> None:
+        """See which kinds are predicted worst so far."""
+        for kind, table in tables(self._samples).items():
+            if len(table) >= FEWEST_SAMPLES:
+                part = table.take(np.random.default_rng(0).permutation(len(table))[:1000])
+                held_out = HeldOut.of(part.seconds, out_of_fold(part, part.seconds, "log-linear"))
+                self._errors[kind] = held_out.median / math.sqrt(len(table))
+
+    def _worst(self) -> str:
+        """A kind to sample next: at random, in proportion to what more samples of it would tell."""
+        kinds = list(self._singles)
+        weights = [self._errors.get(_KIND_OF.get(kind, kind), 0.05) for kind in kinds]
+        return self._rng.choices(kinds, weights)[0]
+
+    def _save(self) -> None:
+        if self._out is None:
+            return
+        write_json(
+            self._out,
+            {
+                "format": FORMAT,
+                "unfinished": {"group": self._group, "nets": [dataclasses.astuple(net) for net in self._nets]},
+                "provenance": self._facts,
+                "samples": {kind: table.to_json() for kind, table in tables(self._samples).items()},
+            },
+        )
+
+    def _resume(self, out: Path) -> None:
+        data = read_json(out)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise CalibrationError(
+                f"{out} exists and is no calibration of this version; give another file, or delete it"
+            )
+        if not data.get("unfinished"):
+            return
+        try:
+            facts = dict(data["provenance"])
+            found = {kind: SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
+            group, nets = int(data["unfinished"]["group"]), [_TimedNet(*net) for net in data["unfinished"]["nets"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{out} was cut short or edited ({error}); delete it and calibrate again") from None
+        for fact in ("device", "threads", "torch"):
+            if facts.get(fact) != self._facts[fact]:
+                raise CalibrationError(
+                    f"{out} holds the beginning of a calibration with {fact} {facts.get(fact)!r}, and here it is "
+                    f"{self._facts[fact]!r}; give another file, or delete it"
+                )
+        self._facts["calibrated_for_s"] = facts["calibrated_for_s"]
+        self._group, self._nets = group, nets
+        self._samples = [sample for table in found.values() for sample in table.samples()]
+
+
+_KIND_OF = {"convolution of other dimensions": "convolution"}
+
+
+class _Singles(nn.Module):
+    """Layers one after another, each on an input of its own that was just written."""
+
+    def __init__(self, chosen: list[Candidate]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([candidate.build() for candidate in chosen])
+        self.feeds: list[list[str]] = []
+        self.chosen = chosen
+        for index, candidate in enumerate(chosen):
+            names = [f"feed_{index}_{place}" for place in range(len(candidate.shapes))]
+            dtype = torch.long if candidate.whole_below else torch.float32
+            for name, shape in zip(names, candidate.shapes, strict=True):
+                self.register_buffer(name, torch.empty(shape, dtype=dtype))
+            self.feeds.append(names)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, candidate, names in zip(self.layers, self.chosen, self.feeds, strict=True):
+            given = [getattr(self, name) for name in names]
+            out = layer(*(given if candidate.whole_below else [tensor + x for tensor in given]))
+            # Its first element keeps the result needed, and then lets its memory go.
+            x = x + torch.as_strided(out[0] if isinstance(layer, nn.RNNBase) else out, (), ())
+        return x
+
+
+class _Pulse:
+    """A small fixed piece of work, timed again and again: slower means that the device throttles or is busy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._left, self._right = (torch.rand(320, 320, device=device) for _ in range(2))
+        self._beats: list[float] = []
+        self._pauses, self._paused_s, self._slowest = 0, 0.0, 1.0
+
+    def wait(self, most_s: float) -> None:
+        """Return when the device is about as fast as it has been, or has not recovered in ten seconds."""
+        began = time.monotonic()
+        for pause_s in itertools.accumulate(itertools.repeat(0.5), lambda a, b: a * 2):
+            beat = min(self._beat() for _ in range(5))
+            usual = float(np.quantile(self._beats[-100:], 0.25)) if len(self._beats) >= 8 else beat
+            waited_s = time.monotonic() - began
+            if beat <= _THROTTLED * usual or waited_s > min(_LONGEST_PAUSE_S, most_s):
+                break
+            self._slowest = max(self._slowest, beat / usual)
+            self._pauses, self._paused_s = self._pauses + 1, self._paused_s + pause_s
+            time.sleep(pause_s)
+        self._beats.append(beat)
+
+    def facts(self) -> dict[str, Any]:
+        """What to note of it."""
+        if not self._pauses:
+            return {}
+        paused_s, slowest = round(self._paused_s, 1), round(self._slowest, 2)
+        return {"throttled": {"pauses": self._pauses, "paused_s": paused_s, "slowest": slowest}}
+
+    def _beat(self) -> float:
+        begin = time.perf_counter()
+        torch.mm(self._left, self._right)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - begin
+
+
+class _Energy:
+    """Meters the layers of some networks, for a share of the time."""
+
+    def __init__(self, meter: EnergyMeter) -> None:
+        self._meter, self._none = meter, isinstance(meter, NullMeter)
+        self._begin, self._spent_s, self._idle_w = time.monotonic(), 0.0, math.nan
+
+    def of(self, run: ModelRun, layer_s: Array, whole_s: float) -> Array:
+        """Joules of each layer, shape (layers,); NaN where it is not their turn."""
+        unknown = np.full(len(layer_s), np.nan)
+        began = time.monotonic()
+        if self._none or self._spent_s > _ENERGY_SHARE * (began - self._begin):
+            return unknown
+        found = layer_energy(
+            run.whole, run.tensors, run.ranks, layer_s, whole_s, self._meter, run.synchronize, lambda: None
+        )
+        self._spent_s += time.monotonic() - began
+        if found is None:
+            return unknown
+        self._idle_w = found.idle_power_w
+        return np.where(found.layer_j > 0, found.layer_j, np.nan)
+
+    def facts(self) -> dict[str, Any]:
+        """What to note of it."""
+        if self._none:
+            return {"meter": "none" + "".join(f"; {fault}" for fault in self._meter.faults)}
+        idle_w = {} if math.isnan(self._idle_w) else {"idle_power_w": self._idle_w}
+        return {"meter": f"{self._meter.name} {self._meter.scope}", **idle_w}
+
+
+def _thinned(table: SampleTable) -> SampleTable:
+    """At most so many samples of a kind as fit in seconds: of the commonest variants a part, the same every time."""
+    if len(table) <= _MOST_SAMPLES:
+        return table
+    order = np.random.default_rng(0).permutation(len(table))
+    counts = dict(zip(*np.unique(table.variants, return_counts=True), strict=True))
+    seen: dict[str, int] = {}
+    rank = np.zeros(len(table))
+    for row in order:
+        variant = str(table.variants[row])
+        seen[variant] = seen.get(variant, 0) + 1
+        # Rare variants go first, then an equal share of each.
+        rank[row] = seen[variant] / math.sqrt(counts[variant])
+    return table.take(np.sort(np.argsort(rank)[:_MOST_SAMPLES]))
+
+
+def _block(predictor: Predictor, found: Mapping[str, SampleTable], nets: list[_TimedNet]) -> BlockCorrection:
+    """Fit whole networks' times to the sums of what models that have not seen them predict."""
+    truth, guess = np.zeros(1 + max((net.group for net in nets), default=0)), np.zeros(0)
+    guess = truth.copy()
+    for kind, table in found.items():
+        model = predictor.model(kind)
+        if model is None or model.unseen is None:
+            continue
+        inside = table.groups < len(truth)
+        np.add.at(truth, table.groups[inside], table.seconds[inside])
+        np.add.at(guess, table.groups[inside], model.unseen[inside])
+    rows = []
+    for net in nets:
+        # Layers of several operations, and those left out of the samples, count with their measured time.
+        sum_s = net.sum_s - truth[net.group] + guess[net.group]
+        if truth[net.group] > 0.5 * net.sum_s and sum_s > 0:
+            rows.append((math.log(sum_s / net.layers), math.log(net.whole_s / sum_s)))
+    if len(rows) < FEWEST_SAMPLES:
+        return BlockCorrection()
+    size, ratio = np.array(rows).T
+    slope, offset = np.polyfit(size, ratio, 1)
+    if np.median(np.abs(ratio - np.median(ratio))) <= np.median(np.abs(ratio - slope * size - offset)):
+        slope, offset = 0.0, float(np.median(ratio))
+    low, high = np.exp(np.quantile(ratio - slope * size - offset, (0.05, 0.95)))
+    shortest_s, longest_s = np.exp(np.quantile(size, (0.02, 0.98)))
+    return BlockCorrection(
+        float(offset), float(slope), float(shortest_s), float(longest_s), min(float(low), 1.0), max(float(high), 1.0)
+    )

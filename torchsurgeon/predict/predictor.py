@@ -1,0 +1,361 @@
+"""A calibrated device: predicts what every layer of a model costs on it, without running the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchsurgeon.errors import CalibrationError
+from torchsurgeon.graph import Layer, LayerGraph
+from torchsurgeon.predict.kinds import KINDS, Array, Operation
+from torchsurgeon.predict.operations import operations
+from torchsurgeon.predict.regression import FORMS, HeldOut, KindModel, fit_kind
+from torchsurgeon.predict.roofline import Roofline, fit_roofline
+from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
+from torchsurgeon.profile.record import LayerEnergy, LayerProfile
+
+FORMAT = "torchsurgeon.predictor/1"
+
+# An octave outside of the samples widens an interval by this factor.
+_PER_OCTAVE = 1.3
+
+
+class PredictionWarning(UserWarning):
+    """A layer of a type that no model was fitted for, bounded by the device's roofline or a relative of its type."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCorrection:
+    """The time of a whole model over the sum of its layers' predictions, as a power of their mean.
+
+    It holds what a sum misses: fused activations, launches that overlap, caches. ``whole = sum · exp(offset + slope ·
+    log(sum / layers))``, with the logarithm kept inside ``shortest_s`` and ``longest_s``, the range it was fitted on.
+    90 % of the networks it was fitted on lie between ``low`` and ``high`` times that.
+    """
+
+    offset: float = 0.0
+    slope: float = 0.0
+    shortest_s: float = 1e-6
+    longest_s: float = 1.0
+    low: float = 1.0
+    high: float = 1.0
+
+    def factor(self, sum_s: float, layers: int) -> float:
+        """Return the whole model's seconds over the sum of its layers'."""
+        mean_s = min(max(sum_s / max(layers, 1), self.shortest_s), self.longest_s)
+        return math.exp(self.offset + self.slope * math.log(mean_s))
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedKind:
+    """What is known of one kind's models: their forms and held-out errors, for time and (where metered) for energy."""
+
+    form: str
+    held_out: HeldOut
+    energy_form: str | None = None
+    energy_held_out: HeldOut | None = None
+
+
+class Predictor:
+    """Predicts layers' seconds, and joules where a meter was there, on one device.
+
+    Attributes:
+        provenance: the device, versions, date, how it was calibrated; ``"reconstructed_from"`` where from data sheets.
+        samples: the timed operations, one table a kind. Models are fitted to them again when first asked for.
+        fitted: what form each kind's model has, and its held-out errors.
+        roofline: the bound for what has no model.
+        block: the correction from a sum of layers to a whole model.
+    """
+
+    def __init__(
+        self,
+        provenance: Mapping[str, Any],
+        samples: Mapping[str, SampleTable],
+        fitted: Mapping[str, FittedKind],
+        roofline: Roofline,
+        block: BlockCorrection | None = None,
+    ) -> None:
+        self.provenance, self.samples, self.fitted = dict(provenance), dict(samples), dict(fitted)
+        self.roofline, self.block = roofline, block or BlockCorrection()
+        self._models: dict[tuple[str, str], KindModel] = {}
+
+    @staticmethod
+    def fit(
+        samples: Sequence[Sample] | Mapping[str, SampleTable],
+        provenance: Mapping[str, Any],
+        block: BlockCorrection | None = None,
+    ) -> Predictor:
+        """Return the predictor fitted to samples.
+
+        A kind with fewer than 20 gets no model. Raises :class:`~torchsurgeon.errors.CalibrationError` where no kind
+        has as many.
+        """
+        by_kind = dict(samples) if isinstance(samples, Mapping) else tables(samples)
+        enough = {kind: table for kind, table in by_kind.items() if len(table) >= FEWEST_SAMPLES}
+        if not enough:
+            counts = ", ".join(f"{len(table)} of {kind}" for kind, table in by_kind.items()) or "none"
+            raise CalibrationError(
+                f"too few samples to fit a model: {counts}; a kind needs at least {FEWEST_SAMPLES}, give more time"
+            )
+        roofline = fit_roofline(list(enough.values()))
+        predictor = Predictor(provenance, enough, {}, roofline, block)
+        for kind, table in enough.items():
+            model = fit_kind(table, table.seconds)
+            assert model.held_out is not None
+            predictor._models[kind, "seconds"] = model
+            known = FittedKind(model.form, model.held_out)
+            metered = table.take(np.isfinite(table.joules))
+            if len(metered) >= FEWEST_SAMPLES:
+                energy = fit_kind(metered, metered.joules)
+                predictor._models[kind, "joules"] = energy
+                known = dataclasses.replace(known, energy_form=energy.form, energy_held_out=energy.held_out)
+            predictor.fitted[kind] = known
+        return predictor
+
+    def model(self, kind: str, what: str = "seconds") -> KindModel | None:
+        """Return the model of ``"seconds"`` or ``"joules"`` of a kind, None where there is none."""
+        known = self.fitted.get(kind)
+        form = None if known is None else known.form if what == "seconds" else known.energy_form
+        if form is None:
+            return None
+        if (kind, what) not in self._models:
+            table = self.samples[kind]
+            if what == "joules":
+                table = table.take(np.isfinite(table.joules))
+            self._models[kind, what] = fit_kind(table, getattr(table, what), form)
+        return self._models[kind, what]
+
+    def predict(self, graph: LayerGraph) -> LayerProfile:
+        """Return the predicted profile of a model: seconds of each layer and of the whole, with 90 % intervals.
+
+        Energy is there where the device was metered. Memory is that of the tensors alive at each layer. Warns with
+        :class:`PredictionWarning`, naming them, for layer types without a model.
+        """
+        found = operations(graph)
+        layers = [index for index, operations_of in enumerate(found) for _ in operations_of]
+        flat = [operation for operations_of in found for operation in operations_of]
+        moved = [moved_bytes(layer) for layer in graph.layers]
+        before = [moved[index - 1] if index else 0 for index in layers]
+        doubts: dict[str, None] = {}
+        value, low, high = self._of(flat, before, "seconds", doubts)
+        seconds, low_s, high_s = (np.bincount(layers, part, len(found)) for part in (value, low, high))
+        # A layer that computes nothing still costs its call.
+        seconds = np.maximum(seconds, self.roofline.overhead_s / 10)
+        low_s, high_s = np.minimum(low_s, seconds), np.maximum(high_s, seconds)
+        for what in doubts:
+            warnings.warn(what, PredictionWarning, stacklevel=2)
+        sum_s = float(seconds.sum())
+        whole_s = sum_s * self.block.factor(sum_s, len(found))
+        spread = np.array([self.block.low, 1.0, self.block.high]) * whole_s
+        return LayerProfile(
+            type(graph.model).__name__,
+            graph.fingerprint,
+            graph.batch,
+            tuple(layer.name for layer in graph.layers),
+            seconds[None, :],
+            np.array([whole_s]),
+            {**self.provenance, "predicted": True},
+            _live_bytes(graph),
+            self._energy(flat, before, layers, len(found), whole_s / sum_s),
+            np.stack([low_s, high_s], axis=1),
+            (float(spread[0]), float(spread[2])),
+        )
+
+    def _energy(
+        self, flat: list[Operation], before: list[int], layers: list[int], count: int, scale: float
+    ) -> LayerEnergy | None:
+        if not any(known.energy_form for known in self.fitted.values()):
+            return None
+        value, low, high = self._of(flat, before, "joules", {})
+        layer_j, low_j, high_j = (np.bincount(layers, part, count) for part in (value, low, high))
+        whole_j = tuple(float(part.sum() * scale) for part in (layer_j, low_j, high_j))
+        meter, idle_w = self.provenance.get("meter", "unknown"), self.provenance.get("idle_power_w", 0.0)
+        intervals = np.stack([low_j, high_j], axis=1)
+        return LayerEnergy(f"predicted from {meter}", idle_w, layer_j, intervals, (whole_j[0], whole_j[1], whole_j[2]))
+
+    def _of(
+        self, flat: list[Operation], before: list[int], what: str, doubts: dict[str, None]
+    ) -> tuple[Array, Array, Array]:
+        """Prediction and both ends of the interval of each operation, all of shape (operations,)."""
+        result = np.zeros((3, len(flat)))
+        rows_of: dict[str, list[int]] = {}
+        for row, operation in enumerate(flat):
+            rows_of.setdefault(operation.kind, []).append(row)
+        for kind, rows in rows_of.items():
+            model = self.model(kind, what)
+            chosen = [flat[row] for row in rows]
+            if model is None:
+                result[:, rows] = self._bounded(kind, chosen, what)
+                if self.fitted and what == "seconds":
+                    names = sorted({operation.variant for operation in chosen})
+                    doubts[_without_model(kind, names)] = None
+                continue
+            known = self.fitted[kind]
+            errors = known.held_out if what == "seconds" else known.energy_held_out
+            assert errors is not None
+            placed = [_placed(operation, model.variants, doubts) for operation in chosen]
+            table = SampleTable.of(
+                kind, [Sample(op, 1.0, before_bytes=before[row]) for op, row in zip(placed, rows, strict=True)]
+            )
+            value, wider = model.predict(table), _PER_OCTAVE ** model.stretch(table)
+            result[:, rows] = value, value * errors.low / wider, value * errors.high * wider
+        return result[0], result[1], result[2]
+
+    def _bounded(self, kind: str, chosen: list[Operation], what: str) -> Array:
+        known = KINDS.get(kind)
+        if known is None:  # an operation nobody describes: its sizes are the elements it moves
+            moved, flops = np.array([float(op.sizes[0]) for op in chosen]), np.zeros(len(chosen))
+        else:
+            sizes = np.array([op.sizes for op in chosen], dtype=np.float64).reshape(len(chosen), len(known.columns))
+            flops, moved = known.work(sizes)
+        value = self.roofline.seconds(flops, moved * np.array([op.item_bytes for op in chosen]))
+        if what == "joules":
+            value = value * self._mean_power_w()
+        return np.stack([value, value / self.roofline.scatter, value * self.roofline.scatter])
+
+    def _mean_power_w(self) -> float:
+        joules = np.concatenate([table.joules for table in self.samples.values()])
+        seconds = np.concatenate([table.seconds for table in self.samples.values()])
+        metered = np.isfinite(joules)
+        return float(joules[metered].sum() / seconds[metered].sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return samples, forms and errors as plain data, with the format's version."""
+        return {
+            "format": FORMAT,
+            "provenance": self.provenance,
+            "roofline": self.roofline.to_json(),
+            "block": dataclasses.asdict(self.block),
+            "fitted": {kind: dataclasses.asdict(known) for kind, known in self.fitted.items()},
+            "samples": {kind: table.to_json() for kind, table in self.samples.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Any) -> Predictor:
+        """Return the predictor in ``data``. Raises :class:`~torchsurgeon.errors.CalibrationError` saying what is wrong
+        with it."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise CalibrationError(
+                f"not a calibration of this version: format is {found!r}, not {FORMAT!r}; calibrate the device again"
+            )
+        if data.get("unfinished"):
+            raise CalibrationError(
+                "the calibration was interrupted; run torchsurgeon calibrate with the same --out to go on with it"
+            )
+        try:
+            fitted = {str(kind): _fitted_from(known) for kind, known in data["fitted"].items()}
+            samples = {str(kind): SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
+            roofline, block = Roofline(**data["roofline"]), BlockCorrection(**data["block"])
+            provenance = dict(data["provenance"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise CalibrationError(f"the calibration was cut short or edited ({what}); calibrate again") from None
+        if not min(roofline.peak_flop_s, roofline.bandwidth_byte_s, roofline.scatter) > 0 or roofline.overhead_s < 0:
+            raise CalibrationError(f"the calibration's roofline cannot be: {roofline}; calibrate again")
+        without = [kind for kind in fitted if kind not in samples]
+        if without:
+            raise CalibrationError(f"the calibration holds no samples of {', '.join(without)}; calibrate again")
+        return Predictor(provenance, samples, fitted, roofline, block)
+
+    def save(self, path: str | Path) -> None:
+        """Write the predictor to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.CalibrationError` where it
+        cannot be written."""
+        write_json(path, self.to_json())
+
+    @staticmethod
+    def load(path: str | Path) -> Predictor:
+        """Read a predictor. Raises :class:`~torchsurgeon.errors.CalibrationError` naming the file and what is wrong
+        with it."""
+        try:
+            return Predictor.from_json(read_json(path))
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+
+    def __str__(self) -> str:
+        device = self.provenance.get("device", "an unnamed device")
+        peak, bandwidth = self.roofline.peak_flop_s / 1e9, self.roofline.bandwidth_byte_s / 1e9
+        lines = [f"{device}: reaches {peak:.3g} Gflop/s (multiply and add are two), {bandwidth:.3g} GB/s"]
+        lines += [
+            f"  {kind:<24}{known.held_out.samples:>6} samples  {known.form:<11} median error {known.held_out.median:.1%}"
+            for kind, known in sorted(self.fitted.items())
+        ]
+        return "\n".join(lines)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write a calibration so that an interruption leaves the old file or the new one, never half of it."""
+    try:
+        beside = Path(f"{path}.new")
+        beside.write_text(json.dumps(data, separators=(",", ":")))
+        os.replace(beside, path)
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a calibration's plain data."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} is not JSON, or was cut short: {error}; calibrate again") from None
+
+
+def _fitted_from(data: Mapping[str, Any]) -> FittedKind:
+    energy = data["energy_held_out"]
+    for form in (data["form"], data["energy_form"]):
+        if form is not None and form not in FORMS:
+            raise ValueError(f"there is no model form {form!r}")
+    return FittedKind(
+        data["form"],
+        HeldOut(**data["held_out"]),
+        data["energy_form"],
+        None if energy is None else HeldOut(**energy),
+    )
+
+
+def _without_model(kind: str, names: list[str]) -> str:
+    listed = ", ".join(names[:5])
+    what = f"{kind} ({listed})" if kind in KINDS else listed
+    return (
+        f"no model was fitted for {what}: predicted by the device's roofline, which may be off by a factor; "
+        "calibrate with more time, or import samples of it"
+    )
+
+
+def _placed(operation: Operation, known: frozenset[str], doubts: dict[str, None]) -> Operation:
+    """The operation as the nearest variant that has samples: the one that shares most words with it."""
+    if operation.variant in known:
+        return operation
+    words = set(operation.variant.split())
+    nearest = max(sorted(known), key=lambda name: (len(words & set(name.split())), -len(name)))
+    if not words & set(nearest.split()):
+        usual = KINDS[operation.kind].usual
+        nearest = usual if usual in known else nearest
+        doubts[f"no samples of {operation.kind} {operation.variant!r}: predicted as {nearest!r}"] = None
+    return dataclasses.replace(operation, variant=nearest)
+
+
+def moved_bytes(layer: Layer) -> int:
+    """Bytes that a layer reads and writes, its parameters among them."""
+    return sum(spec.size_bytes for spec in (*layer.inputs, *layer.outputs)) + int(layer.parameter_bytes)
+
+
+def _live_bytes(graph: LayerGraph) -> Any:
+    """Bytes of the tensors alive while each layer runs: those that cross the cut before it, and its own outputs."""
+    crossing = {point.index: point.size_bytes for point in graph.points}
+    live, last = [], 0
+    for layer in graph.layers:
+        last = crossing.get(layer.index, last)
+        live.append(last + sum(spec.size_bytes for spec in layer.outputs))
+    return np.array(live, dtype=np.int64)

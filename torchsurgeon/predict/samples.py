@@ -1,0 +1,221 @@
+"""Timed operations as a table: from a calibration, or from measurements taken elsewhere, in CSV files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchsurgeon.errors import CalibrationError
+from torchsurgeon.predict.kinds import KINDS, Array, Kind, Operation
+
+FEWEST_SAMPLES = 20
+_MOST_SECONDS, _MOST_JOULES = 3600.0, 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One operation with its seconds, and its joules where they were metered (else NaN).
+
+    ``before_bytes`` is what the layer before it moved, which has taken the caches; ``group`` numbers the network it
+    was timed in: samples of one network are alike, so they are never on both sides of a validation.
+    """
+
+    operation: Operation
+    seconds: float
+    joules: float = math.nan
+    before_bytes: float = 0.0
+    group: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampleTable:
+    """Samples of one kind, column by column; ``sizes`` has shape (samples, columns of the kind)."""
+
+    kind: Kind
+    variants: NDArray[np.str_]
+    sizes: Array
+    item_bytes: Array
+    before_bytes: Array
+    seconds: Array
+    joules: Array
+    groups: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    @staticmethod
+    def of(kind: str, samples: Sequence[Sample]) -> SampleTable:
+        """Return the samples, all of one kind, as a table."""
+        width = len(KINDS[kind].columns)
+        return SampleTable(
+            KINDS[kind],
+            np.array([s.operation.variant for s in samples], dtype=np.str_),
+            np.array([s.operation.sizes for s in samples], dtype=np.float64).reshape(len(samples), width),
+            np.array([s.operation.item_bytes for s in samples], dtype=np.float64),
+            np.array([s.before_bytes for s in samples], dtype=np.float64),
+            np.array([s.seconds for s in samples], dtype=np.float64),
+            np.array([s.joules for s in samples], dtype=np.float64),
+            np.array([s.group for s in samples], dtype=np.int64),
+        )
+
+    def samples(self) -> list[Sample]:
+        """Return the rows one by one."""
+        sizes = self.sizes.astype(int).tolist()
+        return [
+            Sample(Operation(self.kind.name, variant, tuple(size), int(item)), second, joule, before, group)
+            for variant, size, item, second, joule, before, group in zip(
+                self.variants.tolist(),
+                sizes,
+                self.item_bytes.tolist(),
+                self.seconds.tolist(),
+                self.joules.tolist(),
+                self.before_bytes.tolist(),
+                self.groups.tolist(),
+                strict=True,
+            )
+        ]
+
+    def take(self, rows: Any) -> SampleTable:
+        """Return the table of some rows."""
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as plain data; joules that were not metered are null."""
+        return {
+            "variants": self.variants.tolist(),
+            **{name: self.sizes[:, i].astype(int).tolist() for i, name in enumerate(self.kind.columns)},
+            "item_bytes": self.item_bytes.astype(int).tolist(),
+            "before_bytes": self.before_bytes.astype(int).tolist(),
+            "seconds": [float(f"{s:.5g}") for s in self.seconds],
+            "joules": None if np.isnan(self.joules).all() else [None if j != j else j for j in self.joules.tolist()],
+            "groups": self.groups.tolist(),
+        }
+
+    @staticmethod
+    def from_json(kind: str, data: Mapping[str, Any]) -> SampleTable:
+        """Return the table in ``data``. Raises KeyError, TypeError or ValueError for what is none."""
+        known = KINDS[kind]
+        seconds = np.asarray(data["seconds"], dtype=np.float64)
+        columns = [np.asarray(data[name], dtype=np.float64) for name in known.columns]
+        joules = data["joules"]
+        table = SampleTable(
+            known,
+            np.asarray(data["variants"], dtype=np.str_),
+            np.stack(columns, axis=1) if columns else np.zeros((len(seconds), 0)),
+            np.asarray(data["item_bytes"], dtype=np.float64),
+            np.asarray(data["before_bytes"], dtype=np.float64),
+            seconds,
+            np.full(len(seconds), np.nan) if joules is None else np.asarray(joules, dtype=np.float64),
+            np.asarray(data["groups"], dtype=np.int64),
+        )
+        if len({len(getattr(table, name)) for name in _ARRAYS}) != 1:
+            raise ValueError(f"the columns of {kind} differ in length")
+        if not (np.isfinite(seconds).all() and (seconds > 0).all()):
+            raise ValueError(f"{kind} holds seconds that are not positive")
+        return table
+
+
+_ARRAYS = tuple(field.name for field in dataclasses.fields(SampleTable) if field.name != "kind")
+
+
+def tables(samples: Iterable[Sample]) -> dict[str, SampleTable]:
+    """Return samples as one table a kind."""
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.operation.kind, []).append(sample)
+    return {kind: SampleTable.of(kind, rows) for kind, rows in found.items() if kind in KINDS}
+
+
+def read_csv(kind: str, path: str | Path) -> list[Sample]:
+    """Read samples of one kind, measured elsewhere.
+
+    The first line names the columns: those of the kind (``KINDS[kind].columns``; the ones that are mostly 1, such as
+    groups and stride, may be left out), ``seconds`` or ``ms`` or ``us``, and optionally ``joules``, ``variant`` and
+    ``item_bytes`` (4). Raises :class:`~torchsurgeon.errors.CalibrationError` naming file, line and column.
+    """
+    known = _kind_named(kind)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CalibrationError(f"{path} is not a CSV file: {error}") from None
+    if not rows or not any(cell.strip() for cell in rows[0]):
+        raise CalibrationError(f"{path} is empty; its first line must name columns: {_wanted(known)}")
+    names = [cell.strip() for cell in rows[0]]
+    missing = [name for name in known.columns if name not in names and name not in known.optional]
+    units = [name for name in _UNITS if name in names]
+    if missing or len(units) != 1:
+        what = f"no column {', '.join(map(repr, missing))}" if missing else "not one of the columns seconds, ms, us"
+        raise CalibrationError(f"{path}:1: there is {what} for {known.name}; name {_wanted(known)}")
+    found = [
+        _sample(known, dict(zip(names, row, strict=False)), units[0], f"{path}:{line}", len(names), len(row))
+        for line, row in enumerate(rows[1:], start=2)
+        if any(cell.strip() for cell in row)
+    ]
+    if len(found) < FEWEST_SAMPLES:
+        raise CalibrationError(
+            f"{path}: {len(found)} samples of {known.name} are too few to fit a model and know its error; "
+            f"give at least {FEWEST_SAMPLES}"
+        )
+    return [dataclasses.replace(sample, group=group) for group, sample in enumerate(found)]
+
+
+_UNITS = {"seconds": 1.0, "ms": 1e-3, "us": 1e-6}
+_SHORT = {
+    "conv": "convolution",
+    "fc": "linear",
+    "pool": "pooling",
+    "norm": "normalization",
+    "depthwise": "depthwise convolution",
+}
+
+
+def _kind_named(kind: str) -> Kind:
+    found = KINDS.get(_SHORT.get(kind, kind).replace("_", " "))
+    if found is None or not found.columns:
+        raise CalibrationError(f"there is no kind of layer {kind!r}; the kinds are {', '.join(KINDS)}")
+    return found
+
+
+def _wanted(kind: Kind) -> str:
+    needed = [name for name in kind.columns if name not in kind.optional]
+    optional = ", ".join([*kind.optional, "variant", "joules", "item_bytes"])
+    return f"{', '.join(needed)} and one of seconds, ms, us (optional: {optional})"
+
+
+def _sample(kind: Kind, row: Mapping[str, str], unit: str, where: str, columns: int, cells: int) -> Sample:
+    if cells != columns:
+        raise CalibrationError(f"{where}: {cells} cells where the first line names {columns} columns")
+
+    def number(name: str, least: float, most: float, what: str) -> float:
+        try:
+            value = float(row[name])
+        except ValueError:
+            raise CalibrationError(f"{where}: {name} is {row[name]!r}, not a number") from None
+        if not least <= value <= most or (least == 0 and value == 0):
+            raise CalibrationError(f"{where}: {name} of {row[name].strip()} cannot be: give {what}")
+        return value
+
+    sizes = []
+    for name in kind.columns:
+        value = number(name, 1, 1e15, "a whole number from 1 on") if name in row else 1.0
+        if value != int(value):
+            raise CalibrationError(f"{where}: {name} of {row[name].strip()} cannot be: give a whole number from 1 on")
+        sizes.append(int(value))
+    scale = _UNITS[unit]
+    seconds = scale * number(unit, 0, _MOST_SECONDS / scale, f"a positive time below an hour in {unit}")
+    joules = math.nan
+    if row.get("joules", "").strip():
+        joules = number("joules", 0, _MOST_JOULES, "a positive energy in joules, or nothing")
+    item = int(number("item_bytes", 1, 16, "the bytes of one element")) if row.get("item_bytes", "").strip() else 4
+    variant = row.get("variant", "").strip() or kind.usual
+    return Sample(Operation(kind.name, variant, tuple(sizes), item), seconds, joules)
