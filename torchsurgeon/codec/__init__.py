@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from torchsurgeon.codec.codec import Codec, EncodedTensor, codec_names, find_codec
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 
-__all__ = ["CodecCost", "CodecRow", "CodecTable", "Difference"]
+__all__ = [
+    "Codec",
+    "CodecCost",
+    "CodecRow",
+    "CodecTable",
+    "Difference",
+    "EncodedTensor",
+    "codec_names",
+    "find_codec",
+]

@@ -125,7 +125,7 @@ class CodecTable:
 
     @staticmethod
     def from_json(data: Any) -> CodecTable:
-        """Return the table in ``data``. Raises :class:`~torchsurgeon.errors.CodecError` naming what is wrong with it."""
+        """Return the table in ``data``. Raises :class:`~torchsurgeon.errors.CodecError` naming what is wrong."""
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         if found != FORMAT:
             raise CodecError(f"not a codec table of this version: format is {found!r}, not {FORMAT!r}; measure again")
