@@ -10,6 +10,7 @@ from torchsurgeon.cut import Partition, cut, tail_for
 from torchsurgeon.errors import (
     BodyTooLargeError,
     CodecError,
+    DeadlineError,
     DeviceError,
     LinkError,
     MeterError,
@@ -41,6 +42,7 @@ __all__ = [
     "Adapter",
     "BandwidthTrace",
     "BodyTooLargeError",
+    "DeadlineError",
     "CodecCost",
     "CodecError",
     "CodecTable",

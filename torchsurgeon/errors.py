@@ -9,6 +9,7 @@
     ├── LinkError                  a link profile, rate, delay or trace that cannot be (also a ValueError)
     ├── CodecError                 an unknown codec, bytes it cannot have made, or a damaged table (also a ValueError)
     ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
+    ├── DeadlineError              a deadline before any answer can be; ``best_s`` is the best (also a ValueError)
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
     ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
     ├── MeterError                 a clock or energy meter that is missing, unreadable, or read something impossible
@@ -55,6 +56,14 @@ class CodecError(TorchSurgeonError, ValueError):
 
 class DeviceError(TorchSurgeonError, ValueError):
     """A device that does not exist, or a factor of its speed that cannot be."""
+
+
+class DeadlineError(TorchSurgeonError, ValueError):
+    """A deadline earlier than any answer can be; ``best_s`` is the least latency possible, in seconds."""
+
+    def __init__(self, message: str, best_s: float) -> None:
+        super().__init__(message)
+        self.best_s = best_s
 
 
 class ProfileError(TorchSurgeonError, ValueError):
