@@ -12,6 +12,7 @@ from torchsurgeon.errors import (
     CodecError,
     DeadlineError,
     DeviceError,
+    InfeasibleError,
     LinkError,
     MeterError,
     ModelFailedError,
@@ -21,6 +22,7 @@ from torchsurgeon.errors import (
     ModelServingError,
     NativeUnavailableError,
     PartitionError,
+    PlanError,
     ProfileError,
     ProtocolError,
     RequestRefusedError,
@@ -31,9 +33,9 @@ from torchsurgeon.errors import (
     TraceError,
 )
 from torchsurgeon.graph import Layer, LayerGraph, PartitionPoint, TensorSpec, UnrepeatableWarning, trace
-from torchsurgeon.link import BandwidthTrace, Link
+from torchsurgeon.link import BandwidthTrace, Link, Radio
 from torchsurgeon.module import Inference, SplitModule, measure_link
-from torchsurgeon.plan import Estimate, best, estimate
+from torchsurgeon.plan import Constraints, Estimate, Frontier, Objective, Row, Terms, best, estimate
 from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
 
 __version__ = "0.1.0"
@@ -42,12 +44,15 @@ __all__ = [
     "Adapter",
     "BandwidthTrace",
     "BodyTooLargeError",
-    "DeadlineError",
     "CodecCost",
     "CodecError",
     "CodecTable",
+    "Constraints",
+    "DeadlineError",
     "DeviceError",
     "Estimate",
+    "Frontier",
+    "InfeasibleError",
     "Inference",
     "Layer",
     "LayerEnergy",
@@ -63,17 +68,22 @@ __all__ = [
     "ModelServingError",
     "NativeUnavailableError",
     "NoisyProfileWarning",
+    "Objective",
     "Partition",
     "PartitionError",
     "PartitionPoint",
+    "PlanError",
     "ProfileError",
     "ProtocolError",
+    "Radio",
     "RequestRefusedError",
+    "Row",
     "ServerError",
     "ServerUnavailableError",
     "SpecError",
     "SplitModule",
     "TensorSpec",
+    "Terms",
     "TorchSurgeonError",
     "TraceError",
     "UnrepeatableWarning",

@@ -11,6 +11,8 @@
     ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
     ├── DeadlineError              a deadline before any answer can be; ``best_s`` is the best (also a ValueError)
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
+    ├── PlanError                  a plan that cannot be made: an objective, limit or load that cannot be (also a ValueError)
+    │   └── InfeasibleError        no way to run the model keeps to all constraints; ``least`` says how near one comes
     ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
     ├── MeterError                 a clock or energy meter that is missing, unreadable, or read something impossible
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
@@ -68,6 +70,22 @@ class DeadlineError(TorchSurgeonError, ValueError):
 
 class ProfileError(TorchSurgeonError, ValueError):
     """A profile that is damaged, of another version, or of another graph."""
+
+
+class PlanError(TorchSurgeonError, ValueError):
+    """A plan cannot be made: an objective, a limit, a load or a stage that cannot be, or energy that nobody metered."""
+
+
+class InfeasibleError(PlanError):
+    """No way to run the model keeps to all constraints.
+
+    ``least`` maps each constraint to the least value of what it limits that can be had while all others are kept; None
+    where the others alone cannot be kept.
+    """
+
+    def __init__(self, message: str, least: dict[str, float | None]) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class NativeUnavailableError(TorchSurgeonError):
