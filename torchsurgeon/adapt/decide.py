@@ -147,7 +147,7 @@ class Decider(Generic[_Row]):
             if not self.decisions:
                 return self._took(best, estimates, best_cost, "first")
             row = self.decisions[-1].row
-            if row == best:
+            if row is best or row == best:
                 self._evidence = 0.0
                 return self._took(row, estimates, best_cost, "still the best")
             cost = self._cost(row, now.link, now.load, now.slowdown)
