@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchsurgeon import specs, wire
+from torchsurgeon.codec import codec_names
 from torchsurgeon.cut import check_shapes, tail_for
 from torchsurgeon.errors import (
     ModelFailedError,
@@ -170,13 +171,14 @@ class ServedModel:
         return self.max_tensor_bytes * (1 if binary else JSON_FACTOR) + wire.MAX_HEADER_BYTES
 
     def metadata(self) -> dict[str, Any]:
-        """The protocol's model metadata; the batch dimension is -1."""
+        """The protocol's model metadata; the batch dimension is -1. ``parameters`` lists the codecs known here."""
         return {
             "name": self.name,
             "versions": list(self.versions),
             "platform": "torchsurgeon",
             "inputs": [_tensor_metadata(spec) for spec in self.graph.inputs],
             "outputs": [_tensor_metadata(spec) for spec in self.graph.outputs],
+            "parameters": {"codecs": list(codec_names())},
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -221,7 +223,7 @@ class ServedModel:
             self._taken_s[len(request.body)] = time.perf_counter() - started_s
 
     def _answer(self, request: Received, started_s: float) -> wire.Encoded:
-        decoded = wire.decode_request(request.body, request.header_bytes)
+        decoded = wire.decode_request(request.body, request.header_bytes, max_decoded_bytes=self.max_tensor_bytes)
         plan = self._plans.get(decoded.recurring) or self._plan(decoded)
         decoded_s = time.perf_counter()
         try:
@@ -242,6 +244,7 @@ class ServedModel:
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
             parameters=self._told % taken_s,
+            codec=decoded.output_codec,
         )
 
     def close(self) -> None:
