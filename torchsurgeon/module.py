@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.cut import cut
 from torchsurgeon.errors import (
     ModelMismatchError,
@@ -80,6 +81,9 @@ class SplitModule(nn.Module):
             sides and the measured link.
         link: the link, when it is known; measured at the first call otherwise (``"auto"`` only).
         device_profile, server_profile: layer times, when they are known; measured otherwise (``"auto"`` only).
+        codec: the codec of the boundary tensors, by name: ``"raw"`` or ``"zstd"``, or one that loses something
+            (``"int8+zstd"``), which makes the answer another than the model's own. Assign ``codec`` to change it.
+        answer_codec: the codec that the server is asked to answer with.
         backend: makes the callable that runs the head from its module; eager PyTorch by default.
         timeout_s: an inference that takes the server longer raises.
         leaf_modules: passed to :func:`~torchsurgeon.graph.trace`.
@@ -103,6 +107,8 @@ class SplitModule(nn.Module):
         link: Link | None = None,
         device_profile: LayerProfile | None = None,
         server_profile: LayerProfile | None = None,
+        codec: str = "raw",
+        answer_codec: str = "raw",
         backend: Backend | None = None,
         timeout_s: float = 30.0,
         leaf_modules: Sequence[str | type[nn.Module]] = (),
@@ -116,6 +122,8 @@ class SplitModule(nn.Module):
         self.link, self.device_profile, self.server_profile = link, device_profile, server_profile
         self.last: Inference | None = None
         """The inference that ended last, in any thread; None before the first."""
+        self.codec = codec
+        self.answer_codec: Codec = find_codec(answer_codec)
         self._example = self.graph.tensors_of_call(args, kwargs)
         # A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
         self._max_answer_bytes = max(_LEAST_ANSWER_LIMIT_BYTES, 64 * self.graph.points[-1].size_bytes)
@@ -144,6 +152,15 @@ class SplitModule(nn.Module):
                 f'partition {wanted!r} needs a server: give server="http://host:port", or partition="device"'
             )
         self._choice = choice
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of the boundary tensors. Assign a name; raises :class:`~torchsurgeon.errors.CodecError`."""
+        return self._codec
+
+    @codec.setter
+    def codec(self, wanted: str | Codec) -> None:
+        self._codec = find_codec(str(wanted))
 
     def estimates(self) -> list[Estimate]:
         """Return the predicted latency of every partition point; measures what is not known yet.
@@ -191,7 +208,7 @@ class SplitModule(nn.Module):
         boundary = head(*args, **kwargs)
         headed = time.perf_counter()
         tensors = dict(zip((spec.name for spec in point.tensors), boundary, strict=True))
-        answer = self._ask(transport, tensors)
+        answer = self._ask(transport, tensors, dict.fromkeys(tensors, self._codec))
         self._check_answer(point, boundary, answer.tensors)
         device = boundary[0].device
         tensors = {name: tensor.to(device) for name, tensor in answer.tensors.items()}
@@ -200,17 +217,27 @@ class SplitModule(nn.Module):
         self.last = self._account(point, answer, begin, headed, end)
         return output
 
-    def _ask(self, transport: Transport, tensors: Mapping[str, torch.Tensor]) -> Answer:
+    def _ask(self, transport: Transport, tensors: Mapping[str, torch.Tensor], codecs: Mapping[str, Codec]) -> Answer:
         """Return the answer of the model that hands were shaken with, or of an equal one in its place."""
+
+        def infer() -> Answer:
+            return transport.infer(
+                self.name,
+                tensors,
+                max_answer_bytes=self._max_answer_bytes,
+                codecs=codecs,
+                output_codec=self.answer_codec,
+            )
+
         known = self._identity
-        answer = transport.infer(self.name, tensors, max_answer_bytes=self._max_answer_bytes)
+        answer = infer()
         if answer.parameters.get("identity") == known:
             return answer
         with self._lock:
             if self._identity == known:
                 self._shake_hands(transport)
             known = self._identity
-        answer = transport.infer(self.name, tensors, max_answer_bytes=self._max_answer_bytes)
+        answer = infer()
         if answer.parameters.get("identity") != known:
             raise ModelMismatchError(
                 f"model {self.name!r} answers with other weights than the server has just given the fingerprint of; "
