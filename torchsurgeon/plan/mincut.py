@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Capacities are whole numbers of 32 bits in SciPy; finite ones add up to this at most, so that nothing overflows.
+Array = NDArray[np.float64]
+
+# Capacities are whole numbers of 32 bits in SciPy; the finite ones add up to this at most, so that nothing overflows.
 _SUM = 1 << 29
 _NEVER = 1 << 30
 
@@ -33,73 +35,60 @@ class Tensor:
 
     def last_reader(self) -> int:
         """The last layer that reads it or one of its views."""
-        return max(self.readers.bit_length() - 1, *(view.last_reader() for view in self.views), -1)
+        return max([self.readers.bit_length() - 1, *(view.last_reader() for view in self.views)])
 
 
-def minimum_cut(
-    first: int,
-    stop: int,
-    needs: Sequence[int],
-    costs: NDArray[np.float64],
-    tensors: Sequence[Tensor],
-    weights: NDArray[np.float64],
-) -> int:
-    """Return the cheapest closed set among those that hold all layers before ``first`` and none from ``stop`` on.
+class MinimumCut:
+    """The closed sets that hold all layers before ``first`` and none from ``stop`` on, as cuts of a network.
 
-    ``needs`` are masks of layers, ``costs`` their device seconds, server seconds and joules, shape (layers, 3).
-    ``weights`` are of device seconds, bytes, server seconds and joules. The device is the source: a layer on its side pays
-    for the device, one on the sink's for the server, and a tensor with readers on the sink's side for its bytes, once.
-    Costs are told apart down to 1e-8 of their sum.
+    ``needs`` are masks of layers, ``costs`` their device seconds, server seconds and joules, shape (layers, 3). The
+    device is the source: a layer on its side pays for the device, one on the sink's for the server, and a tensor with
+    readers on the sink's side for its bytes, once.
     """
-    layers = stop - first
-    source, sink = layers, layers + 1
-    ends: list[tuple[int, int]] = []
-    prices: list[float] = []
-    fresh = itertools.count(layers + 2)
 
-    def edge(a: int, b: int, price: float) -> None:
-        ends.append((a, b))
-        prices.append(price)
+    def __init__(self, first: int, stop: int, needs: Sequence[int], costs: Array, tensors: Sequence[Tensor]) -> None:
+        self._first, self._layers = first, stop - first
+        self._source, self._sink = self._layers, self._layers + 1
+        fresh = itertools.count(self._layers + 2)
+        ends: list[tuple[int, int]] = []
+        prices: list[tuple[float, float, float, float]] = []
+        closing: list[tuple[int, int]] = []
 
-    for i in range(layers):
-        device_s, server_s, joules = costs[first + i]
-        edge(i, sink, weights[0] * device_s + weights[3] * joules)
-        edge(source, i, weights[2] * server_s)
-        for j in bits(needs[first + i] >> first):
-            edge(i, j, np.inf)
+        def node(layer: int) -> int:
+            return self._source if layer < first else self._sink if layer >= stop else layer - first
 
-    def node(layer: int) -> int:
-        return source if layer < first else sink if layer >= stop else layer - first
+        def carry(origin: int, tensor: Tensor) -> None:
+            own = next(fresh)
+            ends.append((origin, own))
+            prices.append((0.0, float(tensor.size_bytes), 0.0, 0.0))
+            closing.extend((own, reader) for reader in {node(i) for i in bits(tensor.readers)})
+            for view in tensor.views:
+                carry(own, view)
 
-    def carry(origin: int, tensor: Tensor) -> None:
-        own = next(fresh)
-        edge(origin, own, weights[1] * tensor.size_bytes)
-        for reader in {node(i) for i in bits(tensor.readers)}:
-            edge(own, reader, np.inf)
-        for view in tensor.views:
-            carry(own, view)
+        for i, (device_s, server_s, joules) in enumerate(costs[first:stop]):
+            ends += [(i, self._sink), (self._source, i)]
+            prices += [(device_s, 0.0, 0.0, joules), (0.0, 0.0, server_s, 0.0)]
+            closing += [(i, j) for j in bits(needs[first + i] >> first)]
+        for tensor in tensors:
+            carry(node(tensor.producer.bit_length() - 1), tensor)
+        self._ends, self._prices, self._free = np.array(ends + closing).T, np.array(prices), len(closing)
+        self._nodes = next(fresh)
 
-    for tensor in tensors:
-        carry(node(tensor.producer.bit_length() - 1), tensor)
-    here = _source_side(np.array(ends), np.array(prices), source, sink)
-    return (1 << first) - 1 | sum(1 << first + int(i) for i in here if i < layers)
+    def best(self, weights: Array) -> int:
+        """Return the cheapest set as a mask for weights of device seconds, bytes, server seconds and joules; of equal
+        ones the smallest. Costs are told apart down to some 1e-8 of their sum."""
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-
-def _source_side(ends: NDArray[np.int_], prices: NDArray[np.float64], source: int, sink: int) -> NDArray[np.int_]:
-    """Return the nodes on the source's side of a minimum cut; of equal cuts the one with the fewest there."""
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
-
-    finite = np.isfinite(prices)
-    total = prices[finite].sum()
-    capacities = np.full(len(prices), _NEVER, dtype=np.int32)
-    capacities[finite] = np.round(prices[finite] * (_SUM / total if total > 0 else 0.0))
-    count = int(ends.max()) + 1
-    graph = csr_array((capacities, ends.T), shape=(count, count))
-    flow = maximum_flow(graph, source, sink).flow
-    residual = graph - flow
-    residual.eliminate_zeros()
-    return np.asarray(breadth_first_order(residual, source, return_predecessors=False))
+        prices = self._prices @ weights
+        total = prices.sum()
+        scaled = np.round(prices * (_SUM / total if total > 0 else 0.0))
+        capacities = np.concatenate([scaled, np.full(self._free, _NEVER)]).astype(np.int32)
+        network = csr_array((capacities, self._ends), shape=(self._nodes, self._nodes))
+        residual = network - maximum_flow(network, self._source, self._sink).flow
+        residual.eliminate_zeros()
+        here = breadth_first_order(residual, self._source, return_predecessors=False)
+        return (1 << self._first) - 1 | sum(1 << self._first + int(i) for i in here if i < self._layers)
 
 
 def bits(mask: int) -> list[int]:

@@ -12,12 +12,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from torchsurgeon.plan.mincut import Tensor, bits, minimum_cut
+from torchsurgeon.plan.mincut import MinimumCut, Tensor, bits
 from torchsurgeon.plan.rows import Array, Costs, Row, columns, non_dominated
 
 _MOST_SETS = 2000
-_MOST_CUTS = 200
-_MOST_LAYER_CUTS = 40_000
+_MOST_CUTS = 1000
+_MOST_LAYER_CUTS = 100_000
+_FAR = 1e3
 
 
 class Block:
@@ -130,46 +131,51 @@ def across_branches(costs: Costs) -> tuple[list[Row], bool]:
             found = [mask for mask in found if mask & (mask + 1)]
             masks += [found[i] for i in non_dominated(block.costs(found))]
     exact = True
-    if large:
-        found, exact = _hull(costs, large)
-        masks += found
+    for block in large:
+        # Seconds and joules of a layer go together, so energy is asked for by itself and not in four dimensions.
+        for used in ([0, 1, 2], [1, 3]) if costs.device_j is not None else ([0, 1, 2],):
+            found, complete = _on_the_hull(costs, block, used)
+            masks += found
+            exact &= complete
     return [costs.row_of(units.layers_of(mask)) for mask in dict.fromkeys(masks)], exact
 
 
-def _hull(costs: Costs, blocks: list[Block]) -> tuple[list[int], bool]:
-    """Return the sets of ``blocks`` that minimum cuts find best under any weights, and whether all were found."""
+def _on_the_hull(costs: Costs, block: Block, used: list[int]) -> tuple[list[int], bool]:
+    """Return the sets of ``block`` that are the best under some weights of the ``used`` costs (device seconds, bytes,
+    server seconds, joules), and whether all were found within a bounded number of cuts."""
     from scipy.spatial import ConvexHull
 
     known = columns(costs.rows())[:, :4]
     known[-1, 1] = sum(spec.size_bytes for spec in costs.graph.outputs)
-    used = np.flatnonzero(np.ptp(known, axis=0) > 0)
     scale = np.ptp(known, axis=0)[used]
+    if not (scale > 0).all():
+        return [], False
     points = known[:, used] / scale
-    budget = min(_MOST_CUTS, _MOST_LAYER_CUTS // sum(block.stop - block.first for block in blocks))
+    network = MinimumCut(block.first, block.stop, block.units.needs, block.units.costs, block.tensors)
+    budget = min(_MOST_CUTS, _MOST_LAYER_CUTS // (block.stop - block.first))
     asked: set[tuple[float, ...]] = set()
     found: dict[int, None] = {}
     while True:
         points = points[non_dominated(points)]
         # Points far out along each axis close the hull, so that its lower side has all weights for normals.
-        far = points.min(axis=0) + 1e3 * np.eye(points.shape[1])
-        normals = -ConvexHull(
-            np.concatenate([points, far, points.max(axis=0)[None] * 1e3]), qhull_options="QJ"
-        ).equations
-        weights = normals[(normals[:, :-1] >= -1e-6).all(axis=1), :-1].clip(min=0)
+        far = np.concatenate([points.min(axis=0) + _FAR * np.eye(len(used)), points.max(axis=0)[None] + _FAR])
+        normals = -ConvexHull(np.concatenate([points, far]), qhull_options="QJ").equations[:, :-1]
+        weights = normals[(normals >= -1e-6).all(axis=1)].clip(min=0)
         weights = np.unique((weights / weights.sum(axis=1, keepdims=True)).round(9), axis=0)
         better: list[Array] = []
-        for w in [w for w in weights if tuple(w) not in asked]:
+        for weight in weights:
+            if tuple(weight) in asked:
+                continue
             if len(asked) >= budget:
                 return list(found), False
-            asked.add(tuple(w))
+            asked.add(tuple(weight))
             full = np.zeros(4)
-            full[used] = w / scale
-            for block in blocks:
-                mask = minimum_cut(block.first, block.stop, block.units.needs, block.units.costs, block.tensors, full)
-                cost = block.costs([mask])[0, used] / scale
-                if cost @ w < (points @ w).min() * (1 - 1e-9):
-                    better.append(cost)
-                    found[mask] = None
+            full[used] = weight / scale
+            mask = network.best(full)
+            cost = block.costs([mask])[0, used] / scale
+            if cost @ weight < (points @ weight).min() * (1 - 1e-9):
+                better.append(cost)
+                found[mask] = None
         if not better:
             return list(found), True
         points = np.concatenate([points, np.stack(better)])
