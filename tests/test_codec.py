@@ -83,7 +83,8 @@ def test_a_lossy_codec_keeps_dtype_shape_and_its_bound(tensor: Tensor, name: str
     back = there_and_back(codec, tensor)
     assert back.dtype == tensor.dtype
     assert back.shape == tensor.shape
-    if not codec.suits(tensor.dtype, tensor.shape):
+    used = find_codec(codec.encode(tensor).codec)
+    if used.lossless:
         assert same_bits(back, tensor)
     elif tensor.numel():
         exact, got = tensor.double(), back.double()
@@ -97,7 +98,7 @@ def test_a_lossy_codec_keeps_dtype_shape_and_its_bound(tensor: Tensor, name: str
             "int8": span / 255 / 2,
             "int8-channel": span / 255 / 2,
             "int4": span / 15 / 2,
-        }[str(codec.packing)]
+        }[str(used.packing)]
         assert float((exact - got).abs().max()) <= bound * 1.001 + rounding
 
 

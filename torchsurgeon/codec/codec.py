@@ -56,10 +56,16 @@ class Codec:
         return self.packing is None and self.image in (None, "png")
 
     def suits(self, dtype: torch.dtype, shape: Sequence[int]) -> bool:
-        """Return whether tensors of this kind are encoded by this codec, and not by a lossless one in its place."""
+        """Return whether tensors of this kind are encoded by this codec, and not by another in its place."""
         if self.image is not None:
             return images.is_image(dtype, shape)
-        return self.packing is None or quantize.packs(self.packing, dtype)
+        if self.packing is None:
+            return True
+        return (
+            0 not in shape
+            and quantize.packs(self.packing, dtype)
+            and quantize.usual(self.packing, shape) == self.packing
+        )
 
     def encode(self, tensor: Tensor) -> EncodedTensor:
         """Return ``tensor`` encoded; values are packed on the tensor's own device, and only the result is copied."""
@@ -103,8 +109,7 @@ class Codec:
         if size > max_bytes:
             raise CodecError(f"it would be {size} bytes, of which at most {max_bytes} are taken")
         packing = self.packing
-        fits = self.suits(dtype, shape) and (packing is None or (size and quantize.usual(packing, shape) == packing))
-        if not fits:
+        if not self.suits(dtype, shape):
             raise CodecError(f"{self.name} is no codec for {dtype} of shape {list(shape)}; encode it as raw or zstd")
         view = memoryview(data).cast("B")
         if self.image is not None:
