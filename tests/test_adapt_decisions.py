@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from torchsurgeon.adapt import Decider, Decision, Estimates, LinkEstimator, LoadEstimator, SlowdownEstimator
+from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import BandwidthTrace, Link
 
 
@@ -39,8 +40,8 @@ def cost(row: Row, link: Link, load: float, slowdown: float) -> float:
     return row.head_s * slowdown + link.request_s(row.up_bytes, ANSWER_BYTES) + row.tail_s * load
 
 
-def choose(link: Link, load: float, slowdown: float) -> Row:
-    return min(ROWS, key=lambda row: cost(row, link, load, slowdown))
+def costs(link: Link, load: float, slowdown: float) -> list[float]:
+    return [cost(row, link, load, slowdown) for row in ROWS]
 
 
 class Clock:
@@ -62,7 +63,7 @@ class World:
         self.loads = LoadEstimator(now_s=self.clock)
         self.slowdowns = SlowdownEstimator(now_s=self.clock)
         self.told: list[Decision[Row]] = []
-        self.decider: Decider[Row] = Decider(choose, cost, now_s=self.clock, on_change=self.told.append)
+        self.decider: Decider[Row] = Decider(ROWS, costs, now_s=self.clock, on_change=self.told.append)
         self.trace: BandwidthTrace | None = None
 
     def estimates(self) -> Estimates:
@@ -136,7 +137,7 @@ def test_a_decider_without_hysteresis_would_flap_there() -> None:
     even = 110_000 * 8 / (0.06 - 0.001)  # where all on the server and the middle cut take as long
     calm = World(Link("steady", even, 14e6, 0.06), noise=0.3, seed=1)
     hasty = World(Link("steady", even, 14e6, 0.06), noise=0.3, seed=1)
-    hasty.decider = Decider(choose, cost, now_s=hasty.clock, patience=0.0, least_gain=0.0)
+    hasty.decider = Decider(ROWS, costs, now_s=hasty.clock, patience=0.0, least_gain=0.0)
     calm.infer(300)
     hasty.infer(300)
     assert hasty.decider.changes > 20
@@ -208,9 +209,17 @@ def test_a_change_from_outside_is_taken_over_and_told() -> None:
     assert world.infer(2)[-1] == SERVER  # it is far better, so at once when it is asked again
 
 
+def test_rows_that_cannot_be_chosen_are_refused() -> None:
+    world = World(WIFI)
+    with pytest.raises(AdaptError, match="none of the 4 rows"):
+        world.decider.override(Row(9, 9, 9), world.estimates(), "a mistake")
+    with pytest.raises(AdaptError, match="no row"):
+        Decider([], costs)
+
+
 def test_a_listener_that_raises_does_not_stop_an_inference() -> None:
     world = World(WIFI)
-    world.decider = Decider(choose, cost, now_s=world.clock, on_change=lambda decision: 1 / 0)
+    world.decider = Decider(ROWS, costs, now_s=world.clock, on_change=lambda decision: 1 / 0)
     world.infer(3)
     world.truth = THIN
     assert world.infer(8)[-1] == DEVICE

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from torchsurgeon.adapt import LinkEstimator, LoadEstimator, ProbePolicy, SlowdownEstimator
 from torchsurgeon.adapt.tracker import Tracker
-from torchsurgeon.errors import LinkError
+from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import BandwidthTrace, Link
 
 PRIOR = Link("prior", 10e6, 10e6, 0.05)
@@ -291,7 +291,7 @@ def test_a_link_in_use_is_not_probed_and_a_failed_probe_costs_its_time() -> None
 
 
 def test_a_probe_budget_of_nothing_is_refused() -> None:
-    with pytest.raises(LinkError, match="share"):
+    with pytest.raises(AdaptError, match="share"):
         ProbePolicy(share=0)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchsurgeon.adapt import CircuitBreaker, Servers, ServerState, check_deadline, late_probability, rescue
-from torchsurgeon.errors import DeadlineError
+from torchsurgeon.errors import AdaptError, DeadlineError
 from torchsurgeon.link import Link
 
 
@@ -167,7 +167,7 @@ def test_of_many_threads_one_gets_the_trial() -> None:
     "arguments", [{"failures": 0}, {"return_s": 0}, {"return_s": math.inf}, {"return_s": math.nan}]
 )
 def test_a_breaker_that_cannot_be_is_refused(arguments: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="breaker"):
+    with pytest.raises(AdaptError, match="breaker"):
         CircuitBreaker(**arguments)  # type: ignore[arg-type]
 
 
@@ -211,7 +211,7 @@ def test_a_dead_server_is_left_out_then_tried_last_then_used_again() -> None:
 
 
 def test_no_server_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(AdaptError, match="at least one"):
         Servers([])
 
 

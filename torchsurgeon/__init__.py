@@ -8,6 +8,7 @@ from torchsurgeon.adapters import Adapter, opaque, register_adapter
 from torchsurgeon.codec import CodecCost, CodecTable
 from torchsurgeon.cut import Partition, cut, tail_for
 from torchsurgeon.errors import (
+    AdaptError,
     BodyTooLargeError,
     CodecError,
     DeadlineError,
@@ -41,6 +42,7 @@ from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning,
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptError",
     "Adapter",
     "BandwidthTrace",
     "BodyTooLargeError",

@@ -9,9 +9,10 @@
     ├── LinkError                  a link profile, rate, delay or trace that cannot be (also a ValueError)
     ├── CodecError                 an unknown codec, bytes it cannot have made, or a damaged table (also a ValueError)
     ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
-    ├── DeadlineError              a deadline before any answer can be; ``best_s`` is the best (also a ValueError)
+    ├── AdaptError                 a breaker, probe budget, row or list of servers that cannot be (also a ValueError)
+    │   └── DeadlineError          a deadline before any answer can be; ``best_s`` is the best
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
-    ├── PlanError                  a plan that cannot be made: an objective, limit or load that cannot be (also a ValueError)
+    ├── PlanError                  a plan that cannot be made: an impossible objective, limit, load (also a ValueError)
     │   └── InfeasibleError        no way to run the model keeps to all constraints; ``least`` says how near one comes
     ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
     ├── MeterError                 a clock or energy meter that is missing, unreadable, or read something impossible
@@ -60,7 +61,11 @@ class DeviceError(TorchSurgeonError, ValueError):
     """A device that does not exist, or a factor of its speed that cannot be."""
 
 
-class DeadlineError(TorchSurgeonError, ValueError):
+class AdaptError(TorchSurgeonError, ValueError):
+    """A part of the adapting runtime was asked for what cannot be: a budget, a row, a time or an empty list."""
+
+
+class DeadlineError(AdaptError):
     """A deadline earlier than any answer can be; ``best_s`` is the least latency possible, in seconds."""
 
     def __init__(self, message: str, best_s: float) -> None:

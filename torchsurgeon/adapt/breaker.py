@@ -8,6 +8,7 @@ import time
 from typing import Literal
 
 from torchsurgeon.adapt.clock import NowS, Since
+from torchsurgeon.errors import AdaptError
 
 State = Literal["closed", "open", "half-open"]
 
@@ -36,7 +37,10 @@ class CircuitBreaker:
         jitter: random.Random | None = None,
     ) -> None:
         if failures < 1 or not 0 < return_s < float("inf"):
-            raise ValueError(f"a breaker cannot open after {failures} failures or find a return within {return_s} s")
+            raise AdaptError(
+                f"a breaker cannot open after {failures} failures and find a return within {return_s} s: give 1 "
+                "failure or more, and a positive number of seconds"
+            )
         self.opened = 0
         """How many times it has opened after being closed."""
         self.trial_s = _TRIAL_SHARE * return_s

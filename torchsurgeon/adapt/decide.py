@@ -7,23 +7,23 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torchsurgeon.adapt.clock import NowS
 from torchsurgeon.adapt.link import LinkEstimate
 from torchsurgeon.adapt.load import LoadEstimate
 from torchsurgeon.adapt.tracker import Quantity
+from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import Link
 
 _logger = logging.getLogger(__name__)
 
-_LEAST_BIT_S, _MOST_ROUND_TRIP_S = 1e3, 60.0
+_ALLOWANCE = 0.5  # gains of less than so many deviations are no evidence
 
 
-@dataclass(frozen=True, slots=True)
-class Estimates:
+class Estimates(NamedTuple):
     """What one decision rests on."""
 
     link: LinkEstimate
@@ -32,31 +32,23 @@ class Estimates:
 
     def conditions(self) -> Conditions:
         """The most likely values."""
-        link, load = self.link, self.load
-        return Conditions(
-            _link(link.uplink.value, link.downlink.value, link.round_trip.value + load.queue_s),
-            load.compute.value,
-            self.slowdown.value,
-        )
+        return Conditions(self.link.link(later_s=self.load.queue_s), self.load.compute.value, self.slowdown.value)
 
     def alternatives(self) -> tuple[Conditions, ...]:
         """The most likely values with one of them moved by one standard deviation of its estimate, each in turn."""
-        up, down, trip = self.link.uplink, self.link.downlink, self.link.round_trip
-        now = self.conditions()
+        now, about, queue_s = self.conditions(), self.link, self.load.queue_s
         link, load, slowdown = now.link, now.load, now.slowdown
-        trip_s = link.round_trip_s
-        trip_off_s = math.hypot(trip.value * math.expm1(trip.error), self.load.queue_error_s)
+        trip_off_s = math.hypot(about.round_trip.value * math.expm1(about.round_trip.error), self.load.queue_error_s)
         return (
-            Conditions(_link(up.value * math.exp(-up.error), down.value, trip_s), load, slowdown),
-            Conditions(_link(up.value, down.value * math.exp(-down.error), trip_s), load, slowdown),
-            Conditions(_link(up.value, down.value, trip_s + trip_off_s), load, slowdown),
+            Conditions(about.link(uplink_off=-1, later_s=queue_s), load, slowdown),
+            Conditions(about.link(downlink_off=-1, later_s=queue_s), load, slowdown),
+            Conditions(about.link(later_s=queue_s + trip_off_s), load, slowdown),
             Conditions(link, load * math.exp(self.load.compute.error), slowdown),
             Conditions(link, load, slowdown * math.exp(self.slowdown.error)),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Conditions:
+class Conditions(NamedTuple):
     """What a frontier is asked with: `load` multiplies tail times, `slowdown` head times.
 
     The wait in the server's queue is part of the link's round trip: like it, it is paid once by every cut that sends.
@@ -67,29 +59,14 @@ class Conditions:
     slowdown: float
 
 
-def _link(up_bit_s: float, down_bit_s: float, trip_s: float) -> Link:
-    return Link(
-        "estimated", max(up_bit_s, _LEAST_BIT_S), max(down_bit_s, _LEAST_BIT_S), min(trip_s, _MOST_ROUND_TRIP_S)
-    )
-
-
 _Row = TypeVar("_Row")
-_Row_co = TypeVar("_Row_co", covariant=True)
-_Row_contra = TypeVar("_Row_contra", contravariant=True)
 
 
-class Choose(Protocol[_Row_co]):
-    """The best row under given conditions."""
+class Costs(Protocol):
+    """What every row costs under given conditions, as a frontier tells: seconds, or joules if those are to be saved."""
 
-    def __call__(self, link: Link, load: float, slowdown: float) -> _Row_co:
-        """Return the row of least cost."""
-
-
-class Cost(Protocol[_Row_contra]):
-    """What a row is predicted to cost under given conditions: seconds, or joules if those are to be saved."""
-
-    def __call__(self, row: _Row_contra, link: Link, load: float, slowdown: float) -> float:
-        """Return the predicted cost."""
+    def __call__(self, link: Link, load: float, slowdown: float) -> Iterable[float]:
+        """Return one cost a row, in the rows' order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +86,10 @@ class Decider(Generic[_Row]):
 
     The evidence for leaving the row in use is a one-sided CUSUM of gain over noise, where noise is how far the gain
     moves when each estimate is off by its own deviation. So a large gain counts at once, a small one after some
-    decisions, and one below the noise never.
+    decisions, and one below half the noise never.
 
-    :param choose: the best row for a link, load and slow-down, such as a frontier's
-    :param cost: of a row under the same
+    :param rows: what there is to choose from
+    :param costs: of all rows for a link, a load and a slow-down
     :param patience: evidence that a change takes, in multiples of the noise
     :param least_gain: share of the cost below which no gain is worth a change
     :param kept: decisions that `decisions` holds
@@ -121,67 +98,73 @@ class Decider(Generic[_Row]):
 
     def __init__(
         self,
-        choose: Choose[_Row],
-        cost: Cost[_Row],
+        rows: Sequence[_Row],
+        costs: Costs,
         *,
         now_s: NowS = time.monotonic,
         patience: float = 2.0,
-        least_gain: float = 0.02,
+        least_gain: float = 0.05,
         kept: int = 256,
         on_change: Callable[[Decision[_Row]], object] | None = None,
     ) -> None:
         self.decisions: deque[Decision[_Row]] = deque(maxlen=kept)
         """The last decisions, the newest at the end."""
         self.changes = 0
-        self._choose, self._cost, self._now_s = choose, cost, now_s
+        if not rows:
+            raise AdaptError("there is no row to choose from: give those of a frontier")
+        self._rows, self._costs, self._now_s = tuple(rows), costs, now_s
         self._patience, self._least_gain, self._on_change = patience, least_gain, on_change
         self._lock = threading.Lock()
+        self._place: int | None = None
         self._evidence = 0.0
 
     def decide(self, estimates: Estimates) -> Decision[_Row]:
         """Choose for one inference."""
         with self._lock:
-            now = estimates.conditions()
-            best = self._choose(now.link, now.load, now.slowdown)
-            best_cost = self._cost(best, now.link, now.load, now.slowdown)
-            if not self.decisions:
-                return self._took(best, estimates, best_cost, "first")
-            row = self.decisions[-1].row
-            if row is best or row == best:
+            costs = self._costs_under(estimates.conditions())
+            best = costs.index(min(costs))
+            place = best if self._place is None else self._place
+            gain = costs[place] - costs[best]
+            if gain <= self._least_gain * costs[place]:
                 self._evidence = 0.0
-                return self._took(row, estimates, best_cost, "still the best")
-            cost = self._cost(row, now.link, now.load, now.slowdown)
-            gain = cost - best_cost
-            if gain <= self._least_gain * cost:
-                self._evidence = 0.0
-                return self._took(row, estimates, cost, "another is hardly better")
-            noise = self._noise(row, best, gain, estimates)
-            self._evidence = max(0.0, self._evidence + gain / noise - 1) if noise > 0 else math.inf
-            if self._evidence < self._patience:
-                return self._took(row, estimates, cost, "another may be better")
-            decision = self._took(best, estimates, best_cost, "better")
-        self._tell(decision)
+                reason = "the best" if place == best else "another is hardly better"
+            else:
+                noise = self._noise(place, best, gain, estimates)
+                self._evidence = max(0.0, self._evidence + gain / noise - _ALLOWANCE) if noise > 0 else math.inf
+                reason = "another may be better"
+                if self._evidence >= self._patience:
+                    place, reason = best, "better"
+            decision = self._took(place, costs[place], estimates, reason)
+        if decision.changed:
+            self._tell(decision)
         return decision
 
     def override(self, row: _Row, estimates: Estimates, reason: str) -> Decision[_Row]:
         """Take `row` for a reason from outside, such as a server that is gone; later decisions start from it."""
         with self._lock:
-            now = estimates.conditions()
-            decision = self._took(row, estimates, self._cost(row, now.link, now.load, now.slowdown), reason)
+            if row not in self._rows:
+                raise AdaptError(f"{row} is none of the {len(self._rows)} rows that this decider chooses from")
+            place = self._rows.index(row)
+            cost = self._costs_under(estimates.conditions())[place]
+            decision = self._took(place, cost, estimates, reason)
         if decision.changed:
             self._tell(decision)
         return decision
 
-    def _noise(self, row: _Row, best: _Row, gain: float, estimates: Estimates) -> float:
-        cost, moved = self._cost, 0.0
-        for other in estimates.alternatives():
-            link, load, slowdown = other.link, other.load, other.slowdown
-            moved += (cost(row, link, load, slowdown) - cost(best, link, load, slowdown) - gain) ** 2
+    def _costs_under(self, conditions: Conditions) -> list[float]:
+        return list(self._costs(conditions.link, conditions.load, conditions.slowdown))
+
+    def _noise(self, place: int, best: int, gain: float, estimates: Estimates) -> float:
+        moved = 0.0
+        for conditions in estimates.alternatives():
+            costs = self._costs_under(conditions)
+            moved += (costs[place] - costs[best] - gain) ** 2
         return math.sqrt(moved)
 
-    def _took(self, row: _Row, estimates: Estimates, cost: float, reason: str) -> Decision[_Row]:
-        changed = bool(self.decisions) and self.decisions[-1].row != row
-        decision = Decision(self._now_s(), row, estimates, cost, reason, changed)
+    def _took(self, place: int, cost: float, estimates: Estimates, reason: str) -> Decision[_Row]:
+        changed = self._place is not None and self._place != place
+        self._place = place
+        decision = Decision(self._now_s(), self._rows[place], estimates, float(cost), reason, changed)
         self.decisions.append(decision)
         if changed:
             self.changes += 1

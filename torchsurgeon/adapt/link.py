@@ -5,41 +5,55 @@ from __future__ import annotations
 import math
 import threading
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torchsurgeon.adapt.clock import NowS, Since
 from torchsurgeon.adapt.tracker import Quantity, Tracker
-from torchsurgeon.errors import LinkError
-from torchsurgeon.link import Link
+from torchsurgeon.errors import AdaptError
+from torchsurgeon.link import Link, Radio
 
 _DRIFT = 0.4  # with it the next transfer over recorded LTE and 3G uplinks is predicted best
 _NOISE = 0.2
-_LEAST_IDENTIFIED_BYTES = 1 << 14  # TCP's first window: less leaves at once and says nothing about a rate
+_FIRST_WINDOW_BYTES = 1 << 14  # TCP sends as much at once; when that arrives at once it says nothing about a rate
+_SURELY_TIMED = 5.0
 _PACKET_BYTES = 1500
 _TIMER_S = 2e-3  # how far off the two ends of a transfer are seen
 _LEAST_ROUND_TRIP_S = 5e-5
 _LEAST_BIT_S, _MOST_BIT_S, _MOST_ROUND_TRIP_S = 1e3, 1e12, 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class LinkEstimate:
-    """Both rates in bit/s and the round trip in seconds, each with its uncertainty and age."""
+class LinkEstimate(NamedTuple):
+    """Both rates in bit/s and the round trip in seconds, each with uncertainty and age; the radio as it was given."""
 
     uplink: Quantity
     downlink: Quantity
     round_trip: Quantity
+    radio: Radio | None = None
 
-    def link(self, name: str = "estimated") -> Link:
-        """The estimate as a link, for planning."""
-        return Link(name, self.uplink.value, self.downlink.value, self.round_trip.value)
+    def link(self, *, uplink_off: float = 0.0, downlink_off: float = 0.0, later_s: float = 0.0) -> Link:
+        """The estimate as a link, for planning: the most likely one, or one that is off by so many deviations of a rate
+        and by so many seconds of the round trip."""
+        up, down = self.uplink, self.downlink
+        return Link(
+            "estimated",
+            _within(up.value * math.exp(uplink_off * up.error) if uplink_off else up.value),
+            _within(down.value * math.exp(downlink_off * down.error) if downlink_off else down.value),
+            min(self.round_trip.value + later_s, _MOST_ROUND_TRIP_S),
+            "requests over this connection",
+            self.radio,
+        )
+
+
+def _within(bit_s: float) -> float:
+    return min(max(bit_s, _LEAST_BIT_S), _MOST_BIT_S)
 
 
 class LinkEstimator:
     """Uplink, downlink and round trip, told apart by what one request's timing says of each. Thread-safe.
 
-    A transfer says something about its rate when it is longer than TCP's first window. One too quick to be timed only
-    says that the rate is not below what it shows. Every request says something about the round trip: what is left of
-    its time after both transfers and the server.
+    A transfer says something about its rate when it took long enough to be timed. A quick one only says that the rate
+    is not below what it shows, and nothing if it was no longer than TCP's first window. Every request says something
+    about the round trip: what is left of its time after both transfers and the server.
 
     :param prior: the link before anything has been sent
     """
@@ -48,6 +62,7 @@ class LinkEstimator:
         self.ignored = 0
         """Observations that could not be true, such as a server that worked for longer than the request took."""
         self._lock = threading.Lock()
+        self._radio = prior.radio
         self._uplink = Tracker(prior.uplink_bit_s, now_s=now_s, error=1.0, noise=_NOISE, drift=_DRIFT)
         self._downlink = Tracker(prior.downlink_bit_s, now_s=now_s, error=1.0, noise=_NOISE, drift=_DRIFT)
         trip_s = max(prior.round_trip_s, _LEAST_ROUND_TRIP_S)
@@ -80,7 +95,7 @@ class LinkEstimator:
             down_bit_s = _rate(self._downlink, down_bytes, down_s, total_s)
             # The packet that starts the clock of a transfer is not timed by it.
             left_s -= min(down_bytes, _PACKET_BYTES) * 8 / down_bit_s
-            if up_s is None and up_bytes >= _LEAST_IDENTIFIED_BYTES:
+            if up_s is None and up_bytes >= _FIRST_WINDOW_BYTES:
                 trip = self._round_trip.quantity()
                 blur_s = max(_TIMER_S, trip.value * trip.spread)
                 _rate(self._uplink, up_bytes, max(left_s - trip.value, 0.0), total_s, blur_s)
@@ -93,7 +108,8 @@ class LinkEstimator:
     def estimate(self) -> LinkEstimate:
         """Both rates and the round trip now; they grow less certain with time."""
         with self._lock:
-            return LinkEstimate(self._uplink.quantity(), self._downlink.quantity(), self._round_trip.quantity())
+            up, down, trip = self._uplink.quantity(), self._downlink.quantity(), self._round_trip.quantity()
+        return LinkEstimate(up, down, trip, self._radio)
 
     def link(self) -> Link:
         """The estimate as a link, for planning."""
@@ -107,14 +123,13 @@ class LinkEstimator:
 
 def _rate(tracker: Tracker, size_bytes: int, taken_s: float, lasted_s: float, blur_s: float = _TIMER_S) -> float:
     """Tell `tracker` the rate of a transfer timed to within `blur_s`, if it shows one; return that or what is known."""
-    bit_s = tracker.quantity().value
-    if size_bytes < _LEAST_IDENTIFIED_BYTES:
-        return bit_s
+    if size_bytes < _FIRST_WINDOW_BYTES and taken_s < _SURELY_TIMED * blur_s:
+        return tracker.value()
     timed_s = max(taken_s, blur_s)
-    seen_bit_s = min(max((size_bytes - _PACKET_BYTES) * 8 / timed_s, _LEAST_BIT_S), _MOST_BIT_S)
-    if taken_s <= blur_s and seen_bit_s <= bit_s:
+    seen_bit_s = _within(max(size_bytes - _PACKET_BYTES, 1) * 8 / timed_s)
+    if taken_s <= blur_s and seen_bit_s <= (bit_s := tracker.value()):
         return bit_s
-    tracker.observe(seen_bit_s, noise=blur_s / timed_s / 2, lasted_s=lasted_s)
+    tracker.observe(seen_bit_s, noise=blur_s / timed_s / 2 + _PACKET_BYTES / max(size_bytes, 1), lasted_s=lasted_s)
     return seen_bit_s
 
 
@@ -129,7 +144,7 @@ class ProbePolicy:
     :param duration_s: how long a probe should take at the rate last known
     """
 
-    least_bytes = 1 << 15
+    least_bytes = 1 << 14
     most_bytes = 1 << 18
 
     def __init__(
@@ -137,12 +152,12 @@ class ProbePolicy:
         *,
         now_s: NowS = time.monotonic,
         stale_s: float = 2.0,
-        share: float = 0.02,
+        share: float = 0.1,
         most_byte_s: float = 32e3,
         duration_s: float = 0.05,
     ) -> None:
         if not (0 < share <= 1 and most_byte_s > 0 and duration_s > 0 and stale_s >= 0):
-            raise LinkError(
+            raise AdaptError(
                 f"no probes can be sent with a share of {share}, {most_byte_s} byte/s, {duration_s} s each and "
                 f"{stale_s} s between them: give a share up to 1, and numbers above 0"
             )

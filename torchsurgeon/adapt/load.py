@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torchsurgeon.adapt.clock import NowS, Since
 from torchsurgeon.adapt.tracker import Quantity, Tracker
@@ -15,8 +15,7 @@ _QUEUE_SCALE_S = 2e-3  # waits below it differ by nothing that matters, so an em
 _MOST_FACTOR = 1e4
 
 
-@dataclass(frozen=True, slots=True)
-class LoadEstimate:
+class LoadEstimate(NamedTuple):
     """How busy a server is.
 
     Its computing takes `compute` times what was predicted, after waiting for `queue_s`, which is known to within

@@ -11,6 +11,7 @@ from torchsurgeon.adapt.breaker import CircuitBreaker
 from torchsurgeon.adapt.clock import NowS
 from torchsurgeon.adapt.link import LinkEstimator, ProbePolicy
 from torchsurgeon.adapt.load import LoadEstimator
+from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import Link
 
 _T = TypeVar("_T")
@@ -41,14 +42,14 @@ class ServerState(Generic[_T]):
 
 
 class Servers(Generic[_T]):
-    """Servers in the order to try them.
+    """Servers in the order to try them. May be asked by several threads at once.
 
     :param servers: in the order their user prefers them, which decides between equals
     """
 
     def __init__(self, servers: Sequence[ServerState[_T]]) -> None:
         if not servers:
-            raise ValueError("there is no server to order: give at least one")
+            raise AdaptError("there is no server to order: give at least one")
         self.servers = tuple(servers)
         self._first = self.servers[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torchsurgeon.adapt.clock import NowS, Since
 
@@ -18,8 +18,7 @@ _RUN = 3
 _HALF_NORMAL = math.sqrt(math.pi / 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Quantity:
+class Quantity(NamedTuple):
     """What is known of one positive quantity.
 
     `error` is one standard deviation of the estimate, `spread` that of what will be seen next; both are relative, as
@@ -142,6 +141,10 @@ class Tracker:
     def _variance_after(self, age_s: float) -> float:
         grown = self._variance + self._drift * self._drift * age_s
         return min(grown, max(self._most_variance, self._variance))
+
+    def value(self) -> float:
+        """The estimate now."""
+        return math.exp(self._level_after(self._since.passed_s()))
 
     def quantity(self) -> Quantity:
         """The estimate now; it grows less certain while nothing is seen."""
