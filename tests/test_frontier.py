@@ -1,4 +1,4 @@
-"""The frontier's best is the best of everything there is: all partition points, all codecs, all closed sets of layers."""
+"""The frontier's best is the best of all there is: all partition points, all codecs, all closed sets of layers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SECONDS = st.floats(1e-4, 10.0)
 
 
 class Random(nn.Module):
-    """Layers on one tensor of a width of their own each, that read the sum of earlier ones; the last layer reads all that
-    nothing else does."""
+    """Layers on one tensor of a width of their own each, that read the sum of earlier ones; the last layer reads all
+    that nothing else does."""
 
     def __init__(self, reads: list[list[int]], widths: list[int]) -> None:
         super().__init__()

@@ -70,7 +70,9 @@ NETWORK = {
 }
 MUST_NOT_KNOW = {
     **dict.fromkeys(["structure", "program", "interface", "capture", "capture_fx", "capture_export"], NETWORK),
-    **dict.fromkeys(["shapes", "shape_rules", "adapters", "flow", "closure", "layout", "configuration", "graph", "cut"], NETWORK),
+    **dict.fromkeys(
+        ["shapes", "shape_rules", "adapters", "flow", "closure", "layout", "configuration", "graph", "cut"], NETWORK
+    ),
     **dict.fromkeys(["plan"], NETWORK),
     "meters": NETWORK | {"torchsurgeon.graph", "torchsurgeon.cut", "torchsurgeon.program"},
     "profile": NETWORK | {"torchsurgeon.plan"},

@@ -1,12 +1,13 @@
 """Which layers need which, and what crosses when any closed set of layers runs on the device.
 
-A partition point's device layers are the first ones of the order the model runs them in. Of parallel branches, other sets
-make sense too: one branch here, the other there. Any set that holds everything its layers need is a cut.
+A partition point's device layers are the first ones of the order the model runs them in. Of parallel branches, other
+sets make sense too: one branch here, the other there. Any set that holds everything its layers need is a cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 
 from torchsurgeon.flow import Flow, Key, Value
@@ -17,8 +18,8 @@ class Carried:
     """A tensor that may cross.
 
     ``producer`` is the layer that gives it, -1 for a model input; ``consumers`` are the layers that read it, where the
-    number of layers stands for the model's result. Where it is a view of another tensor (``view_of``), that one may cross
-    instead. Numbers read off tensors, a few bytes each, are not listed.
+    number of layers stands for the model's result. Where it is a view of another tensor (``view_of``), that one may
+    cross instead. Numbers read off tensors, a few bytes each, are not listed.
     """
 
     name: str
@@ -30,9 +31,10 @@ class Carried:
 class Closure:
     """The order that a program's data flow puts on its layers.
 
-    ``needs[i]`` are the layers that must run on the device when layer ``i`` does; among them may be some that these need
-    in turn. ``constants`` are layers that compute from the model's weights alone. ``prefixes_only`` is set where memory is overwritten through one view and read through another: there only the
-    graph's own points are known to be safe.
+    ``needs[i]`` are the layers that must run on the device when layer ``i`` does; among them may be some that these
+    need in turn. ``constants`` are layers that compute from the model's weights alone. ``prefixes_only`` is set where
+    memory is overwritten through one view and read through another: there only the graph's own points are known to be
+    safe.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -69,7 +71,7 @@ class Closure:
         """Return every tensor that may cross, in the order they come to be."""
         flow, end = self._flow, len(self._flow.layers)
         readers: dict[Key, set[int]] = {}
-        for step, keys in self._readers():
+        for step, keys in self._readers:
             at = self._rank.get(step, end if flow.steps[step].kind == "output" else None)
             for key in keys:
                 if at is not None and flow._values[key].restore is None:
@@ -96,9 +98,10 @@ class Closure:
                 return self._rank[step] in inside
             return flow.steps[step].kind != "output" and inside.issuperset(self._needs_of_step[step])
 
-        crossing = {key for step, keys in self._readers() if not runs_here(step) for key in keys if runs_here(key[0])}
+        crossing = {key for step, keys in self._readers if not runs_here(step) for key in keys if runs_here(key[0])}
         return [flow._values[key] for key in sorted(flow._lighten(sorted(crossing), sizes))]
 
+    @functools.cached_property
     def _readers(self) -> list[tuple[int, list[Key]]]:
         """The steps that read values which may cross, with those values."""
         flow = self._flow

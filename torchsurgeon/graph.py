@@ -179,7 +179,8 @@ class LayerGraph:
         result = tuple(specs.of_output(name, ref) for name, ref in zip(names, steps[-1].args, strict=True))
         self.outputs = result
         self.layers = tuple(self._layer(i, index, specs) for i, index in enumerate(flow.layers))
-        boundaries = flow.boundaries({value.name: self.values[value.name].size_bytes for value in flow.values})
+        self._sizes = {name: spec.size_bytes for name, spec in self.values.items()}
+        boundaries = flow.boundaries(self._sizes)
         self.points = tuple(
             PartitionPoint(
                 k,
@@ -253,7 +254,7 @@ class LayerGraph:
             raise PartitionError(f"there are layers 0 … {len(self.layers) - 1}, not {inside[0]} … {inside[-1]}")
         if inside == list(range(len(inside))) and len(inside) in self._points:
             return self._points[len(inside)]
-        boundary = self.closure.crossing(inside, {name: spec.size_bytes for name, spec in self.values.items()})
+        boundary = self.closure.crossing(inside, self._sizes)
         if boundary is None or self.closure.prefixes_only:
             reason = "some need layers that are not among them" if boundary is None else "they share memory with others"
             raise PartitionError(

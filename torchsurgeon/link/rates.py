@@ -121,8 +121,8 @@ class Link:
     def request_s(self, up_bytes: float, down_bytes: float, *, fresh: bool = False) -> float:
         """Seconds that a request and its answer spend on the way: both transfers and one round trip.
 
-        A ``fresh`` connection takes a round trip more to open, and starts slowly in both directions: 10 segments of 1460
-        bytes (RFC 6928), twice as many after every round trip (RFC 5681), until they fill the link.
+        A ``fresh`` connection takes a round trip more to open, and starts slowly in both directions: 10 segments of
+        1460 bytes (RFC 6928), twice as many after every round trip (RFC 5681), until they fill the link.
         """
         on_the_way_s = self.uplink_s(up_bytes) + self.round_trip_s + self.downlink_s(down_bytes)
         if not fresh:

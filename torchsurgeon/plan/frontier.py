@@ -1,8 +1,8 @@
 """The cuts that can be the best under some link and load, and the choice among them in microseconds.
 
-Every cost of an inference is a sum of device seconds, bytes, server seconds and joules, each times something that is not
-negative. So a cut that another undercuts in all of them never wins. What remains is computed once per model and codecs, and
-a decision is one product of a small matrix with what link and load currently are.
+Every cost of an inference is a sum of device seconds, bytes, server seconds and joules, each times something that is
+not negative. So a cut that another undercuts in all of them never wins. What remains is computed once per model and
+codecs, and a decision is one product of a small matrix with what link and load currently are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchsurgeon.errors import PlanError
 from torchsurgeon.graph import LayerGraph
 from torchsurgeon.link import Link
 from torchsurgeon.plan.objective import Objective
-from torchsurgeon.plan.rows import Array, Costs, Row, columns, pareto
+from torchsurgeon.plan.rows import Array, Costs, Row, columns, lower_hull, non_dominated
 from torchsurgeon.plan.sets import across_branches
 from torchsurgeon.profile import LayerProfile
 
@@ -33,9 +33,9 @@ FORMAT = "torchsurgeon.frontier/1"
 class Terms:
     """What one inference costs in one way under one link and load, term by term.
 
-    ``uplink_s`` and ``downlink_s`` each hold half the round trip; all terms but ``head_s`` are 0 when everything runs on
-    the device. ``device_j`` are the device's joules for head and encoding, ``radio_j`` those of its radio; each is None
-    where it is not known. ``interval_s`` is the time between the answers of a stream of inferences.
+    ``uplink_s`` and ``downlink_s`` each hold half the round trip; all terms but ``head_s`` are 0 when everything runs
+    on the device. ``device_j`` are the device's joules for head and encoding, ``radio_j`` those of its radio; each is
+    None where it is not known. ``interval_s`` is the time between the answers of a stream of inferences.
     """
 
     row: Row
@@ -79,6 +79,8 @@ class Frontier:
     def __post_init__(self) -> None:
         if not self.rows:
             raise PlanError("a frontier without rows leaves nothing to choose from")
+        # Made now and not at the first decision.
+        assert len(self._linear[1])
 
     @staticmethod
     def build(
@@ -97,7 +99,7 @@ class Frontier:
     def of(graph: LayerGraph, rows: list[Row], *, exact: bool = True) -> Frontier:
         """Return the frontier of all ``rows``."""
         answer_bytes = sum(spec.size_bytes for spec in graph.outputs)
-        kept = sorted(pareto(rows), key=lambda row: row.index)
+        kept = sorted((rows[i] for i in non_dominated(columns(rows))), key=lambda row: row.index)
         name = type(graph.model).__name__
         return Frontier(name, graph.fingerprint, graph.batch, len(graph.layers), answer_bytes, tuple(kept), exact)
 
@@ -108,7 +110,15 @@ class Frontier:
 
     @functools.cached_property
     def _columns(self) -> Array:
-        return columns(self.rows)
+        return np.asfortranarray(columns(self.rows))
+
+    @functools.cached_property
+    def _linear(self) -> tuple[Array, list[Row]]:
+        """The few rows that can be the least of a weighted sum of the columns; times, which add no such sum, aside."""
+        crossing = [i for i, row in enumerate(self.rows) if not row.on_device]
+        corners = {crossing[i] for i in lower_hull(self._columns[crossing, :4])[0]} if crossing else set()
+        few = [i for i, row in enumerate(self.rows) if row.on_device or i in corners]
+        return np.asfortranarray(self._columns[few]), [self.rows[i] for i in few]
 
     def best(
         self,
@@ -121,10 +131,13 @@ class Frontier:
 
         ``load`` is how many times as long the server takes as its profile says, ``slowdown`` the same of the device.
 
-        Raises :class:`~torchsurgeon.errors.PlanError` for a load or slowdown that cannot be, an unknown objective, or one
-        of energy where no joules are known.
+        Raises :class:`~torchsurgeon.errors.PlanError` for a load or slowdown that cannot be, an unknown objective, or
+        one of energy where no joules are known.
         """
-        return self.rows[int(self.costs(link, load, slowdown, objective).argmin())]
+        wanted = objective if objective == "latency" else Objective.of(objective)
+        # Only a slowest stage can be least where no weighted sum of the columns is.
+        table, rows = (self._columns, self.rows) if _has_stages(wanted) else self._linear
+        return rows[self._costs(table, link, load, slowdown, wanted).argmin()]
 
     def costs(
         self,
@@ -134,13 +147,18 @@ class Frontier:
         objective: str | Mapping[str, float] | Objective = "latency",
     ) -> Array:
         """Return what each row costs, shape (rows,), in the objective's unit. Raises PlanError as ``best`` does."""
+        wanted = objective if objective == "latency" else Objective.of(objective)
+        return self._costs(self._columns, link, load, slowdown, wanted)
+
+    def _costs(
+        self, table: Array, link: Link, load: float, slowdown: float, wanted: str | Mapping[str, float] | Objective
+    ) -> Array:
         if not (0.0 < load < math.inf and 0.0 < slowdown < math.inf):
             raise PlanError(f"a load of {load} and a slowdown of {slowdown} cannot be: give positive numbers")
         up_s_per_byte, downlink_s = 8.0 / link.uplink_bit_s, self.answer_bytes * 8.0 / link.downlink_bit_s
-        if objective == "latency":
-            # Spelt out, since this is asked before every inference.
-            return self._columns @ (slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s)
-        wanted = Objective.of(objective)
+        if not isinstance(wanted, Objective):
+            # Latency, spelt out since it is asked for before every inference.
+            return table @ (slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s)
         weights = np.zeros(5)
         if wanted.latency:
             weights += np.array([slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s]) * wanted.latency
@@ -148,10 +166,12 @@ class Frontier:
             weights += np.array(self._joules(link)) * wanted.energy
         if wanted.server_time:
             weights[2] += wanted.server_time
-        found: Array = self._columns @ weights
+        found: Array = table @ weights
         if wanted.throughput:
-            stages = self._columns[:, (0, 1, 2, 4)] * (slowdown, up_s_per_byte, load, downlink_s)
-            found = found + stages.max(axis=1) * wanted.throughput
+            device_s, size_bytes, server_s, _, crosses = table.T
+            slowest = np.maximum(device_s * slowdown, size_bytes * up_s_per_byte)
+            slowest = np.maximum(slowest, np.maximum(server_s * load, crosses * downlink_s))
+            found += slowest * wanted.throughput
         return found
 
     def _joules(self, link: Link) -> tuple[float, float, float, float, float]:
@@ -220,3 +240,7 @@ class Frontier:
             raise PlanError(f"{path} is not JSON: {error}") from None
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
+
+
+def _has_stages(objective: str | Mapping[str, float] | Objective) -> bool:
+    return isinstance(objective, Objective) and objective.throughput > 0

@@ -17,8 +17,8 @@ class Objective:
     """A weighted sum of what an inference costs; the less, the better.
 
     ``latency`` weighs the seconds from call to answer, ``energy`` the device's joules (head, encoding and radio),
-    ``throughput`` the seconds between the answers of a stream of inferences, which are those of its slowest part (device,
-    uplink, server or downlink), and ``server_time`` the seconds of computing on the server, at load 1.
+    ``throughput`` the seconds between the answers of a stream of inferences, which are those of its slowest part
+    (device, uplink, server or downlink), and ``server_time`` the seconds of computing on the server, at load 1.
 
     Raises :class:`~torchsurgeon.errors.PlanError` for weights that are negative, not finite or all zero.
     """
@@ -41,6 +41,8 @@ class Objective:
         """Return the objective named, weighted by name, or given. Raises PlanError for an unknown name."""
         if isinstance(wanted, Objective):
             return wanted
+        if isinstance(wanted, str) and wanted in _NAMED:
+            return _NAMED[wanted]
         weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
         unknown = [name for name in weights if name not in _UNITS]
         if unknown:
@@ -59,6 +61,9 @@ class Objective:
         units = {_UNITS[name] for name, weight in dataclasses.asdict(self).items() if weight}
         alone = [weight for weight in dataclasses.asdict(self).values() if weight]
         return units.pop() if len(units) == 1 and alone == [1.0] else ""
+
+
+_NAMED = {name: Objective(**{name: 1.0}) for name in _UNITS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +96,8 @@ class Constraints:
 
     def without(self, name: str) -> Constraints:
         """Return the constraints but for one."""
-        default = next(f.default for f in dataclasses.fields(self) if f.name == name)
-        return dataclasses.replace(self, **{name: default})
+        given = {field: getattr(self, field) for field in self.given() if field != name}
+        return Constraints(**given)
 
     def keeps(self, row: Row) -> bool:
         """Return whether a row keeps to what neither link nor load changes."""

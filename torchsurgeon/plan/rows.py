@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.profile import LayerProfile
 
 Array = NDArray[np.float64]
+_FAR = 1e3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Row:
     ``index`` and ``name`` are the partition point's; ``layers`` lists the device's layers where these are not the first
     ``index``. ``on_device`` is set when everything runs there and nothing crosses. ``head_s`` and ``encode_s`` are the
     device's seconds, ``tail_s`` and ``decode_s`` the server's, ``size_bytes`` what crosses the uplink. ``device_j`` are
-    the device's joules for head and encoding, None where no meter told them. ``memory_bytes`` is what the head's weights
-    and tensors take at most, None where it was not measured. ``raw_input`` says that an input of the model crosses.
+    the device's joules for head and encoding, None where no meter told them. ``memory_bytes`` is what the head's
+    weights and tensors take at most, None where it was not measured. ``raw_input`` says that an input of the model
+    crosses.
     """
 
     index: int
@@ -164,16 +166,42 @@ def columns(rows: Iterable[Row]) -> Array:
 def non_dominated(costs: Array) -> list[int]:
     """Return which rows of ``costs`` no other row is at most as large as in every column, in their order; of equal rows
     the first."""
-    kept = np.empty_like(costs)
+    order = np.lexsort(costs.T[::-1])
+    # In this order no row undercuts an earlier one in the first column, which is not looked at again.
+    rest = [column for column in costs.T[1:] if np.ptp(column) > 0]
+    kept = [np.empty_like(column) for column in rest]
     indices: list[int] = []
-    for i in np.lexsort(costs.T[::-1]):
-        row = costs[i]
-        if not (kept[: len(indices)] <= row).all(axis=1).any():
-            kept[len(indices)] = row
+    for i in order:
+        count = len(indices)
+        below = np.ones(count, dtype=bool)
+        for column, known in zip(rest, kept, strict=True):
+            below &= known[:count] <= column[i]
+        if not below.any():
+            for column, known in zip(rest, kept, strict=True):
+                known[count] = column[i]
             indices.append(int(i))
     return sorted(indices)
 
 
-def pareto(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that can be the best under some link, load and objective."""
-    return [rows[i] for i in non_dominated(columns(rows))]
+def lower_hull(costs: Array) -> tuple[list[int], Array]:
+    """Return the rows of ``costs`` of which each is the least under some weights of the columns, in their order, and
+    the weights, shape (corners, columns), at which several of them are.
+
+    Where no weights can tell more apart, as in a single column that varies, the weights are empty.
+    """
+    from scipy.spatial import ConvexHull
+
+    used = np.flatnonzero(np.ptp(costs, axis=0) > 0)
+    if len(used) < 2:
+        return [int(costs[:, used].sum(axis=1).argmin())], np.empty((0, costs.shape[1]))
+    scale = np.ptp(costs, axis=0)[used]
+    points = costs[:, used] / scale
+    # Points far out along each axis close the hull, so that its lower side has all weights for normals.
+    far = np.concatenate([points.min(axis=0) + _FAR * np.eye(len(used)), points.max(axis=0)[None] + _FAR])
+    hull = ConvexHull(np.concatenate([points, far]), qhull_options="QJ")
+    lower = (hull.equations[:, :-1] <= 1e-6).all(axis=1)
+    normals = -hull.equations[lower, :-1].clip(max=0)
+    weights = np.zeros((len(normals), costs.shape[1]))
+    weights[:, used] = normals / normals.sum(axis=1, keepdims=True) / scale
+    corners = np.unique(hull.simplices[lower])
+    return [int(i) for i in corners if i < len(points)], weights

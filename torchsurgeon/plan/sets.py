@@ -1,24 +1,25 @@
 """Cuts across parallel branches: closed sets of layers that are not the first ones of the order the model runs them in.
 
 A layer that all layers before it lead to and all after it follow from splits the problem: a closed set without it lies
-before it, one with it holds all before it. Between two such layers lies a block. The closed sets of a small block are all
-tried. In a large one the best for given weights of device seconds, bytes, server seconds and joules is a minimum s-t cut,
-and asking for it at every corner of the lower hull of the costs known so far finds all that are best under some weights.
+before it, one with it holds all before it. Between two such layers lies a block. The closed sets of a small block are
+all tried. In a large one the best for given weights of device seconds, bytes, server seconds and joules is a minimum
+s-t cut, and asking for it at every corner of the lower hull of the costs known so far finds all that are best under
+some weights.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
 
 from torchsurgeon.plan.mincut import MinimumCut, Tensor, bits
-from torchsurgeon.plan.rows import Array, Costs, Row, columns, non_dominated
+from torchsurgeon.plan.rows import Array, Costs, Row, columns, lower_hull, non_dominated
 
 _MOST_SETS = 2000
 _MOST_CUTS = 1000
-_MOST_LAYER_CUTS = 100_000
-_FAR = 1e3
+_MOST_LAYER_CUTS = 200_000
 
 
 class Block:
@@ -52,7 +53,8 @@ class Block:
 
 
 class Units:
-    """The layers of a graph that depend on its inputs, in order, each with the constant layers that it is first to read.
+    """The layers of a graph that depend on its inputs, in order, each with the constant layers that it is first to
+    read.
 
     ``needs`` has a mask of units for each, ``costs`` its device seconds, server seconds and joules.
     """
@@ -62,7 +64,7 @@ class Units:
         self.tail_s = float(costs.tail_s[0])
         self.layers: list[list[int]] = []
         unit_of: dict[int, int] = {}
-        for layer, needs in enumerate(closure.needs):
+        for layer in range(len(graph.layers)):
             if layer in closure.constants:
                 continue
             own = [i for i in _constants_behind(layer, closure.needs, closure.constants) if i not in unit_of]
@@ -106,7 +108,7 @@ class Units:
                 splitting.append(i)
             common &= behind[i]
         edges = [-1, *reversed(splitting), len(behind)]
-        return [Block(self, a + 1, b) for a, b in zip(edges, edges[1:], strict=False) if b - a > 2]
+        return [Block(self, a + 1, b) for a, b in itertools.pairwise(edges) if b - a > 2]
 
     def layers_of(self, mask: int) -> list[int]:
         """Return the graph's layers in a set of units."""
@@ -122,14 +124,18 @@ def across_branches(costs: Costs) -> tuple[list[Row], bool]:
         return [], True
     units = Units(costs)
     masks: list[int] = []
+    small: list[tuple[int, Block]] = []
     large: list[Block] = []
     for block in units.blocks():
         found = block.sets(_MOST_SETS)
         if found is None:
             large.append(block)
         else:
-            found = [mask for mask in found if mask & (mask + 1)]
-            masks += [found[i] for i in non_dominated(block.costs(found))]
+            small += [(mask, block) for mask in found if mask & (mask + 1)]
+    if small:
+        known = columns(costs.rows())[:, :4]
+        tried = np.concatenate([known, *(block.costs([mask]) for mask, block in small)])
+        masks += [small[i - len(known)][0] for i in non_dominated(tried) if i >= len(known)]
     exact = True
     for block in large:
         # Seconds and joules of a layer go together, so energy is asked for by itself and not in four dimensions.
@@ -143,36 +149,28 @@ def across_branches(costs: Costs) -> tuple[list[Row], bool]:
 def _on_the_hull(costs: Costs, block: Block, used: list[int]) -> tuple[list[int], bool]:
     """Return the sets of ``block`` that are the best under some weights of the ``used`` costs (device seconds, bytes,
     server seconds, joules), and whether all were found within a bounded number of cuts."""
-    from scipy.spatial import ConvexHull
-
     known = columns(costs.rows())[:, :4]
     known[-1, 1] = sum(spec.size_bytes for spec in costs.graph.outputs)
-    scale = np.ptp(known, axis=0)[used]
-    if not (scale > 0).all():
-        return [], False
-    points = known[:, used] / scale
     network = MinimumCut(block.first, block.stop, block.units.needs, block.units.costs, block.tensors)
     budget = min(_MOST_CUTS, _MOST_LAYER_CUTS // (block.stop - block.first))
-    asked: set[tuple[float, ...]] = set()
+    asked: set[bytes] = set()
     found: dict[int, None] = {}
+    points = known[:, used]
     while True:
-        points = points[non_dominated(points)]
-        # Points far out along each axis close the hull, so that its lower side has all weights for normals.
-        far = np.concatenate([points.min(axis=0) + _FAR * np.eye(len(used)), points.max(axis=0)[None] + _FAR])
-        normals = -ConvexHull(np.concatenate([points, far]), qhull_options="QJ").equations[:, :-1]
-        weights = normals[(normals >= -1e-6).all(axis=1)].clip(min=0)
-        weights = np.unique((weights / weights.sum(axis=1, keepdims=True)).round(9), axis=0)
+        corners, weights = lower_hull(points)
+        points = points[corners]
         better: list[Array] = []
         for weight in weights:
-            if tuple(weight) in asked:
+            key = (weight / weight.max()).round(9).tobytes()
+            if key in asked:
                 continue
             if len(asked) >= budget:
                 return list(found), False
-            asked.add(tuple(weight))
+            asked.add(key)
             full = np.zeros(4)
-            full[used] = weight / scale
+            full[used] = weight
             mask = network.best(full)
-            cost = block.costs([mask])[0, used] / scale
+            cost = block.costs([mask])[0, used]
             if cost @ weight < (points @ weight).min() * (1 - 1e-9):
                 better.append(cost)
                 found[mask] = None
