@@ -8,8 +8,20 @@ import statistics
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from torchsurgeon.adapt import Decider, Decision, Estimates, LinkEstimator, LoadEstimator, SlowdownEstimator
+from torchsurgeon.adapt import (
+    Decider,
+    Decision,
+    Estimates,
+    LinkEstimate,
+    LinkEstimator,
+    LoadEstimate,
+    LoadEstimator,
+    Quantity,
+    SlowdownEstimator,
+)
 from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import BandwidthTrace, Link
 
@@ -257,6 +269,39 @@ def test_over_a_varying_link_it_is_near_the_oracle_and_beats_both_fixed_choices(
     adaptive, oracle, server, device = map(timeline, ("adaptive", "oracle", "server", "device"))
     assert adaptive <= 1.1 * oracle
     assert adaptive <= 1.05 * min(server, device)
+
+
+def exactly(
+    up_bit_s: float, down_bit_s: float, trip_s: float, load: float, queue_s: float, slowdown: float
+) -> Estimates:
+    known = [Quantity(value, 0.0, 0.0, 0.0) for value in (up_bit_s, down_bit_s, trip_s, load, slowdown)]
+    return Estimates(LinkEstimate(*known[:3]), LoadEstimate(known[3], queue_s, 0.0), known[4])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(1e4, 1e9),
+            st.floats(1e4, 1e9),
+            st.floats(0, 1),
+            st.floats(0.1, 100),
+            st.floats(0, 10),
+            st.floats(0.1, 10),
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_of_what_is_known_exactly_it_takes_the_best_to_within_5_percent_at_once(
+    sequence: list[tuple[float, float, float, float, float, float]],
+) -> None:
+    decider = Decider(ROWS, costs)
+    for up_bit_s, down_bit_s, trip_s, load, queue_s, slowdown in sequence:
+        decision = decider.decide(exactly(up_bit_s, down_bit_s, trip_s, load, queue_s, slowdown))
+        link = Link("exact", up_bit_s, down_bit_s, trip_s)
+        waits = [(cost(row, link, load, slowdown) + (queue_s if row.up_bytes else 0)) for row in ROWS]
+        assert decision.cost == pytest.approx(waits[ROWS.index(decision.row)])
+        assert decision.cost * 0.949 <= min(waits)
 
 
 def test_uncertain_estimates_are_moved_one_at_a_time() -> None:
