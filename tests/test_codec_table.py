@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import torchsurgeon as ts
+from torchsurgeon import cli
 from torchsurgeon.codec import Budget, CodecTable, codec_names, find_codec, image_sample, measure, promising
 from torchsurgeon.codec.budget import likeness
 from torchsurgeon.errors import CodecError, PartitionError
@@ -186,10 +187,9 @@ def test_a_budget_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
         Budget(**options)
 
 
-@pytest.mark.parametrize("samples", [None, []])
-def test_a_budget_without_a_sample_is_refused(graph: ts.LayerGraph, samples: Any) -> None:
+def test_a_budget_without_a_sample_is_refused(graph: ts.LayerGraph) -> None:
     with pytest.raises(CodecError, match="measured on a sample of your own; give samples"):
-        measure(graph, samples, budget=Budget(min_cosine=0.9))
+        measure(graph, [], budget=Budget(min_cosine=0.9))
 
 
 def test_likeness_of_what_has_none() -> None:
@@ -215,12 +215,6 @@ def test_samples_unlike_the_example_are_refused(graph: ts.LayerGraph) -> None:
         measure(graph, photos(1), ["zip"])
     with pytest.raises(PartitionError, match="there is no layer 'third'"):
         measure(graph, photos(1), points=["third"])
-
-
-def test_random_inputs_stand_in_where_there_is_no_sample(graph: ts.LayerGraph) -> None:
-    table = measure(graph, None, ["zstd"], points=["relu"])
-    assert table.samples == 0
-    assert table.provenance["sample"] == "random"
 
 
 def test_several_inputs_and_several_boundary_tensors() -> None:
@@ -280,3 +274,21 @@ def test_folders_and_models_that_make_no_sample_are_refused(tmp_path: Path, grap
     rows = ts.trace(nn.Sequential(nn.Linear(3, 3)).eval(), torch.zeros(1, 3))
     with pytest.raises(CodecError, match="images are no sample for this model"):
         image_sample(rows, tmp_path)
+
+
+def test_the_command_prints_the_table_and_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.effect_noise((16, 16), 50).convert("RGB").save(tmp_path / "a.png")
+    monkeypatch.setenv("COLUMNS", "160")
+    out = tmp_path / "codecs.json"
+    options = ["--sample", str(tmp_path), "--codecs", "zstd,int8+zstd", "--point", "0", "--point", "1"]
+    assert cli.main(["codecs", "test_cli:tiny", *options, "--min-cosine", "0.9", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("int8+zstd", "lossless", "yes", "cosine similarity at least 0.9"):
+        assert word in printed
+    assert [row.cost.codec for row in CodecTable.load(out).at(0)] == ["raw", "zstd", "int8+zstd"]
+    assert cli.main(["codecs", "test_cli:tiny", "--sample", str(tmp_path / "none")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert cli.main(["codecs", "test_cli:tiny", *options[:2], "--codecs", "zip"]) == 2
+    assert "there is no codec 'zip' here" in capsys.readouterr().err

@@ -96,6 +96,23 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--trace", type=Path, metavar="FILE", help="write one run for ui.perfetto.dev")
     profile.set_defaults(run=_profile)
 
+    codecs = commands.add_parser("codecs", help="measure what codecs save and change at the cuts that can pay")
+    _model_arguments(codecs)
+    codecs.add_argument("--weights", metavar="FILE", help=".safetensors, .pt, or 'default'")
+    codecs.add_argument("--sample", type=Path, metavar="DIR", required=True, help="folder of your own images")
+    codecs.add_argument("--most", type=_count, default=32, help="samples taken from the folder")
+    codecs.add_argument(
+        "--codecs", metavar="NAMES", help="separated by commas, e.g. zstd,int8+zstd,jpeg-75; default all"
+    )
+    codecs.add_argument(
+        "--point", action="append", metavar="POINT", help="an index or a layer's name, for each to take"
+    )
+    codecs.add_argument("--max-top1-change", type=float, metavar="SHARE", help="predictions a lossy codec may change")
+    codecs.add_argument("--min-cosine", type=float, metavar="COSINE", help="likeness of outputs that one must keep")
+    codecs.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    codecs.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
+    codecs.set_defaults(run=_codecs)
+
     serve = commands.add_parser("serve", help="serve the tails of models")
     serve.add_argument(
         "models", nargs="+", metavar="NAME=SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file"
@@ -213,6 +230,41 @@ def _profile(options: argparse.Namespace) -> None:
         report.profile_picture(graph, measured, options.plot)
     if options.trace is not None:
         layer_trace(graph, device).save(options.trace)
+
+
+def _codecs(options: argparse.Namespace) -> None:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from torch.utils import _pytree
+
+    from torchsurgeon import codec, specs
+    from torchsurgeon.graph import trace
+    from torchsurgeon.profile import find_device
+    from torchsurgeon.report import codec_table
+
+    device = find_device(options.device)
+    loaded = specs.load(options.spec, input_spec=options.input, weights=options.weights)
+    loaded.model.to(device)
+    args, kwargs = _pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (loaded.args, loaded.kwargs))
+    graph = trace(loaded.model, *args, leaf_modules=options.leaf, **kwargs)
+    budget = None
+    if options.max_top1_change is not None or options.min_cosine is not None:
+        budget = codec.Budget(max_top1_change=options.max_top1_change, min_cosine=options.min_cosine)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring codecs", total=None)
+        measured = codec.measure(
+            graph,
+            codec.image_sample(graph, options.sample, options.most),
+            None if options.codecs is None else options.codecs.split(","),
+            points=None if options.point is None else [int(p) if p.isdigit() else p for p in options.point],
+            budget=budget,
+            device=device,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if options.out is not None:
+        measured.save(options.out)
+    Console().print(codec_table(measured))
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -16,7 +16,6 @@ from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 from torchsurgeon.cut import cut, tail_for
 from torchsurgeon.errors import CodecError
 from torchsurgeon.graph import LayerGraph, PartitionPoint
-from torchsurgeon.profile.measure import example_inputs
 from torchsurgeon.profile.origin import device_of, provenance
 from torchsurgeon.program import Segment
 
@@ -27,7 +26,7 @@ _MOST_POINTS = 24
 
 def measure(
     graph: LayerGraph,
-    samples: Sequence[Any] | None,
+    samples: Sequence[Any],
     codecs: Sequence[str] | None = None,
     *,
     points: Sequence[int | str] | None = None,
@@ -38,25 +37,25 @@ def measure(
     """Return size, time and error of every codec at the partition points where cutting can pay.
 
     ``samples`` are calls like the traced example: each a tensor, a tuple of positional arguments or a dict of keyword
-    ones. Without any, random inputs give sizes and times that real ones will not have. ``codecs`` are names, by default
-    all; ``raw`` is always measured, and one that would encode nothing at a point (``int8`` on integers, ``jpeg`` on a
-    feature map) has no row there. ``points`` are by default :func:`promising` ones. ``device`` is the one the model is
-    on, where values are packed and unpacked. ``progress(done, total)`` is called after each point.
+    ones. ``codecs`` are names, by default all; ``raw`` is always measured, and one that would encode nothing at a point
+    (``int8`` on integers, ``jpeg`` on a feature map) has no row there. ``points`` are by default :func:`promising`
+    ones. ``device`` is the one the model is on, where values are packed and unpacked. ``progress(done, total)`` is
+    called after each point.
 
     With a ``budget`` the tail runs on what each lossy codec decoded, for every point and sample; without one no lossy
     codec is within budget.
 
-    Raises :class:`~torchsurgeon.errors.CodecError` for an unknown codec, samples unlike the example, or a budget
-    without samples; :class:`~torchsurgeon.errors.PartitionError` for a point the graph does not have.
+    Raises :class:`~torchsurgeon.errors.CodecError` for an unknown codec, no samples, or some unlike the example;
+    :class:`~torchsurgeon.errors.PartitionError` for a point the graph does not have.
     """
-    if not samples and (budget is not None or samples is not None):
-        raise CodecError("an accuracy budget is measured on a sample of your own; give samples, such as [image, …]")
+    if not samples:
+        raise CodecError("codecs and accuracy budgets are measured on a sample of your own; give samples: [image, …]")
     target = device_of(graph, device)
     known = [find_codec(name) for name in dict.fromkeys(("raw", *(codec_names() if codecs is None else codecs)))]
     chosen = promising(graph) if points is None else [graph.point(ref) for ref in dict.fromkeys(points)]
     names = [spec.name for spec in graph.inputs]
     with torch.no_grad():
-        calls = [example_inputs(graph, target)] if samples is None else _inputs(graph, samples, target)
+        calls = _inputs(graph, samples, target)
         whole = tail_for(graph, names, flat=True)
         references = [_outputs(graph, whole, call) for call in calls] if budget is not None else []
         rows: list[CodecRow] = []
@@ -64,10 +63,8 @@ def measure(
             rows += _rows(graph, point, known, calls, references, budget, target)
             if progress is not None:
                 progress(done + 1, len(chosen))
-    origin = provenance(target) | {"sample": "random" if samples is None else "given"}
-    count = 0 if samples is None else len(calls)
-    name = type(graph.model).__name__
-    return CodecTable(name, graph.fingerprint, graph.batch, count, str(budget or ""), tuple(rows), origin)
+    told = type(graph.model).__name__, graph.fingerprint, graph.batch, len(calls), str(budget or "")
+    return CodecTable(*told, tuple(rows), provenance(target))
 
 
 def promising(graph: LayerGraph, most: int = _MOST_POINTS) -> list[PartitionPoint]:
