@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from partitions import assert_same, copied
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.cut import cut
-from torchsurgeon.plan import Frontier, Objective, Row, sets
+from torchsurgeon.plan import Frontier, Objective, sets
 from torchsurgeon.plan.mincut import MinimumCut
-from torchsurgeon.plan.rows import Costs, columns, non_dominated
+from torchsurgeon.plan.rows import Costs
 from torchsurgeon.profile import LayerEnergy, LayerProfile
 
 torch.set_num_threads(1)

@@ -36,7 +36,22 @@ from torchsurgeon.errors import (
 from torchsurgeon.graph import Layer, LayerGraph, PartitionPoint, TensorSpec, UnrepeatableWarning, trace
 from torchsurgeon.link import BandwidthTrace, Link, Radio
 from torchsurgeon.module import Inference, SplitModule, measure_link
-from torchsurgeon.plan import Constraints, Estimate, Frontier, Objective, Row, Terms, best, estimate
+from torchsurgeon.plan import (
+    ChainPlan,
+    Constraints,
+    Crossover,
+    Estimate,
+    Frontier,
+    Objective,
+    Plan,
+    Row,
+    Terms,
+    best,
+    crossovers,
+    estimate,
+    plan,
+    plan_chain,
+)
 from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
 
 __version__ = "0.1.0"
@@ -46,10 +61,12 @@ __all__ = [
     "Adapter",
     "BandwidthTrace",
     "BodyTooLargeError",
+    "ChainPlan",
     "CodecCost",
     "CodecError",
     "CodecTable",
     "Constraints",
+    "Crossover",
     "DeadlineError",
     "DeviceError",
     "Estimate",
@@ -74,6 +91,7 @@ __all__ = [
     "Partition",
     "PartitionError",
     "PartitionPoint",
+    "Plan",
     "PlanError",
     "ProfileError",
     "ProtocolError",
@@ -90,10 +108,13 @@ __all__ = [
     "TraceError",
     "UnrepeatableWarning",
     "best",
+    "crossovers",
     "cut",
     "estimate",
     "measure_link",
     "opaque",
+    "plan",
+    "plan_chain",
     "profile",
     "register_adapter",
     "tail_for",

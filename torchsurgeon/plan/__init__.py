@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from torchsurgeon.plan.decide import Crossover, Plan, crossovers, plan
 from torchsurgeon.plan.frontier import Frontier, Terms
 from torchsurgeon.plan.latency import Estimate, best, estimate
 from torchsurgeon.plan.objective import Constraints, Objective
 from torchsurgeon.plan.rows import Row
+from torchsurgeon.plan.stages import ChainPlan, plan_chain
 
 __all__ = [
+    "ChainPlan",
     "Constraints",
+    "Crossover",
     "Estimate",
     "Frontier",
     "Objective",
+    "Plan",
     "Row",
     "Terms",
     "best",
+    "crossovers",
     "estimate",
+    "plan",
+    "plan_chain",
 ]
