@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torchsurgeon import _native
 from torchsurgeon.codec import Codec, codec_names, find_codec
 from torchsurgeon.errors import CodecError
 
@@ -189,6 +191,67 @@ def test_encoding_leaves_the_tensor_alone() -> None:
             before = tensor.clone()
             find_codec(name).encode(tensor)
             assert torch.equal(tensor, before)
+
+
+@pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package as it is where its extension was not built."""
+
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("torchsurgeon._native.importlib.import_module", missing)
+        _native._load.cache_clear()
+        yield
+    _native._load.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 1001, 4096])
+def test_with_and_without_the_extension_a_codec_says_the_same(
+    name: str, count: int, request: pytest.FixtureRequest
+) -> None:
+    if not _native.available():
+        pytest.skip("the extension is not built")
+    tensor = torch.randn(count) * 3 + 1
+    built = find_codec(name).encode(tensor)
+    decoded = there_and_back(find_codec(name), tensor)
+    request.getfixturevalue("unbuilt")
+    assert not _native.available()
+    plain = find_codec(name).encode(tensor)
+    assert plain.codec == built.codec
+    assert plain.data[:8] == built.data[:8]
+    # One may fuse a product and a sum, and then rounds once where the other rounds twice.
+    step = float(tensor.max() - tensor.min()) / (255 if name == "int8" else 15)
+    assert torch.allclose(there_and_back(find_codec(name), tensor), decoded, atol=step * 1.001)
+    opened = find_codec(built.codec).decode(bytes(built.data), tensor.dtype, tensor.shape, max_bytes=tensor.nbytes)
+    assert torch.allclose(opened, decoded, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_codecs_need_no_extension(name: str, unbuilt: None) -> None:
+    tensor = torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
+    error = (there_and_back(find_codec(name), tensor) - tensor).abs().max()
+    assert error < (0.4 if "int4" in name else 0.03)
+
+
+def test_the_extension_refuses_memory_it_may_not_touch() -> None:
+    if not _native.available():
+        pytest.skip("the extension is not built")
+    ops, codes = _native.operators("this test"), torch.empty(8, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="9 values take 9 bytes, not 8"):
+        ops.quantize(torch.zeros(9), 0.0, 1.0, 8, codes)
+    with pytest.raises(RuntimeError, match="9 values take 5 bytes, not 8"):
+        ops.dequantize(codes, 0.0, 1.0, 4, torch.zeros(9))
+    with pytest.raises(RuntimeError, match="float32 and codes uint8"):
+        ops.quantize(torch.zeros(8, dtype=torch.float64), 0.0, 1.0, 8, codes)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        ops.quantize(torch.zeros(8, 2)[:, 0], 0.0, 1.0, 8, codes)
+    with pytest.raises(RuntimeError, match="8 or 4 bits, not 3"):
+        ops.quantize(torch.zeros(8), 0.0, 1.0, 3, codes)
+    ops.quantize(torch.tensor([math.nan, -1e30, 1e30, math.inf, -math.inf, 3.0, 0.4, 0.6]), 0.0, 1.0, 8, codes)
+    assert codes.tolist() == [0, 0, 255, 255, 0, 3, 0, 1]
 
 
 # --- names ---

@@ -1,5 +1,7 @@
 """Floating-point tensors in fewer bits, and back, on whatever device they are.
 
+On the CPU the compiled extension does ``int8`` and ``int4`` in one pass over memory where it is built.
+
 A packed tensor is bytes: first what is needed to read them (as float32), then the values. ``int8`` and ``int4`` map the
 tensor's range evenly to 0 … 255 or 0 … 15: a value is ``low + scale * q``, at most half a ``scale`` from what it was
 but for float32's own rounding, and the least value, so a ReLU's 0, is exact. ``int8-channel`` has a low and a scale a
@@ -14,14 +16,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchsurgeon import _native
 from torchsurgeon.errors import CodecError
 
 PACKINGS = ("float16", "bfloat16", "int8", "int8-channel", "int4")
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_BITS = {"int8": 8, "int4": 4}
 _LEVELS = {"int8": 255, "int8-channel": 255, "int4": 15}
 # Ranges whose inverse, or whose ends' difference, float32 cannot say.
 _NARROWEST, _WIDEST = 1e-30, 1e38
+_NO_NUMBER = "its low or its scale is not a number that a codec writes"
 # Below that a channel's own low and scale take more than an eighth of its values.
 _LEAST_PER_CHANNEL = 64
 
@@ -74,9 +79,16 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
         if not _describable(low, high):
             return None
         scale = (high - low) / _LEVELS[packing]
-        described = torch.tensor([low, scale], dtype=torch.float32).to(tensor.device, non_blocking=True)
-        codes = _codes(values, low, 1 / scale if scale else 0.0)
-        return torch.cat([described.view(torch.uint8), _nibbles(codes) if packing == "int4" else codes])
+        inverse = 1 / scale if scale else 0.0
+        described = torch.tensor([low, scale], dtype=torch.float32)
+        if values.is_cpu and _native.available():
+            packed = torch.empty(packed_bytes(packing, values.shape), dtype=torch.uint8)
+            packed[:8] = described.view(torch.uint8)
+            torch.ops.torchsurgeon.quantize(values, low, inverse, _BITS[packing], packed[8:])
+            return packed
+        codes = _codes(values, low, inverse)
+        described = described.to(tensor.device, non_blocking=True).view(torch.uint8)
+        return torch.cat([described, _nibbles(codes) if packing == "int4" else codes])
     values = tensor.to(torch.float32).flatten(0, channels_at - 1) if channels_at else tensor.to(torch.float32)[None]
     values = values.flatten(2) if values.dim() > 2 else values[..., None]
     lows, highs = values.amin((0, 2)), values.amax((0, 2))
@@ -98,18 +110,25 @@ def unpack(packing: str, data: Tensor, dtype: torch.dtype, shape: Sequence[int],
     if packing in _HALVES:
         return data.view(_HALVES[packing]).to(dtype).reshape(shape)
     count = math.prod(shape)
-    channels = shape[channels_at] if packing == "int8-channel" else 1
-    lows, scales = data[: 8 * channels].clone().view(torch.float32).view(2, channels)
-    if not bool((torch.isfinite(lows) & (scales >= 0) & (scales < _WIDEST)).all()):
-        raise CodecError("its low or its scale is not a number that a codec writes")
-    codes = data[8 * channels :]
     if packing == "int8-channel":
+        channels = shape[channels_at]
+        lows, scales = data[: 8 * channels].clone().view(torch.float32).view(2, channels)
+        if not bool((torch.isfinite(lows) & (scales >= 0) & (scales < _WIDEST)).all()):
+            raise CodecError(_NO_NUMBER)
         spread = [channels if dim == channels_at else 1 for dim in range(len(shape))]
-        values = codes.reshape(shape).to(torch.float32)
+        values = data[8 * channels :].reshape(shape).to(torch.float32)
         return values.mul_(scales.view(spread)).add_(lows.view(spread)).to(dtype)
+    low, scale = data[:8].clone().view(torch.float32).tolist()
+    if not (math.isfinite(low) and 0 <= scale < _WIDEST):
+        raise CodecError(_NO_NUMBER)
+    codes = data[8:]
+    if codes.is_cpu and _native.available():
+        values = torch.empty(count)
+        torch.ops.torchsurgeon.dequantize(codes, low, scale, _BITS[packing], values)
+        return values.reshape(shape).to(dtype)
     if packing == "int4":
         codes = torch.cat([codes & 15, codes >> 4])[:count]
-    return torch.add(lows.view(()), codes, alpha=float(scales)).reshape(shape).to(dtype)
+    return torch.add(torch.tensor(low, device=data.device), codes, alpha=scale).reshape(shape).to(dtype)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
