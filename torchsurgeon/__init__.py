@@ -50,7 +50,6 @@ from torchsurgeon.plan import (
     crossovers,
     estimate,
     plan,
-    plan_chain,
 )
 from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
 
@@ -114,7 +113,6 @@ __all__ = [
     "measure_link",
     "opaque",
     "plan",
-    "plan_chain",
     "profile",
     "register_adapter",
     "tail_for",

@@ -7,7 +7,7 @@ from torchsurgeon.plan.frontier import Frontier, Terms
 from torchsurgeon.plan.latency import Estimate, best, estimate
 from torchsurgeon.plan.objective import Constraints, Objective
 from torchsurgeon.plan.rows import Row
-from torchsurgeon.plan.stages import ChainPlan, plan_chain
+from torchsurgeon.plan.stages import ChainPlan
 
 __all__ = [
     "ChainPlan",
@@ -23,5 +23,4 @@ __all__ = [
     "crossovers",
     "estimate",
     "plan",
-    "plan_chain",
 ]

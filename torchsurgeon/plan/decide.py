@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -16,11 +16,14 @@ from torchsurgeon.plan.frontier import Frontier, Terms
 from torchsurgeon.plan.objective import Constraints, Objective
 from torchsurgeon.plan.rows import Costs, Row
 from torchsurgeon.plan.sets import across_branches
+from torchsurgeon.plan.stages import ChainPlan, plan_chain
 from torchsurgeon.profile import LayerProfile
 
 _LEAST_UPLINK_BIT_S, _MOST_UPLINK_BIT_S = 1e4, 1e10
 _LEAST_LOAD, _MOST_LOAD = 0.05, 100.0
 _GRID = 40
+
+Wanted = str | Mapping[str, float] | Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +86,48 @@ class Plan:
         return explain(self)
 
 
+@overload
 def plan(
     graph: LayerGraph,
     *,
     device: LayerProfile,
     server: LayerProfile,
     link: Link,
-    objective: str | Mapping[str, float] | Objective = "latency",
+    objective: Wanted = "latency",
     codecs: CodecTable | None = None,
     load: float = 1.0,
     slowdown: float = 1.0,
     **constraints: Any,
-) -> Plan:
-    """Return the best way to run ``graph`` between a device and a server.
+) -> Plan: ...
+
+
+@overload
+def plan(
+    graph: LayerGraph,
+    *,
+    stages: Sequence[LayerProfile],
+    links: Sequence[Link],
+    objective: Wanted = "latency",
+    loads: Sequence[float] | None = None,
+) -> ChainPlan: ...
+
+
+def plan(
+    graph: LayerGraph,
+    *,
+    device: LayerProfile | None = None,
+    server: LayerProfile | None = None,
+    link: Link | None = None,
+    objective: Wanted = "latency",
+    codecs: CodecTable | None = None,
+    load: float = 1.0,
+    slowdown: float = 1.0,
+    stages: Sequence[LayerProfile] | None = None,
+    links: Sequence[Link] | None = None,
+    loads: Sequence[float] | None = None,
+    **constraints: Any,
+) -> Plan | ChainPlan:
+    """Return the best way to run ``graph`` between a device and a server, or along a row of machines.
 
     Args:
         device, server: what each layer costs on either side, measured or predicted.
@@ -104,11 +136,20 @@ def plan(
         codecs: what codecs measured to cost; without them tensors are sent as they are.
         load, slowdown: how many times as long the server and the device take as their profiles say.
         constraints: as in :class:`~torchsurgeon.plan.Constraints`.
+        stages, links, loads: in place of the former, the profiles of machines in a row, the links between them, and how
+            many times as long each takes as its profile says. Tensors are sent as they are, and cuts are the graph's
+            points.
 
     Raises :class:`~torchsurgeon.errors.InfeasibleError` when nothing keeps to all constraints,
-    :class:`~torchsurgeon.errors.PlanError` for an objective or constraint that cannot be, or needs energy or memory
-    that was not measured, and what :meth:`Frontier.build` raises.
+    :class:`~torchsurgeon.errors.PlanError` for an objective, constraint or load that cannot be, or that needs energy or
+    memory that was not measured, and what :meth:`Frontier.build` raises.
     """
+    if stages is not None:
+        if device is not None or server is not None or link is not None or codecs is not None or constraints:
+            raise PlanError("a plan for stages and links takes no device, server, link, codecs or constraints")
+        return plan_chain(graph, stages, links or (), objective, loads)
+    if device is None or server is None or link is None:
+        raise PlanError("a plan needs device=, server= and link=, or stages= and links=")
     unknown = [name for name in constraints if name not in Constraints.__dataclass_fields__]
     if unknown:
         raise PlanError(f"there is no constraint {unknown[0]!r}: use {', '.join(Constraints.__dataclass_fields__)}")
@@ -160,7 +201,7 @@ def crossovers(
     link: Link,
     load: float = 1.0,
     slowdown: float = 1.0,
-    objective: str | Mapping[str, float] | Objective = "latency",
+    objective: Wanted = "latency",
     constraints: Constraints | None = None,
 ) -> tuple[Crossover, ...]:
     """Return the uplink rates from 10 kbit/s to 10 Gbit/s, and the loads from 0.05 to 100, where the choice changes."""
@@ -183,7 +224,7 @@ def choose(
     link: Link,
     load: float,
     slowdown: float,
-    objective: str | Mapping[str, float] | Objective,
+    objective: Wanted,
     limits: Constraints,
 ) -> Terms | None:
     """Return the best row that keeps latency and energy within the limits, None when there is none."""

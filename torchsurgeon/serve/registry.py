@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import queue
 import re
 import threading
@@ -29,10 +30,12 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.fingerprint import identity, weight_digests
 from torchsurgeon.graph import LayerGraph, TensorSpec, trace
+from torchsurgeon.module import SplitModule
 from torchsurgeon.program import Segment
 
 T = TypeVar("T")
 
+Finish = Callable[..., Sequence[Tensor]]
 Profiler = Callable[[LayerGraph], dict[str, Any]]
 State = Literal["loading", "ready", "failed"]
 
@@ -146,6 +149,7 @@ class ServedModel:
         max_tails: int = 64,
         profiler: Profiler | None = None,
         source: str = "",
+        finish: Finish | None = None,
     ) -> None:
         self.name = name
         self.graph = graph
@@ -155,6 +159,7 @@ class ServedModel:
         self.max_tensor_bytes = max_batch * max(point.size_bytes for point in graph.points) // graph.batch
         self.max_times = max_batch / graph.batch
         self.tails = Tails(graph, max_tails)
+        self._finish = finish
         self._output_names = [spec.name for spec in graph.outputs]
         self.worker = Worker(f"torchsurgeon-{name}")
         self.open = True
@@ -207,7 +212,7 @@ class ServedModel:
 
     def quick(self, body_bytes: int) -> bool:
         """Whether the last request of this size, so most likely with the same cut, took less than a thread switch."""
-        return self._taken_s.get(body_bytes, 1.0) < _QUICK_S
+        return self._finish is None and self._taken_s.get(body_bytes, 1.0) < _QUICK_S
 
     def answer(self, request: Received) -> wire.Encoded:
         """Decode, run and encode one request; to be called by the worker.
@@ -228,7 +233,7 @@ class ServedModel:
         decoded_s = time.perf_counter()
         try:
             # Called without nn.Module's own call, whose hooks a tail has none of.
-            results = plan.tail.forward(*[decoded.tensors[name] for name in plan.names])
+            results = plan.run(*[decoded.tensors[name] for name in plan.names])
         except Exception as error:
             raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {error}") from error
         computed_s = time.perf_counter()
@@ -263,12 +268,13 @@ class ServedModel:
         tail = self.tails.get(names)
         if not usual:
             check_shapes(self.graph, tail, names, [request.tensors[name] for name in names])
+        run = tail.forward if self._finish is None else functools.partial(self._finish, names)
         if request.outputs:
             outputs: tuple[str, ...] | None = tuple(output.name for output in request.outputs)
             as_json = tuple(output.name for output in request.outputs if not output.binary)
         else:
             outputs, as_json = None, () if request.binary_output else tuple(known)
-        plan = _Plan(names, tail, outputs, as_json)
+        plan = _Plan(names, run, outputs, as_json)
         if request.recurring is not None:
             # A plan keeps its tail alive, so there are no more of them than of tails.
             if len(self._plans) >= self.tails.capacity:
@@ -280,7 +286,7 @@ class ServedModel:
 @dataclass(frozen=True)
 class _Plan:
     names: tuple[str, ...]
-    tail: Segment
+    run: Callable[..., Sequence[Tensor]]
     outputs: tuple[str, ...] | None
     as_json: tuple[str, ...]
 
@@ -314,10 +320,15 @@ class ModelRegistry:
         *,
         source: str = "",
     ) -> ServedModel:
-        """Trace ``model`` with the example arguments and serve it. Raises TraceError or SpecError."""
+        """Trace ``model`` with the example arguments and serve it. Raises TraceError or SpecError.
+
+        Of a :class:`~torchsurgeon.module.SplitModule`, which needs no arguments, this server runs the layers up to its
+        cut, and has its server do the rest.
+        """
         self.announce(name)
         try:
-            graph = trace(model, *args, **(kwargs or {}))
+            remote = model if isinstance(model, SplitModule) else None
+            graph = remote.graph if remote is not None else trace(model, *args, **(kwargs or {}))
             served = ServedModel(
                 name,
                 graph,
@@ -325,6 +336,7 @@ class ModelRegistry:
                 max_tails=self.max_tails,
                 profiler=self._profiler,
                 source=source,
+                finish=None if remote is None else remote.finish,
             )
         except TorchSurgeonError as error:
             self._fail(name, error)
