@@ -51,6 +51,7 @@ ROOMS = [
     "emulate",
     "simulate",
     "report",
+    "plan_report",
     "demo",
     "cli",
     "__main__",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchsurgeon.plan.decide import Crossover, Plan, crossovers, plan
 from torchsurgeon.plan.frontier import Frontier, Terms
+from torchsurgeon.plan.grid import Sweep, sweep
 from torchsurgeon.plan.latency import Estimate, best, estimate
 from torchsurgeon.plan.objective import Constraints, Objective
 from torchsurgeon.plan.rows import Row
@@ -18,9 +19,11 @@ __all__ = [
     "Objective",
     "Plan",
     "Row",
+    "Sweep",
     "Terms",
     "best",
     "crossovers",
     "estimate",
     "plan",
+    "sweep",
 ]

@@ -186,7 +186,7 @@ def plan(
         load=load,
         slowdown=slowdown,
         device_only=device_only,
-        server_only=server_only if limits.server else None,
+        server_only=server_only if limits.server_allowed else None,
         runner_up=chooser.best(Frontier.of(graph, others), limits) if others else None,
         prices=prices,
         crossovers=crossovers(frontier, link, load, slowdown, wanted, limits),
@@ -298,7 +298,7 @@ class _Chooser:
                 lines.append(
                     f"{name}={asked}: without it the others still leave nothing; by itself {alone:.6g} can be had"
                 )
-            elif name in ("raw_input", "server"):
+            elif name in ("raw_input", "server_allowed"):
                 lines.append(f"{name}={asked}: without it there is a way, at {self.objective} {value:.4g}")
             else:
                 bound = "most" if name == "min_layers" else "least"

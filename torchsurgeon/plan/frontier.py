@@ -99,7 +99,10 @@ class Frontier:
     def of(graph: LayerGraph, rows: list[Row], *, exact: bool = True) -> Frontier:
         """Return the frontier of all ``rows``."""
         answer_bytes = sum(spec.size_bytes for spec in graph.outputs)
-        kept = sorted((rows[i] for i in non_dominated(columns(rows))), key=lambda row: row.index)
+        ends = [i for i, row in enumerate(rows) if row.on_device or row.index == 0]
+        # Both ends stay even where a cut as good undercuts them: they are what a choice is compared with.
+        best_ends = {ends[i] for i in non_dominated(columns(rows[i] for i in ends))}
+        kept = [rows[i] for i in sorted({*non_dominated(columns(rows)), *best_ends}, key=lambda i: rows[i].index)]
         name = type(graph.model).__name__
         return Frontier(name, graph.fingerprint, graph.batch, len(graph.layers), answer_bytes, tuple(kept), exact)
 

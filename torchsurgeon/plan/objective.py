@@ -72,7 +72,7 @@ class Constraints:
 
     ``latency_s`` and ``energy_j`` hold at most, ``memory_bytes`` for the head's weights and tensors on the device.
     ``min_layers`` of the model run on the device at least. ``raw_input=False`` lets no input of the model leave the
-    device, ``server=False`` nothing at all.
+    device, ``server_allowed=False`` nothing at all.
 
     Raises :class:`~torchsurgeon.errors.PlanError` for a limit that is negative or not finite.
     """
@@ -82,7 +82,7 @@ class Constraints:
     memory_bytes: int | None = None
     min_layers: int = 0
     raw_input: bool = True
-    server: bool = True
+    server_allowed: bool = True
 
     def __post_init__(self) -> None:
         for name in ("latency_s", "energy_j", "memory_bytes", "min_layers"):
@@ -103,7 +103,11 @@ class Constraints:
         """Return whether a row keeps to what neither link nor load changes."""
         if self.memory_bytes is not None and (row.memory_bytes is None or row.memory_bytes > self.memory_bytes):
             return False
-        return row.index >= self.min_layers and (self.raw_input or not row.raw_input) and (self.server or row.on_device)
+        return (
+            row.index >= self.min_layers
+            and (self.raw_input or not row.raw_input)
+            and (self.server_allowed or row.on_device)
+        )
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in self.given()) or "none"

@@ -166,6 +166,8 @@ def columns(rows: Iterable[Row]) -> Array:
 def non_dominated(costs: Array) -> list[int]:
     """Return which rows of ``costs`` no other row is at most as large as in every column, in their order; of equal rows
     the first."""
+    if not len(costs):
+        return []
     order = np.lexsort(costs.T[::-1])
     # In this order no row undercuts an earlier one in the first column, which is not looked at again.
     rest = [column for column in costs.T[1:] if np.ptp(column) > 0]
