@@ -250,8 +250,6 @@ def test_the_extension_refuses_memory_it_may_not_touch() -> None:
         ops.quantize(torch.zeros(8, 2)[:, 0], 0.0, 1.0, 8, codes)
     with pytest.raises(RuntimeError, match="8 or 4 bits, not 3"):
         ops.quantize(torch.zeros(8), 0.0, 1.0, 3, codes)
-    ops.quantize(torch.tensor([math.nan, -1e30, 1e30, math.inf, -math.inf, 3.0, 0.4, 0.6]), 0.0, 1.0, 8, codes)
-    assert codes.tolist() == [0, 0, 255, 255, 0, 3, 0, 1]
 
 
 # --- names ---
@@ -426,3 +424,17 @@ def test_damaged_and_foreign_pictures_are_refused() -> None:
     png = bytes(find_codec("png").encode(large).data)
     refused("jpeg", png, (1, 3, 200, 200), "damaged", torch.uint8)
     refused("png", png, (1, 1, 200, 200), "is RGB of", torch.uint8)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", NUMERIC)
+def test_values_are_packed_and_unpacked_on_the_gpu(name: str) -> None:
+    tensor = torch.randn(2, 16, 33, 33).to(memory_format=torch.channels_last)
+    encoded = find_codec(name).encode(tensor.cuda())
+    on_gpu = find_codec(encoded.codec).decode(
+        encoded.data, tensor.dtype, tensor.shape, encoded.order, max_bytes=tensor.nbytes, device="cuda"
+    )
+    assert on_gpu.is_cuda
+    assert on_gpu.stride() == tensor.stride()
+    step = float(tensor.max() - tensor.min()) / (15 if "int4" in name else 255)
+    assert torch.allclose(on_gpu.cpu(), there_and_back(find_codec(name), tensor), atol=step * 1.001)

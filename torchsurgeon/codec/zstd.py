@@ -10,7 +10,6 @@ import threading
 
 import numpy
 import torch
-import zstandard
 from torch import Tensor
 
 from torchsurgeon.errors import CodecError
@@ -23,6 +22,9 @@ class _Contexts(threading.local):
     """A compressor and a decompressor a thread: neither may be used by two at once."""
 
     def __init__(self) -> None:
+        # Imported at first use: whoever sends tensors as they are needs no zstandard.
+        import zstandard
+
         self.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
         self.decompressor = zstandard.ZstdDecompressor()
 
@@ -41,6 +43,8 @@ def decompress(frame: memoryview, size: int) -> Tensor:
     Raises :class:`~torchsurgeon.errors.CodecError` for anything but one undamaged frame with a checksum that holds just
     as many; nothing of the size it claims is allocated before that has been compared.
     """
+    import zstandard
+
     try:
         parameters = zstandard.get_frame_parameters(frame)
         if parameters.content_size != size:
