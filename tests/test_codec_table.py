@@ -130,7 +130,10 @@ def test_a_damaged_table_is_refused(table: CodecTable, tmp_path: Path, change: d
     assert str(path) in str(refused.value)
 
 
-@pytest.mark.parametrize(("field", "value"), [("size_bytes", -1.0), ("encode_s", float("nan")), ("decode_s", "soon")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("size_bytes", -1.0), ("encode_s", float("nan")), ("decode_s", "soon"), ("within_budget", "no")],
+)
 def test_a_table_with_costs_that_cannot_be_is_refused(table: CodecTable, field: str, value: object) -> None:
     data = json.loads(json.dumps(table.to_json()))
     data["rows"][0]["cost"][field] = value

@@ -232,3 +232,10 @@ def test_an_answer_that_decodes_to_more_than_expected_is_refused() -> None:
     assert torch.equal(wire.decode_response(body, message.header_bytes).tensors["output"], outputs["output"])
     with pytest.raises(BodyTooLargeError, match="at most 1000 are taken"):
         wire.decode_response(body, message.header_bytes, max_decoded_bytes=1000)
+
+
+def test_headers_of_compressed_tensors_push_no_others_out_of_memory() -> None:
+    for name, recurs in (("raw", True), ("int8", True), ("zstd", False), ("int8+zstd", False)):
+        message = wire.encode_request({"x": torch.randn(1, 8, 16, 16).relu()}, codecs={"x": find_codec(name)})
+        request = wire.decode_request(b"".join(message.buffers), message.header_bytes)
+        assert (request.recurring is not None) == recurs

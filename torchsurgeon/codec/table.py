@@ -36,6 +36,8 @@ class CodecCost:
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
                 raise CodecError(f"{field} of codec {self.codec!r} is {value}; it must be finite and not negative")
+        if not (type(self.lossless) is bool and type(self.within_budget) is bool):
+            raise CodecError(f"lossless and within_budget of codec {self.codec!r} must be true or false")
 
 
 @dataclasses.dataclass(frozen=True)

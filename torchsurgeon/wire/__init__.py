@@ -70,7 +70,7 @@ class InferRequest(NamedTuple):
     """A decoded request. ``outputs`` is empty when the client wants all of them, in the form ``binary_output`` says.
 
     ``dim_order`` says that the client understands the tensor parameter of that name in the answer. Requests with the
-    same header have the same object as ``recurring``; it is None when the header is not remembered.
+    same header have the same object as ``recurring``; it is None when the header is not remembered, or will not recur.
     """
 
     tensors: dict[str, Tensor]
@@ -177,7 +177,9 @@ def decode_request(
     else:
         head = request_head(parsed_header(body, header_bytes))
     tensors = _tensors(head.entries, payload, max_decoded_bytes)
-    recurring = head if remembered else None
+    # What is compressed has another size, and so another header, every time.
+    compressed = any(entry.codec is not None and entry.codec.zstd for entry in head.entries)
+    recurring = head if remembered and not compressed else None
     return InferRequest(
         tensors,
         head.outputs,
