@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.plan import Plan
+from torchsurgeon.plan import Objective, Plan
 from torchsurgeon.plan.explain import place
 from torchsurgeon.plan.grid import Sweep
 from torchsurgeon.report import bytes_text, seconds_text
@@ -24,25 +24,27 @@ def plan_table(plan: Plan, most: int = 12) -> Table:
     costs = frontier.costs(plan.link, plan.load, plan.slowdown, plan.objective)
     best = [int(i) for i in np.argsort(costs, kind="stable")[:most]]
     table = Table(
+        caption="Head and tail with encoding and decoding.",
         title=f"{plan.frontier.model}: {len(frontier.rows)} ways can be the best; these are by {plan.objective}",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     unit = plan.objective.unit
-    table.add_column("way", overflow="fold")
-    for name in ("sent", "head", "encode", "uplink", "tail", "downlink", "latency", f"{plan.objective}"):
+    table.add_column("way", overflow="fold", min_width=24)
+    more = [] if plan.objective == Objective(latency=1.0) else [str(plan.objective)]
+    for name in ("sent", "head", "uplink", "tail", "downlink", "latency", *more):
         table.add_column(name, justify="right", no_wrap=True)
     for i in best:
         row = frontier.rows[i]
         terms = frontier.terms(row, plan.link, plan.load, plan.slowdown)
-        parts = (terms.head_s, terms.encode_s, terms.uplink_s, terms.decode_s + terms.tail_s, terms.downlink_s)
+        parts = (terms.head_s + terms.encode_s, terms.uplink_s, terms.decode_s + terms.tail_s, terms.downlink_s)
         value = seconds_text(costs[i]) if unit == "s" else f"{costs[i]:.4g} {unit}".rstrip()
         table.add_row(
             ("★ " if row == plan.row else "") + place(row),
             "–" if row.on_device else bytes_text(row.size_bytes),
             *(seconds_text(part) if part else "–" for part in parts),
             seconds_text(terms.latency_s),
-            value,
+            *([value] if more else []),
             style="bold" if row == plan.row else None,
         )
     return table

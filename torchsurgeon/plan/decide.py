@@ -157,10 +157,11 @@ def plan(
     costs = Costs(graph, device, server)
     if limits.memory_bytes is not None and device.memory_bytes is None:
         raise PlanError("the device's profile holds no memory; profile it again, or plan without memory_bytes")
-    branches, exact = across_branches(costs)
-    rows = costs.rows(codecs) + branches
-    chooser = _Chooser(graph, rows, exact, wanted, link, load, slowdown)
     # A row that another undercuts may be the best of those that keep to the constraints, so these come first.
+    rows = costs.rows(codecs)
+    branches, exact = across_branches(costs, [row for row in rows if limits.keeps(row)] or rows)
+    rows += branches
+    chooser = _Chooser(graph, rows, exact, wanted, link, load, slowdown)
     frontier = chooser.feasible(limits)
     terms = chooser.best(frontier, limits)
     if frontier is None or terms is None:

@@ -92,8 +92,9 @@ class Frontier:
         :class:`~torchsurgeon.errors.CodecError` for codecs of another graph.
         """
         costs = Costs(graph, device, server)
-        branches, exact = across_branches(costs)
-        return Frontier.of(graph, costs.rows(codecs) + branches, exact=exact)
+        rows = costs.rows(codecs)
+        branches, exact = across_branches(costs, rows)
+        return Frontier.of(graph, rows + branches, exact=exact)
 
     @staticmethod
     def of(graph: LayerGraph, rows: list[Row], *, exact: bool = True) -> Frontier:
@@ -169,13 +170,14 @@ class Frontier:
             weights += np.array(self._joules(link)) * wanted.energy
         if wanted.server_time:
             weights[2] += wanted.server_time
-        found: Array = table @ weights
-        if wanted.throughput:
-            device_s, size_bytes, server_s, _, crosses = table.T
-            slowest = np.maximum(device_s * slowdown, size_bytes * up_s_per_byte)
-            slowest = np.maximum(slowest, np.maximum(server_s * load, crosses * downlink_s))
-            found += slowest * wanted.throughput
-        return found
+        if not wanted.throughput:
+            return table @ weights
+        device_s, size_bytes, server_s, _, crosses = table.T
+        slowest = device_s * slowdown
+        for stage_s in (size_bytes * up_s_per_byte, server_s * load, crosses * downlink_s):
+            np.maximum(slowest, stage_s, out=slowest)
+        slowest *= wanted.throughput
+        return slowest + table @ weights if weights.any() else slowest
 
     def _joules(self, link: Link) -> tuple[float, float, float, float, float]:
         if not self.has_energy:

@@ -10,7 +10,7 @@ some weights.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from torchsurgeon.plan.mincut import MinimumCut, Tensor, bits
 from torchsurgeon.plan.rows import Array, Costs, Row, columns, lower_hull, non_dominated
 
 _MOST_SETS = 2000
+_MOST_ROWS = 200
 _MOST_CUTS = 1000
 _MOST_LAYER_CUTS = 200_000
 
@@ -115,10 +116,13 @@ class Units:
         return sorted(layer for i in bits(mask) for layer in self.layers[i])
 
 
-def across_branches(costs: Costs) -> tuple[list[Row], bool]:
-    """Return the cuts across branches that can win, their tensors sent as they are, and whether none is missing.
+def across_branches(costs: Costs, rows: Sequence[Row]) -> tuple[list[Row], bool]:
+    """Return the cuts across branches that can win against ``rows``, their tensors sent as they are, and whether none
+    that can be least of a weighted sum is missing.
 
-    Without parallel branches, and where memory allows the graph's own points only, there are none.
+    Without parallel branches, and where memory allows the graph's own points only, there are none. Where very many
+    are not undercut, those that are least of no weighted sum are left out; they could only win a slowest stage or
+    under a constraint.
     """
     if costs.graph.closure.prefixes_only:
         return [], True
@@ -133,9 +137,12 @@ def across_branches(costs: Costs) -> tuple[list[Row], bool]:
         else:
             small += [(mask, block) for mask in found if mask & (mask + 1)]
     if small:
-        known = columns(costs.rows())[:, :4]
+        known = columns(rows)[:, :4]
         tried = np.concatenate([known, *(block.costs([mask]) for mask, block in small)])
-        masks += [small[i - len(known)][0] for i in non_dominated(tried) if i >= len(known)]
+        kept = [i - len(known) for i in non_dominated(tried) if i >= len(known)]
+        if len(kept) > _MOST_ROWS:
+            kept = [i - len(known) for i in lower_hull(tried)[0] if i >= len(known)]
+        masks += [small[i][0] for i in kept]
     exact = True
     for block in large:
         # Seconds and joules of a layer go together, so energy is asked for by itself and not in four dimensions.
