@@ -11,7 +11,7 @@ INTEROP := .venv-interop
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 # The other PyTorch that stands for a device in tests; its own dependencies are its own.
-INTEROP_PACKAGES := torch==2.13.0 numpy scikit-learn requests starlette uvicorn httptools
+INTEROP_PACKAGES := torch==2.13.0 numpy scikit-learn requests zstandard starlette uvicorn httptools
 
 .PHONY: setup demo test coverage lint format interop cross-check wheel clean
 

@@ -48,7 +48,7 @@ def extension() -> dict[str, Any]:
         py_limited_api=True,
         optional=MODE == "auto",
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion", "-Werror"],
+        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion", "-Werror"],
         extra_link_args=["-ldl", "-Wl,-s"],
     )
     # Warnings are errors in our own sources; PyTorch's headers are not ours to mend.

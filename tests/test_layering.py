@@ -26,6 +26,7 @@ ROOMS = [
     "capture",
     "shapes",
     "flow",
+    "closure",
     "layout",
     "configuration",
     "graph",
@@ -39,6 +40,7 @@ ROOMS = [
     "link",
     "codec",
     "plan",
+    "adapt",
     "wire",
     "fingerprint",
     "exported",
@@ -49,6 +51,7 @@ ROOMS = [
     "emulate",
     "simulate",
     "report",
+    "plan_report",
     "demo",
     "cli",
     "__main__",
@@ -68,13 +71,16 @@ NETWORK = {
 }
 MUST_NOT_KNOW = {
     **dict.fromkeys(["structure", "program", "interface", "capture", "capture_fx", "capture_export"], NETWORK),
-    **dict.fromkeys(["shapes", "shape_rules", "adapters", "flow", "layout", "configuration", "graph", "cut"], NETWORK),
+    **dict.fromkeys(
+        ["shapes", "shape_rules", "adapters", "flow", "closure", "layout", "configuration", "graph", "cut"], NETWORK
+    ),
     **dict.fromkeys(["plan"], NETWORK),
     "meters": NETWORK | {"torchsurgeon.graph", "torchsurgeon.cut", "torchsurgeon.program"},
     "profile": NETWORK | {"torchsurgeon.plan"},
     "predict": NETWORK | {"torchsurgeon.plan"},
     "link": NETWORK | {"torchsurgeon.graph", "torchsurgeon.cut"},
     "codec": NETWORK | {"torchsurgeon.plan"},
+    "adapt": NETWORK | {"torch", "numpy", "torchsurgeon.graph", "torchsurgeon.cut", "torchsurgeon.profile"},
     "wire": NETWORK | {"torchsurgeon.graph", "torchsurgeon.cut", "torchsurgeon.plan"},
     "transport": {"torchsurgeon.plan", "torchsurgeon.graph"},
     "module": {"torchsurgeon.serve"},

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchsurgeon.errors import LinkError
-from torchsurgeon.link import PRESETS, BandwidthTrace, Link, TracedLink, parse_profile
+from torchsurgeon.link import PRESETS, WIRED, BandwidthTrace, Link, Radio, TracedLink, parse_profile
 
 
 @pytest.mark.parametrize(
@@ -203,3 +203,54 @@ def test_profiles_of_no_trace_are_refused(text: str) -> None:
 def test_a_profile_may_be_any_link() -> None:
     assert parse_profile("lte") is PRESETS["lte"]
     assert parse_profile("1/2/0.1") == Link("1/2/0.1", 1e6, 2e6, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "up_mw_per_mbit_s", "down_mw_per_mbit_s", "base_mw"),
+    [("3g", 868.98, 122.12, 817.88), ("lte", 438.39, 51.97, 1288.04), ("wifi", 283.17, 137.01, 132.86)],
+)
+def test_radios_have_the_power_of_the_paper(
+    name: str, up_mw_per_mbit_s: float, down_mw_per_mbit_s: float, base_mw: float
+) -> None:
+    radio = PRESETS[name].radio
+    assert radio is not None
+    assert radio.source
+    assert radio.sending_w(2e6) * 1e3 == pytest.approx(2 * up_mw_per_mbit_s + base_mw)
+    assert radio.receiving_w(3e6) * 1e3 == pytest.approx(3 * down_mw_per_mbit_s + base_mw)
+
+
+@pytest.mark.parametrize(("name", "mw_per_mbit_s"), [("lte-2021", 80.21), ("5g-low", 29.15), ("5g-mmwave", 9.42)])
+def test_radios_of_today_take_less_to_send(name: str, mw_per_mbit_s: float) -> None:
+    link = Link.parse(name)
+    assert link.radio is not None
+    assert "lower bound" in link.radio.source
+    assert link.request_j(1e6, 1e6) == pytest.approx(8e6 * mw_per_mbit_s * 1e-9)
+
+
+def test_a_request_takes_the_power_of_both_transfers_and_one_tail() -> None:
+    lte = PRESETS["lte"]
+    up_s, down_s = lte.uplink_s(1e6), lte.downlink_s(2e6)
+    active_j = up_s * (0.43839 * 5.85 + 1.28804) + down_s * (0.05197 * 13.76 + 1.28804)
+    assert lte.request_j(1e6, 2e6) == pytest.approx(active_j + 11.6 * 1.060)
+    assert lte.back_to_back().request_j(1e6, 2e6) == pytest.approx(active_j)
+    assert Link("cable", 1e6, 1e6, 0.0, radio=WIRED).request_j(1e6, 1e6) == 0
+    with pytest.raises(LinkError, match="radio"):
+        Link("unknown", 1e6, 1e6, 0.0).request_j(1, 1)
+
+
+@pytest.mark.parametrize("watts", [-1.0, math.nan, math.inf])
+def test_powers_that_cannot_be_are_refused(watts: float) -> None:
+    with pytest.raises(LinkError, match="radio"):
+        Radio(0.0, 0.0, watts)
+
+
+def test_a_fresh_connection_waits_for_acknowledgements_until_the_link_is_full() -> None:
+    link = Link("l", 8e6, 8e6, 0.1)  # 100 kB are on the way at full rate
+    assert link.request_s(0, 0, fresh=True) == pytest.approx(0.2)
+    assert link.request_s(14_600, 0, fresh=True) == pytest.approx(0.2 + 0.0146)
+    # Rounds of 14.6, 29.2 and 58.4 kB are shorter than the round trip; the fourth fills the link.
+    slow_s = sum(0.1 - size / 1e6 for size in (14_600, 29_200, 58_400))
+    assert link.request_s(1e6, 0, fresh=True) == pytest.approx(0.2 + 1.0 + slow_s)
+    assert link.request_s(0, 1e6, fresh=True) == pytest.approx(0.2 + 1.0 + slow_s)
+    near = Link("near", 8e6, 8e6, 0.001)
+    assert near.request_s(1e6, 0, fresh=True) == pytest.approx(near.request_s(1e6, 0) + 0.001)

@@ -8,9 +8,13 @@ from torchsurgeon.adapters import Adapter, opaque, register_adapter
 from torchsurgeon.codec import CodecCost, CodecTable
 from torchsurgeon.cut import Partition, cut, tail_for
 from torchsurgeon.errors import (
+    AdaptError,
     BodyTooLargeError,
+    CalibrationError,
     CodecError,
+    DeadlineError,
     DeviceError,
+    InfeasibleError,
     LinkError,
     MeterError,
     ModelFailedError,
@@ -20,6 +24,7 @@ from torchsurgeon.errors import (
     ModelServingError,
     NativeUnavailableError,
     PartitionError,
+    PlanError,
     ProfileError,
     ProtocolError,
     RequestRefusedError,
@@ -30,22 +35,45 @@ from torchsurgeon.errors import (
     TraceError,
 )
 from torchsurgeon.graph import Layer, LayerGraph, PartitionPoint, TensorSpec, UnrepeatableWarning, trace
-from torchsurgeon.link import BandwidthTrace, Link
+from torchsurgeon.link import BandwidthTrace, Link, Radio
 from torchsurgeon.module import Inference, SplitModule, measure_link
-from torchsurgeon.plan import Estimate, best, estimate
+from torchsurgeon.plan import (
+    ChainPlan,
+    Constraints,
+    Crossover,
+    Estimate,
+    Frontier,
+    Objective,
+    Plan,
+    Row,
+    Terms,
+    best,
+    crossovers,
+    estimate,
+    plan,
+)
+from torchsurgeon.predict import PredictionWarning, Predictor, ThrottledWarning, calibrate
 from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptError",
     "Adapter",
     "BandwidthTrace",
     "BodyTooLargeError",
+    "CalibrationError",
+    "ChainPlan",
     "CodecCost",
     "CodecError",
     "CodecTable",
+    "Constraints",
+    "Crossover",
+    "DeadlineError",
     "DeviceError",
     "Estimate",
+    "Frontier",
+    "InfeasibleError",
     "Inference",
     "Layer",
     "LayerEnergy",
@@ -61,25 +89,37 @@ __all__ = [
     "ModelServingError",
     "NativeUnavailableError",
     "NoisyProfileWarning",
+    "Objective",
     "Partition",
     "PartitionError",
     "PartitionPoint",
+    "Plan",
+    "PlanError",
+    "PredictionWarning",
+    "Predictor",
     "ProfileError",
     "ProtocolError",
+    "Radio",
     "RequestRefusedError",
+    "Row",
     "ServerError",
     "ServerUnavailableError",
     "SpecError",
     "SplitModule",
     "TensorSpec",
+    "Terms",
+    "ThrottledWarning",
     "TorchSurgeonError",
     "TraceError",
     "UnrepeatableWarning",
     "best",
+    "calibrate",
+    "crossovers",
     "cut",
     "estimate",
     "measure_link",
     "opaque",
+    "plan",
     "profile",
     "register_adapter",
     "tail_for",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
+import math
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torchsurgeon import __version__
 from torchsurgeon.errors import TorchSurgeonError
@@ -96,6 +99,43 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--trace", type=Path, metavar="FILE", help="write one run for ui.perfetto.dev")
     profile.set_defaults(run=_profile)
 
+    codecs = commands.add_parser("codecs", help="measure what codecs save and change at the cuts that can pay")
+    _model_arguments(codecs)
+    codecs.add_argument("--weights", metavar="FILE", help=".safetensors, .pt, or 'default'")
+    codecs.add_argument("--sample", type=Path, metavar="DIR", required=True, help="folder of your own images")
+    codecs.add_argument("--most", type=_count, default=32, help="samples taken from the folder")
+    codecs.add_argument(
+        "--codecs", metavar="NAMES", help="separated by commas, e.g. zstd,int8+zstd,jpeg-75; default all"
+    )
+    codecs.add_argument(
+        "--point", action="append", metavar="POINT", help="an index or a layer's name, for each to take"
+    )
+    codecs.add_argument("--max-top1-change", type=float, metavar="SHARE", help="predictions a lossy codec may change")
+    codecs.add_argument("--min-cosine", type=float, metavar="COSINE", help="likeness of outputs that one must keep")
+    codecs.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    codecs.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
+    codecs.set_defaults(run=_codecs)
+
+    plan = commands.add_parser("plan", help="find the best cut and codec for a link and an objective, and say why")
+    _plan_arguments(plan)
+    plan.add_argument("--load", type=float, default=1.0, metavar="K", help="the server takes K times its profile")
+    plan.add_argument("--latency", type=float, metavar="SECONDS", help="at most")
+    plan.add_argument("--energy", type=float, metavar="JOULES", help="of the device, at most")
+    plan.add_argument("--memory", type=float, metavar="MB", help="of the head's weights and tensors, at most")
+    plan.add_argument("--min-layers", type=int, default=0, metavar="N", help="run on the device at least")
+    plan.add_argument("--no-raw-input", action="store_true", help="let no input of the model leave the device")
+    plan.add_argument("--no-server", action="store_true", help="let nothing leave the device")
+    plan.add_argument("--frontier", type=Path, metavar="FILE", help="write the rows that can win as JSON")
+    plan.set_defaults(run=_plan)
+
+    sweep = commands.add_parser("sweep", help="the best cut and its gain over a grid of uplink rates and server loads")
+    _plan_arguments(sweep)
+    sweep.add_argument("--uplinks", default="0.1:1000:41", metavar="FROM:TO:N", help="Mbit/s, N rates between")
+    sweep.add_argument("--loads", default="0.1:100:31", metavar="FROM:TO:N", help="times the server's profile")
+    sweep.add_argument("--csv", type=Path, metavar="FILE", help="write one line for each pair")
+    sweep.add_argument("--plot", type=Path, metavar="FILE", help="draw heat maps, e.g. sweep.png")
+    sweep.set_defaults(run=_sweep)
+
     serve = commands.add_parser("serve", help="serve the tails of models")
     serve.add_argument(
         "models", nargs="+", metavar="NAME=SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file"
@@ -142,6 +182,107 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--leaf", action="append", default=[], metavar="MODULE", help="keep this module whole, as one layer"
     )
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--device", type=Path, required=True, metavar="FILE", help="the device's profile")
+    parser.add_argument("--server", type=Path, required=True, metavar="FILE", help="the server's profile")
+    parser.add_argument("--link", default="lte", help="3g, lte, wifi, 5g-low, 5g-mmwave, or UP/DOWN/RTT (Mbit/s, s)")
+    parser.add_argument("--uplink", type=float, metavar="MBIT_S", help="in place of the link's own rate")
+    parser.add_argument(
+        "--objective",
+        default="latency",
+        help="latency, energy, throughput, server_time, or a sum of these with weights, e.g. latency=1,energy=0.5",
+    )
+    parser.add_argument("--codecs", type=Path, metavar="FILE", help="codecs measured by torchsurgeon codecs --out")
+    parser.add_argument("--slowdown", type=float, default=1.0, metavar="S", help="the device takes S times its profile")
+
+
+def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], str | dict[str, float]]:
+    """What a plan is made of, and its objective."""
+    from torchsurgeon import specs
+    from torchsurgeon.codec import CodecTable
+    from torchsurgeon.graph import trace
+    from torchsurgeon.link import Link
+    from torchsurgeon.profile import LayerProfile
+
+    model = specs.load(options.spec, input_spec=options.input)
+    link = Link.parse(options.link)
+    if options.uplink is not None:
+        link = dataclasses.replace(link, uplink_bit_s=options.uplink * 1e6)
+    parts = {
+        "graph": trace(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs),
+        "device": LayerProfile.load(options.device),
+        "server": LayerProfile.load(options.server),
+        "link": link,
+        "codecs": None if options.codecs is None else CodecTable.load(options.codecs),
+    }
+    if "=" not in options.objective:
+        return parts, str(options.objective)
+    weights = {name: _number(text) for name, text in _pairs(options.objective.split(",")).items()}
+    return parts, weights
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from torchsurgeon import plan
+    from torchsurgeon.plan_report import plan_table
+
+    parts, objective = _planned(options)
+    found = plan(
+        **parts,
+        objective=objective,
+        load=options.load,
+        slowdown=options.slowdown,
+        latency_s=options.latency,
+        energy_j=options.energy,
+        memory_bytes=None if options.memory is None else options.memory * 1e6,
+        min_layers=options.min_layers,
+        raw_input=not options.no_raw_input,
+        server_allowed=not options.no_server,
+    )
+    console = Console()
+    console.print(plan_table(found))
+    console.print(found.explain(), highlight=False, markup=False, soft_wrap=True)
+    if options.frontier is not None:
+        found.frontier.save(options.frontier)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from torchsurgeon.plan import Frontier, sweep
+    from torchsurgeon.plan_report import sweep_picture, sweep_table
+
+    parts, objective = _planned(options)
+    link = parts.pop("link")
+    rates, loads = (
+        [scale * value for value in _spread(text)] for text, scale in ((options.uplinks, 1e6), (options.loads, 1))
+    )
+    found = sweep(Frontier.build(**parts), link, rates, loads, objective, options.slowdown)
+    Console().print(sweep_table(found))
+    if options.csv is not None:
+        found.save(options.csv)
+    if options.plot is not None:
+        sweep_picture(found, options.plot)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise TorchSurgeonError(f"{text!r} is not a number") from None
+
+
+def _spread(text: str) -> list[float]:
+    """The values that FROM:TO:N means, evenly spread in their logarithm."""
+    parts = [_number(part) for part in text.split(":")]
+    if len(parts) != 3 or not 0 < parts[0] < parts[1] < math.inf or not 2 <= parts[2] <= 1000:
+        raise TorchSurgeonError(f"{text!r} is not FROM:TO:N with 0 < FROM < TO and 2 to 1000 values")
+    count = int(parts[2])
+    return [parts[0] * (parts[1] / parts[0]) ** (i / (count - 1)) for i in range(count)]
 
 
 def _trace(options: argparse.Namespace) -> None:
@@ -213,6 +354,41 @@ def _profile(options: argparse.Namespace) -> None:
         report.profile_picture(graph, measured, options.plot)
     if options.trace is not None:
         layer_trace(graph, device).save(options.trace)
+
+
+def _codecs(options: argparse.Namespace) -> None:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from torch.utils import _pytree
+
+    from torchsurgeon import codec, specs
+    from torchsurgeon.graph import trace
+    from torchsurgeon.profile import find_device
+    from torchsurgeon.report import codec_table
+
+    device = find_device(options.device)
+    loaded = specs.load(options.spec, input_spec=options.input, weights=options.weights)
+    loaded.model.to(device)
+    args, kwargs = _pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (loaded.args, loaded.kwargs))
+    graph = trace(loaded.model, *args, leaf_modules=options.leaf, **kwargs)
+    budget = None
+    if options.max_top1_change is not None or options.min_cosine is not None:
+        budget = codec.Budget(max_top1_change=options.max_top1_change, min_cosine=options.min_cosine)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring codecs", total=None)
+        measured = codec.measure(
+            graph,
+            codec.image_sample(graph, options.sample, options.most),
+            None if options.codecs is None else options.codecs.split(","),
+            points=None if options.point is None else [int(p) if p.isdigit() else p for p in options.point],
+            budget=budget,
+            device=device,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if options.out is not None:
+        measured.save(options.out)
+    Console().print(codec_table(measured))
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -87,6 +87,21 @@ def tail_for(graph: LayerGraph, names: Sequence[str], *, flat: bool = False) -> 
     Raises :class:`~torchsurgeon.errors.PartitionError`: a name the graph does not have, a name twice, or names that do
     not determine the output; the message lists what is wrong or missing.
     """
+    picks = [Pick(ref.step) for ref in graph.steps[-1].args] if flat else None
+    return _segment(graph, _given(graph, names), picks, all_of_it=True)
+
+
+def middle_for(graph: LayerGraph, names: Sequence[str], point: PartitionPoint) -> Segment:
+    """Return the module that turns the tensors ``names`` (in this order) into those of ``point``, as a tuple.
+
+    Raises :class:`~torchsurgeon.errors.PartitionError` as :func:`tail_for` does, and where the names lie beyond the
+    point.
+    """
+    picks = [Pick(value.step, value.path) for value in (graph.value(spec.name) for spec in point.tensors)]
+    return _segment(graph, _given(graph, names), picks)
+
+
+def _given(graph: LayerGraph, names: Sequence[str]) -> list[Value]:
     for name in names:
         if name not in graph.values:
             near = difflib.get_close_matches(name, graph.values, n=3, cutoff=0.4)
@@ -98,8 +113,7 @@ def tail_for(graph: LayerGraph, names: Sequence[str], *, flat: bool = False) -> 
             raise PartitionError(f"the graph has no tensor {name!r}{hint}")
         if list(names).count(name) > 1:
             raise PartitionError(f"tensor {name!r} is given twice")
-    picks = [Pick(ref.step) for ref in graph.steps[-1].args] if flat else None
-    return _segment(graph, [graph.value(name) for name in names], picks, all_of_it=True)
+    return [graph.value(name) for name in names]
 
 
 def check_shapes(graph: LayerGraph, tail: Segment, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:

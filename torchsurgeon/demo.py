@@ -34,7 +34,6 @@ from torch import nn
 from torchsurgeon.emulate import SlowDevice
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.graph import LayerGraph, trace
-from torchsurgeon.link import PRESETS
 from torchsurgeon.module import SplitModule, measure_link
 from torchsurgeon.plan import Estimate, best
 from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, profile
@@ -43,6 +42,7 @@ from torchsurgeon.structure import flatten
 from torchsurgeon.transport import HttpTransport
 
 MODELS = ("alexnet", "resnet18")
+LINKS = ("3g", "lte", "wifi")
 _START_S = 120.0
 _DOWNLOAD_S = 10.0
 _PATIENCE_S = 60.0
@@ -152,7 +152,7 @@ def run(out: Path, *, slow: float = 10.0, repeats: int = 5, console: Console | N
     rows: list[Row] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with contextlib.ExitStack() as stack, Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting the server", total=3 + len(MODELS) * len(PRESETS) * (3 * (repeats + 1)))
+        task = progress.add_task("starting the server", total=3 + len(MODELS) * len(LINKS) * (3 * (repeats + 1)))
 
         def step(what: str) -> None:
             progress.update(task, advance=1, description=what)
@@ -161,7 +161,7 @@ def run(out: Path, *, slow: float = 10.0, repeats: int = 5, console: Console | N
         server = stack.enter_context(_process("serve", *specs, "--port", "0", "--threads", "1"))
         port = server(r"ready: .*:(\d+)")
         links = {}
-        for name in PRESETS:
+        for name in LINKS:
             step(f"starting the {name} link")
             link = stack.enter_context(
                 _process("link", "--listen", "0", "--to", f"127.0.0.1:{port}", "--profile", name)

@@ -9,8 +9,12 @@
     ├── LinkError                  a link profile, rate, delay or trace that cannot be (also a ValueError)
     ├── CodecError                 an unknown codec, bytes it cannot have made, or a damaged table (also a ValueError)
     ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
+    ├── AdaptError                 a breaker, probe budget, row or list of servers that cannot be (also a ValueError)
+    │   └── DeadlineError          a deadline before any answer can be; ``best_s`` is the best
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
     ├── CalibrationError           a damaged calibration, or samples that no model can be fitted to (also a ValueError)
+    ├── PlanError                  a plan that cannot be made: an impossible objective, limit, load (also a ValueError)
+    │   └── InfeasibleError        no way to run the model keeps to all constraints; ``least`` says how near one comes
     ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
     ├── MeterError                 a clock or energy meter that is missing, unreadable, or read something impossible
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
@@ -58,12 +62,40 @@ class DeviceError(TorchSurgeonError, ValueError):
     """A device that does not exist, or a factor of its speed that cannot be."""
 
 
+class AdaptError(TorchSurgeonError, ValueError):
+    """A part of the adapting runtime was asked for what cannot be: a budget, a row, a time or an empty list."""
+
+
+class DeadlineError(AdaptError):
+    """A deadline earlier than any answer can be; ``best_s`` is the least latency possible, in seconds."""
+
+    def __init__(self, message: str, best_s: float) -> None:
+        super().__init__(message)
+        self.best_s = best_s
+
+
 class ProfileError(TorchSurgeonError, ValueError):
     """A profile that is damaged, of another version, or of another graph."""
 
 
 class CalibrationError(TorchSurgeonError, ValueError):
     """A calibration that is damaged, unfinished or of another version or device; samples no model can be fitted to."""
+
+
+class PlanError(TorchSurgeonError, ValueError):
+    """A plan cannot be made: an objective, a limit, a load or a stage that cannot be, or energy that nobody metered."""
+
+
+class InfeasibleError(PlanError):
+    """No way to run the model keeps to all constraints.
+
+    ``least`` maps each constraint to the least value of what it limits that can be had while all others are kept; None
+    where the others alone cannot be kept.
+    """
+
+    def __init__(self, message: str, least: dict[str, float | None]) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class NativeUnavailableError(TorchSurgeonError):

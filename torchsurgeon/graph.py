@@ -21,6 +21,7 @@ from torch import nn
 
 from torchsurgeon.capture import Captured, capture
 from torchsurgeon.capture_fx import left_as_it_was
+from torchsurgeon.closure import Closure
 from torchsurgeon.configuration import configuration, constant_digest
 from torchsurgeon.errors import PartitionError, TraceError
 from torchsurgeon.flow import Flow, Value
@@ -117,11 +118,15 @@ class PartitionPoint:
     Point 0 is everything on the server, its boundary tensors are the model's inputs; the last point is everything on
     the device, its boundary tensors are the model's outputs. ``name`` is the last layer on the device (``input`` at
     point 0). Where a memory hazard forbids a cut, the index is missing from the graph's points.
+
+    A cut across parallel branches (:meth:`LayerGraph.point_of`) is not among the graph's points: its ``layers`` lists
+    the ``index`` layers on the device, which are not the first ones; ``name`` joins the last of them.
     """
 
     index: int
     name: str
     tensors: tuple[TensorSpec, ...]
+    layers: tuple[int, ...] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -175,7 +180,8 @@ class LayerGraph:
         result = tuple(specs.of_output(name, ref) for name, ref in zip(names, steps[-1].args, strict=True))
         self.outputs = result
         self.layers = tuple(self._layer(i, index, specs) for i, index in enumerate(flow.layers))
-        boundaries = flow.boundaries({value.name: self.values[value.name].size_bytes for value in flow.values})
+        self._sizes = {name: spec.size_bytes for name, spec in self.values.items()}
+        boundaries = flow.boundaries(self._sizes)
         self.points = tuple(
             PartitionPoint(
                 k,
@@ -233,6 +239,31 @@ class LayerGraph:
             )
         near_names = difflib.get_close_matches(ref, names, n=5, cutoff=0.3) or names[:5]
         raise PartitionError(f"there is no layer {ref!r} to cut after; near it: {', '.join(near_names)}")
+
+    @functools.cached_property
+    def closure(self) -> Closure:
+        """Which layers need which; made when first asked for."""
+        return Closure(self.flow)
+
+    def point_of(self, layers: Collection[int]) -> PartitionPoint:
+        """Return the cut that runs exactly ``layers`` on the device: one of ``points``, or one across branches.
+
+        Raises :class:`~torchsurgeon.errors.PartitionError`: a layer needs one that is not listed, or memory forbids it.
+        """
+        inside = sorted(set(layers))
+        if inside and not 0 <= inside[0] <= inside[-1] < len(self.layers):
+            raise PartitionError(f"there are layers 0 … {len(self.layers) - 1}, not {inside[0]} … {inside[-1]}")
+        if inside == list(range(len(inside))) and len(inside) in self._points:
+            return self._points[len(inside)]
+        boundary = self.closure.crossing(inside, self._sizes)
+        if boundary is None or self.closure.prefixes_only:
+            reason = "some need layers that are not among them" if boundary is None else "they share memory with others"
+            raise PartitionError(
+                f"{len(inside)} layers cannot run apart from the rest: {reason}; use one of the graph's points"
+            )
+        needed = {j for i in inside for j in self.closure.needs[i]}
+        name = "+".join(self.layers[i].name for i in inside if i not in needed)
+        return PartitionPoint(len(inside), name, tuple(self.values[v.name] for v in boundary), tuple(inside))
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Return a call's tensors by input name. Raises ``TypeError`` for a call unlike the traced example."""

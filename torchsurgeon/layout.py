@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from operator import mul
 
 import torch
 
@@ -48,3 +51,34 @@ def has_gaps(tensor: torch.Tensor) -> bool:
     """Return whether memory that is not the tensor's lies between its elements, none of which share any."""
     extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return extent > tensor.numel() > 0 and _fits(tensor.shape, tensor.stride())
+
+
+def dense(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...] | None, torch.Tensor]:
+    """Return the dimension order of a dense tensor (None for row-major) and its memory, as a row-major tensor.
+
+    A tensor that is not dense is copied row-major. ``shape`` is the tensor's own.
+    """
+    strides = tensor.stride()
+    if strides == _row_major(shape) or (tensor.is_contiguous() and _descending(strides)):
+        return None, tensor
+    # Equal strides mean a dimension of size one beside a larger one; the larger one lies outside.
+    order = tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], shape[dim] == 1)))
+    permuted = tensor.permute(order)
+    if 0 not in shape and permuted.is_contiguous() and order != tuple(range(len(shape))):
+        return order, permuted
+    return None, tensor.contiguous()
+
+
+def logical(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+    """Return a view of a tensor that lies in memory in dimension ``order``, with its dimensions in their own order."""
+    return tensor if order is None else tensor.permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _descending(strides: Sequence[int]) -> bool:
+    # Of a contiguous tensor: only the strides of dimensions of size one differ from row-major, and mean nothing.
+    return all(outer > inner for outer, inner in pairwise(strides))
+
+
+@lru_cache(maxsize=1024)
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(accumulate(shape[:0:-1], mul, initial=1))[::-1] if shape else ()

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.cut import cut
+from torchsurgeon.codec import Codec, find_codec
+from torchsurgeon.cut import cut, middle_for, tail_for
 from torchsurgeon.errors import (
     ModelMismatchError,
+    PartitionError,
     ProtocolError,
     RequestRefusedError,
     ServerUnavailableError,
@@ -30,6 +32,7 @@ from torchsurgeon.transport import Answer, HttpTransport, Transport
 _PROBE_BYTES = (16 << 10, 128 << 10, 1 << 20)
 _PROBE_ENOUGH_S = 0.05
 _LISTED_TENSORS = 5
+_MOST_HEADS = 64
 _LEAST_ANSWER_LIMIT_BYTES = 64 << 20
 
 Backend = Callable[[nn.Module], Callable[..., Any]]
@@ -74,12 +77,15 @@ class SplitModule(nn.Module):
         server: URL of a server started with ``torchsurgeon serve``, or a :class:`~torchsurgeon.transport.Transport`.
             Not needed with ``partition="device"``.
         name: the model's name on that server.
-        partition: ``"device"`` or ``"server"`` for everything on one side, a partition index, the name of the last
-        layer
-            to run here, or ``"auto"``: the point with the lowest predicted latency, from measured layer times of both
-            sides and the measured link.
+        partition: where to cut, as a :class:`~torchsurgeon.graph.PartitionPoint` of this model; ``"device"`` or
+            ``"server"`` for everything on one side, a partition index, the name of the last layer to run here, or
+            ``"auto"``: the point with the lowest predicted latency, from measured layer times of both sides and the
+            measured link.
         link: the link, when it is known; measured at the first call otherwise (``"auto"`` only).
         device_profile, server_profile: layer times, when they are known; measured otherwise (``"auto"`` only).
+        codec: the codec of the boundary tensors, by name: ``"raw"`` or ``"zstd"``, or one that loses something
+            (``"int8+zstd"``), which makes the answer another than the model's own. Assign ``codec`` to change it.
+        answer_codec: the codec that the server is asked to answer with.
         backend: makes the callable that runs the head from its module; eager PyTorch by default.
         timeout_s: an inference that takes the server longer raises.
         leaf_modules: passed to :func:`~torchsurgeon.graph.trace`.
@@ -99,10 +105,12 @@ class SplitModule(nn.Module):
         *,
         server: str | Transport | None = None,
         name: str = "model",
-        partition: str | int = "auto",
+        partition: str | int | PartitionPoint = "auto",
         link: Link | None = None,
         device_profile: LayerProfile | None = None,
         server_profile: LayerProfile | None = None,
+        codec: str = "raw",
+        answer_codec: str = "raw",
         backend: Backend | None = None,
         timeout_s: float = 30.0,
         leaf_modules: Sequence[str | type[nn.Module]] = (),
@@ -116,6 +124,8 @@ class SplitModule(nn.Module):
         self.link, self.device_profile, self.server_profile = link, device_profile, server_profile
         self.last: Inference | None = None
         """The inference that ended last, in any thread; None before the first."""
+        self.codec = codec
+        self.answer_codec: Codec = find_codec(answer_codec)
         self._example = self.graph.tensors_of_call(args, kwargs)
         # A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
         self._max_answer_bytes = max(_LEAST_ANSWER_LIMIT_BYTES, 64 * self.graph.points[-1].size_bytes)
@@ -125,7 +135,7 @@ class SplitModule(nn.Module):
         self._shaken = False
         self._identity: str | None = None
         self._snapshot = Snapshot(model)
-        self._heads: dict[int, Callable[..., Any]] = {}
+        self._heads: dict[Any, Callable[..., Any]] = {}
         self._choice: PartitionPoint | None = None
         self.partition = partition
 
@@ -137,13 +147,25 @@ class SplitModule(nn.Module):
         return self._choice
 
     @partition.setter
-    def partition(self, wanted: str | int) -> None:
-        choice = None if wanted == "auto" else self.graph.point(wanted)
+    def partition(self, wanted: str | int | PartitionPoint) -> None:
+        if isinstance(wanted, PartitionPoint):
+            choice: PartitionPoint | None = wanted
+        else:
+            choice = None if wanted == "auto" else self.graph.point(wanted)
         if self._transport is None and (choice is None or choice != self.graph.points[-1]):
             raise ServerUnavailableError(
                 f'partition {wanted!r} needs a server: give server="http://host:port", or partition="device"'
             )
         self._choice = choice
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of the boundary tensors. Assign a name; raises :class:`~torchsurgeon.errors.CodecError`."""
+        return self._codec
+
+    @codec.setter
+    def codec(self, wanted: str | Codec) -> None:
+        self._codec = find_codec(str(wanted))
 
     def estimates(self) -> list[Estimate]:
         """Return the predicted latency of every partition point; measures what is not known yet.
@@ -191,7 +213,7 @@ class SplitModule(nn.Module):
         boundary = head(*args, **kwargs)
         headed = time.perf_counter()
         tensors = dict(zip((spec.name for spec in point.tensors), boundary, strict=True))
-        answer = self._ask(transport, tensors)
+        answer = self._ask(transport, tensors, dict.fromkeys(tensors, self._codec))
         self._check_answer(point, boundary, answer.tensors)
         device = boundary[0].device
         tensors = {name: tensor.to(device) for name, tensor in answer.tensors.items()}
@@ -200,17 +222,61 @@ class SplitModule(nn.Module):
         self.last = self._account(point, answer, begin, headed, end)
         return output
 
-    def _ask(self, transport: Transport, tensors: Mapping[str, torch.Tensor]) -> Answer:
+    def finish(self, names: tuple[str, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the tensors of the model's result, in the order of ``graph.outputs``, from the tensors ``names``.
+
+        The layers up to this module's own cut run here, the rest on its server. So a server that is given a SplitModule
+        is the middle of a chain. Tensors that lie beyond the cut are passed on as they are.
+
+        Raises :class:`~torchsurgeon.errors.PartitionError` when they do not determine the result.
+        """
+        point = self._chosen()
+        with torch.no_grad():
+            key = names, point.index, point.layers
+            middle = self._heads.get(key)
+            if middle is None:
+                if len(self._heads) >= _MOST_HEADS:
+                    self._heads.clear()
+                middle = self._heads[key] = self._middle(names, point)
+            boundary = middle(*tensors)
+            if point.index == len(self.graph.layers):
+                return tuple(boundary)
+            at = [self.graph.values[name] for name in names] if middle is _passed_on else point.tensors
+            sent = dict(zip((spec.name for spec in at), boundary, strict=True))
+            answer = self._ask(self._connected(), sent, dict.fromkeys(sent, self._codec))
+            self._check_answer(dataclasses.replace(point, tensors=tuple(at)), boundary, answer.tensors)
+            return tuple(answer.tensors[spec.name].to(tensors[0].device) for spec in self.graph.outputs)
+
+    def _middle(self, names: tuple[str, ...], point: PartitionPoint) -> Callable[..., tuple[torch.Tensor, ...]]:
+        rest = tail_for(self.graph, names, flat=True)
+        if point.index == len(self.graph.layers):
+            return rest
+        try:
+            return middle_for(self.graph, names, point)
+        except PartitionError:
+            return _passed_on
+
+    def _ask(self, transport: Transport, tensors: Mapping[str, torch.Tensor], codecs: Mapping[str, Codec]) -> Answer:
         """Return the answer of the model that hands were shaken with, or of an equal one in its place."""
+
+        def infer() -> Answer:
+            return transport.infer(
+                self.name,
+                tensors,
+                max_answer_bytes=self._max_answer_bytes,
+                codecs=codecs,
+                output_codec=self.answer_codec,
+            )
+
         known = self._identity
-        answer = transport.infer(self.name, tensors, max_answer_bytes=self._max_answer_bytes)
+        answer = infer()
         if answer.parameters.get("identity") == known:
             return answer
         with self._lock:
             if self._identity == known:
                 self._shake_hands(transport)
             known = self._identity
-        answer = transport.infer(self.name, tensors, max_answer_bytes=self._max_answer_bytes)
+        answer = infer()
         if answer.parameters.get("identity") != known:
             raise ModelMismatchError(
                 f"model {self.name!r} answers with other weights than the server has just given the fingerprint of; "
@@ -258,11 +324,12 @@ class SplitModule(nn.Module):
         )
 
     def _head(self, point: PartitionPoint) -> Callable[..., Any]:
-        found = self._heads.get(point.index)
+        key = point.index, point.layers
+        found = self._heads.get(key)
         if found is None:
             whole = point.index == len(self.graph.layers)
             found = self._backend(self.model if whole else cut(self.graph, point).head)
-            self._heads[point.index] = found
+            self._heads[key] = found
         return found
 
     # --- the server ---
@@ -369,6 +436,10 @@ def measure_link(transport: Transport, *, name: str = "measured", repeats: int =
 def _exchange_s(transport: Transport, up_bytes: int, down_bytes: int) -> float:
     timing = transport.probe(up_bytes, down_bytes)
     return timing.end_s - timing.send_start_s
+
+
+def _passed_on(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensors
 
 
 def _batch(point: PartitionPoint, boundary: Sequence[torch.Tensor]) -> int | None:

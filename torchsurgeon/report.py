@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from torchsurgeon.codec import CodecTable
 from torchsurgeon.doctor import Diagnosis
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.graph import LayerGraph, PartitionPoint, TensorSpec
@@ -91,6 +92,41 @@ def _crossing(point: PartitionPoint) -> str:
 
 def _shape(spec: TensorSpec) -> str:
     return str(spec).rpartition(" ")[2].removeprefix("float32").strip("[]") or "one number"
+
+
+def codec_table(measured: CodecTable) -> Table:
+    """Return what each codec costs and changes at the points where it was measured."""
+    budget = measured.budget or "none given, so nothing that loses something is used (--min-cosine, …)"
+    table = Table(
+        title=f"{measured.model}: codecs of what crosses, on {measured.samples} samples",
+        caption=(
+            f"Sizes for a batch of {measured.batch}, against the plain tensors. Error: root mean square of what the "
+            f"tail gets. Budget: {budget}."
+        ),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("point", "codec"):
+        table.add_column(column, no_wrap=True)
+    for column in ("crosses", "ratio", "encode", "decode", "error", "answers", "use"):
+        table.add_column(column, justify="right", no_wrap=True)
+    last = None
+    for row in measured.rows:
+        cost = row.cost
+        changes = {"{:.1%} changed": row.top1_change, "cosine {:.5f}": row.output_cosine, "{:.0%} fine": row.accepted}
+        table.add_row(
+            f"{row.point} {row.name}" if row.point != last else "",
+            cost.codec,
+            bytes_text(round(cost.size_bytes)),
+            f"{row.ratio:.2f}",
+            seconds_text(cost.encode_s),
+            seconds_text(cost.decode_s),
+            "" if row.boundary is None else f"{row.boundary.rmse:.2g}",
+            ", ".join(text.format(value) for text, value in changes.items() if value is not None),
+            "lossless" if cost.lossless else "yes" if cost.within_budget else "no",
+        )
+        last = row.point
+    return table
 
 
 def diagnosis_text(diagnosis: Diagnosis) -> Group:

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from torchsurgeon.codec.budget import Budget
+from torchsurgeon.codec.codec import Codec, EncodedTensor, codec_names, find_codec
+from torchsurgeon.codec.measure import measure, promising
+from torchsurgeon.codec.sample import image_sample
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 
-__all__ = ["CodecCost", "CodecRow", "CodecTable", "Difference"]
+__all__ = [
+    "Budget",
+    "Codec",
+    "CodecCost",
+    "CodecRow",
+    "CodecTable",
+    "Difference",
+    "EncodedTensor",
+    "codec_names",
+    "find_codec",
+    "image_sample",
+    "measure",
+    "promising",
+]

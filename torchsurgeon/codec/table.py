@@ -36,6 +36,8 @@ class CodecCost:
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
                 raise CodecError(f"{field} of codec {self.codec!r} is {value}; it must be finite and not negative")
+        if not (type(self.lossless) is bool and type(self.within_budget) is bool):
+            raise CodecError(f"lossless and within_budget of codec {self.codec!r} must be true or false")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ class CodecTable:
 
     @staticmethod
     def from_json(data: Any) -> CodecTable:
-        """Return the table in ``data``. Raises :class:`~torchsurgeon.errors.CodecError` naming what is wrong with it."""
+        """Return the table in ``data``. Raises :class:`~torchsurgeon.errors.CodecError` naming what is wrong."""
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         if found != FORMAT:
             raise CodecError(f"not a codec table of this version: format is {found!r}, not {FORMAT!r}; measure again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import queue
 import re
 import threading
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchsurgeon import specs, wire
+from torchsurgeon.codec import codec_names
 from torchsurgeon.cut import check_shapes, tail_for
 from torchsurgeon.errors import (
     ModelFailedError,
@@ -28,10 +30,12 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.fingerprint import identity, weight_digests
 from torchsurgeon.graph import LayerGraph, TensorSpec, trace
+from torchsurgeon.module import SplitModule
 from torchsurgeon.program import Segment
 
 T = TypeVar("T")
 
+Finish = Callable[..., Sequence[Tensor]]
 Profiler = Callable[[LayerGraph], dict[str, Any]]
 State = Literal["loading", "ready", "failed"]
 
@@ -145,6 +149,7 @@ class ServedModel:
         max_tails: int = 64,
         profiler: Profiler | None = None,
         source: str = "",
+        finish: Finish | None = None,
     ) -> None:
         self.name = name
         self.graph = graph
@@ -154,6 +159,7 @@ class ServedModel:
         self.max_tensor_bytes = max_batch * max(point.size_bytes for point in graph.points) // graph.batch
         self.max_times = max_batch / graph.batch
         self.tails = Tails(graph, max_tails)
+        self._finish = finish
         self._output_names = [spec.name for spec in graph.outputs]
         self.worker = Worker(f"torchsurgeon-{name}")
         self.open = True
@@ -170,13 +176,14 @@ class ServedModel:
         return self.max_tensor_bytes * (1 if binary else JSON_FACTOR) + wire.MAX_HEADER_BYTES
 
     def metadata(self) -> dict[str, Any]:
-        """The protocol's model metadata; the batch dimension is -1."""
+        """The protocol's model metadata; the batch dimension is -1. ``parameters`` lists the codecs known here."""
         return {
             "name": self.name,
             "versions": list(self.versions),
             "platform": "torchsurgeon",
             "inputs": [_tensor_metadata(spec) for spec in self.graph.inputs],
             "outputs": [_tensor_metadata(spec) for spec in self.graph.outputs],
+            "parameters": {"codecs": list(codec_names())},
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -205,7 +212,7 @@ class ServedModel:
 
     def quick(self, body_bytes: int) -> bool:
         """Whether the last request of this size, so most likely with the same cut, took less than a thread switch."""
-        return self._taken_s.get(body_bytes, 1.0) < _QUICK_S
+        return self._finish is None and self._taken_s.get(body_bytes, 1.0) < _QUICK_S
 
     def answer(self, request: Received) -> wire.Encoded:
         """Decode, run and encode one request; to be called by the worker.
@@ -221,12 +228,12 @@ class ServedModel:
             self._taken_s[len(request.body)] = time.perf_counter() - started_s
 
     def _answer(self, request: Received, started_s: float) -> wire.Encoded:
-        decoded = wire.decode_request(request.body, request.header_bytes)
+        decoded = wire.decode_request(request.body, request.header_bytes, max_decoded_bytes=self.max_tensor_bytes)
         plan = self._plans.get(decoded.recurring) or self._plan(decoded)
         decoded_s = time.perf_counter()
         try:
             # Called without nn.Module's own call, whose hooks a tail has none of.
-            results = plan.tail.forward(*[decoded.tensors[name] for name in plan.names])
+            results = plan.run(*[decoded.tensors[name] for name in plan.names])
         except Exception as error:
             raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {error}") from error
         computed_s = time.perf_counter()
@@ -242,6 +249,7 @@ class ServedModel:
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
             parameters=self._told % taken_s,
+            codec=decoded.output_codec,
         )
 
     def close(self) -> None:
@@ -260,12 +268,13 @@ class ServedModel:
         tail = self.tails.get(names)
         if not usual:
             check_shapes(self.graph, tail, names, [request.tensors[name] for name in names])
+        run = tail.forward if self._finish is None else functools.partial(self._finish, names)
         if request.outputs:
             outputs: tuple[str, ...] | None = tuple(output.name for output in request.outputs)
             as_json = tuple(output.name for output in request.outputs if not output.binary)
         else:
             outputs, as_json = None, () if request.binary_output else tuple(known)
-        plan = _Plan(names, tail, outputs, as_json)
+        plan = _Plan(names, run, outputs, as_json)
         if request.recurring is not None:
             # A plan keeps its tail alive, so there are no more of them than of tails.
             if len(self._plans) >= self.tails.capacity:
@@ -277,7 +286,7 @@ class ServedModel:
 @dataclass(frozen=True)
 class _Plan:
     names: tuple[str, ...]
-    tail: Segment
+    run: Callable[..., Sequence[Tensor]]
     outputs: tuple[str, ...] | None
     as_json: tuple[str, ...]
 
@@ -311,10 +320,15 @@ class ModelRegistry:
         *,
         source: str = "",
     ) -> ServedModel:
-        """Trace ``model`` with the example arguments and serve it. Raises TraceError or SpecError."""
+        """Trace ``model`` with the example arguments and serve it. Raises TraceError or SpecError.
+
+        Of a :class:`~torchsurgeon.module.SplitModule`, which needs no arguments, this server runs the layers up to its
+        cut, and has its server do the rest.
+        """
         self.announce(name)
         try:
-            graph = trace(model, *args, **(kwargs or {}))
+            remote = model if isinstance(model, SplitModule) else None
+            graph = remote.graph if remote is not None else trace(model, *args, **(kwargs or {}))
             served = ServedModel(
                 name,
                 graph,
@@ -322,6 +336,7 @@ class ModelRegistry:
                 max_tails=self.max_tails,
                 profiler=self._profiler,
                 source=source,
+                finish=None if remote is None else remote.finish,
             )
         except TorchSurgeonError as error:
             self._fail(name, error)

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from torch import Tensor
 
 from torchsurgeon import wire
+from torchsurgeon.codec import Codec
 from torchsurgeon.errors import BodyTooLargeError, RequestRefusedError
 
 CONTROL_LIMIT_BYTES = 64 << 20
@@ -83,23 +84,33 @@ class Transport(ABC):
         outputs: Collection[str] = (),
         request_id: str | None = None,
         parameters: Mapping[str, Any] | None = None,
+        codecs: Mapping[str, Codec] | None = None,
+        output_codec: Codec | None = None,
         timeout_s: float | None = None,
     ) -> Answer:
         """Send named tensors and return the outputs (all of them unless ``outputs`` names some).
 
         ``max_answer_bytes`` is what the outputs' tensors can have together; a longer answer is refused unread.
+        ``codecs`` has the codec of each tensor that is not sent as it is, ``output_codec`` is asked for in the answer.
         Raises ServerUnavailableError when nothing complete came within ``timeout_s``, RequestRefusedError when the
         server answered with an error, ProtocolError when the answer is not one of this protocol.
         """
         deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
-        message = wire.encode_request(tensors, outputs=outputs, request_id=request_id, parameters=parameters)
+        message = wire.encode_request(
+            tensors,
+            outputs=outputs,
+            request_id=request_id,
+            parameters=parameters,
+            codecs=codecs,
+            output_codec=output_codec,
+        )
         path = _infer_path(model, version)
         raw = self._post(
             path, message.header_bytes, message.buffers, max_answer_bytes + wire.MAX_HEADER_BYTES, deadline
         )
         check_status(raw.status, raw.body, path)
         length = None if raw.header_bytes is None else wire.header_length(raw.header_bytes, len(raw.body))
-        response = wire.decode_response(raw.body, length)
+        response = wire.decode_response(raw.body, length, max_decoded_bytes=max_answer_bytes)
         return Answer(response.tensors, response.parameters, raw.timing)
 
     def probe(self, up_bytes: int, down_bytes: int, *, timeout_s: float | None = None) -> Timing:

@@ -10,7 +10,9 @@ A tensor whose dimensions are stored in another order than row-major (``channels
 physical memory with the tensor parameter ``"dim_order"``: the permutation from the outermost to the innermost
 dimension. A request says with the parameter ``"dim_order": true`` that its sender understands the same in the answer;
 others get row-major answers. A tensor quantized per tensor travels as its integers (``UINT8``, ``INT8``, ``INT32``)
-with the tensor parameter ``"quantized": {"scale": …, "zero_point": …}``.
+with the tensor parameter ``"quantized": {"scale": …, "zero_point": …}``. A tensor in fewer bytes names its
+:class:`~torchsurgeon.codec.Codec` in the tensor parameter ``"codec"``; the request's parameter ``"output_codec"`` asks
+for one in the answer.
 
 Specification: https://github.com/kserve/open-inference-protocol and the binary tensor data extension of
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
@@ -29,7 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchsurgeon.errors import ProtocolError
+from torchsurgeon.codec import Codec, EncodedTensor
+from torchsurgeon.errors import BodyTooLargeError, CodecError, ProtocolError
 from torchsurgeon.wire.header import (
     HEADER_LENGTH,
     MAX_HEADER_BYTES,
@@ -59,6 +62,7 @@ from torchsurgeon.wire.tensors import (
 )
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
+_MAX_DECODED_BYTES = 1 << 30
 _PLAIN_REQUEST = '{"parameters":{"binary_data_output":true,"dim_order":true}'
 
 
@@ -66,7 +70,7 @@ class InferRequest(NamedTuple):
     """A decoded request. ``outputs`` is empty when the client wants all of them, in the form ``binary_output`` says.
 
     ``dim_order`` says that the client understands the tensor parameter of that name in the answer. Requests with the
-    same header have the same object as ``recurring``; it is None when the header is not remembered.
+    same header have the same object as ``recurring``; it is None when the header is not remembered, or will not recur.
     """
 
     tensors: dict[str, Tensor]
@@ -76,6 +80,7 @@ class InferRequest(NamedTuple):
     request_id: str | None = None
     parameters: Mapping[str, Any] = _NONE
     recurring: object | None = None
+    output_codec: Codec | None = None
 
 
 class InferResponse(NamedTuple):
@@ -106,10 +111,18 @@ def encode_request(
     outputs: Collection[str] = (),
     request_id: str | None = None,
     parameters: Mapping[str, Any] | None = None,
+    codecs: Mapping[str, Codec] | None = None,
+    output_codec: Codec | None = None,
 ) -> Encoded:
-    """Encode named tensors as a binary infer request that asks for binary outputs (all of them unless named)."""
-    described, views = _encode_tensors(tensors, (), True)
+    """Encode named tensors as a binary infer request that asks for binary outputs (all of them unless named).
+
+    ``codecs`` has the codec of each tensor that is not sent as it lies in memory, ``output_codec`` is asked for in the
+    answer.
+    """
+    described, views = _encode_tensors(tensors, (), True, codecs)
     header = _PLAIN_REQUEST
+    if output_codec is not None and output_codec.name != "raw":
+        parameters = {**(parameters or {}), "output_codec": output_codec.name}
     if parameters:
         header = '{"parameters":' + _text({**parameters, "binary_data_output": True, "dim_order": True})
     if request_id is not None:
@@ -129,15 +142,17 @@ def encode_response(
     dim_order: bool = True,
     request_id: str | None = None,
     parameters: Mapping[str, Any] | str | None = None,
+    codec: Codec | None = None,
 ) -> Encoded:
     """Encode an answer. Outputs named in ``as_json`` are written as JSON numbers, the others as bytes.
 
-    ``parameters`` may be given as JSON already.
-    Without ``dim_order`` every tensor is sent row-major, for clients that do not know that parameter.
+    ``parameters`` may be given as JSON already. ``codec`` encodes the outputs that are written as bytes. Without
+    ``dim_order`` every tensor is sent row-major, for clients that do not know that parameter.
 
     Raises ProtocolError when an output to be written as JSON holds NaN or infinity, which JSON cannot say.
     """
-    described, views = _encode_tensors(tensors, as_json, dim_order)
+    codecs = None if codec is None else dict.fromkeys(tensors, codec)
+    described, views = _encode_tensors(tensors, as_json, dim_order, codecs)
     header = f'{{"model_name":{_quoted(model_name)},"model_version":{_quoted(model_version)}'
     if request_id is not None:
         header += ',"id":' + _text(request_id)
@@ -147,10 +162,13 @@ def encode_response(
     return _message(header + "}", views, any(name not in as_json for name in tensors))
 
 
-def decode_request(body: Buffer, header_bytes: int | None = None) -> InferRequest:
+def decode_request(
+    body: Buffer, header_bytes: int | None = None, *, max_decoded_bytes: int = _MAX_DECODED_BYTES
+) -> InferRequest:
     """Decode an infer request. ``header_bytes`` is ``Inference-Header-Content-Length``, None when it was not sent.
 
-    The tensors are views of ``body`` wherever it is writable and aligned. Raises ProtocolError.
+    The tensors are views of ``body`` wherever it is writable and aligned. Those that a codec carries may be
+    ``max_decoded_bytes`` together. Raises ProtocolError.
     """
     payload = _payload(body, header_bytes)
     remembered = header_bytes is not None and header_bytes <= MAX_REMEMBERED_BYTES
@@ -158,14 +176,25 @@ def decode_request(body: Buffer, header_bytes: int | None = None) -> InferReques
         head = remembered_request_head(bytes(body[:header_bytes]))
     else:
         head = request_head(parsed_header(body, header_bytes))
-    tensors = _tensors(head.entries, payload)
-    recurring = head if remembered else None
+    tensors = _tensors(head.entries, payload, max_decoded_bytes)
+    # What is compressed has another size, and so another header, every time.
+    compressed = any(entry.codec is not None and entry.codec.zstd for entry in head.entries)
+    recurring = head if remembered and not compressed else None
     return InferRequest(
-        tensors, head.outputs, head.binary_output, head.dim_order, head.request_id, head.parameters, recurring
+        tensors,
+        head.outputs,
+        head.binary_output,
+        head.dim_order,
+        head.request_id,
+        head.parameters,
+        recurring,
+        head.output_codec,
     )
 
 
-def decode_response(body: Buffer, header_bytes: int | None = None) -> InferResponse:
+def decode_response(
+    body: Buffer, header_bytes: int | None = None, *, max_decoded_bytes: int = _MAX_DECODED_BYTES
+) -> InferResponse:
     """Decode an answer; the counterpart of :func:`decode_request`. Raises ProtocolError."""
     payload = _payload(body, header_bytes)
     parts = None
@@ -176,7 +205,7 @@ def decode_response(body: Buffer, header_bytes: int | None = None) -> InferRespo
         head = response_head(header)
     else:
         head, header = parts
-    tensors = _tensors(head.entries, payload)
+    tensors = _tensors(head.entries, payload, max_decoded_bytes)
     parameters = parameters_of(header, "the answer")
     return InferResponse(tensors, head.model_name, head.model_version, head.request_id, parameters)
 
@@ -191,7 +220,7 @@ def _message(header: str, views: list[memoryview], binary: bool) -> Encoded:
 
 
 def _encode_tensors(
-    tensors: Mapping[str, Tensor], as_json: Collection[str], dim_order: bool
+    tensors: Mapping[str, Tensor], as_json: Collection[str], dim_order: bool, codecs: Mapping[str, Codec] | None
 ) -> tuple[str, list[memoryview]]:
     """The header's entries, as text, and views of the tensors' memory."""
     entries: list[str] = []
@@ -204,6 +233,12 @@ def _encode_tensors(
         quantization = quantization_of(tensor)
         if quantization is not None:
             tensor = tensor.int_repr()
+        if codecs is not None and (codec := codecs.get(name)) is not None and codec.name != "raw":
+            encoded = codec.encode(tensor if dim_order else tensor.contiguous())
+            if encoded.codec != "raw":
+                entries.append(_text(_described(name, tensor.dtype, shape, quantization, encoded)))
+                views.append(encoded.data)
+                continue
         order, physical = physical_order(tensor if dim_order else tensor.contiguous(), shape)
         entries.append(_entry(name, tensor.dtype, shape, order, quantization))
         if 0 not in shape:
@@ -219,12 +254,27 @@ def _entry(
     order: tuple[int, ...] | None,
     quantization: Quantization | None,
 ) -> str:
+    """The entry of a tensor that is sent as it lies in memory."""
+    return _text(_described(name, dtype, shape, quantization, None, order))
+
+
+def _described(
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    quantization: Quantization | None,
+    encoded: EncodedTensor | None,
+    order: tuple[int, ...] | None = None,
+) -> dict[str, Any]:
     parameters: dict[str, Any] = {"binary_data_size": math.prod(shape) * dtype.itemsize}
+    if encoded is not None:
+        parameters = {"binary_data_size": len(encoded.data), "codec": encoded.codec}
+        order = encoded.order
     if order is not None:
         parameters["dim_order"] = order
     if quantization is not None:
         parameters["quantized"] = dict(zip(("scale", "zero_point"), quantization, strict=True))
-    return _text({"name": name, "datatype": datatype_of(dtype), "shape": shape, "parameters": parameters})
+    return {"name": name, "datatype": datatype_of(dtype), "shape": shape, "parameters": parameters}
 
 
 def _entry_with_data(name: str, tensor: Tensor) -> str:
@@ -249,7 +299,7 @@ def _payload(body: Buffer, header_bytes: int | None) -> memoryview | None:
     return memoryview(bytearray(payload)) if payload.readonly else payload
 
 
-def _tensors(entries: list[Entry], payload: memoryview | None) -> dict[str, Tensor]:
+def _tensors(entries: list[Entry], payload: memoryview | None, max_decoded_bytes: int) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     offset = 0
     available = 0 if payload is None else len(payload)
@@ -262,12 +312,28 @@ def _tensors(entries: list[Entry], payload: memoryview | None) -> dict[str, Tens
                 f"{entry.where} declares {entry.size_bytes} bytes of binary data, but {available - offset} are left in "
                 f"the body{f'; was {HEADER_LENGTH} sent?' if payload is None else ''}"
             )
-        tensor = tensor_view(payload, offset, entry.dtype, entry.shape, entry.order, entry.where)
+        if entry.codec is None:
+            tensor = tensor_view(payload, offset, entry.dtype, entry.shape, entry.order, entry.where)
+        else:
+            tensor = _decoded(entry, entry.codec, payload, offset, max_decoded_bytes)
+            max_decoded_bytes -= entry.tensor_bytes
         tensors[entry.name] = tensor if entry.quantization is None else with_quantization(tensor, entry.quantization)
         offset += entry.size_bytes
     if offset != available:
         raise ProtocolError(f"{available - offset} bytes are left over after the tensors the header declares")
     return tensors
+
+
+def _decoded(entry: Entry, codec: Codec, payload: memoryview | None, offset: int, max_bytes: int) -> Tensor:
+    if entry.tensor_bytes > max_bytes:
+        raise BodyTooLargeError(
+            f"{entry.where} is {entry.tensor_bytes} bytes once {codec.name} is undone; at most {max_bytes} are taken"
+        )
+    data = memoryview(b"" if payload is None else payload)[offset : offset + (entry.size_bytes or 0)]
+    try:
+        return codec.decode(data, entry.dtype, entry.shape, entry.order, max_bytes=max_bytes)
+    except CodecError as error:
+        raise ProtocolError(f"{entry.where} cannot be decoded: {error}") from None
 
 
 _text = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from torchsurgeon.errors import BodyTooLargeError, ProtocolError
+from torchsurgeon.codec import Codec, find_codec
+from torchsurgeon.errors import BodyTooLargeError, CodecError, ProtocolError
 from torchsurgeon.wire.tensors import (
     Quantization,
     checked_dim_order,
@@ -92,6 +93,12 @@ class Entry:
     order: list[int] | None = None
     data: Any = None
     quantization: Quantization | None = None
+    codec: Codec | None = None
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensor, however few carry it."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +111,7 @@ class RequestHead:
     dim_order: bool
     request_id: str | None
     parameters: Mapping[str, Any]
+    output_codec: Codec | None = None
 
 
 def request_head(header: dict[str, Any]) -> RequestHead:
@@ -121,7 +129,8 @@ def request_head(header: dict[str, Any]) -> RequestHead:
         raise ProtocolError("the same output is asked for twice; list each output once")
     understands = _flag(parameters, "dim_order", "the request", False)
     entries = _tensor_entries(_entries(header, "inputs", required=True), "input")
-    return RequestHead(entries, tuple(outputs), default, understands, _request_id(header), parameters)
+    codec = _codec(parameters.get("output_codec"), "output_codec of the request")
+    return RequestHead(entries, tuple(outputs), default, understands, _request_id(header), parameters, codec)
 
 
 @lru_cache(maxsize=256)
@@ -188,22 +197,37 @@ def _tensor_entry(entry: dict[str, Any], kind: str) -> Entry:
     parameters = parameters_of(entry, where)
     if "shared_memory_region" in parameters:
         raise ProtocolError(f"{where} refers to shared memory, which is not supported; send its data")
+    codec = _codec(parameters.get("codec"), where)
     if "binary_data_size" in parameters:
         if "data" in entry:
             raise ProtocolError(f"{where} has both data and binary_data_size; send one of them")
         size = parameters["binary_data_size"]
         needed = math.prod(shape) * dtype.itemsize
-        if type(size) is not int or size != needed:
+        if type(size) is not int or (size != needed if codec is None else not 0 <= size <= needed):
             raise ProtocolError(
                 f"{where} declares binary_data_size {shortened(size)}, but {datatype_of(dtype)} of shape {list(shape)} "
                 f"takes {needed} bytes"
             )
         order = checked_dim_order(parameters.get("dim_order"), len(shape), where)
         quantization = checked_quantization(parameters.get("quantized"), dtype, where)
-        return Entry(name, where, dtype, shape, size, order, quantization=quantization)
+        return Entry(name, where, dtype, shape, size, order, quantization=quantization, codec=codec)
+    if codec is not None:
+        raise ProtocolError(f"{where} has a codec but no binary_data_size; numbers in JSON are never encoded")
     if "data" not in entry:
         raise ProtocolError(f"{where} has neither data nor binary_data_size")
     return Entry(name, where, dtype, shape, data=entry["data"])
+
+
+def _codec(name: Any, where: str) -> Codec | None:
+    """The codec of this name; None for ``raw``, and where none is named."""
+    if name is None or name == "raw":
+        return None
+    if not isinstance(name, str):
+        raise ProtocolError(f"{where} has codec {shortened(name)}; it must be a codec's name")
+    try:
+        return find_codec(name)
+    except CodecError as error:
+        raise ProtocolError(f"{where}: {error}") from None
 
 
 def _entries(header: dict[str, Any], key: str, *, required: bool) -> list[dict[str, Any]]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from array import array
-from collections.abc import Sequence
-from functools import lru_cache
-from itertools import accumulate, chain, pairwise
-from operator import mul
+from itertools import chain
 from typing import Any
 
 import numpy
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon.errors import ProtocolError
+from torchsurgeon.layout import dense, logical
 
 ALIGNMENT_BYTES = 64
 MAX_RANK = 16
@@ -99,30 +97,11 @@ def physical_order(tensor: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, .
         tensor = tensor.detach()
     if not tensor.is_cpu:
         tensor = tensor.cpu()
-    order: tuple[int, ...] | None = None
-    strides = tensor.stride()
-    if strides != _row_major(shape) and not (tensor.is_contiguous() and _descending(strides)):
-        # Equal strides mean a dimension of size one beside a larger one; the larger one lies outside.
-        order = tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], shape[dim] == 1)))
-        permuted = tensor.permute(order)
-        if 0 not in shape and permuted.is_contiguous() and order != tuple(range(len(shape))):
-            tensor = permuted
-        else:
-            order, tensor = None, tensor.contiguous()
+    order, tensor = dense(tensor, shape)
     if tensor.dtype == torch.bfloat16:
         # numpy has no bfloat16; only the bytes matter.
         tensor = tensor.view(torch.int16)
     return order, tensor
-
-
-def _descending(strides: Sequence[int]) -> bool:
-    # Of a contiguous tensor: only the strides of dimensions of size one differ from row-major, and mean nothing.
-    return all(outer > inner for outer, inner in pairwise(strides))
-
-
-@lru_cache(maxsize=1024)
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(accumulate(shape[:0:-1], mul, initial=1))[::-1] if shape else ()
 
 
 def tensor_view(
@@ -146,9 +125,7 @@ def tensor_view(
         tensor = tensor.clone()
     if dtype == torch.bfloat16:
         tensor = tensor.view(dtype)
-    if order is None:
-        return tensor
-    return tensor.permute(sorted(range(len(order)), key=order.__getitem__))
+    return logical(tensor, order)
 
 
 def tensor_from_json(data: Any, dtype: torch.dtype, shape: tuple[int, ...], where: str) -> Tensor:

@@ -1,154 +1,21 @@
-"""What is between device and server: rates, the round trip, and how they change over time.
-
-A :class:`Link` has constant rates; a :class:`TracedLink` follows one :class:`BandwidthTrace` per direction. Rates are
-those of the payload: what a bandwidth test reports, after every header below HTTP.
-"""
+"""How a link's rates change over time: recordings, and links that follow them."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torchsurgeon.errors import LinkError
+from torchsurgeon.link.rates import Link, checked_rate, checked_round_trip, checked_size, seconds_of
 
 MAHIMAHI_OPPORTUNITY_BYTES = 1500
 
-_LEAST_BIT_S, _MOST_BIT_S = 1e3, 1e12
-_MOST_ROUND_TRIP_S = 60.0
 _FULL_BITS_TOLERANCE = 1e-3
-
-
-def _checked_rate(what: str, bit_s: float) -> None:
-    if not math.isfinite(bit_s) or bit_s <= 0:
-        raise LinkError(f"{what} of {bit_s} bit/s cannot be: give a positive number of bits per second")
-    if bit_s < _LEAST_BIT_S:
-        raise LinkError(f"{what} of {bit_s:g} bit/s is below {_LEAST_BIT_S:g}; for {bit_s:g} Mbit/s give {bit_s:g}e6")
-    if bit_s > _MOST_BIT_S:
-        raise LinkError(f"{what} of {bit_s:g} bit/s is above {_MOST_BIT_S:g}; the unit is bits per second")
-
-
-def _checked_round_trip(round_trip_s: float) -> None:
-    if not math.isfinite(round_trip_s) or round_trip_s < 0:
-        raise LinkError(f"a round-trip time of {round_trip_s} s cannot be: give zero or more seconds")
-    if round_trip_s > _MOST_ROUND_TRIP_S:
-        raise LinkError(
-            f"a round-trip time of {round_trip_s:g} s is above {_MOST_ROUND_TRIP_S:g} s; "
-            f"for {round_trip_s:g} ms give {round_trip_s / 1e3:g}"
-        )
-
-
-def _checked_size(size_bytes: float) -> None:
-    if not math.isfinite(size_bytes) or size_bytes < 0:
-        raise LinkError(f"a transfer of {size_bytes} bytes cannot be: give zero or more bytes")
-
-
-@dataclass(frozen=True)
-class Link:
-    """A link of constant rates, as seen from the device.
-
-    :param uplink_bit_s: payload rate from device to server, 1e3 to 1e12 bit/s
-    :param downlink_bit_s: payload rate from server to device
-    :param round_trip_s: time an empty message takes there and back, at most 60 s
-    :param source: where the figures come from
-    :raises LinkError: a value is zero, negative, not finite, or so far off that its unit must be wrong
-    """
-
-    name: str
-    uplink_bit_s: float
-    downlink_bit_s: float
-    round_trip_s: float
-    source: str = field(default="", compare=False)
-
-    def __post_init__(self) -> None:
-        _checked_rate("an uplink", self.uplink_bit_s)
-        _checked_rate("a downlink", self.downlink_bit_s)
-        _checked_round_trip(self.round_trip_s)
-
-    def __str__(self) -> str:
-        up, down = self.uplink_bit_s / 1e6, self.downlink_bit_s / 1e6
-        return f"{self.name}: {up:g} Mbit/s up, {down:g} Mbit/s down, {self.round_trip_s * 1e3:g} ms round trip"
-
-    def uplink_s(self, size_bytes: float) -> float:
-        """Seconds in which `size_bytes` pass the uplink, without the delay of the way."""
-        _checked_size(size_bytes)
-        return size_bytes * 8 / self.uplink_bit_s
-
-    def downlink_s(self, size_bytes: float) -> float:
-        """Seconds in which `size_bytes` pass the downlink, without the delay of the way."""
-        _checked_size(size_bytes)
-        return size_bytes * 8 / self.downlink_bit_s
-
-    def request_s(self, up_bytes: float, down_bytes: float) -> float:
-        """Seconds that a request and its answer spend on an open connection: both transfers and one round trip."""
-        return self.uplink_s(up_bytes) + self.round_trip_s + self.downlink_s(down_bytes)
-
-    @staticmethod
-    def parse(text: str) -> Link:
-        """The preset named `text`, or the link written as ``up/down/round-trip`` in Mbit/s and seconds.
-
-        ``"lte"``, ``"5.85/13.76/0.06"`` and ``"5.85/13.76/60ms"`` are understood.
-
-        :raises LinkError: `text` is neither
-        """
-        name = text.strip().lower()
-        if name in PRESETS:
-            return PRESETS[name]
-        parts = name.split("/")
-        if len(parts) != 3:
-            raise LinkError(
-                f"no link {text!r}: use one of {', '.join(PRESETS)}, "
-                "or up/down/round-trip in Mbit/s and seconds, such as 5.85/13.76/0.06"
-            )
-        up, down = (_number(part, "Mbit/s", text) for part in parts[:2])
-        return Link(text.strip(), up * 1e6, down * 1e6, _seconds(parts[2], text))
-
-
-def _number(part: str, unit: str, text: str) -> float:
-    try:
-        return float(part)
-    except ValueError:
-        raise LinkError(f"{part.strip()!r} in the link {text!r} is not a number of {unit}") from None
-
-
-def _seconds(part: str, text: str) -> float:
-    number, unit = re.fullmatch(r"\s*(.*?)\s*(ms|s)?\s*", part, re.DOTALL).groups()  # type: ignore[union-attr]
-    return _number(number, "seconds", text) * (1e-3 if unit == "ms" else 1.0)
-
-
-_RATES = "rates: US averages of TestMyNet as used by Kang et al., Neurosurgeon, ASPLOS 2017"
-PRESETS: dict[str, Link] = {
-    link.name: link
-    for link in (
-        Link(
-            "3g",
-            1.1e6,
-            2.03e6,
-            0.200,
-            f"{_RATES}; round trip: typical, inside the 100-500 ms of Grigorik, High Performance Browser Networking, "
-            "table 7-2",
-        ),
-        Link(
-            "lte",
-            5.85e6,
-            13.76e6,
-            0.060,
-            f"{_RATES}; round trip: averages of 57-65 ms, OpenSignal, State of Mobile Networks: USA, August 2016",
-        ),
-        Link(
-            "wifi",
-            18.88e6,
-            54.97e6,
-            0.020,
-            f"{_RATES}; round trip: typical, the median home access of 21 ms in Daoudi, Web Performance Calendar 2013",
-        ),
-    )
-}
-"""The wireless links of the Neurosurgeon paper by name; each link's `source` says where its figures come from."""
 
 
 class BandwidthTrace:
@@ -173,7 +40,7 @@ class BandwidthTrace:
             raise LinkError(f"{name}: the trace delivers nothing, so a transfer over it would never end")
         self.name = name
         self._times, self._bits = times, total
-        _checked_rate(f"{name}: a mean rate", self.mean_bit_s)
+        checked_rate(f"{name}: a mean rate", self.mean_bit_s)
 
     def __repr__(self) -> str:
         return f"BandwidthTrace({self.name!r}, {self.duration_s:g} s, mean {self.mean_bit_s / 1e6:.3g} Mbit/s)"
@@ -202,7 +69,7 @@ class BandwidthTrace:
 
     def delivered_at(self, start_s: float, size_bytes: float) -> float:
         """When the last of `size_bytes` sent from `start_s` on has passed, in seconds since the start of the replay."""
-        _checked_size(size_bytes)
+        checked_size(size_bytes)
         if not (start_s >= 0 and math.isfinite(start_s)):
             raise LinkError(f"{self.name}: a transfer cannot start at {start_s} s; a replay starts at 0")
         if size_bytes == 0:
@@ -299,7 +166,7 @@ class BandwidthTrace:
         :param duration_s: rounded to whole seconds, two at least
         :param correlation_s: time in which the memory of a rate falls to 1/e
         """
-        _checked_rate("a mean rate", mean_bit_s)
+        checked_rate("a mean rate", mean_bit_s)
         if not (math.isfinite(duration_s) and duration_s >= 2):
             raise LinkError(f"a synthetic trace of {duration_s} s is too short: give 2 s or more")
         if not (math.isfinite(correlation_s) and correlation_s >= 0):
@@ -341,7 +208,7 @@ class TracedLink:
     round_trip_s: float = 0.0
 
     def __post_init__(self) -> None:
-        _checked_round_trip(self.round_trip_s)
+        checked_round_trip(self.round_trip_s)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.uplink} up, {self.downlink} down, {self.round_trip_s * 1e3:g} ms round trip"
@@ -362,7 +229,7 @@ def parse_profile(text: str) -> Link | TracedLink:
     files = [part.strip() for part in rest.split(",")]
     round_trip_s = 0.0
     if len(files) > 1 and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?\s*(ms|s)?", files[-1]):
-        round_trip_s = _seconds(files.pop(), text)
+        round_trip_s = seconds_of(files.pop(), text)
     if not 1 <= len(files) <= 2 or not all(files):
         raise LinkError(f"no link {text!r}: write trace:FILE, trace:UP,DOWN or trace:UP,DOWN,SECONDS")
     traces = [BandwidthTrace.read(file) for file in files]

@@ -1,0 +1,278 @@
+"""Servers that do not answer, several servers, and deadlines."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchsurgeon.adapt import CircuitBreaker, Servers, ServerState, check_deadline, late_probability, rescue
+from torchsurgeon.errors import AdaptError, DeadlineError
+from torchsurgeon.link import Link
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.s = 50.0
+
+    def __call__(self) -> float:
+        return self.s
+
+
+def opened(clock: Clock, *, seed: int = 0, failures: int = 20) -> CircuitBreaker:
+    """A breaker that has seen so many failures in a row, trials among them."""
+    breaker = CircuitBreaker(now_s=clock, jitter=random.Random(seed))
+    for _ in range(failures):
+        while not breaker.allow():
+            clock.s += 0.01
+        breaker.failed()
+    return breaker
+
+
+def test_one_failure_is_forgiven_and_the_second_in_a_row_opens() -> None:
+    clock = Clock()
+    breaker = CircuitBreaker(now_s=clock)
+    for _ in range(5):
+        breaker.failed()
+        assert breaker.state == "closed"
+        breaker.succeeded()
+    breaker.failed()
+    breaker.failed()
+    assert breaker.state == "open"
+    assert not breaker.allow()
+    assert breaker.opened == 1
+
+
+def test_a_half_open_breaker_gives_one_trial_at_a_time() -> None:
+    clock = Clock()
+    breaker = opened(clock, failures=2)
+    clock.s += 2
+    assert breaker.allow()
+    assert breaker.state == "half-open"
+    assert not breaker.allow()
+    breaker.succeeded()
+    assert breaker.state == "closed"
+    assert breaker.allow()
+
+
+def test_a_trial_that_never_ends_is_given_up() -> None:
+    clock = Clock()
+    breaker = opened(clock, failures=2)
+    clock.s += 2
+    assert breaker.allow()
+    clock.s += breaker.trial_s + 0.01
+    assert breaker.allow()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("return_s", [0.5, 2.0])
+def test_a_server_is_back_in_use_within_the_promised_time(return_s: float, hangs: bool) -> None:
+    for seed in range(30):
+        clock = Clock()
+        chance = random.Random(seed)
+        breaker = CircuitBreaker(now_s=clock, return_s=return_s, jitter=random.Random(seed))
+        returns_s = clock.s + chance.uniform(0, 30)
+        while True:
+            if breaker.allow():
+                if clock.s >= returns_s:
+                    break
+                clock.s += breaker.trial_s if hangs else 0.001
+                breaker.failed()
+            clock.s += 0.005
+        assert clock.s - returns_s <= return_s
+
+
+def test_a_dead_server_is_asked_less_and_less_often() -> None:
+    clock = Clock()
+    breaker = opened(clock, failures=2)
+    asked = []
+    begin_s = clock.s
+    while clock.s < begin_s + 60:
+        clock.s += 0.01
+        if breaker.allow():
+            asked.append(clock.s)
+            breaker.failed()
+    assert asked[0] - begin_s < 0.15
+    assert 60 / 1.5 < len(asked) < 60 / 0.6
+
+
+def test_devices_do_not_return_all_at_once() -> None:
+    pauses = set()
+    for seed in range(20):
+        clock = Clock()
+        breaker = opened(clock, seed=seed)
+        begin_s = clock.s
+        while not breaker.allow():
+            clock.s += 0.01
+        pauses.add(round(clock.s - begin_s, 1))
+    assert len(pauses) >= 5
+
+
+def test_a_server_that_comes_and_goes_is_left_at_its_first_failure_with_a_longer_pause() -> None:
+    clock = Clock()
+    breaker = opened(clock, failures=6)
+    clock.s += 2
+    assert breaker.allow()
+    breaker.succeeded()
+    breaker.failed()
+    assert breaker.state == "open"
+    clock.s += 0.5
+    assert not breaker.allow()
+    clock.s += 1
+    assert breaker.allow()
+    for _ in range(3):
+        breaker.succeeded()
+    breaker.failed()
+    assert breaker.state == "closed"
+
+
+@given(st.lists(st.floats(-1e7, 1e7), max_size=10), st.integers(0, 100))
+def test_a_clock_that_jumps_never_locks_a_server_out(jumps: list[float], seed: int) -> None:
+    clock = Clock()
+    breaker = opened(clock, seed=seed, failures=8)
+    for jump in jumps:
+        clock.s += jump
+        breaker.failed()
+        breaker.allow()
+    waited_s = 0.0
+    while not breaker.allow():
+        clock.s += 0.01
+        waited_s += 0.01
+        assert waited_s <= 2.0
+
+
+def test_of_many_threads_one_gets_the_trial() -> None:
+    clock = Clock()
+    breaker = opened(clock, failures=2)
+    clock.s += 2
+    gate, allowed = threading.Barrier(8), []
+
+    def ask() -> None:
+        gate.wait()
+        allowed.append(breaker.allow())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(allowed) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"failures": 0}, {"return_s": 0}, {"return_s": math.inf}, {"return_s": math.nan}]
+)
+def test_a_breaker_that_cannot_be_is_refused(arguments: dict[str, float]) -> None:
+    with pytest.raises(AdaptError, match="breaker"):
+        CircuitBreaker(**arguments)  # type: ignore[arg-type]
+
+
+def servers(clock: Clock, *names: str) -> Servers[str]:
+    prior = Link("prior", 10e6, 10e6, 0.05)
+    return Servers([ServerState.new(name, prior, now_s=clock, jitter=random.Random(0)) for name in names])
+
+
+def order(ordered: Servers[str], costs: dict[str, float]) -> list[str]:
+    return [server.target for server in ordered.candidates(lambda server: costs[server.target])]
+
+
+def test_the_cheapest_server_is_tried_first_and_equals_in_the_order_given() -> None:
+    clock = Clock()
+    assert order(servers(clock, "a", "b", "c"), {"a": 3, "b": 1, "c": 2}) == ["b", "c", "a"]
+    assert order(servers(clock, "a", "b", "c"), {"a": 1, "b": 1, "c": 1}) == ["a", "b", "c"]
+
+
+def test_a_server_in_use_is_kept_unless_another_is_a_tenth_cheaper() -> None:
+    both = servers(Clock(), "a", "b")
+    assert order(both, {"a": 1.0, "b": 0.95}) == ["a", "b"]
+    assert order(both, {"a": 1.0, "b": 0.85}) == ["b", "a"]
+    assert order(both, {"a": 0.95, "b": 1.0}) == ["b", "a"]
+
+
+def test_a_dead_server_is_left_out_then_tried_last_then_used_again() -> None:
+    clock = Clock()
+    both = servers(clock, "a", "b")
+    costs = {"a": 1.0, "b": 2.0}
+    a = both.servers[0]
+    a.breaker.failed()
+    a.breaker.failed()
+    assert order(both, costs) == ["b"]
+    assert both.trials() == []
+    clock.s += 2
+    tried = both.candidates(lambda server: costs[server.target])
+    assert next(tried).target == "b"
+    assert both.trials() == [a]  # nobody got as far as a, so its trial was free
+    a.breaker.succeeded()
+    assert order(both, costs) == ["a", "b"]
+
+
+def test_no_server_at_all_is_refused() -> None:
+    with pytest.raises(AdaptError, match="at least one"):
+        Servers([])
+
+
+def test_a_certain_tail_starts_as_late_as_it_can() -> None:
+    plan = rescue(1.0, remote_s=0.2, remote_spread=0.1, tail_s=0.3, tail_spread=0.0)
+    assert not plan.hedged
+    assert plan.start_s == pytest.approx(0.7, abs=0.01)
+    assert plan.late < 1e-6
+
+
+def test_an_uncertain_tail_starts_earlier() -> None:
+    starts = [rescue(1.0, remote_s=0.2, remote_spread=0.1, tail_s=0.3, tail_spread=s).start_s for s in (0.05, 0.2, 0.4)]
+    assert starts == sorted(starts, reverse=True)
+    assert starts[2] < 0.3
+
+
+def test_a_tail_is_started_at_once_when_the_answer_will_hardly_come_in_time() -> None:
+    assert rescue(1.0, remote_s=1.5, remote_spread=0.2, tail_s=0.3, tail_spread=0.1).hedged
+    assert rescue(1.0, remote_s=math.inf, remote_spread=0.2, tail_s=0.3, tail_spread=0.1).start_s == 0
+    assert not rescue(1.0, remote_s=0.9, remote_spread=0.2, tail_s=0.3, tail_spread=0.1).hedged
+    assert rescue(1.0, remote_s=0.9, remote_spread=0.2, tail_s=0.3, tail_spread=0.1, hedge_above=0.1).hedged
+
+
+def test_a_tail_that_cannot_end_in_time_starts_at_once_and_says_so() -> None:
+    plan = rescue(0.2, remote_s=0.05, remote_spread=0.1, tail_s=0.3, tail_spread=0.1)
+    assert (plan.start_s, plan.hedged) == (0.0, False)
+    assert plan.slack_s < 0
+
+
+@given(
+    left_s=st.floats(0.01, 10),
+    tail_s=st.floats(0.001, 10),
+    spread=st.floats(0.01, 0.5),
+    remote_s=st.floats(0.001, 10),
+    seed=st.integers(0, 2**20),
+)
+def test_a_deadline_that_can_be_kept_is_missed_at_most_once_in_a_hundred(
+    left_s: float, tail_s: float, spread: float, remote_s: float, seed: int
+) -> None:
+    plan = rescue(left_s, remote_s=remote_s, remote_spread=0.3, tail_s=tail_s, tail_spread=spread)
+    assert plan.start_s >= 0
+    if plan.slack_s >= 0:
+        noise = random.Random(seed)
+        missed = sum(plan.start_s + tail_s * noise.lognormvariate(0, spread) > left_s for _ in range(500))
+        assert missed <= 20
+
+
+def test_the_probability_of_being_late_is_that_of_a_log_normal() -> None:
+    assert late_probability(1.0, 0.3, 1.0) == pytest.approx(0.5)
+    noise = random.Random(0)
+    later = sum(noise.lognormvariate(0, 0.3) > 1.4 for _ in range(20_000)) / 20_000
+    assert late_probability(1.0, 0.3, 1.4) == pytest.approx(later, abs=0.01)
+    assert late_probability(1.0, 0.3, 0.0) == 1.0
+    assert late_probability(0.0, 0.3, 1.0) == 0.0
+
+
+def test_a_deadline_below_what_is_possible_names_the_best_that_is() -> None:
+    check_deadline(0.3, 0.25, "on the device")
+    with pytest.raises(DeadlineError, match=r"0\.1 s.*0\.25 s, on the device") as caught:
+        check_deadline(0.1, 0.25, "on the device")
+    assert caught.value.best_s == 0.25
+    for deadline_s in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(DeadlineError, match="cannot be"):
+            check_deadline(deadline_s, 0.25, "on the device")

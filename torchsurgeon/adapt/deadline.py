@@ -1,0 +1,74 @@
+"""When the tail has to start on the device for an answer in time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torchsurgeon.errors import DeadlineError
+
+_LEAST_SPREAD = 0.01
+_SURE = 2.33  # one in a hundred takes longer
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """When to start the local tail beside a request, in seconds from when the boundary tensors are at hand.
+
+    `start_s` is 0 when it is `hedged`, that is worth starting at once, or when it would be late already.
+    `late` is the probability that the server's answer comes after the deadline, `slack_s` the time left after a tail
+    that starts now; below 0 the deadline may be missed whatever is done.
+    """
+
+    start_s: float
+    late: float
+    hedged: bool
+    slack_s: float
+
+
+def late_probability(median_s: float, spread: float, left_s: float) -> float:
+    """The probability that something of `median_s` takes longer than `left_s`, if its logarithm is normal."""
+    if left_s <= 0 or math.isinf(median_s):
+        return 1.0
+    if median_s <= 0:
+        return 0.0
+    return 0.5 * math.erfc(math.log(left_s / median_s) / (max(spread, _LEAST_SPREAD) * math.sqrt(2)))
+
+
+def rescue(
+    left_s: float,
+    *,
+    remote_s: float,
+    remote_spread: float,
+    tail_s: float,
+    tail_spread: float,
+    hedge_above: float = 0.5,
+) -> Rescue:
+    """Return when to start the local tail so that it ends before the deadline 99 times in 100.
+
+    :param left_s: from now, when the boundary tensors are at hand, to the deadline
+    :param remote_s: predicted from now to the server's answer; infinite when no server is asked
+    :param tail_s: predicted for the tail on the device, its slow-down included
+    :param remote_spread, tail_spread: relative deviations of the two, as :attr:`Quantity.spread`
+    :param hedge_above: probability of a late answer from which the local tail starts at once
+    """
+    slack_s = left_s - tail_s * math.exp(_SURE * max(tail_spread, _LEAST_SPREAD))
+    late = late_probability(remote_s, remote_spread, left_s)
+    hedged = late > hedge_above
+    return Rescue(0.0 if hedged else max(slack_s, 0.0), late, hedged, slack_s)
+
+
+def check_deadline(deadline_s: float, best_s: float, how: str) -> None:
+    """Raise unless an answer within `deadline_s` is possible.
+
+    :param best_s: the least predicted latency of all ways to answer, and `how` it is reached, such as "on the device"
+    :raises DeadlineError: it is not; the message and its ``best_s`` name the best that is
+    """
+    if not (deadline_s > 0 and math.isfinite(deadline_s)):
+        raise DeadlineError(f"a deadline of {deadline_s} s cannot be: give a positive number of seconds", best_s)
+    if deadline_s < best_s:
+        raise DeadlineError(
+            f"no answer within {deadline_s:g} s: the best possible is {best_s:.4g} s, {how}; give a later deadline, "
+            "or a smaller model",
+            best_s,
+        )

@@ -1,0 +1,158 @@
+"""Follow one positive quantity that is seen with noise, drifts, jumps, and is sometimes reported wrongly."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import NamedTuple
+
+from torchsurgeon.adapt.clock import NowS, Since
+
+_SUSPECT = 3.0
+_ALLOWANCE = 0.75
+_ALARM = 4.4  # below twice (_SUSPECT - _ALLOWANCE): two suspects in a row, on one side, are a change
+_LEARNING, _LEARNED = 0.1, 2.0
+_LEAST_NOISE = 0.03
+_MOST_NOISE = 0.7
+_RUN = 3
+_HALF_NORMAL = math.sqrt(math.pi / 2)
+
+
+class Quantity(NamedTuple):
+    """What is known of one positive quantity.
+
+    `error` is one standard deviation of the estimate, `spread` that of what will be seen next; both are relative, as
+    deviations of the logarithm: 0.1 is about 10 %. `age_s` is the time since it was last seen, infinite if
+    it never was.
+    """
+
+    value: float
+    error: float
+    spread: float
+    age_s: float
+
+
+class Tracker:
+    """Robust estimate of a positive quantity: a local-level Kalman filter on its logarithm with change detection.
+
+    What lies more than three deviations off does not move the estimate, but counts towards a change, as all deviations
+    do, in a two-sided CUSUM (Page, Biometrika 41, 1954). On a change the estimate starts again from the median of what
+    the last that was seen, so one outlier does nothing, and the second sample after a jump is followed. Each sample
+    costs constant time. Not thread-safe; its owners lock.
+
+    :param value: the estimate before anything has been seen
+    :param error: its relative deviation
+    :param noise: relative deviation of a single sample, to begin with; learned afterwards
+    :param drift: relative deviation that the quantity gains in a second, as a random walk
+    :param rest: value that the estimate returns to while nothing is seen, if any; `half_life_s` says how fast
+    """
+
+    __slots__ = (
+        "_drift",
+        "_falling",
+        "_half_life_s",
+        "_level",
+        "_most_variance",
+        "_noise",
+        "_rest",
+        "_rising",
+        "_run",
+        "_seen",
+        "_since",
+        "_suspected",
+        "_variance",
+        "changes",
+    )
+
+    def __init__(
+        self,
+        value: float,
+        *,
+        now_s: NowS,
+        error: float = 1.0,
+        noise: float = 0.2,
+        drift: float = 0.3,
+        rest: float | None = None,
+        half_life_s: float = math.inf,
+    ) -> None:
+        self.changes = 0
+        self._level = math.log(value)
+        self._variance = self._most_variance = error * error
+        self._noise = noise
+        self._drift = drift
+        self._rest = None if rest is None else math.log(rest)
+        self._half_life_s = half_life_s
+        self._since = Since(now_s)
+        self._seen = self._suspected = False
+        self._run: list[float] = []
+        self._rising = self._falling = 0.0
+
+    def observe(self, value: float, *, noise: float = 0.0, lasted_s: float = 0.0) -> None:
+        """Take in one sample.
+
+        :param noise: its own relative deviation, besides that of all samples
+        :param lasted_s: how long it took to see; the less the sample is as expected, the less this time makes the
+            estimate uncertain, or whatever took far too long would be believed for having done so
+        """
+        sample = math.log(value)
+        age_s = self._since.passed_s()
+        level = self._level_after(age_s)
+        off = sample - level
+        variance = self._variance_after(max(age_s + lasted_s * math.expm1(-abs(off)), 0.0))
+        self._since.mark()
+        own = self._noise * self._noise + noise * noise
+        deviation = math.sqrt(variance + own)
+        z = min(max(off / deviation, -_SUSPECT), _SUSPECT)
+        suspect = abs(off) > _SUSPECT * deviation
+        rising, falling = max(0.0, self._rising + z - _ALLOWANCE), max(0.0, self._falling - z - _ALLOWANCE)
+        if suspect and not self._suspected:
+            rising, falling = min(rising, _ALARM), min(falling, _ALARM)
+        self._rising, self._falling, self._suspected = rising, falling, suspect
+        if rising or falling:
+            self._run = [*self._run[1 - _RUN :], sample]
+        else:
+            self._run.clear()
+        if rising > _ALARM or falling > _ALARM:
+            self._restart(own)
+            return
+        # Learned from the part of the surprise that the drift does not explain; little from one that may be an outlier.
+        surprise = min(abs(z), _LEARNED) * deviation * _HALF_NORMAL
+        unexplained = math.sqrt(max(surprise * surprise - variance - noise * noise, _LEAST_NOISE * _LEAST_NOISE))
+        self._noise = min(max(self._noise + _LEARNING * (unexplained - self._noise), _LEAST_NOISE), _MOST_NOISE)
+        gain = 0.0 if suspect else variance / (variance + own)
+        self._level = level + gain * off
+        self._variance = variance * (1 - gain)
+        self._seen = True
+
+    def _restart(self, own: float) -> None:
+        self._level = statistics.median(self._run)
+        self._variance = own / len(self._run)
+        self._rising = self._falling = 0.0
+        self._suspected = False
+        self._run.clear()
+        self._seen = True
+        self.changes += 1
+
+    def _level_after(self, age_s: float) -> float:
+        if self._rest is None:
+            return self._level
+        return self._rest + (self._level - self._rest) * math.pow(0.5, age_s / self._half_life_s)
+
+    def _variance_after(self, age_s: float) -> float:
+        grown = self._variance + self._drift * self._drift * age_s
+        return min(grown, max(self._most_variance, self._variance))
+
+    def value(self) -> float:
+        """The estimate now."""
+        return math.exp(self._level_after(self._since.passed_s()))
+
+    def quantity(self) -> Quantity:
+        """The estimate now; it grows less certain while nothing is seen."""
+        age_s = self._since.passed_s()
+        variance = self._variance_after(age_s)
+        return Quantity(
+            math.exp(self._level_after(age_s)),
+            math.sqrt(variance),
+            math.sqrt(variance + self._noise * self._noise),
+            age_s if self._seen else math.inf,
+        )

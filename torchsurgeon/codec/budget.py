@@ -1,0 +1,117 @@
+"""How much a lossy codec may change a model's answers, and whether it kept to that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchsurgeon.errors import CodecError
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a lossy codec has to keep to, over all samples; what is None is not asked for.
+
+    ``max_top1_change`` is the share of predictions that may differ (of the first output, the largest value along
+    dimension 1). ``min_cosine`` is the least cosine similarity of any sample's outputs with the model's own. ``accept``
+    is any function of the model's own output and the one behind the codec, each as the model returns it, that says
+    whether this sample is fine; ``min_accepted`` is the share of samples it must accept.
+
+    Raises :class:`~torchsurgeon.errors.CodecError` for a budget that asks for nothing, or that no codec could exceed.
+    """
+
+    max_top1_change: float | None = None
+    min_cosine: float | None = None
+    accept: Callable[[Any, Any], object] | None = None
+    min_accepted: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_top1_change is None and self.min_cosine is None and self.accept is None:
+            raise CodecError("a budget needs max_top1_change, min_cosine or accept")
+        for name, low, high in (("max_top1_change", 0, 1), ("min_cosine", -1, 1), ("min_accepted", 0, 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise CodecError(f"{name} is {value}; give a share from {low} to {high}")
+
+    def __str__(self) -> str:
+        parts = []
+        if self.max_top1_change is not None:
+            parts.append(f"at most {self.max_top1_change:.2%} of predictions change")
+        if self.min_cosine is not None:
+            parts.append(f"cosine similarity at least {self.min_cosine:g}")
+        if self.accept is not None:
+            parts.append(f"{getattr(self.accept, '__name__', 'a function')} accepts {self.min_accepted:.2%} of samples")
+        return ", ".join(parts)
+
+
+class Verdict:
+    """What one codec at one point did to the outputs of the samples seen so far."""
+
+    def __init__(self, budget: Budget, build: Callable[[Mapping[str, Tensor]], Any]) -> None:
+        self._budget, self._build = budget, build
+        self._changed = self._predictions = self._samples = self._accepted = 0
+        self._cosine = 1.0
+
+    def add(self, reference: Mapping[str, Tensor], output: Mapping[str, Tensor]) -> None:
+        """Count one sample: the model's own output tensors, and those behind the codec."""
+        self._samples += 1
+        first = next(iter(reference))
+        if self._budget.max_top1_change is not None:
+            changed = _top1(reference[first], first) != _top1(output[first], first)
+            self._changed += int(changed.sum())
+            self._predictions += changed.numel()
+        if self._budget.min_cosine is not None:
+            self._cosine = min(self._cosine, likeness(list(reference.values()), list(output.values())))
+        if self._budget.accept is not None:
+            self._accepted += bool(self._budget.accept(self._build(reference), self._build(output)))
+
+    @property
+    def top1_change(self) -> float | None:
+        """The share of predictions that differ; None where it was not asked for."""
+        return None if self._budget.max_top1_change is None else self._changed / max(1, self._predictions)
+
+    @property
+    def cosine(self) -> float | None:
+        """The least cosine similarity of any sample's outputs; None where it was not asked for."""
+        return None if self._budget.min_cosine is None else self._cosine
+
+    @property
+    def accepted(self) -> float | None:
+        """The share of samples that the budget's own function accepted; None where there is none."""
+        return None if self._budget.accept is None else self._accepted / max(1, self._samples)
+
+    @property
+    def kept(self) -> bool:
+        """Whether all that the budget asks for was kept."""
+        budget = self._budget
+        return (
+            (budget.max_top1_change is None or (self.top1_change or 0.0) <= budget.max_top1_change)
+            and (budget.min_cosine is None or self._cosine >= budget.min_cosine)
+            and (budget.accept is None or (self.accepted or 0.0) >= budget.min_accepted)
+        )
+
+
+def likeness(ones: list[Tensor], others: list[Tensor]) -> float:
+    """Return the cosine similarity of two lists of tensors, each taken as one vector.
+
+    1 for equal ones, whatever they hold, and 0 where it cannot be told: one is all zeros, or not finite.
+    """
+    if all(torch.equal(one, other) for one, other in zip(ones, others, strict=True)):
+        return 1.0
+    dot = norm = other_norm = 0.0
+    for one, other in zip(ones, others, strict=True):
+        a, b = one.double().flatten(), other.double().flatten()
+        dot, norm, other_norm = dot + float(a @ b), norm + float(a @ a), other_norm + float(b @ b)
+    length = (norm * other_norm) ** 0.5
+    cosine = dot / length if length else 0.0
+    return max(-1.0, min(1.0, cosine)) if abs(cosine) < float("inf") else 0.0
+
+
+def _top1(output: Tensor, name: str) -> Tensor:
+    if not output.dim():
+        raise CodecError(f"output {name!r} is one number, which has no largest class; use min_cosine or accept")
+    return output.argmax(1 if output.dim() > 1 else 0)

@@ -1,0 +1,153 @@
+"""Floating-point tensors in fewer bits, and back, on whatever device they are.
+
+On the CPU the compiled extension does ``int8`` and ``int4`` in one pass over memory where it is built.
+
+A packed tensor is bytes: first what is needed to read them (as float32), then the values. ``int8`` and ``int4`` map the
+tensor's range evenly to 0 … 255 or 0 … 15: a value is ``low + scale * q``, at most half a ``scale`` from what it was
+but for float32's own rounding, and the least value, so a ReLU's 0, is exact. ``int8-channel`` has a low and a scale a
+channel. ``int4`` holds the second half of the values in the upper four bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchsurgeon import _native
+from torchsurgeon.errors import CodecError
+
+PACKINGS = ("float16", "bfloat16", "int8", "int8-channel", "int4")
+
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_BITS = {"int8": 8, "int4": 4}
+_LEVELS = {"int8": 255, "int8-channel": 255, "int4": 15}
+# Ranges whose inverse, or whose ends' difference, float32 cannot say.
+_NARROWEST, _WIDEST = 1e-30, 1e38
+_NO_NUMBER = "its low or its scale is not a number that a codec writes"
+# Below that a channel's own low and scale take more than an eighth of its values.
+_LEAST_PER_CHANNEL = 64
+
+
+def packs(packing: str, dtype: torch.dtype) -> bool:
+    """Return whether ``packing`` makes tensors of ``dtype`` smaller."""
+    half = _HALVES.get(packing)
+    return dtype.is_floating_point and (half is None or dtype.itemsize > half.itemsize)
+
+
+def usual(packing: str, shape: Sequence[int]) -> str:
+    """Return ``packing``, or ``int8`` in the place of an ``int8-channel`` that has too few values a channel."""
+    if packing != "int8-channel":
+        return packing
+    channels = shape[channel_dim(shape)] if len(shape) > 1 else 0
+    worth = channels and math.prod(shape) // channels >= _LEAST_PER_CHANNEL
+    return packing if worth else "int8"
+
+
+def channel_dim(shape: Sequence[int]) -> int:
+    """Return the dimension of channels: the second of images and volumes, the last of sequences and rows."""
+    return 1 if len(shape) >= 4 else len(shape) - 1
+
+
+def packed_bytes(packing: str, shape: Sequence[int]) -> int:
+    """Return the bytes of a packed tensor of this shape (with ``int8-channel``: of rank 1 at least)."""
+    count = math.prod(shape)
+    if packing in _HALVES:
+        return 2 * count
+    if packing == "int4":
+        return 8 + (count + 1) // 2
+    return 8 * (shape[channel_dim(shape)] if packing == "int8-channel" else 1) + count
+
+
+def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
+    """Return a contiguous ``tensor`` packed, as bytes in a ``uint8`` tensor on its device.
+
+    ``channels_at`` is the dimension of channels as the tensor lies in memory. None for what cannot be packed: a tensor
+    that holds NaN, infinity or, with ``float16``, more than it can say, or whose range float32 cannot.
+    """
+    if packing != "int8-channel":
+        low, high = torch.stack(torch.aminmax(tensor)).tolist()
+        if packing in _HALVES:
+            kind = _HALVES[packing]
+            finite = -torch.finfo(kind).max <= low and high <= torch.finfo(kind).max
+            return as_bytes(tensor.to(kind)) if finite else None
+        values = tensor.to(torch.float32).reshape(-1)
+        if values.dtype != tensor.dtype:
+            low, high = torch.stack(torch.aminmax(values)).tolist()
+        if not _describable(low, high):
+            return None
+        scale = (high - low) / _LEVELS[packing]
+        inverse = 1 / scale if scale else 0.0
+        described = torch.tensor([low, scale], dtype=torch.float32)
+        if values.is_cpu and _native.available():
+            packed = torch.empty(packed_bytes(packing, values.shape), dtype=torch.uint8)
+            packed[:8] = described.view(torch.uint8)
+            torch.ops.torchsurgeon.quantize(values, low, inverse, _BITS[packing], packed[8:])
+            return packed
+        codes = _codes(values, low, inverse)
+        described = described.to(tensor.device, non_blocking=True).view(torch.uint8)
+        return torch.cat([described, _nibbles(codes) if packing == "int4" else codes])
+    values = tensor.to(torch.float32).flatten(0, channels_at - 1) if channels_at else tensor.to(torch.float32)[None]
+    values = values.flatten(2) if values.dim() > 2 else values[..., None]
+    lows, highs = values.amin((0, 2)), values.amax((0, 2))
+    ranges = highs.double() - lows.double()
+    if not bool((torch.isfinite(ranges) & ((ranges == 0) | (ranges > _NARROWEST)) & (ranges < _WIDEST)).all()):
+        return None
+    scales = ranges / _LEVELS[packing]
+    inverse = torch.where(ranges > 0, 1 / scales, 0).float()
+    codes = _codes(values, lows[:, None], inverse[:, None])
+    return torch.cat([torch.cat([lows, scales.float()]).view(torch.uint8), codes.reshape(-1)])
+
+
+def unpack(packing: str, data: Tensor, dtype: torch.dtype, shape: Sequence[int], channels_at: int) -> Tensor:
+    """Return the contiguous tensor that ``data`` stands for; the counterpart of :func:`pack`.
+
+    ``data`` has ``packed_bytes`` bytes; ``shape`` is as the tensor lies in memory. Raises
+    :class:`~torchsurgeon.errors.CodecError` for a low or a scale that cannot be.
+    """
+    if packing in _HALVES:
+        return data.view(_HALVES[packing]).to(dtype).reshape(shape)
+    count = math.prod(shape)
+    if packing == "int8-channel":
+        channels = shape[channels_at]
+        lows, scales = data[: 8 * channels].clone().view(torch.float32).view(2, channels)
+        if not bool((torch.isfinite(lows) & (scales >= 0) & (scales < _WIDEST)).all()):
+            raise CodecError(_NO_NUMBER)
+        spread = [channels if dim == channels_at else 1 for dim in range(len(shape))]
+        values = data[8 * channels :].reshape(shape).to(torch.float32)
+        return values.mul_(scales.view(spread)).add_(lows.view(spread)).to(dtype)
+    low, scale = data[:8].clone().view(torch.float32).tolist()
+    if not (math.isfinite(low) and 0 <= scale < _WIDEST):
+        raise CodecError(_NO_NUMBER)
+    codes = data[8:]
+    if codes.is_cpu and _native.available():
+        values = torch.empty(count)
+        torch.ops.torchsurgeon.dequantize(codes, low, scale, _BITS[packing], values)
+        return values.reshape(shape).to(dtype)
+    if packing == "int4":
+        codes = torch.cat([codes & 15, codes >> 4])[:count]
+    return torch.add(torch.tensor(low, device=data.device), codes, alpha=scale).reshape(shape).to(dtype)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a contiguous tensor, as a ``uint8`` tensor of rank 1."""
+    # The stride of a dimension of size one may be anything, which view refuses.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _describable(low: float, high: float) -> bool:
+    return math.isfinite(low) and (low == high or _NARROWEST < high - low < _WIDEST)
+
+
+def _codes(values: Tensor, low: float | Tensor, inverse: float | Tensor) -> Tensor:
+    # Nothing falls below 0 or above the last level, since low is the least of these very values.
+    return values.sub(low).mul_(inverse).add_(0.5).to(torch.uint8)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    half = (len(codes) + 1) // 2
+    lower, upper = codes[:half].clone(), codes[half:]
+    lower[: len(upper)] |= upper << 4
+    return lower

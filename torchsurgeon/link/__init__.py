@@ -1,0 +1,21 @@
+"""What is between device and server: rates, the round trip, the radio's energy, and how rates change over time.
+
+A :class:`Link` has constant rates; a :class:`TracedLink` follows one :class:`BandwidthTrace` per direction. Rates are
+those of the payload: what a bandwidth test reports, after every header below HTTP.
+"""
+
+from __future__ import annotations
+
+from torchsurgeon.link.rates import PRESETS, WIRED, Link, Radio
+from torchsurgeon.link.trace import MAHIMAHI_OPPORTUNITY_BYTES, BandwidthTrace, TracedLink, parse_profile
+
+__all__ = [
+    "MAHIMAHI_OPPORTUNITY_BYTES",
+    "PRESETS",
+    "WIRED",
+    "BandwidthTrace",
+    "Link",
+    "Radio",
+    "TracedLink",
+    "parse_profile",
+]

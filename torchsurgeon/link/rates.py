@@ -1,0 +1,258 @@
+"""A link of constant rates: how long a transfer takes, and what the device's radio takes for it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+
+from torchsurgeon.errors import LinkError
+
+_LEAST_BIT_S, _MOST_BIT_S = 1e3, 1e12
+_MOST_ROUND_TRIP_S = 60.0
+_INITIAL_WINDOW_BYTES = 10 * 1460
+
+
+def checked_rate(what: str, bit_s: float) -> None:
+    """Raise LinkError for a rate that cannot be."""
+    if not math.isfinite(bit_s) or bit_s <= 0:
+        raise LinkError(f"{what} of {bit_s} bit/s cannot be: give a positive number of bits per second")
+    if bit_s < _LEAST_BIT_S:
+        raise LinkError(f"{what} of {bit_s:g} bit/s is below {_LEAST_BIT_S:g}; for {bit_s:g} Mbit/s give {bit_s:g}e6")
+    if bit_s > _MOST_BIT_S:
+        raise LinkError(f"{what} of {bit_s:g} bit/s is above {_MOST_BIT_S:g}; the unit is bits per second")
+
+
+def checked_round_trip(round_trip_s: float) -> None:
+    """Raise LinkError for a round-trip time that cannot be."""
+    if not math.isfinite(round_trip_s) or round_trip_s < 0:
+        raise LinkError(f"a round-trip time of {round_trip_s} s cannot be: give zero or more seconds")
+    if round_trip_s > _MOST_ROUND_TRIP_S:
+        raise LinkError(
+            f"a round-trip time of {round_trip_s:g} s is above {_MOST_ROUND_TRIP_S:g} s; "
+            f"for {round_trip_s:g} ms give {round_trip_s / 1e3:g}"
+        )
+
+
+def checked_size(size_bytes: float) -> None:
+    """Raise LinkError for a number of bytes that cannot be."""
+    if not math.isfinite(size_bytes) or size_bytes < 0:
+        raise LinkError(f"a transfer of {size_bytes} bytes cannot be: give zero or more bytes")
+
+
+@dataclass(frozen=True)
+class Radio:
+    """Power of a device's radio: proportional to the rate, on top of a base, and a tail after the last byte.
+
+    :param up_w_per_bit_s: watts for every bit per second sent
+    :param down_w_per_bit_s: watts for every bit per second received
+    :param base_w: watts while anything is sent or received
+    :param tail_s: how long the radio stays awake after a transfer
+    :param tail_w: watts meanwhile
+    :param source: where the figures come from
+    :raises LinkError: a value is negative or not finite
+    """
+
+    up_w_per_bit_s: float
+    down_w_per_bit_s: float
+    base_w: float
+    tail_s: float = 0.0
+    tail_w: float = 0.0
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("up_w_per_bit_s", "down_w_per_bit_s", "base_w", "tail_s", "tail_w"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise LinkError(f"a radio's {name} of {value} cannot be: give zero or a positive number")
+
+    def sending_w(self, bit_s: float) -> float:
+        """Watts while sending at a rate."""
+        return self.up_w_per_bit_s * bit_s + self.base_w
+
+    def receiving_w(self, bit_s: float) -> float:
+        """Watts while receiving at a rate."""
+        return self.down_w_per_bit_s * bit_s + self.base_w
+
+    @property
+    def tail_j(self) -> float:
+        """Joules of one tail."""
+        return self.tail_s * self.tail_w
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link of constant rates, as seen from the device.
+
+    :param uplink_bit_s: payload rate from device to server, 1e3 to 1e12 bit/s
+    :param downlink_bit_s: payload rate from server to device
+    :param round_trip_s: time an empty message takes there and back, at most 60 s
+    :param source: where the figures come from
+    :param radio: what the device's radio takes for it; None where that is not known
+    :raises LinkError: a value is zero, negative, not finite, or so far off that its unit must be wrong
+    """
+
+    name: str
+    uplink_bit_s: float
+    downlink_bit_s: float
+    round_trip_s: float
+    source: str = field(default="", compare=False)
+    radio: Radio | None = None
+
+    def __post_init__(self) -> None:
+        checked_rate("an uplink", self.uplink_bit_s)
+        checked_rate("a downlink", self.downlink_bit_s)
+        checked_round_trip(self.round_trip_s)
+
+    def __str__(self) -> str:
+        up, down = self.uplink_bit_s / 1e6, self.downlink_bit_s / 1e6
+        return f"{self.name}: {up:g} Mbit/s up, {down:g} Mbit/s down, {self.round_trip_s * 1e3:g} ms round trip"
+
+    def uplink_s(self, size_bytes: float) -> float:
+        """Seconds in which `size_bytes` pass the uplink, without the delay of the way."""
+        checked_size(size_bytes)
+        return size_bytes * 8 / self.uplink_bit_s
+
+    def downlink_s(self, size_bytes: float) -> float:
+        """Seconds in which `size_bytes` pass the downlink, without the delay of the way."""
+        checked_size(size_bytes)
+        return size_bytes * 8 / self.downlink_bit_s
+
+    def request_s(self, up_bytes: float, down_bytes: float, *, fresh: bool = False) -> float:
+        """Seconds that a request and its answer spend on the way: both transfers and one round trip.
+
+        A ``fresh`` connection takes a round trip more to open, and starts slowly in both directions: 10 segments of
+        1460 bytes (RFC 6928), twice as many after every round trip (RFC 5681), until they fill the link.
+        """
+        on_the_way_s = self.uplink_s(up_bytes) + self.round_trip_s + self.downlink_s(down_bytes)
+        if not fresh:
+            return on_the_way_s
+        slow_s = self._slow_start_s(up_bytes, self.uplink_bit_s) + self._slow_start_s(down_bytes, self.downlink_bit_s)
+        return on_the_way_s + self.round_trip_s + slow_s
+
+    def _slow_start_s(self, size_bytes: float, bit_s: float) -> float:
+        """Seconds in which a new connection waits for acknowledgements instead of sending."""
+        window_bytes, waited_s = float(_INITIAL_WINDOW_BYTES), 0.0
+        while window_bytes < min(size_bytes, bit_s * self.round_trip_s / 8):
+            waited_s += self.round_trip_s - window_bytes * 8 / bit_s
+            size_bytes -= window_bytes
+            window_bytes *= 2
+        return waited_s
+
+    def request_j(self, up_bytes: float, down_bytes: float) -> float:
+        """Joules the device's radio takes for a request and its answer, and for staying awake after it.
+
+        :raises LinkError: the power of the radio is not known
+        """
+        radio = self.radio
+        if radio is None:
+            raise LinkError(
+                f"what the radio takes over {self.name!r} is not known: give Link(…, radio=Radio(…)), "
+                "or radio=torchsurgeon.link.WIRED where no radio is in use"
+            )
+        up_s, down_s = self.uplink_s(up_bytes), self.downlink_s(down_bytes)
+        return (
+            radio.sending_w(self.uplink_bit_s) * up_s + radio.receiving_w(self.downlink_bit_s) * down_s + radio.tail_j
+        )
+
+    def back_to_back(self) -> Link:
+        """The same link for requests that follow each other so closely that the radio never stays awake for nothing."""
+        return self if self.radio is None else replace(self, radio=replace(self.radio, tail_s=0.0))
+
+    @staticmethod
+    def parse(text: str) -> Link:
+        """The preset named `text`, or the link written as ``up/down/round-trip`` in Mbit/s and seconds.
+
+        ``"lte"``, ``"5.85/13.76/0.06"`` and ``"5.85/13.76/60ms"`` are understood.
+
+        :raises LinkError: `text` is neither
+        """
+        name = text.strip().lower()
+        if name in PRESETS:
+            return PRESETS[name]
+        parts = name.split("/")
+        if len(parts) != 3:
+            raise LinkError(
+                f"no link {text!r}: use one of {', '.join(PRESETS)}, "
+                "or up/down/round-trip in Mbit/s and seconds, such as 5.85/13.76/0.06"
+            )
+        up, down = (_number(part, "Mbit/s", text) for part in parts[:2])
+        return Link(text.strip(), up * 1e6, down * 1e6, seconds_of(parts[2], text))
+
+
+def _number(part: str, unit: str, text: str) -> float:
+    try:
+        return float(part)
+    except ValueError:
+        raise LinkError(f"{part.strip()!r} in the link {text!r} is not a number of {unit}") from None
+
+
+def seconds_of(part: str, text: str) -> float:
+    """Return the seconds that ``part`` of a link's text means. Raises LinkError."""
+    number, unit = re.fullmatch(r"\s*(.*?)\s*(ms|s)?\s*", part, re.DOTALL).groups()  # type: ignore[union-attr]
+    return _number(number, "seconds", text) * (1e-3 if unit == "ms" else 1.0)
+
+
+_MW_PER_MBIT_S = 1e-9
+_RATES = "rates: US averages of TestMyNet as used by Kang et al., Neurosurgeon, ASPLOS 2017"
+_HUANG = "Huang et al., A Close Examination of Performance and Power Characteristics of 4G LTE Networks, MobiSys 2012"
+_NARAYANAN = "Narayanan et al., A Variegated Look at 5G in the Wild, SIGCOMM 2021"
+_UPLINK_ONLY = (
+    f"{_NARAYANAN}: sending only; base, receiving and tail are counted as zero, so energies are a lower bound"
+)
+_ROUND_FIGURES = "rates and round trip: round figures for orientation, not measured averages; give your own"
+
+WIRED = Radio(0.0, 0.0, 0.0, source="no radio")
+"""For links without a radio, whose transfers take no energy worth counting."""
+
+PRESETS: dict[str, Link] = {
+    link.name: link
+    for link in (
+        Link(
+            "3g",
+            1.1e6,
+            2.03e6,
+            0.200,
+            f"{_RATES}; round trip: typical, inside the 100-500 ms of Grigorik, High Performance Browser Networking, "
+            "table 7-2",
+            Radio(868.98 * _MW_PER_MBIT_S, 122.12 * _MW_PER_MBIT_S, 0.81788, source=f"{_HUANG}; no tail counted"),
+        ),
+        Link(
+            "lte",
+            5.85e6,
+            13.76e6,
+            0.060,
+            f"{_RATES}; round trip: averages of 57-65 ms, OpenSignal, State of Mobile Networks: USA, August 2016",
+            Radio(438.39 * _MW_PER_MBIT_S, 51.97 * _MW_PER_MBIT_S, 1.28804, 11.6, 1.060, source=_HUANG),
+        ),
+        Link(
+            "wifi",
+            18.88e6,
+            54.97e6,
+            0.020,
+            f"{_RATES}; round trip: typical, the median home access of 21 ms in Daoudi, Web Performance Calendar 2013",
+            Radio(283.17 * _MW_PER_MBIT_S, 137.01 * _MW_PER_MBIT_S, 0.13286, source=f"{_HUANG}; no tail counted"),
+        ),
+        Link(
+            "lte-2021",
+            5.85e6,
+            13.76e6,
+            0.060,
+            f"{_RATES}; round trip: as for lte",
+            Radio(80.21 * _MW_PER_MBIT_S, 0.0, 0.0, source=_UPLINK_ONLY),
+        ),
+        Link(
+            "5g-low", 20e6, 100e6, 0.030, _ROUND_FIGURES, Radio(29.15 * _MW_PER_MBIT_S, 0.0, 0.0, source=_UPLINK_ONLY)
+        ),
+        Link(
+            "5g-mmwave",
+            100e6,
+            1000e6,
+            0.015,
+            _ROUND_FIGURES,
+            Radio(9.42 * _MW_PER_MBIT_S, 0.0, 0.0, source=_UPLINK_ONLY),
+        ),
+    )
+}
+"""The wireless links of the Neurosurgeon paper, and today's, by name; each link's and radio's `source` says where its
+figures come from."""

@@ -1,0 +1,357 @@
+"""The best way to run a model under an objective and constraints, and why it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from torchsurgeon.codec import CodecTable
+from torchsurgeon.errors import InfeasibleError, PlanError
+from torchsurgeon.graph import LayerGraph, PartitionPoint
+from torchsurgeon.link import Link
+from torchsurgeon.plan.frontier import Frontier, Terms
+from torchsurgeon.plan.objective import Constraints, Objective
+from torchsurgeon.plan.rows import Costs, Row
+from torchsurgeon.plan.sets import across_branches
+from torchsurgeon.plan.stages import ChainPlan, plan_chain
+from torchsurgeon.profile import LayerProfile
+
+_LEAST_UPLINK_BIT_S, _MOST_UPLINK_BIT_S = 1e4, 1e10
+_LEAST_LOAD, _MOST_LOAD = 0.05, 100.0
+_GRID = 40
+
+Wanted = str | Mapping[str, float] | Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossover:
+    """Where the choice changes as one quantity rises: ``at`` which value, from which row to which.
+
+    ``quantity`` is ``"uplink_bit_s"`` or ``"load"``.
+    """
+
+    quantity: str
+    at: float
+    before: Row
+    after: Row
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The chosen way to run a model, and what it was chosen over.
+
+    ``point`` is where to cut, ``codec`` how to send what crosses, ``terms`` what an inference is predicted to cost.
+    ``value`` is that in the objective's unit. ``device_only`` and ``server_only`` (None where a constraint on the
+    server forbids it) are the ends in their best form, whether or not they keep to the other constraints, and
+    ``runner_up`` is the best that does and cuts elsewhere. ``prices`` says for each constraint what the objective would
+    be without it. ``crossovers`` are the uplink rates and loads at which the choice changes, all else equal.
+    ``interval_s`` is the interval of the latency that follows from the intervals of both predictions; None without
+    these.
+    """
+
+    point: PartitionPoint
+    terms: Terms
+    value: float
+    objective: Objective
+    constraints: Constraints
+    link: Link
+    load: float
+    slowdown: float
+    device_only: Terms
+    server_only: Terms | None
+    runner_up: Terms | None
+    prices: Mapping[str, float]
+    crossovers: tuple[Crossover, ...]
+    interval_s: tuple[float, float] | None
+    fresh_s: float
+    frontier: Frontier
+
+    @property
+    def row(self) -> Row:
+        """The chosen row."""
+        return self.terms.row
+
+    @property
+    def codec(self) -> str:
+        """How what crosses is encoded."""
+        return self.row.codec
+
+    def explain(self) -> str:
+        """Return the choice against the others, term by term, as text."""
+        from torchsurgeon.plan.explain import explain
+
+        return explain(self)
+
+
+@overload
+def plan(
+    graph: LayerGraph,
+    *,
+    device: LayerProfile,
+    server: LayerProfile,
+    link: Link,
+    objective: Wanted = "latency",
+    codecs: CodecTable | None = None,
+    load: float = 1.0,
+    slowdown: float = 1.0,
+    **constraints: Any,
+) -> Plan: ...
+
+
+@overload
+def plan(
+    graph: LayerGraph,
+    *,
+    stages: Sequence[LayerProfile],
+    links: Sequence[Link],
+    objective: Wanted = "latency",
+    loads: Sequence[float] | None = None,
+) -> ChainPlan: ...
+
+
+def plan(
+    graph: LayerGraph,
+    *,
+    device: LayerProfile | None = None,
+    server: LayerProfile | None = None,
+    link: Link | None = None,
+    objective: Wanted = "latency",
+    codecs: CodecTable | None = None,
+    load: float = 1.0,
+    slowdown: float = 1.0,
+    stages: Sequence[LayerProfile] | None = None,
+    links: Sequence[Link] | None = None,
+    loads: Sequence[float] | None = None,
+    **constraints: Any,
+) -> Plan | ChainPlan:
+    """Return the best way to run ``graph`` between a device and a server, or along a row of machines.
+
+    Args:
+        device, server: what each layer costs on either side, measured or predicted.
+        link: what is between them.
+        objective: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, or weights by these names.
+        codecs: what codecs measured to cost; without them tensors are sent as they are.
+        load, slowdown: how many times as long the server and the device take as their profiles say.
+        constraints: as in :class:`~torchsurgeon.plan.Constraints`.
+        stages, links, loads: in place of the former, the profiles of machines in a row, the links between them, and how
+            many times as long each takes as its profile says. Tensors are sent as they are, and cuts are the graph's
+            points.
+
+    Raises :class:`~torchsurgeon.errors.InfeasibleError` when nothing keeps to all constraints,
+    :class:`~torchsurgeon.errors.PlanError` for an objective, constraint or load that cannot be, or that needs energy or
+    memory that was not measured, and what :meth:`Frontier.build` raises.
+    """
+    if stages is not None:
+        if device is not None or server is not None or link is not None or codecs is not None or constraints:
+            raise PlanError("a plan for stages and links takes no device, server, link, codecs or constraints")
+        return plan_chain(graph, stages, links or (), objective, loads)
+    if device is None or server is None or link is None:
+        raise PlanError("a plan needs device=, server= and link=, or stages= and links=")
+    unknown = [name for name in constraints if name not in Constraints.__dataclass_fields__]
+    if unknown:
+        raise PlanError(f"there is no constraint {unknown[0]!r}: use {', '.join(Constraints.__dataclass_fields__)}")
+    limits, wanted = Constraints(**constraints), Objective.of(objective)
+    costs = Costs(graph, device, server)
+    if limits.memory_bytes is not None and device.memory_bytes is None:
+        raise PlanError("the device's profile holds no memory; profile it again, or plan without memory_bytes")
+    # A row that another undercuts may be the best of those that keep to the constraints, so these come first.
+    rows = costs.rows(codecs)
+    branches, exact = across_branches(costs, [row for row in rows if limits.keeps(row)] or rows)
+    rows += branches
+    chooser = _Chooser(graph, rows, exact, wanted, link, load, slowdown)
+    frontier = chooser.feasible(limits)
+    terms = chooser.best(frontier, limits)
+    if frontier is None or terms is None:
+        raise chooser.infeasible(limits)
+    value = chooser.value(terms.row)
+    chosen = (terms.row.index, terms.row.layers)
+    others = [row for row in rows if limits.keeps(row) and (row.index, row.layers) != chosen]
+    ends = [Frontier.of(graph, [row for row in rows if row.index == k]) for k in (len(graph.layers), 0)]
+    device_only, server_only = (chooser.best(end, Constraints()) for end in ends)
+    assert device_only is not None
+    prices = {}
+    for name in limits.given():
+        freed = chooser.best(chooser.feasible(limits.without(name)), limits.without(name))
+        assert freed is not None
+        prices[name] = chooser.value(freed.row)
+    return Plan(
+        point=terms.row.point(graph),
+        terms=terms,
+        value=value,
+        objective=wanted,
+        constraints=limits,
+        link=link,
+        load=load,
+        slowdown=slowdown,
+        device_only=device_only,
+        server_only=server_only if limits.server_allowed else None,
+        runner_up=chooser.best(Frontier.of(graph, others), limits) if others else None,
+        prices=prices,
+        crossovers=crossovers(frontier, link, load, slowdown, wanted, limits),
+        interval_s=_interval(terms, device, server, load, slowdown),
+        fresh_s=0.0 if terms.row.on_device else _fresh_s(link, terms.row.size_bytes, frontier.answer_bytes),
+        frontier=frontier,
+    )
+
+
+def crossovers(
+    frontier: Frontier,
+    link: Link,
+    load: float = 1.0,
+    slowdown: float = 1.0,
+    objective: Wanted = "latency",
+    constraints: Constraints | None = None,
+) -> tuple[Crossover, ...]:
+    """Return the uplink rates from 10 kbit/s to 10 Gbit/s, and the loads from 0.05 to 100, where the choice changes."""
+    limits = constraints or Constraints()
+
+    def at_rate(bit_s: float) -> Row | None:
+        found = choose(frontier, dataclasses.replace(link, uplink_bit_s=bit_s), load, slowdown, objective, limits)
+        return None if found is None else found.row
+
+    def at_load(factor: float) -> Row | None:
+        found = choose(frontier, link, factor, slowdown, objective, limits)
+        return None if found is None else found.row
+
+    rates = _changes("uplink_bit_s", at_rate, _LEAST_UPLINK_BIT_S, _MOST_UPLINK_BIT_S)
+    return (*rates, *_changes("load", at_load, _LEAST_LOAD, _MOST_LOAD))
+
+
+def choose(
+    frontier: Frontier,
+    link: Link,
+    load: float,
+    slowdown: float,
+    objective: Wanted,
+    limits: Constraints,
+) -> Terms | None:
+    """Return the best row that keeps latency and energy within the limits, None when there is none."""
+    if limits.latency_s is None and limits.energy_j is None:
+        return frontier.terms(frontier.best(link, load, slowdown, objective), link, load, slowdown)
+    costs = frontier.costs(link, load, slowdown, objective)
+    if limits.latency_s is not None:
+        costs = np.where(frontier.costs(link, load, slowdown, "latency") <= limits.latency_s, costs, np.inf)
+    if limits.energy_j is not None:
+        costs = np.where(frontier.costs(link, load, slowdown, "energy") <= limits.energy_j, costs, np.inf)
+    least = int(costs.argmin())
+    return frontier.terms(frontier.rows[least], link, load, slowdown) if np.isfinite(costs[least]) else None
+
+
+def _changes(quantity: str, choice: Callable[[float], Row | None], low: float, high: float) -> list[Crossover]:
+    """Return where ``choice`` changes between two values, by bisection between the points of a grid."""
+    found: list[Crossover] = []
+
+    def between(a: float, row_a: Row | None, b: float, row_b: Row | None) -> None:
+        if row_a == row_b:
+            return
+        if b / a < 1 + 1e-6:
+            if row_a is not None and row_b is not None:
+                found.append(Crossover(quantity, b, row_a, row_b))
+            return
+        middle = float(np.sqrt(a * b))
+        row = choice(middle)
+        between(a, row_a, middle, row)
+        between(middle, row, b, row_b)
+
+    values = np.geomspace(low, high, _GRID)
+    rows = [choice(float(value)) for value in values]
+    for a, row_a, b, row_b in zip(values[:-1], rows[:-1], values[1:], rows[1:], strict=True):
+        between(float(a), row_a, float(b), row_b)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chooser:
+    """One question of a plan, to be asked under several sets of constraints."""
+
+    graph: LayerGraph
+    rows: Sequence[Row]
+    exact: bool
+    objective: Objective
+    link: Link
+    load: float
+    slowdown: float
+
+    def feasible(self, limits: Constraints) -> Frontier | None:
+        kept = [row for row in self.rows if limits.keeps(row)]
+        return Frontier.of(self.graph, kept, exact=self.exact) if kept else None
+
+    def best(self, frontier: Frontier | None, limits: Constraints) -> Terms | None:
+        if frontier is None:
+            return None
+        return choose(frontier, self.link, self.load, self.slowdown, self.objective, limits)
+
+    def value(self, row: Row) -> float:
+        alone = Frontier.of(self.graph, [row])
+        return float(alone.costs(self.link, self.load, self.slowdown, self.objective)[0])
+
+    def infeasible(self, limits: Constraints) -> InfeasibleError:
+        """The error that says, for each constraint, how near to it one comes when all others are kept."""
+        least = {name: self._least(name, limits.without(name)) for name in limits.given()}
+        lines = []
+        for name, value in least.items():
+            asked = getattr(limits, name)
+            if value is None:
+                alone = self._least(name, Constraints())
+                lines.append(
+                    f"{name}={asked}: without it the others still leave nothing; by itself {alone:.6g} can be had"
+                )
+            elif name in ("raw_input", "server_allowed"):
+                lines.append(f"{name}={asked}: without it there is a way, at {self.objective} {value:.4g}")
+            else:
+                bound = "most" if name == "min_layers" else "least"
+                lines.append(f"{name}={asked}: with the others kept, the {bound} there can be is {value:.6g}")
+        return InfeasibleError(
+            f"nothing keeps to all constraints of the plan for {type(self.graph.model).__name__}: " + "; ".join(lines),
+            least,
+        )
+
+    def _least(self, name: str, others: Constraints) -> float | None:
+        kept = [row for row in self.rows if others.keeps(row)]
+        if not kept:
+            return None
+        frontier = Frontier("", "", 1, 0, self.answer_bytes, tuple(kept))
+        inside = np.ones(len(kept), dtype=bool)
+        if others.latency_s is not None:
+            inside &= frontier.costs(self.link, self.load, self.slowdown, "latency") <= others.latency_s
+        if others.energy_j is not None:
+            inside &= frontier.costs(self.link, self.load, self.slowdown, "energy") <= others.energy_j
+        if not inside.any():
+            return None
+        left = [row for row, is_inside in zip(kept, inside, strict=True) if is_inside]
+        if name == "memory_bytes":
+            return float(min(row.memory_bytes or 0 for row in left))
+        if name == "min_layers":
+            return float(max(row.index for row in left))
+        measure = {"latency_s": "latency", "energy_j": "energy"}.get(name, self.objective)
+        return float(frontier.costs(self.link, self.load, self.slowdown, measure)[inside].min())
+
+    @property
+    def answer_bytes(self) -> int:
+        return sum(spec.size_bytes for spec in self.graph.outputs)
+
+
+def _interval(
+    terms: Terms, device: LayerProfile, server: LayerProfile, load: float, slowdown: float
+) -> tuple[float, float] | None:
+    """Return the latency with every layer at its low and its high end; None unless both profiles have intervals."""
+    sides = [getattr(profile, "interval_s", None) for profile in (device, server)]
+    if sides[0] is None or sides[1] is None:
+        return None
+    here = np.zeros(len(device.layers), dtype=bool)
+    here[list(terms.row.layers) if terms.row.layers is not None else slice(terms.row.index)] = True
+    ends = []
+    for end in (0, 1):
+        head_s, tail_s = float(sides[0][here, end].sum()), float(sides[1][~here, end].sum())
+        if terms.row.on_device:
+            ends.append(slowdown * head_s)
+        else:
+            ends.append(terms.latency_s - terms.head_s - terms.tail_s + slowdown * head_s + load * tail_s)
+    return ends[0], ends[1]
+
+
+def _fresh_s(link: Link, up_bytes: float, down_bytes: float) -> float:
+    return link.request_s(up_bytes, down_bytes, fresh=True) - link.request_s(up_bytes, down_bytes)

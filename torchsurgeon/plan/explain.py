@@ -1,0 +1,78 @@
+"""A plan in words and columns. Text only, so that it reads the same in a terminal, a log and a notebook."""
+
+from __future__ import annotations
+
+from torchsurgeon.plan.decide import Crossover, Plan
+from torchsurgeon.plan.frontier import Terms
+from torchsurgeon.plan.rows import Row
+
+_PARTS = ("head", "encode", "uplink", "decode", "tail", "downlink", "latency", "interval")
+
+
+def explain(plan: Plan) -> str:
+    """Return the chosen way beside device only, server only and the runner-up, and what would change the choice."""
+    columns: list[tuple[str, Terms]] = [("chosen", plan.terms), ("all on device", plan.device_only)]
+    if plan.server_only is not None:
+        columns.append(("all on server", plan.server_only))
+    if plan.runner_up is not None:
+        columns.append(("runner-up", plan.runner_up))
+    lines = [
+        f"{plan.frontier.model}: {place(plan.row)}, the least {plan.objective}: {_value(plan)}",
+        f"  over {plan.link}; load {plan.load:g}, slow-down {plan.slowdown:g}; constraints: {plan.constraints}",
+        "",
+    ]
+    table = [["", *(name for name, _ in columns)], ["cut", *(_short(terms.row) for _, terms in columns)]]
+    table.append(["codec", *("–" if terms.row.on_device else terms.row.codec for _, terms in columns)])
+    table.append(["sent, kB", *(f"{terms.row.size_bytes / 1e3:.1f}" for _, terms in columns)])
+    table += [[f"{part}, ms", *(f"{getattr(terms, part + '_s') * 1e3:.2f}" for _, terms in columns)] for part in _PARTS]
+    if any(terms.device_j is not None or terms.radio_j for _, terms in columns):
+        for part in ("device", "radio", "energy"):
+            joules = [getattr(terms, part + "_j") for _, terms in columns]
+            table.append([f"{part}, J", *("?" if value is None else f"{value:.4f}" for value in joules)])
+    if any(terms.row.memory_bytes is not None for _, terms in columns):
+        sizes = [terms.row.memory_bytes for _, terms in columns]
+        table.append(["memory, MB", *("?" if size is None else f"{size / 1e6:.1f}" for size in sizes)])
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    lines.append("")
+    if plan.interval_s is not None:
+        low_s, high_s = plan.interval_s
+        lines.append(f"  latency between {low_s * 1e3:.2f} and {high_s * 1e3:.2f} ms by the predictions' intervals")
+    if plan.fresh_s:
+        lines.append(f"  a request on a fresh connection takes {plan.fresh_s * 1e3:.1f} ms more")
+    for name, value in plan.prices.items():
+        lines.append(f"  without {name}: {plan.objective} {value:.4g} {plan.objective.unit}".rstrip())
+    lines += [f"  {_when(c)}: {place(c.after)} instead of {place(c.before)}" for c in plan.crossovers]
+    if not plan.crossovers:
+        lines.append("  no other uplink rate or load would change the choice")
+    if not plan.frontier.exact:
+        lines.append("  cuts across parallel branches were searched within a limit: a slightly better one may exist")
+    return "\n".join(lines)
+
+
+def place(row: Row) -> str:
+    """Return where a row cuts and what it sends, in words."""
+    if row.on_device:
+        return "all on the device"
+    where = "all on the server" if row.index == 0 else f"cut after {_short(row)}"
+    return where if row.codec == "raw" else f"{where} as {row.codec}"
+
+
+def _short(row: Row) -> str:
+    if row.on_device or row.index == 0:
+        return "–"
+    return row.name if len(row.name) <= 40 else f"{row.name[:18]}…{row.name[-18:]}"
+
+
+def _when(change: Crossover) -> str:
+    if change.quantity == "load":
+        return f"from a server load of {change.at:.3g} on"
+    return f"from an uplink of {change.at / 1e6:.4g} Mbit/s on"
+
+
+def _value(plan: Plan) -> str:
+    if plan.objective.unit == "s":
+        return f"{plan.value * 1e3:.2f} ms"
+    return f"{plan.value:.4g} {plan.objective.unit}".rstrip()

@@ -1,0 +1,251 @@
+"""The cuts that can be the best under some link and load, and the choice among them in microseconds.
+
+Every cost of an inference is a sum of device seconds, bytes, server seconds and joules, each times something that is
+not negative. So a cut that another undercuts in all of them never wins. What remains is computed once per model and
+codecs, and a decision is one product of a small matrix with what link and load currently are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchsurgeon.codec import CodecTable
+from torchsurgeon.errors import PlanError
+from torchsurgeon.graph import LayerGraph
+from torchsurgeon.link import Link
+from torchsurgeon.plan.objective import Objective
+from torchsurgeon.plan.rows import Array, Costs, Row, columns, lower_hull, non_dominated
+from torchsurgeon.plan.sets import across_branches
+from torchsurgeon.profile import LayerProfile
+
+FORMAT = "torchsurgeon.frontier/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What one inference costs in one way under one link and load, term by term.
+
+    ``uplink_s`` and ``downlink_s`` each hold half the round trip; all terms but ``head_s`` are 0 when everything runs
+    on the device. ``device_j`` are the device's joules for head and encoding, ``radio_j`` those of its radio; each is
+    None where it is not known. ``interval_s`` is the time between the answers of a stream of inferences.
+    """
+
+    row: Row
+    head_s: float
+    encode_s: float
+    uplink_s: float
+    tail_s: float
+    decode_s: float
+    downlink_s: float
+    interval_s: float
+    device_j: float | None
+    radio_j: float | None
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from call to answer."""
+        return self.head_s + self.encode_s + self.uplink_s + self.decode_s + self.tail_s + self.downlink_s
+
+    @property
+    def energy_j(self) -> float | None:
+        """The device's joules, its radio's with them."""
+        return None if self.device_j is None or self.radio_j is None else self.device_j + self.radio_j
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frontier:
+    """The rows that can win, from the least work on the device to the most, and what deciding among them needs.
+
+    ``answer_bytes`` is what the downlink carries when anything crosses. ``exact`` says that no cut across parallel
+    branches is missing that could win, with its tensors sent as they are. Link and load are not part of it.
+    """
+
+    model: str
+    fingerprint: str
+    batch: int
+    layers: int
+    answer_bytes: int
+    rows: tuple[Row, ...]
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise PlanError("a frontier without rows leaves nothing to choose from")
+        # Made now and not at the first decision.
+        assert len(self._linear[1])
+
+    @staticmethod
+    def build(
+        graph: LayerGraph, device: LayerProfile, server: LayerProfile, codecs: CodecTable | None = None
+    ) -> Frontier:
+        """Return the frontier of ``graph`` from the profiles of both sides and, where given, measured codecs.
+
+        Raises :class:`~torchsurgeon.errors.ProfileError` for profiles of another graph or batch size, and
+        :class:`~torchsurgeon.errors.CodecError` for codecs of another graph.
+        """
+        costs = Costs(graph, device, server)
+        rows = costs.rows(codecs)
+        branches, exact = across_branches(costs, rows)
+        return Frontier.of(graph, rows + branches, exact=exact)
+
+    @staticmethod
+    def of(graph: LayerGraph, rows: list[Row], *, exact: bool = True) -> Frontier:
+        """Return the frontier of all ``rows``."""
+        answer_bytes = sum(spec.size_bytes for spec in graph.outputs)
+        ends = [i for i, row in enumerate(rows) if row.on_device or row.index == 0]
+        # Both ends stay even where a cut as good undercuts them: they are what a choice is compared with.
+        best_ends = {ends[i] for i in non_dominated(columns(rows[i] for i in ends))}
+        kept = [rows[i] for i in sorted({*non_dominated(columns(rows)), *best_ends}, key=lambda i: rows[i].index)]
+        name = type(graph.model).__name__
+        return Frontier(name, graph.fingerprint, graph.batch, len(graph.layers), answer_bytes, tuple(kept), exact)
+
+    @property
+    def has_energy(self) -> bool:
+        """Whether the joules of all rows are known."""
+        return all(row.device_j is not None for row in self.rows)
+
+    @functools.cached_property
+    def _columns(self) -> Array:
+        return np.asfortranarray(columns(self.rows))
+
+    @functools.cached_property
+    def _linear(self) -> tuple[Array, list[Row]]:
+        """The few rows that can be the least of a weighted sum of the columns; times, which add no such sum, aside."""
+        crossing = [i for i, row in enumerate(self.rows) if not row.on_device]
+        corners = {crossing[i] for i in lower_hull(self._columns[crossing, :4])[0]} if crossing else set()
+        few = [i for i, row in enumerate(self.rows) if row.on_device or i in corners]
+        return np.asfortranarray(self._columns[few]), [self.rows[i] for i in few]
+
+    def best(
+        self,
+        link: Link,
+        load: float = 1.0,
+        slowdown: float = 1.0,
+        objective: str | Mapping[str, float] | Objective = "latency",
+    ) -> Row:
+        """Return the row that costs least; of equal ones the one with the least work on the device.
+
+        ``load`` is how many times as long the server takes as its profile says, ``slowdown`` the same of the device.
+
+        Raises :class:`~torchsurgeon.errors.PlanError` for a load or slowdown that cannot be, an unknown objective, or
+        one of energy where no joules are known.
+        """
+        wanted = objective if objective == "latency" else Objective.of(objective)
+        # Only a slowest stage can be least where no weighted sum of the columns is.
+        table, rows = (self._columns, self.rows) if _has_stages(wanted) else self._linear
+        return rows[self._costs(table, link, load, slowdown, wanted).argmin()]
+
+    def costs(
+        self,
+        link: Link,
+        load: float = 1.0,
+        slowdown: float = 1.0,
+        objective: str | Mapping[str, float] | Objective = "latency",
+    ) -> Array:
+        """Return what each row costs, shape (rows,), in the objective's unit. Raises PlanError as ``best`` does."""
+        wanted = objective if objective == "latency" else Objective.of(objective)
+        return self._costs(self._columns, link, load, slowdown, wanted)
+
+    def _costs(
+        self, table: Array, link: Link, load: float, slowdown: float, wanted: str | Mapping[str, float] | Objective
+    ) -> Array:
+        if not (0.0 < load < math.inf and 0.0 < slowdown < math.inf):
+            raise PlanError(f"a load of {load} and a slowdown of {slowdown} cannot be: give positive numbers")
+        up_s_per_byte, downlink_s = 8.0 / link.uplink_bit_s, self.answer_bytes * 8.0 / link.downlink_bit_s
+        if not isinstance(wanted, Objective):
+            # Latency, spelt out since it is asked for before every inference.
+            return table @ (slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s)
+        weights = np.zeros(5)
+        if wanted.latency:
+            weights += np.array([slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s]) * wanted.latency
+        if wanted.energy:
+            weights += np.array(self._joules(link)) * wanted.energy
+        if wanted.server_time:
+            weights[2] += wanted.server_time
+        if not wanted.throughput:
+            return table @ weights
+        device_s, size_bytes, server_s, _, crosses = table.T
+        slowest = device_s * slowdown
+        for stage_s in (size_bytes * up_s_per_byte, server_s * load, crosses * downlink_s):
+            np.maximum(slowest, stage_s, out=slowest)
+        slowest *= wanted.throughput
+        return slowest + table @ weights if weights.any() else slowest
+
+    def _joules(self, link: Link) -> tuple[float, float, float, float, float]:
+        if not self.has_energy:
+            raise PlanError(
+                f"the energy of {self.model} on the device is not known: its profile holds no joules (of all layers). "
+                "Profile it where a meter exists (docs/profiling.md), or choose another objective"
+            )
+        fixed_j = link.request_j(0, self.answer_bytes)
+        return 0.0, link.request_j(1, self.answer_bytes) - fixed_j, 0.0, 1.0, fixed_j
+
+    def terms(self, row: Row, link: Link, load: float = 1.0, slowdown: float = 1.0) -> Terms:
+        """Return what ``row`` costs under a link and a load, term by term."""
+        up_s, down_s = link.uplink_s(row.size_bytes), link.downlink_s(self.answer_bytes)
+        half_s = link.round_trip_s / 2
+        device_s, server_s = slowdown * (row.head_s + row.encode_s), load * (row.tail_s + row.decode_s)
+        if row.on_device:
+            return Terms(row, device_s, 0.0, 0.0, 0.0, 0.0, 0.0, device_s, row.device_j, 0.0)
+        return Terms(
+            row,
+            head_s=slowdown * row.head_s,
+            encode_s=slowdown * row.encode_s,
+            uplink_s=half_s + up_s,
+            tail_s=load * row.tail_s,
+            decode_s=load * row.decode_s,
+            downlink_s=half_s + down_s,
+            interval_s=max(device_s, up_s, server_s, down_s),
+            device_j=row.device_j,
+            radio_j=None if link.radio is None else link.request_j(row.size_bytes, self.answer_bytes),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the frontier as plain data, with its format's version; ``docs/planning.md`` says what to compute."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
+        return {"format": FORMAT, **fields, "rows": [row.to_json() for row in self.rows]}
+
+    @staticmethod
+    def from_json(data: Any) -> Frontier:
+        """Return the frontier in ``data``. Raises :class:`~torchsurgeon.errors.PlanError` naming what is wrong."""
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        if found != FORMAT:
+            raise PlanError(f"not a frontier of this version: format is {found!r}, not {FORMAT!r}; build it again")
+        try:
+            fields = {f.name: data[f.name] for f in dataclasses.fields(Frontier) if f.name != "rows"}
+            return Frontier(**fields, rows=tuple(Row.from_json(row) for row in data["rows"]))
+        except KeyError as error:
+            raise PlanError(f"the frontier has no field {error}; it was cut short or edited") from None
+        except TypeError as error:
+            raise PlanError(f"the frontier holds a value that is none: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the frontier to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.PlanError` where it cannot be."""
+        try:
+            Path(path).write_text(json.dumps(self.to_json(), allow_nan=False))
+        except OSError as error:
+            raise PlanError(f"{path} cannot be written: {error.strerror}") from None
+
+    @staticmethod
+    def load(path: str | Path) -> Frontier:
+        """Read a frontier. Raises :class:`~torchsurgeon.errors.PlanError` naming the file and what is wrong with it."""
+        try:
+            return Frontier.from_json(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise PlanError(f"{path} cannot be read: {error.strerror}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path} is not JSON: {error}") from None
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+
+
+def _has_stages(objective: str | Mapping[str, float] | Objective) -> bool:
+    return isinstance(objective, Objective) and objective.throughput > 0

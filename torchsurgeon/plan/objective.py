@@ -1,0 +1,113 @@
+"""What a plan makes small, and what it must keep to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from torchsurgeon.errors import PlanError
+from torchsurgeon.plan.rows import Row
+
+_UNITS = {"latency": "s", "energy": "J", "throughput": "s", "server_time": "s"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A weighted sum of what an inference costs; the less, the better.
+
+    ``latency`` weighs the seconds from call to answer, ``energy`` the device's joules (head, encoding and radio),
+    ``throughput`` the seconds between the answers of a stream of inferences, which are those of its slowest part
+    (device, uplink, server or downlink), and ``server_time`` the seconds of computing on the server, at load 1.
+
+    Raises :class:`~torchsurgeon.errors.PlanError` for weights that are negative, not finite or all zero.
+    """
+
+    latency: float = 0.0
+    energy: float = 0.0
+    throughput: float = 0.0
+    server_time: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = dataclasses.asdict(self)
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise PlanError(f"the weight {weight} of {name} cannot be: give zero or a positive number")
+        if not any(weights.values()):
+            raise PlanError(f"an objective needs a weight: give one of {', '.join(_UNITS)}")
+
+    @staticmethod
+    def of(wanted: str | Mapping[str, float] | Objective) -> Objective:
+        """Return the objective named, weighted by name, or given. Raises PlanError for an unknown name."""
+        if isinstance(wanted, Objective):
+            return wanted
+        if isinstance(wanted, str) and wanted in _NAMED:
+            return _NAMED[wanted]
+        weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
+        unknown = [name for name in weights if name not in _UNITS]
+        if unknown:
+            raise PlanError(f"no objective {unknown[0]!r}: use {', '.join(_UNITS)}, or a weighted sum of them")
+        return Objective(**weights)
+
+    def __str__(self) -> str:
+        used = {name: weight for name, weight in dataclasses.asdict(self).items() if weight}
+        if len(used) == 1:
+            return next(iter(used))
+        return " + ".join(f"{weight:g}·{name}" for name, weight in used.items())
+
+    @property
+    def unit(self) -> str:
+        """The unit of the sum; empty where it is one of unlike things."""
+        units = {_UNITS[name] for name, weight in dataclasses.asdict(self).items() if weight}
+        alone = [weight for weight in dataclasses.asdict(self).values() if weight]
+        return units.pop() if len(units) == 1 and alone == [1.0] else ""
+
+
+_NAMED = {name: Objective(**{name: 1.0}) for name in _UNITS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What a plan must keep to; None and the defaults ask for nothing.
+
+    ``latency_s`` and ``energy_j`` hold at most, ``memory_bytes`` for the head's weights and tensors on the device.
+    ``min_layers`` of the model run on the device at least. ``raw_input=False`` lets no input of the model leave the
+    device, ``server_allowed=False`` nothing at all.
+
+    Raises :class:`~torchsurgeon.errors.PlanError` for a limit that is negative or not finite.
+    """
+
+    latency_s: float | None = None
+    energy_j: float | None = None
+    memory_bytes: int | None = None
+    min_layers: int = 0
+    raw_input: bool = True
+    server_allowed: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("latency_s", "energy_j", "memory_bytes", "min_layers"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise PlanError(f"the constraint {name}={value} cannot be: give zero or more")
+
+    def given(self) -> list[str]:
+        """Return the names of the constraints that ask for something."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+
+    def without(self, name: str) -> Constraints:
+        """Return the constraints but for one."""
+        given = {field: getattr(self, field) for field in self.given() if field != name}
+        return Constraints(**given)
+
+    def keeps(self, row: Row) -> bool:
+        """Return whether a row keeps to what neither link nor load changes."""
+        if self.memory_bytes is not None and (row.memory_bytes is None or row.memory_bytes > self.memory_bytes):
+            return False
+        return (
+            row.index >= self.min_layers
+            and (self.raw_input or not row.raw_input)
+            and (self.server_allowed or row.on_device)
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self.given()) or "none"

@@ -1,0 +1,196 @@
+"""Cuts across parallel branches: closed sets of layers that are not the first ones of the order the model runs them in.
+
+A layer that all layers before it lead to and all after it follow from splits the problem: a closed set without it lies
+before it, one with it holds all before it. Between two such layers lies a block. The closed sets of a small block are
+all tried. In a large one the best for given weights of device seconds, bytes, server seconds and joules is a minimum
+s-t cut, and asking for it at every corner of the lower hull of the costs known so far finds all that are best under
+some weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from torchsurgeon.plan.mincut import MinimumCut, Tensor, bits
+from torchsurgeon.plan.rows import Array, Costs, Row, columns, lower_hull, non_dominated
+
+_MOST_SETS = 2000
+_MOST_ROWS = 200
+_MOST_CUTS = 1000
+_MOST_LAYER_CUTS = 200_000
+
+
+class Block:
+    """The layers between two that split the graph, ``first`` to ``stop`` in the order of ``units``."""
+
+    def __init__(self, units: Units, first: int, stop: int) -> None:
+        self.units, self.first, self.stop = units, first, stop
+        self.before = (1 << first) - 1
+        self.tensors = [t for t in units.tensors if t.producer < 1 << stop and t.last_reader() >= first]
+
+    def sets(self, most: int) -> list[int] | None:
+        """Return all closed sets that end within the block, as masks; None when there are more than ``most``."""
+        found = [self.before]
+        for unit in range(self.first, self.stop):
+            needs = self.units.needs[unit]
+            found += [inside | 1 << unit for inside in found if not needs & ~inside]
+            if len(found) > most:
+                return None
+        return found
+
+    def costs(self, masks: Iterable[int]) -> Array:
+        """Return device seconds, bytes, server seconds and joules of each set, shape (sets, 4)."""
+        units, table = self.units, []
+        before = units.costs[: self.first].sum(axis=0) if self.first else np.zeros(3)
+        for mask in masks:
+            chosen = [i for i in range(self.first, self.stop) if mask >> i & 1]
+            device_s, server_s, joules = before + units.costs[chosen].sum(axis=0)
+            size_bytes = sum(tensor.bytes_crossing(mask) for tensor in self.tensors)
+            table.append((device_s, size_bytes, units.tail_s - server_s, joules))
+        return np.array(table).reshape(-1, 4)
+
+
+class Units:
+    """The layers of a graph that depend on its inputs, in order, each with the constant layers that it is first to
+    read.
+
+    ``needs`` has a mask of units for each, ``costs`` its device seconds, server seconds and joules.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        closure, graph = costs.graph.closure, costs.graph
+        self.tail_s = float(costs.tail_s[0])
+        self.layers: list[list[int]] = []
+        unit_of: dict[int, int] = {}
+        for layer in range(len(graph.layers)):
+            if layer in closure.constants:
+                continue
+            own = [i for i in _constants_behind(layer, closure.needs, closure.constants) if i not in unit_of]
+            unit_of |= dict.fromkeys((*own, layer), len(self.layers))
+            self.layers.append([*own, layer])
+        self.needs = [
+            sum(1 << n for n in {unit_of[j] for layer in unit for j in closure.needs[layer]} - {i})
+            for i, unit in enumerate(self.layers)
+        ]
+        joules = np.zeros(len(graph.layers)) if costs.device_j is None else costs.device_j
+        of_layers = np.stack([costs.device_s, costs.server_s, joules], axis=1)
+        self.costs = np.stack([of_layers[unit].sum(axis=0) for unit in self.layers])
+        end = len(self.layers)
+        carried = {c.name: c for c in closure.carried()}
+        views: dict[str, list[Tensor]] = {}
+        self.tensors: list[Tensor] = []
+        for tensor in reversed(carried.values()):
+            readers = {end if i == len(graph.layers) else unit_of.get(i, end) for i in tensor.consumers}
+            made = Tensor(
+                1 << unit_of[tensor.producer] if tensor.producer >= 0 else 0,
+                sum(1 << i for i in readers),
+                graph.values[tensor.name].size_bytes,
+                tuple(views.get(tensor.name, ())),
+            )
+            if tensor.view_of in carried:
+                views.setdefault(str(tensor.view_of), []).append(made)
+            else:
+                self.tensors.append(made)
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks of two units or more."""
+        behind: list[int] = []
+        for needs in self.needs:
+            mask = needs
+            for i in bits(needs):
+                mask |= behind[i]
+            behind.append(mask)
+        splitting, common = [], -1
+        for i in range(len(behind) - 1, -1, -1):
+            if common >> i & 1 and behind[i] == (1 << i) - 1:
+                splitting.append(i)
+            common &= behind[i]
+        edges = [-1, *reversed(splitting), len(behind)]
+        return [Block(self, a + 1, b) for a, b in itertools.pairwise(edges) if b - a > 2]
+
+    def layers_of(self, mask: int) -> list[int]:
+        """Return the graph's layers in a set of units."""
+        return sorted(layer for i in bits(mask) for layer in self.layers[i])
+
+
+def across_branches(costs: Costs, rows: Sequence[Row]) -> tuple[list[Row], bool]:
+    """Return the cuts across branches that can win against ``rows``, their tensors sent as they are, and whether none
+    that can be least of a weighted sum is missing.
+
+    Without parallel branches, and where memory allows the graph's own points only, there are none. Where very many
+    are not undercut, those that are least of no weighted sum are left out; they could only win a slowest stage or
+    under a constraint.
+    """
+    if costs.graph.closure.prefixes_only:
+        return [], True
+    units = Units(costs)
+    masks: list[int] = []
+    small: list[tuple[int, Block]] = []
+    large: list[Block] = []
+    for block in units.blocks():
+        found = block.sets(_MOST_SETS)
+        if found is None:
+            large.append(block)
+        else:
+            small += [(mask, block) for mask in found if mask & (mask + 1)]
+    if small:
+        known = columns(rows)[:, :4]
+        tried = np.concatenate([known, *(block.costs([mask]) for mask, block in small)])
+        kept = [i - len(known) for i in non_dominated(tried) if i >= len(known)]
+        if len(kept) > _MOST_ROWS:
+            kept = [i - len(known) for i in lower_hull(tried)[0] if i >= len(known)]
+        masks += [small[i][0] for i in kept]
+    exact = True
+    for block in large:
+        # Seconds and joules of a layer go together, so energy is asked for by itself and not in four dimensions.
+        for used in ([0, 1, 2], [1, 3]) if costs.device_j is not None else ([0, 1, 2],):
+            found, complete = _on_the_hull(costs, block, used)
+            masks += found
+            exact &= complete
+    return [costs.row_of(units.layers_of(mask)) for mask in dict.fromkeys(masks)], exact
+
+
+def _on_the_hull(costs: Costs, block: Block, used: list[int]) -> tuple[list[int], bool]:
+    """Return the sets of ``block`` that are the best under some weights of the ``used`` costs (device seconds, bytes,
+    server seconds, joules), and whether all were found within a bounded number of cuts."""
+    known = columns(costs.rows())[:, :4]
+    known[-1, 1] = sum(spec.size_bytes for spec in costs.graph.outputs)
+    network = MinimumCut(block.first, block.stop, block.units.needs, block.units.costs, block.tensors)
+    budget = min(_MOST_CUTS, _MOST_LAYER_CUTS // (block.stop - block.first))
+    asked: set[bytes] = set()
+    found: dict[int, None] = {}
+    points = known[:, used]
+    while True:
+        corners, weights = lower_hull(points)
+        points = points[corners]
+        better: list[Array] = []
+        for weight in weights:
+            key = (weight / weight.max()).round(9).tobytes()
+            if key in asked:
+                continue
+            if len(asked) >= budget:
+                return list(found), False
+            asked.add(key)
+            full = np.zeros(4)
+            full[used] = weight
+            mask = network.best(full)
+            cost = block.costs([mask])[0, used]
+            if cost @ weight < (points @ weight).min() * (1 - 1e-9):
+                better.append(cost)
+                found[mask] = None
+        if not better:
+            return list(found), True
+        points = np.concatenate([points, np.stack(better)])
+
+
+def _constants_behind(layer: int, needs: tuple[tuple[int, ...], ...], constants: frozenset[int]) -> list[int]:
+    found: list[int] = []
+    open_layers = [layer]
+    while open_layers:
+        fresh = [j for j in needs[open_layers.pop()] if j in constants and j not in found]
+        found += fresh
+        open_layers += fresh
+    return found
