@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from small_models import model
+from partitions import check_point, copied
+from small_models import CASES, model
 from torch import nn
 
 import torchsurgeon as ts
@@ -296,3 +297,47 @@ def test_a_frontier_is_the_same_after_a_journey_as_json(tmp_path: Path) -> None:
             Frontier.from_json(damaged)
     with pytest.raises(ts.PlanError, match="cannot be read"):
         Frontier.load(tmp_path / "absent.json")
+
+
+def some_closed_sets(graph: ts.LayerGraph, seed: int, most: int) -> list[list[int]]:
+    """Closed sets that are no prefixes, drawn by adding layers whose needs are met in a random order."""
+    rng, needs, found = np.random.default_rng(seed), graph.closure.needs, set()
+    for _ in range(8):
+        inside: set[int] = set()
+        while len(inside) < len(needs) - 1:
+            ready = [i for i in range(len(needs)) if i not in inside and inside.issuperset(needs[i])]
+            inside.add(int(rng.choice(ready)))
+            if max(inside) >= len(inside):
+                found.add(tuple(sorted(inside)))
+    return [list(layers) for layers in sorted(found)][:most]
+
+
+@pytest.mark.filterwarnings("ignore::torchsurgeon.UnrepeatableWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_cuts_across_the_branches_of_hard_models_give_their_bits(name: str) -> None:
+    made, *args = CASES[name]()
+    kwargs = args.pop() if isinstance(args[-1], dict) else {}
+    args = args[:1] if len(args) == 2 and isinstance(args[-1], list) else args
+    with torch.no_grad():
+        graph = ts.trace(made.eval(), *args, **kwargs)
+        expected = made(*copied(args), **copied(kwargs))
+        for layers in some_closed_sets(graph, seed=0, most=30):
+            if graph.closure.prefixes_only:
+                with pytest.raises(ts.PartitionError, match="memory"):
+                    graph.point_of(layers)
+            else:
+                batch = graph.inputs[0].example_batch if graph.batch_free else None
+                check_point(graph, graph.point_of(layers), tuple(args), kwargs, expected, batch)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "shufflenet_v2_x0_5", "maxvit_t"])
+def test_cuts_across_the_branches_of_torchvision_models_give_their_bits(name: str) -> None:
+    zoo = pytest.importorskip("torchvision.models")
+    options = {"init_weights": False} if name == "googlenet" else {}
+    made, x = zoo.get_model(name, weights=None, **options).eval(), torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        graph = ts.trace(made, x)
+        expected = made(x)
+        sets_of = some_closed_sets(graph, seed=1, most=10**6)
+        for layers in sets_of[:: max(1, len(sets_of) // 6)]:
+            check_point(graph, graph.point_of(layers), (x,), {}, expected, 1)
