@@ -59,7 +59,6 @@ class Tracker:
         "_run",
         "_seen",
         "_since",
-        "_suspected",
         "_variance",
         "changes",
     )
@@ -83,7 +82,7 @@ class Tracker:
         self._rest = None if rest is None else math.log(rest)
         self._half_life_s = half_life_s
         self._since = Since(now_s)
-        self._seen = self._suspected = False
+        self._seen = False
         self._run: list[float] = []
         self._rising = self._falling = 0.0
 
@@ -105,9 +104,7 @@ class Tracker:
         z = min(max(off / deviation, -_SUSPECT), _SUSPECT)
         suspect = abs(off) > _SUSPECT * deviation
         rising, falling = max(0.0, self._rising + z - _ALLOWANCE), max(0.0, self._falling - z - _ALLOWANCE)
-        if suspect and not self._suspected:
-            rising, falling = min(rising, _ALARM), min(falling, _ALARM)
-        self._rising, self._falling, self._suspected = rising, falling, suspect
+        self._rising, self._falling = rising, falling
         if rising or falling:
             self._run = [*self._run[1 - _RUN :], sample]
         else:
@@ -128,7 +125,6 @@ class Tracker:
         self._level = statistics.median(self._run)
         self._variance = own / len(self._run)
         self._rising = self._falling = 0.0
-        self._suspected = False
         self._run.clear()
         self._seen = True
         self.changes += 1
