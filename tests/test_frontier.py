@@ -15,6 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from partitions import check_point, copied
 from small_models import CASES, model
+from test_cut import example, operation, possible
 from torch import nn
 
 import torchsurgeon as ts
@@ -328,6 +329,19 @@ def test_cuts_across_the_branches_of_hard_models_give_their_bits(name: str) -> N
             else:
                 batch = graph.inputs[0].example_batch if graph.batch_free else None
                 check_point(graph, graph.point_of(layers), tuple(args), kwargs, expected, batch)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(operation, min_size=3, max_size=14), st.lists(st.integers(0, 15), min_size=1, max_size=3), st.integers(0)
+)
+def test_cuts_across_the_branches_of_random_programs_give_their_bits(operations, outputs, seed) -> None:
+    program = possible(operations, outputs)
+    with torch.no_grad():
+        graph = ts.trace(program, *example())
+        expected, batch = program(*example()), 4 if graph.batch_free else None
+        for layers in some_closed_sets(graph, seed, most=12) if not graph.closure.prefixes_only else []:
+            check_point(graph, graph.point_of(layers), example(), {}, expected, batch)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "shufflenet_v2_x0_5", "maxvit_t"])
