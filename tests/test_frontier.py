@@ -29,6 +29,7 @@ from torchsurgeon.profile import LayerEnergy, LayerProfile
 torch.set_num_threads(1)
 # Shrinking whole models takes minutes.
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
+SEEDS = st.integers(0, 2**32)
 SECONDS = st.floats(1e-4, 10.0)
 
 

@@ -164,13 +164,8 @@ def test_an_explanation_sets_the_choice_beside_the_others_term_by_term() -> None
 
 
 def test_intervals_of_predictions_carry_over_to_the_latency() -> None:
-    class Predicted(LayerProfile):
-        @property
-        def interval_s(self) -> np.ndarray:
-            return np.stack([self.layer_s * 0.5, self.layer_s * 2.0], axis=1)
-
     def predicted(profile: LayerProfile) -> LayerProfile:
-        return Predicted(**{f.name: getattr(profile, f.name) for f in dataclasses.fields(profile)})
+        return dataclasses.replace(profile, interval_s=np.stack([profile.layer_s * 0.5, profile.layer_s * 2.0], axis=1))
 
     found = planned(device=predicted(DEVICE), server=predicted(SERVER))
     terms = found.terms

@@ -338,14 +338,13 @@ def _interval(
     terms: Terms, device: LayerProfile, server: LayerProfile, load: float, slowdown: float
 ) -> tuple[float, float] | None:
     """Return the latency with every layer at its low and its high end; None unless both profiles have intervals."""
-    sides = [getattr(profile, "interval_s", None) for profile in (device, server)]
-    if sides[0] is None or sides[1] is None:
+    if device.interval_s is None or server.interval_s is None:
         return None
     here = np.zeros(len(device.layers), dtype=bool)
     here[list(terms.row.layers) if terms.row.layers is not None else slice(terms.row.index)] = True
     ends = []
     for end in (0, 1):
-        head_s, tail_s = float(sides[0][here, end].sum()), float(sides[1][~here, end].sum())
+        head_s, tail_s = float(device.interval_s[here, end].sum()), float(server.interval_s[~here, end].sum())
         if terms.row.on_device:
             ends.append(slowdown * head_s)
         else:

@@ -171,9 +171,10 @@ class Frontier:
         if wanted.server_time:
             weights[2] += wanted.server_time
         if not wanted.throughput:
-            return table @ weights
+            found: Array = table @ weights
+            return found
         device_s, size_bytes, server_s, _, crosses = table.T
-        slowest = device_s * slowdown
+        slowest: Array = device_s * slowdown
         for stage_s in (size_bytes * up_s_per_byte, server_s * load, crosses * downlink_s):
             np.maximum(slowest, stage_s, out=slowest)
         slowest *= wanted.throughput
