@@ -71,9 +71,10 @@ def calibrate(
     """Return a :class:`~torchsurgeon.predict.Predictor` of ``device``, after timing layers on it for ``budget_s``.
 
     With ``out`` the predictor is written there, and until it is done what has been measured so far: called again with
-    the same ``out`` after an interruption, it goes on. ``meter`` is an energy meter, ``"auto"`` for the machine's best
-    one, or None. ``progress(spent_s, budget_s, what)`` is called after each network. Threads are those that PyTorch is
-    set to (``torch.set_num_threads``); predictions hold for as many. Freed memory is kept by the process from then on.
+    the same ``out`` after an interruption, or with a larger budget, it goes on. ``meter`` is an energy meter,
+    ``"auto"`` for the machine's best one, or None. ``progress(spent_s, budget_s, what)`` is called after each network.
+    Threads are those that PyTorch is set to (``torch.set_num_threads``); predictions hold for as many. Freed memory is
+    kept by the process from then on.
 
     Warns with :class:`ThrottledWarning` where the device slowed down meanwhile; it was given pauses then, and the
     provenance says how many. Raises :class:`~torchsurgeon.errors.DeviceError` for a device that is not there, and
@@ -82,7 +83,7 @@ def calibrate(
     if not (math.isfinite(budget_s) and budget_s > 0):
         raise CalibrationError(f"a budget of {budget_s} s cannot be; give the seconds to spend, 300 for a CPU")
     target = find_device(device)
-    sweep = _Sweep(target, seed, None if out is None else Path(out))
+    sweep = _Sweep(target, seed, None if out is None else Path(out), budget_s)
     with contextlib.ExitStack() as exit_stack:
         exit_stack.enter_context(torch.no_grad())
         chosen = exit_stack.enter_context(find_meter(target)) if meter == "auto" else meter
@@ -90,18 +91,18 @@ def calibrate(
             raise CalibrationError(f"meter is {chosen!r}; give 'auto', None, or one of torchsurgeon.meters")
         if target.type == "cuda":
             exit_stack.enter_context(torch.cuda.device(target))
-        sweep.run(budget_s, NullMeter() if chosen is None else chosen, progress or (lambda *_: None))
+        sweep.run(NullMeter() if chosen is None else chosen, progress or (lambda *_: None))
     predictor = sweep.fitted()
     if out is not None:
-        predictor.save(out)
+        write_json(out, predictor.to_json() | sweep.networks())
     return predictor
 
 
 class _Sweep:
     """A calibration under way: what was measured so far, and what to measure next."""
 
-    def __init__(self, device: torch.device, seed: int, out: Path | None) -> None:
-        self._device, self._seed, self._out = device, seed, out
+    def __init__(self, device: torch.device, seed: int, out: Path | None, budget_s: float) -> None:
+        self._device, self._out, self._budget_s = device, out, budget_s
         self._facts = provenance(device) | {"calibrated_for_s": 0.0, "seed": seed}
         self._samples: list[Sample] = []
         self._nets: list[_TimedNet] = []
@@ -109,12 +110,12 @@ class _Sweep:
         self._pulse = _Pulse(device)
         self._errors: dict[str, float] = {}
         if out is not None and out.exists():
-            self._resume(out)
+            self._resume(out, budget_s)
         self._rng = random.Random(seed * 1_000_003 + self._group)
         self._singles = {kind: candidates(kind, seed * 7919 + self._group) for kind in sweep_kinds()}
 
-    def run(self, budget_s: float, meter: EnergyMeter, progress: Progress) -> None:
-        energy = _Energy(meter)
+    def run(self, meter: EnergyMeter, progress: Progress) -> None:
+        budget_s, energy = self._budget_s, _Energy(meter)
         spent_before_s = float(self._facts["calibrated_for_s"])
         begin = saved = reviewed = time.monotonic()
         while True:
@@ -219,24 +220,30 @@ class _Sweep:
             self._out,
             {
                 "format": FORMAT,
-                "unfinished": {"group": self._group, "nets": [dataclasses.astuple(net) for net in self._nets]},
+                "unfinished": True,
                 "provenance": self._facts,
                 "samples": {kind: table.to_json() for kind, table in tables(self._samples).items()},
-            },
+            }
+            | self.networks(),
         )
 
-    def _resume(self, out: Path) -> None:
+    def networks(self) -> dict[str, Any]:
+        """What going on with this calibration needs besides the predictor."""
+        return {"networks": {"count": self._group, "timed": [dataclasses.astuple(net) for net in self._nets]}}
+
+    def _resume(self, out: Path, budget_s: float) -> None:
         data = read_json(out)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CalibrationError(
                 f"{out} exists and is no calibration of this version; give another file, or delete it"
             )
-        if not data.get("unfinished"):
-            return
         try:
             facts = dict(data["provenance"])
+            spent_s = float(facts.get("calibrated_for_s", math.inf))
+            if not data.get("unfinished") and spent_s >= budget_s:
+                return
             found = {kind: SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
-            group, nets = int(data["unfinished"]["group"]), [_TimedNet(*net) for net in data["unfinished"]["nets"]]
+            group, nets = int(data["networks"]["count"]), [_TimedNet(*net) for net in data["networks"]["timed"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{out} was cut short or edited ({error}); delete it and calibrate again") from None
         for fact in ("device", "threads", "torch"):
@@ -245,7 +252,7 @@ class _Sweep:
                     f"{out} holds the beginning of a calibration with {fact} {facts.get(fact)!r}, and here it is "
                     f"{self._facts[fact]!r}; give another file, or delete it"
                 )
-        self._facts["calibrated_for_s"] = facts["calibrated_for_s"]
+        self._facts["calibrated_for_s"] = spent_s
         self._group, self._nets = group, nets
         self._samples = [sample for table in found.values() for sample in table.samples()]
 

@@ -37,8 +37,8 @@ def _inplace(layer: type[nn.Module]) -> Activation:
 
 
 _ACTIVATIONS: tuple[Activation, ...] = (
-    _inplace(nn.ReLU), _inplace(nn.ReLU), nn.ReLU, _inplace(nn.ReLU6), _inplace(nn.Hardswish), _inplace(nn.SiLU), nn.SiLU,
-    nn.GELU, nn.Hardswish, nn.ReLU6, _inplace(nn.LeakyReLU), nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish,
+    _inplace(nn.ReLU), _inplace(nn.ReLU), nn.ReLU, _inplace(nn.ReLU6), _inplace(nn.Hardswish), _inplace(nn.SiLU),
+    nn.SiLU, nn.GELU, nn.Hardswish, nn.ReLU6, _inplace(nn.LeakyReLU), nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish,
 )  # fmt: skip
 
 
@@ -253,6 +253,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, form: str, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.heads, self.form, self.width = heads, form, width
+        self.bias: torch.Tensor | None
         self.register_buffer("bias", bias)
         self.inner = nn.Linear(width, 3 * width) if form != "apart" else None
         if form == "apart":

@@ -17,7 +17,7 @@ from torchsurgeon.errors import CalibrationError
 from torchsurgeon.graph import Layer, LayerGraph
 from torchsurgeon.predict.kinds import KINDS, Array, Operation
 from torchsurgeon.predict.operations import operations
-from torchsurgeon.predict.regression import FORMS, HeldOut, KindModel, fit_kind
+from torchsurgeon.predict.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
 from torchsurgeon.predict.roofline import Roofline, fit_roofline
 from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
 from torchsurgeon.profile.record import LayerEnergy, LayerProfile
@@ -109,7 +109,6 @@ class Predictor:
         predictor = Predictor(provenance, enough, {}, roofline, block)
         for kind, table in enough.items():
             model = fit_kind(table, table.seconds)
-            assert model.held_out is not None
             predictor._models[kind, "seconds"] = model
             known = FittedKind(model.form, model.held_out)
             metered = table.take(np.isfinite(table.joules))
@@ -123,14 +122,17 @@ class Predictor:
     def model(self, kind: str, what: str = "seconds") -> KindModel | None:
         """Return the model of ``"seconds"`` or ``"joules"`` of a kind, None where there is none."""
         known = self.fitted.get(kind)
-        form = None if known is None else known.form if what == "seconds" else known.energy_form
-        if form is None:
+        if known is None:
+            return None
+        form, held_out = (
+            (known.form, known.held_out) if what == "seconds" else (known.energy_form, known.energy_held_out)
+        )
+        if form is None or held_out is None:
             return None
         if (kind, what) not in self._models:
             table = self.samples[kind]
-            if what == "joules":
-                table = table.take(np.isfinite(table.joules))
-            self._models[kind, what] = fit_kind(table, getattr(table, what), form)
+            table = table.take(np.isfinite(getattr(table, what)))
+            self._models[kind, what] = refit_kind(table, getattr(table, what), form, held_out)
         return self._models[kind, what]
 
     def predict(self, graph: LayerGraph) -> LayerProfile:
@@ -198,9 +200,7 @@ class Predictor:
                     names = sorted({operation.variant for operation in chosen})
                     doubts[_without_model(kind, names)] = None
                 continue
-            known = self.fitted[kind]
-            errors = known.held_out if what == "seconds" else known.energy_held_out
-            assert errors is not None
+            errors = model.held_out
             placed = [_placed(operation, model.variants, doubts) for operation in chosen]
             table = SampleTable.of(
                 kind, [Sample(op, 1.0, before_bytes=before[row]) for op, row in zip(placed, rows, strict=True)]

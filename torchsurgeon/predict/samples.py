@@ -95,7 +95,7 @@ class SampleTable:
             "before_bytes": self.before_bytes.astype(int).tolist(),
             "seconds": [float(f"{s:.5g}") for s in self.seconds],
             "joules": None if np.isnan(self.joules).all() else [None if j != j else j for j in self.joules.tolist()],
-            "groups": self.groups.tolist(),
+            "network": self.groups.tolist(),
         }
 
     @staticmethod
@@ -113,7 +113,7 @@ class SampleTable:
             np.asarray(data["before_bytes"], dtype=np.float64),
             seconds,
             np.full(len(seconds), np.nan) if joules is None else np.asarray(joules, dtype=np.float64),
-            np.asarray(data["groups"], dtype=np.int64),
+            np.asarray(data["network"], dtype=np.int64),
         )
         if len({len(getattr(table, name)) for name in _ARRAYS}) != 1:
             raise ValueError(f"the columns of {kind} differ in length")

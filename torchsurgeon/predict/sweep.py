@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from scipy.stats import qmc
 from torch import nn
 
 _MOST_FLOPS, _MOST_ELEMENTS, _MOST_WEIGHTS = 4e9, 4_000_000, 110_000_000
@@ -61,6 +60,8 @@ Draw = Callable[[Draws], "Candidate | None"]
 
 def candidates(kind: str, seed: int = 0) -> Iterator[Candidate]:
     """Yield layers of one kind without end, the same for the same seed."""
+    from scipy.stats import qmc
+
     sequence = qmc.Sobol(_DIMENSIONS, seed=seed)
     while True:
         for point in sequence.random(64):
