@@ -115,7 +115,11 @@ def kind_errors(predictor: ts.Predictor) -> dict[str, dict[str, Any]]:
             continue
         table = predictor.samples[kind]
         own = known.held_out
-        row = {"form": known.form, "samples": own.samples, "ours": [own.median, own.within_10, own.within_20]}
+        row: dict[str, Any] = {
+            "form": known.form,
+            "samples": own.samples,
+            "ours": [own.median, own.within_10, own.within_20],
+        }
         for name, rival in RIVALS.items():
             errors = HeldOut.of(table.seconds, held_out(table, rival))
             row[name] = [errors.median, errors.within_10, errors.within_20]
@@ -168,7 +172,7 @@ def costs(graph: ts.LayerGraph, profile: ts.LayerProfile, link: ts.Link, speed_u
 
 
 def regrets(graph: ts.LayerGraph, predicted: ts.LayerProfile, truth: ts.LayerProfile) -> list[tuple[float, int]]:
-    """How much longer the cut chosen from predictions takes than the one chosen from measurements, 0.01 for 1 %, and the latter."""
+    """How much longer the cut chosen from predictions takes than the best, 0.01 for 1 %, and the best's index."""
     found = []
     for slow, name, speed_up, load in itertools.product(SLOWNESS, LINKS, SPEED_UPS, LOADS):
         real = costs(graph, truth.scaled(slow), PRESETS[name], speed_up, load)
@@ -242,10 +246,11 @@ def main() -> None:
             print(f"{kind:<24}{row[count]:>8}  {cells}")
         print()
 
-    models, all_regrets = {}, []
+    models: dict[str, dict[str, Any]] = {}
+    all_regrets: list[float] = []
     print(
-        "whole models: measured, predicted, error; the cut chosen from predictions: mean and worst regret, and how often the best"
-        " cut is inside"
+        "whole models: measured, predicted, error; regret of the cut chosen from predictions: mean and worst; how "
+        "often the best cut is inside"
     )
     for name, graph in graphs.items():
         predicted, truth = predictor.predict(graph), truths[name]
@@ -268,7 +273,8 @@ def main() -> None:
         }
         print(
             f"{name:<20}{truth.total_s * 1e3:9.2f} ms ({min(spread) * 1e3:.2f} … {max(spread) * 1e3:.2f}) "
-            f"{predicted.total_s * 1e3:9.2f} ms {error:+7.1%}   {statistics.mean(found):6.2%} {max(found):7.2%}   {inside}"
+            f"{predicted.total_s * 1e3:9.2f} ms {error:+7.1%}   {statistics.mean(found):6.2%} {max(found):7.2%} "
+            f"{inside:4d} of {len(found)}"
         )
     within = sum(abs(row["error"]) <= 0.1 for row in models.values())
     above = sum(regret > 0.01 for regret in all_regrets)
@@ -276,9 +282,9 @@ def main() -> None:
         f"within 10 %: {within} of {len(models)}; regret: mean {statistics.mean(all_regrets):.2%}, worst "
         f"{max(all_regrets):.2%}, above 1 %: {above} of {len(all_regrets)}"
     )
-    count, taken = prediction_s(predictor)
+    layers_count, taken = prediction_s(predictor)
     low_s, median_s, high_s = np.quantile(taken, [0.25, 0.5, 0.75])
-    print(f"predicting {count} layers takes {median_s * 1e3:.1f} ms ({low_s * 1e3:.1f} … {high_s * 1e3:.1f})")
+    print(f"predicting {layers_count} layers takes {median_s * 1e3:.1f} ms ({low_s * 1e3:.1f} … {high_s * 1e3:.1f})")
     if options.out:
         result = {
             "environment": provenance("cpu"),
@@ -294,7 +300,7 @@ def main() -> None:
                 "above_1_percent": above,
                 "cases": len(all_regrets),
             },
-            "prediction": {"layers": count, "median_s": median_s, "quartiles_s": [low_s, high_s]},
+            "prediction": {"layers": layers_count, "median_s": median_s, "quartiles_s": [low_s, high_s]},
         }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ _ACTIVATIONS: tuple[Activation, ...] = (
 
 
 def _width(rng: random.Random, low: float, high: float, step: int = 8) -> int:
-    return max(round(low * (high / low) ** rng.random() / step), 1) * step
+    return max(int(low * (high / low) ** rng.random() / step + 0.5), 1) * step
 
 
 def _conv(
@@ -73,7 +74,7 @@ class Residual(nn.Module):
         super().__init__()
         self.body, self.shortcut, self.activation = body, shortcut, activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         out = self.body(x)
         out = out + (x if self.shortcut is None else self.shortcut(x))
         return out if self.activation is None else self.activation(out)
@@ -99,7 +100,7 @@ class Squeeze(nn.Module):
         self.down, self.up = nn.Conv2d(channels, inner, 1), nn.Conv2d(inner, channels, 1)
         self.activation, self.gate = activation(), gate()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.gate(self.up(self.activation(self.down(self.pool(x))))) * x
 
 
@@ -260,7 +261,7 @@ class Attention(nn.Module):
             self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         size = (self.heads, self.width // self.heads)
         if self.inner is None:
             q, k, v = (layer(x).unflatten(-1, size).transpose(1, 2) for layer in (self.q, self.k, self.v))
@@ -285,7 +286,7 @@ class Encoder(nn.Module):
             nn.Linear(width, hidden), activation(), nn.Dropout(0.1), nn.Linear(hidden, width), nn.Dropout(0.1)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         if self.before:
             x = x + self.attention(self.first(x))
             return x + self.mlp(self.second(x))
@@ -432,7 +433,7 @@ class LastBlock(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.activation, self.scale = nn.GELU(), nn.Parameter(torch.empty(width, 1, 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
         return x + self.down(self.activation(self.up(y))).permute(0, 3, 1, 2) * self.scale
 
@@ -482,7 +483,7 @@ class Hourglass(nn.Module):
         super().__init__()
         self.down, self.inner, self.up, self.join = down, inner, up, join
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.join(torch.cat([x, self.up(self.inner(self.down(x)))], 1))
 
 

@@ -81,7 +81,7 @@ class KindModel:
 
     def stretch(self, table: SampleTable) -> Array:
         """Return by how many octaves each operation lies outside the samples, shape (operations,): 0 inside."""
-        return self._fitted.outside(table) / np.log(2)
+        return np.asarray(self._fitted.outside(table) / np.log(2))
 
 
 def fit_kind(table: SampleTable, values: Array) -> KindModel:

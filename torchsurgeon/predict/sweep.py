@@ -50,7 +50,7 @@ class Draws:
     def log(self, low: float, high: float, step: int = 1) -> int:
         """Return a multiple of ``step``, or of 1 in one case of eight, evenly spread on a logarithmic scale."""
         at = self.number()
-        value = low * (high / low) ** at
+        value: float = low * (high / low) ** at
         odd = (at * 1e4) % 1 < 0.125
         return max(round(value), 1) if odd or value < step else round(value / step) * step
 
@@ -111,7 +111,7 @@ def _convolution(draws: Draws, grouped: str = "") -> Candidate | None:
     stride = draws.pick((1, 2, 4), (75, 22, 3))
     stride = kernel[0] if kernel[0] in (2, 4, 16) else stride
     dilation = draws.pick((1, 2), (15, 1)) if kernel[0] > 1 else 1
-    padding = tuple(dilation * (k // 2) if k % 2 else 0 for k in kernel)
+    padding = (dilation * (kernel[0] // 2) * (kernel[0] % 2), dilation * (kernel[1] // 2) * (kernel[1] % 2))
     reach = [dilation * (k - 1) + 1 for k in kernel]
     if height + 2 * padding[0] < reach[0] or width + 2 * padding[1] < reach[1]:
         return None
@@ -216,8 +216,8 @@ def _pooling(draws: Draws) -> Candidate | None:
     kernel, stride = draws.pick(((2, 2), (3, 2), (3, 1), (5, 1)), (3, 3, 2, 1))
     flops = 1.0 * batch * channels * height * width
     if form.startswith("adaptive"):
-        layer = nn.AdaptiveAvgPool2d if form.endswith("avg") else nn.AdaptiveMaxPool2d
-        return Candidate(functools.partial(layer, size), shape, flops)
+        adaptive = nn.AdaptiveAvgPool2d if form.endswith("avg") else nn.AdaptiveMaxPool2d
+        return Candidate(functools.partial(adaptive, size), shape, flops)
     if min(height, width) < kernel:
         return None
     layer = nn.MaxPool2d if form == "max" else nn.AvgPool2d
