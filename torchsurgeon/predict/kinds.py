@@ -91,11 +91,13 @@ def _padded(c: Any) -> Any:
 
 
 def _convolution(name: str) -> Kind:
+    # A transposed one applies its kernel at every input position instead of every output position.
+    at = "in_size" if name.startswith("transposed") else "out_size"
     return Kind(
         name,
         "2d",
         ("batch", "in_channels", "out_channels", "groups", "in_size", "out_size", "kernel", "stride", "dilation"),
-        flops=lambda c: 2 * c.batch * c.out_size * _weights(c),
+        flops=lambda c: 2 * c.batch * getattr(c, at) * _weights(c),
         moved=lambda c: _input_maps(c) + c.batch * c.out_channels * c.out_size + _weights(c),
         paper=lambda c: (_input_maps(c), c.kernel / c.stride * c.out_channels),
         optional=("batch", "groups", "stride", "dilation"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.graph import Layer, LayerGraph
@@ -139,16 +140,17 @@ class Predictor:
         """Return the predicted profile of a model: seconds of each layer and of the whole, with 90 % intervals.
 
         Energy is there where the device was metered. Memory is that of the tensors alive at each layer. Warns with
-        :class:`PredictionWarning`, naming them, for layer types without a model.
+        :class:`PredictionWarning`, naming them, for layer types without a model. Where there is no model at all
+        (:attr:`is_bound`) every time is a lower bound, which has no interval and needs no warning.
         """
         found = operations(graph)
-        layers = [index for index, operations_of in enumerate(found) for _ in operations_of]
+        layers = np.array([index for index, operations_of in enumerate(found) for _ in operations_of], dtype=np.int64)
         flat = [operation for operations_of in found for operation in operations_of]
         moved = [moved_bytes(layer) for layer in graph.layers]
-        before = [moved[index - 1] if index else 0 for index in layers]
+        before = [moved[index - 1] if index else 0 for index in layers.tolist()]
         doubts: dict[str, None] = {}
         value, low, high = self._of(flat, before, "seconds", doubts)
-        seconds, low_s, high_s = (np.bincount(layers, part, len(found)) for part in (value, low, high))
+        seconds, low_s, high_s = (_summed(part, layers, len(found)) for part in (value, low, high))
         # A layer that computes nothing still costs its call.
         seconds = np.maximum(seconds, self.roofline.overhead_s / 10)
         low_s, high_s = np.minimum(low_s, seconds), np.maximum(high_s, seconds)
@@ -167,17 +169,26 @@ class Predictor:
             {**self.provenance, "predicted": True},
             _live_bytes(graph),
             self._energy(flat, before, layers, len(found), whole_s / sum_s),
-            np.stack([low_s, high_s], axis=1),
-            (float(spread[0]), float(spread[2])),
+            None if self.is_bound else np.stack([low_s, high_s], axis=1),
+            None if self.is_bound else (float(spread[0]), float(spread[2])),
         )
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether all that is known of the device is its roofline."""
+        return not self.fitted
+
+    def bounded(self, graph: LayerGraph) -> tuple[bool, ...]:
+        """Return for each layer whether the roofline bounds all or part of it, for want of a model."""
+        return tuple(any(op.kind not in self.fitted for op in found) for found in operations(graph))
+
     def _energy(
-        self, flat: list[Operation], before: list[int], layers: list[int], count: int, scale: float
+        self, flat: list[Operation], before: list[int], layers: NDArray[np.int64], count: int, scale: float
     ) -> LayerEnergy | None:
         if not any(known.energy_form for known in self.fitted.values()):
             return None
         value, low, high = self._of(flat, before, "joules", {})
-        layer_j, low_j, high_j = (np.bincount(layers, part, count) for part in (value, low, high))
+        layer_j, low_j, high_j = (_summed(part, layers, count) for part in (value, low, high))
         whole_j = tuple(float(part.sum() * scale) for part in (layer_j, low_j, high_j))
         meter, idle_w = self.provenance.get("meter", "unknown"), self.provenance.get("idle_power_w", 0.0)
         intervals = np.stack([low_j, high_j], axis=1)
@@ -196,7 +207,7 @@ class Predictor:
             chosen = [flat[row] for row in rows]
             if model is None:
                 result[:, rows] = self._bounded(kind, chosen, what)
-                if self.fitted and what == "seconds":
+                if not self.is_bound and what == "seconds":
                     names = sorted({operation.variant for operation in chosen})
                     doubts[_without_model(kind, names)] = None
                 continue
@@ -289,6 +300,11 @@ class Predictor:
             for kind, known in sorted(self.fitted.items())
         ]
         return "\n".join(lines)
+
+
+def _summed(values: Array, layers: NDArray[np.int64], count: int) -> Array:
+    """Sums of operations' values, shape (layers,)."""
+    return np.bincount(layers, values, count).astype(np.float64)
 
 
 def write_json(path: str | Path, data: Any) -> None:
