@@ -348,3 +348,24 @@ def test_a_quantization_that_cannot_be_is_refused(datatype: str, quantized: obje
     header = json.dumps({"inputs": [entry]}).encode()
     with pytest.raises(ProtocolError, match="quantized"):
         wire.decode_request(header + bytes(size), len(header))
+
+
+@given(st.dictionaries(names, tensors(), min_size=1, max_size=3), st.data())
+@settings(max_examples=150)
+def test_a_flipped_bit_of_a_checked_message_is_always_found(sent: dict[str, Tensor], data: st.DataObject) -> None:
+    request = wire.encode_request(sent, crc32=True)
+    assert wire.decode_request(joined(request), request.header_bytes).crc32
+    answer = wire.encode_response("model", "1", sent, parameters='{"queue_s":0.1}', crc32=True)
+    received = wire.decode_response(joined(answer), answer.header_bytes)
+    assert received.parameters["queue_s"] == 0.1
+    for name, tensor in sent.items():
+        assert_same(received.tensors[name], tensor)
+
+    bit = data.draw(st.integers(0, 8 * min(request.size_bytes, answer.size_bytes) - 1))
+    for message, decode in ((request, wire.decode_request), (answer, wire.decode_response)):
+        body = joined(message)
+        body[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ProtocolError):
+            decode(body, message.header_bytes)
+        with pytest.raises(ProtocolError):
+            decode(body[:-1], message.header_bytes)

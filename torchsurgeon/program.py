@@ -360,6 +360,22 @@ class Segment(nn.Module):
                 environment[i] = call(environment)
                 for j in dead:
                     environment[j] = None
+        return self._result(environment)
+
+    def until(self, stopped: Callable[[], bool], tensors: Sequence[torch.Tensor]) -> Any:
+        """Run like ``forward``; give up and return None when ``stopped`` says so between two steps."""
+        if Segment.watcher is not None:
+            return None if stopped() else self.forward(*tensors)
+        environment = self.load(tensors)
+        for call, i, dead in self._program:
+            if stopped():
+                return None
+            environment[i] = call(environment)
+            for j in dead:
+                environment[j] = None
+        return self._result(environment)
+
+    def _result(self, environment: Environment) -> Any:
         if self._picks is None:
             return environment[-1]
         return tuple(pick(environment) for pick in self._picks)

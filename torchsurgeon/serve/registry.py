@@ -250,6 +250,7 @@ class ServedModel:
             request_id=decoded.request_id,
             parameters=self._told % taken_s,
             codec=decoded.output_codec,
+            crc32=decoded.crc32,
         )
 
     def close(self) -> None:

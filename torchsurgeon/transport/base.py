@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -87,15 +88,19 @@ class Transport(ABC):
         codecs: Mapping[str, Codec] | None = None,
         output_codec: Codec | None = None,
         timeout_s: float | None = None,
+        deadline: Deadline | None = None,
+        crc32: bool = False,
     ) -> Answer:
         """Send named tensors and return the outputs (all of them unless ``outputs`` names some).
 
         ``max_answer_bytes`` is what the outputs' tensors can have together; a longer answer is refused unread.
         ``codecs`` has the codec of each tensor that is not sent as it is, ``output_codec`` is asked for in the answer.
+        ``deadline``, in place of ``timeout_s``, can be cancelled from another thread. ``crc32`` has both messages carry
+        a checksum, which torchsurgeon's servers understand.
         Raises ServerUnavailableError when nothing complete came within ``timeout_s``, RequestRefusedError when the
         server answered with an error, ProtocolError when the answer is not one of this protocol.
         """
-        deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
+        deadline = deadline or Deadline(self.timeout_s if timeout_s is None else timeout_s)
         message = wire.encode_request(
             tensors,
             outputs=outputs,
@@ -103,6 +108,7 @@ class Transport(ABC):
             parameters=parameters,
             codecs=codecs,
             output_codec=output_codec,
+            crc32=crc32,
         )
         path = _infer_path(model, version)
         raw = self._post(
@@ -113,9 +119,11 @@ class Transport(ABC):
         response = wire.decode_response(raw.body, length, max_decoded_bytes=max_answer_bytes)
         return Answer(response.tensors, response.parameters, raw.timing)
 
-    def probe(self, up_bytes: int, down_bytes: int, *, timeout_s: float | None = None) -> Timing:
+    def probe(
+        self, up_bytes: int, down_bytes: int, *, timeout_s: float | None = None, deadline: Deadline | None = None
+    ) -> Timing:
         """Move that many bytes each way and time it, to measure the link. The server bounds both."""
-        deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
+        deadline = deadline or Deadline(self.timeout_s if timeout_s is None else timeout_s)
         path = f"/v2/probe?down={down_bytes}"
         raw = self._post(path, None, [os.urandom(up_bytes)], down_bytes + ERROR_LIMIT_BYTES, deadline)
         check_status(raw.status, raw.body, path)
@@ -137,18 +145,35 @@ def _infer_path(model: str, version: str | None) -> str:
 
 
 class Deadline:
-    """When one call as a whole has to be over."""
+    """When one call as a whole has to be over. Any thread may :meth:`cancel` it, and then it is over."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
+        self.cancelled = False
         self._end_s = time.monotonic() + timeout_s
+        self._lock = threading.Lock()
+        self._interrupt: Callable[[], object] | None = None
 
     def left_s(self) -> float:
         """Seconds left; raises TimeoutError when there are none, since a socket timeout of 0 means non-blocking."""
         left = self._end_s - time.monotonic()
-        if left <= 0:
+        if left <= 0 or self.cancelled:
             raise TimeoutError
         return left
+
+    def cancel(self) -> None:
+        """End the call now: what it waits for is interrupted, and no other wait begins."""
+        with self._lock:
+            self.cancelled = True
+            if self._interrupt is not None:
+                self._interrupt()
+
+    def interrupted_by(self, interrupt: Callable[[], object] | None) -> None:
+        """Say what ends the wait that follows; None when there is none any more. It must not raise."""
+        with self._lock:
+            self._interrupt = interrupt
+            if self.cancelled and interrupt is not None:
+                interrupt()
 
 
 def check_size(size: int, limit_bytes: int, who: str) -> None:

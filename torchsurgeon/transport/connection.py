@@ -7,6 +7,8 @@ here; every other way (chunked, interim, until closed) is left to ``http.client`
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import http.client
 import io
 import select
@@ -61,7 +63,20 @@ class Connection:
         return not poller.poll(0)
 
     def exchange(self, parts: list[wire.Buffer], size: int, limit_bytes: int, deadline: Deadline) -> RawAnswer:
-        link = self._socket or self._connect(deadline)
+        try:
+            link = self._socket or self._connect(deadline)
+            deadline.interrupted_by(functools.partial(_shut_down, link))
+            answer = self._exchange(link, parts, size, limit_bytes, deadline)
+        finally:
+            deadline.interrupted_by(None)
+        if deadline.cancelled:
+            # It may have been shut down just now.
+            raise TimeoutError
+        return answer
+
+    def _exchange(
+        self, link: socket.socket, parts: list[wire.Buffer], size: int, limit_bytes: int, deadline: Deadline
+    ) -> RawAnswer:
         start = time.perf_counter()
         self._first_byte_s = 0.0
         broken: OSError | None = None
@@ -244,12 +259,20 @@ def _open_socket(address: tuple[str, int], deadline: Deadline) -> socket.socket:
         link = socket.socket(family, kind, protocol)
         try:
             link.settimeout(deadline.left_s())
+            deadline.interrupted_by(functools.partial(_shut_down, link))
             link.connect(resolved)
             return link
         except OSError as error:
             link.close()
             failure = error
     raise failure or OSError(f"{address[0]} has no address")
+
+
+def _shut_down(link: socket.socket) -> None:
+    """End every wait for ``link``, in whichever thread. Closing it would leave its number to another socket."""
+    with contextlib.suppress(OSError):
+        # Not the method of a TLS socket, which would first take the encryption away from who reads.
+        socket.socket.shutdown(link, socket.SHUT_RDWR)
 
 
 def _read_body(response: http.client.HTTPResponse, limit_bytes: int) -> memoryview:

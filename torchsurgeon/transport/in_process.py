@@ -73,8 +73,9 @@ class InProcessTransport(Transport):
             raise ServerUnavailableError("the in-process transport has been closed")
         future = asyncio.run_coroutine_threadsafe(self._drive(method, path, headers, buffers, limit_bytes), self._loop)
         try:
+            deadline.interrupted_by(future.cancel)
             return future.result(deadline.left_s())
-        except (TimeoutError, concurrent.futures.TimeoutError):
+        except (TimeoutError, concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
             future.cancel()
             raise ServerUnavailableError(f"no complete answer within {deadline.timeout_s:g} s") from None
 

@@ -14,6 +14,10 @@ with the tensor parameter ``"quantized": {"scale": …, "zero_point": …}``. A 
 :class:`~torchsurgeon.codec.Codec` in the tensor parameter ``"codec"``; the request's parameter ``"output_codec"`` asks
 for one in the answer.
 
+The request's parameter ``"crc32": true`` says that its body ends in four bytes more, and asks for the same in a binary
+answer: the CRC-32 of all before them (RFC 1952), least significant byte first. A TCP checksum misses one damaged packet
+in 65,536, and no other part of a message would tell that a tensor's bytes are not those that were sent.
+
 Specification: https://github.com/kserve/open-inference-protocol and the binary tensor data extension of
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
 Every malformed message is a :class:`~torchsurgeon.errors.ProtocolError` that says what is wrong with it.
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from types import MappingProxyType
@@ -41,6 +46,7 @@ from torchsurgeon.wire.header import (
     Entry,
     RequestedOutput,
     check_header_length,
+    flag,
     header_length,
     parameters_of,
     parse_json,
@@ -64,6 +70,8 @@ from torchsurgeon.wire.tensors import (
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _MAX_DECODED_BYTES = 1 << 30
 _PLAIN_REQUEST = '{"parameters":{"binary_data_output":true,"dim_order":true}'
+_CHECKED_REQUEST = '{"parameters":{"crc32":true,"binary_data_output":true,"dim_order":true}'
+_CRC_BYTES = 4
 
 
 class InferRequest(NamedTuple):
@@ -81,6 +89,7 @@ class InferRequest(NamedTuple):
     parameters: Mapping[str, Any] = _NONE
     recurring: object | None = None
     output_codec: Codec | None = None
+    crc32: bool = False
 
 
 class InferResponse(NamedTuple):
@@ -113,24 +122,26 @@ def encode_request(
     parameters: Mapping[str, Any] | None = None,
     codecs: Mapping[str, Codec] | None = None,
     output_codec: Codec | None = None,
+    crc32: bool = False,
 ) -> Encoded:
     """Encode named tensors as a binary infer request that asks for binary outputs (all of them unless named).
 
     ``codecs`` has the codec of each tensor that is not sent as it lies in memory, ``output_codec`` is asked for in the
-    answer.
+    answer. With ``crc32`` the request ends in its checksum, and asks for one in the answer.
     """
     described, views = _encode_tensors(tensors, (), True, codecs)
-    header = _PLAIN_REQUEST
+    header = _CHECKED_REQUEST if crc32 else _PLAIN_REQUEST
     if output_codec is not None and output_codec.name != "raw":
         parameters = {**(parameters or {}), "output_codec": output_codec.name}
     if parameters:
-        header = '{"parameters":' + _text({**parameters, "binary_data_output": True, "dim_order": True})
+        own = {"binary_data_output": True, "dim_order": True, **({"crc32": True} if crc32 else {})}
+        header = '{"parameters":' + _text({**parameters, **own})
     if request_id is not None:
         header += ',"id":' + _text(request_id)
     if outputs:
         wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
         header += ',"outputs":' + _text(wanted)
-    return _message(f'{header},"inputs":[{described}]}}', views, True)
+    return _message(f'{header},"inputs":[{described}]}}', views, True, crc32)
 
 
 def encode_response(
@@ -143,11 +154,13 @@ def encode_response(
     request_id: str | None = None,
     parameters: Mapping[str, Any] | str | None = None,
     codec: Codec | None = None,
+    crc32: bool = False,
 ) -> Encoded:
     """Encode an answer. Outputs named in ``as_json`` are written as JSON numbers, the others as bytes.
 
     ``parameters`` may be given as JSON already. ``codec`` encodes the outputs that are written as bytes. Without
-    ``dim_order`` every tensor is sent row-major, for clients that do not know that parameter.
+    ``dim_order`` every tensor is sent row-major, for clients that do not know that parameter. With ``crc32`` a binary
+    answer ends in its checksum.
 
     Raises ProtocolError when an output to be written as JSON holds NaN or infinity, which JSON cannot say.
     """
@@ -157,9 +170,13 @@ def encode_response(
     if request_id is not None:
         header += ',"id":' + _text(request_id)
     header += f',"outputs":[{described}]'
-    if parameters:
-        header += ',"parameters":' + (parameters if isinstance(parameters, str) else _text(parameters))
-    return _message(header + "}", views, any(name not in as_json for name in tensors))
+    binary = any(name not in as_json for name in tensors)
+    told = parameters if isinstance(parameters, str) else _text(parameters) if parameters else ""
+    if crc32 and binary:
+        told = '{"crc32":true' + (f",{told[1:]}" if told else "}")
+    if told:
+        header += f',"parameters":{told}'
+    return _message(header + "}", views, binary, crc32)
 
 
 def decode_request(
@@ -176,6 +193,8 @@ def decode_request(
         head = remembered_request_head(bytes(body[:header_bytes]))
     else:
         head = request_head(parsed_header(body, header_bytes))
+    if head.crc32:
+        payload = _checked(body, payload)
     tensors = _tensors(head.entries, payload, max_decoded_bytes)
     # What is compressed has another size, and so another header, every time.
     compressed = any(entry.codec is not None and entry.codec.zstd for entry in head.entries)
@@ -189,6 +208,7 @@ def decode_request(
         head.parameters,
         recurring,
         head.output_codec,
+        head.crc32,
     )
 
 
@@ -205,18 +225,26 @@ def decode_response(
         head = response_head(header)
     else:
         head, header = parts
-    tensors = _tensors(head.entries, payload, max_decoded_bytes)
     parameters = parameters_of(header, "the answer")
+    if flag(parameters, "crc32", "the answer", False):
+        payload = _checked(body, payload)
+    tensors = _tensors(head.entries, payload, max_decoded_bytes)
     return InferResponse(tensors, head.model_name, head.model_version, head.request_id, parameters)
 
 
-def _message(header: str, views: list[memoryview], binary: bool) -> Encoded:
+def _message(header: str, views: list[memoryview], binary: bool, crc32: bool = False) -> Encoded:
     text = header.encode()
     if not binary:
         return Encoded([text], None, len(text))
     text += b" " * (-len(text) % ALIGNMENT_BYTES)
     check_header_length(len(text), None)
-    return Encoded([text, *views], len(text), len(text) + sum(map(len, views)))
+    buffers: list[Buffer] = [text, *views]
+    if crc32:
+        found = 0
+        for buffer in buffers:
+            found = zlib.crc32(buffer, found)
+        buffers.append(found.to_bytes(_CRC_BYTES, "little"))
+    return Encoded(buffers, len(text), sum(map(len, buffers)))
 
 
 def _encode_tensors(
@@ -297,6 +325,18 @@ def _payload(body: Buffer, header_bytes: int | None) -> memoryview | None:
     payload = memoryview(body)[header_bytes:]
     # torch has no read-only tensors; a view of immutable bytes would be undefined behaviour once written to.
     return memoryview(bytearray(payload)) if payload.readonly else payload
+
+
+def _checked(body: Buffer, payload: memoryview | None) -> memoryview:
+    """The payload without the checksum at its end. Raises ProtocolError when the body is not what was sent."""
+    if payload is None or len(payload) < _CRC_BYTES:
+        raise ProtocolError('the message says "crc32", but no checksum follows its tensors; it was cut short')
+    told, found = int.from_bytes(payload[-_CRC_BYTES:], "little"), zlib.crc32(memoryview(body)[:-_CRC_BYTES])
+    if told != found:
+        raise ProtocolError(
+            f"the message has CRC-32 {found:08x}, but its sender gave it {told:08x}: it was damaged on its way"
+        )
+    return payload[:-_CRC_BYTES]
 
 
 def _tensors(entries: list[Entry], payload: memoryview | None, max_decoded_bytes: int) -> dict[str, Tensor]:

@@ -112,25 +112,27 @@ class RequestHead:
     request_id: str | None
     parameters: Mapping[str, Any]
     output_codec: Codec | None = None
+    crc32: bool = False
 
 
 def request_head(header: dict[str, Any]) -> RequestHead:
     """Check a request's header. Raises ProtocolError."""
     parameters = parameters_of(header, "the request")
     outputs = []
-    default = _flag(parameters, "binary_data_output", "the request", False)
+    default = flag(parameters, "binary_data_output", "the request", False)
     for entry in _entries(header, "outputs", required=False):
         name = _name(entry, "outputs")
         wants = parameters_of(entry, f"output {name!r}")
         if wants.get("classification"):
             raise ProtocolError(f"output {name!r} asks for classification, which this server does not do; ask for data")
-        outputs.append(RequestedOutput(name, _flag(wants, "binary_data", f"output {name!r}", default)))
+        outputs.append(RequestedOutput(name, flag(wants, "binary_data", f"output {name!r}", default)))
     if len({output.name for output in outputs}) != len(outputs):
         raise ProtocolError("the same output is asked for twice; list each output once")
-    understands = _flag(parameters, "dim_order", "the request", False)
+    understands = flag(parameters, "dim_order", "the request", False)
     entries = _tensor_entries(_entries(header, "inputs", required=True), "input")
     codec = _codec(parameters.get("output_codec"), "output_codec of the request")
-    return RequestHead(entries, tuple(outputs), default, understands, _request_id(header), parameters, codec)
+    crc32 = flag(parameters, "crc32", "the request", False)
+    return RequestHead(entries, tuple(outputs), default, understands, _request_id(header), parameters, codec, crc32)
 
 
 @lru_cache(maxsize=256)
@@ -256,7 +258,8 @@ def parameters_of(entry: dict[str, Any], where: str) -> dict[str, Any]:
     return parameters
 
 
-def _flag(parameters: dict[str, Any], key: str, where: str, default: bool) -> bool:
+def flag(parameters: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    """A parameter that is true or false. Raises ProtocolError for any other."""
     value = parameters.get(key, default)
     if not isinstance(value, bool):
         raise ProtocolError(f"parameter {key} of {where} is {shortened(value)}; it must be true or false")
