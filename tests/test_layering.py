@@ -51,7 +51,6 @@ ROOMS = [
     "emulate",
     "simulate",
     "report",
-    "plan_report",
     "demo",
     "cli",
     "__main__",
@@ -86,6 +85,7 @@ MUST_NOT_KNOW = {
     "module": {"torchsurgeon.serve"},
     "serve": {"torchsurgeon.plan"},
     "simulate": NETWORK,
+    "report": NETWORK,
 }
 EVERYWHERE_FORBIDDEN = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
 

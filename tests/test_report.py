@@ -11,6 +11,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import report
+from torchsurgeon.report.runs import MOST_RUNS, layer_runs
 
 
 @pytest.mark.parametrize(
@@ -28,9 +29,9 @@ def test_bytes(size: int, text: str) -> None:
 def test_long_models_are_drawn_in_groups_that_end_at_the_stars() -> None:
     blocks = nn.Sequential(*(nn.Sequential(*(nn.Linear(4, 4) for _ in range(10))) for _ in range(8))).eval()
     graph = ts.trace(blocks, torch.rand(1, 4))
-    groups = report._groups(graph, keep=[15])
+    groups = layer_runs(graph, keep=[15])
     assert [i for g in groups for i in g] == list(range(80))
-    assert len(groups) <= report._BARS + 1
+    assert len(groups) <= MOST_RUNS + 1
     assert any(g[-1] == 14 for g in groups)
 
 

@@ -25,6 +25,7 @@ _EXTRAS = {
     "torchvision": "vision",
     "PIL": "vision",
     "matplotlib": "plot",
+    "plotly": "plot",
 }
 
 
@@ -126,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--no-raw-input", action="store_true", help="let no input of the model leave the device")
     plan.add_argument("--no-server", action="store_true", help="let nothing leave the device")
     plan.add_argument("--frontier", type=Path, metavar="FILE", help="write the rows that can win as JSON")
+    plan.add_argument("--plot", type=Path, metavar="FILE", help="draw what each cut costs, e.g. plan.png")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write a page on which link and load can be moved")
     plan.set_defaults(run=_plan)
 
     sweep = commands.add_parser("sweep", help="the best cut and its gain over a grid of uplink rates and server loads")
@@ -227,8 +230,7 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], str | dict[st
 def _plan(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from torchsurgeon import plan
-    from torchsurgeon.plan_report import plan_table
+    from torchsurgeon import plan, report
 
     parts, objective = _planned(options)
     found = plan(
@@ -244,17 +246,21 @@ def _plan(options: argparse.Namespace) -> None:
         server_allowed=not options.no_server,
     )
     console = Console()
-    console.print(plan_table(found))
+    console.print(report.plan_table(found))
     console.print(found.explain(), highlight=False, markup=False, soft_wrap=True)
     if options.frontier is not None:
         found.frontier.save(options.frontier)
+    if options.plot is not None:
+        report.plan_picture(parts["graph"], found, options.plot)
+    if options.html is not None:
+        report.explorer(parts["graph"], found, options.html)
 
 
 def _sweep(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from torchsurgeon.plan import Frontier, sweep
-    from torchsurgeon.plan_report import sweep_picture, sweep_table
+    from torchsurgeon.report import sweep_picture, sweep_table
 
     parts, objective = _planned(options)
     link = parts.pop("link")

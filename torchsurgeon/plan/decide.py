@@ -49,7 +49,8 @@ class Plan:
     ``runner_up`` is the best that does and cuts elsewhere. ``prices`` says for each constraint what the objective would
     be without it. ``crossovers`` are the uplink rates and loads at which the choice changes, all else equal.
     ``interval_s`` is the interval of the latency that follows from the intervals of both predictions; None without
-    these.
+    these. ``rows`` are all ways that keep to the constraints, but for limits on latency and energy, and ``frontier``
+    those of them that can win.
     """
 
     point: PartitionPoint
@@ -68,6 +69,7 @@ class Plan:
     interval_s: tuple[float, float] | None
     fresh_s: float
     frontier: Frontier
+    rows: tuple[Row, ...]
 
     @property
     def row(self) -> Row:
@@ -194,6 +196,7 @@ def plan(
         interval_s=_interval(terms, device, server, load, slowdown),
         fresh_s=0.0 if terms.row.on_device else _fresh_s(link, terms.row.size_bytes, frontier.answer_bytes),
         frontier=frontier,
+        rows=tuple(row for row in rows if limits.keeps(row)),
     )
 
 

@@ -1,20 +1,15 @@
-"""Plans as tables and pictures. Converts units for printing; computes nothing else."""
+"""Plans and sweeps as tables."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.plan import Objective, Plan
 from torchsurgeon.plan.explain import place
 from torchsurgeon.plan.grid import Sweep
-from torchsurgeon.report import bytes_text, seconds_text
-
-_MOST_NAMES = 12
+from torchsurgeon.report.units import bytes_text, seconds_text
 
 
 def plan_table(plan: Plan, most: int = 12) -> Table:
@@ -73,45 +68,3 @@ def sweep_table(sweep: Sweep) -> Table:
             f"{gain[here].max():.2f}×",
         )
     return table
-
-
-def sweep_picture(sweep: Sweep, path: str | Path) -> None:
-    """Draw which way is chosen, and what it gains, over uplink rate and load, into a PNG (or whatever format ``path``
-    ends in). Raises :class:`~torchsurgeon.errors.TorchSurgeonError` when matplotlib is not installed."""
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import BoundaryNorm, ListedColormap
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TorchSurgeonError(f"drawing needs matplotlib ({error}): pip install 'torchsurgeon[plot]'") from None
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    used, where = np.unique(sweep.chosen, return_inverse=True)
-    colors = colormaps["viridis"](np.linspace(0.05, 0.95, len(used)))
-    rates = sweep.uplink_bit_s / 1e6
-    edges = np.arange(len(used) + 1) - 0.5
-    mesh = left.pcolormesh(
-        rates,
-        sweep.loads,
-        where.reshape(sweep.chosen.shape),
-        cmap=ListedColormap(colors),
-        norm=BoundaryNorm(edges, len(used)),
-        shading="nearest",
-    )
-    bar = figure.colorbar(mesh, ax=left)
-    marked = sorted({round(i) for i in np.linspace(0, len(used) - 1, min(len(used), _MOST_NAMES))})
-    bar.set_ticks(marked, labels=[place(sweep.rows[used[i]]).removeprefix("cut ") for i in marked], fontsize=8)
-    left.set_title("where to cut")
-    gains = right.pcolormesh(rates, sweep.loads, sweep.gain, cmap="magma", shading="nearest", vmin=1.0)
-    figure.colorbar(gains, ax=right, label="times better than the better end")
-    right.set_title("gain over all on one side")
-    for axis in (left, right):
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel("uplink (Mbit/s)")
-    left.set_ylabel("server load (times its profile)")
-    trip = seconds_text(sweep.link.round_trip_s)
-    figure.suptitle(f"{sweep.model}: the least {sweep.objective}, round trip {trip}")
-    figure.savefig(path, dpi=130)

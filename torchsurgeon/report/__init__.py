@@ -1,0 +1,38 @@
+"""Tables for the terminal, pictures, and the page on which a plan can be explored. Converts units for people; decides
+nothing and measures nothing."""
+
+from __future__ import annotations
+
+from torchsurgeon.report.explorer import explorer
+from torchsurgeon.report.pictures import layer_picture, profile_picture
+from torchsurgeon.report.plan_pictures import plan_picture, sweep_picture
+from torchsurgeon.report.plans import plan_table, sweep_table
+from torchsurgeon.report.tables import (
+    codec_table,
+    diagnosis_text,
+    estimate_table,
+    graph_table,
+    point_text,
+    profile_table,
+)
+from torchsurgeon.report.units import bytes_text, flops_text, joules_text, seconds_text
+
+__all__ = [
+    "bytes_text",
+    "codec_table",
+    "diagnosis_text",
+    "estimate_table",
+    "explorer",
+    "flops_text",
+    "graph_table",
+    "joules_text",
+    "layer_picture",
+    "plan_picture",
+    "plan_table",
+    "point_text",
+    "profile_picture",
+    "profile_table",
+    "seconds_text",
+    "sweep_picture",
+    "sweep_table",
+]

@@ -1,0 +1,116 @@
+"""A page on which a plan can be explored: link, load, objective and codec move the choice, in the browser alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import importlib.resources
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torchsurgeon.errors import TorchSurgeonError
+from torchsurgeon.graph import LayerGraph
+from torchsurgeon.link import PRESETS, Link
+from torchsurgeon.plan import Frontier, Objective, Plan, Row
+from torchsurgeon.plan.explain import place
+from torchsurgeon.report.plan_pictures import PARTS
+from torchsurgeon.report.runs import cut_runs
+
+ANY_CODEC = "the best"
+_NUMBERS = ("head_s", "encode_s", "size_bytes", "tail_s", "decode_s", "device_j")
+
+
+def explorer(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
+    """Write one HTML page, which loads nothing else, on which the settings that ``plan`` was made for can be moved.
+
+    The page decides as :meth:`Frontier.best` does among the ways that keep to the plan's constraints; with one codec
+    chosen, among those with that codec and all on the device. It is about 5 MB, plotly.js most of it.
+    Raises :class:`~torchsurgeon.errors.TorchSurgeonError` when plotly is not installed or the file cannot be written.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise TorchSurgeonError(f"the page needs plotly ({error}): pip install 'torchsurgeon[plot]'") from None
+    parts = {
+        "title": html.escape(plan.frontier.model),
+        "plan": _for_script(page_data(graph, plan)),
+        "plotly": get_plotlyjs(),
+        "program": _packaged("explorer.js"),
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _packaged("explorer.html"))
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise TorchSurgeonError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def page_data(graph: LayerGraph, plan: Plan) -> dict[str, Any]:
+    """Return what the page decides from and draws, as plain data.
+
+    ``frontiers`` has for each codec that can be chosen the positions, in ``rows``, of what it is decided among;
+    ``runs`` the label of each bar and the rows of which it is the best.
+    """
+    codecs = sorted({row.codec for row in plan.rows if not row.on_device})
+    positions: dict[Row, int] = {}
+
+    def kept(rows: tuple[Row, ...]) -> list[int]:
+        return [positions.setdefault(row, len(positions)) for row in Frontier.of(graph, list(rows)).rows]
+
+    frontiers = {ANY_CODEC: kept(plan.rows)}
+    frontiers |= {codec: kept(with_codec(plan.rows, codec)) for codec in codecs}
+    runs = []
+    for run in cut_runs(graph, plan.rows):
+        groups = [[row for row in run.rows if row.codec == codec] for codec in sorted({row.codec for row in run.rows})]
+        runs.append({"label": run.label, "rows": sorted({i for group in groups for i in kept(tuple(group))})})
+    links = {link.name: link for link in (plan.link, *PRESETS.values())}
+    named = [Objective.of(name) for name in ("latency", "energy", "throughput", "server_time")]
+    objectives = named if plan.objective in named else [plan.objective, *named]
+    return {
+        "answer_bytes": plan.frontier.answer_bytes,
+        "rows": [_row(row) for row in positions],
+        "frontiers": frontiers,
+        "runs": runs,
+        "parts": [list(part) for part in PARTS],
+        "links": [_link(link) for link in links.values()],
+        "objectives": [{"name": str(o), "unit": o.unit, **dataclasses.asdict(o)} for o in objectives],
+        "has_energy": all(row.device_j is not None for row in plan.rows),
+        "limits": {"latency_s": plan.constraints.latency_s, "energy_j": plan.constraints.energy_j},
+        "constraints": str(plan.constraints),
+        "start": {
+            "link": plan.link.name,
+            "objective": str(plan.objective),
+            "codec": ANY_CODEC,
+            "load": plan.load,
+            "slowdown": plan.slowdown,
+        },
+    }
+
+
+def with_codec(rows: tuple[Row, ...], codec: str) -> tuple[Row, ...]:
+    """Return the rows that send everything with one codec, and those that send nothing."""
+    return tuple(row for row in rows if row.codec == codec or row.on_device)
+
+
+def _row(row: Row) -> dict[str, Any]:
+    numbers = {name: getattr(row, name) for name in _NUMBERS}
+    return {"place": place(row), "codec": row.codec, "on_device": row.on_device, "index": row.index, **numbers}
+
+
+def _link(link: Link) -> dict[str, Any]:
+    radio = None
+    if link.radio is not None:
+        radio = {name: getattr(link.radio, name) for name in ("up_w_per_bit_s", "down_w_per_bit_s", "base_w", "tail_j")}
+    rates = {name: getattr(link, name) for name in ("uplink_bit_s", "downlink_bit_s", "round_trip_s")}
+    return {"name": link.name, **rates, "radio": radio}
+
+
+def _for_script(data: dict[str, Any]) -> str:
+    """Return ``data`` as JSON in which no text, such as a layer's name, can end the script element it stands in."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _packaged(name: str) -> str:
+    return (importlib.resources.files("torchsurgeon.report") / name).read_text(encoding="utf-8")

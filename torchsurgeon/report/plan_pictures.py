@@ -1,0 +1,169 @@
+"""Pictures of plans and sweeps, on matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchsurgeon.graph import LayerGraph
+from torchsurgeon.plan import Frontier, Objective, Plan, Sweep
+from torchsurgeon.plan.decide import choose
+from torchsurgeon.plan.explain import place
+from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure, plain
+from torchsurgeon.report.runs import MOST_RUNS, cut_runs
+from torchsurgeon.report.units import bytes_text, flops_text, seconds_text
+
+PARTS = (("head", BLUE), ("encode", PINK), ("uplink", ORANGE), ("decode", YELLOW), ("tail", GREEN), ("downlink", SKY))
+_MOST_NAMES = 12
+
+
+def plan_picture(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
+    """Draw what the cuts of ``graph`` would cost under a plan's link and load, into a PNG (or whatever format ``path``
+    ends in): latency as stacked bars, energy where it is known, compute and what is sent; a star at the plan's choice.
+
+    Cuts inside a run of layers are drawn as one bar where there are more than fit; it is the best of them under the
+    plan's objective. Ways that break the plan's constraints are not drawn. Raises
+    :class:`~torchsurgeon.errors.TorchSurgeonError` when matplotlib is not installed.
+    """
+    runs = cut_runs(graph, plan.rows)
+    best = [
+        choose(
+            Frontier.of(graph, list(run.rows)), plan.link, plan.load, plan.slowdown, plan.objective, plan.constraints
+        )
+        for run in runs
+    ]
+    bars = [(run, terms) for run, terms in zip(runs, best, strict=True) if terms is not None]
+    star = next(i for i, (run, _) in enumerate(bars) if plan.row in run.rows)
+    terms = [terms for _, terms in bars]
+    with_energy = all(t.energy_j is not None for t in terms)
+    figure = new_figure(max(9.0, 0.42 * len(bars) + 3.5), 10.5 if with_energy else 8.0)
+    from matplotlib.ticker import LogLocator
+
+    panels = iter(figure.subplots(3 if with_energy else 2, 1, sharex=True))
+    x = np.arange(len(bars))
+
+    axis = next(panels)
+    latency = {name: [getattr(t, f"{name}_s") * 1e3 for t in terms] for name, _ in PARTS}
+    _stacked(axis, x, latency, dict(PARTS))
+    if plan.objective.throughput:
+        axis.plot(x, [t.interval_s * 1e3 for t in terms], "kD", markersize=4, label="between answers of a stream")
+    axis.set_ylabel("latency (ms)")
+    text = f"{place(plan.row)}\n{seconds_text(plan.terms.latency_s)}"
+    if plan.objective != Objective(latency=1.0):
+        text += f", {plan.objective} {plan.value:.4g} {plan.objective.unit}"
+    _star(axis, star, plan.terms.latency_s * 1e3, text)
+    _legend(axis)
+
+    if with_energy:
+        axis = next(panels)
+        total_j = np.array([t.energy_j or 0.0 for t in terms])
+        scale, unit = (1.0, "J") if total_j.max() >= 1 else (1e3, "mJ")
+        joules = {part: [(getattr(t, f"{part}_j") or 0.0) * scale for t in terms] for part in ("device", "radio")}
+        _stacked(axis, x, joules, {"device": BLUE, "radio": ORANGE})
+        axis.set_ylabel(f"energy of the device ({unit})")
+        _star(axis, star, total_j[star] * scale, f"{total_j[star] * scale:.4g} {unit}")
+        least = int(total_j.argmin())
+        if total_j[least] < total_j[star]:
+            hollow = {"color": "white", "markeredgecolor": RED, "linestyle": "none"}
+            axis.plot(least, total_j[least] * scale, "*", markersize=15, label="least energy", **hollow)
+        _legend(axis)
+
+    axis = next(panels)
+    flops = [sum(graph.layers[i].flops for i in run.layers) for run, _ in bars]
+    axis.bar(x, np.array(flops) / 1e6, 0.8, color=SKY, label=f"compute of the layers ({flops_text(sum(flops))} in all)")
+    axis.set_ylabel("compute (MFLOP)")
+    sizes = axis.twinx()
+    sent = [np.nan if t.row.on_device else t.row.size_bytes / 1e3 for t in terms]
+    sizes.plot(x, sent, "o-", color=ORANGE, markersize=4, label="data sent")
+    sizes.set_yscale("log")
+    sizes.yaxis.set_major_formatter("{x:g}")
+    sizes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    sizes.yaxis.set_minor_formatter("{x:g}")
+    sizes.set_ylabel("data sent (kB, logarithmic)")
+    if not plan.row.on_device:
+        _star(sizes, star, sent[star], bytes_text(plan.row.size_bytes))
+    _legend(axis, sizes)
+    axis.set_xticks(
+        x, [plain(run.label) for run, _ in bars], rotation=60, ha="right", rotation_mode="anchor", fontsize=8
+    )
+    axis.set_xlim(-0.7, len(bars) - 0.3)
+    axis.set_xlabel("cut after" if len(graph.layers) <= MOST_RUNS else "cut after, or inside: the best of each run")
+
+    figure.suptitle(
+        f"{plain(plan.frontier.model)}: the least {plan.objective} over {plain(str(plan.link))}\n"
+        f"server load {plan.load:g}, device slow-down {plan.slowdown:g}, constraints: {plan.constraints}",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def _stacked(axis: Any, x: np.ndarray, parts: dict[str, list[float]], colors: dict[str, str]) -> None:
+    below = np.zeros(len(x))
+    for name, heights in parts.items():
+        if any(heights):
+            axis.bar(x, heights, 0.8, bottom=below, label=name, color=colors[name])
+            below += heights
+    axis.set_ylim(0, float(below.max()) * 1.25 or 1.0)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _star(axis: Any, at: int, value: float, text: str) -> None:
+    axis.plot(at, value, "*", markersize=20, color=RED, markeredgecolor="white", zorder=5)
+    left = at < np.mean(axis.get_xlim())
+    axis.annotate(
+        plain(text),
+        (at, value),
+        xytext=(0, 13),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        color=RED,
+        fontweight="bold",
+        fontsize=9,
+        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+    )
+
+
+def _legend(axis: Any, *twins: Any) -> None:
+    handles = [handle for one in (axis, *twins) for handle in one.get_legend_handles_labels()[0]]
+    axis.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles), frameon=False)
+
+
+def sweep_picture(sweep: Sweep, path: str | Path) -> None:
+    """Draw which way is chosen, and what it gains, over uplink rate and load, into a PNG (or whatever format ``path``
+    ends in). Raises :class:`~torchsurgeon.errors.TorchSurgeonError` when matplotlib is not installed."""
+    figure = new_figure(13, 5.4)
+    from matplotlib import colormaps
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    left, right = figure.subplots(1, 2, sharey=True)
+    used, where = np.unique(sweep.chosen, return_inverse=True)
+    colors = colormaps["viridis"](np.linspace(0.05, 0.95, len(used)))
+    rates = sweep.uplink_bit_s / 1e6
+    edges = np.arange(len(used) + 1) - 0.5
+    mesh = left.pcolormesh(
+        rates,
+        sweep.loads,
+        where.reshape(sweep.chosen.shape),
+        cmap=ListedColormap(colors),
+        norm=BoundaryNorm(edges, len(used)),
+        shading="nearest",
+    )
+    bar = figure.colorbar(mesh, ax=left)
+    marked = sorted({round(i) for i in np.linspace(0, len(used) - 1, min(len(used), _MOST_NAMES))})
+    bar.set_ticks(marked, labels=[plain(place(sweep.rows[used[i]])).removeprefix("cut ") for i in marked], fontsize=8)
+    left.set_title("where to cut")
+    gains = right.pcolormesh(rates, sweep.loads, sweep.gain, cmap="magma", shading="nearest", vmin=1.0)
+    figure.colorbar(gains, ax=right, label="times better than the better end")
+    right.set_title("gain over all on one side")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("uplink (Mbit/s)")
+    left.set_ylabel("server load (times its profile)")
+    trip = seconds_text(sweep.link.round_trip_s)
+    figure.suptitle(f"{plain(sweep.model)}: the least {sweep.objective}, round trip {trip}")
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,44 @@
+"""Quantities as text for people. Units are converted here and where axes are drawn, nowhere else."""
+
+from __future__ import annotations
+
+import math
+
+
+def bytes_text(size_bytes: float) -> str:
+    """Return a size for people, in decimal units."""
+    return _scaled(size_bytes, "B", 1000)
+
+
+def flops_text(flops: float) -> str:
+    """Return a number of floating-point operations for people."""
+    return _scaled(flops, "FLOP", 1000)
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration for people, in milliseconds or seconds."""
+    return (
+        f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.1f} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:.0f} µs"
+    )
+
+
+def joules_text(mean_j: float, low_j: float, high_j: float) -> str:
+    """Return an energy and its interval for people, in one unit; "?" where it is unknown."""
+    if math.isnan(mean_j):
+        return "?"
+    size = max(abs(mean_j), abs(high_j) if math.isfinite(high_j) else 0.0)
+    factor, unit = (1.0, "J") if size >= 1 else (1e3, "mJ") if size >= 1e-3 else (1e6, "µJ")
+    if not math.isfinite(high_j - low_j):
+        return f"{mean_j * factor:.3g} {unit}"
+    return f"{mean_j * factor:.3g} ({low_j * factor:.3g} … {high_j * factor:.3g}) {unit}"
+
+
+def _scaled(value: float, unit: str, base: int) -> str:
+    if value < base:
+        return f"{value:g} {unit}"
+    power = min(int(math.log(value, base)), 4)
+    return f"{value / base**power:.3g} {' kMGT'[power]}{unit}"
