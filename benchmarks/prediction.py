@@ -183,6 +183,7 @@ def regrets(graph: ts.LayerGraph, predicted: ts.LayerProfile, truth: ts.LayerPro
 
 def prediction_s(predictor: ts.Predictor) -> tuple[int, list[float]]:
     """Seconds that predicting a model of about a thousand layers takes, traced before."""
+    # Shapes are all that counts, so the graph may be of the CPU's model.
     graph = ts.trace(get_model("maxvit_t", weights=None).eval(), torch.rand(1, 3, 224, 224))
     taken = []
     for _ in range(12):
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument(
         "--turns", type=int, default=5, help="parts that calibrating is done in, models profiled between"
     )
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="*", default=[*TORCHVISION, "bert"])
     parser.add_argument("--keep", type=Path, help="write the calibration here")
@@ -213,7 +215,7 @@ def main() -> None:
     graphs = {}
     for name in options.models:
         model, example = build(name)
-        graphs[name] = ts.trace(model, example)
+        graphs[name] = ts.trace(model.to(options.device), example.to(options.device))
     profiles = measured(graphs)
     begin, calibrated_s = time.perf_counter(), 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +228,7 @@ def main() -> None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ts.ThrottledWarning)
                     budget_s = options.budget * turn / options.turns
-                    predictor = ts.calibrate("cpu", budget_s=budget_s, out=kept, meter=None)
+                    predictor = ts.calibrate(options.device, budget_s=budget_s, out=kept, meter=None)
             calibrated_s += time.perf_counter() - begin
             for name, more in measured(graphs).items():
                 profiles[name] += more
@@ -287,7 +289,7 @@ def main() -> None:
     print(f"predicting {layers_count} layers takes {median_s * 1e3:.1f} ms ({low_s * 1e3:.1f} … {high_s * 1e3:.1f})")
     if options.out:
         result = {
-            "environment": provenance("cpu"),
+            "environment": provenance(options.device),
             "calibrated_s": calibrated_s,
             "throttled": predictor.provenance.get("throttled"),
             "held_out_samples": kinds,
