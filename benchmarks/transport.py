@@ -50,8 +50,8 @@ import torch
 from torch import Tensor, nn
 
 from torchsurgeon import wire
+from torchsurgeon.allocator import keep_freed_memory
 from torchsurgeon.serve import ModelRegistry, Server, create_app
-from torchsurgeon.serve.memory import retain_freed_memory
 from torchsurgeon.transport import HttpTransport
 
 SIZES = {"4KB": 4_096, "37KB": 37_888, "150KB": 153_600, "800KB": 819_200, "3MB": 3_145_728}
@@ -72,7 +72,7 @@ class Slice(nn.Module):
 def serve() -> None:
     """The server process: raw sockets, gRPC and torchsurgeon, each on a port it prints."""
     torch.set_num_threads(1)
-    retain_freed_memory()
+    keep_freed_memory()
     answer = bytes(DOWN_BYTES)
 
     def echo(link: socket.socket, reuse: bool) -> None:

@@ -17,6 +17,7 @@ ROOMS = [
     "errors",
     "structure",
     "_native",
+    "allocator",
     "program",
     "interface",
     "shape_rules",

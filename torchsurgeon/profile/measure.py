@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from torchsurgeon import hooks
+from torchsurgeon.allocator import keep_freed_memory
 from torchsurgeon.cut import tail_for
 from torchsurgeon.errors import MeterError, ProfileError
 from torchsurgeon.graph import LayerGraph, TensorSpec
 from torchsurgeon.kernels import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.profile.joules import layer_energy
-from torchsurgeon.profile.memory import keep_freed_memory, layer_memory
+from torchsurgeon.profile.memory import layer_memory
 from torchsurgeon.profile.origin import device_of, provenance
 from torchsurgeon.profile.record import Array, LayerEnergy, LayerProfile
 
@@ -169,7 +170,7 @@ def _is_apart(whole_s: Array) -> bool:
 class ModelRun:
     """A model ready to be measured: its steps, the layer each counts to, and its inputs on its device.
 
-    Freed memory is kept from then on (:func:`~torchsurgeon.profile.memory.keep_freed_memory`).
+    Freed memory is kept from then on (:func:`~torchsurgeon.allocator.keep_freed_memory`).
     """
 
     def __init__(self, graph: LayerGraph, device: torch.device, inputs: Sequence[torch.Tensor] | None) -> None:

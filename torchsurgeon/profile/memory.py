@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,25 +11,6 @@ from numpy.typing import NDArray
 
 from torchsurgeon.program import Environment, Segment, Step
 from torchsurgeon.structure import flatten
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-@functools.cache
-def keep_freed_memory() -> bool:
-    """Make the C library keep what the process frees, for the rest of its life; return whether it could be asked.
-
-    glibc gives large freed blocks back to the system, or not, by a threshold that moves with what was freed before. A
-    model whose activations are given back is handed zeroed pages at every run: MobileNetV2 takes 1.2 times as long
-    then, and which of the two a process does is chance. With the memory kept, runs are faster and can be compared.
-    See mallopt(3).
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30) and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
 
 
 def layer_memory(

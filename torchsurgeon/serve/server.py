@@ -16,9 +16,9 @@ from typing import Any, cast
 import torch
 import uvicorn
 
+from torchsurgeon.allocator import keep_freed_memory
 from torchsurgeon.errors import ServerError, TorchSurgeonError
 from torchsurgeon.serve.app import create_app
-from torchsurgeon.serve.memory import retain_freed_memory
 from torchsurgeon.serve.protocol import ServeProtocol
 from torchsurgeon.serve.registry import ModelRegistry, Profiler
 
@@ -107,7 +107,7 @@ def run(
             "digests; nothing is encrypted or authenticated",
             stacklevel=2,
         )
-    retain_freed_memory()
+    keep_freed_memory()
     registry = ModelRegistry(max_batch=max_batch, profiler=profiler)
     for name in models:
         registry.announce(name)
