@@ -9,6 +9,7 @@ from torchsurgeon.codec import CodecCost, CodecTable
 from torchsurgeon.cut import Partition, cut, tail_for
 from torchsurgeon.errors import (
     AdaptError,
+    BackendError,
     BodyTooLargeError,
     CalibrationError,
     CodecError,
@@ -52,13 +53,21 @@ from torchsurgeon.plan import (
     estimate,
     plan,
 )
-from torchsurgeon.predict import PredictionWarning, Predictor, ThrottledWarning, calibrate
+from torchsurgeon.predict import (
+    PredictionWarning,
+    Predictor,
+    ThrottledWarning,
+    calibrate,
+    reference_device,
+    reference_devices,
+)
 from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptError",
+    "BackendError",
     "Adapter",
     "BandwidthTrace",
     "BodyTooLargeError",
@@ -121,6 +130,8 @@ __all__ = [
     "opaque",
     "plan",
     "profile",
+    "reference_device",
+    "reference_devices",
     "register_adapter",
     "tail_for",
     "trace",

@@ -100,6 +100,34 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--trace", type=Path, metavar="FILE", help="write one run for ui.perfetto.dev")
     profile.set_defaults(run=_profile)
 
+    calibrate = commands.add_parser("calibrate", help="time layers of every kind on this machine, to predict models")
+    calibrate.add_argument("--out", type=Path, metavar="FILE", required=True, help="write the calibration as JSON")
+    calibrate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    calibrate.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="time to spend")
+    calibrate.add_argument("--threads", type=_count, help="CPU threads of one inference")
+    calibrate.add_argument("--seed", type=int, default=0, help="of the networks that are drawn")
+    calibrate.add_argument(
+        "--from-csv",
+        action="append",
+        default=[],
+        metavar="KIND=FILE",
+        help="fit measurements taken elsewhere instead, e.g. conv=conv.csv; docs/prediction.md lists the columns",
+    )
+    calibrate.add_argument("--name", default="an unnamed device", help="of the device in the CSV files")
+    calibrate.set_defaults(run=_calibrate)
+
+    predict = commands.add_parser("predict", help="predict each layer's time on a calibrated device, running nothing")
+    _model_arguments(predict)
+    predict.add_argument(
+        "--device", required=True, metavar="DEVICE", help="a file of torchsurgeon calibrate, or tegra-k1-gpu, …"
+    )
+    predict.add_argument("--profile", type=Path, metavar="FILE", help="a measured profile to compare with")
+    predict.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted over measured, e.g. predicted.png")
+    predict.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the prediction as a profile that plan reads"
+    )
+    predict.set_defaults(run=_predict)
+
     codecs = commands.add_parser("codecs", help="measure what codecs save and change at the cuts that can pay")
     _model_arguments(codecs)
     codecs.add_argument("--weights", metavar="FILE", help=".safetensors, .pt, or 'default'")
@@ -360,6 +388,74 @@ def _profile(options: argparse.Namespace) -> None:
         report.profile_picture(graph, measured, options.plot)
     if options.trace is not None:
         layer_trace(graph, device).save(options.trace)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    import warnings
+
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from torchsurgeon.predict import Predictor, ThrottledWarning, calibrate
+    from torchsurgeon.report import calibration_table
+
+    if options.from_csv:
+        predictor = Predictor.from_csv(_pairs(options.from_csv), options.name)
+        predictor.save(options.out)
+        Console().print(calibration_table(predictor))
+        return
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with Progress(console=Console(stderr=True), transient=True) as bar, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ThrottledWarning)
+        task = bar.add_task("calibrating", total=options.budget)
+        try:
+            predictor = calibrate(
+                options.device,
+                budget_s=options.budget,
+                out=options.out,
+                seed=options.seed,
+                progress=lambda spent_s, budget_s, what: bar.update(task, completed=spent_s, description=what),
+            )
+        except KeyboardInterrupt:
+            bar.stop()
+            print(f"torchsurgeon: interrupted; the same command goes on with {options.out}", file=sys.stderr)
+            raise
+    Console().print(calibration_table(predictor))
+    for warning in caught:
+        print(f"torchsurgeon: warning: {warning.message}", file=sys.stderr)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    import warnings
+
+    from rich.console import Console
+
+    from torchsurgeon import report, specs
+    from torchsurgeon.graph import trace
+    from torchsurgeon.predict import PredictionWarning, load_device
+    from torchsurgeon.profile import LayerProfile
+
+    if options.plot is not None and options.profile is None:
+        raise TorchSurgeonError("--plot draws predictions over measurements; give these with --profile FILE")
+    predictor = load_device(options.device)
+    model = specs.load(options.spec, input_spec=options.input)
+    graph = trace(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)
+    measured = None if options.profile is None else LayerProfile.load(options.profile)
+    if measured is not None:
+        measured.check(graph)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PredictionWarning)
+        predicted = predictor.predict(graph)
+    if options.json is not None:
+        predicted.save(options.json)
+    Console().print(report.prediction_table(graph, predictor, predicted, measured))
+    notes = [] if measured is None else [f"{options.profile}: {what}" for what in predictor.mismatches(measured)]
+    for note in [*(warning.message for warning in caught), *notes]:
+        print(f"torchsurgeon: warning: {note}", file=sys.stderr)
+    if measured is not None and options.plot is not None:
+        report.prediction_picture(graph, predicted, measured, options.plot)
 
 
 def _codecs(options: argparse.Namespace) -> None:

@@ -28,9 +28,10 @@ from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_met
 from torchsurgeon.predict.kinds import KINDS, Array
 from torchsurgeon.predict.nets import random_net, settle
 from torchsurgeon.predict.operations import operations
-from torchsurgeon.predict.predictor import FORMAT, BlockCorrection, Predictor, moved_bytes, read_json, write_json
+from torchsurgeon.predict.predictor import FORMAT, BlockCorrection, Predictor, moved_bytes
 from torchsurgeon.predict.regression import HeldOut, out_of_fold
 from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
+from torchsurgeon.predict.storage import DAMAGE, read_json, write_json
 from torchsurgeon.predict.sweep import Candidate, candidates, sweep_kinds
 from torchsurgeon.profile.joules import layer_energy
 from torchsurgeon.profile.measure import ModelRun
@@ -91,7 +92,10 @@ def calibrate(
             raise CalibrationError(f"meter is {chosen!r}; give 'auto', None, or one of torchsurgeon.meters")
         if target.type == "cuda":
             exit_stack.enter_context(torch.cuda.device(target))
-        sweep.run(NullMeter() if chosen is None else chosen, progress or (lambda *_: None))
+        try:
+            sweep.run(NullMeter() if chosen is None else chosen, progress or (lambda *_: None))
+        finally:
+            sweep.save()
     predictor = sweep.fitted()
     if out is not None:
         write_json(out, predictor.to_json() | sweep.networks())
@@ -126,7 +130,7 @@ class _Sweep:
                 break
             if now - saved > _SAVE_EVERY_S:
                 saved = now
-                self._save()
+                self.save()
             if now - reviewed > _REVIEW_EVERY_S:
                 reviewed = now
                 self._review()
@@ -136,7 +140,6 @@ class _Sweep:
             self._measure(model, example, energy, whole=not alone)
             progress(spent_s, budget_s, f"{len(self._samples)} layers timed, now {what}")
         self._facts |= energy.facts() | self._pulse.facts()
-        self._save()
 
     def fitted(self) -> Predictor:
         """The models, fitted to what was measured."""
@@ -213,7 +216,8 @@ class _Sweep:
         weights = [self._errors.get(_KIND_OF.get(kind, kind), 0.05) for kind in kinds]
         return self._rng.choices(kinds, weights)[0]
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write what was measured so far, to go on with."""
         if self._out is None:
             return
         write_json(
@@ -240,21 +244,27 @@ class _Sweep:
         try:
             facts = dict(data["provenance"])
             spent_s = float(facts.get("calibrated_for_s", math.inf))
+            self._refuse_another(out, facts, ("device",))
             if not data.get("unfinished") and spent_s >= budget_s:
                 return
             found = {kind: SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
             group, nets = int(data["networks"]["count"]), [_TimedNet(*net) for net in data["networks"]["timed"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except CalibrationError:
+            raise
+        except DAMAGE as error:
             raise CalibrationError(f"{out} was cut short or edited ({error}); delete it and calibrate again") from None
-        for fact in ("device", "threads", "torch"):
-            if facts.get(fact) != self._facts[fact]:
-                raise CalibrationError(
-                    f"{out} holds the beginning of a calibration with {fact} {facts.get(fact)!r}, and here it is "
-                    f"{self._facts[fact]!r}; give another file, or delete it"
-                )
+        self._refuse_another(out, facts, ("threads", "torch"))
         self._facts["calibrated_for_s"] = spent_s
         self._group, self._nets = group, nets
         self._samples = [sample for table in found.values() for sample in table.samples()]
+
+    def _refuse_another(self, out: Path, facts: Mapping[str, Any], names: tuple[str, ...]) -> None:
+        for name in names:
+            if facts.get(name) != self._facts[name]:
+                raise CalibrationError(
+                    f"{out} holds a calibration with {name} {facts.get(name)!r}, and here it is "
+                    f"{self._facts[name]!r}; give another file, or delete it"
+                )
 
 
 _KIND_OF = {"convolution of other dimensions": "convolution"}

@@ -15,7 +15,8 @@ from torchsurgeon.shapes import storage_of, tensors_in
 Describe = Callable[..., "Operation | Sequence[Operation]"]
 """From (name, output, *args, **kwargs) of a call to what it comes to."""
 
-_VIEW = Operation("view", "view", ())
+VIEW = Operation("view", "view", ())
+"""What moves nothing."""
 
 
 def is_known(name: str) -> bool:
@@ -32,7 +33,7 @@ def described(name: str, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any
         # Arguments given in a way that no description foresees.
         return [unknown(name, out, args, kwargs)]
     operations = [found] if isinstance(found, Operation) else found
-    return [operation if all(operation.sizes) else _VIEW for operation in operations]
+    return [operation if all(operation.sizes) else VIEW for operation in operations]
 
 
 def unknown(name: str, out: Any, args: Any, kwargs: Any) -> Operation:
@@ -216,10 +217,10 @@ def _copy(name: str, out: Any, *args: Any, **named: Any) -> Operation:
     """A copy, or a view where no memory moves."""
     results, given = tensors_in(out), tensors_in([args, named])
     if not results:
-        return _VIEW
+        return VIEW
     homes = {storage_of(t) for t in given}
     if all(storage_of(t) in homes for t in results) and name not in _WRITING:
-        return _VIEW
+        return VIEW
     variant = "cat" if name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack") else _COPY_NAMES.get(name)
     elements = sum(t.numel() for t in results)
     run = min((_run(t) for t in given), default=elements)
@@ -250,7 +251,7 @@ def _interpolation(name: str, out: torch.Tensor, input: torch.Tensor, *args: Any
 
 
 def _nothing(name: str, out: Any, *args: Any, **named: Any) -> Operation:
-    return _VIEW
+    return VIEW
 
 
 _ACTIVATION_NAMES = {

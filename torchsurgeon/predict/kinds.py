@@ -73,7 +73,8 @@ def features(kind: Kind, sizes: Array, item_bytes: Array, before_bytes: Array) -
     own = [sizes[:, i] for i in range(len(kind.columns))]
     parts = [*own, *kind.paper(columns), *kind.more(columns), flops, moved_bytes, flops / moved_bytes]
     parts += [item_bytes, np.maximum(before_bytes, 1024.0)]
-    return np.log(np.stack([np.maximum(part, 1e-9) for part in parts], axis=1))
+    logarithms: Array = np.log(np.stack([np.maximum(part, 1e-9) for part in parts], axis=1))
+    return logarithms
 
 
 def _weights(c: Any) -> Any:

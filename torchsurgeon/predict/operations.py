@@ -10,13 +10,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from torchsurgeon.graph import LayerGraph
-from torchsurgeon.predict.calls import described, is_known, unknown
-from torchsurgeon.predict.kinds import Operation
+from torchsurgeon.predict.calls import VIEW, described, is_known, unknown
+from torchsurgeon.predict.kinds import KINDS, Operation
 from torchsurgeon.program import Step, function_name, map_refs
 from torchsurgeon.shapes import MetaModel, tensors_in
 
@@ -37,6 +38,17 @@ def operations(graph: LayerGraph) -> list[list[Operation]]:
         if step.kind == "call":
             found[column] = [*_of_step(step, values, source, followed), *found[column]]
     return found
+
+
+def layer_kinds(graph: LayerGraph) -> tuple[str, ...]:
+    """Return the kind of each layer: that of its operation which moves most; ``view`` where none moves anything."""
+    return tuple(max(found, key=_moved, default=VIEW).kind for found in operations(graph))
+
+
+def _moved(operation: Operation) -> float:
+    if operation.kind not in KINDS:
+        return float(operation.sizes[0])
+    return float(KINDS[operation.kind].work(np.array([operation.sizes], dtype=np.float64))[1][0])
 
 
 def _of_step(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,8 @@ from torchsurgeon.predict.kinds import KINDS, Array, Operation
 from torchsurgeon.predict.operations import operations
 from torchsurgeon.predict.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
 from torchsurgeon.predict.roofline import Roofline, fit_roofline
-from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
+from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, read_csv, tables
+from torchsurgeon.predict.storage import DAMAGE, damaged, numbers, read_json, write_json
 from torchsurgeon.profile.record import LayerEnergy, LayerProfile
 
 FORMAT = "torchsurgeon.predictor/1"
@@ -120,6 +119,16 @@ class Predictor:
             predictor.fitted[kind] = known
         return predictor
 
+    @staticmethod
+    def from_csv(files: Mapping[str, str | Path], name: str = "an unnamed device") -> Predictor:
+        """Return the predictor fitted to measurements taken elsewhere: a CSV file a kind of layer.
+
+        :func:`~torchsurgeon.predict.samples.read_csv` says what they hold. Raises
+        :class:`~torchsurgeon.errors.CalibrationError` naming file and line.
+        """
+        found = [sample for kind, path in files.items() for sample in read_csv(kind, path)]
+        return Predictor.fit(found, {"device": name, "imported_from": [Path(path).name for path in files.values()]})
+
     def model(self, kind: str, what: str = "seconds") -> KindModel | None:
         """Return the model of ``"seconds"`` or ``"joules"`` of a kind, None where there is none."""
         known = self.fitted.get(kind)
@@ -181,6 +190,19 @@ class Predictor:
     def bounded(self, graph: LayerGraph) -> tuple[bool, ...]:
         """Return for each layer whether the roofline bounds all or part of it, for want of a model."""
         return tuple(any(op.kind not in self.fitted for op in found) for found in operations(graph))
+
+    def mismatches(self, measured: LayerProfile) -> tuple[str, ...]:
+        """Return what differs between this device and the one a profile was measured on, in words; empty where
+        predictions and measurements can be compared."""
+        theirs = measured.provenance
+        found = ["it is itself predicted"] if theirs.get("predicted") else []
+        found += [
+            f"its {name} is {theirs.get(name)!r}, here it is {self.provenance[name]!r}"
+            for name in ("device", "threads", "backend")
+            if name in self.provenance and theirs.get(name) != self.provenance[name]
+        ]
+        found += ["it was scaled to emulate another device"] if "scaled_by" in theirs else []
+        return tuple(found)
 
     def _energy(
         self, flat: list[Operation], before: list[int], layers: NDArray[np.int64], count: int, scale: float
@@ -265,13 +287,11 @@ class Predictor:
         try:
             fitted = {str(kind): _fitted_from(known) for kind, known in data["fitted"].items()}
             samples = {str(kind): SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
-            roofline, block = Roofline(**data["roofline"]), BlockCorrection(**data["block"])
+            roofline = numbers(Roofline, data["roofline"], positive=True)
+            block = numbers(BlockCorrection, data["block"])
             provenance = dict(data["provenance"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise CalibrationError(f"the calibration was cut short or edited ({what}); calibrate again") from None
-        if not min(roofline.peak_flop_s, roofline.bandwidth_byte_s, roofline.scatter) > 0 or roofline.overhead_s < 0:
-            raise CalibrationError(f"the calibration's roofline cannot be: {roofline}; calibrate again")
+        except DAMAGE as error:
+            raise damaged(error) from None
         without = [kind for kind in fitted if kind not in samples]
         if without:
             raise CalibrationError(f"the calibration holds no samples of {', '.join(without)}; calibrate again")
@@ -296,8 +316,9 @@ class Predictor:
         peak, bandwidth = self.roofline.peak_flop_s / 1e9, self.roofline.bandwidth_byte_s / 1e9
         lines = [f"{device}: reaches {peak:.3g} Gflop/s (multiply and add are two), {bandwidth:.3g} GB/s"]
         lines += [
-            f"  {kind:<24}{known.held_out.samples:>6} samples  {known.form:<11} median error {known.held_out.median:.1%}"
+            f"  {kind:<24}{own.samples:>6} samples  {known.form:<11} median error {own.median:.1%}"
             for kind, known in sorted(self.fitted.items())
+            for own in [known.held_out]
         ]
         return "\n".join(lines)
 
@@ -305,39 +326,6 @@ class Predictor:
 def _summed(values: Array, layers: NDArray[np.int64], count: int) -> Array:
     """Sums of operations' values, shape (layers,)."""
     return np.bincount(layers, values, count).astype(np.float64)
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    """Write a calibration so that an interruption leaves the old file or the new one, never half of it."""
-    try:
-        beside = Path(f"{path}.new")
-        beside.write_text(json.dumps(data, separators=(",", ":")))
-        os.replace(beside, path)
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a calibration's plain data."""
-    try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} is not JSON, or was cut short: {error}; calibrate again") from None
-
-
-def _fitted_from(data: Mapping[str, Any]) -> FittedKind:
-    energy = data["energy_held_out"]
-    for form in (data["form"], data["energy_form"]):
-        if form is not None and form not in FORMS:
-            raise ValueError(f"there is no model form {form!r}")
-    return FittedKind(
-        data["form"],
-        HeldOut(**data["held_out"]),
-        data["energy_form"],
-        None if energy is None else HeldOut(**energy),
-    )
 
 
 def _without_model(kind: str, names: list[str]) -> str:
@@ -375,3 +363,16 @@ def _live_bytes(graph: LayerGraph) -> Any:
         last = crossing.get(layer.index, last)
         live.append(last + sum(spec.size_bytes for spec in layer.outputs))
     return np.array(live, dtype=np.int64)
+
+
+def _fitted_from(data: Mapping[str, Any]) -> FittedKind:
+    form, energy_form, energy = data["form"], data["energy_form"], data["energy_held_out"]
+    for chosen in (form, *([] if energy_form is None else [energy_form])):
+        if chosen not in FORMS:
+            raise ValueError(f"there is no model form {chosen!r}")
+    return FittedKind(
+        form,
+        numbers(HeldOut, data["held_out"]),
+        energy_form,
+        None if energy is None else numbers(HeldOut, energy),
+    )

@@ -16,7 +16,7 @@ from torchsurgeon.errors import CalibrationError
 from torchsurgeon.predict.kinds import KINDS, Array, Kind, Operation
 
 FEWEST_SAMPLES = 20
-_MOST_SECONDS, _MOST_JOULES = 3600.0, 1e6
+_MOST_SECONDS, _MOST_JOULES, _MOST_SIZE, _MOST_ITEM_BYTES = 3600.0, 1e6, 1e15, 16.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +117,16 @@ class SampleTable:
         )
         if len({len(getattr(table, name)) for name in _ARRAYS}) != 1:
             raise ValueError(f"the columns of {kind} differ in length")
-        if not (np.isfinite(seconds).all() and (seconds > 0).all()):
-            raise ValueError(f"{kind} holds seconds that are not positive")
+        for what, values, least, most in (
+            ("seconds", seconds, 0.0, _MOST_SECONDS),
+            ("joules", table.joules[~np.isnan(table.joules)], 0.0, _MOST_JOULES),
+            ("sizes", table.sizes, 1.0, _MOST_SIZE),
+            ("item_bytes", table.item_bytes, 1.0, _MOST_ITEM_BYTES),
+            ("before_bytes", table.before_bytes, 0.0, _MOST_SIZE),
+        ):
+            wrong = values[~((values >= least) & (values <= most))]
+            if wrong.size or (what in ("seconds", "joules") and (values == 0).any()):
+                raise ValueError(f"{what} of {kind} cannot be {wrong[0] if wrong.size else 0}")
         return table
 
 
@@ -142,25 +150,20 @@ def read_csv(kind: str, path: str | Path) -> list[Sample]:
     """
     known = _kind_named(kind)
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise CalibrationError(f"{path} is not a CSV file: {error}") from None
-    if not rows or not any(cell.strip() for cell in rows[0]):
+    if not rows:
         raise CalibrationError(f"{path} is empty; its first line must name columns: {_wanted(known)}")
-    names = [cell.strip() for cell in rows[0]]
-    missing = [name for name in known.columns if name not in names and name not in known.optional]
-    units = [name for name in _UNITS if name in names]
-    if missing or len(units) != 1:
-        what = f"no column {', '.join(map(repr, missing))}" if missing else "not one of the columns seconds, ms, us"
-        raise CalibrationError(f"{path}:1: there is {what} for {known.name}; name {_wanted(known)}")
-    found = [
-        _sample(known, dict(zip(names, row, strict=False)), units[0], f"{path}:{line}", len(names), len(row))
-        for line, row in enumerate(rows[1:], start=2)
-        if any(cell.strip() for cell in row)
-    ]
+    line, names = rows[0][0], [cell.strip() for cell in rows[0][1]]
+    wrong = _wrong_columns(known, names)
+    if wrong:
+        raise CalibrationError(f"{path}:{line}: {wrong} for {known.name}; name {_wanted(known)}, separated by commas")
+    found = [_sample(known, names, row, f"{path}:{line}") for line, row in rows[1:]]
     if len(found) < FEWEST_SAMPLES:
         raise CalibrationError(
             f"{path}: {len(found)} samples of {known.name} are too few to fit a model and know its error; "
@@ -169,7 +172,23 @@ def read_csv(kind: str, path: str | Path) -> list[Sample]:
     return [dataclasses.replace(sample, group=group) for group, sample in enumerate(found)]
 
 
+def _wrong_columns(kind: Kind, names: Sequence[str]) -> str:
+    """What is wrong with the names of a file's columns; nothing where they are right."""
+    missing = [name for name in kind.columns if name not in names and name not in kind.optional]
+    if missing:
+        return f"there is no column {', '.join(map(repr, missing))}"
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        return f"there is more than one column {', '.join(map(repr, twice))}"
+    unknown = [name for name in names if name not in {*kind.columns, *_UNITS, *_EXTRA_COLUMNS}]
+    if unknown:
+        return f"there is no meaning of a column {', '.join(map(repr, unknown))}"
+    units = [name for name in _UNITS if name in names]
+    return "" if len(units) == 1 else "there is not one of the columns seconds, ms, us"
+
+
 _UNITS = {"seconds": 1.0, "ms": 1e-3, "us": 1e-6}
+_EXTRA_COLUMNS = ("variant", "joules", "item_bytes")
 _SHORT = {
     "conv": "convolution",
     "fc": "linear",
@@ -188,34 +207,36 @@ def _kind_named(kind: str) -> Kind:
 
 def _wanted(kind: Kind) -> str:
     needed = [name for name in kind.columns if name not in kind.optional]
-    optional = ", ".join([*kind.optional, "variant", "joules", "item_bytes"])
+    optional = ", ".join([*kind.optional, *_EXTRA_COLUMNS])
     return f"{', '.join(needed)} and one of seconds, ms, us (optional: {optional})"
 
 
-def _sample(kind: Kind, row: Mapping[str, str], unit: str, where: str, columns: int, cells: int) -> Sample:
-    if cells != columns:
-        raise CalibrationError(f"{where}: {cells} cells where the first line names {columns} columns")
+def _sample(kind: Kind, names: Sequence[str], cells: Sequence[str], where: str) -> Sample:
+    if len(cells) != len(names):
+        raise CalibrationError(f"{where}: {len(cells)} cells where the first line names {len(names)} columns")
+    row = {name: cell.strip() for name, cell in zip(names, cells, strict=True)}
 
     def number(name: str, least: float, most: float, what: str) -> float:
         try:
             value = float(row[name])
         except ValueError:
-            raise CalibrationError(f"{where}: {name} is {row[name]!r}, not a number") from None
+            raise CalibrationError(f"{where}: {name} is {row[name]!r}, not a number; give {what}") from None
         if not least <= value <= most or (least == 0 and value == 0):
-            raise CalibrationError(f"{where}: {name} of {row[name].strip()} cannot be: give {what}")
+            raise CalibrationError(f"{where}: {name} of {row[name]} cannot be; give {what}")
         return value
 
-    sizes = []
-    for name in kind.columns:
-        value = number(name, 1, 1e15, "a whole number from 1 on") if name in row else 1.0
+    def whole(name: str, most: float) -> int:
+        value = number(name, 1, most, "a whole number from 1 on")
         if value != int(value):
-            raise CalibrationError(f"{where}: {name} of {row[name].strip()} cannot be: give a whole number from 1 on")
-        sizes.append(int(value))
-    scale = _UNITS[unit]
-    seconds = scale * number(unit, 0, _MOST_SECONDS / scale, f"a positive time below an hour in {unit}")
+            raise CalibrationError(f"{where}: {name} of {row[name]} cannot be; give a whole number from 1 on")
+        return int(value)
+
+    sizes = tuple(whole(name, _MOST_SIZE) if name in row else 1 for name in kind.columns)
+    unit = next(name for name in _UNITS if name in row)
+    most = _MOST_SECONDS / _UNITS[unit]
+    seconds = _UNITS[unit] * number(unit, 0, most, f"a positive time below an hour in {unit}")
     joules = math.nan
-    if row.get("joules", "").strip():
+    if row.get("joules"):
         joules = number("joules", 0, _MOST_JOULES, "a positive energy in joules, or nothing")
-    item = int(number("item_bytes", 1, 16, "the bytes of one element")) if row.get("item_bytes", "").strip() else 4
-    variant = row.get("variant", "").strip() or kind.usual
-    return Sample(Operation(kind.name, variant, tuple(sizes), item), seconds, joules)
+    item = whole("item_bytes", _MOST_ITEM_BYTES) if row.get("item_bytes") else 4
+    return Sample(Operation(kind.name, row.get("variant") or kind.usual, sizes, item), seconds, joules)

@@ -7,6 +7,7 @@ from torchsurgeon.report.explorer import explorer
 from torchsurgeon.report.pictures import layer_picture, profile_picture
 from torchsurgeon.report.plan_pictures import plan_picture, sweep_picture
 from torchsurgeon.report.plans import plan_table, sweep_table
+from torchsurgeon.report.predictions import calibration_table, prediction_picture, prediction_table
 from torchsurgeon.report.tables import (
     codec_table,
     diagnosis_text,
@@ -19,6 +20,7 @@ from torchsurgeon.report.units import bytes_text, flops_text, joules_text, secon
 
 __all__ = [
     "bytes_text",
+    "calibration_table",
     "codec_table",
     "diagnosis_text",
     "estimate_table",
@@ -30,6 +32,8 @@ __all__ = [
     "plan_picture",
     "plan_table",
     "point_text",
+    "prediction_picture",
+    "prediction_table",
     "profile_picture",
     "profile_table",
     "seconds_text",

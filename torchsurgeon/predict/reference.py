@@ -1,0 +1,46 @@
+"""Devices that come with the package: measured ones, and the paper's, reconstructed as rooflines from data sheets.
+
+Every ``devices/NAME.json`` is a calibration file. ``provenance["reconstructed_from"]`` lists the sources of one that
+was never measured; all it predicts is a lower bound.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from torchsurgeon.errors import CalibrationError
+from torchsurgeon.predict.predictor import Predictor
+
+
+def reference_devices() -> tuple[str, ...]:
+    """Return the names that :func:`reference_device` takes, in alphabetical order."""
+    files = resources.files("torchsurgeon.predict").joinpath("devices").iterdir()
+    return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
+
+
+def reference_device(name: str) -> Predictor:
+    """Return the predictor of a device that comes with the package.
+
+    Raises :class:`~torchsurgeon.errors.CalibrationError`, listing those there are, for another name.
+    """
+    names = reference_devices()
+    if name not in names:
+        raise CalibrationError(f"there is no reference device {name!r}; there are {', '.join(names)}")
+    with resources.as_file(resources.files("torchsurgeon.predict").joinpath("devices", f"{name}.json")) as path:
+        return Predictor.load(path)
+
+
+def load_device(name_or_path: str | Path) -> Predictor:
+    """Return the predictor in a file, or where there is no such file the reference device of that name.
+
+    Raises :class:`~torchsurgeon.errors.CalibrationError` where there is neither, or the file is damaged.
+    """
+    if Path(name_or_path).exists():
+        return Predictor.load(name_or_path)
+    names = reference_devices()
+    if str(name_or_path) in names:
+        return reference_device(str(name_or_path))
+    raise CalibrationError(
+        f"there is no file {name_or_path}, and no reference device of that name; there are {', '.join(names)}"
+    )
