@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import torchsurgeon as ts
 from torchsurgeon import cli
-from torchsurgeon.codec import Budget, CodecTable, codec_names, find_codec, image_sample, measure, promising
+from torchsurgeon.codec import Budget, CodecTable, codec_names, find_codec, image_call, image_sample, measure, promising
 from torchsurgeon.codec.budget import likeness
 from torchsurgeon.errors import CodecError, PartitionError
 
@@ -260,9 +260,13 @@ def test_a_folder_of_images_is_a_sample(tmp_path: Path) -> None:
     assert [(call.shape, call.dtype) for call in calls] == [((1, 3, 32, 32), torch.uint8)] * 3
     exact = torch.from_numpy(numpy.array(Image.open(tmp_path / "2.png"))).permute(2, 0, 1)
     assert torch.equal(calls[2][0], exact)
+    assert torch.equal(image_call(graph, tmp_path / "1.png"), calls[1])
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 30 * 30, 4)).eval()
     floats = image_sample(ts.trace(model, torch.zeros(2, 3, 32, 32)), tmp_path)
     assert [call.shape for call in floats] == [(2, 3, 32, 32)]
+    pair = image_call(ts.trace(model, torch.zeros(2, 3, 32, 32)), tmp_path / "0.png")
+    assert torch.equal(pair[0], floats[0][0])
+    assert torch.equal(pair[0], pair[1])
     assert -2.2 < float(floats[0].min()) < 0 < float(floats[0].max()) < 2.7
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchsurgeon.codec.budget import Budget
 from torchsurgeon.codec.codec import Codec, EncodedTensor, codec_names, find_codec
 from torchsurgeon.codec.measure import measure, promising
-from torchsurgeon.codec.sample import image_sample
+from torchsurgeon.codec.sample import image_call, image_sample
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "EncodedTensor",
     "codec_names",
     "find_codec",
+    "image_call",
     "image_sample",
     "measure",
     "promising",

@@ -26,12 +26,7 @@ def image_sample(graph: LayerGraph, folder: str | Path, most: int = 32) -> list[
     Raises :class:`~torchsurgeon.errors.CodecError` for another kind of model, and a folder or image that cannot be
     read.
     """
-    shape = graph.inputs[0].shape
-    dtype = graph.inputs[0].dtype
-    if len(graph.inputs) != 1 or len(shape) != 4 or shape[1] != 3:
-        takes = ", ".join(map(str, graph.inputs))
-        raise CodecError(f"images are no sample for this model, which takes {takes}; measure it from Python")
-    batch, _, height, width = shape
+    batch, height, width = _image_size(graph)
     try:
         paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _SUFFIXES)
     except OSError as error:
@@ -43,10 +38,33 @@ def image_sample(graph: LayerGraph, folder: str | Path, most: int = 32) -> list[
             f"{str(folder)!r} holds {len(paths)} images ({', '.join(sorted(_SUFFIXES))}); one call of the model takes "
             f"{batch}"
         )
+    return [_prepared(graph, call) for call in calls]
+
+
+def image_call(graph: LayerGraph, path: str | Path) -> Tensor:
+    """Return one image file as a call of the model, as :func:`image_sample` prepares it; a batch of the same image.
+
+    Raises :class:`~torchsurgeon.errors.CodecError` like :func:`image_sample`.
+    """
+    batch, height, width = _image_size(graph)
+    return _prepared(graph, _pixels(Path(path), height, width).repeat(batch, 1, 1, 1))
+
+
+def _image_size(graph: LayerGraph) -> tuple[int, int, int]:
+    shape = graph.inputs[0].shape
+    if len(graph.inputs) != 1 or len(shape) != 4 or shape[1] != 3:
+        takes = ", ".join(map(str, graph.inputs))
+        raise CodecError(f"images are no sample for this model, which takes {takes}; measure it from Python")
+    batch, _, height, width = shape
+    return batch, height, width
+
+
+def _prepared(graph: LayerGraph, pixels: Tensor) -> Tensor:
+    dtype = graph.inputs[0].dtype
     if dtype == torch.uint8:
-        return calls
+        return pixels
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
-    return [((call / 255 - mean) / deviation).to(dtype) for call in calls]
+    return ((pixels / 255 - mean) / deviation).to(dtype)
 
 
 def _pixels(path: Path, height: int, width: int) -> Tensor:
