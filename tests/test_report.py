@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import report
-from torchsurgeon.report.runs import MOST_RUNS, layer_runs
+from torchsurgeon.plan.rows import Costs
+from torchsurgeon.profile import LayerEnergy
+from torchsurgeon.report.runs import MOST_RUNS, cut_runs, layer_runs, run_labels
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,60 @@ def test_long_models_are_drawn_in_groups_that_end_at_the_stars() -> None:
     assert [i for g in groups for i in g] == list(range(80))
     assert len(groups) <= MOST_RUNS + 1
     assert any(g[-1] == 14 for g in groups)
+
+
+def test_a_long_flat_model_is_drawn_in_even_runs_with_names_of_their_own() -> None:
+    graph = ts.trace(nn.Sequential(*(nn.ReLU() for _ in range(200))).eval(), torch.rand(1, 4))
+    runs = layer_runs(graph)
+    assert [i for run in runs for i in run] == list(range(200))
+    assert len(runs) == MOST_RUNS
+    assert {len(run) for run in runs} <= {7, 8}
+    assert len(set(run_labels(graph, runs))) == len(runs)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 60])
+def test_every_cut_has_one_place_in_a_picture_and_both_ends_their_own(layers: int) -> None:
+    graph = ts.trace(nn.Sequential(*(nn.ReLU() for _ in range(layers))).eval(), torch.rand(1, 4))
+    profile = even_profile(graph)
+    rows = Costs(graph, profile, profile).rows()
+    runs = cut_runs(graph, rows)
+    assert [row for run in runs for row in run.rows] == rows
+    assert [i for run in runs for i in run.layers] == list(range(layers))
+    assert (runs[0].label, [row.index for row in runs[0].rows]) == ("all on server", [0])
+    assert (runs[-1].label, [row.index for row in runs[-1].rows]) == ("all on device", [layers])
+
+
+def even_profile(graph: ts.LayerGraph, joules: bool = False) -> ts.LayerProfile:
+    count = len(graph.layers)
+    names = tuple(layer.name for layer in graph.layers)
+    samples = np.full((1, count), 1e-3)
+    energy = LayerEnergy("recorded", 0.0, np.ones(count), np.ones((count, 2)), (count,) * 3) if joules else None
+    return ts.LayerProfile("Sequential", graph.fingerprint, 1, names, samples, samples.sum(1), {}, energy=energy)
+
+
+@pytest.mark.parametrize(
+    ("objective", "limits"),
+    [
+        ("latency", {}),
+        ("energy", {}),
+        ("throughput", {"latency_s": 0.2}),
+        ("latency", {"server_allowed": False}),
+        ({"latency": 1, "energy": 0.1}, {"raw_input": False}),
+    ],
+)
+@pytest.mark.parametrize("joules", [True, False])
+def test_plans_are_drawn(objective: Any, limits: dict[str, Any], joules: bool, tmp_path: Path) -> None:
+    if not joules and "energy" in objective:
+        return
+    model = nn.Sequential()
+    for i in range(40):
+        model.add_module(f"a${i}_{{$", nn.MaxPool1d(2) if i % 8 == 7 else nn.ReLU())  # no formula of matplotlib's
+    graph = ts.trace(model.eval(), torch.rand(1, 3, 2048))
+    link = ts.Link("a $link", 2e6, 2e6, 0.01, radio=ts.Radio(1e-7, 1e-7, 1.0))
+    device = even_profile(graph, joules)
+    plan = ts.plan(graph, device=device, server=device.scaled(0.1), link=link, objective=objective, **limits)
+    report.plan_picture(graph, plan, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@
     { key: "load", label: "server load", unit: "×", scale: 1, low: 0.05, high: 100, log: true },
     { key: "slowdown", label: "device slow-down", unit: "×", scale: 1, low: 0.05, high: 100, log: true },
   ];
-  const RED = "#D55E00", SERVER = "#BBBBBB", DEVICE = "#CC79A7";
+  const RED = "#D55E00", DEVICE = "#CC79A7", GREYS = ["#d5d5d5", "#999999"];
   const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#f0e51f"];
   const ACROSS = 61, UP = 41;
   const [UPLINK, , , LOAD] = SLIDERS;
@@ -127,14 +127,17 @@
       hoverinfo: "text", hovertext: [escape(wayText(bars[star].row))],
     });
     const short = (label) => (label.length > 32 ? `${label.slice(0, 15)}…${label.slice(-15)}` : label);
+    const labels = bars.map((bar) => short(bar.label));
     Plotly.react(what, traces, {
       title: { text: title, x: 0, xref: "paper", font: { size: 15 } }, font: FONT, barmode: "stack", bargap: 0.2,
-      height: 400, margin: { l: 65, r: 10, t: 75, b: 20 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom", traceorder: "normal" },
+      height: 320 + 5.5 * Math.max(...labels.map((label) => label.length)),
+      margin: { l: 65, r: 10, t: 75, b: 20 },
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom", traceorder: "normal" },
       xaxis: {
-        tickvals: x, ticktext: bars.map((bar) => escape(short(bar.label))), tickangle: -55, automargin: true,
+        tickvals: x, ticktext: labels.map(escape), tickangle: -55, automargin: true,
         range: [-0.6, x.length - 0.4],
       },
-      yaxis: { title: { text: `${what} (${name})` }, rangemode: "tozero", range: [0, Math.max(...totals) * scale * 1.12] },
+      yaxis: { title: { text: `${what} (${name})` }, range: [0, Math.max(...totals) * scale * 1.12 || 1] },
     }, CONFIG);
   }
 
@@ -144,16 +147,25 @@
   }
   const across = spread(UPLINK, ACROSS), upwards = spread(LOAD, UP);
 
-  function color(row, rank, cuts) {
-    if (row.on_device) return DEVICE;
-    if (row.index === 0) return SERVER;
-    const at = cuts > 1 ? (rank / (cuts - 1)) * (VIRIDIS.length - 1) : 4, low = Math.floor(at), part = at - low;
+  // The color at a share of the way along some.
+  function between(colors, share) {
+    const at = share * (colors.length - 1), low = Math.min(Math.floor(at), colors.length - 2);
     const mixed = [1, 3, 5].map((k) => {
-      const [a, b] = [VIRIDIS[low], VIRIDIS[Math.min(low + 1, VIRIDIS.length - 1)]].map((hex) =>
-        parseInt(hex.slice(k, k + 2), 16));
-      return Math.round(a + (b - a) * part);
+      const [a, b] = [colors[low], colors[low + 1]].map((color) => parseInt(color.slice(k, k + 2), 16));
+      return Math.round(a + (b - a) * (at - low));
     });
     return `rgb(${mixed})`;
+  }
+
+  // Both ends keep their colors, so that what is between them is told apart from them at every setting.
+  function colorsOf(used) {
+    const kind = (i) => (rows[i].on_device ? "device" : rows[i].index === 0 ? "server" : "cut");
+    return used.map((i) => {
+      if (kind(i) === "device") return DEVICE;
+      const alike = used.filter((other) => kind(other) === kind(i));
+      const share = alike.length > 1 ? alike.indexOf(i) / (alike.length - 1) : 0.5;
+      return between(kind(i) === "server" ? GREYS : VIRIDIS, share);
+    });
   }
 
   function drawMap() {
@@ -161,8 +173,7 @@
       decide(frontiers[settings.codec], { ...settings, load: 10 ** load, uplink_bit_s: 1e6 * 10 ** rate })));
     const used = [...new Set(chosen.flat())].filter((i) => i >= 0)
       .sort((a, b) => rows[a].index - rows[b].index || rows[b].size_bytes - rows[a].size_bytes);
-    const cuts = used.filter((i) => !rows[i].on_device && rows[i].index > 0);
-    const colors = used.map((i) => color(rows[i], cuts.indexOf(i), cuts.length));
+    const colors = colorsOf(used);
     const rank = new Map(used.map((i, k) => [i, k]));
     const ticks = (slider, values) => ({
       tickvals: values.map(Math.log10), ticktext: values.map(String),
@@ -189,7 +200,7 @@
       yaxis: { title: { text: "server load (× profile)" }, ...ticks(LOAD, [0.1, 0.3, 1, 3, 10, 30, 100]) },
     }, CONFIG);
     find("legend").replaceChildren(...used.map((i, k) => {
-      const item = document.createElement("li"), swatch = document.createElement("i"), text = document.createElement("span");
+      const [item, swatch, text] = ["li", "i", "span"].map((tag) => document.createElement(tag));
       swatch.style.background = colors[k];
       text.textContent = rows[i].place;
       item.append(swatch, text);
@@ -214,7 +225,8 @@
       const ends = frontiers[settings.codec].filter((i) => (k ? rows[i].index === 0 : rows[i].on_device));
       if (!ends.length) return `${name} is not allowed`;
       const end = Math.min(...ends.map((i) => cost(rows[i], weights)));
-      return `${name}: ${quantity(end, objective.unit)}` + (0 < value && value < end ? `, ${digits(end / value)} times as much` : "");
+      const more = 0 < value && value < end ? `, ${digits(end / value)} times as much` : "";
+      return `${name}: ${quantity(end, objective.unit)}${more}`;
     }).join("; ");
     const bars = runs.map((run) => {
       const mine = run.rows.filter((i) =>
@@ -234,6 +246,7 @@
   // ---- the settings -----------------------------------------------------------------------------------------------
 
   const shown = [];
+  let waiting = 0;
   function addField(label, ...inputs) {
     const field = document.createElement("label");
     field.append(label, ...inputs);
@@ -259,7 +272,8 @@
     const position = slider.log ? Math.log10 : (value) => value;
     Object.assign(range, { type: "range", id: slider.key, min: position(slider.low), max: position(slider.high) });
     range.step = slider.log ? 0.01 : 1;
-    Object.assign(number, { type: "number", id: `${slider.key}-number`, min: slider.low, max: slider.high, step: "any" });
+    const { low: min, high: max } = slider;
+    Object.assign(number, { type: "number", id: `${slider.key}-number`, min, max, step: "any" });
     range.setAttribute("aria-label", slider.label);
     range.addEventListener("input", () => {
       settings[slider.key] = slider.scale * (slider.log ? 10 ** range.valueAsNumber : range.valueAsNumber);
@@ -285,10 +299,16 @@
 
   function show() {
     const energy = knowsEnergy(settings);
-    for (const option of objectives.options) option.disabled = named(data.objectives, option.value).energy > 0 && !energy;
+    for (const option of objectives.options) {
+      option.disabled = named(data.objectives, option.value).energy > 0 && !energy;
+    }
     if (objectives.selectedOptions[0].disabled) objectives.value = settings.objective = "latency";
     for (const refresh of shown) refresh();
-    draw();
+    // A drag moves a slider more often than a screen shows it.
+    waiting ||= requestAnimationFrame(() => {
+      waiting = 0;
+      draw();
+    });
   }
 
   takeLink();
@@ -300,6 +320,7 @@
     `A bar is the best way among those that cut in its layers. Constraints: ${data.constraints}.` +
     (data.has_energy ? "" : " Energy is not known: the device's profile holds no joules.");
   show();
+  draw();
   find("map").on("plotly_click", ({ points: [point] }) => {
     settings.uplink_bit_s = 1e6 * 10 ** point.x;
     settings.load = 10 ** point.y;

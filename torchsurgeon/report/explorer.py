@@ -64,7 +64,9 @@ def page_data(graph: LayerGraph, plan: Plan) -> dict[str, Any]:
     for run in cut_runs(graph, plan.rows):
         groups = [[row for row in run.rows if row.codec == codec] for codec in sorted({row.codec for row in run.rows})]
         runs.append({"label": run.label, "rows": sorted({i for group in groups for i in kept(tuple(group))})})
-    links = {link.name: link for link in (plan.link, *PRESETS.values())}
+    given = plan.link.name
+    if plan.link != PRESETS.get(given, plan.link):
+        given += ", as planned for"
     named = [Objective.of(name) for name in ("latency", "energy", "throughput", "server_time")]
     objectives = named if plan.objective in named else [plan.objective, *named]
     return {
@@ -73,13 +75,13 @@ def page_data(graph: LayerGraph, plan: Plan) -> dict[str, Any]:
         "frontiers": frontiers,
         "runs": runs,
         "parts": [list(part) for part in PARTS],
-        "links": [_link(link) for link in links.values()],
+        "links": [_link(given, plan.link), *(_link(*item) for item in PRESETS.items() if item[0] != given)],
         "objectives": [{"name": str(o), "unit": o.unit, **dataclasses.asdict(o)} for o in objectives],
         "has_energy": all(row.device_j is not None for row in plan.rows),
         "limits": {"latency_s": plan.constraints.latency_s, "energy_j": plan.constraints.energy_j},
         "constraints": str(plan.constraints),
         "start": {
-            "link": plan.link.name,
+            "link": given,
             "objective": str(plan.objective),
             "codec": ANY_CODEC,
             "load": plan.load,
@@ -98,12 +100,12 @@ def _row(row: Row) -> dict[str, Any]:
     return {"place": place(row), "codec": row.codec, "on_device": row.on_device, "index": row.index, **numbers}
 
 
-def _link(link: Link) -> dict[str, Any]:
+def _link(name: str, link: Link) -> dict[str, Any]:
     radio = None
     if link.radio is not None:
         radio = {name: getattr(link.radio, name) for name in ("up_w_per_bit_s", "down_w_per_bit_s", "base_w", "tail_j")}
     rates = {name: getattr(link, name) for name in ("uplink_bit_s", "downlink_bit_s", "round_trip_s")}
-    return {"name": link.name, **rates, "radio": radio}
+    return {"name": name, **rates, "radio": radio}
 
 
 def _for_script(data: dict[str, Any]) -> str:

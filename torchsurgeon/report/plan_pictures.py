@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from torchsurgeon.graph import LayerGraph
-from torchsurgeon.plan import Frontier, Objective, Plan, Sweep
+from torchsurgeon.plan import Frontier, Objective, Plan, Sweep, Terms
 from torchsurgeon.plan.decide import choose
 from torchsurgeon.plan.explain import place
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure, plain
-from torchsurgeon.report.runs import MOST_RUNS, cut_runs
+from torchsurgeon.report.runs import MOST_RUNS, CutRun, cut_runs
 from torchsurgeon.report.units import bytes_text, flops_text, seconds_text
 
 PARTS = (("head", BLUE), ("encode", PINK), ("uplink", ORANGE), ("decode", YELLOW), ("tail", GREEN), ("downlink", SKY))
@@ -27,70 +28,29 @@ def plan_picture(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
     plan's objective. Ways that break the plan's constraints are not drawn. Raises
     :class:`~torchsurgeon.errors.TorchSurgeonError` when matplotlib is not installed.
     """
-    runs = cut_runs(graph, plan.rows)
-    best = [
-        choose(
-            Frontier.of(graph, list(run.rows)), plan.link, plan.load, plan.slowdown, plan.objective, plan.constraints
-        )
-        for run in runs
-    ]
-    bars = [(run, terms) for run, terms in zip(runs, best, strict=True) if terms is not None]
-    star = next(i for i, (run, _) in enumerate(bars) if plan.row in run.rows)
-    terms = [terms for _, terms in bars]
-    with_energy = all(t.energy_j is not None for t in terms)
+    bars: list[tuple[CutRun, Terms]] = []
+    star = 0
+    for run in cut_runs(graph, plan.rows):
+        terms: Terms | None = plan.terms
+        if plan.row in run.rows:
+            star = len(bars)
+        else:
+            best = Frontier.of(graph, list(run.rows))
+            terms = choose(best, plan.link, plan.load, plan.slowdown, plan.objective, plan.constraints)
+        if terms is not None:
+            bars.append((run, terms))
+    with_energy = all(terms.energy_j is not None for _, terms in bars)
     figure = new_figure(max(9.0, 0.42 * len(bars) + 3.5), 10.5 if with_energy else 8.0)
-    from matplotlib.ticker import LogLocator
-
-    panels = iter(figure.subplots(3 if with_energy else 2, 1, sharex=True))
-    x = np.arange(len(bars))
-
-    axis = next(panels)
-    latency = {name: [getattr(t, f"{name}_s") * 1e3 for t in terms] for name, _ in PARTS}
-    _stacked(axis, x, latency, dict(PARTS))
-    if plan.objective.throughput:
-        axis.plot(x, [t.interval_s * 1e3 for t in terms], "kD", markersize=4, label="between answers of a stream")
-    axis.set_ylabel("latency (ms)")
-    text = f"{place(plan.row)}\n{seconds_text(plan.terms.latency_s)}"
-    if plan.objective != Objective(latency=1.0):
-        text += f", {plan.objective} {plan.value:.4g} {plan.objective.unit}"
-    _star(axis, star, plan.terms.latency_s * 1e3, text)
-    _legend(axis)
-
+    panels = figure.subplots(3 if with_energy else 2, 1, sharex=True)
+    panels[0].set_xlim(-0.7, len(bars) - 0.3)
+    _draw_latency(panels[0], [terms for _, terms in bars], plan, star)
     if with_energy:
-        axis = next(panels)
-        total_j = np.array([t.energy_j or 0.0 for t in terms])
-        scale, unit = (1.0, "J") if total_j.max() >= 1 else (1e3, "mJ")
-        joules = {part: [(getattr(t, f"{part}_j") or 0.0) * scale for t in terms] for part in ("device", "radio")}
-        _stacked(axis, x, joules, {"device": BLUE, "radio": ORANGE})
-        axis.set_ylabel(f"energy of the device ({unit})")
-        _star(axis, star, total_j[star] * scale, f"{total_j[star] * scale:.4g} {unit}")
-        least = int(total_j.argmin())
-        if total_j[least] < total_j[star]:
-            hollow = {"color": "white", "markeredgecolor": RED, "linestyle": "none"}
-            axis.plot(least, total_j[least] * scale, "*", markersize=15, label="least energy", **hollow)
-        _legend(axis)
-
-    axis = next(panels)
-    flops = [sum(graph.layers[i].flops for i in run.layers) for run, _ in bars]
-    axis.bar(x, np.array(flops) / 1e6, 0.8, color=SKY, label=f"compute of the layers ({flops_text(sum(flops))} in all)")
-    axis.set_ylabel("compute (MFLOP)")
-    sizes = axis.twinx()
-    sent = [np.nan if t.row.on_device else t.row.size_bytes / 1e3 for t in terms]
-    sizes.plot(x, sent, "o-", color=ORANGE, markersize=4, label="data sent")
-    sizes.set_yscale("log")
-    sizes.yaxis.set_major_formatter("{x:g}")
-    sizes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    sizes.yaxis.set_minor_formatter("{x:g}")
-    sizes.set_ylabel("data sent (kB, logarithmic)")
-    if not plan.row.on_device:
-        _star(sizes, star, sent[star], bytes_text(plan.row.size_bytes))
-    _legend(axis, sizes)
-    axis.set_xticks(
-        x, [plain(run.label) for run, _ in bars], rotation=60, ha="right", rotation_mode="anchor", fontsize=8
-    )
-    axis.set_xlim(-0.7, len(bars) - 0.3)
-    axis.set_xlabel("cut after" if len(graph.layers) <= MOST_RUNS else "cut after, or inside: the best of each run")
-
+        _draw_energy(panels[1], [terms for _, terms in bars], star)
+    _draw_layers(panels[-1], graph, bars, star)
+    labels = [plain(run.label) for run, _ in bars]
+    panels[-1].set_xticks(range(len(bars)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    every = len(graph.layers) <= MOST_RUNS
+    panels[-1].set_xlabel("cut after" if every else "cut after, or inside: the best of each run of layers")
     figure.suptitle(
         f"{plain(plan.frontier.model)}: the least {plan.objective} over {plain(str(plan.link))}\n"
         f"server load {plan.load:g}, device slow-down {plan.slowdown:g}, constraints: {plan.constraints}",
@@ -99,11 +59,57 @@ def plan_picture(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _stacked(axis: Any, x: np.ndarray, parts: dict[str, list[float]], colors: dict[str, str]) -> None:
-    below = np.zeros(len(x))
+def _draw_latency(axis: Any, terms: Sequence[Terms], plan: Plan, star: int) -> None:
+    _stacked(axis, {name: [getattr(t, f"{name}_s") * 1e3 for t in terms] for name, _ in PARTS}, dict(PARTS))
+    if plan.objective.throughput:
+        axis.plot([t.interval_s * 1e3 for t in terms], "kD", markersize=4, label="between answers of a stream")
+    axis.set_ylabel("latency (ms)")
+    text = f"{place(plan.row)}\n{seconds_text(plan.terms.latency_s)}"
+    if plan.objective != Objective(latency=1.0):
+        text += f", {plan.objective} {plan.value:.4g} {plan.objective.unit}"
+    _star(axis, star, plan.terms.latency_s * 1e3, text)
+    _legend(axis)
+
+
+def _draw_energy(axis: Any, terms: Sequence[Terms], star: int) -> None:
+    total_j = np.array([t.energy_j or 0.0 for t in terms])
+    scale, unit = (1.0, "J") if total_j.max() >= 1 else (1e3, "mJ")
+    joules = {part: [(getattr(t, f"{part}_j") or 0.0) * scale for t in terms] for part in ("device", "radio")}
+    _stacked(axis, joules, {"device": BLUE, "radio": ORANGE})
+    axis.set_ylabel(f"energy of the device ({unit})")
+    _star(axis, star, total_j[star] * scale, f"{total_j[star] * scale:.4g} {unit}")
+    least = int(total_j.argmin())
+    if total_j[least] < total_j[star]:
+        hollow = {"color": "white", "markeredgecolor": RED, "linestyle": "none"}
+        axis.plot(least, total_j[least] * scale, "*", markersize=15, label="least energy", **hollow)
+    _legend(axis)
+
+
+def _draw_layers(axis: Any, graph: LayerGraph, bars: Sequence[tuple[CutRun, Terms]], star: int) -> None:
+    from matplotlib.ticker import LogLocator
+
+    flops = [sum(graph.layers[i].flops for i in run.layers) for run, _ in bars]
+    whole = flops_text(sum(layer.flops for layer in graph.layers))
+    axis.bar(range(len(bars)), np.array(flops) / 1e6, 0.8, color=SKY, label=f"compute of the layers ({whole} in all)")
+    axis.set_ylabel("compute (MFLOP)")
+    sizes = axis.twinx()
+    sent = [np.nan if terms.row.on_device else terms.row.size_bytes / 1e3 for _, terms in bars]
+    sizes.plot(sent, "o-", color=ORANGE, markersize=4, label="data sent")
+    sizes.set_yscale("log")
+    sizes.yaxis.set_major_formatter("{x:g}")
+    sizes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    sizes.yaxis.set_minor_formatter("{x:g}")
+    sizes.set_ylabel("data sent (kB, logarithmic)")
+    if np.isfinite(sent[star]):
+        _star(sizes, star, sent[star], bytes_text(sent[star] * 1e3))
+    _legend(axis, sizes)
+
+
+def _stacked(axis: Any, parts: dict[str, list[float]], colors: dict[str, str]) -> None:
+    below = np.zeros(max(map(len, parts.values())))
     for name, heights in parts.items():
         if any(heights):
-            axis.bar(x, heights, 0.8, bottom=below, label=name, color=colors[name])
+            axis.bar(range(len(heights)), heights, 0.8, bottom=below, label=name, color=colors[name])
             below += heights
     axis.set_ylim(0, float(below.max()) * 1.25 or 1.0)
     axis.grid(axis="y", alpha=0.3)
@@ -112,7 +118,7 @@ def _stacked(axis: Any, x: np.ndarray, parts: dict[str, list[float]], colors: di
 
 
 def _star(axis: Any, at: int, value: float, text: str) -> None:
-    axis.plot(at, value, "*", markersize=20, color=RED, markeredgecolor="white", zorder=5)
+    axis.plot(at, value, "*", markersize=20, color=RED, markeredgecolor="white", zorder=5, linestyle="none")
     left = at < np.mean(axis.get_xlim())
     axis.annotate(
         plain(text),
