@@ -9,6 +9,7 @@
     ├── LinkError                  a link profile, rate, delay or trace that cannot be (also a ValueError)
     ├── CodecError                 an unknown codec, bytes it cannot have made, or a damaged table (also a ValueError)
     ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
+    ├── BackendError               a compiler that torch.compile does not have here (also a ValueError)
     ├── AdaptError                 a breaker, probe budget, row or list of servers that cannot be (also a ValueError)
     │   └── DeadlineError          a deadline before any answer can be; ``best_s`` is the best
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
@@ -60,6 +61,10 @@ class CodecError(TorchSurgeonError, ValueError):
 
 class DeviceError(TorchSurgeonError, ValueError):
     """A device that does not exist, or a factor of its speed that cannot be."""
+
+
+class BackendError(TorchSurgeonError, ValueError):
+    """A compiler that does not exist here, or whose package is missing."""
 
 
 class AdaptError(TorchSurgeonError, ValueError):

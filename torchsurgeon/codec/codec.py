@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon.codec import images, quantize, zstd
+from torchsurgeon.codec.host import on_host
 from torchsurgeon.errors import CodecError
 from torchsurgeon.layout import dense, logical
 
@@ -82,7 +83,7 @@ class Codec:
             packed = quantize.pack(packing, memory, _in_memory(quantize.channel_dim(shape), order))
         if packed is None or len(packed) >= memory.nbytes:
             packing, packed = None, quantize.as_bytes(memory)
-        data = _on_host(packed).numpy().data
+        data = on_host(packed).numpy().data
         if self.zstd:
             frame = zstd.compress(data)
             if len(frame) < len(data):
@@ -164,10 +165,3 @@ def codec_names() -> tuple[str, ...]:
 
 def _in_memory(dim: int, order: Sequence[int] | None) -> int:
     return dim if order is None else list(order).index(dim)
-
-
-def _on_host(data: Tensor) -> Tensor:
-    if not data.is_cuda:
-        return data.cpu()
-    # Pinned memory is what the copy engine writes to directly.
-    return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data)

@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from torchsurgeon.codec.host import on_host
 from torchsurgeon.errors import ProtocolError
 from torchsurgeon.layout import dense, logical
 
@@ -96,7 +97,7 @@ def physical_order(tensor: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, .
     if tensor.requires_grad:
         tensor = tensor.detach()
     if not tensor.is_cpu:
-        tensor = tensor.cpu()
+        tensor = on_host(tensor)
     order, tensor = dense(tensor, shape)
     if tensor.dtype == torch.bfloat16:
         # numpy has no bfloat16; only the bytes matter.
