@@ -1,0 +1,170 @@
+"""Compiled parts of a model answer what the model does, within what is documented, and never fail where it does not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon.runtime.compiled import compiler
+
+# What docs/runtime.md promises of inductor in float32.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+X = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.relu(self.norm(self.stem(x)))
+        y = self.relu(self.body(y) + y)
+        return {"scores": self.head(y.mean((2, 3))).softmax(1), "map": y.amax(1)}
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients_or_leftovers() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def net() -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net().eval()
+
+
+@pytest.fixture
+def backend() -> Iterator[Callable[[Callable[..., Any]], str]]:
+    """Register a compiler under a name of its own, as a vendor's package does when it is imported."""
+    from torch._dynamo.backends import registry
+
+    def register(function: Callable[..., Any]) -> str:
+        torch._dynamo.register_backend(function, name="of-a-test")
+        return "of-a-test"
+
+    yield register
+    registry._COMPILER_FNS.pop("of-a-test", None)
+    registry._BACKENDS.pop("of-a-test", None)
+
+
+def parts(net: nn.Module, at: str) -> ts.Partition:
+    return ts.cut(ts.trace(net, X), at)
+
+
+def test_inductor_answers_what_the_model_does_within_the_documented_tolerance(net: Net) -> None:
+    part = parts(net, "relu")
+    build = compiler(True)
+    head, tail = build(part.head), build(part.tail)
+    for x in (X, torch.rand(2, 3, 16, 16)):
+        answer = tail(*head(x))
+        assert head.reason is tail.reason is None
+        for name, tensor in net(x).items():
+            torch.testing.assert_close(answer[name], tensor, **TOLERANCE)
+
+
+def test_one_graph_is_made_of_a_part_and_of_each_shape(net: Net, backend: Callable[..., str]) -> None:
+    graphs = []
+
+    def recording(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    head = compiler(backend(recording))(parts(net, "relu").head)
+    for x in (X, X + 1, X[:1], X):
+        for got, wanted in zip(head(x), parts(net, "relu").head(x), strict=True):
+            assert torch.equal(got, wanted)
+    assert len(graphs) == 2
+
+
+def test_many_cuts_of_one_model_are_all_compiled(net: Net, backend: Callable[..., str]) -> None:
+    graphs = []
+
+    def recording(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    deep = nn.Sequential(*[nn.Linear(4, 4) for _ in range(12)]).eval()
+    graph, build, x = ts.trace(deep, torch.ones(1, 4)), compiler(backend(recording)), torch.ones(1, 4)
+    for point in graph.points[1:-1]:
+        part = ts.cut(graph, point)
+        assert torch.equal(build(part.tail)(*build(part.head)(x)), deep(x))
+    assert len(graphs) == 2 * 11
+
+
+def test_changed_weights_are_followed(net: Net) -> None:
+    head = compiler("eager")(parts(net, "relu").head)
+    before = head(X)[0]
+    net.stem.weight.mul_(2)
+    assert torch.equal(head(X)[0], parts(net, "relu").head(X)[0])
+    assert not torch.equal(head(X)[0], before)
+
+
+def test_a_compiler_that_fails_is_named_once_and_the_model_answers(net: Net, backend: Callable[..., str]) -> None:
+    def failing(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., Any]:
+        raise OSError("no space left for kernels")
+
+    head = compiler(backend(failing))(parts(net, "relu").head)
+    with pytest.warns(RuntimeWarning, match="of-a-test.*no space left for kernels"):
+        first = head(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(head(X)[0], first[0])
+    assert torch.equal(first[0], parts(net, "relu").head(X)[0])
+    assert "no space left" in str(head.reason)
+
+
+def test_inductor_without_a_working_compiler_warns_and_the_model_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config as config
+
+    # Neither finds what was compiled before, nor leaves anything behind.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    head = compiler(True)(nn.Sequential(nn.Linear(7, 7), nn.Softsign()).eval())
+    x = torch.rand(3, 7)
+    broken = config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with broken, pytest.warns(RuntimeWarning, match="could not be compiled"):
+        answer = head(x)
+    assert torch.equal(answer, head(x))
+
+
+def test_what_one_graph_cannot_hold_runs_as_it_is() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if float(x.sum()) > 0 else x - 1
+
+    part = compiler("eager")(Branching())
+    with pytest.warns(RuntimeWarning, match="runs as it is"):
+        assert torch.equal(part(X), X * 2)
+    assert torch.equal(part(-X), -X - 1)
+
+
+def test_what_the_model_refuses_is_refused_in_its_own_words_and_costs_nothing(net: Net) -> None:
+    head = compiler("eager")(parts(net, "relu").head)
+    with pytest.raises(Exception, match=r"channels|shape") as refused:
+        head(torch.rand(2, 4, 16, 16))
+    with pytest.raises(type(refused.value)):
+        parts(net, "relu").head(torch.rand(2, 4, 16, 16))
+    assert head.reason is None
+
+
+@pytest.mark.parametrize(("wanted", "match"), [("no-such", "inductor"), ("tensorrt", "torch_tensorrt")])
+def test_a_backend_that_is_not_here_is_refused_at_once(wanted: str, match: str) -> None:
+    with pytest.raises(ts.BackendError, match=match):
+        compiler(wanted)

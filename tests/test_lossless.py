@@ -1,0 +1,61 @@
+"""codec="auto" compresses where that is quicker from end to end, and never loses a bit."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchsurgeon.runtime.lossless import Lossless
+
+SIZE = 1_000_000
+
+
+def used(choice: Lossless, uplink_bit_s: float, ratio: float, byte_s: float, count: int = 200) -> list[str]:
+    """The codecs of a stream of requests at one cut whose boundary compresses to ``ratio`` at ``byte_s`` a byte."""
+    names = []
+    for _ in range(count):
+        codec = choice.choose(3, SIZE, uplink_bit_s)
+        names.append(codec.name)
+        if codec.name == "zstd":
+            choice.observe(3, SIZE, int(SIZE * ratio), SIZE * byte_s)
+    return names
+
+
+@given(st.floats(1e5, 1e10), st.floats(0.05, 1.0), st.floats(1e-9, 1e-7))
+def test_all_but_a_few_requests_go_the_quicker_way(uplink_bit_s: float, ratio: float, byte_s: float) -> None:
+    names = used(Lossless(), uplink_bit_s, ratio, byte_s)
+    raw_s, zstd_s = 8 / uplink_bit_s, ratio * 8 / uplink_bit_s + byte_s
+    if zstd_s < 0.9 * raw_s:
+        assert names.count("raw") == 0
+    elif zstd_s > raw_s:
+        assert names.count("zstd") <= 4, "tried once in 65"
+
+
+def test_a_link_that_changes_is_followed_at_once() -> None:
+    choice = Lossless()
+    assert set(used(choice, 1e7, 0.3, 4e-9)[1:]) == {"zstd"}
+    assert used(choice, 1e10, 0.3, 4e-9, 50)[1:] == ["raw"] * 49
+    assert set(used(choice, 1e7, 0.3, 4e-9, 50)) == {"zstd"}
+
+
+def test_a_boundary_that_no_longer_compresses_is_sent_as_it_is() -> None:
+    choice = Lossless()
+    used(choice, 1e8, 0.3, 4e-9)
+    assert used(choice, 1e8, 1.0, 4e-9)[20:].count("zstd") <= 3
+
+
+def test_cuts_are_told_apart() -> None:
+    choice = Lossless()
+    used(choice, 1e7, 1.0, 4e-9)
+    assert choice.choose(3, SIZE, 1e7).name == "raw"
+    assert choice.choose(4, SIZE, 1e7).name == "zstd", "not tried there yet"
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_next_to_nothing_is_sent_as_it_is(size: int) -> None:
+    choice = Lossless()
+    for _ in range(5):
+        codec = choice.choose(0, size, 1e6)
+        choice.observe(0, size, 30, 1e-5)
+    assert codec.name == "raw"

@@ -1,0 +1,80 @@
+"""Heads and tails compiled by torch.compile."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchsurgeon.errors import BackendError
+
+_DEFAULT = "inductor"
+_NEEDS = {"tensorrt": "torch_tensorrt", "torch_tensorrt": "torch_tensorrt"}
+_count = itertools.count()
+
+
+def compiler(wanted: str | bool) -> Callable[[nn.Module], Compiled]:
+    """Return what compiles a module with a ``torch.compile`` backend, ``inductor`` for True.
+
+    Raises :class:`~torchsurgeon.errors.BackendError` for a backend that does not exist here.
+    """
+    backend = wanted if isinstance(wanted, str) else _DEFAULT
+    try:
+        if backend in _NEEDS:
+            importlib.import_module(_NEEDS[backend])
+    except ImportError as error:
+        raise BackendError(f"compile={wanted!r} needs {_NEEDS[backend]}, which cannot be imported: {error}") from error
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise BackendError(f"compile={wanted!r}: torch.compile has no such backend here; it has {', '.join(known)}")
+    return lambda module: Compiled(module, backend)
+
+
+class Compiled:
+    """A module as one compiled graph; as it is when that cannot be made.
+
+    The first call with tensors of new shapes compiles, which takes seconds to minutes. When that fails, a
+    RuntimeWarning names the reason, and this and all later calls run the module itself: ``reason`` then says why.
+    """
+
+    def __init__(self, module: nn.Module, backend: str) -> None:
+        self.reason: str | None = None
+        self._module, self._backend = module, backend
+        self._run = torch.compile(_named_apart(module), backend=backend, dynamic=False, fullgraph=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.reason is not None:
+            return self._module(*args, **kwargs)
+        # Imported here since it takes a second that only those who compile should pay.
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        try:
+            return self._run(*args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            # What the model itself refuses, it refuses here, in its own words.
+            answer = self._module(*args, **kwargs)
+            cause = getattr(error, "inner_exception", error)
+            self.reason = f"{type(cause).__name__}: {(str(cause).strip() or 'no reason given').splitlines()[0]}"
+            warnings.warn(
+                f"a part of the model could not be compiled with {self._backend!r} and runs as it is ({self.reason})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return answer
+
+
+def _named_apart(module: nn.Module) -> Callable[..., Any]:
+    """Return a function that calls ``module`` and has code of its own: torch.compile keeps what it made, and how often
+    it may, with the code, which all heads of a model would share."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    name = f"part_{next(_count)}"
+    return types.FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
