@@ -25,7 +25,7 @@ _EXTRAS = {
     "torchvision": "vision",
     "PIL": "vision",
     "matplotlib": "plot",
-    "plotly": "plot",
+    "plotly": "explore",
 }
 
 

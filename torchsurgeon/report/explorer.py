@@ -32,7 +32,7 @@ def explorer(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise TorchSurgeonError(f"the page needs plotly ({error}): pip install 'torchsurgeon[plot]'") from None
+        raise TorchSurgeonError(f"the page needs plotly ({error}): pip install 'torchsurgeon[explore]'") from None
     parts = {
         "title": html.escape(plan.frontier.model),
         "plan": _for_script(page_data(graph, plan)),

@@ -92,6 +92,7 @@ def _draw_layers(axis: Any, graph: LayerGraph, bars: Sequence[tuple[CutRun, Term
     whole = flops_text(sum(layer.flops for layer in graph.layers))
     axis.bar(range(len(bars)), np.array(flops) / 1e6, 0.8, color=SKY, label=f"compute of the layers ({whole} in all)")
     axis.set_ylabel("compute (MFLOP)")
+    axis.set_ylim(0, max(flops) / 1e6 * 1.1 or 1.0)
     sizes = axis.twinx()
     sent = [np.nan if terms.row.on_device else terms.row.size_bytes / 1e3 for _, terms in bars]
     sizes.plot(sent, "o-", color=ORANGE, markersize=4, label="data sent")
