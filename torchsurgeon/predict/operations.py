@@ -84,7 +84,11 @@ def _configuration(step: Step, args: Any, kwargs: Any) -> Any:
 
 
 def _plain_attributes(module: nn.Module) -> str:
-    return repr([(k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple, list))])
+    plain = (int, float, str, tuple, list)
+    told = {
+        k: v if isinstance(v, plain) else id(v) for k, v in vars(module).items() if isinstance(v, plain) or callable(v)
+    }
+    return repr(told)
 
 
 def _follow(step: Step, source: MetaModel, args: Any, kwargs: Any, out: Any) -> list[Operation]:

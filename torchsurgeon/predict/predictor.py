@@ -292,9 +292,15 @@ class Predictor:
             provenance = dict(data["provenance"])
         except DAMAGE as error:
             raise damaged(error) from None
-        without = [kind for kind in fitted if kind not in samples]
-        if without:
-            raise CalibrationError(f"the calibration holds no samples of {', '.join(without)}; calibrate again")
+        for kind, known in fitted.items():
+            table = samples.get(kind)
+            seconds = 0 if table is None else len(table)
+            joules = 0 if table is None else int(np.isfinite(table.joules).sum())
+            if seconds < FEWEST_SAMPLES or (known.energy_form is not None and joules < FEWEST_SAMPLES):
+                raise CalibrationError(
+                    f"the calibration holds {seconds} samples of {kind}, {joules} of them with joules, which are too "
+                    "few for its models; calibrate again"
+                )
         return Predictor(provenance, samples, fitted, roofline, block)
 
     def save(self, path: str | Path) -> None:

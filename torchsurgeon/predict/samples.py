@@ -93,7 +93,7 @@ class SampleTable:
             **{name: self.sizes[:, i].astype(int).tolist() for i, name in enumerate(self.kind.columns)},
             "item_bytes": self.item_bytes.astype(int).tolist(),
             "before_bytes": self.before_bytes.astype(int).tolist(),
-            "seconds": [float(f"{s:.5g}") for s in self.seconds],
+            "seconds": self.seconds.tolist(),
             "joules": None if np.isnan(self.joules).all() else [None if j != j else j for j in self.joules.tolist()],
             "network": self.groups.tolist(),
         }

@@ -125,8 +125,8 @@ def prediction_picture(graph: LayerGraph, predicted: LayerProfile, measured: Lay
     everything = np.concatenate([truth_ms, guess_ms, [measured.total_s * 1e3, predicted.total_s * 1e3]])
     everything = everything[everything > 0]
     ends = np.array([everything.min() / 1.6, everything.max() * 1.6])
-    for share, alpha in ((0.2, 0.12), (0.1, 0.2)):
-        style = {"color": "#888888", "alpha": alpha, "lw": 0, "label": f"within {share:.0%}"}
+    for share, alpha in ((0.2, 0.18), (0.1, 0.3)):
+        style = {"color": "#888888", "alpha": alpha, "lw": 0, "label": f"within {share * 100:.0f} %"}
         axis.fill_between(ends, ends * (1 - share), ends * (1 + share), **style)
     axis.plot(ends, ends, color="#555555", lw=0.8)
     kinds = layer_kinds(graph)
@@ -137,6 +137,8 @@ def prediction_picture(graph: LayerGraph, predicted: LayerProfile, measured: Lay
     whole = {"marker": "*", "s": 260, "color": "black", "edgecolors": "white", "zorder": 5}
     axis.scatter([measured.total_s * 1e3], [predicted.total_s * 1e3], label="whole model", **whole)
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
     axis.set_xlabel("measured (ms)")
     axis.set_ylabel("predicted (ms)" if predicted.interval_s is not None else "at least (ms)")
     axis.grid(alpha=0.25, which="major")
