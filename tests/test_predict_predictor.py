@@ -1,0 +1,281 @@
+"""Predictors: fitted to samples, sane where there were none, and the same after they were written and read."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon.predict import load_device
+from torchsurgeon.predict.kinds import KINDS, Operation
+from torchsurgeon.predict.predictor import BlockCorrection
+from torchsurgeon.predict.samples import Sample, SampleTable
+
+PEAK_FLOP_S, BANDWIDTH_BYTE_S, CALL_S = 50e9, 10e9, 3e-6
+
+
+def truth_s(operation: Operation) -> float:
+    """A device whose layers take exactly a call, their arithmetic and their bytes."""
+    sizes = np.array([operation.sizes], dtype=float).reshape(1, len(operation.sizes))
+    flops, moved = KINDS[operation.kind].work(sizes)
+    return CALL_S + float(flops[0]) / PEAK_FLOP_S + float(moved[0]) * operation.item_bytes / BANDWIDTH_BYTE_S
+
+
+def drawn(kind: str, rng: random.Random) -> Operation:
+    def log(low: int, high: int) -> int:
+        return round(low * (high / low) ** rng.random())
+
+    if kind == "convolution":
+        side, kernel = log(4, 56), rng.choice((1, 3))
+        return Operation(kind, "2d", (1, 16 * log(1, 16), 16 * log(1, 16), 1, side**2, side**2, kernel**2, 1, 1))
+    if kind == "linear":
+        return Operation(kind, "linear", (log(1, 64), log(16, 2048), log(16, 2048)))
+    if kind == "view":
+        return Operation(kind, "view", ())
+    return Operation("activation", rng.choice(("relu", "relu in place", "gelu")), (log(100, 1_000_000),))
+
+
+def samples(seed: int = 0, count: int = 80, joules: bool = False) -> list[Sample]:
+    rng = random.Random(seed)
+    found = []
+    for kind in ("convolution", "linear", "activation", "view"):
+        for group in range(count):
+            operation = drawn(kind, rng)
+            seconds = truth_s(operation) * rng.uniform(0.93, 1.07)
+            found.append(Sample(operation, seconds, 5 * seconds if joules else float("nan"), 0.0, group))
+    return found
+
+
+FACTS = {"device": "a made-up device", "threads": 1, "backend": "eager"}
+
+
+@pytest.fixture(scope="module")
+def predictor() -> ts.Predictor:
+    return ts.Predictor.fit(samples(), FACTS)
+
+
+@pytest.fixture(scope="module")
+def metered() -> ts.Predictor:
+    return ts.Predictor.fit(samples(joules=True), FACTS | {"meter": "a meter", "idle_power_w": 2.0})
+
+
+def small() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(64 * 256, 10),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def graph() -> ts.LayerGraph:
+    return ts.trace(small(), torch.rand(1, 16, 16, 16))
+
+
+def test_a_models_layers_are_predicted_from_their_configurations(predictor: ts.Predictor, graph: ts.LayerGraph) -> None:
+    profile = predictor.predict(graph)
+    profile.check(graph)
+    assert profile.layers == tuple(layer.name for layer in graph.layers)
+    assert profile.provenance["predicted"] is True
+    expected = truth_s(Operation("convolution", "2d", (1, 16, 32, 1, 256, 256, 9, 1, 1)))
+    assert profile.layer_s[0] == pytest.approx(expected, rel=0.25)
+    assert predictor.fitted["convolution"].held_out.median < 0.1
+    assert not any(predictor.bounded(graph))
+
+
+def test_intervals_hold_the_predictions_and_most_truths(predictor: ts.Predictor, graph: ts.LayerGraph) -> None:
+    profile = predictor.predict(graph)
+    assert profile.interval_s is not None
+    assert profile.whole_interval_s is not None
+    assert (profile.interval_s[:, 0] <= profile.layer_s).all()
+    assert (profile.layer_s <= profile.interval_s[:, 1]).all()
+    assert profile.whole_interval_s[0] <= profile.total_s <= profile.whole_interval_s[1]
+    rng = random.Random(1)
+    for kind in ("convolution", "linear", "activation"):
+        model, errors = predictor.model(kind), predictor.fitted[kind].held_out
+        assert model is not None
+        fresh = [drawn(kind, rng) for _ in range(200)]
+        guess = model.predict(SampleTable.of(kind, [Sample(op, 1.0) for op in fresh]))
+        truth = np.array([truth_s(op) * rng.uniform(0.93, 1.07) for op in fresh])
+        inside = (truth >= guess * errors.low) & (truth <= guess * errors.high)
+        assert inside.mean() > 0.75
+
+
+def test_a_prediction_is_the_same_after_writing_and_reading(
+    metered: ts.Predictor, graph: ts.LayerGraph, tmp_path: Path
+) -> None:
+    metered.save(tmp_path / "device.json")
+    again = ts.Predictor.load(tmp_path / "device.json")
+    first, second = metered.predict(graph), again.predict(graph)
+    assert first.layer_s.tolist() == second.layer_s.tolist()
+    assert first.interval_s is not None
+    assert second.interval_s is not None
+    assert first.interval_s.tolist() == second.interval_s.tolist()
+    assert first.total_s == second.total_s
+    assert first.energy is not None
+    assert second.energy is not None
+    assert first.energy.layer_j.tolist() == second.energy.layer_j.tolist()
+    assert again.provenance == metered.provenance
+    assert again.to_json() == metered.to_json()
+
+
+def test_energy_is_predicted_where_it_was_metered(
+    predictor: ts.Predictor, metered: ts.Predictor, graph: ts.LayerGraph
+) -> None:
+    assert predictor.predict(graph).energy is None
+    energy = metered.predict(graph).energy
+    assert energy is not None
+    assert energy.meter == "predicted from a meter"
+    assert energy.idle_power_w == 2.0
+    assert energy.layer_j[0] == pytest.approx(5 * metered.predict(graph).layer_s[0], rel=0.1)
+    assert (energy.interval_j[:, 0] <= energy.layer_j).all()
+    assert (energy.layer_j <= energy.interval_j[:, 1]).all()
+
+
+def test_a_layer_type_without_a_model_is_bounded_and_named(predictor: ts.Predictor) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32), nn.ReLU()).eval()
+    graph = ts.trace(model, torch.rand(1, 16, 16, 16))
+    with pytest.warns(ts.PredictionWarning, match=r"normalization \(batch_norm\)"):
+        profile = predictor.predict(graph)
+    assert predictor.bounded(graph) == (False, True, False)
+    assert profile.layer_s[1] >= predictor.roofline.overhead_s
+
+
+def test_a_layer_nobody_describes_is_bounded_and_named(predictor: ts.Predictor) -> None:
+    class Distances(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(torch.cdist(x, x))
+
+    graph = ts.trace(Distances().eval(), torch.rand(1, 500, 16))
+    with pytest.warns(ts.PredictionWarning, match="cdist"):
+        profile = predictor.predict(graph)
+    assert profile.layer_s[0] > profile.layer_s[1] / 10
+
+
+def test_a_variant_without_samples_takes_its_nearest(predictor: ts.Predictor) -> None:
+    graph = ts.trace(nn.Sequential(nn.Mish(), nn.GELU("tanh")).eval(), torch.rand(1, 1000))
+    with pytest.warns(ts.PredictionWarning, match="'mish': predicted as 'relu'"):
+        profile = predictor.predict(graph)
+    assert (profile.layer_s > 0).all()
+
+
+def test_what_has_samples_is_predicted_without_a_word(predictor: ts.Predictor, graph: ts.LayerGraph) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.predict(graph)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(["convolution", "linear", "activation"]), st.integers(0, 79), st.integers(1, 12), st.integers(1, 12)
+)
+def test_more_work_than_any_sample_takes_longer_and_never_less_than_nothing(
+    predictor: ts.Predictor, kind: str, row: int, octaves: int, more: int
+) -> None:
+    model = predictor.model(kind)
+    assert model is not None
+    table = predictor.samples[kind]
+    largest = table.sizes.max(axis=0)
+    growing = [i for i, name in enumerate(table.kind.columns) if largest[i] > 4 and "size" not in name]
+    sizes = []
+    for factor in (2**octaves, 2 ** (octaves + more)):
+        grown = largest.copy()
+        grown[growing] *= factor
+        sizes.append(tuple(grown.astype(int).tolist()))
+    variant = str(table.variants[row])
+    operations = [Operation(kind, variant, size) for size in sizes]
+    less, longer = model.predict(SampleTable.of(kind, [Sample(op, 1.0) for op in operations]))
+    assert 0 < less <= longer
+    assert longer > less * 1.2
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 10**7), st.sampled_from(["relu", "relu in place", "gelu"]), st.sampled_from([1, 2, 4, 8]))
+def test_a_prediction_is_positive_and_finite_anywhere(
+    predictor: ts.Predictor, elements: int, variant: str, item_bytes: int
+) -> None:
+    model = predictor.model("activation")
+    assert model is not None
+    table = SampleTable.of("activation", [Sample(Operation("activation", variant, (elements,), item_bytes), 1.0)])
+    assert 0 < model.predict(table)[0] < 10
+    assert 0 <= model.stretch(table)[0] < 40
+
+
+def test_far_outside_its_samples_a_prediction_is_less_certain(predictor: ts.Predictor) -> None:
+    def width(side: int) -> float:
+        graph = ts.trace(nn.Sequential(nn.ReLU()).eval(), torch.zeros(1).expand(1, side))
+        interval_s = predictor.predict(graph).interval_s
+        assert interval_s is not None
+        return float(interval_s[0, 1] / interval_s[0, 0])
+
+    assert width(50_000_000) > 2 * width(50_000)
+
+
+def test_a_correction_scales_the_sum_of_layers(predictor: ts.Predictor, graph: ts.LayerGraph) -> None:
+    block = BlockCorrection(offset=float(np.log(0.8)), low=0.9, high=1.2)
+    corrected = ts.Predictor(predictor.provenance, predictor.samples, predictor.fitted, predictor.roofline, block)
+    plain, scaled = predictor.predict(graph), corrected.predict(graph)
+    assert scaled.total_s == pytest.approx(0.8 * plain.layer_s.sum())
+    assert scaled.whole_interval_s == pytest.approx((0.9 * scaled.total_s, 1.2 * scaled.total_s))
+
+
+def test_too_few_samples_are_refused_with_their_counts() -> None:
+    with pytest.raises(ts.CalibrationError, match=r"19 of convolution.*at least 20"):
+        ts.Predictor.fit(samples(count=19), FACTS)
+
+
+def test_a_profile_of_another_device_is_told_apart(predictor: ts.Predictor, graph: ts.LayerGraph) -> None:
+    measured = ts.profile(graph, repeats=2, warmup=1, meter=None)
+    found = predictor.mismatches(measured)
+    assert any("a made-up device" in what for what in found)
+    here = ts.Predictor(measured.provenance, predictor.samples, predictor.fitted, predictor.roofline)
+    assert here.mismatches(measured) == ()
+    assert here.mismatches(measured.scaled(2.0)) == ("it was scaled to emulate another device",)
+    assert "predicted" in here.mismatches(here.predict(graph))[0]
+    two = ts.Predictor(measured.provenance | {"threads": 2}, predictor.samples, predictor.fitted, predictor.roofline)
+    assert two.mismatches(measured) == ("its threads is 1, here it is 2",)
+
+
+@pytest.mark.parametrize("name", ["tegra-k1-cpu", "tegra-k1-gpu", "tesla-k40"])
+def test_the_papers_devices_are_bounds_with_their_sources(name: str, graph: ts.LayerGraph) -> None:
+    device = ts.reference_device(name)
+    assert device.is_bound
+    assert all(device.bounded(graph))
+    sources = device.provenance["reconstructed_from"]
+    assert any("peak" in source for source in sources)
+    assert any("bandwidth" in source for source in sources)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        profile = device.predict(graph)
+    assert profile.interval_s is None
+    assert profile.whole_interval_s is None
+    assert profile.energy is None
+    weights = graph.layers[-1].parameter_bytes
+    assert profile.layer_s[-1] >= weights / device.roofline.bandwidth_byte_s
+
+
+def test_reference_devices_that_were_measured_have_models() -> None:
+    for name in ts.reference_devices():
+        device = ts.reference_device(name)
+        assert ("reconstructed_from" in device.provenance) == device.is_bound
+        assert device.provenance["device"]
+
+
+def test_a_device_is_a_file_or_a_name(tmp_path: Path) -> None:
+    ts.reference_device("tesla-k40").save(tmp_path / "mine.json")
+    assert load_device(tmp_path / "mine.json").provenance == load_device("tesla-k40").provenance
+    with pytest.raises(ts.CalibrationError, match="tegra-k1-gpu"):
+        load_device("tesla-k80")
+    with pytest.raises(ts.CalibrationError, match="tegra-k1-gpu"):
+        ts.reference_device("tesla-k80")
