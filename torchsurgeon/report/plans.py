@@ -25,7 +25,7 @@ def plan_table(plan: Plan, most: int = 12) -> Table:
         padding=(0, 1, 0, 0),
     )
     unit = plan.objective.unit
-    table.add_column("way", overflow="fold", min_width=24)
+    table.add_column("way", overflow="fold", min_width=18)
     more = [] if plan.objective == Objective(latency=1.0) else [str(plan.objective)]
     for name in ("sent", "head", "uplink", "tail", "downlink", "latency", *more):
         table.add_column(name, justify="right", no_wrap=True)
