@@ -94,7 +94,11 @@ def server() -> Iterator[Server]:
 def split_of(server: Server | Transport, model: nn.Module | None = None, **options: Any) -> ts.SplitModule:
     where = server.url if isinstance(server, Server) else server
     return ts.SplitModule(
-        net() if model is None else model, EXAMPLE, server=where, name="net", **{"partition": "stem", **options}
+        net() if model is None else model,
+        EXAMPLE,
+        server=where,
+        name="net",
+        **{"partition": "stem", "fallback": "error", **options},
     )
 
 
@@ -123,7 +127,7 @@ class Relay(Transport):
     """Hands on to another transport what ``change`` makes of its answers; ``told`` may answer fingerprints instead."""
 
     def __init__(self, inner: Transport, change: Callable[[Answer], Answer], told: Transport | None = None) -> None:
-        super().__init__(5.0)
+        super().__init__(inner.timeout_s)
         self.inner, self.change, self.told = inner, change, told or inner
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
@@ -418,7 +422,7 @@ def _message(link: socket.socket) -> tuple[bytes, bytes] | None:
 def test_a_mangled_answer_is_right_or_a_typed_error(server: Server, name: str) -> None:
     mangle, right = MANGLED[name]
     with meddler(server, mangle) as url:
-        split = ts.SplitModule(net(), EXAMPLE, server=url, name="net", partition="stem", timeout_s=3)
+        split = ts.SplitModule(net(), EXAMPLE, server=url, name="net", partition="stem", timeout_s=3, fallback="error")
         for _ in range(2):
             if right:
                 assert torch.equal(split(EXAMPLE), truth(EXAMPLE))
@@ -478,7 +482,13 @@ def test_a_server_process_is_stopped_killed_and_restarted_under_a_live_module() 
     x, slowly = torch.rand(1, 4), torch.full((1, 4), -1.0)
     with process("slow=test_faults:slow", "--port", "0") as (child, port):
         split = ts.SplitModule(
-            model, torch.ones(1, 4), server=f"http://127.0.0.1:{port}", name="slow", partition=0, timeout_s=8
+            model,
+            torch.ones(1, 4),
+            server=f"http://127.0.0.1:{port}",
+            name="slow",
+            partition=0,
+            timeout_s=8,
+            fallback="error",
         )
         assert torch.equal(split(x), truth(x, model))
 
@@ -496,7 +506,13 @@ def test_a_server_process_is_stopped_killed_and_restarted_under_a_live_module() 
 
         child.send_signal(signal.SIGSTOP)
         hasty = ts.SplitModule(
-            model, torch.ones(1, 4), server=f"http://127.0.0.1:{port}", name="slow", partition=0, timeout_s=0.5
+            model,
+            torch.ones(1, 4),
+            server=f"http://127.0.0.1:{port}",
+            name="slow",
+            partition=0,
+            timeout_s=0.5,
+            fallback="error",
         )
         with pytest.raises(ts.ServerUnavailableError, match=r"0\.5 s"):
             hasty(x)

@@ -47,6 +47,7 @@ ROOMS = [
     "exported",
     "specs",
     "transport",
+    "runtime",
     "module",
     "serve",
     "emulate",

@@ -19,7 +19,7 @@ import torchsurgeon as ts
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.transport import HttpTransport, InProcessTransport
 
-_PARTS = ("head_s", "encode_s", "uplink_s", "queue_s", "tail_s", "downlink_s", "decode_s")
+_PARTS = ("decide_s", "head_s", "encode_s", "uplink_s", "queue_s", "tail_s", "downlink_s", "decode_s")
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 
@@ -84,7 +84,7 @@ def test_auto_chooses_a_point_and_answers(server: Server) -> None:
         assert split.link is not None
         estimates = split.estimates()
         assert [e.point for e in estimates] == list(split.graph.points)
-        assert split.partition == ts.best(estimates).point
+        assert split.decisions[0].row.index == ts.best(estimates).point.index
 
 
 def test_auto_prefers_a_fast_server_to_a_slow_device_and_a_device_to_a_slow_link(server: Server) -> None:
@@ -198,7 +198,7 @@ def test_other_weights_are_named() -> None:
     with torch.no_grad():
         other.body.weight[0, 0, 0, 0] += 1e-3
     with Server(create_app(registry)) as running:
-        split = ts.SplitModule(other, EXAMPLE, server=running.url, name="net", partition="stem")
+        split = ts.SplitModule(other, EXAMPLE, server=running.url, name="net", partition="stem", fallback="error")
         with pytest.raises(ts.ModelMismatchError, match=r"body\.weight") as caught:
             split(EXAMPLE)
         assert "stem.weight" not in str(caught.value)
@@ -207,7 +207,7 @@ def test_other_weights_are_named() -> None:
 
 
 def test_another_architecture_is_a_mismatch(server: Server) -> None:
-    split = ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="wide", partition="stem")
+    split = ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="wide", partition="stem", fallback="error")
     with pytest.raises(ts.ModelMismatchError, match=r"stem\.weight.*8×3×3×3.*16×3×3×3"):
         split(EXAMPLE)
     split.close()
@@ -217,14 +217,14 @@ def test_the_same_weights_in_another_graph_are_a_mismatch(server: Server) -> Non
     model = make_net()
     model.body.padding, model.body.padding_mode = (1, 1), "zeros"
     model.norm.eps = 1e-3
-    split = ts.SplitModule(model, EXAMPLE, server=server.url, name="net", partition="stem")
+    split = ts.SplitModule(model, EXAMPLE, server=server.url, name="net", partition="stem", fallback="error")
     with pytest.raises(ts.ModelMismatchError, match="another graph"):
         split(EXAMPLE)
     split.close()
 
 
 def test_a_model_the_server_does_not_have(server: Server) -> None:
-    split = ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="absent", partition="stem")
+    split = ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="absent", partition="stem", fallback="error")
     with pytest.raises(ts.ModelMismatchError, match="absent"):
         split(EXAMPLE)
     split.close()
@@ -234,7 +234,7 @@ def test_a_server_that_is_down() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    split = ts.SplitModule(make_net(), EXAMPLE, server=url, name="net", partition="stem", timeout_s=2)
+    split = ts.SplitModule(make_net(), EXAMPLE, server=url, name="net", partition="stem", timeout_s=2, fallback="error")
     with pytest.raises(ts.ServerUnavailableError):
         split(EXAMPLE)
     split.close()
@@ -264,7 +264,9 @@ def silent_server() -> Iterator[str]:
 
 def test_a_server_that_never_answers_ends_within_the_timeout() -> None:
     with silent_server() as url:
-        split = ts.SplitModule(make_net(), EXAMPLE, server=url, name="net", partition="stem", timeout_s=0.5)
+        split = ts.SplitModule(
+            make_net(), EXAMPLE, server=url, name="net", partition="stem", timeout_s=0.5, fallback="error"
+        )
         begin = time.monotonic()
         with pytest.raises(ts.ServerUnavailableError):
             split(EXAMPLE)
@@ -276,7 +278,9 @@ def test_a_server_gone_between_two_inferences() -> None:
     registry = ModelRegistry()
     registry.add("net", make_net(), (EXAMPLE,))
     running = Server(create_app(registry)).start()
-    split = ts.SplitModule(make_net(), EXAMPLE, server=running.url, name="net", partition="stem", timeout_s=2)
+    split = ts.SplitModule(
+        make_net(), EXAMPLE, server=running.url, name="net", partition="stem", timeout_s=2, fallback="error"
+    )
     split(EXAMPLE)
     running.stop()
     with pytest.raises(ts.ServerUnavailableError):
@@ -297,7 +301,9 @@ def test_calls_after_close_say_so(server: Server) -> None:
 
 
 def test_an_input_unlike_the_example_is_refused_with_a_reason(server: Server) -> None:
-    with ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition="stem") as split:
+    with ts.SplitModule(
+        make_net(), EXAMPLE, server=server.url, name="net", partition="stem", fallback="error"
+    ) as split:
         split.partition = "server"
         with pytest.raises(ts.RequestRefusedError, match=r"'x' is FP64; the model has FP32"):
             split(EXAMPLE.double())

@@ -155,10 +155,13 @@ def test_a_chain_whose_last_server_is_down_says_so() -> None:
     cloud.add("model", model, (x,))
     try:
         with Server(create_app(cloud)) as far:
-            onward = ts.SplitModule(model, x, server=far.url, partition=4, timeout_s=5.0)
+            onward = ts.SplitModule(model, x, server=far.url, partition=4, timeout_s=5.0, fallback="error")
             edge.add("model", onward)
             onward(x)
-        with Server(create_app(edge)) as near, ts.SplitModule(model, x, server=near.url, partition=2) as split:
+        with (
+            Server(create_app(edge)) as near,
+            ts.SplitModule(model, x, server=near.url, partition=2, fallback="error") as split,
+        ):
             with pytest.raises(ts.RequestRefusedError, match="ServerUnavailableError"):
                 split(x)
             onward.partition = "device"

@@ -37,7 +37,7 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.graph import Layer, LayerGraph, PartitionPoint, TensorSpec, UnrepeatableWarning, trace
 from torchsurgeon.link import BandwidthTrace, Link, Radio
-from torchsurgeon.module import Inference, SplitModule, measure_link
+from torchsurgeon.module import SplitModule
 from torchsurgeon.plan import (
     ChainPlan,
     Constraints,
@@ -62,6 +62,7 @@ from torchsurgeon.predict import (
     reference_devices,
 )
 from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
+from torchsurgeon.runtime import Inference, MismatchWarning, measure_link
 
 __version__ = "0.1.0"
 
@@ -91,6 +92,7 @@ __all__ = [
     "Link",
     "LinkError",
     "MeterError",
+    "MismatchWarning",
     "ModelFailedError",
     "ModelMismatchError",
     "ModelNotReadyError",

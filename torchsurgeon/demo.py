@@ -34,10 +34,11 @@ from torch import nn
 from torchsurgeon.emulate import SlowDevice
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.graph import LayerGraph, trace
-from torchsurgeon.module import SplitModule, measure_link
+from torchsurgeon.module import SplitModule
 from torchsurgeon.plan import Estimate, best
 from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, profile
 from torchsurgeon.report import bytes_text, estimate_table, layer_picture, point_text, seconds_text
+from torchsurgeon.runtime import measure_link
 from torchsurgeon.structure import flatten
 from torchsurgeon.transport import HttpTransport
 
@@ -212,6 +213,7 @@ def _measure(
                 device_profile=here,
                 server_profile=there,
                 backend=device.wrap,
+                fallback="error",
             )
             estimates = split.estimates()
             chosen = best(estimates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torchsurgeon.errors import PlanError
 from torchsurgeon.plan.rows import Row
@@ -49,6 +49,15 @@ class Objective:
             raise PlanError(f"no objective {unknown[0]!r}: use {', '.join(_UNITS)}, or a weighted sum of them")
         return Objective(**weights)
 
+    @staticmethod
+    def battery(level: Callable[[], float], *, s_per_j: float = 1.0) -> Battery:
+        """Return the objective that saves time while the battery is full and energy when it is low.
+
+        ``level`` tells the charge, from 0 to 1. ``s_per_j`` is how many seconds of latency a joule is worth where both
+        count.
+        """
+        return Battery(level, s_per_j)
+
     def __str__(self) -> str:
         used = {name: weight for name, weight in dataclasses.asdict(self).items() if weight}
         if len(used) == 1:
@@ -63,6 +72,30 @@ class Objective:
         return units.pop() if len(units) == 1 and alone == [1.0] else ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Battery:
+    """An objective that follows a battery; made by :meth:`Objective.battery`.
+
+    From a charge of 80 % on only latency counts, down to 20 % only energy, and in between both by shares.
+    """
+
+    level: Callable[[], float]
+    s_per_j: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.s_per_j) and self.s_per_j > 0):
+            raise PlanError(f"a joule cannot be worth {self.s_per_j} s: give a positive number")
+
+    def now(self) -> Objective:
+        """Return the objective at the present charge. Raises PlanError for a charge that cannot be."""
+        level = self.level()
+        if not 0 <= level <= 1:
+            raise PlanError(f"the battery's level is {level}; it must be from 0 (empty) to 1 (full)")
+        share = min(max((level - _LOW) / (_FULL - _LOW), 0.0), 1.0)
+        return Objective(latency=share, energy=(1 - share) * self.s_per_j)
+
+
+_LOW, _FULL = 0.2, 0.8
 _NAMED = {name: Objective(**{name: 1.0}) for name in _UNITS}
 
 

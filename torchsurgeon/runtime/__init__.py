@@ -1,0 +1,28 @@
+"""What runs a split model: it adapts the cut, asks servers, and answers whatever they do.
+
+A call goes through three stages (:class:`Pending`): the head runs, the request is sent, the result is finished. The
+request is in a thread of a small pool, so that the calling thread can run the tail itself when the answer is late.
+"""
+
+from __future__ import annotations
+
+from torchsurgeon.runtime.engine import Engine
+from torchsurgeon.runtime.inference import Inference
+from torchsurgeon.runtime.measure import measure_link
+from torchsurgeon.runtime.parts import Backend
+from torchsurgeon.runtime.peer import Failure
+from torchsurgeon.runtime.pending import Done, MismatchWarning, Pending
+from torchsurgeon.runtime.work import Rest, Work
+
+__all__ = [
+    "Backend",
+    "Done",
+    "Engine",
+    "Failure",
+    "Inference",
+    "MismatchWarning",
+    "Pending",
+    "Rest",
+    "Work",
+    "measure_link",
+]

@@ -1,0 +1,46 @@
+"""Whether an answer can be the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from torchsurgeon.errors import ProtocolError
+from torchsurgeon.graph import LayerGraph, TensorSpec
+
+
+def check_answer(
+    graph: LayerGraph, specs: Sequence[TensorSpec], boundary: Sequence[Tensor], answered: Mapping[str, Tensor]
+) -> None:
+    """Raise :class:`~torchsurgeon.errors.ProtocolError` for names, types or shapes that the outputs cannot have.
+
+    ``boundary`` are the tensors that were sent, ``specs`` what they are.
+    """
+    valued = graph.value_dependent or any(graph.value(spec.name).restore for spec in specs)
+    batch = None if valued else _batch(specs, boundary)
+    for spec in graph.outputs:
+        tensor = answered.get(spec.name)
+        wanted = spec.shape if batch is None else spec.at_batch(batch)
+        if tensor is None or len(answered) != len(graph.outputs):
+            names = sorted(other.name for other in graph.outputs)
+            raise ProtocolError(f"the server answered with tensors {sorted(answered)}, expected {names}")
+        shape = tuple(tensor.shape)
+        if tensor.dtype != spec.dtype or (len(shape) != len(wanted) if batch is None else shape != wanted):
+            raise ProtocolError(
+                f"the server answered with {tensor.dtype} {list(shape)} as {spec.name!r}, expected {spec.dtype} "
+                f"{list(wanted)}"
+            )
+
+
+def _batch(specs: Sequence[TensorSpec], boundary: Sequence[Tensor]) -> int | None:
+    """Return the batch size that explains the boundary's shapes; None if none does, as with images of another size."""
+    sizes = {
+        spec.example_batch + (size - example) // step
+        for spec, tensor in zip(specs, boundary, strict=True)
+        for size, example, step in zip(tensor.shape, spec.shape, spec.batch_step, strict=False)
+        if step
+    }
+    batch = sizes.pop() if sizes else 1
+    fits = all(tensor.shape == spec.at_batch(batch) for spec, tensor in zip(specs, boundary, strict=True))
+    return batch if fits and not sizes else None

@@ -1,0 +1,491 @@
+"""What runs a model between here and its servers: set-up, the choice before every inference, and its account."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torchsurgeon.adapt import Decision, SlowdownEstimator, check_deadline
+from torchsurgeon.codec import Codec, CodecTable
+from torchsurgeon.cut import cut
+from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.graph import LayerGraph, PartitionPoint
+from torchsurgeon.link import Link
+from torchsurgeon.plan import Battery, Frontier, Objective, Row
+from torchsurgeon.profile import LayerProfile, profile
+from torchsurgeon.runtime import work as works
+from torchsurgeon.runtime.choice import Adaptive, Goal, Way
+from torchsurgeon.runtime.counts import Counts
+from torchsurgeon.runtime.handshake import Ours, autocast_mismatch
+from torchsurgeon.runtime.inference import Inference, Moments
+from torchsurgeon.runtime.keeper import Keeper
+from torchsurgeon.runtime.measure import measure_link
+from torchsurgeon.runtime.parts import Backend, Parts
+from torchsurgeon.runtime.peer import Failure, Peer
+from torchsurgeon.runtime.pending import Done, MismatchWarning, Pending, mismatch_text
+from torchsurgeon.runtime.pool import Pool
+from torchsurgeon.transport import HttpTransport, Transport
+
+# A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
+_LEAST_ANSWER_LIMIT_BYTES = 64 << 20
+_ANSWER_FACTOR = 64
+# What the first call waits for servers to be made ready, which takes a profile and a link to be measured. Who is not
+# ready by then becomes so in the background.
+_SETUP_S = 5.0
+_KEPT_DECISIONS = 256
+_TIMED_RUNS = 3
+# A server is left for another that is a tenth cheaper.
+_STAY = 0.9
+
+Work = works.Work
+
+
+class Engine:
+    """Runs calls of one traced model. Thread-safe.
+
+    ``always`` says that a call is answered here when no server does, ``fixed`` where to cut, None to choose each time.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        servers: Sequence[str | Transport],
+        name: str,
+        example: tuple[tuple[Any, ...], Mapping[str, Any]],
+        *,
+        always: bool,
+        objective: Objective | Battery,
+        codec: Codec,
+        answer_codec: Codec,
+        codecs: CodecTable | None,
+        backend: Backend | None,
+        link: Link | None,
+        device_profile: LayerProfile | None,
+        server_profile: LayerProfile | None,
+        timeout_s: float,
+        on_replan: Callable[[Decision[Row]], object] | None,
+    ) -> None:
+        self.graph, self.always, self.codec = graph, always, codec
+        self.link, self.device_profile, self.server_profile = link, device_profile, server_profile
+        self.ours = Ours(graph)
+        self.parts = Parts(graph, backend)
+        limit = max(_LEAST_ANSWER_LIMIT_BYTES, _ANSWER_FACTOR * graph.points[-1].size_bytes)
+        self.peers = [
+            Peer(
+                HttpTransport(server, timeout_s) if isinstance(server, str) else server,
+                name,
+                self.ours,
+                link=link,
+                output_codec=answer_codec,
+                max_bytes=limit,
+            )
+            for server in servers
+        ]
+        made = zip(self.peers, servers, strict=True)
+        self._made = [peer.transport for peer, server in made if isinstance(server, str)]
+        self.decisions: deque[Decision[Row]] = deque(maxlen=_KEPT_DECISIONS)
+        self.last: Inference | None = None
+        self.ping_tensors: dict[str, Tensor] = {}
+        self.ping_index = self.ping_bytes = 0
+        self._name, self._codecs, self._on_replan = name, codecs, on_replan
+        self._goal = Goal(objective)
+        self._called_with = example
+        self._example = works.Inference(self.parts, *example)
+        self._example_tensors = graph.tensors_of_call(*example)
+        self._whole = Way(graph.points[-1], whole=True)
+        self._fixed: Way | None = None
+        self._chosen: PartitionPoint | None = None
+        self._preferred: Peer | None = None
+        self._timed: dict[int, tuple[float, float]] = {}
+        self._warned = self._closed = False
+        self._closing = threading.Lock()
+        self._start()
+        _open.add(self)
+
+    def _start(self) -> None:
+        self.pool = Pool("torchsurgeon-request")
+        self.keeper = Keeper(self)
+        self.counts = Counts()
+        self._slowdown = SlowdownEstimator()
+        self._setting_up, self._measuring = threading.Lock(), threading.Lock()
+        self._prepared = -1
+
+    # --- where to cut ---
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the cut is chosen at every inference."""
+        return self._fixed is None
+
+    @property
+    def point(self) -> PartitionPoint | None:
+        """Where the model is cut now; None before the first choice."""
+        return self._chosen if self._fixed is None else self._fixed.point
+
+    def fix(self, point: PartitionPoint | None) -> None:
+        """Cut at ``point`` from now on, or choose each time."""
+        with self._setting_up:
+            if point is None:
+                self._fixed = None
+                for peer in self.peers:
+                    if peer.plan is None:
+                        peer.ready_in = -1
+            else:
+                self._fixed = Way(point, whole=point.index == len(self.graph.layers))
+            self._prepared = -1
+
+    @property
+    def round_trip_s(self) -> float:
+        """The round trip as it was given or measured; 0 where it was neither."""
+        return 0.0 if self.link is None else self.link.round_trip_s
+
+    def frontier(self, peer: Peer) -> Frontier:
+        """Measure what is not known yet, and return the rows to choose from with this server."""
+        with self._measuring:
+            if self.server_profile is None:
+                path = f"/v2/models/{self._name}/profile"
+                self.server_profile = LayerProfile.from_json(peer.transport.get_json(path))
+            self.profile_device()
+            if peer.link is None:
+                peer.adopt(measure_link(peer.transport))
+            if self.link is None:
+                self.link = peer.link
+            assert self.device_profile is not None
+            return Frontier.build(self.graph, self.device_profile, self.server_profile, self._codecs)
+
+    def profile_device(self) -> None:
+        """Measure the layers here, unless they are known."""
+        if self.device_profile is None:
+            self.device_profile = profile(self.graph, inputs=self._example_tensors, meter=None)
+
+    # --- set-up ---
+
+    def prepare(self) -> None:
+        """Do what the first call would do before its inference. Raises ServerError only where nothing falls back."""
+        epoch = self.ours.epoch
+        if self._prepared == epoch and (self.always or any(peer.ready_in == epoch for peer in self.peers)):
+            return
+        with self._setting_up:
+            if self._prepared != self.ours.epoch or not self.always:
+                self._prepare()
+                self._prepared = self.ours.epoch
+
+    def _prepare(self) -> None:
+        if not self.peers:
+            raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
+        if self.adapts:
+            self.profile_device()
+        if (self.always or len(self.peers) > 1) and not self.ping_tensors:
+            self._prepare_ping()
+        if self.always:
+            end_s = time.monotonic() + _SETUP_S
+            calls = [self.keeper.connect(peer, min(_SETUP_S, peer.transport.timeout_s)) for peer in self.peers]
+            for peer, call in zip(self.peers, calls, strict=True):
+                if not call.wait(end_s - time.monotonic()):
+                    peer.failure = Failure("unready", f"{peer.label} has not told all that asking it takes")
+                elif peer.failure is not None and peer.failure.kind == "mismatch" and self.warns_of_mismatch():
+                    warnings.warn(mismatch_text(peer.failure), MismatchWarning, stacklevel=8)
+        else:
+            self._connect_any()
+        if self.ping_tensors:
+            self.keeper.start()
+
+    def _connect_any(self) -> None:
+        failures: list[Exception] = []
+        for peer in self.peers:
+            try:
+                self.connect(peer)
+            except Exception as error:
+                peer.failed(Failure.of(error))
+                failures.append(error)
+        if len(failures) == len(self.peers):
+            raise failures[0]
+
+    def connect(self, peer: Peer, timeout_s: float | None = None) -> None:
+        """Make a server ready to be asked. Raises ServerError or ProtocolError saying why it is not."""
+        epoch = peer.shake(timeout_s)
+        if self.adapts and peer.plan is None:
+            frontier = self.frontier(peer)
+            assert self.server_profile is not None
+            own_codec = self._codecs is not None
+            peer.plan = Adaptive(
+                self.graph, frontier, self.server_profile, self._goal, own_codec=own_codec, on_change=self._on_replan
+            )
+        peer.answered()
+        peer.ready_in = epoch
+
+    def _prepare_ping(self) -> None:
+        """Choose the point in the second half of the model that sends least: light on the link and on the server."""
+        late = [point for point in self.graph.points[:-1] if 2 * point.index >= len(self.graph.layers)]
+        point = min(late or self.graph.points[:1], key=lambda point: point.size_bytes)
+        # As it is, not as a backend would run it.
+        head, (args, kwargs) = cut(self.graph, point).head, self._called_with
+        self.ping_index, self.ping_bytes = point.index, point.size_bytes
+        self.ping_tensors = dict(zip((spec.name for spec in point.tensors), head(*args, **kwargs), strict=True))
+
+    def warns_of_mismatch(self) -> bool:
+        """Whether to warn of a mismatch; true once."""
+        warned, self._warned = self._warned, True
+        return not warned
+
+    # --- one inference ---
+
+    def run(self, work: Work, deadline_s: float | None = None) -> Any:
+        """Return the result of one call."""
+        pending = self.begin(work, deadline_s)
+        pending.send(here=not self.always)
+        return pending.result()
+
+    def begin(self, work: Work, deadline_s: float | None = None) -> Pending | Done:
+        """Choose a cut and run the head; or the whole call, where nothing is to be asked.
+
+        Raises DeadlineError for a deadline that no way of running the call can keep.
+        """
+        fixed = self._fixed
+        if fixed is not None and fixed.whole and deadline_s is None:
+            return Done(self.run_here(work, time.perf_counter(), None))
+        if self._closed:
+            raise ServerUnavailableError("the SplitModule has been closed")
+        self.ours.check()
+        mismatch = autocast_mismatch()
+        if mismatch is not None:
+            if not self.always:
+                raise mismatch
+            return Done(self.run_here(work, time.perf_counter(), Failure("autocast", str(mismatch))))
+        if not self.always:
+            self.renew()
+        if fixed is None or not fixed.whole:
+            self.prepare()
+        self.keeper.used()
+        begun_s = time.perf_counter()
+        way, peer, decision, why = self._choose()
+        if deadline_s is not None and self.always:
+            way = self._within(deadline_s, work, way, peer, decision)
+        if peer is None or way.whole:
+            if why is not None:
+                self.renew()
+            return Done(self.run_here(work, begun_s, why, decision))
+        head = work.head(way.point)
+        decided_s = time.perf_counter()
+        boundary = head()
+        headed_s = time.perf_counter()
+        plan = peer.plan
+        expected = None if decision is None or plan is None else plan.expected(decision)
+        pending = Pending(
+            self,
+            work,
+            way,
+            peer,
+            boundary,
+            Moments(begun_s, decided_s, headed_s),
+            expected=expected,
+            decision=decision,
+            deadline_s=None if deadline_s is None else begun_s + deadline_s,
+        )
+        if way.row is not None:
+            self._slowdown.observe(headed_s - decided_s, way.row.head_s * pending.scale)
+        return pending
+
+    def _choose(self) -> tuple[Way, Peer | None, Decision[Row] | None, Failure | None]:
+        """Where to cut, whom to ask, what that was decided on, and why it is not as it should be."""
+        fixed = self._fixed
+        if fixed is not None and fixed.whole:
+            return fixed, None, None, None
+        peer = self._peer()
+        if peer is None:
+            meant = self._chosen != self._whole.point or fixed is not None
+            return self._whole, None, None, self._why_nobody() if meant else None
+        if fixed is not None or peer.plan is None:
+            return fixed or self._whole, peer, None, None
+        way, decision = peer.plan.decide(
+            peer.state.link.estimate(), peer.state.load.estimate(), self._slowdown.estimate()
+        )
+        self._chosen = way.point
+        self.decisions.append(decision)
+        return way, peer, decision, None
+
+    def _peer(self) -> Peer | None:
+        epoch = self.ours.epoch
+        if len(self.peers) == 1:
+            peer = self.peers[0]
+            asked = peer.usable(epoch) if self.always else peer.ready_in == epoch
+            return peer if asked else None
+        usable = [peer for peer in self.peers if peer.usable(epoch)]
+        if not usable and not self.always:
+            usable = [peer for peer in self.peers if peer.ready_in == epoch]
+        if len(usable) < 2 or not self.adapts:
+            return usable[0] if usable else None
+        slowdown = self._slowdown.estimate()
+        costs = [
+            peer.plan.least_cost(peer.state.link.estimate(), peer.state.load.estimate(), slowdown)
+            * (_STAY if peer is self._preferred else 1.0)
+            if peer.plan is not None
+            else math.inf
+            for peer in usable
+        ]
+        self._preferred = usable[costs.index(min(costs))]
+        return self._preferred
+
+    def another(self, tried: Sequence[Peer]) -> Peer | None:
+        """A server that may be asked beside those that have been."""
+        epoch = self.ours.epoch
+        return next((peer for peer in self.peers if peer not in tried and peer.usable(epoch)), None)
+
+    def _why_nobody(self) -> Failure:
+        known = next((peer.failure for peer in self.peers if peer.failure is not None), None)
+        return Failure("nobody", "no server is ready" if known is None else f"no server to ask, after: {known}")
+
+    def _within(
+        self, deadline_s: float, work: Work, way: Way, peer: Peer | None, decision: Decision[Row] | None
+    ) -> Way:
+        """Return the way that was chosen if it should keep the deadline, or else the quickest."""
+        scale = work.scale()
+        head_s, tail_s = self._here_s(way)
+        best_s, quickest, taken_s, how = (head_s + tail_s) * scale, way, (head_s + tail_s) * scale, "on the device"
+        if decision is not None and peer is not None and peer.plan is not None:
+            latencies = peer.plan.latencies(decision.estimates)
+            rows = peer.plan.frontier.rows
+            least = latencies.index(min(latencies))
+            taken_s = latencies[next(i for i, row in enumerate(rows) if row is decision.row)] * scale
+            if latencies[least] * scale < best_s:
+                quickest = peer.plan.ways[id(rows[least])]
+                best_s, how = latencies[least] * scale, f"cut after {rows[least].name}"
+        elif peer is not None and (taken := peer.takes(way.point.index)) is not None:
+            taken_s = (head_s + taken.value) * scale
+            if taken_s < best_s:
+                best_s, how = taken_s, f"cut after {way.point.name}"
+        check_deadline(deadline_s, best_s, how)
+        return way if taken_s <= deadline_s else quickest
+
+    def run_here(self, work: Work, begun_s: float, why: Failure | None, decision: Decision[Row] | None = None) -> Any:
+        """Return the result of a call that runs here as a whole; ``why`` says why it had to."""
+        run = work.whole()
+        decided_s = time.perf_counter()
+        result = run()
+        end_s = time.perf_counter()
+        known = self._known_whole_s
+        if known is not None:
+            self._slowdown.observe(end_s - decided_s, known * work.scale())
+        self.ended(
+            self._whole,
+            Inference(
+                partition=self._whole.point,
+                total_s=end_s - begun_s,
+                decide_s=decided_s - begun_s,
+                head_s=end_s - decided_s,
+                degraded=None if why is None else str(why),
+                decision=decision,
+            ),
+            why,
+        )
+        return result
+
+    def renew(self) -> None:
+        """Notice weights that have changed: hands are shaken again, and the parts are cut anew."""
+        if self.ours.renew():
+            self.parts.clear()
+            self.ping_tensors = {}
+
+    def ended(self, way: Way, inference: Inference, why: Failure | None) -> None:
+        """Keep the account of an inference."""
+        self.last = inference
+        self.counts.add(way.name, inference, None if why is None else why.kind)
+
+    # --- how long it takes here ---
+
+    @property
+    def _known_whole_s(self) -> float | None:
+        if self.device_profile is not None:
+            return self.device_profile.total_s
+        timed = self._timed.get(len(self.graph.layers))
+        return None if timed is None else timed[0]
+
+    def _here_s(self, way: Way) -> tuple[float, float]:
+        """Predicted seconds of head and tail here, as slow as the device is now, for a call like the example."""
+        slowdown = self._slowdown.estimate().value
+        if way.whole and self._known_whole_s is not None:
+            return self._known_whole_s * slowdown, 0.0
+        plan = next((peer.plan for peer in self.peers if peer.plan is not None), None)
+        if way.row is not None and plan is not None:
+            return way.row.head_s * slowdown, plan.tail_here_s(way.row) * slowdown
+        timed = self._timed.get(way.point.index)
+        if timed is None:
+            timed = self._timed[way.point.index] = self._time(way)
+        return timed[0] * slowdown, timed[1] * slowdown
+
+    def tail_here_s(self, way: Way) -> tuple[float, float]:
+        """Predicted seconds of the tail here for a call like the example, and their relative deviation."""
+        return self._here_s(way)[1], self._slowdown.estimate().spread
+
+    def _time(self, way: Way) -> tuple[float, float]:
+        """Run head and tail on the example and return the medians of their seconds."""
+        work = self._example
+        times = []
+        for _ in range(1 + _TIMED_RUNS):
+            begin_s = time.perf_counter()
+            if way.whole:
+                work.whole()()
+                headed_s = time.perf_counter()
+            else:
+                boundary = work.head(way.point)()
+                headed_s = time.perf_counter()
+                work.tail(tuple(spec.name for spec in way.point.tensors))(boundary)
+            times.append((headed_s - begin_s, time.perf_counter() - headed_s))
+        heads, tails = zip(*times[1:], strict=True)
+        return statistics.median(heads), statistics.median(tails)
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far and what is known now, as plain data."""
+        slowdown = self._slowdown.estimate()
+        return {
+            **self.counts.told(),
+            "slowdown": slowdown.value,
+            "pings": self.keeper.pings,
+            "servers": [peer.told(self.ours.epoch) for peer in self.peers],
+        }
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """End all threads and connections. Closing twice, or from two threads at once, is harmless."""
+        self.abandon()
+        for peer in self.peers:
+            peer.transport.close()
+
+    def abandon(self) -> None:
+        """End what was begun here, but leave the transports that were given to their owner."""
+        with self._closing:
+            self._closed = True
+            self.keeper.close()
+            self.pool.close()
+            for transport in self._made:
+                transport.close()
+
+    def start_anew(self) -> None:
+        """In a process that was forked off: leave threads, locks and connections to the parent, and begin again."""
+        self._closing = threading.Lock()
+        self.ours.start_anew()
+        for peer in self.peers:
+            peer.start_anew()
+        self._start()
+
+
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_open):
+        engine.start_anew()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,126 @@
+"""Whether a server's model is this model: the same graph, the same weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, TraceError
+from torchsurgeon.fingerprint import Snapshot, WeightDigests, weight_digests
+from torchsurgeon.graph import LayerGraph
+from torchsurgeon.transport import Transport
+
+_LISTED_TENSORS = 5
+
+
+class Ours:
+    """The model on this side: whether it may be run, whether it has changed, and the digests of its weights.
+
+    ``epoch`` counts the changes; hands that were shaken in an earlier one count for nothing. Thread-safe.
+    """
+
+    def __init__(self, graph: LayerGraph) -> None:
+        self.graph = graph
+        self.epoch = 0
+        self._lock = threading.RLock()
+        self._snapshot = Snapshot(graph.model)
+        self._digests: WeightDigests | None = None
+
+    def check(self) -> None:
+        """Raise TraceError when what runs here now is not the model that was traced."""
+        if self._snapshot.training():
+            raise TraceError("the model has been put into training mode; call model.eval(): a SplitModule only answers")
+        replaced = self._snapshot.replaced()
+        if replaced is not None:
+            raise TraceError(f"{replaced!r} of the model has been replaced since it was traced; make a new SplitModule")
+
+    def changed(self) -> bool:
+        """Whether the weights have changed since the epoch began."""
+        return not self._snapshot.same_weights()
+
+    def renew(self) -> bool:
+        """Begin another epoch if the weights have changed; return whether they have."""
+        with self._lock:
+            if self._snapshot.same_weights():
+                return False
+            self._snapshot = Snapshot(self.graph.model)
+            self._digests = None
+            self.epoch += 1
+            return True
+
+    def start_anew(self) -> None:
+        """Forget the lock, which a thread that a fork left behind may hold."""
+        self._lock = threading.RLock()
+
+    def digests(self) -> tuple[int, WeightDigests]:
+        """The epoch, and the digests of its weights, made when first asked for."""
+        with self._lock:
+            if self._digests is None:
+                self._digests = weight_digests(self.graph.model)
+            return self.epoch, self._digests
+
+
+def autocast_mismatch() -> ModelMismatchError | None:
+    """The error that autocast is here, since a server runs the model without it; None where it is off."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return None
+    return ModelMismatchError(
+        "autocast is on here, and the server runs the model without it; call the SplitModule outside autocast, "
+        "or have the model itself in the lower precision on both sides"
+    )
+
+
+def shake_hands(
+    transport: Transport, name: str, graph: LayerGraph, ours: WeightDigests, timeout_s: float | None = None
+) -> str | None:
+    """Return the identity that the server's model answers under, once it is known to be this model.
+
+    Raises :class:`~torchsurgeon.errors.ModelMismatchError` naming what differs first, and what
+    :meth:`~torchsurgeon.transport.Transport.get_json` raises.
+    """
+    try:
+        theirs = transport.get_json(f"/v2/models/{name}/fingerprint", timeout_s=timeout_s)
+    except RequestRefusedError as error:
+        if error.status != 404:
+            raise
+        raise ModelMismatchError(
+            f"the server cannot tell fingerprints of a model {name!r} ({error}); "
+            f"start it with: torchsurgeon serve {name}=SPEC"
+        ) from None
+    if not isinstance(theirs, dict) or not isinstance(theirs.get("tensors"), dict):
+        raise ProtocolError("the server's fingerprint is not what torchsurgeon's servers answer")
+    if theirs.get("weights") != ours.combined:
+        raise ModelMismatchError(_differing_weights(name, graph.model, ours, theirs["tensors"]))
+    if theirs.get("graph") != graph.fingerprint:
+        raise ModelMismatchError(
+            f"model {name!r} has the same weights on both sides, but another graph: "
+            f"{graph.fingerprint[:12]} here, {str(theirs.get('graph'))[:12]} on the server. Trace both with "
+            f"the same example ({', '.join(map(str, graph.inputs))} here) and the same source of the model"
+        )
+    return theirs.get("identity")
+
+
+def _differing_weights(name: str, model: nn.Module, ours: WeightDigests, theirs: Mapping[str, Any]) -> str:
+    rows = []
+    order = [*model.state_dict(keep_vars=True), *ours.tensors, *theirs]
+    for tensor in dict.fromkeys(order):
+        here = ours.tensors[tensor].to_json() if tensor in ours.tensors else None
+        there = theirs.get(tensor)
+        if here != there:
+            rows.append(f"{tensor} ({_described(here)} here, {_described(there)} on the server)")
+    more = f", and {len(rows) - _LISTED_TENSORS} more" if len(rows) > _LISTED_TENSORS else ""
+    return (
+        f"model {name!r} has other weights on the server: {', '.join(rows[:_LISTED_TENSORS])}{more}. "
+        "Serve the weights this model was loaded with"
+    )
+
+
+def _described(tensor: Any) -> str:
+    if not isinstance(tensor, dict):
+        return "absent"
+    shape = "×".join(map(str, tensor.get("shape", ())))
+    return f"{tensor.get('dtype')}[{shape}] {str(tensor.get('digest'))[:8]}"

@@ -1,0 +1,90 @@
+"""The parts of one model, each cut when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from torchsurgeon.cut import cut, middle_for, tail_for
+from torchsurgeon.errors import PartitionError
+from torchsurgeon.graph import LayerGraph, PartitionPoint, TensorSpec
+from torchsurgeon.program import Segment
+
+# Heads, middles and tails hold no weights, so this only bounds what a long run over many cuts leaves behind.
+_MOST_PARTS = 512
+
+Backend = Callable[[nn.Module], Callable[..., Any]]
+Run = Callable[..., Any]
+T = TypeVar("T")
+
+
+class Tail:
+    """The rest of the model from some tensors on, run here. ``backend`` is None for eager PyTorch."""
+
+    def __init__(self, segment: Segment, backend: Backend | None) -> None:
+        self._segment = segment
+        self._run: Run | None = None if backend is None else backend(segment)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        """Return what the model returns."""
+        return self._segment(*tensors) if self._run is None else self._run(*tensors)
+
+    def until(self, stopped: Callable[[], bool], tensors: Sequence[Tensor]) -> Any:
+        """Return what the model returns, or None when ``stopped`` said so first; a backend is never stopped midway."""
+        if self._run is None:
+            return self._segment.until(stopped, tensors)
+        return None if stopped() else self._run(*tensors)
+
+
+class Parts:
+    """Heads, middles and tails of a traced model. Thread-safe."""
+
+    def __init__(self, graph: LayerGraph, backend: Backend | None) -> None:
+        self.graph = graph
+        self._backend = backend
+        self._known: dict[Any, Any] = {}
+
+    def clear(self) -> None:
+        """Cut all parts anew when they are next asked for, as when the model has got other tensors."""
+        self._known.clear()
+
+    def whole(self) -> Run:
+        """The model itself, as the backend runs it."""
+        return self._get("whole", lambda: self._with_backend(self.graph.model))
+
+    def head(self, point: PartitionPoint) -> Run:
+        """What is called like the model and returns the tensors of ``point``."""
+        return self._get((point.index, point.layers), lambda: self._with_backend(cut(self.graph, point).head))
+
+    def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
+        """The rest of the model from the tensors ``names`` on; ``flat`` as in :func:`~torchsurgeon.cut.tail_for`."""
+        return self._get(("tail", names, flat), lambda: Tail(tail_for(self.graph, names, flat=flat), self._backend))
+
+    def middle(self, names: tuple[str, ...], point: PartitionPoint) -> tuple[Run, tuple[TensorSpec, ...]]:
+        """What turns the tensors ``names`` into those of ``point``, and which these are; tensors that lie beyond the
+        point are passed on as they are."""
+
+        def make() -> tuple[Run, tuple[TensorSpec, ...]]:
+            try:
+                return middle_for(self.graph, names, point), point.tensors
+            except PartitionError:
+                return _passed_on, tuple(self.graph.values[name] for name in names)
+
+        return self._get(("middle", names, point.index, point.layers), make)
+
+    def _with_backend(self, module: nn.Module) -> Run:
+        return module if self._backend is None else self._backend(module)
+
+    def _get(self, key: Any, make: Callable[[], T]) -> T:
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= _MOST_PARTS:
+                self._known.clear()
+            found = self._known[key] = make()
+        return found  # type: ignore[no-any-return]
+
+
+def _passed_on(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors

@@ -1,0 +1,125 @@
+"""A few threads for requests, so that whoever waits for an answer can do better things meanwhile."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from torchsurgeon.errors import ServerUnavailableError
+
+T = TypeVar("T")
+
+# As many as connections are kept; more requests at a time wait for one of these to end or be given up.
+MOST_THREADS = 16
+# A thread may be stuck in the resolver, which nothing interrupts; it is a daemon and is left behind.
+_JOIN_S = 1.0
+
+
+class Call(Generic[T]):
+    """A function that runs in another thread, and how it ended."""
+
+    __slots__ = ("_cancel", "_pending", "_work", "ended", "error", "value")
+
+    def __init__(self, work: Callable[[], T], cancel: Callable[[], object] | None) -> None:
+        self.ended = False
+        self.value: T | None = None
+        self.error: Exception | None = None
+        self._work: Callable[[], T] | None = work
+        self._cancel = cancel
+        # A bare lock, which unlike an Event costs no Python code to wait for.
+        self._pending = threading.Lock()
+        self._pending.acquire()
+
+    def run(self) -> None:
+        """Call the function here."""
+        work, self._work = self._work, None
+        try:
+            if work is None:
+                raise ServerUnavailableError("the request was given up before it began")
+            self.value = work()
+        except Exception as error:
+            self.error = error
+        self.ended = True
+        self._pending.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end; False if it has not come by then."""
+        if not self.ended:
+            if not self._pending.acquire(timeout=max(timeout_s, 0.0)):
+                return False
+            self._pending.release()
+        return True
+
+    def answered(self) -> bool:
+        """Whether it has ended well."""
+        return self.ended and self.error is None
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more: interrupt it, or do not begin."""
+        self._work = None
+        if self._cancel is not None:
+            self._cancel()
+
+    def result(self) -> T:
+        """Return what the function returned, or raise what it raised; call it after the end."""
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]
+
+
+class Pool:
+    """Daemon threads, made when they are needed and kept until :meth:`close`."""
+
+    def __init__(self, name: str, most: int = MOST_THREADS) -> None:
+        self._name, self._most = name, most
+        self._lock = threading.Lock()
+        self._calls: queue.SimpleQueue[Call[Any] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._running: set[Call[Any]] = set()
+        self._free = 0
+        self._closed = False
+
+    def submit(self, work: Callable[[], T], cancel: Callable[[], object] | None = None) -> Call[T]:
+        """Run ``work`` in one of the threads; ``cancel`` interrupts it. Raises ServerUnavailableError once closed."""
+        call = Call(work, cancel)
+        with self._lock:
+            if self._closed:
+                raise ServerUnavailableError("the SplitModule has been closed")
+            self._free -= 1
+            if self._free < 0 and len(self._threads) < self._most:
+                self._free += 1
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._running.add(call)
+        self._calls.put(call)
+        return call
+
+    def close(self, join_s: float = _JOIN_S) -> None:
+        """Interrupt what runs, and end the threads, for which it waits so long. Closing twice is harmless."""
+        with self._lock:
+            self._closed = True
+            threads, running = list(self._threads), list(self._running)
+        for call in running:
+            call.give_up()
+        for _ in threads:
+            self._calls.put(None)
+        end_s = time.monotonic() + join_s
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, end_s - time.monotonic()))
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            while (call := self._calls.get()) is not None:
+                call.run()
+                with self._lock:
+                    self._running.discard(call)
+                    self._free += 1
+                # The thread must not keep the last call's tensors while it waits for the next.
+                del call
