@@ -92,7 +92,7 @@ def _draw_layers(axis: Any, graph: LayerGraph, bars: Sequence[tuple[CutRun, Term
     whole = flops_text(sum(layer.flops for layer in graph.layers))
     axis.bar(range(len(bars)), np.array(flops) / 1e6, 0.8, color=SKY, label=f"compute of the layers ({whole} in all)")
     axis.set_ylabel("compute (MFLOP)")
-    axis.set_ylim(0, max(flops) / 1e6 * 1.1 or 1.0)
+    axis.set_ylim(0, max(flops) / 1e6 * 1.3 or 1.0)
     sizes = axis.twinx()
     sent = [np.nan if terms.row.on_device else terms.row.size_bytes / 1e3 for _, terms in bars]
     sizes.plot(sent, "o-", color=ORANGE, markersize=4, label="data sent")
@@ -101,6 +101,8 @@ def _draw_layers(axis: Any, graph: LayerGraph, bars: Sequence[tuple[CutRun, Term
     sizes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     sizes.yaxis.set_minor_formatter("{x:g}")
     sizes.set_ylabel("data sent (kB, logarithmic)")
+    low, high = sizes.get_ylim()
+    sizes.set_ylim(low, high * (high / low) ** 0.2)
     if np.isfinite(sent[star]):
         _star(sizes, star, sent[star], bytes_text(sent[star] * 1e3))
     _legend(axis, sizes)
@@ -112,25 +114,26 @@ def _stacked(axis: Any, parts: dict[str, list[float]], colors: dict[str, str]) -
         if any(heights):
             axis.bar(range(len(heights)), heights, 0.8, bottom=below, label=name, color=colors[name])
             below += heights
-    axis.set_ylim(0, float(below.max()) * 1.25 or 1.0)
+    axis.set_ylim(0, float(below.max()) * 1.3 or 1.0)
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _star(axis: Any, at: int, value: float, text: str) -> None:
-    axis.plot(at, value, "*", markersize=20, color=RED, markeredgecolor="white", zorder=5, linestyle="none")
+    axis.plot(at, value, "*", markersize=20, color=RED, markeredgecolor="white", zorder=5)
     left = at < np.mean(axis.get_xlim())
     axis.annotate(
         plain(text),
         (at, value),
-        xytext=(0, 13),
-        textcoords="offset points",
+        xytext=(at, 0.96),
+        textcoords=axis.get_xaxis_transform(),
+        va="top",
         ha="left" if left else "right",
         color=RED,
         fontweight="bold",
         fontsize=9,
-        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+        arrowprops={"arrowstyle": "-", "color": RED, "linewidth": 0.8, "relpos": (0.0 if left else 1.0, 0.0)},
     )
 
 
