@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.predict import load_device
+from torchsurgeon.predict import costs_on, load_device
 from torchsurgeon.predict.kinds import KINDS, Operation
 from torchsurgeon.predict.predictor import BlockCorrection
 from torchsurgeon.predict.samples import Sample, SampleTable
@@ -279,3 +279,17 @@ def test_a_device_is_a_file_or_a_name(tmp_path: Path) -> None:
         load_device("tesla-k80")
     with pytest.raises(ts.CalibrationError, match="tegra-k1-gpu"):
         ts.reference_device("tesla-k80")
+
+
+def test_costs_come_from_a_profile_a_calibration_or_a_name(
+    predictor: ts.Predictor, graph: ts.LayerGraph, tmp_path: Path
+) -> None:
+    predicted = predictor.predict(graph)
+    predicted.save(tmp_path / "profile.json")
+    predictor.save(tmp_path / "device.json")
+    for where in (tmp_path / "profile.json", tmp_path / "device.json"):
+        assert costs_on(graph, where).layer_s == pytest.approx(predicted.layer_s)
+    assert costs_on(graph, "tesla-k40").total_s > 0
+    other = ts.trace(nn.Sequential(nn.Linear(3, 3)).eval(), torch.rand(1, 3))
+    with pytest.raises(ts.ProfileError, match="not of Sequential"):
+        costs_on(other, tmp_path / "profile.json")

@@ -28,6 +28,8 @@ _EXTRAS = {
     "plotly": "explore",
 }
 
+_RUNS = 10
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, or 2 with the reason on standard error."""
@@ -123,9 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--profile", type=Path, metavar="FILE", help="a measured profile to compare with")
     predict.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted over measured, e.g. predicted.png")
-    predict.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the prediction as a profile that plan reads"
-    )
+    predict.add_argument("--json", type=Path, metavar="FILE", help="write the prediction as a profile that plan reads")
     predict.set_defaults(run=_predict)
 
     codecs = commands.add_parser("codecs", help="measure what codecs save and change at the cuts that can pay")
@@ -184,6 +184,22 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-batch", type=_count, default=64)
     serve.set_defaults(run=_serve)
 
+    run = commands.add_parser("run", help="run a model split with a server, and show where it is cut and why")
+    run.add_argument("spec", metavar="SPEC", help="torchvision:NAME, package.module:factory, or a .pt2 file")
+    run.add_argument(
+        "--server", action="append", required=True, metavar="URL", help="a torchsurgeon serve; for each to try"
+    )
+    run.add_argument("--name", help="the model's name on the server; default SPEC's own name")
+    run.add_argument("--weights", metavar="FILE", help=".safetensors, .pt, or 'default'; the server's")
+    run.add_argument("--input", default="random", metavar="FILE", help="an image, or 'random' numbers")
+    run.add_argument("--count", type=_count, metavar="N", help="inferences; default 10, with --watch until interrupted")
+    run.add_argument("--interval", type=float, default=0.0, metavar="SECONDS", help="from start to start, at least")
+    run.add_argument("--partition", default="auto", help="auto, device, server, an index or a layer's name")
+    run.add_argument("--deadline", type=float, metavar="SECONDS", help="of every inference")
+    run.add_argument("--fallback", choices=("local", "error"), default="local", help="when no server answers")
+    run.add_argument("--watch", action="store_true", help="draw a live view")
+    run.set_defaults(run=_run)
+
     link = commands.add_parser("link", help="emulate a wireless link: a TCP proxy with a rate and a delay")
     link.add_argument("--listen", type=_port, required=True, metavar="PORT", help="0 takes a free one and says which")
     link.add_argument("--to", required=True, metavar="HOST:PORT")
@@ -217,8 +233,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
-    parser.add_argument("--device", type=Path, required=True, metavar="FILE", help="the device's profile")
-    parser.add_argument("--server", type=Path, required=True, metavar="FILE", help="the server's profile")
+    what = "a measured profile, or the calibration or name of a device to predict for"
+    parser.add_argument("--device", required=True, metavar="FILE", help=f"the device: {what}")
+    parser.add_argument("--server", required=True, metavar="FILE", help="the server: as the device")
     parser.add_argument("--link", default="lte", help="3g, lte, wifi, 5g-low, 5g-mmwave, or UP/DOWN/RTT (Mbit/s, s)")
     parser.add_argument("--uplink", type=float, metavar="MBIT_S", help="in place of the link's own rate")
     parser.add_argument(
@@ -236,16 +253,17 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], str | dict[st
     from torchsurgeon.codec import CodecTable
     from torchsurgeon.graph import trace
     from torchsurgeon.link import Link
-    from torchsurgeon.profile import LayerProfile
+    from torchsurgeon.predict import costs_on
 
     model = specs.load(options.spec, input_spec=options.input)
+    graph = trace(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)
     link = Link.parse(options.link)
     if options.uplink is not None:
         link = dataclasses.replace(link, uplink_bit_s=options.uplink * 1e6)
     parts = {
-        "graph": trace(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs),
-        "device": LayerProfile.load(options.device),
-        "server": LayerProfile.load(options.server),
+        "graph": graph,
+        "device": costs_on(graph, options.device),
+        "server": costs_on(graph, options.server),
         "link": link,
         "codecs": None if options.codecs is None else CodecTable.load(options.codecs),
     }
@@ -539,6 +557,29 @@ def _link(options: argparse.Namespace) -> None:
     emulator = LinkEmulator(options.listen, host.strip("[]"), int(port), link)
     print(f"ready: {link}; listening on {emulator.host}:{emulator.port}, to {options.to}", flush=True)
     emulator.run()
+
+
+def _run(options: argparse.Namespace) -> None:
+    from torchsurgeon import codec, specs, watch
+    from torchsurgeon.module import SplitModule
+
+    model = specs.load(options.spec, weights=options.weights)
+    args, kwargs = model.args, model.kwargs
+    partition: str | int = int(options.partition) if options.partition.isdigit() else options.partition
+    with SplitModule(
+        model.model,
+        kwargs or args,
+        server=options.server,
+        name=options.name or specs.short_name(options.spec),
+        partition=partition,
+        fallback=options.fallback,
+        deadline_s=options.deadline,
+    ) as split:
+        if options.input != "random":
+            args, kwargs = (codec.image_call(split.graph, options.input),), {}
+        count = options.count or (None if options.watch else _RUNS)
+        answer = watch.run(split, args, kwargs, count=count, interval_s=options.interval, live=options.watch)
+        print(watch.answer_text(answer))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -2,13 +2,14 @@
 
 from torchsurgeon.predict.calibrate import ThrottledWarning, calibrate
 from torchsurgeon.predict.predictor import PredictionWarning, Predictor
-from torchsurgeon.predict.reference import load_device, reference_device, reference_devices
+from torchsurgeon.predict.reference import costs_on, load_device, reference_device, reference_devices
 
 __all__ = [
     "PredictionWarning",
     "Predictor",
     "ThrottledWarning",
     "calibrate",
+    "costs_on",
     "load_device",
     "reference_device",
     "reference_devices",

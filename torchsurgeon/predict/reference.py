@@ -10,7 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 from torchsurgeon.errors import CalibrationError
-from torchsurgeon.predict.predictor import Predictor
+from torchsurgeon.graph import LayerGraph
+from torchsurgeon.predict.predictor import Predictor, read_json
+from torchsurgeon.profile.record import LayerProfile
 
 
 def reference_devices() -> tuple[str, ...]:
@@ -44,3 +46,19 @@ def load_device(name_or_path: str | Path) -> Predictor:
     raise CalibrationError(
         f"there is no file {name_or_path}, and no reference device of that name; there are {', '.join(names)}"
     )
+
+
+def costs_on(graph: LayerGraph, where: str | Path) -> LayerProfile:
+    """Return what ``graph`` costs on a device: a measured profile from its file, or a prediction from a calibration's
+    file or for a reference device.
+
+    Raises :class:`~torchsurgeon.errors.ProfileError` or :class:`~torchsurgeon.errors.CalibrationError` for a damaged
+    file, a name that is neither, or a profile of another graph.
+    """
+    if Path(where).exists():
+        data = read_json(where)
+        if not isinstance(data, dict) or not str(data.get("format")).startswith("torchsurgeon.predictor/"):
+            measured = LayerProfile.load(where)
+            measured.check(graph)
+            return measured
+    return load_device(where).predict(graph)
