@@ -53,6 +53,7 @@ ROOMS = [
     "emulate",
     "simulate",
     "report",
+    "watch",
     "demo",
     "cli",
     "__main__",

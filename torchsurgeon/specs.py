@@ -90,6 +90,11 @@ def load(spec: str, *, weights: str | None = None, input_spec: str | None = None
     return Model(model, *example, source)
 
 
+def short_name(spec: str) -> str:
+    """Return the name that a model is most likely served under: the last part of its SPEC."""
+    return Path(spec).stem if spec.endswith(".pt2") else spec.rpartition(":")[2]
+
+
 def load_weights(model: nn.Module, path: str) -> None:
     """Load a state dict from a ``.safetensors`` file, or from a ``.pt``/``.pth`` file without unpickling objects."""
     if not Path(path).is_file():

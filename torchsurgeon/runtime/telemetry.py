@@ -1,0 +1,82 @@
+"""An OpenTelemetry span for every inference, where its API is installed and the program has set up a tracer provider.
+
+The span is named ``torchsurgeon.inference``, begins and ends when the inference did, and is a child of the span that is
+current in the thread that ends it. It is of kind client when a server's answer was used, else internal. Its attributes
+start with ``torchsurgeon.``: the model's name, the fields of :class:`~torchsurgeon.runtime.inference.Inference` (times
+in seconds, sizes in bytes), the partition's name and index, the reason and cost of the decision. An error that reaches
+the caller ends the span with that error as its status (OpenTelemetry's specification of recording exceptions).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from torchsurgeon.runtime.inference import Inference
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+try:
+    from opentelemetry import trace
+except ImportError:
+    _tracer = None
+else:
+    _tracer = trace.get_tracer("torchsurgeon")
+
+_NAME = "torchsurgeon.inference"
+_MEASURED = (
+    "total_s",
+    "decide_s",
+    "head_s",
+    "encode_s",
+    "uplink_s",
+    "queue_s",
+    "tail_s",
+    "downlink_s",
+    "decode_s",
+    "wait_s",
+    "local_s",
+    "sent_bytes",
+    "received_bytes",
+)
+
+
+def record(model: str, inference: Inference) -> None:
+    """Make the span of an inference of ``model`` that has ended just now. Does nothing without OpenTelemetry."""
+    if _tracer is None:
+        return
+    end_ns = time.time_ns()
+    kind = trace.SpanKind.INTERNAL if inference.server is None else trace.SpanKind.CLIENT
+    span = _tracer.start_span(_NAME, kind=kind, start_time=end_ns - round(inference.total_s * 1e9))
+    if span.is_recording():
+        _describe(span, model, inference)
+    span.end(end_ns)
+
+
+def record_error(model: str, seconds: float, error: BaseException) -> None:
+    """Make the span of an inference of ``model`` that has raised ``error`` after so many seconds."""
+    if _tracer is None:
+        return
+    end_ns = time.time_ns()
+    span = _tracer.start_span(_NAME, start_time=end_ns - round(seconds * 1e9))
+    if span.is_recording():
+        span.set_attribute("torchsurgeon.model", model)
+        span.record_exception(error, timestamp=end_ns)
+        span.set_status(trace.StatusCode.ERROR, f"{type(error).__name__}: {error}")
+    span.end(end_ns)
+
+
+def _describe(span: Span, model: str, inference: Inference) -> None:
+    told: dict[str, str | float | int] = {f"torchsurgeon.{name}": getattr(inference, name) for name in _MEASURED}
+    told["torchsurgeon.model"] = model
+    told["torchsurgeon.partition"] = inference.partition.name
+    told["torchsurgeon.partition_index"] = inference.partition.index
+    if inference.server is not None:
+        told["torchsurgeon.server"] = inference.server
+    if inference.degraded is not None:
+        told["torchsurgeon.degraded"] = inference.degraded
+    if inference.decision is not None:
+        told["torchsurgeon.decision"] = inference.decision.reason
+        told["torchsurgeon.predicted_cost"] = inference.decision.cost
+    span.set_attributes(told)
