@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.graph import LayerGraph
-from torchsurgeon.predict.predictor import Predictor, read_json
+from torchsurgeon.predict.predictor import Predictor
+from torchsurgeon.predict.storage import read_json
 from torchsurgeon.profile.record import LayerProfile
 
 
