@@ -1,0 +1,120 @@
+"""Spans of inferences, as OpenTelemetry's own exporter receives them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+
+EXAMPLE = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def net() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+
+
+@pytest.fixture(scope="module")
+def exporter() -> InMemorySpanExporter:
+    """The provider of the process can be set once."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    return exporter
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    registry = ModelRegistry()
+    registry.add("net", net(), (EXAMPLE,))
+    with Server(create_app(registry)) as running:
+        yield running
+    registry.close()
+
+
+def only(exporter: InMemorySpanExporter) -> ReadableSpan:
+    spans = [span for span in exporter.get_finished_spans() if span.name == "torchsurgeon.inference"]
+    assert len(spans) == 1
+    return spans[0]
+
+
+def test_an_inference_is_a_span_below_the_callers_with_where_the_time_went(
+    exporter: InMemorySpanExporter, server: Server
+) -> None:
+    with ts.SplitModule(net(), EXAMPLE, server=server.url, name="net", partition=2) as split:
+        split(EXAMPLE)
+        exporter.clear()
+        before_ns = time.time_ns()
+        with trace.get_tracer("caller").start_as_current_span("caller") as caller:
+            split(EXAMPLE)
+        span = only(exporter)
+        last = split.last
+    assert last is not None
+    assert span.attributes is not None
+    assert span.parent is not None
+    assert span.parent.span_id == caller.get_span_context().span_id
+    assert span.kind is trace.SpanKind.CLIENT
+    assert span.attributes["torchsurgeon.model"] == "net"
+    assert span.attributes["torchsurgeon.partition_index"] == 2
+    assert span.attributes["torchsurgeon.server"] == server.url
+    assert span.attributes["torchsurgeon.sent_bytes"] == last.sent_bytes > 0
+    assert span.attributes["torchsurgeon.tail_s"] == last.tail_s
+    assert "torchsurgeon.degraded" not in span.attributes
+    assert span.start_time is not None
+    assert span.end_time is not None
+    # The wall clock may have been set between.
+    assert before_ns - 1e6 < span.start_time < span.end_time < time.time_ns()
+    assert (span.end_time - span.start_time) / 1e9 == pytest.approx(last.total_s, abs=1e-6)
+
+
+def test_an_answer_of_the_device_says_why_the_server_gave_none(exporter: InMemorySpanExporter, server: Server) -> None:
+    with ts.SplitModule(net(), EXAMPLE, server=server.url, name="net", partition=2) as split:
+        split(EXAMPLE)
+        server.stop()
+        exporter.clear()
+        split(EXAMPLE)
+        span = only(exporter)
+    assert span.kind is trace.SpanKind.INTERNAL
+    assert span.attributes is not None
+    assert str(span.attributes["torchsurgeon.degraded"]).startswith("unavailable")
+    assert "torchsurgeon.server" not in span.attributes
+
+
+def test_an_error_that_the_caller_gets_is_the_spans(exporter: InMemorySpanExporter, server: Server) -> None:
+    with ts.SplitModule(
+        net(), EXAMPLE, server=server.url, name="net", partition=2, fallback="error", timeout_s=2
+    ) as split:
+        split(EXAMPLE)
+        server.stop()
+        exporter.clear()
+        with pytest.raises(ts.ServerUnavailableError):
+            split(EXAMPLE)
+        span = only(exporter)
+    assert span.status.status_code is trace.StatusCode.ERROR
+    assert "ServerUnavailableError" in str(span.status.description)
+    assert [event.name for event in span.events] == ["exception"]
+
+
+def test_nothing_needs_opentelemetry() -> None:
+    code = (
+        "import sys; sys.modules['opentelemetry'] = None\n"
+        "import torch, torchsurgeon as ts\n"
+        "split = ts.SplitModule(torch.nn.ReLU().eval(), torch.ones(2), partition='device')\n"
+        "print(split(torch.ones(2)).tolist())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stdout.strip() == "[1.0, 1.0]", ended.stderr
