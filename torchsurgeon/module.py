@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal
 
@@ -14,13 +17,16 @@ from torch import nn
 
 from torchsurgeon.adapt import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
-from torchsurgeon.errors import PlanError, ServerUnavailableError, TraceError
+from torchsurgeon.errors import BackendError, PlanError, ServerUnavailableError, TraceError
 from torchsurgeon.graph import LayerGraph, PartitionPoint, trace
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Estimate, Objective, Row, estimate
 from torchsurgeon.profile import LayerProfile
-from torchsurgeon.runtime import Backend, Engine, Inference, Rest
+from torchsurgeon.runtime import Backend, Done, Engine, Inference, Pending, Rest
 from torchsurgeon.runtime import work as works
+from torchsurgeon.runtime.compiled import compiler
+from torchsurgeon.runtime.lossless import Lossless
+from torchsurgeon.runtime.stream import in_order
 from torchsurgeon.transport import Transport
 
 Server = str | Transport
@@ -54,10 +60,13 @@ class SplitModule(nn.Module):
         link: the link, when it is known; measured at the first call otherwise (``"auto"`` only).
         device_profile, server_profile: layer times, when they are known; measured otherwise (``"auto"`` only).
         codec: the codec of the boundary tensors, by name: ``"raw"`` or ``"zstd"``, or one that loses something
-            (``"int8+zstd"``), which makes the answer another than the model's own. Assign ``codec`` to change it.
+            (``"int8+zstd"``), which makes the answer another than the model's own. ``"auto"`` takes of ``raw`` and
+            ``zstd`` the one that is quicker from end to end. Assign ``codec`` to change it.
         answer_codec: the codec that the server is asked to answer with.
-        backend: makes the callable that runs the head, and the tail where it runs here, from its module; eager PyTorch
-            by default.
+        compile: True to compile heads and tails with ``torch.compile``, or the name of one of its backends; their
+            answers are the model's own to within rounding.
+        backend: in its place, what makes the callable that runs the head, and the tail where it runs here, from its
+            module; eager PyTorch by default.
         timeout_s: an inference that takes the server longer has failed.
         leaf_modules: passed to :func:`~torchsurgeon.graph.trace`.
 
@@ -89,6 +98,7 @@ class SplitModule(nn.Module):
         server_profile: LayerProfile | None = None,
         codec: str = "raw",
         answer_codec: str = "raw",
+        compile: bool | str = False,
         backend: Backend | None = None,
         timeout_s: float = 30.0,
         leaf_modules: Sequence[str | type[nn.Module]] = (),
@@ -96,6 +106,8 @@ class SplitModule(nn.Module):
         super().__init__()
         if fallback not in ("local", "error"):
             raise PlanError(f'there is no fallback {fallback!r}: use "local" to answer here, or "error" to raise')
+        if compile and backend is not None:
+            raise BackendError("compile= and backend= each say what runs the heads and tails: give one of them")
         if deadline_s is not None:
             check_deadline(deadline_s, 0.0, "")
         self.training = False
@@ -112,10 +124,10 @@ class SplitModule(nn.Module):
             (args, kwargs),
             always=fallback == "local",
             objective=objective if isinstance(objective, Battery) else Objective.of(objective),
-            codec=find_codec(codec),
+            codec=_codec(codec),
             answer_codec=find_codec(answer_codec),
             codecs=codecs,
-            backend=backend,
+            backend=compiler(compile) if compile else backend,
             link=link,
             device_profile=device_profile,
             server_profile=server_profile,
@@ -145,13 +157,13 @@ class SplitModule(nn.Module):
         self._engine.fix(choice)
 
     @property
-    def codec(self) -> Codec:
+    def codec(self) -> Codec | Lossless:
         """The codec of the boundary tensors. Assign a name; raises :class:`~torchsurgeon.errors.CodecError`."""
         return self._engine.codec
 
     @codec.setter
-    def codec(self, wanted: str | Codec) -> None:
-        self._engine.codec = find_codec(str(wanted))
+    def codec(self, wanted: str | Codec | Lossless) -> None:
+        self._engine.codec = _codec(str(wanted))
 
     @property
     def link(self) -> Link | None:
@@ -197,6 +209,40 @@ class SplitModule(nn.Module):
         engine = self._engine
         with torch.no_grad():
             return engine.run(works.Inference(engine.parts, args, kwargs), self._deadline_now())
+
+    def map(self, calls: Iterable[Any], depth: int = 4) -> Iterator[Any]:
+        """Return the answers to ``calls``, in their order, while up to ``depth`` of them are in flight.
+
+        Each of ``calls`` is what the constructor takes as an example: a tensor, a tuple or a dict. The head of one runs
+        while those before it are on the uplink or on the server, and ``"auto"`` cuts for the rate of answers where it
+        otherwise would for latency. A call is taken from ``calls`` when less than ``depth`` are in flight and the next
+        answer is not there yet. A deadline counts from when a call's head begins.
+
+        What ``calls`` or a call raises comes after the answers before it, and ends the iterator. Closing the iterator
+        gives up what is in flight. Raises :class:`~torchsurgeon.errors.AdaptError` for a depth that is not 1 to 16.
+        """
+        self._engine.stream()  # raises when closed
+        deadline_s = self._deadline_now()
+        return in_order((self._beginning(*_call_of(call), deadline_s, True) for call in calls), depth)
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Return the future answer of this call, which runs beside the thread that asks for it.
+
+        Heads run one after the other; up to 16 calls are in flight, and more wait, in which time they can be cancelled.
+        A deadline counts from when the call's head begins. After :meth:`close` it raises
+        :class:`~torchsurgeon.errors.ServerUnavailableError`.
+        """
+        return self._engine.stream().submit(self._beginning(args, kwargs, self._deadline_now(), False))
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns for this call, without blocking the event loop; as :meth:`submit`."""
+        return await asyncio.wrap_future(self.submit(*args, **kwargs))
+
+    def _beginning(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline_s: float | None, streamed: bool
+    ) -> Callable[[], Pending | Done]:
+        engine = self._engine
+        return functools.partial(engine.started, works.Inference(engine.parts, args, kwargs), deadline_s, streamed)
 
     def finish(self, names: tuple[str, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the tensors of the model's result, in the order of ``graph.outputs``, from the tensors ``names``.
@@ -283,6 +329,10 @@ class SplitModule(nn.Module):
     def extra_repr(self) -> str:
         where = self.partition.name if self.partition is not None else "auto"
         return f"name={self.name!r}, partition={where!r}"
+
+
+def _codec(name: str) -> Codec | Lossless:
+    return Lossless() if name == Lossless.name else find_codec(name)
 
 
 def _call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

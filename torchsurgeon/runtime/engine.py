@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
@@ -23,17 +24,20 @@ from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Frontier, Objective, Row
 from torchsurgeon.profile import LayerProfile, profile
+from torchsurgeon.runtime import telemetry
 from torchsurgeon.runtime import work as works
 from torchsurgeon.runtime.choice import Adaptive, Goal, Way
 from torchsurgeon.runtime.counts import Counts
 from torchsurgeon.runtime.handshake import Ours, autocast_mismatch
 from torchsurgeon.runtime.inference import Inference, Moments
 from torchsurgeon.runtime.keeper import Keeper
+from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.measure import measure_link
 from torchsurgeon.runtime.parts import Backend, Parts
 from torchsurgeon.runtime.peer import Failure, Peer
 from torchsurgeon.runtime.pending import Done, MismatchWarning, Pending, mismatch_text
 from torchsurgeon.runtime.pool import Pool
+from torchsurgeon.runtime.stream import MOST_IN_FLIGHT, Stream
 from torchsurgeon.transport import HttpTransport, Transport
 
 # A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
@@ -43,6 +47,7 @@ _ANSWER_FACTOR = 64
 # ready by then becomes so in the background.
 _SETUP_S = 5.0
 _KEPT_DECISIONS = 256
+_THROUGHPUT = Goal(Objective(throughput=1.0))
 _TIMED_RUNS = 3
 # A server is left for another that is a tenth cheaper.
 _STAY = 0.9
@@ -65,7 +70,7 @@ class Engine:
         *,
         always: bool,
         objective: Objective | Battery,
-        codec: Codec,
+        codec: Codec | Lossless,
         answer_codec: Codec,
         codecs: CodecTable | None,
         backend: Backend | None,
@@ -119,6 +124,7 @@ class Engine:
         self._slowdown = SlowdownEstimator()
         self._setting_up, self._measuring = threading.Lock(), threading.Lock()
         self._prepared = -1
+        self._stream: Stream | None = None
 
     # --- where to cut ---
 
@@ -218,9 +224,12 @@ class Engine:
             frontier = self.frontier(peer)
             assert self.server_profile is not None
             own_codec = self._codecs is not None
-            peer.plan = Adaptive(
+            plan = Adaptive(
                 self.graph, frontier, self.server_profile, self._goal, own_codec=own_codec, on_change=self._on_replan
             )
+            # Who wants joules saved wants that of streams too.
+            peer.stream_plan = plan.toward(_THROUGHPUT) if self._goal.wanted == Objective(latency=1.0) else plan
+            peer.plan = plan
         peer.answered()
         peer.ready_in = epoch
 
@@ -242,14 +251,20 @@ class Engine:
 
     def run(self, work: Work, deadline_s: float | None = None) -> Any:
         """Return the result of one call."""
-        pending = self.begin(work, deadline_s)
-        pending.send(here=not self.always)
-        return pending.result()
+        begun_s = time.perf_counter()
+        try:
+            pending = self.begin(work, deadline_s)
+            pending.send(here=not self.always)
+            return pending.result()
+        except Exception as error:
+            telemetry.record_error(self._name, time.perf_counter() - begun_s, error)
+            raise
 
-    def begin(self, work: Work, deadline_s: float | None = None) -> Pending | Done:
+    def begin(self, work: Work, deadline_s: float | None = None, *, streamed: bool = False) -> Pending | Done:
         """Choose a cut and run the head; or the whole call, where nothing is to be asked.
 
-        Raises DeadlineError for a deadline that no way of running the call can keep.
+        ``streamed`` chooses for the rate of a stream of calls, where a single one is wanted soon. Raises DeadlineError
+        for a deadline that no way of running the call can keep.
         """
         fixed = self._fixed
         if fixed is not None and fixed.whole and deadline_s is None:
@@ -268,7 +283,7 @@ class Engine:
             self.prepare()
         self.keeper.used()
         begun_s = time.perf_counter()
-        way, peer, decision, why = self._choose()
+        way, peer, decision, why = self._choose(streamed)
         if deadline_s is not None and self.always:
             way = self._within(deadline_s, work, way, peer, decision)
         if peer is None or way.whole:
@@ -279,8 +294,8 @@ class Engine:
         decided_s = time.perf_counter()
         boundary = head()
         headed_s = time.perf_counter()
-        plan = peer.plan
-        expected = None if decision is None or plan is None else plan.expected(decision)
+        plan, row = peer.plan, way.row
+        foreseen = decision is not None and plan is not None and row is not None
         pending = Pending(
             self,
             work,
@@ -288,15 +303,15 @@ class Engine:
             peer,
             boundary,
             Moments(begun_s, decided_s, headed_s),
-            expected=expected,
+            expected=functools.partial(plan.expected, row, decision.estimates) if foreseen else None,
             decision=decision,
             deadline_s=None if deadline_s is None else begun_s + deadline_s,
         )
-        if way.row is not None:
-            self._slowdown.observe(headed_s - decided_s, way.row.head_s * pending.scale)
+        if row is not None:
+            self._slowdown.observe(headed_s - decided_s, row.head_s * pending.scale)
         return pending
 
-    def _choose(self) -> tuple[Way, Peer | None, Decision[Row] | None, Failure | None]:
+    def _choose(self, streamed: bool) -> tuple[Way, Peer | None, Decision[Row] | None, Failure | None]:
         """Where to cut, whom to ask, what that was decided on, and why it is not as it should be."""
         fixed = self._fixed
         if fixed is not None and fixed.whole:
@@ -307,7 +322,7 @@ class Engine:
             return self._whole, None, None, self._why_nobody() if meant else None
         if fixed is not None or peer.plan is None:
             return fixed or self._whole, peer, None, None
-        way, decision = peer.plan.decide(
+        way, decision = (peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan).decide(
             peer.state.link.estimate(), peer.state.load.estimate(), self._slowdown.estimate()
         )
         self._chosen = way.point
@@ -400,6 +415,7 @@ class Engine:
         """Keep the account of an inference."""
         self.last = inference
         self.counts.add(way.name, inference, None if why is None else why.kind)
+        telemetry.record(self._name, inference)
 
     # --- how long it takes here ---
 
@@ -454,6 +470,24 @@ class Engine:
             "servers": [peer.told(self.ours.epoch) for peer in self.peers],
         }
 
+    # --- streams ---
+
+    def started(self, work: Work, deadline_s: float | None, streamed: bool) -> Pending | Done:
+        """Run the head of one call and send its request."""
+        pending = self.begin(work, deadline_s, streamed=streamed)
+        pending.send()
+        return pending
+
+    def stream(self) -> Stream:
+        """Where single calls run beside each other; made when it is first asked for."""
+        if self._stream is None:
+            with self._closing:
+                if self._stream is None and not self._closed:
+                    self._stream = Stream(MOST_IN_FLIGHT)
+        if self._closed or self._stream is None:
+            raise ServerUnavailableError("the SplitModule has been closed")
+        return self._stream
+
     # --- the end ---
 
     def close(self) -> None:
@@ -466,6 +500,8 @@ class Engine:
         """End what was begun here, but leave the transports that were given to their owner."""
         with self._closing:
             self._closed = True
+            if self._stream is not None:
+                self._stream.close()
             self.keeper.close()
             self.pool.close()
             for transport in self._made:

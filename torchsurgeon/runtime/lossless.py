@@ -29,6 +29,8 @@ class _Cut:
 class Lossless:
     """Chooses between ``raw`` and ``zstd`` for each request. Thread-safe."""
 
+    name = "auto"
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._cuts: dict[int, _Cut] = {}
@@ -59,3 +61,6 @@ class Lossless:
             weight = _LEARNING if known.share else 1.0
             known.share += weight * (sent_bytes / size_bytes - known.share)
             known.s_per_byte += weight * (max(spent_s, 0.0) / size_bytes - known.s_per_byte)
+
+    def __str__(self) -> str:
+        return self.name

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -87,6 +87,7 @@ class Peer:
             self.transport, self.link or _UNKNOWN_LINK, now_s=time.monotonic
         )
         self.plan: Adaptive | None = None
+        self.stream_plan: Adaptive | None = None
         self.ready_in = -1
         self.asked_s = -math.inf
         self._identity: str | None = None
@@ -126,6 +127,15 @@ class Peer:
                 crc32=True,
             )
 
+        with self._counting:
+            self.under_way += 1
+        try:
+            return self._checked(infer, deadline)
+        finally:
+            with self._counting:
+                self.under_way -= 1
+
+    def _checked(self, infer: Callable[[], Answer], deadline: Deadline) -> Answer:
         known = self._identity
         answer = infer()
         if answer.parameters.get("identity") == known:
@@ -157,16 +167,26 @@ class Peer:
         """Take in what an answer tells of link and load. ``predicted_s`` is its tail's prediction, 0 for none."""
         timing, told = answer.timing, answer.parameters
         queue_s, compute_s = seconds(told.get("queue_s")), seconds(told.get("compute_s"))
-        received = told.get("receive_s")
+        server_s = queue_s + compute_s + seconds(told.get("decode_s"))
+        received, shared_s = told.get("receive_s"), 0.0
+        up_s = None if received is None else seconds(received)
+        if up_s is not None:
+            # Of requests side by side each is timed from where the one before it had arrived, or the rate would seem
+            # to be what one of them gets of it.
+            arrived_s = timing.first_byte_s - server_s
+            with self._counting:
+                shared_s = min(max(self._arrived_s - (arrived_s - up_s), 0.0), up_s)
+                self._arrived_s = max(self._arrived_s, arrived_s)
+            up_s -= shared_s
         state = self.state
         state.load.observe(queue_s=queue_s, compute_s=compute_s, predicted_s=predicted_s)
         state.link.observe(
             up_bytes=timing.sent_bytes,
-            up_s=None if received is None else seconds(received),
+            up_s=up_s,
             down_bytes=timing.received_bytes,
             down_s=timing.end_s - timing.first_byte_s,
-            total_s=timing.end_s - timing.send_start_s,
-            server_s=queue_s + compute_s + seconds(told.get("decode_s")),
+            total_s=timing.end_s - timing.send_start_s - shared_s,
+            server_s=server_s,
         )
         self.answers += 1
         self.sent_bytes += timing.sent_bytes

@@ -2,93 +2,96 @@
 
 from __future__ import annotations
 
-import contextvars
+import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import AbstractContextManager, ExitStack, suppress
+from typing import Any, Protocol
 
 import torch
 
 from torchsurgeon.errors import AdaptError, ServerUnavailableError
+from torchsurgeon.runtime.pool import MOST_THREADS, Pool
 
-MOST_IN_FLIGHT = 32
+# Each has a request of its own under way, and these have no more threads.
+MOST_IN_FLIGHT = MOST_THREADS
+# A head or a tail that has begun here is not interrupted.
+_JOIN_S = 60.0
 
-Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
-Begin = Callable[[tuple[Any, ...], Mapping[str, Any]], Callable[[], Any]]
-"""Runs the head of a call, and returns what waits for its answer."""
+
+class Begun(Protocol):
+    """An inference whose head has run."""
+
+    def result(self) -> Any:
+        """Wait for the model's result."""
+
+    def cancel(self) -> None:
+        """Make :meth:`result` raise soon."""
 
 
 class Stream:
-    """Runs calls side by side: heads one after the other, in one thread, and in others what comes after them.
+    """Runs inferences side by side: heads one after the other, in one thread, and in others what comes after them.
 
-    At most ``depth`` calls are between the beginning of their head and their answer; the next waits for one of them.
-    Its threads are made when they are needed. Thread-safe.
+    At most ``depth`` are between the beginning of their head and their answer; the next waits for one of them. The
+    threads are made when they are needed. Thread-safe.
     """
 
-    def __init__(self, begin: Begin, depth: int) -> None:
-        self._begin = begin
+    def __init__(self, depth: int) -> None:
         self._room = threading.Semaphore(depth)
-        self._heads = ThreadPoolExecutor(1, "torchsurgeon-heads")
-        self._answers = ThreadPoolExecutor(depth, "torchsurgeon-answers")
-        self._lock = threading.Lock()
+        self._heads, self._answers = Pool("torchsurgeon-heads", 1), Pool("torchsurgeon-answers", depth)
         self._unanswered: set[Future[Any]] = set()
-        self._closed = False
 
-    def submit(self, call: Arguments) -> Future[Any]:
-        """Return the future answer, which can be cancelled until its head begins.
+    def submit(self, begin: Callable[[], Begun]) -> Future[Any]:
+        """Return the future answer of what ``begin`` begins; it can be cancelled until then.
 
         Raises :class:`~torchsurgeon.errors.ServerUnavailableError` after :meth:`close`.
         """
         future: Future[Any] = Future()
-        # Deadlines belong to the caller's context, and what CUDA has queued so far to the caller's stream.
-        context = contextvars.copy_context()
-        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
-        with self._lock:
-            if self._closed:
-                raise ServerUnavailableError("the SplitModule has been closed; make a new one")
-            self._unanswered.add(future)
-            self._heads.submit(self._head, future, call, context, stream)
+        self._unanswered.add(future)
         future.add_done_callback(self._unanswered.discard)
+        try:
+            self._heads.submit(functools.partial(self._head, future, begin, _surroundings()))
+        except ServerUnavailableError:
+            self._unanswered.discard(future)
+            raise
         return future
 
     def close(self) -> None:
-        """Cancel what has not begun, and wait for the rest and the threads. Closing twice is harmless."""
-        with self._lock:
-            self._closed = True
-            unanswered = list(self._unanswered)
-        for future in unanswered:
+        """Cancel what has not begun, give up the rest, and end the threads. Closing twice is harmless."""
+        for future in self._unanswered.copy():
             future.cancel()
-        self._heads.shutdown()
-        self._answers.shutdown()
+        self._answers.close(_JOIN_S)
+        with suppress(ServerUnavailableError):
+            # Those that were cancelled are passed over one by one, which tells whoever waits for them.
+            self._heads.submit(lambda: None).wait(_JOIN_S)
+        self._heads.close(_JOIN_S)
+        for future in self._unanswered.copy():
+            with suppress(InvalidStateError):
+                future.set_exception(ServerUnavailableError("the SplitModule has been closed"))
 
-    def _head(
-        self, future: Future[Any], call: Arguments, context: contextvars.Context, stream: torch.cuda.Stream | None
-    ) -> None:
+    def _head(self, future: Future[Any], begin: Callable[[], Begun], around: list[_Entered]) -> None:
         self._room.acquire()
-        wait: Callable[[], Any] | None = None
-        if future.set_running_or_notify_cancel():
-            try:
-                with torch.cuda.stream(stream):
-                    wait = context.run(self._begin, *call)
-            except BaseException as error:
-                future.set_exception(error)
-        if wait is None:
-            self._room.release()
-        else:
-            self._answers.submit(self._answer, future, wait, context, stream)
-
-    def _answer(
-        self,
-        future: Future[Any],
-        wait: Callable[[], Any],
-        context: contextvars.Context,
-        stream: torch.cuda.Stream | None,
-    ) -> None:
+        begun: Begun | None = None
         try:
-            with torch.cuda.stream(stream):
-                answer = context.run(wait)
+            if future.set_running_or_notify_cancel():
+                with _all(around):
+                    begun = begin()
+                self._answers.submit(functools.partial(self._answer, future, begun, around), begun.cancel)
+        except BaseException as error:
+            if begun is not None:
+                begun.cancel()
+                begun = None
+            future.set_exception(error)
+        finally:
+            if begun is None:
+                self._room.release()
+
+    def _answer(self, future: Future[Any], begun: Begun, around: list[_Entered]) -> None:
+        try:
+            with _all(around):
+                answer = begun.result()
         except BaseException as error:
             future.set_exception(error)
         else:
@@ -97,28 +100,29 @@ class Stream:
             self._room.release()
 
 
-def in_order(begin: Begin, calls: Iterable[Arguments], depth: int) -> Iterator[Any]:
-    """Return the answers of ``calls``, in their order; what raises ends them, after the answers before it.
+def in_order(begins: Iterable[Callable[[], Begun]], depth: int) -> Iterator[Any]:
+    """Return the answers of what each of ``begins`` begins, in their order; what raises ends them, after the answers
+    before it.
 
-    A call is taken from ``calls``, in the thread that asks for answers, when less than ``depth`` are in flight and the
-    next answer is not there yet. Closing the iterator cancels what has not begun and waits for the rest.
+    The next is taken, in the thread that asks for answers, when less than ``depth`` are in flight and the next answer
+    is not there yet. Closing the iterator gives up what is in flight.
 
     Raises :class:`~torchsurgeon.errors.AdaptError` for a depth that cannot be.
     """
     if not (isinstance(depth, int) and 1 <= depth <= MOST_IN_FLIGHT):
         raise AdaptError(f"a depth of {depth!r} cannot be: give how many may be in flight, 1 to {MOST_IN_FLIGHT}")
-    return _in_order(begin, iter(calls), depth)
+    return _in_order(iter(begins), depth)
 
 
-def _in_order(begin: Begin, calls: Iterator[Arguments], depth: int) -> Iterator[Any]:
+def _in_order(begins: Iterator[Callable[[], Begun]], depth: int) -> Iterator[Any]:
     flying: deque[Future[Any]] = deque()
     ended: Exception | None = None
-    stream = Stream(begin, depth)
+    stream = Stream(depth)
     try:
         while ended is None or flying:
             while ended is None and len(flying) < depth and not (flying and flying[0].done()):
                 try:
-                    flying.append(stream.submit(next(calls)))
+                    flying.append(stream.submit(next(begins)))
                 except Exception as error:
                     ended = error
             if flying:
@@ -127,3 +131,25 @@ def _in_order(begin: Begin, calls: Iterator[Arguments], depth: int) -> Iterator[
             raise ended
     finally:
         stream.close()
+
+
+_Entered = Callable[[], AbstractContextManager[Any]]
+
+
+def _surroundings() -> list[_Entered]:
+    """What PyTorch keeps for each thread and an answer depends on: autocast, and the stream with the inputs."""
+    found: list[_Entered] = [
+        functools.partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    ]
+    if torch.cuda.is_initialized():
+        found.append(functools.partial(torch.cuda.stream, torch.cuda.current_stream()))
+    return found
+
+
+def _all(around: list[_Entered]) -> ExitStack:
+    with ExitStack() as stack:
+        for entered in around:
+            stack.enter_context(entered())
+        return stack.pop_all()
