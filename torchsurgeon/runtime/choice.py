@@ -122,9 +122,9 @@ class Adaptive:
         now = Estimates(link, load, slowdown).conditions()
         return float(self.frontier.costs(now.link, now.load, now.slowdown, self.goal.now()).min())
 
-    def expected(self, decision: Decision[Row]) -> Expected:
-        """How long the server's part of the chosen row should take."""
-        row, (link, load, slowdown) = decision.row, decision.estimates
+    def expected(self, row: Row, estimates: Estimates) -> Expected:
+        """How long the server's part of a row should take."""
+        link, load, slowdown = estimates
         round_trip_s = link.round_trip.value + load.queue_s
         up_s = row.size_bytes * 8 / link.uplink.value
         tail_s = (row.tail_s + row.decode_s) * load.compute.value

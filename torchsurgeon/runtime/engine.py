@@ -295,7 +295,9 @@ class Engine:
         boundary = head()
         headed_s = time.perf_counter()
         plan, row = peer.plan, way.row
-        foreseen = decision is not None and plan is not None and row is not None
+        expected = None
+        if decision is not None and plan is not None and row is not None:
+            expected = functools.partial(plan.expected, row, decision.estimates)
         pending = Pending(
             self,
             work,
@@ -303,7 +305,7 @@ class Engine:
             peer,
             boundary,
             Moments(begun_s, decided_s, headed_s),
-            expected=functools.partial(plan.expected, row, decision.estimates) if foreseen else None,
+            expected=expected,
             decision=decision,
             deadline_s=None if deadline_s is None else begun_s + deadline_s,
         )

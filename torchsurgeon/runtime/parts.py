@@ -83,7 +83,7 @@ class Parts:
             if len(self._known) >= _MOST_PARTS:
                 self._known.clear()
             found = self._known[key] = make()
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 def _passed_on(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -89,7 +89,7 @@ class Pending:
         boundary: tuple[Tensor, ...],
         moments: Moments,
         *,
-        expected: Expected | None,
+        expected: Callable[[], Expected] | None,
         decision: Decision[Row] | None,
         deadline_s: float | None,
     ) -> None:
@@ -162,16 +162,17 @@ class Pending:
                         raise
                 self.send(here=True)
                 continue
-            patience_s, late = self._patience()
-            in_time = call.wait(min(patience_s, _BRIEF_S))
-            # Asked now, this costs no time: the request is on its way.
+            in_time = call.wait(_BRIEF_S)
+            # From here on the request is on its way, and what is done meanwhile costs no time.
             if self._engine.ours.changed():
                 return self._anew(call)
-            if not in_time and not call.wait(patience_s - _BRIEF_S):
-                if self._deadline_s is None and self._crowded():
-                    continue
-                self._why = late
-                return self._finished_here(call)
+            if not in_time:
+                patience_s, late = self._patience()
+                if not call.wait(patience_s - _BRIEF_S):
+                    if self._deadline_s is None and self._crowded():
+                        continue
+                    self._why = late
+                    return self._finished_here(call)
             try:
                 return self._accepted(call)
             except Exception as error:
@@ -211,7 +212,8 @@ class Pending:
 
     def _expected_now(self) -> Expected | None:
         if self._expected is not None and self._peer is self._tried[0]:
-            return self._expected._replace(remote_s=self._expected.remote_s * self._share)
+            foreseen = self._expected()
+            return foreseen._replace(remote_s=foreseen.remote_s * self._share)
         taken = self._peer.takes(self._way.point.index)
         if taken is None:
             return None

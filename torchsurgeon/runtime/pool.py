@@ -35,8 +35,8 @@ class Call(Generic[T]):
         self._pending = threading.Lock()
         self._pending.acquire()
 
-    def run(self) -> None:
-        """Call the function here."""
+    def run(self, before_end: Callable[[Call[T]], object] | None = None) -> None:
+        """Call the function here; ``before_end`` is told before anybody who waits."""
         work, self._work = self._work, None
         try:
             if work is None:
@@ -44,6 +44,8 @@ class Call(Generic[T]):
             self.value = work()
         except Exception as error:
             self.error = error
+        if before_end is not None:
+            before_end(self)
         self.ended = True
         self._pending.release()
 
@@ -114,12 +116,15 @@ class Pool:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, end_s - time.monotonic()))
 
+    def _freed(self, call: Call[Any]) -> None:
+        # Before the call ends, or who waited for it would be given another thread for the next one.
+        with self._lock:
+            self._running.discard(call)
+            self._free += 1
+
     def _run(self) -> None:
         with torch.no_grad():
             while (call := self._calls.get()) is not None:
-                call.run()
-                with self._lock:
-                    self._running.discard(call)
-                    self._free += 1
+                call.run(self._freed)
                 # The thread must not keep the last call's tensors while it waits for the next.
                 del call
