@@ -92,10 +92,11 @@ def calibrate(
             raise CalibrationError(f"meter is {chosen!r}; give 'auto', None, or one of torchsurgeon.meters")
         if target.type == "cuda":
             exit_stack.enter_context(torch.cuda.device(target))
+        energy = _Energy(NullMeter() if chosen is None else chosen)
         try:
-            sweep.run(NullMeter() if chosen is None else chosen, progress or (lambda *_: None))
+            sweep.run(energy, progress or (lambda *_: None))
         finally:
-            sweep.save()
+            sweep.save(energy)
     predictor = sweep.fitted()
     if out is not None:
         write_json(out, predictor.to_json() | sweep.networks())
@@ -118,8 +119,8 @@ class _Sweep:
         self._rng = random.Random(seed * 1_000_003 + self._group)
         self._singles = {kind: candidates(kind, seed * 7919 + self._group) for kind in sweep_kinds()}
 
-    def run(self, meter: EnergyMeter, progress: Progress) -> None:
-        budget_s, energy = self._budget_s, _Energy(meter)
+    def run(self, energy: _Energy, progress: Progress) -> None:
+        budget_s = self._budget_s
         spent_before_s = float(self._facts["calibrated_for_s"])
         begin = saved = reviewed = time.monotonic()
         while True:
@@ -130,7 +131,7 @@ class _Sweep:
                 break
             if now - saved > _SAVE_EVERY_S:
                 saved = now
-                self.save()
+                self.save(energy)
             if now - reviewed > _REVIEW_EVERY_S:
                 reviewed = now
                 self._review()
@@ -139,7 +140,6 @@ class _Sweep:
             model, example, what = self._singles_of(self._worst()) if alone else self._net()
             self._measure(model, example, energy, whole=not alone)
             progress(spent_s, budget_s, f"{len(self._samples)} layers timed, now {what}")
-        self._facts |= energy.facts() | self._pulse.facts()
 
     def fitted(self) -> Predictor:
         """The models, fitted to what was measured."""
@@ -216,8 +216,11 @@ class _Sweep:
         weights = [self._errors.get(_KIND_OF.get(kind, kind), 0.05) for kind in kinds]
         return self._rng.choices(kinds, weights)[0]
 
-    def save(self) -> None:
+    def save(self, energy: _Energy) -> None:
         """Write what was measured so far, to go on with."""
+        # A later session without a meter does not undo what an earlier one metered.
+        self._facts = energy.facts() | self._facts if energy.is_none else self._facts | energy.facts()
+        self._facts |= self._pulse.facts()
         if self._out is None:
             return
         write_json(
@@ -255,6 +258,8 @@ class _Sweep:
             raise CalibrationError(f"{out} was cut short or edited ({error}); delete it and calibrate again") from None
         self._refuse_another(out, facts, ("threads", "torch"))
         self._facts["calibrated_for_s"] = spent_s
+        self._facts |= {name: facts[name] for name in ("meter", "idle_power_w") if name in facts}
+        self._pulse.go_on(facts.get("throttled"))
         self._group, self._nets = group, nets
         self._samples = [sample for table in found.values() for sample in table.samples()]
 
@@ -303,6 +308,11 @@ class _Pulse:
         self._beats: list[float] = []
         self._pauses, self._paused_s, self._slowest = 0, 0.0, 1.0
 
+    def go_on(self, noted: Mapping[str, Any] | None) -> None:
+        """Count on from what an interrupted calibration noted."""
+        if noted is not None:
+            self._pauses, self._paused_s, self._slowest = noted["pauses"], noted["paused_s"], noted["slowest"]
+
     def wait(self, most_s: float) -> None:
         """Return when the device is about as fast as it has been, or has not recovered in ten seconds."""
         began = time.monotonic()
@@ -336,14 +346,14 @@ class _Energy:
     """Meters the layers of some networks, for a share of the time."""
 
     def __init__(self, meter: EnergyMeter) -> None:
-        self._meter, self._none = meter, isinstance(meter, NullMeter)
+        self._meter, self.is_none = meter, isinstance(meter, NullMeter)
         self._begin, self._spent_s, self._idle_w = time.monotonic(), 0.0, math.nan
 
     def of(self, run: ModelRun, layer_s: Array, whole_s: float) -> Array:
         """Joules of each layer, shape (layers,); NaN where it is not their turn."""
         unknown = np.full(len(layer_s), np.nan)
         began = time.monotonic()
-        if self._none or self._spent_s > _ENERGY_SHARE * (began - self._begin):
+        if self.is_none or self._spent_s > _ENERGY_SHARE * (began - self._begin):
             return unknown
         found = layer_energy(
             run.whole, run.tensors, run.ranks, layer_s, whole_s, self._meter, run.synchronize, lambda: None
@@ -356,7 +366,7 @@ class _Energy:
 
     def facts(self) -> dict[str, Any]:
         """What to note of it."""
-        if self._none:
+        if self.is_none:
             return {"meter": "none" + "".join(f"; {fault}" for fault in self._meter.faults)}
         idle_w = {} if math.isnan(self._idle_w) else {"idle_power_w": self._idle_w}
         return {"meter": f"{self._meter.name} {self._meter.scope}", **idle_w}
