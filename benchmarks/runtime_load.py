@@ -1,13 +1,14 @@
 """A server's load rising to 90 % and falling again, as the Neurosurgeon paper's load experiment: adaptive and fixed.
 
-AlexNet on photographs over an emulated Wi-Fi link; the device is this process, slowed so that the whole model takes
-0.2 s on it, the server a process on a core of its own where there is one. A third process asks the same server for
-whole inferences, past the link, at random times (Poisson) and as often as gives the load. At each step of the load
-three ways take turns inference by inference: ``adaptive``, always ``server``, always ``device``.
+ResNet-50 on photographs over an emulated Wi-Fi link; the device is this process, paced so that the whole model takes
+0.3 s on it, the server a process on a core of its own where there is one. A third process asks the same server for
+whole inferences, past the link, at random times (Poisson) and as often as gives the load; the device's own come on top
+of it. At each step of the load three ways take turns inference by inference: ``adaptive``, always ``server``, always
+``device``.
 
 Printed and written are mean, quartiles and 95th percentile of each way at each load, and the ratios to always server.
 
-    python benchmarks/runtime_load.py [--seconds 8] [--out benchmarks/results/runtime_load.json]
+    python benchmarks/runtime_load.py [--seconds 15] [--out benchmarks/results/runtime_load.json]
 """
 
 from __future__ import annotations
@@ -23,20 +24,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runtime_trace import alexnet
-from tail_process import RESULTS, TailProcess, apart, middle, two_cores, write
+from paced_device import PacedDevice, warm
+from tail_process import RESULTS, TailProcess, apart, middle, seeded, two_cores, write
+from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.emulate import LinkEmulator, SlowDevice
+from torchsurgeon.demo import Photograph, photo
+from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.errors import ServerError
 from torchsurgeon.link import PRESETS
+from torchsurgeon.plan import Frontier
 from torchsurgeon.transport import HttpTransport
 
 LOADS = (0.0, 0.3, 0.6, 0.9, 0.6, 0.3, 0.0)
 WAYS = ("adaptive", "server", "device")
-DEVICE_S = 0.2
+DEVICE_S = 0.3
 PAUSE_S = 0.05
 PRESSING_THREADS = 64
+
+
+def resnet50(seed: int) -> tuple[nn.Module, torch.Tensor]:
+    from torchvision.models import get_model
+
+    return seeded(lambda: Photograph(get_model("resnet50")), seed), photo()
 
 
 def press(url: str, core: int | None, told: Any) -> None:
@@ -44,7 +54,7 @@ def press(url: str, core: int | None, told: Any) -> None:
     if core is not None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    _, x = alexnet(0)
+    _, x = resnet50(0)
     chance = random.Random(0)
     rate = 0.0
 
@@ -77,13 +87,13 @@ def service_s(url: str, x: torch.Tensor) -> float:
 def measure(seconds: float) -> dict[str, Any]:
     own, other = two_cores()
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(TailProcess(alexnet, core=other))
+        server = stack.enter_context(TailProcess(resnet50, core=other))
         if own is not None:
             os.sched_setaffinity(0, {own})
-        model, x = alexnet(0)
+        model, x = resnet50(0)
         here = ts.profile(ts.trace(model, x), inputs=[x], repeats=20, meter=None)
-        device = SlowDevice(DEVICE_S / here.total_s)
-        here = here.scaled(device.factor)
+        here = here.scaled(DEVICE_S / here.total_s)
+        device = PacedDevice(model, x, DEVICE_S)
         whole_s = service_s(server.url, x)
         told = stack.enter_context(apart(press, server.url, own))
         emulator = stack.enter_context(LinkEmulator(0, "127.0.0.1", server.port, PRESETS["wifi"]))
@@ -104,6 +114,7 @@ def measure(seconds: float) -> dict[str, Any]:
             )
             for way in WAYS
         }
+        warm(splits["adaptive"], x, Frontier.build(splits["adaptive"].graph, here, there).rows)
         for split in splits.values():
             split(x)
         steps = []
@@ -147,7 +158,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=8.0, help="at each of seven loads")
+    parser.add_argument("--seconds", type=float, default=15.0, help="at each of seven loads")
     parser.add_argument("--out", type=Path, default=RESULTS / "runtime_load.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

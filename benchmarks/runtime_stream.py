@@ -1,6 +1,6 @@
 """A stream of inferences: ``SplitModule.map`` against one call after another, and against its slowest stage.
 
-AlexNet on photographs over emulated links; the device is this process, slowed so that the whole model takes 0.4 s on
+AlexNet on photographs over emulated links; the device is this process, paced so that the whole model takes 0.4 s on
 it, the server a process on a core of its own where there is one. ``map`` chooses its cut for throughput, and the same
 cut is then used for calls one after another, whose medians say what each stage takes alone: the head with encoding,
 the bytes at the link's rate each way, the tail. No pipeline answers more often than 1/(slowest stage).
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paced_device import PacedDevice, warm
 from runtime_trace import alexnet
 from tail_process import RESULTS, TailProcess, two_cores, write
 
 import torchsurgeon as ts
-from torchsurgeon.emulate import LinkEmulator, SlowDevice
+from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS
+from torchsurgeon.plan import Frontier
 from torchsurgeon.transport import HttpTransport
 
 LINKS = ("3g", "lte", "wifi")
@@ -71,8 +73,8 @@ def measure(frames: int) -> dict[str, Any]:
             os.sched_setaffinity(0, {own})
         model, x = alexnet(0)
         here = ts.profile(ts.trace(model, x), inputs=[x], repeats=20, meter=None)
-        device = SlowDevice(DEVICE_S / here.total_s)
-        here = here.scaled(device.factor)
+        here = here.scaled(DEVICE_S / here.total_s)
+        device = PacedDevice(model, x, DEVICE_S)
         with HttpTransport(server.url) as direct:
             there = ts.LayerProfile.from_json(direct.get_json("/v2/models/model/profile"))
         for name in LINKS:
@@ -87,7 +89,7 @@ def measure(frames: int) -> dict[str, Any]:
                     backend=device.wrap,
                 ) as split,
             ):
-                split(x)
+                warm(split, x, Frontier.build(split.graph, here, there).rows)
                 together = stream(split, x, frames)
                 split.partition = together["index"]
                 alone = one_by_one(split, x, PRESETS[name], max(10, frames // 3))

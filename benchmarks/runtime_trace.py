@@ -1,7 +1,7 @@
 """A SplitModule over an uplink that varies, as figure 14 of the Neurosurgeon paper: adaptive, fixed, and an oracle.
 
 AlexNet on photographs behind an emulated link that replays a recorded uplink (mahimahi's format; a synthetic LTE uplink
-without ``--trace``), with the downlink and the round trip of the LTE preset. The device is this process, slowed so that
+without ``--trace``), with the downlink and the round trip of the LTE preset. The device is this process, paced so that
 the whole model takes 0.4 s on it; the server a process on a core of its own where there is one. Every way replays the
 same seconds of the trace from their start, and begins an inference every half second, or when the one before it ends:
 
@@ -26,18 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paced_device import PacedDevice, warm
 from tail_process import RESULTS, TailProcess, middle, seeded, two_cores, write
 from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.demo import Photograph, photo
-from torchsurgeon.emulate import LinkEmulator, SlowDevice
+from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS, BandwidthTrace, TracedLink
 from torchsurgeon.plan import Frontier, Row
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, RED, new_figure
 from torchsurgeon.transport import HttpTransport
 
-WAYS = ("oracle", "adaptive", "server", "device")
+PARTITIONS = {"oracle": "server", "adaptive": "auto", "server": "server", "device": "device"}
+WAYS = tuple(PARTITIONS)
 LTE = PRESETS["lte"]
 DEVICE_S = 0.4
 PERIOD_S = 0.5
@@ -109,9 +111,9 @@ def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, Any]:
             os.sched_setaffinity(0, {own})
         model, x = alexnet(0)
         graph = ts.trace(model, x)
+        device = PacedDevice(model, x, DEVICE_S)
         here = ts.profile(graph, inputs=[x], repeats=20, meter=None)
-        device = SlowDevice(DEVICE_S / here.total_s)
-        here = here.scaled(device.factor)
+        here = here.scaled(DEVICE_S / here.total_s)
         with HttpTransport(server.url) as direct:
             there = ts.LayerProfile.from_json(direct.get_json("/v2/models/model/profile"))
         oracle = Oracle(graph, Frontier.build(graph, here, there), uplink)
@@ -125,7 +127,6 @@ def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, Any]:
                     model,
                     x,
                     server=f"http://127.0.0.1:{emulator.port}",
-                    partition=way if way in ("server", "device") else "auto" if way == "adaptive" else "server",
                     device_profile=here,
                     server_profile=there,
                     backend=device.wrap,
@@ -133,20 +134,14 @@ def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, Any]:
                     fallback="local" if way == "adaptive" else "error",
                 )
                 with split:
-                    warm(split, x, oracle if way == "oracle" else None)
+                    warm(split, x, oracle.points)
+                    split.partition = PARTITIONS[way]
+                    split(x)
                     timelines[way] = replay(
                         split, x, emulator, varying, seconds, oracle.point if way == "oracle" else None
                     )
                 print(f"{way:9} {statistics.mean(e['latency_s'] for e in timelines[way]) * 1e3:7.1f} ms", flush=True)
     return {"slower": round(device.factor, 2), "timelines": timelines}
-
-
-def warm(split: ts.SplitModule, x: torch.Tensor, oracle: Oracle | None) -> None:
-    """Connect, shake hands, and have both sides cut whatever will be asked for."""
-    for point in oracle.points.values() if oracle is not None else [None] * 3:
-        if point is not None:
-            split.partition = point
-        split(x)
 
 
 def constant(bit_s: float) -> BandwidthTrace:

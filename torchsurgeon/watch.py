@@ -146,8 +146,8 @@ def view(split: SplitModule, log: Log) -> RenderableType:
     of = f" of {log.wanted}" if log.wanted is not None else ""
     parts: list[RenderableType] = [_choice(last), _bar(last), _legend(last), Text()]
     if last.decision is not None:
-        parts += [_estimates(last.decision.estimates)]
-    parts += [_counts(log), _latencies(log)]
+        parts += [_estimates(last.decision.estimates), Text()]
+    parts += [_counts(log), *_servers(split), _latencies(log)]
     return Panel(Group(*parts), title=f"{split.name}, inference {log.done}{of}", title_align="left", width=_BAR + 20)
 
 
@@ -167,10 +167,8 @@ def _choice(last: Inference) -> Text:
         text.append("   sent ", "dim").append(bytes_text(last.sent_bytes))
     if last.degraded is not None:
         text.append(f"\ndegraded  {last.degraded}", "bold red")
-    elif last.server is not None:
-        text.append(f"\nanswered by {last.server}", "dim")
     else:
-        text.append("\nanswered here", "dim")
+        text.append(f"\nanswered by {last.server}" if last.server is not None else "\nanswered here", "dim")
     return text
 
 
@@ -218,6 +216,14 @@ def _counts(log: Log) -> Table:
     for name, count, colour in rows:
         table.add_row(name, str(count), Text("█" * max(1, round(_COUNT_BAR * count / log.done)), colour))
     return table
+
+
+def _servers(split: SplitModule) -> list[Text]:
+    lines = []
+    for server in split.stats()["servers"]:
+        line = Text.assemble("\n", ("● ", "green" if server["usable"] else "red"), server["server"])
+        lines.append(line.append(f"  {server['answers']} answers, breaker {server['breaker']}", "dim"))
+    return lines
 
 
 def _latencies(log: Log) -> Text:
