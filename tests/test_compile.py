@@ -13,7 +13,8 @@ import torch._dynamo
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.runtime.compiled import compiler
+from torchsurgeon.runtime.compiled import Compiled, compiler
+from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 # What docs/runtime.md promises of inductor in float32.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -67,10 +68,16 @@ def parts(net: nn.Module, at: str) -> ts.Partition:
     return ts.cut(ts.trace(net, X), at)
 
 
+def compiled(build: Callable[[nn.Module], Compiled], module: nn.Module, *args: Any) -> Compiled:
+    made = build(module)
+    made.compile(*args)
+    return made
+
+
 def test_inductor_answers_what_the_model_does_within_the_documented_tolerance(net: Net) -> None:
     part = parts(net, "relu")
-    build = compiler(True)
-    head, tail = build(part.head), build(part.tail)
+    head = compiled(compiler(True), part.head, X)
+    tail = compiled(compiler(True), part.tail, *head(X))
     for x in (X, torch.rand(2, 3, 16, 16)):
         answer = tail(*head(x))
         assert head.reason is tail.reason is None
@@ -78,37 +85,47 @@ def test_inductor_answers_what_the_model_does_within_the_documented_tolerance(ne
             torch.testing.assert_close(answer[name], tensor, **TOLERANCE)
 
 
-def test_one_graph_is_made_of_a_part_and_of_each_shape(net: Net, backend: Callable[..., str]) -> None:
-    graphs = []
+class Recorder:
+    """A compiler that keeps what it was given and how often what it made ran."""
 
-    def recording(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+        self.runs = 0
 
-    head = compiler(backend(recording))(parts(net, "relu").head)
-    for x in (X, X + 1, X[:1], X):
+    def __call__(self, graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., Any]:
+        self.graphs.append(graph)
+
+        def run(*args: torch.Tensor) -> Any:
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+def test_one_graph_is_made_and_only_calls_like_the_first_run_it(net: Net, backend: Callable[..., str]) -> None:
+    recorder = Recorder()
+    head = compiled(compiler(backend(recorder)), parts(net, "relu").head, X)
+    head.compile(X)
+    for x in (X, X + 1, X[:1], X.to(memory_format=torch.channels_last), X):
         for got, wanted in zip(head(x), parts(net, "relu").head(x), strict=True):
             assert torch.equal(got, wanted)
-    assert len(graphs) == 2
+    assert len(recorder.graphs) == 1
+    assert recorder.runs == 1 + 3
 
 
-def test_many_cuts_of_one_model_are_all_compiled(net: Net, backend: Callable[..., str]) -> None:
-    graphs = []
-
-    def recording(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
+def test_many_cuts_of_one_model_are_all_compiled(backend: Callable[..., str]) -> None:
+    recorder = Recorder()
     deep = nn.Sequential(*[nn.Linear(4, 4) for _ in range(12)]).eval()
-    graph, build, x = ts.trace(deep, torch.ones(1, 4)), compiler(backend(recording)), torch.ones(1, 4)
+    graph, build, x = ts.trace(deep, torch.ones(1, 4)), compiler(backend(recorder)), torch.ones(1, 4)
     for point in graph.points[1:-1]:
         part = ts.cut(graph, point)
-        assert torch.equal(build(part.tail)(*build(part.head)(x)), deep(x))
-    assert len(graphs) == 2 * 11
+        head = compiled(build, part.head, x)
+        assert torch.equal(compiled(build, part.tail, *head(x))(*head(x)), deep(x))
+    assert len(recorder.graphs) == 2 * 11
 
 
 def test_changed_weights_are_followed(net: Net) -> None:
-    head = compiler("eager")(parts(net, "relu").head)
+    head = compiled(compiler("eager"), parts(net, "relu").head, X)
     before = head(X)[0]
     net.stem.weight.mul_(2)
     assert torch.equal(head(X)[0], parts(net, "relu").head(X)[0])
@@ -120,13 +137,12 @@ def test_a_compiler_that_fails_is_named_once_and_the_model_answers(net: Net, bac
         raise OSError("no space left for kernels")
 
     head = compiler(backend(failing))(parts(net, "relu").head)
-    with pytest.warns(RuntimeWarning, match="of-a-test.*no space left for kernels"):
-        first = head(X)
+    with pytest.warns(RuntimeWarning, match=r"of-a-test.*OSError: no space left for kernels"):
+        head.compile(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(head(X)[0], first[0])
-    assert torch.equal(first[0], parts(net, "relu").head(X)[0])
-    assert "no space left" in str(head.reason)
+        head.compile(X)
+        assert torch.equal(head(X)[0], parts(net, "relu").head(X)[0])
 
 
 def test_inductor_without_a_working_compiler_warns_and_the_model_answers(
@@ -136,12 +152,12 @@ def test_inductor_without_a_working_compiler_warns_and_the_model_answers(
 
     # Neither finds what was compiled before, nor leaves anything behind.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    head = compiler(True)(nn.Sequential(nn.Linear(7, 7), nn.Softsign()).eval())
-    x = torch.rand(3, 7)
+    model = nn.Sequential(nn.Linear(7, 7), nn.Softsign()).eval()
+    head, x = compiler(True)(model), torch.rand(3, 7)
     broken = config.patch({"cpp.cxx": ("no-such-compiler",)})
     with broken, pytest.warns(RuntimeWarning, match="could not be compiled"):
-        answer = head(x)
-    assert torch.equal(answer, head(x))
+        head.compile(x)
+    assert torch.equal(head(x), model(x))
 
 
 def test_what_one_graph_cannot_hold_runs_as_it_is() -> None:
@@ -151,20 +167,84 @@ def test_what_one_graph_cannot_hold_runs_as_it_is() -> None:
 
     part = compiler("eager")(Branching())
     with pytest.warns(RuntimeWarning, match="runs as it is"):
-        assert torch.equal(part(X), X * 2)
+        part.compile(X)
+    assert torch.equal(part(X), X * 2)
     assert torch.equal(part(-X), -X - 1)
 
 
-def test_what_the_model_refuses_is_refused_in_its_own_words_and_costs_nothing(net: Net) -> None:
-    head = compiler("eager")(parts(net, "relu").head)
+def test_what_the_model_refuses_is_refused_in_its_own_words(net: Net) -> None:
+    head = compiled(compiler("eager"), parts(net, "relu").head, X)
+    wrong = torch.rand(2, 4, 16, 16)
     with pytest.raises(Exception, match=r"channels|shape") as refused:
-        head(torch.rand(2, 4, 16, 16))
+        head(wrong)
     with pytest.raises(type(refused.value)):
-        parts(net, "relu").head(torch.rand(2, 4, 16, 16))
+        parts(net, "relu").head(wrong)
     assert head.reason is None
 
 
 @pytest.mark.parametrize(("wanted", "match"), [("no-such", "inductor"), ("tensorrt", "torch_tensorrt")])
 def test_a_backend_that_is_not_here_is_refused_at_once(wanted: str, match: str) -> None:
     with pytest.raises(ts.BackendError, match=match):
-        compiler(wanted)
+        ts.SplitModule(nn.ReLU().eval(), X, partition="device", compile=wanted)
+
+
+def test_a_backend_and_a_compiler_are_one_too_many() -> None:
+    with pytest.raises(ts.BackendError, match="one of them"):
+        ts.SplitModule(nn.ReLU().eval(), X, partition="device", compile=True, backend=lambda module: module)
+
+
+# --- in a SplitModule ---
+
+
+@pytest.fixture
+def server(net: Net) -> Iterator[Server]:
+    registry = ModelRegistry()
+    registry.add("net", net, (X,))
+    with Server(create_app(registry)) as running:
+        yield running
+    registry.close()
+
+
+def test_head_and_tail_are_compiled_when_a_cut_is_first_used(
+    net: Net, server: Server, backend: Callable[..., str]
+) -> None:
+    recorder = Recorder()
+    with ts.SplitModule(net, X, server=server.url, name="net", partition="relu", compile=backend(recorder)) as split:
+        for x in (X, X * 2):
+            assert torch.equal(split(x)["scores"], net(x)["scores"])
+        assert len(recorder.graphs) == 2
+        split.partition = "body"
+        split(X)
+        assert len(recorder.graphs) == 4
+        server.stop()
+        runs = recorder.runs
+        assert torch.equal(split(X)["scores"], net(X)["scores"])
+        assert split.last is not None
+        assert split.last.degraded
+        assert recorder.runs == runs + 2, "head and tail, compiled before the server went"
+        assert len(recorder.graphs) == 4, "and nothing is compiled while an answer is waited for"
+
+
+def test_a_whole_model_on_the_device_is_compiled(net: Net, backend: Callable[..., str]) -> None:
+    recorder = Recorder()
+    with ts.SplitModule(net, X, partition="device", compile=backend(recorder)) as split:
+        assert torch.equal(split(X)["scores"], net(X)["scores"])
+    assert len(recorder.graphs) == 1
+
+
+def test_a_backend_that_cannot_compile_still_answers(net: Net, server: Server, backend: Callable[..., str]) -> None:
+    def failing(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., Any]:
+        raise OSError("no space left for kernels")
+
+    with ts.SplitModule(net, X, server=server.url, name="net", partition="relu", compile=backend(failing)) as split:
+        with pytest.warns(RuntimeWarning, match="no space left"):
+            answer = split(X)
+        assert torch.equal(answer["scores"], net(X)["scores"])
+        assert torch.equal(split(X)["scores"], net(X)["scores"])
+
+
+def test_nothing_to_compile_is_no_trouble(net: Net, server: Server, backend: Callable[..., str]) -> None:
+    recorder = Recorder()
+    with ts.SplitModule(net, X, server=server.url, name="net", partition="server", compile=backend(recorder)) as split:
+        assert torch.equal(split(X)["scores"], net(X)["scores"])
+    assert len(recorder.graphs) == 1, "the tail's, which is the whole model"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import torchsurgeon as ts
+from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.runtime.lossless import Lossless
+from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 SIZE = 1_000_000
 
@@ -59,3 +64,40 @@ def test_next_to_nothing_is_sent_as_it_is(size: int) -> None:
         codec = choice.choose(0, size, 1e6)
         choice.observe(0, size, 30, 1e-5)
     assert codec.name == "raw"
+
+
+def test_a_split_module_compresses_on_a_slow_link_and_only_what_gets_smaller() -> None:
+    """Half of what crosses after a ReLU is zeros; noise does not get smaller."""
+    x = torch.randn(1, 16, 50, 50, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Flatten(), nn.Linear(40_000, 4)).eval()
+    registry = ModelRegistry()
+    registry.add("net", model, (x,))
+    with (
+        torch.no_grad(),
+        Server(create_app(registry)) as server,
+        LinkEmulator(0, "127.0.0.1", server.port, ts.Link("slow", 2e7, 2e7, 0.002)) as link,
+        ts.SplitModule(
+            model,
+            x,
+            server=f"http://127.0.0.1:{link.port}",
+            name="net",
+            partition="1",
+            codec="auto",
+            fallback="error",
+        ) as split,
+    ):
+        assert str(split.codec) == "auto"
+        sent: dict[str, list[int]] = {}
+        for partition in ("1", "server"):
+            split.partition = partition
+            for _ in range(6):
+                assert torch.equal(split(x), model(x))
+                assert split.last is not None
+                sent.setdefault(partition, []).append(split.last.sent_bytes)
+        assert max(sent["1"][2:]) < 0.75 * x.nbytes
+        assert min(sent["server"][2:]) >= x.nbytes
+        split.codec = "raw"
+        split.partition = "1"
+        split(x)
+        assert split.last.sent_bytes >= x.nbytes
+    registry.close()

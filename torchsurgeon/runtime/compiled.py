@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import BackendError
+from torchsurgeon.structure import flatten
 
 _DEFAULT = "inductor"
 _NEEDS = {"tensorrt": "torch_tensorrt", "torch_tensorrt": "torch_tensorrt"}
@@ -37,36 +39,57 @@ def compiler(wanted: str | bool) -> Callable[[nn.Module], Compiled]:
 
 
 class Compiled:
-    """A module as one compiled graph; as it is when that cannot be made.
-
-    The first call with tensors of new shapes compiles, which takes seconds to minutes. When that fails, a
-    RuntimeWarning names the reason, and this and all later calls run the module itself: ``reason`` then says why.
-    """
+    """A module as one compiled graph for calls like the one it was compiled on, and as it is for all others: nobody
+    waits for a compiler who has not asked for it."""
 
     def __init__(self, module: nn.Module, backend: str) -> None:
+        self.tried = False
         self.reason: str | None = None
+        """Why it could not be compiled."""
         self._module, self._backend = module, backend
         self._run = torch.compile(_named_apart(module), backend=backend, dynamic=False, fullgraph=True)
+        self._like: object = None
+        self._compiling = threading.Lock()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.reason is not None:
-            return self._module(*args, **kwargs)
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile for calls like this one, once; it takes seconds to minutes.
+
+        When that fails, a RuntimeWarning names the reason. Raises what the module raises.
+        """
         # Imported here since it takes a second that only those who compile should pay.
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        try:
-            return self._run(*args, **kwargs)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            # What the model itself refuses, it refuses here, in its own words.
-            answer = self._module(*args, **kwargs)
-            cause = getattr(error, "inner_exception", error)
-            self.reason = f"{type(cause).__name__}: {(str(cause).strip() or 'no reason given').splitlines()[0]}"
+        with self._compiling:
+            if self.tried:
+                return
+            try:
+                self._run(*args, **kwargs)
+                self._like = _likeness(args, kwargs)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                # What the model itself refuses, it refuses here, in its own words.
+                self._module(*args, **kwargs)
+                cause = getattr(error, "inner_exception", error)
+                self.reason = f"{type(cause).__name__}: {(str(cause).strip() or 'no reason given').splitlines()[0]}"
+            self.tried = True
+        if self.reason is not None:
             warnings.warn(
                 f"a part of the model could not be compiled with {self._backend!r} and runs as it is ({self.reason})",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._like is not None and self._like == _likeness(args, kwargs):
+            return self._run(*args, **kwargs)
+        return self._module(*args, **kwargs)
+
+
+def _likeness(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """What calls have in common that one compiled graph serves."""
+    return [
+        (path, (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf)
+        for path, leaf in flatten((args, kwargs))[0]
+    ]
 
 
 def _named_apart(module: nn.Module) -> Callable[..., Any]:

@@ -83,7 +83,7 @@ class Engine:
         self.graph, self.always, self.codec = graph, always, codec
         self.link, self.device_profile, self.server_profile = link, device_profile, server_profile
         self.ours = Ours(graph)
-        self.parts = Parts(graph, backend)
+        self.parts, self._compiles = Parts(graph, backend), backend is not None
         limit = max(_LEAST_ANSWER_LIMIT_BYTES, _ANSWER_FACTOR * graph.points[-1].size_bytes)
         self.peers = [
             Peer(
@@ -105,7 +105,7 @@ class Engine:
         self._name, self._codecs, self._on_replan = name, codecs, on_replan
         self._goal = Goal(objective)
         self._called_with = example
-        self._example = works.Inference(self.parts, *example)
+        self._example, self._example_call = works.Inference(self.parts, *example), example
         self._example_tensors = graph.tensors_of_call(*example)
         self._whole = Way(graph.points[-1], whole=True)
         self._fixed: Way | None = None
@@ -268,6 +268,8 @@ class Engine:
         """
         fixed = self._fixed
         if fixed is not None and fixed.whole and deadline_s is None:
+            if self._compiles:
+                self.parts.compile(fixed.point, self._example_call)
             return Done(self.run_here(work, time.perf_counter(), None))
         if self._closed:
             raise ServerUnavailableError("the SplitModule has been closed")
@@ -284,6 +286,10 @@ class Engine:
         self.keeper.used()
         begun_s = time.perf_counter()
         way, peer, decision, why = self._choose(streamed)
+        if self._compiles and why is None:
+            # In an emergency nobody waits for a compiler.
+            self.parts.compile(way.point, self._example_call)
+            begun_s = time.perf_counter()
         if deadline_s is not None and self.always:
             way = self._within(deadline_s, work, way, peer, decision)
         if peer is None or way.whole:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torchsurgeon.cut import cut, middle_for, tail_for
 from torchsurgeon.errors import PartitionError
 from torchsurgeon.graph import LayerGraph, PartitionPoint, TensorSpec
 from torchsurgeon.program import Segment
+from torchsurgeon.runtime.compiled import Compiled
 
 # Heads, middles and tails hold no weights, so this only bounds what a long run over many cuts leaves behind.
 _MOST_PARTS = 512
@@ -37,6 +38,11 @@ class Tail:
             return self._segment.until(stopped, tensors)
         return None if stopped() else self._run(*tensors)
 
+    def compile(self, tensors: Sequence[Tensor]) -> None:
+        """Compile it for such tensors, if its backend does that."""
+        if isinstance(self._run, Compiled):
+            self._run.compile(*tensors)
+
 
 class Parts:
     """Heads, middles and tails of a traced model. Thread-safe."""
@@ -61,6 +67,15 @@ class Parts:
     def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
         """The rest of the model from the tensors ``names`` on; ``flat`` as in :func:`~torchsurgeon.cut.tail_for`."""
         return self._get(("tail", names, flat), lambda: Tail(tail_for(self.graph, names, flat=flat), self._backend))
+
+    def compile(self, point: PartitionPoint, example: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:
+        """Compile head and tail of ``point`` for calls like ``example``, if the backend does that and has not yet."""
+        head = self.whole() if point == self.graph.points[-1] else self.head(point)
+        if isinstance(head, Compiled) and not head.tried:
+            args, kwargs = example
+            head.compile(*args, **kwargs)
+            if head is not self._known.get("whole"):
+                self.tail(tuple(spec.name for spec in point.tensors)).compile(head(*args, **kwargs))
 
     def middle(self, names: tuple[str, ...], point: PartitionPoint) -> tuple[Run, tuple[TensorSpec, ...]]:
         """What turns the tensors ``names`` into those of ``point``, and which these are; tensors that lie beyond the
