@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from torchsurgeon.codec import find_codec
 from torchsurgeon.errors import ServerUnavailableError
@@ -26,19 +25,57 @@ _IDLE_S = 10.0
 # A server that answered a moment ago needs no ping.
 _QUIET_S = 1.0
 _JOIN_S = 1.0
-# A trial may take so many times what the link as last known needs for it; its connection has to be opened first.
-_TRIAL_FACTOR = 3.0
+# What a ping or a probe may take. The link may have become that slow, which only a transfer that ends can tell; later
+# trials begin meanwhile, so that a server which returns is not missed for it.
+_ERRAND_S = 2.0
+_MOST_ERRANDS = 4
+
+
+class Errand:
+    """Something sent to a server in the background, by one thread of the pool."""
+
+    def __init__(self, peer: Peer, *, trial: bool) -> None:
+        self.peer, self.trial = peer, trial
+        self.begun_s = time.monotonic()
+        self.told = False
+        self.call: Call[None] | None = None
+        self._cancelled = False
+        self._deadline: Deadline | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it has not ended."""
+        return self.call is not None and not self.call.ended
+
+    def deadline(self, timeout_s: float = _ERRAND_S) -> Deadline:
+        """When the exchange that begins now has to be over."""
+        self._deadline = Deadline(timeout_s)
+        if self._cancelled:
+            self._deadline.cancel()
+        return self._deadline
+
+    def cancel(self) -> None:
+        """End it now."""
+        self._cancelled = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def failed(self, failure: Failure) -> None:
+        """Tell the breaker, once, that nothing good came of it."""
+        if not self.told:
+            self.told = True
+            self.peer.failed(failure)
 
 
 class Keeper:
-    """Begins at the first :meth:`start`, and ends with :meth:`close`. Everything it sends goes through the pool."""
+    """Begins with :meth:`start`, and ends with :meth:`close`. Everything it sends goes through the engine's pool."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._event = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._under_way: dict[int, Call[None]] = {}
+        self._errands: list[Errand] = []
         self._used_s = -math.inf
         self._sleeps = False
         self.pings = 0
@@ -59,6 +96,10 @@ class Keeper:
         """There is something to do."""
         self._event.set()
 
+    def connect(self, peer: Peer, timeout_s: float) -> Call[None]:
+        """Begin to make a server ready, now."""
+        return self._send(Errand(peer, trial=False), lambda _: self._engine.connect(peer, timeout_s))
+
     def close(self) -> None:
         """End the thread. Closing twice is harmless."""
         self._closed = True
@@ -74,73 +115,77 @@ class Keeper:
             troubled = any(not peer.usable(self._engine.ours.epoch) for peer in self._engine.peers)
             self._event.wait((_TRIAL_TICK_S if troubled else _TICK_S) if in_use else None)
             self._event.clear()
-            for peer in self._engine.peers:
-                if not self._closed:
-                    self._attend(peer)
+            self._errands = [errand for errand in self._errands if errand.under_way]
+            try:
+                for peer in self._engine.peers:
+                    if not self._closed:
+                        self._attend(peer, [errand for errand in self._errands if errand.peer is peer])
+            except ServerUnavailableError:
+                # The pool has been closed.
+                return
 
-    def _attend(self, peer: Peer) -> None:
-        call = self._under_way.get(id(peer))
-        if call is not None and not call.ended:
-            return
-        breaker = peer.state.breaker
-        if breaker.state != "closed" or peer.ready_in != self._engine.ours.epoch:
-            if breaker.allow():
-                self._begin(peer, self._trial)
-        elif time.monotonic() - peer.asked_s > _QUIET_S and self._engine.adapts:
+    def _attend(self, peer: Peer, errands: list[Errand]) -> None:
+        breaker, ready = peer.state.breaker, peer.ready_in == self._engine.ours.epoch
+        for errand in errands:
+            if errand.trial and time.monotonic() - errand.begun_s > breaker.trial_s:
+                # It goes on, and may still find the server at the end of a slow link.
+                errand.failed(peer.failure or Failure("unavailable", f"{peer.label} does not answer"))
+        if breaker.state != "closed" or not ready:
+            unfit = any(not errand.trial for errand in errands) or len(errands) >= _MOST_ERRANDS
+            if not unfit and (breaker.state != "closed" or not errands) and breaker.allow():
+                self._send(Errand(peer, trial=True), self._try)
+        elif not errands and self._engine.adapts and time.monotonic() - peer.asked_s > _QUIET_S:
             rate = peer.state.link.estimate().uplink
             if peer.state.load.ping_due():
-                self._begin(peer, self._ping)
+                self._send(Errand(peer, trial=False), self._ping)
             elif (size := peer.state.probes.due_bytes(rate.age_s, rate.value)) is not None:
-                self._begin(peer, lambda peer, deadline: self._probe(peer, size, deadline))
+                self._send(Errand(peer, trial=False), functools.partial(self._probe, size))
 
-    def connect(self, peer: Peer, timeout_s: float) -> Call[None]:
-        """Begin to make a server ready, now."""
-        return self._submit(peer, lambda peer, _: self._engine.connect(peer, timeout_s), Deadline(timeout_s))
-
-    def _begin(self, peer: Peer, task: Callable[[Peer, Deadline], None]) -> None:
-        link = peer.state.link.link()
-        size = max(peer.state.probes.least_bytes, self._engine.ping_bytes)
-        limit_s = max(peer.state.breaker.trial_s, _TRIAL_FACTOR * link.request_s(size, size, fresh=True))
-        try:
-            self._submit(peer, task, Deadline(limit_s))
-        except ServerUnavailableError:
-            self._closed = True
-
-    def _submit(self, peer: Peer, task: Callable[[Peer, Deadline], None], deadline: Deadline) -> Call[None]:
+    def _send(self, errand: Errand, task: Callable[[Errand], None]) -> Call[None]:
         def run() -> None:
             try:
-                task(peer, deadline)
+                task(errand)
             except Exception as error:
-                peer.failed(Failure.of(error))
+                errand.failed(Failure.of(error))
 
-        call = self._under_way[id(peer)] = self._engine.pool.submit(run, deadline.cancel)
-        return call
+        errand.call = self._engine.pool.submit(run, errand.cancel)
+        self._errands.append(errand)
+        return errand.call
 
-    def _trial(self, peer: Peer, deadline: Deadline) -> None:
+    def _try(self, errand: Errand) -> None:
+        """Find out whether the server answers, and if it was late before, whether that was the link."""
+        peer = errand.peer
         late = peer.failure is not None and peer.failure.kind in ("late", "deadline")
         if peer.ready_in != self._engine.ours.epoch:
-            self._engine.connect(peer, deadline.left_s())
+            self._engine.connect(peer, _ERRAND_S)
+        self._ping(errand)
         if late:
-            # Perhaps it is the link: two transfers show a rate that has changed.
+            # A rate that has changed is believed when it is seen twice.
             for _ in range(2):
-                self._probe(peer, peer.state.probes.least_bytes, deadline)
-        self._ping(peer, deadline)
+                self._probe(peer.state.probes.least_bytes, errand)
         peer.answered()
 
-    def _ping(self, peer: Peer, deadline: Deadline) -> None:
+    def _ping(self, errand: Errand) -> None:
         """The least inference there is: it goes through the server's queue as every other."""
-        tensors: Mapping[str, Tensor] = self._engine.ping_tensors
+        tensors, peer = self._engine.ping_tensors, errand.peer
         if not tensors:
             return
-        answer = peer.ask(tensors, dict.fromkeys(tensors, find_codec("raw")), deadline)
-        index = self._engine.ping_index
-        peer.observe(answer, peer.plan.tail_s[index] if peer.plan is not None else 0.0)
+        answer = peer.ask(tensors, dict.fromkeys(tensors, find_codec("raw")), errand.deadline())
+        peer.observe(answer, peer.plan.tail_s[self._engine.ping_index] if peer.plan is not None else 0.0)
         self.pings += 1
 
-    def _probe(self, peer: Peer, size: int, deadline: Deadline) -> None:
-        begin_s = time.monotonic()
+    def _probe(self, size: int, errand: Errand) -> None:
+        """Send bytes for no other reason than to see how fast they go."""
+        peer, begin_s = errand.peer, time.monotonic()
         try:
-            timing = peer.transport.probe(size, 0, deadline=deadline)
+            timing = peer.transport.probe(size, 0, deadline=errand.deadline())
+        except ServerUnavailableError:
+            taken_s = time.monotonic() - begin_s
+            if taken_s < _ERRAND_S:
+                raise
+            # It answered a ping: the link is at most as fast as this.
+            peer.state.link.observe(up_bytes=size, up_s=None, down_bytes=0, down_s=0.0, total_s=taken_s)
+            return
         finally:
             peer.state.probes.spent(size, time.monotonic() - begin_s)
         peer.state.link.observe(
