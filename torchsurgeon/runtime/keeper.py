@@ -13,6 +13,7 @@ from torchsurgeon.codec import find_codec
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.runtime.peer import Failure, Peer
 from torchsurgeon.runtime.pool import Call
+from torchsurgeon.transport import Answer
 from torchsurgeon.transport.base import Deadline
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ class Keeper:
         late = peer.failure is not None and peer.failure.kind in ("late", "deadline")
         if peer.ready_in != self._engine.ours.epoch:
             self._engine.connect(peer, _ERRAND_S)
+        # The first may have waited for the server to come back, which says nothing about the link.
+        self._ask(errand)
         self._ping(errand)
         if late:
             # A rate that has changed is believed when it is seen twice.
@@ -166,13 +169,19 @@ class Keeper:
         peer.answered()
 
     def _ping(self, errand: Errand) -> None:
-        """The least inference there is: it goes through the server's queue as every other."""
-        tensors, peer = self._engine.ping_tensors, errand.peer
-        if not tensors:
+        """Learn link and load."""
+        answer, peer = self._ask(errand), errand.peer
+        if answer is None:
             return
-        answer = peer.ask(tensors, dict.fromkeys(tensors, find_codec("raw")), errand.deadline())
         peer.observe(answer, peer.plan.tail_s[self._engine.ping_index] if peer.plan is not None else 0.0)
         self.pings += 1
+
+    def _ask(self, errand: Errand) -> Answer | None:
+        """The least inference there is: it goes through the server's queue as every other."""
+        tensors = self._engine.ping_tensors
+        if not tensors:
+            return None
+        return errand.peer.ask(tensors, dict.fromkeys(tensors, find_codec("raw")), errand.deadline())
 
     def _probe(self, size: int, errand: Errand) -> None:
         """Send bytes for no other reason than to see how fast they go."""

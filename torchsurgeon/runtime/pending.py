@@ -217,7 +217,8 @@ class Pending:
         taken = self._peer.takes(self._way.point.index)
         if taken is None:
             return None
-        return Expected(taken.value * self._share, taken.spread, self._peer.state.link.estimate().round_trip.value)
+        round_trip_s = min(self._peer.state.link.estimate().round_trip.value, taken.value)
+        return Expected(taken.value * self._share, taken.spread, round_trip_s)
 
     def _crowded(self) -> bool:
         """Whether more requests share the link and the server than patience has been reckoned for."""
