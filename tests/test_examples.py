@@ -87,6 +87,12 @@ def test_detection() -> None:
     assert "backbone.features.0.10.add" in said
 
 
+def test_video_stream() -> None:
+    said = run("video_stream", "--link", "wifi", "--frames", "8")
+    assert re.search(r"one by one \S+ frames/s, as a stream \S+", said)
+    assert "in the order of the frames" in said
+
+
 def test_every_example_is_run_here_and_is_short() -> None:
     tested = Path(__file__).read_text()
     for path in EXAMPLES.glob("*.py"):
