@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -59,7 +60,7 @@ class TensorSpec:
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor in the traced example."""
-        return self.size_bytes_at(self.example_batch)
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def size_bytes_at(self, batch: int) -> int:
         """Bytes of the tensor for a batch of ``batch`` samples."""

@@ -43,6 +43,8 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return every tensor in a nested value."""
+    if isinstance(value, torch.Tensor):
+        return [value]
     return [leaf for _, leaf in flatten(value)[0] if isinstance(leaf, torch.Tensor)]
 
 
