@@ -128,6 +128,39 @@ def test_what_is_no_calibration_is_not_overwritten(tmp_path: Path) -> None:
         assert path.read_text() == text
 
 
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("provenance", "calibrated_for_s"), float("nan")),
+        (("provenance", "calibrated_for_s"), -1e9),
+        (("networks", "count"), -1),
+        (("networks", "timed"), [["a", "b", "c", "d"]]),
+        (("networks", "timed"), [[1e12, 1.0, 1.0, 1]]),
+        (("networks", "timed"), [[0, float("nan"), 1.0, 1]]),
+        (("networks", "timed"), [[0, 0.0, 1.0, 1]]),
+    ],
+)
+def test_an_edited_beginning_is_not_gone_on_with(
+    calibrated: tuple[ts.Predictor, Path], tmp_path: Path, where: tuple[str, str], value: Any
+) -> None:
+    data = json.loads(calibrated[1].read_text()) | {"unfinished": True}
+    data[where[0]][where[1]] = value
+    path = tmp_path / "device.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ts.CalibrationError, match="cut short or edited"):
+        ts.calibrate("cpu", budget_s=1.0, out=path, meter=None, progress=never)
+    assert path.read_text() == json.dumps(data)
+
+
+def never(*_: object) -> None:
+    raise AssertionError("a layer was timed")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
+    with pytest.raises(ts.CalibrationError, match="cannot be written"):
+        ts.calibrate("cpu", budget_s=600.0, out=tmp_path / "absent" / "device.json", meter=None, progress=never)
+
+
 @pytest.mark.parametrize("budget_s", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_budget_that_cannot_be_is_refused(budget_s: float) -> None:
     with pytest.raises(ts.CalibrationError, match=r"300"):

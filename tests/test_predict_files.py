@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,16 @@ SAMPLES = ("samples", "convolution")
         (fewer, "5 samples of convolution"),
         (put("fitted", "convolution", "energy_form", "trees"), "0 of them with joules"),
         (put("provenance", 7), ""),
+        (put("roofline", "peak_flop_s", 5e-324), "peak_flop_s"),
+        (put("roofline", "overhead_s", 1e308), "overhead_s"),
+        (put("block", "offset", 1e15), "math range"),
+        (put("block", "offset", -1e15), "correction"),
+        (put("block", "offset", 1e308), "offset"),
+        (put("block", "longest_s", 0), "math domain"),
+        (put("fitted", "convolution", "held_out", "sum_ratio", -1), "sum_ratio"),
+        (put("fitted", "convolution", "held_out", "low", -1), "low"),
+        (put(*SAMPLES, "seconds", 3, 5e-324), "seconds"),
+        (put(*SAMPLES, "joules", [5e-324] * 20), "joules"),
     ],
 )
 def test_edited_values_are_refused(valid: str, tmp_path: Path, change: Callable[[Any], Any], named: str) -> None:
@@ -149,6 +161,7 @@ def test_every_missing_field_is_refused(valid: str, tmp_path: Path) -> None:
 def test_what_is_no_text_at_all_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, b"\xff\xfe\x00")
     refused(tmp_path, "[" * 100_000)
+    refused(tmp_path, "9" * 5_000)
     with pytest.raises(ts.CalibrationError, match="cannot be read"):
         ts.Predictor.load(tmp_path / "absent.json")
     with pytest.raises(ts.CalibrationError, match="cannot be read"):
@@ -158,6 +171,21 @@ def test_what_is_no_text_at_all_is_refused(tmp_path: Path) -> None:
 def test_a_calibration_that_cannot_be_written_says_so(valid: str, tmp_path: Path) -> None:
     with pytest.raises(ts.CalibrationError, match="cannot be written"):
         ts.Predictor.from_json(json.loads(valid)).save(tmp_path / "absent" / "device.json")
+
+
+def test_two_processes_write_one_file_whole(valid: str, tmp_path: Path) -> None:
+    path, source = tmp_path / "device.json", tmp_path / "valid.json"
+    source.write_text(valid)
+    script = (
+        "import sys; from torchsurgeon.predict.storage import read_json, write_json\n"
+        "data = read_json(sys.argv[1])\n"
+        "for i in range(300): write_json(sys.argv[2], data | {'filler': 'x' * i * 200}); read_json(sys.argv[2])"
+    )
+    command = [sys.executable, "-c", script, str(source), str(path)]
+    writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [writer.communicate()[1] for writer in writers] == ["", ""]
+    assert ts.Predictor.load(path).fitted
+    assert sorted(tmp_path.iterdir()) == [path, source]
 
 
 def csv(tmp_path: Path, text: str | bytes) -> Path:

@@ -14,7 +14,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torchsurgeon.predict.operations import operations
 from torchsurgeon.predict.predictor import FORMAT, BlockCorrection, Predictor, moved_bytes
 from torchsurgeon.predict.regression import HeldOut, out_of_fold
 from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
-from torchsurgeon.predict.storage import DAMAGE, read_json, write_json
+from torchsurgeon.predict.storage import DAMAGE, check_writable, numbers, read_json, write_json
 from torchsurgeon.predict.sweep import Candidate, candidates, sweep_kinds
 from torchsurgeon.profile.joules import layer_energy
 from torchsurgeon.profile.measure import ModelRun
@@ -42,6 +42,7 @@ _SAVE_EVERY_S, _REVIEW_EVERY_S = 15.0, 40.0
 # A probe this much slower than the quickest quarter of probes means that the device throttles or is busy.
 _THROTTLED, _LONGEST_PAUSE_S = 1.3, 10.0
 _MOST_SAMPLES = 2500
+_LONGEST_S = 1e7
 
 Progress = Callable[[float, float, str], None]
 
@@ -58,6 +59,14 @@ class _TimedNet:
     whole_s: float
     sum_s: float
     layers: int
+
+
+def _timed_from(values: Sequence[Any]) -> _TimedNet:
+    names = [field.name for field in dataclasses.fields(_TimedNet)]
+    net = numbers(_TimedNet, dict(zip(names, values, strict=True)), least=0.0)
+    if not (isinstance(net.group, int) and min(net.whole_s, net.sum_s, net.layers) > 0):
+        raise ValueError(f"a network cannot be {net}")
+    return net
 
 
 def calibrate(
@@ -114,8 +123,10 @@ class _Sweep:
         self._group = 0
         self._pulse = _Pulse(device)
         self._errors: dict[str, float] = {}
-        if out is not None and out.exists():
-            self._resume(out, budget_s)
+        if out is not None:
+            check_writable(out)
+            if out.exists():
+                self._resume(out, budget_s)
         self._rng = random.Random(seed * 1_000_003 + self._group)
         self._singles = {kind: candidates(kind, seed * 7919 + self._group) for kind in sweep_kinds()}
 
@@ -251,7 +262,9 @@ class _Sweep:
             if not data.get("unfinished") and spent_s >= budget_s:
                 return
             found = {kind: SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
-            group, nets = int(data["networks"]["count"]), [_TimedNet(*net) for net in data["networks"]["timed"]]
+            group, nets = int(data["networks"]["count"]), [_timed_from(net) for net in data["networks"]["timed"]]
+            if not (0 <= spent_s <= _LONGEST_S and group >= 0 and all(net.group < group for net in nets)):
+                raise ValueError(f"{group} networks in {spent_s} s")
         except CalibrationError:
             raise
         except DAMAGE as error:

@@ -287,8 +287,8 @@ class Predictor:
         try:
             fitted = {str(kind): _fitted_from(known) for kind, known in data["fitted"].items()}
             samples = {str(kind): SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
-            roofline = numbers(Roofline, data["roofline"], positive=True)
-            block = numbers(BlockCorrection, data["block"])
+            roofline = numbers(Roofline, data["roofline"], least=1e-15)
+            block = _block_from(data["block"])
             provenance = dict(data["provenance"])
         except DAMAGE as error:
             raise damaged(error) from None
@@ -378,7 +378,15 @@ def _fitted_from(data: Mapping[str, Any]) -> FittedKind:
             raise ValueError(f"there is no model form {chosen!r}")
     return FittedKind(
         form,
-        numbers(HeldOut, data["held_out"]),
+        numbers(HeldOut, data["held_out"], least=0.0),
         energy_form,
-        None if energy is None else numbers(HeldOut, energy),
+        None if energy is None else numbers(HeldOut, energy, least=0.0),
     )
+
+
+def _block_from(data: Mapping[str, Any]) -> BlockCorrection:
+    block = numbers(BlockCorrection, data)
+    ends = [block.factor(mean_s, 1) for mean_s in (block.shortest_s, block.longest_s)]
+    if not (min(block.low, block.high) >= 0 and all(1e-3 < factor < 1e3 for factor in ends)):
+        raise ValueError(f"a correction of {ends} for whole models cannot be")
+    return block

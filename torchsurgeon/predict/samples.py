@@ -16,6 +16,8 @@ from torchsurgeon.errors import CalibrationError
 from torchsurgeon.predict.kinds import KINDS, Array, Kind, Operation
 
 FEWEST_SAMPLES = 20
+# Relative errors are fitted, and nothing may overflow when divided by these.
+_LEAST_SECONDS, _LEAST_JOULES = 1e-12, 1e-30
 _MOST_SECONDS, _MOST_JOULES, _MOST_SIZE, _MOST_ITEM_BYTES = 3600.0, 1e6, 1e15, 16.0
 
 
@@ -118,15 +120,15 @@ class SampleTable:
         if len({len(getattr(table, name)) for name in _ARRAYS}) != 1:
             raise ValueError(f"the columns of {kind} differ in length")
         for what, values, least, most in (
-            ("seconds", seconds, 0.0, _MOST_SECONDS),
-            ("joules", table.joules[~np.isnan(table.joules)], 0.0, _MOST_JOULES),
+            ("seconds", seconds, _LEAST_SECONDS, _MOST_SECONDS),
+            ("joules", table.joules[~np.isnan(table.joules)], _LEAST_JOULES, _MOST_JOULES),
             ("sizes", table.sizes, 1.0, _MOST_SIZE),
             ("item_bytes", table.item_bytes, 1.0, _MOST_ITEM_BYTES),
             ("before_bytes", table.before_bytes, 0.0, _MOST_SIZE),
         ):
             wrong = values[~((values >= least) & (values <= most))]
-            if wrong.size or (what in ("seconds", "joules") and (values == 0).any()):
-                raise ValueError(f"{what} of {kind} cannot be {wrong[0] if wrong.size else 0}")
+            if wrong.size:
+                raise ValueError(f"{what} of {kind} cannot be {wrong[0]}")
         return table
 
 
@@ -221,7 +223,7 @@ def _sample(kind: Kind, names: Sequence[str], cells: Sequence[str], where: str) 
             value = float(row[name])
         except ValueError:
             raise CalibrationError(f"{where}: {name} is {row[name]!r}, not a number; give {what}") from None
-        if not least <= value <= most or (least == 0 and value == 0):
+        if not least <= value <= most:
             raise CalibrationError(f"{where}: {name} of {row[name]} cannot be; give {what}")
         return value
 
@@ -233,10 +235,10 @@ def _sample(kind: Kind, names: Sequence[str], cells: Sequence[str], where: str) 
 
     sizes = tuple(whole(name, _MOST_SIZE) if name in row else 1 for name in kind.columns)
     unit = next(name for name in _UNITS if name in row)
-    most = _MOST_SECONDS / _UNITS[unit]
-    seconds = _UNITS[unit] * number(unit, 0, most, f"a positive time below an hour in {unit}")
+    least, most = _LEAST_SECONDS / _UNITS[unit], _MOST_SECONDS / _UNITS[unit]
+    seconds = _UNITS[unit] * number(unit, least, most, f"a positive time below an hour in {unit}")
     joules = math.nan
     if row.get("joules"):
-        joules = number("joules", 0, _MOST_JOULES, "a positive energy in joules, or nothing")
+        joules = number("joules", _LEAST_JOULES, _MOST_JOULES, "a positive energy in joules, or nothing")
     item = whole("item_bytes", _MOST_ITEM_BYTES) if row.get("item_bytes") else 4
     return Sample(Operation(kind.name, row.get("variant") or kind.usual, sizes, item), seconds, joules)
