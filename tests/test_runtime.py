@@ -33,7 +33,8 @@ def net(seed: int = 0) -> nn.Module:
         ).eval()
 
 
-GRAPH = ts.trace(net(), EXAMPLE)
+MODEL = net()
+GRAPH = ts.trace(MODEL, EXAMPLE)
 LAYERS = len(GRAPH.layers)
 FAST, SLOW = ts.Link("fast", 1e9, 1e9, 1e-3), ts.Link("slow", 1e5, 1e5, 0.3)
 
@@ -77,7 +78,7 @@ def split_of(where: Any, **options: Any) -> ts.SplitModule:
 
 def right(split: ts.SplitModule, x: torch.Tensor = EXAMPLE) -> bool:
     with torch.no_grad():
-        return torch.equal(split(x), net()(x))
+        return torch.equal(split(x), MODEL(x))
 
 
 def until(what: Callable[[], bool], split: ts.SplitModule) -> None:

@@ -26,11 +26,12 @@ from torchsurgeon.link import Link
 from torchsurgeon.runtime.choice import Adaptive
 from torchsurgeon.runtime.handshake import Ours, shake_hands
 from torchsurgeon.runtime.inference import seconds
+from torchsurgeon.runtime.sharing import Sharing
 from torchsurgeon.transport import Answer, Transport
 from torchsurgeon.transport.base import Deadline
 
-# Stands in until the first request has shown the link, which it does at once: its uncertainty is a factor of e.
-_UNKNOWN_LINK = Link("not measured", 10e6, 10e6, 0.05, source="a guess until the first request")
+# Stands in until two requests have shown the link; its own uncertainty is a factor of e.
+_UNKNOWN_LINK = Link("not measured", 10e6, 10e6, 0.05, source="a guess until there are requests")
 # These say what is wrong with one request, not with the server.
 _REQUESTS_FAULT = (400, 413, 415, 422)
 
@@ -95,7 +96,7 @@ class Peer:
         self._seen: dict[int, Tracker] = {}
         self._counting = threading.Lock()
         self.under_way = 0
-        self._arrived_s = 0.0
+        self._sharing = Sharing()
 
     # --- asking ---
 
@@ -168,26 +169,26 @@ class Peer:
         timing, told = answer.timing, answer.parameters
         queue_s, compute_s = seconds(told.get("queue_s")), seconds(told.get("compute_s"))
         server_s = queue_s + compute_s + seconds(told.get("decode_s"))
-        received, shared_s = told.get("receive_s"), 0.0
-        up_s = None if received is None else seconds(received)
-        if up_s is not None:
-            # Of requests side by side each is timed from where the one before it had arrived, or the rate would seem
-            # to be what one of them gets of it.
-            arrived_s = timing.first_byte_s - server_s
-            with self._counting:
-                shared_s = min(max(self._arrived_s - (arrived_s - up_s), 0.0), up_s)
-                self._arrived_s = max(self._arrived_s, arrived_s)
-            up_s -= shared_s
+        total_s, up_bytes = timing.end_s - timing.send_start_s, timing.sent_bytes
         state = self.state
         state.load.observe(queue_s=queue_s, compute_s=compute_s, predicted_s=predicted_s)
-        state.link.observe(
-            up_bytes=timing.sent_bytes,
-            up_s=up_s,
-            down_bytes=timing.received_bytes,
-            down_s=timing.end_s - timing.first_byte_s,
-            total_s=timing.end_s - timing.send_start_s - shared_s,
-            server_s=server_s,
-        )
+        up_s = None if told.get("receive_s") is None else seconds(told["receive_s"])
+        if up_s is not None:
+            arrived_s = timing.first_byte_s - server_s
+            with self._counting:
+                alone = self._sharing.alone(up_bytes, arrived_s - up_s, arrived_s, self.under_way)
+            if alone is not None:
+                total_s += alone[1] - up_s
+                up_bytes, up_s = alone
+        if up_s is None or alone is not None:
+            state.link.observe(
+                up_bytes=up_bytes,
+                up_s=up_s,
+                down_bytes=timing.received_bytes,
+                down_s=timing.end_s - timing.first_byte_s,
+                total_s=total_s,
+                server_s=server_s,
+            )
         self.answers += 1
         self.sent_bytes += timing.sent_bytes
         self.received_bytes += timing.received_bytes

@@ -178,9 +178,8 @@ class Pending:
             except Exception as error:
                 if self._unwanted:
                     raise
-                self._failed(error)
-            if not self._next_peer():
-                return self._finished_here(call)
+                if not (self._failed(error) and self._next_peer()):
+                    return self._finished_here(call)
             self.send()
 
     def _patience(self) -> tuple[float, Failure]:
