@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def test_core_needs_only_what_an_edge_device_has() -> None:
     requirements = importlib.metadata.requires("torchsurgeon") or []
     core = {re.split(r"[ <>=;\[]", line)[0] for line in requirements if "extra ==" not in line}
-    assert core == {"torch", "numpy", "scikit-learn", "requests"}
+    assert core == {"torch", "numpy", "scikit-learn", "scipy", "requests", "zstandard"}
 
 
 def test_every_extra_is_part_of_all() -> None:
