@@ -1,7 +1,7 @@
-"""A device on which every part of a model takes a set time, whatever else this machine does meanwhile.
+"""A device on which every part of a model takes just what a profile says, whatever else this machine does meanwhile.
 
 :class:`~torchsurgeon.emulate.SlowDevice` multiplies what a call took, and with it every disturbance of a shared
-machine. Here a part's time is a factor times the least of a few runs when it is first called.
+machine. This one waits until the profile's time is over; the machine has to be several times quicker than that.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ import torch
 from torch import nn
 
 import torchsurgeon as ts
+from torchsurgeon.cut import Head
+from torchsurgeon.program import Segment
 
-RUNS = 5
 SPIN_S = 3e-4
 
 
 class PacedDevice:
-    """A device on which the whole ``model`` takes ``total_s``; ``wrap`` is a backend for SplitModule."""
+    """A device with ``profile`` for the parts of ``graph``; ``wrap`` is a backend for SplitModule."""
 
-    def __init__(self, model: nn.Module, x: torch.Tensor, total_s: float) -> None:
-        self.factor = total_s / least_s(model, (x,), {})
+    def __init__(self, graph: ts.LayerGraph, profile: ts.LayerProfile) -> None:
+        self._profile = profile
+        self._layers = {step: layer for layer, step in enumerate(graph.flow.layers)}
 
     def wrap(self, module: nn.Module) -> Callable[..., Any]:
-        takes_s: float | None = None
+        takes_s = self.takes_s(module)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal takes_s
-            if takes_s is None:
-                takes_s = self.factor * least_s(module, args, kwargs)
             end_s = time.perf_counter() + takes_s
             result = module(*args, **kwargs)
             time.sleep(max(0.0, end_s - SPIN_S - time.perf_counter()))
@@ -41,22 +40,32 @@ class PacedDevice:
 
         return call
 
+    def takes_s(self, part: nn.Module) -> float:
+        """Seconds of the model, or of a head, middle or tail of it."""
+        segment = part.segment if isinstance(part, Head) else part
+        if not isinstance(segment, Segment):
+            return self._profile.total_s
+        layers = sorted(self._layers[step] for step in segment.steps if step in self._layers)
+        head_s = self._profile.head_s
+        if layers == list(range(len(layers))):
+            return float(head_s[len(layers)])
+        if layers == list(range(layers[0], len(self._layers))):
+            return float(head_s[-1] - head_s[layers[0]])
+        return float(self._profile.layer_s[layers].sum())
+
+
+def paced(model: nn.Module, x: torch.Tensor, total_s: float) -> tuple[ts.LayerGraph, ts.LayerProfile, PacedDevice]:
+    """A device on which ``model`` takes ``total_s``, its profile, and the graph that both are of."""
+    graph = ts.trace(model, x)
+    measured = ts.profile(graph, inputs=[x], repeats=20, meter=None)
+    profile = measured.scaled(total_s / measured.total_s)
+    return graph, profile, PacedDevice(graph, profile)
+
 
 def warm(split: ts.SplitModule, x: torch.Tensor, rows: Iterable[ts.Row]) -> None:
-    """Connect, shake hands, and have both sides cut and time whatever of ``rows`` may be chosen later."""
+    """Connect, shake hands, and have both sides cut whatever of ``rows`` may be chosen later."""
     for row in rows:
         split.partition = row.point(split.graph)
         split(x)
     split.partition = "auto"
     split(x)
-
-
-def least_s(module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The least seconds that a call took in a few runs."""
-    taken = []
-    with torch.no_grad():
-        for _ in range(RUNS):
-            begin = time.perf_counter()
-            module(*args, **kwargs)
-            taken.append(time.perf_counter() - begin)
-    return min(taken)

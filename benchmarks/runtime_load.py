@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paced_device import PacedDevice, warm
+from paced_device import paced, warm
 from tail_process import RESULTS, TailProcess, apart, middle, seeded, two_cores, write
 from torch import nn
 
@@ -91,9 +91,7 @@ def measure(seconds: float) -> dict[str, Any]:
         if own is not None:
             os.sched_setaffinity(0, {own})
         model, x = resnet50(0)
-        here = ts.profile(ts.trace(model, x), inputs=[x], repeats=20, meter=None)
-        here = here.scaled(DEVICE_S / here.total_s)
-        device = PacedDevice(model, x, DEVICE_S)
+        graph, here, device = paced(model, x, DEVICE_S)
         whole_s = service_s(server.url, x)
         told = stack.enter_context(apart(press, server.url, own))
         emulator = stack.enter_context(LinkEmulator(0, "127.0.0.1", server.port, PRESETS["wifi"]))
@@ -114,7 +112,7 @@ def measure(seconds: float) -> dict[str, Any]:
             )
             for way in WAYS
         }
-        warm(splits["adaptive"], x, Frontier.build(splits["adaptive"].graph, here, there).rows)
+        warm(splits["adaptive"], x, Frontier.build(graph, here, there).rows)
         for split in splits.values():
             split(x)
         steps = []
@@ -123,7 +121,7 @@ def measure(seconds: float) -> dict[str, Any]:
             steps.append({"load": load, **step(splits, x, seconds)})
             show(steps[-1])
         told.send(None)
-    return {"slower": round(device.factor, 2), "server_s": round(whole_s, 5), "steps": steps}
+    return {"device_s": DEVICE_S, "server_s": round(whole_s, 5), "steps": steps}
 
 
 def step(splits: dict[str, ts.SplitModule], x: torch.Tensor, seconds: float) -> dict[str, Any]:

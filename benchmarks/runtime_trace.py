@@ -7,7 +7,8 @@ same seconds of the trace from their start, and begins an inference every half s
 
 * ``adaptive``: the module decides at every inference, knowing nothing but its own requests and probes.
 * ``server``, ``device``: everything there, always; the status quo and its opposite.
-* ``oracle``: the cut that is the fastest over the rest of the trace, which it knows, with both profiles.
+* ``oracle``: the cut that is the fastest from here on over the trace, which it knows; what every cut takes beside
+  that it has timed before, over a steady link.
 
 Printed and written are mean, quartiles and 95th percentile of the latency, and ratios of means; the timeline is drawn.
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paced_device import PacedDevice, warm
+from paced_device import paced, warm
 from tail_process import RESULTS, TailProcess, middle, seeded, two_cores, write
 from torch import nn
 
@@ -44,6 +45,7 @@ LTE = PRESETS["lte"]
 DEVICE_S = 0.4
 PERIOD_S = 0.5
 PATIENCE_S = 60.0
+LESSONS = 3
 
 
 def alexnet(seed: int) -> tuple[nn.Module, torch.Tensor]:
@@ -53,20 +55,33 @@ def alexnet(seed: int) -> tuple[nn.Module, torch.Tensor]:
 
 
 class Oracle:
-    """Knows the uplink's future, and what every row takes on both sides."""
+    """Knows the uplink's future, and what every row takes beside it: from runs over a steady link, in this process."""
 
-    def __init__(self, graph: ts.LayerGraph, frontier: Frontier, uplink: BandwidthTrace) -> None:
-        self.points = {row: row.point(graph) for row in frontier.rows}
-        self.answer_bytes, self.uplink = frontier.answer_bytes, uplink
+    def __init__(self, rows: tuple[Row, ...], uplink: BandwidthTrace) -> None:
+        self.rows, self.uplink = rows, uplink
+        self.points: dict[Row, ts.PartitionPoint] = {}
+        self.sent_bytes: dict[Row, int] = {}
+        self.rest_s: dict[Row, float] = {}
+
+    def learn(self, split: ts.SplitModule, x: torch.Tensor, steady_bit_s: float) -> None:
+        """Time every row over an uplink of a steady rate."""
+        for row in self.rows:
+            split.partition = self.points[row] = row.point(split.graph)
+            rest_s = []
+            for _ in range(LESSONS):
+                split(x)
+                last = split.last
+                assert last is not None
+                rest_s.append(last.total_s - row.head_s - last.sent_bytes * 8 / steady_bit_s)
+                self.sent_bytes[row] = last.sent_bytes
+            self.rest_s[row] = statistics.median(rest_s)
 
     def latency_s(self, row: Row, now_s: float) -> float:
-        if row.on_device:
-            return row.head_s
-        sent_s = self.uplink.delivered_at(now_s + row.head_s, row.size_bytes)
-        return sent_s - now_s + LTE.round_trip_s + row.tail_s + LTE.downlink_s(self.answer_bytes)
+        headed_s = now_s + row.head_s
+        return self.uplink.delivered_at(headed_s, self.sent_bytes[row]) - now_s + self.rest_s[row]
 
     def point(self, now_s: float) -> ts.PartitionPoint:
-        return self.points[min(self.points, key=lambda row: self.latency_s(row, now_s))]
+        return self.points[min(self.rows, key=lambda row: self.latency_s(row, now_s))]
 
 
 def replay(
@@ -104,19 +119,16 @@ def replay(
     return taken
 
 
-def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, Any]:
+def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, list[dict[str, Any]]]:
     own, other = two_cores()
     with TailProcess(alexnet, core=other) as server:
         if own is not None:
             os.sched_setaffinity(0, {own})
         model, x = alexnet(0)
-        graph = ts.trace(model, x)
-        device = PacedDevice(model, x, DEVICE_S)
-        here = ts.profile(graph, inputs=[x], repeats=20, meter=None)
-        here = here.scaled(DEVICE_S / here.total_s)
+        graph, here, device = paced(model, x, DEVICE_S)
         with HttpTransport(server.url) as direct:
             there = ts.LayerProfile.from_json(direct.get_json("/v2/models/model/profile"))
-        oracle = Oracle(graph, Frontier.build(graph, here, there), uplink)
+        oracle = Oracle(Frontier.build(graph, here, there).rows, uplink)
         steady = TracedLink("steady", constant(uplink.mean_bit_s), constant(LTE.downlink_bit_s), LTE.round_trip_s)
         varying = TracedLink("varying", uplink, constant(LTE.downlink_bit_s), LTE.round_trip_s)
         timelines = {}
@@ -134,14 +146,16 @@ def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, Any]:
                     fallback="local" if way == "adaptive" else "error",
                 )
                 with split:
-                    warm(split, x, oracle.points)
+                    warm(split, x, oracle.rows)
+                    if way == "oracle":
+                        oracle.learn(split, x, uplink.mean_bit_s)
                     split.partition = PARTITIONS[way]
                     split(x)
                     timelines[way] = replay(
                         split, x, emulator, varying, seconds, oracle.point if way == "oracle" else None
                     )
                 print(f"{way:9} {statistics.mean(e['latency_s'] for e in timelines[way]) * 1e3:7.1f} ms", flush=True)
-    return {"slower": round(device.factor, 2), "timelines": timelines}
+    return timelines
 
 
 def constant(bit_s: float) -> BandwidthTrace:
@@ -236,18 +250,18 @@ def main() -> None:
     name = options.trace.stem if options.trace is not None else "a synthetic LTE uplink"
     if options.start:
         uplink = later(uplink, options.start)
-    results = measure(uplink, options.seconds)
-    rows = summary(results["timelines"])
+    timelines = measure(uplink, options.seconds)
+    rows = summary(timelines)
     show(name, rows)
-    draw(name, uplink, options.seconds, results["timelines"], options.out.with_suffix(".png"))
+    draw(name, uplink, options.seconds, timelines, options.out.with_suffix(".png"))
     settings = {
         "trace": name,
         "start_s": options.start,
         "seconds": options.seconds,
         "mean_bit_s": round(uplink.bits_available(0.0, options.seconds) / options.seconds),
-        "slower": results["slower"],
+        "device_s": DEVICE_S,
     }
-    write(options.out, {**settings, "ways": rows, "timelines": results["timelines"]})
+    write(options.out, {**settings, "ways": rows, "timelines": timelines})
 
 
 def later(trace: BandwidthTrace, start_s: float) -> BandwidthTrace:
