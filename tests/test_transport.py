@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import torch
 from torchsurgeon import wire
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError, RequestRefusedError, ServerUnavailableError
 from torchsurgeon.transport import HttpTransport
+from torchsurgeon.transport.base import Deadline
 
 X = torch.arange(6.0).view(2, 3)
 Script = Callable[[socket.socket], None]
@@ -381,3 +382,29 @@ def test_headers_are_sent_and_cannot_smuggle_others() -> None:
     assert seen[0].startswith(b"POST /v2/models/a%20b%2Fc/infer ")
     with pytest.raises(ProtocolError):
         HttpTransport("http://127.0.0.1:9", headers={"A": "b\r\nC: d"})
+
+
+@pytest.mark.parametrize("backlog", [0, 5], ids=["connecting", "waiting for the answer"])
+def test_a_cancelled_call_ends_at_once_and_leaves_the_transport_usable(backlog: int) -> None:
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(backlog)
+        for _ in range(4 - backlog):
+            # Beyond the backlog nothing answers a connection that is opened.
+            filling = stack.enter_context(socket.socket())
+            filling.setblocking(False)
+            filling.connect_ex(listener.getsockname())
+        transport = stack.enter_context(HttpTransport(f"http://127.0.0.1:{listener.getsockname()[1]}", 60.0))
+        deadline = Deadline(60.0)
+        timer = threading.Timer(0.2, deadline.cancel)
+        timer.start()
+        begin_s = time.monotonic()
+        with pytest.raises(ServerUnavailableError):
+            transport.infer("net", {"x": torch.ones(3)}, max_answer_bytes=100, deadline=deadline)
+        assert time.monotonic() - begin_s < 20
+        timer.join()
+        with pytest.raises(ServerUnavailableError):
+            transport.infer("net", {"x": torch.ones(3)}, max_answer_bytes=100, deadline=deadline)
+        with pytest.raises(ServerUnavailableError):
+            transport.probe(10, 0, timeout_s=0.1)
