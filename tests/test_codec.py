@@ -164,6 +164,17 @@ def test_a_codec_never_sends_more_than_the_tensor() -> None:
             assert len(find_codec(name).encode(tensor).data) <= tensor.nbytes, name
 
 
+@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_of_one_byte_are_sent_without_loss(name: str, dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, 40).to(dtype)
+    encoded = find_codec(name).encode(tensor)
+    codec = find_codec(encoded.codec)
+    assert codec.lossless
+    decoded = codec.decode(encoded.data, dtype, (3, 40), encoded.order, max_bytes=120)
+    assert torch.equal(decoded.view(torch.uint8), tensor.view(torch.uint8))
+
+
 def test_sizes_are_what_the_names_promise() -> None:
     tensor = torch.randn(1, 16, 32, 32)
     sizes = {name: len(find_codec(name).encode(tensor).data) for name in NUMERIC}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def test_a_table_survives_its_file(table: CodecTable, tmp_path: Path, graph: ts.
         ({"rows": None}, "holds a value that is none"),
         ({"rows": [{}]}, "has no field"),
         ({"model": ...}, "has no field 'model'"),
+        ({"batch": float("inf")}, "holds a value that is none"),
+        ({"provenance": 7}, "holds a value that is none"),
     ],
 )
 def test_a_damaged_table_is_refused(table: CodecTable, tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -128,6 +131,18 @@ def test_a_damaged_table_is_refused(table: CodecTable, tmp_path: Path, change: d
     with pytest.raises(CodecError, match=says) as refused:
         CodecTable.load(path)
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, "half"])
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "codecs.json").write_text(text)
+    with pytest.raises(CodecError, match=r"codecs\.json is not JSON"):
+        CodecTable.load(tmp_path / "codecs.json")
+
+
+def test_a_table_of_another_batch_size_is_refused(table: CodecTable, graph: ts.LayerGraph) -> None:
+    with pytest.raises(CodecError, match=f"batches of {graph.batch + 1}"):
+        dataclasses.replace(table, batch=graph.batch + 1).check(graph)
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,18 @@ def test_a_frontier_is_the_same_after_a_journey_as_json(tmp_path: Path) -> None:
     for damaged in ({}, [], {**data, "format": "other"}, {k: v for k, v in data.items() if k != "rows"}):
         with pytest.raises(ts.PlanError):
             Frontier.from_json(damaged)
+    for name, value in itertools.product(
+        ("head_s", "size_bytes", "tail_s"), (float("nan"), -1.0, 1e300, 10**400, "x", None)
+    ):
+        rows = [{**data["rows"][0], name: value}, *data["rows"][1:]]
+        with pytest.raises(ts.PlanError, match="value that is none"):
+            Frontier.from_json({**data, "rows": rows})
+    with pytest.raises(ts.PlanError, match="answer_bytes"):
+        Frontier.from_json({**data, "answer_bytes": float("nan")})
+    for text in ("[" * 100_000, "9" * 5_000):
+        (tmp_path / "frontier.json").write_text(text)
+        with pytest.raises(ts.PlanError, match="is not JSON"):
+            Frontier.load(tmp_path / "frontier.json")
     with pytest.raises(ts.PlanError, match="cannot be read"):
         Frontier.load(tmp_path / "absent.json")
 

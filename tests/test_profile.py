@@ -122,6 +122,27 @@ def test_a_profile_of_another_graph_is_refused_by_name(profile: ts.LayerProfile)
         (lambda d: {**d, "memory_bytes": [1]}, "memory_bytes holds 1"),
         (lambda d: {**d, "energy": {"meter": "rapl"}}, "whole_j"),
         (lambda d: [], "list"),
+        (lambda d: {**d, "whole_s": [0.0]}, "whole_s"),
+        (lambda d: {**d, "whole_s": [1e300]}, "whole_s"),
+        (lambda d: {**d, "whole_s": [[]]}, "whole_s"),
+        (lambda d: {**d, "samples_s": [[0.0] * len(d["layers"])]}, "samples_s"),
+        (lambda d: {**d, "samples_s": [[10**400] * len(d["layers"])]}, "none"),
+        (lambda d: {**d, "batch": float("inf")}, "none"),
+        (lambda d: {**d, "memory_bytes": [1e300] * len(d["layers"])}, "none"),
+        (lambda d: {**d, "whole_interval_s": []}, "none"),
+        (
+            lambda d: {
+                **d,
+                "energy": {
+                    "meter": "rapl",
+                    "idle_power_w": 1.0,
+                    "layer_j": [float("inf")] * len(d["layers"]),
+                    "interval_j": [[0, 1]] * len(d["layers"]),
+                    "whole_j": [1, 1, 1],
+                },
+            },
+            "finite joules",
+        ),
     ],
 )
 def test_a_damaged_profile_is_refused(profile: ts.LayerProfile, tmp_path: Path, damage, reason: str) -> None:  # type: ignore[no-untyped-def]
@@ -134,9 +155,10 @@ def test_a_damaged_profile_is_refused(profile: ts.LayerProfile, tmp_path: Path, 
 
 def test_a_file_cut_short_is_refused(profile: ts.LayerProfile, tmp_path: Path) -> None:
     path = tmp_path / "short.json"
-    path.write_text(json.dumps(profile.to_json())[:-20])
-    with pytest.raises(ts.ProfileError, match=r"short\.json is not JSON"):
-        ts.LayerProfile.load(path)
+    for text in (json.dumps(profile.to_json())[:-20], "[" * 100_000, "9" * 5_000):
+        path.write_text(text)
+        with pytest.raises(ts.ProfileError, match=r"short\.json is not JSON"):
+            ts.LayerProfile.load(path)
     with pytest.raises(ts.ProfileError, match="cannot be read"):
         ts.LayerProfile.load(tmp_path / "absent.json")
 

@@ -34,7 +34,7 @@ _LEAST_PER_CHANNEL = 64
 def packs(packing: str, dtype: torch.dtype) -> bool:
     """Return whether ``packing`` makes tensors of ``dtype`` smaller."""
     half = _HALVES.get(packing)
-    return dtype.is_floating_point and (half is None or dtype.itemsize > half.itemsize)
+    return dtype.is_floating_point and dtype.itemsize > (half.itemsize if half else 1)
 
 
 def usual(packing: str, shape: Sequence[int]) -> str:

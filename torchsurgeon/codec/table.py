@@ -113,11 +113,16 @@ class CodecTable:
         raise CodecError(f"codec {codec!r} was not measured at point {point}; measured there: {known}")
 
     def check(self, graph: LayerGraph) -> None:
-        """Raise :class:`~torchsurgeon.errors.CodecError` when this is not a table of ``graph``."""
+        """Raise :class:`~torchsurgeon.errors.CodecError` when this is not a table of ``graph`` and its batch size."""
         if self.fingerprint != graph.fingerprint:
             raise CodecError(
                 f"these codecs were measured on {self.model} (fingerprint {self.fingerprint[:12]}), not on "
                 f"{type(graph.model).__name__} ({graph.fingerprint[:12]}); measure them on that model"
+            )
+        if self.batch != graph.batch:
+            raise CodecError(
+                f"these codecs were measured on batches of {self.batch}, the graph is of batches of {graph.batch}; "
+                "measure them on that graph"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -133,13 +138,14 @@ class CodecTable:
             raise CodecError(f"not a codec table of this version: format is {found!r}, not {FORMAT!r}; measure again")
         try:
             rows = tuple(_row(row) for row in data["rows"])
-            fields = {key: data[key] for key in ("model", "fingerprint", "batch", "samples", "budget", "provenance")}
-            return CodecTable(rows=rows, **fields)
+            model, fingerprint, budget = (str(data[key]) for key in ("model", "fingerprint", "budget"))
+            batch, samples = (int(data[key]) for key in ("batch", "samples"))
+            return CodecTable(model, fingerprint, batch, samples, budget, rows, dict(data["provenance"]))
         except CodecError:
             raise
         except KeyError as error:
             raise CodecError(f"the codec table has no field {error}; it was cut short or edited") from None
-        except (TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise CodecError(f"the codec table holds a value that is none: {error}") from None
 
     def save(self, path: str | Path) -> None:
@@ -156,10 +162,10 @@ class CodecTable:
             return CodecTable.from_json(json.loads(Path(path).read_text()))
         except OSError as error:
             raise CodecError(f"{path} cannot be read: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CodecError(f"{path} is not JSON: {error}") from None
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise CodecError(f"{path} is not JSON: {error}") from None
 
 
 def _row(data: Mapping[str, Any]) -> CodecRow:
@@ -167,7 +173,8 @@ def _row(data: Mapping[str, Any]) -> CodecRow:
     return CodecRow(
         **{
             **data,
-            "cost": CodecCost(**data["cost"]),
+            "point": int(data["point"]),
+            "cost": CodecCost(**{**data["cost"], "codec": str(data["cost"]["codec"])}),
             "boundary": None if boundary is None else Difference(**boundary),
         }
     )

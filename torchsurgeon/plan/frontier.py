@@ -222,10 +222,14 @@ class Frontier:
             raise PlanError(f"not a frontier of this version: format is {found!r}, not {FORMAT!r}; build it again")
         try:
             fields = {f.name: data[f.name] for f in dataclasses.fields(Frontier) if f.name != "rows"}
+            if not 0 <= fields["answer_bytes"] < 1e18:
+                raise ValueError(f"answer_bytes is {fields['answer_bytes']}")
             return Frontier(**fields, rows=tuple(Row.from_json(row) for row in data["rows"]))
+        except PlanError:
+            raise
         except KeyError as error:
             raise PlanError(f"the frontier has no field {error}; it was cut short or edited") from None
-        except TypeError as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise PlanError(f"the frontier holds a value that is none: {error}") from None
 
     def save(self, path: str | Path) -> None:
@@ -242,10 +246,10 @@ class Frontier:
             return Frontier.from_json(json.loads(Path(path).read_text()))
         except OSError as error:
             raise PlanError(f"{path} cannot be read: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path} is not JSON: {error}") from None
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{path} is not JSON: {error}") from None
 
 
 def _has_stages(objective: str | Mapping[str, float] | Objective) -> bool:

@@ -16,6 +16,7 @@ from torchsurgeon.profile import LayerProfile
 
 Array = NDArray[np.float64]
 _FAR = 1e3
+_MOST = 1e18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,13 @@ class Row:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Row:
         layers = data["layers"]
-        return Row(**{**data, "layers": None if layers is None else tuple(layers)})
+        row = Row(**{**data, "layers": None if layers is None else tuple(layers)})
+        for name in ("index", "head_s", "encode_s", "size_bytes", "tail_s", "decode_s"):
+            if not 0 <= getattr(row, name) < _MOST:
+                raise ValueError(f"{name} is {getattr(row, name)}")
+        if row.device_j is not None and not abs(row.device_j) < _MOST:
+            raise ValueError(f"device_j is {row.device_j}")
+        return row
 
 
 class Costs:

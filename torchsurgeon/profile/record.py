@@ -17,6 +17,9 @@ from torchsurgeon.graph import LayerGraph
 
 FORMAT = "torchsurgeon.profile/2"
 
+# Rates and ratios of what is outside would be no numbers.
+_LEAST_S, _MOST_S = 1e-12, 1e12
+
 Array = NDArray[np.float64]
 
 
@@ -88,8 +91,15 @@ class LayerProfile:
                 f"a profile of {len(self.layers)} layers cannot hold samples of shape {self.samples_s.shape}"
             )
         for what, values in (("samples_s", self.samples_s), ("whole_s", self.whole_s)):
-            if not len(values) or not np.isfinite(values).all() or (values < 0).any():
+            if not values.size or not np.isfinite(values).all() or (values < 0).any():
                 raise ProfileError(f"{what} must hold finite, non-negative seconds")
+        for what, whole in (("samples_s", self.samples_s.sum(axis=1)), ("whole_s", self.whole_s)):
+            if self.layers and not _LEAST_S <= np.median(whole) <= _MOST_S:
+                raise ProfileError(
+                    f"a model cannot take {np.median(whole)} s, which is what {what} says; measure it again"
+                )
+        if self.energy is not None and np.isinf([*self.energy.layer_j, *self.energy.whole_j]).any():
+            raise ProfileError("layer_j and whole_j must hold finite joules, NaN where they are not known")
         for what, size in (
             ("memory_bytes", len(self.layers) if self.memory_bytes is None else len(self.memory_bytes)),
             ("layer_j", len(self.layers) if self.energy is None else len(self.energy.layer_j)),
@@ -280,9 +290,9 @@ class LayerProfile:
             raise ProfileError(
                 f"the profile has no field {error}; it was cut short or edited, measure it again"
             ) from None
-        except (TypeError, ValueError) as error:
-            if isinstance(error, ProfileError):
-                raise
+        except ProfileError:
+            raise
+        except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
             raise ProfileError(f"the profile holds a value that is none: {error}") from None
 
     def save(self, path: str | Path) -> None:
@@ -301,10 +311,10 @@ class LayerProfile:
             return LayerProfile.from_json(json.loads(Path(path).read_text()))
         except OSError as error:
             raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ProfileError(f"{path} is not JSON: {error}") from None
         except ProfileError as error:
             raise ProfileError(f"{path}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ProfileError(f"{path} is not JSON: {error}") from None
 
 
 def _nulls(values: Any) -> Any:
