@@ -457,6 +457,8 @@ def test_a_slow_uplink_shared_by_many_is_no_reason_to_give_up(server: Server) ->
             assert split.last is not None
             degraded.append(split.last.degraded)
         assert degraded.count(None) >= 20, degraded
+        known = split.stats()["servers"][0]["uplink_bit_s"]
+        assert 1e7 < known < 4e7, "the link's rate, and not what one of eight requests gets of it"
     registry.close()
 
 
