@@ -16,7 +16,7 @@ import torchsurgeon as ts
 from torchsurgeon.runtime.compiled import Compiled, compiler
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
-# What docs/runtime.md promises of inductor in float32.
+# What docs/streams.md promises of inductor in float32.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 X = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
