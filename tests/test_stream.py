@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import threading
 import time
@@ -490,3 +491,14 @@ def test_a_stream_is_cut_for_its_rate(server: Server) -> None:
             split(x)
             assert split.decisions[-1].row.index == 0, "single calls have a history of their own"
     registry.close()
+
+
+def test_a_streams_answers_belong_to_the_context_that_asked(server: Server) -> None:
+    """As spans do, whose parents are found there."""
+    asked: contextvars.ContextVar[str] = contextvars.ContextVar("asked", default="nobody")
+    seen: list[str] = []
+    with watched(split_of(server)) as split:
+        watch.before_head = lambda number: seen.append(asked.get())
+        asked.set("this test")
+        assert numbers(split.map(frames(2))) == [0, 1]
+    assert seen == ["this test"] * 2

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, ExitStack, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from torchsurgeon.errors import AdaptError, ServerUnavailableError
 from torchsurgeon.runtime.pool import MOST_THREADS, Pool
+
+T = TypeVar("T")
 
 # Each has a request of its own under way, and these have no more threads.
 MOST_IN_FLIGHT = MOST_THREADS
@@ -52,7 +55,7 @@ class Stream:
         self._unanswered.add(future)
         future.add_done_callback(self._unanswered.discard)
         try:
-            self._heads.submit(functools.partial(self._head, future, begin, _surroundings()))
+            self._heads.submit(functools.partial(self._head, future, begin, _Surroundings()))
         except ServerUnavailableError:
             self._unanswered.discard(future)
             raise
@@ -71,13 +74,12 @@ class Stream:
             with suppress(InvalidStateError):
                 future.set_exception(ServerUnavailableError("the SplitModule has been closed"))
 
-    def _head(self, future: Future[Any], begin: Callable[[], Begun], around: list[_Entered]) -> None:
+    def _head(self, future: Future[Any], begin: Callable[[], Begun], around: _Surroundings) -> None:
         self._room.acquire()
         begun: Begun | None = None
         try:
             if future.set_running_or_notify_cancel():
-                with _all(around):
-                    begun = begin()
+                begun = around.run(begin)
                 self._answers.submit(functools.partial(self._answer, future, begun, around), begun.cancel)
         except BaseException as error:
             if begun is not None:
@@ -88,10 +90,9 @@ class Stream:
             if begun is None:
                 self._room.release()
 
-    def _answer(self, future: Future[Any], begun: Begun, around: list[_Entered]) -> None:
+    def _answer(self, future: Future[Any], begun: Begun, around: _Surroundings) -> None:
         try:
-            with _all(around):
-                answer = begun.result()
+            answer = around.run(begun.result)
         except BaseException as error:
             future.set_exception(error)
         else:
@@ -133,23 +134,23 @@ def _in_order(begins: Iterator[Callable[[], Begun]], depth: int) -> Iterator[Any
         stream.close()
 
 
-_Entered = Callable[[], AbstractContextManager[Any]]
+class _Surroundings:
+    """What a call finds in the thread that makes it, and an answer depends on: autocast, CUDA's stream with the inputs,
+    and its context, in which spans have their parents."""
 
+    def __init__(self) -> None:
+        self._context = contextvars.copy_context()
+        self._entered: list[Callable[[], AbstractContextManager[Any]]] = [
+            functools.partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+            if torch.is_autocast_enabled(kind)
+        ]
+        if torch.cuda.is_initialized():
+            self._entered.append(functools.partial(torch.cuda.stream, torch.cuda.current_stream()))
 
-def _surroundings() -> list[_Entered]:
-    """What PyTorch keeps for each thread and an answer depends on: autocast, and the stream with the inputs."""
-    found: list[_Entered] = [
-        functools.partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda")
-        if torch.is_autocast_enabled(kind)
-    ]
-    if torch.cuda.is_initialized():
-        found.append(functools.partial(torch.cuda.stream, torch.cuda.current_stream()))
-    return found
-
-
-def _all(around: list[_Entered]) -> ExitStack:
-    with ExitStack() as stack:
-        for entered in around:
-            stack.enter_context(entered())
-        return stack.pop_all()
+    def run(self, function: Callable[[], T]) -> T:
+        """Call ``function`` as if there."""
+        with ExitStack() as stack:
+            for entered in self._entered:
+                stack.enter_context(entered())
+            return self._context.run(function)
