@@ -6,11 +6,11 @@ answered, and befalls probes and trials as well. Then it ends: a killed server i
 From that moment on the time is taken until an inference is answered by the server again. Inferences that only wait
 for this are made every 10 ms and are checked like all others, beyond ``--count``.
 
-The model is small (5 ms on the device made slow, under 1 ms on the server), so the server is always worth asking. The
-processes are this one, with the device and the link in two threads, and the server. Names are made not to be found by
-answering so in place of ``socket.getaddrinfo``.
+The model is small (60 ms on the device, which is paced, under 1 ms on the server), so the server is always worth
+asking, and the tail here has to start well before the deadline. The processes are this one, with the device and the
+link in two threads, and the server. Names are made not to be found by answering so in place of ``socket.getaddrinfo``.
 
-    python benchmarks/runtime_faults.py [--count 2000] [--deadline 0.25] [--out benchmarks/results/runtime_faults.json]
+    python benchmarks/runtime_faults.py [--count 2000] [--deadline 0.1] [--out benchmarks/results/runtime_faults.json]
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from typing import Any
 
 import torch
 from faulty_link import FaultyLink
+from paced_device import paced
 from tail_process import RESULTS, TailProcess, middle, seeded, write
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.emulate import SlowDevice
 
 EVERY = 5
 RETURN_S = 2.0
 GIVE_UP_S = 10.0
 HOST = "localhost"
-SLOWER = 20.0
+DEVICE_S = 0.06
 
 
 def small(seed: int) -> tuple[nn.Module, torch.Tensor]:
@@ -227,7 +227,7 @@ def show(trial: Trial, tallies: dict[str, Tally]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--deadline", type=float, default=0.25, metavar="SECONDS")
+    parser.add_argument("--deadline", type=float, default=0.1, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "runtime_faults.json")
     options = parser.parse_args()
@@ -235,6 +235,7 @@ def main() -> int:
     # A server with other weights is one of the faults, and warned of.
     warnings.simplefilter("ignore")
     model, example = small(0)
+    _, here, device = paced(model, example, DEVICE_S)
     with TailProcess(small) as server, FaultyLink(server.port, options.seed) as link:
         faults = Faults(link, server)
         with faults.names():
@@ -242,9 +243,9 @@ def main() -> int:
                 model,
                 example,
                 server=f"http://{HOST}:{link.port}",
-                backend=SlowDevice(SLOWER).wrap,
+                backend=device.wrap,
                 deadline_s=options.deadline,
-                device_profile=ts.profile(ts.trace(model, example), meter=None).scaled(SLOWER),
+                device_profile=here,
             )
             with split:
                 trial = Trial(split.prepare(), model, options.deadline, options.seed)

@@ -141,6 +141,8 @@ def step(splits: dict[str, ts.SplitModule], x: torch.Tensor, seconds: float) -> 
         for key in ("mean_s", "p95_s"):
             ways[way][f"{key}_ratio_to_server"] = round(ways[way][key] / ways["server"][key], 3)
     ways["adaptive"]["on_the_device"] = here
+    believed = splits["adaptive"].stats()["servers"][0]
+    ways["adaptive"]["believed"] = {key: believed[key] for key in ("load", "queue_s", "uplink_bit_s", "round_trip_s")}
     return ways
 
 
@@ -150,8 +152,12 @@ def show(row: dict[str, Any]) -> None:
         f" ({row[way]['p95_s_ratio_to_server']:.2f} ×)"
         for way in WAYS
     )
-    adaptive = row["adaptive"]
-    print(f"load {row['load']:4.0%}  {text}; {adaptive['on_the_device']} of {adaptive['inferences']} here", flush=True)
+    adaptive, believed = row["adaptive"], row["adaptive"]["believed"]
+    print(
+        f"load {row['load']:4.0%}  {text}; {adaptive['on_the_device']} of {adaptive['inferences']} here, believed: "
+        f"K {believed['load']:.2f}, wait {believed['queue_s'] * 1e3:.0f} ms",
+        flush=True,
+    )
 
 
 def main() -> None:
