@@ -130,3 +130,19 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.strip() == f"torchsurgeon {metadata.version('torchsurgeon')}"
+
+
+def test_plan_says_that_a_reference_device_is_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "tegra-k1-cpu", "--server", "tesla-k40", "--link", "lte"]
+    assert cli.main(["plan", "torchvision:squeezenet1_1", *options]) == 0
+    told = capsys.readouterr().err
+    for name in ("tegra-k1-cpu", "tesla-k40"):
+        assert f"{name}: a bound from data sheets" in told
+
+
+def test_tables_in_a_pipe_are_not_cut_short(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert cli.main(["predict", "torchvision:squeezenet1_1", "--device", "xeon-1-thread"]) == 0
+    assert "features.12.expand3x3_activation" in capsys.readouterr().out

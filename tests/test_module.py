@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import torchsurgeon as ts
+from torchsurgeon.codec import CodecTable
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.transport import HttpTransport, InProcessTransport
 
@@ -369,3 +370,9 @@ def test_measured_link_is_that_of_the_emulated_one(server: Server) -> None:
     assert measured.round_trip_s == pytest.approx(link.round_trip_s, rel=0.15)
     assert measured.uplink_bit_s == pytest.approx(link.uplink_bit_s, rel=0.15)
     assert measured.downlink_bit_s == pytest.approx(link.downlink_bit_s, rel=0.15)
+
+
+def test_a_measured_table_given_as_the_codec_is_told_where_it_belongs() -> None:
+    table = CodecTable("Net", "", batch=1, samples=1, budget="", rows=())
+    with pytest.raises(ts.CodecError, match="as codecs="):
+        ts.SplitModule(make_net(), EXAMPLE, partition="device", codec=table)  # type: ignore[arg-type]

@@ -230,6 +230,14 @@ def test_a_correction_scales_the_sum_of_layers(predictor: ts.Predictor, graph: t
     assert scaled.whole_interval_s == pytest.approx((0.9 * scaled.total_s, 1.2 * scaled.total_s))
 
 
+def test_a_whole_model_without_a_correction_is_as_uncertain_as_its_layers(
+    predictor: ts.Predictor, graph: ts.LayerGraph
+) -> None:
+    profile = predictor.predict(graph)
+    assert profile.interval_s is not None
+    assert profile.whole_interval_s == pytest.approx(tuple(profile.interval_s.sum(axis=0)))
+
+
 def test_too_few_samples_are_refused_with_their_counts() -> None:
     with pytest.raises(ts.CalibrationError, match=r"19 of convolution.*at least 20"):
         ts.Predictor.fit(samples(count=19), FACTS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import torchsurgeon as ts
@@ -99,3 +101,23 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "layers.png"
     report.layer_picture("test", graph, [("device", profile)], [("lte", 0), ("3g", 3)], path)
     assert path.stat().st_size > 10_000
+
+
+def test_an_unknown_picture_format_is_named_with_those_there_are(tmp_path: Path) -> None:
+    graph = ts.trace(nn.Sequential(nn.ReLU()).eval(), torch.rand(1, 4))
+    profile = even_profile(graph)
+    with pytest.raises(ts.TorchSurgeonError, match=r"'xyz'; end it in one of .*png"):
+        report.profile_picture(graph, profile, tmp_path / "picture.xyz")
+
+
+def test_the_best_way_and_its_objective_fit_a_narrow_terminal() -> None:
+    graph = ts.trace(nn.Sequential(*(nn.ReLU() for _ in range(3))).eval(), torch.rand(1, 4))
+    profile = even_profile(graph)
+    wish = {"latency": 1.0, "server_time": 0.5}
+    found = ts.plan(graph, device=profile, server=profile, link=ts.Link.parse("lte"), objective=wish)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.plan_table(found))
+    text = console.export_text()
+    assert "★ all on" in text
+    assert "sum" in text
+    assert "…" not in text

@@ -7,14 +7,18 @@ import dataclasses
 import io
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchsurgeon import __version__
 from torchsurgeon.errors import TorchSurgeonError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _EXTRAS = {
     "rich": "cli",
@@ -29,6 +33,7 @@ _EXTRAS = {
 }
 
 _RUNS = 10
+_WIDE = 160
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser("calibrate", help="time layers of every kind on this machine, to predict models")
     calibrate.add_argument("--out", type=Path, metavar="FILE", required=True, help="write the calibration as JSON")
     calibrate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    calibrate.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="time to spend")
+    calibrate.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="time to spend, default 300")
     calibrate.add_argument("--threads", type=_count, help="CPU threads of one inference")
     calibrate.add_argument("--seed", type=int, default=0, help="of the networks that are drawn")
     calibrate.add_argument(
@@ -121,7 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="predict each layer's time on a calibrated device, running nothing")
     _model_arguments(predict)
     predict.add_argument(
-        "--device", required=True, metavar="DEVICE", help="a file of torchsurgeon calibrate, or tegra-k1-gpu, …"
+        "--device",
+        required=True,
+        metavar="DEVICE",
+        help="a file of torchsurgeon calibrate, or tegra-k1-cpu, tegra-k1-gpu, tesla-k40, xeon-1-thread",
     )
     predict.add_argument("--profile", type=Path, metavar="FILE", help="a measured profile to compare with")
     predict.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted over measured, e.g. predicted.png")
@@ -132,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(codecs)
     codecs.add_argument("--weights", metavar="FILE", help=".safetensors, .pt, or 'default'")
     codecs.add_argument("--sample", type=Path, metavar="DIR", required=True, help="folder of your own images")
-    codecs.add_argument("--most", type=_count, default=32, help="samples taken from the folder")
+    codecs.add_argument("--most", type=_count, default=32, help="samples taken from the folder, default 32")
     codecs.add_argument(
         "--codecs", metavar="NAMES", help="separated by commas, e.g. zstd,int8+zstd,jpeg-75; default all"
     )
@@ -236,7 +244,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     what = "a measured profile, or the calibration or name of a device to predict for"
     parser.add_argument("--device", required=True, metavar="FILE", help=f"the device: {what}")
     parser.add_argument("--server", required=True, metavar="FILE", help="the server: as the device")
-    parser.add_argument("--link", default="lte", help="3g, lte, wifi, 5g-low, 5g-mmwave, or UP/DOWN/RTT (Mbit/s, s)")
+    parser.add_argument(
+        "--link", default="lte", help="3g, lte, wifi, lte-2021, 5g-low, 5g-mmwave, or UP/DOWN/RTT (Mbit/s, s)"
+    )
     parser.add_argument("--uplink", type=float, metavar="MBIT_S", help="in place of the link's own rate")
     parser.add_argument(
         "--objective",
@@ -247,23 +257,44 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slowdown", type=float, default=1.0, metavar="S", help="the device takes S times its profile")
 
 
+def _console() -> Console:
+    """A terminal as wide as it is; a file or a pipe as wide as any table."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_WIDE)
+
+
 def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], str | dict[str, float]]:
-    """What a plan is made of, and its objective."""
+    """What a plan is made of, and its objective; says where costs are guesses."""
+    import warnings
+
     from torchsurgeon import specs
     from torchsurgeon.codec import CodecTable
     from torchsurgeon.graph import trace
     from torchsurgeon.link import Link
-    from torchsurgeon.predict import costs_on
+    from torchsurgeon.predict import PredictionWarning, costs_on
 
     model = specs.load(options.spec, input_spec=options.input)
     graph = trace(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PredictionWarning)
+        device, server = costs_on(graph, options.device), costs_on(graph, options.server)
+    notes = list(dict.fromkeys(str(warning.message) for warning in caught))
+    notes += [
+        f"{name}: a bound from data sheets, not a measured device; real times are longer"
+        for name, costs in dict(zip((options.device, options.server), (device, server), strict=True)).items()
+        if costs.provenance.get("predicted") and costs.interval_s is None
+    ]
+    for note in notes:
+        print(f"torchsurgeon: warning: {note}", file=sys.stderr)
     link = Link.parse(options.link)
     if options.uplink is not None:
         link = dataclasses.replace(link, uplink_bit_s=options.uplink * 1e6)
     parts = {
         "graph": graph,
-        "device": costs_on(graph, options.device),
-        "server": costs_on(graph, options.server),
+        "device": device,
+        "server": server,
         "link": link,
         "codecs": None if options.codecs is None else CodecTable.load(options.codecs),
     }
@@ -274,8 +305,6 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], str | dict[st
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from torchsurgeon import plan, report
 
     parts, objective = _planned(options)
@@ -291,7 +320,7 @@ def _plan(options: argparse.Namespace) -> None:
         raw_input=not options.no_raw_input,
         server_allowed=not options.no_server,
     )
-    console = Console()
+    console = _console()
     console.print(report.plan_table(found))
     console.print(found.explain(), highlight=False, markup=False, soft_wrap=True)
     if options.frontier is not None:
@@ -303,8 +332,6 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from torchsurgeon.plan import Frontier, sweep
     from torchsurgeon.report import sweep_picture, sweep_table
 
@@ -314,7 +341,7 @@ def _sweep(options: argparse.Namespace) -> None:
         [scale * value for value in _spread(text)] for text, scale in ((options.uplinks, 1e6), (options.loads, 1))
     )
     found = sweep(Frontier.build(**parts), link, rates, loads, objective, options.slowdown)
-    Console().print(sweep_table(found))
+    _console().print(sweep_table(found))
     if options.csv is not None:
         found.save(options.csv)
     if options.plot is not None:
@@ -346,22 +373,18 @@ def _trace(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(graph.to_json()))
         return
-    from rich.console import Console
-
     from torchsurgeon.report import graph_table
 
-    Console().print(graph_table(graph))
+    _console().print(graph_table(graph))
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from torchsurgeon import doctor, specs
     from torchsurgeon.report import diagnosis_text
 
     model = specs.load(options.spec, input_spec=options.input)
     found = doctor.examine(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)
-    Console().print(diagnosis_text(found))
+    _console().print(diagnosis_text(found))
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -383,7 +406,7 @@ def _profile(options: argparse.Namespace) -> None:
     loaded.model.to(device)
     args, kwargs = _pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (loaded.args, loaded.kwargs))
     graph = trace(loaded.model, *args, leaf_modules=options.leaf, **kwargs)
-    console = Console()
+    console = _console()
     with Progress(console=Console(stderr=True), transient=True) as bar, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NoisyProfileWarning)
         task = bar.add_task("profiling", total=None)
@@ -421,7 +444,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.from_csv:
         predictor = Predictor.from_csv(_pairs(options.from_csv), options.name)
         predictor.save(options.out)
-        Console().print(calibration_table(predictor))
+        _console().print(calibration_table(predictor))
         return
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -440,15 +463,13 @@ def _calibrate(options: argparse.Namespace) -> None:
             bar.stop()
             print(f"torchsurgeon: interrupted; the same command goes on with {options.out}", file=sys.stderr)
             raise
-    Console().print(calibration_table(predictor))
+    _console().print(calibration_table(predictor))
     for warning in caught:
         print(f"torchsurgeon: warning: {warning.message}", file=sys.stderr)
 
 
 def _predict(options: argparse.Namespace) -> None:
     import warnings
-
-    from rich.console import Console
 
     from torchsurgeon import report, specs
     from torchsurgeon.graph import trace
@@ -468,7 +489,7 @@ def _predict(options: argparse.Namespace) -> None:
         predicted = predictor.predict(graph)
     if options.json is not None:
         predicted.save(options.json)
-    Console().print(report.prediction_table(graph, predictor, predicted, measured))
+    _console().print(report.prediction_table(graph, predictor, predicted, measured))
     notes = [] if measured is None else [f"{options.profile}: {what}" for what in predictor.mismatches(measured)]
     for note in [*(warning.message for warning in caught), *notes]:
         print(f"torchsurgeon: warning: {note}", file=sys.stderr)
@@ -508,7 +529,7 @@ def _codecs(options: argparse.Namespace) -> None:
         )
     if options.out is not None:
         measured.save(options.out)
-    Console().print(codec_table(measured))
+    _console().print(codec_table(measured))
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from torchsurgeon.adapt import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
-from torchsurgeon.errors import BackendError, PlanError, ServerUnavailableError, TraceError
+from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError, TraceError
 from torchsurgeon.graph import LayerGraph, PartitionPoint, trace
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Estimate, Objective, Row, estimate
@@ -332,6 +332,8 @@ class SplitModule(nn.Module):
 
 
 def _codec(name: str) -> Codec | Lossless:
+    if isinstance(name, CodecTable):
+        raise CodecError('codec takes a name such as "int8+zstd"; give a measured table as codecs=')
     return Lossless() if name == Lossless.name else find_codec(name)
 
 

@@ -48,6 +48,11 @@ class BlockCorrection:
     low: float = 1.0
     high: float = 1.0
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether networks enough were timed to know ``low`` and ``high``."""
+        return self.low < self.high
+
     def factor(self, sum_s: float, layers: int) -> float:
         """Return the whole model's seconds over the sum of its layers'."""
         mean_s = min(max(sum_s / max(layers, 1), self.shortest_s), self.longest_s)
@@ -167,7 +172,9 @@ class Predictor:
             warnings.warn(what, PredictionWarning, stacklevel=2)
         sum_s = float(seconds.sum())
         whole_s = sum_s * self.block.factor(sum_s, len(found))
-        spread = np.array([self.block.low, 1.0, self.block.high]) * whole_s
+        whole_low_s, whole_high_s = self.block.low * whole_s, self.block.high * whole_s
+        if not self.block.is_fitted:  # then it is as uncertain as if all layers erred the same way
+            whole_low_s, whole_high_s = float(low_s.sum()), float(high_s.sum())
         return LayerProfile(
             type(graph.model).__name__,
             graph.fingerprint,
@@ -179,7 +186,7 @@ class Predictor:
             _live_bytes(graph),
             self._energy(flat, before, layers, len(found), whole_s / sum_s),
             None if self.is_bound else np.stack([low_s, high_s], axis=1),
-            None if self.is_bound else (float(spread[0]), float(spread[2])),
+            None if self.is_bound else (whole_low_s, whole_high_s),
         )
 
     @property

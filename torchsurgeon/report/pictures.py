@@ -35,6 +35,19 @@ def new_figure(width_in: float, height_in: float) -> Any:
     return figure
 
 
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Draw a figure into the format that ``path`` ends in.
+
+    Raises :class:`~torchsurgeon.errors.TorchSurgeonError` for one that matplotlib does not know, and ``OSError`` where
+    nothing can be written.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    ending = Path(path).suffix[1:].lower() or "png"
+    if ending not in known:
+        raise TorchSurgeonError(f"{path}: there is no picture format {ending!r}; end it in one of {', '.join(known)}")
+    figure.savefig(path, dpi=130)
+
+
 def plain(text: str) -> str:
     """Return ``text``, which may be any model's name of a layer, so that matplotlib takes no formula from it."""
     return text.replace("$", r"\$")
@@ -79,7 +92,7 @@ def profile_picture(graph: LayerGraph, profile: LayerProfile, path: str | Path) 
     axes[0].set_xlim(0, right * 1.12)
     device = profile.provenance.get("device", "an unnamed device")
     figure.suptitle(f"{plain(profile.model)} on {plain(str(device))}: {seconds_text(profile.total_s)} a run")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def layer_picture(
@@ -134,4 +147,4 @@ def layer_picture(
     handles = [*times.get_legend_handles_labels()[0], *sizes.get_legend_handles_labels()[0]]
     times.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(handles), frameon=False)
     times.set_title(f"{title}: where time goes and what would cross", pad=42)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

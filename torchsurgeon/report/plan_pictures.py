@@ -12,7 +12,7 @@ from torchsurgeon.graph import LayerGraph
 from torchsurgeon.plan import Frontier, Objective, Plan, Sweep, Terms
 from torchsurgeon.plan.decide import choose
 from torchsurgeon.plan.explain import place
-from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure, plain
+from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure, plain, save_figure
 from torchsurgeon.report.runs import MOST_RUNS, CutRun, cut_runs
 from torchsurgeon.report.units import bytes_text, flops_text, seconds_text
 
@@ -56,7 +56,7 @@ def plan_picture(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
         f"server load {plan.load:g}, device slow-down {plan.slowdown:g}, constraints: {plan.constraints}",
         fontsize=11,
     )
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def _draw_latency(axis: Any, terms: Sequence[Terms], plan: Plan, star: int) -> None:
@@ -176,4 +176,4 @@ def sweep_picture(sweep: Sweep, path: str | Path) -> None:
     left.set_ylabel("server load (times its profile)")
     trip = seconds_text(sweep.link.round_trip_s)
     figure.suptitle(f"{plain(sweep.model)}: the least {sweep.objective}, round trip {trip}")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

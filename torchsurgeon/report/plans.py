@@ -25,8 +25,8 @@ def plan_table(plan: Plan, most: int = 12) -> Table:
         padding=(0, 1, 0, 0),
     )
     unit = plan.objective.unit
-    table.add_column("way", overflow="fold", min_width=18)
-    more = [] if plan.objective == Objective(latency=1.0) else [str(plan.objective)]
+    table.add_column("way", overflow="fold", min_width=12)
+    more = [] if plan.objective == Objective(latency=1.0) else [str(plan.objective) if unit else "sum"]
     for name in ("sent", "head", "uplink", "tail", "downlink", "latency", *more):
         table.add_column(name, justify="right", no_wrap=True)
     for i in best:

@@ -13,7 +13,7 @@ from torchsurgeon.graph import LayerGraph
 from torchsurgeon.predict import Predictor
 from torchsurgeon.predict.operations import layer_kinds
 from torchsurgeon.profile import LayerProfile
-from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_figure, plain
+from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_figure, plain, save_figure
 from torchsurgeon.report.units import joules_text, seconds_text
 
 _LOOKS = tuple((color, marker) for marker in "osD" for color in (BLUE, ORANGE, GREEN, RED, PINK, SKY))
@@ -26,7 +26,7 @@ def calibration_table(predictor: Predictor) -> Table:
     table = Table(
         title=f"{device}: what each prediction model is worth",
         caption=(
-            f"Errors on layers of networks held out. The device reaches {roofline.peak_flop_s / 1e9:.3g} Gflop/s "
+            f"Errors on layers (of networks) held out. The device reaches {roofline.peak_flop_s / 1e9:.3g} Gflop/s "
             f"(multiply and add are two) and {roofline.bandwidth_byte_s / 1e9:.3g} GB/s; a call takes "
             f"{seconds_text(roofline.overhead_s)}. Layers of other kinds are bounded by these."
         ),
@@ -108,9 +108,14 @@ def _caption(predictor: Predictor) -> str:
             "ALL OF THIS IS A BOUND: the device was never measured. Peak arithmetic and memory rates are from data "
             "sheets (docs/prediction.md names them); real times are longer."
         )
+    whole = (
+        "The whole model is corrected for what a sum of layers misses."
+        if predictor.block.is_fitted
+        else "The whole model and its interval are sums of the layers': too few networks were timed to correct them."
+    )
     return (
-        "Nothing was run. 90 % of layers lie in their interval, as those held out at calibration did. The whole model "
-        "is corrected for what a sum of layers misses. Layers marked roofline have no model and may be off by a factor."
+        f"Nothing was run. 90 % of layers lie in their interval, as those held out at calibration did. {whole} "
+        "Layers marked roofline have no model and may be off by a factor."
     )
 
 
@@ -145,7 +150,7 @@ def prediction_picture(graph: LayerGraph, predicted: LayerProfile, measured: Lay
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     device = predicted.provenance.get("device", "an unnamed device")
     axis.set_title(plain(f"{predicted.model}, predicted for {device}"), fontsize=10)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def _by_time(kinds: Sequence[str], seconds: np.ndarray) -> list[str]:

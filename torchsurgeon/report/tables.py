@@ -63,10 +63,10 @@ def codec_table(measured: CodecTable) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for column in ("point", "codec"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("point", overflow="fold")
+    table.add_column("codec", no_wrap=True)
     for column in ("crosses", "ratio", "encode", "decode", "error", "answers", "use"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=column != "answers")
     last = None
     for row in measured.rows:
         cost = row.cost
