@@ -160,6 +160,12 @@ CASES: list[tuple[str, nn.Module, tuple[torch.Tensor, ...], list[tuple[str, str,
         [("matmul", "matmul", (5, 3, 4, 6))],
     ),
     (
+        "einsum with an ellipsis",
+        Call(lambda a, b: torch.einsum("...ij,...jk->...ik", a, b)),
+        (rand(5, 3, 4), rand(2, 1, 4, 6)),
+        [("matmul", "matmul", (5, 3, 4, 12))],
+    ),
+    (
         "attention, causal, narrower values",
         Call(lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True)),
         (rand(1, 8, 5, 16), rand(1, 8, 5, 16), rand(1, 8, 5, 8)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -136,11 +137,18 @@ def _attention(
 def _einsum(name: str, out: torch.Tensor, equation: str, *tensors: Any) -> list[Operation]:
     """A product of two as the batched matrix product PyTorch makes of it; more are taken one after another."""
     given = tensors_in(tensors)
-    if len(given) != 2 or "." in equation:
+    if len(given) != 2:
         return [unknown(name, out, given, {})]
-    left, _, result = equation.replace(" ", "").partition("->")
-    a, b = left.split(",")
-    sizes = dict(zip(a, given[0].shape, strict=True)) | dict(zip(b, given[1].shape, strict=True))
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    # The dimensions of an ellipsis, the last of which belong together, as letters.
+    ranks = [tensor.dim() - len(term.replace("...", "")) for term, tensor in zip(terms, given, strict=True)]
+    spare = "".join(sorted(set(string.ascii_letters) - set(equation)))[: max(*ranks, 0)]
+    a, b = (term.replace("...", spare[len(spare) - n :]) for term, n in zip(terms, ranks, strict=True))
+    result = result.replace("...", spare) if arrow else spare
+    sizes = dict(zip(a, given[0].shape, strict=True))
+    for letter, size in zip(b, given[1].shape, strict=True):
+        sizes[letter] = max(size, sizes.get(letter, 1))
     both = set(a) & set(b)
     batch, inner = (math.prod(sizes[c] for c in both if (c in result) is kept) for kept in (True, False))
     rows, columns = (math.prod(sizes[c] for c in term if c not in both) for term in (a, b))
