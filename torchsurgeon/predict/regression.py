@@ -20,7 +20,7 @@ from torchsurgeon.predict.samples import SampleTable
 
 _FOLDS = 5
 _INTERVAL = (0.05, 0.95)
-_MOST_SMEARING = 1.25
+_MOST_SMEARING = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
