@@ -8,6 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+
+pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -27,6 +35,36 @@ def test_no_fault_loses_or_spoils_an_answer_or_keeps_the_server_from_being_used_
     assert len(found["kinds"]) == 12
     assert sum(kind["met"] for kind in found["kinds"].values()) >= 20
     assert found["back_latest_s"] < 4
+
+
+def test_a_tail_that_is_known_to_be_in_time_is_not_started_before_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from paced_device import paced
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7200, 10)).eval()
+    x = torch.rand(1, 3, 32, 32)
+    _, here, device = paced(model, x, 0.06)
+    registry = ModelRegistry()
+    registry.add("model", model, (x,))
+    with (
+        Server(create_app(registry)) as server,
+        ts.SplitModule(
+            model,
+            x,
+            server=server.url,
+            device_profile=here,
+            server_profile=here.scaled(0.01),
+            backend=device.wrap,
+            deadline_s=0.15,
+        ).prepare() as split,
+    ):
+        by_server = []
+        for _ in range(40):
+            split(x)
+            assert split.last is not None
+            by_server.append(split.last.server is not None)
+    registry.close()
+    assert sum(by_server[20:]) > 10
 
 
 def test_memory_threads_and_descriptors_do_not_grow(tmp_path: Path) -> None:

@@ -451,6 +451,13 @@ class Engine:
         """Predicted seconds of the tail here for a call like the example, and their relative deviation."""
         return self._here_s(way)[1], self._slowdown.estimate().spread
 
+    def tail_ran(self, way: Way, scale: float, seconds: float) -> None:
+        """Take in how long the tail took here. Where all of the model is behind the cut, nothing else tells how surely
+        a tail will be in time, and one that is not sure is always started at once."""
+        if way.row is not None or way.point.index in self._timed:
+            slowdown = self._slowdown.estimate().value
+            self._slowdown.observe(seconds, self._here_s(way)[1] / slowdown * scale)
+
     def _time(self, way: Way) -> tuple[float, float]:
         """Run head and tail on the example and return the medians of their seconds."""
         work = self._example

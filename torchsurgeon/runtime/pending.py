@@ -300,6 +300,7 @@ class Pending:
             if not call.ended:
                 call.give_up()
         end_s = time.perf_counter()
+        self._engine.tail_ran(self._way, self.scale, end_s - begin_s)
         self._judge(call, end_s)
         moments = self._moments
         self._engine.ended(
