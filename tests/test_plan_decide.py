@@ -252,3 +252,9 @@ def test_the_command_sweeps(files: list[str], tmp_path: Path, capsys: pytest.Cap
 def test_constraints_name_themselves() -> None:
     assert str(Constraints()) == "none"
     assert str(Constraints(latency_s=0.1, raw_input=False)) == "latency_s=0.1, raw_input=False"
+
+
+def test_a_link_may_be_given_by_its_name() -> None:
+    assert planned(link="lte").link == ts.Link.parse("lte")
+    with pytest.raises(ts.LinkError, match="no link 'lta'"):
+        planned(link="lta")

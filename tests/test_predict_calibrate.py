@@ -255,3 +255,15 @@ def test_the_same_seed_draws_the_same_networks() -> None:
     with torch.device("meta"):
         assert drawn(0) == drawn(0)
         assert drawn(0) != drawn(1)
+
+
+def test_a_whole_calibration_stays_until_another_is_whole(
+    calibrated: tuple[ts.Predictor, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "device.json"
+    data = json.loads(calibrated[1].read_text())
+    data["provenance"]["calibrated_for_s"] = 1000.0
+    path.write_text(json.dumps(data))
+    before = path.read_text()
+    calibrate_networks(1, path, meter=None)
+    assert path.read_text() == before

@@ -33,6 +33,8 @@ _EXTRAS = {
 }
 
 _RUNS = 10
+# Where there is no terminal to draw a bar on.
+_TELL_EVERY_S = 20.0
 _WIDE = 160
 
 
@@ -451,19 +453,29 @@ def _calibrate(options: argparse.Namespace) -> None:
     with Progress(console=Console(stderr=True), transient=True) as bar, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ThrottledWarning)
         task = bar.add_task("calibrating", total=options.budget)
+        told_s = 0.0
+
+        def tell(spent_s: float, budget_s: float, what: str) -> None:
+            nonlocal told_s
+            bar.update(task, completed=spent_s, description=what)
+            if not sys.stderr.isatty() and spent_s - told_s >= _TELL_EVERY_S:
+                told_s = spent_s
+                print(f"{spent_s:.0f} of {budget_s:g} s: {what}", file=sys.stderr, flush=True)
+
         try:
             predictor = calibrate(
                 options.device,
                 budget_s=options.budget,
                 out=options.out,
                 seed=options.seed,
-                progress=lambda spent_s, budget_s, what: bar.update(task, completed=spent_s, description=what),
+                progress=tell,
             )
         except KeyboardInterrupt:
             bar.stop()
             print(f"torchsurgeon: interrupted; the same command goes on with {options.out}", file=sys.stderr)
             raise
     _console().print(calibration_table(predictor))
+    print(f"written to {options.out}")
     for warning in caught:
         print(f"torchsurgeon: warning: {warning.message}", file=sys.stderr)
 

@@ -94,7 +94,7 @@ def plan(
     *,
     device: LayerProfile,
     server: LayerProfile,
-    link: Link,
+    link: Link | str,
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
     load: float = 1.0,
@@ -119,7 +119,7 @@ def plan(
     *,
     device: LayerProfile | None = None,
     server: LayerProfile | None = None,
-    link: Link | None = None,
+    link: Link | str | None = None,
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
     load: float = 1.0,
@@ -133,7 +133,7 @@ def plan(
 
     Args:
         device, server: what each layer costs on either side, measured or predicted.
-        link: what is between them.
+        link: what is between them, or what :meth:`Link.parse` understands: ``"lte"``.
         objective: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, or weights by these names.
         codecs: what codecs measured to cost; without them tensors are sent as they are.
         load, slowdown: how many times as long the server and the device take as their profiles say.
@@ -152,6 +152,8 @@ def plan(
         return plan_chain(graph, stages, links or (), objective, loads)
     if device is None or server is None or link is None:
         raise PlanError("a plan needs device=, server= and link=, or stages= and links=")
+    if isinstance(link, str):
+        link = Link.parse(link)
     unknown = [name for name in constraints if name not in Constraints.__dataclass_fields__]
     if unknown:
         raise PlanError(f"there is no constraint {unknown[0]!r}: use {', '.join(Constraints.__dataclass_fields__)}")

@@ -81,7 +81,8 @@ def calibrate(
     """Return a :class:`~torchsurgeon.predict.Predictor` of ``device``, after timing layers on it for ``budget_s``.
 
     With ``out`` the predictor is written there, and until it is done what has been measured so far: called again with
-    the same ``out`` after an interruption, or with a larger budget, it goes on. ``meter`` is an energy meter,
+    the same ``out`` after an interruption, or with a larger budget, it goes on. Where a whole calibration has had the
+    budget it is done anew, and replaced at the end. ``meter`` is an energy meter,
     ``"auto"`` for the machine's best one, or None. ``progress(spent_s, budget_s, what)`` is called after each network.
     Threads are those that PyTorch is set to (``torch.set_num_threads``); predictions hold for as many. Freed memory is
     kept by the process from then on.
@@ -123,6 +124,7 @@ class _Sweep:
         self._group = 0
         self._pulse = _Pulse(device)
         self._errors: dict[str, float] = {}
+        self._kept = False
         if out is not None:
             check_writable(out)
             if out.exists():
@@ -232,7 +234,7 @@ class _Sweep:
         # A later session without a meter does not undo what an earlier one metered.
         self._facts = energy.facts() | self._facts if energy.is_none else self._facts | energy.facts()
         self._facts |= self._pulse.facts()
-        if self._out is None:
+        if self._out is None or self._kept:
             return
         write_json(
             self._out,
@@ -260,6 +262,8 @@ class _Sweep:
             spent_s = float(facts.get("calibrated_for_s", math.inf))
             self._refuse_another(out, facts, ("device",))
             if not data.get("unfinished") and spent_s >= budget_s:
+                # A whole calibration stays until another is whole.
+                self._kept = True
                 return
             found = {kind: SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
             group, nets = int(data["networks"]["count"]), [_timed_from(net) for net in data["networks"]["timed"]]
