@@ -75,12 +75,15 @@ def test_calibrate_measures_this_machine_and_prints_what_its_models_are_worth(
 
 def test_an_interrupted_calibration_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "device.json"
+    # A background job of a shell is started with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     control_c = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT))
     control_c.start()
     try:
         assert cli.main(["calibrate", "--budget", "600", "--out", str(out)]) == 130
     finally:
         control_c.cancel()
+        signal.signal(signal.SIGINT, before)
     assert f"interrupted; the same command goes on with {out}" in capsys.readouterr().err
     data = json.loads(out.read_text())
     assert data["unfinished"]
