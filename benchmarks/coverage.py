@@ -66,7 +66,8 @@ def measure(name: str, budget_s: float) -> dict[str, Any]:
 
 
 def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+    text = re.sub(r"\S*site-packages/", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:600]}"
 
 
 def inputs_of(case: Any) -> str:
