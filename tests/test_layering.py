@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "torchsurgeon"
 # Top to bottom is the data's way. A room is a file, or a folder taken as one.
 ROOMS = [
     "errors",
+    "json_file",
     "structure",
     "_native",
     "allocator",

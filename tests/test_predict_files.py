@@ -177,9 +177,10 @@ def test_two_processes_write_one_file_whole(valid: str, tmp_path: Path) -> None:
     path, source = tmp_path / "device.json", tmp_path / "valid.json"
     source.write_text(valid)
     script = (
-        "import sys; from torchsurgeon.predict.storage import read_json, write_json\n"
-        "data = read_json(sys.argv[1])\n"
-        "for i in range(300): write_json(sys.argv[2], data | {'filler': 'x' * i * 200}); read_json(sys.argv[2])"
+        "import sys; from torchsurgeon import CalibrationError as E\n"
+        "from torchsurgeon.json_file import read, write\n"
+        "data = read(sys.argv[1], E, '')\n"
+        "for i in range(300): write(sys.argv[2], data | {'filler': 'x' * i * 200}, E); read(sys.argv[2], E, '')"
     )
     command = [sys.executable, "-c", script, str(source), str(path)]
     writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchsurgeon import json_file
 from torchsurgeon.errors import CodecError
 from torchsurgeon.graph import LayerGraph
 
@@ -150,22 +150,12 @@ class CodecTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.CodecError` where it cannot be."""
-        try:
-            Path(path).write_text(json.dumps(self.to_json(), allow_nan=False))
-        except OSError as error:
-            raise CodecError(f"{path} cannot be written: {error.strerror}") from None
+        json_file.write(path, self.to_json(), CodecError)
 
     @staticmethod
     def load(path: str | Path) -> CodecTable:
         """Read a table. Raises :class:`~torchsurgeon.errors.CodecError` naming the file and what is wrong with it."""
-        try:
-            return CodecTable.from_json(json.loads(Path(path).read_text()))
-        except OSError as error:
-            raise CodecError(f"{path} cannot be read: {error.strerror}") from None
-        except CodecError as error:
-            raise CodecError(f"{path}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise CodecError(f"{path} is not JSON: {error}") from None
+        return json_file.load(path, CodecTable.from_json, CodecError, "measure the codecs again")
 
 
 def _row(data: Mapping[str, Any]) -> CodecRow:

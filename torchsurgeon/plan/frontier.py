@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from torchsurgeon import json_file
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import PlanError
 from torchsurgeon.graph import LayerGraph
@@ -234,22 +234,12 @@ class Frontier:
 
     def save(self, path: str | Path) -> None:
         """Write the frontier to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.PlanError` where it cannot be."""
-        try:
-            Path(path).write_text(json.dumps(self.to_json(), allow_nan=False))
-        except OSError as error:
-            raise PlanError(f"{path} cannot be written: {error.strerror}") from None
+        json_file.write(path, self.to_json(), PlanError)
 
     @staticmethod
     def load(path: str | Path) -> Frontier:
         """Read a frontier. Raises :class:`~torchsurgeon.errors.PlanError` naming the file and what is wrong with it."""
-        try:
-            return Frontier.from_json(json.loads(Path(path).read_text()))
-        except OSError as error:
-            raise PlanError(f"{path} cannot be read: {error.strerror}") from None
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{path} is not JSON: {error}") from None
+        return json_file.load(path, Frontier.from_json, PlanError, "build it again")
 
 
 def _has_stages(objective: str | Mapping[str, float] | Objective) -> bool:

@@ -22,16 +22,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.graph import LayerGraph, trace
 from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
+from torchsurgeon.predict.damage import DAMAGE, numbers
 from torchsurgeon.predict.kinds import KINDS, Array
 from torchsurgeon.predict.nets import random_net, settle
 from torchsurgeon.predict.operations import operations
 from torchsurgeon.predict.predictor import FORMAT, BlockCorrection, Predictor, moved_bytes
 from torchsurgeon.predict.regression import HeldOut, out_of_fold
 from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
-from torchsurgeon.predict.storage import DAMAGE, check_writable, numbers, read_json, write_json
 from torchsurgeon.predict.sweep import Candidate, candidates, sweep_kinds
 from torchsurgeon.profile.joules import layer_energy
 from torchsurgeon.profile.measure import ModelRun
@@ -109,7 +110,7 @@ def calibrate(
             sweep.save(energy)
     predictor = sweep.fitted()
     if out is not None:
-        write_json(out, predictor.to_json() | sweep.networks())
+        json_file.write(out, predictor.to_json() | sweep.networks(), CalibrationError)
     return predictor
 
 
@@ -126,7 +127,7 @@ class _Sweep:
         self._errors: dict[str, float] = {}
         self._kept = False
         if out is not None:
-            check_writable(out)
+            json_file.check_writable(out, CalibrationError)
             if out.exists():
                 self._resume(out, budget_s)
         self._rng = random.Random(seed * 1_000_003 + self._group)
@@ -167,9 +168,10 @@ class _Sweep:
                 ThrottledWarning,
                 stacklevel=3,
             )
-        return Predictor(
-            predictor.provenance, found, predictor.fitted, predictor.roofline, _block(predictor, found, self._nets)
-        )
+        # Kinds with too few samples have no model yet, and may when the calibration goes on.
+        predictor.samples.update(found)
+        predictor.block = _block(predictor, found, self._nets)
+        return predictor
 
     def _net(self) -> tuple[nn.Module, torch.Tensor, str]:
         with torch.device("meta"):
@@ -236,7 +238,7 @@ class _Sweep:
         self._facts |= self._pulse.facts()
         if self._out is None or self._kept:
             return
-        write_json(
+        json_file.write(
             self._out,
             {
                 "format": FORMAT,
@@ -245,6 +247,7 @@ class _Sweep:
                 "samples": {kind: table.to_json() for kind, table in tables(self._samples).items()},
             }
             | self.networks(),
+            CalibrationError,
         )
 
     def networks(self) -> dict[str, Any]:
@@ -252,7 +255,7 @@ class _Sweep:
         return {"networks": {"count": self._group, "timed": [dataclasses.astuple(net) for net in self._nets]}}
 
     def _resume(self, out: Path, budget_s: float) -> None:
-        data = read_json(out)
+        data = json_file.read(out, CalibrationError, "delete it and calibrate again")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CalibrationError(
                 f"{out} exists and is no calibration of this version; give another file, or delete it"

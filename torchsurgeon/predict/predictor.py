@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.graph import Layer, LayerGraph
+from torchsurgeon.predict.damage import DAMAGE, damaged, numbers
 from torchsurgeon.predict.kinds import KINDS, Array, Operation
 from torchsurgeon.predict.operations import operations
 from torchsurgeon.predict.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
 from torchsurgeon.predict.roofline import Roofline, fit_roofline
 from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, read_csv, tables
-from torchsurgeon.predict.storage import DAMAGE, damaged, numbers, read_json, write_json
 from torchsurgeon.profile.record import LayerEnergy, LayerProfile
 
 FORMAT = "torchsurgeon.predictor/1"
@@ -313,16 +314,13 @@ class Predictor:
     def save(self, path: str | Path) -> None:
         """Write the predictor to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.CalibrationError` where it
         cannot be written."""
-        write_json(path, self.to_json())
+        json_file.write(path, self.to_json(), CalibrationError)
 
     @staticmethod
     def load(path: str | Path) -> Predictor:
         """Read a predictor. Raises :class:`~torchsurgeon.errors.CalibrationError` naming the file and what is wrong
         with it."""
-        try:
-            return Predictor.from_json(read_json(path))
-        except CalibrationError as error:
-            raise CalibrationError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+        return json_file.load(path, Predictor.from_json, CalibrationError, "calibrate again")
 
     def __str__(self) -> str:
         device = self.provenance.get("device", "an unnamed device")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.graph import LayerGraph
 from torchsurgeon.predict.predictor import Predictor
-from torchsurgeon.predict.storage import read_json
 from torchsurgeon.profile.record import LayerProfile
 
 
@@ -57,7 +57,7 @@ def costs_on(graph: LayerGraph, where: str | Path) -> LayerProfile:
     file, a name that is neither, or a profile of another graph.
     """
     if Path(where).exists():
-        data = read_json(where)
+        data = json_file.read(where, CalibrationError, "measure or calibrate again")
         if not isinstance(data, dict) or not str(data.get("format")).startswith("torchsurgeon.predictor/"):
             measured = LayerProfile.load(where)
             measured.check(graph)

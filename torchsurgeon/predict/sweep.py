@@ -257,10 +257,6 @@ def _scaled(x: torch.Tensor) -> torch.Tensor:
     return x * 0.125
 
 
-def _masked(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return torch.where(x > 0, x, y)
-
-
 _BINARY: tuple[tuple[Callable[..., Any], float], ...] = (
     (torch.add, 4), (torch.mul, 4), (torch.sub, 1), (torch.div, 1), (torch.maximum, 0.5),
 )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torchsurgeon import json_file
 from torchsurgeon.errors import ProfileError
 from torchsurgeon.graph import LayerGraph
 
@@ -298,23 +298,13 @@ class LayerProfile:
     def save(self, path: str | Path) -> None:
         """Write the profile to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.ProfileError` where it cannot be
         written."""
-        try:
-            Path(path).write_text(json.dumps(self.to_json()))
-        except OSError as error:
-            raise ProfileError(f"{path} cannot be written: {error.strerror}") from None
+        json_file.write(path, self.to_json(), ProfileError)
 
     @staticmethod
     def load(path: str | Path) -> LayerProfile:
         """Read a profile. Raises :class:`~torchsurgeon.errors.ProfileError` naming the file and what is wrong with
         it."""
-        try:
-            return LayerProfile.from_json(json.loads(Path(path).read_text()))
-        except OSError as error:
-            raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
-        except ProfileError as error:
-            raise ProfileError(f"{path}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise ProfileError(f"{path} is not JSON: {error}") from None
+        return json_file.load(path, LayerProfile.from_json, ProfileError, "measure it again")
 
 
 def _nulls(values: Any) -> Any:
