@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from partitions import check_point, copied
 from small_models import CASES, model
 from test_cut import example, operation, possible
@@ -23,7 +24,7 @@ from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable
 from torchsurgeon.cut import cut
 from torchsurgeon.plan import Frontier, Objective, sets
 from torchsurgeon.plan.mincut import MinimumCut
-from torchsurgeon.plan.rows import Costs
+from torchsurgeon.plan.rows import Costs, lower_hull
 from torchsurgeon.profile import LayerEnergy, LayerProfile
 
 torch.set_num_threads(1)
@@ -120,6 +121,19 @@ def test_best_is_that_of_all_closed_sets_of_layers(problem, link, load, slowdown
     assert ours == pytest.approx(everything.costs(link, load, slowdown, objective).min(), rel=1e-9)
     chosen = frontier.best(link, load, slowdown, objective)
     assert frontier.costs(link, load, slowdown, objective)[frontier.rows.index(chosen)] == ours
+
+
+@settings(deadline=None, max_examples=60, phases=PHASES)
+@given(
+    arrays(np.float64, st.tuples(st.integers(2, 30), st.just(4)), elements=st.floats(0.0, 1e3)),
+    st.lists(st.tuples(*4 * [st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 0.3, 1.0])]).filter(any), min_size=20, max_size=20),
+)
+def test_the_lower_hull_holds_the_least_under_any_weights(costs, weighings) -> None:
+    corners, _ = lower_hull(costs)
+    scale = np.where(np.ptp(costs, axis=0) > 0, np.ptp(costs, axis=0), 1.0)
+    for weights in weighings:
+        sums = (costs - costs.min(axis=0)) / scale @ weights
+        assert sums[corners].min() == pytest.approx(sums.min(), rel=1e-9, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=8, phases=PHASES)

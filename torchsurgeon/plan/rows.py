@@ -16,6 +16,7 @@ from torchsurgeon.profile import LayerProfile
 
 Array = NDArray[np.float64]
 _FAR = 1e3
+_FACETS = 1024
 _MOST = 1e18
 
 
@@ -203,14 +204,21 @@ def lower_hull(costs: Array) -> tuple[list[int], Array]:
     used = np.flatnonzero(np.ptp(costs, axis=0) > 0)
     if len(used) < 2:
         return [int(costs[:, used].sum(axis=1).argmin())], np.empty((0, costs.shape[1]))
-    scale = np.ptp(costs, axis=0)[used]
-    points = costs[:, used] / scale
-    # Points far out along each axis close the hull, so that its lower side has all weights for normals.
-    far = np.concatenate([points.min(axis=0) + _FAR * np.eye(len(used)), points.max(axis=0)[None] + _FAR])
-    hull = ConvexHull(np.concatenate([points, far]), qhull_options="QJ")
-    lower = (hull.equations[:, :-1] <= 1e-6).all(axis=1)
-    normals = -hull.equations[lower, :-1].clip(max=0)
+    low, scale = costs.min(axis=0)[used], np.ptp(costs, axis=0)[used]
+    # Points far out along each axis close the hull. They lie above all others, or they would be the least where the
+    # weight of their axis is small; so facets that end in one lean out of the lower side by the inverse of how far.
+    points = np.concatenate([(costs[:, used] - low) / scale, 1.0 + _FAR * np.eye(len(used))])
+    hull = ConvexHull(points, qhull_options="QJ")
+    lower = (hull.equations[:, :-1] <= 4 / _FAR).all(axis=1)
+    normals, offsets = hull.equations[lower, :-1], hull.equations[lower, -1]
     weights = np.zeros((len(normals), costs.shape[1]))
-    weights[:, used] = normals / normals.sum(axis=1, keepdims=True) / scale
-    corners = np.unique(hull.simplices[lower])
-    return [int(i) for i in corners if i < len(points)], weights
+    weights[:, used] = -normals.clip(max=0)
+    weights[:, used] /= weights[:, used].sum(axis=1, keepdims=True) * scale
+    # Qhull joggles points so that any input has a hull: what lies as near to it as the corners do may belong to it.
+    ends = points[hull.simplices[lower]]
+    joggle = np.abs(np.einsum("fed,fd->fe", ends, normals) + offsets[:, None]).max()
+    depth = np.full(len(costs), -np.inf)
+    for at in range(0, len(normals), _FACETS):
+        block = slice(at, at + _FACETS)
+        np.maximum(depth, (points[: len(costs)] @ normals[block].T + offsets[block]).max(axis=1), out=depth)
+    return [int(i) for i in np.flatnonzero(depth >= -4 * joggle)], weights
