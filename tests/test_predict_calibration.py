@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 import json
 import random
@@ -20,11 +19,9 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.meters import EnergyMeter, Reading
+from torchsurgeon.predict import calibration, pulse
 from torchsurgeon.predict.nets import random_net
 from torchsurgeon.profile import joules
-
-# The package's own name ``calibrate`` is the function.
-calibrating = importlib.import_module("torchsurgeon.predict.calibrate")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torchsurgeon.ThrottledWarning"),
@@ -185,7 +182,7 @@ class ProcessorMeter(EnergyMeter):
 
 def test_energy_is_fitted_where_there_is_a_meter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(joules, "_IDLE_S", 0.05)
-    monkeypatch.setattr(calibrating, "_ENERGY_SHARE", 0.9)
+    monkeypatch.setattr(calibration, "_ENERGY_SHARE", 0.9)
     calibrate_networks(4, tmp_path / "device.json", meter=ProcessorMeter())
     predictor = finished(tmp_path / "device.json")
     assert predictor.provenance["meter"] == "processor this process"
@@ -205,8 +202,8 @@ def test_energy_is_fitted_where_there_is_a_meter(monkeypatch: pytest.MonkeyPatch
 def beats(monkeypatch: pytest.MonkeyPatch, beat_s: Callable[[int], float]) -> None:
     """Let the n-th beat of the pulse take ``beat_s(n)``, and do not wait long for it to recover."""
     count = itertools.count()
-    monkeypatch.setattr(calibrating._Pulse, "_beat", lambda pulse: beat_s(next(count)))
-    monkeypatch.setattr(calibrating, "_LONGEST_PAUSE_S", 0.3)
+    monkeypatch.setattr(pulse.Pulse, "_beat", lambda _: beat_s(next(count)))
+    monkeypatch.setattr(pulse, "_LONGEST_PAUSE_S", 0.3)
 
 
 def test_a_device_that_throttles_is_given_pauses_and_that_is_noted(
@@ -226,14 +223,14 @@ def test_a_device_that_throttles_is_given_pauses_and_that_is_noted(
 
 def test_a_steady_device_is_given_no_pause_and_a_recovered_one_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     beats(monkeypatch, lambda n: 1e-3 if n % 7 else 1.2e-3)
-    pulse = calibrating._Pulse(torch.device("cpu"))
+    probe = pulse.Pulse(torch.device("cpu"))
     for _ in range(20):
-        pulse.wait(10.0)
-    assert pulse.facts() == {}
+        probe.wait(10.0)
+    assert probe.facts() == {}
     beats(monkeypatch, lambda n: 3e-3 if n < 5 else 1e-3)
     for _ in range(20):
-        pulse.wait(10.0)
-    assert pulse.facts()["throttled"]["pauses"] == 1
+        probe.wait(10.0)
+    assert probe.facts()["throttled"]["pauses"] == 1
 
 
 def test_progress_is_told_up_to_the_budget() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import random
 import time
@@ -31,6 +30,7 @@ from torchsurgeon.predict.kinds import KINDS, Array
 from torchsurgeon.predict.nets import random_net, settle
 from torchsurgeon.predict.operations import operations
 from torchsurgeon.predict.predictor import FORMAT, BlockCorrection, Predictor, moved_bytes
+from torchsurgeon.predict.pulse import Pulse
 from torchsurgeon.predict.regression import HeldOut, out_of_fold
 from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
 from torchsurgeon.predict.sweep import Candidate, candidates, sweep_kinds
@@ -40,8 +40,6 @@ from torchsurgeon.profile.origin import find_device, provenance
 
 _NETS_SHARE, _ENERGY_SHARE = 0.7, 0.3
 _SAVE_EVERY_S, _REVIEW_EVERY_S = 15.0, 40.0
-# A probe this much slower than the quickest quarter of probes means that the device throttles or is busy.
-_THROTTLED, _LONGEST_PAUSE_S = 1.3, 10.0
 _MOST_SAMPLES = 2500
 _LONGEST_S = 1e7
 
@@ -123,7 +121,7 @@ class _Sweep:
         self._samples: list[Sample] = []
         self._nets: list[_TimedNet] = []
         self._group = 0
-        self._pulse = _Pulse(device)
+        self._pulse = Pulse(device)
         self._errors: dict[str, float] = {}
         self._kept = False
         if out is not None:
@@ -317,49 +315,6 @@ class _Singles(nn.Module):
             # Its first element keeps the result needed, and then lets its memory go.
             x = x + torch.as_strided(out[0] if isinstance(layer, nn.RNNBase) else out, (), ())
         return x
-
-
-class _Pulse:
-    """A small fixed piece of work, timed again and again: slower means that the device throttles or is busy."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._left, self._right = (torch.rand(320, 320, device=device) for _ in range(2))
-        self._beats: list[float] = []
-        self._pauses, self._paused_s, self._slowest = 0, 0.0, 1.0
-
-    def go_on(self, noted: Mapping[str, Any] | None) -> None:
-        """Count on from what an interrupted calibration noted."""
-        if noted is not None:
-            self._pauses, self._paused_s, self._slowest = noted["pauses"], noted["paused_s"], noted["slowest"]
-
-    def wait(self, most_s: float) -> None:
-        """Return when the device is about as fast as it has been, or has not recovered in ten seconds."""
-        began = time.monotonic()
-        for pause_s in itertools.accumulate(itertools.repeat(0.5), lambda a, b: a * 2):
-            beat = min(self._beat() for _ in range(5))
-            usual = float(np.quantile(self._beats[-100:], 0.25)) if len(self._beats) >= 8 else beat
-            waited_s = time.monotonic() - began
-            if beat <= _THROTTLED * usual or waited_s > min(_LONGEST_PAUSE_S, most_s):
-                break
-            self._slowest = max(self._slowest, beat / usual)
-            self._pauses, self._paused_s = self._pauses + 1, self._paused_s + pause_s
-            time.sleep(pause_s)
-        self._beats.append(beat)
-
-    def facts(self) -> dict[str, Any]:
-        """What to note of it."""
-        if not self._pauses:
-            return {}
-        paused_s, slowest = round(self._paused_s, 1), round(self._slowest, 2)
-        return {"throttled": {"pauses": self._pauses, "paused_s": paused_s, "slowest": slowest}}
-
-    def _beat(self) -> float:
-        begin = time.perf_counter()
-        torch.mm(self._left, self._right)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter() - begin
 
 
 class _Energy:
