@@ -130,6 +130,8 @@ def test_what_is_no_calibration_is_not_overwritten(tmp_path: Path) -> None:
     [
         (("provenance", "calibrated_for_s"), float("nan")),
         (("provenance", "calibrated_for_s"), -1e9),
+        (("provenance", "throttled"), {"pauses": 1}),
+        (("provenance", "throttled"), {"pauses": 1, "paused_s": "long", "slowest": 2.0}),
         (("networks", "count"), -1),
         (("networks", "timed"), [["a", "b", "c", "d"]]),
         (("networks", "timed"), [[1e12, 1.0, 1.0, 1]]),

@@ -270,6 +270,7 @@ class _Sweep:
             group, nets = int(data["networks"]["count"]), [_timed_from(net) for net in data["networks"]["timed"]]
             if not (0 <= spent_s <= _LONGEST_S and group >= 0 and all(net.group < group for net in nets)):
                 raise ValueError(f"{group} networks in {spent_s} s")
+            self._pulse.go_on(facts)
         except CalibrationError:
             raise
         except DAMAGE as error:
@@ -277,7 +278,6 @@ class _Sweep:
         self._refuse_another(out, facts, ("threads", "torch"))
         self._facts["calibrated_for_s"] = spent_s
         self._facts |= {name: facts[name] for name in ("meter", "idle_power_w") if name in facts}
-        self._pulse.go_on(facts.get("throttled"))
         self._group, self._nets = group, nets
         self._samples = [sample for table in found.values() for sample in table.samples()]
 

@@ -1,0 +1,230 @@
+"""Building blocks of published architectures that PyTorch has no layer for; ``nets`` joins them to networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Activation = Callable[[], nn.Module]
+
+
+class Residual(nn.Module):
+    """``body(x) + x``, through a projection where sizes change."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None, activation: nn.Module | None) -> None:
+        super().__init__()
+        self.body, self.shortcut, self.activation = body, shortcut, activation
+
+    def forward(self, x: torch.Tensor) -> Any:
+        out = self.body(x)
+        out = out + (x if self.shortcut is None else self.shortcut(x))
+        return out if self.activation is None else self.activation(out)
+
+
+class Branches(nn.Module):
+    """Several ways over the same input, concatenated."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+class Squeeze(nn.Module):
+    """Channels scaled by what their means say."""
+
+    def __init__(self, channels: int, inner: int, activation: Activation, gate: Activation) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.down, self.up = nn.Conv2d(channels, inner, 1), nn.Conv2d(inner, channels, 1)
+        self.activation, self.gate = activation(), gate()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.gate(self.up(self.activation(self.down(self.pool(x))))) * x
+
+
+class Dense(nn.Module):
+    """Each layer sees the outputs of all before it."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = [x]
+        for layer in self.layers:
+            seen.append(layer(torch.cat(seen, 1)))
+        return torch.cat(seen, 1)
+
+
+class Attention(nn.Module):
+    """Self-attention of tokens, in one of the ways it is written."""
+
+    def __init__(self, width: int, heads: int, form: str, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.heads, self.form, self.width = heads, form, width
+        self.bias: torch.Tensor | None
+        self.register_buffer("bias", bias)
+        self.inner = nn.Linear(width, 3 * width) if form != "apart" else None
+        if form == "apart":
+            self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        size = (self.heads, self.width // self.heads)
+        if self.inner is None:
+            q, k, v = (layer(x).unflatten(-1, size).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        else:
+            q, k, v = self.inner(x).unflatten(-1, (3, *size)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.form == "products":
+            scores = (q * size[1] ** -0.5) @ k.transpose(-2, -1)
+            mixed = torch.softmax(scores if self.bias is None else scores + self.bias, -1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Encoder(nn.Module):
+    """A transformer's layer, normalized before or after."""
+
+    def __init__(self, attention: nn.Module, width: int, hidden: int, activation: Activation, before: bool) -> None:
+        super().__init__()
+        self.attention, self.before = attention, before
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), activation(), nn.Dropout(0.1), nn.Linear(hidden, width), nn.Dropout(0.1)
+        )
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.before:
+            x = x + self.attention(self.first(x))
+            return x + self.mlp(self.second(x))
+        x = self.first(self.attention(x) + x)
+        return self.second(self.mlp(x) + x)
+
+
+class Whole(nn.Module):
+    """PyTorch's own attention module."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(x, x, x, need_weights=False)[0]
+        return out
+
+
+class Windows(nn.Module):
+    """Self-attention inside the windows of a map, its channels last, the map rolled before or not."""
+
+    def __init__(self, width: int, heads: int, side: int, window: int, rolled: bool) -> None:
+        super().__init__()
+        count, tokens = (side // window) ** 2, window * window
+        shape = (count, 1, tokens, tokens) if rolled else (1, heads, tokens, tokens)
+        self.inner = Attention(width, heads, "products", torch.empty(shape))
+        self.side, self.window, self.width, self.rolled = side, window, width, rolled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        count, window = self.side // self.window, self.window
+        if self.rolled:
+            x = torch.roll(x, (-(window // 2), -(window // 2)), (1, 2))
+        x = x.reshape(1, count, window, count, window, self.width).permute(0, 1, 3, 2, 4, 5)
+        x = self.inner(x.reshape(count * count, window * window, self.width))
+        x = x.reshape(1, count, count, window, window, self.width).permute(0, 1, 3, 2, 4, 5)
+        x = x.reshape(1, self.side, self.side, self.width)
+        return torch.roll(x, (window // 2, window // 2), (1, 2)) if self.rolled else x
+
+
+class Tokens(nn.Module):
+    """A map as a row of tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+class Positions(nn.Module):
+    """A class token before the others, and a position added to each."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(1, 1, width))
+        self.position = nn.Parameter(torch.empty(1, tokens + 1, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+
+
+class ChannelsLast(nn.Module):
+    """A map with its channels read last."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class ChannelsFirst(nn.Module):
+    """The way back of :class:`ChannelsLast`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 1, 2)
+
+
+class Merge(nn.Module):
+    """Every two by two neighbours as one with four times the channels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, i::2, j::2, :] for j in (0, 1) for i in (0, 1)], -1)
+
+
+class LastBlock(nn.Module):
+    """A depthwise convolution, then a perceptron over the channels, read last."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.activation, self.scale = nn.GELU(), nn.Parameter(torch.empty(width, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.down(self.activation(self.up(y))).permute(0, 3, 1, 2) * self.scale
+
+
+class Recurrent(nn.Module):
+    """The outputs of a recurrent layer, without its state."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x)[0]
+        return out
+
+
+class Hourglass(nn.Module):
+    """Down, up again, and joined with what was there before."""
+
+    def __init__(self, down: nn.Module, inner: nn.Module, up: nn.Module, join: nn.Module) -> None:
+        super().__init__()
+        self.down, self.inner, self.up, self.join = down, inner, up, join
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.join(torch.cat([x, self.up(self.inner(self.down(x)))], 1))
+
+
+class Enlarge(nn.Module):
+    """Twice the sides."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode=self.mode)
