@@ -11,7 +11,9 @@ from torchsurgeon.adapt.clock import NowS, Since
 from torchsurgeon.adapt.tracker import Quantity, Tracker
 
 _LEAST_TIMED_S = 1e-4
-_QUEUE_SCALE_S = 2e-3  # waits below it differ by nothing that matters, so an empty queue does not look like a jump
+_QUEUE_SCALE_S = 2e-3  # waits below it differ by nothing that matters
+_QUEUE_MEMORY_S = 3.0
+_SUSPECT = 3.0
 _MOST_FACTOR = 1e4
 
 
@@ -37,6 +39,62 @@ class LoadEstimate(NamedTuple):
         return self.compute.value + self.queue_s / tail_s
 
 
+class _Suspect(NamedTuple):
+    """A wait that was further than `most_s` off the mean of the time."""
+
+    off_s: float
+    mean_s: float
+    most_s: float
+
+
+class Wait:
+    """The mean wait in a queue, which is 0 for one request and long for the next: what many requests will pay, and so
+    neither the median nor what outliers leave alone. Not thread-safe.
+
+    Each sample counts as much as the time since the one before it is of a memory of a few seconds: about as long as a
+    busy queue stays as it is. Two in a row that lie far off on one side are a change, from which it starts again.
+    While nothing is seen the mean halves every `half_life_s`.
+    """
+
+    __slots__ = ("_count", "_half_life_s", "_mean_s", "_mean_variance", "_since", "_suspect", "_variance")
+
+    def __init__(self, *, now_s: NowS, half_life_s: float) -> None:
+        self._half_life_s = half_life_s
+        self._since = Since(now_s)
+        self._start(0.0, 0.0, count=1)  # an empty queue is taken as seen once
+
+    def _start(self, mean_s: float, variance: float, *, count: int) -> None:
+        self._mean_s, self._variance, self._count = mean_s, variance, count
+        self._mean_variance = variance / count
+        self._suspect: _Suspect | None = None
+
+    def observe(self, wait_s: float) -> None:
+        """Take in the wait of one request."""
+        age_s = self._since.passed_s()
+        self._since.mark()
+        off_s = wait_s - self._faded(age_s)
+        before, self._suspect = self._suspect, None
+        if before is not None and (wait_s - before.mean_s) * before.off_s > before.most_s * abs(before.off_s):
+            self._start(before.mean_s + (before.off_s + wait_s - before.mean_s) / 2, self._variance, count=2)
+            return
+        most_s = _SUSPECT * math.sqrt(self._variance + _QUEUE_SCALE_S**2)
+        if abs(off_s) > most_s:
+            self._suspect = _Suspect(off_s, wait_s - off_s, most_s)
+            off_s = math.copysign(most_s, off_s)
+        self._count += 1
+        gain = max(1 / self._count, -math.expm1(-age_s / _QUEUE_MEMORY_S))
+        self._mean_s = max(self._faded(age_s) + gain * off_s, 0.0)
+        self._variance = (1 - gain) * (self._variance + gain * off_s * off_s)
+        self._mean_variance = self._variance * gain / (2 - gain)
+
+    def _faded(self, age_s: float) -> float:
+        return self._mean_s * math.pow(0.5, age_s / self._half_life_s)
+
+    def estimate(self) -> tuple[float, float]:
+        """The mean wait now and one standard deviation of it, both in seconds."""
+        return self._faded(self._since.passed_s()), math.sqrt(self._mean_variance + _QUEUE_SCALE_S**2)
+
+
 class LoadEstimator:
     """Server load from what every answer tells. Thread-safe.
 
@@ -47,9 +105,7 @@ class LoadEstimator:
     def __init__(self, *, now_s: NowS = time.monotonic, half_life_s: float = 10.0, ping_s: float = 1.0) -> None:
         self._lock = threading.Lock()
         self._compute = Tracker(1.0, now_s=now_s, error=0.5, drift=0.2, rest=1.0, half_life_s=half_life_s)
-        self._queue = Tracker(  # of the wait plus the scale
-            _QUEUE_SCALE_S, now_s=now_s, error=0.5, drift=0.4, rest=_QUEUE_SCALE_S, half_life_s=half_life_s
-        )
+        self._queue = Wait(now_s=now_s, half_life_s=half_life_s)
         self._heard, self._pinged = Since(now_s), Since(now_s)
         self._ping_s = ping_s
 
@@ -62,15 +118,13 @@ class LoadEstimator:
             return
         with self._lock:
             self._heard.mark()
-            self._queue.observe(queue_s + _QUEUE_SCALE_S)
+            self._queue.observe(queue_s)
             _observe_ratio(self._compute, compute_s, predicted_s)
 
     def estimate(self) -> LoadEstimate:
         """The load now."""
         with self._lock:
-            queue = self._queue.quantity()
-            waiting_s = max(queue.value - _QUEUE_SCALE_S, 0.0)
-            return LoadEstimate(self._compute.quantity(), waiting_s, queue.value * queue.error)
+            return LoadEstimate(self._compute.quantity(), *self._queue.estimate())
 
     def age_s(self) -> float:
         """Seconds since the server last told its load."""

@@ -171,7 +171,8 @@ class Peer:
         server_s = queue_s + compute_s + seconds(told.get("decode_s"))
         total_s, up_bytes = timing.end_s - timing.send_start_s, timing.sent_bytes
         state = self.state
-        state.load.observe(queue_s=queue_s, compute_s=compute_s, predicted_s=predicted_s)
+        # Nobody waits for longer than the whole request took.
+        state.load.observe(queue_s=min(queue_s, total_s), compute_s=compute_s, predicted_s=predicted_s)
         up_s = None if told.get("receive_s") is None else seconds(told["receive_s"])
         if up_s is not None:
             arrived_s = timing.first_byte_s - server_s
