@@ -1,0 +1,98 @@
+"""What keeping freed memory is worth: inferences with ``keep_freed_memory`` against the C library's defaults.
+
+Every sample is a process of its own, since the setting is for a process's whole life; those with it and those without
+take turns. Each runs the model as it is on one thread, and tells the median of its inferences and the page faults of
+each. Printed and written are the medians over processes, the least and the most, and the median of the pairs' ratios
+to the defaults.
+
+    python benchmarks/allocator.py [--pairs 9] [--out benchmarks/results/allocator.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from result_file import RESULTS, write
+from side_by_side import median_ratio
+from torchvision.models import get_model
+
+from torchsurgeon.allocator import keep_freed_memory
+
+MODELS = ("mobilenet_v2", "resnet50")
+WAYS = ("defaults", "kept")
+WARMUP, INFERENCES = 5, 25
+
+
+def run_once(name: str, way: str) -> None:
+    """In the process of a sample: print seconds and page faults of an inference."""
+    torch.set_num_threads(1)
+    if way == "kept" and not keep_freed_memory():
+        raise SystemExit("this C library cannot be told to keep freed memory")
+    model, x = get_model(name, weights=None).eval(), torch.rand(1, 3, 224, 224)
+    taken, faults = [], []
+    with torch.no_grad():
+        for _ in range(WARMUP + INFERENCES):
+            faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            begin = time.perf_counter()
+            model(x)
+            taken.append(time.perf_counter() - begin)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before)
+    print(json.dumps([statistics.median(taken[WARMUP:]), statistics.median(faults[WARMUP:])]))
+
+
+def sample(name: str, way: str) -> tuple[float, float]:
+    command = [sys.executable, "-W", "ignore", __file__, "--sample", name, way]
+    taken_s, faults = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return taken_s, faults
+
+
+def compare(name: str, pairs: int) -> dict[str, Any]:
+    samples: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    for i in range(pairs):
+        for way in WAYS if i % 2 else reversed(WAYS):
+            samples[way].append(sample(name, way))
+    seconds = {way: [one for one, _ in found] for way, found in samples.items()}
+    rows = {}
+    for way, times in seconds.items():
+        rows[way] = {
+            "median_s": statistics.median(times),
+            "least_s": min(times),
+            "most_s": max(times),
+            "page_faults": statistics.median(faults for _, faults in samples[way]),
+            "page_faults_least": min(faults for _, faults in samples[way]),
+            "page_faults_most": max(faults for _, faults in samples[way]),
+            "ratio": median_ratio(times, seconds["defaults"]),
+        }
+        middle, least, most = (rows[way][key] * 1e3 for key in ("median_s", "least_s", "most_s"))
+        print(
+            f"{name:14}{way:10}{middle:8.2f} ms [{least:.2f} … {most:.2f}] {rows[way]['page_faults']:8.0f} page faults "
+            f"[{rows[way]['page_faults_least']:.0f} … {rows[way]['page_faults_most']:.0f}] "
+            f"{rows[way]['ratio']:6.3f} × defaults",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=RESULTS / "allocator.json")
+    parser.add_argument("--sample", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.sample:
+        run_once(*options.sample)
+        return
+    write(options.out, {name: compare(name, options.pairs) for name in MODELS})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Where a benchmark's results are written, with what they were taken on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torchsurgeon.profile import provenance
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(out: Path, results: Any, **more: Any) -> None:
+    """Write ``results`` beside what a profile says of its origin, and ``more`` facts (other packages' versions)."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"environment": provenance() | more, "results": results}, indent=1) + "\n")
+    print(f"written to {out}", flush=True)
