@@ -49,7 +49,8 @@ def cuts(model: nn.Module, x: torch.Tensor) -> Ways:
     nodes = list(followed.graph.nodes)[: len(followed.graph.nodes) // 2]
 
     def generate() -> None:
-        half, copies = fx.Graph(), {}
+        half = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
         for node in nodes:
             copies[node] = half.node_copy(node, copies.__getitem__)
         half.output(copies[nodes[-1]])
