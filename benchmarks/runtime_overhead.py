@@ -3,11 +3,12 @@
 A tiny model, so that little else is timed, on one thread, with the server in the same process or behind HTTP in
 another. Ways take turns in blocks of 50 inferences, in a new random order each time:
 
-* ``by hand``: the head is called, its tensors sent with the transport, the answer taken. Ratios are to this one.
+* ``by hand``: the head is called, its tensors sent with the transport and checksums both ways, the answer taken.
+  Ratios are to this one.
 * ``by a thread``: the same, sent by another thread, as whoever shall do something else when it is late must do.
 * ``fixed``: a SplitModule with the same partition and ``fallback="error"``, which checks weights and answers.
 * ``adaptive``: one that also estimates and decides at every inference, among all cuts.
-* ``always``: one that can fall back as well, and so sends from a thread and asks for checksums.
+* ``always``: one that can fall back as well, and so sends from a thread.
 * ``local``: an adaptive one that runs everything here, against ``model``, the model itself.
 
 So estimating, deciding and bookkeeping is what ``adaptive`` adds to ``by hand``. Printed and written are the medians
@@ -59,16 +60,16 @@ def ways_over(transport: Transport, stack: contextlib.ExitStack) -> dict[str, Ca
     def by_hand() -> torch.Tensor:
         with torch.no_grad():
             boundary = head(x)
-            answer = transport.infer("model", dict(zip(names, boundary, strict=True)), max_answer_bytes=1 << 16)
-            return answer.tensors[answered]
+            tensors = dict(zip(names, boundary, strict=True))
+            return transport.infer("model", tensors, max_answer_bytes=1 << 16, crc32=True).tensors[answered]
 
     sender = stack.enter_context(ThreadPoolExecutor(1))
 
     def by_a_thread() -> torch.Tensor:
         with torch.no_grad():
-            boundary = dict(zip(names, head(x), strict=True))
-            answer = sender.submit(transport.infer, "model", boundary, max_answer_bytes=1 << 16).result()
-            return answer.tensors[answered]
+            tensors = dict(zip(names, head(x), strict=True))
+            sent = sender.submit(transport.infer, "model", tensors, max_answer_bytes=1 << 16, crc32=True)
+            return sent.result().tensors[answered]
 
     here = ts.profile(graph, meter=None)
     options: dict[str, Any] = {"server": transport, "device_profile": here.scaled(SLOWER), "server_profile": here}

@@ -50,6 +50,8 @@ class TensorSpec:
     def at_batch(self, batch: int) -> tuple[int, ...]:
         """Return the shape for a batch of ``batch`` samples."""
         extra = batch - self.example_batch
+        if not extra:
+            return self.shape
         return tuple(size + step * extra for size, step in zip(self.shape, self.batch_step, strict=True))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import threading
@@ -24,28 +25,37 @@ _ALLOWANCE = 0.5  # gains of less than so many deviations are no evidence
 
 
 class Estimates(NamedTuple):
-    """What one decision rests on."""
+    """What one decision rests on. A call `scale` times as large as the example takes as many times as long."""
 
     link: LinkEstimate
     load: LoadEstimate
     slowdown: Quantity
+    scale: float = 1.0
 
     def conditions(self) -> Conditions:
         """The most likely values."""
-        return Conditions(self.link.link(later_s=self.load.queue_s), self.load.compute.value, self.slowdown.value)
+        return self._scaled(self.link.link(later_s=self.load.queue_s), self.load.compute.value, self.slowdown.value)
 
     def alternatives(self) -> tuple[Conditions, ...]:
         """The most likely values with one of them moved by one standard deviation of its estimate, each in turn."""
-        now, about, queue_s = self.conditions(), self.link, self.load.queue_s
-        link, load, slowdown = now.link, now.load, now.slowdown
+        about, queue_s = self.link, self.load.queue_s
+        link, load, slowdown = about.link(later_s=queue_s), self.load.compute.value, self.slowdown.value
         trip_off_s = math.hypot(about.round_trip.value * math.expm1(about.round_trip.error), self.load.queue_error_s)
         return (
-            Conditions(about.link(uplink_off=-1, later_s=queue_s), load, slowdown),
-            Conditions(about.link(downlink_off=-1, later_s=queue_s), load, slowdown),
-            Conditions(about.link(later_s=queue_s + trip_off_s), load, slowdown),
-            Conditions(link, load * math.exp(self.load.compute.error), slowdown),
-            Conditions(link, load, slowdown * math.exp(self.slowdown.error)),
+            self._scaled(about.link(uplink_off=-1, later_s=queue_s), load, slowdown),
+            self._scaled(about.link(downlink_off=-1, later_s=queue_s), load, slowdown),
+            self._scaled(about.link(later_s=queue_s + trip_off_s), load, slowdown),
+            self._scaled(link, load * math.exp(self.load.compute.error), slowdown),
+            self._scaled(link, load, slowdown * math.exp(self.slowdown.error)),
         )
+
+    def _scaled(self, link: Link, load: float, slowdown: float) -> Conditions:
+        if self.scale == 1.0:
+            return Conditions(link, load, slowdown)
+        slower = dataclasses.replace(
+            link, uplink_bit_s=link.uplink_bit_s / self.scale, downlink_bit_s=link.downlink_bit_s / self.scale
+        )
+        return Conditions(slower, load * self.scale, slowdown * self.scale)
 
 
 class Conditions(NamedTuple):

@@ -35,6 +35,8 @@ def check_answer(
 
 def _batch(specs: Sequence[TensorSpec], boundary: Sequence[Tensor]) -> int | None:
     """Return the batch size that explains the boundary's shapes; None if none does, as with images of another size."""
+    if specs and all(tensor.shape == spec.shape for spec, tensor in zip(specs, boundary, strict=True)):
+        return specs[0].example_batch
     sizes = {
         spec.example_batch + (size - example) // step
         for spec, tensor in zip(specs, boundary, strict=True)

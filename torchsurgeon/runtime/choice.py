@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torchsurgeon.adapt import Decider, Decision, Estimates, LinkEstimate, LoadEstimate, Quantity
+from torchsurgeon.adapt import Decider, Decision, Estimates
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
@@ -112,19 +112,19 @@ class Adaptive:
     def _costs(self, link: Link, load: float, slowdown: float) -> list[float]:
         return self.frontier.costs(link, load, slowdown, self.goal.now()).tolist()  # type: ignore[no-any-return]
 
-    def decide(self, link: LinkEstimate, load: LoadEstimate, slowdown: Quantity) -> tuple[Way, Decision[Row]]:
+    def decide(self, estimates: Estimates) -> tuple[Way, Decision[Row]]:
         """Choose for one inference."""
-        decision = self.decider.decide(Estimates(link, load, slowdown))
+        decision = self.decider.decide(estimates)
         return self.ways[id(decision.row)], decision
 
-    def least_cost(self, link: LinkEstimate, load: LoadEstimate, slowdown: Quantity) -> float:
+    def least_cost(self, estimates: Estimates) -> float:
         """What the best row costs now, to compare servers by."""
-        now = Estimates(link, load, slowdown).conditions()
+        now = estimates.conditions()
         return float(self.frontier.costs(now.link, now.load, now.slowdown, self.goal.now()).min())
 
     def expected(self, row: Row, estimates: Estimates) -> Expected:
-        """How long the server's part of a row should take."""
-        link, load, slowdown = estimates
+        """How long the server's part of a row should take, for a call like the example."""
+        link, load, slowdown, _ = estimates
         round_trip_s = link.round_trip.value + load.queue_s
         up_s = row.size_bytes * 8 / link.uplink.value
         tail_s = (row.tail_s + row.decode_s) * load.compute.value

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchsurgeon.adapt import Decision, SlowdownEstimator, check_deadline
+from torchsurgeon.adapt import Decision, Estimates, SlowdownEstimator, check_deadline
 from torchsurgeon.codec import Codec, CodecTable
 from torchsurgeon.cut import cut
 from torchsurgeon.errors import ServerUnavailableError
@@ -91,6 +91,7 @@ class Engine:
                 name,
                 self.ours,
                 link=link,
+                profile=server_profile,
                 output_codec=answer_codec,
                 max_bytes=limit,
             )
@@ -158,16 +159,18 @@ class Engine:
     def frontier(self, peer: Peer) -> Frontier:
         """Measure what is not known yet, and return the rows to choose from with this server."""
         with self._measuring:
-            if self.server_profile is None:
+            if peer.profile is None:
                 path = f"/v2/models/{self._name}/profile"
-                self.server_profile = LayerProfile.from_json(peer.transport.get_json(path))
+                peer.profile = LayerProfile.from_json(peer.transport.get_json(path))
+            if self.server_profile is None:
+                self.server_profile = peer.profile
             self.profile_device()
             if peer.link is None:
                 peer.adopt(measure_link(peer.transport))
             if self.link is None:
                 self.link = peer.link
             assert self.device_profile is not None
-            return Frontier.build(self.graph, self.device_profile, self.server_profile, self._codecs)
+            return Frontier.build(self.graph, self.device_profile, peer.profile, self._codecs)
 
     def profile_device(self) -> None:
         """Measure the layers here, unless they are known."""
@@ -222,10 +225,10 @@ class Engine:
         epoch = peer.shake(timeout_s)
         if self.adapts and peer.plan is None:
             frontier = self.frontier(peer)
-            assert self.server_profile is not None
+            assert peer.profile is not None
             own_codec = self._codecs is not None
             plan = Adaptive(
-                self.graph, frontier, self.server_profile, self._goal, own_codec=own_codec, on_change=self._on_replan
+                self.graph, frontier, peer.profile, self._goal, own_codec=own_codec, on_change=self._on_replan
             )
             # Who wants joules saved wants that of streams too.
             peer.stream_plan = plan.toward(_THROUGHPUT) if self._goal.wanted == Objective(latency=1.0) else plan
@@ -285,7 +288,7 @@ class Engine:
             self.prepare()
         self.keeper.used()
         begun_s = time.perf_counter()
-        way, peer, decision, why = self._choose(streamed)
+        way, peer, decision, why = self._choose(work, streamed)
         if self._compiles and why is None:
             # In an emergency nobody waits for a compiler.
             self.parts.compile(way.point, self._example_call)
@@ -319,25 +322,26 @@ class Engine:
             self._slowdown.observe(headed_s - decided_s, row.head_s * pending.scale)
         return pending
 
-    def _choose(self, streamed: bool) -> tuple[Way, Peer | None, Decision[Row] | None, Failure | None]:
+    def _choose(self, work: Work, streamed: bool) -> tuple[Way, Peer | None, Decision[Row] | None, Failure | None]:
         """Where to cut, whom to ask, what that was decided on, and why it is not as it should be."""
         fixed = self._fixed
         if fixed is not None and fixed.whole:
             return fixed, None, None, None
-        peer = self._peer()
+        peer = self._peer(work)
         if peer is None:
             meant = self._chosen != self._whole.point or fixed is not None
             return self._whole, None, None, self._why_nobody() if meant else None
         if fixed is not None or peer.plan is None:
             return fixed or self._whole, peer, None, None
-        way, decision = (peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan).decide(
-            peer.state.link.estimate(), peer.state.load.estimate(), self._slowdown.estimate()
+        plan = peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan
+        way, decision = plan.decide(
+            Estimates(peer.state.link.estimate(), peer.state.load.estimate(), self._slowdown.estimate(), work.scale())
         )
         self._chosen = way.point
         self.decisions.append(decision)
         return way, peer, decision, None
 
-    def _peer(self) -> Peer | None:
+    def _peer(self, work: Work) -> Peer | None:
         epoch = self.ours.epoch
         if len(self.peers) == 1:
             peer = self.peers[0]
@@ -348,9 +352,9 @@ class Engine:
             usable = [peer for peer in self.peers if peer.ready_in == epoch]
         if len(usable) < 2 or not self.adapts:
             return usable[0] if usable else None
-        slowdown = self._slowdown.estimate()
+        slowdown, scale = self._slowdown.estimate(), work.scale()
         costs = [
-            peer.plan.least_cost(peer.state.link.estimate(), peer.state.load.estimate(), slowdown)
+            peer.plan.least_cost(Estimates(peer.state.link.estimate(), peer.state.load.estimate(), slowdown, scale))
             * (_STAY if peer is self._preferred else 1.0)
             if peer.plan is not None
             else math.inf
@@ -379,10 +383,10 @@ class Engine:
             latencies = peer.plan.latencies(decision.estimates)
             rows = peer.plan.frontier.rows
             least = latencies.index(min(latencies))
-            taken_s = latencies[next(i for i, row in enumerate(rows) if row is decision.row)] * scale
-            if latencies[least] * scale < best_s:
+            taken_s = latencies[next(i for i, row in enumerate(rows) if row is decision.row)]
+            if latencies[least] < best_s:
                 quickest = peer.plan.ways[id(rows[least])]
-                best_s, how = latencies[least] * scale, f"cut after {rows[least].name}"
+                best_s, how = latencies[least], f"cut after {rows[least].name}"
         elif peer is not None and (taken := peer.takes(way.point.index)) is not None:
             taken_s = (head_s + taken.value) * scale
             if taken_s < best_s:

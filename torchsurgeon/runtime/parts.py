@@ -49,6 +49,7 @@ class Parts:
 
     def __init__(self, graph: LayerGraph, backend: Backend | None) -> None:
         self.graph = graph
+        self.input_bytes = sum(spec.size_bytes for spec in graph.inputs)
         self._backend = backend
         self._known: dict[Any, Any] = {}
 

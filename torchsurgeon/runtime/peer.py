@@ -23,6 +23,7 @@ from torchsurgeon.errors import (
     ServerUnavailableError,
 )
 from torchsurgeon.link import Link
+from torchsurgeon.profile import LayerProfile
 from torchsurgeon.runtime.choice import Adaptive
 from torchsurgeon.runtime.handshake import Ours, shake_hands
 from torchsurgeon.runtime.inference import seconds
@@ -70,12 +71,22 @@ class Peer:
     """
 
     def __init__(
-        self, transport: Transport, name: str, ours: Ours, *, link: Link | None, output_codec: Codec, max_bytes: int
+        self,
+        transport: Transport,
+        name: str,
+        ours: Ours,
+        *,
+        link: Link | None,
+        profile: LayerProfile | None,
+        output_codec: Codec,
+        max_bytes: int,
     ) -> None:
         self.transport = transport
         self.label: str = getattr(transport, "url", type(transport).__name__)
         self.link = link
         """The link as it was given or measured before the first request; None before either."""
+        self.profile = profile
+        """Its layer times as they were given, or as it has told them; None before either."""
         self.failure: Failure | None = None
         self.sent_bytes = self.received_bytes = self.answers = 0
         self._name, self._ours = name, ours
@@ -232,6 +243,7 @@ class Peer:
 
     def answered(self) -> None:
         """It has answered well."""
+        self.failure = None
         self.state.breaker.succeeded()
 
     def failed(self, failure: Failure) -> None:

@@ -58,10 +58,8 @@ class Inference:
 
     def scale(self) -> float:
         given = (*self._args, *self._kwargs.values())
-        return _ratio(
-            sum(value.nbytes for value in given if isinstance(value, Tensor)),
-            sum(spec.size_bytes for spec in self._parts.graph.inputs),
-        )
+        size_bytes = sum(value.nbytes for value in given if isinstance(value, Tensor))
+        return _ratio(size_bytes, self._parts.input_bytes)
 
 
 class Rest:
