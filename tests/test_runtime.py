@@ -172,6 +172,42 @@ def test_decisions_are_kept_up_to_a_bound_and_say_what_they_rest_on(server: Serv
         assert stats["sent_bytes"] >= 300 * EXAMPLE.nbytes
 
 
+@pytest.mark.parametrize(("batch", "here"), [(1, True), (64, False)])
+def test_a_call_is_cut_where_its_own_size_says(server: Server, known: dict[str, Any], batch: int, here: bool) -> None:
+    far = ts.Link("far", 1e9, 1e9, 0.3)
+    with (
+        LinkEmulator(0, "127.0.0.1", server.port, far) as emulator,
+        split_of(f"http://127.0.0.1:{emulator.port}", link=far, **known) as split,
+    ):
+        assert right(split, torch.rand(batch, 3, 32, 32))
+        decision = split.decisions[0]
+        assert decision.row.on_device == here
+        assert decision.estimates.scale == batch
+
+
+def test_each_server_is_reckoned_with_by_its_own_profile(server: Server, known: dict[str, Any]) -> None:
+    class Told(Between):
+        layer_s = 0.0
+
+        def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+            if path.endswith("/profile"):
+                return profile(self.layer_s).to_json()
+            return super().get_json(path, timeout_s=timeout_s)
+
+    with HttpTransport(server.url) as inner:
+        slow, quick = Told(inner), Told(inner)
+        slow.layer_s, quick.layer_s = 5e-3, 1e-4
+        with split_of([slow, quick], link=FAST, device_profile=known["device_profile"].scaled(100.0)) as split:
+            split.prepare()
+            before = slow.asked, quick.asked
+            for _ in range(5):
+                assert right(split)
+            assert slow.asked - before[0] <= 1  # a ping at most
+            assert quick.asked - before[1] >= 5
+            assert split.server_profile is not None
+            assert split.server_profile.total_s == pytest.approx(5e-3 * LAYERS)
+
+
 def test_measured_codecs_are_chosen_among(server: Server, known: dict[str, Any]) -> None:
     from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
 

@@ -177,8 +177,8 @@ class SplitModule(nn.Module):
 
     @property
     def server_profile(self) -> LayerProfile | None:
-        """Layer times on the server, as given or as it told them."""
-        return self._engine.server_profile
+        """Layer times on the (first) server, as given or as it told them."""
+        return next((peer.profile for peer in self._engine.peers), None)
 
     def estimates(self) -> list[Estimate]:
         """Return the predicted latency of every partition point; measures what is not known yet.
@@ -188,11 +188,12 @@ class SplitModule(nn.Module):
         engine = self._engine
         if not engine.peers:
             raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
-        engine.frontier(engine.peers[0])
+        peer = engine.peers[0]
+        engine.frontier(peer)
         assert engine.device_profile is not None
-        assert engine.server_profile is not None
+        assert peer.profile is not None
         assert engine.link is not None
-        return estimate(self.graph, engine.device_profile, engine.server_profile, engine.link)
+        return estimate(self.graph, engine.device_profile, peer.profile, engine.link)
 
     # --- running ---
 

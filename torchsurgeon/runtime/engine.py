@@ -81,7 +81,7 @@ class Engine:
         on_replan: Callable[[Decision[Row]], object] | None,
     ) -> None:
         self.graph, self.always, self.codec = graph, always, codec
-        self.link, self.device_profile, self.server_profile = link, device_profile, server_profile
+        self.link, self.device_profile = link, device_profile
         self.ours = Ours(graph)
         self.parts, self._compiles = Parts(graph, backend), backend is not None
         limit = max(_LEAST_ANSWER_LIMIT_BYTES, _ANSWER_FACTOR * graph.points[-1].size_bytes)
@@ -162,8 +162,6 @@ class Engine:
             if peer.profile is None:
                 path = f"/v2/models/{self._name}/profile"
                 peer.profile = LayerProfile.from_json(peer.transport.get_json(path))
-            if self.server_profile is None:
-                self.server_profile = peer.profile
             self.profile_device()
             if peer.link is None:
                 peer.adopt(measure_link(peer.transport))
