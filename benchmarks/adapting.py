@@ -17,17 +17,14 @@ to 9 KB, and all on the device takes 0.45 s. Recorded traces are read from the f
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from result_file import RESULTS, write
 
 from torchsurgeon.adapt import Decider, Estimates, Servers, ServerState, SlowdownEstimator, rescue
 from torchsurgeon.link import BandwidthTrace, Link
@@ -263,35 +260,17 @@ def gains(traces: dict[str, BandwidthTrace]) -> dict[str, Any]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    models = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": (models or [platform.processor()])[0],
-        "cores": os.cpu_count(),
-        "load_1min": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--traces", type=Path, help="folder of recorded uplinks, *.up")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "adapting.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "adapting.json")
     options = parser.parse_args()
     random.seed(0)
     traces = {f"synthetic, {rate:g} Mbit/s": BandwidthTrace.synthetic(rate * 1e6, seed=1) for rate in (1, 6, 20)}
     for path in sorted(options.traces.glob("*.up")) if options.traces else []:
         traces[path.stem] = BandwidthTrace.read(path)
-    results = {"overhead": overhead(options.rounds), "gains": gains(traces)}
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
-    print(f"\nwritten to {options.out}")
+    write(options.out, {"overhead": overhead(options.rounds), "gains": gains(traces)})
 
 
 if __name__ == "__main__":

@@ -19,16 +19,9 @@ to PyTorch's ``quantize_per_tensor``, or for decoding to their counterparts. Bes
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import random
 import statistics
-import subprocess
-import time
 import warnings
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +29,8 @@ import numpy
 import torch
 import torchvision
 import zstandard
+from result_file import RESULTS, write
+from side_by_side import in_turns, median_ratio
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
@@ -125,18 +120,7 @@ def ways_of(tensor: Tensor) -> tuple[dict[str, Callable[[], object]], dict[str, 
 
 
 def measure(ways: dict[str, Callable[[], object]], size_bytes: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Time every way once a round, in a new random order every round; ratios are within a round."""
-    for way in ways.values():
-        for _ in range(3):
-            way()
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    order, shuffle = list(ways), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            begin = time.perf_counter()
-            ways[name]()
-            taken[name].append(time.perf_counter() - begin)
+    taken = in_turns(ways, rounds)
     rows = {}
     for name, times in taken.items():
         low, middle, high = statistics.quantiles(times, n=4)
@@ -147,34 +131,16 @@ def measure(ways: dict[str, Callable[[], object]], size_bytes: int, rounds: int)
             ("time_to_torch", "torch: dequantize" if decoding else "torch: quantize_per_tensor"),
         ):
             if base in taken:
-                row[key] = statistics.median(one / other for one, other in zip(times, taken[base], strict=True))
+                row[key] = median_ratio(times, taken[base])
         rows[name] = row
     return rows
-
-
-def environment() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")][:1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": (model or [platform.processor()])[0],
-        "cores": os.cpu_count(),
-        "load_1min": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "zstandard": zstandard.__version__,
-        "zstd": ".".join(map(str, zstandard.ZSTD_VERSION)),
-        "extension": _native.available(),
-        "commit": commit.stdout.strip(),
-    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--weights", choices=["default"], help="torchvision's own instead of random ones")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "codec.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "codec.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -193,9 +159,13 @@ def main() -> None:
             torch_ratio = f"{row['time_to_torch']:6.2f} × torch" if "time_to_torch" in row else ""
             times = f"{middle:7.0f} µs [{low:5.0f} … {high:5.0f}] {row['gb_s']:6.2f} GB/s"
             print(f"  {name:40}{times} {row['time_to_zstd']:5.2f} × zstd {torch_ratio}  {sent}", flush=True)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
-    print(f"written to {options.out}")
+    write(
+        options.out,
+        results,
+        zstandard=zstandard.__version__,
+        zstd=".".join(map(str, zstandard.ZSTD_VERSION)),
+        extension=_native.available(),
+    )
 
 
 if __name__ == "__main__":

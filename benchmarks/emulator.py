@@ -3,7 +3,7 @@
 Prints and writes, for each preset and transfer, the time asked for and the median and quartiles of the time measured.
 Both proxies run in this process, in turns within each round.
 
-    python benchmarks/emulator.py --out benchmarks/results/emulator.json
+    python benchmarks/emulator.py [--repeats 9] [--out benchmarks/results/emulator.json]
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
-import os
-import platform
 import socket
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from result_file import RESULTS, write
 
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS, Link
@@ -117,7 +115,7 @@ def measure(target_port: int, link: Link, repeats: int) -> list[dict[str, Any]]:
                 row = {"link": link.name, "transfer": transfer, "proxy": name, "asked_s": asked_s, "median_s": median_s}
                 rows.append(row | {"quartiles_s": [low_s, high_s], "ratio": median_s / asked_s, "samples_s": samples_s})
                 print(
-                    f"{link.name:6}{transfer:22}{name:15}{asked_s * 1e3:9.2f} ms asked{median_s * 1e3:10.2f} ms "
+                    f"{link.name:11}{transfer:22}{name:15}{asked_s * 1e3:9.2f} ms asked{median_s * 1e3:10.2f} ms "
                     f"({low_s * 1e3:.2f}-{high_s * 1e3:.2f}){median_s / asked_s:8.3f}",
                     flush=True,
                 )
@@ -126,32 +124,15 @@ def measure(target_port: int, link: Link, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        processor = models[0].partition(":")[2].strip() if models else processor
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "emulator.json")
     arguments = parser.parse_args()
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=serve, args=(listener,), daemon=True).start()
     rows = [row for link in PRESETS.values() for row in measure(listener.getsockname()[1], link, arguments.repeats)]
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    write(arguments.out, rows)
 
 
 if __name__ == "__main__":

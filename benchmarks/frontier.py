@@ -20,7 +20,6 @@ and the median of the rounds' ratios.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -31,9 +30,10 @@ from typing import Any
 
 import networkx
 import numpy as np
+import scipy
 import torch
 import torchvision
-from transport import environment
+from result_file import RESULTS, write
 
 import torchsurgeon as ts
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="speed of the planner")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "frontier.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "frontier.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -166,7 +166,7 @@ def main() -> None:
                 1e6 * value for value in (row["quartiles_s"][0], row["median_s"], row["quartiles_s"][1])
             )
             print(f"  {way:24} {median:12.1f} µs  ({low:.1f} … {high:.1f})  {row['ratio']:10.1f}×")
-    options.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    write(options.out, results, networkx=networkx.__version__, scipy=scipy.__version__)
 
 
 if __name__ == "__main__":

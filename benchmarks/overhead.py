@@ -2,13 +2,12 @@
 
 Runs of both alternate in one process on one thread; the ratio is that of each pair. Writes JSON.
 
-    python benchmarks/overhead.py --out benchmarks/results/overhead.json
+    python benchmarks/overhead.py [--repeats 60] [--out benchmarks/results/overhead.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import RESULTS, write
 from torchvision.models import get_model
 
 import torchsurgeon as ts
-from torchsurgeon.profile import provenance
 
 MODELS = ("alexnet", "mobilenet_v3_large", "resnet50")
 
@@ -60,7 +59,7 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -72,9 +71,7 @@ def main() -> None:
             f"{name:20} eager {row['eager_s'] * 1e3:7.2f} ms  SplitModule {row['split_s'] * 1e3:7.2f} ms  "
             f"ratio {row['ratio_median']:.4f} ({low:.4f} … {high:.4f})"
         )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"environment": provenance(), "rows": rows}, indent=1) + "\n")
+    write(options.out, rows)
 
 
 if __name__ == "__main__":

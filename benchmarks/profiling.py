@@ -2,15 +2,14 @@
 
 Every way runs once a round, in a new random order, in one process on one thread. Ratios are those of each round, of
 seconds and of the thread's processor time, which a busy machine disturbs less. The chain of 200 one-element layers
-shows the cost a layer without any work to hide it. Writes JSON.
+shows the cost a layer without any work to hide it.
 
-    python benchmarks/profiling.py --out benchmarks/results/profiling.json
+    python benchmarks/profiling.py [--rounds 60] [--out benchmarks/results/profiling.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -20,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import RESULTS, write
 from torch import fx, nn
 from torchvision.models import get_model
 
 import torchsurgeon as ts
 from torchsurgeon.cut import tail_for
-from torchsurgeon.profile import NoisyProfileWarning, provenance
+from torchsurgeon.profile import NoisyProfileWarning
 
 MODELS = ("alexnet", "mobilenet_v3_large", "resnet50")
 CHAIN = 200
@@ -155,11 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--models", nargs="*", default=MODELS)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "profiling.json")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    origin = provenance()
     results: dict[str, Any] = {}
     with torch.no_grad():
         print(f"chain of {CHAIN} one-element layers")
@@ -173,9 +172,7 @@ def main() -> None:
                 "ways": compare(model, x, options.rounds, layers),
                 "sum_to_whole": sum_of_layers(model, x, options.rounds),
             }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"environment": origin, "results": results}, indent=1) + "\n")
+    write(options.out, results)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from faulty_link import FaultyLink
 from paced_device import paced
-from tail_process import RESULTS, TailProcess, middle, seeded, write
+from result_file import RESULTS, write
+from tail_process import TailProcess, middle, seeded
 from torch import nn
 
 import torchsurgeon as ts

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from paced_device import paced, warm
+from result_file import RESULTS, write
 from runtime_trace import alexnet
-from tail_process import RESULTS, TailProcess, two_cores, write
+from tail_process import TailProcess, two_cores
 
 import torchsurgeon as ts
 from torchsurgeon.emulate import LinkEmulator

@@ -11,7 +11,6 @@ memory that would leak 100 bytes an inference shows as 100.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import threading
 import time
@@ -20,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from result_file import RESULTS, write
 from runtime_overhead import SLOWER, tiny
-from tail_process import RESULTS, TailProcess, write
+from tail_process import TailProcess, in_process
 
 import torchsurgeon as ts
-from torchsurgeon.serve import ModelRegistry, create_app
-from torchsurgeon.transport import HttpTransport, InProcessTransport, Transport
+from torchsurgeon.transport import HttpTransport, Transport
 
 READINGS = 50
 
@@ -105,12 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
-    with contextlib.ExitStack() as stack:
-        registry = ModelRegistry()
-        stack.callback(registry.close)
-        model, x = tiny(0)
-        registry.add("model", model, (x,))
-        inside = stack.enter_context(InProcessTransport(create_app(registry)))
+    with in_process(tiny) as inside:
         results["in process"] = soak(inside, options.count // 2, None)
         show("in process", results["in process"])
     with TailProcess(tiny) as server, HttpTransport(server.url) as over:

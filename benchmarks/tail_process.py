@@ -1,34 +1,32 @@
 """A tail server in a process of its own, which can be killed, stopped, and started again on the same port in a moment.
 
 Processes are forked from one that has imported PyTorch already (``multiprocessing``'s fork server), so a restart takes
-tens of milliseconds and not seconds. ``environment`` says what a result was taken on.
+tens of milliseconds and not seconds.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import platform
 import signal
 import socket
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from result_file import RESULTS as RESULTS
+from result_file import write as write
 from torch import nn
 
 from torchsurgeon.profile import profile
 from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.transport import InProcessTransport
 
-RESULTS = Path(__file__).parent / "results"
 START_S = 60.0
 Factory = Callable[[int], tuple[nn.Module, torch.Tensor]]
 
@@ -103,6 +101,19 @@ def _serve(factory: Factory, seed: int, port: int, core: int | None, ready: Any)
 
 
 @contextmanager
+def in_process(factory: Factory) -> Iterator[InProcessTransport]:
+    """The same server in this process, without HTTP."""
+    model, example = factory(0)
+    registry = ModelRegistry()
+    registry.add("model", model, (example,))
+    try:
+        with InProcessTransport(create_app(registry)) as transport:
+            yield transport
+    finally:
+        registry.close()
+
+
+@contextmanager
 def apart(function: Callable[..., None], *arguments: Any) -> Iterator[Any]:
     """Run ``function(*arguments, told)`` in a process; yields the end of a pipe to tell it things."""
     ours, theirs = _processes.Pipe()
@@ -141,23 +152,3 @@ def middle(values: Sequence[float]) -> dict[str, float]:
         "q3_s": round(high, 6),
         "p95_s": round(ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)], 6),
     }
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor()),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
-def write(out: Path, results: dict[str, Any]) -> None:
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
-    print(f"written to {out}", flush=True)

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import socket
 import statistics
@@ -39,7 +38,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +45,7 @@ import grpc
 import numpy
 import requests
 import torch
+from result_file import RESULTS, write
 from torch import Tensor, nn
 
 from torchsurgeon import wire
@@ -216,30 +215,11 @@ def show(title: str, rows: dict[str, dict[str, float]]) -> None:
         print(f"  {label:13} {middle:8.0f} µs  [{low:6.0f} … {high:6.0f}]  {ratios}", flush=True)
 
 
-def environment() -> dict[str, Any]:
-    def output(*command: str) -> str:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")][:1]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": (model or [platform.processor()])[0],
-        "cores": os.cpu_count(),
-        "load_1min": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "grpc": grpc.__version__,
-        "requests": requests.__version__,
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "transport.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "transport.json")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -273,9 +253,7 @@ def main() -> None:
             assert server.stdin is not None
             server.stdin.close()
             server.wait(10)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
-    print(f"written to {options.out}")
+    write(options.out, results, grpc=grpc.__version__, requests=requests.__version__)
 
 
 if __name__ == "__main__":
