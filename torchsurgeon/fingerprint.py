@@ -74,8 +74,7 @@ def identity(graph: str, weights: str) -> str:
 class Snapshot:
     """What a model was made of when this was made: its submodules, parameters and buffers, and their memory.
 
-    Looking costs about 0.1 µs a tensor. A change of memory that PyTorch does not count, as through ``numpy``, is not
-    seen.
+    A change of memory that PyTorch does not count, as through ``numpy``, is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:

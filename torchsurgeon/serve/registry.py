@@ -41,7 +41,7 @@ State = Literal["loading", "ready", "failed"]
 
 # JSON numbers take up to eight times the bytes of the value they stand for ("255, " for a uint8).
 JSON_FACTOR = 8
-# Handing a request to another thread and back costs some 100 µs; a shorter one is run where it was received.
+# Handing a short request to another thread and back would be felt, so it is run where it was received.
 _QUICK_S = 5e-4
 _MAX_REMEMBERED = 256
 # Seconds, to the microsecond.
