@@ -372,11 +372,11 @@ def meddler(server: Server, mangle: Callable[[bytes, bytes], bytes], pause_s: fl
 
     def attend(device: socket.socket) -> None:
         with device, socket.create_connection(("127.0.0.1", server.port)) as link:
-            request = _message(device)
+            request = read_message(device)
             if request is None:
                 return
             link.sendall(b"\r\n\r\n".join(request))
-            head, body = _message(link) or (b"", b"")
+            head, body = read_message(link) or (b"", b"")
             data = mangle(head, body) if b"/infer " in request[0] else head + b"\r\n\r\n" + body
             try:
                 for i in range(len(data) if pause_s else 1):
@@ -404,7 +404,8 @@ def meddler(server: Server, mangle: Callable[[bytes, bytes], bytes], pause_s: fl
     thread.join(5)
 
 
-def _message(link: socket.socket) -> tuple[bytes, bytes] | None:
+def read_message(link: socket.socket) -> tuple[bytes, bytes] | None:
+    """Head and body of one HTTP message, without the empty line between them; None when the connection ends."""
     data = b""
     while b"\r\n\r\n" not in data:
         piece = link.recv(1 << 16)
@@ -414,7 +415,10 @@ def _message(link: socket.socket) -> tuple[bytes, bytes] | None:
     head, _, body = data.partition(b"\r\n\r\n")
     found = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
     while len(body) < int(found[1] if found else 0):
-        body += link.recv(1 << 16)
+        piece = link.recv(1 << 16)
+        if not piece:
+            return None
+        body += piece
     return head, body
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_faults import EXAMPLE, Slow, net, process, serving, truth
+from test_faults import EXAMPLE, Slow, net, process, read_message, serving, truth
 
 import torchsurgeon as ts
 from torchsurgeon.serve import Server
@@ -56,7 +56,8 @@ class Gate:
 
     def _attend(self, device: socket.socket) -> None:
         with device, suppress(OSError), socket.create_connection(("127.0.0.1", self.port_behind)) as link:
-            while request := _message(device):
+            while message := read_message(device):
+                request = bytearray(b"\r\n\r\n".join(message))
                 self.requests += 1
                 fault = self.fault if self.fault != "none" else None
                 if fault == "black hole":
@@ -72,9 +73,10 @@ class Gate:
                 if fault == "flipped going":
                     request[-40] ^= 4
                 link.sendall(request)
-                answer = _message(link)
-                if not answer:
+                message = read_message(link)
+                if message is None:
                     return
+                answer = bytearray(b"\r\n\r\n".join(message))
                 if fault == "flipped coming":
                     answer[-9] ^= 16
                 if fault == "cut short":
@@ -111,20 +113,6 @@ FAULTS = {
     "a lie": "damaged",
     "not HTTP": "unavailable|damaged",
 }
-
-
-def _message(link: socket.socket) -> bytearray:
-    data = bytearray()
-    while b"\r\n\r\n" not in data:
-        piece = link.recv(1 << 16)
-        if not piece:
-            return bytearray()
-        data += piece
-    head = data.index(b"\r\n\r\n") + 4
-    found = re.search(rb"(?i)\r\ncontent-length: (\d+)", data[:head])
-    while len(data) < head + int(found[1] if found else 0):
-        data += link.recv(1 << 16)
-    return data
 
 
 @contextmanager
