@@ -35,22 +35,14 @@ def fused_attention(
 
 
 def attention_forward(
-    name: str,
-    out: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    width: int,
-    heads: int,
-    *_: Any,
-    **__: Any,
+    name: str, out: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **_: Any
 ) -> list[Operation]:
     """``torch.nn.functional.multi_head_attention_forward``, which takes positions before the batch."""
-    query_first = query.transpose(0, 1) if query.dim() == 3 else query.unsqueeze(0)
-    if query is key and key is value:
-        return fused_attention(name, out, query_first, query_first, query_first, width, heads)
-    key, value = (t.transpose(0, 1) if t.dim() == 3 else t.unsqueeze(0) for t in (key, value))
-    return fused_attention(name, out, query_first, key, value, width, heads)
+    given = (query, key, value)
+    # What was one tensor stays one: its projections are one product then.
+    turned = {id(t): t.transpose(0, 1) if t.dim() == 3 else t.unsqueeze(0) for t in given}
+    query, key, value = (turned[id(t)] for t in given)
+    return fused_attention(name, out, query, key, value, *rest)
 
 
 def fused_encoder(
