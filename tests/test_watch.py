@@ -16,6 +16,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import cli, watch
+from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 SPEC = "test_watch:scores"
@@ -96,15 +97,26 @@ def test_the_live_view_shows_choice_estimates_times_and_what_went_wrong(server: 
         model = scores()[0].eval()
     here = ts.profile(ts.trace(model, x), meter=None)
     log = watch.Log(40)
-    with ts.SplitModule(
-        model, x, server=server.url, name="scores", device_profile=here.scaled(1000.0), server_profile=here
-    ) as split:
+    # Behind such a link a busy machine's hiccup is no late answer, and behind such a device the link is worth it.
+    far, slow = ts.Link("far", 1e8, 1e8, 0.3), here.scaled(100.0 / here.total_s)
+    with (
+        LinkEmulator(0, "127.0.0.1", server.port, far) as link,
+        ts.SplitModule(
+            model,
+            x,
+            server=f"http://127.0.0.1:{link.port}",
+            name="scores",
+            link=far,
+            device_profile=slow,
+            server_profile=here,
+        ) as split,
+    ):
         for _ in range(3):
             split(x)
             assert split.last is not None
             log.add(split.last)
         text = rendered(watch.view(split, log))
-        assert split.last.server == server.url
+        assert split.last.server == f"http://127.0.0.1:{link.port}"
         server.stop()
         split(x)
         log.add(split.last)
@@ -122,7 +134,7 @@ def test_the_live_view_shows_choice_estimates_times_and_what_went_wrong(server: 
         "breaker closed",
     ):
         assert shown in text
-    assert "degraded: unavailable" not in text
+    assert "degraded" not in text
     assert "degraded: unavailable" in broken
     assert all(len(line) <= 80 for line in text.splitlines())
 
