@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torchsurgeon as ts
 from torchsurgeon import report
 from torchsurgeon.plan.rows import Costs
 from torchsurgeon.profile import LayerEnergy
+from torchsurgeon.report.narrow import Fitting
 from torchsurgeon.report.runs import MOST_RUNS, cut_runs, layer_runs, run_labels
 
 
@@ -121,3 +124,44 @@ def test_the_best_way_and_its_objective_fit_a_narrow_terminal() -> None:
     assert "★ all on" in text
     assert "sum" in text
     assert "…" not in text
+
+
+def deep(name: str, times: int) -> nn.Module:
+    """Layers whose names only differ at their ends."""
+    model: nn.Module = nn.Sequential(nn.ReLU(), nn.Hardswish(), nn.ReLU6())
+    for _ in range(times):
+        model = nn.Sequential(OrderedDict([(name, model)]))
+    return model.eval()
+
+
+def shown(table: Fitting, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("joules", [False, True])
+def test_a_narrow_terminal_cuts_names_in_their_middle_and_no_figure(joules: bool, tmp_path: Path) -> None:
+    graph = ts.trace(deep("encoder_layer", 5), torch.rand(1, 4))
+    profile = even_profile(graph, joules)
+    predicted = dataclasses.replace(profile, interval_s=np.array([[1.23e-4, 4.56e-4]] * 3))
+    lines = [f"{3 + i},8,{64 + i},36,9,{1 + i / 100}" for i in range(30)]
+    (tmp_path / "conv.csv").write_text("\n".join(["in_channels,out_channels,in_size,out_size,kernel,ms", *lines]))
+    predictor = ts.Predictor.from_csv({"conv": tmp_path / "conv.csv"}, "a board")
+    for table, figures in (
+        (report.prediction_table(graph, predictor, predicted, profile), ["123 µs … 456 µs", "+0%", "roofline"]),
+        (report.profile_table(graph, profile), ["33.3%"]),
+        (report.graph_table(graph), ["N×4"]),
+    ):
+        for width, cut in ((80, True), (160, False)):
+            text = shown(table, width)
+            rows = [line for line in text.splitlines() if line.split() and line.split()[0] in ("1", "2", "3")]
+            assert len(rows) == 3
+            for index, (row, layer) in enumerate(zip(rows, graph.layers, strict=True)):
+                name = row.split()[1]
+                assert name.endswith(f"er.{index}")
+                assert name.startswith("enc")
+                assert (name != layer.name) == ("…" in name) == cut, name
+                assert (layer.type in row) != cut
+                for figure in figures:
+                    assert figure in row, (width, row)

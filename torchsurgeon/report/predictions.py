@@ -13,6 +13,7 @@ from torchsurgeon.graph import LayerGraph
 from torchsurgeon.predict import Predictor
 from torchsurgeon.predict.operations import layer_kinds
 from torchsurgeon.profile import LayerProfile
+from torchsurgeon.report.narrow import Fitting, Name
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_figure, plain, save_figure
 from torchsurgeon.report.units import joules_text, seconds_text
 
@@ -48,9 +49,16 @@ def calibration_table(predictor: Predictor) -> Table:
 
 def prediction_table(
     graph: LayerGraph, predictor: Predictor, predicted: LayerProfile, measured: LayerProfile | None = None
-) -> Table:
+) -> Fitting:
     """Return the predicted time of each layer with its 90 % interval, its joules where known, and beside them what was
-    measured where that is given."""
+    measured where that is given. Narrow terminals show no types and no intervals of joules."""
+    given = graph, predictor, predicted, measured
+    return Fitting(_predictions(*given, brief=False), _predictions(*given, brief=True))
+
+
+def _predictions(
+    graph: LayerGraph, predictor: Predictor, predicted: LayerProfile, measured: LayerProfile | None, *, brief: bool
+) -> Table:
     device, interval_s = predicted.provenance.get("device", "an unnamed device"), predicted.interval_s
     table = Table(
         title=f"{predicted.model} on {device}: {_whole(predicted)}",
@@ -58,9 +66,10 @@ def prediction_table(
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("#", justify="right")
-    table.add_column("layer", overflow="fold")
-    table.add_column("type")
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("layer")
+    if not brief:
+        table.add_column("type", no_wrap=True)
     table.add_column("at least" if interval_s is None else "predicted", justify="right", no_wrap=True)
     if interval_s is not None:
         table.add_column("90 %", justify="right", no_wrap=True)
@@ -70,24 +79,28 @@ def prediction_table(
         for name in ("measured", "error"):
             table.add_column(name, justify="right", no_wrap=True)
     bounded = predictor.bounded(graph)
-    table.add_column("" if interval_s is None or not any(bounded) else "model")
+    if interval_s is not None and any(bounded):
+        table.add_column("model", no_wrap=True)
     for layer, seconds, by_roofline in zip(graph.layers, predicted.layer_s, bounded, strict=True):
-        cells = [str(layer.index + 1), layer.name, layer.type, seconds_text(seconds)]
+        types = [] if brief else [layer.type]
+        cells: list[str | Name] = [str(layer.index + 1), Name(layer.name), *types, seconds_text(seconds)]
         if interval_s is not None:
             low_s, high_s = interval_s[layer.index]
             cells.append(f"{seconds_text(low_s)} … {seconds_text(high_s)}")
         if predicted.energy is not None:
-            low_j, high_j = predicted.energy.interval_j[layer.index]
-            cells.append(joules_text(float(predicted.energy.layer_j[layer.index]), float(low_j), float(high_j)))
+            interval_j = [] if brief else predicted.energy.interval_j[layer.index].tolist()
+            cells.append(joules_text(float(predicted.energy.layer_j[layer.index]), *interval_j))
         if measured is not None:
             truth_s = float(measured.layer_s[layer.index])
             cells += [seconds_text(truth_s), f"{seconds / truth_s - 1:+.0%}" if truth_s else ""]
-        table.add_row(*cells, "roofline" if by_roofline and interval_s is not None else "")
-    last = ["", "whole model", "", seconds_text(predicted.total_s)]
+        if interval_s is not None and by_roofline:
+            cells.append("roofline")
+        table.add_row(*cells)
+    last = ["", "whole model", *[""] * (not brief), seconds_text(predicted.total_s)]
     if predicted.whole_interval_s is not None:
         last.append(" … ".join(map(seconds_text, predicted.whole_interval_s)))
     if predicted.energy is not None:
-        last.append(joules_text(*predicted.energy.whole_j))
+        last.append(joules_text(*predicted.energy.whole_j[: 1 if brief else 3]))
     if measured is not None:
         last += [seconds_text(measured.total_s), f"{predicted.total_s / measured.total_s - 1:+.0%}"]
     table.add_section()

@@ -14,11 +14,16 @@ from torchsurgeon.doctor import Diagnosis
 from torchsurgeon.graph import LayerGraph, PartitionPoint, TensorSpec
 from torchsurgeon.plan import Estimate
 from torchsurgeon.profile import LayerProfile
+from torchsurgeon.report.narrow import Fitting, Name
 from torchsurgeon.report.units import bytes_text, flops_text, joules_text, seconds_text
 
 
-def graph_table(graph: LayerGraph) -> Table:
-    """Return the layers of a graph, and what crosses when it is cut after each."""
+def graph_table(graph: LayerGraph) -> Fitting:
+    """Return the layers of a graph, and what crosses when it is cut after each. Narrow terminals show no types."""
+    return Fitting(_layers(graph, brief=False), _layers(graph, brief=True))
+
+
+def _layers(graph: LayerGraph, *, brief: bool) -> Table:
     table = Table(
         title=f"{type(graph.model).__name__}: {len(graph.layers)} layers, {len(graph.points)} partition points",
         caption=(
@@ -30,19 +35,20 @@ def graph_table(graph: LayerGraph) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("#", justify="right", no_wrap=True)
-    for column in ("layer", "type", "output"):
+    table.add_column("layer")
+    for column in ("output",) if brief else ("type", "output"):
         table.add_column(column, no_wrap=True)
     for column in ("FLOP", "weights", "crosses"):
         table.add_column(column, justify="right", no_wrap=True)
     points = {point.index: point for point in graph.points}
-    table.add_row("0", "(all on the server)", "", "", "", "", _crossing(points[0]))
+    table.add_row("0", Name("all on server"), *[""] * (3 if brief else 4), _crossing(points[0]))
     for layer in graph.layers:
         index = layer.index + 1
         last = index == len(graph.layers)
         table.add_row(
             str(index),
-            layer.name,
-            layer.type,
+            Name(layer.name),
+            *([] if brief else [layer.type]),
             "\n".join(_shape(spec) for spec in layer.outputs),
             flops_text(layer.flops).removesuffix("FLOP") if layer.flops else "",
             bytes_text(layer.parameter_bytes) if layer.parameter_bytes else "",
@@ -86,23 +92,29 @@ def codec_table(measured: CodecTable) -> Table:
     return table
 
 
-def profile_table(graph: LayerGraph, profile: LayerProfile) -> Table:
-    """Return the measured time of each layer with quartiles and share, and its memory and joules where known."""
+def profile_table(graph: LayerGraph, profile: LayerProfile) -> Fitting:
+    """Return the measured time of each layer with quartiles and share, and its memory and joules where known. Narrow
+    terminals show no types and no intervals of joules."""
     profile.check(graph)
+    return Fitting(_measured(graph, profile, brief=False), _measured(graph, profile, brief=True))
+
+
+def _measured(graph: LayerGraph, profile: LayerProfile, *, brief: bool) -> Table:
     device = profile.provenance.get("device", "an unnamed device")
     table = Table(
         title=f"{profile.model} on {device}: {seconds_text(profile.total_s)}",
         caption=(
             f"Medians of {len(profile.whole_s)} runs. Layers sum to {profile.sum_to_whole:.3f} of the whole model's "
             "time, which is measured by itself; shares are of the layers' sum."
-            + (" Joules are above idle, with their 95 % interval." if profile.energy else "")
+            + (" Joules are above idle" + ("." if brief else ", with their 95 % interval.") if profile.energy else "")
         ),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("#", justify="right")
-    table.add_column("layer", overflow="fold")
-    table.add_column("type")
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("layer")
+    if not brief:
+        table.add_column("type", no_wrap=True)
     for name in ("median", "quartiles", "share"):
         table.add_column(name, justify="right", no_wrap=True)
     if profile.memory_bytes is not None:
@@ -112,10 +124,10 @@ def profile_table(graph: LayerGraph, profile: LayerProfile) -> Table:
     low, high = profile.quartiles_s()
     total_s = profile.layer_s.sum()
     for layer, median_s, low_s, high_s in zip(graph.layers, profile.layer_s, low, high, strict=True):
-        cells = [
+        cells: list[str | Name] = [
             str(layer.index + 1),
-            layer.name,
-            layer.type,
+            Name(layer.name),
+            *([] if brief else [layer.type]),
             seconds_text(median_s),
             f"{seconds_text(low_s)} … {seconds_text(high_s)}",
             f"{median_s / total_s:.1%}",
@@ -123,8 +135,8 @@ def profile_table(graph: LayerGraph, profile: LayerProfile) -> Table:
         if profile.memory_bytes is not None:
             cells.append(bytes_text(float(profile.memory_bytes[layer.index])))
         if profile.energy is not None:
-            low_j, high_j = profile.energy.interval_j[layer.index]
-            cells.append(joules_text(float(profile.energy.layer_j[layer.index]), float(low_j), float(high_j)))
+            interval_j = [] if brief else profile.energy.interval_j[layer.index].tolist()
+            cells.append(joules_text(float(profile.energy.layer_j[layer.index]), *interval_j))
         table.add_row(*cells)
     return table
 

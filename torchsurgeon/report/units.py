@@ -26,8 +26,8 @@ def seconds_text(seconds: float) -> str:
     )
 
 
-def joules_text(mean_j: float, low_j: float, high_j: float) -> str:
-    """Return an energy and its interval for people, in one unit; "?" where it is unknown."""
+def joules_text(mean_j: float, low_j: float = math.nan, high_j: float = math.nan) -> str:
+    """Return an energy and its interval, if that is known, for people, in one unit; "?" where it is unknown."""
     if math.isnan(mean_j):
         return "?"
     size = max(abs(mean_j), abs(high_j) if math.isfinite(high_j) else 0.0)
