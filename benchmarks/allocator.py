@@ -1,9 +1,9 @@
 """What keeping freed memory is worth: inferences with ``keep_freed_memory`` against the C library's defaults.
 
 Every sample is a process of its own, since the setting is for a process's whole life; those with it and those without
-take turns. Each runs the model as it is on one thread, and tells the median of its inferences and the page faults of
-each. Printed and written are the medians over processes, the least and the most, and the median of the pairs' ratios
-to the defaults.
+take turns. Each runs the model as it is on one thread, and tells the medians of its inferences' page faults and
+processor time (the system's on its behalf included), which other processes disturb less than the time on the wall.
+Printed and written are medians and quartiles over processes, and the median of the pairs' ratios to the defaults.
 
     python benchmarks/allocator.py [--pairs 9] [--out benchmarks/results/allocator.json]
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from result_file import RESULTS, write
-from side_by_side import median_ratio
+from side_by_side import median_ratio, spread, text
 from torchvision.models import get_model
 
 from torchsurgeon.allocator import keep_freed_memory
@@ -33,7 +33,7 @@ WARMUP, INFERENCES = 5, 25
 
 
 def run_once(name: str, way: str) -> None:
-    """In the process of a sample: print seconds and page faults of an inference."""
+    """In the process of a sample: print the processor's seconds and page faults of an inference."""
     torch.set_num_threads(1)
     if way == "kept" and not keep_freed_memory():
         raise SystemExit("this C library cannot be told to keep freed memory")
@@ -42,9 +42,9 @@ def run_once(name: str, way: str) -> None:
     with torch.no_grad():
         for _ in range(WARMUP + INFERENCES):
             faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            begin = time.perf_counter()
+            begin = time.thread_time()
             model(x)
-            taken.append(time.perf_counter() - begin)
+            taken.append(time.thread_time() - begin)
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before)
     print(json.dumps([statistics.median(taken[WARMUP:]), statistics.median(faults[WARMUP:])]))
 
@@ -63,20 +63,10 @@ def compare(name: str, pairs: int) -> dict[str, Any]:
     seconds = {way: [one for one, _ in found] for way, found in samples.items()}
     rows = {}
     for way, times in seconds.items():
-        rows[way] = {
-            "median_s": statistics.median(times),
-            "least_s": min(times),
-            "most_s": max(times),
-            "page_faults": statistics.median(faults for _, faults in samples[way]),
-            "page_faults_least": min(faults for _, faults in samples[way]),
-            "page_faults_most": max(faults for _, faults in samples[way]),
-            "ratio": median_ratio(times, seconds["defaults"]),
-        }
-        middle, least, most = (rows[way][key] * 1e3 for key in ("median_s", "least_s", "most_s"))
+        faults = statistics.median(one for _, one in samples[way])
+        rows[way] = spread(times) | {"ratio": median_ratio(times, seconds["defaults"]), "page_faults": faults}
         print(
-            f"{name:14}{way:10}{middle:8.2f} ms [{least:.2f} … {most:.2f}] {rows[way]['page_faults']:8.0f} page faults "
-            f"[{rows[way]['page_faults_least']:.0f} … {rows[way]['page_faults_most']:.0f}] "
-            f"{rows[way]['ratio']:6.3f} × defaults",
+            f"{name:14}{way:10}{text(rows[way])} {rows[way]['ratio']:6.3f} × defaults {faults:8.0f} page faults",
             flush=True,
         )
     return rows

@@ -19,7 +19,6 @@ to PyTorch's ``quantize_per_tensor``, or for decoding to their counterparts. Bes
 from __future__ import annotations
 
 import argparse
-import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch
 import torchvision
 import zstandard
 from result_file import RESULTS, write
-from side_by_side import in_turns, median_ratio
+from side_by_side import in_turns, median_ratio, spread, text
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
@@ -66,11 +65,11 @@ def without_extension(way: Callable[[], object]) -> Callable[[], object]:
     built, missing = _native.available, lambda: False
 
     def run() -> object:
-        _native.available = missing  # type: ignore[assignment]
+        _native.available = missing
         try:
             return way()
         finally:
-            _native.available = built  # type: ignore[assignment]
+            _native.available = built
 
     return run
 
@@ -123,9 +122,9 @@ def measure(ways: dict[str, Callable[[], object]], size_bytes: int, rounds: int)
     taken = in_turns(ways, rounds)
     rows = {}
     for name, times in taken.items():
-        low, middle, high = statistics.quantiles(times, n=4)
         decoding = name.startswith(("decode", "torch: dequantize"))
-        row = {"median_s": middle, "q1_s": low, "q3_s": high, "gb_s": size_bytes / middle / 1e9}
+        row = spread(times)
+        row["gb_s"] = size_bytes / row["median_s"] / 1e9
         for key, base in (
             ("time_to_zstd", "decode zstd" if decoding else "zstd"),
             ("time_to_torch", "torch: dequantize" if decoding else "torch: quantize_per_tensor"),
@@ -154,11 +153,11 @@ def main() -> None:
         results[title] = {"size_bytes": tensor.nbytes, "shape": list(tensor.shape), "ways": rows}
         print(f"{title}: {tensor.dtype} {list(tensor.shape)}, {tensor.nbytes} bytes")
         for name, row in rows.items():
-            middle, low, high = (row[key] * 1e6 for key in ("median_s", "q1_s", "q3_s"))
             sent = f"{row['ratio']:6.2f} times smaller" if "ratio" in row else ""
             torch_ratio = f"{row['time_to_torch']:6.2f} × torch" if "time_to_torch" in row else ""
-            times = f"{middle:7.0f} µs [{low:5.0f} … {high:5.0f}] {row['gb_s']:6.2f} GB/s"
-            print(f"  {name:40}{times} {row['time_to_zstd']:5.2f} × zstd {torch_ratio}  {sent}", flush=True)
+            zstd_ratio = f"{row['time_to_zstd']:5.2f} × zstd"
+            speed = f"{row['gb_s']:6.2f} GB/s"
+            print(f"  {name:40}{text(row, 'µs')} {speed} {zstd_ratio} {torch_ratio}  {sent}", flush=True)
     write(
         options.out,
         results,

@@ -15,6 +15,7 @@ import itertools
 import os
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,14 @@ FILL = 5
 
 def stream(split: ts.SplitModule, x: torch.Tensor, frames: int) -> dict[str, Any]:
     ends = []
-    cuts: dict[str, int] = {}
-    answers = split.map(itertools.repeat(x, frames))
-    for _ in answers:
+    chosen = []
+    for _ in split.map(itertools.repeat(x, frames)):
         ends.append(time.perf_counter())
-        last = split.last
-        assert last is not None
-        cuts[last.partition.name] = cuts.get(last.partition.name, 0) + 1
-    index = last.partition.index
+        assert split.last is not None
+        chosen.append(split.last.partition)
     rate = (len(ends) - 1 - FILL) / (ends[-1] - ends[FILL])
-    return {"answers_a_s": rate, "index": index, "cut": last.partition.name, "cuts": cuts}
+    cuts = Counter(point.name for point in chosen)
+    return {"answers_a_s": rate, "index": chosen[-1].index, "cut": chosen[-1].name, "cuts": dict(cuts)}
 
 
 def one_by_one(split: ts.SplitModule, x: torch.Tensor, link: ts.Link, frames: int) -> dict[str, Any]:

@@ -24,6 +24,19 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, warmup: int 
     return taken
 
 
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Return median and quartiles."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return {"median_s": middle, "q1_s": low, "q3_s": high}
+
+
+def text(row: Mapping[str, float], unit: str = "ms") -> str:
+    """Return what :func:`spread` found, in ``ms`` or ``µs``."""
+    middle, low, high = (row[key] * {"ms": 1e3, "µs": 1e6}[unit] for key in ("median_s", "q1_s", "q3_s"))
+    digits = 2 if unit == "ms" else 0
+    return f"{middle:9.{digits}f} {unit} [{low:7.{digits}f} … {high:7.{digits}f}]"
+
+
 def median_ratio(ones: Sequence[float], others: Sequence[float]) -> float:
     """Return the median of the ratios round by round."""
     return statistics.median(one / other for one, other in zip(ones, others, strict=True))

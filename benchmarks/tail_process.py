@@ -25,7 +25,7 @@ from torch import nn
 
 from torchsurgeon.profile import profile
 from torchsurgeon.serve import ModelRegistry, Server, create_app
-from torchsurgeon.transport import InProcessTransport
+from torchsurgeon.transport import InProcessTransport, Transport
 
 START_S = 60.0
 Factory = Callable[[int], tuple[nn.Module, torch.Tensor]]
@@ -101,7 +101,7 @@ def _serve(factory: Factory, seed: int, port: int, core: int | None, ready: Any)
 
 
 @contextmanager
-def in_process(factory: Factory) -> Iterator[InProcessTransport]:
+def in_process(factory: Factory) -> Iterator[Transport]:
     """The same server in this process, without HTTP."""
     model, example = factory(0)
     registry = ModelRegistry()

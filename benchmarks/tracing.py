@@ -13,14 +13,13 @@ Every way runs once a round, in a new random order, in one process on one thread
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from result_file import RESULTS, write
-from side_by_side import in_turns, median_ratio
+from side_by_side import in_turns, median_ratio, spread, text
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -65,13 +64,8 @@ def compare(title: str, ways: Ways, rounds: int) -> dict[str, Any]:
     print(title)
     rows = {}
     for name, times in taken.items():
-        low, middle, high = statistics.quantiles(times, n=4)
-        rows[name] = {"median_s": middle, "q1_s": low, "q3_s": high, "ratio": median_ratio(times, taken[base])}
-        print(
-            f"  {name:24}{middle * 1e3:9.2f} ms [{low * 1e3:.2f} … {high * 1e3:.2f}] "
-            f"{rows[name]['ratio']:8.1f} × {base}",
-            flush=True,
-        )
+        rows[name] = spread(times) | {"ratio": median_ratio(times, taken[base])}
+        print(f"  {name:24}{text(rows[name])} {rows[name]['ratio']:8.1f} × {base}", flush=True)
     return rows
 
 

@@ -46,6 +46,7 @@ import numpy
 import requests
 import torch
 from result_file import RESULTS, write
+from side_by_side import spread, text
 from torch import Tensor, nn
 
 from torchsurgeon import wire
@@ -194,25 +195,16 @@ def measure(ways: dict[str, Callable[[], object]], rounds: int, burst: int) -> d
             ratios[label].append(middle / medians[BASE])
     result = {}
     for label, taken in samples.items():
-        low, middle, high = statistics.quantiles(taken, n=4)
         ratio_low, ratio, ratio_high = statistics.quantiles(ratios[label], n=4)
-        result[label] = {
-            "median_s": middle,
-            "q1_s": low,
-            "q3_s": high,
-            "ratio": ratio,
-            "ratio_q1": ratio_low,
-            "ratio_q3": ratio_high,
-        }
+        result[label] = spread(taken) | {"ratio": ratio, "ratio_q1": ratio_low, "ratio_q3": ratio_high}
     return result
 
 
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
     print(title)
     for label, row in rows.items():
-        middle, low, high = (row[key] * 1e6 for key in ("median_s", "q1_s", "q3_s"))
         ratios = f"{row['ratio']:5.2f} × raw  [{row['ratio_q1']:.2f} … {row['ratio_q3']:.2f}]"
-        print(f"  {label:13} {middle:8.0f} µs  [{low:6.0f} … {high:6.0f}]  {ratios}", flush=True)
+        print(f"  {label:13}{text(row, 'µs')}  {ratios}", flush=True)
 
 
 def main() -> None:
