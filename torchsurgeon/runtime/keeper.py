@@ -135,9 +135,11 @@ class Keeper:
             unfit = any(not errand.trial for errand in errands) or len(errands) >= _MOST_ERRANDS
             if not unfit and (breaker.state != "closed" or not errands) and breaker.allow():
                 self._send(Errand(peer, trial=True), self._try)
-        elif not errands and self._engine.adapts and time.monotonic() - peer.asked_s > _QUIET_S:
+        elif not errands and self._engine.adapts and not 0 <= time.monotonic() - peer.asked_s <= _QUIET_S:
             rate = peer.state.link.estimate().uplink
-            if peer.state.load.ping_due():
+            if peer.doubted:
+                self._send(Errand(peer, trial=False), self._try)
+            elif peer.state.load.ping_due():
                 self._send(Errand(peer, trial=False), self._ping)
             elif (size := peer.state.probes.due_bytes(rate.age_s, rate.value)) is not None:
                 self._send(Errand(peer, trial=False), functools.partial(self._probe, size))
@@ -156,16 +158,16 @@ class Keeper:
     def _try(self, errand: Errand) -> None:
         """Find out whether the server answers, and if it was late before, whether that was the link."""
         peer = errand.peer
-        late = peer.failure is not None and peer.failure.kind in ("late", "deadline")
         if peer.ready_in != self._engine.ours.epoch:
             self._engine.connect(peer, _ERRAND_S)
         # The first may have waited for the server to come back, which says nothing about the link.
         self._ask(errand)
         self._ping(errand)
-        if late:
+        if peer.doubted:
             # A rate that has changed is believed when it is seen twice.
             for _ in range(2):
                 self._probe(peer.state.probes.least_bytes, errand)
+            peer.doubted = False
         peer.answered()
 
     def _ping(self, errand: Errand) -> None:
@@ -193,14 +195,15 @@ class Keeper:
             if taken_s < _ERRAND_S:
                 raise
             # It answered a ping: the link is at most as fast as this.
-            peer.state.link.observe(up_bytes=size, up_s=None, down_bytes=0, down_s=0.0, total_s=taken_s)
+            peer.state.link.observe(up_bytes=size, up_s=None, down_bytes=0, down_s=0.0, total_s=_ERRAND_S)
             return
         finally:
-            peer.state.probes.spent(size, time.monotonic() - begin_s)
+            # A clock that jumped meanwhile would forbid probes for hours.
+            peer.state.probes.spent(size, min(max(time.monotonic() - begin_s, 0.0), _ERRAND_S))
         peer.state.link.observe(
             up_bytes=timing.sent_bytes,
             up_s=None,
             down_bytes=timing.received_bytes,
             down_s=timing.end_s - timing.first_byte_s,
-            total_s=timing.end_s - timing.send_start_s,
+            total_s=min(timing.end_s - timing.send_start_s, _ERRAND_S),
         )

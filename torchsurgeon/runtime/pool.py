@@ -114,7 +114,7 @@ class Pool:
         end_s = time.monotonic() + join_s
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(max(0.0, end_s - time.monotonic()))
+                thread.join(min(max(0.0, end_s - time.monotonic()), join_s))
 
     def _freed(self, call: Call[Any]) -> None:
         # Before the call ends, or who waited for it would be given another thread for the next one.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 _WINDOW = 16
+# Answers are taken in nearly in the order they came: one from so long before was timed after the clock stepped back.
+_STEPPED_BACK_S = 60.0
 
 
 class Sharing:
@@ -22,8 +24,10 @@ class Sharing:
 
         The transfer ``begun_s`` to ``arrived_s`` is the latest to arrive, and ``others`` like it may be under way.
         """
-        if begun_s >= self._arrived_s:
+        stepped_back = arrived_s < self._arrived_s - _STEPPED_BACK_S
+        if begun_s >= self._arrived_s or stepped_back:
             self._since_s = begun_s
+            self._arrived_s = arrived_s
             self._arrived_bytes = self._counted_bytes = self._moving_bytes = 0.0
         self._arrived_s = max(self._arrived_s, arrived_s)
         self._arrived_bytes += size_bytes

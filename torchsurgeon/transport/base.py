@@ -156,7 +156,8 @@ class Deadline:
 
     def left_s(self) -> float:
         """Seconds left; raises TimeoutError when there are none, since a socket timeout of 0 means non-blocking."""
-        left = self._end_s - time.monotonic()
+        # No more than there was to begin with, should the clock have stepped back.
+        left = min(self._end_s - time.monotonic(), self.timeout_s)
         if left <= 0 or self.cancelled:
             raise TimeoutError
         return left
