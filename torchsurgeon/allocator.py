@@ -1,8 +1,8 @@
 """Keep freed memory in the process, instead of handing it back to the kernel after every inference.
 
 glibc gives large freed blocks back to the system, or not, by a threshold that moves with what was freed before. Where
-it does, every run pays a page fault for each 4 KiB of each layer's output (MobileNetV2 takes 1.2 times as long), and
-which of the two a process does is chance. With the memory kept, runs are faster, and can be compared. See mallopt(3).
+it does, every run pays page faults for layers' outputs, and whether it does depends on the model and on what the
+process did before (``benchmarks/allocator.py`` compares). With the memory kept, runs can be compared. See mallopt(3).
 """
 
 from __future__ import annotations
