@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import platform
 import statistics
 import subprocess
 import time
@@ -26,7 +25,7 @@ import torchsurgeon as ts
 from torchsurgeon import _native, hooks, meters
 from torchsurgeon.cut import tail_for
 from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.profile import layer_trace
+from torchsurgeon.profile import layer_trace, provenance
 
 MODELS = ("alexnet", "resnet50", "vit_b_16")
 CHAIN = 200
@@ -34,31 +33,15 @@ Run = Callable[[], Any]
 
 
 def environment(device: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "extension": _native.available(),
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-    }
+    facts = provenance(device) | {"extension": _native.available()}
     if device == "cuda":
-        facts["driver"] = output(
-            "nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"
-        )
+        facts["driver"] = driver()
         facts["meter"] = meters.find_meter("cuda").name
     return facts
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def output(*command: str) -> str:
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
     except OSError as error:
@@ -218,7 +201,7 @@ def model_overhead(name: str, device: str, rounds: int) -> dict[str, Any]:
 
 def compared(seconds: dict[str, list[float]], layers: int) -> dict[str, Any]:
     eager = seconds["eager"]
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, samples in seconds.items():
         ratios = [sample / base for sample, base in zip(samples, eager, strict=True)]
         extra_us = (statistics.median(samples) - statistics.median(eager)) * 1e6 / layers
