@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from partitions import check_point, copied
 from small_models import CASES, model
 from test_cut import example, operation, possible
@@ -134,6 +135,19 @@ def test_the_lower_hull_holds_the_least_under_any_weights(count, columns) -> Non
             weights = 10.0 ** chance.uniform(-8, 0, columns) * (chance.random(columns) < 0.8)
             sums = shares @ weights
             assert sums[corners].min() == pytest.approx(sums.min(), rel=1e-9, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    arrays(np.float64, st.tuples(st.integers(2, 30), st.just(4)), elements=st.integers(0, 4).map(float)),
+    st.lists(st.tuples(*4 * [st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 0.3, 1.0])]).filter(any), min_size=20, max_size=20),
+)
+def test_the_lower_hull_holds_the_least_where_rows_tie_and_columns_are_alike(costs, weighings) -> None:
+    corners, _ = lower_hull(costs)
+    scale = np.where(np.ptp(costs, axis=0) > 0, np.ptp(costs, axis=0), 1.0)
+    for weights in weighings:
+        sums = (costs - costs.min(axis=0)) / scale @ weights
+        assert sums[corners].min() == pytest.approx(sums.min(), rel=1e-9, abs=1e-12)
 
 
 def test_the_lower_hull_holds_what_only_tiny_weights_tell_from_another() -> None:

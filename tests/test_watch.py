@@ -19,6 +19,8 @@ from torchsurgeon import cli, watch
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
+pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
+
 SPEC = "test_watch:scores"
 
 
