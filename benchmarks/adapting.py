@@ -2,8 +2,7 @@
 
 Costs: everything that adapting does around one inference (three observations, three estimates, a decision on a frontier
 of ten rows, ordering servers, the breaker, probe and ping schedules, the rescue's arithmetic), against three moving
-averages and ``Frontier.best``. ``steady`` is the ordinary case; in ``undecided`` another row looks better at every
-decision, so the noise is computed each time. Both contestants take turns in blocks of 200 inferences.
+averages and ``Frontier.best``. Both contestants take turns in blocks of 200 inferences.
 
 Gains: inferences one after another over replayed uplinks, in simulated time: the true frontier row by row, transfers
 timed by the trace, everything within 10 % noise. ``adaptive`` is this package; ``averages`` takes the best row for a
@@ -59,11 +58,11 @@ SERVER, DEVICE = ROWS[0], ROWS[-1]
 class Adaptive:
     """What a SplitModule does around an inference."""
 
-    def __init__(self, now_s: Callable[[], float], *, patience: float = 2.0) -> None:
+    def __init__(self, now_s: Callable[[], float]) -> None:
         self.servers = Servers([ServerState.new("only", PRIOR, now_s=now_s)])
         self.state = self.servers.servers[0]
         self.slowdown = SlowdownEstimator(now_s=now_s)
-        self.decider: Decider[Row] = Decider(FRONTIER.rows, FRONTIER.costs, now_s=now_s, patience=patience)
+        self.decider: Decider[Row] = Decider(FRONTIER.rows, FRONTIER.costs, now_s=now_s)
         self.hedged = 0
 
     def choose(self) -> Row:
@@ -132,18 +131,11 @@ class Averages:
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    undecided = Adaptive(time.monotonic, patience=float("inf"))
     ways: dict[str, tuple[Adaptive | Averages, Row]] = {
         "averages": (Averages(time.monotonic), ROWS[6]),
-        "adaptive, steady": (Adaptive(time.monotonic), ROWS[6]),
-        "adaptive, undecided": (undecided, ROWS[6]),
+        "adaptive": (Adaptive(time.monotonic), ROWS[6]),
     }
     way = {"up_bytes": 21_632, "up_s": 0.03, "down_s": 0.002, "total_s": 0.1, "queue_s": 1e-4, "tail_s": 2.6e-3}
-    undecided.decider.override(
-        DEVICE,
-        Estimates(undecided.state.link.estimate(), undecided.state.load.estimate(), undecided.slowdown.estimate()),
-        "start",
-    )
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name in random.sample(list(ways), len(ways)):

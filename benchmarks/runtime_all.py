@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tail_process import RESULTS
+from result_file import RESULTS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "runtime.md"

@@ -8,7 +8,7 @@ of it. At each step of the load three ways take turns inference by inference: ``
 
 Printed and written are mean, quartiles and 95th percentile of each way at each load, and the ratios to always server.
 
-    python benchmarks/runtime_load.py [--seconds 15] [--out benchmarks/results/runtime_load.json]
+    python benchmarks/runtime_load.py [--seconds 40] [--out benchmarks/results/runtime_load.json]
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 from paced_device import paced, warm
-from tail_process import RESULTS, TailProcess, apart, middle, seeded, two_cores, write
+from result_file import RESULTS, write
+from tail_process import TailProcess, apart, middle, seeded, two_cores
 from torch import nn
 
 import torchsurgeon as ts
@@ -162,7 +163,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=15.0, help="at each of seven loads")
+    parser.add_argument("--seconds", type=float, default=40.0, help="at each of seven loads")
     parser.add_argument("--out", type=Path, default=RESULTS / "runtime_load.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tail_process import RESULTS, TailProcess, seeded, write
+from result_file import RESULTS, write
+from tail_process import TailProcess, in_process, seeded
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.serve import ModelRegistry, create_app
-from torchsurgeon.transport import HttpTransport, InProcessTransport, Transport
+from torchsurgeon.transport import HttpTransport, Transport
 
 BLOCK = 50
 AT = 2
@@ -148,11 +148,7 @@ def main() -> None:
     random.seed(0)
     results = {}
     with contextlib.ExitStack() as stack:
-        registry = ModelRegistry()
-        stack.callback(registry.close)
-        model, x = tiny(0)
-        registry.add("model", model, (x,))
-        inside = stack.enter_context(InProcessTransport(create_app(registry)))
+        inside = stack.enter_context(in_process(tiny))
         results["in process"] = measure(ways_over(inside, stack), options.rounds)
         show("in process", results["in process"])
         server = stack.enter_context(TailProcess(tiny))

@@ -3,14 +3,17 @@
 AlexNet on photographs behind an emulated link that replays a recorded uplink (mahimahi's format; a synthetic LTE uplink
 without ``--trace``), with the downlink and the round trip of the LTE preset. The device is this process, paced so that
 the whole model takes 0.4 s on it; the server a process on a core of its own where there is one. Every way replays the
-same seconds of the trace from their start, and begins an inference every half second, or when the one before it ends:
+same seconds of the trace from their start, and begins an inference every half second, or at the next half second after
+the one before it ended. One that fills several half seconds counts as often, or a way would seem the better the fewer
+it manages while the uplink is bad:
 
 * ``adaptive``: the module decides at every inference, knowing nothing but its own requests and probes.
 * ``server``, ``device``: everything there, always; the status quo and its opposite.
 * ``oracle``: the cut that is the fastest from here on over the trace, which it knows; what every cut takes beside
   that it has timed before, over a steady link.
 
-Printed and written are mean, quartiles and 95th percentile of the latency, and ratios of means; the timeline is drawn.
+Printed and written are mean, quartiles and 95th percentile of the latency over the half seconds, and ratios of means;
+the timeline is drawn.
 
     python benchmarks/runtime_trace.py [--trace FILE] [--seconds 40] [--out benchmarks/results/runtime_trace.json]
 """
@@ -28,7 +31,8 @@ from typing import Any
 
 import torch
 from paced_device import paced, warm
-from tail_process import RESULTS, TailProcess, middle, seeded, two_cores, write
+from result_file import RESULTS, write
+from tail_process import TailProcess, middle, seeded, two_cores
 from torch import nn
 
 import torchsurgeon as ts
@@ -115,8 +119,15 @@ def replay(
             }
         )
         ended_s = time.monotonic() - start_s
-        time.sleep(max(0.0, PERIOD_S * (int(ended_s / PERIOD_S) + 1) - ended_s))
+        turn = int(ended_s / PERIOD_S) + 1
+        taken[-1]["turns"] = max(min(turn, round(seconds / PERIOD_S)) - round(now_s / PERIOD_S), 1)
+        time.sleep(max(0.0, PERIOD_S * turn - ended_s))
     return taken
+
+
+def over_time(entries: list[dict[str, Any]]) -> list[float]:
+    """The latency at every half second."""
+    return [entry["latency_s"] for entry in entries for _ in range(entry["turns"])]
 
 
 def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, list[dict[str, Any]]]:
@@ -154,7 +165,7 @@ def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, list[dict[str, 
                     timelines[way] = replay(
                         split, x, emulator, varying, seconds, oracle.point if way == "oracle" else None
                     )
-                print(f"{way:9} {statistics.mean(e['latency_s'] for e in timelines[way]) * 1e3:7.1f} ms", flush=True)
+                print(f"{way:9} {statistics.mean(over_time(timelines[way])) * 1e3:7.1f} ms", flush=True)
     return timelines
 
 
@@ -163,7 +174,7 @@ def constant(bit_s: float) -> BandwidthTrace:
 
 
 def summary(timelines: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    rows: dict[str, Any] = {way: middle([e["latency_s"] for e in timelines[way]]) for way in WAYS}
+    rows: dict[str, Any] = {way: middle(over_time(timelines[way])) for way in WAYS}
     for way in WAYS:
         entries = timelines[way]
         rows[way]["inferences"] = len(entries)
@@ -198,7 +209,7 @@ def draw(name: str, uplink: BandwidthTrace, seconds: float, timelines: dict[str,
     colours = {"oracle": GREEN, "adaptive": BLUE, "server": ORANGE, "device": RED}
     for way in ("server", "device", "oracle", "adaptive"):
         at = [e["at_s"] for e in timelines[way]]
-        mean_ms = statistics.mean(e["latency_s"] for e in timelines[way]) * 1e3
+        mean_ms = statistics.mean(over_time(timelines[way])) * 1e3
         latency.plot(
             at,
             [e["latency_s"] * 1e3 for e in timelines[way]],

@@ -19,8 +19,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from result_file import RESULTS as RESULTS
-from result_file import write as write
 from torch import nn
 
 from torchsurgeon.profile import profile

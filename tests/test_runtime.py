@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import torchsurgeon as ts
+from torchsurgeon.cut import Head
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.plan import Battery
 from torchsurgeon.serve import ModelRegistry, Server, create_app
@@ -57,13 +58,15 @@ def server() -> Iterator[Server]:
 
 
 def device(module: nn.Module) -> Callable[..., Any]:
-    """A backend of a device that takes for the whole model what its profile says."""
+    """A backend of a device that takes what its profile says, for the whole model or a part of it."""
+    segment = module.segment if isinstance(module, Head) else module
+    layers = LAYERS if isinstance(module, nn.Sequential) else len({*segment.steps} & {*GRAPH.flow.layers})
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.01 * LAYERS)
+        time.sleep(0.01 * layers)
         return module(*args, **kwargs)
 
-    return run if isinstance(module, nn.Sequential) else module
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +186,28 @@ def test_a_call_is_cut_where_its_own_size_says(server: Server, known: dict[str, 
         decision = split.decisions[0]
         assert decision.row.on_device == here
         assert decision.estimates.scale == batch
+
+
+@pytest.mark.parametrize("fallback", ["local", "error"])
+def test_another_cut_shakes_no_hands_again(server: Server, fallback: str) -> None:
+    class Counting(Between):
+        told_json = 0
+
+        def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+            self.told_json += 1
+            return super().get_json(path, timeout_s=timeout_s)
+
+    with HttpTransport(server.url) as inner:
+        counting = Counting(inner)
+        with split_of(counting, partition=1, fallback=fallback) as split:
+            assert right(split)
+            before = counting.told_json
+            for cut in (2, 0, 3):
+                split.partition = cut
+                assert right(split)
+                assert split.last is not None
+                assert split.last.sent_bytes
+            assert counting.told_json == before
 
 
 def test_each_server_is_reckoned_with_by_its_own_profile(server: Server, known: dict[str, Any]) -> None:

@@ -207,8 +207,9 @@ def test_another_model_on_the_server_is_never_used_and_warned_of_once() -> None:
         answers(split)
         first.stop()
         with serving(net(7), port):
-            with pytest.warns(ts.MismatchWarning, match=r"stem\.weight"):
+            with pytest.warns(ts.MismatchWarning, match=r"stem\.weight") as caught:
                 until(lambda: "mismatch" in degraded(split), split)
+            assert [warning.filename for warning in caught] == [__file__]
             answers(split, 3)
             assert not remote(split)
         with serving(net(), port):
@@ -217,8 +218,9 @@ def test_another_model_on_the_server_is_never_used_and_warned_of_once() -> None:
 
 def test_the_wrong_model_from_the_start_is_warned_of() -> None:
     with serving(net(7)) as running, split_of(running.url) as split:
-        with pytest.warns(ts.MismatchWarning, match="Serve the weights"):
+        with pytest.warns(ts.MismatchWarning, match="Serve the weights") as caught:
             answers(split)
+        assert [warning.filename for warning in caught] == [__file__]
         answers(split)
         assert "mismatch" in degraded(split)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torchsurgeon.errors import DeadlineError
 
 _LEAST_SPREAD = 0.01
-_SURE = 2.33  # one in a hundred takes longer
+SURE = 2.33
+"""Deviations that one in a hundred is above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def rescue(
     :param remote_spread, tail_spread: relative deviations of the two, as :attr:`Quantity.spread`
     :param hedge_above: probability of a late answer from which the local tail starts at once
     """
-    slack_s = left_s - tail_s * math.exp(_SURE * max(tail_spread, _LEAST_SPREAD))
+    slack_s = left_s - tail_s * math.exp(SURE * max(tail_spread, _LEAST_SPREAD))
     late = late_probability(remote_s, remote_spread, left_s)
     hedged = late > hedge_above
     return Rescue(0.0 if hedged else max(slack_s, 0.0), late, hedged, slack_s)

@@ -30,14 +30,12 @@ class LinkEstimate(NamedTuple):
     round_trip: Quantity
     radio: Radio | None = None
 
-    def link(self, *, uplink_off: float = 0.0, downlink_off: float = 0.0, later_s: float = 0.0) -> Link:
-        """The estimate as a link, for planning: the most likely one, or one that is off by so many deviations of a rate
-        and by so many seconds of the round trip."""
-        up, down = self.uplink, self.downlink
+    def link(self, *, later_s: float = 0.0) -> Link:
+        """The estimate as a link, for planning, with a round trip that is so many seconds longer."""
         return Link(
             "estimated",
-            _within(up.value * math.exp(uplink_off * up.error) if uplink_off else up.value),
-            _within(down.value * math.exp(downlink_off * down.error) if downlink_off else down.value),
+            _within(self.uplink.value),
+            _within(self.downlink.value),
             min(self.round_trip.value + later_s, _MOST_ROUND_TRIP_S),
             "requests over this connection",
             self.radio,

@@ -20,14 +20,12 @@ _MOST_FACTOR = 1e4
 class LoadEstimate(NamedTuple):
     """How busy a server is.
 
-    Its computing takes `compute` times what was predicted, after waiting for `queue_s`, which is known to within
-    `queue_error_s`. The two are kept apart because the wait is paid once, however short the tail: a factor seen with a
-    short tail would be wrong for a long one.
+    Its computing takes `compute` times what was predicted, after waiting for `queue_s`. The two are kept apart because
+    the wait is paid once, however short the tail: a factor seen with a short tail would be wrong for a long one.
     """
 
     compute: Quantity
     queue_s: float
-    queue_error_s: float
 
     def factor(self, tail_s: float) -> float:
         """K of the Neurosurgeon paper for a tail of `tail_s` predicted seconds: queue and computing over prediction.
@@ -56,7 +54,7 @@ class Wait:
     While nothing is seen the mean halves every `half_life_s`.
     """
 
-    __slots__ = ("_count", "_half_life_s", "_mean_s", "_mean_variance", "_since", "_suspect", "_variance")
+    __slots__ = ("_count", "_half_life_s", "_mean_s", "_since", "_suspect", "_variance")
 
     def __init__(self, *, now_s: NowS, half_life_s: float) -> None:
         self._half_life_s = half_life_s
@@ -65,7 +63,6 @@ class Wait:
 
     def _start(self, mean_s: float, variance: float, *, count: int) -> None:
         self._mean_s, self._variance, self._count = mean_s, variance, count
-        self._mean_variance = variance / count
         self._suspect: _Suspect | None = None
 
     def observe(self, wait_s: float) -> None:
@@ -85,14 +82,13 @@ class Wait:
         gain = max(1 / self._count, -math.expm1(-age_s / _QUEUE_MEMORY_S))
         self._mean_s = max(self._faded(age_s) + gain * off_s, 0.0)
         self._variance = (1 - gain) * (self._variance + gain * off_s * off_s)
-        self._mean_variance = self._variance * gain / (2 - gain)
 
     def _faded(self, age_s: float) -> float:
         return self._mean_s * math.pow(0.5, age_s / self._half_life_s)
 
-    def estimate(self) -> tuple[float, float]:
-        """The mean wait now and one standard deviation of it, both in seconds."""
-        return self._faded(self._since.passed_s()), math.sqrt(self._mean_variance + _QUEUE_SCALE_S**2)
+    def mean_s(self) -> float:
+        """The mean wait now."""
+        return self._faded(self._since.passed_s())
 
 
 class LoadEstimator:
@@ -124,7 +120,7 @@ class LoadEstimator:
     def estimate(self) -> LoadEstimate:
         """The load now."""
         with self._lock:
-            return LoadEstimate(self._compute.quantity(), *self._queue.estimate())
+            return LoadEstimate(self._compute.quantity(), self._queue.mean_s())
 
     def age_s(self) -> float:
         """Seconds since the server last told its load."""

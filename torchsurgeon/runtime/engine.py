@@ -35,7 +35,7 @@ from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.measure import measure_link
 from torchsurgeon.runtime.parts import Backend, Parts
 from torchsurgeon.runtime.peer import Failure, Peer
-from torchsurgeon.runtime.pending import Done, MismatchWarning, Pending, mismatch_text
+from torchsurgeon.runtime.pending import Done, MismatchWarning, Pending
 from torchsurgeon.runtime.pool import Pool
 from torchsurgeon.runtime.stream import MOST_IN_FLIGHT, Stream
 from torchsurgeon.transport import HttpTransport, Transport
@@ -195,21 +195,23 @@ class Engine:
         if (self.always or len(self.peers) > 1) and not self.ping_tensors:
             self._prepare_ping()
         if self.always:
-            end_s = time.monotonic() + _SETUP_S
-            calls = [self.keeper.connect(peer, min(_SETUP_S, peer.transport.timeout_s)) for peer in self.peers]
-            for peer, call in zip(self.peers, calls, strict=True):
+            end_s, unready = time.monotonic() + _SETUP_S, self._unready()
+            calls = [self.keeper.connect(peer, min(_SETUP_S, peer.transport.timeout_s)) for peer in unready]
+            for peer, call in zip(unready, calls, strict=True):
                 if not call.wait(end_s - time.monotonic()):
                     peer.failure = Failure("unready", f"{peer.label} has not told all that asking it takes")
-                elif peer.failure is not None and peer.failure.kind == "mismatch" and self.warns_of_mismatch():
-                    warnings.warn(mismatch_text(peer.failure), MismatchWarning, stacklevel=8)
+                self.warn(peer.failure, stacklevel=8)
         else:
             self._connect_any()
         if self.ping_tensors:
             self.keeper.start()
 
+    def _unready(self) -> list[Peer]:
+        return [peer for peer in self.peers if peer.ready_in != self.ours.epoch]
+
     def _connect_any(self) -> None:
         failures: list[Exception] = []
-        for peer in self.peers:
+        for peer in self._unready():
             try:
                 self.connect(peer)
             except Exception as error:
@@ -243,10 +245,12 @@ class Engine:
         self.ping_index, self.ping_bytes = point.index, point.size_bytes
         self.ping_tensors = dict(zip((spec.name for spec in point.tensors), head(*args, **kwargs), strict=True))
 
-    def warns_of_mismatch(self) -> bool:
-        """Whether to warn of a mismatch; true once."""
-        warned, self._warned = self._warned, True
-        return not warned
+    def warn(self, failure: Failure | None, stacklevel: int) -> None:
+        """Warn whoever called, once, that a server's model is another."""
+        if failure is not None and failure.kind == "mismatch" and self.always and not self._warned:
+            self._warned = True
+            text = f"a server's answers are not used: {failure.text}"
+            warnings.warn(text, MismatchWarning, stacklevel=stacklevel + 1)
 
     # --- one inference ---
 
@@ -327,6 +331,9 @@ class Engine:
             return fixed, None, None, None
         peer = self._peer(work)
         if peer is None:
+            for other in self.peers:
+                # It may have been found in the background.
+                self.warn(other.failure, stacklevel=7)
             meant = self._chosen != self._whole.point or fixed is not None
             return self._whole, None, None, self._why_nobody() if meant else None
         if fixed is not None or peer.plan is None:

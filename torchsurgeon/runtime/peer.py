@@ -102,6 +102,7 @@ class Peer:
         self.stream_plan: Adaptive | None = None
         self.ready_in = -1
         self.asked_s = -math.inf
+        self.doubted = False
         self._identity: str | None = None
         self._lock = threading.Lock()
         self._seen: dict[int, Tracker] = {}
@@ -204,6 +205,19 @@ class Peer:
         self.answers += 1
         self.sent_bytes += timing.sent_bytes
         self.received_bytes += timing.received_bytes
+
+    def missed(self, up_bytes: float, taken_s: float, server_s: float) -> None:
+        """Take in that an answer was not there in time: as it looks, the link is at most as fast as that. It may have
+        been the server, which whoever asks next has to find out."""
+        self.doubted = True
+        self.state.link.observe(
+            up_bytes=int(up_bytes),
+            up_s=None,
+            down_bytes=0,
+            down_s=0.0,
+            total_s=taken_s,
+            server_s=min(server_s, taken_s),
+        )
 
     def took(self, cut: int, seconds_: float) -> None:
         """Take in how long the server's part of a cut took as a whole, from head to answer."""

@@ -6,15 +6,15 @@ Whoever overlaps inferences calls the stages from different threads; each is cal
 from __future__ import annotations
 
 import functools
+import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torchsurgeon.adapt import rescue
+from torchsurgeon.adapt import SURE, rescue
 from torchsurgeon.codec import Codec
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.runtime import inference
@@ -33,14 +33,15 @@ if TYPE_CHECKING:
     from torchsurgeon.plan import Row
     from torchsurgeon.runtime.engine import Engine
 
-# An answer is late once it took three times what was predicted and four round trips more: one lost segment that is
-# sent again after a timeout, and a connection that is opened anew, both stay below that.
+# An answer is late when 99 in 100 would have come, but never before a round trip more than was predicted, and at the
+# latest after three times that and four round trips: one lost segment that is sent again after a timeout, and a
+# connection that is opened anew, both stay below that.
 _LATE_FACTOR, _LATE_ROUND_TRIPS = 3.0, 4.0
 # A scheduler, a garbage collector or a radio that wakes up may cost as much at any time.
 _LEAST_PATIENCE_S = 0.05
 # Before anything is known of how long an answer takes.
 _FIRST_PATIENCE_S = 1.0
-# A local tail that was started early, for a deadline, says nothing against the server before this.
+# A local tail that is there first says nothing against the server before this.
 _SLOW_FACTOR = 2.0
 # Longer than it takes to hand the request over: then the weights are looked at while it is on its way.
 _BRIEF_S = 5e-4
@@ -50,11 +51,6 @@ _QUEUED_S = 1.0
 
 class MismatchWarning(UserWarning):
     """A server holds another model than this one, so its answers are not used and all runs on the device."""
-
-
-def mismatch_text(failure: Failure) -> str:
-    """What a MismatchWarning says."""
-    return f"a server's answers are not used: {failure.text}"
 
 
 class Done:
@@ -189,7 +185,13 @@ class Pending:
             patience_s, why = _FIRST_PATIENCE_S, "the first answer is usually sooner"
         else:
             remote_s = expected.remote_s * scale
-            patience_s = max(_LATE_FACTOR * remote_s + _LATE_ROUND_TRIPS * expected.round_trip_s, _LEAST_PATIENCE_S)
+            patience_s = min(
+                max(
+                    remote_s * math.exp(SURE * expected.spread),
+                    remote_s + expected.round_trip_s + _LEAST_PATIENCE_S,
+                ),
+                max(_LATE_FACTOR * remote_s + _LATE_ROUND_TRIPS * expected.round_trip_s, _LEAST_PATIENCE_S),
+            )
             why = f"expected after {remote_s * 1e3:.3g} ms"
         late = Failure("late", f"{self._peer.label} gave no answer within {patience_s * 1e3:.3g} ms, {why}")
         if self._deadline_s is None:
@@ -264,8 +266,7 @@ class Pending:
             return False
         self._peer.failed(failure)
         self._engine.keeper.wake()
-        if failure.kind == "mismatch" and self._engine.always and self._engine.warns_of_mismatch():
-            warnings.warn(mismatch_text(failure), MismatchWarning, stacklevel=7)
+        self._engine.warn(failure, stacklevel=7)
         return True
 
     def _unusual(self) -> bool:
@@ -328,9 +329,11 @@ class Pending:
             if call.error is not None and not (is_requests_fault(call.error) and self._unusual()):
                 self._failed(call.error)
             return
-        expected = self._expected_now()
-        slow_s = _FIRST_PATIENCE_S if expected is None else _SLOW_FACTOR * expected.remote_s * max(self.scale, 1.0)
-        if why.kind == "late" or end_s - self._sent_s > max(slow_s, _LEAST_PATIENCE_S):
+        expected, taken_s = self._expected_now(), end_s - self._sent_s
+        remote_s = _FIRST_PATIENCE_S if expected is None else expected.remote_s * max(self.scale, 1.0)
+        if (row := self._way.row) is not None and taken_s > remote_s:
+            self._peer.missed(row.size_bytes * self.scale, taken_s, row.tail_s * self.scale)
+        if taken_s > max(_SLOW_FACTOR * remote_s, _LEAST_PATIENCE_S):
             self._peer.failed(why)
             self._engine.keeper.wake()
 
