@@ -147,6 +147,27 @@ class Relay(Transport):
         self.told.close()
 
 
+class Telling(Relay):
+    """Answers every question about the model with ``answer``."""
+
+    def __init__(self, inner: Transport, answer: Any) -> None:
+        super().__init__(inner, lambda answer: answer)
+        self.answer = answer
+
+    def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize("entry", [None, 5, {}, {"shape": 5}, {"shape": None, "dtype": [], "digest": 7}])
+def test_a_fingerprint_that_makes_no_sense_is_another_models(server: Server, entry: Any) -> None:
+    told = {"weights": "x", "tensors": {"stem.weight": entry}}
+    with (
+        split_of(Telling(HttpTransport(server.url), told)) as split,
+        pytest.raises(ts.ModelMismatchError, match=r"stem\.weight"),
+    ):
+        split(EXAMPLE)
+
+
 def test_servers_with_different_weights_behind_one_address_are_found_out(server: Server) -> None:
     with serving(net(7)) as other, HttpTransport(server.url) as told, HttpTransport(other.url) as asked:
         told.get_json("/v2/models/net/fingerprint")

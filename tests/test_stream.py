@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -357,6 +360,44 @@ def test_closing_in_the_middle_of_map_ends_it(server: Server) -> None:
     with pytest.raises(ts.ServerUnavailableError):
         list(answers)
     assert not of_streams()
+
+
+def test_closing_in_a_head_or_in_what_a_future_calls_is_as_quick_as_elsewhere(server: Server) -> None:
+    for name in ("head", "callback"):
+        split, closed = watched(split_of(server)), threading.Event()
+
+        def close(_: object, split: ts.SplitModule = split, closed: threading.Event = closed) -> None:
+            split.close()
+            closed.set()
+
+        if name == "head":
+            watch.before_head = close
+            future = split.submit(frame(1))
+        else:
+            future = split.submit(torch.ones(3))  # which the head refuses
+            future.add_done_callback(close)
+        assert closed.wait(SOON_S)
+        assert future.exception(SOON_S) is not None
+        watch.before_head = lambda number: None
+
+
+def test_a_fork_in_the_middle_of_map_can_neither_go_on_nor_hang(server: Server) -> None:
+    with split_of(server) as split:
+        answers = split.map(frames(20), depth=2)
+        next(answers)
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                signal.alarm(int(SOON_S))
+                with suppress(ts.ServerUnavailableError):
+                    next(answers)
+                    os._exit(2)
+                status = 0 if numbers(split.map(frames(3))) == [0, 1, 2] else 3
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert numbers(answers) == list(range(1, 20))
 
 
 def test_autocast_of_the_caller_is_that_of_the_answer(server: Server) -> None:

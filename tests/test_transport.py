@@ -247,6 +247,67 @@ def test_the_control_plane_has_one_deadline_too() -> None:
         transport.get_json("/v2")
 
 
+def control_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "torchsurgeon-control"]
+
+
+@pytest.mark.parametrize("script", [silent, trickle_head, trickle_body], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("ended_by", ["deadline", "close"])
+def test_a_control_call_that_is_over_leaves_no_thread_with_a_server_that_dribbles(
+    script: Script, ended_by: str
+) -> None:
+    with scripted(script) as url, HttpTransport(url, 0.4 if ended_by == "deadline" else 60.0) as transport:
+        if ended_by == "close":
+            threading.Timer(0.3, transport.close).start()
+        with pytest.raises(ServerUnavailableError, match=r"0\.4 s" if ended_by == "deadline" else "closed"):
+            transport.post_json("/v2", {})
+        for thread in control_threads():
+            thread.join(5)
+        assert not control_threads()
+
+
+def endless(head: bytes) -> Script:
+    def script(link: socket.socket) -> None:
+        link.recv(65536)
+        link.sendall(head)
+        while True:
+            link.sendall(b"0" * (1 << 20))
+
+    return script
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n",
+    ],
+    ids=["until closed", "behind a redirect", "in a negative chunk", "compressed"],
+)
+def test_an_answer_without_an_end_is_not_read_for_long(head: bytes) -> None:
+    with scripted(endless(head), endless(head)) as url, HttpTransport(url, 60.0) as transport:
+        with pytest.raises((ProtocolError, ServerUnavailableError)):
+            transport.get_json("/v2")
+        with pytest.raises((ProtocolError, RequestRefusedError)):
+            transport.infer("m", {"x": X}, max_answer_bytes=1000)
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e300, 1e9])
+def test_a_timeout_may_be_as_long_as_one_likes(timeout_s: float) -> None:
+    json = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+    with scripted(says(answer_bytes())) as url:
+        assert torch.equal(ask(url, timeout_s), X * 2)
+    with scripted(lambda link: link.sendall(json)) as url, HttpTransport(url, timeout_s) as transport:
+        assert transport.get_json("/v2") == {}
+
+
+def test_a_timeout_that_is_no_number_has_passed() -> None:
+    with scripted(says(answer_bytes())) as url, pytest.raises(ServerUnavailableError, match="nan s"):
+        ask(url, float("nan"))
+
+
 @pytest.mark.parametrize("cut", [1, 20, 150, -1])
 def test_a_server_gone_in_mid_answer(cut: int) -> None:
     with scripted(says(answer_bytes()[:cut])) as url, pytest.raises(ServerUnavailableError):
@@ -265,6 +326,7 @@ def test_a_server_gone_in_mid_answer(cut: int) -> None:
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
         b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n",
     ],
     ids=[
         "ssh",
@@ -276,6 +338,7 @@ def test_a_server_gone_in_mid_answer(cut: int) -> None:
         "no outputs",
         "gzip",
         "bad chunk",
+        "negative chunk",
     ],
 )
 def test_an_answer_that_is_not_of_this_protocol(answer: bytes) -> None:

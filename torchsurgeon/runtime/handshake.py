@@ -122,5 +122,6 @@ def _differing_weights(name: str, model: nn.Module, ours: WeightDigests, theirs:
 def _described(tensor: Any) -> str:
     if not isinstance(tensor, dict):
         return "absent"
-    shape = "×".join(map(str, tensor.get("shape", ())))
-    return f"{tensor.get('dtype')}[{shape}] {str(tensor.get('digest'))[:8]}"
+    shape = tensor.get("shape")
+    sizes = "×".join(map(str, shape)) if isinstance(shape, list) else str(shape)
+    return f"{str(tensor.get('dtype'))[:16]}[{sizes[:64]}] {str(tensor.get('digest'))[:8]}"

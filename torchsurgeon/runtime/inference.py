@@ -88,4 +88,4 @@ def of_answer(
 
 def seconds(value: Any) -> float:
     """Return a duration that a server told; 0 for anything that is none."""
-    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e6 else 0.0
+    return float(value) if type(value) in (int, float) and 0 <= value < 1e6 else 0.0

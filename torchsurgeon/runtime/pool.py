@@ -52,7 +52,7 @@ class Call(Generic[T]):
     def wait(self, timeout_s: float) -> bool:
         """Wait for the end; False if it has not come by then."""
         if not self.ended:
-            if not self._pending.acquire(timeout=max(timeout_s, 0.0)):
+            if not self._pending.acquire(timeout=min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)):
                 return False
             self._pending.release()
         return True
@@ -79,7 +79,8 @@ class Pool:
 
     def __init__(self, name: str, most: int = MOST_THREADS) -> None:
         self._name, self._most = name, most
-        self._lock = threading.Lock()
+        # A garbage collection while it is held may find a module that nobody has, and close this pool.
+        self._lock = threading.RLock()
         self._calls: queue.SimpleQueue[Call[Any] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._running: set[Call[Any]] = set()
@@ -99,21 +100,33 @@ class Pool:
                 self._threads.append(thread)
                 thread.start()
             self._running.add(call)
-        self._calls.put(call)
+            self._calls.put(call)
+            if self._closed:
+                # By a collection just now; the thread is to end all the same.
+                self.end()  # type: ignore[unreachable]
         return call
+
+    def end(self, *, drain: bool = False) -> None:
+        """Interrupt what runs, or to ``drain`` let it and what has been submitted run, and have the threads end."""
+        with self._lock:
+            self._closed = True
+            running = () if drain else tuple(self._running)
+            for _ in self._threads:
+                self._calls.put(None)
+        for call in running:
+            call.give_up()
 
     def close(self, join_s: float = _JOIN_S) -> None:
         """Interrupt what runs, and end the threads, for which it waits so long. Closing twice is harmless."""
-        with self._lock:
-            self._closed = True
-            threads, running = list(self._threads), list(self._running)
-        for call in running:
-            call.give_up()
-        for _ in threads:
-            self._calls.put(None)
+        self.end()
+        self.join(join_s)
+
+    def join(self, join_s: float) -> None:
+        """Wait for threads that are to end, but not in one of them."""
         end_s = time.monotonic() + join_s
-        for thread in threads:
-            if thread is not threading.current_thread():
+        for thread in tuple(self._threads):
+            # An interrupt may have come before it was started.
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(min(max(0.0, end_s - time.monotonic()), join_s))
 
     def _freed(self, call: Call[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +46,7 @@ class Stream:
         self._room = threading.Semaphore(depth)
         self._heads, self._answers = Pool("torchsurgeon-heads", 1), Pool("torchsurgeon-answers", depth)
         self._unanswered: set[Future[Any]] = set()
+        self._process = os.getpid()
 
     def submit(self, begin: Callable[[], Begun]) -> Future[Any]:
         """Return the future answer of what ``begin`` begins; it can be cancelled until then.
@@ -63,16 +65,24 @@ class Stream:
 
     def close(self) -> None:
         """Cancel what has not begun, give up the rest, and end the threads. Closing twice is harmless."""
+        if not self.here:
+            return
         for future in self._unanswered.copy():
             future.cancel()
-        self._answers.close(_JOIN_S)
-        with suppress(ServerUnavailableError):
-            # Those that were cancelled are passed over one by one, which tells whoever waits for them.
-            self._heads.submit(lambda: None).wait(_JOIN_S)
-        self._heads.close(_JOIN_S)
+        # All are told before any is waited for, since an interrupt may end the waiting. Futures that were cancelled are
+        # passed over by the heads' thread, which tells whoever waits for them.
+        self._heads.end(drain=True)
+        self._answers.end()
+        self._answers.join(_JOIN_S)
+        self._heads.join(_JOIN_S)
         for future in self._unanswered.copy():
             with suppress(InvalidStateError):
                 future.set_exception(ServerUnavailableError("the SplitModule has been closed"))
+
+    @property
+    def here(self) -> bool:
+        """Whether this is the process whose threads these are, and not one that was forked off."""
+        return os.getpid() == self._process
 
     def _head(self, future: Future[Any], begin: Callable[[], Begun], around: _Surroundings) -> None:
         self._room.acquire()
@@ -121,6 +131,10 @@ def _in_order(begins: Iterator[Callable[[], Begun]], depth: int) -> Iterator[Any
     stream = Stream(depth)
     try:
         while ended is None or flying:
+            if not stream.here:
+                raise ServerUnavailableError(
+                    "another process began this map, and this one was forked off: begin another"
+                )
             while ended is None and len(flying) < depth and not (flying and flying[0].done()):
                 try:
                     flying.append(stream.submit(next(begins)))

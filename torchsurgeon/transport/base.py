@@ -21,6 +21,8 @@ from torchsurgeon.errors import BodyTooLargeError, RequestRefusedError
 
 CONTROL_LIMIT_BYTES = 64 << 20
 ERROR_LIMIT_BYTES = 64 << 10
+# Sockets and locks take no timeout that is much longer, and not an infinite one.
+_MOST_WAIT_S = 1e6
 
 
 class Timing(NamedTuple):
@@ -157,8 +159,9 @@ class Deadline:
     def left_s(self) -> float:
         """Seconds left; raises TimeoutError when there are none, since a socket timeout of 0 means non-blocking."""
         # No more than there was to begin with, should the clock have stepped back.
-        left = min(self._end_s - time.monotonic(), self.timeout_s)
-        if left <= 0 or self.cancelled:
+        left = min(self._end_s - time.monotonic(), self.timeout_s, _MOST_WAIT_S)
+        # Not one of nan seconds either.
+        if not left > 0 or self.cancelled:
             raise TimeoutError
         return left
 

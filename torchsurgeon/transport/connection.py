@@ -35,6 +35,15 @@ class StaleError(Exception):
     """The connection broke before any byte of the answer."""
 
 
+class CheckedResponse(http.client.HTTPResponse):
+    """Python's, without its trust in the lengths of chunks: it would read to the end of the stream for one of -1."""
+
+    def _safe_read(self, amt: int) -> bytes:
+        if amt < 0:
+            raise http.client.HTTPException(f"a chunk of {amt} bytes")
+        return super()._safe_read(amt)  # type: ignore[misc,no-any-return]
+
+
 class Connection:
     """One kept-alive connection, opened at the first exchange. Not thread-safe."""
 
@@ -65,7 +74,7 @@ class Connection:
     def exchange(self, parts: list[wire.Buffer], size: int, limit_bytes: int, deadline: Deadline) -> RawAnswer:
         try:
             link = self._socket or self._connect(deadline)
-            deadline.interrupted_by(functools.partial(_shut_down, link))
+            deadline.interrupted_by(functools.partial(shut_down, link))
             answer = self._exchange(link, parts, size, limit_bytes, deadline)
         finally:
             deadline.interrupted_by(None)
@@ -111,7 +120,7 @@ class Connection:
                 arrived += count
         else:
             source = _Replay(head + bytes(behind[:arrived]), lambda view: self._receive(link, view, deadline))
-            response = http.client.HTTPResponse(source, method="POST")  # type: ignore[arg-type]
+            response = CheckedResponse(source, method="POST")  # type: ignore[arg-type]
             response.begin()
             body = _read_body(response, limit_bytes if response.status < 300 else ERROR_LIMIT_BYTES)
             status, header_bytes = response.status, response.headers.get(wire.HEADER_LENGTH)
@@ -259,7 +268,7 @@ def _open_socket(address: tuple[str, int], deadline: Deadline) -> socket.socket:
         link = socket.socket(family, kind, protocol)
         try:
             link.settimeout(deadline.left_s())
-            deadline.interrupted_by(functools.partial(_shut_down, link))
+            deadline.interrupted_by(functools.partial(shut_down, link))
             link.connect(resolved)
             return link
         except OSError as error:
@@ -268,7 +277,7 @@ def _open_socket(address: tuple[str, int], deadline: Deadline) -> socket.socket:
     raise failure or OSError(f"{address[0]} has no address")
 
 
-def _shut_down(link: socket.socket) -> None:
+def shut_down(link: socket.socket) -> None:
     """End every wait for ``link``, in whichever thread. Closing it would leave its number to another socket."""
     with contextlib.suppress(OSError):
         # Not the method of a TLS socket, which would first take the encryption away from who reads.

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
 import ssl
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 
 from torchsurgeon import wire
-from torchsurgeon.errors import BodyTooLargeError, ProtocolError, ServerUnavailableError
-from torchsurgeon.transport.base import CONTROL_LIMIT_BYTES, Deadline, RawAnswer, Transport, check_status
+from torchsurgeon.errors import ProtocolError, ServerUnavailableError
+from torchsurgeon.transport.base import Deadline, RawAnswer, Transport, check_status
 from torchsurgeon.transport.connection import Connection, StaleError
-
-T = TypeVar("T")
-
+from torchsurgeon.transport.control import ControlSession, exchange
 
 _MAX_IDLE = 16
 
@@ -58,13 +57,12 @@ class HttpTransport(Transport):
         if any("\r" in text or "\n" in text for pair in fixed.items() for text in pair):
             raise ProtocolError("a header may not hold line breaks")
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed.items())
-        self._session = requests.Session()
-        self._session.headers.update(headers or {})
-        self._session.verify = verify
-        if parts.hostname in ("localhost", "127.0.0.1", "::1"):
-            self._session.trust_env = False
+        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        self._new_session = functools.partial(ControlSession, headers or {}, verify, direct=local)
+        self._session = self._new_session()
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
+        self._controls: weakref.WeakSet[Deadline] = weakref.WeakSet()
         self._closed = False
         _open.add(self)
 
@@ -80,33 +78,19 @@ class HttpTransport(Transport):
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
+        for deadline in list(self._controls):
+            deadline.cancel()
         self._session.close()
 
     def _control(self, method: str, path: str, value: Any, timeout_s: float | None) -> Any:
         self._check_open()
         deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
-
-        def exchange() -> tuple[int, bytes]:
-            body = None if value is None else json.dumps(value, allow_nan=False).encode()
-            with self._session.request(
-                method,
-                self.url + path,
-                data=body,
-                headers={"Content-Type": "application/json"} if body is not None else None,
-                timeout=deadline.left_s(),
-                stream=True,
-                allow_redirects=False,
-            ) as response:
-                received = bytearray()
-                for piece in response.iter_content(1 << 16):
-                    received += piece
-                    if len(received) > CONTROL_LIMIT_BYTES:
-                        raise BodyTooLargeError(f"{self.url}{path} answered more than {CONTROL_LIMIT_BYTES} bytes")
-                return response.status_code, bytes(received)
-
+        self._controls.add(deadline)
+        sent = None if value is None else json.dumps(value, allow_nan=False).encode()
         try:
-            status, body = _within(deadline, exchange)
+            status, body = exchange(self._session, method, self.url + path, sent, deadline)
         except (TimeoutError, requests.Timeout):
+            self._check_open()
             raise self._late(deadline) from None
         except requests.RequestException as error:
             raise ServerUnavailableError(f"{self.url} cannot be reached: {error}; is the server running?") from error
@@ -149,13 +133,7 @@ class HttpTransport(Transport):
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
-        session = requests.Session()
-        session.headers, session.verify, session.trust_env = (
-            self._session.headers,
-            self._session.verify,
-            self._session.trust_env,
-        )
-        self._session = session
+        self._session = self._new_session()
 
     def _connection(self) -> Connection:
         return Connection(self._address, self._context)
@@ -190,27 +168,6 @@ class HttpTransport(Transport):
 
     def _gone(self, error: BaseException | None) -> ServerUnavailableError:
         return ServerUnavailableError(f"{self.url} cannot be reached or broke off: {error!r}; is the server running?")
-
-
-def _within(deadline: Deadline, function: Callable[[], T]) -> T:
-    """Call ``function`` in a thread, since ``requests`` knows no deadline; TimeoutError once it has passed."""
-    result: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(function())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="torchsurgeon-control", daemon=True)
-    thread.start()
-    thread.join(deadline.left_s())
-    if failure:
-        raise failure[0]
-    if not result:
-        raise TimeoutError
-    return result[0]
 
 
 _open: weakref.WeakSet[HttpTransport] = weakref.WeakSet()
