@@ -131,12 +131,13 @@ class Jumping(HttpTransport):
 
     def __init__(self, url: str, clock: Clock) -> None:
         super().__init__(url)
-        self.clock, self.jump_s = clock, 0.0
+        self.clock, self.jump_s, self.probes = clock, 0.0, 0
 
     def probe(self, *args: Any, **options: Any) -> Timing:
         timing = super().probe(*args, **options)
         self.clock.ahead_s += self.jump_s
         self.jump_s = 0.0
+        self.probes += 1
         return timing
 
 
@@ -157,6 +158,8 @@ def test_a_link_that_is_better_is_noticed_after_a_jump(
         if place == "in a probe":
             where.jump_s = jump_s
             until(lambda: where.jump_s == 0.0, split)
+            probes = where.probes
+            until(lambda: where.probes > probes, split)
         else:
             clock.ahead_s += jump_s
         emulator.set_link(FAST)

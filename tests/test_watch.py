@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 from collections.abc import Iterator
@@ -139,6 +140,18 @@ def test_the_live_view_shows_choice_estimates_times_and_what_went_wrong(server: 
     assert "degraded" not in text
     assert "degraded: unavailable" in broken
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_a_clock_that_stepped_back_spoils_no_view() -> None:
+    model, x = scores()
+    log = watch.Log()
+    with ts.SplitModule(model.eval(), x, partition="device") as split:
+        split(x)
+        assert split.last is not None
+        for total_s in (-3600.0, split.last.total_s):
+            log.add(dataclasses.replace(split.last, total_s=total_s))
+            assert "▁" in rendered(watch.view(split, log))
+    assert min(log.latencies_s) == 0
 
 
 def test_an_interrupt_ends_a_watched_run_with_its_summary() -> None:

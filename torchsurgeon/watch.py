@@ -100,7 +100,7 @@ class Log:
     def add(self, inference: Inference) -> None:
         """Take in one inference."""
         self.done += 1
-        self.latencies_s.append(inference.total_s)
+        self.latencies_s.append(max(inference.total_s, 0.0))
         self.cuts[_where(inference)] += 1
         self.sent_bytes += inference.sent_bytes
         if inference.degraded is not None:
@@ -228,6 +228,6 @@ def _servers(split: SplitModule) -> list[Text]:
 
 def _latencies(log: Log) -> Text:
     shown = list(log.latencies_s)[-_LATENCIES:]
-    top = max(shown)
+    top = max(*shown, 1e-9)
     line = "".join(_BLOCKS[min(int(len(_BLOCKS) * one / top), len(_BLOCKS) - 1)] for one in shown)
     return Text.assemble("\n", (line, "blue"), (f"  up to {seconds_text(top)}", "dim"))
