@@ -121,12 +121,19 @@ class Pool:
         self.end()
         self.join(join_s)
 
+    @property
+    def here(self) -> bool:
+        """Whether this is one of the threads."""
+        return threading.current_thread() in self._threads
+
     def join(self, join_s: float) -> None:
-        """Wait for threads that are to end, but not in one of them."""
+        """Wait for threads that are to end; one of them waits for none, or two might for each other."""
+        if self.here:
+            return
         end_s = time.monotonic() + join_s
         for thread in tuple(self._threads):
             # An interrupt may have come before it was started.
-            if thread.ident is not None and thread is not threading.current_thread():
+            if thread.ident is not None:
                 thread.join(min(max(0.0, end_s - time.monotonic()), join_s))
 
     def _freed(self, call: Call[Any]) -> None:

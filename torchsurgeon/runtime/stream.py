@@ -73,6 +73,9 @@ class Stream:
         # passed over by the heads' thread, which tells whoever waits for them.
         self._heads.end(drain=True)
         self._answers.end()
+        if self._heads.here or self._answers.here:
+            # A head, or what a future calls: nobody waits in the threads that are waited for.
+            return
         self._answers.join(_JOIN_S)
         self._heads.join(_JOIN_S)
         for future in self._unanswered.copy():
