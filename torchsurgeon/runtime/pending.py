@@ -237,7 +237,7 @@ class Pending:
         row = self._way.row
         peer.observe(answer, 0.0 if row is None else row.tail_s * self.scale)
         if row is None:
-            taken_s = max(answer.timing.end_s - self._sent_s, 1e-6)
+            taken_s = min(max(answer.timing.end_s - self._sent_s, 1e-6), peer.transport.timeout_s)
             peer.took(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._share))
         if isinstance(engine.codec, Lossless) and self._codec.zstd and self._way.codec is None:
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
