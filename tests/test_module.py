@@ -331,11 +331,14 @@ def test_a_missing_point_lists_the_near_ones(server: Server) -> None:
         ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition=999)
 
 
-def test_training_is_refused() -> None:
+def test_it_stays_in_evaluation_mode_inside_a_module_that_trains() -> None:
     split = ts.SplitModule(make_net(), EXAMPLE, partition="device")
     assert split.eval() is split
-    with pytest.raises(ts.TraceError, match="inference"):
-        split.train()
+    around = nn.Sequential(split, nn.Linear(5, 2)).train()
+    assert around.training
+    assert around[1].training
+    assert not any(module.training for module in split.modules())
+    split(EXAMPLE)
     with pytest.raises(ts.TraceError, match="eval"):
         ts.SplitModule(Net(), EXAMPLE, partition="device")
 

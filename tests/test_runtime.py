@@ -126,6 +126,63 @@ class Between(Transport):
         self.inner.close()
 
 
+# --- answering ---
+
+
+class Choosy(nn.Module):
+    """Takes another way for large inputs, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        y = self.first(x)
+        return self.second(y) * scale if x.shape[-1] < 64 else y
+
+
+@pytest.mark.parametrize("partition", ["server", 1])
+def test_a_call_that_the_trace_does_not_hold_for_is_answered_here(partition: Any) -> None:
+    torch.manual_seed(0)
+    model, registry = Choosy().eval(), ModelRegistry()
+    registry.add("choosy", model, (EXAMPLE,))
+    unlike: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((torch.rand(1, 3, 80, 80),), {}),
+        ((EXAMPLE,), {"scale": 2.0}),
+    ]
+    with Server(create_app(registry)) as running:
+        options: dict[str, Any] = {"server": running.url, "name": "choosy", "partition": partition}
+        with ts.SplitModule(model, EXAMPLE, **options) as split:
+            for args, kwargs in unlike:
+                with torch.no_grad():
+                    assert torch.equal(split(*args, **kwargs), model(*args, **kwargs))
+                assert split.last is not None
+                assert str(split.last.degraded).startswith("unlike: ")
+            split(EXAMPLE)
+            assert split.last.degraded is None
+            with pytest.raises(RuntimeError, match="channels"):
+                split(torch.rand(1, 5, 32, 32))
+        with ts.SplitModule(model, EXAMPLE, fallback="error", **options) as split, pytest.raises(TypeError):
+            split(EXAMPLE, scale=2.0)
+    registry.close()
+
+
+@pytest.mark.filterwarnings("ignore::torchsurgeon.MismatchWarning")
+@pytest.mark.parametrize("partition", ["auto", 2])
+def test_a_module_that_is_moved_still_answers(server: Server, known: dict[str, Any], partition: Any) -> None:
+    with split_of(server.url, partition=partition, **known) as split:
+        assert right(split)
+        split.double()
+        with torch.no_grad():
+            expected = net().double()(EXAMPLE.double())
+        for _ in range(3):
+            assert torch.equal(split(EXAMPLE.double()), expected)
+            assert split.last is not None
+            assert split.last.server is None, "its model is not this one"
+        split.float()
+        assert right(split)
+
+
 # --- adapting ---
 
 

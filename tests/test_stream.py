@@ -227,6 +227,22 @@ def test_what_the_source_raises_comes_after_the_answers_before_it(server: Server
         assert numbers(split.map(frames(2))) == [0, 1], "the module is none the worse"
 
 
+@pytest.mark.parametrize("partition", ["server", "middle", "device"])
+def test_a_camera_may_fill_the_same_buffer_again(server: Server, partition: str) -> None:
+    buffer = torch.empty(1, 4)
+    with split_of(server, partition=partition) as split:
+        assert numbers(split.map((buffer.fill_(number) for number in range(20)), depth=4)) == [*range(20)]
+        futures = [split.submit(buffer.fill_(number)) for number in range(20)]
+        assert numbers(future.result(SOON_S) for future in futures) == [*range(20)]
+
+
+def test_a_tensor_is_no_list_of_calls(server: Server) -> None:
+    with split_of(server) as split:
+        for calls in (torch.rand(3, 4), {"x": frame(1)}):
+            with pytest.raises(TypeError, match="iterable of calls"):
+                split.map(calls)
+
+
 def test_a_call_that_the_model_refuses_comes_after_the_answers_before_it(server: Server) -> None:
     def before_head(number: int) -> None:
         if number == 2:

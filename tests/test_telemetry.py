@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -94,7 +94,17 @@ def test_an_answer_of_the_device_says_why_the_server_gave_none(exporter: InMemor
     assert "torchsurgeon.server" not in span.attributes
 
 
-def test_an_error_that_the_caller_gets_is_the_spans(exporter: InMemorySpanExporter, server: Server) -> None:
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda split: split(EXAMPLE),
+        lambda split: split.submit(EXAMPLE).result(),
+        lambda split: list(split.map([EXAMPLE])),
+    ],
+)
+def test_an_error_that_the_caller_gets_is_the_spans(
+    exporter: InMemorySpanExporter, server: Server, ask: Callable[[ts.SplitModule], object]
+) -> None:
     with ts.SplitModule(
         net(), EXAMPLE, server=server.url, name="net", partition=2, fallback="error", timeout_s=2
     ) as split:
@@ -102,7 +112,7 @@ def test_an_error_that_the_caller_gets_is_the_spans(exporter: InMemorySpanExport
         server.stop()
         exporter.clear()
         with pytest.raises(ts.ServerUnavailableError):
-            split(EXAMPLE)
+            ask(split)
         span = only(exporter)
     assert span.status.status_code is trace.StatusCode.ERROR
     assert "ServerUnavailableError" in str(span.status.description)

@@ -62,7 +62,7 @@ from torchsurgeon.predict import (
     reference_devices,
 )
 from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
-from torchsurgeon.runtime import Inference, MismatchWarning, measure_link
+from torchsurgeon.runtime import Inference, MismatchWarning, UnknownEnergyWarning, measure_link
 
 __version__ = "0.1.0"
 
@@ -122,6 +122,7 @@ __all__ = [
     "ThrottledWarning",
     "TorchSurgeonError",
     "TraceError",
+    "UnknownEnergyWarning",
     "UnrepeatableWarning",
     "best",
     "calibrate",

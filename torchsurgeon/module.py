@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from torchsurgeon.adapt import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
-from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError, TraceError
+from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError
 from torchsurgeon.graph import LayerGraph, PartitionPoint, trace
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Estimate, Objective, Row, estimate
@@ -76,7 +77,8 @@ class SplitModule(nn.Module):
     another model. With ``fallback="error"`` it raises :class:`~torchsurgeon.errors.ModelMismatchError` then,
     :class:`~torchsurgeon.errors.ServerUnavailableError` for a server that is down, slow or gone in mid-answer, and
     what else servers raise. A model that is put into training mode or gets other submodules raises
-    :class:`~torchsurgeon.errors.TraceError`. Inference only: no gradients. May be called from several threads at once.
+    :class:`~torchsurgeon.errors.TraceError`. Inference only: no gradients, and ``train()``
+    leaves it in evaluation mode. May be called from several threads at once.
     Close it, or use it in a ``with`` statement, to end its threads and connections.
     """
 
@@ -217,11 +219,17 @@ class SplitModule(nn.Module):
         Each of ``calls`` is what the constructor takes as an example: a tensor, a tuple or a dict. The head of one runs
         while those before it are on the uplink or on the server, and ``"auto"`` cuts for the rate of answers where it
         otherwise would for latency. A call is taken from ``calls`` when less than ``depth`` are in flight and the next
-        answer is not there yet. A deadline counts from when a call's head begins.
+        answer is not there yet. Its tensors are copied then, so whoever makes the calls may use them again. A deadline
+        counts from when a call's head begins.
 
         What ``calls`` or a call raises comes after the answers before it, and ends the iterator. Closing the iterator
         gives up what is in flight. Raises :class:`~torchsurgeon.errors.AdaptError` for a depth that is not 1 to 16.
         """
+        if isinstance(calls, (torch.Tensor, Mapping)):
+            raise TypeError(
+                f"map takes an iterable of calls, not one {type(calls).__name__}: give a list of tensors, tuples or "
+                "dicts, or batch.split(1) for a call for each sample"
+            )
         self._engine.stream()  # raises when closed
         deadline_s = self._deadline_now()
         return in_order((self._beginning(*_call_of(call), deadline_s, True) for call in calls), depth)
@@ -230,6 +238,7 @@ class SplitModule(nn.Module):
         """Return the future answer of this call, which runs beside the thread that asks for it.
 
         Heads run one after the other; up to 16 calls are in flight, and more wait, in which time they can be cancelled.
+        The call's tensors are copied now.
         A deadline counts from when the call's head begins. After :meth:`close` it raises
         :class:`~torchsurgeon.errors.ServerUnavailableError`.
         """
@@ -243,7 +252,10 @@ class SplitModule(nn.Module):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline_s: float | None, streamed: bool
     ) -> Callable[[], Pending | Done]:
         engine = self._engine
-        return functools.partial(engine.started, works.Inference(engine.parts, args, kwargs), deadline_s, streamed)
+        # A camera's buffer may hold the next frame before this one has been sent.
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _copied, (args, dict(kwargs)))
+        work = works.Inference(engine.parts, args, kwargs)
+        return functools.partial(engine.started, work, deadline_s, streamed=streamed)
 
     def finish(self, names: tuple[str, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the tensors of the model's result, in the order of ``graph.outputs``, from the tensors ``names``.
@@ -315,13 +327,11 @@ class SplitModule(nn.Module):
     # --- being an nn.Module ---
 
     def train(self, mode: bool = True) -> SplitModule:
-        """Refuse training: a SplitModule gives answers only."""
-        if mode:
-            raise TraceError("a SplitModule is for inference; train the model itself, then wrap it again")
+        """Stay in evaluation mode, as a frozen part of whatever module is trained around it: it gives answers only."""
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SplitModule:
-        self._engine.parts.clear()
+        self._engine.moved(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -330,6 +340,11 @@ class SplitModule(nn.Module):
     def extra_repr(self) -> str:
         where = self.partition.name if self.partition is not None else "auto"
         return f"name={self.name!r}, partition={where!r}"
+
+
+@torch.no_grad()
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone()
 
 
 def _codec(name: str) -> Codec | Lossless:

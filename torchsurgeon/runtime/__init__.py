@@ -6,12 +6,14 @@ request is in a thread of a small pool, so that the calling thread can run the t
 
 from __future__ import annotations
 
+from torchsurgeon.runtime.choice import UnknownEnergyWarning
 from torchsurgeon.runtime.engine import Engine
 from torchsurgeon.runtime.inference import Inference
 from torchsurgeon.runtime.measure import measure_link
 from torchsurgeon.runtime.parts import Backend
 from torchsurgeon.runtime.peer import Failure
-from torchsurgeon.runtime.pending import Done, MismatchWarning, Pending
+from torchsurgeon.runtime.pending import Done, Pending
+from torchsurgeon.runtime.warn import MismatchWarning
 from torchsurgeon.runtime.work import Rest, Work
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "MismatchWarning",
     "Pending",
     "Rest",
+    "UnknownEnergyWarning",
     "Work",
     "measure_link",
 ]

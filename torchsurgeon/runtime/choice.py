@@ -49,16 +49,53 @@ class Expected(NamedTuple):
     round_trip_s: float
 
 
+class UnknownEnergyWarning(UserWarning):
+    """Energy is to be saved, and nobody knows how much a cut takes, so time is saved in its place."""
+
+
+def unmetered(device: LayerProfile) -> str | None:
+    """Return why a profile does not tell the energy of every cut, and what to do about it; None where it does."""
+    joules = device.head_j
+    if joules is not None and math.isfinite(joules[-1]):
+        return None
+    return (
+        f"the device's profile holds no joules of all layers (meter: {device.provenance.get('meter', 'none')}); give "
+        "device_profile= with joules, from where a meter exists (docs/profiling.md)"
+    )
+
+
+def unknown_radio(link: Link | None) -> str | None:
+    """Return why the energy of a transfer cannot be told, and what to do about it; None where it can."""
+    if link is not None and link.radio is not None:
+        return None
+    which = "the link that is measured here" if link is None else f"{link.name!r}"
+    return (
+        f"what the radio takes over {which} is not known; give link= with a radio, such as "
+        'ts.Link.parse("wifi") or Link(…, radio=torchsurgeon.link.WIRED) where no radio is in use'
+    )
+
+
 class Goal:
-    """What is made small at the moment: an objective, or the one a battery asks for."""
+    """What is made small at the moment: an objective, or the one a battery asks for.
+
+    ``lack`` says why energy cannot be told, once that is known; then latency takes its place.
+    """
 
     def __init__(self, wanted: Objective | Battery) -> None:
         self.wanted = wanted
+        self.lack: str | None = None
         self._now: str | Objective = wanted.now() if isinstance(wanted, Battery) else _plain(wanted)
         self._asked_s = time.monotonic()
 
+    @property
+    def needs_joules(self) -> bool:
+        """Whether energy counts, now or when the battery is lower."""
+        return isinstance(self.wanted, Battery) or self.wanted.energy > 0
+
     def now(self) -> str | Objective:
         """The objective, as a frontier takes it."""
+        if self.lack is not None and self.needs_joules:
+            return "latency"
         if isinstance(self.wanted, Battery) and not 0 <= time.monotonic() - self._asked_s < _BATTERY_S:
             self._asked_s = time.monotonic()
             try:

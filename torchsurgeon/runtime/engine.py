@@ -8,25 +8,26 @@ import os
 import statistics
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from torchsurgeon.adapt import Decision, Estimates, SlowdownEstimator, check_deadline
+from torchsurgeon.adapt import SURE, Decision, Estimates, Refusals, SlowdownEstimator, check_deadline
 from torchsurgeon.codec import Codec, CodecTable
 from torchsurgeon.cut import cut
-from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.errors import PlanError, ServerUnavailableError
 from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Frontier, Objective, Row
 from torchsurgeon.profile import LayerProfile, profile
 from torchsurgeon.runtime import telemetry
 from torchsurgeon.runtime import work as works
-from torchsurgeon.runtime.choice import Adaptive, Goal, Way
+from torchsurgeon.runtime.choice import Adaptive, Goal, UnknownEnergyWarning, Way, unknown_radio, unmetered
 from torchsurgeon.runtime.counts import Counts
 from torchsurgeon.runtime.handshake import Ours, autocast_mismatch
 from torchsurgeon.runtime.inference import Inference, Moments
@@ -35,9 +36,10 @@ from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.measure import measure_link
 from torchsurgeon.runtime.parts import Backend, Parts
 from torchsurgeon.runtime.peer import Failure, Peer
-from torchsurgeon.runtime.pending import Done, MismatchWarning, Pending
+from torchsurgeon.runtime.pending import Done, Pending
 from torchsurgeon.runtime.pool import Pool
 from torchsurgeon.runtime.stream import MOST_IN_FLIGHT, Stream
+from torchsurgeon.runtime.warn import MismatchWarning, warn_caller
 from torchsurgeon.transport import HttpTransport, Transport
 
 # A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
@@ -80,6 +82,9 @@ class Engine:
         timeout_s: float,
         on_replan: Callable[[Decision[Row]], object] | None,
     ) -> None:
+        self._goal = Goal(objective)
+        if self._goal.needs_joules:
+            self._check_joules(device_profile, link)
         self.graph, self.always, self.codec = graph, always, codec
         self.link, self.device_profile = link, device_profile
         self.ours = Ours(graph)
@@ -103,11 +108,8 @@ class Engine:
         self.last: Inference | None = None
         self.ping_tensors: dict[str, Tensor] = {}
         self.ping_index = self.ping_bytes = 0
-        self._name, self._codecs, self._on_replan = name, codecs, on_replan
-        self._goal = Goal(objective)
-        self._called_with = example
-        self._example, self._example_call = works.Inference(self.parts, *example), example
-        self._example_tensors = graph.tensors_of_call(*example)
+        self.name, self._codecs, self._on_replan = name, codecs, on_replan
+        self._example = example
         self._whole = Way(graph.points[-1], whole=True)
         self._fixed: Way | None = None
         self._chosen: PartitionPoint | None = None
@@ -122,7 +124,7 @@ class Engine:
         self.pool = Pool("torchsurgeon-request")
         self.keeper = Keeper(self)
         self.counts = Counts()
-        self._slowdown = SlowdownEstimator()
+        self._slowdown, self._refusals = SlowdownEstimator(), Refusals()
         self._setting_up, self._measuring = threading.Lock(), threading.Lock()
         self._prepared = -1
         self._stream: Stream | None = None
@@ -159,21 +161,25 @@ class Engine:
     def frontier(self, peer: Peer) -> Frontier:
         """Measure what is not known yet, and return the rows to choose from with this server."""
         with self._measuring:
-            if peer.profile is None:
-                path = f"/v2/models/{self._name}/profile"
-                peer.profile = LayerProfile.from_json(peer.transport.get_json(path))
+            told = peer.profile
+            if told is None:
+                told = LayerProfile.from_json(peer.transport.get_json(f"/v2/models/{self.name}/profile"))
             self.profile_device()
             if peer.link is None:
                 peer.adopt(measure_link(peer.transport))
             if self.link is None:
                 self.link = peer.link
             assert self.device_profile is not None
-            return Frontier.build(self.graph, self.device_profile, peer.profile, self._codecs)
+            frontier = Frontier.build(self.graph, self.device_profile, told, self._codecs)
+            # Only now: a profile of another model would be in the way of every later try.
+            peer.profile = told
+            return frontier
 
     def profile_device(self) -> None:
         """Measure the layers here, unless they are known."""
         if self.device_profile is None:
-            self.device_profile = profile(self.graph, inputs=self._example_tensors, meter=None)
+            meter = "auto" if self._goal.needs_joules else None
+            self.device_profile = profile(self.graph, inputs=self.graph.tensors_of_call(*self._example), meter=meter)
 
     # --- set-up ---
 
@@ -192,6 +198,7 @@ class Engine:
             raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
         if self.adapts:
             self.profile_device()
+            self._settle_goal()
         if (self.always or len(self.peers) > 1) and not self.ping_tensors:
             self._prepare_ping()
         if self.always:
@@ -200,11 +207,31 @@ class Engine:
             for peer, call in zip(unready, calls, strict=True):
                 if not call.wait(end_s - time.monotonic()):
                     peer.failure = Failure("unready", f"{peer.label} has not told all that asking it takes")
-                self.warn(peer.failure, stacklevel=8)
+                self.warn(peer.failure)
         else:
             self._connect_any()
         if self.ping_tensors:
             self.keeper.start()
+
+    @staticmethod
+    def _check_joules(device_profile: LayerProfile | None, link: Link | None) -> None:
+        lack = (unmetered(device_profile) if device_profile else None) or (unknown_radio(link) if link else None)
+        if lack is not None:
+            raise PlanError(f"energy cannot be saved: {lack}; or choose another objective")
+
+    def _settle_goal(self) -> None:
+        """Save time where energy is wanted and turns out not to be known."""
+        goal = self._goal
+        if goal.lack is not None or not goal.needs_joules:
+            return
+        assert self.device_profile is not None
+        lack = unmetered(self.device_profile) or unknown_radio(self.link)
+        if lack is None:
+            return
+        if not self.always and isinstance(goal.wanted, Objective):
+            raise PlanError(f"energy cannot be saved: {lack}; or choose another objective")
+        goal.lack = lack
+        warnings.warn(f"latency is made small, not energy: {lack}", UnknownEnergyWarning, stacklevel=_callers_level())
 
     def _unready(self) -> list[Peer]:
         return [peer for peer in self.peers if peer.ready_in != self.ours.epoch]
@@ -241,28 +268,38 @@ class Engine:
         late = [point for point in self.graph.points[:-1] if 2 * point.index >= len(self.graph.layers)]
         point = min(late or self.graph.points[:1], key=lambda point: point.size_bytes)
         # As it is, not as a backend would run it.
-        head, (args, kwargs) = cut(self.graph, point).head, self._called_with
+        head, (args, kwargs) = cut(self.graph, point).head, self._example
         self.ping_index, self.ping_bytes = point.index, point.size_bytes
         self.ping_tensors = dict(zip((spec.name for spec in point.tensors), head(*args, **kwargs), strict=True))
 
-    def warn(self, failure: Failure | None, stacklevel: int) -> None:
+    def warn(self, failure: Failure | None) -> None:
         """Warn whoever called, once, that a server's model is another."""
         if failure is not None and failure.kind == "mismatch" and self.always and not self._warned:
             self._warned = True
-            text = f"a server's answers are not used: {failure.text}"
-            warnings.warn(text, MismatchWarning, stacklevel=stacklevel + 1)
+            warn_caller(f"a server's answers are not used: {failure.text}", MismatchWarning)
 
     # --- one inference ---
 
     def run(self, work: Work, deadline_s: float | None = None) -> Any:
         """Return the result of one call."""
+        return self.started(work, deadline_s, here=not self.always).result()
+
+    def started(
+        self, work: Work, deadline_s: float | None, *, streamed: bool = False, here: bool = False
+    ) -> Pending | Done:
+        """Run the head of one call and send its request; ``here`` waits for the answer in this thread."""
         begun_s = time.perf_counter()
+        pending: Pending | Done | None = None
         try:
-            pending = self.begin(work, deadline_s)
-            pending.send(here=not self.always)
-            return pending.result()
+            pending = self.begin(work, deadline_s, streamed=streamed)
+            pending.send(here=here)
+            return pending
+        except KeyboardInterrupt:
+            if pending is not None:
+                pending.cancel()
+            raise
         except Exception as error:
-            telemetry.record_error(self._name, time.perf_counter() - begun_s, error)
+            telemetry.record_error(self.name, time.perf_counter() - begun_s, error)
             raise
 
     def begin(self, work: Work, deadline_s: float | None = None, *, streamed: bool = False) -> Pending | Done:
@@ -274,7 +311,7 @@ class Engine:
         fixed = self._fixed
         if fixed is not None and fixed.whole and deadline_s is None:
             if self._compiles:
-                self.parts.compile(fixed.point, self._example_call)
+                self.parts.compile(fixed.point, self._example)
             return Done(self.run_here(work, time.perf_counter(), None))
         if self._closed:
             raise ServerUnavailableError("the SplitModule has been closed")
@@ -293,7 +330,7 @@ class Engine:
         way, peer, decision, why = self._choose(work, streamed)
         if self._compiles and why is None:
             # In an emergency nobody waits for a compiler.
-            self.parts.compile(way.point, self._example_call)
+            self.parts.compile(way.point, self._example)
             begun_s = time.perf_counter()
         if deadline_s is not None and self.always:
             way = self._within(deadline_s, work, way, peer, decision)
@@ -303,7 +340,13 @@ class Engine:
             return Done(self.run_here(work, begun_s, why, decision))
         head = work.head(way.point)
         decided_s = time.perf_counter()
-        boundary = head()
+        try:
+            boundary = head()
+        except TypeError as error:
+            # The trace does not hold for this call, or the model itself refuses it.
+            if not self.always:
+                raise
+            return Done(self.run_here(work, begun_s, Failure("unlike", str(error)), decision))
         headed_s = time.perf_counter()
         plan, row = peer.plan, way.row
         expected = None
@@ -333,7 +376,7 @@ class Engine:
         if peer is None:
             for other in self.peers:
                 # It may have been found in the background.
-                self.warn(other.failure, stacklevel=7)
+                self.warn(other.failure)
             meant = self._chosen != self._whole.point or fixed is not None
             return self._whole, None, None, self._why_nobody() if meant else None
         if fixed is not None or peer.plan is None:
@@ -422,6 +465,14 @@ class Engine:
         )
         return result
 
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Take in that ``fn`` is applied to the model's tensors, as :meth:`torch.nn.Module.to` does."""
+        with torch.no_grad():
+            self._example = pytree.tree_map_only(Tensor, fn, self._example)
+        self.ping_tensors = {}
+        self._timed.clear()
+        self.parts.clear()
+
     def renew(self) -> None:
         """Notice weights that have changed: hands are shaken again, and the parts are cut anew."""
         if self.ours.renew():
@@ -432,7 +483,7 @@ class Engine:
         """Keep the account of an inference."""
         self.last = inference
         self.counts.add(way.name, inference, None if why is None else why.kind)
-        telemetry.record(self._name, inference)
+        telemetry.record(self.name, inference)
 
     # --- how long it takes here ---
 
@@ -469,7 +520,7 @@ class Engine:
 
     def _time(self, way: Way) -> tuple[float, float]:
         """Run head and tail on the example and return the medians of their seconds."""
-        work = self._example
+        work = works.Inference(self.parts, *self._example)
         times = []
         for _ in range(1 + _TIMED_RUNS):
             begin_s = time.perf_counter()
@@ -496,12 +547,6 @@ class Engine:
 
     # --- streams ---
 
-    def started(self, work: Work, deadline_s: float | None, streamed: bool) -> Pending | Done:
-        """Run the head of one call and send its request."""
-        pending = self.begin(work, deadline_s, streamed=streamed)
-        pending.send()
-        return pending
-
     def stream(self) -> Stream:
         """Where single calls run beside each other; made when it is first asked for."""
         if self._stream is None:
@@ -523,13 +568,14 @@ class Engine:
     def abandon(self) -> None:
         """End what was begun here, but leave the transports that were given to their owner."""
         with self._closing:
+            # Only that: what ends below may call those who close again, in this thread and in others.
             self._closed = True
-            if self._stream is not None:
-                self._stream.close()
-            self.keeper.close()
-            self.pool.close()
-            for transport in self._made:
-                transport.close()
+        if self._stream is not None:
+            self._stream.close()
+        for transport in self._made:
+            transport.close()
+        self.keeper.close()
+        self.pool.close()
 
     def start_anew(self) -> None:
         """In a process that was forked off: leave threads, locks and connections to the parent, and begin again."""

@@ -135,12 +135,14 @@ class Keeper:
             unfit = any(not errand.trial for errand in errands) or len(errands) >= _MOST_ERRANDS
             if not unfit and (breaker.state != "closed" or not errands) and breaker.allow():
                 self._send(Errand(peer, trial=True), self._try)
-        elif not errands and self._engine.adapts and not 0 <= time.monotonic() - peer.asked_s <= _QUIET_S:
+        elif not errands and self._engine.adapts:
+            quiet = not 0 <= time.monotonic() - peer.asked_s <= _QUIET_S
             rate = peer.state.link.estimate().uplink
-            if peer.doubted:
+            if quiet and peer.doubted:
                 self._send(Errand(peer, trial=False), self._try)
-            elif peer.state.load.ping_due():
+            elif quiet and peer.state.load.ping_due():
                 self._send(Errand(peer, trial=False), self._ping)
+            # A cut that sends little says nothing of the rate, however often it is taken.
             elif (size := peer.state.probes.due_bytes(rate.age_s, rate.value)) is not None:
                 self._send(Errand(peer, trial=False), functools.partial(self._probe, size))
 

@@ -221,7 +221,7 @@ class Peer:
 
     def took(self, cut: int, seconds_: float) -> None:
         """Take in how long the server's part of a cut took as a whole, from head to answer."""
-        with self._lock:
+        with self._counting:
             tracker = self._seen.get(cut)
             if tracker is None:
                 tracker = self._seen[cut] = Tracker(seconds_, now_s=time.monotonic)
@@ -229,7 +229,7 @@ class Peer:
 
     def takes(self, cut: int) -> Quantity | None:
         """How long the server's part of a cut takes as a whole; None until it has been seen."""
-        with self._lock:
+        with self._counting:
             tracker = self._seen.get(cut)
             return None if tracker is None else tracker.quantity()
 

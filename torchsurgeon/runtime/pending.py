@@ -17,7 +17,7 @@ from torch import Tensor
 from torchsurgeon.adapt import SURE, rescue
 from torchsurgeon.codec import Codec
 from torchsurgeon.errors import ServerUnavailableError
-from torchsurgeon.runtime import inference
+from torchsurgeon.runtime import inference, telemetry
 from torchsurgeon.runtime.answers import check_answer
 from torchsurgeon.runtime.choice import Expected, Way
 from torchsurgeon.runtime.inference import Moments
@@ -47,10 +47,6 @@ _SLOW_FACTOR = 2.0
 _BRIEF_S = 5e-4
 # A request that waits for its turn may end so much after its own limit.
 _QUEUED_S = 1.0
-
-
-class MismatchWarning(UserWarning):
-    """A server holds another model than this one, so its answers are not used and all runs on the device."""
 
 
 class Done:
@@ -143,6 +139,17 @@ class Pending:
 
         Otherwise raises what the servers' failures were.
         """
+        try:
+            return self._result()
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
+        except Exception as error:
+            if not self._unwanted:
+                telemetry.record_error(self._engine.name, time.perf_counter() - self._moments.begun_s, error)
+            raise
+
+    def _result(self) -> Any:
         while True:
             call = self._call
             assert call is not None
@@ -266,7 +273,7 @@ class Pending:
             return False
         self._peer.failed(failure)
         self._engine.keeper.wake()
-        self._engine.warn(failure, stacklevel=7)
+        self._engine.warn(failure)
         return True
 
     def _unusual(self) -> bool:
@@ -287,8 +294,8 @@ class Pending:
     def _finished_here(self, call: Call[Answer]) -> Any:
         """Return the result of the tail run here, or the answer if that comes first."""
         begin_s = time.perf_counter()
-        tail = self._work.tail(tuple(spec.name for spec in self._specs))
         try:
+            tail = self._work.tail(tuple(spec.name for spec in self._specs))
             # A call that has failed already would stop nothing.
             result = tail(self._boundary) if call.ended else tail.until(call.answered, self._boundary)
             if result is None:
