@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsurgeon.adapt import CircuitBreaker, Servers, ServerState, check_deadline, late_probability, rescue
+from torchsurgeon.adapt import CircuitBreaker, Refusals, Servers, ServerState, check_deadline, late_probability, rescue
 from torchsurgeon.errors import AdaptError, DeadlineError
 from torchsurgeon.link import Link
 
@@ -276,3 +276,30 @@ def test_a_deadline_below_what_is_possible_names_the_best_that_is() -> None:
     for deadline_s in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(DeadlineError, match="cannot be"):
             check_deadline(deadline_s, 0.25, "on the device")
+
+
+def test_deadlines_that_stay_impossible_are_tried_now_and_then_and_never_at_first() -> None:
+    clock = Clock()
+    refusals = Refusals(now_s=clock)
+    ran_s = []
+    for tick in range(1000):
+        if not refusals.refuse(0.25):
+            ran_s.append(tick / 100)
+        clock.s += 0.01
+    assert ran_s[0] == pytest.approx(2.5, abs=0.02)
+    assert len(ran_s) in (6, 8)
+    clock.s += 60.0
+    refusals.end()
+    assert refusals.refuse(0.25)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), max_size=5))
+def test_a_clock_that_jumps_refuses_no_deadline_for_ever(jumps: list[float]) -> None:
+    clock = Clock()
+    refusals = Refusals(now_s=clock)
+    for jump in jumps:
+        refusals.refuse(0.01)
+        clock.s += jump
+    refusals.refuse(0.01)
+    clock.s += 1.1
+    assert not refusals.refuse(0.01)

@@ -6,7 +6,7 @@ Arithmetic and state only: whoever sends requests tells these classes what happe
 from __future__ import annotations
 
 from torchsurgeon.adapt.breaker import CircuitBreaker
-from torchsurgeon.adapt.deadline import SURE, Rescue, check_deadline, late_probability, rescue
+from torchsurgeon.adapt.deadline import SURE, Refusals, Rescue, check_deadline, late_probability, rescue
 from torchsurgeon.adapt.decide import Conditions, Decider, Decision, Estimates
 from torchsurgeon.adapt.link import LinkEstimate, LinkEstimator, ProbePolicy
 from torchsurgeon.adapt.load import LoadEstimate, LoadEstimator, SlowdownEstimator
@@ -26,6 +26,7 @@ __all__ = [
     "LoadEstimator",
     "ProbePolicy",
     "Quantity",
+    "Refusals",
     "Rescue",
     "ServerState",
     "Servers",

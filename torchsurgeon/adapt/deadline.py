@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from dataclasses import dataclass
 
+from torchsurgeon.adapt.clock import NowS, Since
 from torchsurgeon.errors import DeadlineError
 
 _LEAST_SPREAD = 0.01
 SURE = 2.33
 """Deviations that one in a hundred is above."""
+_TRIALS = 2
+_TRIAL_PAUSE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +78,40 @@ def check_deadline(deadline_s: float, best_s: float, how: str) -> None:
             "or a smaller model",
             best_s,
         )
+
+
+class Refusals:
+    """Which calls run although their deadlines cannot be kept as it looks. Thread-safe.
+
+    A call that is refused shows nothing, so whoever refuses takes what was slow for a while for slow long after. Once
+    calls have been refused for `after_s`, or for ten times what one takes if that is longer, two are let through: one
+    measurement unlike those before it is not believed.
+    """
+
+    def __init__(self, *, now_s: NowS = time.monotonic, after_s: float = 1.0) -> None:
+        self._lock = threading.Lock()
+        self._since = Since(now_s)
+        self._after_s = after_s
+        self._refusing = False
+        self._trials = 0
+
+    def refuse(self, best_s: float) -> bool:
+        """Whether to refuse a call that takes `best_s` at best, and is due before that."""
+        with self._lock:
+            if not self._refusing:
+                self._refusing = True
+                self._since.mark()
+            elif self._trials:
+                self._trials -= 1
+                return False
+            elif self._since.passed_s() >= max(self._after_s, _TRIAL_PAUSE * best_s):
+                self._trials = _TRIALS - 1
+                self._since.mark()
+                return False
+            return True
+
+    def end(self) -> None:
+        """A call can be in time."""
+        if self._refusing:
+            with self._lock:
+                self._refusing, self._trials = False, 0

@@ -6,14 +6,13 @@ request is in a thread of a small pool, so that the calling thread can run the t
 
 from __future__ import annotations
 
-from torchsurgeon.runtime.choice import UnknownEnergyWarning
 from torchsurgeon.runtime.engine import Engine
 from torchsurgeon.runtime.inference import Inference
 from torchsurgeon.runtime.measure import measure_link
 from torchsurgeon.runtime.parts import Backend
 from torchsurgeon.runtime.peer import Failure
 from torchsurgeon.runtime.pending import Done, Pending
-from torchsurgeon.runtime.warn import MismatchWarning
+from torchsurgeon.runtime.warn import MismatchWarning, UnknownEnergyWarning
 from torchsurgeon.runtime.work import Rest, Work
 
 __all__ = [

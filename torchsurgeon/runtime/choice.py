@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torchsurgeon.adapt import Decider, Decision, Estimates
 from torchsurgeon.codec import Codec, find_codec
+from torchsurgeon.errors import PlanError
 from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Frontier, Objective, Row
@@ -49,11 +50,7 @@ class Expected(NamedTuple):
     round_trip_s: float
 
 
-class UnknownEnergyWarning(UserWarning):
-    """Energy is to be saved, and nobody knows how much a cut takes, so time is saved in its place."""
-
-
-def unmetered(device: LayerProfile) -> str | None:
+def _unmetered(device: LayerProfile) -> str | None:
     """Return why a profile does not tell the energy of every cut, and what to do about it; None where it does."""
     joules = device.head_j
     if joules is not None and math.isfinite(joules[-1]):
@@ -64,7 +61,7 @@ def unmetered(device: LayerProfile) -> str | None:
     )
 
 
-def unknown_radio(link: Link | None) -> str | None:
+def _unknown_radio(link: Link | None) -> str | None:
     """Return why the energy of a transfer cannot be told, and what to do about it; None where it can."""
     if link is not None and link.radio is not None:
         return None
@@ -92,9 +89,34 @@ class Goal:
         """Whether energy counts, now or when the battery is lower."""
         return isinstance(self.wanted, Battery) or self.wanted.energy > 0
 
+    def check(self, device: LayerProfile | None, link: Link | None) -> None:
+        """Raise PlanError where energy counts, and what was given of device and link does not tell it."""
+        if self.needs_joules:
+            lack = (_unmetered(device) if device is not None else None) or (
+                _unknown_radio(link) if link is not None else None
+            )
+            if lack is not None:
+                raise PlanError(f"energy cannot be saved: {lack}; or choose another objective")
+
+    def settle(self, device: LayerProfile, link: Link | None, *, yields: bool) -> str | None:
+        """Turn to latency where energy counts, and all that is known of device and link does not tell it. Return what
+        to warn of, once.
+
+        Raises PlanError in its place where the goal does not yield, unless it only follows a battery.
+        """
+        if self.lack is not None or not self.needs_joules:
+            return None
+        lack = _unmetered(device) or _unknown_radio(link)
+        if lack is None:
+            return None
+        if not yields and isinstance(self.wanted, Objective):
+            raise PlanError(f"energy cannot be saved: {lack}; or choose another objective")
+        self.lack = lack
+        return f"latency is made small, not energy: {lack}"
+
     def now(self) -> str | Objective:
         """The objective, as a frontier takes it."""
-        if self.lack is not None and self.needs_joules:
+        if self.lack is not None:
             return "latency"
         if isinstance(self.wanted, Battery) and not 0 <= time.monotonic() - self._asked_s < _BATTERY_S:
             self._asked_s = time.monotonic()

@@ -20,14 +20,14 @@ from torch.utils import _pytree as pytree
 from torchsurgeon.adapt import SURE, Decision, Estimates, Refusals, SlowdownEstimator, check_deadline
 from torchsurgeon.codec import Codec, CodecTable
 from torchsurgeon.cut import cut
-from torchsurgeon.errors import PlanError, ServerUnavailableError
+from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Frontier, Objective, Row
 from torchsurgeon.profile import LayerProfile, profile
 from torchsurgeon.runtime import telemetry
 from torchsurgeon.runtime import work as works
-from torchsurgeon.runtime.choice import Adaptive, Goal, UnknownEnergyWarning, Way, unknown_radio, unmetered
+from torchsurgeon.runtime.choice import Adaptive, Goal, Way
 from torchsurgeon.runtime.counts import Counts
 from torchsurgeon.runtime.handshake import Ours, autocast_mismatch
 from torchsurgeon.runtime.inference import Inference, Moments
@@ -39,14 +39,14 @@ from torchsurgeon.runtime.peer import Failure, Peer
 from torchsurgeon.runtime.pending import Done, Pending
 from torchsurgeon.runtime.pool import Pool
 from torchsurgeon.runtime.stream import MOST_IN_FLIGHT, Stream
-from torchsurgeon.runtime.warn import MismatchWarning, warn_caller
+from torchsurgeon.runtime.warn import MismatchWarning, UnknownEnergyWarning, warn_caller
 from torchsurgeon.transport import HttpTransport, Transport
 
 # A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
 _LEAST_ANSWER_LIMIT_BYTES = 64 << 20
 _ANSWER_FACTOR = 64
-# What the first call waits for servers to be made ready, which takes a profile and a link to be measured. Who is not
-# ready by then becomes so in the background.
+# What the first call waits for servers to be made ready, which takes a profile and a link to be measured, and what a
+# later one without a deadline waits for those that were well. Who is not ready by then becomes so in the background.
 _SETUP_S = 5.0
 _KEPT_DECISIONS = 256
 _THROUGHPUT = Goal(Objective(throughput=1.0))
@@ -83,8 +83,7 @@ class Engine:
         on_replan: Callable[[Decision[Row]], object] | None,
     ) -> None:
         self._goal = Goal(objective)
-        if self._goal.needs_joules:
-            self._check_joules(device_profile, link)
+        self._goal.check(device_profile, link)
         self.graph, self.always, self.codec = graph, always, codec
         self.link, self.device_profile = link, device_profile
         self.ours = Ours(graph)
@@ -126,7 +125,7 @@ class Engine:
         self.counts = Counts()
         self._slowdown, self._refusals = SlowdownEstimator(), Refusals()
         self._setting_up, self._measuring = threading.Lock(), threading.Lock()
-        self._prepared = -1
+        self._prepared, self._waited = -1, False
         self._stream: Stream | None = None
 
     # --- where to cut ---
@@ -183,64 +182,81 @@ class Engine:
 
     # --- set-up ---
 
-    def prepare(self) -> None:
-        """Do what the first call would do before its inference. Raises ServerError only where nothing falls back."""
-        epoch = self.ours.epoch
-        if self._prepared == epoch and (self.always or any(peer.ready_in == epoch for peer in self.peers)):
-            return
-        with self._setting_up:
-            if self._prepared != self.ours.epoch or not self.always:
-                self._prepare()
-                self._prepared = self.ours.epoch
+    def prepare(self, wait_s: float | None = None) -> None:
+        """Do what the first call would do before its inference. Raises ServerError only where nothing falls back.
 
-    def _prepare(self) -> None:
+        With ``wait_s`` servers are waited for no longer than that, and not at all where they failed before.
+        """
+        if self._set_up:
+            return
+        if not self._setting_up.acquire(timeout=-1 if wait_s is None or not self.always else wait_s):
+            return
+        try:
+            if self._prepared != self.ours.epoch or not self.always:
+                self._prepare(wait_s)
+                self._prepared, self._waited = self.ours.epoch, True
+        finally:
+            self._setting_up.release()
+
+    @property
+    def _set_up(self) -> bool:
+        epoch = self.ours.epoch
+        return self._prepared == epoch and (self.always or any(peer.ready_in == epoch for peer in self.peers))
+
+    def _prepare_for(self, work: Work, deadline_s: float | None) -> float:
+        """Prepare for a call, and return when it began: the first one only after what has to be measured once."""
+        begun_s = time.perf_counter()
+        if not self._waited:
+            self.prepare()
+            return time.perf_counter()
+        measures = self.adapts and self.device_profile is None
+        self.prepare(self._spare_s(work, deadline_s))
+        return time.perf_counter() if measures else begun_s
+
+    def _spare_s(self, work: Work, deadline_s: float | None) -> float | None:
+        """For how long a call may wait for servers, and still be in time here."""
+        if not self.always:
+            return deadline_s
+        if deadline_s is None:
+            return _SETUP_S
+        known_s = self._known_whole_s or next(map(sum, self._timed.values()), math.inf)
+        slowdown = self._slowdown.estimate()
+        spare_s = deadline_s - known_s * work.scale() * slowdown.value * math.exp(SURE * slowdown.spread)
+        return min(spare_s if spare_s > 0 else deadline_s / 2, _SETUP_S)
+
+    def _prepare(self, wait_s: float | None) -> None:
         if not self.peers:
             raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
         if self.adapts:
             self.profile_device()
-            self._settle_goal()
+            assert self.device_profile is not None
+            text = self._goal.settle(self.device_profile, self.link, yields=self.always)
+            if text is not None:
+                warn_caller(text, UnknownEnergyWarning)
         if (self.always or len(self.peers) > 1) and not self.ping_tensors:
             self._prepare_ping()
         if self.always:
-            end_s, unready = time.monotonic() + _SETUP_S, self._unready()
-            calls = [self.keeper.connect(peer, min(_SETUP_S, peer.transport.timeout_s)) for peer in unready]
-            for peer, call in zip(unready, calls, strict=True):
+            peers = [peer for peer in self._unready() if wait_s is None or _answers(peer)]
+            end_s = time.monotonic() + (_SETUP_S if wait_s is None else wait_s)
+            calls = [self.keeper.connect(peer, min(_SETUP_S, peer.transport.timeout_s)) for peer in peers]
+            for peer, call in zip(peers, calls, strict=True):
                 if not call.wait(end_s - time.monotonic()):
                     peer.failure = Failure("unready", f"{peer.label} has not told all that asking it takes")
                 self.warn(peer.failure)
         else:
-            self._connect_any()
+            self._connect_any(wait_s)
         if self.ping_tensors:
             self.keeper.start()
-
-    @staticmethod
-    def _check_joules(device_profile: LayerProfile | None, link: Link | None) -> None:
-        lack = (unmetered(device_profile) if device_profile else None) or (unknown_radio(link) if link else None)
-        if lack is not None:
-            raise PlanError(f"energy cannot be saved: {lack}; or choose another objective")
-
-    def _settle_goal(self) -> None:
-        """Save time where energy is wanted and turns out not to be known."""
-        goal = self._goal
-        if goal.lack is not None or not goal.needs_joules:
-            return
-        assert self.device_profile is not None
-        lack = unmetered(self.device_profile) or unknown_radio(self.link)
-        if lack is None:
-            return
-        if not self.always and isinstance(goal.wanted, Objective):
-            raise PlanError(f"energy cannot be saved: {lack}; or choose another objective")
-        goal.lack = lack
-        warnings.warn(f"latency is made small, not energy: {lack}", UnknownEnergyWarning, stacklevel=_callers_level())
+            self.keeper.wake()
 
     def _unready(self) -> list[Peer]:
         return [peer for peer in self.peers if peer.ready_in != self.ours.epoch]
 
-    def _connect_any(self) -> None:
+    def _connect_any(self, timeout_s: float | None) -> None:
         failures: list[Exception] = []
         for peer in self._unready():
             try:
-                self.connect(peer)
+                self.connect(peer, timeout_s)
             except Exception as error:
                 peer.failed(Failure.of(error))
                 failures.append(error)
@@ -323,17 +339,18 @@ class Engine:
             return Done(self.run_here(work, time.perf_counter(), Failure("autocast", str(mismatch))))
         if not self.always:
             self.renew()
-        if fixed is None or not fixed.whole:
-            self.prepare()
-        self.keeper.used()
         begun_s = time.perf_counter()
+        if (fixed is None or not fixed.whole) and not self._set_up:
+            begun_s = self._prepare_for(work, deadline_s)
+        self.keeper.used()
         way, peer, decision, why = self._choose(work, streamed)
         if self._compiles and why is None:
             # In an emergency nobody waits for a compiler.
+            compiling_s = time.perf_counter()
             self.parts.compile(way.point, self._example)
-            begun_s = time.perf_counter()
+            begun_s += time.perf_counter() - compiling_s
         if deadline_s is not None and self.always:
-            way = self._within(deadline_s, work, way, peer, decision)
+            way = self._within(deadline_s, begun_s, work, way, peer, decision)
         if peer is None or way.whole:
             if why is not None:
                 self.renew()
@@ -421,26 +438,40 @@ class Engine:
         return Failure("nobody", "no server is ready" if known is None else f"no server to ask, after: {known}")
 
     def _within(
-        self, deadline_s: float, work: Work, way: Way, peer: Peer | None, decision: Decision[Row] | None
+        self,
+        deadline_s: float,
+        begun_s: float,
+        work: Work,
+        way: Way,
+        peer: Peer | None,
+        decision: Decision[Row] | None,
     ) -> Way:
         """Return the way that was chosen if it should keep the deadline, or else the quickest."""
         scale = work.scale()
         head_s, tail_s = self._here_s(way)
         best_s, quickest, taken_s, how = (head_s + tail_s) * scale, way, (head_s + tail_s) * scale, "on the device"
+        here = self._slowdown.estimate().error
+        surely_s = _surely_s(best_s, here)
         if decision is not None and peer is not None and peer.plan is not None:
             latencies = peer.plan.latencies(decision.estimates)
             rows = peer.plan.frontier.rows
             least = latencies.index(min(latencies))
             taken_s = latencies[next(i for i, row in enumerate(rows) if row is decision.row)]
+            there = 0.0 if rows[least].on_device else peer.plan.expected(rows[least], decision.estimates).spread
+            surely_s = min(surely_s, _surely_s(latencies[least], max(here, there)))
             if latencies[least] < best_s:
                 quickest = peer.plan.ways[id(rows[least])]
                 best_s, how = latencies[least], f"cut after {rows[least].name}"
         elif peer is not None and (taken := peer.takes(way.point.index)) is not None:
             taken_s = (head_s + taken.value) * scale
+            surely_s = min(surely_s, _surely_s(taken_s, max(here, taken.spread)))
             if taken_s < best_s:
                 best_s, how = taken_s, f"cut after {way.point.name}"
-        check_deadline(deadline_s, best_s, how)
-        return way if taken_s <= deadline_s else quickest
+        if deadline_s >= surely_s:
+            self._refusals.end()
+        elif self._refusals.refuse(best_s):
+            check_deadline(deadline_s, best_s, how)
+        return way if taken_s <= deadline_s - (time.perf_counter() - begun_s) else quickest
 
     def run_here(self, work: Work, begun_s: float, why: Failure | None, decision: Decision[Row] | None = None) -> Any:
         """Return the result of a call that runs here as a whole; ``why`` says why it had to."""
@@ -584,6 +615,16 @@ class Engine:
         for peer in self.peers:
             peer.start_anew()
         self._start()
+
+
+def _answers(peer: Peer) -> bool:
+    """Whether a server answered when it was last asked, with another model perhaps; trials find when others do."""
+    return peer.failure is None or peer.failure.kind == "mismatch"
+
+
+def _surely_s(seconds: float, error: float) -> float:
+    """What will be exceeded 99 times in 100."""
+    return seconds * math.exp(-SURE * error)
 
 
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()
