@@ -45,6 +45,7 @@ ROOMS = [
     "adapt",
     "wire",
     "fingerprint",
+    "premises",
     "exported",
     "specs",
     "transport",

@@ -72,19 +72,14 @@ def identity(graph: str, weights: str) -> str:
 
 
 class Snapshot:
-    """What a model was made of when this was made: its submodules, parameters and buffers, and their memory.
+    """Which parameters and buffers a model had when this was made, and their memory.
 
     A change of memory that PyTorch does not count, as through ``numpy``, is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        named = list(model.named_modules(remove_duplicate=False))
-        self._modules = [module for _, module in named]
-        self._child_tables = [module._modules for module in self._modules if module._modules]
-        self._children = [child for table in self._child_tables for child in table.values()]
-        self._paths = [f"{path}.{key}".lstrip(".") for path, module in named for key in module._modules]
         self._tables = [
-            table for module in self._modules for table in (module._parameters, module._buffers) if len(table)
+            table for module in model.modules() for table in (module._parameters, module._buffers) if len(table)
         ]
         self._tensors: list[Tensor | None] = [tensor for table in self._tables for tensor in table.values()]
         given = {id(tensor): tensor for tensor in self._tensors if tensor is not None}.values()
@@ -93,10 +88,11 @@ class Snapshot:
         self._versions = list(map(_VERSION, self._counted))
         self._places = list(map(Tensor.data_ptr, self._placed))
 
-    # Both are asked at every inference, so they are written to run in one pass of the interpreter's own loops.
-
     def same_weights(self) -> bool:
-        """Whether every parameter and buffer is the one it was, where it was, and not written to since."""
+        """Whether every parameter and buffer is the one it was, where it was, and not written to since.
+
+        Asked at every inference, so it runs in the interpreter's own loops.
+        """
         return (
             all(map(operator.is_, _values(self._tables), self._tensors))
             and sum(map(len, self._tables)) == len(self._tensors)
@@ -104,24 +100,8 @@ class Snapshot:
             and list(map(Tensor.data_ptr, self._placed)) == self._places
         )
 
-    def training(self) -> bool:
-        """Whether any submodule is in training mode now."""
-        return any(map(_TRAINING, self._modules))
-
-    def replaced(self) -> str | None:
-        """Return the path of a submodule that is not the one it was; None if all are."""
-        count = sum(map(len, self._child_tables))
-        if count == len(self._children) and all(map(operator.is_, _values(self._child_tables), self._children)):
-            return None
-        now = itertools.chain(_values(self._child_tables), itertools.repeat(None))
-        return next(
-            (path for path, was, child in zip(self._paths, self._children, now, strict=False) if was is not child),
-            "a child",
-        )
-
 
 _VERSION = operator.attrgetter("_version")
-_TRAINING = operator.attrgetter("training")
 
 
 def _values(tables: list[dict[str, Any]]) -> Iterator[Any]:

@@ -12,9 +12,10 @@ from torch import nn
 from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, TraceError
 from torchsurgeon.fingerprint import Snapshot, WeightDigests, weight_digests
 from torchsurgeon.graph import LayerGraph
+from torchsurgeon.premises import Premises
 from torchsurgeon.transport import Transport
 
-_LISTED_TENSORS = 5
+_LISTED = 5
 
 
 class Ours:
@@ -27,16 +28,15 @@ class Ours:
         self.graph = graph
         self.epoch = 0
         self._lock = threading.RLock()
+        self._premises = Premises(graph.model)
         self._snapshot = Snapshot(graph.model)
         self._digests: WeightDigests | None = None
 
     def check(self) -> None:
         """Raise TraceError when what runs here now is not the model that was traced."""
-        if self._snapshot.training():
-            raise TraceError("the model has been put into training mode; call model.eval(): a SplitModule only answers")
-        replaced = self._snapshot.replaced()
-        if replaced is not None:
-            raise TraceError(f"{replaced!r} of the model has been replaced since it was traced; make a new SplitModule")
+        broken = self._premises.broken()
+        if broken is not None:
+            raise TraceError(broken)
 
     def changed(self) -> bool:
         """Whether the weights have changed since the epoch began."""
@@ -96,10 +96,12 @@ def shake_hands(
     if theirs.get("weights") != ours.combined:
         raise ModelMismatchError(_differing_weights(name, graph.model, ours, theirs["tensors"]))
     if theirs.get("graph") != graph.fingerprint:
+        whole = ", ".join([*graph.opaque][:_LISTED]) or "none"
         raise ModelMismatchError(
             f"model {name!r} has the same weights on both sides, but another graph: "
             f"{graph.fingerprint[:12]} here, {str(theirs.get('graph'))[:12]} on the server. Trace both with "
-            f"the same example ({', '.join(map(str, graph.inputs))} here) and the same source of the model"
+            f"the same example ({', '.join(map(str, graph.inputs))} here), the same leaf_modules "
+            f"(kept whole here: {whole}) and the same source of the model"
         )
     return theirs.get("identity")
 
@@ -112,9 +114,9 @@ def _differing_weights(name: str, model: nn.Module, ours: WeightDigests, theirs:
         there = theirs.get(tensor)
         if here != there:
             rows.append(f"{tensor} ({_described(here)} here, {_described(there)} on the server)")
-    more = f", and {len(rows) - _LISTED_TENSORS} more" if len(rows) > _LISTED_TENSORS else ""
+    more = f", and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
     return (
-        f"model {name!r} has other weights on the server: {', '.join(rows[:_LISTED_TENSORS])}{more}. "
+        f"model {name!r} has other weights on the server: {', '.join(rows[:_LISTED])}{more}. "
         "Serve the weights this model was loaded with"
     )
 
