@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.profile import profile
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.transport import InProcessTransport, Transport
 
@@ -91,7 +90,7 @@ def _serve(factory: Factory, seed: int, port: int, core: int | None, ready: Any)
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     model, example = factory(seed)
-    registry = ModelRegistry(profiler=lambda graph: profile(graph, meter=None).to_json())
+    registry = ModelRegistry()
     registry.add("model", model, (example,))
     with Server(create_app(registry), port=port):
         ready.send(port)

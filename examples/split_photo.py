@@ -47,7 +47,7 @@ def main() -> None:
         if given is None:
             from torchsurgeon import serve
 
-            registry = serve.ModelRegistry(profiler=lambda graph: ts.profile(graph).to_json())
+            registry = serve.ModelRegistry()
             registry.add("photo", model, (photo,))
             given = stack.enter_context(serve.Server(serve.create_app(registry))).url
         split = stack.enter_context(ts.SplitModule(model, photo, server=given, name="photo"))

@@ -32,7 +32,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(0)
     model, link = squeezenet1_1().eval(), ts.Link.parse(given.link)
-    registry = serve.ModelRegistry(profiler=lambda graph: ts.profile(graph).to_json())
+    registry = serve.ModelRegistry()
     registry.add("video", model, (torch.rand(1, 3, 224, 224),))
     with (
         serve.Server(serve.create_app(registry)) as server,

@@ -99,6 +99,16 @@ class Call:
         return args, kwargs
 
 
+def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that an example stands for: a tuple of positional ones, a dict of keyword ones, or else the
+    only one."""
+    if isinstance(example, tuple):
+        return example, {}
+    if isinstance(example, dict):
+        return (), example
+    return (example,), {}
+
+
 def path_name(path: Path) -> str:
     """Return the dotted name of an argument's leaf."""
     return leaf_name(path[0], path[1:])

@@ -20,6 +20,7 @@ from torchsurgeon.adapt import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
 from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError
 from torchsurgeon.graph import LayerGraph, PartitionPoint, trace
+from torchsurgeon.interface import call_of
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Estimate, Objective, Row, estimate
 from torchsurgeon.profile import LayerProfile
@@ -76,10 +77,10 @@ class SplitModule(nn.Module):
     ``last.degraded`` says what was wrong, and a :class:`~torchsurgeon.runtime.MismatchWarning` that a server holds
     another model. With ``fallback="error"`` it raises :class:`~torchsurgeon.errors.ModelMismatchError` then,
     :class:`~torchsurgeon.errors.ServerUnavailableError` for a server that is down, slow or gone in mid-answer, and
-    what else servers raise. A model that is put into training mode or gets other submodules raises
-    :class:`~torchsurgeon.errors.TraceError`. Inference only: no gradients, and ``train()``
-    leaves it in evaluation mode. May be called from several threads at once.
-    Close it, or use it in a ``with`` statement, to end its threads and connections.
+    what else servers raise. A model that is put into training mode, or gets other submodules, hooks or plain
+    attributes, raises :class:`~torchsurgeon.errors.TraceError`. Inference only: no gradients, and ``train()`` leaves it
+    in evaluation mode. May be called from several threads at once. Close it, or use it in a ``with`` statement, to end
+    its threads and connections.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class SplitModule(nn.Module):
             check_deadline(deadline_s, 0.0, "")
         self.training = False
         self.model = model
-        args, kwargs = _call_of(example)
+        args, kwargs = call_of(example)
         self.graph: LayerGraph = trace(model, *args, leaf_modules=leaf_modules, **kwargs)
         self.name = name
         self.deadline_s = deadline_s
@@ -232,7 +233,7 @@ class SplitModule(nn.Module):
             )
         self._engine.stream()  # raises when closed
         deadline_s = self._deadline_now()
-        return in_order((self._beginning(*_call_of(call), deadline_s, True) for call in calls), depth)
+        return in_order((self._beginning(*call_of(call), deadline_s, True) for call in calls), depth)
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Return the future answer of this call, which runs beside the thread that asks for it.
@@ -351,11 +352,3 @@ def _codec(name: str) -> Codec | Lossless:
     if isinstance(name, CodecTable):
         raise CodecError('codec takes a name such as "int8+zstd"; give a measured table as codecs=')
     return Lossless() if name == Lossless.name else find_codec(name)
-
-
-def _call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, tuple):
-        return example, {}
-    if isinstance(example, dict):
-        return (), example
-    return (example,), {}

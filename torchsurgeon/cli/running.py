@@ -14,7 +14,6 @@ from torchsurgeon import codec, specs
 from torchsurgeon.cli.arguments import SPEC_HELP, pairs, port_number, whole_number
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.module import SplitModule
-from torchsurgeon.profile import profile
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
@@ -53,6 +52,9 @@ def add_serve(commands: Commands) -> None:
     parser.add_argument(
         "--input", action="append", default=[], metavar="NAME=SPEC", help="e.g. resnet=x:float32[1,3,320,320]"
     )
+    parser.add_argument(
+        "--leaf", action="append", default=[], metavar="NAME=MODULE", help="keep this module whole, as the device does"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of random weights")
     parser.add_argument("--threads", type=whole_number, help="CPU threads of one inference")
     parser.add_argument("--max-batch", type=whole_number, default=64)
@@ -65,18 +67,24 @@ def _serve(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     models, weights, inputs = pairs(options.models), pairs(options.weights), pairs(options.input)
-    for name in (*weights, *inputs):
+    leaves: dict[str, list[str]] = {}
+    for text in options.leaf:
+        for name, module in pairs([text]).items():
+            leaves.setdefault(name, []).append(module)
+    for name in (*weights, *inputs, *leaves):
         if name not in models:
-            raise TorchSurgeonError(f"no model {name!r} is served; --weights and --input take {', '.join(models)}")
+            raise TorchSurgeonError(
+                f"no model {name!r} is served; --weights, --input and --leaf take {', '.join(models)}"
+            )
     serve.run(
         models,
         options.host,
         options.port,
         weights=weights,
         input_specs=inputs,
+        leaf_modules=leaves,
         seed=options.seed,
         max_batch=options.max_batch,
-        profiler=lambda graph: profile(graph, meter=None).to_json(),
     )
 
 
@@ -89,6 +97,9 @@ def add_run(commands: Commands) -> None:
     )
     parser.add_argument("--name", help="the model's name on the server; default SPEC's own name")
     parser.add_argument("--weights", metavar="FILE", help=".safetensors, .pt, or 'default'; the server's")
+    parser.add_argument(
+        "--leaf", action="append", default=[], metavar="MODULE", help="keep this module whole, as the server does"
+    )
     parser.add_argument("--input", default="random", metavar="FILE", help="an image, or 'random' numbers")
     parser.add_argument(
         "--count", type=whole_number, metavar="N", help="inferences; default 10, with --watch until interrupted"
@@ -115,6 +126,7 @@ def _run(options: argparse.Namespace) -> None:
         partition=partition,
         fallback=options.fallback,
         deadline_s=options.deadline,
+        leaf_modules=options.leaf,
     ) as split:
         if options.input != "random":
             args, kwargs = (codec.image_call(split.graph, options.input),), {}

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -30,7 +30,9 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.fingerprint import identity, weight_digests
 from torchsurgeon.graph import LayerGraph, TensorSpec, trace
+from torchsurgeon.interface import call_of
 from torchsurgeon.module import SplitModule
+from torchsurgeon.profile import profile
 from torchsurgeon.program import Segment
 
 T = TypeVar("T")
@@ -47,6 +49,11 @@ _MAX_REMEMBERED = 256
 # Seconds, to the microsecond.
 _TIMES = '{"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def profile_here(graph: LayerGraph) -> dict[str, Any]:
+    """Measure the graph's layers on this machine, without joules; what servers tell unless they are given another."""
+    return profile(graph, meter=None).to_json()
 
 
 class Worker:
@@ -204,7 +211,10 @@ class ServedModel:
         Raises ModelNotServedError when the server has no profiler.
         """
         if self._profiler is None:
-            raise ModelNotServedError(f"this server does not profile model {self.name!r}")
+            raise ModelNotServedError(
+                f"this server does not profile model {self.name!r}, because it was made with profiler=None; leave that "
+                'out there, or here give SplitModule a server_profile or a partition other than "auto"'
+            )
         if self._profile is None:
             with torch.no_grad():
                 self._profile = self._profiler(self.graph)
@@ -293,9 +303,13 @@ class _Plan:
 
 
 class ModelRegistry:
-    """Models by name. Thread-safe. ``profiler`` turns a graph into the JSON that ``…/profile`` answers with."""
+    """Models by name. Thread-safe.
 
-    def __init__(self, *, max_batch: int = 64, max_tails: int = 64, profiler: Profiler | None = None) -> None:
+    ``profiler`` turns a graph into the JSON that ``…/profile`` answers with, which ``partition="auto"`` asks for. It is
+    called at the first request, by default :func:`profile_here`; with None there is no such answer.
+    """
+
+    def __init__(self, *, max_batch: int = 64, max_tails: int = 64, profiler: Profiler | None = profile_here) -> None:
         self.max_batch = max_batch
         self.max_tails = max_tails
         self._profiler = profiler
@@ -316,20 +330,25 @@ class ModelRegistry:
         self,
         name: str,
         model: nn.Module,
-        args: Sequence[Any] = (),
+        example: Any = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
+        leaf_modules: Collection[str | type[nn.Module]] = (),
         source: str = "",
     ) -> ServedModel:
-        """Trace ``model`` with the example arguments and serve it. Raises TraceError or SpecError.
+        """Trace ``model`` with the example and serve it. Raises TraceError or SpecError.
 
-        Of a :class:`~torchsurgeon.module.SplitModule`, which needs no arguments, this server runs the layers up to its
+        ``example`` and ``leaf_modules`` are what :class:`~torchsurgeon.module.SplitModule` is given on the device: a
+        tensor, a tuple of positional arguments or a dict of keyword ones, to which ``kwargs`` are added.
+        Of a :class:`~torchsurgeon.module.SplitModule`, which needs no example, this server runs the layers up to its
         cut, and has its server do the rest.
         """
         self.announce(name)
         try:
             remote = model if isinstance(model, SplitModule) else None
-            graph = remote.graph if remote is not None else trace(model, *args, **(kwargs or {}))
+            args, named = call_of(example)
+            named = {**named, **(kwargs or {})}
+            graph = trace(model, *args, leaf_modules=leaf_modules, **named) if remote is None else remote.graph
             served = ServedModel(
                 name,
                 graph,
@@ -346,7 +365,9 @@ class ModelRegistry:
             self._models[name] = served
         return served
 
-    def load(self, name: str, spec: str, **options: Any) -> ServedModel:
+    def load(
+        self, name: str, spec: str, *, leaf_modules: Collection[str | type[nn.Module]] = (), **options: Any
+    ) -> ServedModel:
         """Load a SPEC (options as :func:`torchsurgeon.specs.load`) and serve it. Raises SpecError or TraceError."""
         self.announce(name)
         try:
@@ -354,7 +375,7 @@ class ModelRegistry:
         except TorchSurgeonError as error:
             self._fail(name, error)
             raise
-        return self.add(name, loaded.model, loaded.args, loaded.kwargs, source=loaded.source)
+        return self.add(name, loaded.model, loaded.args, loaded.kwargs, leaf_modules=leaf_modules, source=loaded.source)
 
     def names(self) -> list[str]:
         return sorted(self._models)

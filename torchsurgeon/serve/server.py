@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, cast
@@ -20,7 +20,7 @@ from torchsurgeon.allocator import keep_freed_memory
 from torchsurgeon.errors import ServerError, TorchSurgeonError
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.protocol import ServeProtocol
-from torchsurgeon.serve.registry import ModelRegistry, Profiler
+from torchsurgeon.serve.registry import ModelRegistry, Profiler, profile_here
 
 _KEEP_ALIVE_S = 75
 _MAX_CONNECTIONS = 512
@@ -89,15 +89,17 @@ def run(
     *,
     weights: Mapping[str, str] | None = None,
     input_specs: Mapping[str, str] | None = None,
+    leaf_modules: Mapping[str, Collection[str]] | None = None,
     seed: int = 0,
     max_batch: int = 64,
-    profiler: Profiler | None = None,
+    profiler: Profiler | None = profile_here,
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Serve models (name to SPEC) until interrupted; the process is then a server and nothing else.
 
     The port answers at once, with 503 for models that still load; ``say`` (by default ``print``) is given the line that
-    tells they are ready. ``weights`` and ``input_specs`` are by model name, as in :func:`torchsurgeon.specs.load`.
+    tells they are ready. ``weights`` and ``input_specs`` are by model name, as in :func:`torchsurgeon.specs.load`, and
+    ``leaf_modules`` as in :func:`torchsurgeon.graph.trace`; ``profiler`` is as in :class:`ModelRegistry`.
     Raises ServerError when the address is taken, SpecError or TraceError when a model cannot be loaded.
     """
     tell = say or (lambda line: print(line, flush=True))
@@ -125,6 +127,7 @@ def run(
                     spec,
                     weights=(weights or {}).get(name),
                     input_spec=(input_specs or {}).get(name),
+                    leaf_modules=(leaf_modules or {}).get(name, ()),
                     seed=seed,
                 )
                 tell(
