@@ -219,7 +219,7 @@ class Engine:
             return deadline_s
         if deadline_s is None:
             return _SETUP_S
-        known_s = self._known_whole_s or next(map(sum, self._timed.values()), math.inf)
+        known_s = self._known_whole_s or next(map(sum, tuple(self._timed.values())), math.inf)
         slowdown = self._slowdown.estimate()
         spare_s = deadline_s - known_s * work.scale() * slowdown.value * math.exp(SURE * slowdown.spread)
         return min(spare_s if spare_s > 0 else deadline_s / 2, _SETUP_S)
