@@ -120,6 +120,21 @@ def test_serve_and_link_carry_a_split_module() -> None:
         assert server.wait(20) in (0, 130)
 
 
+def nested() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests, of a model with parts that can be kept whole."""
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    return nn.Sequential(block, nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)), torch.rand(1, 4)
+
+
+def test_modules_kept_whole_on_both_sides_agree_and_on_one_side_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with command("serve", "net=test_cli:nested", "--leaf", "net=0", "--leaf", "net=1", "--port", "0") as server:
+        url = f"http://127.0.0.1:{ready(server)}"
+        run = ["run", "test_cli:nested", "--name", "net", "--server", url, "--partition", "1", "--fallback", "error"]
+        assert cli.main([*run, "--leaf", "0", "--leaf", "1", "--count", "1"]) == 0
+        assert cli.main([*run, "--leaf", "1", "--count", "1"]) == 2
+    assert re.search(r"another graph.*same leaf_modules \(kept whole here: 1\)", capsys.readouterr().err)
+
+
 def test_serve_ends_when_a_model_cannot_be_loaded() -> None:
     with command("serve", "a=torchvision:nothing", "--port", "0") as server:
         assert server.wait(60) == 2

@@ -30,9 +30,10 @@ import torchsurgeon.serve.app
 import torchsurgeon.serve.protocol
 from torchsurgeon import serve, wire
 from torchsurgeon.cut import cut
-from torchsurgeon.errors import RequestRefusedError, ServerError, ServerUnavailableError, SpecError
+from torchsurgeon.errors import RequestRefusedError, ServerError, ServerUnavailableError, SpecError, TraceError
 from torchsurgeon.fingerprint import weight_digests
-from torchsurgeon.graph import LayerGraph
+from torchsurgeon.graph import LayerGraph, trace
+from torchsurgeon.profile import LayerProfile
 from torchsurgeon.transport import HttpTransport, InProcessTransport, Transport
 from torchsurgeon.wire.buffers import Buffers
 
@@ -250,6 +251,31 @@ def test_a_model_that_loads_answers_503_until_it_is_there() -> None:
         registry.add("late", make(Residual), (X,))
     with pytest.raises(SpecError, match="cannot be a model's name"):
         registry.add("a/b", make(Residual), (X,))
+
+
+@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
+def test_layers_are_profiled_unless_that_is_switched_off() -> None:
+    registry, silent = serve.ModelRegistry(), serve.ModelRegistry(profiler=None)
+    served = registry.add("net", make(Residual), X)
+    silent.add("net", make(Residual), X)
+    with InProcessTransport(serve.create_app(registry)) as transport:
+        LayerProfile.from_json(transport.get_json("/v2/models/net/profile")).check(served.graph)
+    with (
+        InProcessTransport(serve.create_app(silent)) as transport,
+        pytest.raises(RequestRefusedError, match=r"profiler=None.*server_profile") as caught,
+    ):
+        transport.get_json("/v2/models/net/profile")
+    assert caught.value.status == 404
+
+
+def test_an_example_means_what_it_means_on_the_device() -> None:
+    registry, batch = serve.ModelRegistry(), X.expand(2, -1, -1, -1)
+    examples: list[Any] = [batch, (batch,), {"x": batch}]
+    graphs = [registry.add(f"net{i}", make(Residual), example).graph for i, example in enumerate(examples)]
+    graphs.append(registry.add("named", make(Residual), kwargs={"x": batch}).graph)
+    assert {str(graph.inputs) for graph in graphs} == {str(trace(make(Residual), batch).inputs)}
+    with pytest.raises(TraceError, match="missing a required argument"):
+        registry.add("nothing", make(Residual))
 
 
 def test_a_port_that_is_taken_is_said_so(server: serve.Server) -> None:

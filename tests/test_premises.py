@@ -1,0 +1,203 @@
+"""What changes of a model after tracing raises instead of making the answer depend on the cut; what may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from serving import split
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchsurgeon as ts
+from torchsurgeon.premises import Premises
+
+X = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Detector(nn.Module):
+    """Reads attributes of every plain kind, its own and its class's."""
+
+    bias = 0.25
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.head = nn.Sequential(nn.LeakyReLU(0.1), nn.Conv2d(4, 4, 1))
+        self.threshold, self.scale, self.size, self.mode = 0.5, 2, (6, 6), "nearest"
+        self.softly, self.limit, self.activation, self.wanted = True, None, functional.relu, torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.activation(self.stem(x))) * self.scale + self.bias
+        y = functional.interpolate(y, self.size, mode=self.mode).to(self.wanted)
+        if self.limit is not None:
+            y = y.clamp(max=self.limit)
+        return y.sigmoid() if self.softly else torch.where(y > self.threshold, y, 0 * y)
+
+
+def detector() -> Detector:
+    torch.manual_seed(0)
+    return Detector().eval()
+
+
+@pytest.fixture(scope="module")
+def module() -> Iterator[ts.SplitModule]:
+    with split(detector(), X) as module:
+        yield module
+
+
+CHANGES: list[tuple[str, Any]] = [
+    ("threshold", 0.99),
+    ("scale", 3),
+    ("size", (7, 6)),
+    ("mode", "nearest-exact"),
+    ("softly", False),
+    ("limit", 0.1),
+    ("activation", functional.relu6),
+    ("wanted", torch.float64),
+    ("bias", 0.5),
+    ("scale", torch.rand(1, 4, 6, 6)),
+    ("size", np.array([7, 7])),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES, ids=[f"{name}={type(value).__name__}" for name, value in CHANGES])
+def test_a_changed_attribute_raises_until_it_is_set_back(module: ts.SplitModule, name: str, value: Any) -> None:
+    model, before = module.model, getattr(module.model, name)
+    module.partition = 1
+    expected = model(X)
+    assert torch.equal(module(X), expected)
+    setattr(model, name, value)
+    try:
+        with pytest.raises(ts.TraceError, match=f"attribute '{name}' of the model"):
+            module(X)
+    finally:
+        setattr(model, name, before)
+    assert torch.equal(module(X), expected)
+
+
+def test_attributes_of_modules_that_pytorch_defines_count_too(module: ts.SplitModule) -> None:
+    leaky = module.model.head[0]
+    leaky.negative_slope = 0.2
+    with pytest.raises(ts.TraceError, match=r"'negative_slope' of module 'head\.0' was 0\.1 .* is 0\.2"):
+        module(X)
+    leaky.negative_slope = 0.1
+    module(X)
+
+
+def test_an_attribute_that_is_gone_or_changed_for_the_whole_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = detector()
+    premises = Premises(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(Detector, "bias", -1.0)
+        assert "'bias' of the model was 0.25" in str(premises.broken())
+    assert premises.broken() is None
+    del model.threshold
+    assert "'threshold' of the model was 0.5 when it was traced, and is gone" in str(premises.broken())
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("path", ["", "head.1"])
+def test_a_hook_that_was_added_raises_until_it_is_removed(module: ts.SplitModule, register: str, path: str) -> None:
+    handle = getattr(module.model.get_submodule(path), register)(lambda *_: None)
+    with pytest.raises(ts.TraceError, match=f"hooks of {f'module {path!r}' if path else 'the model'}"):
+        module(X)
+    handle.remove()
+    module(X)
+
+
+def test_a_hook_that_was_there_may_neither_go_nor_be_exchanged() -> None:
+    model = detector()
+    handle = model.stem.register_forward_hook(lambda *_: None)
+    premises = Premises(model)
+    assert premises.broken() is None
+    handle.remove()
+    assert "hooks of module 'stem'" in str(premises.broken())
+    model.stem.register_forward_hook(lambda module, args, result: 2 * result)
+    assert "hooks of module 'stem'" in str(premises.broken())
+
+
+class Counting(nn.Module):
+    """Keeps account of itself in attributes, in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.threshold = 0.5
+        self.calls, self.longest, self.seen, self._last, self.named, self.told, self.by_hook = 0, 0, 0, 0, 0, 0, 0
+        self.body.register_forward_hook(self._hook)
+
+    def _hook(self, *_: Any) -> None:
+        self.by_hook += 1
+
+    @property
+    def last(self) -> int:
+        return self._last
+
+    @last.setter
+    def last(self, value: int) -> None:
+        self._last = value
+
+    def note(self, x: Tensor) -> None:
+        self.seen = len(x)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = self.calls
+        self.note(x)
+        account(self)
+        setattr(self, "named", self.calls)  # noqa: B010
+        if len(x) > self.longest:
+            self.longest = len(x)
+        return self.body(x) * self.threshold
+
+
+def account(module: nn.Module) -> None:
+    module.told = 1 + module.told  # type: ignore[assignment, operator]
+
+
+def test_what_forward_assigns_may_change_however_it_is_called() -> None:
+    model = Counting().eval()
+    with ts.SplitModule(model, torch.rand(2, 4), partition="device") as module:
+        module.deadline_s = 10.0
+        for size in (2, 5, 3):
+            x = torch.rand(size, 4)
+            assert torch.equal(module(x), model(x))
+    premises = Premises(model)
+    model(torch.rand(9, 4))
+    assert premises.broken() is None
+    model.threshold = 0.1
+    assert "'threshold'" in str(premises.broken())
+
+
+UNSEEN: list[Callable[[Detector], Any]] = [
+    lambda model: setattr(model, "note", "of the user"),
+    lambda model: setattr(model, "threshold", float("0.5")),
+    lambda model: setattr(model, "_cache", {"x": X}),
+    lambda model: model.eval(),
+    lambda model: model.requires_grad_(False),
+    lambda model: model.register_full_backward_hook(lambda *_: None),
+    lambda model: model.double().float(),
+]
+
+
+@pytest.mark.parametrize("change", UNSEEN)
+def test_what_changes_no_answer_is_not_held_against_a_model(change: Callable[[Detector], Any]) -> None:
+    model = detector()
+    premises = Premises(model)
+    change(model)
+    assert premises.broken() is None
+
+
+def test_the_mode_and_submodules_are_premises_too() -> None:
+    model = detector()
+    premises = Premises(model)
+    model.head[1].train()
+    assert "training mode" in str(premises.broken())
+    model.eval()
+    model.head[1] = nn.Conv2d(4, 4, 1).eval()
+    assert "'head.1'" in str(premises.broken())
