@@ -52,7 +52,10 @@ class SplitModule(nn.Module):
             :class:`~torchsurgeon.graph.PartitionPoint` of this model; ``"device"`` or ``"server"`` for everything on
             one side, a partition index, or the name of the last layer to run here.
         objective: what ``"auto"`` makes small: ``"latency"``, ``"energy"``, …, an
-            :class:`~torchsurgeon.plan.Objective`, or ``Objective.battery(level)``.
+            :class:`~torchsurgeon.plan.Objective`, or ``Objective.battery(level)``. Energy needs a ``device_profile``
+            with joules, given or metered here, and a ``link`` with a radio. What is given and does not tell it raises
+            :class:`~torchsurgeon.errors.PlanError`; what turns out not to warns once with
+            :class:`~torchsurgeon.runtime.UnknownEnergyWarning`, and latency is made small.
         codecs: what codecs measured to cost; ``"auto"`` then chooses among them too, lossy ones only where they kept an
             accuracy budget. Without it everything is sent under ``codec``.
         fallback: ``"local"`` to run the rest of the model here when no server answers well or in time, ``"error"`` to
@@ -276,8 +279,9 @@ class SplitModule(nn.Module):
         """Within this context, calls of this module are due ``deadline_s`` after they began; None for no deadline.
 
         It holds for the thread or task that entered it, and goes before the constructor's. When the server's answer
-        would come too late the rest of the model runs here, started in time. A call that cannot be in time whatever is
-        done raises :class:`~torchsurgeon.errors.DeadlineError` at once, which names the best that can be. With
+        would come too late the rest of the model runs here, started in time. A call that surely cannot be in time
+        whatever is done raises :class:`~torchsurgeon.errors.DeadlineError` at once, which names the best that can be;
+        now and then such a call runs all the same, to find out whether that still holds. With
         ``fallback="error"`` a call that is not answered by then raises
         :class:`~torchsurgeon.errors.ServerUnavailableError`.
         """

@@ -14,7 +14,7 @@ _LEAST_SPREAD = 0.01
 SURE = 2.33
 """Deviations that one in a hundred is above."""
 _TRIALS = 2
-_TRIAL_PAUSE = 10.0
+_TRIAL_PAUSE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Refusals:
     """Which calls run although their deadlines cannot be kept as it looks. Thread-safe.
 
     A call that is refused shows nothing, so whoever refuses takes what was slow for a while for slow long after. Once
-    calls have been refused for `after_s`, or for ten times what one takes if that is longer, two are let through: one
+    calls have been refused for `after_s`, or for five times what one takes if that is longer, two are let through: one
     measurement unlike those before it is not believed.
     """
 

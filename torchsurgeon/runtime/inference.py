@@ -17,9 +17,10 @@ _PARTS = ("decide", "head", "encode", "uplink", "queue", "tail", "downlink", "de
 class Inference:
     """Where the time of one inference went, in seconds, and what crossed.
 
-    ``decide_s`` is what choosing the cut took. ``uplink_s`` and ``downlink_s`` include half a round trip each; what the
-    server spends beside queue and tail counts to the uplink. Where no server's answer was used, ``wait_s`` was spent on
-    waiting for one, and ``local_s`` on the tail here. The parts add up to ``total_s``.
+    ``decide_s`` is what choosing the cut took, and waiting for servers to shake hands anew. ``uplink_s`` and
+    ``downlink_s`` include half a round trip each; what the server spends beside queue and tail counts to the uplink.
+    Where no server's answer was used, ``wait_s`` was spent on waiting for one, and ``local_s`` on the tail here. The
+    parts add up to ``total_s``.
 
     ``degraded`` says why the answer did not come the way it was meant to, such as ``"late: …"``, and is None when it
     did. ``server`` is the one whose answer it is, None when it was made here; ``decision`` what the cut was chosen on,

@@ -1,0 +1,272 @@
+"""What users ran into: batteries nobody meters, devices that were slow for a while, servers that fall silent."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon.link import WIRED
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.transport import Answer, HttpTransport, Transport
+
+EXAMPLE = torch.rand(1, 16, generator=torch.Generator().manual_seed(1))
+PATIENCE_S = 15.0
+
+
+def net(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+
+
+MODEL = net()
+GRAPH = ts.trace(MODEL, EXAMPLE)
+LAYERS = len(GRAPH.layers)
+PLAIN = ts.Link("plain", 1e7, 1e7, 1e-3)
+RADIO = ts.Link.parse("wifi")
+
+
+def profile(layer_s: float, layer_j: float | None = None) -> ts.LayerProfile:
+    """A profile of a machine that takes so long, and so much, for each layer."""
+    measured = ts.profile(GRAPH, repeats=1, warmup=0, meter=None).to_json()
+    energy = None if layer_j is None else {
+        "meter": "known", "idle_power_w": 1.0,
+        "layer_j": [layer_j] * LAYERS, "interval_j": [[layer_j, layer_j]] * LAYERS, "whole_j": [layer_j * LAYERS] * 3,
+    }  # fmt: skip
+    times = {"samples_s": [[layer_s] * LAYERS], "whole_s": [layer_s * LAYERS]}
+    return ts.LayerProfile.from_json(measured | times | {"energy": energy})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    registry = ModelRegistry()
+    registry.add("net", net(), (EXAMPLE,))
+    with Server(create_app(registry)) as running:
+        yield running
+    registry.close()
+
+
+def split_of(where: Any, **options: Any) -> ts.SplitModule:
+    return ts.SplitModule(net(), EXAMPLE, server=where, name="net", **options)
+
+
+def right(split: ts.SplitModule, x: torch.Tensor = EXAMPLE) -> bool:
+    with torch.no_grad():
+        return torch.equal(split(x), split.model(x))
+
+
+# --- energy that nobody knows ---
+
+
+def test_a_battery_that_runs_low_where_nothing_is_metered_saves_time_and_says_so_once(server: Server) -> None:
+    level = 1.0
+    with split_of(server.url, objective=ts.Objective.battery(lambda: level)) as split:
+        with pytest.warns(ts.UnknownEnergyWarning, match="latency is made small") as caught:
+            assert right(split)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        level = 0.1
+        time.sleep(1.1)
+        assert right(split)
+        assert all(torch.equal(answer, split(EXAMPLE)) for answer in split.map([EXAMPLE] * 2))
+        assert len(split.decisions) >= 4
+
+
+def test_an_energy_objective_outlives_a_server_that_comes_up_later() -> None:
+    registry = ModelRegistry()
+    registry.add("net", net(), (EXAMPLE,))
+    with Server(create_app(registry)) as server:
+        port = server.port
+    split = split_of(f"http://127.0.0.1:{port}", objective="energy")
+    with split:
+        with pytest.warns(ts.UnknownEnergyWarning):
+            assert right(split)
+        with Server(create_app(registry), port=port):
+            end_s = time.monotonic() + PATIENCE_S
+            while not split.decisions:
+                assert time.monotonic() < end_s, split.stats()
+                assert right(split)
+                time.sleep(0.02)
+    registry.close()
+
+
+@pytest.mark.parametrize("objective", ["energy", {"latency": 1.0, "energy": 0.5}, ts.Objective.battery(lambda: 1.0)])
+@pytest.mark.parametrize(
+    ("known", "missing"),
+    [
+        ({"device_profile": profile(1e-3), "link": RADIO}, "device_profile="),
+        ({"device_profile": profile(1e-3, 0.1), "link": PLAIN}, "link="),
+        ({"link": PLAIN}, "link="),
+    ],
+)
+def test_energy_that_what_was_given_does_not_tell_is_refused_at_once(
+    objective: Any, known: dict[str, Any], missing: str
+) -> None:
+    with pytest.raises(ts.PlanError, match=missing):
+        split_of("http://127.0.0.1:9", objective=objective, **known)
+
+
+def test_without_a_fallback_unknown_energy_is_an_error_at_set_up(server: Server) -> None:
+    with (
+        split_of(server.url, objective="energy", fallback="error") as split,
+        pytest.raises(ts.PlanError, match="energy cannot be saved"),
+    ):
+        split.prepare()
+    battery = ts.Objective.battery(lambda: 0.1)
+    with split_of(server.url, objective=battery, fallback="error") as split:
+        with pytest.warns(ts.UnknownEnergyWarning):
+            split.prepare()
+        assert right(split)
+
+
+@pytest.mark.filterwarnings("ignore::torchsurgeon.UnknownEnergyWarning")
+def test_a_meter_is_looked_for_where_energy_counts_and_only_there(server: Server) -> None:
+    for objective, sought in (("energy", True), (ts.Objective.battery(lambda: 1.0), True), ("latency", False)):
+        with split_of(server.url, objective=objective) as split:
+            split.prepare()
+            assert split.device_profile is not None
+            assert (split.device_profile.provenance["meter"] != "none") is sought
+
+
+@pytest.mark.parametrize(("layer_j", "here"), [(1e-6, True), (100.0, False)])
+def test_known_energy_is_saved(server: Server, layer_j: float, here: bool) -> None:
+    known = {"device_profile": profile(1e-3, layer_j), "server_profile": profile(1e-3), "link": RADIO}
+    with split_of(server.url, objective="energy", **known) as split:
+        assert right(split)
+        assert split.decisions[0].row.on_device is here
+    known["link"] = ts.Link("cable", 1e9, 1e9, 1e-3, radio=WIRED)
+    with split_of(server.url, objective="energy", **known) as split:
+        assert right(split)
+        assert not split.decisions[0].row.on_device
+
+
+# --- deadlines after a slow while ---
+
+
+def test_a_device_that_is_quick_again_is_found_out_though_every_call_has_a_deadline() -> None:
+    pause_s = 0.002
+
+    def slow(module: nn.Module) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(pause_s)
+            return module(*args, **kwargs)
+
+        return run
+
+    known = {"device_profile": profile(1e-3)}
+    with split_of("http://127.0.0.1:9", backend=slow, deadline_s=0.1, **known) as split:
+        split.prepare()
+        assert right(split)
+        pause_s = 0.3
+        with split.deadline(None):
+            for _ in range(4):
+                assert right(split)
+        with pytest.raises(ts.DeadlineError, match="best possible"):
+            split(EXAMPLE)
+        pause_s = 0.002
+        end_s, in_time = time.monotonic() + 3 * PATIENCE_S, 0
+        while in_time < 10:
+            assert time.monotonic() < end_s, split.stats()
+            try:
+                assert right(split)
+                in_time += 1
+            except ts.DeadlineError:
+                in_time = 0
+                time.sleep(0.02)
+
+
+# --- servers that fall silent ---
+
+
+class Silent(Transport):
+    """Hands on to another transport, unless it is ``silent``: then every exchange lasts until its timeout."""
+
+    def __init__(self, inner: Transport) -> None:
+        super().__init__(inner.timeout_s)
+        self.inner, self.silent, self.down, self.told = inner, False, False, threading.Event()
+
+    def _wait(self, timeout_s: float | None) -> None:
+        if self.down:
+            raise ts.ServerUnavailableError("refused")
+        if self.silent:
+            self.told.wait(PATIENCE_S if timeout_s is None else timeout_s)
+            raise ts.ServerUnavailableError("timed out")
+
+    def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+        self._wait(timeout_s)
+        return self.inner.get_json(path, timeout_s=timeout_s)
+
+    def post_json(self, path: str, value: Any, *, timeout_s: float | None = None) -> Any:
+        self._wait(timeout_s)
+        return self.inner.post_json(path, value, timeout_s=timeout_s)
+
+    def infer(self, model: str, tensors: Mapping[str, torch.Tensor], **options: Any) -> Answer:
+        self._wait(options["deadline"].left_s())
+        return self.inner.infer(model, tensors, **options)
+
+    def probe(self, up_bytes: int, down_bytes: int, **options: Any) -> Any:
+        self._wait(None)
+        return self.inner.probe(up_bytes, down_bytes, **options)
+
+    def _post(self, *_: Any) -> Any:
+        raise AssertionError
+
+    def close(self) -> None:
+        self.told.set()
+        self.inner.close()
+
+
+def test_a_server_that_was_down_before_is_not_waited_for_at_another_cut(server: Server) -> None:
+    transport = Silent(HttpTransport(server.url))
+    transport.down = True
+    with split_of(transport, partition=1) as split:
+        assert right(split)
+        transport.down, transport.silent = False, True
+        split.partition = "server"
+        assert right(split)
+        assert split.last is not None
+        assert split.last.total_s < 2.0
+        transport.silent = False
+        transport.told.set()
+        end_s = time.monotonic() + PATIENCE_S
+        while split.last.server is None:
+            assert time.monotonic() < end_s, split.stats()
+            assert right(split)
+            time.sleep(0.02)
+
+
+def test_a_server_that_falls_silent_costs_new_weights_no_more_than_the_deadline_allows(server: Server) -> None:
+    transport = Silent(HttpTransport(server.url))
+    with split_of(transport, partition=1, deadline_s=1.0) as split:
+        for _ in range(3):
+            assert right(split)
+        transport.silent = True
+        split.model.load_state_dict({name: value.clone() for name, value in split.model.state_dict().items()})
+        assert right(split)
+        assert right(split)
+        assert split.last is not None
+        assert split.last.local_s == 0
+        assert 0.1 < split.last.decide_s < 2.0  # it was waited for, and that is told
+        assert right(split)
+        assert split.last.decide_s < 0.1
+
+
+def test_a_server_that_is_well_is_asked_in_the_first_call_after_a_change(server: Server) -> None:
+    with split_of(server.url, partition=1, deadline_s=5.0) as split, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert right(split)
+        split.partition = 2
+        assert right(split)
+        assert split.last is not None
+        assert split.last.server == server.url
+        split.partition = "auto"
+        assert right(split)
+        assert split.decisions
