@@ -28,7 +28,8 @@ class Detector(nn.Module):
         self.stem = nn.Conv2d(3, 4, 3)
         self.head = nn.Sequential(nn.LeakyReLU(0.1), nn.Conv2d(4, 4, 1))
         self.threshold, self.scale, self.size, self.mode = 0.5, 2, (6, 6), "nearest"
-        self.softly, self.limit, self.activation, self.wanted = True, None, functional.relu, torch.float32
+        self.softly, self.activation, self.wanted = True, functional.relu, torch.float32
+        self.limit: float | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.head(self.activation(self.stem(x))) * self.scale + self.bias
@@ -80,7 +81,8 @@ def test_a_changed_attribute_raises_until_it_is_set_back(module: ts.SplitModule,
 
 
 def test_attributes_of_modules_that_pytorch_defines_count_too(module: ts.SplitModule) -> None:
-    leaky = module.model.head[0]
+    leaky = module.model.get_submodule("head.0")
+    assert isinstance(leaky, nn.LeakyReLU)
     leaky.negative_slope = 0.2
     with pytest.raises(ts.TraceError, match=r"'negative_slope' of module 'head\.0' was 0\.1 .* is 0\.2"):
         module(X)
@@ -153,7 +155,8 @@ class Counting(nn.Module):
         setattr(self, "named", self.calls)  # noqa: B010
         if len(x) > self.longest:
             self.longest = len(x)
-        return self.body(x) * self.threshold
+        y: Tensor = self.body(x) * self.threshold
+        return y
 
 
 def account(module: nn.Module) -> None:
