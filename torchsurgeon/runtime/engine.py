@@ -219,7 +219,7 @@ class Engine:
             return deadline_s
         if deadline_s is None:
             return _SETUP_S
-        known_s = self._known_whole_s or next(map(sum, tuple(self._timed.values())), math.inf)
+        known_s = self._known_whole_s or math.inf
         slowdown = self._slowdown.estimate()
         spare_s = deadline_s - known_s * work.scale() * slowdown.value * math.exp(SURE * slowdown.spread)
         return min(spare_s if spare_s > 0 else deadline_s / 2, _SETUP_S)
@@ -522,8 +522,8 @@ class Engine:
     def _known_whole_s(self) -> float | None:
         if self.device_profile is not None:
             return self.device_profile.total_s
-        timed = self._timed.get(len(self.graph.layers))
-        return None if timed is None else timed[0]
+        # Head and tail of another cut come to the same.
+        return next((head_s + tail_s for head_s, tail_s in tuple(self._timed.values())), None)
 
     def _here_s(self, way: Way) -> tuple[float, float]:
         """Predicted seconds of head and tail here, as slow as the device is now, for a call like the example."""
