@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -155,15 +156,18 @@ class Branching(nn.Module):
         return self.long(x).relu() if x.shape[1] > 16 else self.short(x).relu()
 
 
-def test_a_call_that_takes_another_branch_than_the_example_is_refused() -> None:
-    model = made(Branching)
+def test_a_call_that_takes_another_branch_than_the_example_is_answered_by_the_model_itself() -> None:
+    model, other = made(Branching), torch.rand(1, 17, 8)
     with split(model, torch.rand(1, 8, 8)) as module:
         assert module.graph.traced_by == "export"
         check_split(module, module.graph.points, ((torch.rand(2, 16, 8),), {}))
         for point in module.graph.points[:-1]:
             module.partition = point.index
-            with pytest.raises(TypeError, match=r"another path.*x\.size\(\)\[1\] <= 16"):
-                module(torch.rand(1, 17, 8))
+            assert torch.equal(module(other), model(other).detach())
+            assert module.last is not None
+            assert re.search(r"another path.*x\.size\(\)\[1\] <= 16", str(module.last.degraded))
+            with pytest.raises(TypeError, match="another path"):
+                ts.cut(module.graph, point).head(other)
 
 
 class Padded(nn.Module):
