@@ -291,6 +291,31 @@ def test_a_link_in_use_is_not_probed_and_a_failed_probe_costs_its_time() -> None
     assert policy.due_bytes(math.inf, 1e6) is not None
 
 
+def test_an_answer_that_never_came_is_believed_at_once_and_two_probes_tell_better() -> None:
+    clock = Clock()
+    estimator = LinkEstimator(PRIOR, now_s=clock)
+    link = PRIOR
+    sent_s, trip_s = 150_000 * 8 / link.uplink_bit_s, link.round_trip_s
+    for _ in range(20):
+        clock.s += 0.3
+        estimator.observe(up_bytes=150_000, up_s=sent_s, down_bytes=0, down_s=0.0, total_s=sent_s + trip_s)
+    assert off(estimator.link().uplink_bit_s, link.uplink_bit_s) < 0.1
+    estimator.missed(up_bytes=150_000, waited_s=10 * sent_s + trip_s)
+    assert off(estimator.link().uplink_bit_s, link.uplink_bit_s / 10) < 0.1
+    assert off(estimator.link().round_trip_s, trip_s) < 0.2
+    estimator.missed(up_bytes=150_000, waited_s=5 * sent_s + trip_s)
+    assert off(estimator.link().uplink_bit_s, link.uplink_bit_s / 10) < 0.1, "that is no news"
+    for _ in range(2):
+        clock.s += 0.1
+        estimator.observe(up_bytes=1 << 17, up_s=(1 << 20) / link.uplink_bit_s, down_bytes=0, down_s=0.0, total_s=1.0)
+    assert off(estimator.link().uplink_bit_s, link.uplink_bit_s) < 0.2
+    estimator.missed(up_bytes=100, waited_s=1.5)
+    assert off(estimator.link().round_trip_s, 1.5) < 0.1
+    for nonsense_s in (-1.0, 0.0, float("nan"), float("inf")):
+        estimator.missed(up_bytes=100, waited_s=nonsense_s)
+    assert estimator.ignored == 4
+
+
 def test_a_probe_budget_of_nothing_is_refused() -> None:
     with pytest.raises(AdaptError, match="share"):
         ProbePolicy(share=0)
@@ -373,3 +398,25 @@ def test_a_head_too_short_to_time_says_nothing_of_the_device() -> None:
     estimator.observe(0.004, 0.0)
     estimator.observe(0.004, 1e-6)
     assert estimator.estimate().value == 1.0
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6])
+@pytest.mark.parametrize("period_s", [0.1, 1.0])
+def test_the_wait_at_a_busy_server_is_the_mean_of_many_and_not_their_median(load: float, period_s: float) -> None:
+    """Waits in a queue with random arrivals and a fixed service, as requests and pings find them."""
+    service_s, chance, clock = 0.07, random.Random(1), Clock()
+    estimator = LoadEstimator(now_s=clock)
+    waiting_s, last_s, next_s = 0.0, clock.s, clock.s
+    seen, believed = [], []
+    for _ in range(4000):
+        clock.s += period_s
+        while next_s < clock.s:
+            waiting_s, last_s = max(waiting_s - (next_s - last_s), 0.0) + service_s, next_s
+            next_s += chance.expovariate(load / service_s)
+        waiting_s, last_s = max(waiting_s - (clock.s - last_s), 0.0), clock.s
+        estimator.observe(queue_s=waiting_s, compute_s=0.0, predicted_s=0.0)
+        seen.append(waiting_s)
+        believed.append(estimator.estimate().queue_s)
+    # Rather too low than moved by a single long wait.
+    assert off(statistics.mean(believed), statistics.mean(seen)) < 0.4
+    assert statistics.median(seen) < 0.7 * statistics.mean(seen)

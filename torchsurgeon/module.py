@@ -179,7 +179,7 @@ class SplitModule(nn.Module):
     @property
     def device_profile(self) -> LayerProfile | None:
         """Layer times here, as given or measured."""
-        return self._engine.device_profile
+        return self._engine.here.profile
 
     @property
     def server_profile(self) -> LayerProfile | None:
@@ -195,11 +195,11 @@ class SplitModule(nn.Module):
         if not engine.peers:
             raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
         peer = engine.peers[0]
-        engine.frontier(peer)
-        assert engine.device_profile is not None
+        engine.setup.frontier(peer)
+        assert engine.here.profile is not None
         assert peer.profile is not None
         assert engine.link is not None
-        return estimate(self.graph, engine.device_profile, peer.profile, engine.link)
+        return estimate(self.graph, engine.here.profile, peer.profile, engine.link)
 
     # --- running ---
 
@@ -208,7 +208,7 @@ class SplitModule(nn.Module):
 
         With ``fallback="error"`` it raises what the call would raise.
         """
-        self._engine.prepare()
+        self._engine.setup.prepare()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

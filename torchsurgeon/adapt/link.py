@@ -103,6 +103,24 @@ class LinkEstimator:
             trip_s = min(max(left_s, _LEAST_ROUND_TRIP_S), _MOST_ROUND_TRIP_S)
             self._round_trip.observe(trip_s, noise=_TIMER_S / 4 / (trip_s + _TIMER_S), lasted_s=total_s)
 
+    def missed(self, *, up_bytes: int, waited_s: float) -> None:
+        """Take in that there was no answer after waiting for so long, beside what the server needs.
+
+        The uplink is taken to be as slow as that, or for few bytes the round trip as long, and at once: to wait for a
+        second miss costs more than a few inferences elsewhere until a probe tells better.
+        """
+        if not (0 < waited_s < math.inf and up_bytes >= 0):
+            self.ignored += 1
+            return
+        with self._lock:
+            trip_s = self._round_trip.value()
+            if up_bytes >= _FIRST_WINDOW_BYTES:
+                bit_s = _within(up_bytes * 8 / max(waited_s - trip_s, _TIMER_S))
+                if bit_s < self._uplink.value():
+                    self._uplink.jump(bit_s)
+            elif waited_s > trip_s:
+                self._round_trip.jump(min(waited_s, _MOST_ROUND_TRIP_S))
+
     def estimate(self) -> LinkEstimate:
         """Both rates and the round trip now; they grow less certain with time."""
         with self._lock:

@@ -20,12 +20,14 @@ _MOST_FACTOR = 1e4
 class LoadEstimate(NamedTuple):
     """How busy a server is.
 
-    Its computing takes `compute` times what was predicted, after waiting for `queue_s`. The two are kept apart because
-    the wait is paid once, however short the tail: a factor seen with a short tail would be wrong for a long one.
+    Its computing takes `compute` times what was predicted, after waiting for `queue_s` on average, give or take
+    `queue_spread_s`. The two are kept apart because the wait is paid once, however short the tail: a factor seen with a
+    short tail would be wrong for a long one.
     """
 
     compute: Quantity
     queue_s: float
+    queue_spread_s: float = 0.0
 
     def factor(self, tail_s: float) -> float:
         """K of the Neurosurgeon paper for a tail of `tail_s` predicted seconds: queue and computing over prediction.
@@ -86,9 +88,9 @@ class Wait:
     def _faded(self, age_s: float) -> float:
         return self._mean_s * math.pow(0.5, age_s / self._half_life_s)
 
-    def mean_s(self) -> float:
-        """The mean wait now."""
-        return self._faded(self._since.passed_s())
+    def estimate(self) -> tuple[float, float]:
+        """The mean wait now, and the standard deviation of single ones."""
+        return self._faded(self._since.passed_s()), math.sqrt(self._variance)
 
 
 class LoadEstimator:
@@ -120,7 +122,7 @@ class LoadEstimator:
     def estimate(self) -> LoadEstimate:
         """The load now."""
         with self._lock:
-            return LoadEstimate(self._compute.quantity(), self._queue.mean_s())
+            return LoadEstimate(self._compute.quantity(), *self._queue.estimate())
 
     def age_s(self) -> float:
         """Seconds since the server last told its load."""

@@ -121,6 +121,12 @@ class Tracker:
         self._variance = variance * (1 - gain)
         self._seen = True
 
+    def jump(self, value: float) -> None:
+        """Believe one sample at once, as of a quantity that has surely changed."""
+        self._since.mark()
+        self._run = [math.log(value)]
+        self._restart(self._noise * self._noise)
+
     def _restart(self, own: float) -> None:
         self._level = statistics.median(self._run)
         self._variance = own / len(self._run)

@@ -159,7 +159,6 @@ class Adaptive:
         self.goal = goal
         self._on_change = on_change
         self.decider: Decider[Row] = Decider(frontier.rows, self._costs, on_change=on_change)
-        self._device = next(row for row in frontier.rows if row.on_device)
 
     def toward(self, goal: Goal) -> Adaptive:
         """The same rows, chosen among for another goal, with a history of its own."""
@@ -195,6 +194,7 @@ class Adaptive:
             tail_s * load.compute.spread,
             down_s * link.downlink.spread,
             link.round_trip.value * link.round_trip.spread,
+            load.queue_spread_s,
         )
         return Expected(remote_s, spread / remote_s if remote_s > 0 else 0.0, round_trip_s)
 
@@ -202,12 +202,3 @@ class Adaptive:
         """The predicted latency of every row, in the order of the frontier's rows."""
         now = estimates.conditions()
         return self.frontier.costs(now.link, now.load, now.slowdown, "latency").tolist()  # type: ignore[no-any-return]
-
-    def tail_here_s(self, row: Row) -> float:
-        """Predicted seconds of the row's tail on the device, at slow-down 1."""
-        return max(self._device.head_s - row.head_s, 0.0)
-
-    @property
-    def whole_s(self) -> float:
-        """Predicted seconds of the whole model on the device, at slow-down 1."""
-        return self._device.head_s

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import statistics
 import threading
 import time
 import weakref
@@ -17,40 +16,35 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchsurgeon.adapt import SURE, Decision, Estimates, Refusals, SlowdownEstimator, check_deadline
+from torchsurgeon.adapt import SURE, Decision, Estimates, Refusals, check_deadline
 from torchsurgeon.codec import Codec, CodecTable
-from torchsurgeon.cut import cut
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
-from torchsurgeon.plan import Battery, Frontier, Objective, Row
-from torchsurgeon.profile import LayerProfile, profile
+from torchsurgeon.plan import Battery, Objective, Row
+from torchsurgeon.profile import LayerProfile
 from torchsurgeon.runtime import telemetry
 from torchsurgeon.runtime import work as works
-from torchsurgeon.runtime.choice import Adaptive, Goal, Way
+from torchsurgeon.runtime.choice import Goal, Way
 from torchsurgeon.runtime.counts import Counts
 from torchsurgeon.runtime.handshake import Ours, autocast_mismatch
+from torchsurgeon.runtime.here import Here
 from torchsurgeon.runtime.inference import Inference, Moments
 from torchsurgeon.runtime.keeper import Keeper
 from torchsurgeon.runtime.lossless import Lossless
-from torchsurgeon.runtime.measure import measure_link
 from torchsurgeon.runtime.parts import Backend, Parts
 from torchsurgeon.runtime.peer import Failure, Peer
 from torchsurgeon.runtime.pending import Done, Pending
 from torchsurgeon.runtime.pool import Pool
+from torchsurgeon.runtime.setup import Setup
 from torchsurgeon.runtime.stream import MOST_IN_FLIGHT, Stream
-from torchsurgeon.runtime.warn import MismatchWarning, UnknownEnergyWarning, warn_caller
+from torchsurgeon.runtime.warn import MismatchWarning, warn_caller
 from torchsurgeon.transport import HttpTransport, Transport
 
 # A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
 _LEAST_ANSWER_LIMIT_BYTES = 64 << 20
 _ANSWER_FACTOR = 64
-# What the first call waits for servers to be made ready, which takes a profile and a link to be measured, and what a
-# later one without a deadline waits for those that were well. Who is not ready by then becomes so in the background.
-_SETUP_S = 5.0
 _KEPT_DECISIONS = 256
-_THROUGHPUT = Goal(Objective(throughput=1.0))
-_TIMED_RUNS = 3
 # A server is left for another that is a tenth cheaper.
 _STAY = 0.9
 
@@ -82,12 +76,13 @@ class Engine:
         timeout_s: float,
         on_replan: Callable[[Decision[Row]], object] | None,
     ) -> None:
-        self._goal = Goal(objective)
-        self._goal.check(device_profile, link)
-        self.graph, self.always, self.codec = graph, always, codec
-        self.link, self.device_profile = link, device_profile
+        self.goal = Goal(objective)
+        self.goal.check(device_profile, link)
+        self.graph, self.name, self.always = graph, name, always
+        self.link, self.codec, self.codecs, self.on_replan = link, codec, codecs, on_replan
         self.ours = Ours(graph)
         self.parts, self._compiles = Parts(graph, backend), backend is not None
+        self.here = Here(self.parts, example, device_profile)
         limit = max(_LEAST_ANSWER_LIMIT_BYTES, _ANSWER_FACTOR * graph.points[-1].size_bytes)
         self.peers = [
             Peer(
@@ -105,17 +100,13 @@ class Engine:
         self._made = [peer.transport for peer, server in made if isinstance(server, str)]
         self.decisions: deque[Decision[Row]] = deque(maxlen=_KEPT_DECISIONS)
         self.last: Inference | None = None
-        self.ping_tensors: dict[str, Tensor] = {}
-        self.ping_index = self.ping_bytes = 0
-        self.name, self._codecs, self._on_replan = name, codecs, on_replan
-        self._example = example
         self._whole = Way(graph.points[-1], whole=True)
         self._fixed: Way | None = None
         self._chosen: PartitionPoint | None = None
         self._preferred: Peer | None = None
-        self._timed: dict[int, tuple[float, float]] = {}
         self._warned = self._closed = False
         self._closing = threading.Lock()
+        self.setup = Setup(self)
         self._start()
         _open.add(self)
 
@@ -123,9 +114,7 @@ class Engine:
         self.pool = Pool("torchsurgeon-request")
         self.keeper = Keeper(self)
         self.counts = Counts()
-        self._slowdown, self._refusals = SlowdownEstimator(), Refusals()
-        self._setting_up, self._measuring = threading.Lock(), threading.Lock()
-        self._prepared, self._waited = -1, False
+        self._refusals = Refusals()
         self._stream: Stream | None = None
 
     # --- where to cut ---
@@ -142,7 +131,7 @@ class Engine:
 
     def fix(self, point: PartitionPoint | None) -> None:
         """Cut at ``point`` from now on, or choose each time."""
-        with self._setting_up:
+        with self.setup.again():
             if point is None:
                 self._fixed = None
                 for peer in self.peers:
@@ -150,143 +139,11 @@ class Engine:
                         peer.ready_in = -1
             else:
                 self._fixed = Way(point, whole=point.index == len(self.graph.layers))
-            self._prepared = -1
 
     @property
     def round_trip_s(self) -> float:
         """The round trip as it was given or measured; 0 where it was neither."""
         return 0.0 if self.link is None else self.link.round_trip_s
-
-    def frontier(self, peer: Peer) -> Frontier:
-        """Measure what is not known yet, and return the rows to choose from with this server."""
-        with self._measuring:
-            told = peer.profile
-            if told is None:
-                told = LayerProfile.from_json(peer.transport.get_json(f"/v2/models/{self.name}/profile"))
-            self.profile_device()
-            if peer.link is None:
-                peer.adopt(measure_link(peer.transport))
-            if self.link is None:
-                self.link = peer.link
-            assert self.device_profile is not None
-            frontier = Frontier.build(self.graph, self.device_profile, told, self._codecs)
-            # Only now: a profile of another model would be in the way of every later try.
-            peer.profile = told
-            return frontier
-
-    def profile_device(self) -> None:
-        """Measure the layers here, unless they are known."""
-        if self.device_profile is None:
-            meter = "auto" if self._goal.needs_joules else None
-            self.device_profile = profile(self.graph, inputs=self.graph.tensors_of_call(*self._example), meter=meter)
-
-    # --- set-up ---
-
-    def prepare(self, wait_s: float | None = None) -> None:
-        """Do what the first call would do before its inference. Raises ServerError only where nothing falls back.
-
-        With ``wait_s`` servers are waited for no longer than that, and not at all where they failed before.
-        """
-        if self._set_up:
-            return
-        if not self._setting_up.acquire(timeout=-1 if wait_s is None or not self.always else wait_s):
-            return
-        try:
-            if self._prepared != self.ours.epoch or not self.always:
-                self._prepare(wait_s)
-                self._prepared, self._waited = self.ours.epoch, True
-        finally:
-            self._setting_up.release()
-
-    @property
-    def _set_up(self) -> bool:
-        epoch = self.ours.epoch
-        return self._prepared == epoch and (self.always or any(peer.ready_in == epoch for peer in self.peers))
-
-    def _prepare_for(self, work: Work, deadline_s: float | None) -> float:
-        """Prepare for a call, and return when it began: the first one only after what has to be measured once."""
-        begun_s = time.perf_counter()
-        if not self._waited:
-            self.prepare()
-            return time.perf_counter()
-        measures = self.adapts and self.device_profile is None
-        self.prepare(self._spare_s(work, deadline_s))
-        return time.perf_counter() if measures else begun_s
-
-    def _spare_s(self, work: Work, deadline_s: float | None) -> float | None:
-        """For how long a call may wait for servers, and still be in time here."""
-        if not self.always:
-            return deadline_s
-        if deadline_s is None:
-            return _SETUP_S
-        known_s = self._known_whole_s or math.inf
-        slowdown = self._slowdown.estimate()
-        spare_s = deadline_s - known_s * work.scale() * slowdown.value * math.exp(SURE * slowdown.spread)
-        return min(spare_s if spare_s > 0 else deadline_s / 2, _SETUP_S)
-
-    def _prepare(self, wait_s: float | None) -> None:
-        if not self.peers:
-            raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
-        if self.adapts:
-            self.profile_device()
-            assert self.device_profile is not None
-            text = self._goal.settle(self.device_profile, self.link, yields=self.always)
-            if text is not None:
-                warn_caller(text, UnknownEnergyWarning)
-        if (self.always or len(self.peers) > 1) and not self.ping_tensors:
-            self._prepare_ping()
-        if self.always:
-            peers = [peer for peer in self._unready() if wait_s is None or _answers(peer)]
-            end_s = time.monotonic() + (_SETUP_S if wait_s is None else wait_s)
-            calls = [self.keeper.connect(peer, min(_SETUP_S, peer.transport.timeout_s)) for peer in peers]
-            for peer, call in zip(peers, calls, strict=True):
-                if not call.wait(end_s - time.monotonic()):
-                    peer.failure = Failure("unready", f"{peer.label} has not told all that asking it takes")
-                self.warn(peer.failure)
-        else:
-            self._connect_any(wait_s)
-        if self.ping_tensors:
-            self.keeper.start()
-            self.keeper.wake()
-
-    def _unready(self) -> list[Peer]:
-        return [peer for peer in self.peers if peer.ready_in != self.ours.epoch]
-
-    def _connect_any(self, timeout_s: float | None) -> None:
-        failures: list[Exception] = []
-        for peer in self._unready():
-            try:
-                self.connect(peer, timeout_s)
-            except Exception as error:
-                peer.failed(Failure.of(error))
-                failures.append(error)
-        if len(failures) == len(self.peers):
-            raise failures[0]
-
-    def connect(self, peer: Peer, timeout_s: float | None = None) -> None:
-        """Make a server ready to be asked. Raises ServerError or ProtocolError saying why it is not."""
-        epoch = peer.shake(timeout_s)
-        if self.adapts and peer.plan is None:
-            frontier = self.frontier(peer)
-            assert peer.profile is not None
-            own_codec = self._codecs is not None
-            plan = Adaptive(
-                self.graph, frontier, peer.profile, self._goal, own_codec=own_codec, on_change=self._on_replan
-            )
-            # Who wants joules saved wants that of streams too.
-            peer.stream_plan = plan.toward(_THROUGHPUT) if self._goal.wanted == Objective(latency=1.0) else plan
-            peer.plan = plan
-        peer.answered()
-        peer.ready_in = epoch
-
-    def _prepare_ping(self) -> None:
-        """Choose the point in the second half of the model that sends least: light on the link and on the server."""
-        late = [point for point in self.graph.points[:-1] if 2 * point.index >= len(self.graph.layers)]
-        point = min(late or self.graph.points[:1], key=lambda point: point.size_bytes)
-        # As it is, not as a backend would run it.
-        head, (args, kwargs) = cut(self.graph, point).head, self._example
-        self.ping_index, self.ping_bytes = point.index, point.size_bytes
-        self.ping_tensors = dict(zip((spec.name for spec in point.tensors), head(*args, **kwargs), strict=True))
 
     def warn(self, failure: Failure | None) -> None:
         """Warn whoever called, once, that a server's model is another."""
@@ -327,7 +184,7 @@ class Engine:
         fixed = self._fixed
         if fixed is not None and fixed.whole and deadline_s is None:
             if self._compiles:
-                self.parts.compile(fixed.point, self._example)
+                self.parts.compile(fixed.point, self.here.example)
             return Done(self.run_here(work, time.perf_counter(), None))
         if self._closed:
             raise ServerUnavailableError("the SplitModule has been closed")
@@ -340,14 +197,14 @@ class Engine:
         if not self.always:
             self.renew()
         begun_s = time.perf_counter()
-        if (fixed is None or not fixed.whole) and not self._set_up:
-            begun_s = self._prepare_for(work, deadline_s)
+        if (fixed is None or not fixed.whole) and not self.setup.done:
+            begun_s = self.setup.prepare_for(work, deadline_s)
         self.keeper.used()
         way, peer, decision, why = self._choose(work, streamed)
         if self._compiles and why is None:
             # In an emergency nobody waits for a compiler.
             compiling_s = time.perf_counter()
-            self.parts.compile(way.point, self._example)
+            self.parts.compile(way.point, self.here.example)
             begun_s += time.perf_counter() - compiling_s
         if deadline_s is not None and self.always:
             way = self._within(deadline_s, begun_s, work, way, peer, decision)
@@ -381,7 +238,7 @@ class Engine:
             deadline_s=None if deadline_s is None else begun_s + deadline_s,
         )
         if row is not None:
-            self._slowdown.observe(headed_s - decided_s, row.head_s * pending.scale)
+            self.here.took(headed_s - decided_s, row.head_s * pending.scale)
         return pending
 
     def _choose(self, work: Work, streamed: bool) -> tuple[Way, Peer | None, Decision[Row] | None, Failure | None]:
@@ -400,7 +257,7 @@ class Engine:
             return fixed or self._whole, peer, None, None
         plan = peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan
         way, decision = plan.decide(
-            Estimates(peer.state.link.estimate(), peer.state.load.estimate(), self._slowdown.estimate(), work.scale())
+            Estimates(peer.state.link.estimate(), peer.state.load.estimate(), self.here.slowdown(), work.scale())
         )
         self._chosen = way.point
         self.decisions.append(decision)
@@ -417,7 +274,7 @@ class Engine:
             usable = [peer for peer in self.peers if peer.ready_in == epoch]
         if len(usable) < 2 or not self.adapts:
             return usable[0] if usable else None
-        slowdown, scale = self._slowdown.estimate(), work.scale()
+        slowdown, scale = self.here.slowdown(), work.scale()
         costs = [
             peer.plan.least_cost(Estimates(peer.state.link.estimate(), peer.state.load.estimate(), slowdown, scale))
             * (_STAY if peer is self._preferred else 1.0)
@@ -448,9 +305,9 @@ class Engine:
     ) -> Way:
         """Return the way that was chosen if it should keep the deadline, or else the quickest."""
         scale = work.scale()
-        head_s, tail_s = self._here_s(way)
+        head_s, tail_s = self.here.takes_s(way)
         best_s, quickest, taken_s, how = (head_s + tail_s) * scale, way, (head_s + tail_s) * scale, "on the device"
-        here = self._slowdown.estimate().error
+        here = self.here.slowdown().error
         surely_s = _surely_s(best_s, here)
         if decision is not None and peer is not None and peer.plan is not None:
             latencies = peer.plan.latencies(decision.estimates)
@@ -479,9 +336,9 @@ class Engine:
         decided_s = time.perf_counter()
         result = run()
         end_s = time.perf_counter()
-        known = self._known_whole_s
-        if known is not None:
-            self._slowdown.observe(end_s - decided_s, known * work.scale())
+        known_s = self.here.whole_s
+        if known_s is not None:
+            self.here.took(end_s - decided_s, known_s * work.scale())
         self.ended(
             self._whole,
             Inference(
@@ -499,16 +356,16 @@ class Engine:
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Take in that ``fn`` is applied to the model's tensors, as :meth:`torch.nn.Module.to` does."""
         with torch.no_grad():
-            self._example = pytree.tree_map_only(Tensor, fn, self._example)
-        self.ping_tensors = {}
-        self._timed.clear()
+            self.here.example = pytree.tree_map_only(Tensor, fn, self.here.example)
+        self.here.forget()
+        self.setup.ping_tensors = {}
         self.parts.clear()
 
     def renew(self) -> None:
         """Notice weights that have changed: hands are shaken again, and the parts are cut anew."""
         if self.ours.renew():
             self.parts.clear()
-            self.ping_tensors = {}
+            self.setup.ping_tensors = {}
 
     def ended(self, way: Way, inference: Inference, why: Failure | None) -> None:
         """Keep the account of an inference."""
@@ -516,62 +373,11 @@ class Engine:
         self.counts.add(way.name, inference, None if why is None else why.kind)
         telemetry.record(self.name, inference)
 
-    # --- how long it takes here ---
-
-    @property
-    def _known_whole_s(self) -> float | None:
-        if self.device_profile is not None:
-            return self.device_profile.total_s
-        # Head and tail of another cut come to the same.
-        return next((head_s + tail_s for head_s, tail_s in tuple(self._timed.values())), None)
-
-    def _here_s(self, way: Way) -> tuple[float, float]:
-        """Predicted seconds of head and tail here, as slow as the device is now, for a call like the example."""
-        slowdown = self._slowdown.estimate().value
-        if way.whole and self._known_whole_s is not None:
-            return self._known_whole_s * slowdown, 0.0
-        plan = next((peer.plan for peer in self.peers if peer.plan is not None), None)
-        if way.row is not None and plan is not None:
-            return way.row.head_s * slowdown, plan.tail_here_s(way.row) * slowdown
-        timed = self._timed.get(way.point.index)
-        if timed is None:
-            timed = self._timed[way.point.index] = self._time(way)
-        return timed[0] * slowdown, timed[1] * slowdown
-
-    def tail_here_s(self, way: Way) -> tuple[float, float]:
-        """Predicted seconds of the tail here for a call like the example, and their relative deviation."""
-        return self._here_s(way)[1], self._slowdown.estimate().spread
-
-    def tail_ran(self, way: Way, scale: float, seconds: float) -> None:
-        """Take in how long the tail took here. Where all of the model is behind the cut, nothing else tells how surely
-        a tail will be in time, and one that is not sure is always started at once."""
-        if way.row is not None or way.point.index in self._timed:
-            slowdown = self._slowdown.estimate().value
-            self._slowdown.observe(seconds, self._here_s(way)[1] / slowdown * scale)
-
-    def _time(self, way: Way) -> tuple[float, float]:
-        """Run head and tail on the example and return the medians of their seconds."""
-        work = works.Inference(self.parts, *self._example)
-        times = []
-        for _ in range(1 + _TIMED_RUNS):
-            begin_s = time.perf_counter()
-            if way.whole:
-                work.whole()()
-                headed_s = time.perf_counter()
-            else:
-                boundary = work.head(way.point)()
-                headed_s = time.perf_counter()
-                work.tail(tuple(spec.name for spec in way.point.tensors))(boundary)
-            times.append((headed_s - begin_s, time.perf_counter() - headed_s))
-        heads, tails = zip(*times[1:], strict=True)
-        return statistics.median(heads), statistics.median(tails)
-
     def stats(self) -> dict[str, Any]:
         """What happened so far and what is known now, as plain data."""
-        slowdown = self._slowdown.estimate()
         return {
             **self.counts.told(),
-            "slowdown": slowdown.value,
+            "slowdown": self.here.slowdown().value,
             "pings": self.keeper.pings,
             "servers": [peer.told(self.ours.epoch) for peer in self.peers],
         }
@@ -614,12 +420,9 @@ class Engine:
         self.ours.start_anew()
         for peer in self.peers:
             peer.start_anew()
+        self.here.start_anew()
+        self.setup.start_anew()
         self._start()
-
-
-def _answers(peer: Peer) -> bool:
-    """Whether a server answered when it was last asked, with another model perhaps; trials find when others do."""
-    return peer.failure is None or peer.failure.kind == "mismatch"
 
 
 def _surely_s(seconds: float, error: float) -> float:

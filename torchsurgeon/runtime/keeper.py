@@ -99,7 +99,7 @@ class Keeper:
 
     def connect(self, peer: Peer, timeout_s: float) -> Call[None]:
         """Begin to make a server ready, now."""
-        return self._send(Errand(peer, trial=False), lambda _: self._engine.connect(peer, timeout_s))
+        return self._send(Errand(peer, trial=False), lambda _: self._engine.setup.connect(peer, timeout_s))
 
     def close(self) -> None:
         """End the thread. Closing twice is harmless."""
@@ -138,7 +138,7 @@ class Keeper:
         elif not errands and self._engine.adapts:
             quiet = not 0 <= time.monotonic() - peer.asked_s <= _QUIET_S
             rate = peer.state.link.estimate().uplink
-            if quiet and peer.doubted:
+            if peer.doubted:
                 self._send(Errand(peer, trial=False), self._try)
             elif quiet and peer.state.load.ping_due():
                 self._send(Errand(peer, trial=False), self._ping)
@@ -161,7 +161,7 @@ class Keeper:
         """Find out whether the server answers, and if it was late before, whether that was the link."""
         peer = errand.peer
         if peer.ready_in != self._engine.ours.epoch:
-            self._engine.connect(peer, _ERRAND_S)
+            self._engine.setup.connect(peer, _ERRAND_S)
         # The first may have waited for the server to come back, which says nothing about the link.
         self._ask(errand)
         self._ping(errand)
@@ -177,12 +177,12 @@ class Keeper:
         answer, peer = self._ask(errand), errand.peer
         if answer is None:
             return
-        peer.observe(answer, peer.plan.tail_s[self._engine.ping_index] if peer.plan is not None else 0.0)
+        peer.observe(answer, peer.plan.tail_s[self._engine.setup.ping_index] if peer.plan is not None else 0.0)
         self.pings += 1
 
     def _ask(self, errand: Errand) -> Answer | None:
         """The least inference there is: it goes through the server's queue as every other."""
-        tensors = self._engine.ping_tensors
+        tensors = self._engine.setup.ping_tensors
         if not tensors:
             return None
         return errand.peer.ask(tensors, dict.fromkeys(tensors, find_codec("raw")), errand.deadline())

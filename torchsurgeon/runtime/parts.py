@@ -53,6 +53,11 @@ class Parts:
         self._backend = backend
         self._known: dict[Any, Any] = {}
 
+    @property
+    def stoppable(self) -> bool:
+        """Whether a tail that is not wanted any more ends before it has run to its end."""
+        return self._backend is None
+
     def clear(self) -> None:
         """Cut all parts anew when they are next asked for, as when the model has got other tensors."""
         self._known.clear()

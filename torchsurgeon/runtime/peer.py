@@ -206,18 +206,11 @@ class Peer:
         self.sent_bytes += timing.sent_bytes
         self.received_bytes += timing.received_bytes
 
-    def missed(self, up_bytes: float, taken_s: float, server_s: float) -> None:
-        """Take in that an answer was not there in time: as it looks, the link is at most as fast as that. It may have
-        been the server, which whoever asks next has to find out."""
+    def missed(self, up_bytes: float, waited_s: float) -> None:
+        """Take in that there was no answer after so long, beside what the server needs: it looks as if the link were as
+        slow. It may have been the server, which trials find out."""
         self.doubted = True
-        self.state.link.observe(
-            up_bytes=int(up_bytes),
-            up_s=None,
-            down_bytes=0,
-            down_s=0.0,
-            total_s=taken_s,
-            server_s=min(server_s, taken_s),
-        )
+        self.state.link.missed(up_bytes=int(up_bytes), waited_s=waited_s)
 
     def took(self, cut: int, seconds_: float) -> None:
         """Take in how long the server's part of a cut took as a whole, from head to answer."""

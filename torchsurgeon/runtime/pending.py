@@ -192,26 +192,27 @@ class Pending:
             patience_s, why = _FIRST_PATIENCE_S, "the first answer is usually sooner"
         else:
             remote_s = expected.remote_s * scale
-            patience_s = min(
-                max(
-                    remote_s * math.exp(SURE * expected.spread),
-                    remote_s + expected.round_trip_s + _LEAST_PATIENCE_S,
-                ),
-                max(_LATE_FACTOR * remote_s + _LATE_ROUND_TRIPS * expected.round_trip_s, _LEAST_PATIENCE_S),
-            )
+            likely_s = remote_s * math.exp(min(SURE * expected.spread, _LATE_FACTOR))
+            patience_s = max(likely_s, remote_s + expected.round_trip_s + _LEAST_PATIENCE_S)
+            if not self._engine.parts.stoppable:
+                # A tail that runs to its end is begun when as much has been waited in vain as it costs.
+                tail_s = self._engine.here.known_tail_s(self._way)
+                patience_s = math.inf if tail_s is None else max(patience_s, remote_s + tail_s * self.scale)
+            most_s = max(_LATE_FACTOR * remote_s + _LATE_ROUND_TRIPS * expected.round_trip_s, _LEAST_PATIENCE_S)
+            patience_s = min(patience_s, most_s)
             why = f"expected after {remote_s * 1e3:.3g} ms"
         late = Failure("late", f"{self._peer.label} gave no answer within {patience_s * 1e3:.3g} ms, {why}")
         if self._deadline_s is None:
             return patience_s, late
         left_s = self._deadline_s - time.perf_counter()
-        tail_s, tail_spread = self._engine.tail_here_s(self._way)
+        here = self._engine.here
         plan = rescue(
             left_s,
             # Nothing is known yet: as likely as not to take half of what is left, give or take a factor of two.
             remote_s=left_s / 2 if expected is None else expected.remote_s * scale,
             remote_spread=0.7 if expected is None else expected.spread,
-            tail_s=tail_s * self.scale,
-            tail_spread=tail_spread,
+            tail_s=here.takes_s(self._way)[1] * self.scale,
+            tail_spread=here.slowdown().spread,
         )
         if plan.start_s >= patience_s:
             return patience_s, late
@@ -308,7 +309,7 @@ class Pending:
             if not call.ended:
                 call.give_up()
         end_s = time.perf_counter()
-        self._engine.tail_ran(self._way, self.scale, end_s - begin_s)
+        self._engine.here.tail_took(self._way, self.scale, end_s - begin_s)
         self._judge(call, end_s)
         moments = self._moments
         self._engine.ended(
@@ -339,7 +340,8 @@ class Pending:
         expected, taken_s = self._expected_now(), end_s - self._sent_s
         remote_s = _FIRST_PATIENCE_S if expected is None else expected.remote_s * max(self.scale, 1.0)
         if (row := self._way.row) is not None and taken_s > remote_s:
-            self._peer.missed(row.size_bytes * self.scale, taken_s, row.tail_s * self.scale)
+            self._peer.missed(row.size_bytes * self.scale, taken_s - row.tail_s * self.scale)
+            self._engine.keeper.wake()
         if taken_s > max(_SLOW_FACTOR * remote_s, _LEAST_PATIENCE_S):
             self._peer.failed(why)
             self._engine.keeper.wake()
