@@ -75,19 +75,16 @@ def measure(frames: int) -> dict[str, Any]:
         graph, here, device = paced(model, x, DEVICE_S)
         with HttpTransport(server.url) as direct:
             there = ts.LayerProfile.from_json(direct.get_json("/v2/models/model/profile"))
+        known: dict[str, Any] = {"device_profile": here, "server_profile": there, "backend": device.wrap}
+        with ts.SplitModule(model, x, server=server.url, **known) as first:
+            # Not over the link, which requests that are given up would leave full.
+            warm(first, x, Frontier.build(graph, here, there).rows)
         for name in LINKS:
             with (
                 LinkEmulator(0, "127.0.0.1", server.port, PRESETS[name]) as emulator,
-                ts.SplitModule(
-                    model,
-                    x,
-                    server=f"http://127.0.0.1:{emulator.port}",
-                    device_profile=here,
-                    server_profile=there,
-                    backend=device.wrap,
-                ) as split,
+                ts.SplitModule(model, x, server=f"http://127.0.0.1:{emulator.port}", **known) as split,
             ):
-                warm(split, x, Frontier.build(graph, here, there).rows)
+                split(x)
                 together = stream(split, x, frames)
                 split.partition = together["index"]
                 alone = one_by_one(split, x, PRESETS[name], max(10, frames // 3))

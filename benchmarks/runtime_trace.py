@@ -143,6 +143,10 @@ def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, list[dict[str, 
         steady = TracedLink("steady", constant(uplink.mean_bit_s), constant(LTE.downlink_bit_s), LTE.round_trip_s)
         varying = TracedLink("varying", uplink, constant(LTE.downlink_bit_s), LTE.round_trip_s)
         timelines = {}
+        known: dict[str, Any] = {"device_profile": here, "server_profile": there, "backend": device.wrap}
+        with ts.SplitModule(model, x, server=server.url, **known) as first:
+            # Not over the link, which requests that are given up would leave full.
+            warm(first, x, oracle.rows)
         with LinkEmulator(0, "127.0.0.1", server.port, steady) as emulator:
             for way in WAYS:
                 emulator.set_link(steady)
@@ -150,14 +154,12 @@ def measure(uplink: BandwidthTrace, seconds: float) -> dict[str, list[dict[str, 
                     model,
                     x,
                     server=f"http://127.0.0.1:{emulator.port}",
-                    device_profile=here,
-                    server_profile=there,
-                    backend=device.wrap,
                     timeout_s=PATIENCE_S,
                     fallback="local" if way == "adaptive" else "error",
+                    **known,
                 )
                 with split:
-                    warm(split, x, oracle.rows)
+                    split(x)
                     if way == "oracle":
                         oracle.learn(split, x, uplink.mean_bit_s)
                     split.partition = PARTITIONS[way]

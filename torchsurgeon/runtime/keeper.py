@@ -139,7 +139,7 @@ class Keeper:
             quiet = not 0 <= time.monotonic() - peer.asked_s <= _QUIET_S
             rate = peer.state.link.estimate().uplink
             if peer.doubted:
-                self._send(Errand(peer, trial=False), self._try)
+                self._send(Errand(peer, trial=True), self._try)
             elif quiet and peer.state.load.ping_due():
                 self._send(Errand(peer, trial=False), self._ping)
             # A cut that sends little says nothing of the rate, however often it is taken.
