@@ -74,8 +74,7 @@ class Decision(Generic[_Row]):
 class Decider(Generic[_Row]):
     """Chooses a row before every inference and stays with it until another is surely better. Thread-safe.
 
-    A change costs next to nothing, so one is made as soon as it gains more than `least_gain`: the estimates are smooth,
-    and to wait for more evidence cost 3 % of the mean latency over recorded uplinks.
+    A change costs next to nothing, so one is made as soon as it gains more than `least_gain`; the estimates are smooth.
 
     :param rows: what there is to choose from
     :param costs: of all rows for a link, a load and a slow-down
