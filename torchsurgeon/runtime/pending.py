@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # latest after three times that and four round trips: one lost segment that is sent again after a timeout, and a
 # connection that is opened anew, both stay below that.
 _LATE_FACTOR, _LATE_ROUND_TRIPS = 3.0, 4.0
+# Of the logarithm of what an answer takes: far above the limit, far below what overflows.
+_MOST_SPREAD = 5.0
 # A scheduler, a garbage collector or a radio that wakes up may cost as much at any time.
 _LEAST_PATIENCE_S = 0.05
 # Before anything is known of how long an answer takes.
@@ -192,7 +194,7 @@ class Pending:
             patience_s, why = _FIRST_PATIENCE_S, "the first answer is usually sooner"
         else:
             remote_s = expected.remote_s * scale
-            likely_s = remote_s * math.exp(min(SURE * expected.spread, _LATE_FACTOR))
+            likely_s = remote_s * math.exp(min(SURE * expected.spread, _MOST_SPREAD))
             patience_s = max(likely_s, remote_s + expected.round_trip_s + _LEAST_PATIENCE_S)
             if not self._engine.parts.stoppable:
                 # A tail that runs to its end is begun when as much has been waited in vain as it costs.
@@ -341,10 +343,9 @@ class Pending:
         remote_s = _FIRST_PATIENCE_S if expected is None else expected.remote_s * max(self.scale, 1.0)
         if (row := self._way.row) is not None and taken_s > remote_s:
             self._peer.missed(row.size_bytes * self.scale, taken_s - row.tail_s * self.scale)
-            self._engine.keeper.wake()
         if taken_s > max(_SLOW_FACTOR * remote_s, _LEAST_PATIENCE_S):
             self._peer.failed(why)
-            self._engine.keeper.wake()
+        self._engine.keeper.wake()
 
     def _anew(self, call: Call[Answer]) -> Any:
         """The weights have changed since hands were shaken, perhaps while the head ran: run it all here, as it is."""
