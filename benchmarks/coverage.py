@@ -71,7 +71,7 @@ def describe(error: BaseException) -> str:
 
 
 def inputs_of(case: Any) -> str:
-    from torchsurgeon.interface import Call
+    from torchsurgeon.tracing.call import Call
 
     model = case.model._modules.get("_orig_mod") or case.model
     call = Call(model, case.args, case.kwargs)
@@ -116,10 +116,10 @@ def tracing_call(case: Any, graph: Any) -> tuple[str, Callable[[], Any]]:
     """The call that does nothing but trace: PyTorch's own where it can, else the one inside ``trace``."""
     import torch
 
-    from torchsurgeon.adapters import Adapter, adapter_for
-    from torchsurgeon.capture_export import capture_export
-    from torchsurgeon.capture_fx import capture_fx, left_as_it_was
-    from torchsurgeon.interface import Call
+    from torchsurgeon.tracing.adapters import Adapter, adapter_for
+    from torchsurgeon.tracing.call import Call
+    from torchsurgeon.tracing.capture_export import capture_export
+    from torchsurgeon.tracing.capture_fx import capture_fx, left_as_it_was
 
     model = case.model._modules.get("_orig_mod") or case.model
     call = Call(model, case.args, case.kwargs)
@@ -189,7 +189,7 @@ def checked(case: Any, budget_s: float) -> dict[str, Any]:
 
 def refused(graph: Any, call: Any) -> str:
     """Why a call of these sizes is not taken, by the device or by the server; nothing when it is."""
-    from torchsurgeon.cut import check_shapes, tail_for
+    from torchsurgeon.cutting.partition import check_shapes, tail_for
     from torchsurgeon.errors import PartitionError
 
     try:
@@ -217,7 +217,7 @@ def spread(points: Sequence[Any], count: int) -> list[Any]:
 def doubled(case: Any) -> Any:
     import torch
 
-    from torchsurgeon.structure import flatten
+    from torchsurgeon.tracing.structure import flatten
 
     leaves, structure = flatten([case.args, case.kwargs])
     twice = {
@@ -231,8 +231,8 @@ def fresh(value: Any) -> Any:
     """``value`` with tensors in memory of their own, as a network would deliver them."""
     import torch
 
-    from torchsurgeon.program import clone
-    from torchsurgeon.structure import flatten
+    from torchsurgeon.cutting.segment import clone
+    from torchsurgeon.tracing.structure import flatten
 
     def copied(tensor: Any) -> Any:
         if tensor.is_quantized:
@@ -277,7 +277,7 @@ def differs(graph: Any, point: Any, call: Any, expected: Any, cuts: list[float])
 def unlike(actual: Any, expected: Any) -> str:
     import torch
 
-    from torchsurgeon.structure import flatten
+    from torchsurgeon.tracing.structure import flatten
 
     (ours, form), (theirs, wanted) = flatten(actual), flatten(expected)
     if form != wanted:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.cut import Head
-from torchsurgeon.program import Segment
+from torchsurgeon.cutting.partition import Head
+from torchsurgeon.cutting.segment import Segment
 
 SPIN_S = 3e-4
 

@@ -24,7 +24,7 @@ from torch import fx, nn
 from torchvision.models import get_model
 
 import torchsurgeon as ts
-from torchsurgeon.cut import tail_for
+from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.profile import NoisyProfileWarning
 
 MODELS = ("alexnet", "mobilenet_v3_large", "resnet50")

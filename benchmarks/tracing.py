@@ -26,7 +26,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torchvision.models import resnet50
 
 import torchsurgeon as ts
-from torchsurgeon.shapes import MetaModel, propagate
+from torchsurgeon.tracing.shapes import MetaModel, propagate
 
 CHAIN = 1600
 Ways = dict[str, Callable[[], object]]

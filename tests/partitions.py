@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.cut import cut
-from torchsurgeon.graph import LayerGraph, PartitionPoint, trace
-from torchsurgeon.structure import flatten
+from torchsurgeon.cutting.partition import cut
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
+from torchsurgeon.tracing.structure import flatten
+from torchsurgeon.tracing.tracer import trace
 
 
 def leaves(value: Any) -> list[Any]:

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchsurgeon as ts
-from torchsurgeon import adapters
-from torchsurgeon.shape_rules import rule_for
+from torchsurgeon.tracing import adapters
+from torchsurgeon.tracing.shape_rules import rule_for
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ from small_models import CASES, conv, image, model
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from torchsurgeon.cut import cut, tail_for
+from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.errors import PartitionError
-from torchsurgeon.graph import trace
+from torchsurgeon.tracing.tracer import trace
 
 
 def vit(**kwargs: Any) -> nn.Module:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchsurgeon import cli, doctor
+from torchsurgeon import cli
+from torchsurgeon.cutting import doctor
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from serving import check_split, split
 from torch import nn
 
-from torchsurgeon.program import clone
+from torchsurgeon.cutting.segment import clone
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]

@@ -21,7 +21,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable
-from torchsurgeon.cut import cut
+from torchsurgeon.cutting.partition import cut
 from torchsurgeon.plan import Frontier, Objective, sets
 from torchsurgeon.plan.mincut import MinimumCut
 from torchsurgeon.plan.rows import Costs, lower_hull

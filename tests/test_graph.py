@@ -20,9 +20,9 @@ from small_models import Detection, conv, image, model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchsurgeon.cut import cut
+from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import PartitionError, TraceError
-from torchsurgeon.graph import trace
+from torchsurgeon.tracing.tracer import trace
 
 X = torch.randn(1, 3, 64, 64)
 
@@ -296,7 +296,7 @@ def test_fingerprints_tell_the_insides_of_whole_layers_apart() -> None:
 def test_fingerprints_are_the_same_in_every_process() -> None:
     program = (
         "import torch, torchvision.models as zoo\n"
-        "from torchsurgeon.graph import trace\n"
+        "from torchsurgeon.tracing.graph import trace\n"
         "for name in ('resnet18', 'swin_t'):\n"
         "    print(trace(zoo.get_model(name).eval(), torch.zeros(2, 3, 64, 64)).fingerprint)\n"
     )

@@ -16,24 +16,10 @@ PACKAGE = Path(__file__).parent.parent / "torchsurgeon"
 ROOMS = [
     "errors",
     "json_file",
-    "structure",
     "_native",
     "allocator",
-    "program",
-    "interface",
-    "shape_rules",
-    "adapters",
-    "capture_fx",
-    "capture_export",
-    "capture",
-    "shapes",
-    "flow",
-    "closure",
-    "layout",
-    "configuration",
-    "graph",
-    "cut",
-    "doctor",
+    "tracing",
+    "cutting",
     "kernels",
     "hooks",
     "meters",
@@ -74,19 +60,16 @@ NETWORK = {
     "asyncio",
 }
 MUST_NOT_KNOW = {
-    **dict.fromkeys(["structure", "program", "interface", "capture", "capture_fx", "capture_export"], NETWORK),
-    **dict.fromkeys(
-        ["shapes", "shape_rules", "adapters", "flow", "closure", "layout", "configuration", "graph", "cut"], NETWORK
-    ),
+    **dict.fromkeys(["tracing", "cutting"], NETWORK),
     **dict.fromkeys(["plan"], NETWORK),
-    "meters": NETWORK | {"torchsurgeon.graph", "torchsurgeon.cut", "torchsurgeon.program"},
+    "meters": NETWORK | {"torchsurgeon.tracing", "torchsurgeon.cutting", "torchsurgeon.cutting.segment"},
     "profile": NETWORK | {"torchsurgeon.plan"},
     "predict": NETWORK | {"torchsurgeon.plan"},
-    "link": NETWORK | {"torchsurgeon.graph", "torchsurgeon.cut"},
+    "link": NETWORK | {"torchsurgeon.tracing", "torchsurgeon.cutting"},
     "codec": NETWORK | {"torchsurgeon.plan"},
-    "adapt": NETWORK | {"torch", "numpy", "torchsurgeon.graph", "torchsurgeon.cut", "torchsurgeon.profile"},
-    "wire": NETWORK | {"torchsurgeon.graph", "torchsurgeon.cut", "torchsurgeon.plan"},
-    "transport": {"torchsurgeon.plan", "torchsurgeon.graph"},
+    "adapt": NETWORK | {"torch", "numpy", "torchsurgeon.tracing", "torchsurgeon.cutting", "torchsurgeon.profile"},
+    "wire": NETWORK | {"torchsurgeon.tracing.graph", "torchsurgeon.cutting", "torchsurgeon.plan"},
+    "transport": {"torchsurgeon.plan", "torchsurgeon.tracing"},
     "module": {"torchsurgeon.serve"},
     "serve": {"torchsurgeon.plan"},
     "simulate": NETWORK,
@@ -157,13 +140,13 @@ def test_a_room_does_not_know_what_it_must_not(path: Path) -> None:
 
 
 def test_this_test_sees_what_it_forbids() -> None:
-    graph, serve = PACKAGE / "graph.py", PACKAGE / "serve" / "app.py"
+    graph, serve = PACKAGE / "tracing" / "graph.py", PACKAGE / "serve" / "app.py"
     for line in (
         "from torchsurgeon.wire import encode_request",
         "from torchsurgeon import wire",
         "import torchsurgeon.wire as w",
-        "from . import wire",
-        "from .wire import encode_request",
+        "from .. import wire",
+        "from ..wire import encode_request",
         "def f():\n    from torchsurgeon import cli",
     ):
         assert downward(graph, line), line

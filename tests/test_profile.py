@@ -17,9 +17,10 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import cli, meters, report
-from torchsurgeon.cut import tail_for
+from torchsurgeon.cutting.partition import tail_for
+from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.profile import find_device, joules, layer_trace, measure
-from torchsurgeon.program import Environment, Segment, Step
+from torchsurgeon.tracing.step import Environment, Step
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 

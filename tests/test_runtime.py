@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.cut import Head
+from torchsurgeon.cutting.partition import Head
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.plan import Battery
 from torchsurgeon.serve import ModelRegistry, Server, create_app

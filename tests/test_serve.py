@@ -29,11 +29,12 @@ from torch import Tensor, nn
 import torchsurgeon.serve.app
 import torchsurgeon.serve.protocol
 from torchsurgeon import serve, wire
-from torchsurgeon.cut import cut
+from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import RequestRefusedError, ServerError, ServerUnavailableError, SpecError, TraceError
 from torchsurgeon.fingerprint import weight_digests
-from torchsurgeon.graph import LayerGraph, trace
 from torchsurgeon.profile import LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.tracer import trace
 from torchsurgeon.transport import HttpTransport, InProcessTransport, Transport
 from torchsurgeon.wire.buffers import Buffers
 

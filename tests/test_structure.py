@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsurgeon.structure import LEAF, flatten, leaf_name
+from torchsurgeon.tracing.structure import LEAF, flatten, leaf_name
 
 Pair = namedtuple("Pair", "first second")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torchsurgeon import hooks as hooks
 from torchsurgeon import meters as meters
-from torchsurgeon.adapters import Adapter, opaque, register_adapter
 from torchsurgeon.codec import CodecCost, CodecTable
-from torchsurgeon.cut import Partition, cut, tail_for
+from torchsurgeon.cutting.partition import Partition, cut, tail_for
 from torchsurgeon.errors import (
     AdaptError,
     BackendError,
@@ -35,7 +34,6 @@ from torchsurgeon.errors import (
     TorchSurgeonError,
     TraceError,
 )
-from torchsurgeon.graph import Layer, LayerGraph, PartitionPoint, TensorSpec, UnrepeatableWarning, trace
 from torchsurgeon.link import BandwidthTrace, Link, Radio
 from torchsurgeon.module import SplitModule
 from torchsurgeon.plan import (
@@ -63,6 +61,10 @@ from torchsurgeon.predict import (
 )
 from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
 from torchsurgeon.runtime import Inference, MismatchWarning, UnknownEnergyWarning, measure_link
+from torchsurgeon.tracing.adapters import Adapter, opaque, register_adapter
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import Layer, PartitionPoint, TensorSpec
+from torchsurgeon.tracing.tracer import UnrepeatableWarning, trace
 
 __version__ = "0.1.0"
 

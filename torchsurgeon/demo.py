@@ -33,13 +33,14 @@ from torch import nn
 
 from torchsurgeon.emulate import SlowDevice
 from torchsurgeon.errors import ServerUnavailableError
-from torchsurgeon.graph import LayerGraph, trace
 from torchsurgeon.module import SplitModule
 from torchsurgeon.plan import Estimate, best
 from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, profile
 from torchsurgeon.report import bytes_text, estimate_table, layer_picture, point_text, seconds_text
 from torchsurgeon.runtime import measure_link
-from torchsurgeon.structure import flatten
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.structure import flatten
+from torchsurgeon.tracing.tracer import trace
 from torchsurgeon.transport import HttpTransport
 
 MODELS = ("alexnet", "resnet18")

@@ -29,9 +29,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from torchsurgeon import _native
+from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import NativeUnavailableError
 from torchsurgeon.kernels import Kernel, KernelTrace, LayerSpan, Span, attribute
-from torchsurgeon.program import Environment, Segment, Step
+from torchsurgeon.tracing.step import Environment, Step
 
 __all__ = [
     "Kernel",
@@ -157,7 +158,7 @@ class LayerRanges:
         self._recorder.end(slot)
 
     def before(self, step: Step, environment: Environment) -> int | None:
-        """Enter the layer of a head's or tail's step (a :class:`~torchsurgeon.program.Watcher`)."""
+        """Enter the layer of a head's or tail's step (a :class:`~torchsurgeon.cutting.segment.Watcher`)."""
         return self.push(self.id_of(step.name)) if step.kind == "call" and not self.depth else None
 
     def after(self, step: Step, environment: Environment, slot: int | None) -> None:

@@ -19,8 +19,6 @@ from torch.utils import _pytree as pytree
 from torchsurgeon.adapt import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
 from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError
-from torchsurgeon.graph import LayerGraph, PartitionPoint, trace
-from torchsurgeon.interface import call_of
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Estimate, Objective, Row, estimate
 from torchsurgeon.profile import LayerProfile
@@ -29,6 +27,10 @@ from torchsurgeon.runtime import work as works
 from torchsurgeon.runtime.compiled import compiler
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.stream import in_order
+from torchsurgeon.tracing.call import call_of
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
+from torchsurgeon.tracing.tracer import trace
 from torchsurgeon.transport import Transport
 
 Server = str | Transport
@@ -49,8 +51,8 @@ class SplitModule(nn.Module):
         name: the model's name on that server.
         partition: ``"auto"`` to choose anew at every inference, by measured layer times of both sides and by what link,
             server and device are like at the moment. Or where to cut, as a
-            :class:`~torchsurgeon.graph.PartitionPoint` of this model; ``"device"`` or ``"server"`` for everything on
-            one side, a partition index, or the name of the last layer to run here.
+            :class:`~torchsurgeon.tracing.PartitionPoint` of this model; ``"device"`` or ``"server"`` for everything
+            on one side, a partition index, or the name of the last layer to run here.
         objective: what ``"auto"`` makes small: ``"latency"``, ``"energy"``, …, an
             :class:`~torchsurgeon.plan.Objective`, or ``Objective.battery(level)``. Energy needs a ``device_profile``
             with joules, given or metered here, and a ``link`` with a radio. What is given and does not tell it raises
@@ -73,7 +75,7 @@ class SplitModule(nn.Module):
         backend: in its place, what makes the callable that runs the head, and the tail where it runs here, from its
             module; eager PyTorch by default.
         timeout_s: an inference that takes the server longer has failed.
-        leaf_modules: passed to :func:`~torchsurgeon.graph.trace`.
+        leaf_modules: passed to :func:`~torchsurgeon.tracing.tracer.trace`.
 
     The first call, or :meth:`prepare`, shakes hands with the servers, so that only one with the same graph and weights
     is asked, and measures what ``"auto"`` needs. With ``fallback="local"`` a call never fails because of a server:

@@ -19,7 +19,7 @@ from torchsurgeon.adapt import Estimates
 from torchsurgeon.module import SplitModule
 from torchsurgeon.report import bytes_text, seconds_text
 from torchsurgeon.runtime import Inference
-from torchsurgeon.structure import flatten
+from torchsurgeon.tracing.structure import flatten
 
 _PARTS = {
     "head": "blue",

@@ -23,7 +23,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import _native, hooks, meters
-from torchsurgeon.cut import tail_for
+from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.profile import layer_trace, provenance
 

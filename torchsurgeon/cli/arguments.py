@@ -11,7 +11,8 @@ from torch.utils import _pytree
 
 from torchsurgeon import specs
 from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.graph import LayerGraph, trace
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.tracer import trace
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]

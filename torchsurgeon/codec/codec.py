@@ -27,7 +27,7 @@ from torch import Tensor
 from torchsurgeon.codec import images, quantize, zstd
 from torchsurgeon.codec.host import on_host
 from torchsurgeon.errors import CodecError
-from torchsurgeon.layout import dense, logical
+from torchsurgeon.tracing.layout import dense, logical
 
 Buffer = bytes | bytearray | memoryview
 

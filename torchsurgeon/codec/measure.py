@@ -13,11 +13,12 @@ from torch import Tensor
 from torchsurgeon.codec.budget import Budget, Verdict, likeness
 from torchsurgeon.codec.codec import Codec, codec_names, find_codec
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
-from torchsurgeon.cut import cut, tail_for
+from torchsurgeon.cutting.partition import cut, tail_for
+from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import CodecError
-from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.profile.origin import device_of, provenance
-from torchsurgeon.program import Segment
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
 
 # Fewer times than that have no median to speak of.
 _LEAST_TIMES = 5

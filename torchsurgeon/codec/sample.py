@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon.errors import CodecError
-from torchsurgeon.graph import LayerGraph
+from torchsurgeon.tracing.graph import LayerGraph
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 # ImageNet's, which torchvision's and most other weights were trained with.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchsurgeon import json_file
 from torchsurgeon.errors import CodecError
-from torchsurgeon.graph import LayerGraph
+from torchsurgeon.tracing.graph import LayerGraph
 
 FORMAT = "torchsurgeon.codecs/1"
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import InfeasibleError, PlanError
-from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
 from torchsurgeon.plan.frontier import Frontier, Terms
 from torchsurgeon.plan.objective import Constraints, Objective
@@ -18,6 +17,8 @@ from torchsurgeon.plan.rows import Costs, Row
 from torchsurgeon.plan.sets import across_branches
 from torchsurgeon.plan.stages import ChainPlan, plan_chain
 from torchsurgeon.profile import LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
 
 _LEAST_UPLINK_BIT_S, _MOST_UPLINK_BIT_S = 1e4, 1e10
 _LEAST_LOAD, _MOST_LOAD = 0.05, 100.0

@@ -19,12 +19,12 @@ import numpy as np
 from torchsurgeon import json_file
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import PlanError
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.link import Link
 from torchsurgeon.plan.objective import Objective
 from torchsurgeon.plan.rows import Array, Costs, Row, columns, lower_hull, non_dominated
 from torchsurgeon.plan.sets import across_branches
 from torchsurgeon.profile import LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
 
 FORMAT = "torchsurgeon.frontier/1"
 

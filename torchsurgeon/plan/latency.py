@@ -10,9 +10,10 @@ import dataclasses
 import numpy as np
 
 from torchsurgeon.errors import PartitionError
-from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
 from torchsurgeon.profile import LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
 
 
 @dataclasses.dataclass(frozen=True)

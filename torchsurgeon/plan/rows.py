@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import ProfileError
-from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.profile import LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
 
 Array = NDArray[np.float64]
 _FAR = 1e3
@@ -48,7 +49,7 @@ class Row:
     layers: tuple[int, ...] | None = None
 
     def point(self, graph: LayerGraph) -> PartitionPoint:
-        """Return where to cut ``graph``, for :func:`~torchsurgeon.cut.cut`."""
+        """Return where to cut ``graph``, for :func:`~torchsurgeon.cutting.partition.cut`."""
         return graph.point(self.index) if self.layers is None else graph.point_of(self.layers)
 
     def to_json(self) -> dict[str, Any]:

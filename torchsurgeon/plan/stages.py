@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from torchsurgeon.errors import PlanError
-from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
 from torchsurgeon.plan.objective import Objective
 from torchsurgeon.plan.rows import Array, Costs
 from torchsurgeon.profile import LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,6 @@ from torch import nn
 
 from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
-from torchsurgeon.graph import LayerGraph, trace
 from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.predict.damage import DAMAGE, numbers
 from torchsurgeon.predict.kinds import KINDS, Array
@@ -37,6 +36,8 @@ from torchsurgeon.predict.sweep import Candidate, candidates, sweep_kinds
 from torchsurgeon.profile.joules import layer_energy
 from torchsurgeon.profile.measure import ModelRun
 from torchsurgeon.profile.origin import find_device, provenance
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.tracer import trace
 
 _NETS_SHARE, _ENERGY_SHARE = 0.7, 0.3
 _SAVE_EVERY_S, _REVIEW_EVERY_S = 15.0, 40.0

@@ -11,7 +11,7 @@ import torch
 
 from torchsurgeon.predict import composites
 from torchsurgeon.predict.kinds import Operation
-from torchsurgeon.shapes import storage_of, tensors_in
+from torchsurgeon.tracing.shapes import storage_of, tensors_in
 
 Describe = Callable[..., "Operation | Sequence[Operation]"]
 """From (name, output, *args, **kwargs) of a call to what it comes to."""

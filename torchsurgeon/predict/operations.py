@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.predict.calls import VIEW, described, is_known, unknown
 from torchsurgeon.predict.kinds import KINDS, Operation
-from torchsurgeon.program import Step, function_name, map_refs
-from torchsurgeon.shapes import MetaModel, tensors_in
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.shapes import MetaModel, tensors_in
+from torchsurgeon.tracing.step import Step, function_name, map_refs
 
 
 def operations(graph: LayerGraph) -> list[list[Operation]]:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
-from torchsurgeon.graph import Layer, LayerGraph
 from torchsurgeon.predict.damage import DAMAGE, damaged, numbers
 from torchsurgeon.predict.kinds import KINDS, Array, Operation
 from torchsurgeon.predict.operations import operations
@@ -22,6 +21,8 @@ from torchsurgeon.predict.regression import FORMS, HeldOut, KindModel, fit_kind,
 from torchsurgeon.predict.roofline import Roofline, fit_roofline
 from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, read_csv, tables
 from torchsurgeon.profile.record import LayerEnergy, LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import Layer
 
 FORMAT = "torchsurgeon.predictor/1"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.predict.predictor import Predictor
 from torchsurgeon.profile.record import LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
 
 
 def reference_devices() -> tuple[str, ...]:

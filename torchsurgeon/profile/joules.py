@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.meters import EnergyEstimate, EnergyMeter, EnergySampler
 from torchsurgeon.profile.record import Array, LayerEnergy
-from torchsurgeon.program import Environment, Segment, Step
+from torchsurgeon.tracing.step import Environment, Step
 
 _SPANS = 5
 # EnergyTrace.estimate takes spans that start two periods apart as independent.

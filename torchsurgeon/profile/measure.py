@@ -19,15 +19,16 @@ import torch
 
 from torchsurgeon import hooks
 from torchsurgeon.allocator import keep_freed_memory
-from torchsurgeon.cut import tail_for
+from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.errors import MeterError, ProfileError
-from torchsurgeon.graph import LayerGraph, TensorSpec
 from torchsurgeon.kernels import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.profile.joules import layer_energy
 from torchsurgeon.profile.memory import layer_memory
 from torchsurgeon.profile.origin import device_of, provenance
 from torchsurgeon.profile.record import Array, LayerEnergy, LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import TensorSpec
 
 _NOISY_SPREAD, _NOISY_DRIFT = 0.25, 0.1
 # How many repeats may heat the machine between two pauses.

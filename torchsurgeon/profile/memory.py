@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torchsurgeon.program import Environment, Segment, Step
-from torchsurgeon.structure import flatten
+from torchsurgeon.cutting.segment import Segment
+from torchsurgeon.tracing.step import Environment, Step
+from torchsurgeon.tracing.structure import flatten
 
 
 def layer_memory(

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from torchsurgeon.errors import DeviceError
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.meters.board import board_state
+from torchsurgeon.tracing.graph import LayerGraph
 
 
 def find_device(device: str | torch.device) -> torch.device:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from torchsurgeon import json_file
 from torchsurgeon.errors import ProfileError
-from torchsurgeon.graph import LayerGraph
+from torchsurgeon.tracing.graph import LayerGraph
 
 FORMAT = "torchsurgeon.profile/2"
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.link import PRESETS, Link
 from torchsurgeon.plan import Frontier, Objective, Plan, Row
 from torchsurgeon.plan.explain import place
 from torchsurgeon.report.plan_pictures import PARTS
 from torchsurgeon.report.runs import cut_runs
+from torchsurgeon.tracing.graph import LayerGraph
 
 ANY_CODEC = "the best"
 _NUMBERS = ("head_s", "encode_s", "size_bytes", "tail_s", "decode_s", "device_j")

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.profile import LayerProfile
 from torchsurgeon.report.runs import layer_runs, run_labels
 from torchsurgeon.report.units import seconds_text
+from torchsurgeon.tracing.graph import LayerGraph
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"

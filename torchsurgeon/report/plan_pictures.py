@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.plan import Frontier, Objective, Plan, Sweep, Terms
 from torchsurgeon.plan.decide import choose
 from torchsurgeon.plan.explain import place
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure, plain, save_figure
 from torchsurgeon.report.runs import MOST_RUNS, CutRun, cut_runs
 from torchsurgeon.report.units import bytes_text, flops_text, seconds_text
+from torchsurgeon.tracing.graph import LayerGraph
 
 PARTS = (("head", BLUE), ("encode", PINK), ("uplink", ORANGE), ("decode", YELLOW), ("tail", GREEN), ("downlink", SKY))
 _MOST_NAMES = 12

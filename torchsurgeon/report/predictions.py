@@ -9,13 +9,13 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.predict import Predictor
 from torchsurgeon.predict.operations import layer_kinds
 from torchsurgeon.profile import LayerProfile
 from torchsurgeon.report.narrow import Fitting, Name
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_figure, plain, save_figure
 from torchsurgeon.report.units import joules_text, seconds_text
+from torchsurgeon.tracing.graph import LayerGraph
 
 _LOOKS = tuple((color, marker) for marker in "osD" for color in (BLUE, ORANGE, GREEN, RED, PINK, SKY))
 

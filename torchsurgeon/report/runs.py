@@ -7,8 +7,8 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.plan import Row
+from torchsurgeon.tracing.graph import LayerGraph
 
 MOST_RUNS = 28
 _FEW = 8

@@ -10,12 +10,13 @@ from rich.console import Group
 from rich.table import Table
 
 from torchsurgeon.codec import CodecTable
-from torchsurgeon.doctor import Diagnosis
-from torchsurgeon.graph import LayerGraph, PartitionPoint, TensorSpec
+from torchsurgeon.cutting.doctor import Diagnosis
 from torchsurgeon.plan import Estimate
 from torchsurgeon.profile import LayerProfile
 from torchsurgeon.report.narrow import Fitting, Name
 from torchsurgeon.report.units import bytes_text, flops_text, joules_text, seconds_text
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 
 
 def graph_table(graph: LayerGraph) -> Fitting:
@@ -142,7 +143,7 @@ def _measured(graph: LayerGraph, profile: LayerProfile, *, brief: bool) -> Table
 
 
 def diagnosis_text(diagnosis: Diagnosis) -> Group:
-    """Return what :func:`torchsurgeon.doctor.examine` found, for people."""
+    """Return what :func:`torchsurgeon.cutting.doctor.examine` found, for people."""
     graph = diagnosis.graph
     how = {
         "fx": "torch.fx",

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from torchsurgeon.errors import ProtocolError
-from torchsurgeon.graph import LayerGraph, TensorSpec
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import TensorSpec
 
 
 def check_answer(

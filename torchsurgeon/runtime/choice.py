@@ -13,10 +13,11 @@ from typing import NamedTuple
 from torchsurgeon.adapt import Decider, Decision, Estimates
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.errors import PlanError
-from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Frontier, Objective, Row
 from torchsurgeon.profile import LayerProfile
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
 
 _logger = logging.getLogger(__name__)
 

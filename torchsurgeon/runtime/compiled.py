@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import BackendError
-from torchsurgeon.structure import flatten
+from torchsurgeon.tracing.structure import flatten
 
 _DEFAULT = "inductor"
 _NEEDS = {"tensorrt": "torch_tensorrt", "torch_tensorrt": "torch_tensorrt"}

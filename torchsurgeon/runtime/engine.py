@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 from torchsurgeon.adapt import SURE, Decision, Estimates, Refusals, check_deadline
 from torchsurgeon.codec import Codec, CodecTable
 from torchsurgeon.errors import ServerUnavailableError
-from torchsurgeon.graph import LayerGraph, PartitionPoint
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Objective, Row
 from torchsurgeon.profile import LayerProfile
@@ -39,6 +38,8 @@ from torchsurgeon.runtime.pool import Pool
 from torchsurgeon.runtime.setup import Setup
 from torchsurgeon.runtime.stream import MOST_IN_FLIGHT, Stream
 from torchsurgeon.runtime.warn import MismatchWarning, warn_caller
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import HttpTransport, Transport
 
 # A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.

@@ -11,8 +11,8 @@ from torch import nn
 
 from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, TraceError
 from torchsurgeon.fingerprint import Snapshot, WeightDigests, weight_digests
-from torchsurgeon.graph import LayerGraph
 from torchsurgeon.premises import Premises
+from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.transport import Transport
 
 _LISTED = 5

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchsurgeon.adapt import Decision
-from torchsurgeon.graph import PartitionPoint
 from torchsurgeon.plan import Row
+from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import Answer
 
 _PARTS = ("decide", "head", "encode", "uplink", "queue", "tail", "downlink", "decode", "wait", "local")

@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from torchsurgeon.cut import cut, middle_for, tail_for
+from torchsurgeon.cutting.partition import cut, middle_for, tail_for
+from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import PartitionError
-from torchsurgeon.graph import LayerGraph, PartitionPoint, TensorSpec
-from torchsurgeon.program import Segment
 from torchsurgeon.runtime.compiled import Compiled
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 
 # Heads, middles and tails hold no weights, so this only bounds what a long run over many cuts leaves behind.
 _MOST_PARTS = 512
@@ -71,7 +72,7 @@ class Parts:
         return self._get((point.index, point.layers), lambda: self._with_backend(cut(self.graph, point).head))
 
     def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
-        """The rest of the model from the tensors ``names`` on; ``flat`` as in :func:`~torchsurgeon.cut.tail_for`."""
+        """Return the rest of the model after the tensors ``names``; ``flat`` is that of :func:`.tail_for`."""
         return self._get(("tail", names, flat), lambda: Tail(tail_for(self.graph, names, flat=flat), self._backend))
 
     def compile(self, point: PartitionPoint, example: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from torchsurgeon.adapt import SURE
-from torchsurgeon.cut import cut
+from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.plan import Frontier, Objective
 from torchsurgeon.profile import LayerProfile, profile

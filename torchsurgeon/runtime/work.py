@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from torchsurgeon.graph import PartitionPoint, TensorSpec
 from torchsurgeon.runtime.parts import Parts, Run, Tail
+from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 
 
 class Work(Protocol):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from torchsurgeon import specs, wire
 from torchsurgeon.codec import codec_names
-from torchsurgeon.cut import check_shapes, tail_for
+from torchsurgeon.cutting.partition import check_shapes, tail_for
+from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import (
     ModelFailedError,
     ModelNotReadyError,
@@ -29,11 +30,12 @@ from torchsurgeon.errors import (
     TorchSurgeonError,
 )
 from torchsurgeon.fingerprint import identity, weight_digests
-from torchsurgeon.graph import LayerGraph, TensorSpec, trace
-from torchsurgeon.interface import call_of
 from torchsurgeon.module import SplitModule
 from torchsurgeon.profile import profile
-from torchsurgeon.program import Segment
+from torchsurgeon.tracing.call import call_of
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import TensorSpec
+from torchsurgeon.tracing.tracer import trace
 
 T = TypeVar("T")
 

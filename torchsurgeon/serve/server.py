@@ -99,7 +99,7 @@ def run(
 
     The port answers at once, with 503 for models that still load; ``say`` (by default ``print``) is given the line that
     tells they are ready. ``weights`` and ``input_specs`` are by model name, as in :func:`torchsurgeon.specs.load`, and
-    ``leaf_modules`` as in :func:`torchsurgeon.graph.trace`; ``profiler`` is as in :class:`ModelRegistry`.
+    ``leaf_modules`` as in :func:`torchsurgeon.tracing.tracer.trace`; ``profiler`` is as in :class:`ModelRegistry`.
     Raises ServerError when the address is taken, SpecError or TraceError when a model cannot be loaded.
     """
     tell = say or (lambda line: print(line, flush=True))

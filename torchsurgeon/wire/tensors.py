@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchsurgeon.codec.host import on_host
 from torchsurgeon.errors import ProtocolError
-from torchsurgeon.layout import dense, logical
+from torchsurgeon.tracing.layout import dense, logical
 
 ALIGNMENT_BYTES = 64
 MAX_RANK = 16

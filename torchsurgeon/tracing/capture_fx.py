@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchsurgeon.adapters import adapter_for
 from torchsurgeon.errors import TraceError
-from torchsurgeon.interface import Call, Output
-from torchsurgeon.program import Constant, Ref, Step, plain, unique
-from torchsurgeon.structure import flatten
+from torchsurgeon.tracing.adapters import adapter_for
+from torchsurgeon.tracing.call import Call, Output
+from torchsurgeon.tracing.step import Constant, Ref, Step, plain, unique
+from torchsurgeon.tracing.structure import flatten
 
 _LIBRARY = str(FilePath(torch.__file__).parent) + os.sep
 _HERE = str(FilePath(__file__).parent) + os.sep

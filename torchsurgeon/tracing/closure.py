@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Collection, Mapping
 
-from torchsurgeon.flow import Flow, Key, Value
+from torchsurgeon.tracing.flow import Flow, Key, Value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.program import Constant, Ref, Step, function_name
+from torchsurgeon.tracing.step import Constant, Ref, Step, function_name
 
 Row = list[Any]
 

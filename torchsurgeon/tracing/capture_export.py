@@ -23,11 +23,11 @@ from torch import fx, nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from torchsurgeon.capture_fx import TRACING
 from torchsurgeon.errors import TraceError
-from torchsurgeon.interface import Call, Output, path_name
-from torchsurgeon.program import Constant, ModelDevice, Ref, Step, plain, unique
-from torchsurgeon.structure import Path, flatten
+from torchsurgeon.tracing.call import Call, Output, path_name
+from torchsurgeon.tracing.capture_fx import TRACING
+from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, plain, unique
+from torchsurgeon.tracing.structure import Path, flatten
 
 _CHECKS = (
     "_assert_tensor_metadata",

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.program import Constant, Environment, ModelDevice, Ref, Step, number_to_tensor, restorer
-from torchsurgeon.shapes import Shapes, drifting, storage_of
-from torchsurgeon.structure import LEAF, Path, flatten, leaf_name
+from torchsurgeon.tracing.shapes import Shapes, drifting, storage_of
+from torchsurgeon.tracing.step import Constant, Environment, ModelDevice, Ref, Step, number_to_tensor, restorer
+from torchsurgeon.tracing.structure import LEAF, Path, flatten, leaf_name
 
 Key = tuple[int, Path]
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsurgeon.cutting.segment import Feed, Pick, Segment
 from torchsurgeon.errors import PartitionError
-from torchsurgeon.flow import Value
-from torchsurgeon.graph import LayerGraph, PartitionPoint
-from torchsurgeon.program import Feed, Pick, Segment
-from torchsurgeon.shape_rules import META
-from torchsurgeon.shapes import MetaModel, dry_run
+from torchsurgeon.tracing.flow import Value
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.shape_rules import META
+from torchsurgeon.tracing.shapes import MetaModel, dry_run
+from torchsurgeon.tracing.specs import PartitionPoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from torchsurgeon.shape_rules import META, Outcome, register_shape_rule
-from torchsurgeon.structure import flatten
+from torchsurgeon.tracing.shape_rules import META, Outcome, register_shape_rule
+from torchsurgeon.tracing.structure import flatten
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from torchsurgeon.errors import TraceError
-from torchsurgeon.program import Constant, Environment, ModelDevice, Step, map_refs, returning_first
-from torchsurgeon.shape_rules import META, Outcome, rule_for
-from torchsurgeon.structure import flatten
+from torchsurgeon.tracing.shape_rules import META, Outcome, rule_for
+from torchsurgeon.tracing.step import Constant, Environment, ModelDevice, Step, map_refs, returning_first
+from torchsurgeon.tracing.structure import flatten
 
 
 @dataclasses.dataclass

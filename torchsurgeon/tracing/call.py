@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import TraceError
-from torchsurgeon.program import Ref, Step, number_to_tensor, restorer, unique
-from torchsurgeon.structure import Path, Structure, flatten, leaf_name
+from torchsurgeon.tracing.step import Ref, Step, number_to_tensor, restorer, unique
+from torchsurgeon.tracing.structure import Path, Structure, flatten, leaf_name
 
 
 class Call:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.cut import check_shapes, tail_for
+from torchsurgeon.cutting.partition import check_shapes, tail_for
 from torchsurgeon.errors import PartitionError
-from torchsurgeon.graph import LayerGraph, PartitionPoint, trace
-from torchsurgeon.structure import flatten
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
+from torchsurgeon.tracing.structure import flatten
+from torchsurgeon.tracing.tracer import trace
 
 _MOST_BLOCKS = 24
 _TOP = "(top level)"
@@ -47,7 +49,7 @@ def examine(
 ) -> Diagnosis:
     """Trace ``model`` and find out what a user should know before splitting it. Runs the example twice.
 
-    Raises :class:`~torchsurgeon.errors.TraceError` as :func:`~torchsurgeon.graph.trace` does.
+    Raises :class:`~torchsurgeon.errors.TraceError` as :func:`~torchsurgeon.tracing.tracer.trace` does.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -9,12 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from torchsurgeon.adapters import Adapter, adapter_for
-from torchsurgeon.capture_export import Guard, capture_export
-from torchsurgeon.capture_fx import UnfollowedError, capture_fx
 from torchsurgeon.errors import TraceError
-from torchsurgeon.interface import Call
-from torchsurgeon.program import Step
+from torchsurgeon.tracing.adapters import Adapter, adapter_for
+from torchsurgeon.tracing.call import Call
+from torchsurgeon.tracing.capture_export import Guard, capture_export
+from torchsurgeon.tracing.capture_fx import UnfollowedError, capture_fx
+from torchsurgeon.tracing.step import Step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,211 @@
+"""A model as a graph of layers, with every point where it can be cut.
+
+A :class:`LayerGraph` names each layer by its module path, and lists each :class:`PartitionPoint` with the boundary
+tensors that cross from the device to the server there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchsurgeon.errors import PartitionError
+from torchsurgeon.tracing.call import Call
+from torchsurgeon.tracing.capture import Captured
+from torchsurgeon.tracing.closure import Closure
+from torchsurgeon.tracing.configuration import configuration, constant_digest
+from torchsurgeon.tracing.flow import Flow, Value
+from torchsurgeon.tracing.specs import Layer, PartitionPoint, Specs, TensorSpec
+from torchsurgeon.tracing.step import Constant
+
+
+class LayerGraph:
+    """A traced model. Made by :func:`trace`; immutable; holds the model itself and shares its parameters.
+
+    Attributes:
+        model: the model.
+        layers: every :class:`Layer`, in the order the model runs them.
+        points: every :class:`PartitionPoint`, from all on the server to all on the device.
+        inputs, outputs: the model's own input and output tensors.
+        values: every tensor that may cross a boundary, by name.
+        batch: the example's batch size; ``batch_free`` says whether other sizes work. Where they do not, the example
+            counts as one sample.
+        traced_by: ``"fx"``, ``"export"``, or ``"hierarchical"`` (fx around modules that it cannot follow).
+        opaque: path of each module kept whole as one layer, and why.
+        value_dependent: whether shapes depend on values, so that the example had to be run for real.
+        fingerprint: hex digest of names, types, configurations, shapes and order; not of the weights.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, captured: Captured, flow: Flow, specs: Specs) -> None:
+        self.model = model
+        self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
+        self.value_dependent = specs.value_dependent
+        steps = captured.steps
+        self.batch, self.batch_free = specs.batch, specs.batch_free
+        self.shapes = specs.shapes
+        self.layouts = {value.name: layout for value in flow.values if (layout := specs.layout(value)) is not None}
+        self.call, self.steps, self.flow = call, steps, flow
+        self.calls = [step.compiled() if step.kind in ("call", "output") else _never for step in steps]
+        self._values = {value.name: value for value in flow.values}
+        self.values: Mapping[str, TensorSpec] = {value.name: specs.of(value) for value in flow.values}
+        self.inputs = tuple(self.values[name] for name in call.names)
+        names = steps[-1].target.names
+        result = tuple(specs.of_output(name, ref) for name, ref in zip(names, steps[-1].args, strict=True))
+        self.outputs = result
+        self.layers = tuple(self._layer(i, index, specs) for i, index in enumerate(flow.layers))
+        self._sizes = {name: spec.size_bytes for name, spec in self.values.items()}
+        boundaries = flow.boundaries(self._sizes)
+        self.points = tuple(
+            PartitionPoint(
+                k,
+                self.layers[k - 1].name if k else "input",
+                self.inputs
+                if k == 0
+                else result
+                if k == len(self.layers)
+                else tuple(self.values[v.name] for v in boundary),
+            )
+            for k, boundary in boundaries.items()
+        )
+        self._points = {point.name: point for point in self.points} | {point.index: point for point in self.points}
+
+    def _layer(self, i: int, index: int, specs: Specs) -> Layer:
+        step = self.steps[index]
+        parameters = {id(p): p for p in step.target.parameters()} if step.is_module else {}
+        parameters |= {id(p): p for p in self.flow.attributes_of(step, self.model)}
+        return Layer(
+            index=i,
+            name=step.name,
+            type=step.type_name,
+            inputs=tuple(self.values[v.name] for v in self.flow.reads(step)),
+            outputs=tuple(specs.of(v) for v in self.flow.gives(index)),
+            flops=specs.shapes.flops[index],
+            parameter_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+            uncounted=tuple(sorted(specs.shapes.uncounted[index])),
+        )
+
+    def point(self, ref: int | str) -> PartitionPoint:
+        """Return a partition point by index (negative counts from the end), by the name of the last layer on the
+        device, or as ``"server"`` and ``"device"`` for the two ends.
+
+        Raises :class:`~torchsurgeon.errors.PartitionError`, listing the near ones, when there is none.
+        """
+        if not isinstance(ref, (int, str)) or isinstance(ref, bool):
+            raise PartitionError(f"a partition point is an index or a layer's name, not {ref!r}")
+        if ref in ("server", "device"):
+            return self.points[0 if ref == "server" else -1]
+        key = ref + len(self.layers) + 1 if isinstance(ref, int) and ref < 0 else ref
+        found = self._points.get(key)
+        if found is not None:
+            return found
+        if isinstance(ref, int):
+            near = sorted(self.points, key=lambda p: abs(p.index - int(key)))[:3]
+            listed = ", ".join(f"{p.index} ({p.name})" for p in sorted(near, key=lambda p: p.index))
+            raise PartitionError(
+                f"there is no partition point {ref}; the points are 0 … {len(self.layers)}, the nearest {listed}"
+            )
+        names = [point.name for point in self.points]
+        inside = [name for name in names if name.startswith(f"{ref}.")]
+        if inside:
+            raise PartitionError(
+                f"{ref!r} is a module with layers inside; the last of them to cut after is {inside[-1]!r}"
+            )
+        near_names = difflib.get_close_matches(ref, names, n=5, cutoff=0.3) or names[:5]
+        raise PartitionError(f"there is no layer {ref!r} to cut after; near it: {', '.join(near_names)}")
+
+    @functools.cached_property
+    def closure(self) -> Closure:
+        """Which layers need which; made when first asked for."""
+        return Closure(self.flow)
+
+    def point_of(self, layers: Collection[int]) -> PartitionPoint:
+        """Return the cut that runs exactly ``layers`` on the device: one of ``points``, or one across branches.
+
+        Raises :class:`~torchsurgeon.errors.PartitionError`: a layer needs one that is not listed, or memory forbids it.
+        """
+        inside = sorted(set(layers))
+        if inside and not 0 <= inside[0] <= inside[-1] < len(self.layers):
+            raise PartitionError(f"there are layers 0 … {len(self.layers) - 1}, not {inside[0]} … {inside[-1]}")
+        if inside == list(range(len(inside))) and len(inside) in self._points:
+            return self._points[len(inside)]
+        boundary = self.closure.crossing(inside, self._sizes)
+        if boundary is None or self.closure.prefixes_only:
+            reason = "some need layers that are not among them" if boundary is None else "they share memory with others"
+            raise PartitionError(
+                f"{len(inside)} layers cannot run apart from the rest: {reason}; use one of the graph's points"
+            )
+        needed = {j for i in inside for j in self.closure.needs[i]}
+        name = "+".join(self.layers[i].name for i in inside if i not in needed)
+        return PartitionPoint(len(inside), name, tuple(self.values[v.name] for v in boundary), tuple(inside))
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Return a call's tensors by input name. Raises ``TypeError`` for a call unlike the traced example."""
+        return dict(zip(self.call.names, self.tensors_of_call(args, kwargs), strict=True))
+
+    def tensors_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return a call's tensors in the order of ``inputs``. Raises ``TypeError`` as ``bind`` does."""
+        tensors = self.call.tensors(args, kwargs)
+        self.check_sizes(tensors)
+        return tensors
+
+    def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise ``TypeError`` for input tensors whose sizes would have taken another path through the model's
+        source."""
+        if self._guard is not None:
+            self._guard(tensors)
+
+    def value(self, name: str) -> Value:
+        """Return where in the program the tensor ``name`` comes to be."""
+        return self._values[name]
+
+    def flatten_output(self, output: Any) -> dict[str, torch.Tensor]:
+        """Return the tensors of a model's result, named as in ``outputs``."""
+        return self.steps[-1].target.tensors(output)  # type: ignore[no-any-return]
+
+    def unflatten_output(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """Return the model's result, in its own structure, from the tensors named as in ``outputs``."""
+        target = self.steps[-1].target
+        return target.build(*(tensors[name] for name in target.names))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the graph as plain data: layers, points, inputs, outputs and fingerprint."""
+        return {
+            "format": "torchsurgeon.graph/1",
+            "model": type(self.model).__name__,
+            "traced_by": self.traced_by,
+            "opaque": self.opaque,
+            "fingerprint": self.fingerprint,
+            "batch": self.batch,
+            "batch_free": self.batch_free,
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+            "layers": [layer.to_json() for layer in self.layers],
+            "points": [point.to_json() for point in self.points],
+        }
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the graph, without the weights; made when first asked for."""
+        rows: list[Any] = [[s.name, str(s.dtype), s.wire_shape] for s in (*self.inputs, *self.outputs)]
+        rows += [[[str(spec.dtype), spec.wire_shape] for spec in layer.outputs] for layer in self.layers]
+        names = [step.name for step in self.steps]
+        for step in self.flow.running():
+            if isinstance(step.target, Constant):
+                rows.append([step.name, constant_digest(step.target)])
+            elif step.kind != "input":
+                rows.append(configuration(step, names))
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"LayerGraph({type(self.model).__name__}, {len(self.layers)} layers, {len(self.points)} points)"
+
+
+def _never(_: Any) -> Any:
+    raise AssertionError("inputs are fed and attributes are read, neither is called")

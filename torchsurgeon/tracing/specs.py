@@ -1,0 +1,163 @@
+"""What a traced model is made of, as plain data: its tensors, its layers and the points where it can be cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from torchsurgeon.tracing.flow import Value
+from torchsurgeon.tracing.layout import Layout, has_gaps
+from torchsurgeon.tracing.shapes import Shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that may cross a boundary.
+
+    ``shape`` is the shape in the traced example. ``batch_step`` says by how much each dimension grows with every
+    further sample in the batch: ``(1, 0, 0, 0)`` for an image tensor, ``(64, 0, 0)`` where 64 windows are folded into
+    the batch, all zeros where the batch size does not matter (or is not free).
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    batch_step: tuple[int, ...]
+    example_batch: int = 1
+
+    def at_batch(self, batch: int) -> tuple[int, ...]:
+        """Return the shape for a batch of ``batch`` samples."""
+        extra = batch - self.example_batch
+        if not extra:
+            return self.shape
+        return tuple(size + step * extra for size, step in zip(self.shape, self.batch_step, strict=True))
+
+    @property
+    def wire_shape(self) -> tuple[int, ...]:
+        """The shape with -1 for each dimension that depends on the batch."""
+        return tuple(-1 if step else size for size, step in zip(self.shape, self.batch_step, strict=True))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor in the traced example."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def size_bytes_at(self, batch: int) -> int:
+        """Bytes of the tensor for a batch of ``batch`` samples."""
+        size = self.dtype.itemsize
+        for dim in self.at_batch(batch):
+            size *= dim
+        return size
+
+    def __str__(self) -> str:
+        dims = "×".join(
+            "N" if s == 1 else f"{s}N" if s else str(n) for n, s in zip(self.shape, self.batch_step, strict=True)
+        )
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}[{dims}]"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+            "batch_step": list(self.batch_step),
+            "size_bytes": self.size_bytes,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One operation of the model: a module called, or a function on tensors.
+
+    ``name`` is the module path (``layer1.0.conv1``); a function's is the path of the module that calls it and its own
+    name (``layer1.0.add``); later calls of the same are numbered (``layer1.0.relu_1``). ``flops`` counts multiply and
+    add as two, as PyTorch's flop counter does, and only for the operators that counter knows (matrix products,
+    convolutions, attention). ``uncounted`` names custom operators inside whose flops are unknown.
+    """
+
+    index: int
+    name: str
+    type: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    flops: int
+    parameter_bytes: int
+    uncounted: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {k: getattr(self, k) for k in ("index", "name", "type", "flops", "parameter_bytes", "uncounted")}
+        return fields | {
+            "inputs": [spec.name for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class PartitionPoint:
+    """A place to cut: the first ``index`` layers run on the device.
+
+    Point 0 is everything on the server, its boundary tensors are the model's inputs; the last point is everything on
+    the device, its boundary tensors are the model's outputs. ``name`` is the last layer on the device (``input`` at
+    point 0). Where a memory hazard forbids a cut, the index is missing from the graph's points.
+
+    A cut across parallel branches (:meth:`LayerGraph.point_of`) is not among the graph's points: its ``layers`` lists
+    the ``index`` layers on the device, which are not the first ones; ``name`` joins the last of them.
+    """
+
+    index: int
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all boundary tensors in the traced example."""
+        return sum(spec.size_bytes for spec in self.tensors)
+
+    def __str__(self) -> str:
+        place = "before the first layer" if self.index == 0 else f"after {self.name}"
+        return f"point {self.index} ({place}): {', '.join(map(str, self.tensors))}; {self.size_bytes} bytes"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "index": self.index,
+            "name": self.name,
+            "size_bytes": self.size_bytes,
+            "tensors": [spec.to_json() for spec in self.tensors],
+        }
+
+
+class Specs:
+    """Tensor specs from two runs of the shapes: the example's batch size and one more sample."""
+
+    def __init__(self, shapes: Shapes, more: Shapes | None, batch: int, value_dependent: bool) -> None:
+        self.shapes, self.more, self.batch, self.value_dependent = shapes, more, batch, value_dependent
+        self.batch_free = more is not None
+
+    def of(self, value: Value) -> TensorSpec:
+        return self._spec(
+            value.name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None
+        )
+
+    def of_output(self, name: str, ref: Any) -> TensorSpec:
+        value = Value(name, ref.step)
+        return self._spec(name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None)
+
+    def layout(self, value: Value) -> Layout | None:
+        """Return the layout of a tensor with gaps between its elements, which does not survive a journey; None for
+        others."""
+        leaf = value.leaf(self.shapes.values)
+        if not has_gaps(leaf):
+            return None
+        spec = self.of(value)
+        more = value.leaf(self.more.values).stride() if self.more else leaf.stride()
+        grows = tuple(b - a for a, b in zip(leaf.stride(), more, strict=True))
+        return Layout(spec.shape, spec.batch_step, leaf.stride(), grows)
+
+    def _spec(self, name: str, leaf: torch.Tensor, more: torch.Tensor | None) -> TensorSpec:
+        shape = tuple(leaf.shape)
+        step = tuple(b - a for a, b in zip(shape, more.shape, strict=True)) if more is not None else (0,) * len(shape)
+        return TensorSpec(name, leaf.dtype, shape, step, self.batch)

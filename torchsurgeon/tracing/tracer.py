@@ -1,0 +1,143 @@
+"""A model and an example of its input become a :class:`~torchsurgeon.tracing.LayerGraph`.
+
+:func:`trace` follows the model with torch.fx or torch.export, then runs the steps on meta tensors to learn shapes and
+shared memory. No layer is computed unless shapes depend on values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchsurgeon.errors import TraceError
+from torchsurgeon.tracing.call import Call, settle_output
+from torchsurgeon.tracing.capture import Captured, capture
+from torchsurgeon.tracing.capture_fx import left_as_it_was
+from torchsurgeon.tracing.flow import Flow
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in, with_selections
+from torchsurgeon.tracing.specs import Specs
+from torchsurgeon.tracing.step import Step
+
+
+def trace(
+    model: nn.Module,
+    *example_args: Any,
+    leaf_modules: Collection[str | type[nn.Module]] = (),
+    **example_kwargs: Any,
+) -> LayerGraph:
+    """Trace ``model``, called with the example, into a :class:`LayerGraph`.
+
+    The model must be in eval mode. It is followed by torch.fx; failing that by torch.export; failing that by torch.fx
+    around the modules that cannot be followed, which stay whole. What ``torch.compile`` has wrapped is traced itself.
+    The example's tensors give shapes and dtypes only; no layer is computed, unless shapes depend on values. Dimension
+    0 of all input tensors is the batch when it has one size for all of them. ``leaf_modules`` names modules (paths or
+    classes) to keep whole, as one layer each.
+
+    Raises :class:`~torchsurgeon.errors.TraceError`: the model is in training mode, cannot be followed (the message
+    names the line and what to try), changes its own parameters or buffers while it runs, or has dropout left on.
+    Warns with :class:`UnrepeatableWarning` when it draws random numbers.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace takes an nn.Module, not {type(model).__name__}: trace(model, example)")
+    model = model._modules.get("_orig_mod") or model
+    _refuse_training(model)
+    with left_as_it_was(model):
+        return _traced(model, Call(model, example_args, example_kwargs), example_args, example_kwargs, leaf_modules)
+
+
+def _traced(
+    model: nn.Module,
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaf_modules: Collection[str | type[nn.Module]],
+) -> LayerGraph:
+    tensors = call.tensors(args, kwargs)
+    captured = capture(model, call, tensors, leaf_modules)
+    steps = captured.steps
+    try:
+        source: MetaModel = MetaModel(model)
+        shapes = propagate(steps, tensors, source)
+    except TraceError:
+        raise
+    except Exception:
+        # Some step needs values, not only shapes; then the example is run for real, and says itself what is wrong.
+        source = RealModel(model)
+        shapes = propagate(steps, tensors, source)
+    if settle_output(steps, shapes.values, tensors[0].device):
+        shapes = with_selections(steps, shapes)
+    sizes = {t.shape[0] if t.dim() else None for t in tensors}
+    more = None
+    if len(sizes) == 1 and None not in sizes and _any_batch(captured, tensors):
+        alike = [t if isinstance(source, RealModel) else t.detach().to("meta") for t in tensors]
+        more = _try_propagate(steps, [torch.cat([t[:1], t]) for t in alike], source, shapes)
+    _refuse_randomness([steps[i] for i in shapes.random])
+    flow = Flow(steps, shapes, model)
+    if not flow.layers:
+        raise TraceError(f"{type(model).__name__} computes nothing from its input: there is no layer to cut after")
+    specs = Specs(shapes, more, (next(iter(sizes)) if more is not None else 1) or 1, isinstance(source, RealModel))
+    return LayerGraph(model, call, captured, flow, specs)
+
+
+def _any_batch(captured: Captured, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the path the example took through the model's source is that of batches of other sizes, too."""
+    try:
+        for extra in (1, 1023):
+            more = [torch.empty((t.shape[0] + extra, *t.shape[1:]), dtype=t.dtype, device="meta") for t in tensors]
+            if captured.guard is not None:
+                captured.guard(more)
+    except TypeError:
+        return False
+    return True
+
+
+def _try_propagate(
+    steps: Sequence[Step], tensors: list[torch.Tensor], source: MetaModel, like: Shapes
+) -> Shapes | None:
+    """Return the shapes with one more sample, or None when the model does not take one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            more = propagate(steps, tensors, source, count_flops=False)
+    except Exception:
+        return None
+    for one, other in zip(like.values, more.values, strict=True):
+        pair = tensors_in(one), tensors_in(other)
+        if len(pair[0]) != len(pair[1]) or any(a.dim() != b.dim() for a, b in zip(*pair, strict=True)):
+            return None
+    return more
+
+
+class UnrepeatableWarning(UserWarning):
+    """The model answers differently from run to run, so no cut can give "the" answer."""
+
+
+def _refuse_randomness(drawing: list[Step]) -> None:
+    for step in drawing:
+        if "dropout" in step.type_name:
+            raise TraceError(
+                f"layer {step.name!r} drops values at random although the model is in eval mode: pass "
+                "training=self.training to it, or remove it"
+            )
+    if drawing:
+        names = ", ".join(repr(step.name) for step in drawing[:5])
+        warnings.warn(
+            f"{names} draw random numbers: the model's answers differ from run to run, and so do a split model's",
+            UnrepeatableWarning,
+            stacklevel=4,
+        )
+
+
+def _refuse_training(model: nn.Module) -> None:
+    name = next((path for path, module in model.named_modules() if module.training), None)
+    if name is not None:
+        what = f"submodule {name!r} of {type(model).__name__}" if name else type(model).__name__
+        raise TraceError(
+            f"{what} is in training mode: dropout and batch statistics would make head and tail give other answers "
+            "than the model; call model.eval() first"
+        )
