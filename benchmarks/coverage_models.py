@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon import specs
+from torchsurgeon.models import specs
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

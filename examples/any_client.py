@@ -14,7 +14,7 @@ import torch
 import tritonclient.http as triton
 
 import torchsurgeon as ts
-from torchsurgeon import specs
+from torchsurgeon.models import specs
 
 
 def ask(client: triton.InferenceServerClient, model: str, tensors: dict[str, np.ndarray]) -> np.ndarray:

@@ -10,7 +10,7 @@ import argparse
 import torch
 
 import torchsurgeon as ts
-from torchsurgeon import specs
+from torchsurgeon.models import specs
 
 
 def main() -> None:

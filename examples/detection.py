@@ -13,7 +13,7 @@ import contextlib
 import torch
 
 import torchsurgeon as ts
-from torchsurgeon import specs
+from torchsurgeon.models import specs
 
 SPEC = "torchvision:ssdlite320_mobilenet_v3_large"
 

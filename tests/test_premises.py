@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchsurgeon as ts
-from torchsurgeon.premises import Premises
+from torchsurgeon.models.premises import Premises
 
 X = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

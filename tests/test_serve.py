@@ -31,7 +31,7 @@ import torchsurgeon.serve.protocol
 from torchsurgeon import serve, wire
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import RequestRefusedError, ServerError, ServerUnavailableError, SpecError, TraceError
-from torchsurgeon.fingerprint import weight_digests
+from torchsurgeon.models.weights import weight_digests
 from torchsurgeon.profile import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.tracer import trace

@@ -17,9 +17,9 @@ import torch
 import torchvision
 from torch import nn
 
-from torchsurgeon import specs
 from torchsurgeon.errors import SpecError
-from torchsurgeon.fingerprint import tensor_digest, weight_digests
+from torchsurgeon.models import specs
+from torchsurgeon.models.weights import tensor_digest, weight_digests
 
 
 class Small(nn.Module):

@@ -40,7 +40,7 @@ class TorchSurgeonError(Exception):
 
 
 class TraceError(TorchSurgeonError):
-    """The model cannot be turned into a :class:`~torchsurgeon.tracing.graph.LayerGraph`."""
+    """The model cannot be turned into a :class:`~torchsurgeon.tracing.LayerGraph`."""
 
 
 class PartitionError(TorchSurgeonError, ValueError):

@@ -75,7 +75,7 @@ class SplitModule(nn.Module):
         backend: in its place, what makes the callable that runs the head, and the tail where it runs here, from its
             module; eager PyTorch by default.
         timeout_s: an inference that takes the server longer has failed.
-        leaf_modules: passed to :func:`~torchsurgeon.tracing.tracer.trace`.
+        leaf_modules: passed to :func:`~torchsurgeon.tracing.trace`.
 
     The first call, or :meth:`prepare`, shakes hands with the servers, so that only one with the same graph and weights
     is asked, and measures what ``"auto"`` needs. With ``fallback="local"`` a call never fails because of a server:
@@ -166,7 +166,7 @@ class SplitModule(nn.Module):
 
     @property
     def codec(self) -> Codec | Lossless:
-        """The codec of the boundary tensors. Assign a name; raises :class:`~torchsurgeon.errors.CodecError`."""
+        """The codec of the boundary tensors. Assign a name; raises :class:`~torchsurgeon.wire.CodecError`."""
         return self._engine.codec
 
     @codec.setter

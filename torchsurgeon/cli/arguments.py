@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils import _pytree
 
-from torchsurgeon import specs
 from torchsurgeon.errors import TorchSurgeonError
+from torchsurgeon.models import specs
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.tracer import trace
 

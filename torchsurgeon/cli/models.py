@@ -6,10 +6,10 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from torchsurgeon import specs
 from torchsurgeon.cli.arguments import model_arguments, traced
 from torchsurgeon.cli.screen import console
 from torchsurgeon.cutting import doctor
+from torchsurgeon.models import specs
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands

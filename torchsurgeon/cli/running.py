@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torchsurgeon import codec, specs
+from torchsurgeon import codec
 from torchsurgeon.cli.arguments import SPEC_HELP, pairs, port_number, whole_number
 from torchsurgeon.errors import TorchSurgeonError
+from torchsurgeon.models import specs
 from torchsurgeon.module import SplitModule
 
 if TYPE_CHECKING:

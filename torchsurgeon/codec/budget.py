@@ -21,7 +21,7 @@ class Budget:
     is any function of the model's own output and the one behind the codec, each as the model returns it, that says
     whether this sample is fine; ``min_accepted`` is the share of samples it must accept.
 
-    Raises :class:`~torchsurgeon.errors.CodecError` for a budget that asks for nothing, or that no codec could exceed.
+    Raises :class:`~torchsurgeon.wire.CodecError` for a budget that asks for nothing, or that no codec could exceed.
     """
 
     max_top1_change: float | None = None

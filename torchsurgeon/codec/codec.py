@@ -102,7 +102,7 @@ class Codec:
     ) -> Tensor:
         """Return the tensor that ``data`` stands for, in memory of its own: values are unpacked on ``device``.
 
-        Raises :class:`~torchsurgeon.errors.CodecError` for bytes that this codec cannot have made of such a tensor, and
+        Raises :class:`~torchsurgeon.wire.CodecError` for bytes that this codec cannot have made of such a tensor, and
         for a tensor of more than ``max_bytes``; nothing larger than the tensor is allocated on the way.
         """
         shape = tuple(shape)
@@ -140,7 +140,7 @@ class Codec:
 
 @lru_cache(maxsize=1024)
 def find_codec(name: str) -> Codec:
-    """Return the codec of this name. Raises :class:`~torchsurgeon.errors.CodecError`, listing the known ones."""
+    """Return the codec of this name. Raises :class:`~torchsurgeon.wire.CodecError`, listing the known ones."""
     base, plus, behind = name.partition("+")
     kind, dash, quality = base.partition("-")
     if name in ("raw", "zstd"):

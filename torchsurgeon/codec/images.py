@@ -53,7 +53,7 @@ def encode(kind: str, quality: int | None, tensor: Tensor) -> bytes:
 def decode(kind: str, data: memoryview, shape: Sequence[int]) -> Tensor:
     """Return the ``uint8`` tensor of this shape in ``data``; the counterpart of :func:`encode`.
 
-    Raises :class:`~torchsurgeon.errors.CodecError` for pictures of another size, format or number, or damaged ones; a
+    Raises :class:`~torchsurgeon.wire.CodecError` for pictures of another size, format or number, or damaged ones; a
     picture's pixels are made only when its size is the shape's.
     """
     *_, channels, height, width = shape

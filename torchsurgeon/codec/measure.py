@@ -46,7 +46,7 @@ def measure(
     With a ``budget`` the tail runs on what each lossy codec decoded, for every point and sample; without one no lossy
     codec is within budget.
 
-    Raises :class:`~torchsurgeon.errors.CodecError` for an unknown codec, no samples, or some unlike the example;
+    Raises :class:`~torchsurgeon.wire.CodecError` for an unknown codec, no samples, or some unlike the example;
     :class:`~torchsurgeon.errors.PartitionError` for a point the graph does not have.
     """
     if not samples:

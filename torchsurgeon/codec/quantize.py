@@ -105,7 +105,7 @@ def unpack(packing: str, data: Tensor, dtype: torch.dtype, shape: Sequence[int],
     """Return the contiguous tensor that ``data`` stands for; the counterpart of :func:`pack`.
 
     ``data`` has ``packed_bytes`` bytes; ``shape`` is as the tensor lies in memory. Raises
-    :class:`~torchsurgeon.errors.CodecError` for a low or a scale that cannot be.
+    :class:`~torchsurgeon.wire.CodecError` for a low or a scale that cannot be.
     """
     if packing in _HALVES:
         return data.view(_HALVES[packing]).to(dtype).reshape(shape)

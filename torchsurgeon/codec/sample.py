@@ -23,7 +23,7 @@ def image_sample(graph: LayerGraph, folder: str | Path, most: int = 32) -> list[
     inputs get its pixels, others those scaled to 0 … 1 and normalized with ImageNet's mean and deviation. With N above
     one, N images make a call; what is left over is not used.
 
-    Raises :class:`~torchsurgeon.errors.CodecError` for another kind of model, and a folder or image that cannot be
+    Raises :class:`~torchsurgeon.wire.CodecError` for another kind of model, and a folder or image that cannot be
     read.
     """
     batch, height, width = _image_size(graph)
@@ -44,7 +44,7 @@ def image_sample(graph: LayerGraph, folder: str | Path, most: int = 32) -> list[
 def image_call(graph: LayerGraph, path: str | Path) -> Tensor:
     """Return one image file as a call of the model, as :func:`image_sample` prepares it; a batch of the same image.
 
-    Raises :class:`~torchsurgeon.errors.CodecError` like :func:`image_sample`.
+    Raises :class:`~torchsurgeon.wire.CodecError` like :func:`image_sample`.
     """
     batch, height, width = _image_size(graph)
     return _prepared(graph, _pixels(Path(path), height, width).repeat(batch, 1, 1, 1))

@@ -104,7 +104,7 @@ class CodecTable:
     def allowed(self, point: int, codec: str) -> bool:
         """Return whether ``codec`` may be used at a point: it is lossless, or was measured within the budget.
 
-        Raises :class:`~torchsurgeon.errors.CodecError` when it was not measured there.
+        Raises :class:`~torchsurgeon.wire.CodecError` when it was not measured there.
         """
         for row in self.at(point):
             if row.cost.codec == codec:
@@ -113,7 +113,7 @@ class CodecTable:
         raise CodecError(f"codec {codec!r} was not measured at point {point}; measured there: {known}")
 
     def check(self, graph: LayerGraph) -> None:
-        """Raise :class:`~torchsurgeon.errors.CodecError` when this is not a table of ``graph`` and its batch size."""
+        """Raise :class:`~torchsurgeon.wire.CodecError` when this is not a table of ``graph`` and its batch size."""
         if self.fingerprint != graph.fingerprint:
             raise CodecError(
                 f"these codecs were measured on {self.model} (fingerprint {self.fingerprint[:12]}), not on "
@@ -132,7 +132,7 @@ class CodecTable:
 
     @staticmethod
     def from_json(data: Any) -> CodecTable:
-        """Return the table in ``data``. Raises :class:`~torchsurgeon.errors.CodecError` naming what is wrong."""
+        """Return the table in ``data``. Raises :class:`~torchsurgeon.wire.CodecError` naming what is wrong."""
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         if found != FORMAT:
             raise CodecError(f"not a codec table of this version: format is {found!r}, not {FORMAT!r}; measure again")
@@ -149,12 +149,12 @@ class CodecTable:
             raise CodecError(f"the codec table holds a value that is none: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write the table to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.CodecError` where it cannot be."""
+        """Write the table to ``path`` as JSON. Raises :class:`~torchsurgeon.wire.CodecError` where it cannot be."""
         json_file.write(path, self.to_json(), CodecError)
 
     @staticmethod
     def load(path: str | Path) -> CodecTable:
-        """Read a table. Raises :class:`~torchsurgeon.errors.CodecError` naming the file and what is wrong with it."""
+        """Read a table. Raises :class:`~torchsurgeon.wire.CodecError` naming the file and what is wrong with it."""
         return json_file.load(path, CodecTable.from_json, CodecError, "measure the codecs again")
 
 

@@ -40,7 +40,7 @@ def compress(data: memoryview) -> bytes:
 def decompress(frame: memoryview, size: int) -> Tensor:
     """Return the ``size`` bytes in ``frame`` as a ``uint8`` tensor of shape (size,).
 
-    Raises :class:`~torchsurgeon.errors.CodecError` for anything but one undamaged frame with a checksum that holds just
+    Raises :class:`~torchsurgeon.wire.CodecError` for anything but one undamaged frame with a checksum that holds just
     as many; nothing of the size it claims is allocated before that has been compared.
     """
     import zstandard

@@ -49,7 +49,7 @@ def examine(
 ) -> Diagnosis:
     """Trace ``model`` and find out what a user should know before splitting it. Runs the example twice.
 
-    Raises :class:`~torchsurgeon.errors.TraceError` as :func:`~torchsurgeon.tracing.tracer.trace` does.
+    Raises :class:`~torchsurgeon.errors.TraceError` as :func:`~torchsurgeon.tracing.trace` does.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -89,7 +89,7 @@ class Frontier:
         """Return the frontier of ``graph`` from the profiles of both sides and, where given, measured codecs.
 
         Raises :class:`~torchsurgeon.errors.ProfileError` for profiles of another graph or batch size, and
-        :class:`~torchsurgeon.errors.CodecError` for codecs of another graph.
+        :class:`~torchsurgeon.wire.CodecError` for codecs of another graph.
         """
         costs = Costs(graph, device, server)
         rows = costs.rows(codecs)

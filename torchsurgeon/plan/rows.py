@@ -49,7 +49,7 @@ class Row:
     layers: tuple[int, ...] | None = None
 
     def point(self, graph: LayerGraph) -> PartitionPoint:
-        """Return where to cut ``graph``, for :func:`~torchsurgeon.cutting.partition.cut`."""
+        """Return where to cut ``graph``, for :func:`~torchsurgeon.cutting.cut`."""
         return graph.point(self.index) if self.layers is None else graph.point_of(self.layers)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Costs:
         """Return every partition point with every codec that may be used there, from all on the server on.
 
         Lossy codecs are left out unless they were measured to keep an accuracy budget. ``raw`` is always there.
-        Raises :class:`~torchsurgeon.errors.CodecError` when ``codecs`` is of another graph.
+        Raises :class:`~torchsurgeon.wire.CodecError` when ``codecs`` is of another graph.
         """
         measured: dict[int, list[tuple[str, float, float, float, bool]]] = {}
         if codecs is not None:

@@ -27,7 +27,7 @@ def explorer(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
 
     The page decides as :meth:`Frontier.best` does among the ways that keep to the plan's constraints; with one codec
     chosen, among those with that codec and all on the device. It is about 5 MB, plotly.js most of it.
-    Raises :class:`~torchsurgeon.errors.TorchSurgeonError` when plotly is not installed or the file cannot be written.
+    Raises :class:`~torchsurgeon.cli.TorchSurgeonError` when plotly is not installed or the file cannot be written.
     """
     try:
         from plotly.offline import get_plotlyjs

@@ -134,7 +134,7 @@ def _caption(predictor: Predictor) -> str:
 
 def prediction_picture(graph: LayerGraph, predicted: LayerProfile, measured: LayerProfile, path: str | Path) -> None:
     """Draw each layer's predicted time over its measured one, and the whole model's, into a PNG (or whatever format
-    ``path`` ends in). Raises :class:`~torchsurgeon.errors.TorchSurgeonError` when matplotlib is not installed."""
+    ``path`` ends in). Raises :class:`~torchsurgeon.cli.TorchSurgeonError` when matplotlib is not installed."""
     for profile in (predicted, measured):
         profile.check(graph)
     figure = new_figure(8.6, 6.4)

@@ -14,7 +14,7 @@ from torchsurgeon.tracing.specs import TensorSpec
 def check_answer(
     graph: LayerGraph, specs: Sequence[TensorSpec], boundary: Sequence[Tensor], answered: Mapping[str, Tensor]
 ) -> None:
-    """Raise :class:`~torchsurgeon.errors.ProtocolError` for names, types or shapes that the outputs cannot have.
+    """Raise :class:`~torchsurgeon.wire.ProtocolError` for names, types or shapes that the outputs cannot have.
 
     ``boundary`` are the tensors that were sent, ``specs`` what they are.
     """

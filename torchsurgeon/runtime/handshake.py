@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, TraceError
-from torchsurgeon.fingerprint import Snapshot, WeightDigests, weight_digests
-from torchsurgeon.premises import Premises
+from torchsurgeon.models.premises import Premises
+from torchsurgeon.models.weights import Snapshot, WeightDigests, weight_digests
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.transport import Transport
 

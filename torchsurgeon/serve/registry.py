@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchsurgeon import specs, wire
+from torchsurgeon import wire
 from torchsurgeon.codec import codec_names
 from torchsurgeon.cutting.partition import check_shapes, tail_for
 from torchsurgeon.cutting.segment import Segment
@@ -29,7 +29,8 @@ from torchsurgeon.errors import (
     SpecError,
     TorchSurgeonError,
 )
-from torchsurgeon.fingerprint import identity, weight_digests
+from torchsurgeon.models import specs
+from torchsurgeon.models.weights import identity, weight_digests
 from torchsurgeon.module import SplitModule
 from torchsurgeon.profile import profile
 from torchsurgeon.tracing.call import call_of
@@ -370,7 +371,7 @@ class ModelRegistry:
     def load(
         self, name: str, spec: str, *, leaf_modules: Collection[str | type[nn.Module]] = (), **options: Any
     ) -> ServedModel:
-        """Load a SPEC (options as :func:`torchsurgeon.specs.load`) and serve it. Raises SpecError or TraceError."""
+        """Load a SPEC (options as :func:`torchsurgeon.models.load`) and serve it. Raises SpecError or TraceError."""
         self.announce(name)
         try:
             loaded = specs.load(spec, **options)

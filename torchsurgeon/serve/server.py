@@ -98,8 +98,8 @@ def run(
     """Serve models (name to SPEC) until interrupted; the process is then a server and nothing else.
 
     The port answers at once, with 503 for models that still load; ``say`` (by default ``print``) is given the line that
-    tells they are ready. ``weights`` and ``input_specs`` are by model name, as in :func:`torchsurgeon.specs.load`, and
-    ``leaf_modules`` as in :func:`torchsurgeon.tracing.tracer.trace`; ``profiler`` is as in :class:`ModelRegistry`.
+    tells they are ready. ``weights`` and ``input_specs`` are by model name, as in :func:`torchsurgeon.models.load`, and
+    ``leaf_modules`` as in :func:`torchsurgeon.tracing.trace`; ``profiler`` is as in :class:`ModelRegistry`.
     Raises ServerError when the address is taken, SpecError or TraceError when a model cannot be loaded.
     """
     tell = say or (lambda line: print(line, flush=True))

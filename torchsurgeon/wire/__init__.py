@@ -11,7 +11,7 @@ physical memory with the tensor parameter ``"dim_order"``: the permutation from 
 dimension. A request says with the parameter ``"dim_order": true`` that its sender understands the same in the answer;
 others get row-major answers. A tensor quantized per tensor travels as its integers (``UINT8``, ``INT8``, ``INT32``)
 with the tensor parameter ``"quantized": {"scale": …, "zero_point": …}``. A tensor in fewer bytes names its
-:class:`~torchsurgeon.codec.Codec` in the tensor parameter ``"codec"``; the request's parameter ``"output_codec"`` asks
+:class:`~torchsurgeon.wire.Codec` in the tensor parameter ``"codec"``; the request's parameter ``"output_codec"`` asks
 for one in the answer.
 
 The request's parameter ``"crc32": true`` says that its body ends in four bytes more, and asks for the same in a binary
@@ -20,7 +20,7 @@ in 65,536, and no other part of a message would tell that a tensor's bytes are n
 
 Specification: https://github.com/kserve/open-inference-protocol and the binary tensor data extension of
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
-Every malformed message is a :class:`~torchsurgeon.errors.ProtocolError` that says what is wrong with it.
+Every malformed message is a :class:`~torchsurgeon.wire.ProtocolError` that says what is wrong with it.
 """
 
 from __future__ import annotations

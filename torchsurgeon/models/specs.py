@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from torchsurgeon.errors import SpecError
-from torchsurgeon.exported import load_exported
+from torchsurgeon.models.exported import load_exported
 
 _INPUT = re.compile(r"\s*(?:(?P<name>\w+)\s*:\s*)?(?P<dtype>[a-z]\w*)\s*\[(?P<shape>[\d\s,]*)\]\s*(?:[,;]|$)")
 _MAX_EXAMPLE_ELEMENTS = 1 << 30
