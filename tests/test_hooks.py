@@ -12,7 +12,7 @@ import torch
 
 from torchsurgeon import hooks
 from torchsurgeon.errors import NativeUnavailableError
-from torchsurgeon.kernels import OUTSIDE, KernelTrace, Span, attribute
+from torchsurgeon.hooks.attribution import OUTSIDE, KernelTrace, Span, attribute
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,7 +20,6 @@ ROOMS = [
     "allocator",
     "tracing",
     "cutting",
-    "kernels",
     "hooks",
     "meters",
     "profile",

@@ -15,7 +15,7 @@ import torch
 
 from torchsurgeon import _native
 from torchsurgeon.errors import NativeUnavailableError
-from torchsurgeon.hooks import Source, SpanRecorder
+from torchsurgeon.hooks.recorder import Source, SpanRecorder
 
 ROOT = Path(__file__).parent.parent
 NO_DRIVER = -3

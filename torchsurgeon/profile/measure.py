@@ -21,7 +21,7 @@ from torchsurgeon import hooks
 from torchsurgeon.allocator import keep_freed_memory
 from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.errors import MeterError, ProfileError
-from torchsurgeon.kernels import KernelTrace, LayerSpan
+from torchsurgeon.hooks.attribution import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.profile.joules import layer_energy
 from torchsurgeon.profile.memory import layer_memory

@@ -1,18 +1,4 @@
-"""Which CUDA kernels each layer launched, and how long they ran on the device.
-
-::
-
-    with ts.hooks.kernel_trace() as trace:
-        model(x)
-    print(trace.table())
-    trace.save("trace.json")        # ui.perfetto.dev opens it
-
-Modules called while a trace runs are layers by themselves, named by their path in the outermost module that was called.
-Heads, tails and :func:`torchsurgeon.profile` name theirs as the graph does, functions included. Code that runs a model
-by other means names its layers with :func:`layer_range`, or, in a loop that must stay cheap, with what :func:`active`
-returns. Names given so outrank those found inside them. Kernels are attributed by CUPTI's external correlation ids, not
-by their times.
-"""
+"""Records spans of layers and of CUDA kernels: the ranges that name layers, and the trace of a block of code."""
 
 from __future__ import annotations
 
@@ -31,20 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torchsurgeon import _native
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import NativeUnavailableError
-from torchsurgeon.kernels import Kernel, KernelTrace, LayerSpan, Span, attribute
+from torchsurgeon.hooks.attribution import KernelTrace, Span, attribute
 from torchsurgeon.tracing.step import Environment, Step
-
-__all__ = [
-    "Kernel",
-    "KernelTrace",
-    "LayerRanges",
-    "LayerSpan",
-    "Source",
-    "SpanRecorder",
-    "active",
-    "kernel_trace",
-    "layer_range",
-]
 
 _PURPOSE = "tracing CUDA kernels"
 _INSUFFICIENT_PRIVILEGES, _MULTIPLE_SUBSCRIBERS = (35, 40), 39
