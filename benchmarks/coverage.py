@@ -450,7 +450,7 @@ def table_row(row: dict[str, Any]) -> str:
 def environment() -> dict[str, Any]:
     from importlib.metadata import version
 
-    from torchsurgeon.profile import provenance
+    from torchsurgeon.profiling import provenance
 
     found = {"packages": {name: version(name) for name in ("torchvision", "transformers", "timm")}}
     return {**provenance(), "threads": 1, **found}

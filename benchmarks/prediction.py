@@ -36,7 +36,7 @@ from torchsurgeon.predict.operations import operations
 from torchsurgeon.predict.predictor import moved_bytes
 from torchsurgeon.predict.regression import HeldOut
 from torchsurgeon.predict.samples import Sample, SampleTable
-from torchsurgeon.profile import NoisyProfileWarning, provenance
+from torchsurgeon.profiling import NoisyProfileWarning, provenance
 
 TORCHVISION = (
     "alexnet", "vgg16", "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "densenet121",

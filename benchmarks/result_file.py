@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchsurgeon.profile import provenance
+from torchsurgeon.profiling import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -21,7 +21,7 @@ from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
 from torchsurgeon.plan import Frontier, Row
 from torchsurgeon.plan.decide import choose
 from torchsurgeon.plan.explain import place
-from torchsurgeon.profile import LayerEnergy, LayerProfile
+from torchsurgeon.profiling import LayerEnergy, LayerProfile
 from torchsurgeon.report.explorer import ANY_CODEC, page_data, with_codec
 
 # Names of layers that would be more than text in a page, in Plotly's texts or in a template. Names hold no dots.

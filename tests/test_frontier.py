@@ -25,7 +25,7 @@ from torchsurgeon.cutting.partition import cut
 from torchsurgeon.plan import Frontier, Objective, sets
 from torchsurgeon.plan.mincut import MinimumCut
 from torchsurgeon.plan.rows import Costs, lower_hull
-from torchsurgeon.profile import LayerEnergy, LayerProfile
+from torchsurgeon.profiling import LayerEnergy, LayerProfile
 
 torch.set_num_threads(1)
 # Shrinking whole models takes minutes.

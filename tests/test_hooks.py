@@ -333,7 +333,7 @@ def test_a_profile_takes_its_times_from_the_gpus_events(fake_gpu: Path) -> None:
         fake_gpu,
         """
         import torchsurgeon as ts
-        from torchsurgeon.profile.measure import ModelRun
+        from torchsurgeon.profiling.measure import ModelRun
         torch.cuda.current_stream = lambda: type("Stream", (), {"cuda_stream": 0})()
         graph = ts.trace(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()).eval(), torch.rand(1))
         run = ModelRun(graph, torch.device("cpu"), None)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 
 
 @pytest.fixture(scope="module")

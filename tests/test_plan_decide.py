@@ -19,7 +19,7 @@ import torchsurgeon as ts
 from torchsurgeon import cli
 from torchsurgeon.plan import Constraints, Objective, sweep
 from torchsurgeon.plan.rows import Costs
-from torchsurgeon.profile import LayerEnergy, LayerProfile
+from torchsurgeon.profiling import LayerEnergy, LayerProfile
 
 torch.set_num_threads(1)
 WIDTHS = [30, 200, 5, 80, 3, 40, 10]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.profile import LayerEnergy, LayerProfile
+from torchsurgeon.profiling import LayerEnergy, LayerProfile
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ import torchsurgeon as ts
 from torchsurgeon.meters import EnergyMeter, Reading
 from torchsurgeon.predict import calibration, pulse
 from torchsurgeon.predict.nets import random_net
-from torchsurgeon.profile import joules
+from torchsurgeon.profiling import joules
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torchsurgeon.ThrottledWarning"),

@@ -19,7 +19,7 @@ import torchsurgeon as ts
 from torchsurgeon import cli, meters, report
 from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.cutting.segment import Segment
-from torchsurgeon.profile import find_device, joules, layer_trace, measure
+from torchsurgeon.profiling import find_device, joules, layer_trace, measure
 from torchsurgeon.tracing.step import Environment, Step
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")

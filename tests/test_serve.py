@@ -32,7 +32,7 @@ from torchsurgeon import serve, wire
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import RequestRefusedError, ServerError, ServerUnavailableError, SpecError, TraceError
 from torchsurgeon.models.weights import weight_digests
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.tracer import trace
 from torchsurgeon.transport import HttpTransport, InProcessTransport, Transport

@@ -59,7 +59,7 @@ from torchsurgeon.predict import (
     reference_device,
     reference_devices,
 )
-from torchsurgeon.profile import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
+from torchsurgeon.profiling import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
 from torchsurgeon.runtime import Inference, MismatchWarning, UnknownEnergyWarning, measure_link
 from torchsurgeon.tracing.adapters import Adapter, opaque, register_adapter
 from torchsurgeon.tracing.graph import LayerGraph

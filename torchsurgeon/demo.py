@@ -35,7 +35,7 @@ from torchsurgeon.emulate import SlowDevice
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.module import SplitModule
 from torchsurgeon.plan import Estimate, best
-from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, profile
+from torchsurgeon.profiling import LayerProfile, NoisyProfileWarning, profile
 from torchsurgeon.report import bytes_text, estimate_table, layer_picture, point_text, seconds_text
 from torchsurgeon.runtime import measure_link
 from torchsurgeon.tracing.graph import LayerGraph

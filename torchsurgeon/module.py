@@ -21,7 +21,7 @@ from torchsurgeon.codec import Codec, CodecTable, find_codec
 from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Estimate, Objective, Row, estimate
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime import Backend, Done, Engine, Inference, Pending, Rest
 from torchsurgeon.runtime import work as works
 from torchsurgeon.runtime.compiled import compiler

@@ -25,7 +25,7 @@ import torchsurgeon as ts
 from torchsurgeon import _native, hooks, meters
 from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.profile import layer_trace, provenance
+from torchsurgeon.profiling import layer_trace, provenance
 
 MODELS = ("alexnet", "resnet50", "vit_b_16")
 CHAIN = 200

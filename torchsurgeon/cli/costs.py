@@ -15,7 +15,7 @@ from torchsurgeon.cli.arguments import model_arguments, pairs, traced, whole_num
 from torchsurgeon.cli.screen import console, progress, warn
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.predict import PredictionWarning, Predictor, ThrottledWarning, calibrate, load_device
-from torchsurgeon.profile import LayerProfile, NoisyProfileWarning, find_device, layer_trace, profile
+from torchsurgeon.profiling import LayerProfile, NoisyProfileWarning, find_device, layer_trace, profile
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands

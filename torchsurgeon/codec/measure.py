@@ -16,7 +16,7 @@ from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import CodecError
-from torchsurgeon.profile.origin import device_of, provenance
+from torchsurgeon.profiling.origin import device_of, provenance
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 

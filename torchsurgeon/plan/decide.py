@@ -16,7 +16,7 @@ from torchsurgeon.plan.objective import Constraints, Objective
 from torchsurgeon.plan.rows import Costs, Row
 from torchsurgeon.plan.sets import across_branches
 from torchsurgeon.plan.stages import ChainPlan, plan_chain
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 

@@ -23,7 +23,7 @@ from torchsurgeon.link import Link
 from torchsurgeon.plan.objective import Objective
 from torchsurgeon.plan.rows import Array, Costs, Row, columns, lower_hull, non_dominated
 from torchsurgeon.plan.sets import across_branches
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 
 FORMAT = "torchsurgeon.frontier/1"

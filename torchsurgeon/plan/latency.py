@@ -11,7 +11,7 @@ import numpy as np
 
 from torchsurgeon.errors import PartitionError
 from torchsurgeon.link import Link
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 

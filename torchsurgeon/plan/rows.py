@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import ProfileError
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 

@@ -15,7 +15,7 @@ from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
 from torchsurgeon.plan.objective import Objective
 from torchsurgeon.plan.rows import Array, Costs
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 

@@ -33,9 +33,9 @@ from torchsurgeon.predict.pulse import Pulse
 from torchsurgeon.predict.regression import HeldOut, out_of_fold
 from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
 from torchsurgeon.predict.sweep import Candidate, candidates, sweep_kinds
-from torchsurgeon.profile.joules import layer_energy
-from torchsurgeon.profile.measure import ModelRun
-from torchsurgeon.profile.origin import find_device, provenance
+from torchsurgeon.profiling.joules import layer_energy
+from torchsurgeon.profiling.measure import ModelRun
+from torchsurgeon.profiling.origin import find_device, provenance
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.tracer import trace
 

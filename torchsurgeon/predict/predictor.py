@@ -20,7 +20,7 @@ from torchsurgeon.predict.operations import operations
 from torchsurgeon.predict.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
 from torchsurgeon.predict.roofline import Roofline, fit_roofline
 from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, read_csv, tables
-from torchsurgeon.profile.record import LayerEnergy, LayerProfile
+from torchsurgeon.profiling.record import LayerEnergy, LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import Layer
 

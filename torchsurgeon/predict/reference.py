@@ -12,7 +12,7 @@ from pathlib import Path
 from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.predict.predictor import Predictor
-from torchsurgeon.profile.record import LayerProfile
+from torchsurgeon.profiling.record import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 
 

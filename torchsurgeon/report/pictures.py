@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.report.runs import layer_runs, run_labels
 from torchsurgeon.report.units import seconds_text
 from torchsurgeon.tracing.graph import LayerGraph

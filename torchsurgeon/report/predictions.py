@@ -11,7 +11,7 @@ from rich.table import Table
 
 from torchsurgeon.predict import Predictor
 from torchsurgeon.predict.operations import layer_kinds
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.report.narrow import Fitting, Name
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_figure, plain, save_figure
 from torchsurgeon.report.units import joules_text, seconds_text

@@ -15,7 +15,7 @@ from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Frontier, Objective, Row
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 

@@ -21,7 +21,7 @@ from torchsurgeon.codec import Codec, CodecTable
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Battery, Objective, Row
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime import telemetry
 from torchsurgeon.runtime import work as works
 from torchsurgeon.runtime.choice import Goal, Way

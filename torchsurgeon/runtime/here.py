@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchsurgeon.adapt import Quantity, SlowdownEstimator
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.parts import Parts
 from torchsurgeon.runtime.work import Inference

@@ -23,7 +23,7 @@ from torchsurgeon.errors import (
     ServerUnavailableError,
 )
 from torchsurgeon.link import Link
-from torchsurgeon.profile import LayerProfile
+from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime.choice import Adaptive
 from torchsurgeon.runtime.handshake import Ours, shake_hands
 from torchsurgeon.runtime.inference import seconds

@@ -15,7 +15,7 @@ from torchsurgeon.adapt import SURE
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.plan import Frontier, Objective
-from torchsurgeon.profile import LayerProfile, profile
+from torchsurgeon.profiling import LayerProfile, profile
 from torchsurgeon.runtime.choice import Adaptive, Goal
 from torchsurgeon.runtime.measure import measure_link
 from torchsurgeon.runtime.peer import Failure, Peer

@@ -32,7 +32,7 @@ from torchsurgeon.errors import (
 from torchsurgeon.models import specs
 from torchsurgeon.models.weights import identity, weight_digests
 from torchsurgeon.module import SplitModule
-from torchsurgeon.profile import profile
+from torchsurgeon.profiling import profile
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import TensorSpec

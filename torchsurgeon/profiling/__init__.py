@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torchsurgeon.profile.measure import NoisyProfileWarning, example_inputs, layer_trace, profile
-from torchsurgeon.profile.origin import find_device, provenance
-from torchsurgeon.profile.record import LayerEnergy, LayerProfile
+from torchsurgeon.profiling.measure import NoisyProfileWarning, example_inputs, layer_trace, profile
+from torchsurgeon.profiling.origin import find_device, provenance
+from torchsurgeon.profiling.record import LayerEnergy, LayerProfile
 
 __all__ = [
     "LayerEnergy",

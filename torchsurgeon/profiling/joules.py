@@ -19,7 +19,7 @@ import torch
 
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.meters import EnergyEstimate, EnergyMeter, EnergySampler
-from torchsurgeon.profile.record import Array, LayerEnergy
+from torchsurgeon.profiling.record import Array, LayerEnergy
 from torchsurgeon.tracing.step import Environment, Step
 
 _SPANS = 5
