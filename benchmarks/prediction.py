@@ -31,11 +31,11 @@ from torchvision.models import get_model
 
 import torchsurgeon as ts
 from torchsurgeon.link import PRESETS
-from torchsurgeon.predict.kinds import KINDS
-from torchsurgeon.predict.operations import operations
-from torchsurgeon.predict.predictor import moved_bytes
-from torchsurgeon.predict.regression import HeldOut
-from torchsurgeon.predict.samples import Sample, SampleTable
+from torchsurgeon.prediction.kinds import KINDS
+from torchsurgeon.prediction.operations import operations
+from torchsurgeon.prediction.predictor import moved_bytes
+from torchsurgeon.prediction.regression import HeldOut
+from torchsurgeon.prediction.samples import Sample, SampleTable
 from torchsurgeon.profiling import NoisyProfileWarning, provenance
 
 TORCHVISION = (

@@ -19,8 +19,8 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.meters import EnergyMeter, Reading
-from torchsurgeon.predict import calibration, pulse
-from torchsurgeon.predict.nets import random_net
+from torchsurgeon.prediction import calibration, pulse
+from torchsurgeon.prediction.nets import random_net
 from torchsurgeon.profiling import joules
 
 pytestmark = [

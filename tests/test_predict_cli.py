@@ -14,8 +14,8 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import cli
-from torchsurgeon.predict.kinds import KINDS
-from torchsurgeon.predict.samples import read_csv
+from torchsurgeon.prediction.kinds import KINDS
+from torchsurgeon.prediction.samples import read_csv
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning"),

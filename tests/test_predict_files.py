@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import torchsurgeon as ts
-from torchsurgeon.predict.kinds import KINDS
-from torchsurgeon.predict.samples import read_csv
+from torchsurgeon.prediction.kinds import KINDS
+from torchsurgeon.prediction.samples import read_csv
 
 HEADER = "in_channels,out_channels,in_size,out_size,kernel,ms"
 

@@ -14,8 +14,8 @@ from torch import nn
 from torchvision.models import get_model
 
 import torchsurgeon as ts
-from torchsurgeon.predict.kinds import KINDS, Operation
-from torchsurgeon.predict.operations import layer_kinds, operations
+from torchsurgeon.prediction.kinds import KINDS, Operation
+from torchsurgeon.prediction.operations import layer_kinds, operations
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*enable_nested_tensor.*:UserWarning"),

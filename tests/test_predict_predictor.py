@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.predict import costs_on, load_device
-from torchsurgeon.predict.kinds import KINDS, Operation
-from torchsurgeon.predict.predictor import BlockCorrection
-from torchsurgeon.predict.samples import Sample, SampleTable
+from torchsurgeon.prediction import costs_on, load_device
+from torchsurgeon.prediction.kinds import KINDS, Operation
+from torchsurgeon.prediction.predictor import BlockCorrection
+from torchsurgeon.prediction.samples import Sample, SampleTable
 
 PEAK_FLOP_S, BANDWIDTH_BYTE_S, CALL_S = 50e9, 10e9, 3e-6
 

@@ -51,7 +51,7 @@ from torchsurgeon.plan import (
     estimate,
     plan,
 )
-from torchsurgeon.predict import (
+from torchsurgeon.prediction import (
     PredictionWarning,
     Predictor,
     ThrottledWarning,

@@ -14,7 +14,7 @@ from torchsurgeon import codec
 from torchsurgeon.cli.arguments import model_arguments, pairs, traced, whole_number
 from torchsurgeon.cli.screen import console, progress, warn
 from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.predict import PredictionWarning, Predictor, ThrottledWarning, calibrate, load_device
+from torchsurgeon.prediction import PredictionWarning, Predictor, ThrottledWarning, calibrate, load_device
 from torchsurgeon.profiling import LayerProfile, NoisyProfileWarning, find_device, layer_trace, profile
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.link import Link
 from torchsurgeon.plan import Frontier, plan, sweep
-from torchsurgeon.predict import PredictionWarning, costs_on
+from torchsurgeon.prediction import PredictionWarning, costs_on
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands

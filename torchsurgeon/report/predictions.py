@@ -9,8 +9,8 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from torchsurgeon.predict import Predictor
-from torchsurgeon.predict.operations import layer_kinds
+from torchsurgeon.prediction import Predictor
+from torchsurgeon.prediction.operations import layer_kinds
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.report.narrow import Fitting, Name
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_figure, plain, save_figure

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchsurgeon.predict.kinds import Operation
+from torchsurgeon.prediction.kinds import Operation
 
 
 def fused_attention(

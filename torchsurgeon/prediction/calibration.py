@@ -24,15 +24,15 @@ from torch import nn
 from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
-from torchsurgeon.predict.damage import DAMAGE, numbers
-from torchsurgeon.predict.kinds import KINDS, Array
-from torchsurgeon.predict.nets import random_net, settle
-from torchsurgeon.predict.operations import operations
-from torchsurgeon.predict.predictor import FORMAT, BlockCorrection, Predictor, moved_bytes
-from torchsurgeon.predict.pulse import Pulse
-from torchsurgeon.predict.regression import HeldOut, out_of_fold
-from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
-from torchsurgeon.predict.sweep import Candidate, candidates, sweep_kinds
+from torchsurgeon.prediction.damage import DAMAGE, numbers
+from torchsurgeon.prediction.kinds import KINDS, Array
+from torchsurgeon.prediction.nets import random_net, settle
+from torchsurgeon.prediction.operations import operations
+from torchsurgeon.prediction.predictor import FORMAT, BlockCorrection, Predictor, moved_bytes
+from torchsurgeon.prediction.pulse import Pulse
+from torchsurgeon.prediction.regression import HeldOut, out_of_fold
+from torchsurgeon.prediction.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
+from torchsurgeon.prediction.sweep import Candidate, candidates, sweep_kinds
 from torchsurgeon.profiling.joules import layer_energy
 from torchsurgeon.profiling.measure import ModelRun
 from torchsurgeon.profiling.origin import find_device, provenance
@@ -78,7 +78,7 @@ def calibrate(
     meter: EnergyMeter | str | None = "auto",
     progress: Progress | None = None,
 ) -> Predictor:
-    """Return a :class:`~torchsurgeon.predict.Predictor` of ``device``, after timing layers on it for ``budget_s``.
+    """Return a :class:`~torchsurgeon.prediction.Predictor` of ``device``, after timing layers on it for ``budget_s``.
 
     With ``out`` the predictor is written there, and until it is done what has been measured so far: called again with
     the same ``out`` after an interruption, or with a larger budget, it goes on. Where a whole calibration has had the

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
-from torchsurgeon.predict.damage import DAMAGE, damaged, numbers
-from torchsurgeon.predict.kinds import KINDS, Array, Operation
-from torchsurgeon.predict.operations import operations
-from torchsurgeon.predict.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
-from torchsurgeon.predict.roofline import Roofline, fit_roofline
-from torchsurgeon.predict.samples import FEWEST_SAMPLES, Sample, SampleTable, read_csv, tables
+from torchsurgeon.prediction.damage import DAMAGE, damaged, numbers
+from torchsurgeon.prediction.kinds import KINDS, Array, Operation
+from torchsurgeon.prediction.operations import operations
+from torchsurgeon.prediction.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
+from torchsurgeon.prediction.roofline import Roofline, fit_roofline
+from torchsurgeon.prediction.samples import FEWEST_SAMPLES, Sample, SampleTable, read_csv, tables
 from torchsurgeon.profiling.record import LayerEnergy, LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import Layer
@@ -130,7 +130,7 @@ class Predictor:
     def from_csv(files: Mapping[str, str | Path], name: str = "an unnamed device") -> Predictor:
         """Return the predictor fitted to measurements taken elsewhere: a CSV file a kind of layer.
 
-        :func:`~torchsurgeon.predict.samples.read_csv` says what they hold. Raises
+        :func:`~torchsurgeon.prediction.samples.read_csv` says what they hold. Raises
         :class:`~torchsurgeon.errors.CalibrationError` naming file and line.
         """
         found = [sample for kind, path in files.items() for sample in read_csv(kind, path)]

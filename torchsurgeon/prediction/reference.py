@@ -11,14 +11,14 @@ from pathlib import Path
 
 from torchsurgeon import json_file
 from torchsurgeon.errors import CalibrationError
-from torchsurgeon.predict.predictor import Predictor
+from torchsurgeon.prediction.predictor import Predictor
 from torchsurgeon.profiling.record import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 
 
 def reference_devices() -> tuple[str, ...]:
     """Return the names that :func:`reference_device` takes, in alphabetical order."""
-    files = resources.files("torchsurgeon.predict").joinpath("devices").iterdir()
+    files = resources.files("torchsurgeon.prediction").joinpath("devices").iterdir()
     return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
 
 
@@ -30,7 +30,7 @@ def reference_device(name: str) -> Predictor:
     names = reference_devices()
     if name not in names:
         raise CalibrationError(f"there is no reference device {name!r}; there are {', '.join(names)}")
-    with resources.as_file(resources.files("torchsurgeon.predict").joinpath("devices", f"{name}.json")) as path:
+    with resources.as_file(resources.files("torchsurgeon.prediction").joinpath("devices", f"{name}.json")) as path:
         return Predictor.load(path)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon.errors import CalibrationError
-from torchsurgeon.predict.kinds import KINDS, Array, Kind, Operation
+from torchsurgeon.prediction.kinds import KINDS, Array, Kind, Operation
 
 FEWEST_SAMPLES = 20
 # Relative errors are fitted, and nothing may overflow when divided by these.

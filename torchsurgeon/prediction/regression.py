@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from torchsurgeon.predict.kinds import Array, features
-from torchsurgeon.predict.samples import SampleTable
+from torchsurgeon.prediction.kinds import Array, features
+from torchsurgeon.prediction.samples import SampleTable
 
 _FOLDS = 5
 _INTERVAL = (0.05, 0.95)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from torchsurgeon.predict.calls import VIEW, described, is_known, unknown
-from torchsurgeon.predict.kinds import KINDS, Operation
+from torchsurgeon.prediction.calls import VIEW, described, is_known, unknown
+from torchsurgeon.prediction.kinds import KINDS, Operation
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.shapes import MetaModel, tensors_in
 from torchsurgeon.tracing.step import Step, function_name, map_refs

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from torchsurgeon.predict.blocks import (
+from torchsurgeon.prediction.blocks import (
     Activation,
     Attention,
     Branches,

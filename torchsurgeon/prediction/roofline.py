@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from torchsurgeon.predict.kinds import Array
-from torchsurgeon.predict.samples import SampleTable
+from torchsurgeon.prediction.kinds import Array
+from torchsurgeon.prediction.samples import SampleTable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchsurgeon.predict.damage import numbers
+from torchsurgeon.prediction.damage import numbers
 
 # A probe this much slower than the quickest quarter of probes means that the device throttles or is busy.
 _THROTTLED, _LONGEST_PAUSE_S = 1.3, 10.0

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from torchsurgeon.predict import composites
-from torchsurgeon.predict.kinds import Operation
+from torchsurgeon.prediction import composites
+from torchsurgeon.prediction.kinds import Operation
 from torchsurgeon.tracing.shapes import storage_of, tensors_in
 
 Describe = Callable[..., "Operation | Sequence[Operation]"]
