@@ -27,8 +27,8 @@ from result_file import RESULTS, write
 
 from torchsurgeon.adapt import Decider, Estimates, Servers, ServerState, SlowdownEstimator, rescue
 from torchsurgeon.link import BandwidthTrace, Link
-from torchsurgeon.plan.frontier import Frontier
-from torchsurgeon.plan.rows import Row
+from torchsurgeon.planning.frontier import Frontier
+from torchsurgeon.planning.rows import Row
 
 BLOCK = 200
 ANSWER_BYTES = 4000

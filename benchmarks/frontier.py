@@ -37,9 +37,9 @@ from result_file import RESULTS, write
 
 import torchsurgeon as ts
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
-from torchsurgeon.plan.mincut import MinimumCut
-from torchsurgeon.plan.rows import Costs, columns
-from torchsurgeon.plan.sets import Units
+from torchsurgeon.planning.mincut import MinimumCut
+from torchsurgeon.planning.rows import Costs, columns
+from torchsurgeon.planning.sets import Units
 
 MODELS = ("alexnet", "resnet50", "googlenet", "maxvit_t")
 CODECS = (

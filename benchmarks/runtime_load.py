@@ -34,7 +34,7 @@ from torchsurgeon.demo import Photograph, photo
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.errors import ServerError
 from torchsurgeon.link import PRESETS
-from torchsurgeon.plan import Frontier
+from torchsurgeon.planning import Frontier
 from torchsurgeon.transport import HttpTransport
 
 LOADS = (0.0, 0.3, 0.6, 0.9, 0.6, 0.3, 0.0)

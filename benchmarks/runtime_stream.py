@@ -28,7 +28,7 @@ from tail_process import TailProcess, two_cores
 import torchsurgeon as ts
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS
-from torchsurgeon.plan import Frontier
+from torchsurgeon.planning import Frontier
 from torchsurgeon.transport import HttpTransport
 
 LINKS = ("3g", "lte", "wifi")

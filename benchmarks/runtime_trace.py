@@ -39,7 +39,7 @@ import torchsurgeon as ts
 from torchsurgeon.demo import Photograph, photo
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS, BandwidthTrace, TracedLink
-from torchsurgeon.plan import Frontier, Row
+from torchsurgeon.planning import Frontier, Row
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, RED, new_figure
 from torchsurgeon.transport import HttpTransport
 

@@ -18,9 +18,9 @@ from torch import nn
 import torchsurgeon as ts
 from torchsurgeon import cli, report
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
-from torchsurgeon.plan import Frontier, Row
-from torchsurgeon.plan.decide import choose
-from torchsurgeon.plan.explain import place
+from torchsurgeon.planning import Frontier, Row
+from torchsurgeon.planning.decide import choose
+from torchsurgeon.planning.plans import place
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
 from torchsurgeon.report.explorer import ANY_CODEC, page_data, with_codec
 

@@ -22,9 +22,9 @@ from torch import nn
 import torchsurgeon as ts
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable
 from torchsurgeon.cutting.partition import cut
-from torchsurgeon.plan import Frontier, Objective, sets
-from torchsurgeon.plan.mincut import MinimumCut
-from torchsurgeon.plan.rows import Costs, lower_hull
+from torchsurgeon.planning import Frontier, Objective, sets
+from torchsurgeon.planning.mincut import MinimumCut
+from torchsurgeon.planning.rows import Costs, lower_hull
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
 
 torch.set_num_threads(1)

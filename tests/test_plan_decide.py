@@ -17,8 +17,8 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import cli
-from torchsurgeon.plan import Constraints, Objective, sweep
-from torchsurgeon.plan.rows import Costs
+from torchsurgeon.planning import Constraints, Objective, sweep
+from torchsurgeon.planning.rows import Costs
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
 
 torch.set_num_threads(1)

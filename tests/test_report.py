@@ -16,7 +16,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import report
-from torchsurgeon.plan.rows import Costs
+from torchsurgeon.planning.rows import Costs
 from torchsurgeon.profiling import LayerEnergy
 from torchsurgeon.report.narrow import Fitting
 from torchsurgeon.report.runs import MOST_RUNS, cut_runs, layer_runs, run_labels

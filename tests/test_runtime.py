@@ -18,7 +18,7 @@ from torch import nn
 import torchsurgeon as ts
 from torchsurgeon.cutting.partition import Head
 from torchsurgeon.emulate import LinkEmulator
-from torchsurgeon.plan import Battery
+from torchsurgeon.planning import Battery
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.transport import Answer, HttpTransport, Transport
 

@@ -36,7 +36,7 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.link import BandwidthTrace, Link, Radio
 from torchsurgeon.module import SplitModule
-from torchsurgeon.plan import (
+from torchsurgeon.planning import (
     ChainPlan,
     Constraints,
     Crossover,

@@ -34,7 +34,7 @@ from torch import nn
 from torchsurgeon.emulate import SlowDevice
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.module import SplitModule
-from torchsurgeon.plan import Estimate, best
+from torchsurgeon.planning import Estimate, best
 from torchsurgeon.profiling import LayerProfile, NoisyProfileWarning, profile
 from torchsurgeon.report import bytes_text, estimate_table, layer_picture, point_text, seconds_text
 from torchsurgeon.runtime import measure_link

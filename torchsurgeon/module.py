@@ -20,7 +20,7 @@ from torchsurgeon.adapt import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
 from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError
 from torchsurgeon.link import Link
-from torchsurgeon.plan import Battery, Estimate, Objective, Row, estimate
+from torchsurgeon.planning import Battery, Estimate, Objective, Row, estimate
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime import Backend, Done, Engine, Inference, Pending, Rest
 from torchsurgeon.runtime import work as works
@@ -54,7 +54,7 @@ class SplitModule(nn.Module):
             :class:`~torchsurgeon.tracing.PartitionPoint` of this model; ``"device"`` or ``"server"`` for everything
             on one side, a partition index, or the name of the last layer to run here.
         objective: what ``"auto"`` makes small: ``"latency"``, ``"energy"``, …, an
-            :class:`~torchsurgeon.plan.Objective`, or ``Objective.battery(level)``. Energy needs a ``device_profile``
+            :class:`~torchsurgeon.Objective`, or ``Objective.battery(level)``. Energy needs a ``device_profile``
             with joules, given or metered here, and a ``link`` with a radio. What is given and does not tell it raises
             :class:`~torchsurgeon.errors.PlanError`; what turns out not to warns once with
             :class:`~torchsurgeon.runtime.UnknownEnergyWarning`, and latency is made small.

@@ -14,7 +14,7 @@ from torchsurgeon.cli.screen import console, warn
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.link import Link
-from torchsurgeon.plan import Frontier, plan, sweep
+from torchsurgeon.planning import Frontier, plan, sweep
 from torchsurgeon.prediction import PredictionWarning, costs_on
 
 if TYPE_CHECKING:

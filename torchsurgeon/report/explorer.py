@@ -12,8 +12,8 @@ from typing import Any
 
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.link import PRESETS, Link
-from torchsurgeon.plan import Frontier, Objective, Plan, Row
-from torchsurgeon.plan.explain import place
+from torchsurgeon.planning import Frontier, Objective, Plan, Row
+from torchsurgeon.planning.plans import place
 from torchsurgeon.report.plan_pictures import PARTS
 from torchsurgeon.report.runs import cut_runs
 from torchsurgeon.tracing.graph import LayerGraph

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from torchsurgeon.plan import Frontier, Objective, Plan, Sweep, Terms
-from torchsurgeon.plan.decide import choose
-from torchsurgeon.plan.explain import place
+from torchsurgeon.planning import Frontier, Objective, Plan, Sweep, Terms
+from torchsurgeon.planning.decide import choose
+from torchsurgeon.planning.plans import place
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure, plain, save_figure
 from torchsurgeon.report.runs import MOST_RUNS, CutRun, cut_runs
 from torchsurgeon.report.units import bytes_text, flops_text, seconds_text

@@ -6,9 +6,9 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from torchsurgeon.plan import Objective, Plan
-from torchsurgeon.plan.explain import place
-from torchsurgeon.plan.grid import Sweep
+from torchsurgeon.planning import Objective, Plan
+from torchsurgeon.planning.grid import Sweep
+from torchsurgeon.planning.plans import place
 from torchsurgeon.report.units import bytes_text, seconds_text
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from torchsurgeon.plan import Row
+from torchsurgeon.planning import Row
 from torchsurgeon.tracing.graph import LayerGraph
 
 MOST_RUNS = 28

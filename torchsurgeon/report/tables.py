@@ -11,7 +11,7 @@ from rich.table import Table
 
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.cutting.doctor import Diagnosis
-from torchsurgeon.plan import Estimate
+from torchsurgeon.planning import Estimate
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.report.narrow import Fitting, Name
 from torchsurgeon.report.units import bytes_text, flops_text, joules_text, seconds_text

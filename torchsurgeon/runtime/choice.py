@@ -14,7 +14,7 @@ from torchsurgeon.adapt import Decider, Decision, Estimates
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
-from torchsurgeon.plan import Battery, Frontier, Objective, Row
+from torchsurgeon.planning import Battery, Frontier, Objective, Row
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint

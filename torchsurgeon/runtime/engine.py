@@ -20,7 +20,7 @@ from torchsurgeon.adapt import SURE, Decision, Estimates, Refusals, check_deadli
 from torchsurgeon.codec import Codec, CodecTable
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.link import Link
-from torchsurgeon.plan import Battery, Objective, Row
+from torchsurgeon.planning import Battery, Objective, Row
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime import telemetry
 from torchsurgeon.runtime import work as works

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchsurgeon.adapt import Decision
-from torchsurgeon.plan import Row
+from torchsurgeon.planning import Row
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import Answer
 

@@ -30,7 +30,7 @@ from torchsurgeon.transport.base import Deadline
 
 if TYPE_CHECKING:
     from torchsurgeon.adapt import Decision
-    from torchsurgeon.plan import Row
+    from torchsurgeon.planning import Row
     from torchsurgeon.runtime.engine import Engine
 
 # An answer is late when 99 in 100 would have come, but never before a round trip more than was predicted, and at the

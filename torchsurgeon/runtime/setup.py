@@ -14,7 +14,7 @@ from torch import Tensor
 from torchsurgeon.adapt import SURE
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import ServerUnavailableError
-from torchsurgeon.plan import Frontier, Objective
+from torchsurgeon.planning import Frontier, Objective
 from torchsurgeon.profiling import LayerProfile, profile
 from torchsurgeon.runtime.choice import Adaptive, Goal
 from torchsurgeon.runtime.measure import measure_link

@@ -20,9 +20,9 @@ from torchsurgeon import json_file
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
-from torchsurgeon.plan.objective import Objective
-from torchsurgeon.plan.rows import Array, Costs, Row, columns, lower_hull, non_dominated
-from torchsurgeon.plan.sets import across_branches
+from torchsurgeon.planning.objective import Objective
+from torchsurgeon.planning.rows import Array, Costs, Row, columns, lower_hull, non_dominated
+from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 

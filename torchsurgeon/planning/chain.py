@@ -13,8 +13,8 @@ import numpy as np
 
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
-from torchsurgeon.plan.objective import Objective
-from torchsurgeon.plan.rows import Array, Costs
+from torchsurgeon.planning.objective import Objective
+from torchsurgeon.planning.rows import Array, Costs
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from torchsurgeon.errors import PlanError
-from torchsurgeon.plan.rows import Row
+from torchsurgeon.planning.rows import Row
 
 _UNITS = {"latency": "s", "energy": "J", "throughput": "s", "server_time": "s"}
 

@@ -1,12 +1,77 @@
-"""A plan in words and columns. Text only, so that it reads the same in a terminal, a log and a notebook."""
+"""What a plan holds, and how it explains itself: in plain text, alike in a terminal, a log and a notebook."""
 
 from __future__ import annotations
 
-from torchsurgeon.plan.decide import Crossover, Plan
-from torchsurgeon.plan.frontier import Terms
-from torchsurgeon.plan.rows import Row
+import dataclasses
+from collections.abc import Mapping
+
+from torchsurgeon.link import Link
+from torchsurgeon.planning.frontier import Frontier, Terms
+from torchsurgeon.planning.objective import Constraints, Objective
+from torchsurgeon.planning.rows import Row
+from torchsurgeon.tracing.specs import PartitionPoint
 
 _PARTS = ("head", "encode", "uplink", "decode", "tail", "downlink", "latency", "interval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossover:
+    """Where the choice changes as one quantity rises: ``at`` which value, from which row to which.
+
+    ``quantity`` is ``"uplink_bit_s"`` or ``"load"``.
+    """
+
+    quantity: str
+    at: float
+    before: Row
+    after: Row
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The chosen way to run a model, and what it was chosen over.
+
+    ``point`` is where to cut, ``codec`` how to send what crosses, ``terms`` what an inference is predicted to cost.
+    ``value`` is that in the objective's unit. ``device_only`` and ``server_only`` (None where a constraint on the
+    server forbids it) are the ends in their best form, whether or not they keep to the other constraints, and
+    ``runner_up`` is the best that does and cuts elsewhere. ``prices`` says for each constraint what the objective would
+    be without it. ``crossovers`` are the uplink rates and loads at which the choice changes, all else equal.
+    ``interval_s`` is the interval of the latency that follows from the intervals of both predictions; None without
+    these. ``rows`` are all ways that keep to the constraints, but for limits on latency and energy, and ``frontier``
+    those of them that can win.
+    """
+
+    point: PartitionPoint
+    terms: Terms
+    value: float
+    objective: Objective
+    constraints: Constraints
+    link: Link
+    load: float
+    slowdown: float
+    device_only: Terms
+    server_only: Terms | None
+    runner_up: Terms | None
+    prices: Mapping[str, float]
+    crossovers: tuple[Crossover, ...]
+    interval_s: tuple[float, float] | None
+    fresh_s: float
+    frontier: Frontier
+    rows: tuple[Row, ...]
+
+    @property
+    def row(self) -> Row:
+        """The chosen row."""
+        return self.terms.row
+
+    @property
+    def codec(self) -> str:
+        """How what crosses is encoded."""
+        return self.row.codec
+
+    def explain(self) -> str:
+        """Return the choice against the others, term by term, as text."""
+        return explain(self)
 
 
 def explain(plan: Plan) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from torchsurgeon.plan.mincut import MinimumCut, Tensor, bits
-from torchsurgeon.plan.rows import Array, Costs, Row, columns, lower_hull, non_dominated
+from torchsurgeon.planning.mincut import MinimumCut, Tensor, bits
+from torchsurgeon.planning.rows import Array, Costs, Row, columns, lower_hull, non_dominated
 
 _MOST_SETS = 2000
 _MOST_ROWS = 200

@@ -11,82 +11,20 @@ import numpy as np
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import InfeasibleError, PlanError
 from torchsurgeon.link import Link
-from torchsurgeon.plan.frontier import Frontier, Terms
-from torchsurgeon.plan.objective import Constraints, Objective
-from torchsurgeon.plan.rows import Costs, Row
-from torchsurgeon.plan.sets import across_branches
-from torchsurgeon.plan.stages import ChainPlan, plan_chain
+from torchsurgeon.planning.chain import ChainPlan, plan_chain
+from torchsurgeon.planning.frontier import Frontier, Terms
+from torchsurgeon.planning.objective import Constraints, Objective
+from torchsurgeon.planning.plans import Crossover, Plan
+from torchsurgeon.planning.rows import Costs, Row
+from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
-from torchsurgeon.tracing.specs import PartitionPoint
 
 _LEAST_UPLINK_BIT_S, _MOST_UPLINK_BIT_S = 1e4, 1e10
 _LEAST_LOAD, _MOST_LOAD = 0.05, 100.0
 _GRID = 40
 
 Wanted = str | Mapping[str, float] | Objective
-
-
-@dataclasses.dataclass(frozen=True)
-class Crossover:
-    """Where the choice changes as one quantity rises: ``at`` which value, from which row to which.
-
-    ``quantity`` is ``"uplink_bit_s"`` or ``"load"``.
-    """
-
-    quantity: str
-    at: float
-    before: Row
-    after: Row
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """The chosen way to run a model, and what it was chosen over.
-
-    ``point`` is where to cut, ``codec`` how to send what crosses, ``terms`` what an inference is predicted to cost.
-    ``value`` is that in the objective's unit. ``device_only`` and ``server_only`` (None where a constraint on the
-    server forbids it) are the ends in their best form, whether or not they keep to the other constraints, and
-    ``runner_up`` is the best that does and cuts elsewhere. ``prices`` says for each constraint what the objective would
-    be without it. ``crossovers`` are the uplink rates and loads at which the choice changes, all else equal.
-    ``interval_s`` is the interval of the latency that follows from the intervals of both predictions; None without
-    these. ``rows`` are all ways that keep to the constraints, but for limits on latency and energy, and ``frontier``
-    those of them that can win.
-    """
-
-    point: PartitionPoint
-    terms: Terms
-    value: float
-    objective: Objective
-    constraints: Constraints
-    link: Link
-    load: float
-    slowdown: float
-    device_only: Terms
-    server_only: Terms | None
-    runner_up: Terms | None
-    prices: Mapping[str, float]
-    crossovers: tuple[Crossover, ...]
-    interval_s: tuple[float, float] | None
-    fresh_s: float
-    frontier: Frontier
-    rows: tuple[Row, ...]
-
-    @property
-    def row(self) -> Row:
-        """The chosen row."""
-        return self.terms.row
-
-    @property
-    def codec(self) -> str:
-        """How what crosses is encoded."""
-        return self.row.codec
-
-    def explain(self) -> str:
-        """Return the choice against the others, term by term, as text."""
-        from torchsurgeon.plan.explain import explain
-
-        return explain(self)
 
 
 @overload
@@ -138,7 +76,7 @@ def plan(
         objective: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, or weights by these names.
         codecs: what codecs measured to cost; without them tensors are sent as they are.
         load, slowdown: how many times as long the server and the device take as their profiles say.
-        constraints: as in :class:`~torchsurgeon.plan.Constraints`.
+        constraints: as in :class:`~torchsurgeon.planning.Constraints`.
         stages, links, loads: in place of the former, the profiles of machines in a row, the links between them, and how
             many times as long each takes as its profile says. Tensors are sent as they are, and cuts are the graph's
             points.

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
-from torchsurgeon.plan.frontier import Frontier
-from torchsurgeon.plan.objective import Objective
-from torchsurgeon.plan.rows import Array, Row
+from torchsurgeon.planning.frontier import Frontier
+from torchsurgeon.planning.objective import Objective
+from torchsurgeon.planning.rows import Array, Row
 
 _COLUMNS = ("uplink_bit_s", "load", "index", "cut", "codec", "value", "on_device", "on_server", "gain")
 
