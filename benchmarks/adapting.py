@@ -25,7 +25,7 @@ from typing import Any
 
 from result_file import RESULTS, write
 
-from torchsurgeon.adapt import Decider, Estimates, Servers, ServerState, SlowdownEstimator, rescue
+from torchsurgeon.adapting import Decider, Estimates, Servers, ServerState, SlowdownEstimator, rescue
 from torchsurgeon.link import BandwidthTrace, Link
 from torchsurgeon.planning.frontier import Frontier
 from torchsurgeon.planning.rows import Row

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsurgeon.adapt import (
+from torchsurgeon.adapting import (
     Decider,
     Decision,
     Estimates,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchsurgeon.adapt import LinkEstimator, LoadEstimator, ProbePolicy, SlowdownEstimator
-from torchsurgeon.adapt.tracker import Tracker
+from torchsurgeon.adapting import LinkEstimator, LoadEstimator, ProbePolicy, SlowdownEstimator
+from torchsurgeon.adapting.tracker import Tracker
 from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import BandwidthTrace, Link
 

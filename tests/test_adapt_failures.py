@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsurgeon.adapt import CircuitBreaker, Refusals, Servers, ServerState, check_deadline, late_probability, rescue
+from torchsurgeon.adapting import (
+    CircuitBreaker,
+    Refusals,
+    Servers,
+    ServerState,
+    check_deadline,
+    late_probability,
+    rescue,
+)
 from torchsurgeon.errors import AdaptError, DeadlineError
 from torchsurgeon.link import Link
 

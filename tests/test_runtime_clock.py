@@ -13,9 +13,9 @@ import torch
 from test_runtime import EXAMPLE, FAST, device, known, net, right, server, until
 
 import torchsurgeon as ts
-from torchsurgeon.adapt import Decider, SlowdownEstimator
+from torchsurgeon.adapting import Decider, SlowdownEstimator
+from torchsurgeon.adapting.sharing import Sharing
 from torchsurgeon.emulate import LinkEmulator
-from torchsurgeon.runtime.sharing import Sharing
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.transport import HttpTransport
 from torchsurgeon.transport.base import Deadline, Timing
@@ -23,7 +23,7 @@ from torchsurgeon.transport.base import Deadline, Timing
 __all__ = ["known", "server"]  # fixtures
 
 HOUR_S = 3600.0
-ROOMS = ("torchsurgeon.runtime", "torchsurgeon.transport", "torchsurgeon.adapt")
+ROOMS = ("torchsurgeon.runtime", "torchsurgeon.transport", "torchsurgeon.adapting")
 
 
 class Clock:

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsurgeon.runtime.sharing import Sharing
+from torchsurgeon.adapting.sharing import Sharing
 
 SIZE = 100_000
 

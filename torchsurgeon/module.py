@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torchsurgeon.adapt import Decision, check_deadline
+from torchsurgeon.adapting import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
 from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError
 from torchsurgeon.link import Link
@@ -63,7 +63,7 @@ class SplitModule(nn.Module):
         fallback: ``"local"`` to run the rest of the model here when no server answers well or in time, ``"error"`` to
             raise then.
         deadline_s: when an answer is due, counted from the call; see :meth:`deadline`.
-        on_replan: called with the :class:`~torchsurgeon.adapt.Decision` when ``"auto"`` changes the cut.
+        on_replan: called with the :class:`~torchsurgeon.adapting.Decision` when ``"auto"`` changes the cut.
         link: the link, when it is known; measured at the first call otherwise (``"auto"`` only).
         device_profile, server_profile: layer times, when they are known; measured otherwise (``"auto"`` only).
         codec: the codec of the boundary tensors, by name: ``"raw"`` or ``"zstd"``, or one that loses something

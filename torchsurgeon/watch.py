@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from torchsurgeon.adapt import Estimates
+from torchsurgeon.adapting import Estimates
 from torchsurgeon.module import SplitModule
 from torchsurgeon.report import bytes_text, seconds_text
 from torchsurgeon.runtime import Inference

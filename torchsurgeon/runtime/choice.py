@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torchsurgeon.adapt import Decider, Decision, Estimates
+from torchsurgeon.adapting import Decider, Decision, Estimates
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link

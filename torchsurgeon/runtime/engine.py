@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchsurgeon.adapt import SURE, Decision, Estimates, Refusals, check_deadline
+from torchsurgeon.adapting import SURE, Decision, Estimates, Refusals, check_deadline
 from torchsurgeon.codec import Codec, CodecTable
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.link import Link

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from torchsurgeon.adapt import Quantity, SlowdownEstimator
+from torchsurgeon.adapting import Quantity, SlowdownEstimator
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.parts import Parts

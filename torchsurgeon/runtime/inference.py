@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torchsurgeon.adapt import Decision
+from torchsurgeon.adapting import Decision
 from torchsurgeon.planning import Row
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import Answer

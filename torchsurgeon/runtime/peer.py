@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from torchsurgeon.adapt import ServerState
-from torchsurgeon.adapt.link import LinkEstimator
-from torchsurgeon.adapt.tracker import Quantity, Tracker
+from torchsurgeon.adapting import ServerState
+from torchsurgeon.adapting.link import LinkEstimator
+from torchsurgeon.adapting.sharing import Sharing
+from torchsurgeon.adapting.tracker import Quantity, Tracker
 from torchsurgeon.codec import Codec
 from torchsurgeon.errors import (
     CodecError,
@@ -27,7 +28,6 @@ from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime.choice import Adaptive
 from torchsurgeon.runtime.handshake import Ours, shake_hands
 from torchsurgeon.runtime.inference import seconds
-from torchsurgeon.runtime.sharing import Sharing
 from torchsurgeon.transport import Answer, Transport
 from torchsurgeon.transport.base import Deadline
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchsurgeon.adapt import SURE, rescue
+from torchsurgeon.adapting import SURE, rescue
 from torchsurgeon.codec import Codec
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.runtime import inference, telemetry
@@ -29,7 +29,7 @@ from torchsurgeon.transport import Answer
 from torchsurgeon.transport.base import Deadline
 
 if TYPE_CHECKING:
-    from torchsurgeon.adapt import Decision
+    from torchsurgeon.adapting import Decision
     from torchsurgeon.planning import Row
     from torchsurgeon.runtime.engine import Engine
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from torchsurgeon.adapt import SURE
+from torchsurgeon.adapting import SURE
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.planning import Frontier, Objective

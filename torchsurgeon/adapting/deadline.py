@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from torchsurgeon.adapt.clock import NowS, Since
+from torchsurgeon.adapting.clock import NowS, Since
 from torchsurgeon.errors import DeadlineError
 
 _LEAST_SPREAD = 0.01

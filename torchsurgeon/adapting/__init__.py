@@ -5,13 +5,13 @@ Arithmetic and state only: whoever sends requests tells these classes what happe
 
 from __future__ import annotations
 
-from torchsurgeon.adapt.breaker import CircuitBreaker
-from torchsurgeon.adapt.deadline import SURE, Refusals, Rescue, check_deadline, late_probability, rescue
-from torchsurgeon.adapt.decide import Conditions, Decider, Decision, Estimates
-from torchsurgeon.adapt.link import LinkEstimate, LinkEstimator, ProbePolicy
-from torchsurgeon.adapt.load import LoadEstimate, LoadEstimator, SlowdownEstimator
-from torchsurgeon.adapt.servers import Servers, ServerState
-from torchsurgeon.adapt.tracker import Quantity
+from torchsurgeon.adapting.breaker import CircuitBreaker
+from torchsurgeon.adapting.deadline import SURE, Refusals, Rescue, check_deadline, late_probability, rescue
+from torchsurgeon.adapting.decide import Conditions, Decider, Decision, Estimates
+from torchsurgeon.adapting.link import LinkEstimate, LinkEstimator, ProbePolicy
+from torchsurgeon.adapting.load import LoadEstimate, LoadEstimator, SlowdownEstimator
+from torchsurgeon.adapting.server_state import Servers, ServerState
+from torchsurgeon.adapting.tracker import Quantity
 
 __all__ = [
     "SURE",

@@ -7,8 +7,8 @@ import threading
 import time
 from typing import NamedTuple
 
-from torchsurgeon.adapt.clock import NowS, Since
-from torchsurgeon.adapt.tracker import Quantity, Tracker
+from torchsurgeon.adapting.clock import NowS, Since
+from torchsurgeon.adapting.tracker import Quantity, Tracker
 
 _LEAST_TIMED_S = 1e-4
 _QUEUE_SCALE_S = 2e-3  # waits below it differ by nothing that matters

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from torchsurgeon.adapt.breaker import CircuitBreaker
-from torchsurgeon.adapt.clock import NowS
-from torchsurgeon.adapt.link import LinkEstimator, ProbePolicy
-from torchsurgeon.adapt.load import LoadEstimator
+from torchsurgeon.adapting.breaker import CircuitBreaker
+from torchsurgeon.adapting.clock import NowS
+from torchsurgeon.adapting.link import LinkEstimator, ProbePolicy
+from torchsurgeon.adapting.load import LoadEstimator
 from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import Link
 

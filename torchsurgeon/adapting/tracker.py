@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from torchsurgeon.adapt.clock import NowS, Since
+from torchsurgeon.adapting.clock import NowS, Since
 
 _SUSPECT = 3.0
 _ALLOWANCE = 0.75

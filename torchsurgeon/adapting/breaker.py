@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Literal
 
-from torchsurgeon.adapt.clock import NowS, Since
+from torchsurgeon.adapting.clock import NowS, Since
 from torchsurgeon.errors import AdaptError
 
 State = Literal["closed", "open", "half-open"]

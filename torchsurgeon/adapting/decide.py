@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from torchsurgeon.adapt.clock import NowS
-from torchsurgeon.adapt.link import LinkEstimate
-from torchsurgeon.adapt.load import LoadEstimate
-from torchsurgeon.adapt.tracker import Quantity
+from torchsurgeon.adapting.clock import NowS
+from torchsurgeon.adapting.link import LinkEstimate
+from torchsurgeon.adapting.load import LoadEstimate
+from torchsurgeon.adapting.tracker import Quantity
 from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import Link
 

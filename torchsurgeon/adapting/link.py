@@ -7,8 +7,8 @@ import threading
 import time
 from typing import NamedTuple
 
-from torchsurgeon.adapt.clock import NowS, Since
-from torchsurgeon.adapt.tracker import Quantity, Tracker
+from torchsurgeon.adapting.clock import NowS, Since
+from torchsurgeon.adapting.tracker import Quantity, Tracker
 from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import Link, Radio
 
