@@ -25,7 +25,7 @@ from result_file import RESULTS, write
 from side_by_side import median_ratio, spread, text
 from torchvision.models import get_model
 
-from torchsurgeon.allocator import keep_freed_memory
+from torchsurgeon._allocator import keep_freed_memory
 
 MODELS = ("mobilenet_v2", "resnet50")
 WAYS = ("defaults", "kept")

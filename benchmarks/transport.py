@@ -50,7 +50,7 @@ from side_by_side import spread, text
 from torch import Tensor, nn
 
 from torchsurgeon import wire
-from torchsurgeon.allocator import keep_freed_memory
+from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.transport import HttpTransport
 

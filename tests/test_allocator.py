@@ -11,7 +11,7 @@ FAULTS = """
 import resource, sys
 import torch
 import torchsurgeon as ts
-from torchsurgeon.allocator import keep_freed_memory
+from torchsurgeon._allocator import keep_freed_memory
 
 torch.set_num_threads(1)
 print(keep_freed_memory() if sys.argv[1] == "kept" else False)

@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parent.parent / "torchsurgeon"
 # Top to bottom is the data's way. A room is a file, or a folder taken as one.
 ROOMS = [
     "errors",
-    "json_file",
+    "_json_file",
     "_native",
-    "allocator",
+    "_allocator",
     "tracing",
     "cutting",
     "hooks",
@@ -37,7 +37,6 @@ ROOMS = [
     "emulate",
     "simulate",
     "report",
-    "watch",
     "demo",
     "cli",
     "__main__",

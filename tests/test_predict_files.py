@@ -178,7 +178,7 @@ def test_two_processes_write_one_file_whole(valid: str, tmp_path: Path) -> None:
     source.write_text(valid)
     script = (
         "import sys; from torchsurgeon import CalibrationError as E\n"
-        "from torchsurgeon.json_file import read, write\n"
+        "from torchsurgeon._json_file import read, write\n"
         "data = read(sys.argv[1], E, '')\n"
         "for i in range(300): write(sys.argv[2], data | {'filler': 'x' * i * 200}, E); read(sys.argv[2], E, '')"
     )

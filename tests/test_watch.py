@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon import cli, watch
+from torchsurgeon import cli
+from torchsurgeon.cli import watch
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 

@@ -114,7 +114,7 @@ def add_run(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from torchsurgeon import watch
+    from torchsurgeon.cli import watch
 
     model = specs.load(options.spec, weights=options.weights)
     args, kwargs = model.args, model.kwargs

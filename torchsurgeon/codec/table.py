@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchsurgeon import json_file
+from torchsurgeon import _json_file
 from torchsurgeon.errors import CodecError
 from torchsurgeon.tracing.graph import LayerGraph
 
@@ -150,12 +150,12 @@ class CodecTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table to ``path`` as JSON. Raises :class:`~torchsurgeon.wire.CodecError` where it cannot be."""
-        json_file.write(path, self.to_json(), CodecError)
+        _json_file.write(path, self.to_json(), CodecError)
 
     @staticmethod
     def load(path: str | Path) -> CodecTable:
         """Read a table. Raises :class:`~torchsurgeon.wire.CodecError` naming the file and what is wrong with it."""
-        return json_file.load(path, CodecTable.from_json, CodecError, "measure the codecs again")
+        return _json_file.load(path, CodecTable.from_json, CodecError, "measure the codecs again")
 
 
 def _row(data: Mapping[str, Any]) -> CodecRow:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from torchsurgeon import json_file
+from torchsurgeon import _json_file
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
@@ -234,12 +234,12 @@ class Frontier:
 
     def save(self, path: str | Path) -> None:
         """Write the frontier to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.PlanError` where it cannot be."""
-        json_file.write(path, self.to_json(), PlanError)
+        _json_file.write(path, self.to_json(), PlanError)
 
     @staticmethod
     def load(path: str | Path) -> Frontier:
         """Read a frontier. Raises :class:`~torchsurgeon.errors.PlanError` naming the file and what is wrong with it."""
-        return json_file.load(path, Frontier.from_json, PlanError, "build it again")
+        return _json_file.load(path, Frontier.from_json, PlanError, "build it again")
 
 
 def _has_stages(objective: str | Mapping[str, float] | Objective) -> bool:

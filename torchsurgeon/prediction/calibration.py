@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchsurgeon import json_file
+from torchsurgeon import _json_file
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.prediction.damage import DAMAGE, numbers
@@ -109,7 +109,7 @@ def calibrate(
             sweep.save(energy)
     predictor = sweep.fitted()
     if out is not None:
-        json_file.write(out, predictor.to_json() | sweep.networks(), CalibrationError)
+        _json_file.write(out, predictor.to_json() | sweep.networks(), CalibrationError)
     return predictor
 
 
@@ -126,7 +126,7 @@ class _Sweep:
         self._errors: dict[str, float] = {}
         self._kept = False
         if out is not None:
-            json_file.check_writable(out, CalibrationError)
+            _json_file.check_writable(out, CalibrationError)
             if out.exists():
                 self._resume(out, budget_s)
         self._rng = random.Random(seed * 1_000_003 + self._group)
@@ -237,7 +237,7 @@ class _Sweep:
         self._facts |= self._pulse.facts()
         if self._out is None or self._kept:
             return
-        json_file.write(
+        _json_file.write(
             self._out,
             {
                 "format": FORMAT,
@@ -254,7 +254,7 @@ class _Sweep:
         return {"networks": {"count": self._group, "timed": [dataclasses.astuple(net) for net in self._nets]}}
 
     def _resume(self, out: Path, budget_s: float) -> None:
-        data = json_file.read(out, CalibrationError, "delete it and calibrate again")
+        data = _json_file.read(out, CalibrationError, "delete it and calibrate again")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CalibrationError(
                 f"{out} exists and is no calibration of this version; give another file, or delete it"

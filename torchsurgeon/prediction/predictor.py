@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchsurgeon import json_file
+from torchsurgeon import _json_file
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.prediction.damage import DAMAGE, damaged, numbers
 from torchsurgeon.prediction.kinds import KINDS, Array, Operation
@@ -315,13 +315,13 @@ class Predictor:
     def save(self, path: str | Path) -> None:
         """Write the predictor to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.CalibrationError` where it
         cannot be written."""
-        json_file.write(path, self.to_json(), CalibrationError)
+        _json_file.write(path, self.to_json(), CalibrationError)
 
     @staticmethod
     def load(path: str | Path) -> Predictor:
         """Read a predictor. Raises :class:`~torchsurgeon.errors.CalibrationError` naming the file and what is wrong
         with it."""
-        return json_file.load(path, Predictor.from_json, CalibrationError, "calibrate again")
+        return _json_file.load(path, Predictor.from_json, CalibrationError, "calibrate again")
 
     def __str__(self) -> str:
         device = self.provenance.get("device", "an unnamed device")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from torchsurgeon import json_file
+from torchsurgeon import _json_file
 from torchsurgeon.errors import CalibrationError
 from torchsurgeon.prediction.predictor import Predictor
 from torchsurgeon.profiling.record import LayerProfile
@@ -57,7 +57,7 @@ def costs_on(graph: LayerGraph, where: str | Path) -> LayerProfile:
     file, a name that is neither, or a profile of another graph.
     """
     if Path(where).exists():
-        data = json_file.read(where, CalibrationError, "measure or calibrate again")
+        data = _json_file.read(where, CalibrationError, "measure or calibrate again")
         if not isinstance(data, dict) or not str(data.get("format")).startswith("torchsurgeon.predictor/"):
             measured = LayerProfile.load(where)
             measured.check(graph)

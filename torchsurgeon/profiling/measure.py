@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from torchsurgeon import hooks
-from torchsurgeon.allocator import keep_freed_memory
+from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.errors import MeterError, ProfileError
 from torchsurgeon.hooks.attribution import KernelTrace, LayerSpan
@@ -171,7 +171,7 @@ def _is_apart(whole_s: Array) -> bool:
 class ModelRun:
     """A model ready to be measured: its steps, the layer each counts to, and its inputs on its device.
 
-    Freed memory is kept from then on (:func:`~torchsurgeon.allocator.keep_freed_memory`).
+    Freed memory is kept from then on (:func:`~torchsurgeon._allocator.keep_freed_memory`).
     """
 
     def __init__(self, graph: LayerGraph, device: torch.device, inputs: Sequence[torch.Tensor] | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchsurgeon import json_file
+from torchsurgeon import _json_file
 from torchsurgeon.errors import ProfileError
 from torchsurgeon.tracing.graph import LayerGraph
 
@@ -298,13 +298,13 @@ class LayerProfile:
     def save(self, path: str | Path) -> None:
         """Write the profile to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.ProfileError` where it cannot be
         written."""
-        json_file.write(path, self.to_json(), ProfileError)
+        _json_file.write(path, self.to_json(), ProfileError)
 
     @staticmethod
     def load(path: str | Path) -> LayerProfile:
         """Read a profile. Raises :class:`~torchsurgeon.errors.ProfileError` naming the file and what is wrong with
         it."""
-        return json_file.load(path, LayerProfile.from_json, ProfileError, "measure it again")
+        return _json_file.load(path, LayerProfile.from_json, ProfileError, "measure it again")
 
 
 def _nulls(values: Any) -> Any:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from torchsurgeon.runtime.engine import Engine
 from torchsurgeon.runtime.inference import Inference
-from torchsurgeon.runtime.measure import measure_link
 from torchsurgeon.runtime.parts import Backend
 from torchsurgeon.runtime.peer import Failure
 from torchsurgeon.runtime.pending import Done, Pending
 from torchsurgeon.runtime.warn import MismatchWarning, UnknownEnergyWarning
 from torchsurgeon.runtime.work import Rest, Work
+from torchsurgeon.transport.link_probe import measure_link
 
 __all__ = [
     "Backend",

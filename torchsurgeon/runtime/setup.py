@@ -17,10 +17,10 @@ from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.planning import Frontier, Objective
 from torchsurgeon.profiling import LayerProfile, profile
 from torchsurgeon.runtime.choice import Adaptive, Goal
-from torchsurgeon.runtime.measure import measure_link
 from torchsurgeon.runtime.peer import Failure, Peer
 from torchsurgeon.runtime.warn import UnknownEnergyWarning, warn_caller
 from torchsurgeon.runtime.work import Work
+from torchsurgeon.transport.link_probe import measure_link
 
 if TYPE_CHECKING:
     from torchsurgeon.runtime.engine import Engine

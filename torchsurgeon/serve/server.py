@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 import uvicorn
 
-from torchsurgeon.allocator import keep_freed_memory
+from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.errors import ServerError, TorchSurgeonError
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.protocol import ServeProtocol
