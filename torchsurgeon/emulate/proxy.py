@@ -13,16 +13,15 @@ import math
 import select
 import selectors
 import socket
-import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torchsurgeon.emulate.bottleneck import Bottleneck, Packet
+from torchsurgeon.emulate.sides import Connection, Flow, Side
 from torchsurgeon.errors import LinkError
 from torchsurgeon.link import Link, TracedLink
 
@@ -30,7 +29,6 @@ _SOCKET_BUFFER_BYTES = 1 << 17
 _MOST_SELECT_FD = 1024
 _ACCEPT_PAUSE_S = 0.1
 _WAKES_LATE_S = 1e-4
-_DRAIN_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -40,79 +38,6 @@ class LinkCounts:
     connections: int
     uplink_bytes: int
     downlink_bytes: int
-
-
-class _Side:
-    """One socket of a connection, and what the loop waits for on it."""
-
-    def __init__(self, sock: socket.socket, selector: selectors.BaseSelector, owner: _Connection) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock = sock
-        self._selector = selector
-        self._owner = owner
-        self._mask = 0
-
-    def wait_for(self, event: int, wanted: bool = True) -> None:
-        mask = self._mask | event if wanted else self._mask & ~event
-        if mask == self._mask:
-            return
-        if not mask:
-            self._selector.unregister(self.sock)
-        elif self._mask:
-            self._selector.modify(self.sock, mask, (self._owner, self))
-        else:
-            self._selector.register(self.sock, mask, (self._owner, self))
-        self._mask = mask
-
-    def close(self, *, reset: bool = False) -> None:
-        self.wait_for(self._mask, False)
-        with contextlib.suppress(OSError):
-            if reset:
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            else:
-                # Closing with bytes unread resets the connection, and the peer may lose what it was sent before.
-                self.sock.recv(_DRAIN_BYTES)
-        self.sock.close()
-
-
-class _Flow:
-    """One direction of one connection: `source` is read, `sink` written once it is there."""
-
-    def __init__(self, connection: _Connection, path: Bottleneck[_Flow]) -> None:
-        self.connection = connection
-        self.path = path
-        self.source: _Side | None = None
-        self.sink: _Side | None = None
-        self.unsent: deque[memoryview] = deque()
-        self.unsent_bytes = 0
-        self.readable_since_s = 0.0
-        self.parked = False
-        self.ended = False
-        self.end_arrived = False
-        self.done = False
-
-    def wait_for_room(self, now_s: float) -> None:
-        """Have the path read the source as soon as its queue has room."""
-        self.parked = False
-        self.readable_since_s = now_s
-        self.path.readable.append(self)
-
-
-class _Connection:
-    def __init__(self, uplink: Bottleneck[_Flow], downlink: Bottleneck[_Flow]) -> None:
-        self.up = _Flow(self, uplink)
-        self.down = _Flow(self, downlink)
-        self.connecting = False
-        self.closed = False
-
-    def sides(self) -> Iterator[_Side]:
-        return (side for side in (self.up.source, self.down.source) if side is not None)
-
-    def close(self, *, reset: bool = False) -> None:
-        self.closed = True
-        for side in self.sides():
-            side.close(reset=reset)
 
 
 class LinkEmulator:
@@ -167,8 +92,8 @@ class LinkEmulator:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._uplink, self._downlink = Bottleneck[_Flow](), Bottleneck[_Flow]()
-        self._connections: set[_Connection] = set()
+        self._uplink, self._downlink = Bottleneck[Flow](), Bottleneck[Flow]()
+        self._connections: set[Connection] = set()
         self._accepted = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_order = itertools.count()
@@ -294,13 +219,13 @@ class LinkEmulator:
                 self._after(_ACCEPT_PAUSE_S, self._listen)
             return
         self._accepted += 1
-        connection = _Connection(self._uplink, self._downlink)
-        connection.up.source = connection.down.sink = _Side(sock, self._selector, connection)
+        connection = Connection(self._uplink, self._downlink)
+        connection.up.source = connection.down.sink = Side(sock, self._selector, connection)
         self._connections.add(connection)
         self._after(self._uplink.delay_s, lambda: self._connect(connection))
         self._after(self._uplink.delay_s + self._downlink.delay_s, lambda: self._read_again(connection.up))
 
-    def _connect(self, connection: _Connection) -> None:
+    def _connect(self, connection: Connection) -> None:
         if connection.closed:
             return
         try:
@@ -309,7 +234,7 @@ class LinkEmulator:
             self._refuse(connection)
             return
         _bound_buffers(sock)
-        connection.up.sink = connection.down.source = server = _Side(sock, self._selector, connection)
+        connection.up.sink = connection.down.source = server = Side(sock, self._selector, connection)
         connection.connecting = True
         code = sock.connect_ex(self._target)
         if code == errno.EINPROGRESS:
@@ -317,7 +242,7 @@ class LinkEmulator:
         else:
             self._connected(connection, code)
 
-    def _connected(self, connection: _Connection, code: int) -> None:
+    def _connected(self, connection: Connection, code: int) -> None:
         connection.connecting = False
         if code:
             self._refuse(connection)
@@ -325,16 +250,16 @@ class LinkEmulator:
         self._flush(connection.up)
         self._read_again(connection.down)
 
-    def _refuse(self, connection: _Connection) -> None:
+    def _refuse(self, connection: Connection) -> None:
         connection.up.ended = True
         self._downlink.push(Packet(connection.down, b"", time.monotonic()))
         connection.up.done = True
 
-    def _read_again(self, flow: _Flow) -> None:
+    def _read_again(self, flow: Flow) -> None:
         if flow.source is not None and not flow.ended and not flow.connection.closed:
             flow.source.wait_for(selectors.EVENT_READ)
 
-    def _attend(self, connection: _Connection, side: _Side, mask: int) -> None:
+    def _attend(self, connection: Connection, side: Side, mask: int) -> None:
         if connection.closed:
             return
         incoming, outgoing = (
@@ -350,14 +275,14 @@ class LinkEmulator:
         if mask & selectors.EVENT_WRITE:
             self._flush(outgoing)
 
-    def _pump(self, path: Bottleneck[_Flow], now_s: float) -> None:
+    def _pump(self, path: Bottleneck[Flow], now_s: float) -> None:
         path.advance(now_s)
         while self._read(path):
             path.advance(now_s)
         for packet in path.arrivals(now_s):
             self._deliver(packet)
 
-    def _read(self, path: Bottleneck[_Flow]) -> bool:
+    def _read(self, path: Bottleneck[Flow]) -> bool:
         took = False
         while path.readable and not path.full:
             flow = path.readable.popleft()
@@ -384,7 +309,7 @@ class LinkEmulator:
                 path.readable.append(flow)
         return took
 
-    def _deliver(self, packet: Packet[_Flow]) -> None:
+    def _deliver(self, packet: Packet[Flow]) -> None:
         flow = packet.flow
         if flow.done or flow.connection.closed:
             return
@@ -398,7 +323,7 @@ class LinkEmulator:
             flow.end_arrived = True
         self._flush(flow)
 
-    def _flush(self, flow: _Flow) -> None:
+    def _flush(self, flow: Flow) -> None:
         connection, sink = flow.connection, flow.sink
         if connection.connecting or connection.closed or sink is None:
             return
@@ -423,7 +348,7 @@ class LinkEmulator:
         elif flow.parked and flow.unsent_bytes < flow.path.buffer_bytes:
             flow.wait_for_room(time.monotonic())
 
-    def _give_up(self, flow: _Flow) -> None:
+    def _give_up(self, flow: Flow) -> None:
         """Nobody reads this direction any more; what the other still carries arrives before the connection closes."""
         flow.done = flow.ended = True
         flow.unsent.clear()
@@ -432,7 +357,7 @@ class LinkEmulator:
             if side is not None:
                 side.wait_for(selectors.EVENT_READ if side is flow.source else selectors.EVENT_WRITE, False)
 
-    def _drop(self, connection: _Connection, *, reset: bool = False) -> None:
+    def _drop(self, connection: Connection, *, reset: bool = False) -> None:
         connection.close(reset=reset)
         self._connections.discard(connection)
 

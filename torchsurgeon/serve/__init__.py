@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torchsurgeon.serve.app import TailApp, create_app
-from torchsurgeon.serve.registry import ModelRegistry, ServedModel
+from torchsurgeon.serve.registry import ModelRegistry
+from torchsurgeon.serve.served import ServedModel
 from torchsurgeon.serve.server import Server, run
 
 __all__ = ["ModelRegistry", "ServedModel", "Server", "TailApp", "create_app", "run"]

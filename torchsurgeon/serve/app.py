@@ -45,7 +45,8 @@ from torchsurgeon.serve.body import (
 )
 from torchsurgeon.serve.direct import Direct
 from torchsurgeon.serve.failure import STATUS, error_body, status_of
-from torchsurgeon.serve.registry import ModelRegistry, Received, ServedModel
+from torchsurgeon.serve.registry import ModelRegistry
+from torchsurgeon.serve.served import Received, ServedModel
 
 Scope = Mapping[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]

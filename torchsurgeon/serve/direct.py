@@ -16,7 +16,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from torchsurgeon import wire
 from torchsurgeon.errors import ModelServingError, ProtocolError
 from torchsurgeon.serve.failure import error_body, status_of
-from torchsurgeon.serve.registry import ModelRegistry, Received, ServedModel
+from torchsurgeon.serve.registry import ModelRegistry
+from torchsurgeon.serve.served import Received, ServedModel
 from torchsurgeon.wire.buffers import Buffers
 
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()

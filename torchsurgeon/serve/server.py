@@ -20,7 +20,8 @@ from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.errors import ServerError, TorchSurgeonError
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.protocol import ServeProtocol
-from torchsurgeon.serve.registry import ModelRegistry, Profiler, profile_here
+from torchsurgeon.serve.registry import ModelRegistry
+from torchsurgeon.serve.served import Profiler, profile_here
 
 _KEEP_ALIVE_S = 75
 _MAX_CONNECTIONS = 512
