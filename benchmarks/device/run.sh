@@ -29,7 +29,7 @@ echo "[2/5] build"
 TORCHSURGEON_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace
 
 echo "[3/5] tests marked cuda"
-mapfile -t files < <(grep -lE 'mark\.cuda' tests/test_*.py)
+mapfile -t files < <(grep -rlE "mark\.cuda" tests --include="test_*.py")
 status=0
 "$python" -m pytest -m cuda -v "${files[@]}" 2>&1 | tee "$out/tests.txt" || status=$?
 

@@ -1,0 +1,150 @@
+"""The command line: what a user types, and what they are told when it is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import pytest
+import torch
+from factories import tiny
+from paths import environment
+
+import torchsurgeon as ts
+from torchsurgeon import cli
+from torchsurgeon.transport import HttpTransport
+
+SPEC = "factories:tiny"
+pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
+
+
+@contextmanager
+def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torchsurgeon", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def ready(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    for line in process.stdout:
+        found = re.search(r"127\.0\.0\.1:(\d+)", line)
+        if line.startswith("ready") and found:
+            return int(found[1])
+    raise AssertionError(f"the command ended with {process.wait()}")
+
+
+def test_trace_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trace", SPEC, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["format"] == "torchsurgeon.graph/1"
+    assert [layer["name"] for layer in told["layers"]] == ["0", "1", "2", "3"]
+    assert [point["size_bytes"] for point in told["points"]] == [768, 576, 576, 576, 8]
+    assert told["layers"][3]["flops"] == 2 * 144 * 2
+
+
+def test_trace_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["trace", "torchvision:resnet18", "--input", "x:float32[1,3,64,64]"]) == 0
+    out = capsys.readouterr().out
+    assert "69 layers, 70 partition points" in out
+    assert "layer1.0.relu_1" in out
+    assert "N×64×16×16" in out
+    assert " in 2" in out
+    assert "nothing" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["trace", "torchvision:resnet19"], "resnet18"),
+        (["trace", "nothing"], "SPEC"),
+        (["trace", SPEC, "--leaf", "absent"], "absent"),
+        (["serve", "noname"], "NAME=VALUE"),
+        (["serve", f"a={SPEC}", f"a={SPEC}"], "twice"),
+        (["link", "--listen", "0", "--to", "nowhere", "--profile", "lte"], "HOST:PORT"),
+        (["link", "--listen", "0", "--to", "127.0.0.1:1", "--profile", "6g"], "3g, lte, wifi"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("torchsurgeon: ")
+    assert reason in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_serve_and_link_carry_a_split_module() -> None:
+    model, x = tiny()
+    with command("serve", f"tiny={SPEC}", "--port", "0", "--threads", "1", "--seed", "3") as server:
+        port = ready(server)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            model = tiny()[0].eval()
+        with command("link", "--listen", "0", "--to", f"127.0.0.1:{port}", "--profile", "80/80/0.01") as link:
+            url = f"http://127.0.0.1:{ready(link)}"
+            with ts.SplitModule(model, x, server=url, name="tiny") as split, torch.no_grad():
+                assert torch.equal(split(x), model(x))
+                for point in split.graph.points:
+                    split.partition = point.index
+                    assert torch.equal(split(x), model(x))
+                assert split.link is not None
+                assert split.link.round_trip_s >= 0.01
+        with HttpTransport(f"http://127.0.0.1:{port}") as direct:
+            assert "layers" in direct.get_json("/v2/models/tiny/profile")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) in (0, 130)
+
+
+def test_modules_kept_whole_on_both_sides_agree_and_on_one_side_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with command("serve", "net=factories:nested", "--leaf", "net=0", "--leaf", "net=1", "--port", "0") as server:
+        url = f"http://127.0.0.1:{ready(server)}"
+        run = ["run", "factories:nested", "--name", "net", "--server", url, "--partition", "1", "--fallback", "error"]
+        assert cli.main([*run, "--leaf", "0", "--leaf", "1", "--count", "1"]) == 0
+        assert cli.main([*run, "--leaf", "1", "--count", "1"]) == 2
+    assert re.search(r"another graph.*same leaf_modules \(kept whole here: 1\)", capsys.readouterr().err)
+
+
+def test_serve_ends_when_a_model_cannot_be_loaded() -> None:
+    with command("serve", "a=torchvision:nothing", "--port", "0") as server:
+        assert server.wait(60) == 2
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == f"torchsurgeon {metadata.version('torchsurgeon')}"
+
+
+def test_plan_says_that_a_reference_device_is_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "tegra-k1-cpu", "--server", "tesla-k40", "--link", "lte"]
+    assert cli.main(["plan", "torchvision:squeezenet1_1", *options]) == 0
+    told = capsys.readouterr().err
+    for name in ("tegra-k1-cpu", "tesla-k40"):
+        assert f"{name}: a bound from data sheets" in told
+
+
+def test_tables_in_a_pipe_are_not_cut_short(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert cli.main(["predict", "torchvision:squeezenet1_1", "--device", "xeon-1-thread"]) == 0
+    assert "features.12.expand3x3_activation" in capsys.readouterr().out

@@ -1,0 +1,392 @@
+"""The cut follows link, load and device; deadlines are kept; threads and connections end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from known_machines import (
+    EXAMPLE,
+    FAST,
+    GRAPH,
+    LAYERS,
+    SLOW,
+    Between,
+    device,
+    net,
+    profile,
+    right,
+    split_of,
+    until,
+)
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon.emulate import LinkEmulator
+from torchsurgeon.planning import Battery
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.transport import HttpTransport
+
+# --- answering ---
+
+
+class Choosy(nn.Module):
+    """Takes another way for large inputs, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        y = self.first(x)
+        return self.second(y) * scale if x.shape[-1] < 64 else y
+
+
+@pytest.mark.parametrize("partition", ["server", 1])
+def test_a_call_that_the_trace_does_not_hold_for_is_answered_here(partition: Any) -> None:
+    torch.manual_seed(0)
+    model, registry = Choosy().eval(), ModelRegistry()
+    registry.add("choosy", model, (EXAMPLE,))
+    unlike: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((torch.rand(1, 3, 80, 80),), {}),
+        ((EXAMPLE,), {"scale": 2.0}),
+    ]
+    with Server(create_app(registry)) as running:
+        options: dict[str, Any] = {"server": running.url, "name": "choosy", "partition": partition}
+        with ts.SplitModule(model, EXAMPLE, **options) as split:
+            for args, kwargs in unlike:
+                with torch.no_grad():
+                    assert torch.equal(split(*args, **kwargs), model(*args, **kwargs))
+                assert split.last is not None
+                assert str(split.last.degraded).startswith("unlike: ")
+            split(EXAMPLE)
+            assert split.last.degraded is None
+            with pytest.raises(RuntimeError, match="channels"):
+                split(torch.rand(1, 5, 32, 32))
+        with ts.SplitModule(model, EXAMPLE, fallback="error", **options) as split, pytest.raises(TypeError):
+            split(EXAMPLE, scale=2.0)
+    registry.close()
+
+
+@pytest.mark.filterwarnings("ignore::torchsurgeon.MismatchWarning")
+@pytest.mark.parametrize("partition", ["auto", 2])
+def test_a_module_that_is_moved_still_answers(server: Server, known: dict[str, Any], partition: Any) -> None:
+    with split_of(server.url, partition=partition, **known) as split:
+        assert right(split)
+        split.double()
+        with torch.no_grad():
+            expected = net().double()(EXAMPLE.double())
+        for _ in range(3):
+            assert torch.equal(split(EXAMPLE.double()), expected)
+            assert split.last is not None
+            assert split.last.server is None, "its model is not this one"
+        split.float()
+        assert right(split)
+
+
+# --- adapting ---
+
+
+def test_the_cut_follows_the_link_and_comes_back(server: Server, known: dict[str, Any]) -> None:
+    changes: list[Any] = []
+    with (
+        LinkEmulator(0, "127.0.0.1", server.port, FAST) as emulator,
+        split_of(f"http://127.0.0.1:{emulator.port}", on_replan=changes.append, backend=device, **known) as split,
+    ):
+        until(lambda: split.partition is not None and split.partition.index == 0, split)
+        emulator.set_link(SLOW)
+        until(lambda: split.last is not None and split.partition == split.graph.points[-1], split)
+        assert changes
+        assert changes[-1].row.on_device
+        emulator.set_link(FAST)
+        until(lambda: split.partition is not None and split.partition.index == 0, split)
+        assert changes[-1].changed
+        assert split.decisions[-1].row.index == 0
+        assert split.stats()["pings"] > 0
+
+
+def test_the_cut_follows_the_servers_load(server: Server, known: dict[str, Any]) -> None:
+    with HttpTransport(server.url) as inner:
+        between = Between(inner)
+        with split_of(between, link=FAST, backend=device, **known) as split:
+            until(lambda: split.partition is not None and split.partition.index == 0, split)
+            between.told = {"queue_s": 0.2}
+            until(lambda: split.partition == split.graph.points[-1], split)
+            assert split.last is not None
+            assert split.last.degraded is None
+            between.told = {}
+            until(lambda: split.partition is not None and split.partition.index == 0, split)
+
+
+def test_decisions_are_kept_up_to_a_bound_and_say_what_they_rest_on(server: Server, known: dict[str, Any]) -> None:
+    with split_of(server.url, link=FAST, **known) as split:
+        for _ in range(300):
+            split(EXAMPLE)
+        assert len(split.decisions) == 256
+        decision = split.decisions[-1]
+        assert decision.estimates.link.round_trip.value > 0
+        assert split.last is not None
+        assert split.last.decision is decision
+        stats = split.stats()
+        assert stats["inferences"] == sum(stats["rows"].values()) == 300
+        assert stats["servers"][0]["breaker"] == "closed"
+        assert stats["sent_bytes"] >= 300 * EXAMPLE.nbytes
+
+
+@pytest.mark.parametrize(("batch", "here"), [(1, True), (64, False)])
+def test_a_call_is_cut_where_its_own_size_says(server: Server, known: dict[str, Any], batch: int, here: bool) -> None:
+    far = ts.Link("far", 1e9, 1e9, 0.3)
+    with (
+        LinkEmulator(0, "127.0.0.1", server.port, far) as emulator,
+        split_of(f"http://127.0.0.1:{emulator.port}", link=far, **known) as split,
+    ):
+        assert right(split, torch.rand(batch, 3, 32, 32))
+        decision = split.decisions[0]
+        assert decision.row.on_device == here
+        assert decision.estimates.scale == batch
+
+
+@pytest.mark.parametrize("fallback", ["local", "error"])
+def test_another_cut_shakes_no_hands_again(server: Server, fallback: str) -> None:
+    class Counting(Between):
+        told_json = 0
+
+        def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+            self.told_json += 1
+            return super().get_json(path, timeout_s=timeout_s)
+
+    with HttpTransport(server.url) as inner:
+        counting = Counting(inner)
+        with split_of(counting, partition=1, fallback=fallback) as split:
+            assert right(split)
+            before = counting.told_json
+            for cut in (2, 0, 3):
+                split.partition = cut
+                assert right(split)
+                assert split.last is not None
+                assert split.last.sent_bytes
+            assert counting.told_json == before
+
+
+def test_each_server_is_reckoned_with_by_its_own_profile(server: Server, known: dict[str, Any]) -> None:
+    class Told(Between):
+        layer_s = 0.0
+
+        def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+            if path.endswith("/profile"):
+                return profile(self.layer_s).to_json()
+            return super().get_json(path, timeout_s=timeout_s)
+
+    with HttpTransport(server.url) as inner:
+        slow, quick = Told(inner), Told(inner)
+        slow.layer_s, quick.layer_s = 5e-3, 1e-4
+        with split_of([slow, quick], link=FAST, device_profile=known["device_profile"].scaled(100.0)) as split:
+            split.prepare()
+            before = slow.asked, quick.asked
+            for _ in range(5):
+                assert right(split)
+            assert slow.asked - before[0] <= 1  # a ping at most
+            assert quick.asked - before[1] >= 5
+            assert split.server_profile is not None
+            assert split.server_profile.total_s == pytest.approx(5e-3 * LAYERS)
+
+
+def test_measured_codecs_are_chosen_among(server: Server, known: dict[str, Any]) -> None:
+    from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
+
+    def row(codec: str, size: float, within: bool) -> CodecRow:
+        return CodecRow(0, "input", EXAMPLE.nbytes, CodecCost(codec, size, 1e-5, 1e-5, codec == "zstd", within))
+
+    rows = (row("raw", EXAMPLE.nbytes, True), row("zstd", 3000.0, True), row("int4", 10.0, False))
+    table = CodecTable("Sequential", GRAPH.fingerprint, 1, 1, "", rows)
+    link = ts.Link("narrow", 2e6, 2e6, 1e-3)
+    with split_of(server.url, link=link, codecs=table, **known) as split:
+        assert right(split)
+        assert split.decisions[0].row.codec == "zstd"
+        assert list(split.stats()["rows"]) == ["input, zstd"] or "zstd" in next(iter(split.stats()["rows"]))
+
+
+def test_an_objective_follows_the_battery() -> None:
+    level = 1.0
+    battery = ts.Objective.battery(lambda: level, s_per_j=2.0)
+    assert battery.now() == ts.Objective(latency=1.0)
+    level = 0.5
+    assert battery.now().latency == pytest.approx(0.5)
+    assert battery.now().energy == pytest.approx(1.0)
+    level = 0.1
+    assert battery.now() == ts.Objective(energy=2.0)
+    level = float("nan")
+    with pytest.raises(ts.PlanError, match="nan"):
+        battery.now()
+    with pytest.raises(ts.PlanError, match="worth"):
+        Battery(lambda: 1.0, s_per_j=0.0)
+
+
+# --- deadlines ---
+
+
+@pytest.mark.parametrize("deadline_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_deadline_that_is_none_is_refused(server: Server, deadline_s: float) -> None:
+    with pytest.raises(ts.DeadlineError, match="cannot be"):
+        split_of(server.url, deadline_s=deadline_s)
+    split = split_of(server.url)
+    with pytest.raises(ts.DeadlineError, match="cannot be"), split.deadline(deadline_s):
+        pass
+    split.close()
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once_with_the_best(server: Server, known: dict[str, Any]) -> None:
+    with HttpTransport(server.url) as inner:
+        between = Between(inner)
+        with split_of(between, link=ts.Link("far", 1e6, 1e6, 2.0), **known) as split:
+            split(EXAMPLE)
+            asked = between.asked
+            with pytest.raises(ts.DeadlineError, match="best possible") as caught, split.deadline(1e-5):
+                split(EXAMPLE)
+            assert caught.value.best_s > 1e-5
+            assert between.asked - asked <= 1
+            assert right(split)
+
+
+@pytest.mark.parametrize("partition", ["auto", 2])
+def test_an_answer_that_would_be_late_is_finished_here(
+    server: Server, known: dict[str, Any], partition: str | int
+) -> None:
+    with HttpTransport(server.url) as inner:
+        between = Between(inner)
+        options = {**known, "link": FAST} if partition == "auto" else {}
+        with split_of(between, partition=partition, **options) as split:
+            for _ in range(5):
+                assert right(split)
+            between.delay_s = 20.0
+            with split.deadline(0.5):
+                begin_s = time.monotonic()
+                assert right(split)
+                assert time.monotonic() - begin_s < 5
+            assert split.last is not None
+            assert split.last.degraded is not None
+            assert split.last.degraded.split(":")[0] in ("late", "deadline")
+            assert split.last.local_s > 0
+
+
+def test_a_deadline_holds_for_its_thread_and_module_only(server: Server) -> None:
+    with split_of(server.url, partition="device") as split, split_of(server.url, partition="device") as other:
+        with split.deadline(1e-9):
+            with pytest.raises(ts.DeadlineError):
+                split(EXAMPLE)
+            with split.deadline(None):
+                assert right(split)
+            assert right(other)
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(right, split).result()
+        assert right(split)
+
+
+def test_with_fallback_error_a_deadline_ends_the_request(server: Server) -> None:
+    with HttpTransport(server.url) as inner:
+        between = Between(inner)
+        with split_of(between, partition=2, fallback="error", deadline_s=5.0) as split:
+            assert right(split)
+            between.delay_s = 20.0
+            with split.deadline(0.2), pytest.raises((ts.ServerUnavailableError, TimeoutError)):
+                split(EXAMPLE)
+
+
+# --- the end ---
+
+
+def threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("torchsurgeon")}
+
+
+def test_closing_ends_every_thread_even_from_two_at_once(server: Server) -> None:
+    before = threads()
+    split = split_of(server.url, partition=2)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: right(split), range(20)))
+        assert threads() > before
+        list(pool.map(lambda _: split.close(), range(2)))
+    assert threads() <= before
+    with pytest.raises(ts.ServerUnavailableError, match="closed"):
+        split(EXAMPLE)
+    split.partition = "device"
+    assert right(split)
+
+
+def test_a_module_that_is_dropped_ends_its_threads_and_leaves_a_given_transport_open(server: Server) -> None:
+    before = threads()
+    with HttpTransport(server.url) as transport:
+        split = split_of(transport, partition=2)
+        assert right(split)
+        gone = weakref.ref(split)
+        del split
+        gc.collect()
+        assert gone() is None
+        assert threads() <= before
+        with split_of(transport, partition=2) as another:
+            assert right(another)
+
+
+def test_closing_in_the_middle_of_a_call_still_answers_it(server: Server) -> None:
+    with HttpTransport(server.url) as inner:
+        between = Between(inner)
+        split = split_of(between, partition=2)
+        assert right(split)
+        between.delay_s = 20.0
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(right, split)
+            time.sleep(0.05)
+            split.close()
+            assert answer.result(10)
+
+
+def test_a_forked_child_has_threads_and_connections_of_its_own(server: Server) -> None:
+    with split_of(server.url, partition=2) as split:
+        assert right(split)
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                fine = all(right(split, torch.full((1, 3, 32, 32), float(i))) for i in range(20))
+                status = 0 if fine and split.last is not None and split.last.server is not None else 2
+            finally:
+                os._exit(status)
+        try:
+            assert all(right(split, torch.full((1, 3, 32, 32), -float(i))) for i in range(20))
+        finally:
+            _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_calls_leave_nothing_behind(server: Server) -> None:
+    with split_of(server.url, partition=2) as split:
+        for _ in range(100):
+            split(EXAMPLE)
+        before = len(threads()), len(os.listdir("/proc/self/fd"))
+        for _ in range(500):
+            split(EXAMPLE)
+        assert (len(threads()), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_a_fallback_there_is_not_is_refused(server: Server) -> None:
+    with pytest.raises(ts.PlanError, match="fallback"):
+        split_of(server.url, fallback="none")
+
+
+def test_preparing_does_what_the_first_call_would(server: Server, known: dict[str, Any]) -> None:
+    with split_of(server.url, link=FAST, **known) as split:
+        assert split.prepare() is split
+        assert split.stats()["servers"][0]["usable"]
+        assert split.stats()["inferences"] == 0
+    with (
+        split_of("http://127.0.0.1:9", partition=2, fallback="error") as split,
+        pytest.raises(ts.ServerUnavailableError),
+    ):
+        split.prepare()

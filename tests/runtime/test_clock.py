@@ -1,0 +1,182 @@
+"""A clock that jumps, an hour ahead or back, costs no answer, and the server is used again soon after."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from known_machines import EXAMPLE, FAST, device, net, right, until
+
+import torchsurgeon as ts
+from torchsurgeon.adapting import Decider, SlowdownEstimator
+from torchsurgeon.adapting.sharing import Sharing
+from torchsurgeon.emulate import LinkEmulator
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.transport import HttpTransport
+from torchsurgeon.transport.base import Deadline, Timing
+
+HOUR_S = 3600.0
+ROOMS = ("torchsurgeon.runtime", "torchsurgeon.transport", "torchsurgeon.adapting")
+
+
+class Clock:
+    """Stands for the module ``time``, its clocks ``ahead_s`` of the true ones."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+    def perf_counter(self) -> float:
+        return time.perf_counter() + self.ahead_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of all that runs on the device. The server's does not jump."""
+    clock = Clock()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(ROOMS) and getattr(module, "time", None) is time:
+            monkeypatch.setattr(module, "time", clock)
+    for made in (SlowdownEstimator, Decider):
+        monkeypatch.setitem(made.__init__.__kwdefaults__, "now_s", clock.monotonic)
+    return clock
+
+
+class Hook:
+    """Calls ``what`` once when a layer runs."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.what: Callable[[], object] | None = None
+        layer.register_forward_pre_hook(self._runs)
+
+    def _runs(self, *_: object) -> None:
+        what, self.what = self.what, None
+        if what is not None:
+            what()
+
+
+@pytest.fixture(scope="module")
+def hooked() -> Iterator[tuple[Server, Hook]]:
+    """A server, and what happens while it works."""
+    model, registry = net(), ModelRegistry()
+    registry.add("net", model, (EXAMPLE,))
+    with Server(create_app(registry)) as running:
+        yield running, Hook(model[4])
+    registry.close()
+
+
+def served(split: ts.SplitModule) -> bool:
+    return split.last is not None and split.last.server is not None and split.last.degraded is None
+
+
+def numbers(told: Any) -> Iterator[float]:
+    for value in told.values() if isinstance(told, dict) else told if isinstance(told, list) else [told]:
+        if isinstance(value, (dict, list)):
+            yield from numbers(value)
+        elif isinstance(value, (int, float)):
+            yield value
+
+
+def sound(split: ts.SplitModule) -> bool:
+    """Whether what is told of the past and believed of the present can be."""
+    return all(math.isfinite(value) and value >= 0 for value in numbers(split.stats()))
+
+
+@pytest.mark.parametrize("jump_s", [HOUR_S, -HOUR_S], ids=["ahead", "back"])
+@pytest.mark.parametrize("partition", [2, "auto"])
+def test_a_jump_costs_no_answer(
+    partition: int | str, jump_s: float, clock: Clock, hooked: tuple[Server, Hook], known: dict[str, Any]
+) -> None:
+    torch.set_num_threads(1)
+    where, at_server = hooked
+    model = net()
+    at_head = Hook(model[0])
+    with ts.SplitModule(model, EXAMPLE, server=where.url, name="net", partition=partition, link=FAST, **known) as split:
+        for by_s in (jump_s, -jump_s):
+
+            def jump(by_s: float = by_s) -> None:
+                clock.ahead_s += by_s
+
+            for place in ("between calls", "in the head", "at the server"):
+                until(lambda: served(split), split)
+                if place == "between calls":
+                    jump()
+                elif place == "in the head":
+                    at_head.what = jump
+                else:
+                    at_server.what = jump
+                for _ in range(5):
+                    assert right(split), place
+                    assert sound(split), (place, split.stats())
+                # Where nothing runs before the cut.
+                at_head.what = None
+            until(lambda: served(split), split)
+            assert sound(split)
+
+
+class Jumping(HttpTransport):
+    """Its next probe ends with a jump of the clock by ``jump_s``."""
+
+    def __init__(self, url: str, clock: Clock) -> None:
+        super().__init__(url)
+        self.clock, self.jump_s, self.probes = clock, 0.0, 0
+
+    def probe(self, *args: Any, **options: Any) -> Timing:
+        timing = super().probe(*args, **options)
+        self.clock.ahead_s += self.jump_s
+        self.jump_s = 0.0
+        self.probes += 1
+        return timing
+
+
+@pytest.mark.parametrize("jump_s", [HOUR_S, -HOUR_S], ids=["ahead", "back"])
+@pytest.mark.parametrize("place", ["in a pause", "in a probe"])
+def test_a_link_that_is_better_is_noticed_after_a_jump(
+    place: str, jump_s: float, clock: Clock, server: Server, known: dict[str, Any]
+) -> None:
+    torch.set_num_threads(1)
+    with (
+        LinkEmulator(0, "127.0.0.1", server.port, FAST) as emulator,
+        Jumping(f"http://127.0.0.1:{emulator.port}", clock) as where,
+        ts.SplitModule(net(), EXAMPLE, server=where, name="net", link=FAST, backend=device, **known) as split,
+    ):
+        until(lambda: served(split), split)
+        emulator.set_link(ts.Link("slower", 2e6, 2e6, 0.1))
+        until(lambda: split.partition == split.graph.points[-1], split)
+        if place == "in a probe":
+            where.jump_s = jump_s
+            until(lambda: where.jump_s == 0.0, split)
+            probes = where.probes
+            # A server on trial is sent two in a row.
+            until(lambda: where.probes > probes + 1, split)
+        else:
+            clock.ahead_s += jump_s
+            emulator.set_link(FAST)
+            until(lambda: served(split), split)
+        assert sound(split)
+
+
+def test_no_wait_is_longer_than_its_timeout(clock: Clock) -> None:
+    deadline = Deadline(5.0)
+    clock.ahead_s -= HOUR_S
+    assert 0 < deadline.left_s() <= 5.0
+    clock.ahead_s += 2 * HOUR_S
+    with pytest.raises(TimeoutError):
+        deadline.left_s()
+
+
+def test_transfers_before_and_after_a_jump_do_not_overlap() -> None:
+    sharing = Sharing()
+    assert sharing.alone(1000, HOUR_S, HOUR_S + 1.0, 0) == (1000, 1.0)
+    for begin_s in range(40):
+        assert sharing.alone(1000, float(begin_s), begin_s + 0.5, 0) == (1000, 0.5)

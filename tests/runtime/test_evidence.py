@@ -1,0 +1,79 @@
+"""Short versions of the benchmarks that show a runtime to be safe: nothing lost, wrong or late, nothing that grows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import BENCHMARKS
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+
+pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
+
+
+def results_of(script: str, out: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--out", str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert out.exists(), ended.stdout + ended.stderr
+    return json.loads(out.read_text())["results"]  # type: ignore[no-any-return]
+
+
+def test_no_fault_loses_or_spoils_an_answer_or_keeps_the_server_from_being_used_again(tmp_path: Path) -> None:
+    # A second for an inference of milliseconds, and twice the time for a return, since other tests run beside it.
+    found = results_of("runtime_faults.py", tmp_path / "faults.json", "--count", "120", "--deadline", "1")
+    assert (found["lost"], found["wrong"], found["late"]) == (0, 0, 0), found["failures"]
+    assert found["faults"] == 24
+    assert {kind["injected"] for kind in found["kinds"].values()} == {2}
+    assert len(found["kinds"]) == 12
+    assert sum(kind["met"] for kind in found["kinds"].values()) >= 20
+    assert found["back_latest_s"] < 4
+
+
+def test_a_tail_that_is_known_to_be_in_time_is_not_started_before_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from paced_device import paced
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7200, 10)).eval()
+    x = torch.rand(1, 3, 32, 32)
+    _, here, device = paced(model, x, 0.06)
+    registry = ModelRegistry()
+    registry.add("model", model, (x,))
+    with (
+        Server(create_app(registry)) as server,
+        ts.SplitModule(
+            model,
+            x,
+            server=server.url,
+            device_profile=here,
+            server_profile=here.scaled(0.01),
+            backend=device.wrap,
+            deadline_s=0.15,
+        ).prepare() as split,
+    ):
+        by_server = []
+        for _ in range(40):
+            split(x)
+            assert split.last is not None
+            by_server.append(split.last.server is not None)
+    registry.close()
+    assert sum(by_server[20:]) > 10
+
+
+def test_memory_threads_and_descriptors_do_not_grow(tmp_path: Path) -> None:
+    found = results_of("soak.py", tmp_path / "soak.json", "--count", "8000")
+    for way in ("in process", "HTTP"):
+        assert found[way]["wrong"] == 0
+        growth = found[way]["growth"]
+        for name in ("threads", "descriptors"):
+            # Later inferences may find one more connection or thread useful, but not one each.
+            assert growth[name]["last"] <= growth[name]["first"] + 2, (way, name, growth[name])
+        assert growth["memory_bytes"]["last"] - growth["memory_bytes"]["first"] < 8e6
+    assert found["HTTP"]["growth"]["server_descriptors"]["each"] < 0.01

@@ -1,0 +1,55 @@
+"""Models that tests name by a SPEC such as ``factories:tiny``."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import fx, nn
+
+
+def tiny() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)), torch.rand(1, 3, 8, 8)
+
+
+def nested() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests, of a model with parts that can be kept whole."""
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    return nn.Sequential(block, nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)), torch.rand(1, 4)
+
+
+def nap(x: torch.Tensor) -> torch.Tensor:
+    """Negative inputs make a server that is slow on request."""
+    if float(x.min()) < 0:
+        time.sleep(1.0)
+    return x * 1
+
+
+fx.wrap("nap")
+
+
+class Slow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nap(x) + self.first(x))
+
+
+def slow() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests."""
+    return Slow(), torch.ones(1, 4)
+
+
+def small() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests."""
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(1, 4)
+
+
+def scores() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 7))
+    return layers, torch.zeros(1, 3, 8, 8)
