@@ -20,10 +20,9 @@ from torchsurgeon.adapting import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
 from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError
 from torchsurgeon.link import Link
-from torchsurgeon.planning import Battery, Estimate, Objective, Row, estimate
+from torchsurgeon.planning import Battery, Objective, Row
 from torchsurgeon.profiling import LayerProfile
-from torchsurgeon.runtime import Backend, Done, Engine, Inference, Pending, Rest
-from torchsurgeon.runtime import work as works
+from torchsurgeon.runtime import Backend, Done, Engine, Inference, ModelCall, Options, Pending, TailCall
 from torchsurgeon.runtime.compiled import compiler
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.stream import in_order
@@ -128,19 +127,21 @@ class SplitModule(nn.Module):
         self._engine = Engine(
             self.graph,
             list(given),
-            name,
-            (args, kwargs),
-            always=fallback == "local",
-            objective=objective if isinstance(objective, Battery) else Objective.of(objective),
-            codec=_codec(codec),
-            answer_codec=find_codec(answer_codec),
-            codecs=codecs,
-            backend=compiler(compile) if compile else backend,
-            link=link,
-            device_profile=device_profile,
-            server_profile=server_profile,
-            timeout_s=timeout_s,
-            on_replan=on_replan,
+            Options(
+                name=name,
+                example=(args, kwargs),
+                falls_back=fallback == "local",
+                objective=objective if isinstance(objective, Battery) else Objective.of(objective),
+                codec=_codec(codec),
+                answer_codec=find_codec(answer_codec),
+                codecs=codecs,
+                backend=compiler(compile) if compile else backend,
+                link=link,
+                device_profile=device_profile,
+                server_profile=server_profile,
+                timeout_s=timeout_s,
+                on_replan=on_replan,
+            ),
         )
         self._end = weakref.finalize(self, self._engine.abandon)
         self.partition = partition
@@ -150,7 +151,7 @@ class SplitModule(nn.Module):
     @property
     def partition(self) -> PartitionPoint | None:
         """The partition point in use; None while ``"auto"`` has not chosen yet. Assign what the constructor takes."""
-        return self._engine.point
+        return self._engine.servers.point
 
     @partition.setter
     def partition(self, wanted: str | int | PartitionPoint) -> None:
@@ -158,7 +159,7 @@ class SplitModule(nn.Module):
             choice: PartitionPoint | None = wanted
         else:
             choice = None if wanted == "auto" else self.graph.point(wanted)
-        if not self._engine.peers and (choice is None or choice != self.graph.points[-1]):
+        if not self._engine.servers.peers and (choice is None or choice != self.graph.points[-1]):
             raise ServerUnavailableError(
                 f'partition {wanted!r} needs a server: give server="http://host:port", or partition="device"'
             )
@@ -176,32 +177,17 @@ class SplitModule(nn.Module):
     @property
     def link(self) -> Link | None:
         """The link as it was given, or measured to begin with; None before that. ``stats`` has what it is like now."""
-        return self._engine.link
+        return self._engine.servers.link
 
     @property
     def device_profile(self) -> LayerProfile | None:
         """Layer times here, as given or measured."""
-        return self._engine.here.profile
+        return self._engine.times.profile
 
     @property
     def server_profile(self) -> LayerProfile | None:
         """Layer times on the (first) server, as given or as it told them."""
-        return next((peer.profile for peer in self._engine.peers), None)
-
-    def estimates(self) -> list[Estimate]:
-        """Return the predicted latency of every partition point; measures what is not known yet.
-
-        Raises :class:`~torchsurgeon.errors.ServerError` when the server cannot tell its part.
-        """
-        engine = self._engine
-        if not engine.peers:
-            raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
-        peer = engine.peers[0]
-        engine.setup.frontier(peer)
-        assert engine.here.profile is not None
-        assert peer.profile is not None
-        assert engine.link is not None
-        return estimate(self.graph, engine.here.profile, peer.profile, engine.link)
+        return next((peer.profile for peer in self._engine.servers.peers), None)
 
     # --- running ---
 
@@ -210,14 +196,14 @@ class SplitModule(nn.Module):
 
         With ``fallback="error"`` it raises what the call would raise.
         """
-        self._engine.setup.prepare()
+        self._engine.prepare()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns for this call."""
         engine = self._engine
         with torch.no_grad():
-            return engine.run(works.Inference(engine.parts, args, kwargs), self._deadline_now())
+            return engine.run(ModelCall(engine.parts, args, kwargs), self._deadline_now())
 
     def map(self, calls: Iterable[Any], depth: int = 4) -> Iterator[Any]:
         """Return the answers to ``calls``, in their order, while up to ``depth`` of them are in flight.
@@ -260,7 +246,7 @@ class SplitModule(nn.Module):
         engine = self._engine
         # A camera's buffer may hold the next frame before this one has been sent.
         args, kwargs = pytree.tree_map_only(torch.Tensor, _copied, (args, dict(kwargs)))
-        work = works.Inference(engine.parts, args, kwargs)
+        work = ModelCall(engine.parts, args, kwargs)
         return functools.partial(engine.started, work, deadline_s, streamed=streamed)
 
     def finish(self, names: tuple[str, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -274,7 +260,7 @@ class SplitModule(nn.Module):
         engine = self._engine
         engine.parts.tail(names, flat=True)
         with torch.no_grad():
-            return tuple(engine.run(Rest(engine.parts, names, tensors)))
+            return tuple(engine.run(TailCall(engine.parts, names, tensors)))
 
     @contextlib.contextmanager
     def deadline(self, deadline_s: float | None) -> Iterator[None]:
@@ -304,12 +290,12 @@ class SplitModule(nn.Module):
     @property
     def last(self) -> Inference | None:
         """The inference that ended last, in any thread; None before the first."""
-        return self._engine.last
+        return self._engine.ledger.last
 
     @property
     def decisions(self) -> list[Decision[Row]]:
         """The last decisions of ``"auto"`` (256 at most), the newest at the end."""
-        return list(self._engine.decisions)
+        return list(self._engine.servers.decisions)
 
     def stats(self) -> dict[str, Any]:
         """Return what happened so far and what is known now, as plain data.
@@ -317,7 +303,7 @@ class SplitModule(nn.Module):
         ``inferences`` in all, ``rows`` by cut, ``degraded`` by reason, bytes sent and received, ``slowdown`` of the
         device, ``pings``, and for each of the ``servers`` its breaker, the estimates of link and load, and its bytes.
         """
-        return self._engine.stats()
+        return self._engine.snapshot()
 
     def close(self) -> None:
         """End threads and connections. Closing twice is harmless; calls that need the server raise afterwards."""

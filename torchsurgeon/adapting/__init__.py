@@ -6,7 +6,7 @@ Arithmetic and state only: whoever sends requests tells these classes what happe
 from __future__ import annotations
 
 from torchsurgeon.adapting.breaker import CircuitBreaker
-from torchsurgeon.adapting.deadline import SURE, Refusals, Rescue, check_deadline, late_probability, rescue
+from torchsurgeon.adapting.deadline import SURE, Refusals, Rescue, check_deadline, late_probability, patience, rescue
 from torchsurgeon.adapting.decide import Conditions, Decider, Decision, Estimates
 from torchsurgeon.adapting.link import LinkEstimate, LinkEstimator, ProbePolicy
 from torchsurgeon.adapting.load import LoadEstimate, LoadEstimator, SlowdownEstimator
@@ -33,5 +33,6 @@ __all__ = [
     "SlowdownEstimator",
     "check_deadline",
     "late_probability",
+    "patience",
     "rescue",
 ]

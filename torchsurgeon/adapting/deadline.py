@@ -13,6 +13,14 @@ from torchsurgeon.errors import DeadlineError
 _LEAST_SPREAD = 0.01
 SURE = 2.33
 """Deviations that one in a hundred is above."""
+# An answer is late when 99 in 100 would have come, but not before a round trip more than was predicted, and at the
+# latest after three times the prediction and four round trips: one lost segment that is sent again after a timeout, and
+# a connection that is opened again, both stay below that.
+_LATE_FACTOR, _LATE_ROUND_TRIPS = 3.0, 4.0
+# Cap on the log-scale spread: far above the limit before, and it keeps exp() from overflowing.
+_MOST_SPREAD = 5.0
+# A scheduler, a garbage collector or a radio that wakes up may cost as much at any time.
+_LEAST_PATIENCE_S = 0.05
 _TRIALS = 2
 _TRIAL_PAUSE = 5.0
 
@@ -62,6 +70,26 @@ def rescue(
     late = late_probability(remote_s, remote_spread, left_s)
     hedged = late > hedge_above
     return Rescue(0.0 if hedged else max(slack_s, 0.0), late, hedged, slack_s)
+
+
+def patience(
+    remote_s: float, spread: float, round_trip_s: float, *, stoppable: bool = True, tail_s: float | None = None
+) -> float:
+    """Return for how many seconds to wait for an answer before the tail is started on the device beside it.
+
+    Args:
+        remote_s: predicted seconds from the end of the head to the answer.
+        spread: the prediction's relative deviation.
+        round_trip_s: one round trip of the link.
+        stoppable: whether a tail that turns out not to be needed ends early. If not, it is started only once as much
+            has been waited in vain as it costs.
+        tail_s: predicted seconds of such a tail; None where they are unknown.
+    """
+    likely_s = remote_s * math.exp(min(SURE * spread, _MOST_SPREAD))
+    patience_s = max(likely_s, remote_s + round_trip_s + _LEAST_PATIENCE_S)
+    if not stoppable:
+        patience_s = math.inf if tail_s is None else max(patience_s, remote_s + tail_s)
+    return min(patience_s, max(_LATE_FACTOR * remote_s + _LATE_ROUND_TRIPS * round_trip_s, _LEAST_PATIENCE_S))
 
 
 def check_deadline(deadline_s: float, best_s: float, how: str) -> None:

@@ -1,18 +1,20 @@
 """What runs a split model: it adapts the cut, asks servers, and answers whatever they do.
 
-A call goes through three stages (:class:`Pending`): the head runs, the request is sent, the result is finished. The
+A call goes through three stages (:class:`Pending`): the head runs, the request is sent, the call is finished. The
 request is in a thread of a small pool, so that the calling thread can run the tail itself when the answer is late.
+:class:`Engine` stands on top of the room: no other file here imports it.
 """
 
 from __future__ import annotations
 
 from torchsurgeon.runtime.engine import Engine
 from torchsurgeon.runtime.inference import Inference
+from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.parts import Backend
 from torchsurgeon.runtime.peer import Failure
 from torchsurgeon.runtime.pending import Done, Pending
 from torchsurgeon.runtime.warn import MismatchWarning, UnknownEnergyWarning
-from torchsurgeon.runtime.work import Rest, Work
+from torchsurgeon.runtime.work import ModelCall, TailCall, Work
 from torchsurgeon.transport.link_probe import measure_link
 
 __all__ = [
@@ -22,8 +24,10 @@ __all__ = [
     "Failure",
     "Inference",
     "MismatchWarning",
+    "ModelCall",
+    "Options",
     "Pending",
-    "Rest",
+    "TailCall",
     "UnknownEnergyWarning",
     "Work",
     "measure_link",

@@ -18,10 +18,12 @@ from torchsurgeon.transport import Transport
 _LISTED = 5
 
 
-class Ours:
-    """The model on this side: whether it may be run, whether it has changed, and the digests of its weights.
+class LocalModel:
+    """The model on this side: whether it may run, whether it has changed, and its weights' digests. Thread-safe.
 
-    ``epoch`` counts the changes; hands that were shaken in an earlier one count for nothing. Thread-safe.
+    Attributes:
+        graph: the traced model.
+        epoch: how often its weights have changed. A handshake holds only for the epoch in which it was made.
     """
 
     def __init__(self, graph: LayerGraph) -> None:
@@ -33,17 +35,21 @@ class Ours:
         self._digests: WeightDigests | None = None
 
     def check(self) -> None:
-        """Raise TraceError when what runs here now is not the model that was traced."""
+        """Check that the model is still as it was traced.
+
+        Raises:
+            TraceError: a submodule, hook, mode or plain attribute has changed since.
+        """
         broken = self._premises.broken()
         if broken is not None:
             raise TraceError(broken)
 
     def changed(self) -> bool:
-        """Whether the weights have changed since the epoch began."""
+        """Return whether the weights have changed since the epoch began."""
         return not self._snapshot.same_weights()
 
     def renew(self) -> bool:
-        """Begin another epoch if the weights have changed; return whether they have."""
+        """Begin another epoch if the weights have changed, and return whether they have."""
         with self._lock:
             if self._snapshot.same_weights():
                 return False
@@ -52,12 +58,12 @@ class Ours:
             self.epoch += 1
             return True
 
-    def start_anew(self) -> None:
-        """Forget the lock, which a thread that a fork left behind may hold."""
+    def reset_after_fork(self) -> None:
+        """Replace the lock, which a thread of the parent may hold."""
         self._lock = threading.RLock()
 
     def digests(self) -> tuple[int, WeightDigests]:
-        """The epoch, and the digests of its weights, made when first asked for."""
+        """Return the epoch and the digests of its weights, which are computed when first asked for."""
         with self._lock:
             if self._digests is None:
                 self._digests = weight_digests(self.graph.model)
@@ -65,7 +71,7 @@ class Ours:
 
 
 def autocast_mismatch() -> ModelMismatchError | None:
-    """The error that autocast is here, since a server runs the model without it; None where it is off."""
+    """Return the error to raise while autocast is on, since servers run the model without it; None while it is off."""
     if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
         return None
     return ModelMismatchError(
@@ -77,10 +83,19 @@ def autocast_mismatch() -> ModelMismatchError | None:
 def shake_hands(
     transport: Transport, name: str, graph: LayerGraph, ours: WeightDigests, timeout_s: float | None = None
 ) -> str | None:
-    """Return the identity that the server's model answers under, once it is known to be this model.
+    """Check that the server's model is this model, and return the identity that its answers carry.
 
-    Raises :class:`~torchsurgeon.errors.ModelMismatchError` naming what differs first, and what
-    :meth:`~torchsurgeon.transport.Transport.get_json` raises.
+    Args:
+        transport: how to reach the server.
+        name: the model's name there.
+        graph: the model on this side.
+        ours: the digests of its weights.
+        timeout_s: the longest wait; the transport's own by default.
+
+    Raises:
+        ModelMismatchError: the server holds another model; the message names what differs first.
+        ServerError: the server does not answer, or refuses.
+        ProtocolError: its fingerprint is not one of torchsurgeon's.
     """
     try:
         theirs = transport.get_json(f"/v2/models/{name}/fingerprint", timeout_s=timeout_s)

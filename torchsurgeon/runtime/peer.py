@@ -26,20 +26,25 @@ from torchsurgeon.errors import (
 from torchsurgeon.link import Link
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime.choice import Adaptive
-from torchsurgeon.runtime.handshake import Ours, shake_hands
+from torchsurgeon.runtime.handshake import LocalModel, shake_hands
 from torchsurgeon.runtime.inference import seconds
 from torchsurgeon.transport import Answer, Transport
 from torchsurgeon.transport.base import Deadline
 
-# Stands in until two requests have shown the link; its own uncertainty is a factor of e.
+# Used until two requests have shown the link; estimates that start from it are uncertain by a factor of e.
 _UNKNOWN_LINK = Link("not measured", 10e6, 10e6, 0.05, source="a guess until there are requests")
-# These say what is wrong with one request, not with the server.
+# HTTP statuses that blame the content of one request, not the server.
 _REQUESTS_FAULT = (400, 413, 415, 422)
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a server's answer was not used. ``kind`` is one word, for counting."""
+    """Why a server's answer was not used.
+
+    Attributes:
+        kind: one word, under which ``stats()`` counts it.
+        text: what happened, for people.
+    """
 
     kind: str
     text: str
@@ -49,7 +54,7 @@ class Failure:
 
     @staticmethod
     def of(error: Exception) -> Failure:
-        """The failure that an error is."""
+        """Return the failure that an error stands for."""
         for kinds, word in _WORDS:
             if isinstance(error, kinds):
                 return Failure(word, str(error))
@@ -67,14 +72,21 @@ _WORDS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
 class Peer:
     """One server. Thread-safe.
 
-    ``ready_in`` is the epoch of our weights in which hands were shaken and all else that asking it takes was found out.
+    Attributes:
+        label: its URL, or its transport's class.
+        link: the link as given, or as measured before the first request; None before either.
+        profile: its layer times as given, or as it has sent them; None before either.
+        failure: why it was last of no use; None after an answer.
+        ready_in: the epoch of the local weights for which it was made ready to be asked; -1 for none.
+        plan: the choice among the cuts with this server; None until it has been measured.
+        doubted: whether an answer is overdue that a slow link or a dead server would explain alike.
     """
 
     def __init__(
         self,
         transport: Transport,
         name: str,
-        ours: Ours,
+        local: LocalModel,
         *,
         link: Link | None,
         profile: LayerProfile | None,
@@ -83,18 +95,15 @@ class Peer:
     ) -> None:
         self.transport = transport
         self.label: str = getattr(transport, "url", type(transport).__name__)
-        self.link = link
-        """The link as it was given or measured before the first request; None before either."""
-        self.profile = profile
-        """Its layer times as they were given, or as it has told them; None before either."""
+        self.link, self.profile = link, profile
         self.failure: Failure | None = None
         self.sent_bytes = self.received_bytes = self.answers = 0
-        self._name, self._ours = name, ours
+        self._name, self._local = name, local
         self._output_codec, self._max_bytes = output_codec, max_bytes
-        self.start_anew()
+        self.reset_after_fork()
 
-    def start_anew(self) -> None:
-        """Forget what may not outlive a fork: locks, and hands shaken over connections that were the parent's."""
+    def reset_after_fork(self) -> None:
+        """Begin anew: locks may be held by the parent's threads, and connections are the parent's."""
         self.state: ServerState[Transport] = ServerState.new(
             self.transport, self.link or _UNKNOWN_LINK, now_s=time.monotonic
         )
@@ -113,20 +122,28 @@ class Peer:
     # --- asking ---
 
     def shake(self, timeout_s: float | None = None) -> int:
-        """Make sure that the server's model is ours; return the epoch of our weights. Raises ModelMismatchError."""
+        """Check that the server's model is the local one, and return the epoch of the local weights.
+
+        Raises:
+            ModelMismatchError: it is another.
+        """
         with self._lock:
             return self._shake(timeout_s)
 
     def _shake(self, timeout_s: float | None) -> int:
         self.ready_in = -1
-        epoch, digests = self._ours.digests()
-        self._identity = shake_hands(self.transport, self._name, self._ours.graph, digests, timeout_s)
+        epoch, digests = self._local.digests()
+        self._identity = shake_hands(self.transport, self._name, self._local.graph, digests, timeout_s)
         return epoch
 
     def ask(self, tensors: Mapping[str, Tensor], codecs: Mapping[str, Codec], deadline: Deadline) -> Answer:
-        """Return the answer of the model that hands were shaken with, or of an equal one in its place.
+        """Return the server's answer to named tensors.
 
-        Raises what the transport raises, and ModelMismatchError.
+        If the server has been restarted since the handshake, it is checked again before its answer is used.
+
+        Raises:
+            ModelMismatchError: the server holds another model now.
+            ServerError: it did not answer in time, or refused; whatever else the transport raises.
         """
 
         def infer() -> Answer:
@@ -168,25 +185,31 @@ class Peer:
     # --- what is known ---
 
     def usable(self, epoch: int) -> bool:
-        """Whether to ask it now."""
+        """Return whether it is ready in this epoch and its breaker is closed."""
         return self.ready_in == epoch and self.state.breaker.state == "closed"
 
     def adopt(self, link: Link) -> None:
-        """Start from a link that was measured."""
+        """Begin the estimates anew from a measured link."""
         self.link = link
         self.state = dataclasses.replace(self.state, link=LinkEstimator(link, now_s=time.monotonic))
 
     def observe(self, answer: Answer, predicted_s: float) -> None:
-        """Take in what an answer tells of link and load. ``predicted_s`` is its tail's prediction, 0 for none."""
-        timing, told = answer.timing, answer.parameters
-        queue_s, compute_s = seconds(told.get("queue_s")), seconds(told.get("compute_s"))
-        server_s = queue_s + compute_s + seconds(told.get("decode_s"))
+        """Update the estimates of link and load from an answer.
+
+        Args:
+            answer: the answer, with its timing and what the server measured.
+            predicted_s: predicted seconds of its tail on an idle server; 0 for none.
+        """
+        timing, measured = answer.timing, answer.parameters
+        queue_s, compute_s = seconds(measured.get("queue_s")), seconds(measured.get("compute_s"))
+        server_s = queue_s + compute_s + seconds(measured.get("decode_s"))
         total_s, up_bytes = timing.end_s - timing.send_start_s, timing.sent_bytes
         state = self.state
-        # Nobody waits for longer than the whole request took.
+        # A server may lie: no request waits in a queue for longer than it took as a whole.
         state.load.observe(queue_s=min(queue_s, total_s), compute_s=compute_s, predicted_s=predicted_s)
-        up_s = None if told.get("receive_s") is None else seconds(told["receive_s"])
+        up_s = None if measured.get("receive_s") is None else seconds(measured["receive_s"])
         if up_s is not None:
+            # Requests that overlap share the uplink: what this one would have taken alone is worked out first.
             arrived_s = timing.first_byte_s - server_s
             with self._counting:
                 alone = self._sharing.alone(up_bytes, arrived_s - up_s, arrived_s, self.under_way)
@@ -207,27 +230,29 @@ class Peer:
         self.received_bytes += timing.received_bytes
 
     def missed(self, up_bytes: float, waited_s: float) -> None:
-        """Take in that there was no answer after so long, beside what the server needs: it looks as if the link were as
-        slow. It may have been the server, which trials find out."""
+        """Record that no answer came within ``waited_s`` beyond what the server needs, so the link may be that slow.
+
+        It may as well have been the server; the keeper's trials find out which.
+        """
         self.doubted = True
         self.state.link.missed(up_bytes=int(up_bytes), waited_s=waited_s)
 
-    def took(self, cut: int, seconds_: float) -> None:
-        """Take in how long the server's part of a cut took as a whole, from head to answer."""
+    def record_duration(self, cut: int, seconds_: float) -> None:
+        """Record how long the server's part of a cut took, from the end of the head to the answer."""
         with self._counting:
             tracker = self._seen.get(cut)
             if tracker is None:
                 tracker = self._seen[cut] = Tracker(seconds_, now_s=time.monotonic)
             tracker.observe(seconds_)
 
-    def takes(self, cut: int) -> Quantity | None:
-        """How long the server's part of a cut takes as a whole; None until it has been seen."""
+    def expected_duration(self, cut: int) -> Quantity | None:
+        """Return how long the server's part of a cut takes, from the end of the head; None until one was recorded."""
         with self._counting:
             tracker = self._seen.get(cut)
             return None if tracker is None else tracker.quantity()
 
-    def told(self, epoch: int) -> dict[str, Any]:
-        """What is known of it, as plain data."""
+    def snapshot(self, epoch: int) -> dict[str, Any]:
+        """Return what is known of it, as plain data."""
         state = self.state
         link, load = state.link.estimate(), state.load.estimate()
         return {
@@ -249,22 +274,22 @@ class Peer:
         }
 
     def answered(self) -> None:
-        """It has answered well."""
+        """Record an answer: the breaker closes."""
         self.failure = None
         self.state.breaker.succeeded()
 
     def failed(self, failure: Failure) -> None:
-        """It has not."""
+        """Record a failure; the breaker may open, and does so at once if the server holds another model."""
         self.failure = failure
         breaker = self.state.breaker
         breaker.failed()
         if failure.kind == "mismatch":
-            # Another model there will not become ours by being asked again.
+            # Asking again will not turn another model into this one, so the breaker opens at once.
             self.ready_in = -1
             while breaker.state == "closed":
                 breaker.failed()
 
 
 def is_requests_fault(error: Exception) -> bool:
-    """Whether a server refused a request for what is in it."""
+    """Return whether the server refused a request because of its content, so that the server itself may be well."""
     return isinstance(error, RequestRefusedError) and error.status in _REQUESTS_FAULT

@@ -1,4 +1,4 @@
-"""A few threads for requests, so that whoever waits for an answer can do better things meanwhile."""
+"""A few threads for requests, so that the calling thread can run the tail itself when an answer is late."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from torchsurgeon.errors import ServerUnavailableError
 
 T = TypeVar("T")
 
-# As many as connections are kept; more requests at a time wait for one of these to end or be given up.
+# As many as connections are kept; further requests wait for one of these to end.
 MOST_THREADS = 16
-# A thread may be stuck in the resolver, which nothing interrupts; it is a daemon and is left behind.
+# A thread may be stuck in the name resolver, which nothing interrupts; it is a daemon and is left behind.
 _JOIN_S = 1.0
 
 
-class Call(Generic[T]):
-    """A function that runs in another thread, and how it ended."""
+class Task(Generic[T]):
+    """A function that runs in another thread, and how it ended.
+
+    Attributes:
+        ended: whether it has returned or raised.
+        value: what it returned.
+        error: what it raised.
+    """
 
     __slots__ = ("_cancel", "_pending", "_work", "ended", "error", "value")
 
@@ -35,8 +41,8 @@ class Call(Generic[T]):
         self._pending = threading.Lock()
         self._pending.acquire()
 
-    def run(self, before_end: Callable[[Call[T]], object] | None = None) -> None:
-        """Call the function here; ``before_end`` is told before anybody who waits."""
+    def run(self, before_end: Callable[[Task[T]], object] | None = None) -> None:
+        """Call the function in this thread; ``before_end`` is called before whoever waits goes on."""
         work, self._work = self._work, None
         try:
             if work is None:
@@ -50,7 +56,7 @@ class Call(Generic[T]):
         self._pending.release()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the end; False if it has not come by then."""
+        """Wait for the end, and return whether it came within ``timeout_s``."""
         if not self.ended:
             if not self._pending.acquire(timeout=min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)):
                 return False
@@ -58,38 +64,55 @@ class Call(Generic[T]):
         return True
 
     def answered(self) -> bool:
-        """Whether it has ended well."""
+        """Return whether it has ended without an error."""
         return self.ended and self.error is None
 
     def give_up(self) -> None:
-        """Nobody waits for it any more: interrupt it, or do not begin."""
+        """Interrupt it, or keep it from beginning: nobody waits for it any more."""
         self._work = None
         if self._cancel is not None:
             self._cancel()
 
     def result(self) -> T:
-        """Return what the function returned, or raise what it raised; call it after the end."""
+        """Return what the function returned, or raise what it raised; to be called after the end."""
         if self.error is not None:
             raise self.error
         return self.value  # type: ignore[return-value]
 
 
 class Pool:
-    """Daemon threads, made when they are needed and kept until :meth:`close`."""
+    """Daemon threads, started when they are needed and kept until :meth:`close`. Thread-safe.
+
+    Args:
+        name: the name of each thread.
+        most: how many threads there may be.
+    """
 
     def __init__(self, name: str, most: int = MOST_THREADS) -> None:
         self._name, self._most = name, most
-        # A garbage collection while it is held may find a module that nobody has, and close this pool.
+        self.reset_after_fork()
+
+    def reset_after_fork(self) -> None:
+        """Begin without threads; those of the parent do not exist in a forked child."""
+        # Reentrant: a garbage collection while it is held may finalize a dropped module, which closes this pool.
         self._lock = threading.RLock()
-        self._calls: queue.SimpleQueue[Call[Any] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Task[Any] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._running: set[Call[Any]] = set()
+        self._running: set[Task[Any]] = set()
         self._free = 0
         self._closed = False
 
-    def submit(self, work: Callable[[], T], cancel: Callable[[], object] | None = None) -> Call[T]:
-        """Run ``work`` in one of the threads; ``cancel`` interrupts it. Raises ServerUnavailableError once closed."""
-        call = Call(work, cancel)
+    def submit(self, work: Callable[[], T], cancel: Callable[[], object] | None = None) -> Task[T]:
+        """Run ``work`` in one of the threads.
+
+        Args:
+            work: the function.
+            cancel: interrupts it from another thread.
+
+        Raises:
+            ServerUnavailableError: the pool has been closed.
+        """
+        task = Task(work, cancel)
         with self._lock:
             if self._closed:
                 raise ServerUnavailableError("the SplitModule has been closed")
@@ -99,36 +122,36 @@ class Pool:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._threads.append(thread)
                 thread.start()
-            self._running.add(call)
-            self._calls.put(call)
+            self._running.add(task)
+            self._tasks.put(task)
             if self._closed:
-                # By a collection just now; the thread is to end all the same.
+                # A garbage collection in this very method has closed the pool; the new thread has to end all the same.
                 self.end()  # type: ignore[unreachable]
-        return call
+        return task
 
     def end(self, *, drain: bool = False) -> None:
-        """Interrupt what runs, or to ``drain`` let it and what has been submitted run, and have the threads end."""
+        """Have the threads end: now, interrupting what runs, or with ``drain`` once all that was submitted has run."""
         with self._lock:
             self._closed = True
             running = () if drain else tuple(self._running)
             for _ in self._threads:
-                self._calls.put(None)
-        for call in running:
-            call.give_up()
+                self._tasks.put(None)
+        for task in running:
+            task.give_up()
 
     def close(self, join_s: float = _JOIN_S) -> None:
-        """Interrupt what runs, and end the threads, for which it waits so long. Closing twice is harmless."""
+        """Interrupt what runs, end the threads, and wait up to ``join_s`` for them. Closing twice is harmless."""
         self.end()
         self.join(join_s)
 
     @property
-    def here(self) -> bool:
-        """Whether this is one of the threads."""
+    def is_worker(self) -> bool:
+        """Whether the calling thread is one of the pool's."""
         return threading.current_thread() in self._threads
 
     def join(self, join_s: float) -> None:
-        """Wait for threads that are to end; one of them waits for none, or two might for each other."""
-        if self.here:
+        """Wait for the threads to end. A thread of the pool returns at once, or two might wait for each other."""
+        if self.is_worker:
             return
         end_s = time.monotonic() + join_s
         for thread in tuple(self._threads):
@@ -136,15 +159,15 @@ class Pool:
             if thread.ident is not None:
                 thread.join(min(max(0.0, end_s - time.monotonic()), join_s))
 
-    def _freed(self, call: Call[Any]) -> None:
-        # Before the call ends, or who waited for it would be given another thread for the next one.
+    def _freed(self, task: Task[Any]) -> None:
+        # Called before the task ends: whoever waits for it and submits the next one then gets this thread again.
         with self._lock:
-            self._running.discard(call)
+            self._running.discard(task)
             self._free += 1
 
     def _run(self) -> None:
         with torch.no_grad():
-            while (call := self._calls.get()) is not None:
-                call.run(self._freed)
-                # The thread must not keep the last call's tensors while it waits for the next.
-                del call
+            while (task := self._tasks.get()) is not None:
+                task.run(self._freed)
+                # The thread must not keep the last task's tensors while it waits for the next.
+                del task

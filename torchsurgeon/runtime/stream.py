@@ -1,4 +1,4 @@
-"""Inferences in a stream: the head of one runs while those before it are on the uplink or in their tails."""
+"""Calls in a stream: the head of one runs while those before it are on the uplink or in their tails."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torchsurgeon.runtime.pool import MOST_THREADS, Pool
 
 T = TypeVar("T")
 
-# Each has a request of its own under way, and these have no more threads.
+# Each call in flight has a request of its own, and there are no more threads for requests.
 MOST_IN_FLIGHT = MOST_THREADS
-# A head or a tail that has begun here is not interrupted.
+# A head or a tail that runs on the device is not interrupted, so closing waits this long for it.
 _JOIN_S = 60.0
 
 
 class Begun(Protocol):
-    """An inference whose head has run."""
+    """A call whose head has run."""
 
     def result(self) -> Any:
         """Wait for the model's result."""
@@ -36,10 +36,10 @@ class Begun(Protocol):
 
 
 class Stream:
-    """Runs inferences side by side: heads one after the other, in one thread, and in others what comes after them.
+    """Runs calls side by side: their heads one after the other in one thread, what follows in others. Thread-safe.
 
-    At most ``depth`` are between the beginning of their head and their answer; the next waits for one of them. The
-    threads are made when they are needed. Thread-safe.
+    At most ``depth`` calls are between the beginning of their head and their answer; the next waits for one of them.
+    The threads are started when they are needed.
     """
 
     def __init__(self, depth: int) -> None:
@@ -49,9 +49,10 @@ class Stream:
         self._process = os.getpid()
 
     def submit(self, begin: Callable[[], Begun]) -> Future[Any]:
-        """Return the future answer of what ``begin`` begins; it can be cancelled until then.
+        """Return the future answer of the call that ``begin`` begins. It can be cancelled until its head begins.
 
-        Raises :class:`~torchsurgeon.errors.ServerUnavailableError` after :meth:`close`.
+        Raises:
+            ServerUnavailableError: the stream has been closed.
         """
         future: Future[Any] = Future()
         self._unanswered.add(future)
@@ -64,17 +65,17 @@ class Stream:
         return future
 
     def close(self) -> None:
-        """Cancel what has not begun, give up the rest, and end the threads. Closing twice is harmless."""
-        if not self.here:
+        """Cancel calls that have not begun, give up the others, and end the threads. Closing twice is harmless."""
+        if not self.is_owner_process:
             return
         for future in self._unanswered.copy():
             future.cancel()
-        # All are told before any is waited for, since an interrupt may end the waiting. Futures that were cancelled are
-        # passed over by the heads' thread, which tells whoever waits for them.
+        # All threads are asked to end before any is waited for, since an interrupt may end the waiting. The heads'
+        # thread passes over cancelled futures, and so wakes whoever waits for them.
         self._heads.end(drain=True)
         self._answers.end()
-        if self._heads.here or self._answers.here:
-            # A head, or what a future calls: nobody waits in the threads that are waited for.
+        if self._heads.is_worker or self._answers.is_worker:
+            # Called from a head or from a future's callback, in a thread that the others below would wait for.
             return
         self._answers.join(_JOIN_S)
         self._heads.join(_JOIN_S)
@@ -83,8 +84,8 @@ class Stream:
                 future.set_exception(ServerUnavailableError("the SplitModule has been closed"))
 
     @property
-    def here(self) -> bool:
-        """Whether this is the process whose threads these are, and not one that was forked off."""
+    def is_owner_process(self) -> bool:
+        """Whether this is the process whose threads these are, and not one forked from it."""
         return os.getpid() == self._process
 
     def _head(self, future: Future[Any], begin: Callable[[], Begun], around: _Surroundings) -> None:
@@ -115,16 +116,21 @@ class Stream:
 
 
 def in_order(begins: Iterable[Callable[[], Begun]], depth: int) -> Iterator[Any]:
-    """Return the answers of what each of ``begins`` begins, in their order; what raises ends them, after the answers
-    before it.
+    """Yield the answers of the calls that ``begins`` begin, in their order.
 
-    The next is taken, in the thread that asks for answers, when less than ``depth`` are in flight and the next answer
-    is not there yet. Closing the iterator gives up what is in flight.
+    The next call is begun, in the thread that asks for answers, while fewer than ``depth`` are in flight and the next
+    answer has not come. An error ends the iterator after the answers before it. Closing the iterator gives up the calls
+    in flight.
 
-    Raises :class:`~torchsurgeon.errors.AdaptError` for a depth that cannot be.
+    Args:
+        begins: functions that each run the head of one call.
+        depth: how many calls may be in flight, 1 to 16.
+
+    Raises:
+        AdaptError: the depth is not within 1 to 16.
     """
     if not (isinstance(depth, int) and 1 <= depth <= MOST_IN_FLIGHT):
-        raise AdaptError(f"a depth of {depth!r} cannot be: give how many may be in flight, 1 to {MOST_IN_FLIGHT}")
+        raise AdaptError(f"depth is how many calls may be in flight, 1 to {MOST_IN_FLIGHT}; got {depth!r}")
     return _in_order(iter(begins), depth)
 
 
@@ -134,7 +140,7 @@ def _in_order(begins: Iterator[Callable[[], Begun]], depth: int) -> Iterator[Any
     stream = Stream(depth)
     try:
         while ended is None or flying:
-            if not stream.here:
+            if not stream.is_owner_process:
                 raise ServerUnavailableError(
                     "another process began this map, and this one was forked off: begin another"
                 )
@@ -152,8 +158,8 @@ def _in_order(begins: Iterator[Callable[[], Begun]], depth: int) -> Iterator[Any
 
 
 class _Surroundings:
-    """What a call finds in the thread that makes it, and an answer depends on: autocast, CUDA's stream with the inputs,
-    and its context, in which spans have their parents."""
+    """What an answer depends on in the thread that makes the call: autocast, the CUDA stream that computes the inputs,
+    and the context, in which telemetry's spans have their parents."""
 
     def __init__(self) -> None:
         self._context = contextvars.copy_context()
@@ -166,7 +172,7 @@ class _Surroundings:
             self._entered.append(functools.partial(torch.cuda.stream, torch.cuda.current_stream()))
 
     def run(self, function: Callable[[], T]) -> T:
-        """Call ``function`` as if there."""
+        """Call ``function`` with these surroundings."""
         with ExitStack() as stack:
             for entered in self._entered:
                 stack.enter_context(entered())

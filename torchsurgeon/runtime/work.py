@@ -33,8 +33,8 @@ class Work(Protocol):
         """How many times the example's bytes the call has."""
 
 
-class Inference:
-    """A call of the model."""
+class ModelCall:
+    """A call of the model with its arguments."""
 
     def __init__(self, parts: Parts, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._parts, self._args, self._kwargs = parts, args, kwargs
@@ -62,7 +62,7 @@ class Inference:
         return _ratio(size_bytes, self._parts.input_bytes)
 
 
-class Rest:
+class TailCall:
     """The rest of the model from the tensors ``names`` on; the result is a tuple in the order of the outputs."""
 
     def __init__(self, parts: Parts, names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:

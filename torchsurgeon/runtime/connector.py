@@ -1,0 +1,115 @@
+"""Makes a server ready to be asked: shakes hands with it, and measures what choosing a cut rests on."""
+
+from __future__ import annotations
+
+import threading
+
+from torch import Tensor
+
+from torchsurgeon.cutting import cut
+from torchsurgeon.planning import Frontier, Objective
+from torchsurgeon.profiling import LayerProfile, profile
+from torchsurgeon.runtime.choice import Adaptive, Goal
+from torchsurgeon.runtime.device import DeviceTimes
+from torchsurgeon.runtime.handshake import LocalModel
+from torchsurgeon.runtime.options import Options
+from torchsurgeon.runtime.parts import Parts
+from torchsurgeon.runtime.peer import Peer
+from torchsurgeon.runtime.servers import Servers
+from torchsurgeon.transport.link_probe import measure_link
+
+_THROUGHPUT = Goal(Objective(throughput=1.0))
+
+
+class Connector:
+    """Connects to the servers of one model. Thread-safe.
+
+    Attributes:
+        ping_tensors: the boundary tensors of the ping, which is the smallest inference there is; empty until
+            :meth:`prepare_ping`.
+        ping_index: the index of the partition point that the ping cuts at.
+    """
+
+    def __init__(self, options: Options, local: LocalModel, parts: Parts, times: DeviceTimes, servers: Servers) -> None:
+        self._options, self._local, self._parts, self._times, self._servers = options, local, parts, times, servers
+        self.ping_tensors: dict[str, Tensor] = {}
+        self.ping_index = 0
+        self.reset_after_fork()
+
+    def reset_after_fork(self) -> None:
+        """Replace the lock, which a thread of the parent may hold."""
+        self._measuring = threading.Lock()
+
+    def connect(self, peer: Peer, timeout_s: float | None = None) -> None:
+        """Make a server ready to be asked.
+
+        Raises:
+            ServerError: it does not answer, or holds another model.
+            ProtocolError: it answers something else than the protocol says.
+        """
+        epoch = peer.shake(timeout_s)
+        if self._servers.adapts and peer.plan is None:
+            frontier = self.frontier(peer)
+            assert peer.profile is not None
+            goal = self._servers.goal
+            plan = Adaptive(
+                self._local.graph,
+                frontier,
+                peer.profile,
+                goal,
+                own_codec=self._options.codecs is not None,
+                on_change=self._options.on_replan,
+            )
+            # Only a latency objective switches to throughput in streams; other objectives stay.
+            peer.stream_plan = plan.toward(_THROUGHPUT) if goal.wanted == Objective(latency=1.0) else plan
+            peer.plan = plan
+        peer.answered()
+        peer.ready_in = epoch
+
+    def frontier(self, peer: Peer) -> Frontier:
+        """Measure what is not known yet of device, server and link, and return the rows to choose from."""
+        with self._measuring:
+            server = peer.profile
+            if server is None:
+                path = f"/v2/models/{self._options.name}/profile"
+                server = LayerProfile.from_json(peer.transport.get_json(path))
+            device = self.profile_device()
+            if peer.link is None:
+                peer.adopt(measure_link(peer.transport))
+            frontier = Frontier.build(self._local.graph, device, server, self._options.codecs)
+            # Kept only now that it has been found to fit: the profile of another model would spoil every later try.
+            peer.profile = server
+            return frontier
+
+    def profile_device(self) -> LayerProfile:
+        """Return the layer times of this device, and measure them first where they are unknown."""
+        times, graph = self._times, self._local.graph
+        if times.profile is None:
+            meter = "auto" if self._servers.goal.needs_joules else None
+            times.profile = profile(graph, inputs=graph.tensors_of_call(*times.example), meter=meter)
+        return times.profile
+
+    def prepare_ping(self) -> None:
+        """Choose the point in the second half of the model that sends least, and compute its boundary tensors once.
+
+        A ping there is light on the link and on the server, and waits in the server's queue as every inference does.
+        """
+        if self.ping_tensors:
+            return
+        graph = self._local.graph
+        late = [point for point in graph.points[:-1] if 2 * point.index >= len(graph.layers)]
+        point = min(late or graph.points[:1], key=lambda point: point.size_bytes)
+        # In eager PyTorch: compiling a head for pings alone would not pay.
+        head, (args, kwargs) = cut(graph, point).head, self._times.example
+        self.ping_index = point.index
+        self.ping_tensors = dict(zip((spec.name for spec in point.tensors), head(*args, **kwargs), strict=True))
+
+    def forget_parts(self) -> None:
+        """Forget the cut parts and the ping, since the model's tensors have been replaced."""
+        self._parts.clear()
+        self.ping_tensors = {}
+
+    def renew(self) -> None:
+        """Notice weights that have changed: hands are then shaken again, and the parts cut again."""
+        if self._local.renew():
+            self.forget_parts()

@@ -1,0 +1,143 @@
+"""What this device does by itself: how long the model takes on it, and calls that run on it as a whole."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torchsurgeon.adapting import Decision, Quantity, SlowdownEstimator
+from torchsurgeon.planning import Row
+from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.runtime.choice import Way
+from torchsurgeon.runtime.inference import Inference
+from torchsurgeon.runtime.ledger import Ledger
+from torchsurgeon.runtime.parts import Parts
+from torchsurgeon.runtime.peer import Failure
+from torchsurgeon.runtime.work import ModelCall, Work
+
+_TIMED_RUNS = 3
+
+
+class DeviceTimes:
+    """Predicted times of the model's parts on this device, from its profile or from runs of ``example``. Thread-safe.
+
+    All times are for a call of the example's size; for a larger call, multiply by its scale.
+    """
+
+    def __init__(
+        self, parts: Parts, example: tuple[tuple[Any, ...], Mapping[str, Any]], profile: LayerProfile | None
+    ) -> None:
+        self.example, self.profile = example, profile
+        self._parts = parts
+        self._timed: dict[int, tuple[float, float]] = {}
+        self.reset_after_fork()
+
+    def reset_after_fork(self) -> None:
+        """Replace the lock, which a thread of the parent may hold, and forget how slow the device was."""
+        self._slowdown = SlowdownEstimator()
+
+    def forget(self) -> None:
+        """Forget measured times: the model's tensors have another type or another device now."""
+        self._timed.clear()
+
+    def slowdown(self) -> Quantity:
+        """Return by what factor the device is slower now than predicted."""
+        return self._slowdown.estimate()
+
+    def record_duration(self, seconds: float, predicted_s: float) -> None:
+        """Update the slow-down from measured against predicted seconds (predicted for a slow-down of 1)."""
+        self._slowdown.observe(seconds, predicted_s)
+
+    @property
+    def whole_s(self) -> float | None:
+        """Seconds of the whole model at a slow-down of 1; None until they are known."""
+        if self.profile is not None:
+            return self.profile.total_s
+        # Head and tail add up to about the same at every cut.
+        return next((head_s + tail_s for head_s, tail_s in tuple(self._timed.values())), None)
+
+    def expected_s(self, way: Way) -> tuple[float, float]:
+        """Return the seconds of head and tail at the present slow-down; both are run and timed if they are unknown."""
+        slowdown = self.slowdown().value
+        head_s, tail_s = self._unhindered_s(way)
+        return head_s * slowdown, tail_s * slowdown
+
+    def known_tail_s(self, way: Way) -> float | None:
+        """Return the seconds of the tail at the present slow-down; None if they are unknown."""
+        known = way.row is not None or way.point.index in self._timed
+        return self.expected_s(way)[1] if known else None
+
+    def record_tail(self, way: Way, scale: float, seconds: float) -> None:
+        """Update the slow-down from a tail that ran on this device for a call of ``scale`` times the example's size.
+
+        Where the whole model lies behind the cut, tails are the only evidence of how fast the device is. Without it, a
+        call with a deadline would always start its tail at once.
+        """
+        if way.row is not None or way.point.index in self._timed:
+            self.record_duration(seconds, self._unhindered_s(way)[1] * scale)
+
+    def _unhindered_s(self, way: Way) -> tuple[float, float]:
+        """Return the seconds of head and tail at a slow-down of 1."""
+        if way.whole and self.whole_s is not None:
+            return self.whole_s, 0.0
+        if way.row is not None and self.profile is not None:
+            return way.row.head_s, max(self.profile.total_s - way.row.head_s, 0.0)
+        timed = self._timed.get(way.point.index)
+        if timed is None:
+            timed = self._timed[way.point.index] = self._time(way)
+        return timed
+
+    def _time(self, way: Way) -> tuple[float, float]:
+        """Run head and tail on the example and return the medians of their seconds."""
+        args, kwargs = self.example
+        work = ModelCall(self._parts, args, kwargs)
+        times = []
+        for _ in range(1 + _TIMED_RUNS):
+            begin_s = time.perf_counter()
+            if way.whole:
+                work.whole()()
+                headed_s = time.perf_counter()
+            else:
+                boundary = work.head(way.point)()
+                headed_s = time.perf_counter()
+                work.tail(tuple(spec.name for spec in way.point.tensors))(boundary)
+            times.append((headed_s - begin_s, time.perf_counter() - headed_s))
+        # The first run warms caches and allocates, so it does not count.
+        heads, tails = zip(*times[1:], strict=True)
+        return statistics.median(heads), statistics.median(tails)
+
+
+class DeviceRunner:
+    """Runs whole calls on this device, and keeps their account. Thread-safe."""
+
+    def __init__(self, times: DeviceTimes, ledger: Ledger, whole: Way) -> None:
+        self._times, self._ledger, self._whole = times, ledger, whole
+
+    def run(self, work: Work, begun_s: float, why: Failure | None, decision: Decision[Row] | None = None) -> Any:
+        """Return the result of a call that runs on this device as a whole.
+
+        Args:
+            work: the call.
+            begun_s: when it began (``time.perf_counter``).
+            why: why it could not be split as planned; None where running it here was the plan.
+            decision: what the choice of the cut was made on, if it was made.
+        """
+        run = work.whole()
+        decided_s = time.perf_counter()
+        result = run()
+        end_s = time.perf_counter()
+        known_s = self._times.whole_s
+        if known_s is not None:
+            self._times.record_duration(end_s - decided_s, known_s * work.scale())
+        inference = Inference(
+            partition=self._whole.point,
+            total_s=end_s - begun_s,
+            decide_s=decided_s - begun_s,
+            head_s=end_s - decided_s,
+            degraded=None if why is None else str(why),
+            decision=decision,
+        )
+        self._ledger.record(self._whole.name, inference, None if why is None else why.kind)
+        return result

@@ -1,0 +1,40 @@
+"""What a SplitModule was asked to do, as its user gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchsurgeon.adapting import Decision
+from torchsurgeon.codec import Codec, CodecTable
+from torchsurgeon.link import Link
+from torchsurgeon.planning import Battery, Objective, Row
+from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.runtime.lossless import Lossless
+from torchsurgeon.runtime.parts import Backend
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """The arguments of :class:`~torchsurgeon.SplitModule`, checked and resolved; its docstring says what each does.
+
+    Attributes:
+        name: the model's name on its servers.
+        example: the positional and keyword arguments that the model was traced with.
+        falls_back: whether the device answers a call when no server does (``fallback="local"``).
+    """
+
+    name: str
+    example: tuple[tuple[Any, ...], Mapping[str, Any]]
+    falls_back: bool
+    objective: Objective | Battery
+    codec: Codec | Lossless
+    answer_codec: Codec
+    codecs: CodecTable | None
+    backend: Backend | None
+    link: Link | None
+    device_profile: LayerProfile | None
+    server_profile: LayerProfile | None
+    timeout_s: float
+    on_replan: Callable[[Decision[Row]], object] | None

@@ -1,0 +1,243 @@
+"""Which server a call asks, where it cuts the model, and whether that keeps its deadline."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torchsurgeon.adapting import SURE, Decision, Estimates, Refusals, check_deadline
+from torchsurgeon.link import Link
+from torchsurgeon.planning import Row
+from torchsurgeon.runtime.choice import Goal, Way
+from torchsurgeon.runtime.device import DeviceTimes
+from torchsurgeon.runtime.handshake import LocalModel
+from torchsurgeon.runtime.options import Options
+from torchsurgeon.runtime.peer import Failure, Peer
+from torchsurgeon.runtime.warn import MismatchWarning, warn_caller
+from torchsurgeon.runtime.work import Work
+from torchsurgeon.tracing.specs import PartitionPoint
+from torchsurgeon.transport import HttpTransport, Transport
+
+# A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
+_LEAST_ANSWER_LIMIT_BYTES = 64 << 20
+_ANSWER_FACTOR = 64
+_KEPT_DECISIONS = 256
+# A server is left for another only if that one costs less than nine tenths of it.
+_STAY = 0.9
+
+
+class Choice(NamedTuple):
+    """How one call is run.
+
+    Attributes:
+        way: where it cuts the model, and how what crosses is encoded.
+        peer: the server it asks; None where it runs on the device as a whole.
+        decision: what an adaptive choice was made on; None where the cut is fixed.
+        why: why the call is not split as planned; None where it is.
+    """
+
+    way: Way
+    peer: Peer | None
+    decision: Decision[Row] | None = None
+    why: Failure | None = None
+
+
+class Servers:
+    """The servers of one model in their order of preference, and the choice among them. Thread-safe.
+
+    Args:
+        servers: URLs or transports, the preferred one first. Transports are closed by whoever made them.
+        local: the model on this side.
+        times: how long its parts take on this device.
+    """
+
+    def __init__(
+        self, servers: Sequence[str | Transport], options: Options, local: LocalModel, times: DeviceTimes
+    ) -> None:
+        self._options, self._local, self._times = options, local, times
+        self.goal = Goal(options.objective)
+        self.goal.check(options.device_profile, options.link)
+        self._graph = graph = local.graph
+        limit = max(_LEAST_ANSWER_LIMIT_BYTES, _ANSWER_FACTOR * graph.points[-1].size_bytes)
+        transports = [
+            HttpTransport(server, options.timeout_s) if isinstance(server, str) else server for server in servers
+        ]
+        self._own = [made for made, given in zip(transports, servers, strict=True) if made is not given]
+        self.peers = [
+            Peer(
+                transport,
+                options.name,
+                local,
+                link=options.link,
+                profile=options.server_profile,
+                output_codec=options.answer_codec,
+                max_bytes=limit,
+            )
+            for transport in transports
+        ]
+        self.whole = Way(graph.points[-1], whole=True)
+        """Everything on the device."""
+        self.fixed: Way | None = None
+        """Where every call cuts the model; None where each call chooses."""
+        self.decisions: deque[Decision[Row]] = deque(maxlen=_KEPT_DECISIONS)
+        self._chosen: PartitionPoint | None = None
+        self._preferred: Peer | None = None
+        self._warned = False
+        self._refusals = Refusals()
+
+    def reset_after_fork(self) -> None:
+        """Begin anew in a forked child: connections, locks and estimates stay with the parent."""
+        self._refusals = Refusals()
+        for peer in self.peers:
+            peer.reset_after_fork()
+
+    def close(self, *, given: bool) -> None:
+        """Close the transports made for URLs, and with ``given`` also those that the user gave."""
+        for transport in [peer.transport for peer in self.peers] if given else self._own:
+            transport.close()
+
+    # --- what is in use ---
+
+    @property
+    def adapts(self) -> bool:
+        """Whether each call chooses its cut."""
+        return self.fixed is None
+
+    @property
+    def point(self) -> PartitionPoint | None:
+        """Where the model is cut now; None before the first choice."""
+        return self._chosen if self.fixed is None else self.fixed.point
+
+    @property
+    def link(self) -> Link | None:
+        """The link as it was given, or first measured; None before that."""
+        return next((peer.link for peer in self.peers if peer.link is not None), self._options.link)
+
+    @property
+    def round_trip_s(self) -> float:
+        """The round trip of :attr:`link`; 0 where that is unknown."""
+        link = self.link
+        return 0.0 if link is None else link.round_trip_s
+
+    def fix(self, point: PartitionPoint | None) -> None:
+        """Cut every call at ``point`` from now on; None to choose at each call."""
+        if point is not None:
+            self.fixed = Way(point, whole=point.index == len(self._graph.layers))
+            return
+        self.fixed = None
+        for peer in self.peers:
+            # A server that was only ever asked at a fixed cut has not been measured.
+            if peer.plan is None:
+                peer.ready_in = -1
+
+    def warn(self, failure: Failure | None) -> None:
+        """Warn the caller, once, that a server holds another model, so that its answers are not used."""
+        if failure is not None and failure.kind == "mismatch" and self._options.falls_back and not self._warned:
+            self._warned = True
+            warn_caller(f"a server's answers are not used: {failure.text}", MismatchWarning)
+
+    # --- the choice ---
+
+    def choose(self, work: Work, *, streamed: bool) -> Choice:
+        """Choose where to cut one call, and which server to ask.
+
+        Args:
+            work: the call.
+            streamed: whether it is one of a stream, whose rate then counts rather than its own latency.
+        """
+        fixed = self.fixed
+        if fixed is not None and fixed.whole:
+            return Choice(fixed, None)
+        peer = self._peer(work)
+        if peer is None:
+            for other in self.peers:
+                # The background thread may have found the mismatch, and cannot warn the caller itself.
+                self.warn(other.failure)
+            meant = self._chosen != self.whole.point or fixed is not None
+            return Choice(self.whole, None, why=self._why_nobody() if meant else None)
+        if fixed is not None or peer.plan is None:
+            return Choice(fixed or self.whole, peer)
+        plan = peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan
+        way, decision = plan.decide(
+            Estimates(peer.state.link.estimate(), peer.state.load.estimate(), self._times.slowdown(), work.scale())
+        )
+        self._chosen = way.point
+        self.decisions.append(decision)
+        return Choice(way, peer, decision)
+
+    def within(self, deadline_s: float, begun_s: float, work: Work, choice: Choice) -> Way:
+        """Return the chosen way if it should keep the deadline, or else the quickest way.
+
+        Args:
+            deadline_s: seconds from ``begun_s`` within which the answer is due.
+            begun_s: when the call began (``time.perf_counter``).
+
+        Raises:
+            DeadlineError: every way of answering would miss the deadline with 99 % confidence.
+        """
+        way, peer, decision, _ = choice
+        scale = work.scale()
+        head_s, tail_s = self._times.expected_s(way)
+        best_s, quickest, taken_s, how = (head_s + tail_s) * scale, way, (head_s + tail_s) * scale, "on the device"
+        device_error = self._times.slowdown().error
+        surely_s = _surely_s(best_s, device_error)
+        if decision is not None and peer is not None and peer.plan is not None:
+            latencies = peer.plan.latencies(decision.estimates)
+            rows = peer.plan.frontier.rows
+            least = latencies.index(min(latencies))
+            taken_s = latencies[next(i for i, row in enumerate(rows) if row is decision.row)]
+            spread = 0.0 if rows[least].on_device else peer.plan.expected(rows[least], decision.estimates).spread
+            surely_s = min(surely_s, _surely_s(latencies[least], max(device_error, spread)))
+            if latencies[least] < best_s:
+                quickest = peer.plan.ways[id(rows[least])]
+                best_s, how = latencies[least], f"cut after {rows[least].name}"
+        elif peer is not None and (expected := peer.expected_duration(way.point.index)) is not None:
+            taken_s = (head_s + expected.value) * scale
+            surely_s = min(surely_s, _surely_s(taken_s, max(device_error, expected.spread)))
+            if taken_s < best_s:
+                best_s, how = taken_s, f"cut after {way.point.name}"
+        if deadline_s >= surely_s:
+            self._refusals.end()
+        elif self._refusals.refuse(best_s):
+            check_deadline(deadline_s, best_s, how)
+        return way if taken_s <= deadline_s - (time.perf_counter() - begun_s) else quickest
+
+    def another(self, tried: Sequence[Peer]) -> Peer | None:
+        """Return a server that may be asked and is not among ``tried``."""
+        epoch = self._local.epoch
+        return next((peer for peer in self.peers if peer not in tried and peer.usable(epoch)), None)
+
+    def _peer(self, work: Work) -> Peer | None:
+        """Return the server to ask: the cheapest usable one, with some loyalty to the one asked last."""
+        epoch = self._local.epoch
+        if len(self.peers) == 1:
+            peer = self.peers[0]
+            asked = peer.usable(epoch) if self._options.falls_back else peer.ready_in == epoch
+            return peer if asked else None
+        usable = [peer for peer in self.peers if peer.usable(epoch)]
+        if not usable and not self._options.falls_back:
+            usable = [peer for peer in self.peers if peer.ready_in == epoch]
+        if len(usable) < 2 or not self.adapts:
+            return usable[0] if usable else None
+        slowdown, scale = self._times.slowdown(), work.scale()
+        costs = [
+            peer.plan.least_cost(Estimates(peer.state.link.estimate(), peer.state.load.estimate(), slowdown, scale))
+            * (_STAY if peer is self._preferred else 1.0)
+            if peer.plan is not None
+            else math.inf
+            for peer in usable
+        ]
+        self._preferred = usable[costs.index(min(costs))]
+        return self._preferred
+
+    def _why_nobody(self) -> Failure:
+        known = next((peer.failure for peer in self.peers if peer.failure is not None), None)
+        return Failure("nobody", "no server is ready" if known is None else f"no server to ask, after: {known}")
+
+
+def _surely_s(seconds: float, error: float) -> float:
+    """Return the time that 99 in 100 calls take longer than, when ``seconds`` is the median."""
+    return seconds * math.exp(-SURE * error)
