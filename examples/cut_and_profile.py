@@ -36,8 +36,8 @@ def main() -> None:
         print(f"  {latency_s * 1e3:7.2f} ms  {name}")
 
     for name in ("3g", "lte", "wifi"):
-        chosen = ts.best(ts.estimate(graph, device, server, ts.Link.parse(name)))
-        print(f"{name:>5}: cut after {chosen.point.name}, {chosen.latency_s * 1e3:.0f} ms predicted")
+        plan = ts.plan(graph, device=device, server=server, link=name)
+        print(f"{name:>5}: cut after {plan.point.name}, {plan.terms.latency_s * 1e3:.0f} ms predicted")
 
     part = ts.cut(graph, least)
     with torch.no_grad():

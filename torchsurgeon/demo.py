@@ -34,9 +34,9 @@ from torch import nn
 from torchsurgeon.emulate import SlowDevice
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.module import SplitModule
-from torchsurgeon.planning import Estimate, best
+from torchsurgeon.planning import Terms, plan
 from torchsurgeon.profiling import LayerProfile, NoisyProfileWarning, profile
-from torchsurgeon.report import bytes_text, estimate_table, layer_picture, point_text, seconds_text
+from torchsurgeon.report import bytes_text, layer_picture, plan_table, seconds_text
 from torchsurgeon.runtime import measure_link
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.structure import flatten
@@ -216,16 +216,22 @@ def _measure(
                 backend=device.wrap,
                 fallback="error",
             )
-            estimates = split.estimates()
-            chosen = best(estimates)
-            stars.setdefault(chosen.point.index, []).append(link)
+            assert split.link is not None
+            planned = plan(graph, device=here, server=there, link=split.link)
+            stars.setdefault(planned.row.index, []).append(link)
             if link == "lte":
-                title = f"{name} over LTE: predicted latency by partition point"
-                console.print(estimate_table(title, estimates, chosen))
-            for where, wanted in zip(_WHERE, (estimates[-1], estimates[0], best(estimates[1:-1])), strict=True):
+                console.print(plan_table(planned))
+            assert planned.server_only is not None
+            inside = (row for row in planned.rows if not row.on_device and row.index)
+            split_best = min(
+                (planned.frontier.terms(row, planned.link) for row in inside), key=lambda terms: terms.latency_s
+            )
+            ways = zip(_WHERE, (planned.device_only, planned.server_only, split_best), strict=True)
+            for where, terms in ways:
                 announce = functools.partial(step, f"{name} over {link}: {where}")
-                setting = (name, link, where, point_text(wanted, estimates))
-                rows.append(_row(split, image, truth, setting, wanted, wanted is chosen, repeats, announce))
+                setting = (name, link, where, terms.row.name if where == "split" else f"all on {where}")
+                chosen = terms.row == planned.row
+                rows.append(_row(split, image, truth, setting, terms, chosen, repeats, announce))
     devices = [(f"device (this machine, {device.factor:g}× slower)", here), ("server", there)]
     named = [(", ".join(names), index) for index, names in stars.items()]
     layer_picture(name, graph, devices, named, out / f"{name}.png")
@@ -246,12 +252,12 @@ def _row(
     image: torch.Tensor,
     truth: Any,
     setting: tuple[str, str, str, str],
-    wanted: Estimate,
+    terms: Terms,
     chosen: bool,
     repeats: int,
     step: Callable[[], None],
 ) -> Row:
-    split.partition = wanted.point.index
+    split.partition = terms.row.point(split.graph)
     equal = True
     times = []
     for repeat in range(repeats + 1):
@@ -263,7 +269,7 @@ def _row(
         step()
     low_s, middle_s, high_s = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     sent = split.last.sent_bytes if split.last is not None else 0
-    return Row(*setting, wanted.point.index, wanted.latency_s, middle_s, low_s, high_s, sent, equal, chosen)
+    return Row(*setting, terms.row.index, terms.latency_s, middle_s, low_s, high_s, sent, equal, chosen)
 
 
 def _table(rows: list[Row], slow: float) -> Table:

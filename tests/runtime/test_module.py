@@ -83,9 +83,10 @@ def test_auto_chooses_a_point_and_answers(server: Server) -> None:
         assert same(split(EXAMPLE), model(EXAMPLE))
         assert split.partition in split.graph.points
         assert split.link is not None
-        estimates = split.estimates()
-        assert [e.point for e in estimates] == list(split.graph.points)
-        assert split.decisions[0].row.index == ts.best(estimates).point.index
+        assert split.device_profile is not None
+        assert split.server_profile is not None
+        planned = ts.plan(split.graph, device=split.device_profile, server=split.server_profile, link=split.link)
+        assert split.decisions[0].row.index == planned.row.index
 
 
 def test_auto_prefers_a_fast_server_to_a_slow_device_and_a_device_to_a_slow_link(server: Server) -> None:

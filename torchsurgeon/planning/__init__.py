@@ -6,7 +6,6 @@ from torchsurgeon.planning.chain import ChainPlan
 from torchsurgeon.planning.decide import crossovers, plan
 from torchsurgeon.planning.frontier import Frontier, Terms
 from torchsurgeon.planning.grid import Sweep, sweep
-from torchsurgeon.planning.latency import Estimate, best, estimate
 from torchsurgeon.planning.objective import Battery, Constraints, Objective
 from torchsurgeon.planning.plans import Crossover, Plan
 from torchsurgeon.planning.rows import Row
@@ -16,16 +15,13 @@ __all__ = [
     "ChainPlan",
     "Constraints",
     "Crossover",
-    "Estimate",
     "Frontier",
     "Objective",
     "Plan",
     "Row",
     "Sweep",
     "Terms",
-    "best",
     "crossovers",
-    "estimate",
     "plan",
     "sweep",
 ]

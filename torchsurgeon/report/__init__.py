@@ -11,9 +11,7 @@ from torchsurgeon.report.predictions import calibration_table, prediction_pictur
 from torchsurgeon.report.tables import (
     codec_table,
     diagnosis_text,
-    estimate_table,
     graph_table,
-    point_text,
     profile_table,
 )
 from torchsurgeon.report.units import bytes_text, flops_text, joules_text, seconds_text
@@ -23,7 +21,6 @@ __all__ = [
     "calibration_table",
     "codec_table",
     "diagnosis_text",
-    "estimate_table",
     "explorer",
     "flops_text",
     "graph_table",
@@ -31,7 +28,6 @@ __all__ = [
     "layer_picture",
     "plan_picture",
     "plan_table",
-    "point_text",
     "prediction_picture",
     "prediction_table",
     "profile_picture",

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.cutting.doctor import Diagnosis
-from torchsurgeon.planning import Estimate
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.report.narrow import Fitting, Name
 from torchsurgeon.report.units import bytes_text, flops_text, joules_text, seconds_text
@@ -195,30 +194,6 @@ def diagnosis_text(diagnosis: Diagnosis) -> Group:
         share = f"{done[point.index] / flops:.0%}" if flops else ""
         cuts.add_row(str(point.index), point.name, bytes_text(point.size_bytes), share)
     return Group(facts, blocks, cuts if diagnosis.worthwhile else "No cut sends less than the input does.")
-
-
-def estimate_table(title: str, estimates: Sequence[Estimate], chosen: Estimate) -> Table:
-    """Return the predicted latency of the two ends, the chosen point, and the best others."""
-    others = sorted((e for e in estimates[1:-1] if e is not chosen), key=lambda e: e.latency_s)[:5]
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("cut after", "sent", "head", "uplink", "tail", "downlink", "latency"):
-        table.add_column(name, justify="left" if name == "cut after" else "right")
-    rows = sorted({e.point.index: e for e in (estimates[0], chosen, *others, estimates[-1])}.items())
-    for _, e in rows:
-        times = [seconds_text(t) if t else "–" for t in (e.head_s, e.uplink_s, e.tail_s, e.downlink_s, e.latency_s)]
-        sent = bytes_text(e.point.size_bytes) if e.uplink_s else "–"
-        star = "★ " if e is chosen else ""
-        table.add_row(star + point_text(e, estimates), sent, *times, style="bold" if e is chosen else None)
-    return table
-
-
-def point_text(chosen: Estimate, estimates: Sequence[Estimate]) -> str:
-    """Return where an estimate cuts, in words."""
-    if chosen.point.index == 0:
-        return "all on server"
-    if chosen.point.index == estimates[-1].point.index:
-        return "all on device"
-    return chosen.point.name
 
 
 def _crossing(point: PartitionPoint) -> str:
