@@ -2,7 +2,7 @@
 # make demo    set up, then the main job on this machine
 # make test    set up, then the tests
 # make coverage   try every model there is and write docs/coverage.md (an hour; goes on where it was stopped)
-# make lint    set up, then ruff and mypy
+# make lint    set up, then ruff, mypy and who may import whom
 # make cross-check   compile the extension for aarch64, as a Jetson would
 # make wheel   set up, then a wheel in dist/, audited to use the limited Python API only
 PYTHON ?= python3
@@ -30,6 +30,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+
+from paths import ROOT
 
 import torchsurgeon
 
@@ -29,3 +33,14 @@ def test_every_error_is_drawn_in_the_tree() -> None:
     for name, value in vars(errors).items():
         if inspect.isclass(value):
             assert name in (errors.__doc__ or ""), name
+
+
+def test_importing_the_package_imports_no_server_and_no_plotting() -> None:
+    listed = subprocess.run(
+        [sys.executable, "-c", "import sys, torchsurgeon; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout.split()
+    assert not {"uvicorn", "starlette", "matplotlib", "rich", "torchvision", "torchsurgeon.serve"} & set(listed)
