@@ -38,7 +38,7 @@ from result_file import RESULTS, write
 import torchsurgeon as ts
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
 from torchsurgeon.planning.mincut import MinimumCut
-from torchsurgeon.planning.rows import Costs, columns
+from torchsurgeon.planning.rows import LayerCosts, columns
 from torchsurgeon.planning.sets import Units
 
 MODELS = ("alexnet", "resnet50", "googlenet", "maxvit_t")
@@ -68,7 +68,7 @@ def ways(
     """Each way to decide, with how often to repeat it in a round."""
     table = codecs_for(graph)
     frontier = ts.Frontier.build(graph, device, server, table)
-    costs = Costs(graph, device, server)
+    costs = LayerCosts(graph, device, server)
     everything = columns(costs.rows(table))
     answer_bytes = frontier.answer_bytes
     units = Units(costs)

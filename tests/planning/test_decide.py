@@ -18,7 +18,7 @@ from torch import nn
 import torchsurgeon as ts
 from torchsurgeon import cli
 from torchsurgeon.planning import Constraints, Objective, sweep
-from torchsurgeon.planning.rows import Costs
+from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
 
 torch.set_num_threads(1)
@@ -79,7 +79,7 @@ NUMBERS = st.lists(st.floats(1e-3, 1.0), min_size=COUNT, max_size=COUNT)
 def test_a_plan_is_the_best_of_what_keeps_to_the_constraints(numbers, up, objective, limits) -> None:
     device, server = profile_of(numbers[0], numbers[1]), profile_of(numbers[2])
     link = dataclasses.replace(LINK, uplink_bit_s=up)
-    rows = Costs(GRAPH, device, server).rows()
+    rows = LayerCosts(GRAPH, device, server).rows()
     everything = ts.Frontier("all", "", 1, 0, 40, tuple(rows))
     values, latency, energy = (everything.costs(link, objective=name) for name in (objective, "latency", "energy"))
     allowed = [
@@ -107,7 +107,7 @@ def test_a_plan_is_the_best_of_what_keeps_to_the_constraints(numbers, up, object
 def test_infeasible_says_how_near_one_comes() -> None:
     with pytest.raises(ts.InfeasibleError) as caught:
         planned(latency_s=0.001, min_layers=3)
-    rows = [row for row in Costs(GRAPH, DEVICE, SERVER).rows() if row.index >= 3]
+    rows = [row for row in LayerCosts(GRAPH, DEVICE, SERVER).rows() if row.index >= 3]
     frontier = ts.Frontier("all", "", 1, 0, 40, tuple(rows))
     assert caught.value.least["latency_s"] == pytest.approx(frontier.costs(LINK).min())
     assert caught.value.least["min_layers"] is None

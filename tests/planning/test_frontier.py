@@ -24,7 +24,7 @@ from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.planning import Frontier, Objective, sets
 from torchsurgeon.planning.mincut import MinimumCut
-from torchsurgeon.planning.rows import Costs, lower_hull
+from torchsurgeon.planning.rows import LayerCosts, lower_hull
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
 
 torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def test_best_is_that_of_all_closed_sets_of_layers(problem, link, load, slowdown
     graph, device, server = problem
     objective = Objective(latency=1.0, energy=0.5, throughput=2.0) if wanted == "sum" else wanted
     frontier = Frontier.build(graph, device, server)
-    costs = Costs(graph, device, server)
+    costs = LayerCosts(graph, device, server)
     everything = Frontier("all", "", 1, 0, frontier.answer_bytes, tuple(costs.row_of(s) for s in closed_sets(graph)))
     everything = dataclasses.replace(
         everything,
@@ -164,7 +164,7 @@ def test_best_is_the_minimum_cut_of_large_graphs(problem, link, load, slowdown) 
         patch.setattr(sets, "_MOST_SETS", 16)
         frontier = Frontier.build(graph, device, server)
     assert frontier.exact
-    units = sets.Units(Costs(graph, device, server))
+    units = sets.Units(LayerCosts(graph, device, server))
     weights = np.array([slowdown, 8 / link.uplink_bit_s, load, 0.0])
     whole = sets.Block(units, 0, len(units.layers))
     mask = MinimumCut(0, len(units.layers), units.needs, units.costs, units.tensors).best(weights)
@@ -277,7 +277,7 @@ def test_what_the_device_takes_counts_its_radio_and_encoding() -> None:
     table = table_of(graph, (1, CodecCost("zstd", 500.0, 0.07, 0.0, True, True)))
     radio = ts.Radio(1e-6, 2e-6, 0.5, tail_s=2.0, tail_w=0.25)
     link = ts.Link("radio", 1e5, 1e6, 0.1, radio=radio)
-    row = next(r for r in Costs(graph, device, server).rows(table) if r.codec == "zstd")
+    row = next(r for r in LayerCosts(graph, device, server).rows(table) if r.codec == "zstd")
     frontier = Frontier.of(graph, [row])
     watts = 6.0 / 0.7
     sending, receiving = (0.1 + 0.5) * 500 * 8 / 1e5, (2.0 + 0.5) * 40 * 8 / 1e6
@@ -313,7 +313,7 @@ def test_unknown_objectives_and_weights_that_cannot_be_are_refused() -> None:
 def test_profiles_of_another_graph_or_batch_size_are_refused() -> None:
     graph, device, server = small()
     for pair in ((dataclasses.replace(device, batch=8), server), (device, dataclasses.replace(server, batch=8))):
-        with pytest.raises(ts.ProfileError, match="batches of 8"):
+        with pytest.raises(ts.ProfileError, match=r"batch size .*; got 8"):
             Frontier.build(graph, *pair)
     with pytest.raises(ts.ProfileError, match="fingerprint"):
         Frontier.build(graph, device, dataclasses.replace(server, fingerprint="00"))
@@ -335,7 +335,7 @@ def test_a_frontier_is_the_same_after_a_journey_as_json(tmp_path: Path) -> None:
         ("head_s", "size_bytes", "tail_s"), (float("nan"), -1.0, 1e300, 10**400, "x", None)
     ):
         rows = [{**data["rows"][0], name: value}, *data["rows"][1:]]
-        with pytest.raises(ts.PlanError, match="value that is none"):
+        with pytest.raises(ts.PlanError, match="wrong value"):
             Frontier.from_json({**data, "rows": rows})
     with pytest.raises(ts.PlanError, match="answer_bytes"):
         Frontier.from_json({**data, "answer_bytes": float("nan")})

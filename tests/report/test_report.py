@@ -16,7 +16,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import report
-from torchsurgeon.planning.rows import Costs
+from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.profiling import LayerEnergy
 from torchsurgeon.report.narrow import Fitting
 from torchsurgeon.report.runs import MOST_RUNS, cut_runs, layer_runs, run_labels
@@ -56,7 +56,7 @@ def test_a_long_flat_model_is_drawn_in_even_runs_with_names_of_their_own() -> No
 def test_every_cut_has_one_place_in_a_picture_and_both_ends_their_own(layers: int) -> None:
     graph = ts.trace(nn.Sequential(*(nn.ReLU() for _ in range(layers))).eval(), torch.rand(1, 4))
     profile = even_profile(graph)
-    rows = Costs(graph, profile, profile).rows()
+    rows = LayerCosts(graph, profile, profile).rows()
     runs = cut_runs(graph, rows)
     assert [row for run in runs for row in run.rows] == rows
     assert [i for run in runs for i in run.layers] == list(range(layers))

@@ -1,7 +1,7 @@
-"""More than two machines in a row: device, edge, cloud. The best partition points by dynamic programming.
+"""The best partition points for more than two machines in a row (device, edge, cloud), by dynamic programming.
 
-The boundary tensors go from machine to machine over the links between, and the answer comes back the same way. Each
-machine may run nothing: one in the middle then only passes on what it gets, the last ones are not asked at all.
+The boundary tensors go from machine to machine over the links between them, and the answer comes back the same way. A
+machine may run no layer at all: one in the middle then only passes on what it gets, and the last ones are not asked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
 from torchsurgeon.planning.objective import Objective
-from torchsurgeon.planning.rows import Array, Costs
+from torchsurgeon.planning.rows import Array, LayerCosts
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
@@ -24,11 +24,15 @@ from torchsurgeon.tracing.specs import PartitionPoint
 class ChainPlan:
     """Where to cut for a row of machines.
 
-    ``points`` has one partition point for each link that is used, in the order of the machines: the first machine runs
-    the layers up to the first point, the next those up to the next. Machines beyond run nothing and are not asked.
-    ``compute_s`` are the seconds that each machine used computes, ``link_s`` those spent on each link in both
-    directions; ``latency_s`` is their sum, ``interval_s`` the longest of all computing and of each direction of each
-    link, which bounds a stream of inferences. ``value`` is the objective's.
+    Attributes:
+        points: one partition point for each link that is used. The first machine runs the layers up to the first
+            point, the second those up to the second, and so on. Machines beyond the last point are not asked.
+        compute_s: seconds of computing on each machine that is used.
+        link_s: seconds on each link that is used, in both directions.
+        interval_s: seconds between the answers of a stream of inferences: the longest of all computing and of each
+            direction of each link.
+        value: the objective's value.
+        objective: what was minimized.
     """
 
     points: tuple[PartitionPoint, ...]
@@ -62,13 +66,21 @@ def plan_chain(
     objective: str | Mapping[str, float] | Objective = "latency",
     loads: Sequence[float] | None = None,
 ) -> ChainPlan:
-    """Return the best partition points for the machines of ``stages``, with ``links[i]`` between ``i`` and ``i + 1``.
+    """Return the best partition points for a row of machines.
 
-    ``loads`` says how many times as long each machine takes as its profile says. Tensors are sent as they are, and cuts
-    are the graph's points. Of equal plans the one with the least work on the earlier machines is returned.
+    Tensors are sent as they are, and the cuts are among the graph's points. Of equal plans the one with the least work
+    on the earlier machines is returned.
 
-    Raises :class:`~torchsurgeon.errors.PlanError` for numbers of stages and links that do not fit each other, loads
-    that cannot be, or an objective that adds throughput to something else, or of energy where no joules are known.
+    Args:
+        graph: the traced model.
+        stages: what each layer costs on each machine, the device first.
+        links: ``links[i]`` lies between the machines ``i`` and ``i + 1``.
+        objective: what to minimize, as :meth:`Objective.of` takes it.
+        loads: for each machine, the factor by which it is slower than its profile says; 1 by default.
+
+    Raises:
+        PlanError: the numbers of stages, links and loads do not fit each other, a load is not positive, the objective
+            adds throughput to something else, or it counts energy and no joules are known.
     """
     wanted = Objective.of(objective)
     factors = list(loads) if loads is not None else [1.0] * len(stages)
@@ -78,14 +90,16 @@ def plan_chain(
             f"not {len(links)} links and {len(factors)} loads"
         )
     if not all(0.0 < factor < np.inf for factor in factors):
-        raise PlanError(f"the loads {factors} cannot be: give positive numbers")
+        raise PlanError(f"loads must be positive numbers; got {factors}")
     if wanted.throughput and (wanted.latency or wanted.energy or wanted.server_time):
-        raise PlanError("a stream's throughput over several machines can be planned for by itself only")
+        raise PlanError("over several machines, throughput must be the only objective; it was combined with others")
     chain = _Chain(graph, stages, links, wanted, factors)
     return chain.plan(*(chain.slowest() if wanted.throughput else chain.sum()))
 
 
 class _Chain:
+    """The costs of one row of machines at every point, and the searches for the best points."""
+
     def __init__(
         self,
         graph: LayerGraph,
@@ -97,8 +111,8 @@ class _Chain:
         self.graph, self.links, self.objective = graph, links, objective
         self.points = graph.points
         at = [point.index for point in self.points]
-        costs = [Costs(graph, profile, profile) for profile in stages]
-        # Seconds of each machine until each point, at its load; and without it, which is what a server is paid for.
+        costs = [LayerCosts(graph, profile, profile) for profile in stages]
+        # Seconds of each machine up to each point: unloaded, as server_time counts them, and at its load.
         self.unloaded = [c.head_s[at] if i == 0 else (c.tail_s[0] - c.tail_s)[at] for i, c in enumerate(costs)]
         self.reached = [seconds * factor for seconds, factor in zip(self.unloaded, loads, strict=True)]
         self.up = np.array([point.size_bytes for point in self.points], dtype=np.float64)
@@ -108,14 +122,16 @@ class _Chain:
             head_j = costs[0].head_j
             if head_j is None:
                 raise PlanError(
-                    "the energy of the model on the device is not known: its profile holds no joules (of all layers). "
-                    "Profile it where a meter exists, or choose another objective"
+                    "the energy of the model on the device is unknown: its profile has no joules for some layers; "
+                    "profile it where a meter exists, or choose another objective"
                 )
             self.joules = head_j[at]
 
     def sum(self) -> tuple[float, list[int]]:
-        """Return the least weighted sum and the positions of the points: from the last machine back, the best way on
-        from each point."""
+        """Return the least weighted sum, and the positions of the points that reach it.
+
+        From the last machine back to the first, ``onward`` holds the least cost of everything after each point.
+        """
         goal = self.objective
         onward = np.full(len(self.points), np.inf)
         steps: list[list[int]] = []
@@ -134,7 +150,7 @@ class _Chain:
         return float(onward[0]), _follow(steps[::-1])
 
     def slowest(self) -> tuple[float, list[int]]:
-        """Return the least of the slowest part's seconds and the positions of the points."""
+        """Return the least seconds of the slowest stage, and the positions of the points that reach it."""
         onward = np.full(len(self.points), np.inf)
         steps: list[list[int]] = []
         for i in reversed(range(len(self.reached))):
@@ -151,7 +167,7 @@ class _Chain:
         return float(onward[0]), _follow(steps[::-1])
 
     def _crossing(self, i: int) -> Array:
-        """Return what it costs to take each point's tensors over a link, and the answer back."""
+        """Return what link ``i`` adds to the objective at each point: its tensors up, and the answer down."""
         link, goal = self.links[i], self.objective
         cost = goal.latency * (self.up * 8 / link.uplink_bit_s + link.request_s(0, self.answer_bytes))
         if i == 0 and goal.energy:
@@ -159,6 +175,7 @@ class _Chain:
         return np.asarray(cost)
 
     def plan(self, value: float, positions: list[int]) -> ChainPlan:
+        """Return the plan that cuts at ``positions``, and reaches ``value``."""
         last = len(self.points) - 1
         used = positions[: positions.index(last) + 1]
         compute_s = [
@@ -188,8 +205,8 @@ def _suffix_least(costs: Array) -> tuple[Array, list[int]]:
 
 def _follow(steps: list[list[int]]) -> list[int]:
     positions = []
-    here = 0
+    position = 0
     for chosen in steps:
-        here = chosen[here]
-        positions.append(here)
+        position = chosen[position]
+        positions.append(position)
     return positions

@@ -15,7 +15,7 @@ from torchsurgeon.planning.chain import ChainPlan, plan_chain
 from torchsurgeon.planning.frontier import Frontier, Terms
 from torchsurgeon.planning.objective import Constraints, Objective
 from torchsurgeon.planning.plans import Crossover, Plan
-from torchsurgeon.planning.rows import Costs, Row
+from torchsurgeon.planning.rows import LayerCosts, Row
 from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
@@ -68,26 +68,38 @@ def plan(
     loads: Sequence[float] | None = None,
     **constraints: Any,
 ) -> Plan | ChainPlan:
-    """Return the best way to run ``graph`` between a device and a server, or along a row of machines.
+    """Return the best way to run a model between a device and a server, or along a row of machines.
+
+    The choice follows Neurosurgeon (Kang et al., ASPLOS 2017), and adds codecs, constraints and cuts across branches.
 
     Args:
-        device, server: what each layer costs on either side, measured or predicted.
-        link: what is between them, or what :meth:`Link.parse` understands: ``"lte"``.
+        graph: the traced model.
+        device: what each layer costs on the device, measured or predicted.
+        server: what each layer costs on the server, measured or predicted.
+        link: the link between them, or what :meth:`Link.parse` understands, such as ``"lte"``.
         objective: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, or weights by these names.
-        codecs: what codecs measured to cost; without them tensors are sent as they are.
-        load, slowdown: how many times as long the server and the device take as their profiles say.
-        constraints: as in :class:`~torchsurgeon.planning.Constraints`.
-        stages, links, loads: in place of the former, the profiles of machines in a row, the links between them, and how
-            many times as long each takes as its profile says. Tensors are sent as they are, and cuts are the graph's
-            points.
+        codecs: measured codecs; without them, tensors are sent as they are.
+        load: the factor by which the server is slower than its profile says.
+        slowdown: the factor by which the device is slower than its profile says.
+        stages: what each layer costs on each machine of a row, in place of device, server, link, codecs and load.
+        links: the links between the machines of ``stages``.
+        loads: for each machine of ``stages``, the factor by which it is slower than its profile says.
+        **constraints: as in :class:`~torchsurgeon.planning.Constraints`.
 
-    Raises :class:`~torchsurgeon.errors.InfeasibleError` when nothing keeps to all constraints,
-    :class:`~torchsurgeon.errors.PlanError` for an objective, constraint or load that cannot be, or that needs energy or
-    memory that was not measured, and what :meth:`Frontier.build` raises.
+    Returns:
+        A :class:`Plan`, or with ``stages`` a :class:`ChainPlan`.
+
+    Raises:
+        InfeasibleError: nothing keeps all constraints; the message says how near to each one can come.
+        PlanError: an objective, constraint or load is wrong, or needs energy or memory that was not measured.
+        ProfileError: a profile is of another graph or batch size.
+        CodecError: ``codecs`` is of another graph.
     """
     if stages is not None:
         if device is not None or server is not None or link is not None or codecs is not None or constraints:
-            raise PlanError("a plan for stages and links takes no device, server, link, codecs or constraints")
+            raise PlanError(
+                "a plan for stages= and links= takes no device=, server=, link=, codecs= or constraints; leave them out"
+            )
         return plan_chain(graph, stages, links or (), objective, loads)
     if device is None or server is None or link is None:
         raise PlanError("a plan needs device=, server= and link=, or stages= and links=")
@@ -97,10 +109,13 @@ def plan(
     if unknown:
         raise PlanError(f"there is no constraint {unknown[0]!r}: use {', '.join(Constraints.__dataclass_fields__)}")
     limits, wanted = Constraints(**constraints), Objective.of(objective)
-    costs = Costs(graph, device, server)
+    costs = LayerCosts(graph, device, server)
     if limits.memory_bytes is not None and device.memory_bytes is None:
-        raise PlanError("the device's profile holds no memory; profile it again, or plan without memory_bytes")
-    # A row that another undercuts may be the best of those that keep to the constraints, so these come first.
+        raise PlanError(
+            "memory_bytes needs a device profile that holds memory, and this one does not; profile the device again, "
+            "or leave memory_bytes out"
+        )
+    # Constraints come before the frontier, since a row that another one undercuts may be the best that keeps them.
     rows = costs.rows(codecs)
     branches, exact = across_branches(costs, [row for row in rows if limits.keeps(row)] or rows)
     rows += branches
@@ -149,7 +164,16 @@ def crossovers(
     objective: Wanted = "latency",
     constraints: Constraints | None = None,
 ) -> tuple[Crossover, ...]:
-    """Return the uplink rates from 10 kbit/s to 10 Gbit/s, and the loads from 0.05 to 100, where the choice changes."""
+    """Return the uplink rates from 10 kbit/s to 10 Gbit/s, and the loads from 0.05 to 100, where the choice changes.
+
+    Args:
+        frontier: the rows to choose among.
+        link: the link; its uplink is varied, and its downlink stays.
+        load: the server's load while the uplink is varied.
+        slowdown: the factor by which the device is slower than its profile says.
+        objective: what to minimize.
+        constraints: limits on latency and energy; by default none.
+    """
     limits = constraints or Constraints()
 
     def at_rate(bit_s: float) -> Row | None:
@@ -172,7 +196,10 @@ def choose(
     objective: Wanted,
     limits: Constraints,
 ) -> Terms | None:
-    """Return the best row that keeps latency and energy within the limits, None when there is none."""
+    """Return the terms of the best row that keeps the limits on latency and energy; None if no row does.
+
+    The frontier's rows must keep all other limits already.
+    """
     if limits.latency_s is None and limits.energy_j is None:
         return frontier.terms(frontier.best(link, load, slowdown, objective), link, load, slowdown)
     costs = frontier.costs(link, load, slowdown, objective)
@@ -185,7 +212,7 @@ def choose(
 
 
 def _changes(quantity: str, choice: Callable[[float], Row | None], low: float, high: float) -> list[Crossover]:
-    """Return where ``choice`` changes between two values, by bisection between the points of a grid."""
+    """Return where ``choice`` changes between ``low`` and ``high``, by bisection between the points of a grid."""
     found: list[Crossover] = []
 
     def between(a: float, row_a: Row | None, b: float, row_b: Row | None) -> None:
@@ -209,7 +236,7 @@ def _changes(quantity: str, choice: Callable[[float], Row | None], low: float, h
 
 @dataclasses.dataclass(frozen=True)
 class _Chooser:
-    """One question of a plan, to be asked under several sets of constraints."""
+    """The question of one plan, to be asked under several sets of constraints."""
 
     graph: LayerGraph
     rows: Sequence[Row]
@@ -233,7 +260,7 @@ class _Chooser:
         return float(alone.costs(self.link, self.load, self.slowdown, self.objective)[0])
 
     def infeasible(self, limits: Constraints) -> InfeasibleError:
-        """The error that says, for each constraint, how near to it one comes when all others are kept."""
+        """Return the error that says, for each constraint, how near to it one can come while all others are kept."""
         least = {name: self._least(name, limits.without(name)) for name in limits.given()}
         lines = []
         for name, value in least.items():
@@ -241,15 +268,15 @@ class _Chooser:
             if value is None:
                 alone = self._least(name, Constraints())
                 lines.append(
-                    f"{name}={asked}: without it the others still leave nothing; by itself {alone:.6g} can be had"
+                    f"{name}={asked}: even without it the others leave nothing; alone, {alone:.6g} is possible"
                 )
             elif name in ("raw_input", "server_allowed"):
-                lines.append(f"{name}={asked}: without it there is a way, at {self.objective} {value:.4g}")
+                lines.append(f"{name}={asked}: without it the best way has a {self.objective} of {value:.4g}")
             else:
                 bound = "most" if name == "min_layers" else "least"
-                lines.append(f"{name}={asked}: with the others kept, the {bound} there can be is {value:.6g}")
+                lines.append(f"{name}={asked}: while the others are kept, the {bound} possible is {value:.6g}")
         return InfeasibleError(
-            f"nothing keeps to all constraints of the plan for {type(self.graph.model).__name__}: " + "; ".join(lines),
+            f"no way of running {type(self.graph.model).__name__} keeps all constraints: " + "; ".join(lines),
             least,
         )
 
@@ -281,14 +308,14 @@ class _Chooser:
 def _interval(
     terms: Terms, device: LayerProfile, server: LayerProfile, load: float, slowdown: float
 ) -> tuple[float, float] | None:
-    """Return the latency with every layer at its low and its high end; None unless both profiles have intervals."""
+    """Return the latency with every layer at the low and at the high end of its interval; None without intervals."""
     if device.interval_s is None or server.interval_s is None:
         return None
-    here = np.zeros(len(device.layers), dtype=bool)
-    here[list(terms.row.layers) if terms.row.layers is not None else slice(terms.row.index)] = True
+    on_device = np.zeros(len(device.layers), dtype=bool)
+    on_device[list(terms.row.layers) if terms.row.layers is not None else slice(terms.row.index)] = True
     ends = []
     for end in (0, 1):
-        head_s, tail_s = float(device.interval_s[here, end].sum()), float(server.interval_s[~here, end].sum())
+        head_s, tail_s = float(device.interval_s[on_device, end].sum()), float(server.interval_s[~on_device, end].sum())
         if terms.row.on_device:
             ends.append(slowdown * head_s)
         else:

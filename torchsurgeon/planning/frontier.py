@@ -1,8 +1,8 @@
 """The cuts that can be the best under some link and load, and the choice among them in microseconds.
 
-Every cost of an inference is a sum of device seconds, bytes, server seconds and joules, each times something that is
-not negative. So a cut that another undercuts in all of them never wins. What remains is computed once per model and
-codecs, and a decision is one product of a small matrix with what link and load currently are.
+Every cost of an inference is a sum of device seconds, bytes, server seconds and joules, each multiplied by something
+that is not negative. So a cut that another one undercuts in all four never wins. The others are found once for a model,
+two profiles and its codecs. A decision then is one product of their small matrix with the state of link and load.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
 from torchsurgeon.planning.objective import Objective
-from torchsurgeon.planning.rows import Array, Costs, Row, columns, lower_hull, non_dominated
+from torchsurgeon.planning.rows import Array, LayerCosts, Row, columns, lower_hull, non_dominated
 from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
@@ -31,11 +31,21 @@ FORMAT = "torchsurgeon.frontier/1"
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What one inference costs in one way under one link and load, term by term.
+    """What one inference costs when it is run as ``row`` says, under one link and load, term by term.
 
-    ``uplink_s`` and ``downlink_s`` each hold half the round trip; all terms but ``head_s`` are 0 when everything runs
-    on the device. ``device_j`` are the device's joules for head and encoding, ``radio_j`` those of its radio; each is
-    None where it is not known. ``interval_s`` is the time between the answers of a stream of inferences.
+    Every term except ``head_s`` is 0 when everything runs on the device.
+
+    Attributes:
+        row: where the model is cut, and how what crosses is encoded.
+        head_s: seconds of the head on the device.
+        encode_s: seconds of encoding on the device.
+        uplink_s: seconds of sending, with half the round trip.
+        tail_s: seconds of the tail on the server.
+        decode_s: seconds of decoding on the server.
+        downlink_s: seconds of receiving the answer, with half the round trip.
+        interval_s: seconds between the answers of a stream of inferences.
+        device_j: the device's joules for head and encoding; None where they are unknown.
+        radio_j: the joules of its radio; None where they are unknown.
     """
 
     row: Row
@@ -56,16 +66,22 @@ class Terms:
 
     @property
     def energy_j(self) -> float | None:
-        """The device's joules, its radio's with them."""
+        """The device's joules, including its radio's; None where either is unknown."""
         return None if self.device_j is None or self.radio_j is None else self.device_j + self.radio_j
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Frontier:
-    """The rows that can win, from the least work on the device to the most, and what deciding among them needs.
+    """The rows that can win under some link and load, from the least work on the device to the most.
 
-    ``answer_bytes`` is what the downlink carries when anything crosses. ``exact`` says that no cut across parallel
-    branches is missing that could win, with its tensors sent as they are. Link and load are not part of it.
+    Attributes:
+        model: the model's class name.
+        fingerprint: the graph's fingerprint.
+        batch: the batch size that the costs are for.
+        layers: how many layers the model has.
+        answer_bytes: what crosses the downlink when anything crosses.
+        rows: the rows.
+        exact: whether no cut across parallel branches is missing that could win with its tensors sent as they are.
     """
 
     model: str
@@ -79,29 +95,36 @@ class Frontier:
     def __post_init__(self) -> None:
         if not self.rows:
             raise PlanError("a frontier without rows leaves nothing to choose from")
-        # Made now and not at the first decision.
+        # Computed now, so that the first decision is as quick as all others.
         assert len(self._linear[1])
 
     @staticmethod
     def build(
         graph: LayerGraph, device: LayerProfile, server: LayerProfile, codecs: CodecTable | None = None
     ) -> Frontier:
-        """Return the frontier of ``graph`` from the profiles of both sides and, where given, measured codecs.
+        """Return the frontier of a model.
 
-        Raises :class:`~torchsurgeon.errors.ProfileError` for profiles of another graph or batch size, and
-        :class:`~torchsurgeon.wire.CodecError` for codecs of another graph.
+        Args:
+            graph: the traced model.
+            device: what each layer costs on the device.
+            server: what each layer costs on the server.
+            codecs: measured codecs; without them, tensors are sent as they are.
+
+        Raises:
+            ProfileError: a profile is of another graph or batch size.
+            CodecError: ``codecs`` is of another graph.
         """
-        costs = Costs(graph, device, server)
+        costs = LayerCosts(graph, device, server)
         rows = costs.rows(codecs)
         branches, exact = across_branches(costs, rows)
         return Frontier.of(graph, rows + branches, exact=exact)
 
     @staticmethod
     def of(graph: LayerGraph, rows: list[Row], *, exact: bool = True) -> Frontier:
-        """Return the frontier of all ``rows``."""
+        """Return the frontier among ``rows``; ``exact`` is kept as given."""
         answer_bytes = sum(spec.size_bytes for spec in graph.outputs)
         ends = [i for i, row in enumerate(rows) if row.on_device or row.index == 0]
-        # Both ends stay even where a cut as good undercuts them: they are what a choice is compared with.
+        # Both ends stay even if a cut undercuts them, since every choice is compared with them.
         best_ends = {ends[i] for i in non_dominated(columns(rows[i] for i in ends))}
         kept = [rows[i] for i in sorted({*non_dominated(columns(rows)), *best_ends}, key=lambda i: rows[i].index)]
         name = type(graph.model).__name__
@@ -118,7 +141,7 @@ class Frontier:
 
     @functools.cached_property
     def _linear(self) -> tuple[Array, list[Row]]:
-        """The few rows that can be the least of a weighted sum of the columns; times, which add no such sum, aside."""
+        """The few rows that minimize some weighted sum of the columns, as a matrix and as rows."""
         crossing = [i for i, row in enumerate(self.rows) if not row.on_device]
         corners = {crossing[i] for i in lower_hull(self._columns[crossing, :4])[0]} if crossing else set()
         few = [i for i, row in enumerate(self.rows) if row.on_device or i in corners]
@@ -133,13 +156,18 @@ class Frontier:
     ) -> Row:
         """Return the row that costs least; of equal ones the one with the least work on the device.
 
-        ``load`` is how many times as long the server takes as its profile says, ``slowdown`` the same of the device.
+        Args:
+            link: the link between device and server.
+            load: the factor by which the server is slower than its profile says.
+            slowdown: the factor by which the device is slower than its profile says.
+            objective: what to minimize, as :meth:`Objective.of` takes it.
 
-        Raises :class:`~torchsurgeon.errors.PlanError` for a load or slowdown that cannot be, an unknown objective, or
-        one of energy where no joules are known.
+        Raises:
+            PlanError: load or slowdown is not positive, the objective is unknown, or it counts energy and no joules are
+                known.
         """
         wanted = objective if objective == "latency" else Objective.of(objective)
-        # Only a slowest stage can be least where no weighted sum of the columns is.
+        # A throughput objective takes the maximum of several stages, so a row off the lower hull can win it.
         table, rows = (self._columns, self.rows) if _has_stages(wanted) else self._linear
         return rows[self._costs(table, link, load, slowdown, wanted).argmin()]
 
@@ -150,7 +178,10 @@ class Frontier:
         slowdown: float = 1.0,
         objective: str | Mapping[str, float] | Objective = "latency",
     ) -> Array:
-        """Return what each row costs, shape (rows,), in the objective's unit. Raises PlanError as ``best`` does."""
+        """Return what each row costs, shape (rows,), in the objective's unit.
+
+        Args and errors are those of :meth:`best`.
+        """
         wanted = objective if objective == "latency" else Objective.of(objective)
         return self._costs(self._columns, link, load, slowdown, wanted)
 
@@ -158,10 +189,10 @@ class Frontier:
         self, table: Array, link: Link, load: float, slowdown: float, wanted: str | Mapping[str, float] | Objective
     ) -> Array:
         if not (0.0 < load < math.inf and 0.0 < slowdown < math.inf):
-            raise PlanError(f"a load of {load} and a slowdown of {slowdown} cannot be: give positive numbers")
+            raise PlanError(f"load and slowdown must be positive numbers; got {load} and {slowdown}")
         up_s_per_byte, downlink_s = 8.0 / link.uplink_bit_s, self.answer_bytes * 8.0 / link.downlink_bit_s
         if not isinstance(wanted, Objective):
-            # Latency, spelt out since it is asked for before every inference.
+            # Latency has a short way, since it is asked for before every inference.
             return table @ (slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s)
         weights = np.zeros(5)
         if wanted.latency:
@@ -183,14 +214,14 @@ class Frontier:
     def _joules(self, link: Link) -> tuple[float, float, float, float, float]:
         if not self.has_energy:
             raise PlanError(
-                f"the energy of {self.model} on the device is not known: its profile holds no joules (of all layers). "
-                "Profile it where a meter exists (docs/profiling.md), or choose another objective"
+                f"the energy of {self.model} on the device is unknown: its profile has no joules for some layers; "
+                "profile it where a meter exists (docs/profiling.md), or choose another objective"
             )
         fixed_j = link.request_j(0, self.answer_bytes)
         return 0.0, link.request_j(1, self.answer_bytes) - fixed_j, 0.0, 1.0, fixed_j
 
     def terms(self, row: Row, link: Link, load: float = 1.0, slowdown: float = 1.0) -> Terms:
-        """Return what ``row`` costs under a link and a load, term by term."""
+        """Return what ``row`` costs under a link, a load and a slowdown, term by term."""
         up_s, down_s = link.uplink_s(row.size_bytes), link.downlink_s(self.answer_bytes)
         half_s = link.round_trip_s / 2
         device_s, server_s = slowdown * (row.head_s + row.encode_s), load * (row.tail_s + row.decode_s)
@@ -216,29 +247,41 @@ class Frontier:
 
     @staticmethod
     def from_json(data: Any) -> Frontier:
-        """Return the frontier in ``data``. Raises :class:`~torchsurgeon.errors.PlanError` naming what is wrong."""
+        """Return the frontier in ``data``.
+
+        Raises:
+            PlanError: it is of another version, cut short or edited; the message names what is wrong.
+        """
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         if found != FORMAT:
             raise PlanError(f"not a frontier of this version: format is {found!r}, not {FORMAT!r}; build it again")
         try:
             fields = {f.name: data[f.name] for f in dataclasses.fields(Frontier) if f.name != "rows"}
             if not 0 <= fields["answer_bytes"] < 1e18:
-                raise ValueError(f"answer_bytes is {fields['answer_bytes']}")
+                raise ValueError(f"answer_bytes must be from 0 to 1e18; got {fields['answer_bytes']}")
             return Frontier(**fields, rows=tuple(Row.from_json(row) for row in data["rows"]))
         except PlanError:
             raise
         except KeyError as error:
             raise PlanError(f"the frontier has no field {error}; it was cut short or edited") from None
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            raise PlanError(f"the frontier holds a value that is none: {error}") from None
+            raise PlanError(f"the frontier holds a wrong value: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write the frontier to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.PlanError` where it cannot be."""
+        """Write the frontier to ``path`` as JSON.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
         _json_file.write(path, self.to_json(), PlanError)
 
     @staticmethod
     def load(path: str | Path) -> Frontier:
-        """Read a frontier. Raises :class:`~torchsurgeon.errors.PlanError` naming the file and what is wrong with it."""
+        """Read a frontier from a file.
+
+        Raises:
+            PlanError: the file is not a frontier; the message says what is wrong with it.
+        """
         return _json_file.load(path, Frontier.from_json, PlanError, "build it again")
 
 

@@ -1,4 +1,4 @@
-"""The choice and what it gains over a grid of uplink rates and server loads."""
+"""The choice of a cut, and what it gains, over a grid of uplink rates and server loads."""
 
 from __future__ import annotations
 
@@ -23,9 +23,17 @@ _COLUMNS = ("uplink_bit_s", "load", "index", "cut", "codec", "value", "on_device
 class Sweep:
     """The best row at every load and uplink rate.
 
-    ``chosen`` holds positions in ``rows``, shape (loads, rates); ``value``, ``on_device`` and ``on_server`` the
-    objective of the choice and of the two ends in their best form, of the same shape. ``gain`` is how many times the
-    choice is better than the better end: 1 where an end is chosen.
+    Attributes:
+        model: the model's class name.
+        objective: what was minimized.
+        link: the link whose uplink rate was varied.
+        uplink_bit_s: the uplink rates, shape (rates,).
+        loads: the server's loads, shape (loads,).
+        rows: the rows that were chosen among.
+        chosen: the position in ``rows`` of each choice, shape (loads, rates).
+        value: the objective's value of each choice, shape (loads, rates).
+        on_device: its value with everything on the device, shape (loads, rates).
+        on_server: its value with everything on the server, encoded in the best way, shape (loads, rates).
     """
 
     model: str
@@ -41,12 +49,16 @@ class Sweep:
 
     @property
     def gain(self) -> Array:
-        """The better end's objective over the choice's, shape (loads, rates)."""
+        """The value of the better end over that of the choice, shape (loads, rates); 1 where an end is chosen."""
         best_end = np.minimum(self.on_device, self.on_server)
         return np.divide(best_end, self.value, out=np.ones_like(best_end), where=self.value > 0)
 
     def save(self, path: str | Path) -> None:
-        """Write one line for each load and rate as CSV. Raises PlanError where it cannot be written."""
+        """Write one line for each load and rate as CSV.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
         gain = self.gain
         try:
             with Path(path).open("w", newline="", encoding="utf-8") as file:
@@ -69,11 +81,19 @@ def sweep(
     objective: str | Mapping[str, float] | Objective = "latency",
     slowdown: float = 1.0,
 ) -> Sweep:
-    """Return the choice at each uplink rate and load; the downlink's rate stays in its ratio to the uplink's.
+    """Return the choice at each uplink rate and load.
 
-    The rows of ``frontier`` must hold both ends, as those of :meth:`Frontier.build` do.
-    Raises :class:`~torchsurgeon.errors.PlanError` as :meth:`Frontier.best` does, and
-    :class:`~torchsurgeon.errors.LinkError` for a rate that cannot be.
+    Args:
+        frontier: the rows to choose among; with both ends of the model, as :meth:`Frontier.build` returns them.
+        link: the link; its downlink keeps its ratio to the uplink.
+        uplink_bit_s: the uplink rates.
+        loads: the factors by which the server is slower than its profile says.
+        objective: what to minimize, as :meth:`Objective.of` takes it.
+        slowdown: the factor by which the device is slower than its profile says.
+
+    Raises:
+        PlanError: rates or loads are missing, an end is, or what :meth:`Frontier.best` refuses.
+        LinkError: a rate is not positive.
     """
     wanted = Objective.of(objective)
     ratio = link.downlink_bit_s / link.uplink_bit_s
@@ -82,9 +102,9 @@ def sweep(
         raise PlanError("a sweep needs rates, loads, and a frontier with both ends of the model")
     costs = np.empty((len(loads), len(uplink_bit_s), len(frontier.rows)))
     for j, rate in enumerate(uplink_bit_s):
-        here = dataclasses.replace(link, uplink_bit_s=float(rate), downlink_bit_s=float(rate) * ratio)
+        varied = dataclasses.replace(link, uplink_bit_s=float(rate), downlink_bit_s=float(rate) * ratio)
         for i, load in enumerate(loads):
-            costs[i, j] = frontier.costs(here, float(load), slowdown, wanted)
+            costs[i, j] = frontier.costs(varied, float(load), slowdown, wanted)
     return Sweep(
         frontier.model,
         wanted,

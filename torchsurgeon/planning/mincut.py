@@ -18,7 +18,14 @@ _NEVER = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that may cross: masks of its layer (0 for a model input) and its readers, its bytes, and its views."""
+    """A tensor that may cross.
+
+    Attributes:
+        producer: the mask of its layer; 0 for a model input.
+        readers: the mask of the layers that read it.
+        size_bytes: its bytes.
+        views: tensors that are views of it, and can be taken again on the other side.
+    """
 
     producer: int
     readers: int
@@ -26,7 +33,7 @@ class Tensor:
     views: tuple[Tensor, ...] = ()
 
     def bytes_crossing(self, inside: int) -> int:
-        """Bytes that cross for this tensor and its views when the layers of ``inside`` run on the device."""
+        """Return the bytes that cross for it and its views when the layers of the mask ``inside`` run on the device."""
         if self.producer & ~inside:
             return 0
         if self.readers & ~inside:
@@ -34,16 +41,23 @@ class Tensor:
         return min(self.size_bytes, sum(view.bytes_crossing(inside) for view in self.views))
 
     def last_reader(self) -> int:
-        """The last layer that reads it or one of its views."""
+        """Return the last layer that reads it or one of its views."""
         return max([self.readers.bit_length() - 1, *(view.last_reader() for view in self.views)])
 
 
 class MinimumCut:
     """The closed sets that hold all layers before ``first`` and none from ``stop`` on, as cuts of a network.
 
-    ``needs`` are masks of layers, ``costs`` their device seconds, server seconds and joules, shape (layers, 3). The
-    device is the source: a layer on its side pays for the device, one on the sink's for the server, and a tensor with
-    readers on the sink's side for its bytes, once.
+    The device is the network's source and the server its sink. A layer on the source's side pays for the device, one on
+    the sink's side for the server, and a tensor pays for its bytes, once, if any reader is on the sink's side. Edges
+    that may never be cut make the sets closed.
+
+    Args:
+        first: the first layer that may lie on either side.
+        stop: the layer after the last one.
+        needs: for each layer, the mask of the layers it reads from.
+        costs: device seconds, server seconds and joules of each layer, shape (layers, 3).
+        tensors: the tensors that may cross.
     """
 
     def __init__(self, first: int, stop: int, needs: Sequence[int], costs: Array, tensors: Sequence[Tensor]) -> None:
@@ -75,8 +89,13 @@ class MinimumCut:
         self._nodes = next(fresh)
 
     def best(self, weights: Array) -> int:
-        """Return the cheapest set as a mask for weights of device seconds, bytes, server seconds and joules; of equal
-        ones the smallest. Costs are told apart down to some 1e-8 of their sum."""
+        """Return the cheapest set as a mask; of equal ones the smallest.
+
+        Sets whose costs differ by less than about 1e-8 of the sum of all costs count as equal.
+
+        Args:
+            weights: of device seconds, bytes, server seconds and joules, shape (4,).
+        """
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
@@ -87,8 +106,9 @@ class MinimumCut:
         network = csr_array((capacities, self._ends), shape=(self._nodes, self._nodes))
         residual = network - maximum_flow(network, self._source, self._sink).flow
         residual.eliminate_zeros()
-        here = breadth_first_order(residual, self._source, return_predecessors=False)
-        return (1 << self._first) - 1 | sum(1 << self._first + int(i) for i in here if i < self._layers)
+        # What the source still reaches beside the maximum flow is the source's side of the minimum cut.
+        reached = breadth_first_order(residual, self._source, return_predecessors=False)
+        return (1 << self._first) - 1 | sum(1 << self._first + int(i) for i in reached if i < self._layers)
 
 
 def bits(mask: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a plan makes small, and what it must keep to."""
+"""Objectives, which a plan minimizes, and constraints, which it keeps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ _UNITS = {"latency": "s", "energy": "J", "throughput": "s", "server_time": "s"}
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A weighted sum of what an inference costs; the less, the better.
+    """A weighted sum of what an inference costs; the planner minimizes it.
 
-    ``latency`` weighs the seconds from call to answer, ``energy`` the device's joules (head, encoding and radio),
-    ``throughput`` the seconds between the answers of a stream of inferences, which are those of its slowest part
-    (device, uplink, server or downlink), and ``server_time`` the seconds of computing on the server, at load 1.
+    Attributes:
+        latency: weight of the seconds from call to answer.
+        energy: weight of the device's joules for head, encoding and radio.
+        throughput: weight of the seconds between the answers of a stream of inferences. These are the seconds of its
+            slowest stage: device, uplink, server or downlink.
+        server_time: weight of the server's seconds of computing, at a load of 1.
 
-    Raises :class:`~torchsurgeon.errors.PlanError` for weights that are negative, not finite or all zero.
+    Raises:
+        PlanError: a weight is negative or not finite, or all are zero.
     """
 
     latency: float = 0.0
@@ -32,13 +36,21 @@ class Objective:
         weights = dataclasses.asdict(self)
         for name, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
-                raise PlanError(f"the weight {weight} of {name} cannot be: give zero or a positive number")
+                raise PlanError(f"the weight of {name} must be zero or a positive number; got {weight}")
         if not any(weights.values()):
-            raise PlanError(f"an objective needs a weight: give one of {', '.join(_UNITS)}")
+            raise PlanError(f"an objective needs at least one weight above zero: {', '.join(_UNITS)}")
 
     @staticmethod
     def of(wanted: str | Mapping[str, float] | Objective) -> Objective:
-        """Return the objective named, weighted by name, or given. Raises PlanError for an unknown name."""
+        """Return an objective from its name, from weights by name, or as it is.
+
+        Args:
+            wanted: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, a mapping of these to weights, or
+                an objective.
+
+        Raises:
+            PlanError: a name is not one of these.
+        """
         if isinstance(wanted, Objective):
             return wanted
         if isinstance(wanted, str) and wanted in _NAMED:
@@ -53,8 +65,9 @@ class Objective:
     def battery(level: Callable[[], float], *, s_per_j: float = 1.0) -> Battery:
         """Return the objective that saves time while the battery is full and energy when it is low.
 
-        ``level`` tells the charge, from 0 to 1. ``s_per_j`` is how many seconds of latency a joule is worth where both
-        count.
+        Args:
+            level: returns the battery's charge, from 0 (empty) to 1 (full); called about once a second.
+            s_per_j: how many seconds of latency a joule is worth while both count.
         """
         return Battery(level, s_per_j)
 
@@ -66,7 +79,7 @@ class Objective:
 
     @property
     def unit(self) -> str:
-        """The unit of the sum; empty where it is one of unlike things."""
+        """The unit of the sum; empty where it adds different quantities."""
         units = {_UNITS[name] for name, weight in dataclasses.asdict(self).items() if weight}
         alone = [weight for weight in dataclasses.asdict(self).values() if weight]
         return units.pop() if len(units) == 1 and alone == [1.0] else ""
@@ -74,9 +87,9 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Battery:
-    """An objective that follows a battery; made by :meth:`Objective.battery`.
+    """An objective that follows a battery's charge; made by :meth:`Objective.battery`.
 
-    From a charge of 80 % on only latency counts, down to 20 % only energy, and in between both by shares.
+    Above a charge of 80 % only latency counts, below 20 % only energy, and in between both in proportion.
     """
 
     level: Callable[[], float]
@@ -84,13 +97,17 @@ class Battery:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.s_per_j) and self.s_per_j > 0):
-            raise PlanError(f"a joule cannot be worth {self.s_per_j} s: give a positive number")
+            raise PlanError(f"s_per_j must be a positive number of seconds; got {self.s_per_j}")
 
     def now(self) -> Objective:
-        """Return the objective at the present charge. Raises PlanError for a charge that cannot be."""
+        """Return the objective at the present charge.
+
+        Raises:
+            PlanError: the charge is not within 0 to 1.
+        """
         level = self.level()
         if not 0 <= level <= 1:
-            raise PlanError(f"the battery's level is {level}; it must be from 0 (empty) to 1 (full)")
+            raise PlanError(f"the battery's level must be from 0 (empty) to 1 (full); got {level}")
         share = min(max((level - _LOW) / (_FULL - _LOW), 0.0), 1.0)
         return Objective(latency=share, energy=(1 - share) * self.s_per_j)
 
@@ -101,13 +118,18 @@ _NAMED = {name: Objective(**{name: 1.0}) for name in _UNITS}
 
 @dataclasses.dataclass(frozen=True)
 class Constraints:
-    """What a plan must keep to; None and the defaults ask for nothing.
+    """What a plan must keep to; the defaults ask for nothing.
 
-    ``latency_s`` and ``energy_j`` hold at most, ``memory_bytes`` for the head's weights and tensors on the device.
-    ``min_layers`` of the model run on the device at least. ``raw_input=False`` lets no input of the model leave the
-    device, ``server_allowed=False`` nothing at all.
+    Attributes:
+        latency_s: the most seconds from call to answer.
+        energy_j: the most joules of the device for one inference.
+        memory_bytes: the most bytes for the head's weights and tensors on the device.
+        min_layers: how many of the first layers must run on the device.
+        raw_input: False if no input of the model may leave the device.
+        server_allowed: False if nothing may leave the device.
 
-    Raises :class:`~torchsurgeon.errors.PlanError` for a limit that is negative or not finite.
+    Raises:
+        PlanError: a limit is negative or not finite.
     """
 
     latency_s: float | None = None
@@ -121,19 +143,19 @@ class Constraints:
         for name in ("latency_s", "energy_j", "memory_bytes", "min_layers"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise PlanError(f"the constraint {name}={value} cannot be: give zero or more")
+                raise PlanError(f"the constraint {name} must be zero or a positive number; got {value}")
 
     def given(self) -> list[str]:
         """Return the names of the constraints that ask for something."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
 
     def without(self, name: str) -> Constraints:
-        """Return the constraints but for one."""
+        """Return the constraints except the one called ``name``."""
         given = {field: getattr(self, field) for field in self.given() if field != name}
         return Constraints(**given)
 
     def keeps(self, row: Row) -> bool:
-        """Return whether a row keeps to what neither link nor load changes."""
+        """Return whether a row keeps the constraints that depend on neither link nor load."""
         if self.memory_bytes is not None and (row.memory_bytes is None or row.memory_bytes > self.memory_bytes):
             return False
         return (

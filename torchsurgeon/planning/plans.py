@@ -16,9 +16,13 @@ _PARTS = ("head", "encode", "uplink", "decode", "tail", "downlink", "latency", "
 
 @dataclasses.dataclass(frozen=True)
 class Crossover:
-    """Where the choice changes as one quantity rises: ``at`` which value, from which row to which.
+    """Where the choice changes as one quantity rises.
 
-    ``quantity`` is ``"uplink_bit_s"`` or ``"load"``.
+    Attributes:
+        quantity: ``"uplink_bit_s"`` or ``"load"``.
+        at: its value at the change.
+        before: the choice below that value.
+        after: the choice above it.
     """
 
     quantity: str
@@ -31,14 +35,24 @@ class Crossover:
 class Plan:
     """The chosen way to run a model, and what it was chosen over.
 
-    ``point`` is where to cut, ``codec`` how to send what crosses, ``terms`` what an inference is predicted to cost.
-    ``value`` is that in the objective's unit. ``device_only`` and ``server_only`` (None where a constraint on the
-    server forbids it) are the ends in their best form, whether or not they keep to the other constraints, and
-    ``runner_up`` is the best that does and cuts elsewhere. ``prices`` says for each constraint what the objective would
-    be without it. ``crossovers`` are the uplink rates and loads at which the choice changes, all else equal.
-    ``interval_s`` is the interval of the latency that follows from the intervals of both predictions; None without
-    these. ``rows`` are all ways that keep to the constraints, but for limits on latency and energy, and ``frontier``
-    those of them that can win.
+    Attributes:
+        point: where to cut.
+        terms: what an inference is predicted to cost, term by term.
+        value: the objective's value.
+        objective: what was minimized.
+        constraints: what was kept.
+        link: the link that was planned for.
+        load: the factor by which the server is slower than its profile says.
+        slowdown: the factor by which the device is slower than its profile says.
+        device_only: what it costs to run everything on the device, whether or not that keeps the constraints.
+        server_only: the same on the server; None where a constraint forbids the server.
+        runner_up: the best that keeps the constraints and cuts elsewhere; None where nothing does.
+        prices: for each constraint, the objective's value without it.
+        crossovers: the uplink rates and loads at which the choice changes, all else equal.
+        interval_s: the latency's interval that follows from both predictions' intervals; None without these.
+        fresh_s: how many seconds more a request takes on a new connection.
+        frontier: the rows that keep the constraints on memory, layers and inputs, and can win.
+        rows: all rows that keep them.
     """
 
     point: PartitionPoint
@@ -66,23 +80,23 @@ class Plan:
 
     @property
     def codec(self) -> str:
-        """How what crosses is encoded."""
+        """How the boundary tensors are encoded."""
         return self.row.codec
 
     def explain(self) -> str:
-        """Return the choice against the others, term by term, as text."""
+        """Return the choice beside the other ways, term by term, as text."""
         return explain(self)
 
 
 def explain(plan: Plan) -> str:
-    """Return the chosen way beside device only, server only and the runner-up, and what would change the choice."""
+    """Return the chosen way beside the two ends and the runner-up, and what would change the choice, as text."""
     columns: list[tuple[str, Terms]] = [("chosen", plan.terms), ("all on device", plan.device_only)]
     if plan.server_only is not None:
         columns.append(("all on server", plan.server_only))
     if plan.runner_up is not None:
         columns.append(("runner-up", plan.runner_up))
     lines = [
-        f"{plan.frontier.model}: {place(plan.row)}, the least {plan.objective}: {_value(plan)}",
+        f"{plan.frontier.model}: {place(plan.row)}, least {plan.objective}: {_value(plan)}",
         f"  over {plan.link}; load {plan.load:g}, slow-down {plan.slowdown:g}; constraints: {plan.constraints}",
         "",
     ]
@@ -111,9 +125,11 @@ def explain(plan: Plan) -> str:
         lines.append(f"  without {name}: {plan.objective} {value:.4g} {plan.objective.unit}".rstrip())
     lines += [f"  {_when(c)}: {place(c.after)} instead of {place(c.before)}" for c in plan.crossovers]
     if not plan.crossovers:
-        lines.append("  no other uplink rate or load would change the choice")
+        lines.append("  no other uplink rate and no other load would change the choice")
     if not plan.frontier.exact:
-        lines.append("  cuts across parallel branches were searched within a limit: a slightly better one may exist")
+        lines.append(
+            "  the search among cuts across parallel branches was cut short, so a slightly better one may exist"
+        )
     return "\n".join(lines)
 
 

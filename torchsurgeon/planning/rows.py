@@ -1,4 +1,4 @@
-"""What every cut with every codec costs, before link and load are known."""
+"""What every cut with every codec costs, before link and load are known, and which of these can be the best."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 
 Array = NDArray[np.float64]
+# How far out the points lie that bound the hull, with costs scaled to 0 … 1.
 _FAR = 1e3
+# Facets looked at together, which bounds memory.
 _FACETS = 1024
+# Larger values in a file are mistakes: seconds, bytes and joules of one inference are far below.
 _MOST = 1e18
 
 
@@ -25,12 +28,21 @@ _MOST = 1e18
 class Row:
     """One way to run a model: where it is cut and how what crosses is encoded, with its cost at load and slowdown 1.
 
-    ``index`` and ``name`` are the partition point's; ``layers`` lists the device's layers where these are not the first
-    ``index``. ``on_device`` is set when everything runs there and nothing crosses. ``head_s`` and ``encode_s`` are the
-    device's seconds, ``tail_s`` and ``decode_s`` the server's, ``size_bytes`` what crosses the uplink. ``device_j`` are
-    the device's joules for head and encoding, None where no meter told them. ``memory_bytes`` is what the head's
-    weights and tensors take at most, None where it was not measured. ``raw_input`` says that an input of the model
-    crosses.
+    Attributes:
+        index: the partition point's index.
+        name: the partition point's name.
+        codec: how the boundary tensors are encoded.
+        head_s: the device's seconds for the head.
+        encode_s: the device's seconds for encoding.
+        size_bytes: what crosses the uplink.
+        tail_s: the server's seconds for the tail.
+        decode_s: the server's seconds for decoding.
+        device_j: the device's joules for head and encoding; None where no meter measured them.
+        memory_bytes: the most that the head's weights and tensors take; None where it was not measured.
+        raw_input: whether an input of the model crosses.
+        lossless: whether the codec keeps every bit.
+        on_device: whether everything runs on the device, and nothing crosses.
+        layers: the device's layers where these are not simply the first ``index``; None where they are.
     """
 
     index: int
@@ -53,24 +65,40 @@ class Row:
         return graph.point(self.index) if self.layers is None else graph.point_of(self.layers)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the row as plain data."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Row:
+        """Return the row in ``data``.
+
+        Raises:
+            ValueError: a number is negative or far too large.
+            KeyError: a field is missing.
+            TypeError: there is a field too many.
+        """
         layers = data["layers"]
         row = Row(**{**data, "layers": None if layers is None else tuple(layers)})
         for name in ("index", "head_s", "encode_s", "size_bytes", "tail_s", "decode_s"):
             if not 0 <= getattr(row, name) < _MOST:
-                raise ValueError(f"{name} is {getattr(row, name)}")
+                raise ValueError(f"{name} must be from 0 to {_MOST:g}; got {getattr(row, name)}")
         if row.device_j is not None and not abs(row.device_j) < _MOST:
-            raise ValueError(f"device_j is {row.device_j}")
+            raise ValueError(f"device_j must be within ±{_MOST:g}; got {row.device_j}")
         return row
 
 
-class Costs:
+class LayerCosts:
     """The costs of a graph's layers on device and server, added up over any closed set of layers.
 
-    Raises :class:`~torchsurgeon.errors.ProfileError` when a profile is of another graph or batch size.
+    A set of layers is closed if it holds every layer that its members read from, so that the device can run it alone.
+
+    Args:
+        graph: the traced model.
+        device: what each layer costs on the device.
+        server: what each layer costs on the server.
+
+    Raises:
+        ProfileError: a profile is of another graph or batch size.
     """
 
     def __init__(self, graph: LayerGraph, device: LayerProfile, server: LayerProfile) -> None:
@@ -78,8 +106,8 @@ class Costs:
             profile.check(graph)
             if profile.batch != graph.batch:
                 raise ProfileError(
-                    f"the {what}'s profile is of batches of {profile.batch}, the graph of batches of {graph.batch}; "
-                    "profile the graph that is planned for"
+                    f"the {what}'s profile must be of the graph's batch size {graph.batch}; got {profile.batch}; "
+                    "profile the graph that you plan for"
                 )
         self.graph = graph
         self.head_s, self.tail_s = device.head_s, server.tail_s
@@ -95,10 +123,14 @@ class Costs:
         self._inputs = {spec.name for spec in graph.inputs}
 
     def rows(self, codecs: CodecTable | None = None) -> list[Row]:
-        """Return every partition point with every codec that may be used there, from all on the server on.
+        """Return a row for every partition point and every codec that may be used there, in the points' order.
 
-        Lossy codecs are left out unless they were measured to keep an accuracy budget. ``raw`` is always there.
-        Raises :class:`~torchsurgeon.wire.CodecError` when ``codecs`` is of another graph.
+        Args:
+            codecs: measured codecs. A lossy one is used only where it was measured to keep an accuracy budget; ``raw``
+                is always used.
+
+        Raises:
+            CodecError: ``codecs`` is of another graph.
         """
         measured: dict[int, list[tuple[str, float, float, float, bool]]] = {}
         if codecs is not None:
@@ -119,9 +151,10 @@ class Costs:
         return rows
 
     def row_of(self, layers: Collection[int]) -> Row:
-        """Return the cut that runs exactly ``layers`` on the device, its tensors sent as they are.
+        """Return the row of the cut that runs exactly ``layers`` on the device, with its tensors sent as they are.
 
-        Raises :class:`~torchsurgeon.errors.PartitionError` when that is no cut.
+        Raises:
+            PartitionError: the layers are not closed, or share memory with others.
         """
         point = self.graph.point_of(layers)
         return self._row(point, "raw", float(point.size_bytes), 0.0, 0.0, True)
@@ -130,7 +163,7 @@ class Costs:
         self, point: PartitionPoint, codec: str, size_bytes: float, encode_s: float, decode_s: float, lossless: bool
     ) -> Row:
         k = point.index
-        all_here = k == len(self.graph.layers)
+        on_device = k == len(self.graph.layers)
         chosen = None if point.layers is None else np.array(point.layers, dtype=np.intp)
         if chosen is None:
             head_s, tail_s = float(self.head_s[k]), float(self.tail_s[k])
@@ -155,16 +188,18 @@ class Costs:
             decode_s,
             device_j=joules,
             memory_bytes=memory,
-            raw_input=not all_here and any(spec.name in self._inputs for spec in point.tensors),
+            raw_input=not on_device and any(spec.name in self._inputs for spec in point.tensors),
             lossless=lossless,
-            on_device=all_here,
+            on_device=on_device,
             layers=point.layers,
         )
 
 
 def columns(rows: Iterable[Row]) -> Array:
-    """Return the rows as numbers, shape (rows, 5): device seconds, bytes, server seconds, joules (0 where unknown), and
-    whether anything crosses."""
+    """Return the rows as numbers, shape (rows, 5).
+
+    The columns are device seconds, bytes sent, server seconds, joules (0 where unknown), and 1 where anything crosses.
+    """
     table = [
         (r.head_s + r.encode_s, r.size_bytes, r.tail_s + r.decode_s, r.device_j or 0.0, 0.0 if r.on_device else 1.0)
         for r in rows
@@ -173,12 +208,17 @@ def columns(rows: Iterable[Row]) -> Array:
 
 
 def non_dominated(costs: Array) -> list[int]:
-    """Return which rows of ``costs`` no other row is at most as large as in every column, in their order; of equal rows
-    the first."""
+    """Return the indices of the rows of ``costs`` that no other row undercuts, in order.
+
+    One row undercuts another if it is at most as large in every column. Of equal rows the first is kept.
+
+    Args:
+        costs: shape (rows, columns).
+    """
     if not len(costs):
         return []
     order = np.lexsort(costs.T[::-1])
-    # In this order no row undercuts an earlier one in the first column, which is not looked at again.
+    # Sorted by the first column, a row can be undercut only by one before it, so the first need not be compared.
     rest = [column for column in costs.T[1:] if np.ptp(column) > 0]
     kept = [np.empty_like(column) for column in rest]
     indices: list[int] = []
@@ -195,10 +235,16 @@ def non_dominated(costs: Array) -> list[int]:
 
 
 def lower_hull(costs: Array) -> tuple[list[int], Array]:
-    """Return the rows of ``costs`` of which each is the least under some weights of the columns, in their order, and
-    the weights, shape (corners, columns), at which several of them are.
+    """Return the rows that minimize some weighted sum of the columns, and the weights at which the minimum changes.
 
-    Where no weights can tell more apart, as in a single column that varies, the weights are empty.
+    These rows are the corners of the lower convex hull of all rows, and the weights are the normals of its facets.
+
+    Args:
+        costs: shape (rows, columns).
+
+    Returns:
+        The indices of the rows, in order, and the weights, shape (facets, columns); empty where a single column varies,
+        since then one row is the least under all weights.
     """
     from scipy.spatial import ConvexHull
 
@@ -206,8 +252,8 @@ def lower_hull(costs: Array) -> tuple[list[int], Array]:
     if len(used) < 2:
         return [int(costs[:, used].sum(axis=1).argmin())], np.empty((0, costs.shape[1]))
     low, scale = costs.min(axis=0)[used], np.ptp(costs, axis=0)[used]
-    # Points far out along each axis close the hull. They lie above all others, or they would be the least where the
-    # weight of their axis is small; so facets that end in one lean out of the lower side by the inverse of how far.
+    # One far point per axis bounds the hull from above. Facets that touch one of them tilt by about 1/_FAR, hence the
+    # tolerance with which facets are taken for the lower side.
     points = np.concatenate([(costs[:, used] - low) / scale, 1.0 + _FAR * np.eye(len(used))])
     hull = ConvexHull(points, qhull_options="QJ")
     lower = (hull.equations[:, :-1] <= 4 / _FAR).all(axis=1)
@@ -215,7 +261,8 @@ def lower_hull(costs: Array) -> tuple[list[int], Array]:
     weights = np.zeros((len(normals), costs.shape[1]))
     weights[:, used] = -normals.clip(max=0)
     weights[:, used] /= weights[:, used].sum(axis=1, keepdims=True) * scale
-    # Qhull joggles points so that any input has a hull: what lies as near to it as the corners do may belong to it.
+    # Qhull moves points a little ("joggles" them) so that any input has a hull. A row that lies as near to a facet as
+    # the moved corners do may be a corner itself, so it is kept.
     ends = points[hull.simplices[lower]]
     joggle = np.abs(np.einsum("fed,fd->fe", ends, normals) + offsets[:, None]).max()
     depth = np.full(len(costs), -np.inf)

@@ -1,10 +1,10 @@
-"""Cuts across parallel branches: closed sets of layers that are not the first ones of the order the model runs them in.
+"""Cuts across parallel branches: closed sets of layers that are not simply the first ones in the model's order.
 
-A layer that all layers before it lead to and all after it follow from splits the problem: a closed set without it lies
-before it, one with it holds all before it. Between two such layers lies a block. The closed sets of a small block are
-all tried. In a large one the best for given weights of device seconds, bytes, server seconds and joules is a minimum
-s-t cut, and asking for it at every corner of the lower hull of the costs known so far finds all that are best under
-some weights.
+A set of layers is closed if it holds every layer that its members read from. A layer that every earlier layer leads to,
+and every later one depends on, splits the problem: a closed set without it lies before it, and a closed set with it
+holds all before it. Between two such layers lies a block. All closed sets of a small block are tried. In a large block,
+the best set for given weights of device seconds, bytes, server seconds and joules is a minimum s-t cut. Asking for it
+at every facet of the lower hull of the costs known so far finds every set that is the best under some weights.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from torchsurgeon.planning.mincut import MinimumCut, Tensor, bits
-from torchsurgeon.planning.rows import Array, Costs, Row, columns, lower_hull, non_dominated
+from torchsurgeon.planning.rows import Array, LayerCosts, Row, columns, lower_hull, non_dominated
 
+# A block with more closed sets than this is searched by minimum cuts.
 _MOST_SETS = 2000
+# Beyond this many rows across branches, only those on the lower hull are kept.
 _MOST_ROWS = 200
+# Bounds on the minimum cuts asked for in one block: in number, and in number times layers.
 _MOST_CUTS = 1000
 _MOST_LAYER_CUTS = 200_000
 
 
 class Block:
-    """The layers between two that split the graph, ``first`` to ``stop`` in the order of ``units``."""
+    """The layers between two that split the graph: the units from ``first`` to before ``stop``.
+
+    Sets of units are bit masks throughout: bit ``i`` stands for unit ``i``.
+    """
 
     def __init__(self, units: Units, first: int, stop: int) -> None:
         self.units, self.first, self.stop = units, first, stop
@@ -54,13 +60,19 @@ class Block:
 
 
 class Units:
-    """The layers of a graph that depend on its inputs, in order, each with the constant layers that it is first to
-    read.
+    """The layers of a graph that depend on its inputs, in order.
 
-    ``needs`` has a mask of units for each, ``costs`` its device seconds, server seconds and joules.
+    A layer that computes a constant belongs to the unit that reads it first, since it can run on either side.
+
+    Attributes:
+        layers: for each unit, its layers.
+        needs: for each unit, the mask of the units that it reads from.
+        costs: device seconds, server seconds and joules of each unit, shape (units, 3).
+        tensors: the tensors between units.
+        tail_s: the server's seconds for the whole model.
     """
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: LayerCosts) -> None:
         closure, graph = costs.graph.closure, costs.graph
         self.tail_s = float(costs.tail_s[0])
         self.layers: list[list[int]] = []
@@ -96,7 +108,8 @@ class Units:
                 self.tensors.append(made)
 
     def blocks(self) -> list[Block]:
-        """Return the blocks of two units or more."""
+        """Return the blocks that hold two units or more, in order."""
+        # For each unit, everything it depends on, directly or not.
         behind: list[int] = []
         for needs in self.needs:
             mask = needs
@@ -116,13 +129,15 @@ class Units:
         return sorted(layer for i in bits(mask) for layer in self.layers[i])
 
 
-def across_branches(costs: Costs, rows: Sequence[Row]) -> tuple[list[Row], bool]:
-    """Return the cuts across branches that can win against ``rows``, their tensors sent as they are, and whether none
-    that can be least of a weighted sum is missing.
+def across_branches(costs: LayerCosts, rows: Sequence[Row]) -> tuple[list[Row], bool]:
+    """Return the cuts across branches that can win against ``rows``, with their tensors sent as they are.
 
-    Without parallel branches, and where memory allows the graph's own points only, there are none. Where very many
-    are not undercut, those that are least of no weighted sum are left out; they could only win a slowest stage or
-    under a constraint.
+    There are none in a model without parallel branches, nor where shared memory allows only the graph's own points.
+    Where very many cuts are not undercut, only those on the lower hull are returned; the others could win only under a
+    constraint, or by their slowest stage.
+
+    Returns:
+        The rows, and whether none is missing that minimizes some weighted sum of the costs.
     """
     if costs.graph.closure.prefixes_only:
         return [], True
@@ -145,7 +160,7 @@ def across_branches(costs: Costs, rows: Sequence[Row]) -> tuple[list[Row], bool]
         masks += [small[i][0] for i in kept]
     exact = True
     for block in large:
-        # Seconds and joules of a layer go together, so energy is asked for by itself and not in four dimensions.
+        # A layer's joules grow with its seconds, so time and energy are searched one after the other.
         for used in ([0, 1, 2], [1, 3]) if costs.device_j is not None else ([0, 1, 2],):
             found, complete = _on_the_hull(costs, block, used)
             masks += found
@@ -153,9 +168,12 @@ def across_branches(costs: Costs, rows: Sequence[Row]) -> tuple[list[Row], bool]
     return [costs.row_of(units.layers_of(mask)) for mask in dict.fromkeys(masks)], exact
 
 
-def _on_the_hull(costs: Costs, block: Block, used: list[int]) -> tuple[list[int], bool]:
-    """Return the sets of ``block`` that are the best under some weights of the ``used`` costs (device seconds, bytes,
-    server seconds, joules), and whether all were found within a bounded number of cuts."""
+def _on_the_hull(costs: LayerCosts, block: Block, used: list[int]) -> tuple[list[int], bool]:
+    """Return the sets of a block that minimize some weighted sum of the ``used`` columns of its costs.
+
+    Returns:
+        The sets as masks, and whether all of them were found within the bounded number of minimum cuts.
+    """
     known = columns(costs.rows())[:, :4]
     known[-1, 1] = sum(spec.size_bytes for spec in costs.graph.outputs)
     network = MinimumCut(block.first, block.stop, block.units.needs, block.units.costs, block.tensors)
