@@ -1,4 +1,4 @@
-"""SplitModule: a model whose head runs here and whose tail runs on a server."""
+"""SplitModule: a model whose head runs on this device and whose tail runs on a server."""
 
 from __future__ import annotations
 
@@ -34,57 +34,75 @@ from torchsurgeon.transport import Transport
 
 Server = str | Transport
 
-# By the module's id, so that modules that call each other keep their own.
+# By the module's id, so that modules which call each other keep deadlines of their own.
 _deadlines: contextvars.ContextVar[Mapping[int, float | None]] = contextvars.ContextVar("deadlines")
 
 
 class SplitModule(nn.Module):
-    """Wrap ``model`` so that calling it runs a part here and the rest on a tail server, and gives the model's own
-    answer.
+    """A model of which a part runs on this device and the rest on a server, with the model's own answer.
+
+    The first call, or :meth:`prepare`, compares the graph and the weights with each server's, so that only a server
+    that holds the same model is asked, and measures what ``"auto"`` needs. Later calls choose where to cut the model.
+
+    With ``fallback="local"`` no call fails because of a server: the device runs the rest of the model when no server
+    answers well or in time, and ``last.degraded`` says why. With ``fallback="error"`` such a call raises.
+
+    It is for inference only: there are no gradients, and ``train()`` leaves it in evaluation mode. Several threads may
+    call it at once. Close it, or use it in a ``with`` statement, to end its threads and connections.
 
     Args:
-        model: the model, in eval mode. It is not changed; its parameters are shared.
+        model: the model, in evaluation mode. It is not changed, and its parameters are shared.
         example: what the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword ones.
-        server: URL of a server started with ``torchsurgeon serve``, or a :class:`~torchsurgeon.transport.Transport`;
-            or several, in the order of preference. Not needed with ``partition="device"``.
-        name: the model's name on that server.
-        partition: ``"auto"`` to choose anew at every inference, by measured layer times of both sides and by what link,
-            server and device are like at the moment. Or where to cut, as a
-            :class:`~torchsurgeon.tracing.PartitionPoint` of this model; ``"device"`` or ``"server"`` for everything
-            on one side, a partition index, or the name of the last layer to run here.
-        objective: what ``"auto"`` makes small: ``"latency"``, ``"energy"``, …, an
-            :class:`~torchsurgeon.Objective`, or ``Objective.battery(level)``. Energy needs a ``device_profile``
-            with joules, given or metered here, and a ``link`` with a radio. What is given and does not tell it raises
-            :class:`~torchsurgeon.errors.PlanError`; what turns out not to warns once with
-            :class:`~torchsurgeon.runtime.UnknownEnergyWarning`, and latency is made small.
-        codecs: what codecs measured to cost; ``"auto"`` then chooses among them too, lossy ones only where they kept an
-            accuracy budget. Without it everything is sent under ``codec``.
-        fallback: ``"local"`` to run the rest of the model here when no server answers well or in time, ``"error"`` to
-            raise then.
-        deadline_s: when an answer is due, counted from the call; see :meth:`deadline`.
-        on_replan: called with the :class:`~torchsurgeon.adapting.Decision` when ``"auto"`` changes the cut.
-        link: the link, when it is known; measured at the first call otherwise (``"auto"`` only).
-        device_profile, server_profile: layer times, when they are known; measured otherwise (``"auto"`` only).
-        codec: the codec of the boundary tensors, by name: ``"raw"`` or ``"zstd"``, or one that loses something
-            (``"int8+zstd"``), which makes the answer another than the model's own. ``"auto"`` takes of ``raw`` and
-            ``zstd`` the one that is quicker from end to end. Assign ``codec`` to change it.
-        answer_codec: the codec that the server is asked to answer with.
-        compile: True to compile heads and tails with ``torch.compile``, or the name of one of its backends; their
-            answers are the model's own to within rounding.
-        backend: in its place, what makes the callable that runs the head, and the tail where it runs here, from its
-            module; eager PyTorch by default.
-        timeout_s: an inference that takes the server longer has failed.
-        leaf_modules: passed to :func:`~torchsurgeon.tracing.trace`.
+        server: the URL of a server started with ``torchsurgeon serve``, or a
+            :class:`~torchsurgeon.transport.Transport`; or several of these, the preferred one first. Not needed with
+            ``partition="device"``.
+        name: the model's name on the server.
+        partition: where to cut. ``"auto"`` chooses at every call, from measured layer times of both sides and the state
+            of link, server and device. Or a fixed cut: the name of the last layer that runs on the device, the index of
+            a partition point, a :class:`~torchsurgeon.tracing.PartitionPoint` of this model, or ``"device"`` or
+            ``"server"`` for everything on one side.
+        objective: what ``"auto"`` minimizes: ``"latency"``, ``"energy"``, …, an :class:`~torchsurgeon.Objective`, or
+            ``Objective.battery(level)``. Energy needs a device profile with joules, given or metered, and a ``link``
+            with a radio. If these turn out to be missing, latency is minimized, with one
+            :class:`~torchsurgeon.UnknownEnergyWarning`.
+        codecs: measured codecs, for ``"auto"`` to choose among. Lossy ones are used only where they kept an accuracy
+            budget. Without this argument everything is sent under ``codec``.
+        fallback: ``"local"`` to let the device answer when no server does, ``"error"`` to raise.
+        deadline_s: the seconds after a call within which its answer is due; see :meth:`deadline`.
+        on_replan: a function that is called with the :class:`~torchsurgeon.adapting.Decision` when ``"auto"`` changes
+            the cut.
+        link: the link, if it is known. Otherwise ``"auto"`` measures it.
+        device_profile: the layer times of this device, if they are known. Otherwise ``"auto"`` measures them.
+        server_profile: the layer times of the server, if they are known. Otherwise ``"auto"`` asks the server.
+        codec: the codec of the boundary tensors: ``"raw"``, ``"zstd"``, or a lossy one such as ``"int8+zstd"``, with
+            which the answer is no longer the model's own. ``"auto"`` takes whichever of ``raw`` and ``zstd`` is quicker
+            from end to end. May be assigned later.
+        answer_codec: the codec in which the server is asked to answer.
+        compile: True to compile heads and tails with ``torch.compile``, or the name of one of its backends. Answers
+            then equal the model's own to within rounding.
+        backend: instead of ``compile``, a function from a module (a head, or a tail that runs on the device) to the
+            callable that runs it. By default, modules run in eager PyTorch.
+        timeout_s: the longest that a server may take for one inference.
+        leaf_modules: modules to keep whole, as :func:`~torchsurgeon.trace` takes them.
 
-    The first call, or :meth:`prepare`, shakes hands with the servers, so that only one with the same graph and weights
-    is asked, and measures what ``"auto"`` needs. With ``fallback="local"`` a call never fails because of a server:
-    ``last.degraded`` says what was wrong, and a :class:`~torchsurgeon.runtime.MismatchWarning` that a server holds
-    another model. With ``fallback="error"`` it raises :class:`~torchsurgeon.errors.ModelMismatchError` then,
-    :class:`~torchsurgeon.errors.ServerUnavailableError` for a server that is down, slow or gone in mid-answer, and
-    what else servers raise. A model that is put into training mode, or gets other submodules, hooks or plain
-    attributes, raises :class:`~torchsurgeon.errors.TraceError`. Inference only: no gradients, and ``train()`` leaves it
-    in evaluation mode. May be called from several threads at once. Close it, or use it in a ``with`` statement, to end
-    its threads and connections.
+    Attributes:
+        model: the model.
+        graph: the traced model, a :class:`~torchsurgeon.LayerGraph`.
+        name: the model's name on the server.
+        deadline_s: as given; may be assigned.
+
+    Raises:
+        TraceError: the model cannot be traced. Calls raise it, too, when the model has been put into training mode or
+            has got other submodules, hooks or plain attributes since it was traced.
+        PlanError: ``fallback`` is neither ``"local"`` nor ``"error"``, or energy is to be saved with a given profile or
+            link that does not tell it.
+        BackendError: both ``compile`` and ``backend`` are given, or ``torch.compile`` has no such backend.
+        CodecError: there is no such codec.
+        DeadlineError: ``deadline_s`` is not a positive number.
+        ServerUnavailableError: no server is given, and ``partition`` needs one. With ``fallback="error"``, calls raise
+            it when no server answers.
+        ModelMismatchError: raised by calls with ``fallback="error"`` when the server holds another model. With
+            ``fallback="local"`` there is one :class:`~torchsurgeon.MismatchWarning` instead.
     """
 
     def __init__(
@@ -112,9 +130,11 @@ class SplitModule(nn.Module):
     ) -> None:
         super().__init__()
         if fallback not in ("local", "error"):
-            raise PlanError(f'there is no fallback {fallback!r}: use "local" to answer here, or "error" to raise')
+            raise PlanError(
+                f'fallback must be "local", for the device to answer, or "error", to raise; got {fallback!r}'
+            )
         if compile and backend is not None:
-            raise BackendError("compile= and backend= each say what runs the heads and tails: give one of them")
+            raise BackendError("compile= and backend= both say what runs the heads and tails; give only one of them")
         if deadline_s is not None:
             check_deadline(deadline_s, 0.0, "")
         self.training = False
@@ -150,7 +170,7 @@ class SplitModule(nn.Module):
 
     @property
     def partition(self) -> PartitionPoint | None:
-        """The partition point in use; None while ``"auto"`` has not chosen yet. Assign what the constructor takes."""
+        """The partition point in use; None before ``"auto"`` has chosen. Assign whatever the constructor takes."""
         return self._engine.servers.point
 
     @partition.setter
@@ -167,7 +187,11 @@ class SplitModule(nn.Module):
 
     @property
     def codec(self) -> Codec | Lossless:
-        """The codec of the boundary tensors. Assign a name; raises :class:`~torchsurgeon.wire.CodecError`."""
+        """The codec of the boundary tensors. Assign its name.
+
+        Raises:
+            CodecError: there is no codec of the assigned name.
+        """
         return self._engine.codec
 
     @codec.setter
@@ -176,17 +200,17 @@ class SplitModule(nn.Module):
 
     @property
     def link(self) -> Link | None:
-        """The link as it was given, or measured to begin with; None before that. ``stats`` has what it is like now."""
+        """The link as given, or as first measured; None before that. :meth:`stats` tells its present state."""
         return self._engine.servers.link
 
     @property
     def device_profile(self) -> LayerProfile | None:
-        """Layer times here, as given or measured."""
+        """Layer times of this device, as given or measured; None before that."""
         return self._engine.times.profile
 
     @property
     def server_profile(self) -> LayerProfile | None:
-        """Layer times on the (first) server, as given or as it told them."""
+        """Layer times of the first server, as given or as it sent them; None before that."""
         return next((peer.profile for peer in self._engine.servers.peers), None)
 
     # --- running ---
@@ -194,7 +218,8 @@ class SplitModule(nn.Module):
     def prepare(self) -> SplitModule:
         """Do now what the first call would do before its inference, and return the module.
 
-        With ``fallback="error"`` it raises what the call would raise.
+        Raises:
+            ServerError: with ``fallback="error"``, no server could be made ready.
         """
         self._engine.prepare()
         return self
@@ -206,56 +231,75 @@ class SplitModule(nn.Module):
             return engine.run(ModelCall(engine.parts, args, kwargs), self._deadline_now())
 
     def map(self, calls: Iterable[Any], depth: int = 4) -> Iterator[Any]:
-        """Return the answers to ``calls``, in their order, while up to ``depth`` of them are in flight.
+        """Yield the answers to ``calls``, in their order, while up to ``depth`` of them are in flight.
 
-        Each of ``calls`` is what the constructor takes as an example: a tensor, a tuple or a dict. The head of one runs
-        while those before it are on the uplink or on the server, and ``"auto"`` cuts for the rate of answers where it
-        otherwise would for latency. A call is taken from ``calls`` when less than ``depth`` are in flight and the next
-        answer is not there yet. Its tensors are copied then, so whoever makes the calls may use them again. A deadline
-        counts from when a call's head begins.
+        The head of one call runs while those before it are on the uplink or on the server. If the objective is latency,
+        ``"auto"`` cuts for the rate of answers instead. A deadline counts from the beginning of a call's head.
 
-        What ``calls`` or a call raises comes after the answers before it, and ends the iterator. Closing the iterator
-        gives up what is in flight. Raises :class:`~torchsurgeon.errors.AdaptError` for a depth that is not 1 to 16.
+        Args:
+            calls: each what the constructor takes as an example: a tensor, a tuple or a dict. The next one is taken
+                while fewer than ``depth`` are in flight and the next answer has not come. Its tensors are copied then,
+                so that its buffers may be used again.
+            depth: how many calls may be in flight, 1 to 16.
+
+        Raises:
+            AdaptError: the depth is not within 1 to 16.
+            TypeError: ``calls`` is a single call.
+            Exception: whatever ``calls`` or a call raises, after the answers before it; it ends the iterator. Closing
+                the iterator gives up the calls in flight.
         """
         if isinstance(calls, (torch.Tensor, Mapping)):
             raise TypeError(
-                f"map takes an iterable of calls, not one {type(calls).__name__}: give a list of tensors, tuples or "
-                "dicts, or batch.split(1) for a call for each sample"
+                f"map takes an iterable of calls; got one {type(calls).__name__}. Give a list of tensors, tuples or "
+                "dicts, or batch.split(1) for one call per sample"
             )
-        self._engine.stream()  # raises when closed
+        self._engine.stream()  # raises if the module has been closed
         deadline_s = self._deadline_now()
         return in_order((self._beginning(*call_of(call), deadline_s, True) for call in calls), depth)
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Return the future answer of this call, which runs beside the thread that asks for it.
+        """Return the future answer of a call that runs in other threads.
 
-        Heads run one after the other; up to 16 calls are in flight, and more wait, in which time they can be cancelled.
-        The call's tensors are copied now.
-        A deadline counts from when the call's head begins. After :meth:`close` it raises
-        :class:`~torchsurgeon.errors.ServerUnavailableError`.
+        The call's tensors are copied before this returns. Heads run one after the other. Up to 16 calls are in flight;
+        further ones wait, and can be cancelled meanwhile. A deadline counts from the beginning of the call's head.
+
+        Args:
+            *args: the call's positional arguments.
+            **kwargs: its keyword arguments.
+
+        Raises:
+            ServerUnavailableError: the module has been closed.
         """
         return self._engine.stream().submit(self._beginning(args, kwargs, self._deadline_now(), False))
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model returns for this call, without blocking the event loop; as :meth:`submit`."""
+        """Return the model's answer to this call without blocking the event loop; otherwise like :meth:`submit`."""
         return await asyncio.wrap_future(self.submit(*args, **kwargs))
 
     def _beginning(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline_s: float | None, streamed: bool
     ) -> Callable[[], Pending | Done]:
         engine = self._engine
-        # A camera's buffer may hold the next frame before this one has been sent.
+        # Copied, because a camera's buffer may hold the next frame before this one has been sent.
         args, kwargs = pytree.tree_map_only(torch.Tensor, _copied, (args, dict(kwargs)))
         work = ModelCall(engine.parts, args, kwargs)
         return functools.partial(engine.started, work, deadline_s, streamed=streamed)
 
     def finish(self, names: tuple[str, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the tensors of the model's result, in the order of ``graph.outputs``, from the tensors ``names``.
+        """Return the tensors of the model's result from tensors inside the model.
 
-        The layers up to this module's own cut run here, the rest on its server. So a server that is given a SplitModule
-        is the middle of a chain. Tensors that lie beyond the cut are passed on as they are.
+        The layers up to this module's own cut run on this machine, the rest on its server. So a server that serves a
+        SplitModule is the middle of a chain. Tensors that lie beyond the cut are passed on as they are.
 
-        Raises :class:`~torchsurgeon.errors.PartitionError` when they do not determine the result.
+        Args:
+            names: the names of the given tensors, as the graph's partition points list them.
+            *tensors: the tensors, in the same order.
+
+        Returns:
+            The result's tensors, in the order of ``graph.outputs``.
+
+        Raises:
+            PartitionError: the tensors do not determine the result.
         """
         engine = self._engine
         engine.parts.tail(names, flat=True)
@@ -264,14 +308,19 @@ class SplitModule(nn.Module):
 
     @contextlib.contextmanager
     def deadline(self, deadline_s: float | None) -> Iterator[None]:
-        """Within this context, calls of this module are due ``deadline_s`` after they began; None for no deadline.
+        """Give the calls within this context a deadline, instead of the constructor's.
 
-        It holds for the thread or task that entered it, and goes before the constructor's. When the server's answer
-        would come too late the rest of the model runs here, started in time. A call that surely cannot be in time
-        whatever is done raises :class:`~torchsurgeon.errors.DeadlineError` at once, which names the best that can be;
-        now and then such a call runs all the same, to find out whether that still holds. With
-        ``fallback="error"`` a call that is not answered by then raises
-        :class:`~torchsurgeon.errors.ServerUnavailableError`.
+        It holds for the thread or task that entered the context. When the server's answer would come too late, the rest
+        of the model is started on the device early enough to be in time. If every way of answering would miss the
+        deadline with 99 % confidence, a call raises ``DeadlineError`` at once, except for an occasional call that runs
+        all the same, so that recovery is noticed. With ``fallback="error"``, a call without an answer by the deadline
+        raises ``ServerUnavailableError``.
+
+        Args:
+            deadline_s: the seconds after a call within which its answer is due; None for no deadline.
+
+        Raises:
+            DeadlineError: ``deadline_s`` is not a positive number.
         """
         if deadline_s is not None:
             check_deadline(deadline_s, 0.0, "")
@@ -294,19 +343,20 @@ class SplitModule(nn.Module):
 
     @property
     def decisions(self) -> list[Decision[Row]]:
-        """The last decisions of ``"auto"`` (256 at most), the newest at the end."""
+        """The latest decisions of ``"auto"``, at most 256, the newest at the end."""
         return list(self._engine.servers.decisions)
 
     def stats(self) -> dict[str, Any]:
-        """Return what happened so far and what is known now, as plain data.
+        """Return what has happened so far and what is known now, as plain data.
 
-        ``inferences`` in all, ``rows`` by cut, ``degraded`` by reason, bytes sent and received, ``slowdown`` of the
-        device, ``pings``, and for each of the ``servers`` its breaker, the estimates of link and load, and its bytes.
+        The dict holds the number of ``inferences``, ``rows`` (by cut), ``degraded`` (by reason), ``sent_bytes``,
+        ``received_bytes``, the device's ``slowdown``, ``pings``, and ``servers``: for each one the state of its
+        breaker, the estimates of link and load, and its bytes.
         """
         return self._engine.snapshot()
 
     def close(self) -> None:
-        """End threads and connections. Closing twice is harmless; calls that need the server raise afterwards."""
+        """End threads and connections. Afterwards, calls that need a server raise. Closing twice is harmless."""
         self._engine.close()
 
     def __enter__(self) -> SplitModule:
@@ -320,7 +370,7 @@ class SplitModule(nn.Module):
     # --- being an nn.Module ---
 
     def train(self, mode: bool = True) -> SplitModule:
-        """Stay in evaluation mode, as a frozen part of whatever module is trained around it: it gives answers only."""
+        """Stay in evaluation mode, so that it can be a frozen part of a module that is trained."""
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SplitModule:
@@ -328,9 +378,12 @@ class SplitModule(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a SplitModule holds connections and cannot be copied or saved; copy its model and wrap that")
+        raise TypeError(
+            "a SplitModule holds connections, so it is neither copied nor saved; copy or save its .model, and wrap that"
+        )
 
     def extra_repr(self) -> str:
+        """Return the model's name and the cut, for ``repr``."""
         where = self.partition.name if self.partition is not None else "auto"
         return f"name={self.name!r}, partition={where!r}"
 

@@ -73,7 +73,7 @@ def right(split: ts.SplitModule, x: torch.Tensor = EXAMPLE) -> bool:
 def test_a_battery_that_runs_low_where_nothing_is_metered_saves_time_and_says_so_once(server: Server) -> None:
     level = 1.0
     with split_of(server.url, objective=ts.Objective.battery(lambda: level)) as split:
-        with pytest.warns(ts.UnknownEnergyWarning, match="latency is made small") as caught:
+        with pytest.warns(ts.UnknownEnergyWarning, match="latency is minimized") as caught:
             assert right(split)
         told = [warning for warning in caught if warning.category is ts.UnknownEnergyWarning]
         assert [warning.filename for warning in told] == [__file__]
@@ -121,7 +121,7 @@ def test_energy_that_what_was_given_does_not_tell_is_refused_at_once(
 def test_without_a_fallback_unknown_energy_is_an_error_at_set_up(server: Server) -> None:
     with (
         split_of(server.url, objective="energy", fallback="error") as split,
-        pytest.raises(ts.PlanError, match="energy cannot be saved"),
+        pytest.raises(ts.PlanError, match="energy is not known"),
     ):
         split.prepare()
     battery = ts.Objective.battery(lambda: 0.1)

@@ -1,4 +1,4 @@
-"""Whether an answer can be the model's."""
+"""Checks whether a server's answer can be the model's."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from torchsurgeon.tracing.specs import TensorSpec
 def check_answer(
     graph: LayerGraph, specs: Sequence[TensorSpec], boundary: Sequence[Tensor], answered: Mapping[str, Tensor]
 ) -> None:
-    """Raise :class:`~torchsurgeon.wire.ProtocolError` for names, types or shapes that the outputs cannot have.
+    """Check the names, types and shapes of an answer against the model's outputs.
 
-    ``boundary`` are the tensors that were sent, ``specs`` what they are.
+    Args:
+        graph: the traced model.
+        specs: the specs of the boundary tensors.
+        boundary: the boundary tensors that were sent; they tell the batch size.
+        answered: the answer's tensors by name.
+
+    Raises:
+        ProtocolError: a name, type or shape is not one that the outputs can have.
     """
     valued = graph.value_dependent or any(graph.value(spec.name).restore for spec in specs)
     batch = None if valued else _batch(specs, boundary)

@@ -1,4 +1,4 @@
-"""Where to cut this time, and how long that should take."""
+"""The ways to run a call, the goal that they are chosen by, and the choice among them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,14 @@ _BATTERY_S = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """One way to run the model: where it is cut and how what crosses is encoded; ``row`` is None where nobody predicted
-    what it costs, ``codec`` where the module's own is used."""
+    """One way to run the model.
+
+    Attributes:
+        point: where it is cut.
+        whole: whether everything runs on the device.
+        row: what it is predicted to cost; None where nothing was predicted.
+        codec: how the boundary is encoded; None for the module's own codec.
+    """
 
     point: PartitionPoint
     whole: bool
@@ -37,14 +43,20 @@ class Way:
 
     @property
     def name(self) -> str:
-        """The way as ``stats`` counts it."""
+        """The name under which ``stats()`` counts it."""
         if self.whole:
             return "device"
         return self.point.name if self.codec is None else f"{self.point.name}, {self.codec.name}"
 
 
 class Expected(NamedTuple):
-    """How long the server's part should take, from the end of the head to the answer, and one round trip of that."""
+    """How long the server's part should take.
+
+    Attributes:
+        remote_s: seconds from the end of the head to the answer.
+        spread: their relative deviation.
+        round_trip_s: one round trip of the link and the wait in the server's queue, which are part of them.
+    """
 
     remote_s: float
     spread: float
@@ -52,36 +64,38 @@ class Expected(NamedTuple):
 
 
 def _unmetered(device: LayerProfile) -> str | None:
-    """Return why a profile does not tell the energy of every cut, and what to do about it; None where it does."""
+    """Return why a profile does not give the energy of every cut, and what to do about it; None if it does."""
     joules = device.head_j
     if joules is not None and math.isfinite(joules[-1]):
         return None
     return (
-        f"the device's profile holds no joules of all layers (meter: {device.provenance.get('meter', 'none')}); give "
-        "device_profile= with joules, from where a meter exists (docs/profiling.md)"
+        f"the device's profile has no joules for some layers (meter: {device.provenance.get('meter', 'none')}); give "
+        "a device_profile= with joules, measured where a meter exists (docs/profiling.md)"
     )
 
 
 def _unknown_radio(link: Link | None) -> str | None:
-    """Return why the energy of a transfer cannot be told, and what to do about it; None where it can."""
+    """Return why the energy of a transfer is unknown, and what to do about it; None if it is known."""
     if link is not None and link.radio is not None:
         return None
-    which = "the link that is measured here" if link is None else f"{link.name!r}"
+    which = "a measured link" if link is None else f"the link {link.name!r}"
     return (
-        f"what the radio takes over {which} is not known; give link= with a radio, such as "
-        'ts.Link.parse("wifi") or Link(…, radio=torchsurgeon.link.WIRED) where no radio is in use'
+        f"the energy of the radio over {which} is unknown; give a link= with a radio, such as "
+        'ts.Link.parse("wifi"), or Link(…, radio=torchsurgeon.link.WIRED) where no radio is in use'
     )
 
 
 class Goal:
-    """What is made small at the moment: an objective, or the one a battery asks for.
+    """What is minimized at the moment: an objective, or the one that a battery's charge asks for.
 
-    ``lack`` says why energy cannot be told, once that is known; then latency takes its place.
+    Attributes:
+        wanted: what the user asked for.
+        energy_unknown_because: why energy is unknown, once that has turned out; latency is then minimized instead.
     """
 
     def __init__(self, wanted: Objective | Battery) -> None:
         self.wanted = wanted
-        self.lack: str | None = None
+        self.energy_unknown_because: str | None = None
         self._now: str | Objective = wanted.now() if isinstance(wanted, Battery) else _plain(wanted)
         self._asked_s = time.monotonic()
 
@@ -91,54 +105,73 @@ class Goal:
         return isinstance(self.wanted, Battery) or self.wanted.energy > 0
 
     def check(self, device: LayerProfile | None, link: Link | None) -> None:
-        """Raise PlanError where energy counts, and what was given of device and link does not tell it."""
+        """Check that the given profile and link tell the energy, if energy counts.
+
+        Raises:
+            PlanError: they do not.
+        """
         if self.needs_joules:
-            lack = (_unmetered(device) if device is not None else None) or (
+            reason = (_unmetered(device) if device is not None else None) or (
                 _unknown_radio(link) if link is not None else None
             )
-            if lack is not None:
-                raise PlanError(f"energy cannot be saved: {lack}; or choose another objective")
+            if reason is not None:
+                raise PlanError(
+                    f"energy is not known, so it cannot be minimized: {reason}; or choose another objective"
+                )
 
     def settle(self, device: LayerProfile, link: Link | None, *, yields: bool) -> str | None:
-        """Turn to latency where energy counts, and all that is known of device and link does not tell it. Return what
-        to warn of, once.
+        """Minimize latency from now on, if energy counts and turns out to be unknown.
 
-        Raises PlanError in its place where the goal does not yield, unless it only follows a battery.
+        Args:
+            device: the device's profile, given or measured.
+            link: the link, if it is known.
+            yields: whether latency may take energy's place. A goal that follows a battery always yields.
+
+        Returns:
+            What to warn the caller of, once; None if nothing has changed.
+
+        Raises:
+            PlanError: energy is unknown, and the goal does not yield.
         """
-        if self.lack is not None or not self.needs_joules:
+        if self.energy_unknown_because is not None or not self.needs_joules:
             return None
-        lack = _unmetered(device) or _unknown_radio(link)
-        if lack is None:
+        reason = _unmetered(device) or _unknown_radio(link)
+        if reason is None:
             return None
         if not yields and isinstance(self.wanted, Objective):
-            raise PlanError(f"energy cannot be saved: {lack}; or choose another objective")
-        self.lack = lack
-        return f"latency is made small, not energy: {lack}"
+            raise PlanError(f"energy is not known, so it cannot be minimized: {reason}; or choose another objective")
+        self.energy_unknown_because = reason
+        return f"latency is minimized instead of energy: {reason}"
 
     def now(self) -> str | Objective:
-        """The objective, as a frontier takes it."""
-        if self.lack is not None:
+        """Return the objective at the moment, as a frontier takes it."""
+        if self.energy_unknown_because is not None:
             return "latency"
         if isinstance(self.wanted, Battery) and not 0 <= time.monotonic() - self._asked_s < _BATTERY_S:
             self._asked_s = time.monotonic()
             try:
                 self._now = self.wanted.now()
             except Exception:
-                # An answer must not be lost to a battery that cannot be read.
-                _logger.exception("the battery's level could not be told; the last objective stays")
+                # A battery that fails to be read must not cost an answer.
+                _logger.exception("the battery's level could not be read; the last objective stays")
         return self._now
 
 
 def _plain(objective: Objective) -> str | Objective:
-    # A frontier has a short way for the word.
+    # A frontier takes a short way for this word.
     return "latency" if objective == Objective(latency=1.0) else objective
 
 
 class Adaptive:
-    """Chooses among the rows of a frontier before every inference. Thread-safe.
+    """Chooses among the rows of a frontier before every call. Thread-safe.
 
-    :param own_codec: whether rows say how to encode; otherwise all is sent under the module's codec
-    :param on_change: told of every decision for another row
+    Args:
+        graph: the traced model.
+        frontier: the rows.
+        server: the server's layer times.
+        goal: what to minimize.
+        own_codec: whether the rows say how to encode; otherwise everything is sent under the module's codec.
+        on_change: called with every decision for another row.
     """
 
     def __init__(
@@ -162,7 +195,7 @@ class Adaptive:
         self.decider: Decider[Row] = Decider(frontier.rows, self._costs, on_change=on_change)
 
     def toward(self, goal: Goal) -> Adaptive:
-        """The same rows, chosen among for another goal, with a history of its own."""
+        """Return a choice among the same rows for another goal, with a history of its own."""
         other = copy.copy(self)
         other.goal = goal
         other.decider = Decider(self.frontier.rows, other._costs, on_change=self._on_change)
@@ -172,24 +205,24 @@ class Adaptive:
         return self.frontier.costs(link, load, slowdown, self.goal.now()).tolist()  # type: ignore[no-any-return]
 
     def decide(self, estimates: Estimates) -> tuple[Way, Decision[Row]]:
-        """Choose for one inference."""
+        """Choose the way to run one call."""
         decision = self.decider.decide(estimates)
         return self.ways[id(decision.row)], decision
 
     def least_cost(self, estimates: Estimates) -> float:
-        """What the best row costs now, to compare servers by."""
+        """Return what the best row costs now; servers are compared by it."""
         now = estimates.conditions()
         return float(self.frontier.costs(now.link, now.load, now.slowdown, self.goal.now()).min())
 
     def expected(self, row: Row, estimates: Estimates) -> Expected:
-        """How long the server's part of a row should take, for a call like the example."""
+        """Return how long the server's part of a row should take, for a call of the example's size."""
         link, load, slowdown, _ = estimates
         round_trip_s = link.round_trip.value + load.queue_s
         up_s = row.size_bytes * 8 / link.uplink.value
         tail_s = (row.tail_s + row.decode_s) * load.compute.value
         down_s = self.frontier.answer_bytes * 8 / link.downlink.value
-        here_s = row.encode_s * slowdown.value
-        remote_s = up_s + tail_s + down_s + here_s + round_trip_s
+        encode_s = row.encode_s * slowdown.value
+        remote_s = up_s + tail_s + down_s + encode_s + round_trip_s
         spread = math.hypot(
             up_s * link.uplink.spread,
             tail_s * load.compute.spread,
@@ -200,6 +233,6 @@ class Adaptive:
         return Expected(remote_s, spread / remote_s if remote_s > 0 else 0.0, round_trip_s)
 
     def latencies(self, estimates: Estimates) -> list[float]:
-        """The predicted latency of every row, in the order of the frontier's rows."""
+        """Return the predicted latency of every row, in the order of the frontier's rows."""
         now = estimates.conditions()
         return self.frontier.costs(now.link, now.load, now.slowdown, "latency").tolist()  # type: ignore[no-any-return]

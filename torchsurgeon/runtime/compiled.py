@@ -22,41 +22,52 @@ _count = itertools.count()
 
 
 def compiler(wanted: str | bool) -> Callable[[nn.Module], Compiled]:
-    """Return what compiles a module with a ``torch.compile`` backend, ``inductor`` for True.
+    """Return a function that compiles a module with a backend of ``torch.compile``.
 
-    Raises :class:`~torchsurgeon.errors.BackendError` for a backend that does not exist here.
+    Args:
+        wanted: the backend's name, or True for ``inductor``.
+
+    Raises:
+        BackendError: there is no such backend on this machine.
     """
     backend = wanted if isinstance(wanted, str) else _DEFAULT
     try:
         if backend in _NEEDS:
             importlib.import_module(_NEEDS[backend])
     except ImportError as error:
-        raise BackendError(f"compile={wanted!r} needs {_NEEDS[backend]}, which cannot be imported: {error}") from error
+        raise BackendError(
+            f"compile={wanted!r} needs {_NEEDS[backend]}, which fails to import: {error}; install it or choose another"
+        ) from error
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
-        raise BackendError(f"compile={wanted!r}: torch.compile has no such backend here; it has {', '.join(known)}")
+        raise BackendError(f"compile must be True or a backend of torch.compile ({', '.join(known)}); got {wanted!r}")
     return lambda module: Compiled(module, backend)
 
 
 class Compiled:
-    """A module as one compiled graph for calls like the one it was compiled on, and as it is for all others: nobody
-    waits for a compiler who has not asked for it."""
+    """A module that runs as one compiled graph for calls like the one it was compiled on, and in eager for all others.
+
+    So no call waits for a compiler without having asked for it.
+
+    Attributes:
+        tried: whether compiling was tried.
+        reason: why it could not be compiled; None if it was, or has not been tried.
+    """
 
     def __init__(self, module: nn.Module, backend: str) -> None:
         self.tried = False
         self.reason: str | None = None
-        """Why it could not be compiled."""
         self._module, self._backend = module, backend
         self._run = torch.compile(_named_apart(module), backend=backend, dynamic=False, fullgraph=True)
         self._like: object = None
         self._compiling = threading.Lock()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile for calls like this one, once; it takes seconds to minutes.
+        """Compile for calls like this one, once, which takes seconds to minutes.
 
-        When that fails, a RuntimeWarning names the reason. Raises what the module raises.
+        If that fails, a RuntimeWarning names the reason. What the module itself raises for this call is raised.
         """
-        # Imported here since it takes a second that only those who compile should pay.
+        # Imported only now, since it takes a second.
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         with self._compiling:
@@ -66,7 +77,7 @@ class Compiled:
                 self._run(*args, **kwargs)
                 self._like = _likeness(args, kwargs)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                # What the model itself refuses, it refuses here, in its own words.
+                # If it is the model that refuses this call, let it say so itself.
                 self._module(*args, **kwargs)
                 cause = getattr(error, "inner_exception", error)
                 self.reason = f"{type(cause).__name__}: {(str(cause).strip() or 'no reason given').splitlines()[0]}"
@@ -85,7 +96,7 @@ class Compiled:
 
 
 def _likeness(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """What calls have in common that one compiled graph serves."""
+    """Return what calls must have in common to be served by one compiled graph."""
     return [
         (path, (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf)
         for path, leaf in flatten((args, kwargs))[0]
@@ -93,8 +104,10 @@ def _likeness(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
 
 
 def _named_apart(module: nn.Module) -> Callable[..., Any]:
-    """Return a function that calls ``module`` and has code of its own: torch.compile keeps what it made, and how often
-    it may, with the code, which all heads of a model would share."""
+    """Return a function that calls ``module``, and has a code object of its own.
+
+    torch.compile keeps its graphs, and counts recompilations, by code object, which all parts of a model would share.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)

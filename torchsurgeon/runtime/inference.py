@@ -1,4 +1,4 @@
-"""What is known of one inference when it has ended."""
+"""The account of one inference: where its time went, and what crossed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,26 @@ _PARTS = ("decide", "head", "encode", "uplink", "queue", "tail", "downlink", "de
 
 @dataclass(frozen=True)
 class Inference:
-    """Where the time of one inference went, in seconds, and what crossed.
+    """Where the time of one inference went, in seconds, and what crossed. The parts add up to ``total_s``.
 
-    ``decide_s`` is what choosing the cut took, and waiting for servers to shake hands anew. ``uplink_s`` and
-    ``downlink_s`` include half a round trip each; what the server spends beside queue and tail counts to the uplink.
-    Where no server's answer was used, ``wait_s`` was spent on waiting for one, and ``local_s`` on the tail here. The
-    parts add up to ``total_s``.
-
-    ``degraded`` says why the answer did not come the way it was meant to, such as ``"late: …"``, and is None when it
-    did. ``server`` is the one whose answer it is, None when it was made here; ``decision`` what the cut was chosen on,
-    None where it is fixed.
+    Attributes:
+        partition: where the model was cut.
+        total_s: from the call to its result.
+        head_s: the head on the device, or the whole model where nothing crossed.
+        encode_s: encoding the boundary tensors.
+        uplink_s: sending, with half a round trip, and what the server spends beside queue and tail.
+        queue_s: waiting in the server's queue.
+        tail_s: the tail on the server.
+        downlink_s: receiving the answer, with half a round trip.
+        decode_s: decoding the answer.
+        sent_bytes: bytes sent.
+        received_bytes: bytes received.
+        decide_s: choosing the cut, and waiting for servers to be made ready.
+        wait_s: waiting in vain for a server's answer.
+        local_s: the tail on the device, where no server's answer was used.
+        degraded: why the answer was not made as planned, such as ``"late: …"``; None if it was.
+        server: the server whose answer it is; None if the device made it.
+        decision: what the cut was chosen on; None where it is fixed.
     """
 
     partition: PartitionPoint
@@ -55,7 +65,7 @@ class Inference:
 
 @dataclass(frozen=True)
 class Moments:
-    """When the stages of an inference ended (seconds of ``time.perf_counter``)."""
+    """When a call began, its cut was decided and its head had run (``time.perf_counter``)."""
 
     begun_s: float
     decided_s: float
@@ -63,9 +73,18 @@ class Moments:
 
 
 def of_answer(
-    point: PartitionPoint, answer: Answer, moments: Moments, end_s: float, round_trip_s: float, **told: Any
+    point: PartitionPoint, answer: Answer, moments: Moments, end_s: float, round_trip_s: float, **known: Any
 ) -> Inference:
-    """Return the account of an inference that a server answered."""
+    """Return the account of an inference that a server answered.
+
+    Args:
+        point: where the model was cut.
+        answer: the server's answer.
+        moments: when the call's stages on the device ended.
+        end_s: when its result was ready (``time.perf_counter``).
+        round_trip_s: the link's round trip.
+        **known: further fields of :class:`Inference`.
+    """
     timing, parameters = answer.timing, answer.parameters
     queue_s, tail_s = seconds(parameters.get("queue_s")), seconds(parameters.get("compute_s"))
     way_s = max(0.0, timing.end_s - timing.send_start_s - queue_s - tail_s)
@@ -83,10 +102,10 @@ def of_answer(
         decode_s=end_s - timing.end_s,
         sent_bytes=timing.sent_bytes,
         received_bytes=timing.received_bytes,
-        **told,
+        **known,
     )
 
 
 def seconds(value: Any) -> float:
-    """Return a duration that a server told; 0 for anything that is none."""
+    """Return a duration from a server's answer; 0 for anything that is not a plausible one, since servers may lie."""
     return float(value) if type(value) in (int, float) and 0 <= value < 1e6 else 0.0

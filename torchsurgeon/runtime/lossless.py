@@ -1,4 +1,4 @@
-"""Whether to compress what crosses where nothing may be lost: by what compressing took and saved at each cut so far."""
+"""Whether zstd pays at a cut, judged by what compressing took and saved there so far."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from dataclasses import dataclass
 from torchsurgeon.codec import Codec, find_codec
 
 _RAW, _ZSTD = find_codec("raw"), find_codec("zstd")
-# zstd is not tried where even this much for the byte would lose: four times quicker than a desktop's core.
+# zstd is not tried where the link is so fast that it would lose even at this speed, four times a desktop core's.
 _LEAST_S_PER_BYTE = 0.5e-9
-# What crosses changes with what the model is given; so often it is looked at anew.
+# How well a boundary compresses changes with the input, so zstd is tried again after so many requests.
 _AGAIN = 64
+# zstd replaces raw only if it saves this share of the time, so that the choice does not flap.
 _LEAST_GAIN = 0.05
+# The weight of the latest request in the running averages.
 _LEARNING = 0.3
 
 
 @dataclass
 class _Cut:
-    """What zstd does to each byte that crosses at one cut; ``left`` requests until it is tried again."""
+    """What zstd does at one cut.
+
+    Attributes:
+        s_per_byte: seconds of encoding and decoding for each byte.
+        share: compressed over original bytes; 0 before it was tried.
+        left: how many requests until it is tried again.
+        used: what was used last.
+    """
 
     s_per_byte: float = _LEAST_S_PER_BYTE
     share: float = 0.0
@@ -36,8 +45,13 @@ class Lossless:
         self._cuts: dict[int, _Cut] = {}
 
     def choose(self, cut: int, size_bytes: int, uplink_bit_s: float) -> Codec:
-        """Return how to send ``size_bytes`` at a cut: the quicker way of the two as far as is known, encoding, sending
-        and decoding together, and now and then the other one, if it could be."""
+        """Return the codec that is quicker from end to end, or now and then zstd, to learn how it does.
+
+        Args:
+            cut: the partition point's index.
+            size_bytes: the boundary's bytes.
+            uplink_bit_s: the uplink's rate.
+        """
         with self._lock:
             known = self._cuts.setdefault(cut, _Cut())
             byte_s = 8 / uplink_bit_s
@@ -53,7 +67,14 @@ class Lossless:
             return known.used
 
     def observe(self, cut: int, size_bytes: int, sent_bytes: int, spent_s: float) -> None:
-        """Take in what ``zstd`` made of ``size_bytes``, and what encoding and decoding them took."""
+        """Learn from a request that used zstd.
+
+        Args:
+            cut: the partition point's index.
+            size_bytes: the boundary's bytes.
+            sent_bytes: what crossed.
+            spent_s: seconds of encoding and decoding.
+        """
         if size_bytes <= 0:
             return
         with self._lock:

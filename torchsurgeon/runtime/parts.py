@@ -1,4 +1,4 @@
-"""The parts of one model, each cut when it is first asked for."""
+"""Heads, middles and tails of one model, each cut when it is first asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchsurgeon.runtime.compiled import Compiled
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 
-# Heads, middles and tails hold no weights, so this only bounds what a long run over many cuts leaves behind.
+# Parts hold no weights of their own, so this only bounds what a long run over many cuts leaves behind.
 _MOST_PARTS = 512
 
 Backend = Callable[[nn.Module], Callable[..., Any]]
@@ -23,7 +23,12 @@ T = TypeVar("T")
 
 
 class Tail:
-    """The rest of the model from some tensors on, run here. ``backend`` is None for eager PyTorch."""
+    """The rest of the model after some tensors, run on this device.
+
+    Args:
+        segment: the part.
+        backend: what makes the callable that runs it; None for eager PyTorch.
+    """
 
     def __init__(self, segment: Segment, backend: Backend | None) -> None:
         self._segment = segment
@@ -34,19 +39,27 @@ class Tail:
         return self._segment(*tensors) if self._run is None else self._run(*tensors)
 
     def until(self, stopped: Callable[[], bool], tensors: Sequence[Tensor]) -> Any:
-        """Return what the model returns, or None when ``stopped`` said so first; a backend is never stopped midway."""
+        """Return what the model returns, or None if ``stopped()`` becomes true first.
+
+        ``stopped`` is asked between two layers; under a backend, only before the first.
+        """
         if self._run is None:
             return self._segment.until(stopped, tensors)
         return None if stopped() else self._run(*tensors)
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
-        """Compile it for such tensors, if its backend does that."""
+        """Compile it for tensors like these, if its backend compiles."""
         if isinstance(self._run, Compiled):
             self._run.compile(*tensors)
 
 
 class Parts:
-    """Heads, middles and tails of a traced model. Thread-safe."""
+    """Heads, middles and tails of a traced model. Thread-safe.
+
+    Attributes:
+        graph: the traced model.
+        input_bytes: the bytes of the example's inputs.
+    """
 
     def __init__(self, graph: LayerGraph, backend: Backend | None) -> None:
         self.graph = graph
@@ -56,19 +69,19 @@ class Parts:
 
     @property
     def stoppable(self) -> bool:
-        """Whether a tail that is not wanted any more ends before it has run to its end."""
+        """Whether a tail can be stopped midway, when its answer is no longer wanted."""
         return self._backend is None
 
     def clear(self) -> None:
-        """Cut all parts anew when they are next asked for, as when the model has got other tensors."""
+        """Forget all parts, so that they are cut again; for a model whose tensors were replaced."""
         self._known.clear()
 
     def whole(self) -> Run:
-        """The model itself, as the backend runs it."""
+        """Return the whole model, as the backend runs it."""
         return self._get("whole", lambda: self._with_backend(self.graph.model))
 
     def head(self, point: PartitionPoint) -> Run:
-        """What is called like the model and returns the tensors of ``point``."""
+        """Return the head, which is called like the model and returns the boundary tensors of ``point``."""
         return self._get((point.index, point.layers), lambda: self._with_backend(cut(self.graph, point).head))
 
     def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
@@ -76,7 +89,7 @@ class Parts:
         return self._get(("tail", names, flat), lambda: Tail(tail_for(self.graph, names, flat=flat), self._backend))
 
     def compile(self, point: PartitionPoint, example: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:
-        """Compile head and tail of ``point`` for calls like ``example``, if the backend does that and has not yet."""
+        """Compile head and tail of ``point`` for calls like ``example``, if the backend compiles and has not yet."""
         head = self.whole() if point == self.graph.points[-1] else self.head(point)
         if isinstance(head, Compiled) and not head.tried:
             args, kwargs = example
@@ -85,8 +98,10 @@ class Parts:
                 self.tail(tuple(spec.name for spec in point.tensors)).compile(head(*args, **kwargs))
 
     def middle(self, names: tuple[str, ...], point: PartitionPoint) -> tuple[Run, tuple[TensorSpec, ...]]:
-        """What turns the tensors ``names`` into those of ``point``, and which these are; tensors that lie beyond the
-        point are passed on as they are."""
+        """Return what turns the tensors ``names`` into those of ``point``, and the specs of its results.
+
+        Tensors that lie beyond the point are passed on as they are.
+        """
 
         def make() -> tuple[Run, tuple[TensorSpec, ...]]:
             try:

@@ -174,6 +174,8 @@ class Servers:
         Args:
             deadline_s: seconds from ``begun_s`` within which the answer is due.
             begun_s: when the call began (``time.perf_counter``).
+            work: the call.
+            choice: what was chosen without regard to the deadline.
 
         Raises:
             DeadlineError: every way of answering would miss the deadline with 99 % confidence.

@@ -158,8 +158,10 @@ def _in_order(begins: Iterator[Callable[[], Begun]], depth: int) -> Iterator[Any
 
 
 class _Surroundings:
-    """What an answer depends on in the thread that makes the call: autocast, the CUDA stream that computes the inputs,
-    and the context, in which telemetry's spans have their parents."""
+    """What an answer depends on in the thread that makes the call.
+
+    These are autocast, the CUDA stream that computes the inputs, and the context, in which spans have their parents.
+    """
 
     def __init__(self) -> None:
         self._context = contextvars.copy_context()

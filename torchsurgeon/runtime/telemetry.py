@@ -1,4 +1,4 @@
-"""An OpenTelemetry span for every inference, where its API is installed and the program has set up a tracer provider.
+"""An OpenTelemetry span for every inference, if its API is installed and the program has set up a tracer provider.
 
 The span is named ``torchsurgeon.inference``, begins and ends when the inference did, and is a child of the span that is
 current in the thread that ends it. It is of kind client when a server's answer was used, else internal. Its attributes
@@ -43,7 +43,12 @@ _MEASURED = (
 
 
 def record(model: str, inference: Inference) -> None:
-    """Make the span of an inference of ``model`` that has ended just now. Does nothing without OpenTelemetry."""
+    """Make the span of an inference that has just ended; without OpenTelemetry, do nothing.
+
+    Args:
+        model: the model's name.
+        inference: its account.
+    """
     if _tracer is None:
         return
     end_ns = time.time_ns()
@@ -55,7 +60,13 @@ def record(model: str, inference: Inference) -> None:
 
 
 def record_error(model: str, seconds: float, error: BaseException) -> None:
-    """Make the span of an inference of ``model`` that has raised ``error`` after so many seconds."""
+    """Make the span of an inference that has just raised an error; without OpenTelemetry, do nothing.
+
+    Args:
+        model: the model's name.
+        seconds: how long ago the call began.
+        error: what it raised.
+    """
     if _tracer is None:
         return
     end_ns = time.time_ns()
@@ -68,15 +79,15 @@ def record_error(model: str, seconds: float, error: BaseException) -> None:
 
 
 def _describe(span: Span, model: str, inference: Inference) -> None:
-    told: dict[str, str | float | int] = {f"torchsurgeon.{name}": getattr(inference, name) for name in _MEASURED}
-    told["torchsurgeon.model"] = model
-    told["torchsurgeon.partition"] = inference.partition.name
-    told["torchsurgeon.partition_index"] = inference.partition.index
+    attributes: dict[str, str | float | int] = {f"torchsurgeon.{name}": getattr(inference, name) for name in _MEASURED}
+    attributes["torchsurgeon.model"] = model
+    attributes["torchsurgeon.partition"] = inference.partition.name
+    attributes["torchsurgeon.partition_index"] = inference.partition.index
     if inference.server is not None:
-        told["torchsurgeon.server"] = inference.server
+        attributes["torchsurgeon.server"] = inference.server
     if inference.degraded is not None:
-        told["torchsurgeon.degraded"] = inference.degraded
+        attributes["torchsurgeon.degraded"] = inference.degraded
     if inference.decision is not None:
-        told["torchsurgeon.decision"] = inference.decision.reason
-        told["torchsurgeon.predicted_cost"] = inference.decision.cost
-    span.set_attributes(told)
+        attributes["torchsurgeon.decision"] = inference.decision.reason
+        attributes["torchsurgeon.predicted_cost"] = inference.decision.cost
+    span.set_attributes(attributes)

@@ -1,4 +1,4 @@
-"""What one call wants computed, whatever the cut: the model's result, or the rest of it from some tensors on."""
+"""What one call computes, whatever the cut: the model's result from its inputs, or from tensors inside the model."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 
 
 class Work(Protocol):
-    """One call, to be cut anywhere."""
+    """One call, which can be cut at any point."""
 
     def head(self, point: PartitionPoint) -> Run:
-        """What computes the tensors that cross at ``point``; called without arguments."""
+        """Return a function without arguments that computes the tensors crossing at ``point``."""
 
     def crossing(self, point: PartitionPoint) -> tuple[TensorSpec, ...]:
-        """What these tensors are."""
+        """Return the specs of the tensors crossing at ``point``."""
 
     def tail(self, names: tuple[str, ...]) -> Tail:
-        """What computes the result from these tensors."""
+        """Return what computes the result from the tensors ``names``."""
 
     def whole(self) -> Run:
-        """What computes the result; called without arguments."""
+        """Return a function without arguments that computes the result."""
 
     def result(self, outputs: Mapping[str, Tensor]) -> Any:
-        """The result, from the tensors of a server's answer."""
+        """Return the result from the tensors of a server's answer."""
 
     def scale(self) -> float:
-        """How many times the example's bytes the call has."""
+        """Return the call's bytes over the example's."""
 
 
 class ModelCall:
-    """A call of the model with its arguments."""
+    """A call of the model with its arguments; the methods are those of :class:`Work`."""
 
     def __init__(self, parts: Parts, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._parts, self._args, self._kwargs = parts, args, kwargs
@@ -63,7 +63,10 @@ class ModelCall:
 
 
 class TailCall:
-    """The rest of the model from the tensors ``names`` on; the result is a tuple in the order of the outputs."""
+    """The rest of the model after the tensors ``names``; the methods are those of :class:`Work`.
+
+    Its result is a tuple in the order of the graph's outputs.
+    """
 
     def __init__(self, parts: Parts, names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
         self._parts, self._names, self._tensors = parts, names, tensors
