@@ -36,7 +36,7 @@ from torchsurgeon.prediction.operations import operations
 from torchsurgeon.prediction.predictor import moved_bytes
 from torchsurgeon.prediction.regression import HeldOut
 from torchsurgeon.prediction.samples import Sample, SampleTable
-from torchsurgeon.profiling import NoisyProfileWarning, provenance
+from torchsurgeon.profiling import provenance
 
 TORCHVISION = (
     "alexnet", "vgg16", "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "densenet121",
@@ -63,7 +63,7 @@ def measured(graphs: dict[str, ts.LayerGraph]) -> dict[str, list[ts.LayerProfile
     found: dict[str, list[ts.LayerProfile]] = {}
     for name, graph in graphs.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NoisyProfileWarning)
+            warnings.simplefilter("ignore", ts.NoisyProfileWarning)
             found[name] = [ts.profile(graph, repeats=5, warmup=2, meter=None)]
         print(".", end="", flush=True)
     print()

@@ -25,7 +25,7 @@ from torchvision.models import get_model
 
 import torchsurgeon as ts
 from torchsurgeon.cutting.partition import tail_for
-from torchsurgeon.profiling import NoisyProfileWarning
+from torchsurgeon.errors import NoisyProfileWarning
 
 MODELS = ("alexnet", "mobilenet_v3_large", "resnet50")
 CHAIN = 200

@@ -17,22 +17,28 @@ from torchsurgeon.errors import (
     InfeasibleError,
     LinkError,
     MeterError,
+    MismatchWarning,
     ModelFailedError,
     ModelMismatchError,
     ModelNotReadyError,
     ModelNotServedError,
     ModelServingError,
     NativeUnavailableError,
+    NoisyProfileWarning,
     PartitionError,
     PlanError,
+    PredictionWarning,
     ProfileError,
     ProtocolError,
     RequestRefusedError,
     ServerError,
     ServerUnavailableError,
     SpecError,
+    ThrottledWarning,
     TorchSurgeonError,
     TraceError,
+    UnknownEnergyWarning,
+    UnrepeatableWarning,
 )
 from torchsurgeon.link import BandwidthTrace, Link, Radio
 from torchsurgeon.module import SplitModule
@@ -49,19 +55,17 @@ from torchsurgeon.planning import (
     plan,
 )
 from torchsurgeon.prediction import (
-    PredictionWarning,
     Predictor,
-    ThrottledWarning,
     calibrate,
     reference_device,
     reference_devices,
 )
-from torchsurgeon.profiling import LayerEnergy, LayerProfile, NoisyProfileWarning, profile
-from torchsurgeon.runtime import Inference, MismatchWarning, UnknownEnergyWarning, measure_link
+from torchsurgeon.profiling import LayerEnergy, LayerProfile, profile
+from torchsurgeon.runtime import Inference, measure_link
 from torchsurgeon.tracing.adapters import Adapter, opaque, register_adapter
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, TensorSpec
-from torchsurgeon.tracing.tracer import UnrepeatableWarning, trace
+from torchsurgeon.tracing.tracer import trace
 
 __version__ = "0.1.0"
 

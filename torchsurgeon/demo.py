@@ -32,10 +32,10 @@ from rich.table import Table
 from torch import nn
 
 from torchsurgeon.emulate import SlowDevice
-from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.errors import NoisyProfileWarning, ServerUnavailableError
 from torchsurgeon.module import SplitModule
 from torchsurgeon.planning import Terms, plan
-from torchsurgeon.profiling import LayerProfile, NoisyProfileWarning, profile
+from torchsurgeon.profiling import LayerProfile, profile
 from torchsurgeon.report import bytes_text, layer_picture, plan_table, seconds_text
 from torchsurgeon.runtime import measure_link
 from torchsurgeon.tracing.graph import LayerGraph

@@ -1,78 +1,120 @@
-"""Every error torchsurgeon raises on purpose.
+"""The errors that torchsurgeon raises on purpose, and the warnings that it gives.
 
 ::
 
     TorchSurgeonError
-    ├── TraceError                 a model that cannot be turned into a LayerGraph
-    ├── PartitionError             a partition point or tensor name the graph does not have (also a ValueError)
-    ├── SpecError                  a model SPEC, weights file or example that cannot be loaded (also a ValueError)
-    ├── LinkError                  a link profile, rate, delay or trace that cannot be (also a ValueError)
-    ├── CodecError                 an unknown codec, bytes it cannot have made, or a damaged table (also a ValueError)
-    ├── DeviceError                a device, or a factor of its speed, that cannot be (also a ValueError)
+    ├── TraceError                 the model does not turn into a LayerGraph
+    ├── PartitionError             the graph has no such partition point, layer or tensor (also a ValueError)
+    ├── SpecError                  a model SPEC, weights file or example input does not load (also a ValueError)
+    ├── LinkError                  a link profile, rate, delay or bandwidth trace is not valid (also a ValueError)
+    ├── CodecError                 an unknown codec, bytes it did not make, or a damaged table (also a ValueError)
+    ├── DeviceError                an unknown device, or a factor of its speed that is not valid (also a ValueError)
     ├── BackendError               a compiler that torch.compile does not have here (also a ValueError)
-    ├── AdaptError                 a breaker, probe budget, row or list of servers that cannot be (also a ValueError)
-    │   └── DeadlineError          a deadline before any answer can be; ``best_s`` is the best
+    ├── AdaptError                 a budget, row or list of servers that is not valid (also a ValueError)
+    │   └── DeadlineError          a deadline that no answer can meet; ``best_s`` is the shortest possible time
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
-    ├── CalibrationError           a damaged calibration, or samples that no model can be fitted to (also a ValueError)
-    ├── PlanError                  a plan that cannot be made: an impossible objective, limit, load (also a ValueError)
-    │   └── InfeasibleError        no way to run the model keeps to all constraints; ``least`` says how near one comes
-    ├── NativeUnavailableError     something needs the compiled extension (or CUDA, CUPTI) and it is not there
-    ├── MeterError                 a clock or energy meter that is missing, unreadable, or read something impossible
+    ├── CalibrationError           a damaged calibration, or samples that no model fits (also a ValueError)
+    ├── PlanError                  an objective, limit, load or stage that is not valid (also a ValueError)
+    │   └── InfeasibleError        no cut meets all constraints; ``least`` says how near one comes
+    ├── NativeUnavailableError     the compiled extension, CUDA or CUPTI is needed and is missing
+    ├── MeterError                 a clock or energy meter is missing, or reads something impossible
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
-    │   └── BodyTooLargeError      a message larger than the boundary it claims to carry can be
-    └── ServerError                the server's side of an inference did not give an answer
-        ├── ServerUnavailableError nothing answered in time: down, slow, or gone in mid-answer (also a ConnectionError)
-        ├── RequestRefusedError    the server answered with an error status; ``status`` holds it
-        ├── ModelMismatchError     the two sides hold different graphs or weights
+    │   └── BodyTooLargeError      a message that is larger than the tensors it announces
+    └── ServerError                the server gave no answer to an inference
+        ├── ServerUnavailableError nothing answered in time (also a ConnectionError)
+        ├── RequestRefusedError    the server answered with an HTTP error; ``status`` is its code
+        ├── ModelMismatchError     device and server hold different graphs or weights
         └── ModelServingError      raised inside a server; its clients see RequestRefusedError
-            ├── ModelNotServedError    a model or version the server does not have
-            ├── ModelNotReadyError     a model that still loads, or could not be loaded
+            ├── ModelNotServedError    the server does not have this model or version
+            ├── ModelNotReadyError     the model is still loading, or failed to load
             └── ModelFailedError       the model itself raised while it ran
 
-A message names the value that is wrong, says why, and what to do about it.
+    UserWarning
+    ├── UnrepeatableWarning        the model draws random numbers, so its answers differ from run to run
+    ├── NoisyProfileWarning        the measured times spread or drift too much to be relied on
+    ├── ThrottledWarning           the device became slower while it was calibrated
+    ├── PredictionWarning          a layer's time is a bound, because no model was fitted for its type
+    ├── MismatchWarning            a server holds another model, so its answers are not used
+    └── UnknownEnergyWarning       energy was to be saved but is unknown, so latency is saved instead
+
+The message of an error names the value that is wrong, the rule that it breaks, and what to do. A value that the user
+gave is quoted with :func:`short`.
 """
 
 from __future__ import annotations
 
+import os
+import re
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def short(value: object, limit: int = 300) -> str:
+    """Return ``value`` as the message of an error quotes it, in at most ``limit`` characters.
+
+    A text stands in quotation marks; a path, and the message of an exception, stand without. A class or function is
+    its name. Everything else is its ``repr`` without the addresses of objects. Where that is longer than ``limit``,
+    its middle is replaced by "…".
+
+    Args:
+        value: what the user gave, or the exception that it caused.
+        limit: the most characters to return. Give less than the default where a message quotes several values.
+    """
+    if isinstance(value, os.PathLike | BaseException):
+        text = str(value)
+    elif hasattr(value, "__qualname__"):
+        text = f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}".removeprefix("builtins.")
+    else:
+        text = _ADDRESS.sub("", repr(value))
+    if len(text) <= limit:
+        return text
+    tail = (limit - 1) // 3
+    return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
+
 
 class TorchSurgeonError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors that this package raises on purpose."""
 
 
 class TraceError(TorchSurgeonError):
-    """The model cannot be turned into a :class:`~torchsurgeon.tracing.LayerGraph`."""
+    """The model does not turn into a :class:`~torchsurgeon.tracing.LayerGraph`."""
 
 
 class PartitionError(TorchSurgeonError, ValueError):
-    """A partition point, layer or tensor name the graph does not have, or names that do not determine the output."""
+    """The graph has no such partition point, layer or tensor, or the named tensors do not determine its output."""
 
 
 class SpecError(TorchSurgeonError, ValueError):
-    """A model SPEC, weights file or example input that cannot be loaded."""
+    """A model SPEC, weights file or example input does not load."""
 
 
 class LinkError(TorchSurgeonError, ValueError):
-    """A link profile, rate, delay or bandwidth trace that cannot be."""
+    """A link profile, rate, delay or bandwidth trace is not valid."""
 
 
 class CodecError(TorchSurgeonError, ValueError):
-    """A codec that does not exist or cannot be used, bytes that it cannot have made, or a damaged codec table."""
+    """A codec does not exist or does not apply, bytes were not made by it, or a codec table is damaged."""
 
 
 class DeviceError(TorchSurgeonError, ValueError):
-    """A device that does not exist, or a factor of its speed that cannot be."""
+    """A device does not exist, or a factor of its speed is not valid."""
 
 
 class BackendError(TorchSurgeonError, ValueError):
-    """A compiler that does not exist here, or whose package is missing."""
+    """A compiler does not exist here, or its package is missing."""
 
 
 class AdaptError(TorchSurgeonError, ValueError):
-    """A part of the adapting runtime was asked for what cannot be: a budget, a row, a time or an empty list."""
+    """A part of the adapting runtime was given a budget, a row, a time or a list of servers that is not valid."""
 
 
 class DeadlineError(AdaptError):
-    """A deadline earlier than any answer can be; ``best_s`` is the least latency possible, in seconds."""
+    """No answer can meet the deadline.
+
+    Args:
+        message: the deadline, the shortest possible time, and what to do.
+        best_s: the shortest time in which an answer is possible, in seconds.
+    """
 
     def __init__(self, message: str, best_s: float) -> None:
         super().__init__(message)
@@ -80,22 +122,24 @@ class DeadlineError(AdaptError):
 
 
 class ProfileError(TorchSurgeonError, ValueError):
-    """A profile that is damaged, of another version, or of another graph."""
+    """A profile is damaged, of another version, or of another graph."""
 
 
 class CalibrationError(TorchSurgeonError, ValueError):
-    """A calibration that is damaged, unfinished or of another version or device; samples no model can be fitted to."""
+    """A calibration is damaged, unfinished, of another version or device, or has samples that no model fits."""
 
 
 class PlanError(TorchSurgeonError, ValueError):
-    """A plan cannot be made: an objective, a limit, a load or a stage that cannot be, or energy that nobody metered."""
+    """An objective, limit, load or stage is not valid, or a plan needs an energy that nothing measured."""
 
 
 class InfeasibleError(PlanError):
-    """No way to run the model keeps to all constraints.
+    """No cut meets all constraints.
 
-    ``least`` maps each constraint to the least value of what it limits that can be had while all others are kept; None
-    where the others alone cannot be kept.
+    Args:
+        message: the constraints, and how near a cut comes to each.
+        least: for each constraint, the lowest value of the limited quantity among the cuts that meet all the others;
+            None where no cut meets the others.
     """
 
     def __init__(self, message: str, least: dict[str, float | None]) -> None:
@@ -104,31 +148,36 @@ class InfeasibleError(PlanError):
 
 
 class NativeUnavailableError(TorchSurgeonError):
-    """The compiled extension, a driver or a library it opens is missing; the message says which."""
+    """The compiled extension, a driver or a library that it opens is missing; the message says which."""
 
 
 class MeterError(TorchSurgeonError):
-    """A clock or an energy meter is missing, cannot be read, or read something impossible; the message says which."""
+    """A clock or an energy meter is missing, is not readable, or reads something impossible; the message says which."""
 
 
 class ProtocolError(TorchSurgeonError):
-    """Bytes that are not a valid Open Inference Protocol v2 message."""
+    """Bytes are not a valid Open Inference Protocol v2 message."""
 
 
 class BodyTooLargeError(ProtocolError):
-    """A message larger than the boundary tensors it claims to carry can be."""
+    """A message is larger than the boundary tensors that it announces."""
 
 
 class ServerError(TorchSurgeonError):
-    """The server's side of an inference did not give an answer."""
+    """The server gave no answer to an inference."""
 
 
 class ServerUnavailableError(ServerError, ConnectionError):
-    """Nothing answered in time: the server is down, slow, or was gone in mid-answer."""
+    """Nothing answered in time: the server is down or slow, or it disappeared while it answered."""
 
 
 class RequestRefusedError(ServerError):
-    """The server answered with an error; ``status`` is its HTTP status code."""
+    """The server answered with an HTTP error.
+
+    Args:
+        message: what was asked, and what the server said.
+        status: the HTTP status code of the answer.
+    """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -136,7 +185,7 @@ class RequestRefusedError(ServerError):
 
 
 class ModelMismatchError(ServerError):
-    """The two sides hold different graphs or different weights."""
+    """Device and server hold different graphs or different weights."""
 
 
 class ModelServingError(ServerError):
@@ -144,12 +193,36 @@ class ModelServingError(ServerError):
 
 
 class ModelNotServedError(ModelServingError):
-    """A model or version that the server does not have."""
+    """The server does not have this model or version."""
 
 
 class ModelNotReadyError(ModelServingError):
-    """A model that is still loading, or could not be loaded."""
+    """The model is still loading, or failed to load."""
 
 
 class ModelFailedError(ModelServingError):
     """The model itself raised while it ran."""
+
+
+class UnrepeatableWarning(UserWarning):
+    """The model draws random numbers, so its answers, and those of any split of it, differ from run to run."""
+
+
+class NoisyProfileWarning(UserWarning):
+    """The measured times spread or drift so much that the machine was busy, throttling or changing its clocks."""
+
+
+class ThrottledWarning(UserWarning):
+    """The device became slower while it was calibrated: it throttled, or something else ran on it."""
+
+
+class PredictionWarning(UserWarning):
+    """No model was fitted for a layer's type, so its time is a bound from the device's roofline or a related type."""
+
+
+class MismatchWarning(UserWarning):
+    """A server holds another model than the device, so its answers are not used and every layer runs on the device."""
+
+
+class UnknownEnergyWarning(UserWarning):
+    """Energy was to be saved, but what a cut takes is unknown, so latency is saved instead."""

@@ -13,9 +13,9 @@ import torch
 from torchsurgeon import codec
 from torchsurgeon.cli.arguments import model_arguments, pairs, traced, whole_number
 from torchsurgeon.cli.screen import console, progress, warn
-from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.prediction import PredictionWarning, Predictor, ThrottledWarning, calibrate, load_device
-from torchsurgeon.profiling import LayerProfile, NoisyProfileWarning, find_device, layer_trace, profile
+from torchsurgeon.errors import NoisyProfileWarning, PredictionWarning, ThrottledWarning, TorchSurgeonError
+from torchsurgeon.prediction import Predictor, calibrate, load_device
+from torchsurgeon.profiling import LayerProfile, find_device, layer_trace, profile
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torchsurgeon.cli.arguments import model_arguments, pairs, traced
 from torchsurgeon.cli.screen import console, warn
 from torchsurgeon.codec import CodecTable
-from torchsurgeon.errors import TorchSurgeonError
+from torchsurgeon.errors import PredictionWarning, TorchSurgeonError
 from torchsurgeon.link import Link
 from torchsurgeon.planning import Frontier, plan, sweep
-from torchsurgeon.prediction import PredictionWarning, costs_on
+from torchsurgeon.prediction import costs_on
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import CalibrationError
+from torchsurgeon.errors import CalibrationError, ThrottledWarning
 from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.prediction.damage import DAMAGE, numbers
 from torchsurgeon.prediction.kinds import KINDS, Array
@@ -45,10 +45,6 @@ _MOST_SAMPLES = 2500
 _LONGEST_S = 1e7
 
 Progress = Callable[[float, float, str], None]
-
-
-class ThrottledWarning(UserWarning):
-    """The device became slower while it was calibrated: it throttled, or something else ran."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +83,10 @@ def calibrate(
     Threads are those that PyTorch is set to (``torch.set_num_threads``); predictions hold for as many. Freed memory is
     kept by the process from then on.
 
-    Warns with :class:`ThrottledWarning` where the device slowed down meanwhile; it was given pauses then, and the
-    provenance says how many. Raises :class:`~torchsurgeon.errors.DeviceError` for a device that is not there, and
-    :class:`~torchsurgeon.errors.CalibrationError` for a budget that cannot be, or an ``out`` of another device.
+    Warns with :class:`~torchsurgeon.errors.ThrottledWarning` where the device slowed down meanwhile; it was given
+    pauses then, and the provenance says how many. Raises :class:`~torchsurgeon.errors.DeviceError` for a device that is
+    not there, and :class:`~torchsurgeon.errors.CalibrationError` for a budget that cannot be, or an ``out`` of another
+    device.
     """
     if not (math.isfinite(budget_s) and budget_s > 0):
         raise CalibrationError(f"a budget of {budget_s} s cannot be; give the seconds to spend, 300 for a CPU")

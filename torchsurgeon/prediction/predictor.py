@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import CalibrationError
+from torchsurgeon.errors import CalibrationError, PredictionWarning
 from torchsurgeon.prediction.damage import DAMAGE, damaged, numbers
 from torchsurgeon.prediction.kinds import KINDS, Array, Operation
 from torchsurgeon.prediction.operations import operations
@@ -28,10 +28,6 @@ FORMAT = "torchsurgeon.predictor/1"
 
 # An octave outside of the samples widens an interval by this factor.
 _PER_OCTAVE = 1.3
-
-
-class PredictionWarning(UserWarning):
-    """A layer of a type that no model was fitted for, bounded by the device's roofline or a relative of its type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +152,8 @@ class Predictor:
         """Return the predicted profile of a model: seconds of each layer and of the whole, with 90 % intervals.
 
         Energy is there where the device was metered. Memory is that of the tensors alive at each layer. Warns with
-        :class:`PredictionWarning`, naming them, for layer types without a model. Where there is no model at all
-        (:attr:`is_bound`) every time is a lower bound, which has no interval and needs no warning.
+        :class:`~torchsurgeon.errors.PredictionWarning`, naming them, for layer types without a model. Where there is
+        no model at all (:attr:`is_bound`) every time is a lower bound, which has no interval and needs no warning.
         """
         found = operations(graph)
         layers = np.array([index for index, operations_of in enumerate(found) for _ in operations_of], dtype=np.int64)

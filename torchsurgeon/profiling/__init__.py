@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from torchsurgeon.profiling.measure import NoisyProfileWarning, example_inputs, layer_trace, profile
+from torchsurgeon.profiling.measure import example_inputs, layer_trace, profile
 from torchsurgeon.profiling.origin import find_device, provenance
 from torchsurgeon.profiling.record import LayerEnergy, LayerProfile
 
 __all__ = [
     "LayerEnergy",
     "LayerProfile",
-    "NoisyProfileWarning",
     "example_inputs",
     "find_device",
     "layer_trace",

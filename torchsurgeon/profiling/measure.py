@@ -20,7 +20,7 @@ import torch
 from torchsurgeon import hooks
 from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.cutting.partition import tail_for
-from torchsurgeon.errors import MeterError, ProfileError
+from torchsurgeon.errors import MeterError, NoisyProfileWarning, ProfileError
 from torchsurgeon.hooks.attribution import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.profiling.joules import layer_energy
@@ -35,10 +35,6 @@ _NOISY_SPREAD, _NOISY_DRIFT = 0.25, 0.1
 _REPEATS_BETWEEN_PAUSES = 10
 
 Progress = Callable[[int, int], None]
-
-
-class NoisyProfileWarning(UserWarning):
-    """The samples spread so widely that the machine was busy, throttling or changing its clocks."""
 
 
 def example_inputs(graph: LayerGraph, device: torch.device | str = "cpu") -> list[torch.Tensor]:
@@ -75,8 +71,8 @@ def profile(
     ``provenance["meter"]`` says why.
     ``progress(done, total)`` is called after each pass, and each metered layer.
 
-    Warns with :class:`NoisyProfileWarning` when the machine was not quiet, or became slower. Raises
-    :class:`~torchsurgeon.errors.DeviceError` for a device that does not exist or that the model is not on, and
+    Warns with :class:`~torchsurgeon.errors.NoisyProfileWarning` when the machine was not quiet, or became slower.
+    Raises :class:`~torchsurgeon.errors.DeviceError` for a device that does not exist or that the model is not on, and
     :class:`~torchsurgeon.errors.ProfileError` for arguments that cannot be, and
     :class:`~torchsurgeon.errors.MeterError` where the clock jumps back.
     """

@@ -13,7 +13,6 @@ from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.parts import Backend
 from torchsurgeon.runtime.peer import Failure
 from torchsurgeon.runtime.pending import Done, Pending
-from torchsurgeon.runtime.warn import MismatchWarning, UnknownEnergyWarning
 from torchsurgeon.runtime.work import ModelCall, TailCall, Work
 from torchsurgeon.transport.link_probe import measure_link
 
@@ -23,12 +22,10 @@ __all__ = [
     "Engine",
     "Failure",
     "Inference",
-    "MismatchWarning",
     "ModelCall",
     "Options",
     "Pending",
     "TailCall",
-    "UnknownEnergyWarning",
     "Work",
     "measure_link",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torchsurgeon.adapting import SURE, Decision, Estimates, Refusals, check_deadline
+from torchsurgeon.errors import MismatchWarning
 from torchsurgeon.link import Link
 from torchsurgeon.planning import Row
 from torchsurgeon.runtime.choice import Goal, Way
@@ -16,7 +17,7 @@ from torchsurgeon.runtime.device import DeviceTimes
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.peer import Failure, Peer
-from torchsurgeon.runtime.warn import MismatchWarning, warn_caller
+from torchsurgeon.runtime.warn import warn_caller
 from torchsurgeon.runtime.work import Work
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import HttpTransport, Transport

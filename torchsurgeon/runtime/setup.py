@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from torchsurgeon.adapting import SURE
-from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceTimes
 from torchsurgeon.runtime.handshake import LocalModel
@@ -17,7 +17,7 @@ from torchsurgeon.runtime.keeper import Keeper
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.peer import Failure, Peer
 from torchsurgeon.runtime.servers import Servers
-from torchsurgeon.runtime.warn import UnknownEnergyWarning, warn_caller
+from torchsurgeon.runtime.warn import warn_caller
 from torchsurgeon.runtime.work import Work
 
 # How long the first call waits for servers to be made ready, which includes measuring a profile and the link, and how

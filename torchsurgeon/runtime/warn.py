@@ -12,14 +12,6 @@ import torch
 _BETWEEN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
-class MismatchWarning(UserWarning):
-    """A server holds another model than this one, so its answers are not used and all runs on the device."""
-
-
-class UnknownEnergyWarning(UserWarning):
-    """Energy is to be saved, and nobody knows how much a cut takes, so time is saved in its place."""
-
-
 def warn_caller(text: str, category: type[Warning]) -> None:
     """Warn at the first line up the stack that is neither this package's nor PyTorch's."""
     level = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchsurgeon.tracing.adapters import Adapter, opaque, register_adapter
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, TensorSpec
-from torchsurgeon.tracing.tracer import UnrepeatableWarning, trace
+from torchsurgeon.tracing.tracer import trace
 
 __all__ = [
     "Adapter",
@@ -13,7 +13,6 @@ __all__ = [
     "LayerGraph",
     "PartitionPoint",
     "TensorSpec",
-    "UnrepeatableWarning",
     "opaque",
     "register_adapter",
     "trace",

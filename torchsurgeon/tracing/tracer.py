@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.errors import TraceError
+from torchsurgeon.errors import TraceError, UnrepeatableWarning
 from torchsurgeon.tracing.call import Call, settle_output
 from torchsurgeon.tracing.capture import Captured, capture
 from torchsurgeon.tracing.capture_fx import left_as_it_was
@@ -40,7 +40,7 @@ def trace(
 
     Raises :class:`~torchsurgeon.errors.TraceError`: the model is in training mode, cannot be followed (the message
     names the line and what to try), changes its own parameters or buffers while it runs, or has dropout left on.
-    Warns with :class:`UnrepeatableWarning` when it draws random numbers.
+    Warns with :class:`~torchsurgeon.errors.UnrepeatableWarning` when it draws random numbers.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes an nn.Module, not {type(model).__name__}: trace(model, example)")
@@ -111,10 +111,6 @@ def _try_propagate(
         if len(pair[0]) != len(pair[1]) or any(a.dim() != b.dim() for a, b in zip(*pair, strict=True)):
             return None
     return more
-
-
-class UnrepeatableWarning(UserWarning):
-    """The model answers differently from run to run, so no cut can give "the" answer."""
 
 
 def _refuse_randomness(drawing: list[Step]) -> None:
