@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchsurgeon.errors import DeviceError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _T = TypeVar("_T")
 
@@ -31,7 +32,9 @@ class SlowDevice:
 
     def call(self, function: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
         """What `function` returns, `factor` times as late. CUDA work it launches is waited for and counted."""
-        cuda = torch.cuda.is_initialized()
+        # Before PyTorch is imported nothing runs on CUDA.
+        torch: Any = sys.modules.get("torch")
+        cuda = torch is not None and torch.cuda.is_initialized()
         if cuda:
             torch.cuda.synchronize()
         start_s = time.perf_counter()
@@ -48,21 +51,6 @@ class SlowDevice:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """A module that computes what `module` does, with its parameters and attributes, as slowly as this device."""
-        return _Slowed(module, self)
+        from torchsurgeon.emulate.slowed import Slowed
 
-
-class _Slowed(nn.Module):
-    def __init__(self, module: nn.Module, device: SlowDevice) -> None:
-        super().__init__()
-        self.module = module
-        self.training = module.training
-        self._device = device
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._device.call(self.module, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
+        return Slowed(module, self.call)
