@@ -209,7 +209,17 @@ class UnrepeatableWarning(UserWarning):
 
 
 class NoisyProfileWarning(UserWarning):
-    """The measured times spread or drift so much that the machine was busy, throttling or changing its clocks."""
+    """The measured times spread or drift so much that the machine was busy, throttling or changing its clocks.
+
+    Args:
+        finding: how the times spread or drift, and what that says of the machine.
+        advice: what the caller of :func:`torchsurgeon.profile` can do about it. A program that profiles for its own
+            users shows ``finding`` with an advice that fits them.
+    """
+
+    def __init__(self, finding: str, advice: str) -> None:
+        super().__init__(f"{finding}; {advice}")
+        self.finding = finding
 
 
 class ThrottledWarning(UserWarning):

@@ -1,13 +1,15 @@
-"""The ``torchsurgeon`` command. Reads arguments, calls the rooms, prints; no logic of its own.
+# PYTHON_ARGCOMPLETE_OK
+"""The ``torchsurgeon`` command: reads the arguments, calls the rooms and prints; it has no logic of its own.
 
-Each group of commands has a file. A command imports what takes long or comes with an extra when it is run, so that
-``--help`` is quick and an install without extras has the other commands.
+Each group of commands has a file, which declares them and runs them. A command imports what it needs when it is run, so
+``--help``, ``--version`` and shell completion are quick and need neither PyTorch nor an extra.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,49 +18,73 @@ from torchsurgeon.cli.costs import add_calibrate, add_codecs, add_predict, add_p
 from torchsurgeon.cli.models import add_doctor, add_trace
 from torchsurgeon.cli.plans import add_plan, add_sweep
 from torchsurgeon.cli.running import add_demo, add_link, add_run, add_serve
+from torchsurgeon.cli.screen import advising
 from torchsurgeon.errors import TorchSurgeonError
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
-# As help lists them.
+# In the order in which help lists them.
 _COMMANDS = (
     add_demo, add_trace, add_doctor, add_profile, add_calibrate, add_predict, add_codecs, add_plan, add_sweep,
     add_serve, add_run, add_link,
 )  # fmt: skip
 
-_EXTRAS = {
-    "rich": "cli",
-    "starlette": "server",
-    "uvicorn": "server",
-    "httptools": "server",
-    "safetensors": "server",
-    "torchvision": "vision",
-    "PIL": "vision",
-    "matplotlib": "plot",
-    "plotly": "explore",
+_EXAMPLES = """\
+examples:
+  torchsurgeon demo
+  torchsurgeon serve alexnet=torchvision:alexnet
+  torchsurgeon COMMAND --help
+
+completion in bash and zsh:
+  eval "$(register-python-argcomplete torchsurgeon)"
+"""
+
+_INSTALLED_WITH = {
+    "argcomplete": "torchsurgeon[cli]",
+    "rich": "torchsurgeon[cli]",
+    "starlette": "torchsurgeon[server]",
+    "uvicorn": "torchsurgeon[server]",
+    "httptools": "torchsurgeon[server]",
+    "safetensors": "torchsurgeon[server]",
+    "torchvision": "torchsurgeon[vision]",
+    "PIL": "torchsurgeon[vision]",
+    "matplotlib": "torchsurgeon[plot]",
+    "plotly": "torchsurgeon[explore]",
+    "torch": "torch",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, or 2 with the reason on standard error."""
-    options = _parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal that cannot show "×" shows "?"; the rest of the answer is worth having.
-            stream.reconfigure(errors="replace")
+    """Run the command line and print its answer.
+
+    Args:
+        argv: the arguments, by default those of this process.
+
+    Returns:
+        The exit status: 0; 1 when standard output was closed early; 2 with the reason on standard error; 130 when
+        interrupted.
+    """
+    commands = parser()
     try:
-        options.run(options)
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            argcomplete.autocomplete(commands)  # ends the process
+        options = commands.parse_args(argv)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A terminal that does not know "×" then shows "?" instead of failing.
+                stream.reconfigure(errors="replace")
+        with advising():
+            options.run(options)
     except TorchSurgeonError as error:
         print(f"torchsurgeon: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRAS:
+        if missing not in _INSTALLED_WITH:
             raise
-        print(
-            f"torchsurgeon: this command needs {missing}: pip install 'torchsurgeon[{_EXTRAS[missing]}]'",
-            file=sys.stderr,
-        )
+        print(f"torchsurgeon: this command needs {missing}: pip install '{_INSTALLED_WITH[missing]}'", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()
@@ -66,17 +92,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"torchsurgeon: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        print(f"torchsurgeon: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchsurgeon", description="Split a PyTorch model between a device and a server."
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    root = argparse.ArgumentParser(
+        prog="torchsurgeon",
+        description="Split a PyTorch model between a device and a server.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"torchsurgeon {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    root.add_argument("--version", action="version", version=f"torchsurgeon {__version__}")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
     for add in _COMMANDS:
         add(commands)
-    return parser
+    return root

@@ -1,36 +1,114 @@
-"""What arguments of several commands mean."""
+"""Arguments that several commands have, and what their text means."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch.utils import _pytree
-
-from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.models import specs
-from torchsurgeon.tracing.graph import LayerGraph
-from torchsurgeon.tracing.tracer import trace
+from torchsurgeon.cli import completion
+from torchsurgeon.cli.completion import completed, one_of
+from torchsurgeon.cli.screen import loading
+from torchsurgeon.errors import TorchSurgeonError, short
 
 if TYPE_CHECKING:
+    import torch
+
+    from torchsurgeon.tracing import LayerGraph
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-SPEC_HELP = "torchvision:NAME, package.module:factory, or a .pt2 file"
+SPEC_HELP = "the model: torchvision:NAME, package.module:FACTORY, or a .pt2 file"
+WEIGHTS_HELP = "a .safetensors or .pt file of a state_dict(), or 'default' for torchvision's trained ones"
+
+
+def command(
+    commands: Commands, run: Callable[[argparse.Namespace], None], name: str, sentence: str, *examples: str
+) -> argparse.ArgumentParser:
+    """Declare a command, and return its parser.
+
+    Args:
+        commands: what the command is added to.
+        run: runs the command. It imports what it needs when it is called, so that declaring it is quick.
+        name: the command's name.
+        sentence: what the command does.
+        examples: the arguments of calls that help shows as examples.
+    """
+    added = commands.add_parser(
+        name,
+        help=sentence,
+        description=sentence,
+        epilog="\n".join(["examples:", *(f"  torchsurgeon {name} {example}".rstrip() for example in examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.set_defaults(run=run)
+    return added
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that name a model and how it is traced."""
-    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
-    parser.add_argument("--input", metavar="SPEC", help="example input, e.g. x:float32[1,3,224,224]")
+    """Declare the arguments that name a model and say how it is traced."""
+    completed(parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP), completion.specs)
     parser.add_argument(
-        "--leaf", action="append", default=[], metavar="MODULE", help="keep this module whole, as one layer"
+        "--input",
+        metavar="SPEC",
+        help="example input, such as x:float32[1,3,224,224] (default: the example that the model comes with)",
+    )
+    leaf_argument(parser, "MODULE", "keep this submodule whole, as one layer")
+
+
+def leaf_argument(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
+    """Declare ``--leaf``, which may be repeated."""
+    parser.add_argument(
+        "--leaf", action="append", default=[], metavar=metavar, help=f"{what}; may be repeated (default: none)"
+    )
+
+
+def device_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """Declare ``--device``, where PyTorch runs."""
+    action = parser.add_argument("--device", default="cpu", help=f"{what}: cpu, cuda or cuda:1 (default: %(default)s)")
+    completed(action, one_of(("cpu", "cuda")))
+
+
+def weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--weights`` of one model."""
+    action = parser.add_argument(
+        "--weights", metavar="FILE", help=f"the model's weights: {WEIGHTS_HELP} (default: random ones)"
+    )
+    completed(action, one_of(("default",), "safetensors", "pt", "pth"))
+
+
+def file_argument(parser: argparse.ArgumentParser, option: str, what: str, default: str = "not written") -> None:
+    """Declare an option that takes a file; ``default`` says what happens without it."""
+    parser.add_argument(option, type=Path, metavar="FILE", help=f"{what} (default: {default})")
+
+
+def threads_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--threads``."""
+    parser.add_argument(
+        "--threads",
+        type=whole_number(1),
+        metavar="N",
+        help="CPU threads of one inference (default: as many as PyTorch chooses)",
     )
 
 
 def traced(options: argparse.Namespace, device: torch.device | None = None, weights: str | None = None) -> LayerGraph:
-    """Return the graph of the model that :func:`model_arguments` name, on ``device`` where one is given."""
+    """Load and trace the model that :func:`model_arguments` name.
+
+    Args:
+        options: the parsed arguments.
+        device: where the model and its example are put; None for the CPU.
+        weights: what ``--weights`` says; None for random ones.
+    """
+    with loading():
+        import torch
+        from torch.utils import _pytree
+
+        from torchsurgeon.models import specs
+        from torchsurgeon.tracing import trace
+
     loaded = specs.load(options.spec, input_spec=options.input, weights=weights)
     args, kwargs = loaded.args, loaded.kwargs
     if device is not None:
@@ -39,29 +117,53 @@ def traced(options: argparse.Namespace, device: torch.device | None = None, weig
     return trace(loaded.model, *args, leaf_modules=options.leaf, **kwargs)
 
 
-def whole_number(text: str) -> int:
-    """Return the whole number from 1 on that an argument is. Raises ArgumentTypeError."""
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return the function that turns the text of an argument into a whole number of at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on; got {short(text)}")
+        return int(text)
+
+    return parse
+
+
+def number(text: str) -> float:
+    """Return the number that an argument is. Raises ArgumentTypeError where it is none, or not finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number; got {short(text)}")
+    return value
 
 
 def port_number(text: str) -> int:
-    """Return the port that an argument is, 0 for a free one. Raises ArgumentTypeError."""
-    # getaddrinfo takes 65536 and more, and means another port.
-    if not (text.isascii() and text.isdigit()) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give one from 0 to 65535")
+    """Return the port that an argument is, 0 for a free one. Raises ArgumentTypeError for any other text."""
+    # The system would take 65536 and more, and use another port.
+    if not (text.isascii() and text.isdigit()) or len(text) > 5 or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a port number from 0 to 65535; got {short(text)}")
     return int(text)
 
 
+def index_or_name(text: str) -> int | str:
+    """Return a partition point as an argument names it: its index, or the name of a layer."""
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
 def pairs(texts: Sequence[str]) -> dict[str, str]:
-    """Return what ``NAME=VALUE`` arguments name. Raises TorchSurgeonError."""
+    """Return the values of ``NAME=VALUE`` arguments by name.
+
+    Raises:
+        TorchSurgeonError: a text has no name, no "=" or no value, or a name is given twice.
+    """
     found: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
-            raise TorchSurgeonError(f"{text!r} is not NAME=VALUE")
+            raise TorchSurgeonError(f"the argument must be NAME=VALUE; got {short(text)}")
         if name in found:
-            raise TorchSurgeonError(f"the name {name!r} is given twice")
+            raise TorchSurgeonError(f"each name may be given once; {short(name)} is given twice")
         found[name] = value
     return found

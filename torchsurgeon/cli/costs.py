@@ -8,40 +8,81 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from torchsurgeon import codec
-from torchsurgeon.cli.arguments import model_arguments, pairs, traced, whole_number
-from torchsurgeon.cli.screen import console, progress, warn
-from torchsurgeon.errors import NoisyProfileWarning, PredictionWarning, ThrottledWarning, TorchSurgeonError
-from torchsurgeon.prediction import Predictor, calibrate, load_device
-from torchsurgeon.profiling import LayerProfile, find_device, layer_trace, profile
+from torchsurgeon.cli import completion
+from torchsurgeon.cli.arguments import (
+    command,
+    device_argument,
+    file_argument,
+    index_or_name,
+    model_arguments,
+    number,
+    pairs,
+    threads_argument,
+    traced,
+    weights_argument,
+    whole_number,
+)
+from torchsurgeon.cli.completion import completed, one_of
+from torchsurgeon.cli.screen import console, loading, progress, warn
+from torchsurgeon.errors import NoisyProfileWarning, PredictionWarning, ThrottledWarning, TorchSurgeonError, short
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
 
-# Where there is no terminal to draw a bar on.
-_TELL_EVERY_S = 20.0
+# How often a calibration says how far it is where there is no terminal to draw a bar on.
+_REPORT_EVERY_S = 20.0
 
 
 def add_profile(commands: Commands) -> None:
     """Declare ``torchsurgeon profile``."""
-    parser = commands.add_parser("profile", help="measure each layer's time, memory and energy on this machine")
+    parser = command(
+        commands,
+        _profile,
+        "profile",
+        "Measure each layer's time, memory and energy on this machine.",
+        "torchvision:resnet50 --out laptop.json",
+        "torchvision:resnet50 --device cuda --repeats 50 --no-energy",
+    )
     model_arguments(parser)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the profile as JSON")
-    parser.add_argument("--repeats", type=int, default=20, help="measured runs, each of the whole model")
-    parser.add_argument("--warmup", type=int, default=3, help="runs before them")
-    parser.add_argument("--threads", type=whole_number, help="CPU threads of one inference")
-    parser.add_argument("--cooldown", type=float, default=0.0, metavar="SECONDS", help="rest before every 10 repeats")
-    parser.add_argument("--no-energy", action="store_true", help="do not meter joules, which takes its time")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the layers as bars, e.g. profile.png")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write one run for ui.perfetto.dev")
-    parser.set_defaults(run=_profile)
+    device_argument(parser, "device to measure on")
+    file_argument(parser, "--out", "write the profile to this JSON file")
+    parser.add_argument(
+        "--repeats",
+        type=whole_number(1),
+        default=20,
+        metavar="N",
+        help="how many times the whole model is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=whole_number(0),
+        default=3,
+        metavar="N",
+        help="how many times it runs before, unmeasured (default: %(default)s)",
+    )
+    threads_argument(parser)
+    parser.add_argument(
+        "--cooldown",
+        type=number,
+        default=0.0,
+        metavar="SECONDS",
+        help="pause before every 10 repeats, so that the machine cools down (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-energy",
+        action="store_true",
+        help="do not measure energy, which takes time (default: measure it where there is a meter)",
+    )
+    file_argument(parser, "--plot", "draw the layers as bars, for example in profile.png", "not drawn")
+    file_argument(parser, "--trace", "write one run as a trace that ui.perfetto.dev shows")
 
 
 def _profile(options: argparse.Namespace) -> None:
-    from torchsurgeon import report
+    with loading():
+        import torch
+
+        from torchsurgeon import report
+        from torchsurgeon.profiling import find_device, layer_trace, profile
 
     device = find_device(options.device)
     if options.threads is not None:
@@ -64,7 +105,10 @@ def _profile(options: argparse.Namespace) -> None:
     screen.print(report.profile_table(graph, measured))
     screen.print(str(measured), highlight=False, markup=False)
     for warning in caught:
-        warn(warning.message)
+        if isinstance(warning.message, NoisyProfileWarning):
+            warn(f"{warning.message.finding}; quiet the machine, or give more --repeats or a longer --cooldown")
+        else:
+            warn(warning.message)
     if options.plot is not None:
         report.profile_picture(graph, measured, options.plot)
     if options.trace is not None:
@@ -73,25 +117,58 @@ def _profile(options: argparse.Namespace) -> None:
 
 def add_calibrate(commands: Commands) -> None:
     """Declare ``torchsurgeon calibrate``."""
-    parser = commands.add_parser("calibrate", help="time layers of every kind on this machine, to predict models")
-    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="write the calibration as JSON")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="time to spend, default 300")
-    parser.add_argument("--threads", type=whole_number, help="CPU threads of one inference")
-    parser.add_argument("--seed", type=int, default=0, help="of the networks that are drawn")
+    parser = command(
+        commands,
+        _calibrate,
+        "calibrate",
+        "Time layers of every kind on this machine, so that models can be predicted.",
+        "--out jetson.json",
+        "--out board.json --from-csv conv=conv.csv --name 'my board'",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="JSON file of the calibration; an interrupted calibration continues from it",
+    )
+    device_argument(parser, "device to calibrate")
+    parser.add_argument(
+        "--budget",
+        type=number,
+        default=300.0,
+        metavar="SECONDS",
+        help="time to spend (default: %(default)s)",
+    )
+    threads_argument(parser)
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="seed of the random networks that are timed (default: %(default)s)",
+    )
     parser.add_argument(
         "--from-csv",
         action="append",
         default=[],
         metavar="KIND=FILE",
-        help="fit measurements taken elsewhere instead, e.g. conv=conv.csv; docs/prediction.md lists the columns",
+        help="fit times measured elsewhere, such as conv=conv.csv, whose columns docs/prediction.md lists; may be "
+        "repeated (default: measure on this machine)",
     )
-    parser.add_argument("--name", default="an unnamed device", help="of the device in the CSV files")
-    parser.set_defaults(run=_calibrate)
+    parser.add_argument(
+        "--name",
+        default="an unnamed device",
+        help="name of the device in the CSV files (default: %(default)s)",
+    )
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from torchsurgeon.report import calibration_table
+    with loading():
+        import torch
+
+        from torchsurgeon.prediction import Predictor, calibrate
+        from torchsurgeon.report import calibration_table
 
     if options.from_csv:
         predictor = Predictor.from_csv(pairs(options.from_csv), options.name)
@@ -100,24 +177,23 @@ def _calibrate(options: argparse.Namespace) -> None:
         return
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    told_s = 0.0
+    reported_s = 0.0
 
-    def tell(spent_s: float, budget_s: float, what: str) -> None:
-        nonlocal told_s
+    def report(spent_s: float, budget_s: float, what: str) -> None:
+        nonlocal reported_s
         advance(spent_s, budget_s, what)
-        if not sys.stderr.isatty() and spent_s - told_s >= _TELL_EVERY_S:
-            told_s = spent_s
+        if not sys.stderr.isatty() and spent_s - reported_s >= _REPORT_EVERY_S:
+            reported_s = spent_s
             print(f"{spent_s:.0f} of {budget_s:g} s: {what}", file=sys.stderr, flush=True)
 
     try:
         with progress("calibrating") as advance, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ThrottledWarning)
             predictor = calibrate(
-                options.device, budget_s=options.budget, out=options.out, seed=options.seed, progress=tell
+                options.device, budget_s=options.budget, out=options.out, seed=options.seed, progress=report
             )
     except KeyboardInterrupt:
-        print(f"torchsurgeon: interrupted; the same command goes on with {options.out}", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt(f"the same command goes on with {options.out}") from None
     console().print(calibration_table(predictor))
     print(f"written to {options.out}")
     for warning in caught:
@@ -126,28 +202,38 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def add_predict(commands: Commands) -> None:
     """Declare ``torchsurgeon predict``."""
-    parser = commands.add_parser("predict", help="predict each layer's time on a calibrated device, running nothing")
+    parser = command(
+        commands,
+        _predict,
+        "predict",
+        "Predict each layer's time on a calibrated device, without running the model.",
+        "torchvision:resnet50 --device jetson.json",
+        "torchvision:resnet50 --device jetson.json --profile measured.json --plot predicted.png",
+    )
     model_arguments(parser)
-    parser.add_argument(
+    device = parser.add_argument(
         "--device",
         required=True,
         metavar="DEVICE",
-        help="a file of torchsurgeon calibrate, or tegra-k1-cpu, tegra-k1-gpu, tesla-k40, xeon-1-thread",
+        help=f"a file written by torchsurgeon calibrate, or {', '.join(completion.REFERENCE_DEVICES)}",
     )
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="a measured profile to compare with")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted over measured, e.g. predicted.png")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the prediction as a profile that plan reads")
-    parser.set_defaults(run=_predict)
+    completed(device, one_of(completion.REFERENCE_DEVICES, "json"))
+    file_argument(parser, "--profile", "a measured profile to compare with", "no comparison")
+    file_argument(parser, "--plot", "draw predicted over measured times; needs --profile", "not drawn")
+    file_argument(parser, "--json", "write the prediction as a profile, which plan reads")
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from torchsurgeon import report
-
     if options.plot is not None and options.profile is None:
-        raise TorchSurgeonError("--plot draws predictions over measurements; give these with --profile FILE")
+        raise TorchSurgeonError("--plot draws predicted over measured times; give these with --profile FILE")
+    with loading():
+        from torchsurgeon import report
+        from torchsurgeon.prediction import load_device
+        from torchsurgeon.profiling import LayerProfile
+
     predictor = load_device(options.device)
-    graph = traced(options)
     measured = None if options.profile is None else LayerProfile.load(options.profile)
+    graph = traced(options)
     if measured is not None:
         measured.check(graph)
     with warnings.catch_warnings(record=True) as caught:
@@ -165,26 +251,56 @@ def _predict(options: argparse.Namespace) -> None:
 
 def add_codecs(commands: Commands) -> None:
     """Declare ``torchsurgeon codecs``."""
-    parser = commands.add_parser("codecs", help="measure what codecs save and change at the cuts that can pay")
+    parser = command(
+        commands,
+        _codecs,
+        "codecs",
+        "Measure what codecs save, and how they change the answers, at cuts that can pay.",
+        "torchvision:resnet50 --sample photos --out codecs.json",
+        "torchvision:resnet50 --weights default --sample photos --codecs int8,int8+zstd --min-cosine 0.999",
+    )
     model_arguments(parser)
-    parser.add_argument("--weights", metavar="FILE", help=".safetensors, .pt, or 'default'")
+    weights_argument(parser)
     parser.add_argument("--sample", type=Path, metavar="DIR", required=True, help="folder of your own images")
-    parser.add_argument("--most", type=whole_number, default=32, help="samples taken from the folder, default 32")
     parser.add_argument(
-        "--codecs", metavar="NAMES", help="separated by commas, e.g. zstd,int8+zstd,jpeg-75; default all"
+        "--most",
+        type=whole_number(1),
+        default=32,
+        metavar="N",
+        help="how many calls are made of the images, at most (default: %(default)s)",
     )
     parser.add_argument(
-        "--point", action="append", metavar="POINT", help="an index or a layer's name, for each to take"
+        "--codecs", metavar="NAMES", help="codecs separated by commas, such as zstd,int8+zstd,jpeg-75 (default: all)"
     )
-    parser.add_argument("--max-top1-change", type=float, metavar="SHARE", help="predictions a lossy codec may change")
-    parser.add_argument("--min-cosine", type=float, metavar="COSINE", help="likeness of outputs that one must keep")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
-    parser.set_defaults(run=_codecs)
+    parser.add_argument(
+        "--point",
+        action="append",
+        metavar="POINT",
+        help="a partition point by its index or its layer's name; may be repeated (default: those that can pay)",
+    )
+    parser.add_argument(
+        "--max-top1-change",
+        type=number,
+        metavar="SHARE",
+        help="share of predicted classes that a lossy codec may change (default: any)",
+    )
+    parser.add_argument(
+        "--min-cosine",
+        type=number,
+        metavar="COSINE",
+        help="cosine similarity of the outputs that a lossy codec must keep (default: any)",
+    )
+    device_argument(parser, "device to measure on")
+    file_argument(parser, "--out", "write the table to this JSON file, which plan --codecs reads")
 
 
 def _codecs(options: argparse.Namespace) -> None:
-    from torchsurgeon.report import codec_table
+    if not options.sample.is_dir():
+        raise TorchSurgeonError(f"--sample must be a folder of images; there is no folder {short(options.sample)}")
+    with loading():
+        from torchsurgeon import codec
+        from torchsurgeon.profiling import find_device
+        from torchsurgeon.report import codec_table
 
     device = find_device(options.device)
     graph = traced(options, device, options.weights)
@@ -196,7 +312,7 @@ def _codecs(options: argparse.Namespace) -> None:
             graph,
             codec.image_sample(graph, options.sample, options.most),
             None if options.codecs is None else options.codecs.split(","),
-            points=None if options.point is None else [int(p) if p.isdigit() else p for p in options.point],
+            points=None if options.point is None else [index_or_name(point) for point in options.point],
             budget=budget,
             device=device,
             progress=advance,

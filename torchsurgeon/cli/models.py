@@ -6,10 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from torchsurgeon.cli.arguments import model_arguments, traced
-from torchsurgeon.cli.screen import console
-from torchsurgeon.cutting import doctor
-from torchsurgeon.models import specs
+from torchsurgeon.cli.arguments import command, model_arguments, traced
+from torchsurgeon.cli.screen import console, loading
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
@@ -17,10 +15,16 @@ if TYPE_CHECKING:
 
 def add_trace(commands: Commands) -> None:
     """Declare ``torchsurgeon trace``."""
-    parser = commands.add_parser("trace", help="list a model's layers and partition points")
+    parser = command(
+        commands,
+        _trace,
+        "trace",
+        "List a model's layers, and what crosses when it is cut after each.",
+        "torchvision:resnet50",
+        "my_package.models:make --input x:float32[1,3,64,64] --json",
+    )
     model_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=_trace)
+    parser.add_argument("--json", action="store_true", help="print JSON (default: print a table)")
 
 
 def _trace(options: argparse.Namespace) -> None:
@@ -28,22 +32,30 @@ def _trace(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(graph.to_json()))
         return
-    from torchsurgeon.report import graph_table
+    with loading():
+        from torchsurgeon.report import graph_table
 
     console().print(graph_table(graph))
 
 
 def add_doctor(commands: Commands) -> None:
     """Declare ``torchsurgeon doctor``."""
-    parser = commands.add_parser(
-        "doctor", help="tell what splitting a model is like: tracing, opaque parts, cuts that can pay"
+    parser = command(
+        commands,
+        _doctor,
+        "doctor",
+        "Tell how well a model can be split: how it is traced, and which cuts can pay.",
+        "torchvision:resnet50",
+        "my_package.models:make --leaf encoder",
     )
     model_arguments(parser)
-    parser.set_defaults(run=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from torchsurgeon.report import diagnosis_text
+    with loading():
+        from torchsurgeon.cutting import doctor
+        from torchsurgeon.models import specs
+        from torchsurgeon.report import diagnosis_text
 
     model = specs.load(options.spec, input_spec=options.input)
     found = doctor.examine(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)

@@ -6,16 +6,21 @@ import argparse
 import dataclasses
 import math
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchsurgeon.cli.arguments import model_arguments, pairs, traced
-from torchsurgeon.cli.screen import console, warn
-from torchsurgeon.codec import CodecTable
-from torchsurgeon.errors import PredictionWarning, TorchSurgeonError
-from torchsurgeon.link import Link
-from torchsurgeon.planning import Frontier, plan, sweep
-from torchsurgeon.prediction import costs_on
+from torchsurgeon.cli import completion
+from torchsurgeon.cli.arguments import (
+    command,
+    file_argument,
+    model_arguments,
+    number,
+    pairs,
+    traced,
+    whole_number,
+)
+from torchsurgeon.cli.completion import completed, one_of
+from torchsurgeon.cli.screen import console, loading, warn
+from torchsurgeon.errors import PredictionWarning, TorchSurgeonError, short
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
@@ -23,23 +28,56 @@ if TYPE_CHECKING:
 
 def add_plan(commands: Commands) -> None:
     """Declare ``torchsurgeon plan``."""
-    parser = commands.add_parser("plan", help="find the best cut and codec for a link and an objective, and say why")
+    parser = command(
+        commands,
+        _plan,
+        "plan",
+        "Find the best cut and codec for a link and an objective, and say why.",
+        "torchvision:resnet50 --device jetson.json --server tesla-k40 --link lte",
+        "torchvision:resnet50 --device jetson.json --server tesla-k40 --objective energy --html plan.html",
+    )
     _plan_arguments(parser)
-    parser.add_argument("--load", type=float, default=1.0, metavar="K", help="the server takes K times its profile")
-    parser.add_argument("--latency", type=float, metavar="SECONDS", help="at most")
-    parser.add_argument("--energy", type=float, metavar="JOULES", help="of the device, at most")
-    parser.add_argument("--memory", type=float, metavar="MB", help="of the head's weights and tensors, at most")
-    parser.add_argument("--min-layers", type=int, default=0, metavar="N", help="run on the device at least")
-    parser.add_argument("--no-raw-input", action="store_true", help="let no input of the model leave the device")
-    parser.add_argument("--no-server", action="store_true", help="let nothing leave the device")
-    parser.add_argument("--frontier", type=Path, metavar="FILE", help="write the rows that can win as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what each cut costs, e.g. plan.png")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page on which link and load can be moved")
-    parser.set_defaults(run=_plan)
+    parser.add_argument(
+        "--load",
+        type=number,
+        default=1.0,
+        metavar="K",
+        help="the server takes K times as long as its profile says (default: %(default)s)",
+    )
+    parser.add_argument("--latency", type=number, metavar="SECONDS", help="highest latency allowed (default: any)")
+    parser.add_argument(
+        "--energy", type=number, metavar="JOULES", help="highest energy of the device allowed (default: any)"
+    )
+    parser.add_argument(
+        "--memory",
+        type=number,
+        metavar="MB",
+        help="most memory allowed on the device, for the head's weights and tensors (default: any)",
+    )
+    parser.add_argument(
+        "--min-layers",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="fewest layers that run on the device (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-raw-input",
+        action="store_true",
+        help="no input of the model may leave the device (default: it may)",
+    )
+    parser.add_argument(
+        "--no-server", action="store_true", help="nothing may leave the device (default: what is cut may)"
+    )
+    file_argument(parser, "--frontier", "write the cuts that can win for some link and load as JSON")
+    file_argument(parser, "--plot", "draw what each cut costs, for example in plan.png", "not drawn")
+    file_argument(parser, "--html", "write a page with sliders for link, load and objective")
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from torchsurgeon import report
+    with loading():
+        from torchsurgeon import report
+        from torchsurgeon.planning import plan
 
     parts, objective = _planned(options)
     found = plan(
@@ -67,23 +105,40 @@ def _plan(options: argparse.Namespace) -> None:
 
 def add_sweep(commands: Commands) -> None:
     """Declare ``torchsurgeon sweep``."""
-    parser = commands.add_parser("sweep", help="the best cut and its gain over a grid of uplink rates and server loads")
+    parser = command(
+        commands,
+        _sweep,
+        "sweep",
+        "Find the best cut, and what it gains, over a grid of uplink rates and server loads.",
+        "torchvision:resnet50 --device jetson.json --server tesla-k40 --plot sweep.png",
+        "torchvision:resnet50 --device jetson.json --server tesla-k40 --uplinks 1:100:21 --csv sweep.csv",
+    )
     _plan_arguments(parser)
-    parser.add_argument("--uplinks", default="0.1:1000:41", metavar="FROM:TO:N", help="Mbit/s, N rates between")
-    parser.add_argument("--loads", default="0.1:100:31", metavar="FROM:TO:N", help="times the server's profile")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line for each pair")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw heat maps, e.g. sweep.png")
-    parser.set_defaults(run=_sweep)
+    parser.add_argument(
+        "--uplinks",
+        default="0.1:1000:41",
+        metavar="FROM:TO:N",
+        help="N uplink rates in Mbit/s, evenly spread on a logarithmic scale (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loads",
+        default="0.1:100:31",
+        metavar="FROM:TO:N",
+        help="N loads: the server takes so many times as long as its profile says (default: %(default)s)",
+    )
+    file_argument(parser, "--csv", "write a line for each pair of rate and load")
+    file_argument(parser, "--plot", "draw heat maps, for example in sweep.png", "not drawn")
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from torchsurgeon.report import sweep_picture, sweep_table
+    rates = [1e6 * rate for rate in _spread(options.uplinks)]
+    loads = _spread(options.loads)
+    with loading():
+        from torchsurgeon.planning import Frontier, sweep
+        from torchsurgeon.report import sweep_picture, sweep_table
 
     parts, objective = _planned(options)
     link = parts.pop("link")
-    rates, loads = (
-        [scale * value for value in _spread(text)] for text, scale in ((options.uplinks, 1e6), (options.loads, 1))
-    )
     found = sweep(Frontier.build(**parts), link, rates, loads, objective, options.slowdown)
     console().print(sweep_table(found))
     if options.csv is not None:
@@ -94,28 +149,62 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
-    what = "a measured profile, or the calibration or name of a device to predict for"
-    parser.add_argument("--device", required=True, metavar="FILE", help=f"the device: {what}")
-    parser.add_argument("--server", required=True, metavar="FILE", help="the server: as the device")
-    parser.add_argument(
-        "--link", default="lte", help="3g, lte, wifi, lte-2021, 5g-low, 5g-mmwave, or UP/DOWN/RTT (Mbit/s, s)"
+    for side in ("device", "server"):
+        where = parser.add_argument(
+            f"--{side}",
+            required=True,
+            metavar="FILE",
+            help=f"the {side}: a measured profile of this model, or the calibration or name of a device to predict for",
+        )
+        completed(where, one_of(completion.REFERENCE_DEVICES, "json"))
+    link = parser.add_argument(
+        "--link",
+        default="lte",
+        help=f"{', '.join(completion.LINKS)}, or UP/DOWN/RTT in Mbit/s and seconds (default: %(default)s)",
     )
-    parser.add_argument("--uplink", type=float, metavar="MBIT_S", help="in place of the link's own rate")
+    completed(link, one_of(completion.LINKS))
     parser.add_argument(
+        "--uplink", type=number, metavar="MBIT_S", help="uplink rate in Mbit/s (default: the link's own)"
+    )
+    objective = parser.add_argument(
         "--objective",
         default="latency",
-        help="latency, energy, throughput, server_time, or a sum of these with weights, e.g. latency=1,energy=0.5",
+        help="what is made small: latency, energy, throughput, server_time, or a weighted sum such as "
+        "latency=1,energy=0.5 (default: %(default)s)",
     )
-    parser.add_argument("--codecs", type=Path, metavar="FILE", help="codecs measured by torchsurgeon codecs --out")
-    parser.add_argument("--slowdown", type=float, default=1.0, metavar="S", help="the device takes S times its profile")
+    completed(objective, one_of(("latency", "energy", "throughput", "server_time")))
+    file_argument(parser, "--codecs", "codecs measured by torchsurgeon codecs --out", "only raw tensors are sent")
+    parser.add_argument(
+        "--slowdown",
+        type=number,
+        default=1.0,
+        metavar="S",
+        help="the device takes S times as long as its profile says (default: %(default)s)",
+    )
 
 
 def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], str | dict[str, float]]:
-    """What a plan is made of, and its objective; says where costs are guesses."""
+    """Return what a plan is made of and its objective, and warn where costs are guesses.
+
+    Files and numbers are read before the model is loaded, so that a mistake in them is told at once.
+    """
+    with loading():
+        from torchsurgeon.codec import CodecTable
+        from torchsurgeon.link import Link
+        from torchsurgeon.prediction import costs_on, load_costs
+
+    objective: str | dict[str, float] = options.objective
+    if "=" in options.objective:
+        objective = {name: _number(text) for name, text in pairs(options.objective.split(",")).items()}
+    link = Link.parse(options.link)
+    if options.uplink is not None:
+        link = dataclasses.replace(link, uplink_bit_s=options.uplink * 1e6)
+    known = [load_costs(name) for name in (options.device, options.server)]
+    codecs = None if options.codecs is None else CodecTable.load(options.codecs)
     graph = traced(options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PredictionWarning)
-        device, server = costs_on(graph, options.device), costs_on(graph, options.server)
+        device, server = (costs_on(graph, costs) for costs in known)
     notes = list(dict.fromkeys(str(warning.message) for warning in caught))
     notes += [
         f"{name}: a bound from data sheets, not a measured device; real times are longer"
@@ -124,27 +213,16 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], str | dict[st
     ]
     for note in notes:
         warn(note)
-    link = Link.parse(options.link)
-    if options.uplink is not None:
-        link = dataclasses.replace(link, uplink_bit_s=options.uplink * 1e6)
-    parts = {
-        "graph": graph,
-        "device": device,
-        "server": server,
-        "link": link,
-        "codecs": None if options.codecs is None else CodecTable.load(options.codecs),
-    }
-    if "=" not in options.objective:
-        return parts, str(options.objective)
-    weights = {name: _number(text) for name, text in pairs(options.objective.split(",")).items()}
-    return parts, weights
+    return {"graph": graph, "device": device, "server": server, "link": link, "codecs": codecs}, objective
 
 
 def _spread(text: str) -> list[float]:
-    """The values that FROM:TO:N means, evenly spread in their logarithm."""
+    """Return the numbers that FROM:TO:N means, evenly spread on a logarithmic scale."""
     parts = [_number(part) for part in text.split(":")]
     if len(parts) != 3 or not 0 < parts[0] < parts[1] < math.inf or not 2 <= parts[2] <= 1000:
-        raise TorchSurgeonError(f"{text!r} is not FROM:TO:N with 0 < FROM < TO and 2 to 1000 values")
+        raise TorchSurgeonError(
+            f"the argument must be FROM:TO:N with 0 < FROM < TO and 2 to 1000 values; got {short(text)}"
+        )
     count = int(parts[2])
     return [parts[0] * (parts[1] / parts[0]) ** (i / (count - 1)) for i in range(count)]
 
@@ -153,4 +231,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise TorchSurgeonError(f"{text!r} is not a number") from None
+        raise TorchSurgeonError(f"the argument must hold numbers; got {short(text)}") from None

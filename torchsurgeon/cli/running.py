@@ -1,4 +1,4 @@
-"""``torchsurgeon demo``, ``serve``, ``run`` and ``link``: the two sides of a split model, and what lies between."""
+"""``torchsurgeon demo``, ``serve``, ``run`` and ``link``: the two sides of a split model, and the link between them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from torchsurgeon import codec
-from torchsurgeon.cli.arguments import SPEC_HELP, pairs, port_number, whole_number
-from torchsurgeon.errors import TorchSurgeonError
-from torchsurgeon.models import specs
-from torchsurgeon.module import SplitModule
+from torchsurgeon.cli import completion
+from torchsurgeon.cli.arguments import (
+    SPEC_HELP,
+    WEIGHTS_HELP,
+    command,
+    index_or_name,
+    leaf_argument,
+    number,
+    pairs,
+    port_number,
+    threads_argument,
+    weights_argument,
+    whole_number,
+)
+from torchsurgeon.cli.completion import completed, named, one_of
+from torchsurgeon.cli.screen import loading
+from torchsurgeon.errors import TorchSurgeonError, short
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
@@ -24,49 +34,102 @@ _RUNS = 10
 
 def add_demo(commands: Commands) -> None:
     """Declare ``torchsurgeon demo``."""
-    parser = commands.add_parser("demo", help="everything on this machine, over emulated links")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures and the results")
-    parser.add_argument(
-        "--slow", type=float, default=10.0, metavar="FACTOR", help="how much slower the device is than this machine"
+    parser = command(
+        commands,
+        _demo,
+        "demo",
+        "Show the main job on this machine: two models, split over emulated links.",
+        "",
+        "--slow 20 --out results",
     )
-    parser.add_argument("--repeats", type=whole_number, default=5, help="inferences measured in each setting")
-    parser.set_defaults(run=_demo)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="folder for the pictures and the results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--slow",
+        type=number,
+        default=10.0,
+        metavar="FACTOR",
+        help="how many times slower than this machine the device is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=whole_number(1),
+        default=5,
+        metavar="N",
+        help="inferences measured in each setting (default: %(default)s)",
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from torchsurgeon.demo import run
+    with loading():
+        from torchsurgeon.demo import run
 
-    # The default would end this process without a word and leave its server and links running.
+    # By default SIGTERM would end this process at once and leave its server and links running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run(options.out, slow=options.slow, repeats=options.repeats)
 
 
 def add_serve(commands: Commands) -> None:
     """Declare ``torchsurgeon serve``."""
-    parser = commands.add_parser("serve", help="serve the tails of models")
-    parser.add_argument("models", nargs="+", metavar="NAME=SPEC", help=SPEC_HELP)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=port_number, default=8000, help="0 takes a free one and says which")
+    parser = command(
+        commands,
+        _serve,
+        "serve",
+        "Serve models: run the part of each that a device does not run.",
+        "alexnet=torchvision:alexnet",
+        "mine=my_package.models:make --weights mine=mine.safetensors --host 0.0.0.0 --port 9000",
+    )
+    models = parser.add_argument(
+        "models", nargs="+", metavar="NAME=SPEC", help=f"the name under which a model is served, and {SPEC_HELP}"
+    )
+    completed(models, named(completion.specs))
     parser.add_argument(
-        "--weights", action="append", default=[], metavar="NAME=FILE", help=".safetensors, .pt, or 'default'"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; nothing is encrypted, and anyone who reaches it may use it (default: %(default)s)",
     )
     parser.add_argument(
-        "--input", action="append", default=[], metavar="NAME=SPEC", help="e.g. resnet=x:float32[1,3,320,320]"
+        "--port",
+        type=port_number,
+        default=8000,
+        help="port to listen on; 0 takes a free one and prints it (default: %(default)s)",
     )
+    weights = parser.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help=f"weights of a model: {WEIGHTS_HELP}; may be repeated (default: random ones)",
+    )
+    completed(weights, named(one_of(("default",), "safetensors", "pt", "pth")))
     parser.add_argument(
-        "--leaf", action="append", default=[], metavar="NAME=MODULE", help="keep this module whole, as the device does"
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=SPEC",
+        help="example input of a model, such as resnet=x:float32[1,3,320,320]; may be repeated (default: the example "
+        "that the model comes with)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of random weights")
-    parser.add_argument("--threads", type=whole_number, help="CPU threads of one inference")
-    parser.add_argument("--max-batch", type=whole_number, default=64)
-    parser.set_defaults(run=_serve)
+    leaf_argument(parser, "NAME=MODULE", "keep this submodule of a model whole, as the device does")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, metavar="N", help="seed of random weights (default: %(default)s)"
+    )
+    threads_argument(parser)
+    parser.add_argument(
+        "--max-batch",
+        type=whole_number(1),
+        default=64,
+        metavar="N",
+        help="largest batch that a request may have (default: %(default)s)",
+    )
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from torchsurgeon import serve
-
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     models, weights, inputs = pairs(options.models), pairs(options.weights), pairs(options.input)
     leaves: dict[str, list[str]] = {}
     for text in options.leaf:
@@ -75,8 +138,16 @@ def _serve(options: argparse.Namespace) -> None:
     for name in (*weights, *inputs, *leaves):
         if name not in models:
             raise TorchSurgeonError(
-                f"no model {name!r} is served; --weights, --input and --leaf take {', '.join(models)}"
+                f"--weights, --input and --leaf take the name of a served model; got {short(name, 100)}, and "
+                f"the served models are {short(list(models), 200)}"
             )
+    with loading():
+        import torch
+
+        from torchsurgeon import serve
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     serve.run(
         models,
         options.host,
@@ -91,40 +162,81 @@ def _serve(options: argparse.Namespace) -> None:
 
 def add_run(commands: Commands) -> None:
     """Declare ``torchsurgeon run``."""
-    parser = commands.add_parser("run", help="run a model split with a server, and show where it is cut and why")
-    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
-    parser.add_argument(
-        "--server", action="append", required=True, metavar="URL", help="a torchsurgeon serve; for each to try"
+    parser = command(
+        commands,
+        _run,
+        "run",
+        "Run a model split with a server, and show where it is cut and why.",
+        "torchvision:alexnet --server http://127.0.0.1:8000",
+        "torchvision:alexnet --server http://edge:8000 --server http://cloud:8000 --deadline 0.2 --watch",
     )
-    parser.add_argument("--name", help="the model's name on the server; default SPEC's own name")
-    parser.add_argument("--weights", metavar="FILE", help=".safetensors, .pt, or 'default'; the server's")
+    completed(parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP), completion.specs)
     parser.add_argument(
-        "--leaf", action="append", default=[], metavar="MODULE", help="keep this module whole, as the server does"
+        "--server",
+        action="append",
+        required=True,
+        metavar="URL",
+        help="a torchsurgeon serve; may be repeated, in the order in which they are preferred",
     )
-    parser.add_argument("--input", default="random", metavar="FILE", help="an image, or 'random' numbers")
+    parser.add_argument("--name", help="the model's name on the server (default: the last part of SPEC)")
+    weights_argument(parser)
+    leaf_argument(parser, "MODULE", "keep this submodule whole, as the server does")
+    image = parser.add_argument(
+        "--input",
+        default="random",
+        metavar="FILE",
+        help="an image, or 'random' for random numbers (default: %(default)s)",
+    )
+    completed(image, one_of(("random",), "jpg", "jpeg", "png", "webp"))
     parser.add_argument(
-        "--count", type=whole_number, metavar="N", help="inferences; default 10, with --watch until interrupted"
+        "--count",
+        type=whole_number(1),
+        metavar="N",
+        help="how many inferences (default: 10; with --watch until interrupted)",
     )
-    parser.add_argument("--interval", type=float, default=0.0, metavar="SECONDS", help="from start to start, at least")
-    parser.add_argument("--partition", default="auto", help="auto, device, server, an index or a layer's name")
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="of every inference")
-    parser.add_argument("--fallback", choices=("local", "error"), default="local", help="when no server answers")
-    parser.add_argument("--watch", action="store_true", help="draw a live view")
-    parser.set_defaults(run=_run)
+    parser.add_argument(
+        "--interval",
+        type=number,
+        default=0.0,
+        metavar="SECONDS",
+        help="shortest time from the start of one inference to the next (default: %(default)s)",
+    )
+    partition = parser.add_argument(
+        "--partition",
+        default="auto",
+        metavar="POINT",
+        help="where to cut: auto, device, server, a partition index or a layer's name (default: %(default)s)",
+    )
+    completed(partition, one_of(("auto", "device", "server")))
+    parser.add_argument(
+        "--deadline", type=number, metavar="SECONDS", help="when each answer is due, from its call (default: never)"
+    )
+    parser.add_argument(
+        "--fallback",
+        choices=("local", "error"),
+        default="local",
+        help="when no server answers, run the rest here or fail (default: %(default)s)",
+    )
+    parser.add_argument("--watch", action="store_true", help="draw a live view (default: a line for each inference)")
 
 
 def _run(options: argparse.Namespace) -> None:
-    from torchsurgeon.cli import watch
+    if options.input != "random" and not Path(options.input).is_file():
+        raise TorchSurgeonError(f"--input must be an image or 'random'; there is no file {short(options.input)}")
+    with loading():
+        from torchsurgeon import codec
+        from torchsurgeon.cli import watch
+        from torchsurgeon.models import specs
+        from torchsurgeon.module import SplitModule
 
     model = specs.load(options.spec, weights=options.weights)
     args, kwargs = model.args, model.kwargs
-    partition: str | int = int(options.partition) if options.partition.isdigit() else options.partition
     with SplitModule(
         model.model,
         kwargs or args,
         server=options.server,
         name=options.name or specs.short_name(options.spec),
-        partition=partition,
+        partition=index_or_name(options.partition),
         fallback=options.fallback,
         deadline_s=options.deadline,
         leaf_modules=options.leaf,
@@ -138,23 +250,38 @@ def _run(options: argparse.Namespace) -> None:
 
 def add_link(commands: Commands) -> None:
     """Declare ``torchsurgeon link``."""
-    parser = commands.add_parser("link", help="emulate a wireless link: a TCP proxy with a rate and a delay")
-    parser.add_argument(
-        "--listen", type=port_number, required=True, metavar="PORT", help="0 takes a free one and says which"
+    parser = command(
+        commands,
+        _link,
+        "link",
+        "Emulate a wireless link: a TCP proxy with a rate and a delay.",
+        "--listen 9000 --to 127.0.0.1:8000 --profile lte",
+        "--listen 9000 --to 127.0.0.1:8000 --profile trace:up.txt,down.txt,0.06",
     )
-    parser.add_argument("--to", required=True, metavar="HOST:PORT")
     parser.add_argument(
-        "--profile", required=True, help="3g, lte, wifi, UP/DOWN/RTT (Mbit/s, s), or trace:UPFILE,DOWNFILE,RTT"
+        "--listen",
+        type=port_number,
+        required=True,
+        metavar="PORT",
+        help="port to listen on; 0 takes a free one and prints it",
     )
-    parser.set_defaults(run=_link)
+    parser.add_argument("--to", required=True, metavar="HOST:PORT", help="where connections go on to")
+    profile = parser.add_argument(
+        "--profile",
+        required=True,
+        help=f"{', '.join(completion.LINKS)}, UP/DOWN/RTT in Mbit/s and seconds, or a recording "
+        "trace:UPFILE,DOWNFILE,RTT",
+    )
+    completed(profile, one_of(completion.LINKS))
 
 
 def _link(options: argparse.Namespace) -> None:
-    from torchsurgeon.emulate import LinkEmulator, parse_profile
+    with loading():
+        from torchsurgeon.emulate import LinkEmulator, parse_profile
 
     host, colon, port = options.to.rpartition(":")
     if not colon or not (port.isascii() and port.isdigit()):
-        raise TorchSurgeonError(f"--to {options.to!r} is not HOST:PORT")
+        raise TorchSurgeonError(f"--to must be HOST:PORT; got {short(options.to)}")
     link = parse_profile(options.profile)
     emulator = LinkEmulator(options.listen, host.strip("[]"), int(port), link)
     print(f"ready: {link}; listening on {emulator.host}:{emulator.port}, to {options.to}", flush=True)

@@ -1,12 +1,18 @@
-"""What commands print on besides their answer: how wide, how far, and what to beware of."""
+"""What commands print besides their answer: tables as wide as there is room, progress, warnings and an interrupt."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from torchsurgeon.errors import NoisyProfileWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,13 +21,13 @@ _WIDE = 160
 
 
 class Advance(Protocol):
-    """Moves a bar to ``done`` of ``total``, and says what is done now where that changes."""
+    """Moves a progress bar to ``done`` of ``total``, and names the present step where ``what`` is given."""
 
     def __call__(self, done: float, total: float, what: str | None = None) -> None: ...
 
 
 def console() -> Console:
-    """Return standard output for tables: a terminal as wide as it is, a file or a pipe as wide as any table."""
+    """Return standard output for tables: as wide as the terminal, or wide enough for any table in a file or a pipe."""
     from rich.console import Console
 
     found = Console()
@@ -30,7 +36,7 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Advance]:
-    """Show a bar on standard error meanwhile; gives what moves it."""
+    """Show a progress bar on standard error within the context, and give the function that moves it."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -46,3 +52,51 @@ def progress(what: str) -> Iterator[Advance]:
 def warn(message: object) -> None:
     """Print a warning on standard error."""
     print(f"torchsurgeon: warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def advising() -> Iterator[None]:
+    """Within the context, let the warning of a noisy profile give advice for the command line, and not for Python."""
+    shown_otherwise = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if isinstance(message, NoisyProfileWarning):
+            warn(f"{message.finding}; quiet or cool the machine, then start this command again")
+        else:
+            shown_otherwise(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown_otherwise
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Within the context, in which packages are imported, Ctrl-C ends the process at once, with one line.
+
+    As an exception it could be raised inside the start of PyTorch's compiled code, which aborts the process, or be
+    taken there for a failed import.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(signal_number: int, frame: FrameType | None) -> None:
+    os.write(2, b"torchsurgeon: interrupted\n")
+    os._exit(130)

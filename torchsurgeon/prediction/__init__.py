@@ -2,12 +2,13 @@
 
 from torchsurgeon.prediction.calibration import calibrate
 from torchsurgeon.prediction.predictor import Predictor
-from torchsurgeon.prediction.reference import costs_on, load_device, reference_device, reference_devices
+from torchsurgeon.prediction.reference import costs_on, load_costs, load_device, reference_device, reference_devices
 
 __all__ = [
     "Predictor",
     "calibrate",
     "costs_on",
+    "load_costs",
     "load_device",
     "reference_device",
     "reference_devices",

@@ -49,17 +49,36 @@ def load_device(name_or_path: str | Path) -> Predictor:
     )
 
 
-def costs_on(graph: LayerGraph, where: str | Path) -> LayerProfile:
-    """Return what ``graph`` costs on a device: a measured profile from its file, or a prediction from a calibration's
-    file or for a reference device.
+def load_costs(name_or_path: str | Path) -> LayerProfile | Predictor:
+    """Return what a file tells of a device's costs, or where there is no such file, the reference device of that name.
 
-    Raises :class:`~torchsurgeon.errors.ProfileError` or :class:`~torchsurgeon.errors.CalibrationError` for a damaged
-    file, a name that is neither, or a profile of another graph.
+    Returns:
+        The profile in the file of a measured profile, the predictor in the file of a calibration.
+
+    Raises:
+        ProfileError: the file is a damaged profile.
+        CalibrationError: the file is a damaged calibration or neither, or there is no such file and no such device.
     """
-    if Path(where).exists():
-        data = _json_file.read(where, CalibrationError, "measure or calibrate again")
+    if Path(name_or_path).exists():
+        data = _json_file.read(name_or_path, CalibrationError, "measure or calibrate again")
         if not isinstance(data, dict) or not str(data.get("format")).startswith("torchsurgeon.predictor/"):
-            measured = LayerProfile.load(where)
-            measured.check(graph)
-            return measured
-    return load_device(where).predict(graph)
+            return LayerProfile.load(name_or_path)
+    return load_device(name_or_path)
+
+
+def costs_on(graph: LayerGraph, where: str | Path | LayerProfile | Predictor) -> LayerProfile:
+    """Return what each layer of ``graph`` costs on a device, measured or predicted.
+
+    Args:
+        graph: the model.
+        where: what :func:`load_costs` takes or returns.
+
+    Raises:
+        ProfileError: a measured profile is of another graph, or what :func:`load_costs` raises.
+        CalibrationError: what :func:`load_costs` raises.
+    """
+    known = load_costs(where) if isinstance(where, str | Path) else where
+    if isinstance(known, LayerProfile):
+        known.check(graph)
+        return known
+    return known.predict(graph)

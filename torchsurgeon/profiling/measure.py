@@ -143,19 +143,14 @@ def _meter(wanted: EnergyMeter | str | None, device: torch.device) -> Iterator[E
 def _warn_of_noise(measured: LayerProfile) -> None:
     repeats = len(measured.whole_s)
     if repeats >= 4 and measured.spread > _NOISY_SPREAD:
-        warnings.warn(
+        finding = (
             f"the middle half of {repeats} runs spreads over {measured.spread:.0%} of their median: the machine is "
-            "busy or changes its clocks; quiet it, or take more repeats",
-            NoisyProfileWarning,
-            stacklevel=3,
+            "busy or changes its clocks"
         )
+        warnings.warn(NoisyProfileWarning(finding, "quiet it, or take more repeats"), stacklevel=3)
     elif measured.drift > _NOISY_DRIFT and _is_apart(measured.whole_s):
-        warnings.warn(
-            f"the last runs took {measured.drift:.0%} longer than the first: the machine throttles or became busy; "
-            "let it rest with cooldown_s, or cool it",
-            NoisyProfileWarning,
-            stacklevel=3,
-        )
+        finding = f"the last runs took {measured.drift:.0%} longer than the first: the machine throttles or became busy"
+        warnings.warn(NoisyProfileWarning(finding, "let it rest with cooldown_s, or cool it"), stacklevel=3)
 
 
 def _is_apart(whole_s: Array) -> bool:

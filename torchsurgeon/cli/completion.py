@@ -1,0 +1,57 @@
+"""What a shell offers when Tab is pressed (argcomplete). It runs at every press, so it imports no PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+# The names that torchsurgeon.link.PRESETS and torchsurgeon.reference_devices() have; a test compares them.
+LINKS = ("3g", "lte", "wifi", "lte-2021", "5g-low", "5g-mmwave")
+REFERENCE_DEVICES = ("tegra-k1-cpu", "tegra-k1-gpu", "tesla-k40", "xeon-1-thread")
+
+Completer = Callable[..., Iterable[str]]
+
+_REGISTERED = re.compile(r"@register_model\((?:name=\"(\w+)\")?\).*?\ndef (\w+)\(", re.DOTALL)
+
+
+def completed(action: argparse.Action, completer: Completer) -> None:
+    """Let ``completer`` say what ``action`` offers. It is called with the text so far; what does not fit is dropped."""
+    vars(action)["completer"] = completer
+
+
+def one_of(names: Iterable[str], *suffixes: str) -> Completer:
+    """Return a completer that offers names, and files that end in one of ``suffixes``."""
+    return lambda prefix, **_: [*names, *(_files(prefix, suffixes) if suffixes else ())]
+
+
+def named(completer: Completer) -> Completer:
+    """Return a completer of ``NAME=VALUE`` whose values are those of ``completer``."""
+
+    def complete(prefix: str, **_: object) -> list[str]:
+        name, equals, value = prefix.partition("=")
+        return [f"{name}={one}" for one in completer(value)] if equals else []
+
+    return complete
+
+
+def specs(prefix: str, **_: object) -> list[str]:
+    """Offer model SPECs: torchvision's models where it is installed, and ``.pt2`` files."""
+    return [*(f"torchvision:{name}" for name in torchvision_models()), *_files(prefix, ("pt2",))]
+
+
+def torchvision_models() -> list[str]:
+    """Return the names of torchvision's models, read from its source, because importing it imports PyTorch."""
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        return []
+    sources = (Path(found.origin).parent / "models").rglob("*.py")
+    return sorted(name or function for path in sources for name, function in _REGISTERED.findall(path.read_text()))
+
+
+def _files(prefix: str, suffixes: tuple[str, ...]) -> list[str]:
+    from argcomplete.completers import FilesCompleter
+
+    return list(FilesCompleter(suffixes)(prefix))
