@@ -49,7 +49,7 @@ import re
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-def short(value: object, limit: int = 300) -> str:
+def short(value: object, limit: int = 300, *, quote: bool = True) -> str:
     """Return ``value`` as the message of an error quotes it, in at most ``limit`` characters.
 
     A text stands in quotation marks; a path, and the message of an exception, stand without. A class or function is
@@ -59,8 +59,9 @@ def short(value: object, limit: int = 300) -> str:
     Args:
         value: what the user gave, or the exception that it caused.
         limit: the most characters to return. Give less than the default where a message quotes several values.
+        quote: False leaves a text without its quotation marks, such as a sentence of another library.
     """
-    if isinstance(value, os.PathLike | BaseException):
+    if isinstance(value, os.PathLike | BaseException) or (isinstance(value, str) and not quote):
         text = str(value)
     elif hasattr(value, "__qualname__"):
         text = f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}".removeprefix("builtins.")

@@ -18,6 +18,7 @@ from paths import environment
 
 import torchsurgeon as ts
 from torchsurgeon import cli
+from torchsurgeon.cli.screen import advising
 from torchsurgeon.transport import HttpTransport
 
 SPEC = "factories:tiny"
@@ -148,3 +149,75 @@ def test_tables_in_a_pipe_are_not_cut_short(
     monkeypatch.delenv("COLUMNS", raising=False)
     assert cli.main(["predict", "torchvision:squeezenet1_1", "--device", "xeon-1-thread"]) == 0
     assert "features.12.expand3x3_activation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("plan absent:f --device absent.json --server tesla-k40", "absent.json"),
+        ("plan absent:f --device tesla-k40 --server absent.json", "absent.json"),
+        ("plan absent:f --device tesla-k40 --server tesla-k40 --codecs absent.json", "absent.json"),
+        ("plan absent:f --device tesla-k40 --server tesla-k40 --link 6g", "'6g'"),
+        ("plan absent:f --device tesla-k40 --server tesla-k40 --objective latency=x", "'x'"),
+        ("sweep absent:f --device absent.json --server tesla-k40", "absent.json"),
+        ("sweep absent:f --device tesla-k40 --server tesla-k40 --uplinks 5:1:3", "'5:1:3'"),
+        ("predict absent:f --device absent.json", "absent.json"),
+        ("predict absent:f --device tesla-k40 --profile absent.json", "absent.json"),
+        ("codecs absent:f --sample absent-folder", "absent-folder"),
+        ("run absent:f --server http://127.0.0.1:9 --input absent.png", "'absent.png'"),
+        ("run absent:f --server http://127.0.0.1:9 --weights absent.pt", "'absent.pt'"),
+    ],
+)
+def test_a_missing_file_or_a_wrong_number_is_told_before_the_model_is_loaded(
+    line: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(line.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("torchsurgeon: ")
+    assert reason in captured.err
+    assert "absent:f" not in captured.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "profile {}:f --repeats {}",
+        "serve {}",
+        "link --listen {} --to a:1 --profile lte",
+        "link --listen 0 --to {} --profile lte",
+        "plan a:f --device {} --server tesla-k40",
+        "sweep a:f --device tesla-k40 --server tesla-k40 --loads {}",
+        "trace {}",
+        "trace {}.pt2",
+        "trace torchvision:{}",
+        "trace {}:f",
+        "trace factories:{}",
+        "trace factories:tiny --input {}",
+    ],
+)
+def test_a_mistake_quotes_at_most_300_characters_of_an_argument(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = cli.main(line.replace("{}", "x" * 5000).split())
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    assert status == 2
+    assert sum(map(len, re.findall("x{20,}", capsys.readouterr().err))) <= 300
+
+
+@pytest.mark.filterwarnings("always::torchsurgeon.NoisyProfileWarning")
+def test_a_noisy_profile_advises_what_the_command_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchsurgeon.profiling.measure._NOISY_SPREAD", -1.0)
+    assert cli.main(["profile", SPEC, "--no-energy", "--repeats", "4"]) == 0
+    told = capsys.readouterr().err
+    assert "the middle half of 4 runs" in told
+    assert "--repeats" in told
+    assert "--cooldown" in told
+    with advising():
+        model, x = tiny()
+        ts.profile(ts.trace(model.eval(), x), repeats=4, meter=None)
+    told = capsys.readouterr().err
+    assert told.startswith("torchsurgeon: warning: the middle half of 4 runs")
+    assert "start this command again" in told
+    assert "repeats" not in told

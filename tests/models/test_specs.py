@@ -130,23 +130,31 @@ def test_an_input_spec_stands_in_for_the_example(factory: str) -> None:
     ("spec", "options", "says"),
     [
         ("{}:plain", {}, "without an example"),
-        ("{}:plane", {}, "plain"),
-        ("{}:number", {}, "no factory"),
-        ("{}:text", {}, "returned str"),
+        ("{}:plane", {}, "no factory 'plane'; near it: plain$"),
+        ("{}:number", {}, "no factory 'number'; it defines plain, with_tensor"),
+        ("{}:torch", {}, "no factory 'torch'; it defines plain, with_tensor"),
+        ("errno:x", {}, "no factory 'x'; it defines no function"),
+        ("{}:text", {}, "must return a Module or .* returned str"),
         ("{}:broken", {}, "no luck"),
-        ("no_such_module_at_all:f", {}, "cannot be imported"),
-        ("resnet50", {}, "no model SPEC"),
-        ("", {}, "no model SPEC"),
-        ("a:", {}, "no model SPEC"),
-        ("missing.pt2", {}, "no file"),
-        ("{}:with_tensor", {"weights": "default"}, "torchvision's own"),
-        ("{}:with_tensor", {"weights": "missing.safetensors"}, "no weights file"),
-        ("{}:with_tensor", {"input_spec": "x:float32[1,3]"}, "does not take"),
-        ("{}:with_tensor", {"input_spec": "input:float33[1,3]"}, "no dtype"),
-        ("{}:with_tensor", {"input_spec": "input float32[1,3]"}, "no input spec"),
-        ("{}:with_tensor", {"input_spec": "input:float32[1,,3,a]"}, "no input spec"),
-        ("{}:with_tensor", {"input_spec": "  "}, "input spec"),
-        ("{}:with_tensor", {"input_spec": "input:float32[99999999,99999999]"}, "too large"),
+        ("no_such_module_at_all:f", {}, "'no_such_module_at_all' is not: ModuleNotFoundError"),
+        ("resnet50", {}, "must be torchvision:NAME.* got 'resnet50'"),
+        ("", {}, "must be torchvision:NAME.* got ''"),
+        ("a:", {}, "must be torchvision:NAME.* got 'a:'"),
+        ("x" * 1000, {}, "got 'x+…x+'$"),
+        ("missing.pt2", {}, "no file 'missing.pt2'"),
+        ("x" * 1000 + ".pt2", {}, "no file 'x+…x+.pt2'$"),
+        ("{}:with_tensor", {"weights": "default"}, "torchvision's models only"),
+        ("{}:with_tensor", {"weights": "missing.safetensors"}, "no file 'missing.safetensors'"),
+        ("{}:with_tensor", {"input_spec": "x:float32[1,3]"}, "must be those of Linear.forward"),
+        ("{}:with_tensor", {"input_spec": "input:float33[1,3]"}, "got 'float33'"),
+        ("{}:with_tensor", {"input_spec": "input float32[1,3]"}, "must be written like .* got 'input float32"),
+        ("{}:with_tensor", {"input_spec": "input:float32[1,,3,a]"}, "must be written like .* got 'input:float32"),
+        ("{}:with_tensor", {"input_spec": "  "}, "must be written like .* got '  '"),
+        (
+            "{}:with_tensor",
+            {"input_spec": "input:float32[99999999,99999999]"},
+            "at most 2³⁰ elements; got the shape .99999999, 99999999",
+        ),
     ],
 )
 def test_a_spec_that_cannot_be_loaded_says_why(factory: str, spec: str, options: dict[str, str], says: str) -> None:
@@ -181,11 +189,12 @@ def test_weights_from_files(factory: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "says"),
     [
+        ("whole.pt", lambda path: torch.save(nn.Linear(3, 2), path), "whole pickled model.* save model.state_dict()"),
         ("evil.pt", lambda path: torch.save({"weight": Evil()}, path), "plain tensors"),
         ("raw.pth", lambda path: path.write_bytes(pickle.dumps(Evil())), "plain tensors"),
         ("noise.pt", lambda path: path.write_bytes(b"\x80" * 100), "plain tensors"),
         ("noise.safetensors", lambda path: path.write_bytes(b"\xff" * 100), "plain tensors"),
-        ("list.pt", lambda path: torch.save([torch.ones(1)], path), "state dict"),
+        ("list.pt", lambda path: torch.save([torch.ones(1)], path), "holds a list; save model.state_dict()"),
         ("other.pt", lambda path: torch.save({"other": torch.ones(1)}, path), "not this model's"),
         ("shape.pt", lambda path: torch.save({"weight": torch.ones(1), "bias": torch.ones(2)}, path), "not this model"),
     ],
@@ -197,6 +206,14 @@ def test_weights_that_are_not_plain_tensors_of_this_model_are_refused(
     with pytest.raises(SpecError, match=says):
         specs.load(f"{factory}:with_tensor", weights=str(tmp_path / name))
     assert not Evil.ran
+
+
+def test_a_whole_pickled_model_is_not_told_to_be_loaded_without_weights_only(factory: str, tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 2), tmp_path / "whole.pt")
+    with pytest.raises(SpecError) as caught:
+        specs.load(f"{factory}:with_tensor", weights=str(tmp_path / "whole.pt"))
+    assert "weights_only" not in str(caught.value)
+    assert "a pickle may run code" in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,11 @@ def test_short_quotes_a_value(value: object, quoted: str) -> None:
     assert short(value) == quoted
 
 
+def test_short_leaves_out_quotation_marks_where_asked() -> None:
+    assert short("no such file", quote=False) == "no such file"
+    assert short(["a"], quote=False) == "['a']"
+
+
 @pytest.mark.parametrize("value", ["x" * 500_000, list(range(10_000)), OSError("y" * 1000), Path("z/" * 1000)])
 @pytest.mark.parametrize("limit", [10, 300])
 def test_short_leaves_out_the_middle_of_a_long_value(value: object, limit: int) -> None:

@@ -19,7 +19,7 @@ from torchsurgeon.cli.models import add_doctor, add_trace
 from torchsurgeon.cli.plans import add_plan, add_sweep
 from torchsurgeon.cli.running import add_demo, add_link, add_run, add_serve
 from torchsurgeon.cli.screen import advising
-from torchsurgeon.errors import TorchSurgeonError
+from torchsurgeon.errors import TorchSurgeonError, short
 
 __all__ = ["main", "parser"]
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        print(f"torchsurgeon: {error}", file=sys.stderr)
+        print(f"torchsurgeon: {short(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"torchsurgeon: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""Model SPECs: one line of text that names a model, the same on a device and on its server.
+"""Model SPECs: a line of text that names the same model on a device and on its server.
 
 =======================  =====================================================================================
-``torchvision:NAME``     a model of torchvision's, with seeded random weights unless weights are given
-``package.module:NAME``  a factory of a Module or ``(module, example)``; the working directory is importable
+``torchvision:NAME``     a model of torchvision, with seeded random weights unless weights are given
+``package.module:NAME``  a function that returns a Module or ``(module, example)``; it may lie in the working directory
 ``path/to/model.pt2``    an exported program
 =======================  =====================================================================================
 
-Nothing is unpickled: weights are safetensors, or files that load with ``weights_only``.
+Nothing is unpickled: weights are safetensors, or files that PyTorch loads with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchsurgeon.errors import SpecError
+from torchsurgeon.errors import SpecError, short
 from torchsurgeon.models.exported import load_exported
 
 _INPUT = re.compile(r"\s*(?:(?P<name>\w+)\s*:\s*)?(?P<dtype>[a-z]\w*)\s*\[(?P<shape>[\d\s,]*)\]\s*(?:[,;]|$)")
@@ -38,7 +39,7 @@ _environment_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model in eval mode, the example it is traced with, and where it came from."""
+    """A loaded model in evaluation mode, the example that it is traced with, and where it came from."""
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -49,19 +50,27 @@ class Model:
 def load(spec: str, *, weights: str | None = None, input_spec: str | None = None, seed: int = 0) -> Model:
     """Load the model that ``spec`` names.
 
-    ``weights`` is a ``.safetensors`` file, a ``.pt``/``.pth`` file that loads with ``weights_only``, or ``"default"``
-    for torchvision's own (downloaded when not cached). Without it weights are random, the same for the same ``seed``.
-    ``input_spec`` replaces the example: ``"x:float32[1,3,224,224]"``, several separated by commas, names optional.
-    Raises SpecError.
+    Args:
+        spec: the model, in one of the forms at the top of this module.
+        weights: a ``.safetensors`` file, a ``.pt`` or ``.pth`` file of a ``state_dict()``, or ``"default"`` for
+            torchvision's trained weights, which are downloaded where they are not cached. None for random weights.
+        input_spec: replaces the example that the model comes with. It describes one tensor or several, separated by
+            commas, with their names where they are keyword arguments: ``"x:float32[1,3,224,224]"``.
+        seed: the same seed gives the same random weights.
+
+    Raises:
+        SpecError: there is no such model, its weights or example do not load, or it has no example.
     """
+    if weights not in (None, "default") and not os.path.isfile(weights):
+        raise SpecError(f"the weights must be a file; there is no file {short(weights)}")
     prefix, colon, rest = spec.partition(":")
     example: tuple[tuple[Any, ...], dict[str, Any]] | None
     if prefix == "torchvision" and colon:
         model, example = _torchvision(rest, default=weights == "default", seed=seed)
         source = f"{spec} with {'its own' if weights == 'default' else 'random'} weights"
     elif spec.endswith(".pt2"):
-        if not Path(spec).is_file():
-            raise SpecError(f"there is no file {spec!r}")
+        if not os.path.isfile(spec):
+            raise SpecError(f"an exported program must be a file; there is no file {short(spec)}")
         model, args, kwargs = load_exported(Path(spec))
         example = (args, kwargs)
         source = spec
@@ -70,11 +79,14 @@ def load(spec: str, *, weights: str | None = None, input_spec: str | None = None
         source = spec
     else:
         raise SpecError(
-            f"{spec!r} is no model SPEC; write torchvision:NAME, package.module:factory or a path to a .pt2 file"
+            "a model SPEC must be torchvision:NAME, package.module:FACTORY or the path of a .pt2 file; "
+            f"got {short(spec)}"
         )
     if weights == "default":
         if prefix != "torchvision":
-            raise SpecError(f'weights "default" are torchvision\'s own; {spec!r} has none, name a file')
+            raise SpecError(
+                f'weights "default" exist for torchvision\'s models only; for {short(spec)} give a file of weights'
+            )
     elif weights is not None:
         load_weights(model, weights)
         source = f"{spec} with weights of {weights}"
@@ -84,21 +96,23 @@ def load(spec: str, *, weights: str | None = None, input_spec: str | None = None
         example = _named_example(model, parse_inputs(input_spec, seed=seed))
     if example is None:
         raise SpecError(
-            f"{spec!r} comes without an example input; let the factory return (module, example), or give an input spec "
-            'like "x:float32[1,3,224,224]"'
+            f"{short(spec)} comes without an example input; let the factory return (module, example), or give an input "
+            'such as "x:float32[1,3,224,224]"'
         )
     return Model(model, *example, source)
 
 
 def short_name(spec: str) -> str:
-    """Return the name that a model is most likely served under: the last part of its SPEC."""
+    """Return the name under which a model is most likely served: the last part of its SPEC."""
     return Path(spec).stem if spec.endswith(".pt2") else spec.rpartition(":")[2]
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Load a state dict from a ``.safetensors`` file, or from a ``.pt``/``.pth`` file without unpickling objects."""
-    if not Path(path).is_file():
-        raise SpecError(f"there is no weights file {path!r}")
+    """Load a state dict into ``model`` from a ``.safetensors``, ``.pt`` or ``.pth`` file, without unpickling objects.
+
+    Raises:
+        SpecError: the file does not load as tensors by name, or they are not this model's.
+    """
     try:
         if path.endswith(".safetensors"):
             state: Any = _safetensors(path)
@@ -107,44 +121,61 @@ def load_weights(model: nn.Module, path: str) -> None:
     except SpecError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
+        # PyTorch's own advice here is to unpickle the file, which would run whatever code is in it.
+        if type(error).__name__ == "UnpicklingError":
+            what = "a whole pickled model, which is not loaded because a pickle may run code, or is damaged"
+        else:
+            what = f"damaged ({_first_line(error)})"
         raise SpecError(
-            f"{path} cannot be loaded as plain tensors ({type(error).__name__}: {reason}); save the model's "
-            "state_dict() with safetensors or torch.save"
+            f"weights must be plain tensors by name, and {short(Path(path))} is {what}; where the model was made, save "
+            "model.state_dict() with torch.save or safetensors"
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SpecError(f"{path} does not hold a state dict (tensors by name)")
+        raise SpecError(
+            f"weights must be plain tensors by name, and {short(Path(path))} holds a {type(state).__name__}; save "
+            "model.state_dict() with torch.save or safetensors"
+        )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[:4]]
-        raise SpecError(f"the weights in {path} are not this model's: {' '.join(lines)[:500]}") from error
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise SpecError(
+            f"the weights in {short(Path(path), 100)} are not this model's: {short(reason, 200, quote=False)}"
+        ) from error
 
 
 def parse_inputs(text: str, *, seed: int = 0) -> list[tuple[str | None, Tensor]]:
-    """Example tensors from ``"x:float32[1,3,224,224], mask:bool[1,10]"``: seeded normal numbers, zeros for integers."""
+    """Return example tensors, with their names where they have any.
+
+    Args:
+        text: what to make, such as ``"x:float32[1,3,224,224], mask:bool[1,10]"``.
+        seed: of the normally distributed random numbers that floating-point tensors hold. Others hold zeros.
+
+    Raises:
+        SpecError: the text does not describe tensors, or one has more than 2³⁰ elements.
+    """
     generator = torch.Generator().manual_seed(seed)
     found: list[tuple[str | None, Tensor]] = []
     position = 0
     while position < len(text):
         match = _INPUT.match(text, position)
         if match is None:
-            raise SpecError(f"{text[position:]!r} is no input spec; write it like x:float32[1,3,224,224]")
+            raise SpecError(f"an input must be written like x:float32[1,3,224,224]; got {short(text[position:])}")
         position = match.end()
         dtype = getattr(torch, match["dtype"], None)
         if not isinstance(dtype, torch.dtype):
-            raise SpecError(f"{match['dtype']!r} is no dtype; use float32, uint8, int64, …")
+            raise SpecError(f"a dtype must be float32, uint8, int64, …; got {short(match['dtype'])}")
         try:
             shape = [int(dim) for dim in match["shape"].split(",") if dim.strip()]
         except ValueError:
-            raise SpecError(f"[{match['shape']}] is no shape; write it like [1,3,224,224]") from None
+            raise SpecError(f"a shape must be written like [1,3,224,224]; got {short(match['shape'])}") from None
         if math.prod(shape) > _MAX_EXAMPLE_ELEMENTS:
-            raise SpecError(f"an example of shape {shape} is too large")
+            raise SpecError(f"an example must have at most 2³⁰ elements; got the shape {short(shape)}")
         found.append((match["name"], _example_tensor(shape, dtype, generator)))
     if not found:
-        raise SpecError("the input spec is empty; write it like x:float32[1,3,224,224]")
+        raise SpecError(f"an input must be written like x:float32[1,3,224,224]; got {short(text)}")
     return found
 
 
@@ -161,7 +192,10 @@ def _named_example(model: nn.Module, inputs: list[tuple[str | None, Tensor]]) ->
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise SpecError(f"{type(model).__name__}.forward{signature} does not take these inputs: {error}") from None
+        raise SpecError(
+            f"the inputs must be those of {type(model).__name__}.forward, "
+            f"{short(str(signature), 200, quote=False)}: {short(error, 100)}"
+        ) from None
     return bound.args, bound.kwargs
 
 
@@ -169,18 +203,21 @@ def _torchvision(name: str, *, default: bool, seed: int) -> tuple[nn.Module, tup
     try:
         from torchvision import models
     except ImportError as error:
-        raise SpecError(f"torchvision:{name} needs torchvision ({error}); pip install torchsurgeon[vision]") from error
+        raise SpecError(
+            f"{short(f'torchvision:{name}')} needs torchvision ({error}); pip install 'torchsurgeon[vision]'"
+        ) from error
     known = models.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        raise SpecError(f"torchvision has no model {name!r}; near it: {', '.join(near) or ', '.join(known[:5])}")
+        hint = f"near it: {', '.join(near)}" if near else "torchvision.models.list_models() lists them"
+        raise SpecError(f"the model must be one of torchvision's; got {short(name)}; {hint}")
     builder = models.get_model_builder(name)
     options: dict[str, Any] = {"weights": "DEFAULT" if default else None}
     parameters = inspect.signature(builder).parameters
     if not default and "weights_backbone" in parameters:
         options["weights_backbone"] = None
     if not default and name in ("googlenet", "inception_v3"):
-        # Their own initialisation takes seconds and warns that it will change.
+        # Their own initialization takes seconds, and warns that it will change.
         options["init_weights"] = False
     if default:
         try:
@@ -188,8 +225,8 @@ def _torchvision(name: str, *, default: bool, seed: int) -> tuple[nn.Module, tup
                 model = builder(**options)
         except Exception as error:
             raise SpecError(
-                f"torchvision's weights of {name} cannot be had ({type(error).__name__}: {error}); they are downloaded "
-                "once and need internet: leave weights out for random ones, or give a file"
+                f"torchvision's weights of {name} were not loaded ({type(error).__name__}: {short(error)}). They are "
+                "downloaded once, which needs internet: leave weights out for random ones, or give a file"
             ) from error
     else:
         model = _seeded(lambda: builder(**options), seed)
@@ -204,7 +241,7 @@ def _torchvision_example(name: str, builder: Callable[..., nn.Module], model: nn
         preset = next(iter(models.get_model_weights(name))).transforms()
     except (ValueError, StopIteration):
         preset = None
-    # Without weights a vision transformer is built for another size than the weights listed first.
+    # Without weights a vision transformer is built for another size than its first weights are for.
     built_for = getattr(model, "image_size", None)
     size = built_for or (getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None) or [224])[-1]
     if family == "detection":
@@ -226,24 +263,50 @@ def _factory(
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise SpecError(f"module {module_name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise SpecError(
+            f"the module of a model SPEC must be importable, and {short(module_name, 100)} is not: "
+            f"{type(error).__name__}: {short(error, 200)}"
+        ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        near = difflib.get_close_matches(attribute, [name for name in dir(module) if not name.startswith("_")], n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise SpecError(f"module {module_name!r} has no factory {attribute!r}{hint}")
+        raise SpecError(
+            f"a factory must be a function that returns a model; {short(module_name, 100)} has no factory "
+            f"{short(attribute, 100)}{_factories_near(module, attribute)}"
+        )
     try:
         made = _seeded(factory, seed)
     except Exception as error:
-        raise SpecError(f"{module_name}:{attribute} failed: {type(error).__name__}: {error}") from error
+        raise SpecError(
+            f"the factory {short(f'{module_name}:{attribute}', 100)} raised {type(error).__name__}: {short(error, 200)}"
+        ) from error
     model, *example = made if isinstance(made, tuple) else (made,)
     if not isinstance(model, nn.Module) or len(example) > 1:
-        raise SpecError(f"{module_name}:{attribute} returned {type(made).__name__}; return Module or (Module, example)")
+        raise SpecError(
+            f"a factory must return a Module or (Module, example); {short(f'{module_name}:{attribute}')} returned "
+            f"{type(made).__name__}"
+        )
     if not example:
         return model, None
     if isinstance(example[0], dict):
         return model, ((), dict(example[0]))
     return model, (tuple(example[0]) if isinstance(example[0], list | tuple) else (example[0],), {})
+
+
+def _factories_near(module: ModuleType, name: str) -> str:
+    """Return the end of a message that lists the functions and classes that ``module`` defines, the nearest first."""
+    own = [
+        key
+        for key, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__ and not key.startswith("_")
+    ]
+    near = difflib.get_close_matches(name, own, n=3)
+    if near:
+        return f"; near it: {', '.join(near)}"
+    return f"; it defines {', '.join(own[:5])}{', …' if len(own) > 5 else ''}" if own else "; it defines no function"
+
+
+def _first_line(error: Exception) -> str:
+    return short((str(error).splitlines() or [""])[0], quote=False)
 
 
 def _seeded(make: Callable[[], Any], seed: int) -> Any:
@@ -256,13 +319,15 @@ def _safetensors(path: str) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise SpecError(f"{path} needs the safetensors package ({error}); pip install safetensors") from error
+        raise SpecError(
+            f"{short(Path(path))} needs the package safetensors ({error}); pip install safetensors"
+        ) from error
     return load_file(path)
 
 
 @contextmanager
 def _plain_tensors_only() -> Iterator[None]:
-    """torchvision reads its downloads with ``weights_only=False``; this makes torch read plain tensors all the same."""
+    """Make PyTorch load plain tensors only within the context, although torchvision asks for ``weights_only=False``."""
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     with _environment_lock:
         before = os.environ.get(variable)
