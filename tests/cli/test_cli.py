@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -204,7 +205,6 @@ def test_a_mistake_quotes_at_most_300_characters_of_an_argument(line: str, capsy
     assert sum(map(len, re.findall("x{20,}", capsys.readouterr().err))) <= 300
 
 
-@pytest.mark.filterwarnings("always::torchsurgeon.NoisyProfileWarning")
 def test_a_noisy_profile_advises_what_the_command_has(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,8 +214,9 @@ def test_a_noisy_profile_advises_what_the_command_has(
     assert "the middle half of 4 runs" in told
     assert "--repeats" in told
     assert "--cooldown" in told
-    with advising():
-        model, x = tiny()
+    model, x = tiny()
+    with warnings.catch_warnings(), advising():
+        warnings.simplefilter("always", ts.NoisyProfileWarning)
         ts.profile(ts.trace(model.eval(), x), repeats=4, meter=None)
     told = capsys.readouterr().err
     assert told.startswith("torchsurgeon: warning: the middle half of 4 runs")
