@@ -296,7 +296,7 @@ def test_fingerprints_tell_the_insides_of_whole_layers_apart() -> None:
 def test_fingerprints_are_the_same_in_every_process() -> None:
     program = (
         "import torch, torchvision.models as zoo\n"
-        "from torchsurgeon.tracing.graph import trace\n"
+        "from torchsurgeon.tracing.tracer import trace\n"
         "for name in ('resnet18', 'swin_t'):\n"
         "    print(trace(zoo.get_model(name).eval(), torch.zeros(2, 3, 64, 64)).fingerprint)\n"
     )

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 from collections.abc import Collection, Mapping
 
-from torchsurgeon.tracing.flow import Flow, Key, Value
+from torchsurgeon.tracing.flow import Flow, Value
+from torchsurgeon.tracing.step import Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Closure:
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
-        self._rank = {index: rank for rank, index in enumerate(flow.layers)}
-        self.prefixes_only = bool(flow._irregular)
-        self.constants = frozenset(rank for index, rank in self._rank.items() if flow._constant[index])
+        self._rank = flow.rank
+        self.prefixes_only = bool(flow.settled.overwritten_out_of_sight)
+        self.constants = frozenset(rank for index, rank in self._rank.items() if flow.constant[index])
         self._needs_of_step: list[frozenset[int]] = []
         for step in flow.steps:
             needs: set[int] = set()
-            for j in (*flow._uses[step.index], *step.after):
+            for j in (*flow.settled.uses[step.index], *step.after):
                 needs |= {self._rank[j]} if j in self._rank else self._needs_of_step[j]
             self._needs_of_step.append(frozenset(needs))
         found = [set(self._needs_of_step[index]) for index in flow.layers]
@@ -56,14 +57,15 @@ class Closure:
     def _overwritten(self) -> list[tuple[int, set[int]]]:
         """For each layer that overwrites a tensor, the layers that read it before: left to the other side, they would
         get it too late."""
-        flow = self._flow
+        settled = self._flow.settled
         readers: dict[int, list[int]] = {}
         found = []
-        for rank, index in enumerate(flow.layers):
-            earlier = {reader for storage in flow._shapes.overwrites[index] for reader in readers.get(storage, ())}
+        for rank, index in enumerate(self._flow.layers):
+            earlier = {reader for storage in settled.overwrites[index] for reader in readers.get(storage, ())}
             if earlier:
                 found.append((rank, earlier))
-            for storage in {flow._storage[key] for j in flow._uses[index] for key in flow._keys[j]}:
+            read = {settled.storages[key] for j in settled.uses[index] for key in settled.tensors[j]}
+            for storage in read:
                 readers.setdefault(storage, []).append(rank)
         return found
 
@@ -74,14 +76,14 @@ class Closure:
         for step, keys in self._readers:
             at = self._rank.get(step, end if flow.steps[step].kind == "output" else None)
             for key in keys:
-                if at is not None and flow._values[key].restore is None:
+                if at is not None and flow.by_key[key].restore is None:
                     readers.setdefault(key, set()).add(at)
         found = []
         for key, at_layers in sorted(readers.items()):
-            root = flow._views.get(key)
-            view_of = None if root is None else flow._values[root].name
+            root = flow.views.get(key)
+            view_of = None if root is None else flow.by_key[root].name
             producer = self._rank.get(key[0], -1)
-            found.append(Carried(flow._values[key].name, producer, tuple(sorted(at_layers)), view_of))
+            found.append(Carried(flow.by_key[key].name, producer, tuple(sorted(at_layers)), view_of))
         return found
 
     def crossing(self, layers: Collection[int], sizes: Mapping[str, int]) -> list[Value] | None:
@@ -99,15 +101,15 @@ class Closure:
             return flow.steps[step].kind != "output" and inside.issuperset(self._needs_of_step[step])
 
         crossing = {key for step, keys in self._readers if not runs_here(step) for key in keys if runs_here(key[0])}
-        return [flow._values[key] for key in sorted(flow._lighten(sorted(crossing), sizes))]
+        return [flow.by_key[key] for key in sorted(flow.lighten(sorted(crossing), sizes))]
 
     @functools.cached_property
     def _readers(self) -> list[tuple[int, list[Key]]]:
         """The steps that read values which may cross, with those values."""
         flow = self._flow
         return [
-            (step.index, flow._crossing_in(step))
+            (step.index, flow.crossing_into(step))
             for step in flow.steps
-            if flow._live[step.index]
-            and (step.index in self._rank or step.kind == "output" or (step.index, ()) in flow._values)
+            if flow.settled.live[step.index]
+            and (step.index in self._rank or step.kind == "output" or (step.index, ()) in flow.by_key)
         ]
