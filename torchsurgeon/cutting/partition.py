@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsurgeon.cutting.reach import overwrites, reach, torn
 from torchsurgeon.cutting.segment import Feed, Pick, Segment
 from torchsurgeon.errors import PartitionError
 from torchsurgeon.tracing.flow import Value
@@ -140,7 +141,7 @@ def _segment(
     graph: LayerGraph, given: Sequence[Value], picks: Sequence[Pick] | None, all_of_it: bool = False
 ) -> Segment:
     wanted = None if picks is None or all_of_it else [(pick.step, pick.path) for pick in picks]
-    included, missing = graph.flow.reach(given, wanted)
+    included, missing = reach(graph.flow, given, wanted)
     if all_of_it and picks is not None:
         included.remove(graph.steps[-1].index)
     if missing:
@@ -148,13 +149,13 @@ def _segment(
             f"the tensors {', '.join(v.name for v in given) or '(none)'} do not determine the output: it also depends "
             f"on the model's inputs {', '.join(sorted(missing))} along paths they do not cut"
         )
-    torn = graph.flow.torn(given, included)
-    if torn:
+    apart = torn(graph.flow, given, included)
+    if apart:
         raise PartitionError(
-            f"the tensors {', '.join(torn)} share memory that is overwritten later through another of its names; given "
-            "apart from each other they do not determine the output. Use the tensors of one of the graph's points"
+            f"the tensors {', '.join(apart)} share memory that is overwritten later through another of its names; "
+            "given apart from each other they do not determine the output. Use the tensors of one of the graph's points"
         )
     feeds = [
-        Feed(v.step, v.path, v.restore or graph.layouts.get(v.name), graph.flow.overwrites(included, v)) for v in given
+        Feed(v.step, v.path, v.restore or graph.layouts.get(v.name), overwrites(graph.flow, included, v)) for v in given
     ]
     return Segment(graph.steps, graph.calls, included, feeds, picks, graph.model)
