@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import TraceError
-from torchsurgeon.tracing.step import Ref, Step, number_to_tensor, restorer, unique
+from torchsurgeon.tracing.step import Ref, Step, restorer, unique
 from torchsurgeon.tracing.structure import Path, Structure, flatten, leaf_name
 
 
@@ -141,12 +141,6 @@ class Output:
         """Return the model's result from tensors, numbers among the leaves included."""
         pairs = zip(self.paths, tensors, strict=True)
         return self(*(self.restore[path](t) if path in self.restore else t for path, t in pairs))
-
-    def tensors(self, result: Any) -> dict[str, torch.Tensor]:
-        """Return the traced leaves of a model's result by name, numbers as tensors."""
-        leaves = dict(flatten(result)[0])
-        found = {name: leaves[path] for name, path in zip(self.names, self.paths, strict=True)}
-        return {name: v if isinstance(v, torch.Tensor) else number_to_tensor(v) for name, v in found.items()}
 
 
 def settle_output(steps: list[Step], values: Sequence[Any], device: torch.device) -> bool:

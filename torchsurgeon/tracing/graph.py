@@ -165,10 +165,6 @@ class LayerGraph:
         """Return where in the program the tensor ``name`` comes to be."""
         return self._values[name]
 
-    def flatten_output(self, output: Any) -> dict[str, torch.Tensor]:
-        """Return the tensors of a model's result, named as in ``outputs``."""
-        return self.steps[-1].target.tensors(output)  # type: ignore[no-any-return]
-
     def unflatten_output(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Return the model's result, in its own structure, from the tensors named as in ``outputs``."""
         target = self.steps[-1].target

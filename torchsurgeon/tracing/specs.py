@@ -45,13 +45,6 @@ class TensorSpec:
         """Bytes of the tensor in the traced example."""
         return self.dtype.itemsize * math.prod(self.shape)
 
-    def size_bytes_at(self, batch: int) -> int:
-        """Bytes of the tensor for a batch of ``batch`` samples."""
-        size = self.dtype.itemsize
-        for dim in self.at_batch(batch):
-            size *= dim
-        return size
-
     def __str__(self) -> str:
         dims = "×".join(
             "N" if s == 1 else f"{s}N" if s else str(n) for n, s in zip(self.shape, self.batch_step, strict=True)
