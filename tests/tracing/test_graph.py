@@ -356,7 +356,7 @@ def test_an_example_that_does_not_fit_is_refused() -> None:
         trace(made)
     with pytest.raises(TraceError, match="holds no tensor"):
         trace(made, 3)
-    with pytest.raises(TraceError, match=r"layer 'features.0' cannot run on the example.*3 channels"):
+    with pytest.raises(TraceError, match=r"layer 'features.0' failed on the example.*3 channels"):
         trace(made, torch.randn(1, 5, 64, 64))
 
 

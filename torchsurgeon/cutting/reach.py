@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torchsurgeon.tracing.flow import Flow, Value
+from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.step import Key
 from torchsurgeon.tracing.structure import Path
 
 
-def reach(flow: Flow, given: Iterable[Value], wanted: Iterable[Key] | None) -> tuple[list[int], list[str]]:
+def reach(flow: DataFlow, given: Iterable[Value], wanted: Iterable[Key] | None) -> tuple[list[int], list[str]]:
     """Find the steps that turn ``given`` into ``wanted``.
 
     Args:
@@ -59,7 +59,7 @@ def reach(flow: Flow, given: Iterable[Value], wanted: Iterable[Key] | None) -> t
     return included[::-1], missing
 
 
-def _leaves(flow: Flow, i: int) -> list[Key]:
+def _leaves(flow: DataFlow, i: int) -> list[Key]:
     """Return what has to be known of a step's value for the step not to run; nothing for a constant, which runs."""
     if i in flow.selected:
         root, path = flow.selected[i]
@@ -75,13 +75,13 @@ def _under(path: Path, keys: Iterable[Key]) -> list[Key]:
     return [key for key in keys if key[1][: len(path)] == path]
 
 
-def overwrites(flow: Flow, steps: Iterable[int], value: Value) -> bool:
+def overwrites(flow: DataFlow, steps: Iterable[int], value: Value) -> bool:
     """Return whether any of ``steps`` overwrites the memory of ``value``."""
     storage = flow.settled.storages.get((value.step, value.path))
     return any(storage in flow.settled.overwrites[i] for i in steps)
 
 
-def torn(flow: Flow, given: Iterable[Value], included: Iterable[int]) -> list[str]:
+def torn(flow: DataFlow, given: Iterable[Value], included: Iterable[int]) -> list[str]:
     """Return which given tensors would come apart from memory they share in the whole model.
 
     In the whole model a step overwrites the memory through one name, and another step reads it through a second. Given

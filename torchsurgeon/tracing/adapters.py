@@ -1,8 +1,11 @@
 """Traceable forms of models whose own forward torch.fx cannot follow, by model class; users can add theirs.
 
-An adapter is a function in place of the model class's ``forward``. It calls the same submodules, so names and answers
-stay the model's own; what depends on values goes through :func:`opaque`, which makes one layer of a function.
-Adapters here: torchvision's detectors, so that the cut can lie inside backbone, feature pyramid and heads.
+An adapter is a function that is traced in place of the model class's ``forward``. It calls the same submodules, so the
+names of layers and the answers stay the model's own. What depends on values goes through :func:`opaque`, which makes
+one layer of a function.
+
+This file has adapters for torchvision's detectors, so that a cut can lie inside backbone, feature pyramid and heads,
+and for ``torch.nn``'s transformers, so that it can lie between their layers.
 """
 
 from __future__ import annotations
@@ -23,8 +26,13 @@ from torchsurgeon.tracing.structure import flatten
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """``forward`` replaces the model's own while tracing; ``whole`` names the submodules to keep as one layer, with
-    why. ``applies`` says of a call's arguments whether ``forward`` can stand in; without it, always."""
+    """How to trace models of one class.
+
+    Attributes:
+        forward: what is traced in place of the model's own ``forward``; it takes the model and the same arguments.
+        whole: the submodules to keep as one layer each, by path, and why.
+        applies: takes a call's arguments and returns whether ``forward`` can stand in; None means always.
+    """
 
     forward: Callable[..., Any]
     whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -35,16 +43,19 @@ _ADAPTERS: dict[str, Adapter] = {}
 
 
 def register_adapter(model_class: type[nn.Module] | str, adapter: Adapter) -> None:
-    """Trace models of this class (or of a subclass that keeps its forward) by ``adapter``, also inside other models.
+    """Trace models of this class by ``adapter``, on their own and inside other models.
 
-    A class given by its qualified name (``"package.module.Class"``) need not be imported.
+    Args:
+        model_class: the class, or its qualified name (``"package.module.Class"``), so that it need not be imported. A
+            subclass that does not define its own ``forward`` is traced by the adapter, too.
+        adapter: how to trace it.
     """
     name = model_class if isinstance(model_class, str) else _qualified(model_class)
     _ADAPTERS[name] = adapter
 
 
 def adapter_for(model: nn.Module) -> Adapter | None:
-    """Return the adapter of a module's class, or None."""
+    """Return the adapter for a module; None where there is none."""
     for base in type(model).__mro__:
         if _qualified(base) in _ADAPTERS:
             return _ADAPTERS[_qualified(base)]
@@ -58,14 +69,20 @@ def _qualified(kind: type) -> str:
 
 
 def opaque(function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function``; while tracing, record the call as one layer instead of following it."""
+    """Call a function; while tracing, record the call as one layer instead of following it.
+
+    Args:
+        function: what is called; its name is the layer's. A ``shape_rule`` attribute takes the same arguments with
+            meta tensors and returns an :class:`~torchsurgeon.tracing.shape_rules.Outcome`.
+        *args: its arguments.
+    """
     for _, leaf in flatten(list(args))[0]:
         if isinstance(leaf, fx.Proxy):
             return leaf.tracer.create_proxy("call_function", function, args, {})
     return function(*args)
 
 
-# --- torch.nn's transformers, which fx would keep as one layer: their own layers are what one cuts between ---
+# --- torch.nn's transformers, which torch.fx would keep as one layer; a cut should lie between the layers inside ---
 
 
 def _is_causal(mask: torch.Tensor | None, given: bool | None, length: int) -> bool:
@@ -146,7 +163,7 @@ _VALUES = "what it keeps depends on the values of its tensors"
 
 
 class _Given:
-    """Stands for a submodule whose result is already known; everything else is the submodule's own."""
+    """Stands for a submodule whose result is already known; its attributes are the submodule's own."""
 
     def __init__(self, module: nn.Module, result: Any) -> None:
         self._module, self._result = module, result
@@ -159,7 +176,7 @@ class _Given:
 
 
 class _Resumed:
-    """A model whose named submodules have run: calling its forward does the rest."""
+    """Stands for a model some of whose submodules have run: its class's forward on it does the rest."""
 
     def __init__(self, model: nn.Module, results: Mapping[str, Any]) -> None:
         self._model, self._results = model, results
@@ -170,15 +187,15 @@ class _Resumed:
 
 
 class _Outline:
-    """Stands for a batch of images where only shapes are asked for, so that no picture has to cross for them."""
+    """Stands for a batch of images where only their sizes are read, so that the images need not cross for these."""
 
     def __init__(self, shape: torch.Size, image_sizes: list[tuple[int, int]]) -> None:
         self.tensors = SimpleNamespace(shape=shape)
         self.image_sizes = image_sizes
 
 
-class _Rest:
-    """The detector's own forward after the given submodules: from their results to boxes in the images' coordinates."""
+class _Postprocess:
+    """What a detector's own forward does after its last submodule: it turns results into boxes on the images."""
 
     __name__ = "postprocess"
 
@@ -190,7 +207,7 @@ class _Rest:
     ) -> Any:
         images = [torch.empty((3, *size), device=META) for size in sizes]
         like = next(leaf for _, leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor))
-        # Of the feature maps, too, only shapes, dtype and device are asked for.
+        # Of the feature maps, too, only shapes, dtype and device are read.
         features = OrderedDict((key, like.new_empty(1).expand(shape)) for key, shape in levels.items())
         results = {"transform": (outline, None), "backbone": features, "rpn": ([], {}), self._last: result}
         return type(self._model).forward(_Resumed(self._model, results), images)
@@ -226,7 +243,7 @@ def _two_stage(self: Any, images: list[torch.Tensor], targets: None = None) -> A
     features = _as_levels(self.backbone(batch.tensors))
     proposals = self.rpn(outline, features, None)[0]
     detections = self.roi_heads(features, proposals, batch.image_sizes, None)
-    return opaque(_Rest(self, "roi_heads"), sizes, outline, {}, detections)
+    return opaque(_Postprocess(self, "roi_heads"), sizes, outline, {}, detections)
 
 
 def _one_stage(self: Any, images: list[torch.Tensor], targets: None = None) -> Any:
@@ -236,7 +253,7 @@ def _one_stage(self: Any, images: list[torch.Tensor], targets: None = None) -> A
     features = _as_levels(self.backbone(batch.tensors))
     heads = self.head(list(features.values()))
     levels = {key: feature.shape for key, feature in features.items()}
-    return opaque(_Rest(self, "head"), sizes, outline, levels, heads)
+    return opaque(_Postprocess(self, "head"), sizes, outline, levels, heads)
 
 
 _TRANSFORM = {"transform": "it loops over images of different sizes"}

@@ -1,4 +1,8 @@
-"""How a model is called and what it returns: named tensors in, named tensors out, everything else fixed."""
+"""How a model is called and what it returns: named tensors in, named tensors out, everything else fixed.
+
+A model may take flags beside tensors, and return tensors inside dicts or objects. Only the tensors travel, by name; all
+else keeps the value it has in the traced example.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.errors import TraceError
+from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.step import Ref, Step, restorer, unique
 from torchsurgeon.tracing.structure import Path, Structure, flatten, leaf_name
 
@@ -19,8 +23,15 @@ from torchsurgeon.tracing.structure import Path, Structure, flatten, leaf_name
 class Call:
     """How a model is called: its signature, bound to an example.
 
-    ``names`` lists the tensor leaves among the arguments, named after ``forward``'s parameters (``x``, ``images.0``);
-    everything else in the example (flags, ``None``, numbers) is fixed at its example value.
+    Attributes:
+        names: the tensors among the arguments, named after ``forward``'s parameters (``x``, ``images.0``).
+        paths: where each of them lies in the arguments.
+        fixed: by path, every other leaf of the example (flags, ``None``, numbers); a call must repeat it.
+        structure: how the arguments are nested.
+        signature: that of the model's ``forward``, without ``self``.
+
+    Raises:
+        TraceError: the example does not fit ``forward``, or holds no tensor.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -28,13 +39,14 @@ class Call:
         parameters = list(self.signature.parameters.values())[1:]
         self.signature = self.signature.replace(parameters=parameters)
         try:
-            # Decorated forwards mind whether a default was left out or passed: it is left out again in ``rebuild``.
+            # A decorated forward may tell an argument that was left out from one that was passed as its default, so
+            # ``rebuild`` leaves out what the example left out.
             self._left_out = set(self.signature.parameters) - set(self.signature.bind(*args, **kwargs).arguments)
             self._positional = set(list(self.signature.parameters)[: len(args)])
             arguments = self._bind(args, kwargs)
         except TypeError as error:
             raise TraceError(
-                f"the example does not fit {type(model).__name__}.forward{self.signature}: {error}"
+                f"the example does not fit {type(model).__name__}.forward{self.signature}: {short(error)}"
             ) from None
         leaves, self.structure = flatten(arguments)
         self.names = [path_name(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -60,7 +72,13 @@ class Call:
         return arguments
 
     def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Return a call's tensors in the order of ``names``. Raises ``TypeError`` for a call unlike the example."""
+        """Return a call's tensors in the order of ``names``.
+
+        Raises:
+            TypeError: the arguments are nested differently from the example's, differ in what is fixed, or hold
+                something else where the example has a tensor.
+        """
+        # The common case first: tensors only, by position. It needs no look at how the arguments are nested.
         if self._plain and not kwargs and len(args) == self._count and all(type(a) is torch.Tensor for a in args):
             return list(args)
         leaves, structure = flatten(self._bind(args, kwargs))
@@ -72,17 +90,23 @@ class Call:
         for path, leaf in leaves:
             if path in self.fixed and leaf is not self.fixed[path] and leaf != self.fixed[path]:
                 raise TypeError(
-                    f"argument {path_name(path)!r} is {leaf!r}, but the model was traced with {self.fixed[path]!r}; "
-                    "trace it again with the value you need"
+                    f"argument {short(path_name(path), 100)} is {short(leaf, 80)}, but the model was traced with "
+                    f"{short(self.fixed[path], 80)}; trace it again with the value you need"
                 )
         tensors = [leaf for path, leaf in leaves if path not in self.fixed]
         for name, leaf in zip(self.names, tensors, strict=True):
             if not isinstance(leaf, torch.Tensor):
-                raise TypeError(f"argument {name!r} must be a tensor as in the example, not {type(leaf).__name__}")
+                raise TypeError(
+                    f"argument {short(name, 100)} must be a tensor as in the example; got {type(leaf).__name__}"
+                )
         return tensors
 
     def rebuild(self, values: Mapping[Path, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Return ``(args, kwargs)`` with ``values`` in the tensors' places."""
+        """Return the arguments of a call, as ``(args, kwargs)``.
+
+        Args:
+            values: by path, what stands in the place of each tensor: a tensor, or a tracer's stand-in for it.
+        """
         arguments = self.structure.rebuild(self.fixed | dict(values))
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
@@ -100,8 +124,11 @@ class Call:
 
 
 def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments that an example stands for: a tuple of positional ones, a dict of keyword ones, or else the
-    only one."""
+    """Return the arguments that an example stands for, as ``(args, kwargs)``.
+
+    Args:
+        example: a tuple of positional arguments, a dict of keyword arguments, or else the only argument.
+    """
     if isinstance(example, tuple):
         return example, {}
     if isinstance(example, dict):
@@ -116,10 +143,13 @@ def path_name(path: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """The form of a model's result: which leaves are traced, in order, and what the rest always is.
+    """The form of a model's result: which leaves are computed, in order, and what the others always are.
 
-    ``restore`` holds, for each traced leaf that is a plain number, what makes it one again out of the tensor it travels
-    as.
+    Attributes:
+        structure: how the result is nested.
+        paths: where the computed leaves (tensors and numbers) lie in it.
+        fixed: by path, the leaves that are the same in every call.
+        restore: for each computed leaf that is a number, what makes it one again from the tensor it travels as.
     """
 
     structure: Structure
@@ -129,7 +159,7 @@ class Output:
 
     @property
     def names(self) -> list[str]:
-        """``output`` for one tensor; ``out``, ``logits``, ``past.0`` by key; ``output.0`` for plain sequences."""
+        """The leaves' names: ``output`` for one tensor; ``out``, ``past.0`` by key; ``output.0`` for sequences."""
         by_key = all(path and not path[0].isdigit() for path in self.paths)
         return [path_name(path) if by_key else leaf_name("output", path) for path in self.paths]
 
@@ -138,7 +168,7 @@ class Output:
         return self.structure.rebuild({**self.fixed, **dict(zip(self.paths, leaves, strict=True))})
 
     def build(self, *tensors: torch.Tensor) -> Any:
-        """Return the model's result from tensors, numbers among the leaves included."""
+        """Return the model's result from its tensors; those that carry numbers become numbers again."""
         pairs = zip(self.paths, tensors, strict=True)
         return self(*(self.restore[path](t) if path in self.restore else t for path, t in pairs))
 
@@ -146,9 +176,16 @@ class Output:
 def settle_output(steps: list[Step], values: Sequence[Any], device: torch.device) -> bool:
     """Make each leaf of the model's result one tensor or number, now that the steps' values are known.
 
-    A layer's tuple that is returned as it came is taken apart, by steps that are inserted; the result is whether that
-    was done. What is neither tensor nor number (a dtype, a device) is fixed at its example value; ``device`` is where
-    the example is.
+    Where the model returns a layer's tuple as it is, getitem steps are inserted that take its leaves. A leaf that is
+    neither tensor nor number (a dtype, a device) is fixed at its example value.
+
+    Args:
+        steps: the traced program; its last step is replaced.
+        values: what each step gave for the example.
+        device: where the example is, which stands in for the meta device.
+
+    Returns:
+        Whether any steps were inserted.
     """
     last = steps.pop()
     output: Output = last.target
@@ -177,6 +214,7 @@ def settle_output(steps: list[Step], values: Sequence[Any], device: torch.device
 
 
 def _select(steps: list[Step], ref: Ref, structure: Structure, path: Path) -> Ref:
+    """Append the steps that take the leaf at ``path`` out of a step's value, and return a reference to the last."""
     for key in path:
         place = [str(k) for k in structure.keys].index(key)
         by_name = structure.is_by_attribute

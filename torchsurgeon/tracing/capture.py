@@ -1,15 +1,18 @@
-"""From a model to its steps, by whichever way works: torch.fx, then torch.export, then torch.fx around what it cannot
-follow."""
+"""From a model to its steps, by the first way that works.
+
+torch.fx is tried first, then torch.export, then torch.fx with the modules it cannot follow kept whole.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from torchsurgeon.errors import TraceError
+from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture_export import Guard, capture_export
@@ -19,11 +22,14 @@ from torchsurgeon.tracing.step import Step
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
-    """A model's steps, inputs first and output last, and how they were found.
+    """A model's steps and how they were found.
 
-    ``traced_by`` is ``"fx"``, ``"export"`` or ``"hierarchical"``; ``opaque`` says of each module that stays one layer,
-    by path, why; ``guard`` raises ``TypeError`` for input tensors whose sizes would take another path through the
-    model.
+    Attributes:
+        steps: the program, inputs first and output last.
+        traced_by: ``"fx"``, ``"export"`` or ``"hierarchical"`` (fx around modules that it cannot follow).
+        opaque: by path, each module that stays one layer, and why.
+        guard: raises ``TypeError`` for input tensors whose sizes would take another path through the model's source;
+            None where sizes decide nothing.
     """
 
     steps: list[Step]
@@ -35,10 +41,17 @@ class Captured:
 def capture(
     model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], leaf_modules: Collection[str | type[nn.Module]] = ()
 ) -> Captured:
-    """Return the model's steps. ``tensors`` are the example's.
+    """Find the model's steps.
 
-    ``leaf_modules`` (paths or classes) stay whole, which needs torch.fx. Raises
-    :class:`~torchsurgeon.errors.TraceError` naming the line that cannot be followed, and what to try.
+    Args:
+        model: the model, in eval mode.
+        call: how it is called.
+        tensors: the example's tensors, in the order of ``call.names``.
+        leaf_modules: modules to keep whole, by path or class. Only torch.fx can do that, so with any of these
+            torch.export is not tried.
+
+    Raises:
+        TraceError: none of the ways can follow the model; the message names the line and what to try.
     """
     adapter = adapter_for(model)
     if adapter is None or not _applies(adapter, call, tensors):
@@ -56,6 +69,7 @@ def capture(
             return Captured(steps, "export", {}, guard)
         except TraceError as error:
             reason = str(error)
+    # Each round keeps one more module whole: the innermost one that torch.fx failed in.
     while unfollowed.module_path and unfollowed.module_path not in opaque:
         opaque[unfollowed.module_path] = unfollowed.line
         try:
@@ -67,6 +81,7 @@ def capture(
 
 
 def _applies(adapter: Adapter, call: Call, tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether the adapter can stand in for the model's forward in this call."""
     if adapter.applies is None:
         return True
     args, kwargs = call.rebuild(dict(zip(call.paths, tensors, strict=True)))
@@ -74,11 +89,15 @@ def _applies(adapter: Adapter, call: Call, tensors: Sequence[torch.Tensor]) -> b
 
 
 def _chosen(model: nn.Module, leaf_modules: Collection[str | type[nn.Module]]) -> dict[str, str]:
-    """Paths of the modules the caller wants whole. Raises TraceError for a name the model does not have."""
+    """Return the paths of the modules that the caller wants whole, with the reason that the user reads."""
     modules = dict(model.named_modules())
     for leaf in leaf_modules:
         if isinstance(leaf, str) and leaf not in modules:
-            raise TraceError(f"leaf_modules names {leaf!r}, which is not a module of {type(model).__name__}")
+            near = difflib.get_close_matches(leaf[:200], modules, n=3)
+            hint = f"near it: {', '.join(near)}" if near else "model.named_modules() lists them"
+            raise TraceError(
+                f"leaf_modules names {short(leaf)}, which is not a module of {type(model).__name__}; {hint}"
+            )
     types = tuple(leaf for leaf in leaf_modules if isinstance(leaf, type))
     named = {path for path, module in modules.items() if path in leaf_modules or (types and isinstance(module, types))}
     return dict.fromkeys(sorted(named), "leaf_modules asks for it")

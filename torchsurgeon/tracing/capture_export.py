@@ -1,8 +1,8 @@
 """From a model to its steps, by torch.export, for models whose Python torch.fx cannot follow.
 
-The steps are ATen operators. A layer that is one operator of one ``torch.nn`` module carries that module's path;
-others the path of the module that calls them and the operator's name. Branches that depend on sizes are decided by
-the example; what was assumed of the sizes is kept as a guard and checked at every call.
+The steps are ATen operators. A layer that is one operator of one ``torch.nn`` module is named by that module's path;
+any other by the path of the module that calls it and the operator's name. Export decides branches that depend on sizes
+by the example's sizes. What it assumed of them becomes a guard, which is checked at every call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from torchsurgeon.errors import TraceError
+from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.call import Call, Output, path_name
 from torchsurgeon.tracing.capture_fx import TRACING
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, plain, unique
@@ -37,23 +37,33 @@ _CHECKS = (
     "sym_constrain_range_for_size",
 )
 
-# ``x[:]`` along a dimension; which of them export leaves out differs.
+# Start and end of ``x[:]``. Only some versions of PyTorch keep it, so it is left out: fingerprints must be the same.
 _EVERYTHING = (0, 2**63 - 1)
 
 Guard = Callable[[Sequence[torch.Tensor]], None]
 
 
 def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[list[Step], Guard]:
-    """Return the model's steps, inputs first and output last, and a function that raises ``TypeError`` for tensors
-    whose sizes would have taken another path through the model's source than the example.
+    """Follow the model with torch.export.
 
-    Raises :class:`~torchsurgeon.errors.TraceError` with torch.export's reason.
+    Args:
+        model: the model, in eval mode.
+        call: how it is called.
+        tensors: the example's tensors, in the order of ``call.names``.
+
+    Returns:
+        The model's steps, inputs first and output last, and a guard, which raises ``TypeError`` for tensors whose
+        sizes would have taken another path through the model's source than the example's.
+
+    Raises:
+        TraceError: torch.export cannot follow the model; the message holds its reason.
     """
     steps, guard = _exported(model, call, tensors)
     many = _with_batch(tensors, 1024)
     if many is None or _passes(guard, many):
         return steps, guard
-    # A batch of one takes paths of its own through broadcasting. Where those of two are the same steps, both are known.
+    # A batch of one may take a path of its own, by broadcasting. Where a batch of two gives the same steps, they hold
+    # for both, and sizes that either guard lets through are allowed.
     try:
         same, guard_of_two = _exported(model, call, _with_batch(tensors, 2) or tensors)
     except TraceError:
@@ -62,7 +72,10 @@ def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]
 
 
 def _with_batch(tensors: Sequence[torch.Tensor], batch: int) -> Sequence[torch.Tensor] | None:
-    """A batch of one repeated, or None for other batches; what was one tensor given twice is so again."""
+    """Return the example's one sample repeated ``batch`` times; None where the example holds another number.
+
+    A tensor that was given as two arguments is one tensor again.
+    """
     if any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
         return None
     repeated = {id(t): t.to("meta").expand(batch, *t.shape[1:]) if batch > 2 else torch.cat([t, t]) for t in tensors}
@@ -78,6 +91,8 @@ def _passes(guard: Guard, tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _either(first: Guard, second: Guard) -> Guard:
+    """Return a guard that lets through what either guard does; its error is that of the first."""
+
     def guard(tensors: Sequence[torch.Tensor]) -> None:
         if not _passes(second, tensors):
             first(tensors)
@@ -86,6 +101,8 @@ def _either(first: Guard, second: Guard) -> Guard:
 
 
 def _alike(steps: Sequence[Step], others: Sequence[Step]) -> bool:
+    """Return whether two programs compute the same."""
+
     def same(a: Step, b: Step) -> bool:
         if isinstance(a.target, Constant) and isinstance(b.target, Constant):
             return a.target.tensor.shape == b.target.tensor.shape and torch.equal(a.target.tensor, b.target.tensor)
@@ -125,7 +142,8 @@ def _exported(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    # Whatever export has to say about a failure is in its error, and another way may follow. It prints half a graph.
+    # Export logs warnings and prints half a graph when it fails. The reason is in its error, and another way to follow
+    # the model may still work.
     chatty, printing = logging.getLogger("torch.fx.experimental.symbolic_shapes"), import_module("torch.export._trace")
     before, chatty.disabled = chatty.disabled, True
     printing.__dict__["print"] = lambda *_, **__: None
@@ -140,20 +158,26 @@ def _quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fused_as_in_eager() -> Iterator[None]:
-    """Let attention and encoder layers take their fused kernels, as they do when the model runs: what they do instead
-    while traced gives other bits."""
-    # Other threads may run models meanwhile.
-    here, encoder, overridden = threading.get_ident(), nn.TransformerEncoder.forward, torch.overrides.has_torch_function
+    """Let attention and encoder layers take their fused kernels, as they do when the model runs.
+
+    While they are traced they would take other kernels, whose answers differ in the last bits.
+    """
+    # These are patches of PyTorch itself, so other threads, which may run models meanwhile, get the original.
+    own_thread, encoder = threading.get_ident(), nn.TransformerEncoder.forward
+    overridden = torch.overrides.has_torch_function
 
     @functools.wraps(encoder)
     def forward(self: nn.TransformerEncoder, *args: Any, **kwargs: Any) -> Any:
         padding = args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")
-        if padding is not None and self.use_nested_tensor and threading.get_ident() == here:
-            raise TraceError("nn.TransformerEncoder packs padded sequences by the values of their mask")
+        if padding is not None and self.use_nested_tensor and threading.get_ident() == own_thread:
+            raise TraceError(
+                "nn.TransformerEncoder packs padded sequences by the values of their mask, which no trace can follow; "
+                "create it with enable_nested_tensor=False"
+            )
         return encoder(self, *args, **kwargs)
 
     replaced = [
-        (torch.overrides, "has_torch_function", lambda t: threading.get_ident() != here and overridden(t)),
+        (torch.overrides, "has_torch_function", lambda t: threading.get_ident() != own_thread and overridden(t)),
         (nn.modules.activation, "_is_make_fx_tracing", lambda: False),
         (nn.TransformerEncoder, "forward", forward),
     ]
@@ -167,7 +191,10 @@ def _fused_as_in_eager() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _returning_leaves(model: nn.Module) -> Iterator[list[Output]]:
-    """Make the model return the traceable leaves of its result, and note its form: export knows only some classes."""
+    """Make the model return the computed leaves of its result as a tuple, and yield a list that gets the result's form.
+
+    Export refuses results of classes that it does not know.
+    """
     results: list[Output] = []
     original = model.forward
 
@@ -192,15 +219,21 @@ def _returning_leaves(model: nn.Module) -> Iterator[list[Output]]:
 
 
 def _any_size() -> contextlib.AbstractContextManager[Any]:
-    """Without this, export assumes that no free size is 0 or 1, unsaid in its guards: wrong for a batch of one."""
+    """Let free sizes be 0 and 1.
+
+    Export otherwise assumes that they are neither, and its guards do not say so: wrong for a batch of one.
+    """
     from torch.fx.experimental import _config
 
     if hasattr(_config, "backed_size_oblivious"):
         return _config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return, attr-defined]
-    raise TraceError("this PyTorch cannot export with sizes of one left free; use torch 2.10 or newer")
+    raise TraceError(
+        f"torch.export of PyTorch {torch.__version__} does not leave sizes of one free; use torch 2.10 or newer"
+    )
 
 
 def _guard(root: fx.GraphModule, call: Call) -> Guard:
+    """Return the guard of an exported program, which also holds for sizes that export took as constants."""
     check = getattr(root, "_guards_fn", None)
     leaves = [leaf.path for leaf in _inputs(call, root)]
     nodes = [node for node in root.graph.nodes if node.op == "placeholder"]
@@ -213,16 +246,16 @@ def _guard(root: fx.GraphModule, call: Call) -> Guard:
             shape = given[path].shape
             for dim, size in enumerate(needed):
                 if type(size) is int and shape[dim : dim + 1] != (size,):
-                    wrong = f"{path_name(path)} is {list(shape)}, size {size} of dimension {dim} is built in"
+                    wrong = f"dimension {dim} of {short(path_name(path), 100)} must be {size}; got shape {list(shape)}"
         try:
             if not wrong and check is not None:
                 check(*(given[path] for path in leaves))
         except AssertionError as error:
-            wrong = str(error)
+            wrong = short(error)
         if wrong:
             raise TypeError(
                 f"with tensors of these sizes the model takes another path than with the example it was traced with "
-                f"({wrong}); trace it again with an example of such sizes"
+                f"({wrong}); trace it again with an example of these sizes"
             )
 
     return guard
@@ -238,7 +271,7 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -
     position: dict[fx.Node, Any] = {}
     taken: set[str] = set()
     inputs = iter(_inputs(call, root))
-    here: Ref | None = None
+    device_step: Ref | None = None
 
     def add(kind: str, name: str, target: Any, args: Any = (), kwargs: Any = None, path: str = "") -> Ref:
         taken.add(name)
@@ -267,8 +300,9 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -
             position[node] = args[0]
         else:
             if device in kwargs.values():
-                here = here or add("call", unique("device", taken), ModelDevice(model))
-                kwargs = {k: here if v == device else v for k, v in kwargs.items()}
+                # Export fixes the device the model is on; the other side may run on another one.
+                device_step = device_step or add("call", unique("device", taken), ModelDevice(model))
+                kwargs = {k: device_step if v == device else v for k, v in kwargs.items()}
             path, name = _name(model, node)
             position[node] = add("call", unique(name, taken), node.target, args, kwargs, path)
     return steps
@@ -280,17 +314,20 @@ class _Leaf:
 
 
 def _inputs(call: Call, root: fx.GraphModule) -> list[_Leaf]:
-    """The leaves that torch.export makes placeholders of: every leaf of the call, constants included, in its order."""
+    """Return the leaves that torch.export makes placeholders of: every leaf of the call, constants too, in order."""
     args, kwargs = call.rebuild({path: _Leaf(path) for path in (*call.paths, *call.fixed)})
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
     count = sum(node.op == "placeholder" for node in root.graph.nodes)
     if count != len(leaves):
-        raise TraceError(f"torch.export made {count} inputs of a call with {len(leaves)}; this call cannot be traced")
+        raise TraceError(
+            f"torch.export must make one input of each of the call's {len(leaves)} leaves; it made {count}. Pass the "
+            "tensors as separate arguments"
+        )
     return leaves
 
 
 def _settled(result: Output, leaves: Sequence[Any]) -> tuple[Output, tuple[Ref, ...]]:
-    """The result's form with what export found to be constant fixed, and the steps its leaves come from."""
+    """Return the result's form, with the leaves that export found constant fixed, and the steps of the others."""
     pairs = list(zip(result.paths, leaves, strict=True))
     constant = {path: leaf for path, leaf in pairs if not isinstance(leaf, Ref)}
     paths = tuple(path for path in result.paths if path not in constant)
@@ -304,6 +341,7 @@ def _is_check(node: fx.Node) -> bool:
 
 
 def _name(model: nn.Module, node: fx.Node) -> tuple[str, str]:
+    """Return the path of the module that calls an operator, and the name of the layer."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0].partition("@")[0] if stack else ""
     name = (

@@ -1,7 +1,7 @@
 """From a model to its steps, by torch.fx.
 
-Names come from module paths and from what the model's own source calls, never from what one version's tracer names its
-nodes, so that two machines with different PyTorch versions mean the same layer by the same name.
+Layers are named by module paths and by the functions that the model's own source calls. What torch.fx names its nodes
+differs between versions of PyTorch, and two machines with different versions must give a layer the same name.
 """
 
 from __future__ import annotations
@@ -19,38 +19,41 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchsurgeon.errors import TraceError
+from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.adapters import adapter_for
 from torchsurgeon.tracing.call import Call, Output
 from torchsurgeon.tracing.step import Constant, Ref, Step, plain, unique
 from torchsurgeon.tracing.structure import flatten
 
 _LIBRARY = str(FilePath(torch.__file__).parent) + os.sep
-_HERE = str(FilePath(__file__).parent) + os.sep
-# fx patches nn.Module for the time of a trace: one at a time.
+_THIS_PACKAGE = str(FilePath(__file__).parent) + os.sep
+# torch.fx patches nn.Module while it traces, for all threads, so only one thread traces at a time.
 TRACING = threading.Lock()
 
-
+# The attributes that a proxy itself keeps; any other assignment is the model's.
 _OF_PROXIES = {"tracer", "node", "root", "attr", "_node", "_tensor"}
 
 
 class _Proxy(fx.Proxy):
-    """A traced value that also follows ``y += x`` and ``y[i] = x``, which fx takes for ``y + x`` and refuses."""
+    """A traced value that also follows ``y += x`` and ``y[i] = x``.
 
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
+    torch.fx's own proxy records the first as ``y + x``, which reuses no memory, and refuses the second.
+    """
+
+    def __getattr__(self, name: str) -> _AttributeProxy:
+        return _AttributeProxy(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OF_PROXIES:
-            raise TypeError(f"the attribute {name!r} of a traced value is assigned, which leaves no trace")
+            raise TypeError(f"the attribute {short(name)} of a traced value is assigned, which leaves no trace")
         object.__setattr__(self, name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
-class _Attribute(fx.proxy.Attribute, _Proxy):
-    """``y.values`` or ``y.add``, of which nobody knows yet whether it will be called."""
+class _AttributeProxy(fx.proxy.Attribute, _Proxy):
+    """``y.values`` or ``y.add``: an attribute of a traced value, or a method that is about to be called."""
 
 
 def _in_place(name: str) -> Callable[[_Proxy, Any], Any]:
@@ -77,7 +80,7 @@ for _name in (
 
 
 class _Stored(_Proxy):
-    """A parameter or buffer: what configuration depends on (its shape, a flag kept in it) is read off the real one."""
+    """A traced parameter or buffer, whose shape and elements can be read: they are the same in every call."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: torch.Tensor) -> None:
         super().__init__(node, tracer)
@@ -126,23 +129,26 @@ class _Stored(_Proxy):
         return (self[i] for i in range(len(self._tensor)))  # type: ignore[index]
 
 
-# Memory made in forward may be filled there: making it has to be followed even when no traced value is involved.
+# A tensor made in forward may be written to there, so making it must be a step, even of constant sizes.
 _ALWAYS_FOLLOWED = ("zeros", "ones", "empty", "full")
 _FOLLOWED_WITH_TRACED_SIZES = ("arange", "linspace", "eye", "tensor")
-
 
 _OF_MODULES = set(nn.Module().__dict__) - {"_buffers"}
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the dicts, lists and sets among a module's own attributes, each with a copy of what it holds."""
     own = (value for name, value in module.__dict__.items() if name not in _OF_MODULES)
     return [(value, value.copy()) for value in own if type(value) in (dict, list, set)]
 
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Take back what ``forward`` assigns to attributes of modules, and what it puts into their dicts, lists and sets:
-    a cache must not keep what stood for a value while tracing."""
+    """Undo, at the end of the block, what ``forward`` changes in the model's modules.
+
+    These are attributes that it assigns, and what it puts into their dicts, lists and sets: a cache must not keep
+    proxies, which stand for values only while tracing.
+    """
     attributes = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
     try:
         yield
@@ -157,7 +163,10 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 class _Tracer(fx.Tracer):
-    """fx's tracer, which also keeps the module path every node was made under."""
+    """torch.fx's tracer, which also uses adapters, follows tensors made in forward, and notes which module calls what.
+
+    Its methods leave other threads alone, which may run models while torch.fx has patched PyTorch.
+    """
 
     def __init__(self, model: nn.Module, call: Call, whole: Mapping[str, str], forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -178,6 +187,7 @@ class _Tracer(fx.Tracer):
 
     @contextmanager
     def _follow_factories(self) -> Iterator[None]:
+        """Make ``torch.zeros`` and its kin steps of the trace."""
         originals = {name: getattr(torch, name) for name in (*_ALWAYS_FOLLOWED, *_FOLLOWED_WITH_TRACED_SIZES)}
 
         def follow(name: str) -> Callable[..., Any]:
@@ -224,7 +234,7 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         if "_orig_mod" in m._modules:
-            # What torch.compile wraps is followed itself.
+            # torch.compile wraps a module in one that cannot be traced; the wrapped module is followed instead.
             return m._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
         path = self.path_of_module(m)
         self.stack.append(path)
@@ -253,7 +263,8 @@ class _Tracer(fx.Tracer):
         args, kwargs = self.call.rebuild(proxies)
 
         def run(root: nn.Module, *values: Any) -> tuple[Any, ...]:
-            # fx would turn an OrderedDict into a dict and refuse classes it does not know: only the leaves go to it.
+            # torch.fx would turn an OrderedDict into a dict, and refuse classes it does not know. It gets the computed
+            # leaves as a tuple; ``Output`` puts them back.
             leaves, structure = flatten(self.forward(root, *values, **kwargs))
             traced = [(path, leaf) for path, leaf in leaves if isinstance(leaf, (fx.Proxy, torch.Tensor))]
             fixed = {path: leaf for path, leaf in leaves if not isinstance(leaf, (fx.Proxy, torch.Tensor))}
@@ -264,8 +275,13 @@ class _Tracer(fx.Tracer):
 
 
 class UnfollowedError(TraceError):
-    """torch.fx cannot follow a line of the model; ``module_path`` is the module it is in, ``line`` says which and
-    why."""
+    """torch.fx cannot follow a line of the model.
+
+    Args:
+        message: what the user reads: the line, why it cannot be followed, and what to try.
+        module_path: the innermost module that was being followed, "" for the model itself.
+        line: the line and the reason in one line, for :attr:`LayerGraph.opaque`.
+    """
 
     def __init__(self, message: str, module_path: str, line: str) -> None:
         super().__init__(message)
@@ -275,11 +291,20 @@ class UnfollowedError(TraceError):
 def capture_fx(
     model: nn.Module, call: Call, whole: Mapping[str, str], forward: Callable[..., Any]
 ) -> tuple[list[Step], Mapping[str, str]]:
-    """Return the model's steps, the inputs first and the output last, and which modules stay one layer each, with why.
+    """Follow the model with torch.fx.
 
-    Those are the ones in ``whole``, and what adapters of submodules keep so. ``forward`` is followed in place of the
-    model's own.
-    Raises :class:`UnfollowedError` naming the line of the model that ``torch.fx`` cannot follow.
+    Args:
+        model: the model, in eval mode.
+        call: how it is called.
+        whole: by path, the modules to keep as one layer each, and why.
+        forward: what is followed in place of the model's own ``forward``.
+
+    Returns:
+        The model's steps, inputs first and output last; and, by path, the modules that stayed one layer each, and why.
+        Those are the ones in ``whole`` and those that adapters of submodules keep whole.
+
+    Raises:
+        UnfollowedError: torch.fx cannot follow a line of the model.
     """
     tracer = _Tracer(model, call, whole, forward)
     try:
@@ -323,7 +348,7 @@ def _steps(model: nn.Module, tracer: _Tracer, graph: fx.Graph) -> list[Step]:
 
 
 def _checks_only(graph: fx.Graph) -> set[fx.Node]:
-    """Return the ``torch._assert`` nodes and what only they read: with the example's sizes they have passed."""
+    """Return the ``torch._assert`` nodes and what only they read; they hold for the example, and are left out."""
     checks: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.target is torch._assert or (node.users and checks.issuperset(node.users) and node.op != "placeholder"):
@@ -332,14 +357,17 @@ def _checks_only(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _unfollowed(model: nn.Module, tracer: _Tracer, error: Exception) -> UnfollowedError:
+    """Return the error that names the user's line: the last frame outside of PyTorch and torchsurgeon."""
     where = tracer.failed_in
     owner = model.get_submodule(where) if where else model
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_LIBRARY, _HERE))]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_LIBRARY, _THIS_PACKAGE))
+    ]
     reason = str(error).strip() or type(error).__name__
-    lines = [f"{type(model).__name__} cannot be traced: {reason}"]
+    lines = [f"torch.fx cannot follow {type(model).__name__}: {reason}"]
     if frames:
         frame = frames[-1]
-        code = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
+        code = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()[:300]
         lines.append(f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}\n    {code}')
         reason = f"{os.path.basename(frame.filename)}:{frame.lineno}: {code}: {reason}"
     if where:

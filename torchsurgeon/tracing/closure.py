@@ -1,7 +1,8 @@
 """Which layers need which, and what crosses when any closed set of layers runs on the device.
 
-A partition point's device layers are the first ones of the order the model runs them in. Of parallel branches, other
-sets make sense too: one branch here, the other there. Any set that holds everything its layers need is a cut.
+At a partition point, the device runs the first layers in the order in which the model runs them. Where branches are
+parallel, other sets make sense too: one branch on the device, the other on the server. A set of layers is *closed*, and
+a cut, when it holds everything its layers need.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import dataclasses
 import functools
 from collections.abc import Collection, Mapping
 
-from torchsurgeon.tracing.flow import Flow, Value
+from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.step import Key
 
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-    """A tensor that may cross.
+    """A tensor that may cross. Numbers read off tensors, a few bytes each, are not listed.
 
-    ``producer`` is the layer that gives it, -1 for a model input; ``consumers`` are the layers that read it, where the
-    number of layers stands for the model's result. Where it is a view of another tensor (``view_of``), that one may
-    cross instead. Numbers read off tensors, a few bytes each, are not listed.
+    Attributes:
+        name: its name.
+        producer: the layer that gives it, -1 for a model input.
+        consumers: the layers that read it; the number of layers stands for the model's result.
+        view_of: the tensor it is a view of, which may cross instead; None when it is no view.
     """
 
     name: str
@@ -32,13 +35,15 @@ class Carried:
 class Closure:
     """The order that a program's data flow puts on its layers.
 
-    ``needs[i]`` are the layers that must run on the device when layer ``i`` does; among them may be some that these
-    need in turn. ``constants`` are layers that compute from the model's weights alone. ``prefixes_only`` is set where
-    memory is overwritten through one view and read through another: there only the graph's own points are known to be
-    safe.
+    Attributes:
+        needs: for each layer, those that must run on the device when it does. What these need in turn may be listed
+            too, or not.
+        constants: the layers that compute from the model's weights alone.
+        prefixes_only: whether memory is overwritten through one view and read through another. Then only the graph's
+            own points are known to be safe.
     """
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: DataFlow) -> None:
         self._flow = flow
         self._rank = flow.rank
         self.prefixes_only = bool(flow.settled.overwritten_out_of_sight)
@@ -55,8 +60,11 @@ class Closure:
         self.needs = tuple(tuple(sorted(layers - {rank})) for rank, layers in enumerate(found))
 
     def _overwritten(self) -> list[tuple[int, set[int]]]:
-        """For each layer that overwrites a tensor, the layers that read it before: left to the other side, they would
-        get it too late."""
+        """Return the layers that overwrite a tensor, each with the layers that read it before.
+
+        A layer that reads a tensor must run on the device when one that overwrites it later does: on the server, it
+        would read what was written.
+        """
         settled = self._flow.settled
         readers: dict[int, list[int]] = {}
         found = []
@@ -70,7 +78,7 @@ class Closure:
         return found
 
     def carried(self) -> list[Carried]:
-        """Return every tensor that may cross, in the order they come to be."""
+        """Return every tensor that may cross, in the order in which the model makes them."""
         flow, end = self._flow, len(self._flow.layers)
         readers: dict[Key, set[int]] = {}
         for step, keys in self._readers:
@@ -87,25 +95,32 @@ class Closure:
         return found
 
     def crossing(self, layers: Collection[int], sizes: Mapping[str, int]) -> list[Value] | None:
-        """Return the values that cross when exactly ``layers`` run on the device; None where that is no cut.
+        """Return the values that cross when exactly ``layers`` run on the device.
 
-        ``sizes`` gives each value's bytes by name.
+        Args:
+            layers: the layers on the device, by rank.
+            sizes: bytes of each value by name.
+
+        Returns:
+            The values, or None where a layer needs one that is not in ``layers``.
         """
         flow, inside = self._flow, set(layers)
         if any(not inside.issuperset(self.needs[i]) for i in inside):
             return None
 
-        def runs_here(step: int) -> bool:
+        def runs_on_device(step: int) -> bool:
             if step in self._rank:
                 return self._rank[step] in inside
             return flow.steps[step].kind != "output" and inside.issuperset(self._needs_of_step[step])
 
-        crossing = {key for step, keys in self._readers if not runs_here(step) for key in keys if runs_here(key[0])}
+        # What crosses is read on the server and made on the device.
+        on_server = [keys for step, keys in self._readers if not runs_on_device(step)]
+        crossing = {key for keys in on_server for key in keys if runs_on_device(key[0])}
         return [flow.by_key[key] for key in sorted(flow.lighten(sorted(crossing), sizes))]
 
     @functools.cached_property
     def _readers(self) -> list[tuple[int, list[Key]]]:
-        """The steps that read values which may cross, with those values."""
+        """The steps that read values which may cross, each with those values."""
         flow = self._flow
         return [
             (step.index, flow.crossing_into(step))

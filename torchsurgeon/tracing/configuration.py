@@ -1,7 +1,7 @@
-"""What a step of a traced model computes beside its weights, as plain data that is equal in every process and version.
+"""What a step of a traced model computes, its weights aside, as plain data that is equal in every process and version.
 
-Two machines compare digests of this to know that they mean the same layers. Whether memory is reused changes no answer
-and is left out: ``relu_(x)``, ``x += y`` and ``inplace=True`` are ``relu(x)`` and ``x + y``.
+Two machines compare digests of this to know that they mean the same layers. Whether a layer reuses memory changes no
+answer, so it is left out: ``relu_(x)`` counts as ``relu(x)``, ``x += y`` as ``x + y``, and ``inplace`` is ignored.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ from torch import nn
 
 from torchsurgeon.tracing.step import Constant, Ref, Step, function_name
 
-Row = list[Any]
 
+def configuration(step: Step, names: Sequence[str]) -> list[Any]:
+    """Return a step's name, type and settings as a list that JSON can hold.
 
-def configuration(step: Step, names: Sequence[str]) -> Row:
-    """Return a step's name, type and settings; ``names`` gives the name of every step it may read."""
-    row: Row = [step.name, step.type_name, _text(step.args, names), _text(_without_inplace(step.kwargs), names)]
+    Args:
+        step: the step.
+        names: the name of every step of the program, by index.
+    """
+    row: list[Any] = [step.name, step.type_name, _text(step.args, names), _text(_without_inplace(step.kwargs), names)]
     if step.is_module:
         row.append([[path, type(part).__name__, _settings(part)] for path, part in step.target.named_modules()])
     return row
 
 
 def constant_digest(constant: Constant) -> str:
-    """Return a digest of a constant's dtype, shape and elements: it is in no state dict, so it counts as structure."""
+    """Return a hex digest of a constant's dtype, shape and elements.
+
+    A constant is in no state dict, so the comparison of weights does not see it.
+    """
     tensor = constant.tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
@@ -36,9 +42,10 @@ def constant_digest(constant: Constant) -> str:
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
-    """A module's constructor arguments that differ from their defaults; of a user's own class, every plain attribute.
+    """Return a module's constructor arguments that differ from their defaults; for a user's class all plain attributes.
 
-    Classes of PyTorch gain attributes and arguments from version to version, with defaults that change nothing.
+    Defaults are left out because classes of PyTorch gain arguments from version to version, whose defaults change
+    nothing.
     """
     found: dict[str, str] = {}
     for name, parameter in inspect.signature(type(module).__init__).parameters.items():
@@ -53,6 +60,7 @@ def _settings(module: nn.Module) -> dict[str, str]:
 
 
 def _is_plain(value: Any) -> bool:
+    """Return whether a value is written the same in every process."""
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype))
@@ -63,6 +71,7 @@ def _without_inplace(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any, names: Sequence[str] = ()) -> str:
+    """Return a text of a setting that is equal in every process and version of PyTorch."""
     if isinstance(value, Ref):
         return f"<{names[value.step]}>"
     if isinstance(value, (tuple, list)):

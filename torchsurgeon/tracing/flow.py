@@ -52,7 +52,7 @@ class Value:
         return value if isinstance(value, torch.Tensor) else number_to_tensor(value)
 
 
-class Flow:
+class DataFlow:
     """The data flow of a program.
 
     A *layer* is a step that computes tensors; its *rank* is its place among the layers. A step that only takes a nested

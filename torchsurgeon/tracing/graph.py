@@ -16,34 +16,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.errors import PartitionError
+from torchsurgeon.errors import PartitionError, short
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture import Captured
 from torchsurgeon.tracing.closure import Closure
 from torchsurgeon.tracing.configuration import configuration, constant_digest
-from torchsurgeon.tracing.flow import Flow, Value
+from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, Specs, TensorSpec
 from torchsurgeon.tracing.step import Constant
 
 
 class LayerGraph:
-    """A traced model. Made by :func:`trace`; immutable; holds the model itself and shares its parameters.
+    """A traced model, as :func:`trace` returns it. It does not change, and it shares the model's parameters.
 
     Attributes:
-        model: the model.
+        model: the model itself.
         layers: every :class:`Layer`, in the order the model runs them.
-        points: every :class:`PartitionPoint`, from all on the server to all on the device.
-        inputs, outputs: the model's own input and output tensors.
+        points: every :class:`PartitionPoint`, from all layers on the server to all layers on the device.
+        inputs: the model's own input tensors.
+        outputs: the model's own output tensors.
         values: every tensor that may cross a boundary, by name.
-        batch: the example's batch size; ``batch_free`` says whether other sizes work. Where they do not, the example
-            counts as one sample.
+        batch: the example's batch size; 1 where the batch is not free.
+        batch_free: whether the model takes other batch sizes. Where it does not, the example counts as one sample.
         traced_by: ``"fx"``, ``"export"``, or ``"hierarchical"`` (fx around modules that it cannot follow).
-        opaque: path of each module kept whole as one layer, and why.
-        value_dependent: whether shapes depend on values, so that the example had to be run for real.
-        fingerprint: hex digest of names, types, configurations, shapes and order; not of the weights.
+        opaque: by path, each module kept whole as one layer, and why.
+        value_dependent: whether shapes depend on values, so that the example was run for real.
+        fingerprint: hex digest of the layers' names, types, configurations, shapes and order, not of the weights.
     """
 
-    def __init__(self, model: nn.Module, call: Call, captured: Captured, flow: Flow, specs: Specs) -> None:
+    def __init__(self, model: nn.Module, call: Call, captured: Captured, flow: DataFlow, specs: Specs) -> None:
         self.model = model
         self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
         self.value_dependent = specs.value_dependent
@@ -92,13 +93,17 @@ class LayerGraph:
         )
 
     def point(self, ref: int | str) -> PartitionPoint:
-        """Return a partition point by index (negative counts from the end), by the name of the last layer on the
-        device, or as ``"server"`` and ``"device"`` for the two ends.
+        """Return a partition point.
 
-        Raises :class:`~torchsurgeon.errors.PartitionError`, listing the near ones, when there is none.
+        Args:
+            ref: its index (a negative one counts from the end), the name of the last layer on the device, or
+                ``"server"`` or ``"device"`` for the point at which all layers run there.
+
+        Raises:
+            PartitionError: the graph has no such point; the message lists the nearest.
         """
         if not isinstance(ref, (int, str)) or isinstance(ref, bool):
-            raise PartitionError(f"a partition point is an index or a layer's name, not {ref!r}")
+            raise PartitionError(f"a partition point must be an index or a layer's name; got {short(ref)}")
         if ref in ("server", "device"):
             return self.points[0 if ref == "server" else -1]
         key = ref + len(self.layers) + 1 if isinstance(ref, int) and ref < 0 else ref
@@ -109,30 +114,38 @@ class LayerGraph:
             near = sorted(self.points, key=lambda p: abs(p.index - int(key)))[:3]
             listed = ", ".join(f"{p.index} ({p.name})" for p in sorted(near, key=lambda p: p.index))
             raise PartitionError(
-                f"there is no partition point {ref}; the points are 0 … {len(self.layers)}, the nearest {listed}"
+                f"there is no partition point {short(ref, 40)}; the points are 0 … {len(self.layers)}, the nearest "
+                f"{listed}"
             )
         names = [point.name for point in self.points]
         inside = [name for name in names if name.startswith(f"{ref}.")]
         if inside:
             raise PartitionError(
-                f"{ref!r} is a module with layers inside; the last of them to cut after is {inside[-1]!r}"
+                f"{ref!r} is a module with layers inside; name one of them, the last is {inside[-1]!r}"
             )
-        near_names = difflib.get_close_matches(ref, names, n=5, cutoff=0.3) or names[:5]
-        raise PartitionError(f"there is no layer {ref!r} to cut after; near it: {', '.join(near_names)}")
+        near_names = difflib.get_close_matches(ref[:200], names, n=5, cutoff=0.3) or names[:5]
+        raise PartitionError(f"there is no layer {short(ref)} to cut after; near it: {', '.join(near_names)}")
 
     @functools.cached_property
     def closure(self) -> Closure:
-        """Which layers need which; made when first asked for."""
+        """Which layers need which; computed at the first use."""
         return Closure(self.flow)
 
     def point_of(self, layers: Collection[int]) -> PartitionPoint:
         """Return the cut that runs exactly ``layers`` on the device: one of ``points``, or one across branches.
 
-        Raises :class:`~torchsurgeon.errors.PartitionError`: a layer needs one that is not listed, or memory forbids it.
+        Args:
+            layers: the layers on the device, by index.
+
+        Raises:
+            PartitionError: an index is out of range, a layer needs one that is not listed, or the layers share memory
+                with others in a way that only the graph's own points allow.
         """
         inside = sorted(set(layers))
         if inside and not 0 <= inside[0] <= inside[-1] < len(self.layers):
-            raise PartitionError(f"there are layers 0 … {len(self.layers) - 1}, not {inside[0]} … {inside[-1]}")
+            raise PartitionError(
+                f"layers must be indices from 0 to {len(self.layers) - 1}; got {inside[0]} to {inside[-1]}"
+            )
         if inside == list(range(len(inside))) and len(inside) in self._points:
             return self._points[len(inside)]
         boundary = self.closure.crossing(inside, self._sizes)
@@ -146,27 +159,45 @@ class LayerGraph:
         return PartitionPoint(len(inside), name, tuple(self.values[v.name] for v in boundary), tuple(inside))
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Return a call's tensors by input name. Raises ``TypeError`` for a call unlike the traced example."""
+        """Return a call's tensors by input name.
+
+        Args:
+            *args: the call's positional arguments.
+            **kwargs: the call's keyword arguments.
+
+        Raises:
+            TypeError: the call is unlike the traced example in anything but the values, and allowed sizes, of tensors.
+        """
         return dict(zip(self.call.names, self.tensors_of_call(args, kwargs), strict=True))
 
     def tensors_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Return a call's tensors in the order of ``inputs``. Raises ``TypeError`` as ``bind`` does."""
+        """Return a call's tensors in the order of ``inputs``.
+
+        Raises:
+            TypeError: as :meth:`bind` raises it.
+        """
         tensors = self.call.tensors(args, kwargs)
         self.check_sizes(tensors)
         return tensors
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raise ``TypeError`` for input tensors whose sizes would have taken another path through the model's
-        source."""
+        """Check that the model would follow the traced path for input tensors of these sizes.
+
+        Args:
+            tensors: the model's input tensors, in the order of ``inputs``.
+
+        Raises:
+            TypeError: it would not; the message names the size.
+        """
         if self._guard is not None:
             self._guard(tensors)
 
     def value(self, name: str) -> Value:
-        """Return where in the program the tensor ``name`` comes to be."""
+        """Return which step makes the tensor ``name``, and where in that step's value it lies."""
         return self._values[name]
 
     def unflatten_output(self, tensors: Mapping[str, torch.Tensor]) -> Any:
-        """Return the model's result, in its own structure, from the tensors named as in ``outputs``."""
+        """Return the model's result, in its own structure, from tensors that are named as in ``outputs``."""
         target = self.steps[-1].target
         return target.build(*(tensors[name] for name in target.names))
 
@@ -188,7 +219,7 @@ class LayerGraph:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the graph, without the weights; made when first asked for."""
+        """Hex digest of the graph, not of the weights; computed at the first use."""
         rows: list[Any] = [[s.name, str(s.dtype), s.wire_shape] for s in (*self.inputs, *self.outputs)]
         rows += [[[str(spec.dtype), spec.wire_shape] for spec in layer.outputs] for layer in self.layers]
         names = [step.name for step in self.steps]

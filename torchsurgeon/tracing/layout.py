@@ -1,4 +1,4 @@
-"""Where the elements of a boundary tensor lie in memory, when that is not simply one after the other."""
+"""Where the elements of a boundary tensor lie in memory, when that is not one after the other in row-major order."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where in memory the elements of a tensor lie, at the example's batch and by how much that grows with each sample.
+    """The strides of a tensor with gaps between its elements, at any batch size.
 
-    Kernels may add up a slice of a larger tensor in another order than its compact copy: a tail gets the same bits as
-    the model only from the same strides.
+    A kernel may sum a slice of a larger tensor in another order than its compact copy, so the tail gives the same bits
+    as the model only for the same strides.
+
+    Attributes:
+        shape: the shape at the example's batch.
+        batch_step: by how much each dimension grows with every further sample.
+        strides: the strides at the example's batch, in elements.
+        grows: by how much each stride grows with every further sample.
     """
 
     shape: tuple[int, ...]
@@ -25,7 +31,7 @@ class Layout:
     grows: tuple[int, ...]
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return ``tensor``, copied to this layout where it has another."""
+        """Return ``tensor`` in this layout: a copy where it has another, itself where its shape fits no batch size."""
         dim = next((d for d, step in enumerate(self.batch_step) if step), None)
         more = 0 if dim is None else (tensor.shape[dim] - self.shape[dim]) // self.batch_step[dim]
         if tensor.shape != tuple(n + step * more for n, step in zip(self.shape, self.batch_step, strict=True)):
@@ -48,15 +54,21 @@ def _fits(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def has_gaps(tensor: torch.Tensor) -> bool:
-    """Return whether memory that is not the tensor's lies between its elements, none of which share any."""
+    """Return whether foreign memory lies between the tensor's elements, and no two elements share memory."""
     extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return extent > tensor.numel() > 0 and _fits(tensor.shape, tensor.stride())
 
 
 def dense(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...] | None, torch.Tensor]:
-    """Return the dimension order of a dense tensor (None for row-major) and its memory, as a row-major tensor.
+    """Return a tensor as it lies in memory, so that its bytes can be sent one after the other.
 
-    A tensor that is not dense is copied row-major. ``shape`` is the tensor's own.
+    Args:
+        tensor: any tensor; one with gaps between its elements is copied row-major.
+        shape: the tensor's own shape.
+
+    Returns:
+        The order in which its dimensions are stored, outermost first (None for row-major), and a row-major tensor of
+        the same memory.
     """
     strides = tensor.stride()
     if strides == _row_major(shape) or (tensor.is_contiguous() and _descending(strides)):
@@ -70,7 +82,12 @@ def dense(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...]
 
 
 def logical(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
-    """Return a view of a tensor that lies in memory in dimension ``order``, with its dimensions in their own order."""
+    """Return a view with the dimensions in their own order.
+
+    Args:
+        tensor: a row-major tensor, as :func:`dense` returns it.
+        order: the order in which its dimensions are stored, as :func:`dense` returns it.
+    """
     return tensor if order is None else tensor.permute(sorted(range(len(order)), key=order.__getitem__))
 
 

@@ -1,7 +1,8 @@
-"""What common layers give, from the shapes of what they are given: no kernel is asked, nothing is allocated.
+"""The shapes and flops of common layers, computed from the shapes of their inputs without calling a kernel.
 
-A rule takes the layer (a module or a function) and its arguments with meta tensors in them, and returns an
-:class:`Outcome`, or None for a case it does not know; PyTorch's own meta kernels answer then, many times slower.
+A rule takes the layer (a module or a function) and its arguments, in which tensors are meta tensors, and returns an
+:class:`Outcome`. It returns None for a case it does not know; then PyTorch's own meta kernels are run, which takes many
+times as long.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ META = torch.device("meta")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a layer gives, its flops (multiply and add counted as two), whether it overwrites its first argument, and
-    the operators inside whose flops are not in the count."""
+    """What a layer does to shapes.
+
+    Attributes:
+        value: what it returns, with meta tensors.
+        flops: its floating-point operations; multiply and add count as two.
+        overwritten: whether it overwrites its first argument.
+        uncounted: the operators inside it whose flops are unknown and not in ``flops``.
+    """
 
     value: Any
     flops: int = 0
@@ -34,7 +41,7 @@ Rule = Callable[..., "Outcome | None"]
 
 
 def rule_for(target: Any) -> Rule | None:
-    """Return the rule for a module, by its exact class, or for a function."""
+    """Return the rule for a module, by its exact class, or for a function; None where there is none."""
     if isinstance(target, nn.Module):
         kind = type(target)
         return _MODULE_RULES.get(kind) or _MODULE_RULES.get(f"{kind.__module__}.{kind.__qualname__}")
@@ -51,7 +58,12 @@ def _own(target: Any, *args: Any) -> Outcome:
 
 
 def register_shape_rule(module_class: type[nn.Module] | str, rule: Rule) -> None:
-    """Give modules of exactly this class a rule. A class given by its qualified name need not be imported."""
+    """Use a shape rule for modules of exactly this class.
+
+    Args:
+        module_class: the class, or its qualified name, so that it need not be imported.
+        rule: takes the module and its arguments and returns an :class:`Outcome`, or None for a case it does not know.
+    """
     _MODULE_RULES[module_class] = rule
 
 
@@ -168,7 +180,7 @@ def _encoder_layer(module: Any, x: torch.Tensor, *_: Any, **__: Any) -> Outcome 
 
 
 def _encoder(module: nn.TransformerEncoder, x: torch.Tensor, *_: Any, **__: Any) -> Outcome | None:
-    # With padding it packs sequences by the values of their mask; the flops are those of whole sequences.
+    # Padded sequences are packed by the values of their mask, which are not known: the flops are those without padding.
     parts = [_encoder_layer(layer, x) for layer in module.layers if type(layer) is nn.TransformerEncoderLayer]
     known = [part.flops for part in parts if part is not None]
     return Outcome(torch.empty_like(x), sum(known)) if len(known) == len(module.layers) else None
@@ -181,7 +193,7 @@ def _recurrent(module: nn.RNNBase, x: Any, state: Any = None) -> Outcome | None:
     batch = x.shape[0 if module.batch_first else 1]
     out = torch.empty((*x.shape[:2], directions * hidden), dtype=x.dtype, device=META)
     if module.batch_first:
-        # Time is the outer dimension inside.
+        # The kernel keeps time as the outer dimension, which the strides of its result show.
         out = torch.empty_like(out.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
     states = [
         torch.empty((directions * module.num_layers, batch, hidden), dtype=x.dtype, device=META)
@@ -211,7 +223,7 @@ def _adaptive_pooling(module: nn.AdaptiveAvgPool2d, x: torch.Tensor) -> Outcome 
 
 
 def _interpolate(target: Any, x: Any, size: Any = None, *args: Any, **kwargs: Any) -> Outcome | None:
-    # Where memory could be in either order PyTorch knows better.
+    # Where a size of one allows either memory order, only PyTorch's own kernel says which it takes.
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_contiguous() or min(x.shape[1:]) < 2:
         return None
     if size is None or any(args) or kwargs.get("scale_factor") is not None:

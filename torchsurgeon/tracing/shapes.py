@@ -1,7 +1,8 @@
 """Run a traced model on meta tensors: what every step gives, what shares memory, what is overwritten, how many flops.
 
-Nothing is computed and no memory is taken; the common layer types have their shape rule here, the others run PyTorch's
-own meta kernels. Steps that need values (data-dependent ones) make the caller run the example for real instead.
+Nothing is computed and no memory is taken. Common layers have a shape rule
+(:mod:`~torchsurgeon.tracing.shape_rules`), the others run PyTorch's own meta kernels. Where a step needs the values of
+tensors, :func:`propagate` raises, and the caller runs the example for real instead, with a :class:`RealModel`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from torchsurgeon.errors import TraceError
+from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.shape_rules import META, Outcome, rule_for
 from torchsurgeon.tracing.step import Constant, Environment, ModelDevice, Step, map_refs, returning_first
 from torchsurgeon.tracing.structure import flatten
@@ -25,9 +26,15 @@ from torchsurgeon.tracing.structure import flatten
 
 @dataclasses.dataclass
 class Shapes:
-    """What each step of a program gave: its value (meta tensors keep shape, dtype and sharing of memory), the storages
-    it overwrote, its flops (multiply and add counted as two), and the operators whose flops nobody knows how to
-    count. ``random`` lists the steps that draw random numbers."""
+    """What each step of a program gave. Lists are indexed by step.
+
+    Attributes:
+        values: its value; meta tensors keep shape, dtype and which of them share memory.
+        overwrites: the storages it overwrote, as :func:`storage_of` names them.
+        flops: its floating-point operations; multiply and add count as two.
+        uncounted: its operators whose flops are unknown and not in ``flops``.
+        random: the indices of the steps that draw random numbers.
+    """
 
     values: Environment
     overwrites: list[frozenset[int]]
@@ -49,7 +56,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 class MetaModel:
-    """A model's modules and attributes with meta tensors in place of weights, made as they are asked for."""
+    """A model's modules and attributes with meta tensors in place of weights, each made at its first use."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -57,6 +64,7 @@ class MetaModel:
         self._modules: dict[int, nn.Module] = {}
 
     def tensor(self, value: Any) -> Any:
+        """Return the meta tensor that stands for a tensor, always the same one; other values as they are."""
         if not isinstance(value, torch.Tensor):
             return value
         if id(value) not in self._tensors:
@@ -64,11 +72,13 @@ class MetaModel:
         return self._tensors[id(value)]
 
     def attribute(self, target: str | Constant) -> Any:
+        """Return the model's attribute of this dotted name, or a constant, with meta tensors."""
         if isinstance(target, Constant):
             return self.tensor(target.tensor)
         return self.tensor(operator.attrgetter(target)(self._model))
 
     def module(self, module: nn.Module) -> nn.Module:
+        """Return a twin of a submodule whose parameters and buffers are meta tensors."""
         if id(module) not in self._modules:
             twin = type(module).__new__(type(module))
             self._modules[id(module)] = twin
@@ -82,17 +92,19 @@ class MetaModel:
 
 
 class RealModel(MetaModel):
-    """The model itself, for graphs whose shapes depend on values."""
+    """The model itself with its own weights, for models whose shapes depend on values."""
 
     def tensor(self, value: Any) -> Any:
+        """Return the tensor itself."""
         return value
 
     def module(self, module: nn.Module) -> nn.Module:
+        """Return the submodule itself."""
         return module
 
 
 def _lengths(sequences: torch.Tensor) -> list[int]:
-    """The length of each sequence; padded ones come packed as a nested tensor."""
+    """Return the length of each sequence of a batch; padded ones come packed as a nested tensor."""
     if sequences.is_nested:
         return [t.shape[0] for t in sequences.unbind()]
     return [sequences.shape[1]] * sequences.shape[0]
@@ -108,7 +120,7 @@ def _encoder_flops(x: Any, width: int, *args: Any, **kwargs: Any) -> int:
     return _attention_flops(x, x, x, width) + sum(4 * length * width * hidden for length in _lengths(x))
 
 
-# What inference fuses, PyTorch's own counter does not see the products of.
+# In eval mode PyTorch fuses these into one operator, whose matrix products its own flop counter does not see.
 _FUSED: dict[Any, Callable[..., int]] = {
     torch.ops.aten._native_multi_head_attention: _attention_flops,
     torch.ops.aten._transformer_encoder_layer_fwd: _encoder_flops,
@@ -116,7 +128,7 @@ _FUSED: dict[Any, Callable[..., int]] = {
 
 
 def _draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operator draws random numbers; attention whose dropout is off does not."""
+    """Return whether an operator draws random numbers; attention whose dropout is off does not."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     names = [argument.name for argument in func._schema.arguments]
@@ -126,6 +138,8 @@ def _draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 class _CountFlops(TorchDispatchMode):
+    """Counts the flops of the operators that run in its block, and notes whether any draws random numbers."""
+
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
@@ -149,9 +163,20 @@ class _CountFlops(TorchDispatchMode):
 def propagate(
     steps: Sequence[Step], inputs: Iterable[torch.Tensor], source: MetaModel, *, count_flops: bool = True
 ) -> Shapes:
-    """Return what every step gives for ``inputs``, which are neither changed nor kept.
+    """Return what every step gives.
 
-    Raises whatever the model raises on meta tensors; pass a :class:`RealModel` to run on the real ones.
+    A step that overwrites its first argument and returns None (``x[0] = y``) is changed to return that argument, so
+    that later readers have a value to read.
+
+    Args:
+        steps: the traced program.
+        inputs: the model's input tensors, which are neither changed nor kept.
+        source: the model with meta tensors, or a :class:`RealModel` to compute the values.
+        count_flops: whether to count the flops of steps without a shape rule, which takes time.
+
+    Raises:
+        TraceError: a step changes the model's own parameters or buffers, or a real run fails.
+        Exception: whatever the model raises on meta tensors.
     """
     real = isinstance(source, RealModel)
     given = iter(inputs)
@@ -176,6 +201,7 @@ def propagate(
                     if outcome.overwritten:
                         overwrites = frozenset([storage_of(args[0])])
                 else:
+                    # PyTorch raises a tensor's version, and that of its views, with every write to its memory.
                     before = [(t, t._version) for t in tensors_in([args, kwargs]) if not t.is_inference()]
                     with _CountFlops() if count_flops else nullcontext() as counter:
                         values[step.index] = _run(step, source, args, kwargs)
@@ -185,7 +211,6 @@ def propagate(
                             result.random.append(step.index)
                     overwrites = frozenset(storage_of(t) for t, version in before if t._version != version)
                     if overwrites and values[step.index] is None and args and isinstance(args[0], torch.Tensor):
-                        # After x[0] = y later readers need a value to read.
                         step.target = returning_first(step.target, step.is_method)
                         values[step.index] = args[0]
             result.overwrites.append(overwrites)
@@ -195,7 +220,12 @@ def propagate(
 
 
 def with_selections(steps: Sequence[Step], shapes: Shapes) -> Shapes:
-    """Return ``shapes`` of a program to whose end steps that only take values apart have been added."""
+    """Return the shapes of a program after getitem steps were inserted before its last step.
+
+    Args:
+        steps: the program, with those steps.
+        shapes: what was found before they were inserted.
+    """
     start = len(shapes.values) - 1
     values = shapes.values[:start]
     for step in steps[start:-1]:
@@ -211,7 +241,16 @@ def with_selections(steps: Sequence[Step], shapes: Shapes) -> Shapes:
 
 
 def dry_run(steps: Iterable[Step], values: Environment, source: MetaModel) -> None:
-    """Run steps on the meta tensors in ``values``, as their shapes allow it. Raises what the model raises otherwise."""
+    """Run steps on meta tensors, to find out whether the model takes tensors of these shapes.
+
+    Args:
+        steps: the steps, in the order they run.
+        values: what they read, by index of the step that gives it; what they give is added.
+        source: the model with meta tensors.
+
+    Raises:
+        Exception: whatever the model raises on tensors of shapes that it does not take.
+    """
     with torch.inference_mode(False), torch.no_grad():
         for step in steps:
             if step.kind == "attr":
@@ -223,6 +262,7 @@ def dry_run(steps: Iterable[Step], values: Environment, source: MetaModel) -> No
 
 
 def _known(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Outcome | None:
+    """Return what a shape rule says of a step; None where no rule knows."""
     if isinstance(source, RealModel) or step.is_method:
         return None
     if isinstance(step.target, ModelDevice):
@@ -232,6 +272,7 @@ def _known(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Outcome | N
 
 
 def _run(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Any:
+    """Run a step by PyTorch's kernels, and see to it that it leaves the model's own tensors as they are."""
     if step.is_method:
         return getattr(args[0], step.target)(*args[1:], **kwargs)
     call = source.module(step.target) if step.is_module else step.target
@@ -242,7 +283,10 @@ def _run(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Any:
         if not isinstance(source, RealModel):
             raise
         shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in tensors_in([args, kwargs]))
-        raise TraceError(f"layer {step.name!r} cannot run on the example, which gives it {shapes}: {error}") from error
+        raise TraceError(
+            f"layer {step.name!r} failed on the example, which gives it {shapes}: {short(error)}; give an example that "
+            "the model takes"
+        ) from error
     for name, before in held.items():
         if _held(call).get(name) != before:
             raise drifting(step, f"the model's own {step.module_path + '.' + name!r}")
@@ -250,12 +294,18 @@ def _run(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Any:
 
 
 def _held(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the identity and version of each of a module's parameters and buffers, which change when one does."""
     return {name: (id(t), t._version) for name, t in (*module.named_parameters(), *module.named_buffers())}
 
 
 def drifting(step: Step, what: str) -> TraceError:
-    """Return the error for a step that overwrites what should be the same in every call."""
+    """Return the error for a step that overwrites what must be the same in every call.
+
+    Args:
+        step: the step.
+        what: what it overwrites, as the message names it.
+    """
     return TraceError(
-        f"layer {step.name!r} overwrites {what}: the two sides would drift apart. Keep such state outside of forward, "
-        "pass it in and return it; or clone the tensor before writing to it"
+        f"layer {step.name!r} overwrites {what}: device and server would drift apart. Keep the state outside of "
+        "forward, pass it in and return it; or clone the tensor before writing to it"
     )

@@ -17,9 +17,14 @@ from torchsurgeon.tracing.shapes import Shapes
 class TensorSpec:
     """A tensor that may cross a boundary.
 
-    ``shape`` is the shape in the traced example. ``batch_step`` says by how much each dimension grows with every
-    further sample in the batch: ``(1, 0, 0, 0)`` for an image tensor, ``(64, 0, 0)`` where 64 windows are folded into
-    the batch, all zeros where the batch size does not matter (or is not free).
+    Attributes:
+        name: its name, unique in the graph.
+        dtype: its element type.
+        shape: its shape in the traced example.
+        batch_step: by how much each dimension grows with every further sample in the batch: ``(1, 0, 0, 0)`` for an
+            image tensor, ``(64, 0, 0)`` where 64 windows are folded into the batch, all zeros where the batch size
+            does not matter or is not free.
+        example_batch: the batch size of the traced example.
     """
 
     name: str
@@ -52,6 +57,7 @@ class TensorSpec:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}[{dims}]"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the tensor as plain data."""
         return {
             "name": self.name,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -63,12 +69,19 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One operation of the model: a module called, or a function on tensors.
+    """One operation of the model: a call of a module, or of a function on tensors.
 
-    ``name`` is the module path (``layer1.0.conv1``); a function's is the path of the module that calls it and its own
-    name (``layer1.0.add``); later calls of the same are numbered (``layer1.0.relu_1``). ``flops`` counts multiply and
-    add as two, as PyTorch's flop counter does, and only for the operators that counter knows (matrix products,
-    convolutions, attention). ``uncounted`` names custom operators inside whose flops are unknown.
+    Attributes:
+        index: its place in the order the model runs its layers, from 0.
+        name: the path of the module (``layer1.0.conv1``); for a function, the path of the module that calls it and the
+            function's name (``layer1.0.add``). Later calls of the same are numbered (``layer1.0.relu_1``).
+        type: the class of the module, or the name of the function.
+        inputs: the tensors it reads that depend on the model's inputs.
+        outputs: the tensors it gives.
+        flops: its floating-point operations at the example's batch. As in PyTorch's flop counter, multiply and add
+            count as two, and only matrix products, convolutions and attention count.
+        parameter_bytes: bytes of the parameters it uses.
+        uncounted: the custom operators inside it, whose flops are unknown.
     """
 
     index: int
@@ -81,6 +94,7 @@ class Layer:
     uncounted: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """Return the layer as plain data; inputs by name only."""
         fields = {k: getattr(self, k) for k in ("index", "name", "type", "flops", "parameter_bytes", "uncounted")}
         return fields | {
             "inputs": [spec.name for spec in self.inputs],
@@ -90,14 +104,19 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class PartitionPoint:
-    """A place to cut: the first ``index`` layers run on the device.
+    """A place to cut: the first ``index`` layers run on the device, the others on the server.
 
-    Point 0 is everything on the server, its boundary tensors are the model's inputs; the last point is everything on
-    the device, its boundary tensors are the model's outputs. ``name`` is the last layer on the device (``input`` at
-    point 0). Where a memory hazard forbids a cut, the index is missing from the graph's points.
+    At point 0 all layers run on the server, and the model's inputs cross. At the last point all layers run on the
+    device, and the tensors are the model's outputs. Where a cut would separate views of memory that is overwritten,
+    the index is missing from the graph's points.
 
-    A cut across parallel branches (:meth:`LayerGraph.point_of`) is not among the graph's points: its ``layers`` lists
-    the ``index`` layers on the device, which are not the first ones; ``name`` joins the last of them.
+    A cut across parallel branches (:meth:`LayerGraph.point_of`) is not among the graph's points.
+
+    Attributes:
+        index: how many layers run on the device.
+        name: the last layer on the device; ``input`` at point 0. Across branches, the last ones joined by ``+``.
+        tensors: the boundary tensors, which cross from the device to the server.
+        layers: across branches, the indices of the layers on the device; None where they are the first ``index`` ones.
     """
 
     index: int
@@ -115,6 +134,7 @@ class PartitionPoint:
         return f"point {self.index} ({place}): {', '.join(map(str, self.tensors))}; {self.size_bytes} bytes"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the point as plain data."""
         return {
             "index": self.index,
             "name": self.name,
@@ -124,24 +144,35 @@ class PartitionPoint:
 
 
 class Specs:
-    """Tensor specs from two runs of the shapes: the example's batch size and one more sample."""
+    """Makes tensor specs from the shapes at two batch sizes.
+
+    Args:
+        shapes: the shapes of the example.
+        more: the shapes with one more sample in the batch; None where the batch is not free.
+        batch: the example's batch size.
+        value_dependent: whether the shapes depend on values, so that the example was run for real.
+    """
 
     def __init__(self, shapes: Shapes, more: Shapes | None, batch: int, value_dependent: bool) -> None:
         self.shapes, self.more, self.batch, self.value_dependent = shapes, more, batch, value_dependent
         self.batch_free = more is not None
 
     def of(self, value: Value) -> TensorSpec:
+        """Return the spec of a value that may cross."""
         return self._spec(
             value.name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None
         )
 
     def of_output(self, name: str, ref: Any) -> TensorSpec:
+        """Return the spec of one of the model's outputs, which is the whole value of the step that ``ref`` names."""
         value = Value(name, ref.step)
         return self._spec(name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None)
 
     def layout(self, value: Value) -> Layout | None:
-        """Return the layout of a tensor with gaps between its elements, which does not survive a journey; None for
-        others."""
+        """Return the layout of a tensor with gaps between its elements, which has to be made again after it crossed.
+
+        None for tensors without gaps.
+        """
         leaf = value.leaf(self.shapes.values)
         if not has_gaps(leaf):
             return None

@@ -1,7 +1,7 @@
 """The traced model as a straight line of steps.
 
-A :class:`Step` is one call of the traced graph with its arguments already looked up: running it costs one Python call
-more than the eager model does.
+A :class:`Step` is one call in the traced model. It is compiled to a function that takes its arguments from the values
+of earlier steps, so running it costs one Python call more than running the eager model does.
 """
 
 from __future__ import annotations
@@ -24,42 +24,54 @@ Key = tuple[int, Path]
 
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """The value of an earlier step, as it stands in a step's arguments."""
+    """Stands in a step's arguments for the value of an earlier step."""
 
     step: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constant:
-    """A tensor the model makes out of nothing, the same in every call."""
+    """A tensor that the model makes in its forward from no input, and that is the same in every call."""
 
     tensor: torch.Tensor
     __name__ = "constant"
 
     def __call__(self) -> torch.Tensor:
+        """Return the tensor."""
         return self.tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDevice:
-    """The device the model is on when asked: the two sides may run on different ones."""
+    """Calls return the device that the model is on at that time; head and tail may be on different ones."""
 
     model: nn.Module
     __name__ = "device"
 
     def __call__(self) -> torch.device:
+        """Return the device of the model's first parameter or buffer, the CPU for a model with neither."""
         tensor = next(iter((*self.model.parameters(), *self.model.buffers())), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
 
 @dataclasses.dataclass
 class Step:
-    """One call of the traced graph.
+    """One call in the traced model.
 
-    ``kind`` is ``input`` (a model input), ``attr`` (a parameter, buffer or constant of the model), ``call`` or
-    ``output`` (the model's result, always the last step). ``target`` is a callable, a method's name, the dotted
-    attribute or a :class:`Constant`. ``after`` lists steps that must have run before although no value of theirs is
-    used: they overwrite memory this step reads. ``reads`` keeps what ``uses`` finds once the program is settled.
+    Attributes:
+        index: its place in the program, from 0.
+        name: its name, unique in the program.
+        kind: ``input`` (a model input), ``attr`` (a parameter, buffer or constant of the model), ``call``, or
+            ``output`` (the model's result, always the last step).
+        target: what is called or read: a callable, the name of a method, the dotted name of an attribute, or a
+            :class:`Constant`.
+        args: the positional arguments, in which :class:`Ref` stands for values of earlier steps.
+        kwargs: the keyword arguments, likewise.
+        module_path: the path of the module that is called, or that calls the function.
+        after: steps that must run before this one although it reads no value of theirs: they overwrite memory that it
+            reads.
+        reads: what :meth:`uses` finds, kept once the program is settled.
+        structure: how its value is nested.
     """
 
     index: int
@@ -75,27 +87,34 @@ class Step:
 
     @property
     def is_module(self) -> bool:
+        """Whether it calls one of the model's modules."""
         return isinstance(self.target, nn.Module)
 
     @property
     def is_method(self) -> bool:
+        """Whether it calls a method of its first argument."""
         return self.kind == "call" and isinstance(self.target, str)
 
     @property
     def type_name(self) -> str:
-        """Class of a module, name of a function or method, as users know it."""
+        """The class of the module, or the name of the function or method, as users know it."""
         if self.is_module:
             return type(self.target).__name__
         return self.target.strip("_") if isinstance(self.target, str) else function_name(self.target)
 
     def uses(self) -> list[int]:
-        """Return the steps whose values this one reads, in the order it names them, each once."""
+        """Return the steps whose values this one reads, each once, in the order in which its arguments name them."""
         found: dict[int, None] = {}
         map_refs(lambda ref: found.setdefault(ref.step), (self.args, self.kwargs))
         return list(found)
 
     def replace(self, old: int, new: Any) -> None:
-        """Read ``new``, another :class:`Ref` or a constant, wherever ``old`` was read."""
+        """Put something else in the place of an earlier step's value.
+
+        Args:
+            old: the index of that step.
+            new: a :class:`Ref` to another step, or a constant.
+        """
 
         def swap(ref: Ref) -> Any:
             return new if ref.step == old else ref
@@ -123,7 +142,12 @@ _IN_PLACE = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod",
 
 
 def map_refs(change: Callable[[Ref], Any], args: Any) -> Any:
-    """Return ``args`` with every :class:`Ref` in it, at any depth, replaced by ``change(ref)``."""
+    """Return arguments with every :class:`Ref` in them, at any depth, replaced.
+
+    Args:
+        change: takes a reference and returns what stands in its place.
+        args: the arguments: tuples, lists, dicts and slices of references and constants.
+    """
     if isinstance(args, Ref):
         return change(args)
     if isinstance(args, (tuple, list)):
@@ -141,9 +165,16 @@ def map_refs(change: Callable[[Ref], Any], args: Any) -> Any:
 def compile_call(
     target: Any, is_method: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Environment], Any]:
-    """Return ``environment → target(*args, **kwargs)`` with every :class:`Ref` looked up in the environment.
+    """Return a function that calls ``target`` with its arguments taken from an environment.
 
-    The source of each argument *shape* is compiled once and shared by all calls of that shape, in all graphs.
+    Calls whose arguments have the same form (which are references, which constants, how they are nested) share one
+    compiled function, in all graphs; so a large model compiles few.
+
+    Args:
+        target: what is called; the name of a method of the first argument if ``is_method``.
+        is_method: whether ``target`` names a method.
+        args: the positional arguments, in which :class:`Ref` stands for values of earlier steps.
+        kwargs: the keyword arguments, likewise.
     """
     slots: list[int] = []
     constants: list[Any] = []
@@ -177,12 +208,13 @@ def compile_call(
 @functools.lru_cache(maxsize=4096)
 def _call_factory(call: str, slots: int, constants: int) -> Callable[..., Any]:
     names = ["f", *(f"i{i}" for i in range(slots)), *(f"c{i}" for i in range(constants))]
-    # Only names made here and the fixed forms of ``compile_call`` stand in the text; values come as arguments.
+    # Safe to evaluate: the text holds only names made above and what ``compile_call`` writes, and every value of the
+    # model comes in as an argument.
     return eval(f"lambda {','.join(names)}: lambda e: {call}")  # type: ignore[no-any-return]  # noqa: S307
 
 
 def returning_first(target: Any, is_method: bool) -> Callable[..., Any]:
-    """Return ``target`` made to return its first argument, which it overwrites."""
+    """Return a function that calls ``target`` and then returns its first argument, which ``target`` overwrites."""
 
     def call(first: Any, *rest: Any, **named: Any) -> Any:
         (getattr(first, target) if is_method else functools.partial(target, first))(*rest, **named)
@@ -200,15 +232,21 @@ def contains_ref(args: Any) -> bool:
 
 
 def number_to_tensor(value: bool | int | float | Sequence[int]) -> torch.Tensor:
-    """Return a Python number, or a sequence of ints such as ``torch.Size``, as the tensor that carries it."""
+    """Return the tensor that carries a number (rank 0), or a sequence of ints such as ``torch.Size`` (rank 1)."""
     if isinstance(value, float):
         return torch.tensor(value, dtype=torch.float64)
     return torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.int64)
 
 
 def restorer(value: Any) -> Callable[[torch.Tensor], Any] | None:
-    """Return what turns the tensor that carries a number, or a sequence of ints, back into it; None for other
-    values."""
+    """Return the function that turns the tensor which carries a value back into it.
+
+    Args:
+        value: a number, or a sequence of ints, as in the traced example.
+
+    Returns:
+        The function; None for a value that no tensor carries.
+    """
     if isinstance(value, (bool, int, float)):
         return lambda t: t.item()
     if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
@@ -218,7 +256,7 @@ def restorer(value: Any) -> Callable[[torch.Tensor], Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """Return fx's immutable lists and dicts as ordinary ones, which is what the eager model passes."""
+    """Return torch.fx's immutable lists and dicts as ordinary ones, as the eager model passes them."""
     if isinstance(value, tuple):
         parts = [plain(v) for v in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
@@ -230,7 +268,12 @@ def plain(value: Any) -> Any:
 
 
 def unique(name: str, taken: Collection[str]) -> str:
-    """The second layer that would be called ``relu`` is ``relu_1``, as in torchvision's feature extraction."""
+    """Return ``name``, numbered if it is taken: the second ``relu`` is ``relu_1``, as in torchvision's extraction.
+
+    Args:
+        name: the name that is wanted.
+        taken: the names that are in use.
+    """
     candidate, count = name, 0
     while candidate in taken:
         count += 1

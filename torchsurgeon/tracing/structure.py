@@ -1,7 +1,7 @@
 """Nested values (tuples, dicts, dataclasses, …) ↔ named leaves.
 
-A model's inputs and outputs are rarely one tensor. ``flatten`` gives every leaf a dotted name from its place in the
-structure (``out``, ``0``, ``logits``, ``past.1.0``) and ``Structure`` puts leaves back, so that only tensors and plain
+A model's inputs and outputs are rarely one tensor. :func:`flatten` gives every leaf a path from its place in the value
+(``out``, ``0``, ``past.1.0``), and :class:`Structure` puts leaves back in their places, so that only tensors and plain
 numbers have to travel.
 """
 
@@ -16,14 +16,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+# Where a leaf lies in a nested value: the key at each level, from the outside in; empty when the value is the leaf.
 Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """The shape of a nested value: how to rebuild it from its leaves.
+    """How a value is nested, and how to rebuild it from its leaves.
 
-    ``kind`` is ``None`` for a leaf; otherwise the container's class. ``keys`` and ``children`` have equal length.
+    Attributes:
+        kind: the class of the container; None for a leaf.
+        keys: the container's keys, indices or attribute names, in order.
+        children: the structure under each key.
     """
 
     kind: type | None
@@ -32,11 +36,16 @@ class Structure:
 
     @property
     def is_by_attribute(self) -> bool:
-        """Whether the parts are attributes of an object, not items."""
+        """Whether the parts are attributes of an object, not items of a container."""
         return self.kind is not None and _family(self.kind) in ("dataclass", "leaf")
 
     def rebuild(self, leaves: Mapping[Path, Any], at: Path = ()) -> Any:
-        """Return the nested value whose leaf at each path is ``leaves[path]``."""
+        """Return the nested value.
+
+        Args:
+            leaves: the leaf at each path.
+            at: the path of this structure in the value that ``leaves`` describes.
+        """
         if self.kind is None:
             return leaves[at]
         parts = [child.rebuild(leaves, (*at, str(key))) for key, child in zip(self.keys, self.children, strict=True)]
@@ -44,7 +53,7 @@ class Structure:
         return _BUILDERS["object" if family == "leaf" else family](self.kind, self.keys, parts)
 
     def paths(self, at: Path = ()) -> list[Path]:
-        """Return the path of every leaf, in order."""
+        """Return the path of every leaf, in order; ``at`` is put before each."""
         if self.kind is None:
             return [at]
         return [
@@ -61,10 +70,10 @@ class Structure:
 
     def at(self, path: Path) -> Structure:
         """Return the part of the structure under ``path``."""
-        here = self
+        part = self
         for key in path:
-            here = here.children[[str(k) for k in here.keys].index(key)]
-        return here
+            part = part.children[[str(k) for k in part.keys].index(key)]
+        return part
 
 
 LEAF = Structure(None)
@@ -72,6 +81,7 @@ _ATOMS = (torch.Tensor, fx.Proxy, int, float, str, bytes, type(None), torch.dtyp
 
 
 def _family(kind: type) -> str:
+    """Return the kind of container that a class is, by which it is taken apart and rebuilt."""
     if dataclasses.is_dataclass(kind):
         return "dataclass"
     if issubclass(kind, tuple):
@@ -90,7 +100,10 @@ def _build_object(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any:
 
 
 def _holds_tensor(value: Any, depth: int = 4) -> bool:
-    """Whether an object of some class of its own keeps tensors in its attributes, as an image list or a cache does."""
+    """Return whether an object of some other class keeps tensors in its attributes, as an image list or a cache does.
+
+    It looks ``depth`` objects deep, so that an object that holds itself ends the search.
+    """
     if isinstance(value, (torch.Tensor, fx.Proxy)):
         return True
     if depth == 0 or isinstance(value, (type, nn.Module, ModuleType, FunctionType)):
@@ -123,12 +136,15 @@ _BUILDERS: dict[str, Callable[[type, tuple[Any, ...], list[Any]], Any]] = {
 
 
 def flatten(value: Any, at: Path = ()) -> tuple[list[tuple[Path, Any]], Structure]:
-    """Return every leaf of ``value`` with its path, and the structure that rebuilds it.
+    """Return every leaf of a nested value with its path, and the structure that rebuilds the value.
 
     Tuples, named tuples, lists, mappings, dataclass instances and objects that keep tensors in their attributes are
-    containers; all else is a leaf. Dataclass fields
-    that are ``None`` stay leaves, so an output object keeps the fields it was made with. ``torch.Size`` is a leaf: it
-    is one value to whoever uses it.
+    containers; all else is a leaf. A dataclass field that is ``None`` is a leaf, so an output object keeps the fields
+    it was made with. ``torch.Size`` is a leaf, because models pass it on as one value.
+
+    Args:
+        value: any value.
+        at: put before the path of each leaf.
     """
     kind = type(value)
     family = _family(kind) if kind.__name__ != "Size" and not isinstance(value, type) else "leaf"

@@ -1,7 +1,7 @@
-"""A model and an example of its input become a :class:`~torchsurgeon.tracing.LayerGraph`.
+"""Turn a model and an example of its input into a :class:`~torchsurgeon.tracing.LayerGraph`.
 
 :func:`trace` follows the model with torch.fx or torch.export, then runs the steps on meta tensors to learn shapes and
-shared memory. No layer is computed unless shapes depend on values.
+which tensors share memory. No layer is computed unless shapes depend on values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchsurgeon.errors import TraceError, UnrepeatableWarning
 from torchsurgeon.tracing.call import Call, settle_output
 from torchsurgeon.tracing.capture import Captured, capture
 from torchsurgeon.tracing.capture_fx import left_as_it_was
-from torchsurgeon.tracing.flow import Flow
+from torchsurgeon.tracing.flow import DataFlow
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in, with_selections
 from torchsurgeon.tracing.specs import Specs
@@ -32,18 +32,27 @@ def trace(
 ) -> LayerGraph:
     """Trace ``model``, called with the example, into a :class:`LayerGraph`.
 
-    The model must be in eval mode. It is followed by torch.fx; failing that by torch.export; failing that by torch.fx
-    around the modules that cannot be followed, which stay whole. What ``torch.compile`` has wrapped is traced itself.
-    The example's tensors give shapes and dtypes only; no layer is computed, unless shapes depend on values. Dimension
-    0 of all input tensors is the batch when it has one size for all of them. ``leaf_modules`` names modules (paths or
-    classes) to keep whole, as one layer each.
+    The model is followed by torch.fx. Where that fails it is followed by torch.export, and where that fails too, by
+    torch.fx with the modules it cannot follow kept whole. A model that ``torch.compile`` wrapped is traced unwrapped.
 
-    Raises :class:`~torchsurgeon.errors.TraceError`: the model is in training mode, cannot be followed (the message
-    names the line and what to try), changes its own parameters or buffers while it runs, or has dropout left on.
-    Warns with :class:`~torchsurgeon.errors.UnrepeatableWarning` when it draws random numbers.
+    Of the example's tensors only shapes and dtypes matter, and no layer is computed, unless shapes depend on values.
+    Dimension 0 of the input tensors is the batch if it has the same size in all of them.
+
+    Args:
+        model: the model, in eval mode.
+        *example_args: the positional arguments that the model is called with.
+        leaf_modules: modules to keep whole, as one layer each, by path or class.
+        **example_kwargs: the keyword arguments that the model is called with.
+
+    Raises:
+        TraceError: the model is in training mode, cannot be followed (the message names the line and what to try),
+            changes its own parameters or buffers while it runs, or has dropout left on.
+
+    Warns:
+        UnrepeatableWarning: the model draws random numbers.
     """
     if not isinstance(model, nn.Module):
-        raise TraceError(f"trace takes an nn.Module, not {type(model).__name__}: trace(model, example)")
+        raise TraceError(f"trace takes an nn.Module; got {type(model).__name__}; call trace(model, example)")
     model = model._modules.get("_orig_mod") or model
     _refuse_training(model)
     with left_as_it_was(model):
@@ -66,26 +75,31 @@ def _traced(
     except TraceError:
         raise
     except Exception:
-        # Some step needs values, not only shapes; then the example is run for real, and says itself what is wrong.
+        # A step needs the values of tensors, not only their shapes, or fails. Running the example for real gives the
+        # shapes, or the error that the user would see.
         source = RealModel(model)
         shapes = propagate(steps, tensors, source)
     if settle_output(steps, shapes.values, tensors[0].device):
         shapes = with_selections(steps, shapes)
+    # A second pass with one more sample shows which dimensions follow the batch, and by how much.
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     more = None
     if len(sizes) == 1 and None not in sizes and _any_batch(captured, tensors):
         alike = [t if isinstance(source, RealModel) else t.detach().to("meta") for t in tensors]
         more = _try_propagate(steps, [torch.cat([t[:1], t]) for t in alike], source, shapes)
     _refuse_randomness([steps[i] for i in shapes.random])
-    flow = Flow(steps, shapes, model)
+    flow = DataFlow(steps, shapes, model)
     if not flow.layers:
-        raise TraceError(f"{type(model).__name__} computes nothing from its input: there is no layer to cut after")
+        raise TraceError(
+            f"{type(model).__name__} computes nothing from its input, so there is no layer to cut after; trace a model "
+            "that calls a layer or function on its input"
+        )
     specs = Specs(shapes, more, (next(iter(sizes)) if more is not None else 1) or 1, isinstance(source, RealModel))
     return LayerGraph(model, call, captured, flow, specs)
 
 
 def _any_batch(captured: Captured, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the path the example took through the model's source is that of batches of other sizes, too."""
+    """Return whether batches of other sizes take the same path through the model's source as the example."""
     try:
         for extra in (1, 1023):
             more = [torch.empty((t.shape[0] + extra, *t.shape[1:]), dtype=t.dtype, device="meta") for t in tensors]
@@ -99,7 +113,7 @@ def _any_batch(captured: Captured, tensors: Sequence[torch.Tensor]) -> bool:
 def _try_propagate(
     steps: Sequence[Step], tensors: list[torch.Tensor], source: MetaModel, like: Shapes
 ) -> Shapes | None:
-    """Return the shapes with one more sample, or None when the model does not take one."""
+    """Return the shapes for other inputs; None where the model does not take them or gives tensors of other ranks."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -114,6 +128,7 @@ def _try_propagate(
 
 
 def _refuse_randomness(drawing: list[Step]) -> None:
+    """Raise for dropout that is left on; warn of other steps that draw random numbers."""
     for step in drawing:
         if "dropout" in step.type_name:
             raise TraceError(
@@ -123,7 +138,8 @@ def _refuse_randomness(drawing: list[Step]) -> None:
     if drawing:
         names = ", ".join(repr(step.name) for step in drawing[:5])
         warnings.warn(
-            f"{names} draw random numbers: the model's answers differ from run to run, and so do a split model's",
+            f"{names} draw random numbers: the model's answers differ from run to run, and so do those of the split "
+            "model",
             UnrepeatableWarning,
             stacklevel=4,
         )
