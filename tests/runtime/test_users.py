@@ -208,10 +208,6 @@ class Silent(Transport):
         self._wait(timeout_s)
         return self.inner.get_json(path, timeout_s=timeout_s)
 
-    def post_json(self, path: str, value: Any, *, timeout_s: float | None = None) -> Any:
-        self._wait(timeout_s)
-        return self.inner.post_json(path, value, timeout_s=timeout_s)
-
     def infer(self, model: str, tensors: Mapping[str, torch.Tensor], **options: Any) -> Answer:
         self._wait(options["deadline"].left_s())
         return self.inner.infer(model, tensors, **options)

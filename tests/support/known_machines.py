@@ -80,9 +80,6 @@ class Between(Transport):
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
         return self.inner.get_json(path, timeout_s=timeout_s)
 
-    def post_json(self, path: str, value: Any, *, timeout_s: float | None = None) -> Any:
-        return self.inner.post_json(path, value, timeout_s=timeout_s)
-
     def infer(self, model: str, tensors: Mapping[str, torch.Tensor], **options: Any) -> Answer:
         self.asked += 1
         deadline = options["deadline"]

@@ -64,10 +64,6 @@ class Transport(ABC):
         """The JSON at ``path``. Raises ServerUnavailableError, RequestRefusedError or ProtocolError."""
 
     @abstractmethod
-    def post_json(self, path: str, value: Any, *, timeout_s: float | None = None) -> Any:
-        """Post ``value`` as JSON and return the JSON answer. Raises like :meth:`get_json`."""
-
-    @abstractmethod
     def _post(
         self, path: str, header_bytes: int | None, buffers: list[wire.Buffer], limit_bytes: int, deadline: Deadline
     ) -> RawAnswer:

@@ -22,9 +22,7 @@ T = TypeVar("T")
 _here = threading.local()
 
 
-def exchange(
-    session: requests.Session, method: str, url: str, body: bytes | None, deadline: Deadline
-) -> tuple[int, bytes]:
+def get(session: requests.Session, url: str, deadline: Deadline) -> tuple[int, bytes]:
     """Return status and body of the answer.
 
     Raises TimeoutError once the deadline has passed, BodyTooLargeError, ProtocolError for a compressed answer, and what
@@ -33,15 +31,7 @@ def exchange(
 
     def run() -> tuple[int, bytes]:
         _here.deadline = deadline
-        with session.request(
-            method,
-            url,
-            data=body,
-            headers={"Content-Type": "application/json"} if body is not None else None,
-            timeout=deadline.left_s(),
-            stream=True,
-            allow_redirects=False,
-        ) as response:
+        with session.get(url, timeout=deadline.left_s(), stream=True, allow_redirects=False) as response:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise ProtocolError(f"{url} compressed an answer that did not ask for it")
             received = bytearray()

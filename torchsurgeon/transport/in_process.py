@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -35,22 +34,16 @@ class InProcessTransport(Transport):
         self._thread.start()
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
-        return self._json("GET", path, b"", timeout_s)
-
-    def post_json(self, path: str, value: Any, *, timeout_s: float | None = None) -> Any:
-        return self._json("POST", path, json.dumps(value, allow_nan=False).encode(), timeout_s)
+        deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
+        raw = self._call("GET", path, {}, [b""], CONTROL_LIMIT_BYTES, deadline)
+        check_status(raw.status, raw.body, path)
+        return wire.parse_json(raw.body, f"the answer of {path}")
 
     def close(self) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
-
-    def _json(self, method: str, path: str, body: bytes, timeout_s: float | None) -> Any:
-        deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
-        raw = self._call(method, path, {"Content-Type": "application/json"}, [body], CONTROL_LIMIT_BYTES, deadline)
-        check_status(raw.status, raw.body, path)
-        return wire.parse_json(raw.body, f"the answer of {path}")
 
     def _post(
         self, path: str, header_bytes: int | None, buffers: list[wire.Buffer], limit_bytes: int, deadline: Deadline

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import http.client
-import json
 import os
 import ssl
 import threading
@@ -19,7 +18,7 @@ from torchsurgeon import wire
 from torchsurgeon.errors import ProtocolError, ServerUnavailableError
 from torchsurgeon.transport.base import Deadline, RawAnswer, Transport, check_status
 from torchsurgeon.transport.connection import Connection, StaleError
-from torchsurgeon.transport.control import ControlSession, exchange
+from torchsurgeon.transport.control import ControlSession, get
 
 _MAX_IDLE = 16
 
@@ -67,10 +66,18 @@ class HttpTransport(Transport):
         _open.add(self)
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
-        return self._control("GET", path, None, timeout_s)
-
-    def post_json(self, path: str, value: Any, *, timeout_s: float | None = None) -> Any:
-        return self._control("POST", path, value, timeout_s)
+        self._check_open()
+        deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
+        self._controls.add(deadline)
+        try:
+            status, body = get(self._session, self.url + path, deadline)
+        except (TimeoutError, requests.Timeout):
+            self._check_open()
+            raise self._late(deadline) from None
+        except requests.RequestException as error:
+            raise ServerUnavailableError(f"{self.url} cannot be reached: {error}; is the server running?") from error
+        check_status(status, memoryview(body), path)
+        return wire.parse_json(body, f"the answer of {self.url}{path}")
 
     def close(self) -> None:
         with self._lock:
@@ -81,21 +88,6 @@ class HttpTransport(Transport):
         for deadline in list(self._controls):
             deadline.cancel()
         self._session.close()
-
-    def _control(self, method: str, path: str, value: Any, timeout_s: float | None) -> Any:
-        self._check_open()
-        deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
-        self._controls.add(deadline)
-        sent = None if value is None else json.dumps(value, allow_nan=False).encode()
-        try:
-            status, body = exchange(self._session, method, self.url + path, sent, deadline)
-        except (TimeoutError, requests.Timeout):
-            self._check_open()
-            raise self._late(deadline) from None
-        except requests.RequestException as error:
-            raise ServerUnavailableError(f"{self.url} cannot be reached: {error}; is the server running?") from error
-        check_status(status, memoryview(body), path)
-        return wire.parse_json(body, f"the answer of {self.url}{path}")
 
     def _post(
         self, path: str, header_bytes: int | None, buffers: list[wire.Buffer], limit_bytes: int, deadline: Deadline
