@@ -1,7 +1,7 @@
 """What adapting costs and gains: bookkeeping per inference, and the latency of a simulated device over varying links.
 
 Costs: everything that adapting does around one inference (three observations, three estimates, a decision on a frontier
-of ten rows, ordering servers, the breaker, probe and ping schedules, the rescue's arithmetic), against three moving
+of ten rows, the breaker, probe and ping schedules, the rescue's arithmetic), against three moving
 averages and ``Frontier.best``. Both contestants take turns in blocks of 200 inferences.
 
 Gains: inferences one after another over replayed uplinks, in simulated time: the true frontier row by row, transfers
@@ -25,7 +25,7 @@ from typing import Any
 
 from result_file import RESULTS, write
 
-from torchsurgeon.adapting import Decider, Estimates, Servers, ServerState, SlowdownEstimator, rescue
+from torchsurgeon.adapting import Decider, Estimates, ServerState, SlowdownEstimator, rescue
 from torchsurgeon.link import BandwidthTrace, Link
 from torchsurgeon.planning.frontier import Frontier
 from torchsurgeon.planning.rows import Row
@@ -59,14 +59,14 @@ class Adaptive:
     """What a SplitModule does around an inference."""
 
     def __init__(self, now_s: Callable[[], float]) -> None:
-        self.servers = Servers([ServerState.new("only", PRIOR, now_s=now_s)])
-        self.state = self.servers.servers[0]
+        self.state = ServerState.new("only", PRIOR, now_s=now_s)
         self.slowdown = SlowdownEstimator(now_s=now_s)
         self.decider: Decider[Row] = Decider(FRONTIER.rows, FRONTIER.costs, now_s=now_s)
         self.hedged = 0
 
     def choose(self) -> Row:
-        server = next(self.servers.candidates(lambda state: 0.0))
+        server = self.state
+        assert server.breaker.allow()
         slowdown = self.slowdown.estimate()
         decision = self.decider.decide(Estimates(server.link.estimate(), server.load.estimate(), slowdown))
         row = decision.row

@@ -211,19 +211,7 @@ def test_a_hot_device_moves_work_to_the_server() -> None:
     assert world.infer(5)[-1] == SERVER
 
 
-def test_a_change_from_outside_is_taken_over_and_told() -> None:
-    world = World(WIFI)
-    world.infer(3)
-    decision = world.decider.override(DEVICE, world.estimates(), "the server is gone")
-    assert (decision.row, decision.reason, decision.changed) == (DEVICE, "the server is gone", True)
-    assert world.told == [decision]
-    assert world.infer(2)[-1] == SERVER  # it is far better, so at once when it is asked again
-
-
-def test_rows_that_cannot_be_chosen_are_refused() -> None:
-    world = World(WIFI)
-    with pytest.raises(AdaptError, match="none of the 4 rows"):
-        world.decider.override(Row(9, 9, 9), world.estimates(), "a mistake")
+def test_a_decider_without_rows_is_refused() -> None:
     with pytest.raises(AdaptError, match="no row"):
         Decider([], costs)
 

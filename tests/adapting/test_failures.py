@@ -1,4 +1,4 @@
-"""Servers that do not answer, several servers, and deadlines."""
+"""Servers that do not answer, and deadlines."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from hypothesis import strategies as st
 from torchsurgeon.adapting import (
     CircuitBreaker,
     Refusals,
-    Servers,
-    ServerState,
     check_deadline,
     late_probability,
     rescue,
 )
 from torchsurgeon.errors import AdaptError, DeadlineError
-from torchsurgeon.link import Link
 
 
 class Clock:
@@ -177,50 +174,6 @@ def test_of_many_threads_one_gets_the_trial() -> None:
 def test_a_breaker_that_cannot_be_is_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(AdaptError, match="breaker"):
         CircuitBreaker(**arguments)  # type: ignore[arg-type]
-
-
-def servers(clock: Clock, *names: str) -> Servers[str]:
-    prior = Link("prior", 10e6, 10e6, 0.05)
-    return Servers([ServerState.new(name, prior, now_s=clock, jitter=random.Random(0)) for name in names])
-
-
-def order(ordered: Servers[str], costs: dict[str, float]) -> list[str]:
-    return [server.target for server in ordered.candidates(lambda server: costs[server.target])]
-
-
-def test_the_cheapest_server_is_tried_first_and_equals_in_the_order_given() -> None:
-    clock = Clock()
-    assert order(servers(clock, "a", "b", "c"), {"a": 3, "b": 1, "c": 2}) == ["b", "c", "a"]
-    assert order(servers(clock, "a", "b", "c"), {"a": 1, "b": 1, "c": 1}) == ["a", "b", "c"]
-
-
-def test_a_server_in_use_is_kept_unless_another_is_a_tenth_cheaper() -> None:
-    both = servers(Clock(), "a", "b")
-    assert order(both, {"a": 1.0, "b": 0.95}) == ["a", "b"]
-    assert order(both, {"a": 1.0, "b": 0.85}) == ["b", "a"]
-    assert order(both, {"a": 0.95, "b": 1.0}) == ["b", "a"]
-
-
-def test_a_dead_server_is_left_out_then_tried_last_then_used_again() -> None:
-    clock = Clock()
-    both = servers(clock, "a", "b")
-    costs = {"a": 1.0, "b": 2.0}
-    a = both.servers[0]
-    a.breaker.failed()
-    a.breaker.failed()
-    assert order(both, costs) == ["b"]
-    assert both.trials() == []
-    clock.s += 2
-    tried = both.candidates(lambda server: costs[server.target])
-    assert next(tried).target == "b"
-    assert both.trials() == [a]  # nobody got as far as a, so its trial was free
-    a.breaker.succeeded()
-    assert order(both, costs) == ["a", "b"]
-
-
-def test_no_server_at_all_is_refused() -> None:
-    with pytest.raises(AdaptError, match="at least one"):
-        Servers([])
 
 
 def test_a_certain_tail_starts_as_late_as_it_can() -> None:

@@ -10,7 +10,7 @@ from torchsurgeon.adapting.deadline import SURE, Refusals, Rescue, check_deadlin
 from torchsurgeon.adapting.decide import Conditions, Decider, Decision, Estimates
 from torchsurgeon.adapting.link import LinkEstimate, LinkEstimator, ProbePolicy
 from torchsurgeon.adapting.load import LoadEstimate, LoadEstimator, SlowdownEstimator
-from torchsurgeon.adapting.server_state import Servers, ServerState
+from torchsurgeon.adapting.server_state import ServerState
 from torchsurgeon.adapting.tracker import Quantity
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "Refusals",
     "Rescue",
     "ServerState",
-    "Servers",
     "SlowdownEstimator",
     "check_deadline",
     "late_probability",

@@ -119,18 +119,6 @@ class Decider(Generic[_Row]):
             self._tell(decision)
         return decision
 
-    def override(self, row: _Row, estimates: Estimates, reason: str) -> Decision[_Row]:
-        """Take `row` for a reason from outside, such as a server that is gone; later decisions start from it."""
-        with self._lock:
-            if row not in self._rows:
-                raise AdaptError(f"{row} is none of the {len(self._rows)} rows that this decider chooses from")
-            place = self._rows.index(row)
-            cost = self._costs_under(estimates.conditions())[place]
-            decision = self._took(place, cost, estimates, reason)
-        if decision.changed:
-            self._tell(decision)
-        return decision
-
     def _costs_under(self, conditions: Conditions) -> list[float]:
         return list(self._costs(conditions.link, conditions.load, conditions.slowdown))
 
