@@ -1,6 +1,8 @@
-"""What link, server and device are like at the moment, and what to do about it: estimates, decisions, and giving up.
+"""Estimates of the link, the servers and the device, and the decisions that rest on them.
 
-Arithmetic and state only: whoever sends requests tells these classes what happened and asks them what to do.
+These classes estimate how fast the link is, how busy a server is and how much the device is slowed down. From that they
+decide where to cut the model, when to stop asking a server, and when to start the tail on the device. They hold
+arithmetic and state only: the runtime, which sends the requests, reports what it measured and asks what to do next.
 """
 
 from __future__ import annotations

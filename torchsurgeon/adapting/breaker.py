@@ -1,4 +1,4 @@
-"""Stop asking a server that does not answer, and find out soon when it does again."""
+"""The circuit breaker of one server: stop asking it while it fails, and notice soon when it works again."""
 
 from __future__ import annotations
 
@@ -18,14 +18,27 @@ _PROVEN_ANSWERS = 3
 
 
 class CircuitBreaker:
-    """Closed while a server answers, open while it does not, half-open while one trial finds out. Thread-safe.
+    """Says whether to ask one server: closed while it answers, open while it fails, half-open in a trial. Thread-safe.
 
-    The pause before a trial doubles with every failure, by a random half of it so that devices do not return at once
-    (Nygard, Release It!, 2007, for the pattern). Pause and trial together stay below `return_s`: when trials are made
-    as soon as they are due, a server is used again within that time of its return.
+    An open breaker lets no request through. After a pause it lets one through as a trial (half-open): an answer closes
+    the breaker, a failure opens it again. The pause doubles with every failure, and a random part of up to one half is
+    taken off so that many devices do not return in the same moment. Pause and trial together stay below ``return_s``:
+    when trials are made as soon as they are allowed, a server is used again within that time after its return. The
+    pattern is from Nygard, Release It!, 2007.
 
-    :param failures: that open it when the server was healthy before; one that has just returned gets a single one
-    :param return_s: within which a returned server is found
+    Args:
+        now_s: a monotonic clock in seconds.
+        failures: consecutive failures that open the breaker. Until a server has given three answers in a row after its
+            return, a single failure opens it.
+        return_s: seconds after its return within which a server is used again.
+        jitter: the source of randomness of the pauses.
+
+    Raises:
+        AdaptError: ``failures`` is below 1, or ``return_s`` is not positive and finite.
+
+    Attributes:
+        opened: how many times the breaker has opened after being closed.
+        trial_s: seconds that a trial may take. A trial that takes longer has failed.
     """
 
     def __init__(
@@ -38,13 +51,11 @@ class CircuitBreaker:
     ) -> None:
         if failures < 1 or not 0 < return_s < float("inf"):
             raise AdaptError(
-                f"a breaker cannot open after {failures} failures and find a return within {return_s} s: give 1 "
-                "failure or more, and a positive number of seconds"
+                f"a breaker takes 1 failure or more, and a positive, finite return_s in seconds; got {failures} and "
+                f"{return_s}"
             )
         self.opened = 0
-        """How many times it has opened after being closed."""
         self.trial_s = _TRIAL_SHARE * return_s
-        """Time a trial may take; one that takes longer has failed."""
         self._lock = threading.Lock()
         self._random = jitter or random.Random()
         self._failures = failures
@@ -59,22 +70,30 @@ class CircuitBreaker:
 
     @property
     def state(self) -> State:
-        """The state now. An open breaker whose pause is over stays open until a trial is allowed."""
+        """The state now. An open breaker whose pause is over stays open until :meth:`allow` begins a trial."""
         return self._state
 
     def allow(self) -> bool:
-        """Whether to ask the server now. In the open state a True is the one trial: tell its end."""
+        """Return whether to ask the server now.
+
+        True from a breaker that is not closed begins the one trial. The caller then reports how it ended, with
+        :meth:`succeeded` or :meth:`failed`.
+        """
         with self._lock:
             if self._state == "closed":
                 return True
             if self._entered.passed_s() < (self._pause_s if self._state == "open" else self.trial_s):
                 return False
-            # A trial that never told its end is given up like one that failed, and this is the next.
+            # A trial whose end nobody reported within trial_s counts as failed, so the next one may begin.
             self._enter("half-open")
             return True
 
     def succeeded(self) -> None:
-        """The server answered: use it. Only several answers in a row make its next failure a first one again."""
+        """Record an answer: the breaker closes.
+
+        After a return it takes three answers in a row until a single failure is forgiven again, and until the pauses
+        start from the shortest.
+        """
         with self._lock:
             self._failed = 0
             if self._state != "closed":
@@ -85,11 +104,11 @@ class CircuitBreaker:
                 self._level = 0
 
     def failed(self) -> None:
-        """The server did not answer, or too late, or wrongly."""
+        """Record a failure (no answer, a late one or a wrong one): the breaker may open."""
         with self._lock:
             self._failed += 1
             if self._state == "open":
-                return  # of a request that began before it opened
+                return  # The failed request began before the breaker opened, so it says nothing new.
             if self._state == "closed":
                 if self._answered >= _PROVEN_ANSWERS and self._failed < self._failures:
                     return

@@ -1,15 +1,21 @@
-"""Time since something happened, by a clock that may jump."""
+"""Elapsed time, measured with a clock that may jump."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 NowS = Callable[[], float]
-"""A monotonic clock in seconds. Should it step back all the same, no time has passed; a step ahead is time passed."""
+"""Returns the time of a monotonic clock in seconds. Should the clock jump, a step back counts as no time passed."""
 
 
 class Since:
-    """Seconds since the last :meth:`mark`; never negative, and never stuck after the clock stepped back."""
+    """A stopwatch: seconds since the last :meth:`mark`.
+
+    The result is never negative, and goes on growing after the clock has stepped back.
+
+    Args:
+        now_s: the clock.
+    """
 
     __slots__ = ("_last_s", "_now_s", "_passed_s")
 
@@ -18,12 +24,12 @@ class Since:
         self.mark()
 
     def mark(self) -> None:
-        """Start at 0 again."""
+        """Start again at 0."""
         self._last_s = self._now_s()
         self._passed_s = 0.0
 
     def passed_s(self) -> float:
-        """Seconds since the mark."""
+        """Return the seconds since the last mark."""
         now_s = self._now_s()
         if now_s > self._last_s:
             self._passed_s += now_s - self._last_s

@@ -1,4 +1,4 @@
-"""When the tail has to start on the device for an answer in time."""
+"""Deadlines: when to start the tail on the device beside a request, and which deadlines are refused."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torchsurgeon.errors import DeadlineError
 
 _LEAST_SPREAD = 0.01
 SURE = 2.33
-"""Deviations that one in a hundred is above."""
-# An answer is late when 99 in 100 would have come, but not before a round trip more than was predicted, and at the
-# latest after three times the prediction and four round trips: one lost segment that is sent again after a timeout, and
-# a connection that is opened again, both stay below that.
+"""Standard deviations above the mean that one in a hundred normally distributed values exceeds."""
+# An answer is late once 99 in 100 answers would have arrived, but not sooner than one round trip and _LEAST_PATIENCE_S
+# after the prediction, and in any case after three times the prediction and four round trips: a lost segment that is
+# sent again after a timeout, and a connection that has to be opened again, both take less than that.
 _LATE_FACTOR, _LATE_ROUND_TRIPS = 3.0, 4.0
 # Cap on the log-scale spread: far above the limit before, and it keeps exp() from overflowing.
 _MOST_SPREAD = 5.0
-# A scheduler, a garbage collector or a radio that wakes up may cost as much at any time.
+# A scheduler, a garbage collector or a radio that wakes up may cost this much at any time.
 _LEAST_PATIENCE_S = 0.05
 _TRIALS = 2
 _TRIAL_PAUSE = 5.0
@@ -27,11 +27,15 @@ _TRIAL_PAUSE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Rescue:
-    """When to start the local tail beside a request, in seconds from when the boundary tensors are at hand.
+    """When to start the tail on the device beside a request to the server.
 
-    `start_s` is 0 when it is `hedged`, that is worth starting at once, or when it would be late already.
-    `late` is the probability that the server's answer comes after the deadline, `slack_s` the time left after a tail
-    that starts now; below 0 the deadline may be missed whatever is done.
+    Attributes:
+        start_s: seconds to wait before the start, counted from when the boundary tensors are ready. 0 where the tail is
+            ``hedged``, or where it would already be late.
+        late: probability that the server's answer comes after the deadline.
+        hedged: whether a late answer is so likely that the tail is started at once.
+        slack_s: seconds left before the deadline after a tail that starts at once, with 99 % confidence. Below 0 the
+            deadline may be missed whatever is done.
     """
 
     start_s: float
@@ -41,7 +45,13 @@ class Rescue:
 
 
 def late_probability(median_s: float, spread: float, left_s: float) -> float:
-    """The probability that something of `median_s` takes longer than `left_s`, if its logarithm is normal."""
+    """Return the probability that a log-normally distributed duration exceeds a given time.
+
+    Args:
+        median_s: the duration's median in seconds; it may be infinite.
+        spread: standard deviation of the duration's logarithm.
+        left_s: the given time in seconds.
+    """
     if left_s <= 0 or math.isinf(median_s):
         return 1.0
     if median_s <= 0:
@@ -58,13 +68,15 @@ def rescue(
     tail_spread: float,
     hedge_above: float = 0.5,
 ) -> Rescue:
-    """Return when to start the local tail so that it ends before the deadline 99 times in 100.
+    """Return when to start the tail on the device so that it ends before the deadline 99 times in 100.
 
-    :param left_s: from now, when the boundary tensors are at hand, to the deadline
-    :param remote_s: predicted from now to the server's answer; infinite when no server is asked
-    :param tail_s: predicted for the tail on the device, its slow-down included
-    :param remote_spread, tail_spread: relative deviations of the two, as :attr:`Quantity.spread`
-    :param hedge_above: probability of a late answer from which the local tail starts at once
+    Args:
+        left_s: seconds from now, when the boundary tensors are ready, to the deadline.
+        remote_s: predicted seconds from now to the server's answer; infinite when no server is asked.
+        remote_spread: relative deviation of ``remote_s``, like :attr:`Quantity.spread`.
+        tail_s: predicted seconds of the tail on the device, its slow-down included.
+        tail_spread: relative deviation of ``tail_s``.
+        hedge_above: probability of a late answer above which the tail is started at once.
     """
     slack_s = left_s - tail_s * math.exp(SURE * max(tail_spread, _LEAST_SPREAD))
     late = late_probability(remote_s, remote_spread, left_s)
@@ -81,8 +93,8 @@ def patience(
         remote_s: predicted seconds from the end of the head to the answer.
         spread: the prediction's relative deviation.
         round_trip_s: one round trip of the link.
-        stoppable: whether a tail that turns out not to be needed ends early. If not, it is started only once as much
-            has been waited in vain as it costs.
+        stoppable: whether the tail can be stopped when the answer arrives after all. If it cannot, it is started only
+            once the answer is late by as much time as the tail costs.
         tail_s: predicted seconds of such a tail; None where they are unknown.
     """
     likely_s = remote_s * math.exp(min(SURE * spread, _MOST_SPREAD))
@@ -93,13 +105,19 @@ def patience(
 
 
 def check_deadline(deadline_s: float, best_s: float, how: str) -> None:
-    """Raise unless an answer within `deadline_s` is possible.
+    """Raise unless an answer within ``deadline_s`` is possible.
 
-    :param best_s: the least predicted latency of all ways to answer, and `how` it is reached, such as "on the device"
-    :raises DeadlineError: it is not; the message and its ``best_s`` name the best that is
+    Args:
+        deadline_s: seconds within which an answer is wanted.
+        best_s: the lowest predicted latency of all ways to answer, in seconds.
+        how: the way with that latency, for the message, such as "on the device".
+
+    Raises:
+        DeadlineError: ``deadline_s`` is not positive and finite, or is below ``best_s``. The error's ``best_s`` holds
+            the lowest latency.
     """
     if not (deadline_s > 0 and math.isfinite(deadline_s)):
-        raise DeadlineError(f"a deadline of {deadline_s} s cannot be: give a positive number of seconds", best_s)
+        raise DeadlineError(f"a deadline must be a positive, finite number of seconds; got {deadline_s}", best_s)
     if deadline_s < best_s:
         raise DeadlineError(
             f"no answer within {deadline_s:g} s: the best possible is {best_s:.4g} s, {how}; give a later deadline, "
@@ -109,11 +127,15 @@ def check_deadline(deadline_s: float, best_s: float, how: str) -> None:
 
 
 class Refusals:
-    """Which calls run although their deadlines cannot be kept as it looks. Thread-safe.
+    """Lets an occasional call through while deadlines look impossible, so that recovery is noticed. Thread-safe.
 
-    A call that is refused shows nothing, so whoever refuses takes what was slow for a while for slow long after. Once
-    calls have been refused for `after_s`, or for five times what one takes if that is longer, two are let through: one
-    measurement unlike those before it is not believed.
+    A refused call measures nothing. If every call were refused, a server or device that was slow for a while would be
+    taken for slow for ever. So two calls are let through once calls have been refused for ``after_s``, or for five
+    times what one call takes if that is longer. There are two because an estimate does not follow a single outlier.
+
+    Args:
+        now_s: a monotonic clock in seconds.
+        after_s: seconds of refusals after which calls are let through.
     """
 
     def __init__(self, *, now_s: NowS = time.monotonic, after_s: float = 1.0) -> None:
@@ -124,7 +146,7 @@ class Refusals:
         self._trials = 0
 
     def refuse(self, best_s: float) -> bool:
-        """Whether to refuse a call that takes `best_s` at best, and is due before that."""
+        """Return whether to refuse a call whose deadline is before the ``best_s`` seconds that it takes at best."""
         with self._lock:
             if not self._refusing:
                 self._refusing = True
@@ -139,7 +161,8 @@ class Refusals:
             return True
 
     def end(self) -> None:
-        """A call can be in time."""
+        """Record that a call can meet its deadline: the refusals are over."""
+        # Read without the lock, since almost every call comes by here and finds False.
         if self._refusing:
             with self._lock:
                 self._refusing, self._trials = False, 0

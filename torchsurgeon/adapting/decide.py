@@ -1,4 +1,7 @@
-"""Where to cut this time: the best row for what is known now, unless the gain may be noise."""
+"""Where to cut at the next inference: at the best row under the present estimates, unless the gain may be noise.
+
+A row is one way to run the model: a cut with its codec, as a planning frontier lists them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,14 @@ _logger = logging.getLogger(__name__)
 
 
 class Estimates(NamedTuple):
-    """What one decision rests on. A call `scale` times as large as the example takes as many times as long."""
+    """The estimates that one decision rests on.
+
+    Attributes:
+        link: rates and round trip.
+        load: how busy the server is.
+        slowdown: the factor by which the device is slower than predicted.
+        scale: how many times as large as the traced example the call is. Its times and bytes are taken to grow alike.
+    """
 
     link: LinkEstimate
     load: LoadEstimate
@@ -30,7 +40,7 @@ class Estimates(NamedTuple):
     scale: float = 1.0
 
     def conditions(self) -> Conditions:
-        """The most likely values."""
+        """Return the most likely values, as a frontier takes them."""
         link = self.link.link(later_s=self.load.queue_s)
         if self.scale != 1.0:
             up_bit_s, down_bit_s = link.uplink_bit_s / self.scale, link.downlink_bit_s / self.scale
@@ -39,9 +49,13 @@ class Estimates(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """What a frontier is asked with: `load` multiplies tail times, `slowdown` head times.
+    """The arguments with which a frontier computes costs.
 
-    The wait in the server's queue is part of the link's round trip: like it, it is paid once by every cut that sends.
+    Attributes:
+        link: rates and round trip. The wait in the server's queue is added to the round trip, because every cut that
+            sends pays both once.
+        load: factor on tail times.
+        slowdown: factor on head times.
     """
 
     link: Link
@@ -52,16 +66,28 @@ class Conditions(NamedTuple):
 _Row = TypeVar("_Row")
 
 
-class Costs(Protocol):
-    """What every row costs under given conditions, as a frontier tells: seconds, or joules if those are to be saved."""
+class RowCosts(Protocol):
+    """A function that computes what every row costs under given conditions, such as a frontier's ``costs``.
+
+    The unit is the objective's: seconds, or joules where energy is saved.
+    """
 
     def __call__(self, link: Link, load: float, slowdown: float) -> Iterable[float]:
-        """Return one cost a row, in the rows' order."""
+        """Return one cost for each row, in the rows' order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision(Generic[_Row]):
-    """One decision: when (by the decider's clock), for which row, on what grounds and at which predicted cost."""
+    """One decision of a :class:`Decider`.
+
+    Attributes:
+        time_s: when it was made, by the decider's clock.
+        row: the row that was chosen.
+        estimates: the estimates that it rests on.
+        cost: the row's predicted cost, in the unit of the costs.
+        reason: why this row was chosen, in words.
+        changed: whether the decision before was for another row.
+    """
 
     time_s: float
     row: _Row
@@ -72,21 +98,31 @@ class Decision(Generic[_Row]):
 
 
 class Decider(Generic[_Row]):
-    """Chooses a row before every inference and stays with it until another is surely better. Thread-safe.
+    """Chooses a row before every inference, and keeps it until another is better by more than noise. Thread-safe.
 
-    A change costs next to nothing, so one is made as soon as it gains more than `least_gain`; the estimates are smooth.
+    A change costs next to nothing and the estimates are smooth, so the row is changed as soon as that gains more than
+    ``least_gain``.
 
-    :param rows: what there is to choose from
-    :param costs: of all rows for a link, a load and a slow-down
-    :param least_gain: share of the cost below which no gain is worth a change
-    :param kept: decisions that `decisions` holds
-    :param on_change: called with a decision for another row, after it was taken, in the deciding thread
+    Args:
+        rows: the rows to choose from.
+        costs: computes the costs of all rows for a link, a load and a slow-down.
+        now_s: a monotonic clock in seconds.
+        least_gain: share of the present row's cost that another row has to save.
+        kept: how many decisions ``decisions`` holds.
+        on_change: called with each decision that changes the row, in the deciding thread. What it raises is logged.
+
+    Raises:
+        AdaptError: ``rows`` is empty.
+
+    Attributes:
+        decisions: the last decisions, the newest at the end.
+        changes: how many decisions changed the row.
     """
 
     def __init__(
         self,
         rows: Sequence[_Row],
-        costs: Costs,
+        costs: RowCosts,
         *,
         now_s: NowS = time.monotonic,
         least_gain: float = 0.07,
@@ -94,17 +130,20 @@ class Decider(Generic[_Row]):
         on_change: Callable[[Decision[_Row]], object] | None = None,
     ) -> None:
         self.decisions: deque[Decision[_Row]] = deque(maxlen=kept)
-        """The last decisions, the newest at the end."""
         self.changes = 0
         if not rows:
-            raise AdaptError("there is no row to choose from: give those of a frontier")
+            raise AdaptError("a decider needs at least one row to choose from; got no row. Give a frontier's rows")
         self._rows, self._costs, self._now_s = tuple(rows), costs, now_s
         self._least_gain, self._on_change = least_gain, on_change
         self._lock = threading.Lock()
         self._place: int | None = None
 
     def decide(self, estimates: Estimates) -> Decision[_Row]:
-        """Choose for one inference."""
+        """Choose the row of one inference.
+
+        Args:
+            estimates: what is known of link, server and device at the moment.
+        """
         with self._lock:
             costs = self._costs_under(estimates.conditions())
             best = costs.index(min(costs))
@@ -114,15 +153,16 @@ class Decider(Generic[_Row]):
                 place, reason = best, "better"
             elif place != best:
                 reason = "another is hardly better"
-            decision = self._took(place, costs[place], estimates, reason)
+            decision = self._record(place, costs[place], estimates, reason)
+        # Outside the lock: a listener may take long, or ask this decider again.
         if decision.changed:
-            self._tell(decision)
+            self._call_listener(decision)
         return decision
 
     def _costs_under(self, conditions: Conditions) -> list[float]:
         return list(self._costs(conditions.link, conditions.load, conditions.slowdown))
 
-    def _took(self, place: int, cost: float, estimates: Estimates, reason: str) -> Decision[_Row]:
+    def _record(self, place: int, cost: float, estimates: Estimates, reason: str) -> Decision[_Row]:
         changed = self._place is not None and self._place != place
         self._place = place
         decision = Decision(self._now_s(), self._rows[place], estimates, float(cost), reason, changed)
@@ -131,11 +171,11 @@ class Decider(Generic[_Row]):
             self.changes += 1
         return decision
 
-    def _tell(self, decision: Decision[_Row]) -> None:
+    def _call_listener(self, decision: Decision[_Row]) -> None:
         if self._on_change is None:
             return
         try:
             self._on_change(decision)
         except Exception:
-            # An answer must not be lost to a listener.
-            _logger.exception("on_change raised, and was passed over")
+            # A listener's error must not cost the inference its answer.
+            _logger.exception("on_change raised; the error is ignored")

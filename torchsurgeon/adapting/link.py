@@ -1,4 +1,4 @@
-"""The link as the requests themselves see it, and how often it may be probed when there are none."""
+"""Estimates of the link from the requests that use it, and when it is probed because no request does."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from torchsurgeon.link import Link, Radio
 
 _DRIFT = 0.4  # with it the next transfer over recorded LTE and 3G uplinks is predicted best
 _NOISE = 0.2
-_FIRST_WINDOW_BYTES = 1 << 14  # TCP sends as much at once; when that arrives at once it says nothing about a rate
-_SURELY_TIMED = 5.0
+_FIRST_WINDOW_BYTES = 1 << 14  # TCP sends this much at once; a shorter transfer that arrives at once shows no rate
+_SURELY_TIMED = 5.0  # a short transfer that took this many times the timing error does show one
 _PACKET_BYTES = 1500
-_TIMER_S = 2e-3  # how far off the two ends of a transfer are seen
+_TIMER_S = 2e-3  # error of a transfer's measured duration
 _LEAST_ROUND_TRIP_S = 5e-5
 _LEAST_BIT_S, _MOST_BIT_S, _MOST_ROUND_TRIP_S = 1e3, 1e12, 60.0
 
 
 class LinkEstimate(NamedTuple):
-    """Both rates in bit/s and the round trip in seconds, each with uncertainty and age; the radio as it was given."""
+    """The estimated link.
+
+    Attributes:
+        uplink: rate in bit/s, with its uncertainty and age.
+        downlink: rate in bit/s, likewise.
+        round_trip: seconds, likewise.
+        radio: the radio of the link that the estimator started from.
+    """
 
     uplink: Quantity
     downlink: Quantity
@@ -31,7 +38,11 @@ class LinkEstimate(NamedTuple):
     radio: Radio | None = None
 
     def link(self, *, later_s: float = 0.0) -> Link:
-        """The estimate as a link, for planning, with a round trip that is so many seconds longer."""
+        """Return the estimate as a link for planning.
+
+        Args:
+            later_s: seconds that are added to the round trip, such as the wait in a server's queue.
+        """
         return Link(
             "estimated",
             _within(self.uplink.value),
@@ -47,18 +58,23 @@ def _within(bit_s: float) -> float:
 
 
 class LinkEstimator:
-    """Uplink, downlink and round trip, told apart by what one request's timing says of each. Thread-safe.
+    """Estimates uplink rate, downlink rate and round trip separately, from the timings of requests. Thread-safe.
 
-    A transfer says something about its rate when it took long enough to be timed. A quick one only says that the rate
-    is not below what it shows, and nothing if it was no longer than TCP's first window. Every request says something
-    about the round trip: what is left of its time after both transfers and the server.
+    A transfer shows its rate when it took long enough to be timed. A quick transfer shows only a lower bound of the
+    rate, and one within TCP's first window shows nothing. Every request shows the round trip, as the part of its time
+    that neither the transfers nor the server took.
 
-    :param prior: the link before anything has been sent
+    Args:
+        prior: the link to assume before anything has been sent.
+        now_s: a monotonic clock in seconds.
+
+    Attributes:
+        ignored: how many observations were left out because they cannot be true, such as a server that computed for
+            longer than the whole request took.
     """
 
     def __init__(self, prior: Link, *, now_s: NowS = time.monotonic) -> None:
         self.ignored = 0
-        """Observations that could not be true, such as a server that worked for longer than the request took."""
         self._lock = threading.Lock()
         self._radio = prior.radio
         self._uplink = Tracker(prior.uplink_bit_s, now_s=now_s, error=1.0, noise=_NOISE, drift=_DRIFT)
@@ -76,22 +92,25 @@ class LinkEstimator:
         total_s: float,
         server_s: float = 0.0,
     ) -> None:
-        """Take in the timing of one request.
+        """Update the estimates with the timing of one request.
 
-        :param up_s: from the request's head to the last byte of its body, by the server (``receive_s``); None if it
-            does not tell: then what is left of the total beyond the round trip is the transfer's time
-        :param down_s: from the answer's first byte to its last, by the device
-        :param total_s: from the first byte sent to the last one received, by the device
-        :param server_s: between the two transfers: queue, decoding and computing, by the server
+        Args:
+            up_bytes: bytes of the request's body.
+            up_s: seconds from the request's head to the last byte of its body, measured by the server (``receive_s``).
+                None where the server does not report it: then the time beyond the round trip counts as the transfer's.
+            down_bytes: bytes of the answer's body.
+            down_s: seconds from the answer's first byte to its last, measured by the device.
+            total_s: seconds from the first byte sent to the last byte received, measured by the device.
+            server_s: seconds between the two transfers (queue, decoding and computing), measured by the server.
         """
-        told = (total_s, down_s, server_s, up_s or 0.0)
+        parts = (total_s, down_s, server_s, up_s or 0.0)
         left_s = total_s - down_s - server_s - (up_s or 0.0)
-        if not (all(0 <= part < math.inf for part in told) and left_s >= -_TIMER_S and up_bytes >= 0 <= down_bytes):
+        if not (all(0 <= part < math.inf for part in parts) and left_s >= -_TIMER_S and up_bytes >= 0 <= down_bytes):
             self.ignored += 1
             return
         with self._lock:
             down_bit_s = _rate(self._downlink, down_bytes, down_s, total_s)
-            # The packet that starts the clock of a transfer is not timed by it.
+            # A transfer's clock starts when its first packet has arrived, so that packet's own time is in the rest.
             left_s -= min(down_bytes, _PACKET_BYTES) * 8 / down_bit_s
             if up_s is None and up_bytes >= _FIRST_WINDOW_BYTES:
                 trip = self._round_trip.quantity()
@@ -104,10 +123,15 @@ class LinkEstimator:
             self._round_trip.observe(trip_s, noise=_TIMER_S / 4 / (trip_s + _TIMER_S), lasted_s=total_s)
 
     def missed(self, *, up_bytes: int, waited_s: float) -> None:
-        """Take in that there was no answer after waiting for so long, beside what the server needs.
+        """Lower the estimate at once because no answer came.
 
-        The uplink is taken to be as slow as that, or for few bytes the round trip as long, and at once: to wait for a
-        second miss costs more than a few inferences elsewhere until a probe tells better.
+        The uplink is assumed to be so slow that the transfer explains the wait; for few bytes the round trip is assumed
+        to be that long. A single miss is enough: waiting for a second one costs a whole inference, while a wrong
+        estimate costs only a few inferences with another cut until a probe corrects it.
+
+        Args:
+            up_bytes: bytes of the request's body.
+            waited_s: seconds waited in vain, without the time that the server needs.
         """
         if not (0 < waited_s < math.inf and up_bytes >= 0):
             self.ignored += 1
@@ -122,42 +146,59 @@ class LinkEstimator:
                 self._round_trip.jump(min(waited_s, _MOST_ROUND_TRIP_S))
 
     def estimate(self) -> LinkEstimate:
-        """Both rates and the round trip now; they grow less certain with time."""
+        """Return both rates and the round trip as estimated now. Their uncertainty grows with their age."""
         with self._lock:
             up, down, trip = self._uplink.quantity(), self._downlink.quantity(), self._round_trip.quantity()
         return LinkEstimate(up, down, trip, self._radio)
 
     def link(self) -> Link:
-        """The estimate as a link, for planning."""
+        """Return the present estimate as a link for planning."""
         return self.estimate().link()
 
     @property
     def changes(self) -> int:
-        """How many times a rate or the round trip was found to have jumped."""
+        """How many jumps of a rate or of the round trip were detected."""
         return self._uplink.changes + self._downlink.changes + self._round_trip.changes
 
 
 def _rate(tracker: Tracker, size_bytes: int, taken_s: float, lasted_s: float, blur_s: float = _TIMER_S) -> float:
-    """Tell `tracker` the rate of a transfer timed to within `blur_s`, if it shows one; return that or what is known."""
+    """Update ``tracker`` with the rate that a transfer shows, if it shows one; return that rate or else the known one.
+
+    ``blur_s`` is the error of ``taken_s``.
+    """
     if size_bytes < _FIRST_WINDOW_BYTES and taken_s < _SURELY_TIMED * blur_s:
         return tracker.value()
     timed_s = max(taken_s, blur_s)
     seen_bit_s = _within(max(size_bytes - _PACKET_BYTES, 1) * 8 / timed_s)
     if taken_s <= blur_s and seen_bit_s <= (bit_s := tracker.value()):
-        return bit_s
+        return bit_s  # too quick to be timed: it shows only a lower bound, which the estimate already exceeds
     tracker.observe(seen_bit_s, noise=blur_s / timed_s / 2 + _PACKET_BYTES / max(size_bytes, 1), lasted_s=lasted_s)
     return seen_bit_s
 
 
 class ProbePolicy:
-    """When a link whose rate no request has shown lately is probed, and with how much. Thread-safe.
+    """Says when to probe a link whose rate no request has shown lately, and with how many bytes. Thread-safe.
 
-    A probe is due once neither a request nor a probe has shown the rate for `stale_s`, and the probes before it have
-    been paid for: over any longer time they take at most `share` of it, and `most_byte_s` on average.
+    A probe is due once neither a request nor a probe has shown the rate for ``stale_s``, and the pause that the probe
+    before has cost is over. The pauses keep all probes together below ``share`` of the time and ``most_byte_s`` on
+    average.
 
-    :param share: of the time, at most
-    :param most_byte_s: bytes a second, at most, averaged from probe to probe
-    :param duration_s: how long a probe should take at the rate last known
+    Args:
+        now_s: a monotonic clock in seconds.
+        stale_s: age in seconds from which a rate is probed.
+        share: highest share of the time that probes take; above 0, at most 1.
+        most_byte_s: highest average rate of probes, in bytes per second.
+        duration_s: seconds that a probe should take at the last known rate.
+
+    Raises:
+        AdaptError: an argument is out of its range.
+
+    Attributes:
+        least_bytes: the smallest probe.
+        most_bytes: the largest probe.
+        count: probes that were made.
+        spent_bytes: their bytes together.
+        spent_s: their seconds together.
     """
 
     least_bytes = 1 << 14
@@ -174,8 +215,8 @@ class ProbePolicy:
     ) -> None:
         if not (0 < share <= 1 and most_byte_s > 0 and duration_s > 0 and stale_s >= 0):
             raise AdaptError(
-                f"no probes can be sent with a share of {share}, {most_byte_s} byte/s, {duration_s} s each and "
-                f"{stale_s} s between them: give a share up to 1, and numbers above 0"
+                "probes take a share above 0 and at most 1, most_byte_s and duration_s above 0, and stale_s of 0 or "
+                f"more; got share {share}, most_byte_s {most_byte_s}, duration_s {duration_s} and stale_s {stale_s}"
             )
         self.count = 0
         self.spent_bytes = 0
@@ -186,11 +227,13 @@ class ProbePolicy:
         self._pause_s = 0.0
 
     def due_bytes(self, age_s: float, rate_bit_s: float) -> int | None:
-        """How many bytes to probe with now, or None.
+        """Return how many bytes to probe with now; None where no probe is due.
 
-        A size that is given is taken as begun: another one is due only after the pause that it will cost.
+        The caller makes the probe whose size it gets: the pause before the next one begins at once.
 
-        :param age_s: since the rate was last seen, and `rate_bit_s`, as an estimate's :class:`Quantity` tells them
+        Args:
+            age_s: seconds since the rate was last seen (an estimate's :attr:`Quantity.age_s`).
+            rate_bit_s: the estimated rate in bit/s.
         """
         with self._lock:
             if age_s < self._stale_s or self._last.passed_s() < self._pause_s:
@@ -201,7 +244,7 @@ class ProbePolicy:
             return size
 
     def spent(self, size_bytes: int, taken_s: float) -> None:
-        """Count what a probe cost, whether it was answered or not."""
+        """Record what a probe cost, whether it was answered or not."""
         with self._lock:
             self.count += 1
             self.spent_bytes += size_bytes

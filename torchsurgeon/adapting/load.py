@@ -1,4 +1,4 @@
-"""How much slower than predicted the server and the device are at the moment."""
+"""Estimates of how much slower than predicted the server and the device are at the moment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import NamedTuple
 from torchsurgeon.adapting.clock import NowS, Since
 from torchsurgeon.adapting.tracker import Quantity, Tracker
 
-_LEAST_TIMED_S = 1e-4
-_QUEUE_SCALE_S = 2e-3  # waits below it differ by nothing that matters
-_QUEUE_MEMORY_S = 3.0
+_LEAST_TIMED_S = 1e-4  # shorter predictions make no usable ratio
+_QUEUE_SCALE_S = 2e-3  # differences between shorter waits do not matter
+_QUEUE_MEMORY_S = 3.0  # about as long as a busy queue stays as it is
 _SUSPECT = 3.0
 _MOST_FACTOR = 1e4
 
@@ -20,9 +20,13 @@ _MOST_FACTOR = 1e4
 class LoadEstimate(NamedTuple):
     """How busy a server is.
 
-    Its computing takes `compute` times what was predicted, after waiting for `queue_s` on average, give or take
-    `queue_spread_s`. The two are kept apart because the wait is paid once, however short the tail: a factor seen with a
-    short tail would be wrong for a long one.
+    Computing and waiting are kept apart because a request waits once, however short its tail is: a factor that was
+    measured with a short tail would be wrong for a long one.
+
+    Attributes:
+        compute: factor by which the server computes longer than predicted.
+        queue_s: mean wait in the server's queue, in seconds.
+        queue_spread_s: standard deviation of single waits, in seconds.
     """
 
     compute: Quantity
@@ -30,9 +34,10 @@ class LoadEstimate(NamedTuple):
     queue_spread_s: float = 0.0
 
     def factor(self, tail_s: float) -> float:
-        """K of the Neurosurgeon paper for a tail of `tail_s` predicted seconds: queue and computing over prediction.
+        """Return the load factor K of Neurosurgeon (Kang et al., ASPLOS 2017): queue and computing over prediction.
 
-        It is infinite for a tail of 0 s that has to wait.
+        Args:
+            tail_s: predicted seconds of the tail. For a tail of 0 s that has to wait, the factor is infinite.
         """
         if tail_s <= 0:
             return math.inf if self.queue_s else self.compute.value
@@ -40,7 +45,7 @@ class LoadEstimate(NamedTuple):
 
 
 class _Suspect(NamedTuple):
-    """A wait that was further than `most_s` off the mean of the time."""
+    """A wait that lay further than ``most_s`` off the mean at that time."""
 
     off_s: float
     mean_s: float
@@ -48,12 +53,16 @@ class _Suspect(NamedTuple):
 
 
 class Wait:
-    """The mean wait in a queue, which is 0 for one request and long for the next: what many requests will pay, and so
-    neither the median nor what outliers leave alone. Not thread-safe.
+    """Estimates the mean wait in a server's queue. Not thread-safe; its owners lock.
 
-    Each sample counts as much as the time since the one before it is of a memory of a few seconds: about as long as a
-    busy queue stays as it is. Two in a row that lie far off on one side are a change, from which it starts again.
-    While nothing is seen the mean halves every `half_life_s`.
+    A wait is 0 for one request and long for the next, and many requests pay all of them, so this is a mean, where a
+    median or a filter that drops outliers would be too low. The mean is exponentially weighted by time, over a memory
+    of three seconds. A single wait far off the mean counts only in part; two in a row on the same side are a change,
+    and the mean starts again from them. While nothing is observed, the mean halves every ``half_life_s``.
+
+    Args:
+        now_s: a monotonic clock in seconds.
+        half_life_s: see above.
     """
 
     __slots__ = ("_count", "_half_life_s", "_mean_s", "_since", "_suspect", "_variance")
@@ -61,14 +70,14 @@ class Wait:
     def __init__(self, *, now_s: NowS, half_life_s: float) -> None:
         self._half_life_s = half_life_s
         self._since = Since(now_s)
-        self._start(0.0, 0.0, count=1)  # an empty queue is taken as seen once
+        self._start(0.0, 0.0, count=1)  # starts as if one request had found the queue empty
 
     def _start(self, mean_s: float, variance: float, *, count: int) -> None:
         self._mean_s, self._variance, self._count = mean_s, variance, count
         self._suspect: _Suspect | None = None
 
     def observe(self, wait_s: float) -> None:
-        """Take in the wait of one request."""
+        """Update the mean with the wait of one request, in seconds."""
         age_s = self._since.passed_s()
         self._since.mark()
         off_s = wait_s - self._faded(age_s)
@@ -89,15 +98,20 @@ class Wait:
         return self._mean_s * math.pow(0.5, age_s / self._half_life_s)
 
     def estimate(self) -> tuple[float, float]:
-        """The mean wait now, and the standard deviation of single ones."""
+        """Return the mean wait now, and the standard deviation of single waits, in seconds."""
         return self._faded(self._since.passed_s()), math.sqrt(self._variance)
 
 
 class LoadEstimator:
-    """Server load from what every answer tells. Thread-safe.
+    """Estimates a server's load from the times that its answers report. Thread-safe.
 
-    While nothing is heard the estimate returns to an idle server, half of the way every `half_life_s`, so that one busy
-    moment is not held against a server for ever; a ping is due every `ping_s` to know better.
+    Without new answers the estimate returns to that of an idle server, half of the way every ``half_life_s``, so that a
+    server is not avoided for ever because it was busy once. A ping every ``ping_s`` measures the load meanwhile.
+
+    Args:
+        now_s: a monotonic clock in seconds.
+        half_life_s: see above.
+        ping_s: seconds without a report after which a ping is due.
     """
 
     def __init__(self, *, now_s: NowS = time.monotonic, half_life_s: float = 10.0, ping_s: float = 1.0) -> None:
@@ -108,9 +122,12 @@ class LoadEstimator:
         self._ping_s = ping_s
 
     def observe(self, *, queue_s: float, compute_s: float, predicted_s: float) -> None:
-        """Take in what one answer told of its tail, predicted to compute for `predicted_s`; nonsense is passed over.
+        """Update the estimate with the times that one answer reports. Negative and infinite times are ignored.
 
-        A tail too short to be timed tells of the queue only.
+        Args:
+            queue_s: seconds that the request waited.
+            compute_s: seconds that the server computed.
+            predicted_s: predicted seconds of that computing. Where it is too short to be timed, only the wait counts.
         """
         if not (0 <= queue_s < math.inf and 0 <= compute_s < math.inf and 0 <= predicted_s < math.inf):
             return
@@ -120,17 +137,17 @@ class LoadEstimator:
             _observe_ratio(self._compute, compute_s, predicted_s)
 
     def estimate(self) -> LoadEstimate:
-        """The load now."""
+        """Return the load as estimated now."""
         with self._lock:
             return LoadEstimate(self._compute.quantity(), *self._queue.estimate())
 
     def age_s(self) -> float:
-        """Seconds since the server last told its load."""
+        """Return the seconds since an answer last reported the server's load."""
         with self._lock:
             return self._heard.passed_s()
 
     def ping_due(self) -> bool:
-        """Whether to ask the server for its load now; a True is taken as asked."""
+        """Return whether to ping the server for its load now. A caller that gets True makes the ping."""
         with self._lock:
             due = self._heard.passed_s() >= self._ping_s and self._pinged.passed_s() >= self._ping_s
             if due:
@@ -139,9 +156,14 @@ class LoadEstimator:
 
 
 class SlowdownEstimator:
-    """How much longer than predicted the device takes: heat, other processes, a power mode. Thread-safe.
+    """Estimates how much slower than predicted the device is: heat, other processes, a power mode. Thread-safe.
 
-    While no head runs, the estimate returns to 1, half of the way every `half_life_s`: an idle device cools down.
+    While no head runs, the estimate returns to 1, half of the way every ``half_life_s``, because an idle device cools
+    down.
+
+    Args:
+        now_s: a monotonic clock in seconds.
+        half_life_s: see above.
     """
 
     def __init__(self, *, now_s: NowS = time.monotonic, half_life_s: float = 60.0) -> None:
@@ -149,12 +171,12 @@ class SlowdownEstimator:
         self._factor = Tracker(1.0, now_s=now_s, error=0.5, drift=0.1, rest=1.0, half_life_s=half_life_s)
 
     def observe(self, observed_s: float, predicted_s: float) -> None:
-        """Take in one head's time; heads too short to be timed, and nonsense, are passed over."""
+        """Update the factor from measured against predicted seconds. What is too short to be timed is ignored."""
         with self._lock:
             _observe_ratio(self._factor, observed_s, predicted_s)
 
     def estimate(self) -> Quantity:
-        """The factor now."""
+        """Return the factor as estimated now."""
         with self._lock:
             return self._factor.quantity()
 

@@ -1,4 +1,4 @@
-"""Several servers that hold the same model, each with its own estimates."""
+"""The estimates of one server, in one place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ServerState(Generic[_T]):
-    """What is known of one server; `target` is whatever its owner reaches it by, such as a transport."""
+    """What is known of one server.
+
+    Attributes:
+        target: what the owner reaches the server by, such as a transport.
+        link: estimates of the link to it.
+        load: estimates of its load.
+        breaker: whether to ask it.
+        probes: when to probe the link to it.
+    """
 
     target: _T
     link: LinkEstimator
@@ -27,7 +35,14 @@ class ServerState(Generic[_T]):
 
     @staticmethod
     def new(target: _T, prior: Link, *, now_s: NowS, jitter: random.Random | None = None) -> ServerState[_T]:
-        """The state of a server that has not been asked yet."""
+        """Return the state of a server that has not been asked yet.
+
+        Args:
+            target: what the owner reaches the server by.
+            prior: the link to assume before anything has been sent.
+            now_s: a monotonic clock in seconds.
+            jitter: the source of randomness of the breaker's pauses.
+        """
         return ServerState(
             target,
             LinkEstimator(prior, now_s=now_s),

@@ -1,4 +1,4 @@
-"""Follow one positive quantity that is seen with noise, drifts, jumps, and is sometimes reported wrongly."""
+"""An estimate of one positive quantity that drifts and jumps, from samples with noise and outliers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import NamedTuple
 
 from torchsurgeon.adapting.clock import NowS, Since
 
-_SUSPECT = 3.0
-_ALLOWANCE = 0.75
-_ALARM = 4.4  # below twice (_SUSPECT - _ALLOWANCE): two suspects in a row, on one side, are a change
+_SUSPECT = 3.0  # deviations from which a sample is an outlier
+_ALLOWANCE = 0.75  # the slack of the CUSUM, in deviations
+_ALARM = 4.4  # below twice (_SUSPECT - _ALLOWANCE), so two outliers in a row on one side are a change
 _LEARNING, _LEARNED = 0.1, 2.0
 _LEAST_NOISE = 0.03
 _MOST_NOISE = 0.7
-_RUN = 3
-_HALF_NORMAL = math.sqrt(math.pi / 2)
+_RUN = 3  # samples that an estimate starts again from after a change
+_HALF_NORMAL = math.sqrt(math.pi / 2)  # standard deviation over mean absolute deviation
 
 
 class Quantity(NamedTuple):
-    """What is known of one positive quantity.
+    """The estimate of one positive quantity.
 
-    `error` is one standard deviation of the estimate, `spread` that of what will be seen next; both are relative, as
-    deviations of the logarithm: 0.1 is about 10 %. `age_s` is the time since it was last seen, infinite if
-    it never was.
+    Attributes:
+        value: the estimate.
+        error: one standard deviation of the estimate's logarithm: 0.1 is about 10 %.
+        spread: one standard deviation of the next sample's logarithm.
+        age_s: seconds since the last sample; infinite before the first.
     """
 
     value: float
@@ -33,18 +35,24 @@ class Quantity(NamedTuple):
 
 
 class Tracker:
-    """Robust estimate of a positive quantity: a local-level Kalman filter on its logarithm with change detection.
+    """Robust estimate of a positive quantity: a local-level Kalman filter on its logarithm, with change detection.
 
-    What lies more than three deviations off does not move the estimate, but counts towards a change, as all deviations
-    do, in a two-sided CUSUM (Page, Biometrika 41, 1954). On a change the estimate starts again from the median of what
-    the last that was seen, so one outlier does nothing, and the second sample after a jump is followed. Each sample
-    costs constant time. Not thread-safe; its owners lock.
+    A sample more than three deviations off does not move the estimate. All deviations add up in a two-sided CUSUM
+    (Page, Biometrika 41, 1954) that detects changes. After a change the estimate starts again from the median of the
+    last samples. So a single outlier has no effect, and the second sample after a jump is followed. Each sample costs
+    constant time. Not thread-safe; its owners lock.
 
-    :param value: the estimate before anything has been seen
-    :param error: its relative deviation
-    :param noise: relative deviation of a single sample, to begin with; learned afterwards
-    :param drift: relative deviation that the quantity gains in a second, as a random walk
-    :param rest: value that the estimate returns to while nothing is seen, if any; `half_life_s` says how fast
+    Args:
+        value: the estimate before the first sample.
+        now_s: a monotonic clock in seconds.
+        error: relative deviation of ``value``.
+        noise: relative deviation of a single sample. This is where it starts; the tracker learns it from the samples.
+        drift: relative deviation that the quantity gains in one second, as a random walk.
+        rest: value that the estimate returns to between samples; None for none.
+        half_life_s: seconds in which the estimate goes half of the way to ``rest``.
+
+    Attributes:
+        changes: how many changes were detected, :meth:`jump` included.
     """
 
     __slots__ = (
@@ -87,11 +95,14 @@ class Tracker:
         self._rising = self._falling = 0.0
 
     def observe(self, value: float, *, noise: float = 0.0, lasted_s: float = 0.0) -> None:
-        """Take in one sample.
+        """Update the estimate with one sample.
 
-        :param noise: its own relative deviation, besides that of all samples
-        :param lasted_s: how long it took to see; the less the sample is as expected, the less this time makes the
-            estimate uncertain, or whatever took far too long would be believed for having done so
+        Args:
+            value: the sample.
+            noise: relative deviation of this sample, in addition to that of all samples.
+            lasted_s: seconds that measuring the sample took. Drift during that time makes the estimate less certain, so
+                the sample counts for more. The further off a sample is, the less of this time is counted: otherwise a
+                transfer that took far too long would be believed just because it took long.
         """
         sample = math.log(value)
         age_s = self._since.passed_s()
@@ -112,7 +123,8 @@ class Tracker:
         if rising > _ALARM or falling > _ALARM:
             self._restart(own)
             return
-        # Learned from the part of the surprise that the drift does not explain; little from one that may be an outlier.
+        # The noise is learned from the part of the deviation that the estimate's own uncertainty does not explain. The
+        # deviation is capped, so that a sample that may be an outlier teaches little.
         surprise = min(abs(z), _LEARNED) * deviation * _HALF_NORMAL
         unexplained = math.sqrt(max(surprise * surprise - variance - noise * noise, _LEAST_NOISE * _LEAST_NOISE))
         self._noise = min(max(self._noise + _LEARNING * (unexplained - self._noise), _LEAST_NOISE), _MOST_NOISE)
@@ -122,7 +134,7 @@ class Tracker:
         self._seen = True
 
     def jump(self, value: float) -> None:
-        """Believe one sample at once, as of a quantity that has surely changed."""
+        """Set the estimate to one sample at once, for a quantity that has surely changed."""
         self._since.mark()
         self._run = [math.log(value)]
         self._restart(self._noise * self._noise)
@@ -145,11 +157,11 @@ class Tracker:
         return min(grown, max(self._most_variance, self._variance))
 
     def value(self) -> float:
-        """The estimate now."""
+        """Return the estimate now."""
         return math.exp(self._level_after(self._since.passed_s()))
 
     def quantity(self) -> Quantity:
-        """The estimate now; it grows less certain while nothing is seen."""
+        """Return the estimate now, with its uncertainty, which grows between samples."""
         age_s = self._since.passed_s()
         variance = self._variance_after(age_s)
         return Quantity(
