@@ -53,8 +53,8 @@ def short(value: object, limit: int = 300, *, quote: bool = True) -> str:
     """Return ``value`` as the message of an error quotes it, in at most ``limit`` characters.
 
     A text stands in quotation marks; a path, and the message of an exception, stand without. A class or function is
-    its name. Everything else is its ``repr`` without the addresses of objects. Where that is longer than ``limit``,
-    its middle is replaced by "…".
+    its name. Everything else is its ``repr``. Addresses of objects are left out. Where the result is longer than
+    ``limit``, its middle is replaced by "…".
 
     Args:
         value: what the user gave, or the exception that it caused.
@@ -62,7 +62,7 @@ def short(value: object, limit: int = 300, *, quote: bool = True) -> str:
         quote: False leaves a text without its quotation marks, such as a sentence of another library.
     """
     if isinstance(value, os.PathLike | BaseException) or (isinstance(value, str) and not quote):
-        text = str(value)
+        text = _ADDRESS.sub("", str(value))
     elif hasattr(value, "__qualname__"):
         text = f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}".removeprefix("builtins.")
     else:
