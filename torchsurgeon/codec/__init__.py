@@ -1,4 +1,4 @@
-"""Codecs for what crosses: lossless, lossy and image ones, and what they cost at a model's partition points."""
+"""Codecs for boundary tensors (lossless, lossy and image codecs), and what they cost at a model's partition points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a lossy codec may change a model's answers, and whether it kept to that."""
+"""Accuracy budgets: how much a lossy codec may change a model's answers, and whether a codec stays within that."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsurgeon.errors import CodecError
+from torchsurgeon.errors import CodecError, short
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a lossy codec has to keep to, over all samples; what is None is not asked for.
+    """Limits on what a lossy codec changes in a model's outputs, over all samples. None means no such limit.
 
-    ``max_top1_change`` is the share of predictions that may differ (of the first output, the largest value along
-    dimension 1). ``min_cosine`` is the least cosine similarity of any sample's outputs with the model's own. ``accept``
-    is any function of the model's own output and the one behind the codec, each as the model returns it, that says
-    whether this sample is fine; ``min_accepted`` is the share of samples it must accept.
+    Args:
+        max_top1_change: highest share of predictions that differ, from 0 to 1. A prediction is the index of the largest
+            value along dimension 1 of the first output.
+        min_cosine: lowest cosine similarity, from -1 to 1, of any sample's outputs with the model's own outputs.
+        accept: a function of the model's own output and of the output behind the codec, both as the model returns them.
+            It returns whether the sample is acceptable.
+        min_accepted: lowest share of samples, from 0 to 1, that ``accept`` accepts.
 
-    Raises :class:`~torchsurgeon.wire.CodecError` for a budget that asks for nothing, or that no codec could exceed.
+    Raises:
+        CodecError: no limit is given, or a limit is out of its range.
     """
 
     max_top1_change: float | None = None
@@ -31,11 +35,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.max_top1_change is None and self.min_cosine is None and self.accept is None:
-            raise CodecError("a budget needs max_top1_change, min_cosine or accept")
+            raise CodecError("a budget needs a limit; give max_top1_change, min_cosine or accept")
         for name, low, high in (("max_top1_change", 0, 1), ("min_cosine", -1, 1), ("min_accepted", 0, 1)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise CodecError(f"{name} is {value}; give a share from {low} to {high}")
+                raise CodecError(f"{name} must be from {low} to {high}; got {value}")
 
     def __str__(self) -> str:
         parts = []
@@ -49,7 +53,12 @@ class Budget:
 
 
 class Verdict:
-    """What one codec at one point did to the outputs of the samples seen so far."""
+    """Adds up what one codec at one point changes in the outputs of samples, and compares it with a budget.
+
+    Args:
+        budget: the limits.
+        build: turns output tensors by name into the output as the model returns it, for the budget's ``accept``.
+    """
 
     def __init__(self, budget: Budget, build: Callable[[Mapping[str, Tensor]], Any]) -> None:
         self._budget, self._build = budget, build
@@ -57,7 +66,15 @@ class Verdict:
         self._cosine = 1.0
 
     def add(self, reference: Mapping[str, Tensor], output: Mapping[str, Tensor]) -> None:
-        """Count one sample: the model's own output tensors, and those behind the codec."""
+        """Add one sample.
+
+        Args:
+            reference: the model's own output tensors by name.
+            output: the output tensors behind the codec.
+
+        Raises:
+            CodecError: predictions are to be compared, but the first output is a single number.
+        """
         self._samples += 1
         first = next(iter(reference))
         if self._budget.max_top1_change is not None:
@@ -71,22 +88,22 @@ class Verdict:
 
     @property
     def top1_change(self) -> float | None:
-        """The share of predictions that differ; None where it was not asked for."""
+        """The share of predictions that differ; None where the budget does not limit it."""
         return None if self._budget.max_top1_change is None else self._changed / max(1, self._predictions)
 
     @property
     def cosine(self) -> float | None:
-        """The least cosine similarity of any sample's outputs; None where it was not asked for."""
+        """The lowest cosine similarity of any sample's outputs; None where the budget does not limit it."""
         return None if self._budget.min_cosine is None else self._cosine
 
     @property
     def accepted(self) -> float | None:
-        """The share of samples that the budget's own function accepted; None where there is none."""
+        """The share of samples that the budget's function accepted; None where it has none."""
         return None if self._budget.accept is None else self._accepted / max(1, self._samples)
 
     @property
     def kept(self) -> bool:
-        """Whether all that the budget asks for was kept."""
+        """Whether all limits of the budget are met."""
         budget = self._budget
         return (
             (budget.max_top1_change is None or (self.top1_change or 0.0) <= budget.max_top1_change)
@@ -98,7 +115,7 @@ class Verdict:
 def likeness(ones: list[Tensor], others: list[Tensor]) -> float:
     """Return the cosine similarity of two lists of tensors, each taken as one vector.
 
-    1 for equal ones, whatever they hold, and 0 where it cannot be told: one is all zeros, or not finite.
+    It is 1 for equal lists, whatever they hold, and 0 where it is not defined, because one is all zeros or not finite.
     """
     if all(torch.equal(one, other) for one, other in zip(ones, others, strict=True)):
         return 1.0
@@ -113,5 +130,8 @@ def likeness(ones: list[Tensor], others: list[Tensor]) -> float:
 
 def _top1(output: Tensor, name: str) -> Tensor:
     if not output.dim():
-        raise CodecError(f"output {name!r} is one number, which has no largest class; use min_cosine or accept")
+        raise CodecError(
+            f"max_top1_change needs an output with classes; output {short(name)} is one number. Give min_cosine or "
+            "accept in its place"
+        )
     return output.argmax(1 if output.dim() > 1 else 0)

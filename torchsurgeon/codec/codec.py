@@ -1,16 +1,16 @@
-"""A codec: a name both sides know, and how tensors become fewer bytes under it and tensors again.
+"""Codecs: the names that device and server share, and how tensors are encoded to fewer bytes and decoded again.
 
 =====================================  ==============================================================================
 ``raw``                                the tensor's memory
-``zstd``                               that, compressed; the tail gets the same bits
-``float16``, ``bfloat16``              fewer bits a value (:mod:`~torchsurgeon.codec.quantize`); each of these five may
-``int8``, ``int8-channel``, ``int4``   have ``+zstd`` behind it
+``zstd``                               the tensor's memory, compressed without loss
+``float16``, ``bfloat16``,             fewer bits per value (:mod:`~torchsurgeon.codec.quantize`); each of these five
+``int8``, ``int8-channel``, ``int4``   may be followed by ``+zstd``, which compresses the result
 ``png``, ``jpeg-Q``, ``webp-Q``        ``uint8`` images (:mod:`~torchsurgeon.codec.images`), Q the quality from 1 to 100
 =====================================  ==============================================================================
 
-A tensor that a codec cannot hold is encoded without loss instead, with ``zstd`` if the codec has it: integers under
-``int8``, NaN and infinities under all that lose something, a feature map under ``jpeg``. So is one that would not get
-smaller. What was encoded says which codec opens it.
+A tensor that a codec cannot represent is encoded without loss instead, compressed if the codec's name ends in ``zstd``:
+integers under ``int8``, NaN and infinities under every lossy codec, a feature map under ``jpeg``. The same holds for a
+tensor that the codec would not make smaller. So every encoded tensor carries the name of the codec that decodes it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ from torch import Tensor
 
 from torchsurgeon.codec import images, quantize, zstd
 from torchsurgeon.codec.host import on_host
-from torchsurgeon.errors import CodecError
+from torchsurgeon.errors import CodecError, short
 from torchsurgeon.tracing.layout import dense, logical
 
 Buffer = bytes | bytearray | memoryview
 
 
 class EncodedTensor(NamedTuple):
-    """A tensor's bytes, the name of the codec that opens them, and the order of its dimensions in memory, outermost
-    first (None for row-major). The bytes may be the tensor's own memory."""
+    """An encoded tensor.
+
+    Attributes:
+        codec: name of the codec that decodes it.
+        data: the bytes. They may be the tensor's own memory.
+        order: the order of the dimensions in memory, outermost first; None for row-major.
+    """
 
     codec: str
     data: memoryview
@@ -43,7 +48,16 @@ class EncodedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Codec:
-    """One codec; made by :func:`find_codec`. Thread-safe."""
+    """One codec; made by :func:`find_codec`. Thread-safe.
+
+    Attributes:
+        name: the name under which both sides know it.
+        packing: how values are stored in fewer bits, one of :data:`~torchsurgeon.codec.quantize.PACKINGS`; None where
+            they are not.
+        image: the image format; None where it is no image codec.
+        quality: the image format's quality, from 1 to 100; None where it has none.
+        zstd: whether the bytes are compressed.
+    """
 
     name: str
     packing: str | None = None
@@ -53,11 +67,11 @@ class Codec:
 
     @property
     def lossless(self) -> bool:
-        """Whether decoding gives the very bits that were encoded."""
+        """Whether decoding gives back the same bits that were encoded."""
         return self.packing is None and self.image in (None, "png")
 
     def suits(self, dtype: torch.dtype, shape: Sequence[int]) -> bool:
-        """Return whether tensors of this kind are encoded by this codec, and not by another in its place."""
+        """Return whether tensors of this dtype and shape are encoded by this codec, not by a lossless one instead."""
         if self.image is not None:
             return images.is_image(dtype, shape)
         if self.packing is None:
@@ -69,7 +83,7 @@ class Codec:
         )
 
     def encode(self, tensor: Tensor) -> EncodedTensor:
-        """Return ``tensor`` encoded; values are packed on the tensor's own device, and only the result is copied."""
+        """Return ``tensor`` encoded. Values are packed on the tensor's own device, and only the result is copied."""
         tensor = tensor.detach()
         shape = tuple(tensor.shape)
         if self.image is not None and images.is_image(tensor.dtype, shape):
@@ -82,6 +96,7 @@ class Codec:
             packing = quantize.usual(self.packing, shape)
             packed = quantize.pack(packing, memory, _in_memory(quantize.channel_dim(shape), order))
         if packed is None or len(packed) >= memory.nbytes:
+            # It does not fit the packing, or would not get smaller: the tensor's own memory is sent, without a copy.
             packing, packed = None, quantize.as_bytes(memory)
         data = on_host(packed).numpy().data
         if self.zstd:
@@ -100,18 +115,27 @@ class Codec:
         max_bytes: int,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Return the tensor that ``data`` stands for, in memory of its own: values are unpacked on ``device``.
+        """Return the tensor that was encoded, in memory of its own. Nothing larger than the tensor is allocated.
 
-        Raises :class:`~torchsurgeon.wire.CodecError` for bytes that this codec cannot have made of such a tensor, and
-        for a tensor of more than ``max_bytes``; nothing larger than the tensor is allocated on the way.
+        Args:
+            data: the encoded bytes.
+            dtype: the tensor's dtype.
+            shape: the tensor's shape.
+            order: the order of its dimensions in memory, outermost first; None for row-major.
+            max_bytes: the largest tensor to accept, in bytes.
+            device: where values are unpacked, and where the tensor is.
+
+        Raises:
+            CodecError: this codec does not produce such bytes from a tensor of this dtype and shape, or the tensor
+                would be larger than ``max_bytes``.
         """
         shape = tuple(shape)
         size = math.prod(shape) * dtype.itemsize
         if size > max_bytes:
-            raise CodecError(f"it would be {size} bytes, of which at most {max_bytes} are taken")
+            raise CodecError(f"the tensor would be {size} bytes; at most {max_bytes} are accepted")
         packing = self.packing
         if not self.suits(dtype, shape):
-            raise CodecError(f"{self.name} is no codec for {dtype} of shape {list(shape)}; encode it as raw or zstd")
+            raise CodecError(f"{self.name} does not encode {dtype} of shape {list(shape)}; encode it as raw or zstd")
         view = memoryview(data).cast("B")
         if self.image is not None:
             pixels = images.decode(self.image, view, shape)
@@ -124,14 +148,14 @@ class Codec:
             packed = torch.empty(stored_bytes, dtype=torch.uint8)
             packed.numpy().data[:] = view
         else:
-            raise CodecError(f"{len(view)} bytes were sent, but {self.name} of shape {list(shape)} is {stored_bytes}")
+            raise CodecError(f"{self.name} of shape {list(shape)} takes {stored_bytes} bytes; got {len(view)} bytes")
         in_memory = shape if order is None else tuple(shape[dim] for dim in order)
         packed = packed.to(device, non_blocking=True)
         if packing is not None:
             channels_at = _in_memory(quantize.channel_dim(shape), order)
             return logical(quantize.unpack(packing, packed, dtype, in_memory, channels_at), order)
         if dtype == torch.bool and size and int(packed.max()) > 1:
-            raise CodecError("it is BOOL and holds a byte other than 0 and 1")
+            raise CodecError("the bytes of a BOOL tensor must be 0 or 1; got another")
         return logical(packed.view(dtype).reshape(in_memory), order)
 
     def __str__(self) -> str:
@@ -140,7 +164,11 @@ class Codec:
 
 @lru_cache(maxsize=1024)
 def find_codec(name: str) -> Codec:
-    """Return the codec of this name. Raises :class:`~torchsurgeon.wire.CodecError`, listing the known ones."""
+    """Return the codec of this name.
+
+    Raises:
+        CodecError: there is no such codec, or it needs Pillow, which is not installed. The message lists all codecs.
+    """
     base, plus, behind = name.partition("+")
     kind, dash, quality = base.partition("-")
     if name in ("raw", "zstd"):
@@ -153,11 +181,14 @@ def find_codec(name: str) -> Codec:
             return Codec(kind if usual is None else f"{kind}-{usual}", image=kind, quality=usual)
         if usual is not None and quality.isascii() and quality.isdigit() and 1 <= int(quality[:4]) <= 100:
             return Codec(f"{kind}-{int(quality)}", image=kind, quality=int(quality))
-    raise CodecError(f"there is no codec {name[:40]!r} here; there are {', '.join(codec_names())}")
+    raise CodecError(f"there is no codec {short(name, 60)}; there are {', '.join(codec_names())}")
 
 
 def codec_names() -> tuple[str, ...]:
-    """Return the names of all codecs here; ``jpeg`` and ``webp`` may be followed by another quality (``jpeg-75``)."""
+    """Return the names of all codecs that work in this process. Image codecs need Pillow.
+
+    ``jpeg`` and ``webp`` are listed with their default quality; any other works as well (``jpeg-75``).
+    """
     packings = [name + behind for name in quantize.PACKINGS for behind in ("", "+zstd")]
     pictures = [find_codec(kind).name for kind in images.QUALITIES] if images.available() else []
     return ("raw", "zstd", *packings, *pictures)

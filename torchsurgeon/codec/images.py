@@ -1,6 +1,6 @@
-"""``uint8`` images as JPEG, WebP or PNG, by Pillow.
+"""``uint8`` images encoded as JPEG, WebP or PNG with Pillow.
 
-A batch is one picture after the other, each behind its length (four bytes, little endian).
+A batch is encoded as one picture after the other, each preceded by its length in bytes (four bytes, little endian).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from torchsurgeon.errors import CodecError
+from torchsurgeon.errors import CodecError, short
 
 QUALITIES: dict[str, int | None] = {"jpeg": 90, "webp": 80, "png": None}
 
 _LENGTH_BYTES = 4
-# What all three formats can be, and Pillow opens without suspicion.
+# All three formats hold pictures up to this size, and Pillow opens them without warning of a decompression bomb.
 _MAX_SIDE, _MAX_PIXELS = 16383, 1 << 26
 
 
@@ -30,14 +30,20 @@ def available() -> bool:
 
 
 def is_image(dtype: torch.dtype, shape: Sequence[int]) -> bool:
-    """Return whether a tensor can be pictures: ``uint8``, one or three channels before height and width."""
+    """Return whether a tensor can be encoded as pictures: ``uint8``, (C, H, W) or (N, C, H, W) with C of 1 or 3."""
     if dtype != torch.uint8 or len(shape) not in (3, 4) or shape[-3] not in (1, 3) or shape[0] == 0:
         return False
     return all(1 <= side <= _MAX_SIDE for side in shape[-2:]) and math.prod(shape[-2:]) <= _MAX_PIXELS
 
 
 def encode(kind: str, quality: int | None, tensor: Tensor) -> bytes:
-    """Return an image tensor (C, H, W) or (N, C, H, W) as pictures of the format ``kind``."""
+    """Return an image tensor (C, H, W) or (N, C, H, W) as pictures.
+
+    Args:
+        kind: the format, a key of :data:`QUALITIES`.
+        quality: from 1 to 100; None for a format without.
+        tensor: the images, ``uint8``.
+    """
     from PIL import Image
 
     options: dict[str, Any] = {} if quality is None else {"quality": quality}
@@ -51,10 +57,17 @@ def encode(kind: str, quality: int | None, tensor: Tensor) -> bytes:
 
 
 def decode(kind: str, data: memoryview, shape: Sequence[int]) -> Tensor:
-    """Return the ``uint8`` tensor of this shape in ``data``; the counterpart of :func:`encode`.
+    """Return the ``uint8`` tensor that :func:`encode` made pictures of.
 
-    Raises :class:`~torchsurgeon.wire.CodecError` for pictures of another size, format or number, or damaged ones; a
-    picture's pixels are made only when its size is the shape's.
+    A picture is decompressed only after its size was compared with the shape.
+
+    Args:
+        kind: the format.
+        data: the pictures.
+        shape: the tensor's shape.
+
+    Raises:
+        CodecError: the pictures are damaged, or their size, format or number is not that of the shape.
     """
     *_, channels, height, width = shape
     result = torch.empty((math.prod(shape[:-3]), height, width, channels), dtype=torch.uint8)
@@ -65,7 +78,7 @@ def decode(kind: str, data: memoryview, shape: Sequence[int]) -> Tensor:
         pixels.numpy()[:] = _picture(kind, bytes(data[offset : offset + length]), channels, height, width)
         offset += length
     if offset != len(data):
-        raise CodecError(f"its {kind} pictures take {offset} bytes, but {len(data)} were sent")
+        raise CodecError(f"its {kind} pictures end after {offset} bytes; got {len(data)} bytes")
     return result.permute(0, 3, 1, 2).reshape(tuple(shape))
 
 
@@ -75,15 +88,15 @@ def _picture(kind: str, data: bytes, channels: int, height: int, width: int) -> 
     mode = "L" if channels == 1 else "RGB"
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            # WebP knows no grey.
+            # WebP has no grey mode: a picture of one channel comes back as RGB.
             if image.size != (width, height) or image.mode not in (mode, "RGB" if kind == "webp" else mode):
                 raise CodecError(
-                    f"its {kind} picture is {image.mode} of {image.size[0]}×{image.size[1]}, but its shape says {mode} "
-                    f"of {width}×{height}"
+                    f"its shape needs a {kind} picture in {mode} of {width}×{height}; got {image.mode} of "
+                    f"{image.size[0]}×{image.size[1]}"
                 )
             return numpy.asarray(image.convert(mode)).reshape(height, width, channels)
     except CodecError:
         raise
     except Exception as error:
-        # Pillow documents no closed list of what a damaged file raises.
-        raise CodecError(f"its {kind} picture is damaged: {error}") from None
+        # Pillow does not document which errors a damaged file raises, so all of them are caught.
+        raise CodecError(f"its {kind} picture is damaged: {short(error)}") from None

@@ -1,4 +1,4 @@
-"""Measure codecs at a model's partition points, on a user's own sample."""
+"""Measuring codecs at a model's partition points, on a user's own samples."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torchsurgeon.codec.codec import Codec, codec_names, find_codec
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.cutting.segment import Segment
-from torchsurgeon.errors import CodecError
+from torchsurgeon.errors import CodecError, short
 from torchsurgeon.profiling.origin import device_of, provenance
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 
-# Fewer times than that have no median to speak of.
+# A median of fewer times is not worth much.
 _LEAST_TIMES = 5
 _MOST_POINTS = 24
 
@@ -35,22 +35,28 @@ def measure(
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CodecTable:
-    """Return size, time and error of every codec at the partition points where cutting can pay.
+    """Return size, time and error of every codec at the partition points where a cut can pay off.
 
-    ``samples`` are calls like the traced example: each a tensor, a tuple of positional arguments or a dict of keyword
-    ones. ``codecs`` are names, by default all; ``raw`` is always measured, and one that would encode nothing at a point
-    (``int8`` on integers, ``jpeg`` on a feature map) has no row there. ``points`` are by default :func:`promising`
-    ones. ``device`` is the one the model is on, where values are packed and unpacked. ``progress(done, total)`` is
-    called after each point.
+    With a ``budget``, the tail runs on the tensors that each lossy codec decoded, for every point and sample. Without
+    one, no lossy codec counts as within budget.
 
-    With a ``budget`` the tail runs on what each lossy codec decoded, for every point and sample; without one no lossy
-    codec is within budget.
+    Args:
+        graph: the traced model.
+        samples: calls like the traced example. Each is a tensor, a tuple of positional arguments or a dict of keyword
+            arguments.
+        codecs: names of the codecs; all by default. ``raw`` is always measured. A codec that encodes no tensor at a
+            point (``int8`` on integers, ``jpeg`` on a feature map) has no row there.
+        points: indices or layer names; those of :func:`promising` by default.
+        budget: how much lossy codecs may change.
+        device: where the model runs, and where values are packed and unpacked; the device of its parameters by default.
+        progress: called as ``progress(done, total)`` after each point.
 
-    Raises :class:`~torchsurgeon.wire.CodecError` for an unknown codec, no samples, or some unlike the example;
-    :class:`~torchsurgeon.errors.PartitionError` for a point the graph does not have.
+    Raises:
+        CodecError: a codec is unknown, there are no samples, or a sample is not like the example.
+        PartitionError: the graph has no such point.
     """
     if not samples:
-        raise CodecError("codecs and accuracy budgets are measured on a sample of your own; give samples: [image, …]")
+        raise CodecError("codecs are measured on samples of your own, and samples is empty; give calls, [image, …]")
     target = device_of(graph, device)
     known = [find_codec(name) for name in dict.fromkeys(("raw", *(codec_names() if codecs is None else codecs)))]
     chosen = promising(graph) if points is None else [graph.point(ref) for ref in dict.fromkeys(points)]
@@ -64,15 +70,20 @@ def measure(
             rows += _rows(graph, point, known, calls, references, budget, target)
             if progress is not None:
                 progress(done + 1, len(chosen))
-    told = type(graph.model).__name__, graph.fingerprint, graph.batch, len(calls), str(budget or "")
-    return CodecTable(*told, tuple(rows), provenance(target))
+    measured = type(graph.model).__name__, graph.fingerprint, graph.batch, len(calls), str(budget or "")
+    return CodecTable(*measured, tuple(rows), provenance(target))
 
 
 def promising(graph: LayerGraph, most: int = _MOST_POINTS) -> list[PartitionPoint]:
-    """Return the partition points no larger than any before them: where more has to cross, an earlier cut is better.
+    """Return the partition points at which a codec can pay off.
 
-    Everything on the device is not among them. Where a model keeps one size through many layers, as transformers do,
-    there are ``most`` at most, the first of each size and then evenly spread.
+    These are the points at which no more bytes cross than at any point before. Where more bytes cross, an earlier cut
+    is better. The last point, with everything on the device, is left out.
+
+    Args:
+        graph: the traced model.
+        most: how many points of equal size to keep. Where a model keeps one size through many layers, as transformers
+            do, the first point of each size is kept, and the others are thinned out evenly.
     """
     smaller: list[PartitionPoint] = []
     equal: list[PartitionPoint] = []
@@ -97,12 +108,12 @@ def _inputs(graph: LayerGraph, samples: Sequence[Any], device: torch.device) -> 
         try:
             tensors = graph.tensors_of_call(args, kwargs)
         except TypeError as error:
-            raise CodecError(f"sample {index} is not a call like the traced example: {error}") from None
+            raise CodecError(f"sample {index} is not a call like the traced example: {short(error)}") from None
         for spec, tensor in zip(graph.inputs, tensors, strict=True):
             if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
                 raise CodecError(
-                    f"sample {index} has {tensor.dtype} of shape {list(tensor.shape)} as {spec.name!r}; the traced "
-                    f"example has {spec.dtype} of shape {list(spec.shape)}"
+                    f"sample {index} has {tensor.dtype} of shape {list(tensor.shape)} as {short(spec.name, 100)}; the "
+                    f"traced example has {spec.dtype} of shape {list(spec.shape)}. Give samples like the example"
                 )
         calls.append([tensor.detach().to(device) for tensor in tensors])
     return calls
@@ -113,7 +124,7 @@ def _outputs(graph: LayerGraph, tail: Segment, tensors: Sequence[Tensor]) -> dic
 
 
 class _Tried:
-    """What one codec did at one point, sample after sample."""
+    """Collects what one codec does at one point, sample after sample."""
 
     def __init__(self, codec: Codec, verdict: Verdict | None) -> None:
         self.codec, self.verdict = codec, verdict
@@ -125,7 +136,7 @@ class _Tried:
         self._count, self._cosine = 0, 1.0
 
     def compare(self, boundary: Sequence[Tensor], decoded: Sequence[Tensor]) -> None:
-        """Note how far the decoded tensors are from the boundary."""
+        """Add the differences between the boundary tensors and the decoded ones."""
         for one, other in zip(boundary, decoded, strict=True):
             difference = (one.double() - other.double()).flatten()
             self._count += difference.numel()
@@ -135,7 +146,7 @@ class _Tried:
         self._cosine = min(self._cosine, likeness(list(boundary), list(decoded)))
 
     def row(self, point: PartitionPoint, raw_bytes: float) -> CodecRow:
-        """The row of the table."""
+        """Return the table's row."""
         verdict = None if self.lossless else self.verdict
         cost = CodecCost(
             self.codec.name,
@@ -175,10 +186,10 @@ def _rows(
     for index, call in enumerate(calls):
         boundary = head(*call)
         raw_bytes.append(sum(tensor.nbytes for tensor in boundary))
-        # What is compressed without loss behind a codec changes no output.
+        # "+zstd" compresses without loss, so a codec with it and the same codec without it give the same outputs.
         outputs: dict[str, dict[str, Tensor]] = {}
         for one in tried:
-            # The first run of a codec touches memory that later ones find in place.
+            # A codec's very first run is not timed, because it has to allocate memory that later runs reuse.
             repeats = -(-_LEAST_TIMES // len(calls)) + (index == 0)
             for repeat in range(repeats):
                 decoded, exact = _there_and_back(one, boundary, device, timed=index > 0 or repeat > 0)
@@ -197,7 +208,7 @@ def _rows(
 def _there_and_back(
     one: _Tried, boundary: Sequence[Tensor], device: torch.device, *, timed: bool
 ) -> tuple[list[Tensor], bool]:
-    """Return the boundary as the other side gets it, and whether without loss."""
+    """Encode and decode a boundary; return the tensors as the server gets them, and whether they are exact."""
     _settle(device)
     begin_s = time.perf_counter()
     encoded = [one.codec.encode(tensor) for tensor in boundary]

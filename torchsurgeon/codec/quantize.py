@@ -1,11 +1,13 @@
-"""Floating-point tensors in fewer bits, and back, on whatever device they are.
+"""Packing floating-point tensors into fewer bits and unpacking them, on the device that they are on.
 
-On the CPU the compiled extension does ``int8`` and ``int4`` in one pass over memory where it is built.
+On the CPU, ``int8`` and ``int4`` are done by the compiled extension in one pass over memory, if it is built.
 
-A packed tensor is bytes: first what is needed to read them (as float32), then the values. ``int8`` and ``int4`` map the
-tensor's range evenly to 0 … 255 or 0 … 15: a value is ``low + scale * q``, at most half a ``scale`` from what it was
-but for float32's own rounding, and the least value, so a ReLU's 0, is exact. ``int8-channel`` has a low and a scale a
-channel. ``int4`` holds the second half of the values in the upper four bits.
+A packed tensor is a sequence of bytes. ``float16`` and ``bfloat16`` are the values in that dtype. The others begin with
+a ``low`` and a ``scale`` (float32) and then hold the values ``q``, from 0 to 255 or from 0 to 15, of which each stands
+for ``low + scale * q``. Low and scale map the tensor's range evenly, so a value is at most half a ``scale`` from what
+it was, apart from float32's own rounding, and the smallest value (0 after a ReLU) is exact. ``int8-channel`` has a low
+and a scale for each channel: first all lows, then all scales. ``int4`` packs two values in a byte: the first half of
+the values in the lower four bits, the second half in the upper four.
 """
 
 from __future__ import annotations
@@ -24,21 +26,21 @@ PACKINGS = ("float16", "bfloat16", "int8", "int8-channel", "int4")
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _BITS = {"int8": 8, "int4": 4}
 _LEVELS = {"int8": 255, "int8-channel": 255, "int4": 15}
-# Ranges whose inverse, or whose ends' difference, float32 cannot say.
+# The inverse of a narrower range, or the width of a wider one, is not representable in float32.
 _NARROWEST, _WIDEST = 1e-30, 1e38
-_NO_NUMBER = "its low or its scale is not a number that a codec writes"
-# Below that a channel's own low and scale take more than an eighth of its values.
+_DAMAGED = f"its low must be finite, and its scale from 0 to below {_WIDEST:g}; it is damaged, so send it again"
+# With fewer values per channel, the channel's low and scale would take more than an eighth of the values' bytes.
 _LEAST_PER_CHANNEL = 64
 
 
 def packs(packing: str, dtype: torch.dtype) -> bool:
-    """Return whether ``packing`` makes tensors of ``dtype`` smaller."""
+    """Return whether ``packing`` applies to ``dtype`` and makes it smaller."""
     half = _HALVES.get(packing)
     return dtype.is_floating_point and dtype.itemsize > (half.itemsize if half else 1)
 
 
 def usual(packing: str, shape: Sequence[int]) -> str:
-    """Return ``packing``, or ``int8`` in the place of an ``int8-channel`` that has too few values a channel."""
+    """Return ``packing``, or ``int8`` in place of ``int8-channel`` where the shape has too few values per channel."""
     if packing != "int8-channel":
         return packing
     channels = shape[channel_dim(shape)] if len(shape) > 1 else 0
@@ -47,12 +49,12 @@ def usual(packing: str, shape: Sequence[int]) -> str:
 
 
 def channel_dim(shape: Sequence[int]) -> int:
-    """Return the dimension of channels: the second of images and volumes, the last of sequences and rows."""
+    """Return the dimension that counts as channels: the second of images and volumes, else the last."""
     return 1 if len(shape) >= 4 else len(shape) - 1
 
 
 def packed_bytes(packing: str, shape: Sequence[int]) -> int:
-    """Return the bytes of a packed tensor of this shape (with ``int8-channel``: of rank 1 at least)."""
+    """Return how many bytes a packed tensor of this shape takes. ``int8-channel`` needs a rank of at least 1."""
     count = math.prod(shape)
     if packing in _HALVES:
         return 2 * count
@@ -62,10 +64,15 @@ def packed_bytes(packing: str, shape: Sequence[int]) -> int:
 
 
 def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
-    """Return a contiguous ``tensor`` packed, as bytes in a ``uint8`` tensor on its device.
+    """Return ``tensor`` packed, as a ``uint8`` tensor on its device; None where it cannot be packed.
 
-    ``channels_at`` is the dimension of channels as the tensor lies in memory. None for what cannot be packed: a tensor
-    that holds NaN, infinity or, with ``float16``, more than it can say, or whose range float32 cannot.
+    A tensor cannot be packed if it holds NaN or infinity, a value beyond the range of ``float16``, or values whose
+    range float32 does not represent.
+
+    Args:
+        packing: one of :data:`PACKINGS`.
+        tensor: a contiguous tensor.
+        channels_at: the dimension of channels, counted in the order in which ``tensor`` lies in memory.
     """
     if packing != "int8-channel":
         low, high = torch.stack(torch.aminmax(tensor)).tolist()
@@ -102,10 +109,17 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
 
 
 def unpack(packing: str, data: Tensor, dtype: torch.dtype, shape: Sequence[int], channels_at: int) -> Tensor:
-    """Return the contiguous tensor that ``data`` stands for; the counterpart of :func:`pack`.
+    """Return the contiguous tensor that :func:`pack` packed.
 
-    ``data`` has ``packed_bytes`` bytes; ``shape`` is as the tensor lies in memory. Raises
-    :class:`~torchsurgeon.wire.CodecError` for a low or a scale that cannot be.
+    Args:
+        packing: one of :data:`PACKINGS`.
+        data: the packed bytes, as many as :func:`packed_bytes` says.
+        dtype: the tensor's dtype.
+        shape: the tensor's shape, in the order in which it lies in memory.
+        channels_at: the dimension of channels, counted in the same order.
+
+    Raises:
+        CodecError: a low or a scale is not one that :func:`pack` writes.
     """
     if packing in _HALVES:
         return data.view(_HALVES[packing]).to(dtype).reshape(shape)
@@ -114,13 +128,13 @@ def unpack(packing: str, data: Tensor, dtype: torch.dtype, shape: Sequence[int],
         channels = shape[channels_at]
         lows, scales = data[: 8 * channels].clone().view(torch.float32).view(2, channels)
         if not bool((torch.isfinite(lows) & (scales >= 0) & (scales < _WIDEST)).all()):
-            raise CodecError(_NO_NUMBER)
+            raise CodecError(_DAMAGED)
         spread = [channels if dim == channels_at else 1 for dim in range(len(shape))]
         values = data[8 * channels :].reshape(shape).to(torch.float32)
         return values.mul_(scales.view(spread)).add_(lows.view(spread)).to(dtype)
     low, scale = data[:8].clone().view(torch.float32).tolist()
     if not (math.isfinite(low) and 0 <= scale < _WIDEST):
-        raise CodecError(_NO_NUMBER)
+        raise CodecError(_DAMAGED)
     codes = data[8:]
     if codes.is_cpu and _native.available():
         values = torch.empty(count)
@@ -133,7 +147,7 @@ def unpack(packing: str, data: Tensor, dtype: torch.dtype, shape: Sequence[int],
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """Return the memory of a contiguous tensor, as a ``uint8`` tensor of rank 1."""
-    # The stride of a dimension of size one may be anything, which view refuses.
+    # view() alone would refuse a contiguous tensor whose dimension of size one has an unusual stride.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
@@ -142,7 +156,7 @@ def _describable(low: float, high: float) -> bool:
 
 
 def _codes(values: Tensor, low: float | Tensor, inverse: float | Tensor) -> Tensor:
-    # Nothing falls below 0 or above the last level, since low is the least of these very values.
+    # No clamping: low is the smallest of these values, so no code is below 0 or above the last level.
     return values.sub(low).mul_(inverse).add_(0.5).to(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""What codecs cost and give at a model's partition points, as a value, and its JSON."""
+"""The table of what codecs cost and change at a model's partition points, and its JSON format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import CodecError
+from torchsurgeon.errors import CodecError, short
 from torchsurgeon.tracing.graph import LayerGraph
 
 FORMAT = "torchsurgeon.codecs/1"
@@ -19,9 +19,16 @@ FORMAT = "torchsurgeon.codecs/1"
 class CodecCost:
     """What one codec costs at one partition point, for one inference of the measured samples' batch size.
 
-    ``size_bytes`` is the mean over the samples of what crosses; ``encode_s`` and ``decode_s`` are medians. ``lossless``
-    says that the tail gets the head's own bits. ``within_budget`` is true for every lossless codec, and for a lossy one
-    only where an accuracy budget was given and kept.
+    Attributes:
+        codec: the codec's name.
+        size_bytes: bytes that cross, as the mean over the samples.
+        encode_s: median seconds of encoding.
+        decode_s: median seconds of decoding.
+        lossless: whether the tail gets the same bits that the head computed.
+        within_budget: true for every lossless codec, and for a lossy one where an accuracy budget was given and met.
+
+    Raises:
+        CodecError: a number is negative or not finite, or a flag is not a bool.
     """
 
     codec: str
@@ -35,17 +42,22 @@ class CodecCost:
         for field in ("size_bytes", "encode_s", "decode_s"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
-                raise CodecError(f"{field} of codec {self.codec!r} is {value}; it must be finite and not negative")
+                raise CodecError(f"{field} of codec {short(self.codec)} must be finite and not negative; got {value}")
         if not (type(self.lossless) is bool and type(self.within_budget) is bool):
-            raise CodecError(f"lossless and within_budget of codec {self.codec!r} must be true or false")
+            raise CodecError(
+                f"lossless and within_budget of codec {short(self.codec, 100)} must be true or false; got "
+                f"{short(self.lossless, 100)} and {short(self.within_budget, 100)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far decoded boundary tensors are from what was encoded, over all samples.
+    """How far decoded boundary tensors are from the encoded ones, over all samples.
 
-    ``max_abs`` is the largest absolute difference, ``rmse`` the root of the mean squared one, and ``cosine`` the
-    smallest cosine similarity of any sample.
+    Attributes:
+        max_abs: the largest absolute difference.
+        rmse: the root of the mean squared difference.
+        cosine: the lowest cosine similarity of any sample.
     """
 
     max_abs: float
@@ -55,11 +67,18 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class CodecRow:
-    """One codec at one partition point: its cost, and what it does to the boundary and to the model's output.
+    """One codec at one partition point: its cost, and what it changes in the boundary tensors and the model's output.
 
-    ``raw_bytes`` is the boundary's size without a codec. ``boundary`` is None for a lossless codec. ``top1_change`` is
-    the share of predictions that differ, ``output_cosine`` the smallest cosine similarity of any sample's output, and
-    ``accepted`` the share of samples that the budget's own function accepted; each is None where it was not asked for.
+    Attributes:
+        point: index of the partition point.
+        name: name of the partition point.
+        raw_bytes: the boundary's size without a codec.
+        cost: what the codec costs.
+        boundary: how it changes the boundary tensors; None for a lossless codec.
+        top1_change: share of predictions that differ.
+        output_cosine: lowest cosine similarity of any sample's output.
+        accepted: share of samples that the budget's function accepted. This and the two before are None for a lossless
+            codec, and where the budget does not limit them.
     """
 
     point: int
@@ -73,16 +92,22 @@ class CodecRow:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than the plain tensors."""
+        """How many times smaller the encoded boundary is than the plain tensors."""
         return self.raw_bytes / self.cost.size_bytes if self.cost.size_bytes else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecTable:
-    """Codecs measured at the partition points of one model, on a user's own sample.
+    """Codecs measured at the partition points of one model, on a user's own samples.
 
-    ``samples`` is how many calls were measured, ``budget`` what a lossy codec had to keep to, in words (empty without
-    one). Points that were not measured have no rows.
+    Attributes:
+        model: name of the model's class.
+        fingerprint: the traced graph's fingerprint.
+        batch: batch size of the samples.
+        samples: how many calls were measured.
+        budget: the accuracy budget in words; empty without one.
+        rows: one row for each codec and point. Points that were not measured have no rows.
+        provenance: where and how it was measured.
     """
 
     model: str
@@ -102,21 +127,32 @@ class CodecTable:
         return tuple(row.cost for row in self.at(point))
 
     def allowed(self, point: int, codec: str) -> bool:
-        """Return whether ``codec`` may be used at a point: it is lossless, or was measured within the budget.
+        """Return whether a codec may be used at a point: it is lossless, or was measured within the budget.
 
-        Raises :class:`~torchsurgeon.wire.CodecError` when it was not measured there.
+        Args:
+            point: index of the partition point.
+            codec: the codec's name.
+
+        Raises:
+            CodecError: the codec was not measured at this point.
         """
         for row in self.at(point):
             if row.cost.codec == codec:
                 return row.cost.within_budget
         known = ", ".join(row.cost.codec for row in self.at(point)) or "none"
-        raise CodecError(f"codec {codec!r} was not measured at point {point}; measured there: {known}")
+        raise CodecError(
+            f"codec {short(codec)} was not measured at point {point}; measured are: {known}. Measure the codecs again"
+        )
 
     def check(self, graph: LayerGraph) -> None:
-        """Raise :class:`~torchsurgeon.wire.CodecError` when this is not a table of ``graph`` and its batch size."""
+        """Check that this is a table of ``graph``, with its batch size.
+
+        Raises:
+            CodecError: it is one of another graph or batch size.
+        """
         if self.fingerprint != graph.fingerprint:
             raise CodecError(
-                f"these codecs were measured on {self.model} (fingerprint {self.fingerprint[:12]}), not on "
+                f"these codecs were measured on {self.model[:100]} (fingerprint {self.fingerprint[:12]}), not on "
                 f"{type(graph.model).__name__} ({graph.fingerprint[:12]}); measure them on that model"
             )
         if self.batch != graph.batch:
@@ -132,10 +168,14 @@ class CodecTable:
 
     @staticmethod
     def from_json(data: Any) -> CodecTable:
-        """Return the table in ``data``. Raises :class:`~torchsurgeon.wire.CodecError` naming what is wrong."""
+        """Return the table that :meth:`to_json` made ``data`` of.
+
+        Raises:
+            CodecError: ``data`` is no such table, or one of another version of the format.
+        """
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         if found != FORMAT:
-            raise CodecError(f"not a codec table of this version: format is {found!r}, not {FORMAT!r}; measure again")
+            raise CodecError(f"the format of a codec table must be {FORMAT!r}; got {short(found)}. Measure again")
         try:
             rows = tuple(_row(row) for row in data["rows"])
             model, fingerprint, budget = (str(data[key]) for key in ("model", "fingerprint", "budget"))
@@ -144,17 +184,25 @@ class CodecTable:
         except CodecError:
             raise
         except KeyError as error:
-            raise CodecError(f"the codec table has no field {error}; it was cut short or edited") from None
+            raise CodecError(f"the codec table has no field {short(error)}; it was cut short or edited") from None
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            raise CodecError(f"the codec table holds a value that is none: {error}") from None
+            raise CodecError(f"the codec table holds a value of the wrong type: {short(error)}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write the table to ``path`` as JSON. Raises :class:`~torchsurgeon.wire.CodecError` where it cannot be."""
+        """Write the table to ``path`` as JSON.
+
+        Raises:
+            CodecError: the file is not writable.
+        """
         _json_file.write(path, self.to_json(), CodecError)
 
     @staticmethod
     def load(path: str | Path) -> CodecTable:
-        """Read a table. Raises :class:`~torchsurgeon.wire.CodecError` naming the file and what is wrong with it."""
+        """Return the table in the file ``path``.
+
+        Raises:
+            CodecError: the file is not readable, or holds no such table; the message names the file.
+        """
         return _json_file.load(path, CodecTable.from_json, CodecError, "measure the codecs again")
 
 

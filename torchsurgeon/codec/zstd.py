@@ -1,7 +1,7 @@
-"""Zstandard frames with checksum and content size, and how they are opened without trusting them.
+"""Zstandard frames with checksum and content size, and decompressing such frames from an untrusted sender.
 
-A frame says how many bytes it holds, so one that lies is refused before anything is allocated, and one that holds more
-than it says stops at that number. Format: RFC 8878.
+A frame declares how many bytes it holds. A frame that declares the wrong number is refused before anything is
+allocated, and decompressing one that holds more than it declares stops at that number. Format: RFC 8878.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numpy
 import torch
 from torch import Tensor
 
-from torchsurgeon.errors import CodecError
+from torchsurgeon.errors import CodecError, short
 
-# Higher levels give boundary tensors nothing more and take longer.
+# Higher levels take longer, and make boundary tensors no smaller.
 _LEVEL = 1
 
 
 class _Contexts(threading.local):
-    """A compressor and a decompressor a thread: neither may be used by two at once."""
+    """A compressor and a decompressor for each thread, since two threads may not use one at the same time."""
 
     def __init__(self) -> None:
-        # Imported at first use: whoever sends tensors as they are needs no zstandard.
+        # Imported at first use, so that sending tensors uncompressed needs no zstandard.
         import zstandard
 
         self.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
@@ -38,22 +38,31 @@ def compress(data: memoryview) -> bytes:
 
 
 def decompress(frame: memoryview, size: int) -> Tensor:
-    """Return the ``size`` bytes in ``frame`` as a ``uint8`` tensor of shape (size,).
+    """Return the content of ``frame`` as a ``uint8`` tensor of shape (size,).
 
-    Raises :class:`~torchsurgeon.wire.CodecError` for anything but one undamaged frame with a checksum that holds just
-    as many; nothing of the size it claims is allocated before that has been compared.
+    Args:
+        frame: exactly one frame, with a checksum.
+        size: how many bytes it has to hold. Nothing is allocated before this was compared with what it declares.
+
+    Raises:
+        CodecError: the frame is damaged, has no checksum, holds another number of bytes, or is not the only content.
     """
     import zstandard
 
     try:
         parameters = zstandard.get_frame_parameters(frame)
         if parameters.content_size != size:
-            raise CodecError(f"its zstd frame declares other than the {size} bytes that its shape takes")
+            raise CodecError(
+                f"its shape takes {size} bytes; got a zstd frame that declares {parameters.content_size} bytes"
+            )
         if not parameters.has_checksum or parameters.window_size > max(size, 1024):
-            raise CodecError("its zstd frame has no checksum, or asks for more memory than its content takes")
+            raise CodecError(
+                "its zstd frame must have a checksum, and a window no larger than its content; got has_checksum "
+                f"{parameters.has_checksum} and a window of {parameters.window_size} bytes"
+            )
         content = _contexts.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise CodecError(f"its zstd frame is damaged: {error}") from None
+        raise CodecError(f"its zstd frame is damaged: {short(error)}") from None
     data = torch.empty(size, dtype=torch.uint8)
     data.numpy()[:] = numpy.frombuffer(content, numpy.uint8)
     return data
