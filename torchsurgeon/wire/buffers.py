@@ -1,4 +1,4 @@
-"""Memory that messages are read into: aligned for the tensors decoded from it, and used again once it is free."""
+"""The memory that messages are read into: aligned for the tensors in it, and reused once it is free."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from torchsurgeon.wire.tensors import ALIGNMENT_BYTES
 
 
 def aligned_buffer(size: int) -> memoryview:
-    """Memory for a body that is kept: aligned so that the tensors decoded from it are; its contents are undefined."""
+    """Return new memory of ``size`` bytes for a body, aligned to 64 bytes. Its contents are undefined."""
     buffer: memoryview = _array(size).data
     return buffer
 
 
 class Buffers:
-    """Memory for bodies, used again once nothing refers to it any more: the same cut sends the same size again.
+    """A pool of memory for bodies. Not thread-safe.
 
-    A tensor decoded from a buffer keeps a reference to it, so a buffer in use is never handed out. Not thread-safe.
+    A device that keeps its cut sends bodies of one size again and again, so their memory is worth keeping. Every tensor
+    decoded from a buffer holds a reference to it, and a buffer is reused only once the pool holds the last reference.
+
+    Args:
+        capacity: the most buffers that the pool keeps.
+        limit_bytes: the most bytes that the kept buffers have together.
     """
 
     def __init__(self, capacity: int = 8, limit_bytes: int = 64 << 20) -> None:
@@ -28,7 +33,14 @@ class Buffers:
         self._limit_bytes = limit_bytes
 
     def take(self, size: int, before: int = 0) -> memoryview:
-        """A buffer of ``before`` and then ``size`` bytes, the latter aligned to 64; its contents are undefined."""
+        """Return a buffer of ``before + size`` bytes whose last ``size`` bytes are aligned to 64.
+
+        Its contents are undefined.
+
+        Args:
+            size: bytes of the body.
+            before: bytes that are read into the same buffer before the body, such as an HTTP head.
+        """
         padding = -before % ALIGNMENT_BYTES
         needed = padding + before + size
         arrays = self._arrays
@@ -51,5 +63,5 @@ def _references(items: list[Any], index: int) -> int:
     return sys.getrefcount(items[index])
 
 
-# What a list's own item counts to, whatever this Python counts.
+# The reference count of an object that only a list refers to. It is measured, since Python versions count differently.
 _UNUSED = _references([object()], 0)

@@ -1,4 +1,4 @@
-"""A message of the Open Inference Protocol v2, encoded and decoded: requests and answers with named tensors."""
+"""Requests and answers of the Open Inference Protocol v2, with their named tensors: encoding and decoding."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from torchsurgeon.wire.tensors import (
     datatype_of,
     physical_order,
     quantization_of,
+    quoted,
     tensor_from_json,
     tensor_view,
     with_quantization,
@@ -43,16 +44,26 @@ from torchsurgeon.wire.tensors import (
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _MAX_DECODED_BYTES = 1 << 30
+# The start of almost every request's header, ready made.
 _PLAIN_REQUEST = '{"parameters":{"binary_data_output":true,"dim_order":true}'
 _CHECKED_REQUEST = '{"parameters":{"crc32":true,"binary_data_output":true,"dim_order":true}'
 _CRC_BYTES = 4
 
 
 class InferRequest(NamedTuple):
-    """A decoded request. ``outputs`` is empty when the client wants all of them, in the form ``binary_output`` says.
+    """A decoded request.
 
-    ``dim_order`` says that the client understands the tensor parameter of that name in the answer. Requests with the
-    same header have the same object as ``recurring``; it is None when the header is not remembered, or will not recur.
+    Attributes:
+        tensors: the tensors by name.
+        outputs: the outputs that are asked for; empty for all of them, in the form that ``binary_output`` says.
+        binary_output: whether outputs are asked for as bytes unless they say otherwise.
+        dim_order: whether the client understands the tensor parameter ``dim_order`` in the answer.
+        request_id: the request's id.
+        parameters: the request's parameters.
+        recurring: an object that all requests with the same header share; None where the header is not cached, or does
+            not recur because it has compressed tensors.
+        output_codec: the codec that the outputs are asked for in; None for ``raw``.
+        crc32: whether a checksum was sent, and is asked for in the answer.
     """
 
     tensors: dict[str, Tensor]
@@ -67,7 +78,15 @@ class InferRequest(NamedTuple):
 
 
 class InferResponse(NamedTuple):
-    """A decoded answer."""
+    """A decoded answer.
+
+    Attributes:
+        tensors: the outputs by name.
+        model_name: the model that answered.
+        model_version: its version.
+        request_id: the id of the request that is answered.
+        parameters: the answer's parameters.
+    """
 
     tensors: dict[str, Tensor]
     model_name: str = ""
@@ -77,10 +96,14 @@ class InferResponse(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An encoded message: write ``buffers`` one after the other.
+    """An encoded message.
 
-    ``header_bytes`` is the value of ``Inference-Header-Content-Length``, or None when the message is JSON only and the
-    header must not be sent. The buffers after the first are views of the tensors' memory and keep it alive.
+    Attributes:
+        buffers: the body in parts, to be written one after the other. Those after the first are views of the tensors'
+            memory, which they keep alive: a tensor must not change before its view has been written.
+        header_bytes: the value of ``Inference-Header-Content-Length``; None for a message of JSON only, with which that
+            HTTP header must not be sent.
+        size_bytes: length of the whole body.
     """
 
     buffers: list[Buffer]
@@ -98,10 +121,19 @@ def encode_request(
     output_codec: Codec | None = None,
     crc32: bool = False,
 ) -> Encoded:
-    """Encode named tensors as a binary infer request that asks for binary outputs (all of them unless named).
+    """Encode named tensors as a binary inference request that asks for binary outputs.
 
-    ``codecs`` has the codec of each tensor that is not sent as it lies in memory, ``output_codec`` is asked for in the
-    answer. With ``crc32`` the request ends in its checksum, and asks for one in the answer.
+    Args:
+        tensors: the tensors by name.
+        outputs: names of the outputs to ask for; all of them by default.
+        request_id: an id that the answer repeats.
+        parameters: further parameters of the request.
+        codecs: the codec of each tensor that is not sent as it lies in memory.
+        output_codec: the codec to ask for in the answer.
+        crc32: whether the request ends in a checksum, and asks for one in the answer.
+
+    Raises:
+        ProtocolError: a tensor has a dtype that the protocol does not know, or is quantized per channel.
     """
     described, views = _encode_tensors(tensors, (), True, codecs)
     header = _CHECKED_REQUEST if crc32 else _PLAIN_REQUEST
@@ -130,36 +162,52 @@ def encode_response(
     codec: Codec | None = None,
     crc32: bool = False,
 ) -> Encoded:
-    """Encode an answer. Outputs named in ``as_json`` are written as JSON numbers, the others as bytes.
+    """Encode an answer.
 
-    ``parameters`` may be given as JSON already. ``codec`` encodes the outputs that are written as bytes. Without
-    ``dim_order`` every tensor is sent row-major, for clients that do not know that parameter. With ``crc32`` a binary
-    answer ends in its checksum.
+    Args:
+        model_name: the model that answers.
+        model_version: its version.
+        tensors: the outputs by name.
+        as_json: names of the outputs to write as JSON numbers; the others are written as bytes.
+        dim_order: whether the client understands the tensor parameter ``dim_order``. If not, tensors go row-major.
+        request_id: the id of the request that is answered.
+        parameters: the answer's parameters, or their JSON text.
+        codec: the codec of the outputs that are written as bytes.
+        crc32: whether a binary answer ends in a checksum.
 
-    Raises ProtocolError when an output to be written as JSON holds NaN or infinity, which JSON cannot say.
+    Raises:
+        ProtocolError: an output to be written as JSON holds NaN or infinity, or an output has a dtype that the protocol
+            does not know.
     """
     codecs = None if codec is None else dict.fromkeys(tensors, codec)
     described, views = _encode_tensors(tensors, as_json, dim_order, codecs)
-    header = f'{{"model_name":{_quoted(model_name)},"model_version":{_quoted(model_version)}'
+    header = f'{{"model_name":{_json_string(model_name)},"model_version":{_json_string(model_version)}'
     if request_id is not None:
         header += ',"id":' + _text(request_id)
     header += f',"outputs":[{described}]'
     binary = any(name not in as_json for name in tensors)
-    told = parameters if isinstance(parameters, str) else _text(parameters) if parameters else ""
+    added = parameters if isinstance(parameters, str) else _text(parameters) if parameters else ""
     if crc32 and binary:
-        told = '{"crc32":true' + (f",{told[1:]}" if told else "}")
-    if told:
-        header += f',"parameters":{told}'
+        added = '{"crc32":true' + (f",{added[1:]}" if added else "}")
+    if added:
+        # Last, so that split_response_head can cut them off: they change with every answer, and nothing else does.
+        header += f',"parameters":{added}'
     return _message(header + "}", views, binary, crc32)
 
 
 def decode_request(
     body: Buffer, header_bytes: int | None = None, *, max_decoded_bytes: int = _MAX_DECODED_BYTES
 ) -> InferRequest:
-    """Decode an infer request. ``header_bytes`` is ``Inference-Header-Content-Length``, None when it was not sent.
+    """Decode an inference request. Its tensors are views of ``body`` where that is writable and aligned.
 
-    The tensors are views of ``body`` wherever it is writable and aligned. Those that a codec carries may be
-    ``max_decoded_bytes`` together. Raises ProtocolError.
+    Args:
+        body: the whole body.
+        header_bytes: the value of ``Inference-Header-Content-Length``; None where it was not sent.
+        max_decoded_bytes: the most bytes that tensors sent with a codec have together once they are decoded.
+
+    Raises:
+        ProtocolError: the body is no valid request.
+        BodyTooLargeError: the header, or the decoded tensors, are larger than allowed.
     """
     payload = _payload(body, header_bytes)
     remembered = header_bytes is not None and header_bytes <= MAX_REMEMBERED_BYTES
@@ -170,7 +218,7 @@ def decode_request(
     if head.crc32:
         payload = _checked(body, payload)
     tensors = _tensors(head.entries, payload, max_decoded_bytes)
-    # What is compressed has another size, and so another header, every time.
+    # A compressed tensor has another size, so another header, in every request: nothing is gained by caching for it.
     compressed = any(entry.codec is not None and entry.codec.zstd for entry in head.entries)
     recurring = head if remembered and not compressed else None
     return InferRequest(
@@ -189,7 +237,17 @@ def decode_request(
 def decode_response(
     body: Buffer, header_bytes: int | None = None, *, max_decoded_bytes: int = _MAX_DECODED_BYTES
 ) -> InferResponse:
-    """Decode an answer; the counterpart of :func:`decode_request`. Raises ProtocolError."""
+    """Decode an answer. Its tensors are views of ``body`` where that is writable and aligned.
+
+    Args:
+        body: the whole body.
+        header_bytes: the value of ``Inference-Header-Content-Length``; None where it was not sent.
+        max_decoded_bytes: the most bytes that tensors sent with a codec have together once they are decoded.
+
+    Raises:
+        ProtocolError: the body is no valid answer.
+        BodyTooLargeError: the header, or the decoded tensors, are larger than allowed.
+    """
     payload = _payload(body, header_bytes)
     parts = None
     if header_bytes is not None and header_bytes <= MAX_REMEMBERED_BYTES:
@@ -224,7 +282,7 @@ def _message(header: str, views: list[memoryview], binary: bool, crc32: bool = F
 def _encode_tensors(
     tensors: Mapping[str, Tensor], as_json: Collection[str], dim_order: bool, codecs: Mapping[str, Codec] | None
 ) -> tuple[str, list[memoryview]]:
-    """The header's entries, as text, and views of the tensors' memory."""
+    """Return the header's entries as text, and views of the tensors' memory."""
     entries: list[str] = []
     views: list[memoryview] = []
     for name, tensor in tensors.items():
@@ -248,6 +306,7 @@ def _encode_tensors(
     return ",".join(entries), views
 
 
+# Cached, since the same tensors are sent at every inference of one cut.
 @lru_cache(maxsize=1024)
 def _entry(
     name: str,
@@ -256,7 +315,7 @@ def _entry(
     order: tuple[int, ...] | None,
     quantization: Quantization | None,
 ) -> str:
-    """The entry of a tensor that is sent as it lies in memory."""
+    """Return the entry of a tensor that is sent as it lies in memory."""
     return _text(_described(name, dtype, shape, quantization, None, order))
 
 
@@ -285,30 +344,31 @@ def _entry_with_data(name: str, tensor: Tensor) -> str:
         return _text({"name": name, "datatype": datatype_of(tensor.dtype), "shape": tuple(tensor.shape), "data": data})
     except ValueError:
         raise ProtocolError(
-            f"output {name!r} holds NaN or infinity, which JSON cannot say; ask for binary outputs"
+            f"JSON has no NaN and no infinity, but output {quoted(name)} holds one; ask for binary outputs"
         ) from None
 
 
 def _payload(body: Buffer, header_bytes: int | None) -> memoryview | None:
-    """The bytes after the header, as memory that may be written; None for a message without any."""
+    """Return the bytes after the header, as writable memory; None for a message of JSON only."""
     if header_bytes is None:
         return None
     if isinstance(header_bytes, bool) or header_bytes < 0:
-        raise ProtocolError(f"{HEADER_LENGTH} is {header_bytes}, which is not a number of bytes")
+        raise ProtocolError(f"{HEADER_LENGTH} must be a number of bytes; got {header_bytes}")
     check_header_length(header_bytes, len(body))
     payload = memoryview(body)[header_bytes:]
-    # torch has no read-only tensors; a view of immutable bytes would be undefined behaviour once written to.
+    # PyTorch has no read-only tensors, and writing to a view of immutable bytes would be undefined behaviour.
     return memoryview(bytearray(payload)) if payload.readonly else payload
 
 
 def _checked(body: Buffer, payload: memoryview | None) -> memoryview:
-    """The payload without the checksum at its end. Raises ProtocolError when the body is not what was sent."""
+    """Check the checksum at the end of the payload, and return the payload without it."""
     if payload is None or len(payload) < _CRC_BYTES:
-        raise ProtocolError('the message says "crc32", but no checksum follows its tensors; it was cut short')
-    told, found = int.from_bytes(payload[-_CRC_BYTES:], "little"), zlib.crc32(memoryview(body)[:-_CRC_BYTES])
-    if told != found:
+        raise ProtocolError('a message with "crc32" must end in four bytes of checksum; this one is cut short')
+    sent, found = int.from_bytes(payload[-_CRC_BYTES:], "little"), zlib.crc32(memoryview(body)[:-_CRC_BYTES])
+    if sent != found:
         raise ProtocolError(
-            f"the message has CRC-32 {found:08x}, but its sender gave it {told:08x}: it was damaged on its way"
+            f"the message must have the CRC-32 {sent:08x} that its sender computed; got {found:08x}. It was damaged on "
+            "its way, so send it again"
         )
     return payload[:-_CRC_BYTES]
 
@@ -324,35 +384,37 @@ def _tensors(entries: list[Entry], payload: memoryview | None, max_decoded_bytes
         if entry.size_bytes > available - offset:
             raise ProtocolError(
                 f"{entry.where} declares {entry.size_bytes} bytes of binary data, but {available - offset} are left in "
-                f"the body{f'; was {HEADER_LENGTH} sent?' if payload is None else ''}"
+                f"the body{f'; send {HEADER_LENGTH} with binary data' if payload is None else ''}"
             )
         if entry.codec is None:
             tensor = tensor_view(payload, offset, entry.dtype, entry.shape, entry.order, entry.where)
         else:
             tensor = _decoded(entry, entry.codec, payload, offset, max_decoded_bytes)
+            # One budget for all tensors, or a message of many small bombs would be a large one.
             max_decoded_bytes -= entry.tensor_bytes
         tensors[entry.name] = tensor if entry.quantization is None else with_quantization(tensor, entry.quantization)
         offset += entry.size_bytes
     if offset != available:
-        raise ProtocolError(f"{available - offset} bytes are left over after the tensors the header declares")
+        raise ProtocolError(f"{available - offset} bytes are left over after the tensors that the header declares")
     return tensors
 
 
 def _decoded(entry: Entry, codec: Codec, payload: memoryview | None, offset: int, max_bytes: int) -> Tensor:
     if entry.tensor_bytes > max_bytes:
         raise BodyTooLargeError(
-            f"{entry.where} is {entry.tensor_bytes} bytes once {codec.name} is undone; at most {max_bytes} are taken"
+            f"{entry.where} has {entry.tensor_bytes} bytes once {codec.name} is decoded; at most {max_bytes} are "
+            "accepted"
         )
     data = memoryview(b"" if payload is None else payload)[offset : offset + (entry.size_bytes or 0)]
     try:
         return codec.decode(data, entry.dtype, entry.shape, entry.order, max_bytes=max_bytes)
     except CodecError as error:
-        raise ProtocolError(f"{entry.where} cannot be decoded: {error}") from None
+        raise ProtocolError(f"{entry.where} does not decode as {codec.name}: {error}") from None
 
 
 _text = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 @lru_cache(maxsize=256)
-def _quoted(name: str) -> str:
+def _json_string(name: str) -> str:
     return _text(name)

@@ -1,4 +1,4 @@
-"""How tensors lie in memory and in JSON: datatypes, dimension orders, views of bytes."""
+"""How tensors lie in memory and in JSON: datatypes, orders of dimensions, and views of a message's bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon.codec.host import on_host
-from torchsurgeon.errors import ProtocolError
+from torchsurgeon.errors import ProtocolError, short
 from torchsurgeon.tracing.layout import dense, logical
 
 ALIGNMENT_BYTES = 64
@@ -35,72 +35,104 @@ _DATATYPES: dict[torch.dtype, str] = {
     torch.float64: "FP64",
 }
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
-# numpy has no bfloat16; only the bytes matter.
+# NumPy has no bfloat16. An integer of the same size stands in for it, since only the bytes matter.
 _NUMPY = {
     dtype: torch.empty(0, dtype=torch.int16 if dtype == torch.bfloat16 else dtype).numpy().dtype for dtype in _DATATYPES
 }
-# A quantized tensor travels as its integers; its scale and zero point are tensor parameters.
+# A quantized tensor travels as its integers, with scale and zero point as tensor parameters.
 _QUANTIZED = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.int32: torch.qint32}
 _DATATYPES.update({kind: _DATATYPES[dtype] for dtype, kind in _QUANTIZED.items()})
 
 Quantization = tuple[float, int]
 
+_NAME_CHARACTERS, _VALUE_CHARACTERS = 100, 200
+_SHALLOW = reprlib.Repr()
+_SHALLOW.maxlevel = 2
+
 
 def datatype_of(dtype: torch.dtype) -> str:
-    """The protocol's name of a dtype (``"FP32"``). Raises ProtocolError for one the protocol has no name for."""
+    """Return the protocol's name of a dtype, such as ``"FP32"``.
+
+    Raises:
+        ProtocolError: the protocol has no name for it.
+    """
     try:
         return _DATATYPES[dtype]
     except KeyError:
         raise ProtocolError(
-            f"{dtype} has no name in the Open Inference Protocol; convert the tensor to one of {', '.join(_DTYPES)}"
+            f"the Open Inference Protocol has no name for {dtype}; convert the tensor to one of {', '.join(_DTYPES)}"
         ) from None
 
 
 def dtype_of(datatype: object) -> torch.dtype:
-    """The torch dtype of a protocol datatype. Raises ProtocolError for an unknown one (BYTES included)."""
+    """Return the torch dtype of a protocol datatype.
+
+    Raises:
+        ProtocolError: there is no such datatype, or no dtype for it (BYTES).
+    """
     dtype = _DTYPES.get(datatype) if isinstance(datatype, str) else None
     if dtype is None:
-        raise ProtocolError(f"unknown datatype {shortened(datatype)}; known ones are {', '.join(_DTYPES)}")
+        raise ProtocolError(f"a datatype must be one of {', '.join(_DTYPES)}; got {shortened(datatype)}")
     return dtype
 
 
 def quantization_of(tensor: Tensor) -> Quantization | None:
-    """Scale and zero point of a quantized tensor; None for others. ProtocolError for one quantized per channel."""
+    """Return scale and zero point of a quantized tensor; None for one that is not quantized.
+
+    Raises:
+        ProtocolError: the tensor is not quantized per tensor.
+    """
     if not tensor.is_quantized:
         return None
     if tensor.qscheme() != torch.per_tensor_affine:
-        raise ProtocolError(f"a tensor quantized by {tensor.qscheme()} cannot be sent; quantize activations per tensor")
+        raise ProtocolError(f"a quantized tensor must be quantized per tensor to be sent; got {tensor.qscheme()}")
     return tensor.q_scale(), tensor.q_zero_point()
 
 
 def checked_quantization(value: Any, dtype: torch.dtype, where: str) -> Quantization | None:
-    """The ``quantized`` parameter of a tensor, None when there is none. ProtocolError when it cannot be."""
+    """Return scale and zero point out of the JSON parameter ``quantized``; None where it is missing.
+
+    Args:
+        value: the parameter.
+        dtype: the dtype of the tensor's integers.
+        where: the tensor, for the message of an error.
+
+    Raises:
+        ProtocolError: scale or zero point is missing or out of its range, or the dtype is not one of quantized tensors.
+    """
     if value is None:
         return None
     scale, zero_point = (value.get(key) for key in ("scale", "zero_point")) if isinstance(value, dict) else (None, None)
     known = dtype in _QUANTIZED and isinstance(scale, float) and 0 < scale < math.inf and type(zero_point) is int
     if not known or not torch.iinfo(dtype).min <= zero_point <= torch.iinfo(dtype).max:  # type: ignore[operator]
         raise ProtocolError(
-            f"{where} has the parameter quantized {shortened(value)}; it takes a positive scale and a zero_point "
-            "within UINT8, INT8 or INT32, the tensor's datatype"
+            f"the parameter quantized of {where} must have a positive scale, and a zero_point in the range of the "
+            f"tensor's datatype, which must be UINT8, INT8 or INT32; got {shortened(value)}"
         )
     return scale, zero_point  # type: ignore[return-value]
 
 
 def with_quantization(tensor: Tensor, quantization: Quantization) -> Tensor:
-    """The quantized tensor that integers stand for."""
+    """Return the quantized tensor of these integers, scale and zero point."""
     return torch._make_per_tensor_quantized_tensor(tensor, *quantization)
 
 
 def physical_order(tensor: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...] | None, Tensor]:
-    """The dimension order of a dense tensor (None for row-major) and its memory, as a row-major CPU tensor."""
+    """Return a tensor's order of dimensions (None for row-major), and its memory as a row-major CPU tensor.
+
+    A tensor that is not dense is copied to a dense one.
+
+    Args:
+        tensor: the tensor, on any device.
+        shape: its shape.
+    """
     if tensor.requires_grad:
         tensor = tensor.detach()
     if not tensor.is_cpu:
         tensor = on_host(tensor)
     order, tensor = dense(tensor, shape)
     if tensor.dtype == torch.bfloat16:
-        # numpy has no bfloat16; only the bytes matter.
+        # NumPy, through which the bytes are read, has no bfloat16.
         tensor = tensor.view(torch.int16)
     return order, tensor
 
@@ -113,14 +145,26 @@ def tensor_view(
     order: list[int] | None,
     where: str,
 ) -> Tensor:
-    """A tensor on the bytes at ``offset``, with its dimensions in order; a copy only where those are not aligned."""
+    """Return a tensor that is a view of a message's bytes, or a copy of them where they are not aligned.
+
+    Args:
+        payload: the bytes after the header; None where there are none.
+        offset: where the tensor begins.
+        dtype: the tensor's dtype.
+        shape: the tensor's shape.
+        order: the order of its dimensions in memory, outermost first; None for row-major.
+        where: the tensor, for the message of an error.
+
+    Raises:
+        ProtocolError: a byte of a BOOL tensor is neither 0 nor 1.
+    """
     count = math.prod(shape)
     if payload is None or count == 0:
         return torch.empty(shape, dtype=dtype)
     if dtype == torch.bool and numpy.ndarray(count, numpy.uint8, payload, offset).max() > 1:
-        raise ProtocolError(f"{where} is BOOL and holds a byte other than 0 and 1")
+        raise ProtocolError(f"the bytes of a BOOL tensor must be 0 or 1; {where} holds a byte other than 0 and 1")
     stored = shape if order is None else [shape[dim] for dim in order]
-    # One call into torch; frombuffer and view would be two.
+    # One call into PyTorch, where frombuffer and view would be two.
     tensor = torch.from_numpy(numpy.ndarray(stored, _NUMPY[dtype], payload, offset))
     if tensor.data_ptr() % ALIGNMENT_BYTES:
         tensor = tensor.clone()
@@ -130,16 +174,26 @@ def tensor_view(
 
 
 def tensor_from_json(data: Any, dtype: torch.dtype, shape: tuple[int, ...], where: str) -> Tensor:
-    """A tensor from JSON numbers, flat or nested like the shape. Raises ProtocolError for any other values."""
+    """Return a tensor of JSON numbers.
+
+    Args:
+        data: the numbers, flat or nested like the shape.
+        dtype: the tensor's dtype.
+        shape: the tensor's shape.
+        where: the tensor, for the message of an error.
+
+    Raises:
+        ProtocolError: the values are not numbers, do not fit the dtype, or do not match the shape.
+    """
     count = math.prod(shape)
     flat = _flatten(data, shape, where)
     if len(flat) != count:
-        raise ProtocolError(f"{where} has {len(flat)} values, but shape {list(shape)} needs {count}")
+        raise ProtocolError(f"shape {list(shape)} needs {count} values; {where} has {len(flat)} values")
     kinds = set(map(type, flat))
     allowed = {int, float} if dtype.is_floating_point else {int, bool} if dtype == torch.bool else {int}
     if not kinds <= allowed:
         wrong = ", ".join(sorted(kind.__name__ for kind in kinds - allowed))
-        raise ProtocolError(f"{where} is {datatype_of(dtype)} but its data holds {wrong} values")
+        raise ProtocolError(f"{where} must hold {datatype_of(dtype)} values; got {wrong} values")
     code, wide = ("d", torch.float64) if dtype.is_floating_point else ("Q", torch.uint64)
     if not dtype.is_floating_point and dtype != torch.uint64:
         code, wide = "q", torch.int64
@@ -153,7 +207,7 @@ def tensor_from_json(data: Any, dtype: torch.dtype, shape: tuple[int, ...], wher
         if count and not (low <= min(values) and max(values) <= high):
             raise OverflowError
     except OverflowError:
-        raise ProtocolError(f"{where} holds a value that does not fit {datatype_of(dtype)}") from None
+        raise ProtocolError(f"the values of {where} must fit {datatype_of(dtype)}; one does not fit") from None
     if not count:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(values, dtype=wide).to(dtype).view(shape)
@@ -164,36 +218,63 @@ def _flatten(data: Any, shape: tuple[int, ...], where: str) -> list[Any]:
     depth = 0
     while rows and isinstance(rows[0], list):
         if depth >= len(shape) or len(rows) != math.prod(shape[: depth + 1]):
-            raise ProtocolError(f"the nesting of {where}'s data does not match its shape {list(shape)}")
+            raise ProtocolError(f"the nesting of the data of {where} must match its shape {list(shape)}")
         dim = shape[depth + 1] if depth + 1 < len(shape) else -1
         if not all(isinstance(row, list) and len(row) == dim for row in rows):
-            raise ProtocolError(f"the nesting of {where}'s data does not match its shape {list(shape)}")
+            raise ProtocolError(f"the nesting of the data of {where} must match its shape {list(shape)}")
         rows = list(chain.from_iterable(rows))
         depth += 1
     return rows
 
 
 def checked_shape(value: Any, where: str) -> tuple[int, ...]:
-    """A shape out of JSON. Raises ProtocolError."""
+    """Return a shape out of JSON.
+
+    Args:
+        value: the shape.
+        where: the tensor, for the message of an error.
+
+    Raises:
+        ProtocolError: it is no list of non-negative integers, or has too many dimensions or elements.
+    """
     if not isinstance(value, list) or not all(type(dim) is int and dim >= 0 for dim in value):
-        raise ProtocolError(f"{where} has shape {shortened(value)}; a shape is a list of non-negative integers")
+        raise ProtocolError(f"the shape of {where} must be a list of non-negative integers; got {shortened(value)}")
     if len(value) > MAX_RANK:
-        raise ProtocolError(f"{where} has {len(value)} dimensions; at most {MAX_RANK} are accepted")
+        raise ProtocolError(f"a tensor may have at most {MAX_RANK} dimensions; {where} has {len(value)}")
     if math.prod(dim for dim in value if dim) > MAX_ELEMENTS:
-        raise ProtocolError(f"{where} has shape {shortened(value)}, more than {MAX_ELEMENTS} elements")
+        raise ProtocolError(
+            f"a tensor may have at most {MAX_ELEMENTS} elements; {where} has shape {shortened(value)}, which has more"
+        )
     return tuple(value)
 
 
 def checked_dim_order(value: Any, rank: int, where: str) -> list[int] | None:
-    """A permutation of ``rank`` dimensions out of JSON, None for none. Raises ProtocolError."""
+    """Return the order of a tensor's dimensions out of JSON; None where it is missing.
+
+    Args:
+        value: the order.
+        rank: how many dimensions the tensor has.
+        where: the tensor, for the message of an error.
+
+    Raises:
+        ProtocolError: it is no permutation of the tensor's dimensions.
+    """
     if value is None:
         return None
     permutation = isinstance(value, list) and all(type(dim) is int for dim in value)
     if not permutation or sorted(value) != list(range(rank)):
-        raise ProtocolError(f"{where} has dim_order {shortened(value)}, no permutation of its {rank} dimensions")
+        raise ProtocolError(
+            f"dim_order of {where} must be a permutation of its {rank} dimensions; got {shortened(value)}"
+        )
     return list(value)
 
 
 def shortened(value: object) -> str:
-    """A value as it is quoted in an error message, however large or deep it is."""
-    return reprlib.repr(value)
+    """Return a JSON value as errors quote it, in at most 200 characters, without walking through all of it."""
+    return _SHALLOW.repr(value)[:_VALUE_CHARACTERS]
+
+
+def quoted(name: str) -> str:
+    """Return a tensor's name as errors quote it, in at most 100 characters."""
+    text = repr(name)
+    return text if len(text) <= _NAME_CHARACTERS else short(name, _NAME_CHARACTERS)
