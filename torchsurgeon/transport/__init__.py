@@ -1,11 +1,12 @@
-"""Transports carry named tensors to a tail server and its answer back.
+"""Transports: they carry named tensors to a tail server, and its answer back.
 
-:class:`HttpTransport` keeps two paths apart. The control plane (handshake, metadata, profiles) goes through
-``requests``, with its proxies and certificates. Inference goes through kept-alive sockets of its own, one per thread
-in use: tensors are written from their own memory with ``sendmsg`` and the answer is read straight into the buffer whose
-views the caller gets. Every call has one deadline for all of it, so a server that trickles cannot extend it.
+:class:`HttpTransport` has two separate paths. The control plane (handshake, metadata, profiles) goes through
+``requests``, with its proxies and certificates. Inference goes through kept-alive sockets of its own, one for each call
+at the same time: tensors are written from their own memory with ``sendmsg``, and the answer is read straight into the
+buffer that the returned tensors are views of. One deadline bounds each call as a whole, so a server that sends its
+answer byte by byte cannot extend it.
 
-:class:`InProcessTransport` calls an ASGI application directly: client and server meet in one process, without sockets.
+:class:`InProcessTransport` calls an ASGI application directly, in the same process and without sockets.
 """
 
 from __future__ import annotations

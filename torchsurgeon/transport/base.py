@@ -1,4 +1,4 @@
-"""What every transport is and gives back."""
+"""The base class of transports, what they return, and the deadline of a call."""
 
 from __future__ import annotations
 
@@ -21,12 +21,22 @@ from torchsurgeon.errors import BodyTooLargeError, RequestRefusedError
 
 CONTROL_LIMIT_BYTES = 64 << 20
 ERROR_LIMIT_BYTES = 64 << 10
-# Sockets and locks take no timeout that is much longer, and not an infinite one.
+_REASON_CHARACTERS = 1000
+# Sockets and locks accept neither an infinite timeout nor one that is much longer than this.
 _MOST_WAIT_S = 1e6
 
 
 class Timing(NamedTuple):
-    """When one exchange happened (seconds of ``time.perf_counter``) and how many body bytes it moved."""
+    """When one exchange happened, and how many bytes it moved.
+
+    Attributes:
+        sent_bytes: length of the request's body.
+        received_bytes: length of the answer's body.
+        send_start_s: when sending began, in seconds of ``time.perf_counter``, like all times that follow.
+        send_end_s: when the request had been handed to the operating system.
+        first_byte_s: when the answer's first byte arrived.
+        end_s: when the answer was complete.
+    """
 
     sent_bytes: int
     received_bytes: int
@@ -37,7 +47,13 @@ class Timing(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The outputs of one inference by name, the server's parameters (``queue_s``, ``compute_s``, …), and the timing."""
+    """The answer to one inference.
+
+    Attributes:
+        tensors: the outputs by name.
+        parameters: the answer's parameters, such as the server's times ``queue_s`` and ``compute_s``.
+        timing: when it happened.
+    """
 
     tensors: dict[str, Tensor]
     parameters: Mapping[str, Any]
@@ -45,7 +61,14 @@ class Answer(NamedTuple):
 
 
 class RawAnswer(NamedTuple):
-    """One HTTP answer. ``body`` is writable memory of just its size; ``header_bytes`` is the v2 extension's header."""
+    """One HTTP answer.
+
+    Attributes:
+        status: the HTTP status.
+        header_bytes: the value of ``Inference-Header-Content-Length``; None where the answer has none.
+        body: the body, in writable memory of exactly its size.
+        timing: when it happened.
+    """
 
     status: int
     header_bytes: str | None
@@ -54,24 +77,38 @@ class RawAnswer(NamedTuple):
 
 
 class Transport(ABC):
-    """What a device needs of a tail server. Thread-safe; closing twice is harmless; also a context manager."""
+    """The way to one tail server. Thread-safe, and a context manager that closes it; closing twice is harmless.
+
+    Args:
+        timeout_s: seconds that each call as a whole may take, unless the call says otherwise.
+    """
 
     def __init__(self, timeout_s: float = 30.0) -> None:
         self.timeout_s = timeout_s
 
     @abstractmethod
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
-        """The JSON at ``path``. Raises ServerUnavailableError, RequestRefusedError or ProtocolError."""
+        """Return the JSON value at a path of the server.
+
+        Args:
+            path: the path, such as ``/v2/models/NAME``.
+            timeout_s: seconds that the call may take; the transport's by default.
+
+        Raises:
+            ServerUnavailableError: no complete answer came in time.
+            RequestRefusedError: the server answered with an error.
+            ProtocolError: the answer is no JSON.
+        """
 
     @abstractmethod
     def _post(
         self, path: str, header_bytes: int | None, buffers: list[wire.Buffer], limit_bytes: int, deadline: Deadline
     ) -> RawAnswer:
-        """Post buffers as one binary body; an answer above ``limit_bytes`` is not read."""
+        """Post buffers as one binary body. An answer of more than ``limit_bytes`` is refused before it is read."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close every connection. Calls after this raise ServerUnavailableError."""
+        """Close every connection. Calls after that raise ServerUnavailableError."""
 
     def infer(
         self,
@@ -89,14 +126,26 @@ class Transport(ABC):
         deadline: Deadline | None = None,
         crc32: bool = False,
     ) -> Answer:
-        """Send named tensors and return the outputs (all of them unless ``outputs`` names some).
+        """Send named tensors and return the outputs of the rest of the model.
 
-        ``max_answer_bytes`` is what the outputs' tensors can have together; a longer answer is refused unread.
-        ``codecs`` has the codec of each tensor that is not sent as it is, ``output_codec`` is asked for in the answer.
-        ``deadline``, in place of ``timeout_s``, can be cancelled from another thread. ``crc32`` has both messages carry
-        a checksum, which torchsurgeon's servers understand.
-        Raises ServerUnavailableError when nothing complete came within ``timeout_s``, RequestRefusedError when the
-        server answered with an error, ProtocolError when the answer is not one of this protocol.
+        Args:
+            model: the model's name at the server.
+            tensors: the tensors by name.
+            max_answer_bytes: the most bytes that the output tensors have together. A longer answer is not read.
+            version: the model's version; the server's default without one.
+            outputs: names of the outputs to return; all of them by default.
+            request_id: an id that the answer repeats.
+            parameters: further parameters of the request.
+            codecs: the codec of each tensor that is not sent as it lies in memory.
+            output_codec: the codec to ask for in the answer.
+            timeout_s: seconds that the call may take; the transport's by default.
+            deadline: in place of ``timeout_s``: a deadline that another thread can cancel.
+            crc32: whether both messages carry a checksum. torchsurgeon's servers understand that; others may not.
+
+        Raises:
+            ServerUnavailableError: no complete answer came in time.
+            RequestRefusedError: the server answered with an error.
+            ProtocolError: the answer is not one of this protocol, or larger than ``max_answer_bytes`` allows.
         """
         deadline = deadline or Deadline(self.timeout_s if timeout_s is None else timeout_s)
         message = wire.encode_request(
@@ -120,7 +169,18 @@ class Transport(ABC):
     def probe(
         self, up_bytes: int, down_bytes: int, *, timeout_s: float | None = None, deadline: Deadline | None = None
     ) -> Timing:
-        """Move that many bytes each way and time it, to measure the link. The server bounds both."""
+        """Send bytes and receive bytes, to measure the link. The server limits both.
+
+        Args:
+            up_bytes: bytes to send.
+            down_bytes: bytes to receive.
+            timeout_s: seconds that the call may take; the transport's by default.
+            deadline: in place of ``timeout_s``: a deadline that another thread can cancel.
+
+        Raises:
+            ServerUnavailableError: no complete answer came in time.
+            RequestRefusedError: the server answered with an error, such as to a probe above its limit.
+        """
         deadline = deadline or Deadline(self.timeout_s if timeout_s is None else timeout_s)
         path = f"/v2/probe?down={down_bytes}"
         raw = self._post(path, None, [os.urandom(up_bytes)], down_bytes + ERROR_LIMIT_BYTES, deadline)
@@ -143,7 +203,19 @@ def _infer_path(model: str, version: str | None) -> str:
 
 
 class Deadline:
-    """When one call as a whole has to be over. Any thread may :meth:`cancel` it, and then it is over."""
+    """The end of the time that one call as a whole may take. Any thread may :meth:`cancel` it, which ends the call.
+
+    The thread that makes the call registers with :meth:`interrupted_by` how to end what it is about to wait for. The
+    lock makes sure that a cancellation is never lost between two waits: it either runs the registered interrupt, or
+    comes first, and then registering runs the interrupt at once.
+
+    Args:
+        timeout_s: seconds from now on.
+
+    Attributes:
+        timeout_s: as given.
+        cancelled: whether it was cancelled.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -153,23 +225,32 @@ class Deadline:
         self._interrupt: Callable[[], object] | None = None
 
     def left_s(self) -> float:
-        """Seconds left; raises TimeoutError when there are none, since a socket timeout of 0 means non-blocking."""
-        # No more than there was to begin with, should the clock have stepped back.
+        """Return the seconds that are left, always above 0: as a socket's timeout, 0 would mean not to wait at all.
+
+        Raises:
+            TimeoutError: no time is left, or the deadline was cancelled.
+        """
+        # At most timeout_s, in case the clock has stepped back.
         left = min(self._end_s - time.monotonic(), self.timeout_s, _MOST_WAIT_S)
-        # Not one of nan seconds either.
+        # Written so that nan counts as over.
         if not left > 0 or self.cancelled:
             raise TimeoutError
         return left
 
     def cancel(self) -> None:
-        """End the call now: what it waits for is interrupted, and no other wait begins."""
+        """End the call now: interrupt what it waits for, and let no other wait begin."""
         with self._lock:
             self.cancelled = True
             if self._interrupt is not None:
                 self._interrupt()
 
     def interrupted_by(self, interrupt: Callable[[], object] | None) -> None:
-        """Say what ends the wait that follows; None when there is none any more. It must not raise."""
+        """Register what ends the wait that follows.
+
+        Args:
+            interrupt: called from another thread on cancellation, with the deadline's lock held: it must be quick, and
+                must not raise. None once there is nothing to interrupt any more.
+        """
         with self._lock:
             self._interrupt = interrupt
             if self.cancelled and interrupt is not None:
@@ -177,13 +258,31 @@ class Deadline:
 
 
 def check_size(size: int, limit_bytes: int, who: str) -> None:
-    """Raise BodyTooLargeError for an answer longer than the outputs can be."""
+    """Check the size of an answer.
+
+    Args:
+        size: the answer's bytes.
+        limit_bytes: the most bytes that are accepted.
+        who: who answers, for the message of an error.
+
+    Raises:
+        BodyTooLargeError: the answer is larger.
+    """
     if size > limit_bytes:
-        raise BodyTooLargeError(f"{who} answers with {size} bytes, but the outputs can have at most {limit_bytes}")
+        raise BodyTooLargeError(f"an answer may have at most {limit_bytes} bytes; {who} answers with {size}")
 
 
 def check_status(status: int, body: memoryview, path: str) -> None:
-    """Raise RequestRefusedError, in the server's words, for a status other than success."""
+    """Check that the status of an answer is one of success.
+
+    Args:
+        status: the HTTP status.
+        body: the answer's body, which says what was wrong.
+        path: the path that was asked for.
+
+    Raises:
+        RequestRefusedError: the status is an error; the message repeats the server's, at most 1,000 characters of it.
+    """
     if 200 <= status < 300:
         return
     text = bytes(body[:2000]).decode("utf-8", "replace").strip()
@@ -192,4 +291,5 @@ def check_status(status: int, body: memoryview, path: str) -> None:
         text = str(parsed["error"])
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    raise RequestRefusedError(f"the server answered {status} to {path}: {text or 'no reason given'}", status)
+    reason = text[:_REASON_CHARACTERS] or "no reason given"
+    raise RequestRefusedError(f"the server answered {status} to {path[:300]}: {reason}", status)

@@ -1,8 +1,11 @@
-"""One kept-alive HTTP connection: tensors out from their own memory, the answer straight into its buffer, one deadline.
+"""One kept-alive HTTP connection for inference, with one deadline for each exchange.
 
-An answer is read at once to where its body is to lie if its head is as long as the last answer's, which in a stream of
-like inferences it is; otherwise what came with the head is copied. Answers as servers usually frame them are parsed
-here; every other way (chunked, interim, until closed) is left to ``http.client``.
+Tensors are written from their own memory, and the answer is read straight into the buffer that the returned tensors are
+views of. For that, the buffer is laid out before the answer arrives, on the guess that its head is as long as the last
+answer's, as it is in a stream of similar inferences: head and body then arrive in one read, the body already in its
+place. Where the guess is wrong, the part of the body that came with the head is copied. Answers with a Content-Length
+are parsed by this module. Every other kind (chunked, with an interim answer, or ended by closing the connection) is
+left to ``http.client``.
 """
 
 from __future__ import annotations
@@ -20,32 +23,37 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torchsurgeon import wire
-from torchsurgeon.errors import ProtocolError
+from torchsurgeon.errors import ProtocolError, short
 from torchsurgeon.transport.base import ERROR_LIMIT_BYTES, Deadline, RawAnswer, Timing, check_size
 from torchsurgeon.wire.buffers import Buffers, aligned_buffer
 
 _IOV_MAX = 512
 _MAX_HEAD_BYTES = 16 << 10
-# A connection used this recently is taken to be open; the check costs a system call.
+# A connection that was used this recently is assumed to be open, since checking costs a system call.
 _FRESH_S = 1.0
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 
 
 class StaleError(Exception):
-    """The connection broke before any byte of the answer."""
+    """The connection broke before any byte of the answer arrived."""
 
 
 class CheckedResponse(http.client.HTTPResponse):
-    """Python's, without its trust in the lengths of chunks: it would read to the end of the stream for one of -1."""
+    """Python's ``HTTPResponse``, but it refuses chunks of negative length, for which Python's reads without end."""
 
     def _safe_read(self, amt: int) -> bytes:
         if amt < 0:
-            raise http.client.HTTPException(f"a chunk of {amt} bytes")
+            raise http.client.HTTPException(f"a chunk has 0 bytes or more; got one of {amt} bytes")
         return super()._safe_read(amt)  # type: ignore[misc,no-any-return]
 
 
 class Connection:
-    """One kept-alive connection, opened at the first exchange. Not thread-safe."""
+    """One kept-alive connection, opened at the first exchange. Not thread-safe.
+
+    Args:
+        address: host and port.
+        context: how to encrypt; None for plain HTTP.
+    """
 
     def __init__(self, address: tuple[str, int], context: ssl.SSLContext | None) -> None:
         self._address = address
@@ -53,7 +61,7 @@ class Connection:
         self._socket: socket.socket | None = None
         self._incoming: select.poll | None = None
         self._buffers = Buffers(capacity=4)
-        # Of the last answer; before there is one, room for any head.
+        # Lengths in the last answer. Before the first answer, there is room for any head.
         self._head_bytes = 0
         self._body_bytes = _MAX_HEAD_BYTES
         self._used_s = 0.0
@@ -61,10 +69,11 @@ class Connection:
 
     @property
     def open(self) -> bool:
+        """Whether this side has the connection open."""
         return self._socket is not None
 
     def usable(self) -> bool:
-        """False when the server has closed a connection that was idle for a while."""
+        """Return whether the next request can be sent; False where the server has closed the idle connection."""
         if time.monotonic() - self._used_s < _FRESH_S:
             return self.open
         poller = select.poll()
@@ -72,6 +81,21 @@ class Connection:
         return not poller.poll(0)
 
     def exchange(self, parts: list[wire.Buffer], size: int, limit_bytes: int, deadline: Deadline) -> RawAnswer:
+        """Send one request and return the answer.
+
+        Args:
+            parts: the request, head included, in buffers to be written one after the other.
+            size: length of the request's body.
+            limit_bytes: the most bytes of an answer's body.
+            deadline: when the exchange has to be over.
+
+        Raises:
+            StaleError: the connection broke before any byte of the answer arrived.
+            TimeoutError: the deadline passed, or was cancelled.
+            OSError: the connection could not be opened, or broke during the answer.
+            http.client.HTTPException: the answer is not valid HTTP, or is cut short.
+            BodyTooLargeError: the answer is larger than ``limit_bytes``.
+        """
         try:
             link = self._socket or self._connect(deadline)
             deadline.interrupted_by(functools.partial(shut_down, link))
@@ -79,7 +103,7 @@ class Connection:
         finally:
             deadline.interrupted_by(None)
         if deadline.cancelled:
-            # It may have been shut down just now.
+            # The cancellation may have shut the socket down after the answer was complete: it must not be used again.
             raise TimeoutError
         return answer
 
@@ -92,7 +116,7 @@ class Connection:
         try:
             complete = self._send(link, parts, deadline)
         except (ConnectionError, ssl.SSLError) as error:
-            # A server that refuses a body may answer and close before it has read all of it.
+            # A server that refuses a body may answer and close before it has read all of it, so an answer may be there.
             complete, broken = False, error
         sent = time.perf_counter()
         try:
@@ -107,6 +131,7 @@ class Connection:
             check_size(length, limit_bytes if status < 300 else ERROR_LIMIT_BYTES, "the server")
             closing = closing or arrived > length
             if len(head) == self._head_bytes and length == self._body_bytes:
+                # The guess was right: the body begins at an aligned address of a buffer of its own size.
                 body = behind[:length]
             else:
                 self._head_bytes, self._body_bytes = len(head), length
@@ -124,7 +149,7 @@ class Connection:
             response.begin()
             body = _read_body(response, limit_bytes if response.status < 300 else ERROR_LIMIT_BYTES)
             status, header_bytes = response.status, response.headers.get(wire.HEADER_LENGTH)
-            # What the fallback has read ahead is lost with it.
+            # http.client may have read beyond the answer, and what it read is lost, so the connection is not reused.
             closing = True
         end = time.perf_counter()
         if closing or not complete:
@@ -133,6 +158,7 @@ class Connection:
         return RawAnswer(status, header_bytes, body, Timing(size, len(body), start, sent, self._first_byte_s, end))
 
     def close(self) -> None:
+        """Close the connection. Closing twice is harmless."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -155,7 +181,7 @@ class Connection:
         return link
 
     def _send(self, link: socket.socket, parts: list[wire.Buffer], deadline: Deadline) -> bool:
-        """Write all parts; False when the server began to answer before it had read them."""
+        """Write all parts; return False where the server began to answer before it had read them."""
         if self._context is not None:
             for part in parts:
                 link.settimeout(deadline.left_s())
@@ -176,7 +202,7 @@ class Connection:
                 return False
 
     def _receive(self, link: socket.socket, view: memoryview, deadline: Deadline) -> int:
-        """Read what there is, at least a byte, before the deadline; 0 at the end of the stream."""
+        """Read at least one byte before the deadline; return how many were read, 0 at the end of the stream."""
         if self._context is not None:
             link.settimeout(deadline.left_s())
         elif self._incoming is not None and not self._incoming.poll(deadline.left_s() * 1000):
@@ -187,8 +213,8 @@ class Connection:
         return count
 
     def _read_head(self, link: socket.socket, deadline: Deadline) -> tuple[bytes, memoryview, int]:
-        """The status line and headers, the memory behind them, and how much of that has been read already."""
-        # One byte more than is due, to notice a server that sends more.
+        """Read status line and headers; return them, the memory behind them, and how much of it is filled already."""
+        # One byte more than is expected, to notice a server that sends more.
         memory = self._buffers.take(self._body_bytes + 1, before=self._head_bytes)
         filled = 0
         while filled < len(memory):
@@ -203,21 +229,21 @@ class Connection:
             if end >= 4:
                 return text[:end], memory[end:], filled - end
             if filled == len(memory) < _MAX_HEAD_BYTES:
-                # The head is longer than the whole last answer.
+                # The head is longer than the whole last answer was.
                 memory = self._buffers.take(_MAX_HEAD_BYTES)
                 memory[:filled] = text
         raise http.client.LineTooLong("headers")
 
 
 class _Replay(io.RawIOBase):
-    """What ``http.client`` reads an answer from: bytes that have come already, then the connection."""
+    """The stream that ``http.client`` reads an answer from: bytes that were read already, then the connection's."""
 
     def __init__(self, already: bytes, receive: Callable[[memoryview], int]) -> None:
         self._already = already
         self._receive = receive
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """What ``http.client`` asks of a socket."""
+        """Return the stream; ``http.client`` calls this method of a socket."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -231,8 +257,8 @@ class _Replay(io.RawIOBase):
         return len(piece)
 
 
-class _Head(NamedTuple):
-    """What the head of a plain answer says."""
+class _AnswerHead(NamedTuple):
+    """What the head of an answer with a Content-Length says."""
 
     status: int
     length: int
@@ -241,8 +267,8 @@ class _Head(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _simple_head(head: bytes) -> _Head | None:
-    """The head of an answer; None for one that ``http.client`` must read."""
+def _simple_head(head: bytes) -> _AnswerHead | None:
+    """Parse the head of an answer; None for one that is left to ``http.client``. Answers of one size repeat theirs."""
     first, *lines = head.split(b"\r\n")[:-2]
     version, _, rest = first.partition(b" ")
     if version != b"HTTP/1.1" or not rest[:3].isdigit() or rest[:1] == b"1" or rest[3:4] not in (b" ", b""):
@@ -258,11 +284,11 @@ def _simple_head(head: bytes) -> _Head | None:
     if not length.isdigit() or len(length) >= 16:
         return None
     closing = headers.get(b"connection", b"keep-alive").lower() != b"keep-alive"
-    return _Head(int(rest[:3]), int(length), headers.get(_HEADER_LENGTH, b"").decode("latin-1") or None, closing)
+    return _AnswerHead(int(rest[:3]), int(length), headers.get(_HEADER_LENGTH, b"").decode("latin-1") or None, closing)
 
 
 def _open_socket(address: tuple[str, int], deadline: Deadline) -> socket.socket:
-    """``socket.create_connection``, but with one deadline for all addresses of the host."""
+    """Connect like ``socket.create_connection``, but with one deadline for all addresses of the host."""
     failure: OSError | None = None
     for family, kind, protocol, _, resolved in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
         link = socket.socket(family, kind, protocol)
@@ -274,19 +300,23 @@ def _open_socket(address: tuple[str, int], deadline: Deadline) -> socket.socket:
         except OSError as error:
             link.close()
             failure = error
-    raise failure or OSError(f"{address[0]} has no address")
+    raise failure or OSError(f"{short(address[0])} has no address")
 
 
 def shut_down(link: socket.socket) -> None:
-    """End every wait for ``link``, in whichever thread. Closing it would leave its number to another socket."""
+    """End every wait for ``link``, in whichever thread that is.
+
+    The socket is not closed, because the operating system could give its number to another socket while a thread still
+    waits for this one.
+    """
     with contextlib.suppress(OSError):
-        # Not the method of a TLS socket, which would first take the encryption away from who reads.
+        # The plain socket's method: that of a TLS socket would first remove the encryption under the reading thread.
         socket.socket.shutdown(link, socket.SHUT_RDWR)
 
 
 def _read_body(response: http.client.HTTPResponse, limit_bytes: int) -> memoryview:
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise ProtocolError("the server compressed an answer that did not ask for it")
+        raise ProtocolError("the server compressed its answer, though the request asked for none; turn that off")
     if response.length is not None:
         check_size(response.length, limit_bytes, "the server")
     received = bytearray()
@@ -301,7 +331,7 @@ def _read_body(response: http.client.HTTPResponse, limit_bytes: int) -> memoryvi
 
 
 def _wait_writable(link: socket.socket, deadline: Deadline) -> bool:
-    """Wait until more can be written; True when there is something to read first."""
+    """Wait until more can be written; return True where there is something to read first."""
     poller = select.poll()
     poller.register(link, select.POLLIN | select.POLLOUT)
     while True:

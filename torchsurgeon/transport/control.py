@@ -1,5 +1,8 @@
-"""The control plane: ``requests``, but for no longer than a deadline and no more bytes than a limit, whatever a server
-does. ``requests`` itself bounds every wait, and so neither a trickle nor what an answer unpacks to."""
+"""The control plane over HTTP: ``requests``, with one deadline for each call and a limit on the size of an answer.
+
+``requests`` bounds every single wait only, so it would follow a server that sends byte by byte for ever, and it would
+unpack a small compressed answer to any size.
+"""
 
 from __future__ import annotations
 
@@ -19,33 +22,46 @@ from torchsurgeon.transport.connection import CheckedResponse, shut_down
 
 T = TypeVar("T")
 
-_here = threading.local()
+# The deadline of the call that each thread makes, where the connections below requests find it.
+_calls = threading.local()
 
 
 def get(session: requests.Session, url: str, deadline: Deadline) -> tuple[int, bytes]:
-    """Return status and body of the answer.
+    """Return the status and the body of the answer to a GET request.
 
-    Raises TimeoutError once the deadline has passed, BodyTooLargeError, ProtocolError for a compressed answer, and what
-    ``requests`` raises.
+    Args:
+        session: the session.
+        url: what to get.
+        deadline: when the call has to be over.
+
+    Raises:
+        TimeoutError: the deadline passed, or was cancelled.
+        requests.RequestException: the server did not answer, or not with HTTP.
+        ProtocolError: the answer is compressed.
+        BodyTooLargeError: the answer is larger than ``CONTROL_LIMIT_BYTES``.
     """
 
     def run() -> tuple[int, bytes]:
-        _here.deadline = deadline
+        _calls.deadline = deadline
         with session.get(url, timeout=deadline.left_s(), stream=True, allow_redirects=False) as response:
             if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise ProtocolError(f"{url} compressed an answer that did not ask for it")
+                raise ProtocolError(
+                    f"{url[:300]} compressed its answer, though the request asked for none; turn that off"
+                )
             received = bytearray()
             for piece in response.iter_content(1 << 16):
                 received += piece
                 if len(received) > CONTROL_LIMIT_BYTES:
-                    raise BodyTooLargeError(f"{url} answered more than {CONTROL_LIMIT_BYTES} bytes")
+                    raise BodyTooLargeError(
+                        f"an answer may have at most {CONTROL_LIMIT_BYTES} bytes; {url[:300]} sent more"
+                    )
             return response.status_code, bytes(received)
 
     return _within(deadline, run)
 
 
 def _within(deadline: Deadline, function: Callable[[], T]) -> T:
-    """Call ``function`` in a thread, since ``requests`` knows no deadline; TimeoutError once it has passed."""
+    """Call ``function`` in a thread of its own, since ``requests`` has no deadline; raise TimeoutError after it."""
     result: list[T] = []
     failure: list[BaseException] = []
 
@@ -63,7 +79,7 @@ def _within(deadline: Deadline, function: Callable[[], T]) -> T:
         thread.join(deadline.left_s())
     finally:
         if not (failure or result):
-            # The thread would read on for as long as the server trickles.
+            # The thread would go on reading for as long as the server sends anything.
             deadline.cancel()
     if deadline.cancelled:
         raise TimeoutError
@@ -73,7 +89,13 @@ def _within(deadline: Deadline, function: Callable[[], T]) -> T:
 
 
 class ControlSession(requests.Session):
-    """A session whose connections are ended with the deadline of the call that uses them."""
+    """A session of ``requests`` whose connections end with the deadline of the call that uses them.
+
+    Args:
+        headers: sent with every request.
+        verify: how certificates are checked, as ``requests`` takes it.
+        direct: whether proxies and other settings of the environment are ignored.
+    """
 
     def __init__(self, headers: Mapping[str, str], verify: bool | str, *, direct: bool) -> None:
         super().__init__()
@@ -81,13 +103,15 @@ class ControlSession(requests.Session):
         self.verify = verify
         self.trust_env = not direct
         for scheme in ("http://", "https://"):
-            self.mount(scheme, _Adapter())
+            self.mount(scheme, _DeadlineAdapter())
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """None: to find out where a redirect leads, ``requests`` would first read all of its body."""
+        """Return None, so no redirect is followed: ``requests`` would first read all of its body, without a limit."""
 
 
-class _Adapter(HTTPAdapter):
+class _DeadlineAdapter(HTTPAdapter):
+    """Makes ``requests`` open connections that a deadline can interrupt, directly and through HTTP proxies."""
+
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = _POOLS
@@ -100,38 +124,38 @@ class _Adapter(HTTPAdapter):
 
 
 class _Interruptible:
-    """A connection of urllib3 that the deadline of this thread's call ends."""
+    """A connection of urllib3 that is shut down once the deadline of its thread's call is cancelled."""
 
     sock: Any
 
     def connect(self) -> None:
         super().connect()  # type: ignore[misc]
-        self._interrupted()
+        self._register()
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is not None:
-            self._interrupted()
+            self._register()
         super().request(*args, **kwargs)  # type: ignore[misc]
 
-    def _interrupted(self) -> None:
-        deadline: Deadline = _here.deadline
+    def _register(self) -> None:
+        deadline: Deadline = _calls.deadline
         deadline.interrupted_by(functools.partial(shut_down, self.sock))
 
 
-class _Plain(_Interruptible, HTTPConnection):
+class _InterruptibleHttp(_Interruptible, HTTPConnection):
     response_class = CheckedResponse
 
 
-class _Secure(_Interruptible, HTTPSConnection):
+class _InterruptibleHttps(_Interruptible, HTTPSConnection):
     response_class = CheckedResponse
 
 
-class _PlainPool(HTTPConnectionPool):
-    ConnectionCls = _Plain
+class _HttpPool(HTTPConnectionPool):
+    ConnectionCls = _InterruptibleHttp
 
 
-class _SecurePool(HTTPSConnectionPool):
-    ConnectionCls = _Secure
+class _HttpsPool(HTTPSConnectionPool):
+    ConnectionCls = _InterruptibleHttps
 
 
-_POOLS = {"http": _PlainPool, "https": _SecurePool}
+_POOLS = {"http": _HttpPool, "https": _HttpsPool}

@@ -1,4 +1,4 @@
-"""The transport to a server in the same process."""
+"""The transport to a tail server in the same process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ from torchsurgeon.wire.buffers import aligned_buffer
 
 
 class InProcessTransport(Transport):
-    """A tail server in the same process: an ASGI application, called on an event loop in a thread of its own."""
+    """The way to a tail server in the same process: an ASGI application, called in a thread with an event loop.
+
+    Args:
+        app: the application, such as :func:`torchsurgeon.serve.create_app` makes.
+        timeout_s: seconds that each call as a whole may take, unless the call says otherwise.
+    """
 
     def __init__(self, app: Callable[..., Any], timeout_s: float = 30.0) -> None:
         super().__init__(timeout_s)
@@ -34,12 +39,14 @@ class InProcessTransport(Transport):
         self._thread.start()
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+        """Return the JSON value at a path of the server; see :meth:`Transport.get_json`."""
         deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
         raw = self._call("GET", path, {}, [b""], CONTROL_LIMIT_BYTES, deadline)
         check_status(raw.status, raw.body, path)
         return wire.parse_json(raw.body, f"the answer of {path}")
 
     def close(self) -> None:
+        """End the thread. Closing twice is harmless."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -63,7 +70,7 @@ class InProcessTransport(Transport):
         deadline: Deadline,
     ) -> RawAnswer:
         if self._loop.is_closed():
-            raise ServerUnavailableError("the in-process transport has been closed")
+            raise ServerUnavailableError("the in-process transport has been closed; make a new one")
         future = asyncio.run_coroutine_threadsafe(self._drive(method, path, headers, buffers, limit_bytes), self._loop)
         try:
             deadline.interrupted_by(future.cancel)
@@ -101,6 +108,7 @@ class InProcessTransport(Transport):
 
         async def receive() -> dict[str, Any]:
             if not pending:
+                # The whole body was sent. A client that stays connected sends nothing more, so this never returns.
                 await asyncio.Event().wait()
             return {"type": "http.request", "body": pending.pop(0), "more_body": bool(pending)}
 

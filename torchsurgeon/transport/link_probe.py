@@ -10,8 +10,20 @@ _PROBE_ENOUGH_S = 0.05
 
 
 def measure_link(transport: Transport, *, name: str = "measured", repeats: int = 5) -> Link:
-    """Measure the link to a tail server with small exchanges: the least round trip, then the rates of growing transfers
-    until one takes long enough to tell."""
+    """Measure the link to a tail server with a few small exchanges.
+
+    The round trip is the shortest of ``repeats`` empty exchanges. Each rate is that of a transfer of 16 KiB; where that
+    is too quick to be timed, of 128 KiB or 1 MiB.
+
+    Args:
+        transport: the way to the server.
+        name: the name of the returned link.
+        repeats: how many round trips to measure.
+
+    Raises:
+        ServerUnavailableError: the server gave no complete answer in time.
+        RequestRefusedError: the server answered with an error.
+    """
     trips = [_exchange_s(transport, 0, 0) for _ in range(repeats)]
     round_trip_s = min(trips)
     rates = []

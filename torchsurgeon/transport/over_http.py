@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import requests
 
 from torchsurgeon import wire
-from torchsurgeon.errors import ProtocolError, ServerUnavailableError
+from torchsurgeon.errors import ProtocolError, ServerUnavailableError, short
 from torchsurgeon.transport.base import Deadline, RawAnswer, Transport, check_status
 from torchsurgeon.transport.connection import Connection, StaleError
 from torchsurgeon.transport.control import ControlSession, get
@@ -24,11 +24,21 @@ _MAX_IDLE = 16
 
 
 class HttpTransport(Transport):
-    """A tail server at ``url`` (``http://host:port`` or ``https://…``, a path prefix allowed).
+    """The way to a tail server over HTTP or HTTPS. Inference connects directly, never through a proxy.
 
-    ``timeout_s`` bounds each call as a whole. ``headers`` (a token, say) are sent with every request. For https,
-    ``ssl_context`` replaces the system's trust on the inference path, and ``verify`` is handed to ``requests`` for the
-    control plane. The inference path connects directly, never through a proxy.
+    Args:
+        url: ``http://host:port`` or ``https://host:port``; a path may follow, which precedes every path of the server.
+        timeout_s: seconds that each call as a whole may take, unless the call says otherwise.
+        headers: sent with every request, such as a token.
+        ssl_context: how the inference path checks certificates; as the system does by default.
+        verify: how the control plane checks certificates, as ``requests`` takes it.
+
+    Raises:
+        ServerUnavailableError: ``url`` is not the URL of a server.
+        ProtocolError: a header holds a line break.
+
+    Attributes:
+        url: the URL, without a slash at its end.
     """
 
     def __init__(
@@ -48,13 +58,14 @@ class HttpTransport(Transport):
         except ValueError:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query or parts.username:
-            raise ServerUnavailableError(f"{url!r} is not a server's URL; write it like http://127.0.0.1:8000")
+            raise ServerUnavailableError(f"{short(url)} is not a server's URL; write it like http://127.0.0.1:8000")
         self._address = (parts.hostname, port or (443 if parts.scheme == "https" else 80))
         self._context = (ssl_context or ssl.create_default_context()) if parts.scheme == "https" else None
         self._prefix = parts.path
         fixed = {"Host": parts.netloc, "Content-Type": "application/octet-stream", **(headers or {})}
         if any("\r" in text or "\n" in text for pair in fixed.items() for text in pair):
-            raise ProtocolError("a header may not hold line breaks")
+            # A header may hold a secret, so its value is not quoted.
+            raise ProtocolError("a header must not hold a line break; remove it from headers or url")
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed.items())
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         self._new_session = functools.partial(ControlSession, headers or {}, verify, direct=local)
@@ -66,6 +77,7 @@ class HttpTransport(Transport):
         _open.add(self)
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+        """Return the JSON value at a path of the server; see :meth:`Transport.get_json`."""
         self._check_open()
         deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
         self._controls.add(deadline)
@@ -75,11 +87,12 @@ class HttpTransport(Transport):
             self._check_open()
             raise self._late(deadline) from None
         except requests.RequestException as error:
-            raise ServerUnavailableError(f"{self.url} cannot be reached: {error}; is the server running?") from error
+            raise self._gone(error) from error
         check_status(status, memoryview(body), path)
-        return wire.parse_json(body, f"the answer of {self.url}{path}")
+        return wire.parse_json(body, f"the answer of {(self.url + path)[:300]}")
 
     def close(self) -> None:
+        """Close every connection and end every control call that is under way. Closing twice is harmless."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -104,7 +117,8 @@ class HttpTransport(Transport):
                 connection.close()
                 if not reused:
                     raise self._gone(error.__cause__) from error
-                # The server may close a kept-alive connection at any moment; that is no failure of this request.
+                # A server may close a kept-alive connection at any moment. Nothing of an answer had arrived, so the
+                # request is sent once more, over a new connection.
                 connection, reused = self._connection(), False
                 continue
             except BaseException as error:
@@ -114,13 +128,18 @@ class HttpTransport(Transport):
                 if isinstance(error, http.client.IncompleteRead | OSError):
                     raise self._gone(error) from error
                 if isinstance(error, http.client.HTTPException):
-                    raise ProtocolError(f"what answers at {self.url} does not speak HTTP: {error!r}") from error
+                    raise ProtocolError(
+                        f"{self.url[:300]} does not answer with valid HTTP: {type(error).__name__} {short(error)}"
+                    ) from error
                 raise
             self._give_back(connection)
             return answer
 
-    def _start_anew(self) -> None:
-        """Leave the connections to the process this one was forked from; who shares one gets the other's answers."""
+    def _reset_after_fork(self) -> None:
+        """Replace all connections in a forked process: one shared with the parent would get the parent's answers.
+
+        The lock is replaced too, since a thread of the parent may have held it during the fork.
+        """
         self._lock = threading.Lock()
         idle, self._idle = self._idle, []
         for connection in idle:
@@ -150,24 +169,28 @@ class HttpTransport(Transport):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ServerUnavailableError(f"the transport to {self.url} has been closed")
+            raise ServerUnavailableError(f"the transport to {self.url[:300]} has been closed; make a new one")
 
     def _late(self, deadline: Deadline) -> ServerUnavailableError:
         return ServerUnavailableError(
-            f"{self.url} gave no complete answer within {deadline.timeout_s:g} s; it may be down or busy, or the link "
-            "too slow for this boundary (raise timeout_s)"
+            f"{self.url[:300]} gave no complete answer within {deadline.timeout_s:g} s; the server may be down or busy,"
+            " or the link too slow for this boundary: raise timeout_s"
         )
 
     def _gone(self, error: BaseException | None) -> ServerUnavailableError:
-        return ServerUnavailableError(f"{self.url} cannot be reached or broke off: {error!r}; is the server running?")
+        reason = f"{type(error).__name__}: {short(error)}"
+        return ServerUnavailableError(
+            f"{self.url[:300]} does not answer, or broke off ({reason}); is the server running?"
+        )
 
 
+# Every transport that exists, for a fork.
 _open: weakref.WeakSet[HttpTransport] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
     for transport in list(_open):
-        transport._start_anew()
+        transport._reset_after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)
