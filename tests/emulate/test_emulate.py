@@ -4,11 +4,9 @@ import contextlib
 import math
 import os
 import socket
-import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tcp import listening, unused_port
 from torch import nn
+from tries import least_of
+from virtual_time import Clock, Transfer, VirtualLink
 
+import torchsurgeon.emulate.device
 from torchsurgeon.emulate import LinkEmulator, SlowDevice, parse_profile
 from torchsurgeon.emulate.bottleneck import Bottleneck, Packet
 from torchsurgeon.errors import DeviceError, LinkError
@@ -25,39 +27,6 @@ from torchsurgeon.link import PRESETS, BandwidthTrace, Link, TracedLink
 
 HEADER_BYTES = 8
 FAST = Link("fast", 500e6, 500e6, 0.0)
-
-
-@contextlib.contextmanager
-def serving(handle: Callable[[socket.socket], None]) -> Iterator[int]:
-    """The port of a server on this machine that runs `handle` in a thread for every connection."""
-    threads: list[threading.Thread] = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve(connection: socket.socket) -> None:
-            with connection, contextlib.suppress(ConnectionError):
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                handle(connection)
-
-        def accept() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                thread = threading.Thread(target=serve, args=(connection,))
-                threads.append(thread)
-                thread.start()
-
-        acceptor = threading.Thread(target=accept)
-        acceptor.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            acceptor.join()
-            for thread in threads:
-                thread.join(10)
-            assert not any(thread.is_alive() for thread in threads)
 
 
 def answer_as_asked(connection: socket.socket) -> None:
@@ -94,70 +63,60 @@ def request_s(connection: socket.socket, up_bytes: int, down_bytes: int) -> floa
     return time.perf_counter() - start_s
 
 
-def within_5_percent_of(expected_s: float, measure_s: Callable[[], float]) -> None:
-    """The median of three, of up to three tries: a neighbour may hold the processor for as long as a transfer takes."""
-    for _ in range(3):
-        measured_s = statistics.median(measure_s() for _ in range(3))
-        if measured_s == pytest.approx(expected_s, rel=0.05):
-            return
-    assert measured_s == pytest.approx(expected_s, rel=0.05)
+WITHIN_5_PERCENT = 0.05
 
 
 @pytest.fixture(scope="module")
 def asked_port() -> Iterator[int]:
-    with serving(answer_as_asked) as port:
+    with listening(answer_as_asked) as port:
         yield port
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_rate_and_delay_are_within_5_percent_of_the_preset(name: str, asked_port: int) -> None:
+def test_rate_and_delay_are_within_5_percent_of_the_preset(name: str) -> None:
     link = PRESETS[name]
+    with VirtualLink(link) as emulator:
+        ends = emulator.connect()
+        emulator.request(ends, HEADER_BYTES, 1)
+        up_bytes, down_bytes = int(link.uplink_bit_s * 0.3 / 8), int(link.downlink_bit_s * 0.3 / 8)
+        for sizes in ((HEADER_BYTES, 1), (up_bytes, 1), (HEADER_BYTES, down_bytes)):
+            assert emulator.request(ends, *sizes) == pytest.approx(link.request_s(*sizes), rel=WITHIN_5_PERCENT), sizes
+
+
+def test_on_the_machines_own_clock_the_shortest_preset_is_within_5_percent_too(asked_port: int) -> None:
+    link = min(PRESETS.values(), key=lambda link: link.round_trip_s)
+    up_bytes, down_bytes = int(link.uplink_bit_s * 0.05 / 8), int(link.downlink_bit_s * 0.05 / 8)
     with LinkEmulator(0, "127.0.0.1", asked_port, link) as emulator, connect(emulator.port) as connection:
         request_s(connection, HEADER_BYTES, 1)
-        with connect(asked_port) as direct:
-            server_s = statistics.median(request_s(direct, HEADER_BYTES, 1) for _ in range(5))
-        within_5_percent_of(link.round_trip_s + server_s, lambda: request_s(connection, HEADER_BYTES, 1))
-        up_bytes, down_bytes = int(link.uplink_bit_s * 0.3 / 8), int(link.downlink_bit_s * 0.3 / 8)
-        within_5_percent_of(link.request_s(up_bytes, 1), lambda: request_s(connection, up_bytes, 1))
-        within_5_percent_of(
-            link.request_s(HEADER_BYTES, down_bytes), lambda: request_s(connection, HEADER_BYTES, down_bytes)
-        )
+        for sizes in ((HEADER_BYTES, 1), (up_bytes, 1), (HEADER_BYTES, down_bytes)):
+            expected_s = link.request_s(*sizes)
+            took_s = least_of(lambda sizes=sizes: request_s(connection, *sizes), enough=1.05 * expected_s)
+            assert took_s == pytest.approx(expected_s, rel=WITHIN_5_PERCENT), sizes
 
 
-def test_a_first_request_pays_another_round_trip_for_its_connection(asked_port: int) -> None:
+def test_a_first_request_pays_another_round_trip_for_its_connection() -> None:
     link = Link("far", 10e6, 10e6, 0.1)
-
-    def first_s() -> float:
-        start_s = time.perf_counter()
-        with connect(emulator.port) as connection:
-            request_s(connection, HEADER_BYTES, 1)
-        return time.perf_counter() - start_s
-
-    with LinkEmulator(0, "127.0.0.1", asked_port, link) as emulator:
-        within_5_percent_of(2 * link.round_trip_s, first_s)
+    with VirtualLink(link) as emulator:
+        emulator.request(emulator.connect(), HEADER_BYTES, 1)
+        assert emulator.now_s == pytest.approx(2 * link.round_trip_s, rel=WITHIN_5_PERCENT)
 
 
-def test_a_trace_is_replayed_within_5_percent_in_each_direction(asked_port: int) -> None:
+def test_a_trace_is_replayed_within_5_percent_in_each_direction() -> None:
     seconds = np.arange(5) * 0.12
     uplink = BandwidthTrace(seconds, np.cumsum([0.0, 0.125, 0.5, 0.0, 0.25]) * 1e6)
     downlink = BandwidthTrace(seconds, np.cumsum([0.0, 1.0, 0.0, 2.0, 0.5]) * 1e6)
     link = TracedLink("trace", uplink, downlink, 0.02)
     up_bytes, down_bytes = 100_000, 400_000
-
-    def upload_s() -> float:
-        return replayed_s(up_bytes, 1)
-
-    def download_s() -> float:
-        return replayed_s(HEADER_BYTES, down_bytes)
-
-    def replayed_s(up: int, down: int) -> float:
-        emulator.set_link(link)
-        return request_s(connection, up, down)
-
-    with LinkEmulator(0, "127.0.0.1", asked_port, link) as emulator, connect(emulator.port) as connection:
-        request_s(connection, HEADER_BYTES, 1)
-        within_5_percent_of(uplink.delivered_at(0, up_bytes) + link.round_trip_s, upload_s)
-        within_5_percent_of(downlink.delivered_at(0.01, down_bytes) + 0.01, download_s)
+    with VirtualLink(link) as emulator:
+        ends = emulator.connect()
+        emulator.request(ends, HEADER_BYTES, 1)
+        for _ in range(3):
+            emulator.set_link(link)
+            expected_s = uplink.delivered_at(0, up_bytes) + link.round_trip_s
+            assert emulator.request(ends, up_bytes, 1) == pytest.approx(expected_s, rel=WITHIN_5_PERCENT)
+            emulator.set_link(link)
+            expected_s = downlink.delivered_at(0.01, down_bytes) + 0.01
+            assert emulator.request(ends, HEADER_BYTES, down_bytes) == pytest.approx(expected_s, rel=WITHIN_5_PERCENT)
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.01), st.integers(1, 20_000)), min_size=1, max_size=20), st.data())
@@ -193,30 +152,16 @@ def test_when_bytes_arrive_does_not_depend_on_when_anyone_looked(
 
 def test_two_connections_share_the_one_rate() -> None:
     link = Link("shared", 16e6, 16e6, 0.01)
-    size_bytes = 400_000
-    arrived: dict[bytes, list[tuple[float, int]]] = {}
-
-    def note(connection: socket.socket) -> None:
-        name = connection.recv(1)
-        times = arrived.setdefault(name, [])
-        while data := connection.recv(1 << 16):
-            times.append((time.perf_counter(), len(data)))
-
-    def upload(name: bytes) -> None:
-        with connect(emulator.port) as connection:
-            connection.sendall(name + bytes(size_bytes))
-
-    with serving(note) as port, LinkEmulator(0, "127.0.0.1", port, link) as emulator:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(upload, (b"a", b"b")))
-        while sum(size for times in arrived.values() for _, size in times) < 2 * size_bytes:
-            time.sleep(0.01)
-    together_s = max(times[0][0] for times in arrived.values())
-    end_s = max(times[-1][0] for times in arrived.values())
-    rest_bytes = [sum(size for at_s, size in times if at_s > together_s) for times in arrived.values()]
+    with VirtualLink(link) as emulator:
+        uploads = [Transfer(*emulator.connect(), 400_000) for _ in range(2)]
+        emulator.carry(uploads)
+    arrived = [upload.arrivals for upload in uploads]
+    together_s = max(times[0][0] for times in arrived)
+    end_s = max(times[-1][0] for times in arrived)
+    rest_bytes = [sum(size for at_s, size in times if at_s > together_s) for times in arrived]
     assert end_s - together_s == pytest.approx(link.uplink_s(sum(rest_bytes)), rel=0.1)
     middle_s = (together_s + end_s) / 2
-    by_then = [sum(size for at_s, size in times if together_s < at_s < middle_s) for times in arrived.values()]
+    by_then = [sum(size for at_s, size in times if together_s < at_s < middle_s) for times in arrived]
     assert min(by_then) > 0.7 * max(by_then)
 
 
@@ -234,7 +179,7 @@ def test_every_byte_comes_back_in_order(echo_port: int, parts: list[bytes], link
 
 @pytest.fixture(scope="module")
 def echo_port() -> Iterator[int]:
-    with serving(echo) as port:
+    with listening(echo) as port:
         yield port
 
 
@@ -244,7 +189,7 @@ def test_a_closed_half_leaves_the_other_open() -> None:
         connection.sendall(asked[::-1] * 1000)
 
     with (
-        serving(answer_after_the_end) as port,
+        listening(answer_after_the_end) as port,
         LinkEmulator(0, "127.0.0.1", port, PRESETS["wifi"]) as emulator,
         connect(emulator.port) as connection,
     ):
@@ -261,7 +206,7 @@ def test_an_answer_sent_before_the_request_was_read_arrives() -> None:
         time.sleep(0.2)
 
     with (
-        serving(refuse) as port,
+        listening(refuse) as port,
         LinkEmulator(0, "127.0.0.1", port, PRESETS["lte"]) as emulator,
         connect(emulator.port) as connection,
     ):
@@ -276,7 +221,7 @@ def test_a_reset_by_the_server_reaches_the_device() -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
     with (
-        serving(reset) as port,
+        listening(reset) as port,
         LinkEmulator(0, "127.0.0.1", port, PRESETS["wifi"]) as emulator,
         connect(emulator.port) as connection,
     ):
@@ -287,9 +232,7 @@ def test_a_reset_by_the_server_reaches_the_device() -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"question", bytes(100_000)])
 def test_a_dead_target_closes_the_connection_in_order(sent: bytes) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        dead_port = listener.getsockname()[1]
-    with LinkEmulator(0, "127.0.0.1", dead_port, PRESETS["wifi"]) as emulator:
+    with LinkEmulator(0, "127.0.0.1", unused_port(), PRESETS["wifi"]) as emulator:
         for _ in range(2):
             with connect(emulator.port) as connection:
                 connection.sendall(sent)
@@ -306,7 +249,7 @@ def test_a_sender_that_outruns_the_link_is_held_back() -> None:
 
     sent_bytes = 0
     with (
-        serving(read_later) as port,
+        listening(read_later) as port,
         LinkEmulator(0, "127.0.0.1", port, link) as emulator,
         connect(emulator.port) as connection,
     ):
@@ -322,16 +265,17 @@ def test_a_sender_that_outruns_the_link_is_held_back() -> None:
         assert read_all(connection) == str(sent_bytes).encode()
 
 
-def test_the_link_changes_under_an_open_connection(asked_port: int) -> None:
+def test_the_link_changes_under_an_open_connection() -> None:
     slow, quick = Link("slow", 1e6, 1e6, 0.2), Link("quick", 100e6, 100e6, 0.01)
-    with LinkEmulator(0, "127.0.0.1", asked_port, slow) as emulator, connect(emulator.port) as connection:
-        request_s(connection, HEADER_BYTES, 1)
-        assert request_s(connection, 12_500, 1) > 0.29
+    with VirtualLink(slow) as emulator:
+        ends = emulator.connect()
+        emulator.request(ends, HEADER_BYTES, 1)
+        assert emulator.request(ends, 12_500, 1) > 0.29
         emulator.set_link(quick)
         assert emulator.link is quick
-        assert min(request_s(connection, 12_500, 1) for _ in range(3)) < 0.2
+        assert emulator.request(ends, 12_500, 1) < 0.02
         emulator.set_link(slow)
-        assert request_s(connection, 12_500, 1) > 0.29
+        assert emulator.request(ends, 12_500, 1) > 0.29
 
 
 def test_counts_tell_what_passed(asked_port: int) -> None:
@@ -413,13 +357,14 @@ def test_a_name_is_no_link_before_it_is_parsed(echo_port: int) -> None:
         LinkEmulator(0, "127.0.0.1", echo_port, "lte")  # type: ignore[arg-type]
 
 
-def test_a_profile_of_a_trace_file_is_emulated(tmp_path: Path, asked_port: int) -> None:
+def test_a_profile_of_a_trace_file_is_emulated(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     path.write_text("".join(f"{ms}\n" for ms in range(1, 501)))
-    link = parse_profile(f"trace:{path},10ms")
-    with LinkEmulator(0, "127.0.0.1", asked_port, link) as emulator, connect(emulator.port) as connection:
-        request_s(connection, HEADER_BYTES, 1)
-        within_5_percent_of(300_000 * 8 / 12e6 + 0.010, lambda: request_s(connection, 300_000, 1))
+    with VirtualLink(parse_profile(f"trace:{path},10ms")) as emulator:
+        ends = emulator.connect()
+        emulator.request(ends, HEADER_BYTES, 1)
+        expected_s = 300_000 * 8 / 12e6 + 0.010
+        assert emulator.request(ends, 300_000, 1) == pytest.approx(expected_s, rel=WITHIN_5_PERCENT)
 
 
 class Sleeper(nn.Module):
@@ -446,20 +391,13 @@ def test_a_slow_device_gives_the_same_answer_later() -> None:
     assert took_s >= 5 * 0.02
 
 
-def test_a_slow_device_stretches_measured_time_by_its_factor() -> None:
-    spent_s: list[float] = []
-
-    def work() -> None:
-        start_s = time.perf_counter()
-        time.sleep(0.01)
-        spent_s.append(time.perf_counter() - start_s)
-
-    def excess() -> float:
-        start_s = time.perf_counter()
-        SlowDevice(4).call(work)
-        return (time.perf_counter() - start_s) / spent_s[-1]
-
-    assert statistics.median(excess() for _ in range(9)) == pytest.approx(4, rel=0.05)
+def test_a_slow_device_stretches_measured_time_by_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(torchsurgeon.emulate.device, "time", clock)
+    for took_s in (0.0001, 0.01, 1.0):
+        start_s = clock.now_s
+        SlowDevice(4).call(clock.sleep, took_s)
+        assert clock.now_s - start_s == pytest.approx(4 * took_s, rel=0.05)
 
 
 def test_a_slow_device_keeps_the_modules_attributes_and_parameters() -> None:

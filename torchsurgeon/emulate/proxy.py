@@ -170,8 +170,12 @@ class LinkEmulator:
     def _drain_wake(self) -> None:
         self._wake_in.recv(4096)
 
+    def _now_s(self) -> float:
+        # What passes when depends on this clock and on _poll alone, so a test can give both a virtual time.
+        return time.monotonic()
+
     def _step(self) -> None:
-        now_s = time.monotonic()
+        now_s = self._now_s()
         if self._link_is_new:
             self._link_is_new = False
             self._take_on(self._link, now_s)
@@ -196,7 +200,7 @@ class LinkEmulator:
         self._downlink.shape(down, link.round_trip_s / 2, now_s)
 
     def _poll(self, wake_s: float) -> list[tuple[selectors.SelectorKey, int]]:
-        timeout_s = None if wake_s == math.inf else max(wake_s - _WAKES_LATE_S - time.monotonic(), 0.0)
+        timeout_s = None if wake_s == math.inf else max(wake_s - _WAKES_LATE_S - self._now_s(), 0.0)
         # epoll waits in whole milliseconds, which is several percent of a short round trip; select on it does not.
         fileno = getattr(self._selector, "fileno", lambda: _MOST_SELECT_FD)()
         if fileno >= _MOST_SELECT_FD:
@@ -204,7 +208,7 @@ class LinkEmulator:
         return self._selector.select(0) if select.select([fileno], [], [], timeout_s)[0] else []
 
     def _after(self, delay_s: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_order), action))
+        heapq.heappush(self._timers, (self._now_s() + delay_s, next(self._timer_order), action))
 
     def _listen(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -252,7 +256,7 @@ class LinkEmulator:
 
     def _refuse(self, connection: Connection) -> None:
         connection.up.ended = True
-        self._downlink.push(Packet(connection.down, b"", time.monotonic()))
+        self._downlink.push(Packet(connection.down, b"", self._now_s()))
         connection.up.done = True
 
     def _read_again(self, flow: Flow) -> None:
@@ -271,7 +275,7 @@ class LinkEmulator:
             return
         if mask & selectors.EVENT_READ:
             side.wait_for(selectors.EVENT_READ, False)
-            incoming.wait_for_room(time.monotonic())
+            incoming.wait_for_room(self._now_s())
         if mask & selectors.EVENT_WRITE:
             self._flush(outgoing)
 
@@ -346,7 +350,7 @@ class LinkEmulator:
         if connection.up.done and connection.down.done:
             self._drop(connection)
         elif flow.parked and flow.unsent_bytes < flow.path.buffer_bytes:
-            flow.wait_for_room(time.monotonic())
+            flow.wait_for_room(self._now_s())
 
     def _give_up(self, flow: Flow) -> None:
         """Nobody reads this direction any more; what the other still carries arrives before the connection closes."""
