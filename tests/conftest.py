@@ -1,7 +1,11 @@
+"""What every test may ask for, and what is said at the end of the tests that were skipped."""
+
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,13 +25,27 @@ Build = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    missing_gpu = pytest.mark.skip(reason="no CUDA device")
+    missing_gpu = pytest.mark.skip(reason="no NVIDIA GPU: benchmarks/device/run.sh FOLDER on a machine that has one")
     missing_venv = pytest.mark.skip(reason="no second PyTorch: make interop")
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(missing_gpu)
         if item.get_closest_marker("interop") and not INTEROP_PYTHON.exists():
             item.add_marker(missing_venv)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say each reason for which tests were skipped once, with the command that brings what they lack."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        where = report.longrepr
+        reason = str(where[2] if isinstance(where, tuple) else where).removeprefix("Skipped: ")
+        missing = re.match(r"could not import '([\w.]+)'", reason)
+        reasons[f"no {missing[1]}: make setup" if missing else reason] += 1
+    if reasons:
+        terminalreporter.section("skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:4}  {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +59,7 @@ def build() -> Build:
     """build("recorder.cpp", "-o", target, …) compiles a file of tests/native, warnings being errors."""
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("no g++")
+        pytest.skip("no g++: apt-get install g++")
 
     def run(source: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         path = ROOT / "tests" / "native" / source

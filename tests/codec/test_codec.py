@@ -226,7 +226,7 @@ def test_with_and_without_the_extension_a_codec_says_the_same(
     name: str, count: int, request: pytest.FixtureRequest
 ) -> None:
     if not _native.available():
-        pytest.skip("the extension is not built")
+        pytest.skip("no compiled extension: make setup")
     tensor = torch.randn(count) * 3 + 1
     built = find_codec(name).encode(tensor)
     decoded = there_and_back(find_codec(name), tensor)
@@ -251,7 +251,7 @@ def test_codecs_need_no_extension(name: str, unbuilt: None) -> None:
 
 def test_the_extension_refuses_memory_it_may_not_touch() -> None:
     if not _native.available():
-        pytest.skip("the extension is not built")
+        pytest.skip("no compiled extension: make setup")
     ops, codes = _native.operators("this test"), torch.empty(8, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="9 values take 9 bytes, not 8"):
         ops.quantize(torch.zeros(9), 0.0, 1.0, 8, codes)

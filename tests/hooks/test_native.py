@@ -73,7 +73,7 @@ def test_declarations_agree_with_cudas_headers(build) -> None:
     ]
     includes = [argument for folder in folders if folder.is_dir() for argument in ("-isystem", folder)]
     if not any((folder / "cupti.h").is_file() for folder in folders):
-        pytest.skip("no cupti.h on this machine")
+        pytest.skip("no cupti.h: pip install nvidia-cuda-cupti")
     result = build("cuda_abi.cpp", "-fsyntax-only", *includes)
     assert result.returncode == 0, result.stderr
 
@@ -81,7 +81,7 @@ def test_declarations_agree_with_cudas_headers(build) -> None:
 def test_declarations_agree_with_pythons_header(build) -> None:
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").is_file():
-        pytest.skip("no Python.h on this machine")
+        pytest.skip("no Python.h: apt-get install python3-dev")
     result = build("python_abi.cpp", "-fsyntax-only", "-isystem", include)
     assert result.returncode == 0, result.stderr
 

@@ -519,35 +519,44 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
 
 
 class Scripted(EnergyMeter):
-    """Steady 4 W, failing whenever the script says so."""
+    """Steady 4 W, failing whenever the script says so, on a clock that a reading moves on by the meter's period.
+
+    On the machine's own clock readings may lie far apart while others hold the processor, and then energy is unknown.
+    """
 
     name, scope, period_s = "scripted", "everything", 0.001
 
     def __init__(self, fails: Iterator[bool]) -> None:
         self.fails = fails
+        self.now_ns = 0
 
     def read(self) -> Reading:
+        self.now_ns += int(self.period_s * 1e9)
         if next(self.fails):
             raise MeterError("the bus is busy")
-        return Reading(time.perf_counter_ns(), power_w=4.0)
+        return Reading(self.now_ns, power_w=4.0)
+
+    def wait(self, readings: int) -> tuple[int, int]:
+        """Wait for so many readings; when that began and ended on the meter's clock."""
+        start_ns = self.now_ns
+        while (end_ns := self.now_ns) < start_ns + readings * self.period_s * 1e9:
+            time.sleep(1e-3)
+        return start_ns, end_ns
 
 
 def test_the_sampler_covers_what_runs_inside() -> None:
-    with EnergySampler(Scripted(iter(lambda: False, None))) as sampler:
-        start = time.perf_counter_ns()
-        time.sleep(0.05)
-        end = time.perf_counter_ns()
+    meter = Scripted(iter(lambda: False, None))
+    with EnergySampler(meter) as sampler:
+        start, end = meter.wait(50)
     energy_j = sampler.trace().energy_j(start, end)
     assert energy_j == pytest.approx(4.0 * (end - start) * 1e-9)
     assert sampler.faults == []
 
 
 def test_failing_reads_are_kept_as_faults_and_the_rest_goes_on() -> None:
-    fails = (index % 3 == 1 for index in range(10**9))
-    with EnergySampler(Scripted(fails)) as sampler:
-        start = time.perf_counter_ns()
-        time.sleep(0.05)
-        end = time.perf_counter_ns()
+    meter = Scripted(index % 3 == 1 for index in range(10**9))
+    with EnergySampler(meter) as sampler:
+        start, end = meter.wait(50)
     assert sampler.faults
     assert "the bus is busy" in str(sampler.faults[0])
     assert sampler.readings

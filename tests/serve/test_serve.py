@@ -584,7 +584,7 @@ def test_the_server_process_says_when_it_is_ready_and_stops_when_a_model_cannot_
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("no openssl to make a certificate with")
+        pytest.skip("no openssl: apt-get install openssl")
     folder = tmp_path_factory.mktemp("tls")
     command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key.pem")]
