@@ -71,7 +71,10 @@ def test_a_server_that_is_gone_is_said_in_lines_and_summary(capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--server", "http://127.0.0.1:9", "--fallback", "error", "--partition", "1"], "does not answer, or broke off"),
+        (
+            ["--server", "http://127.0.0.1:9", "--fallback", "error", "--partition", "1"],
+            "does not answer, or broke off",
+        ),
         (["--server", "ftp://x"], "not a server's URL"),
         (["--server", "http://127.0.0.1:9", "--partition", "nowhere"], "nowhere"),
         (["--server", "http://127.0.0.1:9", "--input", "none.png", "--partition", "device"], "none.png"),
