@@ -1,9 +1,10 @@
-"""What the native hooks measure and cost on the device at hand: layer times, kernels by layer, and overheads.
+"""What the native hooks measure and cost on the device at hand: kernels by layer, clocks, overheads and layer times.
 
-Writes four JSON files and a trace to the output folder, each with its environment. On a CPU there are no kernels, and
-the overheads compare the host's clocks. Runs that are compared take turns within each round.
+Each step writes a JSON file of its own to the output folder, with its environment, and again after each model, so that
+a step that is cut short leaves what it had. On a CPU there are no kernels, and the clocks and overheads are the host's.
+Runs that are compared take turns within each round.
 
-    python benchmarks/device/measure.py --device cuda --out results/
+    python -m benchmarks.device.measure --device cuda --out results/
 """
 
 from __future__ import annotations
@@ -96,6 +97,40 @@ def kernels(name: str, device: str, out: Path) -> dict[str, Any]:
         "dropped": trace.dropped,
         "layers": rows,
     }
+
+
+def clocks(name: str, device: str, repeats: int) -> dict[str, Any]:
+    """Each layer's seconds by CUDA events beside those of its kernels by CUPTI, which no event can undercut.
+
+    An event is recorded on the stream before and after a layer's kernels, so its interval holds the kernels and the
+    gaps between them. On a CPU there are only the seconds of the clock, and the kernels' are left out.
+    """
+    model, x = model_and_input(name, device)
+    graph = ts.trace(model, x)
+    profile = ts.profile(graph, device, inputs=[x], repeats=repeats, warmup=5, meter=None)
+    event_s = dict(zip(profile.layers, map(float, profile.layer_s), strict=True))
+    found: dict[str, Any] = {"model": name, "clock": profile.provenance["clock"], "event_s": event_s}
+    try:
+        rows = layer_trace(graph, device, [x]).by_layer()
+    except TorchSurgeonError as error:
+        print(f"{name:20} {profile.provenance['clock']}: {sum(event_s.values()) * 1e3:.3f} ms; no kernels: {error}")
+        return found | {"error": str(error)}
+    kernel_s = {row.name: row.busy_s / row.calls for row in rows if row.calls}
+    known = [layer for layer in event_s if kernel_s.get(layer)]
+    ratios = [event_s[layer] / kernel_s[layer] for layer in known]
+    found |= {
+        "kernel_s": kernel_s,
+        "event_to_kernel": spread(ratios),
+        "below_kernels": sum(ratio < 1 for ratio in ratios),
+        "sum_event_s": sum(event_s.values()),
+        "sum_kernel_s": sum(kernel_s[layer] for layer in known),
+    }
+    print(
+        f"{name:20} events {found['sum_event_s'] * 1e3:.3f} ms, kernels {found['sum_kernel_s'] * 1e3:.3f} ms; "
+        f"a layer's event over its kernels: median {found['event_to_kernel']['median']:.2f}; below 1 in "
+        f"{found['below_kernels']} of {len(known)} layers"
+    )
+    return found
 
 
 def in_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -214,10 +249,14 @@ def compared(seconds: dict[str, list[float]], layers: int) -> dict[str, Any]:
     return rows
 
 
+STEPS = ("kernels", "clocks", "overhead", "layers")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--step", choices=STEPS, nargs="+", default=STEPS)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--models", nargs="+", default=MODELS)
     options = parser.parse_args()
@@ -232,15 +271,23 @@ def main() -> None:
         (options.out / f"{name}.json").write_text(text + "\n")
 
     print(json.dumps(facts, indent=1))
-    write("layers", [layer_times(name, options.device, options.rounds) for name in options.models])
-    write("kernels", [kernels(name, options.device, options.out) for name in options.models])
-    overheads = {}
-    print(f"\nchain of {CHAIN} one-element layers")
-    overheads["chain"] = chain_overhead(options.device, options.rounds)
-    for name in (*options.models, "mobilenet_v3_large"):
-        print(name)
-        overheads[name] = model_overhead(name, options.device, options.rounds)
-    write("overhead", overheads)
+    measured: dict[str, Callable[[str], Any]] = {
+        "kernels": lambda name: kernels(name, options.device, options.out),
+        "clocks": lambda name: clocks(name, options.device, options.rounds),
+        "overhead": lambda name: model_overhead(name, options.device, options.rounds),
+        "layers": lambda name: layer_times(name, options.device, options.rounds),
+    }
+    for step in options.step:
+        print(f"\n{step}")
+        results: dict[str, Any] = {}
+        if step == "overhead":
+            print(f"chain of {CHAIN} one-element layers")
+            results["chain"] = chain_overhead(options.device, options.rounds)
+            write(step, results)
+        for name in options.models:
+            print(name)
+            results[name] = measured[step](name)
+            write(step, results)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,67 @@
 #!/usr/bin/env bash
-# Everything that wants an NVIDIA GPU, on a machine that may have no network: builds the extension in place, runs the tests
-# marked cuda, and writes layer times, kernels by layer, overheads, a calibration with its errors, and the environment.
+# Everything that wants an NVIDIA GPU, on a machine that may have no network: builds the extension in place, then measures
+# and tests in steps, the most telling first. Each step has a time limit and leaves its own files, so that whatever has
+# run is worth having when the machine has to be given back.
 #
-#     benchmarks/device/run.sh OUTPUT_FOLDER
+#     benchmarks/device/run.sh OUTPUT_FOLDER [STEP …]
 #
-# Needs g++ and a python3 that has PyTorch for CUDA, torchvision, NumPy, SciPy, scikit-learn, zstandard, pytest and hypothesis. PYTHON names another.
-set -euo pipefail
+# Steps: kernels clocks overhead tests layers calibration; all of them by default, ten minutes at most.
+# DEVICE=cpu rehearses them on a machine without a GPU. PYTHON names another interpreter than python3.
+# Needs g++ and a Python that has PyTorch, torchvision, NumPy, SciPy, scikit-learn, requests, pytest and hypothesis.
+set -uo pipefail
 
-if [[ $# -ne 1 ]]; then
-  echo "usage: $0 OUTPUT_FOLDER" >&2
+if [[ $# -lt 1 ]]; then
+  echo "usage: $0 OUTPUT_FOLDER [STEP …]" >&2
   exit 2
 fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
+shift
+steps=("$@")
+[[ ${#steps[@]} -gt 0 ]] || steps=(kernels clocks overhead tests layers calibration)
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+failed=()
 
-echo "[1/5] environment"
-{
+run() { # run NAME SECONDS COMMAND…: one step, its output in NAME.txt
+  local name=$1 limit_s=$2 begin_s=$SECONDS status=0
+  shift 2
+  echo "== $name (at most $limit_s s)"
+  timeout --kill-after=10 "$limit_s" "$@" 2>&1 | tee "$out/$name.txt" || status=$?
+  [[ $status -eq 0 ]] || failed+=("$name")
+  echo "$name: exit status $status after $((SECONDS - begin_s)) s" | tee -a "$out/steps.txt"
+  return "$status"
+}
+
+environment() {
   uname -a
   "$python" -c 'import sys, torch; print(sys.version, torch.__version__, torch.version.cuda, torch.cuda.is_available())'
   nvidia-smi || echo "nvidia-smi fails"
-  "$python" -m pip list 2>/dev/null | grep -iE '^(torch|numpy|scipy|nvidia-cuda-cupti)' || true
-} 2>&1 | tee "$out/environment.txt"
+  "$python" -m pip list 2>/dev/null | grep -iE '^(torch|numpy|scipy|nvidia-cuda-cupti)'
+  return 0
+}
 
-echo "[2/5] build"
-TORCHSURGEON_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace
-
-echo "[3/5] tests marked cuda"
-mapfile -t files < <(grep -rlE "mark\.cuda" tests --include="test_*.py")
-status=0
-"$python" -m pytest -m cuda -v "${files[@]}" 2>&1 | tee "$out/tests.txt" || status=$?
-
-echo "[4/5] measurements"
-"$python" benchmarks/device/measure.py --device cuda --out "$out" 2>&1 | tee "$out/measure.txt" || status=$?
-
-echo "[5/5] calibration, and predictions against it"
-"$python" benchmarks/prediction.py --device cuda --budget 240 --turns 2 --keep "$out/calibration.json" \
-  --out "$out/prediction.json" --models alexnet vgg16 resnet18 resnet50 mobilenet_v2 mobilenet_v3_large \
-  efficientnet_b0 densenet121 googlenet squeezenet1_1 vit_b_16 swin_t 2>&1 | tee "$out/prediction.txt" || status=$?
-
-exit "$status"
+: >"$out/steps.txt"
+environment 2>&1 | tee "$out/environment.txt"
+run build 120 env TORCHSURGEON_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace || exit 1
+measure=("$python" -m benchmarks.device.measure --device "$device" --out "$out")
+for step in "${steps[@]}"; do
+  case $step in
+    kernels | clocks | overhead | layers) run "$step" 75 "${measure[@]}" --step "$step" ;;
+    tests)
+      mapfile -t files < <(grep -rlE 'mark\.cuda' tests --include='test_*.py')
+      run tests 120 "$python" -m pytest -p no:cacheprovider -m cuda -v "${files[@]}"
+      ;;
+    calibration)
+      run calibration 150 "$python" -m benchmarks.prediction --device "$device" --budget 60 --turns 1 \
+        --keep "$out/calibration.json" --out "$out/prediction.json" --models alexnet resnet18 mobilenet_v3_large vit_b_16
+      ;;
+    *)
+      echo "there is no step $step" >&2
+      exit 2
+      ;;
+  esac
+done
+[[ ${#failed[@]} -eq 0 ]] || { echo "failed: ${failed[*]}" && exit 1; }
