@@ -117,6 +117,9 @@ def clocks(name: str, device: str, repeats: int) -> dict[str, Any]:
         return found | {"error": str(error)}
     kernel_s = {row.name: row.busy_s / row.calls for row in rows if row.calls}
     known = [layer for layer in event_s if kernel_s.get(layer)]
+    if len(known) < 2:
+        print(f"{name:20} {profile.provenance['clock']}: {sum(event_s.values()) * 1e3:.3f} ms; no kernels by layer")
+        return found
     ratios = [event_s[layer] / kernel_s[layer] for layer in known]
     found |= {
         "kernel_s": kernel_s,

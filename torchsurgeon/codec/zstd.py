@@ -7,6 +7,7 @@ allocated, and decompressing one that holds more than it declares stops at that 
 from __future__ import annotations
 
 import threading
+from types import ModuleType
 
 import numpy
 import torch
@@ -18,23 +19,38 @@ from torchsurgeon.errors import CodecError, short
 _LEVEL = 1
 
 
-class _Contexts(threading.local):
-    """A compressor and a decompressor for each thread, since two threads may not use one at the same time."""
+class _Contexts:
+    """A compressor and a decompressor of one thread, since two threads may not use one at the same time."""
 
     def __init__(self) -> None:
-        # Imported at first use, so that sending tensors uncompressed needs no zstandard.
+        self.zstandard = _zstandard()
+        self.compressor = self.zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
+        self.decompressor = self.zstandard.ZstdDecompressor()
+
+
+_threads = threading.local()
+
+
+def _contexts() -> _Contexts:
+    found: _Contexts | None = getattr(_threads, "contexts", None)
+    if found is None:
+        found = _threads.contexts = _Contexts()
+    return found
+
+
+def _zstandard() -> ModuleType:
+    """Return the package, which is imported at first use, so that tensors can be sent uncompressed without it."""
+    try:
         import zstandard
-
-        self.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-_contexts = _Contexts()
+    except ImportError as error:
+        raise CodecError("the codec zstd needs the package zstandard: pip install zstandard") from error
+    return zstandard
 
 
 def compress(data: memoryview) -> bytes:
     """Return ``data`` as one Zstandard frame."""
-    return _contexts.compressor.compress(data)
+    compressed: bytes = _contexts().compressor.compress(data)
+    return compressed
 
 
 def decompress(frame: memoryview, size: int) -> Tensor:
@@ -47,10 +63,9 @@ def decompress(frame: memoryview, size: int) -> Tensor:
     Raises:
         CodecError: the frame is damaged, has no checksum, holds another number of bytes, or is not the only content.
     """
-    import zstandard
-
+    contexts = _contexts()
     try:
-        parameters = zstandard.get_frame_parameters(frame)
+        parameters = contexts.zstandard.get_frame_parameters(frame)
         if parameters.content_size != size:
             raise CodecError(
                 f"its shape takes {size} bytes; got a zstd frame that declares {parameters.content_size} bytes"
@@ -60,8 +75,8 @@ def decompress(frame: memoryview, size: int) -> Tensor:
                 "its zstd frame must have a checksum, and a window no larger than its content; got has_checksum "
                 f"{parameters.has_checksum} and a window of {parameters.window_size} bytes"
             )
-        content = _contexts.decompressor.decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
+        content = contexts.decompressor.decompress(frame, allow_extra_data=False)
+    except contexts.zstandard.ZstdError as error:
         raise CodecError(f"its zstd frame is damaged: {short(error)}") from None
     data = torch.empty(size, dtype=torch.uint8)
     data.numpy()[:] = numpy.frombuffer(content, numpy.uint8)
