@@ -215,19 +215,6 @@ def test_a_cuda_clocks_intervals_go_to_their_layers(graph: ts.LayerGraph) -> Non
     assert whole.tolist() == [1e-6] * 2
 
 
-@pytest.mark.cuda
-def test_a_gpu_is_profiled_with_its_memory() -> None:
-    model = nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 10)).cuda().eval()
-    graph = ts.trace(model, torch.rand(64, 1024, device="cuda"))
-    found = ts.profile(graph, "cuda", repeats=5)
-    assert (found.samples_s > 0).all()
-    assert found.memory_bytes is not None
-    assert found.memory_bytes[0] >= 64 * (1024 + 4096) * 4
-    assert found.provenance["clock"] == "cuda-events"
-    assert found.provenance["device"] == torch.cuda.get_device_name()
-    assert {layer.name for layer in layer_trace(graph).layers} >= {"0", "1", "2"}
-
-
 def test_while_kernels_are_traced_every_layer_is_told_apart(
     graph: ts.LayerGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,56 @@
+"""Codecs on an NVIDIA GPU. Apart from the others, so that they can run on a machine without zstandard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchsurgeon.codec import codec_names, find_codec
+from torchsurgeon.codec.host import on_host
+
+NUMERIC = [name for name in codec_names() if find_codec(name).image is None]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", NUMERIC)
+def test_values_are_packed_and_unpacked_on_the_gpu(name: str) -> None:
+    if "zstd" in name:
+        pytest.importorskip("zstandard")
+    tensor = torch.randn(2, 16, 33, 33).to(memory_format=torch.channels_last)
+    decoded = []
+    for source in (tensor.cuda(), tensor):
+        encoded = find_codec(name).encode(source)
+        decoded.append(
+            find_codec(encoded.codec).decode(
+                encoded.data,
+                tensor.dtype,
+                tensor.shape,
+                encoded.order,
+                max_bytes=tensor.nbytes,
+                device=source.device.type,
+            )
+        )
+    on_gpu, on_cpu = decoded
+    assert on_gpu.is_cuda
+    assert on_gpu.stride() == tensor.stride()
+    step = float(tensor.max() - tensor.min()) / (15 if "int4" in name else 255)
+    assert torch.allclose(on_gpu.cpu(), on_cpu, atol=step * 1.001)
+
+
+@pytest.mark.cuda
+def test_tensors_leave_the_gpu_as_they_are_when_the_callers_stream_has_made_them() -> None:
+    for shape, layout in (((1, 64, 512, 512), torch.contiguous_format), ((2, 16, 65, 65), torch.channels_last)):
+        source = torch.randn(shape).to(memory_format=layout)
+        weight = torch.randn(2048, 2048, device="cuda")
+        tensor = torch.empty_like(source, device="cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                weight = weight @ weight
+            tensor.copy_(source, non_blocking=True)
+            host = on_host(tensor)
+            tensor.zero_()
+        assert host.is_pinned()
+        assert host.stride() == source.stride()
+        assert torch.equal(host, source)
+        part = on_host(tensor[:, 1:, ::2])
+        assert torch.equal(part, torch.zeros_like(part))
