@@ -250,7 +250,7 @@ def test_a_model_that_loads_answers_503_until_it_is_there() -> None:
         assert transport.get_json("/v2/health/ready") == {"ready": True}
     with pytest.raises(SpecError, match="already served"):
         registry.add("late", make(Residual), (X,))
-    with pytest.raises(SpecError, match="cannot be a model's name"):
+    with pytest.raises(SpecError, match="a model's name must consist of"):
         registry.add("a/b", make(Residual), (X,))
 
 

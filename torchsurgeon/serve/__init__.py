@@ -1,4 +1,4 @@
-"""The tail server: holds models, and runs whatever part of one turns the tensors it is sent into the output."""
+"""The tail server: it holds models, and runs the part of a model that turns the tensors it is sent into the output."""
 
 from __future__ import annotations
 

@@ -6,13 +6,13 @@
 ``GET /v2/models/NAME[/versions/V]``           model metadata; ``…/ready`` likewise
 ``POST /v2/models/NAME[/versions/V]/infer``    inference; the tensors' names decide which part of the model runs
 ``GET /v2/models/NAME/fingerprint``            graph and weight digests
-``GET /v2/models/NAME/profile``                the server's own layer profile
+``GET /v2/models/NAME/profile``                the profile of the model's layers on the server
 ``POST /v2/probe[?down=BYTES]``                takes a body, answers with as many bytes as asked, to measure a link
 =============================================  =====================================================================
 
-Errors are ``{"error": "…"}``: 400 for a request that is wrong, 404 for a model that is not served, 408 for a body that
-does not arrive, 413 for one larger than the model can be sent (judged before it is read), 500 when the model fails, 503
-while it loads.
+An error is answered with ``{"error": "…"}`` and one of these statuses: 400 for a request that is not valid, 404 for a
+model that is not served, 408 for a body that does not arrive in time, 413 for a body larger than any request to the
+model (it is refused before it is read), 500 when the model fails, 503 while it loads.
 """
 
 from __future__ import annotations
@@ -58,10 +58,16 @@ _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 
 
 class TailApp:
-    """The application. Inference and probes are handled here, everything else is routed by Starlette.
+    """The ASGI application. It handles inference and probes itself; Starlette routes everything else.
 
-    ``direct`` is the short way past ASGI that torchsurgeon's own server takes for plain inference requests.
-    ``body_timeout_s`` is how long a client may take to send a body, beside the time that takes at 16 KiB/s.
+    Args:
+        registry: the models.
+        body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
+
+    Attributes:
+        registry: as given.
+        body_timeout_s: as given.
+        direct: answers plain inference requests without ASGI; torchsurgeon's own server uses it.
     """
 
     def __init__(self, registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> None:
@@ -71,6 +77,7 @@ class TailApp:
         self._rest = _control_plane(registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, as ASGI 3 calls an application."""
         if scope["type"] == "http" and scope["method"] == "POST":
             parts = scope["path"].split("/")
             versioned = len(parts) == 7 and parts[4] == "versions"
@@ -107,7 +114,7 @@ class TailApp:
         body = await read_body(receive, size, limit, self.body_timeout_s)
         arrived_s = time.perf_counter()
         request = Received(body, header_bytes, arrived_s - started_s, arrived_s)
-        del body
+        del body  # Only the request keeps it alive, so its memory is free as soon as the request is answered.
 
         def run() -> wire.Encoded:
             return model.answer(_inflated(request, encoding, limit) if compressed else request)
@@ -123,12 +130,17 @@ class TailApp:
         check_length(size, MAX_PROBE_BYTES)
         received = len(await read_body(receive, size, MAX_PROBE_BYTES, self.body_timeout_s))
         answer = {"received_bytes": received, "receive_s": round(time.perf_counter() - started_s, 6)}
-        # JSON may end in spaces, so the answer is as long as asked and still JSON.
+        # JSON may end in spaces, so the answer has the length that was asked for and still is JSON.
         await _json(200, json.dumps(answer).encode().ljust(down), send)
 
 
 def create_app(registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> TailApp:
-    """The application for a registry; models may be added to it at any time."""
+    """Return the ASGI application for a registry. Models may be added to the registry at any time.
+
+    Args:
+        registry: the models.
+        body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
+    """
     return TailApp(registry, body_timeout_s=body_timeout_s)
 
 
@@ -141,7 +153,7 @@ def _down_bytes(query: bytes) -> int:
         return 0
     key, _, value = query.partition(b"=")
     if key != b"down" or not value.isdigit() or len(value) > 9 or int(value) > MAX_PROBE_BYTES:
-        raise ProtocolError(f"the query may be down=BYTES with at most {MAX_PROBE_BYTES} bytes, not {query[:40]!r}")
+        raise ProtocolError(f"the query must be down=BYTES with at most {MAX_PROBE_BYTES} bytes; got {query[:40]!r}")
     return int(value)
 
 
@@ -151,7 +163,7 @@ async def _answer(encoded: wire.Encoded, send: Send) -> None:
     if encoded.header_bytes is not None:
         headers.append((_HEADER_LENGTH, b"%d" % encoded.header_bytes))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    # Joining small buffers costs less than another system call for each.
+    # Joining small buffers costs less than one more system call for each.
     buffers = [b"".join(encoded.buffers)] if encoded.size_bytes <= JOIN_BYTES else encoded.buffers
     for index, buffer in enumerate(buffers):
         await send({"type": "http.response.body", "body": buffer, "more_body": index + 1 < len(buffers)})
@@ -166,6 +178,7 @@ async def _json(status: int, body: bytes, send: Send, *, close: bool = False) ->
 
 
 async def _refuse(status: int, body: bytes, incoming: Incoming, send: Send) -> None:
+    """Answer with an error. If the client still sends its body, read on for a while, so that it gets the error."""
     if incoming.complete:
         await _json(status, body, send)
         return
@@ -174,7 +187,7 @@ async def _refuse(status: int, body: bytes, incoming: Incoming, send: Send) -> N
         await discard(incoming, _LINGER_BYTES, LINGER_S)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
     except (OSError, RuntimeError):
-        # The client did not wait for its error.
+        # The client has left without waiting for its error.
         return
 
 
@@ -210,7 +223,8 @@ def _control_plane(registry: ModelRegistry) -> Starlette:
 
     async def failure(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            return JSONResponse({"error": f"{error.detail}: {request.method} {request.url.path}"}, error.status_code)
+            asked = f"{request.method} {request.url.path[:300]}"
+            return JSONResponse({"error": f"{error.detail}: {asked}"}, error.status_code)
         return Response(error_body(error), status_of(error), media_type="application/json")
 
     routes = [

@@ -1,4 +1,4 @@
-"""Reading request bodies: bounded in bytes and in time, into one preallocated buffer."""
+"""Reading request bodies into one buffer, with a limit on their bytes and on their time."""
 
 from __future__ import annotations
 
@@ -8,72 +8,111 @@ import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from torchsurgeon.errors import BodyTooLargeError, ProtocolError
+from torchsurgeon.errors import BodyTooLargeError, ProtocolError, short
 from torchsurgeon.serve.failure import BodyTimeoutError
 from torchsurgeon.wire.buffers import aligned_buffer
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
 MIN_UPLINK_BYTE_S = 16_384
-# Up to here buffers are joined rather than written one by one.
+# An answer of at most this size is joined to one buffer before it is written.
 JOIN_BYTES = 64 << 10
 
 
 class Incoming:
-    """An ASGI ``receive`` that remembers whether the whole body has come."""
+    """An ASGI ``receive`` that remembers whether the whole body has arrived.
+
+    Args:
+        receive: the ASGI server's ``receive``.
+
+    Attributes:
+        complete: whether the whole body has arrived, or the client has left.
+    """
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self.complete = False
 
     async def __call__(self) -> Mapping[str, Any]:
+        """Return the next message of the ASGI server."""
         message = await self._receive()
         self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
         return message
 
 
 class DisconnectedError(Exception):
-    """The client went away in mid-request."""
+    """The client left before its request was complete."""
 
 
 def content_length(headers: Mapping[bytes, bytes]) -> int | None:
-    """The declared length of the body, None when it is chunked."""
+    """Return the length of the body that the headers declare; None for a chunked body.
+
+    Raises:
+        ProtocolError: the length is not a number.
+    """
     value = headers.get(b"content-length")
     if value is None:
         return None
     if not value.isdigit() or len(value) > 15:
-        raise ProtocolError(f"Content-Length is {value!r}, which is not a number of bytes")
+        raise ProtocolError(f"Content-Length must be a number of bytes; got {short(value)}")
     return int(value)
 
 
 def check_length(size: int | None, limit_bytes: int) -> None:
-    """Refuse a body by its declared length, before any of it is read."""
+    """Check the declared length of a body, before any of it is read.
+
+    Args:
+        size: the declared length; None where it is not known.
+        limit_bytes: the most bytes that are accepted.
+
+    Raises:
+        BodyTooLargeError: the body is larger.
+    """
     if size is not None and size > limit_bytes:
-        raise BodyTooLargeError(f"the body is {size} bytes; what this model can be sent is at most {limit_bytes} bytes")
+        raise BodyTooLargeError(f"the body may have at most {limit_bytes} bytes; this one has {size}")
 
 
 def timeout_for(timeout_s: float, size: int) -> float:
-    """How long a body of ``size`` bytes may take: ``timeout_s``, and the time it needs at 16 KiB/s."""
+    """Return the seconds that a body of ``size`` bytes may take: ``timeout_s``, and its time at 16 KiB/s."""
     return timeout_s + size / MIN_UPLINK_BYTE_S
 
 
 async def read_body(receive: Receive, size: int | None, limit_bytes: int, timeout_s: float) -> memoryview:
-    """Read the whole body: ``size`` bytes when that is known, otherwise at most ``limit_bytes``.
+    """Return the whole body of a request.
 
-    The client may take :func:`timeout_for` long, whatever way it spends that. Raises BodyTooLargeError, ProtocolError,
-    BodyTimeoutError or DisconnectedError.
+    Args:
+        receive: the ASGI ``receive``.
+        size: the declared length; None where it is not known.
+        limit_bytes: the most bytes that are accepted.
+        timeout_s: seconds that the client may take, in addition to the body's time at 16 KiB/s.
+
+    Raises:
+        BodyTooLargeError: the body is larger than ``limit_bytes``.
+        ProtocolError: the body is longer or shorter than declared.
+        BodyTimeoutError: the body did not arrive in time.
+        DisconnectedError: the client left.
     """
     reading = _read_chunked(receive, limit_bytes) if size is None else _read_sized(receive, aligned_buffer(size))
     try:
         return await asyncio.wait_for(reading, timeout_for(timeout_s, limit_bytes if size is None else size))
     except (TimeoutError, asyncio.TimeoutError):
-        raise BodyTimeoutError("the body did not arrive in time") from None
+        raise BodyTimeoutError(
+            f"a body must arrive within {timeout_s:g} s and its time at {MIN_UPLINK_BYTE_S >> 10} KiB/s; it did not"
+        ) from None
 
 
 async def discard(receive: Receive, limit_bytes: int, timeout_s: float) -> int:
-    """Read and forget the rest of a body, up to a limit; returns the bytes read.
+    """Read the rest of a body and throw it away.
 
-    A client that is still writing when the connection closes would lose the answer already on its way.
+    A client that still writes when the server closes the connection would lose the answer that is on its way.
+
+    Args:
+        receive: the ASGI ``receive``.
+        limit_bytes: the most bytes to read.
+        timeout_s: the most seconds to read.
+
+    Returns:
+        The bytes that were read.
     """
     count = 0
     end_s = time.monotonic() + timeout_s
@@ -89,18 +128,30 @@ async def discard(receive: Receive, limit_bytes: int, timeout_s: float) -> int:
 
 
 def inflate(body: memoryview, encoding: bytes, limit_bytes: int) -> memoryview:
-    """Decompress a gzip or deflate body, never to more than ``limit_bytes``. Raises ProtocolError."""
+    """Return a gzip or deflate body decompressed.
+
+    Args:
+        body: the compressed body.
+        encoding: the value of ``Content-Encoding``.
+        limit_bytes: the most bytes to decompress.
+
+    Raises:
+        ProtocolError: the encoding is unknown, or the body is damaged.
+        BodyTooLargeError: the body would be larger than ``limit_bytes``.
+    """
     if encoding not in (b"gzip", b"deflate"):
-        raise ProtocolError(f"Content-Encoding {encoding.decode('latin-1')!r} is not known; use gzip or deflate")
+        raise ProtocolError(f"Content-Encoding must be gzip or deflate; got {short(encoding.decode('latin-1'))}")
     unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
     try:
         data = unpacker.decompress(body, limit_bytes + 1)
     except zlib.error as error:
-        raise ProtocolError(f"the compressed body is damaged: {error}") from None
+        raise ProtocolError(f"the compressed body is damaged: {short(error)}") from None
     if len(data) > limit_bytes:
-        raise BodyTooLargeError(f"the body inflates to more than the {limit_bytes} bytes this model can be sent")
+        raise BodyTooLargeError(
+            f"the body may have at most {limit_bytes} bytes once it is decompressed; this one has more"
+        )
     if not unpacker.eof or unpacker.unused_data:
-        raise ProtocolError("the compressed body is cut off, or something follows it")
+        raise ProtocolError("the compressed body must end where its data ends; it is cut short, or more follows it")
     buffer = aligned_buffer(len(data))
     buffer[:] = data
     return buffer

@@ -1,4 +1,4 @@
-"""Inference requests answered without ASGI: which ones, and how a body becomes a reply."""
+"""Inference requests that are answered without ASGI: which requests these are, and how a body becomes a reply."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchsurgeon.serve.served import Received, ServedModel
 from torchsurgeon.wire.buffers import Buffers
 
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
-# Requests that say more about their body than its length are left to the application.
+# A request that declares more about its body than the length is left to the ASGI application.
 _NOT_DIRECT = frozenset({b"transfer-encoding", b"content-encoding", b"upgrade"})
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plain:
-    """What the head of a plain inference request says: the model, and the bytes of the body and of its JSON header."""
+    """The content of a plain inference request's head.
+
+    Attributes:
+        model: the model that is asked for.
+        size: length of the body.
+        header_bytes: length of the body's JSON header; None where the whole body is JSON.
+        timeout_s: seconds that the client may take to send the body, in addition to the body's time at 16 KiB/s.
+    """
 
     model: ServedModel
     size: int
@@ -38,7 +45,14 @@ class Plain:
 
 
 class Reply(NamedTuple):
-    """An answer. ``header_bytes`` is as in :class:`torchsurgeon.wire.Encoded`."""
+    """An answer.
+
+    Attributes:
+        status: the HTTP status.
+        header_bytes: as in :class:`torchsurgeon.wire.Encoded`.
+        buffers: the body, in buffers to be written one after the other.
+        size_bytes: length of the body.
+    """
 
     status: int
     header_bytes: int | None
@@ -47,7 +61,16 @@ class Reply(NamedTuple):
 
 
 class Job:
-    """One request whose body is arriving in ``missing``; whoever has filled that calls :meth:`run`."""
+    """One request whose body is arriving. The connection fills ``missing``, and then calls :meth:`run`.
+
+    Args:
+        plain: the request's head.
+        body: memory for the whole body.
+
+    Attributes:
+        plain: as given.
+        missing: the part of the body that has not arrived.
+    """
 
     def __init__(self, plain: Plain, body: memoryview) -> None:
         self.plain = plain
@@ -55,16 +78,22 @@ class Job:
         self._started_s = time.perf_counter()
 
     def arrived(self, count: int) -> None:
-        """The first ``count`` bytes of what was missing are there."""
+        """Record that the first ``count`` of the missing bytes have arrived."""
         self.missing = self.missing[count:]
 
     def take(self, data: bytes) -> None:
-        """Copy what arrived together with the head."""
+        """Copy the part of the body that arrived together with the head."""
         self.missing[: len(data)] = data
         self.arrived(len(data))
 
     def run(self, loop: asyncio.AbstractEventLoop, reply: Callable[[Reply], None]) -> None:
-        """Answer the request; ``reply`` is called on the loop's thread, at once or later."""
+        """Compute the answer to the request.
+
+        Args:
+            loop: the connection's event loop.
+            reply: called with the answer in the loop's thread: at once where the model is quick and idle, or else once
+                the model's worker thread has computed it.
+        """
         arrived_s = time.perf_counter()
         model = self.plain.model
         received = Received(self._body, self.plain.header_bytes, arrived_s - self._started_s, arrived_s)
@@ -78,13 +107,22 @@ class Job:
             try:
                 loop.call_soon_threadsafe(reply, future.result())
             except RuntimeError:
+                # The event loop is closed, so nobody waits for the answer.
                 _log.debug("the server stopped before a request was answered")
 
         model.worker.submit(answer).add_done_callback(done)
 
 
 class Direct:
-    """Admits requests for the short way, and has the memory for their bodies."""
+    """Decides which requests are answered without ASGI, and provides the memory for their bodies.
+
+    Args:
+        registry: the models.
+        body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
+
+    Attributes:
+        buffers: the memory for bodies, used by the event loop's thread only.
+    """
 
     def __init__(self, registry: ModelRegistry, body_timeout_s: float) -> None:
         self._registry = registry
@@ -92,7 +130,15 @@ class Direct:
         self.buffers = Buffers()
 
     def admit(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Plain | None:
-        """What a plain inference request says; None for every other, and for one that has to be refused."""
+        """Return the content of a plain inference request's head.
+
+        Args:
+            url: the request's target.
+            headers: the request's headers, with names in lower case.
+
+        Returns:
+            The content; None for every other request, and for one that has to be refused: the application answers it.
+        """
         parts = url.split(b"/")
         versioned = len(parts) == 7 and parts[4] == b"versions"
         if parts[-1] != b"infer" or parts[1:3] != [b"v2", b"models"] or not (versioned or len(parts) == 5):
@@ -125,7 +171,14 @@ def _answer(model: ServedModel, received: Received) -> Reply:
 
 @lru_cache(maxsize=256)
 def reply_head(status: int, header_bytes: int | None, size_bytes: int, keep_alive: bool) -> bytes:
-    """The status line and the headers of an answer."""
+    """Return the status line and the headers of an answer. Cached, since answers of one cut have the same.
+
+    Args:
+        status: the HTTP status.
+        header_bytes: the value of ``Inference-Header-Content-Length``; None for a body of JSON only.
+        size_bytes: length of the body.
+        keep_alive: whether the connection stays open.
+    """
     kind = b"application/json" if header_bytes is None else b"application/octet-stream"
     lines = [STATUS_LINE[status], b"content-length: %d\r\ncontent-type: %s\r\n" % (size_bytes, kind)]
     if header_bytes is not None:

@@ -1,4 +1,4 @@
-"""Which HTTP status an error becomes, and what the client is told."""
+"""The HTTP status and the body with which an error is answered."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torchsurgeon.errors import (
     ModelNotServedError,
     PartitionError,
     ProtocolError,
+    short,
 )
 
 
@@ -33,17 +34,21 @@ _log = logging.getLogger(__name__)
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status of an error; 500 for one that nobody foresaw."""
+    """Return the HTTP status of an error; 500 for an unexpected one."""
     return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
 
 
 def error_body(error: Exception) -> bytes:
-    """``{"error": "…"}`` for the client. A failed model and an unforeseen error are also logged for the operator."""
+    """Return the body of an error's answer, ``{"error": "…"}``, in at most 1,000 characters of text.
+
+    The client gets the message of an expected error. A model that failed, and an unexpected error, are also logged for
+    the operator; of an unexpected error the client gets no more than its type.
+    """
     if not isinstance(error, tuple(STATUS)):
         _log.error("a request failed", exc_info=error)
         text = f"{type(error).__name__} in the server; its log has the details"
     else:
-        text = str(error)
+        text = short(error, 1000)
         if isinstance(error, ModelFailedError):
             _log.error("%s", error, exc_info=error.__cause__)
     return json.dumps({"error": text}).encode()

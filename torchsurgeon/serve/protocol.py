@@ -1,13 +1,17 @@
-"""uvicorn's HTTP protocol with a short way for inference.
+"""uvicorn's HTTP protocol, with a shortcut for inference that bypasses ASGI.
 
-A plain inference request (POST …/infer with a Content-Length, kept alive, for a model that is ready) is answered here
-without ASGI: its body is read from the socket straight into the buffer that it is decoded from, and its answer goes out
-in one write. A device repeats its head byte for byte as long as it cuts at one point. So after such a request the next
-one is read at once to where its body is to lie if its head is the same; then nothing is parsed and nothing copied.
-Under another head, what was read together with it is copied. Every other request, and every one that has to be refused,
-takes uvicorn's ordinary way to the ASGI application, which gives the same answers.
+A plain inference request is a POST to …/infer with a Content-Length, on a connection that is kept alive, for a model
+that is ready. This protocol answers it without ASGI: the body is read from the socket straight into the buffer that it
+is decoded from, and the answer goes out in one write.
 
-A request's head has to arrive within ``HEAD_TIMEOUT_S``, which uvicorn leaves open.
+A device repeats the head of its requests byte for byte while it cuts at one point. So after a plain request, the next
+one is read into a buffer that is laid out for the same head followed by a body: if the head is the same, nothing is
+parsed and nothing is copied. If not, the head is parsed, and the part of the body that came with it is copied.
+
+Every other request, and every request that has to be refused, takes uvicorn's ordinary way to the ASGI application,
+which gives the same answers.
+
+A request's head has to arrive within ``HEAD_TIMEOUT_S``; uvicorn itself does not limit that.
 """
 
 from __future__ import annotations
@@ -30,7 +34,10 @@ _MAX_REPEATED_BYTES = 4096
 
 
 class _Turn:
-    """What uvicorn wants to know of the request being answered, so that it queues pipelined ones behind it."""
+    """Stands for the request that is being answered, so that uvicorn queues pipelined requests behind it.
+
+    It has the attributes of uvicorn's ``RequestResponseCycle`` that uvicorn's protocol reads.
+    """
 
     def __init__(self) -> None:
         self.response_complete = False
@@ -41,18 +48,19 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Repeat:
-    """A request's head as it came over the wire, and what it says."""
+    """A request's head as it arrived, byte for byte, and its content."""
 
     head: bytes
     plain: Plain
 
     def begins(self, data: memoryview) -> bool:
+        """Return whether ``data`` begins with this head."""
         return data[: len(self.head)] == self.head
 
 
 @dataclass
 class _Fed:
-    """What came of feeding the parser: requests begun, bytes of body, and the request that was admitted."""
+    """What the parser found in one piece of data: requests that began, bytes of bodies, and a plain request."""
 
     begun: int = 0
     body_bytes: int = 0
@@ -60,7 +68,16 @@ class _Fed:
 
 
 class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
-    """One connection. ``direct`` admits the requests that are answered here."""
+    """One connection. asyncio asks :meth:`get_buffer` where to put data, and then calls :meth:`buffer_updated`.
+
+    Data goes to one of three places: to the rest of the body of the job that is being read; to ``_ahead``, laid out for
+    the last head and a body, where a repeated request is expected; or else to ``_scratch``, from where it is parsed.
+
+    Args:
+        direct: decides which requests are answered without ASGI; None to answer none that way.
+        *args: passed on to uvicorn's protocol.
+        **kwargs: passed on to uvicorn's protocol.
+    """
 
     def __init__(self, direct: Direct | None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,25 +96,29 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._fed = _Fed()
 
     def connection_made(self, transport: Any) -> None:
+        """Start the connection; called by asyncio."""
         super().connection_made(transport)
         self._fd: int = transport.get_extra_info("socket").fileno()
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Release timers and buffers; called by asyncio."""
         super().connection_lost(exc)
         self._stop_timers()
         self._job = self._repeat = self._ahead = None
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        """Return the memory for the data that arrives next; called by asyncio."""
         if self._job is not None:
             return self._job.missing
         if self._repeat is None or self._direct is None or self._in_message or not self._may_begin():
             return self._scratch
-        # Taken only now that there is something to read: an idle connection holds no memory.
+        # asyncio asks only once there is something to read, so an idle connection holds no buffer.
         self._ahead = self._direct.buffers.take(self._repeat.plain.size, before=len(self._repeat.head))
         return self._ahead
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Handle the data that arrived in the last buffer; called by asyncio."""
         if self._job is not None:
             self._arrived(self._job, nbytes)
         elif self._ahead is None:
@@ -106,6 +127,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             read, self._ahead = self._ahead, None
             repeat = self._repeat
             if repeat is not None and repeat.begins(read[:nbytes]) and repeat.plain.model.open:
+                # The same head again: its content is known, and the body already lies where it is decoded.
                 self._begin(Job(repeat.plain, read[len(repeat.head) :]), nbytes - len(repeat.head))
             else:
                 self._feed(read[:nbytes])
@@ -118,7 +140,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._read_on(self._job)
 
     def _feed(self, data: memoryview) -> None:
-        """Have the parser read ``data``."""
+        """Parse ``data``. Where it holds the whole head of a plain request, remember the head for the next request."""
         from_start = not self._in_message
         self._fed = fed = _Fed()
         self.data_received(data)  # type: ignore[arg-type]
@@ -127,7 +149,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         if fed.admitted is not None:
             self._repeat = None
             head = bytes(data[: len(data) - fed.body_bytes])
-            # A head is trusted only if the parser and a plain search agree on where it begins and ends.
+            # A head is remembered only if the parser and a plain search agree on where it begins and ends.
             whole = from_start and fed.begun == 1 and head.find(b"\r\n\r\n") == len(head) - 4
             if whole and len(head) <= _MAX_REPEATED_BYTES:
                 self._repeat = _Repeat(head, fed.admitted)
@@ -135,9 +157,9 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._read_on(self._job)
 
     def _read_on(self, job: Job) -> None:
-        """Read what has come of the body already; another turn of the event loop costs more than this call."""
+        """Read the part of the body that has arrived by now: cheaper than another turn of the event loop."""
         if self.scheme == "http":
-            # At the end of the stream nothing is read, and the event loop will find that out itself.
+            # At the end of the stream this reads nothing, and the event loop finds that out by itself.
             with suppress(BlockingIOError, ConnectionError):
                 self._arrived(job, os.readv(self._fd, [job.missing]))
         if self._job is not None and self._body_timer is None:
@@ -147,18 +169,20 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         job.arrived(nbytes)
         if not job.missing:
             if self._in_message:
-                # The parser never saw the body's end, so the next request gets a new one.
+                # The parser saw the head but not the whole body, so a new parser takes its place for the next request.
                 self.parser = httptools.HttpRequestParser(self)
                 self._in_message = False
             self._body_arrived()
 
     def on_message_begin(self) -> None:
+        """Note that a request begins; called by the parser."""
         super().on_message_begin()
         self._in_head = self._in_message = True
         self._fed.begun += 1
         self._idle_since_s = self.loop.time()
 
     def on_headers_complete(self) -> None:
+        """Take a plain request, or leave the request to uvicorn; called by the parser."""
         self._in_head = False
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -173,6 +197,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        """Take a piece of a body; called by the parser."""
         if self._job is None:
             super().on_body(body)
         else:
@@ -180,6 +205,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._fed.body_bytes += len(body)
 
     def on_message_complete(self) -> None:
+        """Note that a request is complete; called by the parser."""
         self._in_message = False
         if self._job is None:
             super().on_message_complete()
@@ -208,7 +234,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             job.run(self.loop, self._reply)
 
     def _reply(self, reply: Reply) -> None:
-        # Not self.cycle: that may be a pipelined request which waits for this answer.
+        # Not self.cycle, which may be a pipelined request that waits for this answer.
         turn = self._turn
         if turn.disconnected or self.transport.is_closing():
             return
@@ -231,7 +257,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._maybe_idle)
 
     def _maybe_idle(self) -> None:
-        # One timer that looks whether anything happened costs less than one for each answer.
+        # One timer that checks whether anything happened costs less than a new timer after each answer.
         self._idle_timer = None
         left_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
         if self.cycle is not None and not self.cycle.response_complete:

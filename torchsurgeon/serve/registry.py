@@ -1,4 +1,4 @@
-"""The models a server holds, the tails cut from them on the spot, and the threads that run them."""
+"""The models that a server holds, by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torchsurgeon.errors import (
     ModelNotServedError,
     SpecError,
     TorchSurgeonError,
+    short,
 )
 from torchsurgeon.models import specs
 from torchsurgeon.module import SplitModule
-from torchsurgeon.serve.served import Profiler, ServedModel, profile_here
+from torchsurgeon.serve.served import Profiler, ServedModel, measured_profile
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.tracer import trace
 
@@ -28,13 +29,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class ModelRegistry:
-    """Models by name. Thread-safe.
+    """The models that a server holds, by name. Thread-safe.
 
-    ``profiler`` turns a graph into the JSON that ``…/profile`` answers with, which ``partition="auto"`` asks for. It is
-    called at the first request, by default :func:`profile_here`; with None there is no such answer.
+    Args:
+        max_batch: the largest batch of a request. It also limits how much larger than the example other sizes are.
+        max_tails: how many tails to keep for each model.
+        profiler: returns the JSON of a graph's layer profile, for which devices with ``partition="auto"`` ask. It is
+            called at the first request for it. By default it measures the layers; with None there is no profile.
     """
 
-    def __init__(self, *, max_batch: int = 64, max_tails: int = 64, profiler: Profiler | None = profile_here) -> None:
+    def __init__(
+        self, *, max_batch: int = 64, max_tails: int = 64, profiler: Profiler | None = measured_profile
+    ) -> None:
         self.max_batch = max_batch
         self.max_tails = max_tails
         self._profiler = profiler
@@ -43,12 +49,22 @@ class ModelRegistry:
         self._lock = threading.Lock()
 
     def announce(self, name: str) -> None:
-        """Say that a model will be loaded; until then it answers "not ready". Raises SpecError for an unusable name."""
+        """Announce a model that will be loaded. Until it is, requests for it are answered with "not ready".
+
+        Args:
+            name: the model's name.
+
+        Raises:
+            SpecError: the name is not valid, or is taken.
+        """
         if not _NAME.fullmatch(name):
-            raise SpecError(f"{name!r} cannot be a model's name; use letters, digits, '.', '_' and '-'")
+            raise SpecError(
+                f"a model's name must consist of letters, digits, '.', '_' and '-', and begin with a letter or digit; "
+                f"got {short(name)}"
+            )
         with self._lock:
             if isinstance(self._models.get(name), ServedModel):
-                raise SpecError(f"a model named {name!r} is already served; choose another name")
+                raise SpecError(f"a model named {short(name)} is already served; choose another name")
             self._models[name] = "loading"
 
     def add(
@@ -61,12 +77,21 @@ class ModelRegistry:
         leaf_modules: Collection[str | type[nn.Module]] = (),
         source: str = "",
     ) -> ServedModel:
-        """Trace ``model`` with the example and serve it. Raises TraceError or SpecError.
+        """Trace a model and serve it.
 
-        ``example`` and ``leaf_modules`` are what :class:`~torchsurgeon.module.SplitModule` is given on the device: a
-        tensor, a tuple of positional arguments or a dict of keyword ones, to which ``kwargs`` are added.
-        Of a :class:`~torchsurgeon.module.SplitModule`, which needs no example, this server runs the layers up to its
-        cut, and has its server do the rest.
+        Args:
+            name: the name to serve it under.
+            model: the model. Of a :class:`~torchsurgeon.module.SplitModule`, which needs no example, this server runs
+                the layers up to its cut, and the SplitModule's own server runs the rest.
+            example: an example of a call, as :class:`~torchsurgeon.module.SplitModule` takes it on the device: a
+                tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            kwargs: further keyword arguments of the example.
+            leaf_modules: modules to keep whole, as the device names them too.
+            source: where the model comes from, in words.
+
+        Raises:
+            SpecError: the name is not valid, or is taken.
+            TraceError: the model could not be traced.
         """
         self.announce(name)
         try:
@@ -93,7 +118,18 @@ class ModelRegistry:
     def load(
         self, name: str, spec: str, *, leaf_modules: Collection[str | type[nn.Module]] = (), **options: Any
     ) -> ServedModel:
-        """Load a SPEC (options as :func:`torchsurgeon.models.load`) and serve it. Raises SpecError or TraceError."""
+        """Load a model by its SPEC and serve it.
+
+        Args:
+            name: the name to serve it under.
+            spec: the SPEC, such as ``torchvision:resnet18``.
+            leaf_modules: modules to keep whole, as the device names them too.
+            **options: passed on to :func:`torchsurgeon.models.specs.load`.
+
+        Raises:
+            SpecError: the name is not valid or is taken, or the SPEC could not be loaded.
+            TraceError: the model could not be traced.
+        """
         self.announce(name)
         try:
             loaded = specs.load(spec, **options)
@@ -103,29 +139,41 @@ class ModelRegistry:
         return self.add(name, loaded.model, loaded.args, loaded.kwargs, leaf_modules=leaf_modules, source=loaded.source)
 
     def names(self) -> list[str]:
+        """Return the names of all models, sorted."""
         return sorted(self._models)
 
     def ready(self) -> bool:
-        """True when every announced model is loaded."""
+        """Return whether every announced model is loaded."""
         return all(isinstance(model, ServedModel) for model in list(self._models.values()))
 
     def get(self, name: str, version: str | None = None) -> ServedModel:
-        """The model. Raises ModelNotServedError or ModelNotReadyError."""
+        """Return a model.
+
+        Args:
+            name: the model's name.
+            version: the model's version; any by default.
+
+        Raises:
+            ModelNotServedError: there is no such model or version.
+            ModelNotReadyError: the model is still loading, or could not be loaded.
+        """
         model = self._models.get(name)
         if model is None:
             near = difflib.get_close_matches(name, self._models, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; served are {', '.join(self.names()) or 'none'}"
-            raise ModelNotServedError(f"model {name!r} is not served{hint}")
+            hint = f"; did you mean {near[0]!r}?" if near else f"; served are {', '.join(self.names())[:300] or 'none'}"
+            raise ModelNotServedError(f"model {short(name)} is not served{hint}")
         if model == "failed":
-            raise ModelNotReadyError(f"model {name!r} could not be loaded: {self._reasons.get(name, '')}")
+            raise ModelNotReadyError(f"model {short(name)} could not be loaded: {self._reasons.get(name, '')}")
         if not isinstance(model, ServedModel):
-            raise ModelNotReadyError(f"model {name!r} is still loading; try again")
+            raise ModelNotReadyError(f"model {short(name)} is still loading; try again")
         if version is not None and version not in model.versions:
-            raise ModelNotServedError(f"model {name!r} has no version {version!r}; it has {', '.join(model.versions)}")
+            raise ModelNotServedError(
+                f"model {short(name)} has no version {short(version)}; it has {', '.join(model.versions)}"
+            )
         return model
 
     def close(self) -> None:
-        """End the models' threads."""
+        """End the models' threads, and serve none of them any more."""
         with self._lock:
             models, self._models = list(self._models.values()), {}
         for model in models:

@@ -1,4 +1,4 @@
-"""One model as a server holds it: the tails cut from it on the spot, and how a request is run on them."""
+"""One served model: its tails, which are cut when they are first asked for, and how a request is run on them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torchsurgeon.errors import (
     ModelFailedError,
     ModelNotServedError,
     ProtocolError,
+    short,
 )
 from torchsurgeon.models.weights import identity, weight_digests
 from torchsurgeon.profiling import profile
@@ -29,33 +30,31 @@ from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import TensorSpec
 
 Finish = Callable[..., Sequence[Tensor]]
-
-
+"""Called with the sorted names of the boundary tensors and with the tensors; returns the model's output tensors."""
 Profiler = Callable[[LayerGraph], dict[str, Any]]
+"""Returns the JSON of a graph's layer profile."""
 
-
-# JSON numbers take up to eight times the bytes of the value they stand for ("255, " for a uint8).
+# JSON numbers take up to eight times the bytes of the value that they stand for ("255, " for a uint8).
 JSON_FACTOR = 8
-
-
-# Handing a short request to another thread and back would be felt, so it is run where it was received.
+# Handing a request to another thread and back would take a noticeable part of a time as short as this.
 _QUICK_S = 5e-4
-
-
 _MAX_REMEMBERED = 256
-
-
-# Seconds, to the microsecond.
+# The server's times in the parameters of an answer: seconds, to the microsecond.
 _TIMES = '{"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
 
 
-def profile_here(graph: LayerGraph) -> dict[str, Any]:
-    """Measure the graph's layers on this machine, without joules; what servers tell unless they are given another."""
+def measured_profile(graph: LayerGraph) -> dict[str, Any]:
+    """Measure the layers of a graph on this machine, without joules, and return the profile's JSON."""
     return profile(graph, meter=None).to_json()
 
 
 class Tails:
-    """The tails cut so far, by the names that they take; the least recently used are dropped beyond ``capacity``."""
+    """The tails that were cut so far, by the names of the tensors that they take. Thread-safe.
+
+    Args:
+        graph: the traced model.
+        capacity: how many tails to keep; the least recently used ones are dropped.
+    """
 
     def __init__(self, graph: LayerGraph, capacity: int) -> None:
         self._graph = graph
@@ -67,12 +66,20 @@ class Tails:
         return len(self._tails)
 
     def get(self, names: tuple[str, ...]) -> Segment:
-        """The tail for ``names``, cut now if it was never asked for. Raises PartitionError."""
+        """Return the tail that takes these tensors. It is cut now if it is not kept.
+
+        Args:
+            names: the sorted names of the tensors.
+
+        Raises:
+            PartitionError: the tensors do not determine the model's output, or the graph has none of such a name.
+        """
         with self._lock:
             tail = self._tails.get(names)
             if tail is not None:
                 self._tails.move_to_end(names)
                 return tail
+        # Cut outside the lock. Two threads may cut the same tail at the same time; either result serves.
         tail = tail_for(self._graph, names, flat=True)
         with self._lock:
             self._tails[names] = tail
@@ -82,7 +89,14 @@ class Tails:
 
 
 class Received(NamedTuple):
-    """A request's body as it came, and how long it took to come."""
+    """A request's body as it arrived.
+
+    Attributes:
+        body: the body.
+        header_bytes: length of its JSON header; None where the whole body is JSON.
+        receive_s: seconds from the request's head to the end of its body.
+        arrived_s: when the body was complete, in seconds of ``time.perf_counter``.
+    """
 
     body: memoryview
     header_bytes: int | None
@@ -91,7 +105,25 @@ class Received(NamedTuple):
 
 
 class ServedModel:
-    """A loaded model: its graph, its tails and its thread."""
+    """A loaded model, with its tails and the thread that runs its requests.
+
+    Args:
+        name: the name that it is served under.
+        graph: the traced model.
+        max_batch: the largest batch of a request. It also limits how much larger than the example other sizes are.
+        max_tails: how many tails to keep.
+        profiler: returns the JSON of the graph's layer profile; None for no profile.
+        source: where the model comes from, in words.
+        finish: computes the output in place of a tail of the graph, where another server runs the rest of the model.
+
+    Attributes:
+        versions: the versions that are served.
+        max_tensor_bytes: the most bytes that the tensors of a request have together.
+        max_times: the most times the example's bytes that one tensor has.
+        tails: the tails.
+        worker: the thread that runs the requests.
+        open: whether requests are accepted.
+    """
 
     versions = ("1",)
 
@@ -110,7 +142,7 @@ class ServedModel:
         self.graph = graph
         self.source = source
         self.max_batch = max_batch if graph.batch_free else graph.batch
-        # Images may be larger than the example, and sequences longer, by as much as a batch may.
+        # An image may be larger than the example, or a sequence longer, by the same factor as a batch.
         self.max_tensor_bytes = max_batch * max(point.size_bytes for point in graph.points) // graph.batch
         self.max_times = max_batch / graph.batch
         self.tails = Tails(graph, max_tails)
@@ -121,17 +153,22 @@ class ServedModel:
         self._profiler = profiler
         self._once = threading.Lock()
         self._fingerprint: dict[str, Any] | None = None
-        self._told = _TIMES
+        self._times = _TIMES
         self._profile: dict[str, Any] | None = None
-        self._taken_s: dict[int, float] = {}
-        self._plans: dict[object, _Plan] = {}
+        # Both are read and written by the event loop's thread and the worker's, one operation at a time.
+        self._durations_s: dict[int, float] = {}
+        self._plans: dict[object, _RequestPlan] = {}
 
     def max_body_bytes(self, *, binary: bool) -> int:
-        """The largest request body there can be: the widest boundary ``max_batch`` times, and a header."""
+        """Return the size of the largest request: the widest boundary at the largest batch, and a header.
+
+        Args:
+            binary: whether tensors are sent as bytes; as JSON numbers they take more.
+        """
         return self.max_tensor_bytes * (1 if binary else JSON_FACTOR) + wire.MAX_HEADER_BYTES
 
     def metadata(self) -> dict[str, Any]:
-        """The protocol's model metadata; the batch dimension is -1. ``parameters`` lists the codecs known here."""
+        """Return the protocol's model metadata: inputs and outputs with a batch dimension of -1, and all codecs."""
         return {
             "name": self.name,
             "versions": list(self.versions),
@@ -142,26 +179,27 @@ class ServedModel:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """Graph and weight digests, computed once."""
+        """Return the digests of graph and weights. They are computed once."""
         with self._once:
             if self._fingerprint is None:
                 digests = weight_digests(self.graph.model)
                 name = identity(self.graph.fingerprint, digests.combined)
-                told = {"identity": name, "graph": self.graph.fingerprint, "torch": torch.__version__}
-                self._fingerprint = {**told, **digests.to_json()}
-                # From now on answers tell it, so that clients who shook hands notice another model in this one's place.
-                self._told = f'{{"identity":"{name}",{_TIMES[1:]}'
+                known = {"identity": name, "graph": self.graph.fingerprint, "torch": torch.__version__}
+                self._fingerprint = {**known, **digests.to_json()}
+                # From now on every answer names it, so a client that compared it notices when the model is replaced.
+                self._times = f'{{"identity":"{name}",{_TIMES[1:]}'
             return self._fingerprint
 
     def profile(self) -> dict[str, Any]:
-        """The server's layer profile, measured once; call it in the worker thread.
+        """Return the layer profile, measured at the first call. To be called in the worker's thread.
 
-        Raises ModelNotServedError when the server has no profiler.
+        Raises:
+            ModelNotServedError: the server has no profiler.
         """
         if self._profiler is None:
             raise ModelNotServedError(
-                f"this server does not profile model {self.name!r}, because it was made with profiler=None; leave that "
-                'out there, or here give SplitModule a server_profile or a partition other than "auto"'
+                f"this server does not profile model {self.name!r}, because its ModelRegistry has profiler=None. Leave "
+                'that out at the server, or give SplitModule a server_profile or a partition other than "auto"'
             )
         if self._profile is None:
             with torch.no_grad():
@@ -169,36 +207,47 @@ class ServedModel:
         return self._profile
 
     def quick(self, body_bytes: int) -> bool:
-        """Whether the last request of this size, so most likely with the same cut, took less than a thread switch."""
-        return self._finish is None and self._taken_s.get(body_bytes, 1.0) < _QUICK_S
+        """Return whether a request is so quick that the worker's thread is not worth switching to.
+
+        Args:
+            body_bytes: length of the request's body. The last request of this length, which most likely had the same
+                cut, says how long this one takes.
+        """
+        return self._finish is None and self._durations_s.get(body_bytes, 1.0) < _QUICK_S
 
     def answer(self, request: Received) -> wire.Encoded:
-        """Decode, run and encode one request; to be called by the worker.
+        """Decode one request, run the tail, and encode the answer. To be called by the worker.
 
-        Raises ProtocolError or PartitionError for a request that is wrong, ModelFailedError when the model fails.
+        Args:
+            request: the request.
+
+        Raises:
+            ProtocolError: the body is no valid request, or its tensors do not fit the model.
+            PartitionError: its tensors do not determine the model's output.
+            ModelFailedError: the model raised an error.
         """
         started_s = time.perf_counter()
         try:
             return self._answer(request, started_s)
         finally:
-            if len(self._taken_s) >= _MAX_REMEMBERED:
-                self._taken_s.clear()
-            self._taken_s[len(request.body)] = time.perf_counter() - started_s
+            if len(self._durations_s) >= _MAX_REMEMBERED:
+                self._durations_s.clear()
+            self._durations_s[len(request.body)] = time.perf_counter() - started_s
 
     def _answer(self, request: Received, started_s: float) -> wire.Encoded:
         decoded = wire.decode_request(request.body, request.header_bytes, max_decoded_bytes=self.max_tensor_bytes)
         plan = self._plans.get(decoded.recurring) or self._plan(decoded)
         decoded_s = time.perf_counter()
         try:
-            # Called without nn.Module's own call, whose hooks a tail has none of.
+            # The tail's forward, without the overhead of nn.Module's call: a tail has no hooks.
             results = plan.run(*[decoded.tensors[name] for name in plan.names])
         except Exception as error:
-            raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {error}") from error
+            raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {short(error)}") from error
         computed_s = time.perf_counter()
         outputs = dict(zip(self._output_names, results, strict=True))
         if plan.outputs is not None:
             outputs = {name: outputs[name] for name in plan.outputs}
-        taken_s = (request.receive_s, started_s - request.arrived_s, decoded_s - started_s, computed_s - decoded_s)
+        times_s = (request.receive_s, started_s - request.arrived_s, decoded_s - started_s, computed_s - decoded_s)
         return wire.encode_response(
             self.name,
             self.versions[0],
@@ -206,22 +255,24 @@ class ServedModel:
             as_json=plan.as_json,
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
-            parameters=self._told % taken_s,
+            parameters=self._times % times_s,
             codec=decoded.output_codec,
             crc32=decoded.crc32,
         )
 
     def close(self) -> None:
-        """Take no more requests, and end the thread."""
+        """Accept no more requests, and end the thread after those that are queued."""
         self.open = False
         self.worker.close()
 
-    def _plan(self, request: wire.InferRequest) -> _Plan:
-        """Everything about a request but its tensors' values, checked; kept for the next with the same header."""
+    def _plan(self, request: wire.InferRequest) -> _RequestPlan:
+        """Check everything about a request but its tensors' values; keep the result for requests with its header."""
         known = self._output_names
         for output in request.outputs:
             if output.name not in known:
-                raise ProtocolError(f"model {self.name!r} has no output {output.name!r}; it has {', '.join(known)}")
+                raise ProtocolError(
+                    f"model {self.name!r} has no output {short(output.name)}; it has {', '.join(known)[:300]}"
+                )
         usual = check_tensors(self.graph, request.tensors, self.max_batch, self.max_times)
         names = tuple(sorted(request.tensors))
         tail = self.tails.get(names)
@@ -233,9 +284,9 @@ class ServedModel:
             as_json = tuple(output.name for output in request.outputs if not output.binary)
         else:
             outputs, as_json = None, () if request.binary_output else tuple(known)
-        plan = _Plan(names, run, outputs, as_json)
+        plan = _RequestPlan(names, run, outputs, as_json)
         if request.recurring is not None:
-            # A plan keeps its tail alive, so there are no more of them than of tails.
+            # A plan keeps its tail alive, so there must not be more plans than tails.
             if len(self._plans) >= self.tails.capacity:
                 self._plans.clear()
             self._plans[request.recurring] = plan
@@ -243,7 +294,9 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _RequestPlan:
+    """How requests with one header are run: ``run`` with the tensors in the order of ``names``."""
+
     names: tuple[str, ...]
     run: Callable[..., Sequence[Tensor]]
     outputs: tuple[str, ...] | None
@@ -251,11 +304,20 @@ class _Plan:
 
 
 def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: int, max_times: float) -> bool:
-    """Refuse tensors whose dtype, rank or size the graph cannot have, or that disagree about the batch size.
+    """Check the dtypes and the shapes of tensors against a graph. Names that the graph does not have are left out.
 
-    ``max_times`` is how many times the example's bytes a tensor may have. Returns whether all shapes are the
-    example's at some batch size; others (an image of another size) may still be fine, which ``check_shapes`` tells.
-    Names the graph does not know are left to ``tail_for``. Raises ProtocolError.
+    Args:
+        graph: the traced model.
+        tensors: the tensors by name.
+        max_batch: the largest batch.
+        max_times: the most times the example's bytes that a tensor may have.
+
+    Returns:
+        Whether all shapes are those of the example at some batch size. If not (an image of another size), they have to
+        be checked by :func:`~torchsurgeon.cutting.partition.check_shapes`.
+
+    Raises:
+        ProtocolError: a dtype, rank or size is not possible in this graph, or the tensors differ in their batch size.
     """
     usual = True
     batch: int | None = None
@@ -265,8 +327,9 @@ def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: i
         if spec is None:
             continue
         if tensor.dtype != spec.dtype:
-            theirs, ours = wire.datatype_of(tensor.dtype), wire.datatype_of(spec.dtype)
-            raise ProtocolError(f"tensor {name!r} is {theirs}; the model has {ours} there")
+            raise ProtocolError(
+                f"tensor {short(name)} must be {wire.datatype_of(spec.dtype)}; got {wire.datatype_of(tensor.dtype)}"
+            )
         shape = tuple(tensor.shape)
         own = _batch_of(spec, shape)
         samples = all(size or not step for size, step in zip(shape, spec.batch_step, strict=False))
@@ -277,18 +340,21 @@ def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: i
         if own is None or own > max_batch:
             problem = f" in a batch of at most {max_batch}" if any(spec.batch_step) else ""
             raise ProtocolError(
-                f"tensor {name!r} has shape {list(shape)}; the model has {list(spec.wire_shape)} there{problem}, and "
-                f"other sizes of at most {max_times:g} times the example's bytes (a larger --max-batch raises that)"
+                f"tensor {short(name)} must have shape {list(spec.wire_shape)}{problem}, or another size of at most "
+                f"{max_times:g} times the example's bytes (a larger --max-batch raises that); got shape {list(shape)}"
             )
         if any(spec.batch_step):
             if batch is not None and own != batch:
-                raise ProtocolError(f"tensor {name!r} is a batch of {own}, but {decided_by!r} is a batch of {batch}")
+                raise ProtocolError(
+                    f"all tensors must have the same batch size; {short(decided_by, 100)} is a batch of {batch}, and "
+                    f"{short(name, 100)} is a batch of {own}"
+                )
             batch, decided_by = own, name
     return usual
 
 
 def _batch_of(spec: TensorSpec, shape: tuple[int, ...]) -> int | None:
-    """The batch size a shape stands for (the example's where it does not depend on it), None if it fits none."""
+    """Return the batch size of a shape (the example's, where the shape does not depend on it); None if it fits none."""
     if len(shape) != len(spec.shape):
         return None
     batch = spec.example_batch

@@ -1,4 +1,4 @@
-"""Running the application under uvicorn: in a thread (:class:`Server`), or as the process's job (:func:`run`)."""
+"""Running the application under uvicorn: in a thread (:class:`Server`), or as a process's only task (:func:`run`)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch
 import uvicorn
 
 from torchsurgeon._allocator import keep_freed_memory
-from torchsurgeon.errors import ServerError, TorchSurgeonError
+from torchsurgeon.errors import ServerError, TorchSurgeonError, short
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.protocol import ServeProtocol
 from torchsurgeon.serve.registry import ModelRegistry
-from torchsurgeon.serve.served import Profiler, profile_here
+from torchsurgeon.serve.served import Profiler, measured_profile
 
 _KEEP_ALIVE_S = 75
 _MAX_CONNECTIONS = 512
@@ -29,11 +29,25 @@ _START_S = 10.0
 
 
 class Server:
-    """An ASGI application served from a thread, for tests, demos and notebooks.
+    """An ASGI application that is served from a thread, for tests, demos and notebooks.
 
-    A context manager: ``with Server(app) as server: … server.url``. Port 0 takes a free one. Raises ServerError when
-    the address cannot be listened on. ``direct=False`` takes every request through
-    ASGI.
+    A context manager: ``with Server(app) as server: … server.url``.
+
+    Args:
+        app: the application, such as :func:`create_app` returns.
+        host: the address to listen on.
+        port: the port to listen on; 0 for any free one.
+        ssl_certfile: the certificate, for HTTPS.
+        ssl_keyfile: the certificate's key.
+        direct: whether plain inference requests bypass ASGI.
+
+    Raises:
+        ServerError: the address is not available.
+
+    Attributes:
+        host: as given.
+        port: the port that is listened on.
+        url: the server's URL.
     """
 
     def __init__(
@@ -55,7 +69,11 @@ class Server:
         self._thread: threading.Thread | None = None
 
     def start(self) -> Server:
-        """Start serving; returns once requests are taken."""
+        """Start to serve, and return once requests are accepted.
+
+        Raises:
+            ServerError: the server did not start.
+        """
         if self._thread is None:
             arguments = (self._server, self._socket)
             self._thread = threading.Thread(target=_serve, args=arguments, name="torchsurgeon-serve", daemon=True)
@@ -93,17 +111,32 @@ def run(
     leaf_modules: Mapping[str, Collection[str]] | None = None,
     seed: int = 0,
     max_batch: int = 64,
-    profiler: Profiler | None = profile_here,
+    profiler: Profiler | None = measured_profile,
     say: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve models (name to SPEC) until interrupted; the process is then a server and nothing else.
+    """Serve models until the process is interrupted. The process is meant to do nothing else.
 
-    The port answers at once, with 503 for models that still load; ``say`` (by default ``print``) is given the line that
-    tells they are ready. ``weights`` and ``input_specs`` are by model name, as in :func:`torchsurgeon.models.load`, and
-    ``leaf_modules`` as in :func:`torchsurgeon.tracing.trace`; ``profiler`` is as in :class:`ModelRegistry`.
-    Raises ServerError when the address is taken, SpecError or TraceError when a model cannot be loaded.
+    The server answers at once, with 503 for models that are still loading. It changes the process: memory that is freed
+    is kept, and what is loaded is left out of garbage collection.
+
+    Args:
+        models: the SPEC of each model by its name.
+        host: the address to listen on. A warning is given where other machines can reach it.
+        port: the port to listen on; 0 for any free one.
+        weights: weights files by model name, as in :func:`torchsurgeon.models.specs.load`.
+        input_specs: inputs by model name, as in :func:`torchsurgeon.models.specs.load`.
+        leaf_modules: modules to keep whole by model name, as in :func:`torchsurgeon.tracing.trace`.
+        seed: seed of random weights.
+        max_batch: the largest batch of a request.
+        profiler: as in :class:`ModelRegistry`.
+        say: called with each line about the server's progress; prints it by default.
+
+    Raises:
+        ServerError: the address is not available.
+        SpecError: a SPEC could not be loaded.
+        TraceError: a model could not be traced.
     """
-    tell = say or (lambda line: print(line, flush=True))
+    report = say or (lambda line: print(line, flush=True))
     if not is_loopback(host):
         warnings.warn(
             f"listening on {host}: everyone who can reach this address can run the models and read their weights' "
@@ -131,14 +164,14 @@ def run(
                     leaf_modules=(leaf_modules or {}).get(name, ()),
                     seed=seed,
                 )
-                tell(
+                report(
                     f"loaded {name} from {served.source} in {time.perf_counter() - started_s:.1f} s: "
                     f"{len(served.graph.layers)} layers, {len(served.graph.points)} partition points"
                 )
-            # What is loaded stays: the garbage collector need not walk through it again during a request.
+            # The models stay for ever, so the garbage collector does not have to walk through them during requests.
             gc.collect()
             gc.freeze()
-            tell(f"ready: serving {', '.join(models)} at {url}")
+            report(f"ready: serving {', '.join(models)} at {url}")
         except TorchSurgeonError as error:
             failures.append(error)
             server.should_exit = True
@@ -154,17 +187,25 @@ def run(
 
 
 def _serve(server: uvicorn.Server, bound: socket.socket) -> None:
-    # Short requests run in this thread; see Worker.now.
+    # Quick requests run in the event loop's thread, and Worker.now does so only where gradients are off.
     with torch.no_grad():
         server.run(sockets=[bound])
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening-ready socket. Raises ServerError saying what to do when the address cannot be had."""
+    """Return a socket that is bound to an address.
+
+    Args:
+        host: the address.
+        port: the port; 0 for any free one.
+
+    Raises:
+        ServerError: the address is not available.
+    """
     bound: socket.socket | None = None
     try:
         if not 0 <= port < 1 << 16:
-            # getaddrinfo would take its lower 16 bits.
+            # getaddrinfo would use the lower 16 bits only.
             raise OverflowError("a port is a number from 0 to 65535")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
@@ -173,12 +214,14 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         if bound is not None:
             bound.close()
-        raise ServerError(f"cannot listen on {host}:{port}: {error}; choose another port or host") from error
+        raise ServerError(
+            f"cannot listen on {host[:300]}:{port}: {short(error)}; choose another port or host"
+        ) from error
     return bound
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
+    """Return whether only this machine reaches ``host``."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -195,7 +238,7 @@ def _config(
     return uvicorn.Config(
         app,
         http=cast(Any, partial(ServeProtocol, getattr(app, "direct", None) if direct else None)),
-        # uvloop, where it is installed, was slower by half at what ServeProtocol does.
+        # Not uvloop, which took half as long again for what ServeProtocol does.
         loop="asyncio",
         ws="none",
         lifespan="off",

@@ -14,9 +14,13 @@ T = TypeVar("T")
 
 
 class Worker:
-    """One thread that runs what it is given, in order and without gradients.
+    """One thread that runs jobs in order and without gradients.
 
-    A model has one, so its layers never run concurrently.
+    A model has one worker, so its layers never compete with each other for the processor. ``_running`` is held while a
+    job runs, so that :meth:`now` runs a job in another thread only while this one is idle.
+
+    Args:
+        name: the thread's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -26,14 +30,16 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Queue a job, and return the future of its result."""
         future: Future[T] = Future()
         self._jobs.put((future, job))
         return future
 
     def now(self, job: Callable[[], T]) -> T | None:
-        """Run ``job`` in the calling thread if nothing else runs or waits; None if something does.
+        """Run a job in the calling thread and return its result; None where another job runs or waits.
 
-        None also where gradients are recorded: to turn that off and on again is a tenth of a small request.
+        It is also None where the calling thread records gradients: to turn that off and on again would take a tenth of
+        a small request's time.
         """
         if torch.is_grad_enabled() or not self._jobs.empty() or not self._running.acquire(blocking=False):
             return None
@@ -43,7 +49,7 @@ class Worker:
             self._running.release()
 
     def close(self) -> None:
-        """Let what is queued finish, then end the thread."""
+        """End the thread after the jobs that are queued."""
         self._jobs.put(None)
 
     def _run(self) -> None:
@@ -58,6 +64,6 @@ class Worker:
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            # The thread must not keep the last request's buffers while it waits for the next.
+            # While it waits for the next job, the thread must not keep the buffers of the last one alive.
             del item, future, job
             result = None
