@@ -1,4 +1,4 @@
-"""A wireless link and a slow device on one machine, for demos, tests and benchmarks."""
+"""An emulated wireless link and an emulated slow device on one machine, for demos, tests and benchmarks."""
 
 from __future__ import annotations
 

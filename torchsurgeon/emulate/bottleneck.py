@@ -1,7 +1,8 @@
-"""One direction of an emulated link: when what enters it comes out.
+"""One direction of an emulated link: it computes when the bytes that enter come out.
 
-Nothing here waits or touches a socket. When bytes pass is computed from when the bytes before them passed, not from
-when somebody looked, so that late timers delay single packets but never add up.
+This is arithmetic only; nothing waits or uses a socket. The moment at which bytes pass is computed from the moment at
+which the bytes before them passed, not from the moment at which that is asked for. So a late timer delays single
+packets, and the delays never add up.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ _LEAST_BUFFER_BYTES = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Packet(Generic[_F]):
-    """Bytes of `flow` on their way; none at all mean that their sender ended it, in order or by a reset."""
+    """Bytes on their way.
+
+    Attributes:
+        flow: what they belong to.
+        data: the bytes. Empty where the sender has closed its half of the connection.
+        entered_s: when they were ready to enter the link.
+        reset: whether the sender reset the connection.
+    """
 
     flow: _F
     data: bytes
@@ -33,9 +41,17 @@ class Packet(Generic[_F]):
 
 
 class Bottleneck(Generic[_F]):
-    """A bounded queue, a transmitter at the link's rate, and the delay of the way, shared by all flows.
+    """A bounded queue, a transmitter at the link's rate, and a propagation delay, which all flows share.
 
-    `readable` holds the flows whose sender has more bytes, for which the queue may have no room yet.
+    A packet waits in the queue until the packets before it have passed the transmitter, passes it at the link's rate,
+    and arrives after the delay. All times are those of one monotonic clock, in seconds.
+
+    Attributes:
+        readable: flows whose sender has more bytes, in the order in which they may enter once the queue has room.
+        passed_bytes: bytes that have arrived.
+        delay_s: the one-way delay.
+        chunk_bytes: how many bytes to read at once: about 2 ms of the link's rate.
+        buffer_bytes: bytes from which the queue is full: about a tenth of a second of the link's rate.
     """
 
     def __init__(self) -> None:
@@ -53,7 +69,13 @@ class Bottleneck(Generic[_F]):
         self._last_arrival_s = -math.inf
 
     def shape(self, rate: float | BandwidthTrace, delay_s: float, now_s: float) -> None:
-        """Take on a rate in bit/s, or the replay of a trace, and a one-way delay; what has passed arrives as before."""
+        """Change the link. What has passed the transmitter arrives as it would have; the queue passes at the new rate.
+
+        Args:
+            rate: the rate in bit/s, or a trace that is replayed from now on.
+            delay_s: the one-way delay.
+            now_s: the time now.
+        """
         self.advance(now_s)
         if isinstance(rate, BandwidthTrace):
             mean_bit_s, trace = rate.mean_bit_s, rate
@@ -69,7 +91,7 @@ class Bottleneck(Generic[_F]):
 
     @property
     def full(self) -> bool:
-        """No more may enter until some has passed."""
+        """Whether nothing may enter before something has passed."""
         return self._queued_bytes >= self.buffer_bytes
 
     def push(self, packet: Packet[_F]) -> None:
@@ -78,24 +100,25 @@ class Bottleneck(Generic[_F]):
         self._queued_bytes += len(packet.data)
 
     def advance(self, now_s: float) -> None:
-        """Let everything pass that would have passed by now."""
+        """Let everything pass that passes the transmitter until ``now_s``."""
         while self._queue and (passed_s := self._head_passes()) <= now_s:
             packet = self._queue.popleft()
             self._head_passed_s = None
             self._queued_bytes -= len(packet.data)
             self._free_at_s = passed_s
+            # Packets keep their order even where the delay has become shorter.
             self._last_arrival_s = max(passed_s + self.delay_s, self._last_arrival_s)
             self._flying.append((self._last_arrival_s, packet))
 
     def arrivals(self, now_s: float) -> Iterator[Packet[_F]]:
-        """The packets that have come out by now, in the order they entered; each is given once."""
+        """Return the packets that arrive until ``now_s``, in the order in which they entered. Each is returned once."""
         while self._flying and self._flying[0][0] <= now_s:
             packet = self._flying.popleft()[1]
             self.passed_bytes += len(packet.data)
             yield packet
 
     def wake_at_s(self) -> float:
-        """When there is something to do next: an arrival, or room for a flow that waits to be read."""
+        """Return when there is something to do next: an arrival, or room for a flow that waits. Infinite for never."""
         if self.readable and not self.full:
             return -math.inf
         room_s = self._head_passes() if self._queue and self.readable else math.inf

@@ -1,4 +1,4 @@
-"""A device slower than this one."""
+"""An emulated device that is slower than this machine."""
 
 from __future__ import annotations
 
@@ -19,19 +19,30 @@ _SPIN_S = 3e-4
 
 
 class SlowDevice:
-    """A device `factor` times slower than this one: every call takes `factor` times what it took.
+    """A device that is ``factor`` times slower than this machine: every call takes ``factor`` times as long.
 
-    :param factor: 1 or more
-    :raises DeviceError: the factor is below 1 or not finite
+    Args:
+        factor: 1 or more.
+
+    Raises:
+        DeviceError: the factor is below 1 or not finite.
     """
 
     def __init__(self, factor: float) -> None:
         if not (math.isfinite(factor) and factor >= 1):
-            raise DeviceError(f"a device cannot be slowed by a factor of {factor}: give 1 or more")
+            raise DeviceError(f"the factor of a slow device must be 1 or more, and finite; got {factor}")
         self.factor = factor
 
     def call(self, function: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
-        """What `function` returns, `factor` times as late. CUDA work it launches is waited for and counted."""
+        """Call a function, and return its result after ``factor`` times the time that it took.
+
+        CUDA work that the function launches is waited for, and counts.
+
+        Args:
+            function: the function.
+            *args: passed on to it.
+            **kwargs: passed on to it.
+        """
         # Before PyTorch is imported nothing runs on CUDA.
         torch: Any = sys.modules.get("torch")
         cuda = torch is not None and torch.cuda.is_initialized()
@@ -45,12 +56,16 @@ class SlowDevice:
         rest_s = end_s - time.perf_counter() - _SPIN_S
         if rest_s > 0:
             time.sleep(rest_s)
+        # The last moment is spent in a loop, since a sleep may end late.
         while time.perf_counter() < end_s:
             pass
         return result
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """A module that computes what `module` does, with its parameters and attributes, as slowly as this device."""
+        """Return a module that computes what ``module`` computes, as slowly as this device.
+
+        It has the parameters and the attributes of ``module``.
+        """
         from torchsurgeon.emulate.slowed import Slowed
 
         return Slowed(module, self.call)

@@ -1,6 +1,7 @@
-"""A TCP proxy with the rates and the delay of a wireless link.
+"""A TCP proxy that has the rates and the delay of a wireless link.
 
-Headers below TCP's payload, loss, and the slow start of a fresh connection are not emulated.
+Not emulated are the headers below TCP's payload, the loss of packets, and the slow start of a new connection. One
+thread does everything in a loop (``_step``). Other threads set a flag and wake it through a socket pair.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from types import TracebackType
 from typing import Any
 
 from torchsurgeon.emulate.bottleneck import Bottleneck, Packet
-from torchsurgeon.emulate.sides import Connection, Flow, Side
-from torchsurgeon.errors import LinkError
+from torchsurgeon.emulate.sides import Direction, ProxiedConnection, Side
+from torchsurgeon.errors import LinkError, short
 from torchsurgeon.link import Link, TracedLink
 
 _SOCKET_BUFFER_BYTES = 1 << 17
@@ -33,7 +34,13 @@ _WAKES_LATE_S = 1e-4
 
 @dataclass(frozen=True)
 class LinkCounts:
-    """What passed an emulated link: connections accepted, and payload bytes that arrived in each direction."""
+    """What an emulated link has carried.
+
+    Attributes:
+        connections: connections that were accepted.
+        uplink_bytes: payload bytes that arrived at the target.
+        downlink_bytes: payload bytes that arrived at the client.
+    """
 
     connections: int
     uplink_bytes: int
@@ -41,18 +48,27 @@ class LinkCounts:
 
 
 class LinkEmulator:
-    """A TCP proxy that makes `target_host:target_port` look as if it were behind `link`.
+    """A TCP proxy that makes a target look as if it were behind a wireless link.
 
-    The port is listened on from construction, connections are served between :meth:`start` and :meth:`close` (or in a
-    ``with`` block), or for as long as :meth:`run` blocks. Opening a connection costs one round trip, as TCP's handshake
-    does. A half that its sender closes is closed at the other end in order, after the bytes before; so is a connection
-    whose target is not there. What waits in the emulator is bounded by a tenth of a second of the link's rate in each
-    direction, again for each receiver that does not read, and by the sockets' buffers: a sender that outruns the link
-    is held back.
+    The proxy listens from its construction on, and serves connections between :meth:`start` and :meth:`close`, in a
+    ``with`` block, or while :meth:`run` blocks. Opening a connection costs one round trip, as TCP's handshake does. The
+    end of a half that its sender closes arrives after the bytes before it; a connection whose target does not answer is
+    closed in the same way. A sender that is faster than the link is held back: in each direction the emulator holds a
+    tenth of a second of the link's rate, as much again for each receiver that does not read, and the sockets' buffers.
 
-    :param listen_port: 0 for a free one, which :attr:`port` then tells
-    :param link: constant rates or a replay of recordings, which starts with the emulator
-    :raises LinkError: the port cannot be listened on, or the target's name not resolved
+    Args:
+        listen_port: the port to listen on; 0 for any free one.
+        target_host: the target's address or name.
+        target_port: the target's port.
+        link: constant rates, or a replay of recorded rates that starts with the emulator.
+        host: the address to listen on.
+
+    Raises:
+        LinkError: the link, the port or the target's name is not valid, or the port is taken.
+
+    Attributes:
+        host: the address that the proxy listens on.
+        port: its port.
     """
 
     def __init__(
@@ -66,11 +82,11 @@ class LinkEmulator:
     ) -> None:
         _checked_link(link)
         if not 0 < target_port < 1 << 16:
-            raise LinkError(f"the link's target {target_host}:{target_port} has no such port; give one from 1 to 65535")
+            raise LinkError(f"the port of the link's target must be from 1 to 65535; got {target_port}")
         try:
             family, kind, proto, _, target = socket.getaddrinfo(target_host, target_port, type=socket.SOCK_STREAM)[0]
         except (OSError, OverflowError) as error:
-            raise LinkError(f"no address for the link's target {target_host}:{target_port}: {error}") from error
+            raise LinkError(f"no address for the link's target {target_host[:300]}: {short(error)}") from error
         self._target: Any = target
         self._target_socket = (family, kind, proto)
         self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
@@ -81,8 +97,9 @@ class LinkEmulator:
             self._listener.listen(128)
         except (OSError, OverflowError) as error:
             self._listener.close()
-            reason = getattr(error, "strerror", None) or error
-            raise LinkError(f"cannot listen on {host}:{listen_port}: {reason}; port 0 takes a free one") from error
+            reason = getattr(error, "strerror", None) or short(error)
+            where = f"{host[:300]}:{listen_port}"
+            raise LinkError(f"cannot listen on {where}: {reason}; port 0 takes a free one") from error
         self._listener.setblocking(False)
         self.host = host
         self.port: int = self._listener.getsockname()[1]
@@ -92,8 +109,8 @@ class LinkEmulator:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._uplink, self._downlink = Bottleneck[Flow](), Bottleneck[Flow]()
-        self._connections: set[Connection] = set()
+        self._uplink, self._downlink = Bottleneck[Direction](), Bottleneck[Direction]()
+        self._connections: set[ProxiedConnection] = set()
         self._accepted = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_order = itertools.count()
@@ -104,17 +121,21 @@ class LinkEmulator:
 
     @property
     def link(self) -> Link | TracedLink:
-        """The link emulated now."""
+        """The link that is emulated now."""
         return self._link
 
     def set_link(self, link: Link | TracedLink) -> None:
-        """Change the link under open connections; bytes already on their way arrive as before, and a replay starts."""
+        """Change the link, under open connections too, from any thread. A replay of recorded rates starts now.
+
+        Raises:
+            LinkError: ``link`` is no link.
+        """
         self._link = _checked_link(link)
         self._link_is_new = True
         self._wake()
 
     def counts(self) -> LinkCounts:
-        """What has passed so far."""
+        """Return what the link has carried so far."""
         return LinkCounts(self._accepted, self._uplink.passed_bytes, self._downlink.passed_bytes)
 
     def start(self) -> LinkEmulator:
@@ -124,7 +145,7 @@ class LinkEmulator:
         return self
 
     def close(self) -> None:
-        """Stop serving and close every connection; from any thread, any number of times."""
+        """Stop serving and close every connection. May be called from any thread, and more than once."""
         with self._lifecycle:
             self._stopping = True
             if not self._running:
@@ -142,7 +163,7 @@ class LinkEmulator:
         self.close()
 
     def run(self) -> None:
-        """Serve connections in the calling thread until :meth:`close` is called from elsewhere, or an interrupt."""
+        """Serve connections in the calling thread, until another thread calls :meth:`close` or an error ends it."""
         with self._lifecycle:
             if self._stopping:
                 return
@@ -171,7 +192,7 @@ class LinkEmulator:
         self._wake_in.recv(4096)
 
     def _now_s(self) -> float:
-        # What passes when depends on this clock and on _poll alone, so a test can give both a virtual time.
+        # When bytes pass depends on this clock and on _poll alone, so that a test can replace both by a virtual time.
         return time.monotonic()
 
     def _step(self) -> None:
@@ -179,7 +200,7 @@ class LinkEmulator:
         if self._link_is_new:
             self._link_is_new = False
             self._take_on(self._link, now_s)
-        # Linux wakes a sleeper about this late, which on every hop of a short round trip would add up to a percent.
+        # Linux wakes a sleeping thread about this late. On each hop of a short round trip that would add a percent.
         now_s += _WAKES_LATE_S
         while self._timers and self._timers[0][0] <= now_s:
             heapq.heappop(self._timers)[2]()
@@ -201,7 +222,7 @@ class LinkEmulator:
 
     def _poll(self, wake_s: float) -> list[tuple[selectors.SelectorKey, int]]:
         timeout_s = None if wake_s == math.inf else max(wake_s - _WAKES_LATE_S - self._now_s(), 0.0)
-        # epoll waits in whole milliseconds, which is several percent of a short round trip; select on it does not.
+        # epoll waits for whole milliseconds, which is several percent of a short round trip; select() on it does not.
         fileno = getattr(self._selector, "fileno", lambda: _MOST_SELECT_FD)()
         if fileno >= _MOST_SELECT_FD:
             return self._selector.select(timeout_s)
@@ -218,18 +239,18 @@ class LinkEmulator:
             sock, _ = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                # A connection that cannot be accepted keeps the listener readable; without a pause the loop would spin.
+                # Nothing was accepted, so the listener stays readable; without a pause the loop would spin.
                 self._selector.unregister(self._listener)
                 self._after(_ACCEPT_PAUSE_S, self._listen)
             return
         self._accepted += 1
-        connection = Connection(self._uplink, self._downlink)
+        connection = ProxiedConnection(self._uplink, self._downlink)
         connection.up.source = connection.down.sink = Side(sock, self._selector, connection)
         self._connections.add(connection)
         self._after(self._uplink.delay_s, lambda: self._connect(connection))
         self._after(self._uplink.delay_s + self._downlink.delay_s, lambda: self._read_again(connection.up))
 
-    def _connect(self, connection: Connection) -> None:
+    def _connect(self, connection: ProxiedConnection) -> None:
         if connection.closed:
             return
         try:
@@ -246,7 +267,7 @@ class LinkEmulator:
         else:
             self._connected(connection, code)
 
-    def _connected(self, connection: Connection, code: int) -> None:
+    def _connected(self, connection: ProxiedConnection, code: int) -> None:
         connection.connecting = False
         if code:
             self._refuse(connection)
@@ -254,16 +275,16 @@ class LinkEmulator:
         self._flush(connection.up)
         self._read_again(connection.down)
 
-    def _refuse(self, connection: Connection) -> None:
+    def _refuse(self, connection: ProxiedConnection) -> None:
         connection.up.ended = True
         self._downlink.push(Packet(connection.down, b"", self._now_s()))
         connection.up.done = True
 
-    def _read_again(self, flow: Flow) -> None:
+    def _read_again(self, flow: Direction) -> None:
         if flow.source is not None and not flow.ended and not flow.connection.closed:
             flow.source.wait_for(selectors.EVENT_READ)
 
-    def _attend(self, connection: Connection, side: Side, mask: int) -> None:
+    def _attend(self, connection: ProxiedConnection, side: Side, mask: int) -> None:
         if connection.closed:
             return
         incoming, outgoing = (
@@ -279,21 +300,23 @@ class LinkEmulator:
         if mask & selectors.EVENT_WRITE:
             self._flush(outgoing)
 
-    def _pump(self, path: Bottleneck[Flow], now_s: float) -> None:
+    def _pump(self, path: Bottleneck[Direction], now_s: float) -> None:
         path.advance(now_s)
         while self._read(path):
             path.advance(now_s)
         for packet in path.arrivals(now_s):
             self._deliver(packet)
 
-    def _read(self, path: Bottleneck[Flow]) -> bool:
-        took = False
+    def _read(self, path: Bottleneck[Direction]) -> bool:
+        """Let bytes of waiting flows enter while the queue has room; return whether any did."""
+        entered = False
         while path.readable and not path.full:
             flow = path.readable.popleft()
             source = flow.source
             if source is None or flow.ended or flow.connection.closed:
                 continue
             if flow.unsent_bytes >= path.buffer_bytes:
+                # Its receiver does not read. It is left out until the receiver does, or it would fill the shared queue.
                 flow.parked = True
                 continue
             try:
@@ -304,16 +327,16 @@ class LinkEmulator:
             except OSError:
                 packet = Packet(flow, b"", flow.readable_since_s, reset=True)
             path.push(packet)
-            took = True
+            entered = True
             if not packet.data:
                 flow.ended = True
             elif len(packet.data) < path.chunk_bytes:
                 source.wait_for(selectors.EVENT_READ)
             else:
                 path.readable.append(flow)
-        return took
+        return entered
 
-    def _deliver(self, packet: Packet[Flow]) -> None:
+    def _deliver(self, packet: Packet[Direction]) -> None:
         flow = packet.flow
         if flow.done or flow.connection.closed:
             return
@@ -327,7 +350,7 @@ class LinkEmulator:
             flow.end_arrived = True
         self._flush(flow)
 
-    def _flush(self, flow: Flow) -> None:
+    def _flush(self, flow: Direction) -> None:
         connection, sink = flow.connection, flow.sink
         if connection.connecting or connection.closed or sink is None:
             return
@@ -352,8 +375,8 @@ class LinkEmulator:
         elif flow.parked and flow.unsent_bytes < flow.path.buffer_bytes:
             flow.wait_for_room(self._now_s())
 
-    def _give_up(self, flow: Flow) -> None:
-        """Nobody reads this direction any more; what the other still carries arrives before the connection closes."""
+    def _give_up(self, flow: Direction) -> None:
+        """Stop a direction whose receiver has gone. What the other direction carries still arrives."""
         flow.done = flow.ended = True
         flow.unsent.clear()
         flow.unsent_bytes = 0
@@ -361,14 +384,14 @@ class LinkEmulator:
             if side is not None:
                 side.wait_for(selectors.EVENT_READ if side is flow.source else selectors.EVENT_WRITE, False)
 
-    def _drop(self, connection: Connection, *, reset: bool = False) -> None:
+    def _drop(self, connection: ProxiedConnection, *, reset: bool = False) -> None:
         connection.close(reset=reset)
         self._connections.discard(connection)
 
 
 def _checked_link(link: Link | TracedLink) -> Link | TracedLink:
     if not isinstance(link, Link | TracedLink):
-        raise LinkError(f"no link: {link!r}; give a Link or a TracedLink, such as parse_profile('lte')")
+        raise LinkError(f"a link must be a Link or a TracedLink, such as parse_profile('lte'); got {short(link)}")
     return link
 
 

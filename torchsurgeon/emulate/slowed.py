@@ -1,5 +1,7 @@
-"""A module that is called through another function. It has a file of its own so that the rest of emulate/ needs no
-PyTorch."""
+"""A module that is called through another function.
+
+It has a file of its own so that the rest of emulate/ needs no PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ from torch import nn
 
 
 class Slowed(nn.Module):
-    """A module whose attributes are those of ``module``, and which is called through ``call(module, …)``."""
+    """A module that has the attributes of another one, and calls it through a function.
+
+    Args:
+        module: the other module.
+        call: called as ``call(module, …)`` with the arguments of each call.
+    """
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
@@ -19,6 +26,7 @@ class Slowed(nn.Module):
         self._call = call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function returns for the other module and these arguments."""
         return self._call(self.module, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
