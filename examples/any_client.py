@@ -1,4 +1,4 @@
-"""Ask a server for the tail of a model with NVIDIA's client: the tensors' names say what is to run.
+"""Ask a server for the tail of a model with NVIDIA's client. The names of the tensors decide which part is run.
 
 torchsurgeon serve alexnet=torchvision:alexnet
 pip install 'tritonclient[http]'
@@ -18,6 +18,7 @@ from torchsurgeon.models import specs
 
 
 def ask(client: triton.InferenceServerClient, model: str, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """Send named tensors, and return the model's first output."""
     inputs = []
     for name, array in tensors.items():
         one = triton.InferInput(name, list(array.shape), triton.np_to_triton_dtype(array.dtype))
@@ -31,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--server", default="127.0.0.1:8000")
     parser.add_argument("--model", default="alexnet")
-    parser.add_argument("--spec", default="torchvision:alexnet", help="what the server was given for that name")
-    parser.add_argument("--cut", default="features.12", help="the last layer that runs here")
+    parser.add_argument("--spec", default="torchvision:alexnet", help="the SPEC that the server has for this name")
+    parser.add_argument("--cut", default="features.12", help="the last layer that runs on this device")
     options = parser.parse_args()
 
     client = triton.InferenceServerClient(options.server)
@@ -44,12 +45,13 @@ def main() -> None:
     with torch.no_grad():
         boundary = part.head(*loaded.args)
     sent = {spec.name: tensor.numpy() for spec, tensor in zip(part.point.tensors, boundary, strict=True)}
+    # The server runs the rest of the model in one case, and all of it in the other.
     tail = ask(client, options.model, sent)
     whole = ask(client, options.model, {metadata["inputs"][0]["name"]: loaded.args[0].numpy()})
     print(f"sent {', '.join(sent)}: {sum(array.nbytes for array in sent.values())} bytes,", end=" ")
     print(f"instead of {metadata['inputs'][0]['name']}: {loaded.args[0].nbytes}")
     assert np.array_equal(tail, whole)
-    print("both gave the same answer, class", int(tail.argmax()))
+    print("both ways give the same answer, class", int(tail.argmax()))
     client.close()
 
 

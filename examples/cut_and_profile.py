@@ -1,4 +1,4 @@
-"""Look inside a model, measure its layers, cut it by hand, and ask where a cut would pay. No server is needed.
+"""List a model's partition points, measure its layers, plan a cut, and cut the model by hand. No server is needed.
 
 python cut_and_profile.py --spec torchvision:resnet18 --slow 10
 """
@@ -31,7 +31,7 @@ def main() -> None:
     server = ts.profile(graph, repeats=5)
     device = server.scaled(options.slow)
     slowest = sorted(zip(server.layer_s, server.layers, strict=True), reverse=True)[:5]
-    print(f"{server.total_s * 1e3:.1f} ms on this machine; most of it in")
+    print(f"{server.total_s * 1e3:.1f} ms on this machine; the slowest layers:")
     for latency_s, name in slowest:
         print(f"  {latency_s * 1e3:7.2f} ms  {name}")
 

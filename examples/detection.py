@@ -1,7 +1,7 @@
-"""Detect objects with the cut inside the backbone: lists of images in, lists of boxes out, as torchvision gives them.
+"""Detect objects with a cut inside the backbone: a list of images goes in, and a list of boxes comes out.
 
-python detection.py                                              # with a server of its own
-torchsurgeon serve ssd=torchvision:ssdlite320_mobilenet_v3_large # or start one
+python detection.py                                              # starts a server in this process
+torchsurgeon serve ssd=torchvision:ssdlite320_mobilenet_v3_large # or start one yourself
 python detection.py --server http://127.0.0.1:8000               # and use it
 """
 
@@ -20,10 +20,10 @@ SPEC = "torchvision:ssdlite320_mobilenet_v3_large"
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--server", help="URL; one is started in this process otherwise")
-    parser.add_argument("--cut", default="backbone.features.0.10.add", help="the last layer that runs here")
+    parser.add_argument("--server", help="a server's URL; without it, one is started in this process")
+    parser.add_argument("--cut", default="backbone.features.0.10.add", help="the last layer that runs on this device")
     options = parser.parse_args()
-    loaded = specs.load(SPEC)  # seeded random weights, as the server has them
+    loaded = specs.load(SPEC)  # random weights from a seed, the same as the server's
     model, images = loaded.model, loaded.args[0]
     with contextlib.ExitStack() as stack:
         if options.server is None:
@@ -40,7 +40,7 @@ def main() -> None:
             expected = model(images)
     for image, (got, want) in enumerate(zip(found, expected, strict=True)):
         assert all(torch.equal(got[field], want[field]) for field in want)
-        print(f"image {image}: {len(got['boxes'])} boxes, the model's own bit for bit")
+        print(f"image {image}: {len(got['boxes'])} boxes, equal to the unsplit model's bit for bit")
     print("crossed:", *(str(spec) for spec in split.partition.tensors), sep="\n  ")
     print(split.last)
 

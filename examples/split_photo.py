@@ -1,7 +1,7 @@
-"""Split a photo classifier: the head runs here, the tail on a server, a photograph of bytes goes in.
+"""Split a photo classifier whose input is a photo's bytes: the head runs in this process, the tail on a server.
 
-python split_photo.py                                    # with a server of its own
-torchsurgeon serve photo=split_photo:classifier          # or, in this folder, start one
+python split_photo.py                                    # starts a server in this process
+torchsurgeon serve photo=split_photo:classifier          # or start one yourself, in this folder
 python split_photo.py --server http://127.0.0.1:8000     # and use it
 """
 
@@ -17,7 +17,10 @@ import torchsurgeon as ts
 
 
 class Classifier(nn.Module):
-    """Scaling and normalization belong to the model, so that all on the server means bytes on the uplink."""
+    """A classifier that scales and normalizes the photo itself.
+
+    So where all of the model runs on the server, the photo crosses the uplink as bytes, a quarter of their floats.
+    """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -30,7 +33,7 @@ class Classifier(nn.Module):
 
 
 def classifier() -> tuple[nn.Module, Tensor]:
-    """The model and an example of its input; the server's SPEC names this function."""
+    """Return the model and an example of its input. The server's SPEC names this function."""
     from torchvision.models import squeezenet1_1
 
     return Classifier(squeezenet1_1()), torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
@@ -38,10 +41,10 @@ def classifier() -> tuple[nn.Module, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--server", help="URL; one is started in this process otherwise")
+    parser.add_argument("--server", help="a server's URL; without it, one is started in this process")
     given = parser.parse_args().server
     with contextlib.ExitStack() as stack:
-        torch.manual_seed(0)  # random weights, those that the server makes; load your own on both sides
+        torch.manual_seed(0)  # random weights, the same as the server's; with your own, load them on both sides
         model, photo = classifier()
         model.eval()
         if given is None:

@@ -1,6 +1,6 @@
-"""Classify the frames of a video: while one is on its way to the server, the head of the next runs here.
+"""Classify the frames of a video: while one frame is on its way to the server, the head of the next one runs.
 
-python video_stream.py                       # over an emulated LTE link, with a server of its own
+python video_stream.py                       # over an emulated LTE link, to a server in this process
 python video_stream.py --link wifi --frames 60
 """
 
@@ -20,7 +20,7 @@ from torchsurgeon.emulate import LinkEmulator
 
 
 def video(frames: int) -> Iterator[Tensor]:
-    """Noise in the place of a camera. A frame is made when ``map`` asks for it, and not before."""
+    """Return random frames in place of a camera's. Each is made when it is asked for."""
     for number in range(frames):
         yield torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(number))
 
@@ -57,7 +57,7 @@ def main() -> None:
             assert torch.equal(answer, scores)
         streamed_s = time.perf_counter() - begin_s
         print(f"one by one {given.frames / one_by_one_s:.1f} frames/s, as a stream {given.frames / streamed_s:.1f}")
-        print("every answer is the model's own, in the order of the frames")
+        print("every answer is equal to the unsplit model's, in the order of the frames")
 
 
 if __name__ == "__main__":
