@@ -76,6 +76,7 @@ class Connection:
         """Return whether the next request can be sent; False where the server has closed the idle connection."""
         if time.monotonic() - self._used_s < _FRESH_S:
             return self.open
+        # An idle connection has nothing to read, unless the server has closed it or sent what no request asked for.
         poller = select.poll()
         poller.register(self._socket or -1, select.POLLIN)
         return not poller.poll(0)

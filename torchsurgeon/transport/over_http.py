@@ -156,6 +156,7 @@ class HttpTransport(Transport):
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
                 return self._connection(), False
+            # Checked outside the lock: no other thread has this connection any more, and checking is a system call.
             if connection.usable():
                 return connection, True
             connection.close()

@@ -206,8 +206,8 @@ def request_head(header: dict[str, Any]) -> RequestHead:
     return RequestHead(entries, tuple(outputs), default, understands, _request_id(header), parameters, codec, crc32)
 
 
-# A device repeats its header byte for byte while it cuts at one point, so a header is checked once. Callers keep only
-# headers of at most MAX_REMEMBERED_BYTES here, so a hostile client cannot fill the memory.
+# A device repeats its header byte for byte while it cuts at one point, so a header is checked once. Callers pass only
+# headers of at most MAX_REMEMBERED_BYTES, so a hostile client cannot fill the memory with this cache.
 @lru_cache(maxsize=256)
 def remembered_request_head(text: bytes) -> RequestHead:
     """Return :func:`request_head` of a header's text: for the same text the same object.
