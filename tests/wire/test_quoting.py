@@ -8,11 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchsurgeon import wire
+from torchsurgeon import serve, wire
 from torchsurgeon.errors import ProtocolError
+from torchsurgeon.transport import InProcessTransport
+from torchsurgeon.transport.base import Deadline
 
 SKULL = "☠"
 MOST_CHARACTERS, MOST_QUOTED = 1000, 300
@@ -109,3 +112,27 @@ def test_a_field_of_500_kb_is_quoted_short(field: str) -> None:
     with pytest.raises(ProtocolError, match=SKULL) as refused:
         wire.decode_request(text + bytes(4), len(text))
     assert len(str(refused.value)) <= MOST_CHARACTERS
+
+
+@pytest.mark.parametrize("field", ["output", "codec", "id", "model", "path"])
+def test_a_server_answers_a_hostile_request_with_a_short_error(field: str) -> None:
+    registry = serve.ModelRegistry()
+    registry.add("net", torch.nn.Linear(2, 2).eval(), torch.zeros(1, 2))
+    long = SKULL * 60_000
+    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}
+    sent: dict[str, Any] = {"inputs": [tensor], "parameters": {}}
+    if field == "output":
+        sent["outputs"] = [{"name": long}]
+    elif field == "codec":
+        sent["parameters"]["output_codec"] = long
+    elif field == "id":
+        sent["id"] = [long]
+    text = json.dumps(sent).encode()
+    headers = {wire.HEADER_LENGTH: str(len(text))}
+    path = {"model": f"/v2/models/{long}/infer", "path": f"/v2/{long}"}.get(field, "/v2/models/net/infer")
+    with InProcessTransport(serve.create_app(registry)) as transport:
+        raw = transport._call("POST", path, headers, [text + bytes(8)], 1 << 20, Deadline(30.0))
+    assert raw.status in (400, 404)
+    answer = json.loads(bytes(raw.body))["error"]
+    assert len(answer) <= MOST_CHARACTERS
+    assert answer.count(SKULL) <= MOST_QUOTED
