@@ -311,6 +311,6 @@ def test_the_command_prints_the_table_and_writes_it(
         assert word in printed
     assert [row.cost.codec for row in CodecTable.load(out).at(0)] == ["raw", "zstd", "int8+zstd"]
     assert cli.main(["codecs", "factories:tiny", "--sample", str(tmp_path / "none")]) == 2
-    assert "is not readable" in capsys.readouterr().err
+    assert "--sample must be a folder of images" in capsys.readouterr().err
     assert cli.main(["codecs", "factories:tiny", *options[:2], "--codecs", "zip"]) == 2
     assert "there is no codec 'zip'" in capsys.readouterr().err
