@@ -1,8 +1,9 @@
-"""Keep freed memory in the process, instead of handing it back to the kernel after every inference.
+"""Keep freed memory in the process, instead of returning it to the kernel after every inference.
 
-glibc gives large freed blocks back to the system, or not, by a threshold that moves with what was freed before. Where
-it does, every run pays page faults for layers' outputs, and whether it does depends on the model and on what the
-process did before (``benchmarks/allocator.py`` compares). With the memory kept, runs can be compared. See mallopt(3).
+glibc decides whether to return a large freed block by a threshold that moves with what was freed before. Where it
+returns blocks, every run pays for page faults at its layers' outputs. Whether it does depends on the model and on what
+the process did before (``benchmarks/allocator.py`` compares the two). With the memory kept, runs are comparable. See
+mallopt(3).
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _TRIM_THRESHOLD_BYTES, _TOP_PAD_BYTES = 1 << 30, 16 << 20
-# The first that the C library accepts.
+# The first of these that the C library accepts is set.
 _MMAP_THRESHOLDS_BYTES = (1 << 30, 32 << 20)
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep up to a gibibyte of freed memory, for the process's whole life. Returns False where the C
-    library is another one."""
+    """Make glibc keep up to 1 GiB of freed memory for the rest of the process's life.
+
+    Returns:
+        Whether it does; False where the C library is not glibc.
+    """
     if sys.platform != "linux":
         return False
     try:

@@ -1,4 +1,4 @@
-"""What the package keeps as JSON: written whole or not at all, read with the file and what is wrong with it named."""
+"""JSON files: written as a whole or not at all, and read with errors that name the file and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torchsurgeon.errors import TorchSurgeonError
+from torchsurgeon.errors import TorchSurgeonError, short
 
 T = TypeVar("T")
 Kind = type[TorchSurgeonError]
 
 
 def write(path: str | Path, data: Any, error: Kind) -> None:
-    """Write ``data`` so that an interruption leaves the old file or the new one. Raises ``error`` where it cannot be
-    written."""
+    """Write ``data`` as JSON. After an interruption the file holds the old data or the new, but never a part.
+
+    Args:
+        path: the file.
+        data: what ``json.dumps`` accepts.
+        error: the class that is raised where the file cannot be written.
+    """
     with _beside(path, error) as new:
         new.write_text(json.dumps(data, separators=(",", ":"), allow_nan=False), encoding="utf-8")
         os.replace(new, path)
 
 
 def check_writable(path: str | Path, error: Kind) -> None:
-    """Raise what :func:`write` would where it cannot write to ``path``, whose content stays."""
+    """Raise ``error`` where :func:`write` would raise it for ``path``. The content of the file stays."""
     with _beside(path, error) as new:
         new.touch()
 
 
 @contextlib.contextmanager
 def _beside(path: str | Path, kind: Kind) -> Iterator[Path]:
-    # Another process may be writing the same file.
+    # The process number keeps two processes that write the same file apart.
     new = Path(f"{path}.{os.getpid()}.new")
     try:
         try:
@@ -39,23 +44,37 @@ def _beside(path: str | Path, kind: Kind) -> Iterator[Path]:
         finally:
             new.unlink(missing_ok=True)
     except OSError as error:
-        raise kind(f"{path} cannot be written: {error.strerror}") from None
+        raise kind(f"{short(Path(path))} cannot be written: {error.strerror}") from None
 
 
 def read(path: str | Path, error: Kind, remedy: str) -> Any:
-    """Return the plain data in a file. Raises ``error``, with a ``remedy``, where it cannot be read or is not JSON."""
+    """Return the data in a JSON file.
+
+    Args:
+        path: the file.
+        error: the class that is raised where the file cannot be read or is not JSON.
+        remedy: what the error advises for a file that is not JSON, such as "measure it again".
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror}") from None
+        raise error(f"{short(Path(path))} cannot be read: {problem.strerror}") from None
     except (ValueError, RecursionError) as problem:
-        raise error(f"{path} is not JSON, or was cut short ({problem}); {remedy}") from None
+        what = short(problem, 100)
+        raise error(f"{short(Path(path), 200)} is not JSON, or was cut short ({what}); {remedy}") from None
 
 
 def load(path: str | Path, parse: Callable[[Any], T], error: Kind, remedy: str) -> T:
-    """Return what ``parse`` makes of the data in a file, which is named in the ``error`` that it raises."""
+    """Return what ``parse`` makes of the data in a JSON file; an ``error`` that it raises then names the file.
+
+    Args:
+        path: the file.
+        parse: turns the data into what is returned.
+        error: as in :func:`read`.
+        remedy: as in :func:`read`.
+    """
     data = read(path, error, remedy)
     try:
         return parse(data)
     except error as problem:
-        raise error(f"{path}: {problem}") from None
+        raise error(f"{short(Path(path))}: {problem}") from None

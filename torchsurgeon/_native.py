@@ -1,7 +1,6 @@
-"""Loads the compiled extension ``torchsurgeon._C`` at first use, and says what is missing where it is not built.
+"""The compiled extension ``torchsurgeon._C``: loaded at its first use, with errors that say what is missing.
 
-Importing this module never fails: without the extension a Python clock takes over, and only tracing CUDA kernels needs
-what is missing.
+Importing this module does not load it. Only tracing CUDA kernels and fast int8 codecs need it.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torchsurgeon.errors import NativeUnavailableError
 
 _NOT_BUILT = "install a C++ compiler and PyTorch, then install torchsurgeon again with --no-build-isolation"
 
-# What the operators that open a library return, besides the library's own positive error codes (csrc/library.h).
+# The operators that open a library return these, 0, or one of the library's own positive error codes (csrc/library.h).
 _NOT_FOUND, _TOO_OLD = -1, -2
 
 
 @functools.cache
 def _load() -> tuple[Any, str]:
-    """The operators, or None and why."""
+    """Return the extension's operators and "", or None and why they are missing."""
     try:
         importlib.import_module("torchsurgeon._C")
     except ModuleNotFoundError:
@@ -38,14 +37,18 @@ def _load() -> tuple[Any, str]:
 
 
 def available() -> bool:
-    """Whether the compiled extension is built and loads."""
+    """Return whether the compiled extension is built and loads."""
     return _load()[0] is not None
 
 
 def operators(purpose: str) -> Any:
-    """The extension's operators, ``torch.ops.torchsurgeon``.
+    """Return the extension's operators, ``torch.ops.torchsurgeon``.
 
-    Raises :class:`NativeUnavailableError` naming ``purpose`` ("tracing CUDA kernels") where they cannot be had.
+    Args:
+        purpose: what they are for, which the error names, such as "tracing CUDA kernels".
+
+    Raises:
+        NativeUnavailableError: the extension is not built or does not load.
     """
     operators, why = _load()
     if operators is None:
@@ -55,10 +58,10 @@ def operators(purpose: str) -> Any:
 
 @functools.cache
 def clock() -> Callable[[], int]:
-    """A function that returns nanoseconds of the monotonic clock, the same one with and without the extension.
+    """Return the function that reads the monotonic clock in nanoseconds, and warn once where the extension is missing.
 
-    Warns once where the extension is missing. Python's ``perf_counter_ns`` is the cheapest way to read that clock from
-    Python, so it is what is returned; the extension reads the same clock for the spans it records.
+    It is Python's ``perf_counter_ns``, the cheapest way to read that clock from Python. The extension reads the same
+    clock for the spans that it records.
     """
     if not available():
         warnings.warn(
@@ -70,9 +73,13 @@ def clock() -> Callable[[], int]:
 
 
 def open_cuda_driver(purpose: str) -> Any:
-    """The operators with ``libcuda.so.1`` open and initialised; opened once, and always before CUPTI.
+    """Return the operators, after opening and initializing the CUDA driver, ``libcuda.so.1``.
 
-    Raises :class:`NativeUnavailableError` where the extension, the driver or a device is missing.
+    Args:
+        purpose: what they are for, which the error names.
+
+    Raises:
+        NativeUnavailableError: the extension, the driver or a CUDA device is missing.
     """
     ops = operators(purpose)
     code = ops.cuda_driver_open()
@@ -91,9 +98,15 @@ def open_cuda_driver(purpose: str) -> Any:
 
 
 def open_cupti(purpose: str) -> Any:
-    """The operators with the driver and CUPTI open: the copy PyTorch has mapped, else the one pip or CUDA installed.
+    """Return the operators, after opening the CUDA driver and then CUPTI.
 
-    Raises :class:`NativeUnavailableError` where any of them is missing.
+    CUPTI is the copy that PyTorch has loaded, or else one that pip or CUDA installed.
+
+    Args:
+        purpose: what they are for, which the error names.
+
+    Raises:
+        NativeUnavailableError: the extension, the driver, a CUDA device or CUPTI is missing.
     """
     ops = open_cuda_driver(purpose)
     tried = []

@@ -1,4 +1,4 @@
-"""Models as users name them, their weights' digests, and what a trace took for granted about them."""
+"""Models by the names that users give them, digests of their weights, and what a trace assumes about them."""
 
 from __future__ import annotations
 

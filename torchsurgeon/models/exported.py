@@ -1,10 +1,10 @@
-"""Loading an exported program (``.pt2``) after checking that nothing in the file can run code.
+"""Load an exported program (``.pt2``) after checking that nothing in the file can run code.
 
-``torch.export.load`` unpickles what a file marks as pickled, resolves operator names by attribute look-up from
-``torch``, evaluates shape expressions and executes guards, so a file from elsewhere could do anything. Here every
-record is checked first, with the reader torch itself uses and on the very bytes that are then loaded: only known
-records, no pickled weights, example inputs that load with ``weights_only``, operators from an allowed set,
-expressions of plain arithmetic.
+``torch.export.load`` unpickles what a file marks as pickled, looks operator names up as attributes of ``torch``,
+evaluates shape expressions and executes guards. So a file from elsewhere could run any code. Here every record is
+checked first, with the reader that torch itself uses and on the same bytes that are then loaded. Only known records are
+accepted, with weights that are not pickled, example inputs that load with ``weights_only``, operators from an allowed
+set, and expressions of plain arithmetic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.errors import SpecError
+from torchsurgeon.errors import SpecError, short
 
 _RECORD = re.compile(
     r"models/model\.json|data/(weights/(weight_\d+|model_weights_config\.json)"
@@ -34,62 +34,18 @@ _TARGET = re.compile(
 )
 _FORBIDDEN_TARGET = re.compile(r"__|from_file|triton|load_library")
 _PLAIN = re.compile(r"[\w.\-:/<>*]*")
-# Kept as text, quoted, or parsed as JSON by torch; never looked up or executed.
-_TEXT_KEYS = frozenset({"metadata", "as_string", "in_spec", "out_spec", "torch_version", "guards_code", "expr_str"})
+# PyTorch keeps the values of these keys as text, quotes them or parses them as JSON, but never executes them.
+_TEXT_KEYS = frozenset({"metadata", "as_string", "in_spec", "out_spec", "torch_version"})
 _FUNCTIONS = frozenset(
     [
-        "Symbol",
-        "Integer",
-        "Float",
-        "Rational",
-        "Add",
-        "Mul",
-        "Pow",
-        "Mod",
-        "Max",
-        "Min",
-        "Abs",
-        "floor",
-        "ceiling",
-        "And",
-        "Or",
-        "Not",
-        "Equality",
-        "Unequality",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Le",
-        "Gt",
-        "Ge",
-        "LessThan",
-        "StrictLessThan",
-        "GreaterThan",
-        "StrictGreaterThan",
-        "Piecewise",
-        "ExprCondPair",
-        "FloorDiv",
-        "ModularIndexing",
-        "Where",
-        "PythonMod",
-        "CleanDiv",
-        "CeilDiv",
-        "CeilToInt",
-        "FloorToInt",
-        "IntTrueDiv",
-        "FloatTrueDiv",
-        "TruncToInt",
-        "TruncToFloat",
-        "RoundToInt",
-        "ToFloat",
-        "PowByNatural",
-        "FloatPow",
-        "LShift",
-        "RShift",
-        "Identity",
-        "Sum",
+        "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs", "floor",
+        "ceiling", "And", "Or", "Not", "Equality", "Unequality", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "LessThan",
+        "StrictLessThan", "GreaterThan", "StrictGreaterThan", "Piecewise", "ExprCondPair", "FloorDiv",
+        "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilDiv", "CeilToInt", "FloorToInt", "IntTrueDiv",
+        "FloatTrueDiv", "TruncToInt", "TruncToFloat", "RoundToInt", "ToFloat", "PowByNatural", "FloatPow",
+        "LShift", "RShift", "Identity", "Sum",
     ]
-)
+)  # fmt: skip
 _EXPRESSION_NODES = (
     ast.Expression,
     ast.BinOp,
@@ -108,7 +64,11 @@ _EXPRESSION_NODES = (
 
 
 def load_exported(path: Path) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Return the program as a module and its example arguments. Raises SpecError for a file not safe or not valid."""
+    """Return an exported program as a module, and its example arguments.
+
+    Raises:
+        SpecError: the file may run code, is not a valid exported program, or holds no example inputs.
+    """
     try:
         data = path.read_bytes()
         _check(data)
@@ -116,13 +76,14 @@ def load_exported(path: Path) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any
         example = program.example_inputs
         module = program.module()
     except SpecError as error:
-        raise SpecError(f"{path} is refused: {error}") from None
+        raise SpecError(f"{short(path)} is refused: {error}") from None
     except Exception as error:
         raise SpecError(
-            f"{path} is no exported program this PyTorch ({torch.__version__}) can load: {error}"
+            f"{short(path, 100)} is no exported program that PyTorch {torch.__version__} loads "
+            f"({type(error).__name__}: {short(error, 200)}); export the model again with this version"
         ) from error
     if example is None:
-        raise SpecError(f"{path} holds no example inputs; save it with torch.export.save from a recent PyTorch")
+        raise SpecError(f"{short(path)} holds no example inputs; save it with torch.export.save of a recent PyTorch")
     args, kwargs = example
     return module, tuple(args), dict(kwargs)
 
@@ -133,21 +94,23 @@ def _check(data: bytes) -> None:
     names = [path.partition("/")[2] for path in paths]
     reader = torch._C.PyTorchFileReader(io.BytesIO(data))
     if len(set(paths)) != len(paths) or not set(reader.get_all_records()) <= set(names):
-        raise SpecError("the archive lists records more than once, or differently to different readers")
+        raise SpecError("each record must be listed once, and in the same way for every reader of the archive")
     for path, name in zip(paths, names, strict=True):
         if not _RECORD.fullmatch(name):
-            raise SpecError(f"record {path!r} does not belong in a plain exported program; it may hold code")
+            raise SpecError(f"record {short(path)} does not belong into an exported program, and may hold code")
     for kind, key in (("weights", "weight"), ("constants", "tensor")):
         config = json.loads(reader.get_record(f"data/{kind}/model_{kind}_config.json"))["config"]
         for name, entry in config.items():
             if entry["use_pickle"] is not False or not re.fullmatch(rf"{key}_\d+", entry["path_name"]):
-                raise SpecError(f"{kind[:-1]} {name!r} is stored as a pickle; export the model with dense tensors only")
+                raise SpecError(
+                    f"{kind[:-1]} {short(name)} is stored as a pickle; export the model with dense tensors only"
+                )
     sample = reader.get_record("data/sample_inputs/model.pt")
     if sample:
         try:
             torch.load(io.BytesIO(sample), weights_only=True)
         except Exception as error:
-            raise SpecError(f"its example inputs hold more than tensors ({type(error).__name__})") from None
+            raise SpecError(f"the example inputs must be tensors; they hold more ({type(error).__name__})") from None
     _walk(json.loads(reader.get_record("models/model.json")), "")
 
 
@@ -163,7 +126,7 @@ def _walk(value: Any, key: str) -> None:
     elif isinstance(value, str):
         if key in ("target", "as_operator"):
             if not _TARGET.fullmatch(value) or _FORBIDDEN_TARGET.search(value):
-                raise SpecError(f"it calls {value!r}, which is not an operator that is allowed")
+                raise SpecError(f"it calls {short(value)}, which is not one of the allowed operators")
         elif key == "expr_str":
             _expression(value)
         elif key == "guards_code":
@@ -174,11 +137,11 @@ def _walk(value: Any, key: str) -> None:
 
 def _plain(text: str) -> None:
     if not _PLAIN.fullmatch(text):
-        raise SpecError(f"the name {text[:60]!r} could be code")
+        raise SpecError(f"a name must consist of letters, digits and _.-:/<>*, and {short(text)} may be code")
 
 
 def _expression(text: str) -> None:
-    """Accept what sympy writes for a size: numbers, symbols, arithmetic and its own functions of them."""
+    """Check that a text is what sympy writes for a size: numbers, symbols, arithmetic and sympy's own functions."""
     for node in ast.walk(_parsed(text)):
         if isinstance(node, ast.Call):
             called = node.func.id if isinstance(node.func, ast.Name) else ""
@@ -191,16 +154,16 @@ def _expression(text: str) -> None:
         else:
             good = isinstance(node, _EXPRESSION_NODES)
         if not good or (isinstance(node, ast.Name) and "__" in node.id):
-            raise SpecError(f"the shape expression {text[:60]!r} is more than arithmetic")
+            raise SpecError(f"a shape expression must be arithmetic; got {short(text)}")
 
 
 def _is_precision(node: ast.keyword) -> bool:
-    """Whether a keyword is the quoted number that sympy writes beside a Float."""
+    """Return whether a keyword is the quoted number that sympy writes beside a Float."""
     return node.arg == "precision" and isinstance(node.value, ast.Constant) and str(node.value.value).isdigit()
 
 
 def _guard(text: str) -> None:
-    """Accept comparisons of the inputs' sizes: ``L['x'].size()[0] <= 64``."""
+    """Check that a text compares sizes of the inputs, as in ``L['x'].size()[0] <= 64``."""
     allowed = (*_EXPRESSION_NODES, ast.Subscript, ast.Attribute, ast.Call)
     for node in ast.walk(_parsed(text)):
         good = isinstance(node, allowed)
@@ -211,11 +174,11 @@ def _guard(text: str) -> None:
         elif isinstance(node, ast.Call):
             good = isinstance(node.func, ast.Attribute)
         if not good:
-            raise SpecError(f"the guard {text[:60]!r} is more than a comparison of sizes")
+            raise SpecError(f"a guard must compare sizes of the inputs; got {short(text)}")
 
 
 def _parsed(text: str) -> ast.Expression:
     try:
         return ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise SpecError(f"{text[:60]!r} is not an expression") from None
+        raise SpecError(f"a shape must be given by an expression; got {short(text)}") from None

@@ -1,6 +1,7 @@
-"""What a trace took for granted about a model: its submodules, its mode, and what ``forward`` reads beside tensors.
+"""What a trace assumes about a model: its submodules, its mode, and what ``forward`` reads besides tensors.
 
-A cut goes on with what was traced where the whole model would follow a change, so the answer would depend on the cut.
+Head and tail run what was traced, while the whole model would follow a later change of these. The answer would then
+depend on the cut, so :class:`Premises` finds such changes.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import dis
 import itertools
 import operator
-import reprlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from torchsurgeon.errors import short
+
 _PLAIN = {bool, int, float, complex, str, type(None), torch.dtype, types.FunctionType, types.BuiltinFunctionType}
 _OF_MODULES = set(nn.Module().__dict__)
 _ABSENT = object()
 
 
 class _Attribute(NamedTuple):
-    """``owner`` is the module's own ``__dict__``, or the module where its class has the attribute."""
+    """An attribute of a module, with the value that it had.
+
+    ``owner`` is the module's own ``__dict__``, or the module itself where its class has the attribute.
+    """
 
     path: str
     owner: Any
@@ -36,7 +41,7 @@ class _Attribute(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Attributes of the same names of many modules, read in one pass of the interpreter's own loop."""
+    """The attributes of many modules that have the same names. A single ``map`` reads them, faster than a loop."""
 
     read: Callable[[Any], Any]
     owners: list[Any]
@@ -49,8 +54,9 @@ class _Group(NamedTuple):
 class Premises:
     """The modules of ``model``, their mode, plain attributes and forward hooks, as they were when this was made.
 
-    Plain are numbers, texts, None, dtypes and functions, and tuples of these, also where the class has them. Not looked
-    at: what lies in lists, dicts and other objects, and attributes that the model's own ``forward`` assigns.
+    Plain attributes are numbers, texts, None, dtypes, functions, and tuples of these; of the module or of its class. A
+    change inside a list, a dict or another object is not found, nor one of an attribute that the model's own
+    ``forward`` assigns.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,30 +74,37 @@ class Premises:
         self._narrowed = False
 
     def broken(self) -> str | None:
-        """Return what does not hold any more, for a user to read; None when all does. Asked at every inference."""
+        """Return a sentence that says what has changed and what to do; None when nothing has.
+
+        It is called at every inference.
+        """
         if self._hold():
             return None
         if any(module.training for module in self._modules):
-            return "the model has been put into training mode; call model.eval(): a SplitModule only answers"
+            return "the model must be in evaluation mode and has been put into training mode; call model.eval()"
         if self._children_now() != self._children:
-            return f"{self._replaced()!r} of the model has been replaced since it was traced; make a new SplitModule"
+            return (
+                f"submodule {short(self._replaced())} of the model has been replaced since it was traced; make a new "
+                "SplitModule"
+            )
         if any(self._unhooked) or list(map(tuple, self._hooked)) != self._hooks:
             return (
-                f"forward hooks of {self._hooked_now()} have been added or removed since it was traced, which a model "
-                "that is cut does not follow; take that back, or make a new SplitModule"
+                f"forward hooks of {self._hooked_now()} have been added or removed since it was traced; a model "
+                "that is cut does not run them as the whole model does. Take that back, or make a new SplitModule"
             )
         if not self._narrowed:
-            # Code is read only now, because most models assign nothing and so never get here.
+            # The code of forward is read only now that something differs, because for most models nothing ever does.
             assigned = _assigned_by_forward(list(self._modules)) - {"training"}
             self._attributes = [one for one in self._attributes if one.key not in assigned]
             self._groups, self._narrowed = _groups(self._attributes), True
         for one in self._attributes:
             now = one.now()
             if not _same([now], [one.value]):
-                was, told = reprlib.repr(one.value), "gone" if now is _ABSENT else reprlib.repr(now)
+                is_now = "gone" if now is _ABSENT else short(now, 100)
                 return (
-                    f"attribute {one.key!r} of {_called(one.path)} was {was} when it was traced, and is {told} now, "
-                    "which a model that is cut does not follow; set it back, or make a new SplitModule"
+                    f"attribute {short(one.key, 100)} of {_called(one.path)} was {short(one.value, 100)} when it was "
+                    f"traced, and is {is_now} now; a model that is cut would use the old value. Set it back, or "
+                    "make a new SplitModule"
                 )
         return None
 
@@ -124,12 +137,12 @@ def _same(now: Iterable[Any], was: list[Any]) -> bool:
     try:
         return list(now) == was
     except Exception:
-        # One is gone, or is a tensor now, which compares to more than yes or no.
+        # An attribute is gone, or is a tensor now, whose comparison is a tensor.
         return False
 
 
 def _called(path: str) -> str:
-    return f"module {path!r}" if path else "the model"
+    return f"module {short(path, 100)}" if path else "the model"
 
 
 def _is_plain(value: Any) -> bool:
@@ -173,10 +186,11 @@ def _is_of_torch(made: Any) -> bool:
 
 
 def _assigned_by_forward(modules: Sequence[nn.Module]) -> set[str]:
-    """Return the names of attributes that ``forward`` assigns, its hooks, or what they call by name, as in
-    ``self.calls += 1``. Such attributes tell what was computed; whether they are also read cannot be known.
+    """Return the names of the attributes that the modules assign while they run, as in ``self.calls += 1``.
 
-    Names are followed through all of the model's classes, so this may be too many and is seldom too few.
+    That is in ``forward``, its hooks, and what these call by name. Such an attribute is a result of the run, so its
+    change says nothing. A name counts wherever any of the model's classes has a member of that name, so the result may
+    hold too many names and seldom too few.
     """
     classes = {cls for module in modules for cls in _own_classes(module)}
     roots = [member for cls in classes for member in _functions(vars(cls).get("forward"))]
@@ -209,7 +223,7 @@ def _assigned_by_forward(modules: Sequence[nn.Module]) -> set[str]:
 
 
 def _functions(member: Any) -> list[types.FunctionType]:
-    """The functions that a class's member, a hook or a global name stands for; none for PyTorch's own functions."""
+    """Return the functions that a class's member, a hook or a global name stands for, except PyTorch's own."""
     if isinstance(member, property):
         parts: tuple[Any, ...] = (member.fget, member.fset, member.fdel)
     else:

@@ -1,7 +1,8 @@
-"""Digests of a model's weights, so that two machines can tell whether they hold the same ones.
+"""Digests of a model's weights, by which two machines know whether they hold the same ones.
 
-A digest is SHA-256 over a tensor's dtype, shape and bytes in row-major order, so it depends neither on memory layout
-nor on the device, nor on the PyTorch version. A :class:`Snapshot` tells without reading them whether they have changed.
+A digest is the SHA-256 of a tensor's dtype, shape and bytes in row-major order. So it depends neither on the memory
+layout, nor on the device, nor on the PyTorch version. A :class:`Snapshot` tells whether weights have changed without
+reading them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TensorDigest:
-    """One parameter or buffer: dtype (``"float32"``), shape, and the SHA-256 of both and of its bytes, in hex."""
+    """A parameter or buffer: its dtype (``"float32"``), its shape, and the SHA-256 of these and its bytes in hex."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -31,7 +32,10 @@ class TensorDigest:
 
 @dataclass(frozen=True)
 class WeightDigests:
-    """Digests of all parameters and buffers by name (shared ones under each name), and ``combined`` over all."""
+    """The digests of all parameters and buffers by name, and the digest of all of them, ``combined``.
+
+    A tensor that has several names is under each of them.
+    """
 
     tensors: Mapping[str, TensorDigest]
     combined: str
@@ -41,7 +45,7 @@ class WeightDigests:
 
 
 def weight_digests(model: nn.Module) -> WeightDigests:
-    """Digest every parameter and buffer of ``model``, non-persistent buffers included. Reads all of them once."""
+    """Return the digests of every parameter and buffer of ``model``, also of the buffers that are not persistent."""
     known: dict[int, TensorDigest] = {}
     tensors: dict[str, TensorDigest] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -56,7 +60,7 @@ def weight_digests(model: nn.Module) -> WeightDigests:
 
 
 def tensor_digest(tensor: Tensor) -> TensorDigest:
-    """Digest one dense tensor of any dtype (bfloat16 included) on any device."""
+    """Return the digest of a dense tensor of any dtype on any device."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = tuple(tensor.shape)
     digest = hashlib.sha256(f"{dtype}{list(shape)}".encode())
@@ -67,14 +71,19 @@ def tensor_digest(tensor: Tensor) -> TensorDigest:
 
 
 def identity(graph: str, weights: str) -> str:
-    """Return the short name of a graph and weights (both fingerprints in hex), which a server puts in its answers."""
+    """Return a short digest of a graph and its weights, which a server puts into its answers.
+
+    Args:
+        graph: the graph's fingerprint in hex.
+        weights: the weights' combined digest in hex.
+    """
     return hashlib.sha256(f"{graph}\n{weights}".encode()).hexdigest()[:16]
 
 
 class Snapshot:
-    """Which parameters and buffers a model had when this was made, and their memory.
+    """The parameters and buffers of a model at one moment: which tensors, where in memory, and in which version.
 
-    A change of memory that PyTorch does not count, as through ``numpy``, is not seen.
+    A change that PyTorch does not count, such as one through ``numpy``, is not noticed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,9 +98,9 @@ class Snapshot:
         self._places = list(map(Tensor.data_ptr, self._placed))
 
     def same_weights(self) -> bool:
-        """Whether every parameter and buffer is the one it was, where it was, and not written to since.
+        """Return whether every parameter and buffer is the same tensor in the same place, not written to since.
 
-        Asked at every inference, so it runs in the interpreter's own loops.
+        It is called at every inference, so it consists of built-in loops (``map``, ``all``), which are the fastest.
         """
         return (
             all(map(operator.is_, _values(self._tables), self._tensors))
