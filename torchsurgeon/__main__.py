@@ -1,4 +1,4 @@
-"""``python -m torchsurgeon`` is the ``torchsurgeon`` command."""
+"""``python -m torchsurgeon`` runs the ``torchsurgeon`` command."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The main job on one machine: a server, an emulated link and a device, each in a process of its own.
+"""The demo: a server, an emulated link and a device on one machine, each in a process of its own.
 
-A photograph goes through AlexNet and ResNet-18 entirely on the device, entirely on the server, and split where the
-plan says, over 3G, LTE and Wi-Fi. The device is this process, made slower by a factor.
+AlexNet and ResNet-18 classify a photograph over 3G, LTE and Wi-Fi: on the device alone, on the server alone, and split
+at the best cut between the two. The device is this process, made slower by a factor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import nn
 
 from torchsurgeon.emulate import SlowDevice
-from torchsurgeon.errors import NoisyProfileWarning, ServerUnavailableError
+from torchsurgeon.errors import NoisyProfileWarning, ServerUnavailableError, short
 from torchsurgeon.module import SplitModule
 from torchsurgeon.planning import Terms, plan
 from torchsurgeon.profiling import LayerProfile, profile
@@ -52,10 +52,13 @@ _WHERE = ("device", "server", "split")
 
 
 class Photograph(nn.Module):
-    """A classifier on a photograph as a camera gives it: ``uint8[N, 3, H, W]`` in, class scores out.
+    """A classifier of photographs as a camera gives them: it takes ``uint8[N, 3, H, W]`` and returns class scores.
 
-    Scaling and normalization (ImageNet's mean and deviation) are part of the model, so that "all on the server" sends
-    bytes.
+    Scaling and normalization (ImageNet's mean and deviation) are part of the model, so that the input that a server
+    gets has one byte for each colour of a pixel, and not four.
+
+    Args:
+        net: the classifier of normalized photographs.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -69,12 +72,12 @@ class Photograph(nn.Module):
 
 
 def alexnet() -> tuple[nn.Module, torch.Tensor]:
-    """Return AlexNet on photographs, and an example."""
+    """Return AlexNet as a :class:`Photograph`, and an example of its input."""
     return _photograph("alexnet")
 
 
 def resnet18() -> tuple[nn.Module, torch.Tensor]:
-    """Return ResNet-18 on photographs, and an example."""
+    """Return ResNet-18 as a :class:`Photograph`, and an example of its input."""
     return _photograph("resnet18")
 
 
@@ -89,7 +92,7 @@ _WEIGHTS = "TORCHSURGEON_DEMO_WEIGHTS"
 
 
 def download_weights() -> str:
-    """Fetch torchvision's weights if that is possible; return a sentence that says what is used."""
+    """Download torchvision's trained weights where that is possible, and return a sentence that says which are used."""
     from torchvision.models import get_model
 
     patience_s = socket.getdefaulttimeout()
@@ -100,7 +103,8 @@ def download_weights() -> str:
                 get_model(name, weights="DEFAULT", progress=False)
     except OSError as error:
         reason = getattr(error, "reason", error)
-        return f"Weights are random: torchvision's cannot be downloaded here ({reason}). Times and sizes are the same."
+        said = short(reason)
+        return f"Weights are random, because torchvision's were not downloaded ({said}). Times and sizes are the same."
     finally:
         socket.setdefaulttimeout(patience_s)
     os.environ[_WEIGHTS] = "downloaded"
@@ -108,7 +112,7 @@ def download_weights() -> str:
 
 
 def photo() -> torch.Tensor:
-    """Return a real photograph (scikit-learn ships one), its middle at ``uint8[1, 3, 224, 224]``."""
+    """Return the middle of a photograph that comes with scikit-learn, as ``uint8[1, 3, 224, 224]``."""
     from sklearn.datasets import load_sample_image
 
     image = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None]
@@ -120,11 +124,22 @@ def photo() -> torch.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One setting's result: latencies in seconds (``measured_s`` a median, with its quartiles), and what was sent.
+class Result:
+    """What was measured in one setting.
 
-    ``where`` is ``device``, ``server`` or ``split`` (the best cut between the two); ``chosen`` marks what the plan
-    takes.
+    Attributes:
+        model: the model's name.
+        link: the link's name.
+        where: ``"device"`` or ``"server"`` for all layers there, ``"split"`` for the best cut between the two.
+        cut: the last layer on the device, or on which side all layers are.
+        index: the index of the partition point.
+        predicted_s: predicted latency.
+        measured_s: median of the measured latencies.
+        low_s: their lower quartile.
+        high_s: their upper quartile.
+        sent_bytes: bytes sent to the server for one inference.
+        equal: whether every answer was bit for bit the whole model's.
+        chosen: whether a plan chooses this cut.
     """
 
     model: str
@@ -141,17 +156,27 @@ class Row:
     chosen: bool
 
 
-def run(out: Path, *, slow: float = 10.0, repeats: int = 5, console: Console | None = None) -> list[Row]:
-    """Run the demo, print its table, write ``results.json`` and a picture a model into ``out``; return the rows.
+def run(out: Path, *, slow: float = 10.0, repeats: int = 5, console: Console | None = None) -> list[Result]:
+    """Run the demo, print its table, and write ``results.json`` and a picture of each model.
 
-    ``slow`` is how many times slower than this machine the device is made to be. Raises DeviceError when it is below 1.
+    Args:
+        out: the folder to write into; it is made where there is none.
+        slow: how many times slower than this machine the device is.
+        repeats: how many inferences are measured in each setting.
+        console: where to print; standard output by default.
+
+    Returns:
+        A result for each model, link and cut.
+
+    Raises:
+        DeviceError: ``slow`` is below 1 or not finite.
     """
     console = console or Console()
     device = SlowDevice(slow)
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     console.print(download_weights(), style="dim")
-    rows: list[Row] = []
+    rows: list[Result] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with contextlib.ExitStack() as stack, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting the server", total=3 + len(MODELS) * len(LINKS) * (3 * (repeats + 1)))
@@ -189,8 +214,8 @@ def _measure(
     out: Path,
     step: Callable[[str], None],
     console: Console,
-) -> list[Row]:
-    # The server makes its random weights from seed 0 as well.
+) -> list[Result]:
+    # The server draws its random weights from seed 0, too.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, _ = globals()[name]()
@@ -200,7 +225,7 @@ def _measure(
     here = _profile(name, graph, image, console).scaled(device.factor)
     with HttpTransport(server, _PATIENCE_S) as direct:
         there = LayerProfile.from_json(direct.get_json(f"/v2/models/{name}/profile"))
-    rows: list[Row] = []
+    rows: list[Result] = []
     stars: dict[int, list[str]] = {}
     for link, url in links.items():
         with HttpTransport(url, _PATIENCE_S) as transport:
@@ -243,7 +268,8 @@ def _profile(name: str, graph: LayerGraph, image: torch.Tensor, console: Console
         warnings.simplefilter("always", NoisyProfileWarning)
         measured = profile(graph, inputs=[image], repeats=20, meter=None)
     for warning in caught:
-        console.print(f"{name}: {warning.message}", style="dim")
+        if isinstance(warning.message, NoisyProfileWarning):
+            console.print(f"{name}: {warning.message.finding}", style="dim")
     return measured
 
 
@@ -256,7 +282,7 @@ def _row(
     chosen: bool,
     repeats: int,
     step: Callable[[], None],
-) -> Row:
+) -> Result:
     split.partition = terms.row.point(split.graph)
     equal = True
     times = []
@@ -269,16 +295,16 @@ def _row(
         step()
     low_s, middle_s, high_s = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     sent = split.last.sent_bytes if split.last is not None else 0
-    return Row(*setting, terms.row.index, terms.latency_s, middle_s, low_s, high_s, sent, equal, chosen)
+    return Result(*setting, terms.row.index, terms.latency_s, middle_s, low_s, high_s, sent, equal, chosen)
 
 
-def _table(rows: list[Row], slow: float) -> Table:
+def _table(rows: list[Result], slow: float) -> Table:
     table = Table(
         title=f"One photograph, one machine; the device is {slow:g}× slower than the server, one thread each",
         caption=(
-            "★ what the plan takes; the third row of each is the best cut in between. Measured: median. "
-            "Gain: against the device alone. "
-            "Equal: every answer is bit for bit the model's own."
+            "★ is the plan's choice. The third row of each link is the best cut between device and server. "
+            "Measured is the median latency, gain is how many times faster than the device alone, and equal says "
+            "whether every answer is bit for bit the model's own."
         ),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -306,7 +332,11 @@ def _table(rows: list[Row], slow: float) -> Table:
 
 @contextlib.contextmanager
 def _process(*arguments: str) -> Iterator[Callable[[str], str]]:
-    """Run a torchsurgeon command; yield a function that waits for a line and returns the pattern's group in it."""
+    """Run a torchsurgeon command within the context.
+
+    Yields:
+        A function that waits for an output line in which a pattern is found, and returns the pattern's first group.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "torchsurgeon", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -330,7 +360,10 @@ def _process(*arguments: str) -> Iterator[Callable[[str], str]]:
                 line = None
             if line is None:
                 said = "".join(seen[-20:]) or "(nothing)"
-                raise ServerUnavailableError(f"torchsurgeon {' '.join(arguments)} did not start. It said:\n{said}")
+                raise ServerUnavailableError(
+                    f"torchsurgeon {' '.join(arguments)} is not ready: it ended, or printed nothing for {_START_S:g} s. "
+                    f"Its last lines were:\n{said}"
+                )
             seen.append(line)
             found = re.search(pattern, line)
             if found:
