@@ -361,7 +361,7 @@ def _process(*arguments: str) -> Iterator[Callable[[str], str]]:
             if line is None:
                 said = "".join(seen[-20:]) or "(nothing)"
                 raise ServerUnavailableError(
-                    f"torchsurgeon {' '.join(arguments)} is not ready: it ended, or printed nothing for {_START_S:g} s. "
+                    f"torchsurgeon {' '.join(arguments)} is not ready: it ended, or said nothing for {_START_S:g} s. "
                     f"Its last lines were:\n{said}"
                 )
             seen.append(line)
