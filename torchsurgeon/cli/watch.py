@@ -1,4 +1,4 @@
-"""Run a split model on one input again and again, and show what it chooses, why, and where the time goes."""
+"""Run a split model on one input again and again, and show where it is cut, why, and where the time goes."""
 
 from __future__ import annotations
 
@@ -52,11 +52,24 @@ def run(
     live: bool = False,
     console: Console | None = None,
 ) -> Any:
-    """Call ``split`` ``count`` times (until interrupted, if None), at least ``interval_s`` from start to start; return
-    the last answer.
+    """Call ``split`` again and again, and print a summary at the end.
 
-    Prints a line for each inference, or draws a ``live`` view in their place, and a summary at the end, an interrupt
-    being one too. Errors of the calls are passed on.
+    An interrupt ends the run and prints the summary, too. What a call raises ends the run without one.
+
+    Args:
+        split: the split model.
+        args: positional arguments of every call.
+        kwargs: keyword arguments of every call.
+        count: how many calls; None for calls until an interrupt.
+        interval_s: the shortest time from the start of one call to the start of the next.
+        live: True to draw a live view, False to print a line for each inference.
+        console: where to print; standard output by default.
+
+    Returns:
+        The answer of the last call.
+
+    Raises:
+        KeyboardInterrupt: the run is interrupted before its first answer.
     """
     console = console or Console()
     log = Log(count)
@@ -87,7 +100,11 @@ def run(
 
 
 class Log:
-    """What a run has seen so far. ``wanted`` is how many inferences there will be, None if that is open."""
+    """What has happened in a run so far.
+
+    Args:
+        wanted: how many inferences the run will have; None where it ends with an interrupt.
+    """
 
     def __init__(self, wanted: int | None = None) -> None:
         self.wanted = wanted
@@ -98,7 +115,7 @@ class Log:
         self.sent_bytes = 0
 
     def add(self, inference: Inference) -> None:
-        """Take in one inference."""
+        """Count an inference."""
         self.done += 1
         self.latencies_s.append(max(inference.total_s, 0.0))
         self.cuts[_where(inference)] += 1
@@ -108,7 +125,7 @@ class Log:
 
 
 def summary(log: Log) -> str:
-    """Return what a run was like, in one line."""
+    """Return the summary of a run in one line: latencies, cuts, bytes sent, and reasons for degraded inferences."""
     times = sorted(log.latencies_s)
     low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     cuts = ", ".join(f"{cut} {count}×" for cut, count in log.cuts.most_common())
@@ -120,7 +137,7 @@ def summary(log: Log) -> str:
 
 
 def answer_text(answer: Any) -> str:
-    """Return an answer for people: what its tensors are, and the classes with the largest scores where it is a row of
+    """Return a text that describes an answer: the dtype and shape of each tensor, and the five largest of a row of
     scores."""
     lines = []
     for path, tensor in flatten(answer)[0]:
@@ -139,7 +156,8 @@ def answer_text(answer: Any) -> str:
 
 
 def view(split: SplitModule, log: Log) -> RenderableType:
-    """Return the live view: the last inference, what is believed of link, server and device, and how often what."""
+    """Return the live view: the last inference, the estimates of link, server and device, and counts of cuts and
+    degraded inferences."""
     last = split.last
     if last is None:
         return Text("waiting for the first answer")
