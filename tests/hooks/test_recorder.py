@@ -121,6 +121,7 @@ def test_a_running_profiler_is_not_disturbed() -> None:
 PRELUDE = """
 import ctypes, os, torch
 from torchsurgeon import _native, hooks
+from torchsurgeon.errors import NativeUnavailableError
 path = os.environ["FAKE_GPU"] + "/libcupti.so.13"
 _native._cupti_candidates = lambda: [("libnothing.so", True), (path, False)]
 torch.cuda.is_available = lambda: True
@@ -258,7 +259,7 @@ def test_a_failing_model_leaves_no_trace_running(fake_gpu: Path) -> None:
             try:
                 with hooks.kernel_trace():
                     pass
-            except hooks.NativeUnavailableError as error:
+            except NativeUnavailableError as error:
                 print(error)
             Block()(torch.zeros(1))
         print([kernel.layer for kernel in trace.kernels])
@@ -279,7 +280,7 @@ def test_a_cupti_that_is_missing_or_refuses_says_what_to_do(fake_gpu: Path) -> N
             try:
                 with hooks.kernel_trace():
                     print("traced")
-            except hooks.NativeUnavailableError as error:
+            except NativeUnavailableError as error:
                 print(error)
             assert hooks.active() is None
 
