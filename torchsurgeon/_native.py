@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torchsurgeon.errors import NativeUnavailableError
 
 _NOT_BUILT = "install a C++ compiler and PyTorch, then install torchsurgeon again with --no-build-isolation"
@@ -27,6 +25,10 @@ _NOT_FOUND, _TOO_OLD = -1, -2
 @functools.cache
 def _load() -> tuple[Any, str]:
     """Return the extension's operators and "", or None and why they are missing."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None, "PyTorch is not installed"
     try:
         importlib.import_module("torchsurgeon._C")
     except ModuleNotFoundError:
@@ -124,6 +126,8 @@ def open_cupti(purpose: str) -> Any:
 
 
 def _cupti_candidates() -> list[tuple[str, bool]]:
+    import torch
+
     major = (torch.version.cuda or "13").partition(".")[0]
     mapped = [(path, True) for path in _mapped_libraries("libcupti.so")]
     installed = [

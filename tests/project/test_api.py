@@ -83,6 +83,7 @@ WITHOUT_TORCH = {
     "link": "from torchsurgeon import Link, BandwidthTrace; Link.parse('lte').uplink_s(1000)",
     "adapting": "from torchsurgeon.adapting import CircuitBreaker, Decider; CircuitBreaker()",
     "emulate": "from torchsurgeon.emulate import LinkEmulator, SlowDevice, parse_profile; SlowDevice(2).call(int)",
+    "meters": "from torchsurgeon import meters; meters.find_meter('cpu').close(); meters.find_meter('cuda:1').close()",
     "cli": "from torchsurgeon import cli; cli.parser().format_help()",
 }
 

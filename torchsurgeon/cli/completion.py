@@ -18,7 +18,12 @@ _REGISTERED = re.compile(r"@register_model\((?:name=\"(\w+)\")?\).*?\ndef (\w+)\
 
 
 def completed(action: argparse.Action, completer: Completer) -> None:
-    """Let ``completer`` say what ``action`` offers. It is called with the text so far; what does not fit is dropped."""
+    """Set what a shell offers for an argument.
+
+    Args:
+        action: the argument.
+        completer: called with the text that is typed so far. What it returns is offered where it begins with that text.
+    """
     vars(action)["completer"] = completer
 
 

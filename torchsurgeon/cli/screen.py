@@ -56,7 +56,7 @@ def warn(message: object) -> None:
 
 @contextlib.contextmanager
 def advising() -> Iterator[None]:
-    """Within the context, let the warning of a noisy profile give advice for the command line, and not for Python."""
+    """Within the context, print the warning of a noisy profile with advice for a user of the command line."""
     shown_otherwise = warnings.showwarning
 
     def show(
@@ -81,10 +81,10 @@ def advising() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Within the context, in which packages are imported, Ctrl-C ends the process at once, with one line.
+    """Within the context, in which packages are imported, let Ctrl-C end the process at once, with one line.
 
-    As an exception it could be raised inside the start of PyTorch's compiled code, which aborts the process, or be
-    taken there for a failed import.
+    Otherwise it would raise an exception. Raised while PyTorch's compiled code starts, that may abort the process or be
+    reported as a failed import.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

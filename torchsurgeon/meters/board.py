@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from torchsurgeon.errors import MeterError
 from torchsurgeon.meters.nvml import NvmlMeter, nvml_name
+
+if TYPE_CHECKING:
+    import torch
 
 
 def board_state(device: torch.device, root: Path = Path("/")) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from torchsurgeon import _native, hooks
+from torchsurgeon import _native
 from torchsurgeon.errors import MeterError, NativeUnavailableError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Clock(ABC):
@@ -78,6 +79,8 @@ class CudaEventClock(Clock):
     name = "cuda-events"
 
     def __init__(self, capacity: int, stream: torch.cuda.Stream | None = None) -> None:
+        import torch
+
         if not torch.cuda.is_available():
             raise NativeUnavailableError("timing with CUDA events needs a CUDA device, and PyTorch sees none")
         torch.cuda.init()
@@ -113,10 +116,13 @@ class _EventTape:
 
 class _TorchTape:
     def __init__(self) -> None:
+        import torch
+
+        self._new_event = torch.cuda.Event
         self._events: list[torch.cuda.Event] = []
 
     def record(self, stream: torch.cuda.Stream) -> None:
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._new_event(enable_timing=True)
         event.record(stream)
         self._events.append(event)
 
@@ -144,6 +150,8 @@ class CuptiClock(Clock):
         self._start()
 
     def _start(self) -> None:
+        from torchsurgeon import hooks
+
         self._exit = contextlib.ExitStack()
         self._trace = self._exit.enter_context(hooks.kernel_trace())
         ranges = hooks.active()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from torchsurgeon.errors import DeviceError, MeterError
+from torchsurgeon.errors import DeviceError, MeterError, short
 from torchsurgeon.meters.energy import EnergyMeter, NullMeter
 from torchsurgeon.meters.ina3221 import Ina3221Meter
 from torchsurgeon.meters.nvml import NvmlMeter, nvml_name
 from torchsurgeon.meters.rapl import RaplMeter
+
+if TYPE_CHECKING:
+    import torch
 
 
 def find_meter(device: str | torch.device = "cpu", sysfs: Path = Path("/sys")) -> EnergyMeter:
@@ -20,17 +23,13 @@ def find_meter(device: str | torch.device = "cpu", sysfs: Path = Path("/sys")) -
     Never raises for want of a meter: a :class:`NullMeter` says in its ``faults`` why there is none. Raises
     :class:`DeviceError` for a device that is neither.
     """
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"{device!r} is not a device; use 'cpu', 'cuda' or 'cuda:1'") from error
+    if not re.fullmatch(r"(cpu|cuda)(:[0-9]+)?", str(device)):
+        raise DeviceError(f"a device with a meter must be 'cpu', 'cuda' or 'cuda:1'; got {short(str(device))}")
     makers: list[Callable[[], EnergyMeter]] = [lambda: Ina3221Meter(sysfs=sysfs)]
-    if wanted.type == "cuda":
-        makers.append(lambda: NvmlMeter(nvml_name(wanted)))
-    elif wanted.type == "cpu":
-        makers.append(lambda: RaplMeter(sysfs))
+    if str(device).startswith("cuda"):
+        makers.append(lambda: NvmlMeter(nvml_name(device)))
     else:
-        raise DeviceError(f"there is no energy meter for {device!r}; use 'cpu' or 'cuda'")
+        makers.append(lambda: RaplMeter(sysfs))
     faults = []
     for make in makers:
         try:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import time
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from torchsurgeon.errors import MeterError
 from torchsurgeon.meters.energy import EnergyMeter, Reading
+
+if TYPE_CHECKING:
+    import torch
 
 _SUCCESS, _NOT_SUPPORTED = 0, 3
 _CLOCK_SM, _CLOCK_MEMORY = 1, 2
@@ -20,11 +21,20 @@ _CLOCK_SM, _CLOCK_MEMORY = 1, 2
 _THROTTLE_REASONS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal limit", 0x40: "hardware thermal limit"}
 
 
-def nvml_name(device: torch.device) -> int | str:
-    """Return what NVML calls a CUDA device: it counts all of them, CUDA only the visible ones, and both know UUIDs."""
-    if torch.cuda.is_available():
-        return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return device.index or 0
+def nvml_name(device: str | torch.device) -> int | str:
+    """Return what NVML calls a CUDA device.
+
+    It is a UUID, because NVML counts all devices and CUDA only the visible ones. Where PyTorch sees no device or is not
+    installed, it is the device's number.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        pass
+    else:
+        if torch.cuda.is_available():
+            return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return int(str(device).partition(":")[2] or 0)
 
 
 class NvmlMeter(EnergyMeter):
