@@ -255,7 +255,7 @@ def test_views_of_memory_that_is_overwritten_are_refused_when_they_come_apart() 
 
 def test_a_part_called_with_too_few_or_too_many_tensors_says_how_many_it_takes() -> None:
     partition = cut(trace(model(lambda self, x: self.conv(x).relu(), conv=conv()), image()), "conv")
-    with pytest.raises(TypeError, match="takes 1 tensors, 2 were given"):
+    with pytest.raises(TypeError, match="takes 1 tensors; got 2"):
         partition.tail(image(), image())
 
 

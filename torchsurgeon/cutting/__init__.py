@@ -1,4 +1,4 @@
-"""A :class:`~torchsurgeon.tracing.LayerGraph` is cut into a head and a tail, which are ordinary modules."""
+"""Cut a :class:`~torchsurgeon.tracing.LayerGraph` into a head and a tail, which are ordinary modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What there is to know about splitting a model: how it was traced, what stayed whole and why, where a cut can pay."""
+"""Examine a model before it is split: how it was traced, what stayed whole and why, and where a cut can pay."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ _TOP = "(top level)"
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """The result of :func:`examine`.
+    """What :func:`examine` found out about a model.
 
-    ``points_per_block`` counts partition points by the block whose layer comes before them, a block being a part of the
-    module tree at such a depth that there are few enough to read; ``worthwhile`` are the points that send no more
-    than the input does and less than every earlier one does: with a faster server, no other point between the ends
-    can be the best by latency. ``free_sizes`` says for each input dimension whether other sizes work. ``repeatable``
-    is whether two runs on the example gave the same bits.
+    Attributes:
+        graph: the traced model.
+        trace_s: seconds that tracing took.
+        points_per_block: how many partition points lie in each block. A block is a module at such a depth of the
+            module tree that at most 24 blocks are listed; a point lies in the block of the layer before it.
+        worthwhile: the points that send fewer bytes than the input and than every earlier point. With a faster server,
+            no other point between the two ends can have the lowest latency.
+        too_big: how many points between the ends send more bytes than the input.
+        free_sizes: by input, whether each of its dimensions may have another size than in the example.
+        repeatable: whether two runs on the example gave the same bits.
+        notes: the warnings that tracing gave.
     """
 
     graph: LayerGraph
@@ -47,9 +53,16 @@ class Diagnosis:
 def examine(
     model: nn.Module, *args: Any, leaf_modules: Collection[str | type[nn.Module]] = (), **kwargs: Any
 ) -> Diagnosis:
-    """Trace ``model`` and find out what a user should know before splitting it. Runs the example twice.
+    """Trace a model and find out what a user should know before splitting it. The model is run twice on the example.
 
-    Raises :class:`~torchsurgeon.errors.TraceError` as :func:`~torchsurgeon.tracing.trace` does.
+    Args:
+        model: the model, in eval mode.
+        *args: the positional arguments that the model is called with.
+        leaf_modules: modules to keep whole, as one layer each, by path or class.
+        **kwargs: the keyword arguments that the model is called with.
+
+    Raises:
+        TraceError: as :func:`~torchsurgeon.tracing.trace` raises it.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -90,7 +103,10 @@ def _worthwhile(points: tuple[PartitionPoint, ...], start_bytes: int) -> tuple[P
 
 
 def _free_sizes(graph: LayerGraph, inputs: list[torch.Tensor], which: int) -> tuple[bool, ...]:
-    """Try one more, and twice as many, in each dimension alone; a batch dimension in all inputs together."""
+    """Return whether each dimension of one input may have another size.
+
+    Each dimension is tried alone, with one more and with twice as many; the batch in all inputs together.
+    """
     tail = tail_for(graph, [spec.name for spec in graph.inputs])
     names = [spec.name for spec in graph.inputs]
     batch = len({t.shape[0] if t.dim() else -1 for t in inputs}) == 1

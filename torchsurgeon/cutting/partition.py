@@ -1,8 +1,8 @@
 """Cut a traced model into the part that runs on the device and the part that runs on the server.
 
 A cut is fully determined by the tensors that cross: the head computes them from the model's inputs, the tail computes
-the model's output from them. So one function makes both, and a server can run the right tail from the tensors' names
-alone.
+the model's output from them. So one function makes both, and the names of the tensors in a request tell a server which
+tail to run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from torchsurgeon.cutting.reach import overwrites, reach, torn
 from torchsurgeon.cutting.segment import Feed, Pick, Segment
-from torchsurgeon.errors import PartitionError
+from torchsurgeon.errors import PartitionError, short
 from torchsurgeon.tracing.flow import Value
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.shape_rules import META
@@ -27,10 +27,12 @@ from torchsurgeon.tracing.specs import PartitionPoint
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A model in two parts.
+    """A model in two parts, which share its parameters.
 
-    ``head`` is called like the model and returns the boundary tensors as a tuple, in the order of ``point.tensors``.
-    ``tail`` takes those tensors and returns what the model returns. Both share the model's parameters.
+    Attributes:
+        point: where the model is cut.
+        head: is called like the model and returns the boundary tensors as a tuple, in the order of ``point.tensors``.
+        tail: takes those tensors and returns what the model returns.
     """
 
     point: PartitionPoint
@@ -48,81 +50,121 @@ class Head(nn.Module):
         self._tensors = graph.tensors_of_call
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """Return the boundary tensors of a call of the model.
+
+        Args:
+            *args: the call's positional arguments.
+            **kwargs: the call's keyword arguments.
+
+        Raises:
+            TypeError: the call is unlike the traced example.
+        """
         return self.segment(*self._tensors(args, kwargs))  # type: ignore[no-any-return]
 
 
 def cut(graph: LayerGraph, point: int | str | PartitionPoint) -> Partition:
-    """Cut ``graph`` at a partition point: an index, the name of the last layer on the device, or the point itself.
+    """Cut a traced model in two.
 
-    Returns two modules in eval mode that give exactly the model's own answer one after the other, at any batch size the
-    model takes. Neither changes its inputs. The model is not changed, and its parameters are not copied.
+    Args:
+        graph: the traced model, which is not changed and whose parameters are not copied.
+        point: where to cut: the index of a partition point, the name of the last layer on the device, or the point
+            itself.
 
-    Raises :class:`~torchsurgeon.errors.PartitionError` when there is no such point.
+    Returns:
+        Two modules in eval mode. Run one after the other they give exactly the model's own answer, at any batch size
+        that the model takes. Neither changes its inputs.
+
+    Raises:
+        PartitionError: the graph has no such point.
     """
     if not isinstance(graph, LayerGraph):
-        raise PartitionError(f"cut takes a traced model, not {type(graph).__name__}: cut(trace(model, example), point)")
-    here = point if isinstance(point, PartitionPoint) else graph.point(point)
+        raise PartitionError(
+            f"cut takes a traced model; got {type(graph).__name__}; call cut(trace(model, example), point)"
+        )
+    place = point if isinstance(point, PartitionPoint) else graph.point(point)
     inputs = [graph.value(spec.name) for spec in graph.inputs]
-    if here.index == len(graph.layers):
+    if place.index == len(graph.layers):
         picks = [Pick(ref.step) for ref in graph.steps[-1].args]
-        return Partition(here, Head(graph, _segment(graph, inputs, picks, all_of_it=True)), Result(graph))
-    picks = [Pick(value.step, value.path) for value in (graph.value(spec.name) for spec in here.tensors)]
-    return Partition(here, Head(graph, _segment(graph, inputs, picks)), tail_for(graph, [s.name for s in here.tensors]))
+        return Partition(place, Head(graph, _segment(graph, inputs, picks, to_output=True)), Result(graph))
+    picks = [Pick(value.step, value.path) for value in (graph.value(spec.name) for spec in place.tensors)]
+    tail = tail_for(graph, [spec.name for spec in place.tensors])
+    return Partition(place, Head(graph, _segment(graph, inputs, picks)), tail)
 
 
 class Result(nn.Module):
-    """The tail when everything runs on the device: puts output tensors back into the model's own structure."""
+    """The tail when all layers run on the device: it only puts output tensors into the model's own structure."""
 
     def __init__(self, graph: LayerGraph) -> None:
         super().__init__()
         self._build = graph.steps[-1].target.build
 
     def forward(self, *tensors: torch.Tensor) -> Any:
+        """Return the model's result from its tensors, in the order of ``graph.outputs``."""
         return self._build(*tensors)
 
 
 def tail_for(graph: LayerGraph, names: Sequence[str], *, flat: bool = False) -> Segment:
-    """Return the module that turns the tensors ``names`` (in this order) into the model's output.
+    """Return the module that turns named tensors into the model's output.
 
-    With ``flat`` it returns a tuple of the output's tensors, in the order of ``graph.outputs``.
+    Args:
+        graph: the traced model.
+        names: the names of the tensors, in the order in which the module takes them.
+        flat: whether the module returns a tuple of the output's tensors, in the order of ``graph.outputs``, and not
+            the model's own structure.
 
-    Raises :class:`~torchsurgeon.errors.PartitionError`: a name the graph does not have, a name twice, or names that do
-    not determine the output; the message lists what is wrong or missing.
+    Raises:
+        PartitionError: the graph has no tensor of one of the names, a name is given twice, or the tensors do not
+            determine the output; the message lists what is wrong or missing.
     """
     picks = [Pick(ref.step) for ref in graph.steps[-1].args] if flat else None
-    return _segment(graph, _given(graph, names), picks, all_of_it=True)
+    return _segment(graph, _given(graph, names), picks, to_output=True)
 
 
 def middle_for(graph: LayerGraph, names: Sequence[str], point: PartitionPoint) -> Segment:
-    """Return the module that turns the tensors ``names`` (in this order) into those of ``point``, as a tuple.
+    """Return the module that turns named tensors into the boundary tensors of a point, as a tuple.
 
-    Raises :class:`~torchsurgeon.errors.PartitionError` as :func:`tail_for` does, and where the names lie beyond the
-    point.
+    Args:
+        graph: the traced model.
+        names: the names of the tensors, in the order in which the module takes them.
+        point: where the module ends.
+
+    Raises:
+        PartitionError: as :func:`tail_for` raises it, or the tensors lie beyond the point.
     """
     picks = [Pick(value.step, value.path) for value in (graph.value(spec.name) for spec in point.tensors)]
     return _segment(graph, _given(graph, names), picks)
 
 
 def _given(graph: LayerGraph, names: Sequence[str]) -> list[Value]:
+    """Return the values of these names, each of which must be known and stand once."""
     for name in names:
         if name not in graph.values:
-            near = difflib.get_close_matches(name, graph.values, n=3, cutoff=0.4)
+            # Names come from the network: comparing one of megabytes with all others would take minutes.
+            near = difflib.get_close_matches(name[:200], graph.values, n=3, cutoff=0.4)
             hint = (
                 f"; near it: {', '.join(near)}"
                 if near
                 else f"; the model's inputs are {', '.join(s.name for s in graph.inputs)}"
             )
-            raise PartitionError(f"the graph has no tensor {name!r}{hint}")
+            raise PartitionError(f"the graph has no tensor {short(name)}{hint}")
         if list(names).count(name) > 1:
             raise PartitionError(f"tensor {name!r} is given twice")
     return [graph.value(name) for name in names]
 
 
 def check_shapes(graph: LayerGraph, tail: Segment, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
-    """Raise :class:`~torchsurgeon.errors.PartitionError` when ``tail`` cannot run on tensors of these shapes.
+    """Check that a tail runs on tensors of shapes other than the example's: images of another size, longer sequences.
 
-    For shapes other than the example's (images of another size, longer sequences). Nothing is computed; what only
-    values decide is not found out.
+    It is run on meta tensors, so nothing is computed. A failure that depends on the values of tensors is not found.
+
+    Args:
+        graph: the traced model.
+        tail: one of its parts.
+        names: the names of the tensors that the tail takes.
+        tensors: the tensors, of which only shapes and dtypes matter.
+
+    Raises:
+        PartitionError: the model does not run on such tensors; the message holds PyTorch's reason.
     """
     try:
         if set(names) >= {spec.name for spec in graph.inputs}:
@@ -134,15 +176,19 @@ def check_shapes(graph: LayerGraph, tail: Segment, names: Sequence[str], tensors
         dry_run([graph.steps[i] for i in tail.steps], values, MetaModel(graph.model))
     except Exception as error:
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(names, tensors, strict=True))
-        raise PartitionError(f"the model cannot run on tensors of these shapes ({shapes}): {error}") from error
+        raise PartitionError(
+            f"the model does not run on tensors of these shapes ({shapes}): {short(error)}; give shapes that it takes"
+        ) from error
 
 
 def _segment(
-    graph: LayerGraph, given: Sequence[Value], picks: Sequence[Pick] | None, all_of_it: bool = False
+    graph: LayerGraph, given: Sequence[Value], picks: Sequence[Pick] | None, to_output: bool = False
 ) -> Segment:
-    wanted = None if picks is None or all_of_it else [(pick.step, pick.path) for pick in picks]
+    """Return the part of the model that turns ``given`` into ``picks``; into the whole output with ``to_output``."""
+    wanted = None if picks is None or to_output else [(pick.step, pick.path) for pick in picks]
     included, missing = reach(graph.flow, given, wanted)
-    if all_of_it and picks is not None:
+    if to_output and picks is not None:
+        # The picks take the output's tensors themselves; the last step would only put them into the model's structure.
         included.remove(graph.steps[-1].index)
     if missing:
         raise PartitionError(
@@ -152,8 +198,8 @@ def _segment(
     apart = torn(graph.flow, given, included)
     if apart:
         raise PartitionError(
-            f"the tensors {', '.join(apart)} share memory that is overwritten later through another of its names; "
-            "given apart from each other they do not determine the output. Use the tensors of one of the graph's points"
+            f"the tensors {', '.join(apart)} share memory that is overwritten later through another of its names; sent "
+            "as separate tensors they do not determine the output. Use the tensors of one of the graph's points"
         )
     feeds = [
         Feed(v.step, v.path, v.restore or graph.layouts.get(v.name), overwrites(graph.flow, included, v)) for v in given

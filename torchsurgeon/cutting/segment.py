@@ -1,6 +1,6 @@
 """A part of a traced model as an ordinary module.
 
-Heads and tails are slices of the same steps, so cutting a graph at another point copies nothing and compiles nothing.
+Heads and tails are slices of the same compiled steps, so cutting a graph at another point copies and compiles nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torchsurgeon.tracing.structure import Path, flatten
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """How one tensor given to a segment enters the environment.
+    """How a tensor that a segment is given becomes the value of a step, or a part of one.
 
-    ``path`` is empty when the tensor is the whole value of ``step``; otherwise it is one leaf of that step's structure.
-    ``restore`` turns a tensor that carries a plain Python value back into it; ``clone`` is set when a step of the
-    segment overwrites the tensor, which belongs to the caller.
+    Attributes:
+        step: the index of the step that gives the value in the whole model.
+        path: which leaf of that step's value the tensor is; empty when it is the whole value.
+        restore: turns the tensor into what the model has at this place: a number, or a tensor of another layout.
+        clone: whether a step of the segment overwrites the tensor, which belongs to the caller and so is copied first.
     """
 
     step: int
@@ -35,12 +37,18 @@ class Feed:
 
 @dataclasses.dataclass(frozen=True)
 class Pick:
-    """A segment's output: one leaf of a step's value, made a tensor if it is a plain Python number."""
+    """One output of a segment: a leaf of a step's value, as a tensor.
+
+    Attributes:
+        step: the index of the step.
+        path: which leaf of the step's value it is; empty when it is the whole value.
+    """
 
     step: int
     path: Path = ()
 
     def __call__(self, environment: Environment) -> torch.Tensor:
+        """Return the output from the values of all steps; a number becomes the tensor that carries it."""
         value = environment[self.step]
         if self.path:
             value = dict(flatten(value)[0])[self.path]
@@ -48,8 +56,10 @@ class Pick:
 
 
 def clone(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy with the same strides, on which the bits of some results depend; PyTorch's own makes quantized
-    tensors row-major."""
+    """Return a copy with the same strides, on which the last bits of some results depend.
+
+    PyTorch's own ``clone`` makes quantized tensors row-major.
+    """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
     if tensor.is_quantized and last is not None and tensor.is_contiguous(memory_format=last):
         return tensor.clone(memory_format=last)
@@ -57,26 +67,49 @@ def clone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Watcher(Protocol):
-    """Told of every step a segment runs, in order."""
+    """What a segment calls before and after each of its steps."""
 
     def before(self, step: Step, environment: Environment) -> Any:
-        """Called ahead of the step; what it returns is handed to :meth:`after`."""
+        """Take notice of a step that is about to run.
+
+        Args:
+            step: the step.
+            environment: the values of all steps so far, by index.
+
+        Returns:
+            Anything; :meth:`after` gets it.
+        """
 
     def after(self, step: Step, environment: Environment, token: Any) -> None:
-        """Called when the step has run or raised, before values that nobody reads any more are let go."""
+        """Take notice of a step that has run or raised.
+
+        Args:
+            step: the step.
+            environment: the values of all steps so far, those that no later step reads included.
+            token: what :meth:`before` returned for this step.
+        """
 
 
+# Where nn.Module keeps what belongs to it.
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class Segment(nn.Module):
     """A part of a traced model as an ordinary module.
 
-    It shares the model's submodules, parameters and buffers, under the model's own names. ``forward`` takes one tensor
-    per feed and returns a tuple of the picked tensors, or the model's own output when ``picks`` is None. Calls are
-    independent of each other: a segment may run in several threads at once.
+    It shares the model's submodules, parameters and buffers, under the model's own names. Each call has an environment
+    of its own, so a segment may run in several threads at once.
 
-    ``watcher``, when set, is told of the steps of every segment that runs; it must bear several threads.
+    Args:
+        steps: all steps of the traced model.
+        calls: by step, the compiled call; see :meth:`~torchsurgeon.tracing.step.Step.compiled`.
+        included: the indices of the steps that this segment runs.
+        feeds: what becomes of each tensor that it is given.
+        picks: what it returns, as a tuple; None for the model's own output.
+        model: the traced model.
+
+    Attributes:
+        watcher: when set on the class, every segment in this process calls it for each step, from any thread.
     """
 
     watcher: ClassVar[Watcher | None] = None
@@ -96,10 +129,13 @@ class Segment(nn.Module):
         self._feeds = tuple(feeds)
         self._picks = None if picks is None else tuple(picks)
         self._included = [steps[i] for i in sorted(included)]
+        # Some tensors are only leaves of a step's value. Later steps read that value, so it is rebuilt from them, with
+        # None for the leaves that are not given and that no step reads.
         packed = {feed.step for feed in feeds if feed.path}
         self._structures = {step: steps[step].structure for step in packed}
         self._packs = tuple((i, dict.fromkeys(shape.paths())) for i, shape in self._structures.items())
         _register(self, model, self._included)
+        # Every value is dropped after the last step that reads it, so that memory is freed as in the eager model.
         last: dict[int, int] = {}
         for step in self._included:
             for used in step.reads:
@@ -116,13 +152,15 @@ class Segment(nn.Module):
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps this segment runs, by their index in the traced graph."""
+        """The indices of the steps that this segment runs."""
         return tuple(step.index for step in self._included)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Segment:
         copied = Segment.__new__(Segment)
         memo[id(self)] = copied
         nn.Module.__init__(copied)
+        # Only what nn.Module keeps is copied. The steps are shared, save for those that call modules, and the compiled
+        # calls of these and of attributes are made again for the copies.
         own = {key: copy.deepcopy(self.__dict__[key], memo) for key in _TABLES}
         copied.__dict__.update(self.__dict__ | own)
         copied._included = [
@@ -136,9 +174,16 @@ class Segment(nn.Module):
         return copied
 
     def load(self, tensors: Sequence[torch.Tensor]) -> Environment:
-        """Return a fresh environment that holds ``tensors``, one per feed."""
+        """Return a new environment that holds the given tensors.
+
+        Args:
+            tensors: one tensor a feed, in the feeds' order.
+
+        Raises:
+            TypeError: there are more or fewer.
+        """
         if len(tensors) != len(self._feeds):
-            raise TypeError(f"this part of the model takes {len(self._feeds)} tensors, {len(tensors)} were given")
+            raise TypeError(f"this part of the model takes {len(self._feeds)} tensors; got {len(tensors)}")
         environment: Environment = [None] * self._size
         leaves: dict[int, dict[Path, Any]] = {}
         for feed, tensor in zip(self._feeds, tensors, strict=True):
@@ -154,6 +199,14 @@ class Segment(nn.Module):
         return environment
 
     def forward(self, *tensors: torch.Tensor) -> Any:
+        """Return the picked tensors as a tuple, or the model's own output where nothing is picked.
+
+        Args:
+            *tensors: one tensor a feed, in the feeds' order.
+
+        Raises:
+            TypeError: there are more or fewer.
+        """
         if Segment.watcher is not None:
             environment = self.watched(tensors, Segment.watcher)
         else:
@@ -165,7 +218,15 @@ class Segment(nn.Module):
         return self._result(environment)
 
     def until(self, stopped: Callable[[], bool], tensors: Sequence[torch.Tensor]) -> Any:
-        """Run like ``forward``; give up and return None when ``stopped`` says so between two steps."""
+        """Run like :meth:`forward`, but stop early when asked to.
+
+        Args:
+            stopped: is called before each step; the run ends when it returns True.
+            tensors: one tensor a feed, in the feeds' order.
+
+        Returns:
+            What :meth:`forward` returns; None when the run was stopped.
+        """
         if Segment.watcher is not None:
             return None if stopped() else self.forward(*tensors)
         environment = self.load(tensors)
@@ -183,7 +244,15 @@ class Segment(nn.Module):
         return tuple(pick(environment) for pick in self._picks)
 
     def timed(self, tensors: Sequence[torch.Tensor], clock: Callable[[], int]) -> list[int]:
-        """Run like ``forward`` and return the clock before the first step and after each, aligned with ``steps``."""
+        """Run like :meth:`forward`, and read a clock before the first step and after each.
+
+        Args:
+            tensors: one tensor a feed, in the feeds' order.
+            clock: returns the time.
+
+        Returns:
+            The times, one more than there are :attr:`steps`.
+        """
         if Segment.watcher is not None:
             clocked = _Clocked(Segment.watcher, clock)
             self.watched(tensors, clocked)
@@ -199,7 +268,15 @@ class Segment(nn.Module):
         return stamps
 
     def watched(self, tensors: Sequence[torch.Tensor], watcher: Watcher) -> Environment:
-        """Run like ``forward``, tell ``watcher`` of each step, and return the values that are left at the end."""
+        """Run like :meth:`forward`, and call a watcher before and after each step.
+
+        Args:
+            tensors: one tensor a feed, in the feeds' order.
+            watcher: what is called.
+
+        Returns:
+            The environment at the end, in which only the values of picked steps and of the output are left.
+        """
         environment = self.load(tensors)
         for step, (call, i, dead) in zip(self._included, self._program, strict=True):
             token = watcher.before(step, environment)
@@ -213,7 +290,7 @@ class Segment(nn.Module):
 
 
 class _Clocked:
-    """Reads a clock after each step another watcher is told of."""
+    """Reads a clock after each step, and calls another watcher too."""
 
     def __init__(self, inner: Watcher, clock: Callable[[], int]) -> None:
         self._inner, self._clock = inner, clock
@@ -230,6 +307,7 @@ class _Clocked:
 
 
 def _read_attribute(segment: nn.Module, target: str | Constant) -> Callable[[Environment], Any]:
+    """Return a function that reads an attribute of the model, at every call: a parameter may have been replaced."""
     if isinstance(target, Constant):
         return lambda _: target.tensor
     owner, name = _owner(segment, target)
@@ -242,10 +320,10 @@ def _owner(segment: nn.Module, target: str) -> tuple[Any, str]:
 
 
 def _register(segment: nn.Module, model: nn.Module, steps: Sequence[Step]) -> None:
-    """Give ``segment`` the submodules and attributes its steps use, under the names the model has for them.
+    """Give ``segment`` the submodules and attributes that its steps use, under the names they have in the model.
 
-    Each stands under its whole dotted path in the segment itself: modules made only to hold others would cost more than
-    all the rest of a cut.
+    Each submodule is registered in the segment itself, with its whole dotted path as the name. Making the modules in
+    between, which would only hold others, would cost more than all the rest of a cut.
     """
     modules = segment._modules
     for step in steps:
@@ -257,15 +335,15 @@ def _register(segment: nn.Module, model: nn.Module, steps: Sequence[Step]) -> No
             path = step.target[: -len(name) - 1]
             if path and path not in modules:
                 modules[path] = nn.Module().eval()
-            here = modules[path] if path else segment
-            if here is source:
+            owner = modules[path] if path else segment
+            if owner is source:
                 continue
-            assert here is not None
+            assert owner is not None
             if name in source._parameters:
-                here._parameters[name] = source._parameters[name]
+                owner._parameters[name] = source._parameters[name]
             elif name in source._buffers:
-                here.register_buffer(
+                owner.register_buffer(
                     name, source._buffers[name], persistent=name not in source._non_persistent_buffers_set
                 )
             else:
-                setattr(here, name, getattr(source, name))
+                setattr(owner, name, getattr(source, name))
