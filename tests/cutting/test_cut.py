@@ -265,7 +265,7 @@ def test_a_part_called_with_too_few_or_too_many_tensors_says_how_many_it_takes()
         (lambda head: head(), "x"),
         (lambda head: head([image()]), "another structure than the example"),
         (lambda head: head(image(), flag=True), "argument 'flag' is True, but the model was traced with False"),
-        (lambda head: head("text"), "argument 'x' must be a tensor as in the example, not str"),
+        (lambda head: head("text"), "argument 'x' must be a tensor as in the example; got str"),
     ],
 )
 def test_a_head_called_unlike_the_example_says_what_differs(call: Callable[[nn.Module], Any], message: str) -> None:

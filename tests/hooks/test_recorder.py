@@ -64,7 +64,7 @@ def test_the_table_has_a_line_a_layer_and_tells_what_is_missing(trace: KernelTra
     lines = trace.table().splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["features", "features.0", "(outside"]
     assert "74.1%" in lines[2]
-    assert lines[-1] == "12 records found no room and are missing here"
+    assert lines[-1] == "12 records are missing: the storage was full, give kernel_trace more capacity"
 
 
 def test_an_empty_trace_has_a_table_and_a_file(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_failing_model_leaves_no_trace_running(fake_gpu: Path) -> None:
     )
     assert result.stdout.splitlines() == [
         "no",
-        "tracing CUDA kernels: a kernel trace is running already; end it first",
+        "tracing CUDA kernels: one kernel trace runs at a time, and one is running; end it first",
         "['conv', 'relu', 'Block']",
     ], result.stderr
 
@@ -295,8 +295,8 @@ def test_a_cupti_that_is_missing_or_refuses_says_what_to_do(fake_gpu: Path) -> N
     )
     missing, privileges, subscribers, other, none = result.stdout.splitlines()
     assert "needs CUPTI, and none of /nowhere/libcupti.so.13 opens" in missing
-    assert "CUPTI_ERROR_INSUFFICIENT_PRIVILEGES (35): on a Jetson run as root" in privileges
-    assert "another profiler (nsys, ncu, a torch.profiler) has hold of CUPTI; end it first" in subscribers
+    assert "CUPTI_ERROR_INSUFFICIENT_PRIVILEGES (35): run as root on a Jetson" in privileges
+    assert "another profiler (nsys, ncu, torch.profiler) uses it; end that first" in subscribers
     assert "CUPTI refuses with CUPTI_ERROR_FAKE (999)" in other
     assert none == "traced"
 

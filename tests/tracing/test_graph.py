@@ -423,12 +423,12 @@ def test_specs_and_points_are_frozen() -> None:
 
 def test_what_is_no_model_graph_or_point_is_named() -> None:
     model, x = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2)).eval(), torch.rand(1, 2)
-    with pytest.raises(TraceError, match=r"nn\.Module, not str"):
+    with pytest.raises(TraceError, match=r"nn\.Module; got str"):
         trace("alexnet", x)  # type: ignore[arg-type]
-    with pytest.raises(PartitionError, match="traced model, not Sequential"):
+    with pytest.raises(PartitionError, match="traced model; got Sequential"):
         cut(model, 1)  # type: ignore[arg-type]
     graph = trace(model, x)
-    with pytest.raises(PartitionError, match=r"index or a layer's name, not 1\.5"):
+    with pytest.raises(PartitionError, match=r"index or a layer's name; got 1\.5"):
         graph.point(1.5)  # type: ignore[arg-type]
     with pytest.raises(PartitionError, match=r"'0' is a module with layers inside.*'0\.1'"):
         graph.point("0")

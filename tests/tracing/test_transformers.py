@@ -141,7 +141,7 @@ def test_flags_are_fixed_at_the_examples_values() -> None:
 
 def test_sizes_that_the_trace_built_in_are_refused_by_name() -> None:
     graph = ts.trace(made(vit), **pixels(1))
-    with pytest.raises(TypeError, match=r"another path.*pixel_values is \[1, 3, 64, 64\]"):
+    with pytest.raises(TypeError, match=r"another path.*'pixel_values' must be 32; got shape \[1, 3, 64, 64\]"):
         graph.bind(pixel_values=torch.rand(1, 3, 64, 64))
 
 

@@ -7,11 +7,11 @@
     print(trace.table())
     trace.save("trace.json")        # ui.perfetto.dev opens it
 
-Modules called while a trace runs are layers by themselves, named by their path in the outermost module that was called.
-Heads, tails and :func:`torchsurgeon.profile` name theirs as the graph does, functions included. Code that runs a model
-by other means names its layers with :func:`layer_range`, or, in a loop that must stay cheap, with what :func:`active`
-returns. Names given so outrank those found inside them. Kernels are attributed by CUPTI's external correlation ids, not
-by their times.
+While a trace runs, every module that is called is a layer, named by its path in the outermost module that was called.
+In heads, tails and :func:`torchsurgeon.profile`, layers (functions included) have the names they have in the graph.
+Code that runs a model by other means names its layers with :func:`layer_range`, or, in a loop that must stay fast, with
+what :func:`active` returns. Inside a range that was named in one of these ways, modules are no layers of their own.
+Kernels are attributed to layers by CUPTI's external correlation ids, not by comparing times.
 """
 
 from __future__ import annotations

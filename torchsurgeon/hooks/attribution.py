@@ -1,4 +1,4 @@
-"""Kernels by layer: attribution of recorded activities, their table, and the trace file that ui.perfetto.dev opens."""
+"""Which layer launched which CUDA kernels, as a table and as a trace file that ui.perfetto.dev opens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ _CPU, _GPU = 1, 2
 
 @dataclass(frozen=True)
 class Span:
-    """One recorded span; ``slot`` tells calls of the same ``id`` apart, ``source`` is a hooks.Source."""
+    """One recorded span.
+
+    Attributes:
+        slot: its number in the recorder, which tells spans of the same id apart.
+        id: what the span is of, such as a layer's number.
+        start_ns: when it began, in nanoseconds of the clock that ``source`` names.
+        end_ns: when it ended.
+        source: the clock, as a :class:`~torchsurgeon.hooks.Source`.
+    """
 
     slot: int
     id: int
@@ -27,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True)
 class LayerSpan:
-    """One call of a layer on the host, in nanoseconds of the monotonic clock."""
+    """One call of a layer on the host, in nanoseconds of the host's monotonic clock."""
 
     name: str
     start_ns: int
@@ -36,9 +44,18 @@ class LayerSpan:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel, copy or fill on a device, in nanoseconds of the host's monotonic clock; a copy's grid is (0, 0, 0).
+    """One kernel, copy or fill on a device.
 
-    ``layer`` is the innermost layer that launched it, ``call`` the index of that call in the trace's layers.
+    Attributes:
+        name: the kernel's name.
+        layer: the innermost layer that launched it.
+        call: the index of that layer's call in the trace's layers; None outside any layer.
+        start_ns: when it began on the device, in nanoseconds of the host's monotonic clock.
+        end_ns: when it ended.
+        device: the number of the CUDA device.
+        stream: the number of the CUDA stream.
+        grid: blocks in x, y and z; (0, 0, 0) for a copy or fill.
+        block: threads of a block in x, y and z.
     """
 
     name: str
@@ -59,7 +76,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """What one layer did on the device over the whole trace."""
+    """What one layer did on the device over the whole trace.
+
+    Attributes:
+        name: the layer.
+        calls: how often it was called.
+        launches: how many kernels, copies and fills it launched.
+        busy_s: the sum of their seconds on the device.
+        slowest: the name of the one that took longest.
+    """
 
     name: str
     calls: int
@@ -75,10 +100,15 @@ def attribute(
     kernel_names: Sequence[str],
     offset_ns: int,
 ) -> tuple[tuple[LayerSpan, ...], tuple[Kernel, ...]]:
-    """Layers and kernels from recorded rows, both in order of time.
+    """Return layers and kernels from what was recorded, both in order of time.
 
-    ``activities`` are rows of (external id, start, end, device, stream, grid x y z, block x y z, name); an external id
-    is the slot of the layer call that launched the activity. ``offset_ns`` brings CUPTI's times to the host's clock.
+    Args:
+        spans: the recorded calls of layers.
+        layer_names: the name of each layer, by the id that its spans have.
+        activities: rows of (external id, start, end, device, stream, grid x y z, block x y z, name). The external id
+            is the slot of the layer's call that launched the activity, the name an index into ``kernel_names``.
+        kernel_names: the names of the kernels.
+        offset_ns: what is added to CUPTI's times to get the host's.
     """
     ordered = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns, span.slot))
     layers = tuple(LayerSpan(layer_names[span.id], span.start_ns, span.end_ns) for span in ordered)
@@ -104,14 +134,23 @@ def attribute(
 
 @dataclass
 class KernelTrace:
-    """Layers and kernels of one trace; ``dropped`` counts the records that found no room."""
+    """What one trace recorded.
+
+    Attributes:
+        layers: the calls of layers, in order of time.
+        kernels: the kernels, copies and fills, in order of time.
+        dropped: how many records are missing because the storage was full.
+    """
 
     layers: tuple[LayerSpan, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     dropped: int = 0
 
     def by_layer(self) -> tuple[LayerKernels, ...]:
-        """One row a layer that launched anything, in the order of first calls; kernels outside any layer come last."""
+        """Return a row for each layer that launched anything, in the order of their first calls.
+
+        Kernels that were launched outside any layer come last.
+        """
         launched: dict[str, list[Kernel]] = {layer.name: [] for layer in self.layers}
         launched[OUTSIDE] = []
         calls = dict.fromkeys(launched, 0)
@@ -132,7 +171,7 @@ class KernelTrace:
         )
 
     def table(self) -> str:
-        """:meth:`by_layer` as text: calls, launches, device time in µs, share of it, and the slowest kernel."""
+        """Return :meth:`by_layer` as text: calls, launches, device time in µs, share of all, and the slowest kernel."""
         rows = self.by_layer()
         total_s = sum(row.busy_s for row in rows) or 1.0
         width = max((len(row.name) for row in rows), default=0)
@@ -143,13 +182,14 @@ class KernelTrace:
             for row in rows
         ]
         if self.dropped:
-            lines.append(f"{self.dropped} records found no room and are missing here")
+            lines.append(f"{self.dropped} records are missing: the storage was full, give kernel_trace more capacity")
         return "\n".join(lines)
 
     def to_chrome(self) -> dict[str, Any]:
-        """The trace in Chrome's trace event format: layers on one track, each stream's kernels on another.
+        """Return the trace in Chrome's trace event format, in its JSON object form.
 
-        The JSON object form; times are microseconds since the first event.
+        Layers stand on one track, and each stream's kernels on one of its own. Times are microseconds since the first
+        event.
         """
         starts = [layer.start_ns for layer in self.layers] + [kernel.start_ns for kernel in self.kernels]
         origin_ns = min(starts, default=0)

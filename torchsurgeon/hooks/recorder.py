@@ -1,4 +1,4 @@
-"""Records spans of layers and of CUDA kernels: the ranges that name layers, and the trace of a block of code."""
+"""Record which layer runs when, and which CUDA kernels it launches, while a block of code runs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from torchsurgeon.hooks.attribution import KernelTrace, Span, attribute
 from torchsurgeon.tracing.step import Environment, Step
 
 _PURPOSE = "tracing CUDA kernels"
+# CUPTI's error codes.
 _INSUFFICIENT_PRIVILEGES, _MULTIPLE_SUBSCRIBERS = (35, 40), 39
 
 
 class Source(enum.IntEnum):
-    """The clock a span's two times were read from."""
+    """The clock from which the two times of a span were read."""
 
     CPU = 0
     CUDA_EVENT = 1
@@ -33,10 +34,15 @@ class Source(enum.IntEnum):
 
 
 class SpanRecorder:
-    """Spans (id, start, end, source) in storage the extension takes once; a context manager that gives it back.
+    """Records spans in storage that is allocated once; a context manager that frees it.
 
-    Recording allocates nothing, and any thread may do it. Spans beyond ``capacity`` are counted in :attr:`dropped`.
-    Raises :class:`NativeUnavailableError` without the extension.
+    Recording allocates nothing, and any thread may record.
+
+    Args:
+        capacity: how many spans find room; further ones are only counted, in :attr:`dropped`.
+
+    Raises:
+        NativeUnavailableError: the compiled extension is missing.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -46,41 +52,48 @@ class SpanRecorder:
         self._handle: int = ops.span_recorder_open(capacity)
 
     def begin(self, span_id: int) -> int:
-        """Start a span now; returns the slot to hand to :meth:`end`, -1 where the recorder is full."""
+        """Begin a span now, and return its slot for :meth:`end`; -1 when the recorder is full."""
         slot: int = self._begin(self._handle, span_id)
         return slot
 
     def end(self, slot: int) -> None:
-        """End the span in ``slot`` now."""
+        """End the span of a slot now."""
         self._end(self._handle, slot)
 
     @property
     def mark(self) -> Callable[[int], None]:
-        """A function that ends the span it began last and begins span ``id`` at the same moment; -1 only ends.
+        """A function that takes an id, ends the span that it began last, and begins one of this id at the same moment.
 
-        The cheapest way to time a straight line, one operator call a layer; for one thread.
+        With -1 it only ends. It times a straight line of layers with one operator call a layer, in one thread.
         """
         return functools.partial(self._ops.span_mark.default, self._handle)
 
     def add(self, span_id: int, start_ns: int, end_ns: int, source: Source) -> None:
-        """Record a span whose times were taken elsewhere."""
+        """Record a span whose times were read from another clock.
+
+        Args:
+            span_id: what the span is of.
+            start_ns: when it began.
+            end_ns: when it ended.
+            source: the clock.
+        """
         self._add(self._handle, span_id, start_ns, end_ns, int(source))
 
     def spans(self) -> tuple[Span, ...]:
-        """The finished spans in the order they began."""
+        """Return the finished spans in the order in which they began."""
         return tuple(Span(*row) for row in self._ops.span_table(self._handle).tolist())
 
     @property
     def dropped(self) -> int:
-        """How many spans found no room."""
+        """How many spans were not recorded because the storage was full."""
         return int(self._ops.span_dropped(self._handle))
 
     def clear(self) -> None:
-        """Forget every span, finished or not; no other thread may be recording."""
+        """Forget every span, finished or not. No other thread may record meanwhile."""
         self._ops.span_clear(self._handle)
 
     def close(self) -> None:
-        """Give the storage back; the recorder cannot be used any more."""
+        """Free the storage. Nothing may be recorded afterwards."""
         self._ops.span_recorder_close(self._handle)
 
     def __enter__(self) -> SpanRecorder:
@@ -91,7 +104,12 @@ class SpanRecorder:
 
 
 class LayerRanges:
-    """Marks which layer the calling thread is in while a kernel trace runs; :func:`active` returns it."""
+    """Says in which layer the calling thread is while a kernel trace runs; :func:`active` returns it.
+
+    Args:
+        ops: the operators of the compiled extension.
+        recorder: where the layers' spans are recorded.
+    """
 
     def __init__(self, ops: Any, recorder: SpanRecorder) -> None:
         self._push_id, self._pop_id = ops.cupti_push.default, ops.cupti_pop.default
@@ -102,47 +120,51 @@ class LayerRanges:
 
     @property
     def names(self) -> list[str]:
-        """Layer names in the order of their ids."""
+        """The layers' names in the order of their ids."""
         return list(self._ids)
 
     def id_of(self, name: str) -> int:
-        """The number of a layer name; ask once, before the loop that pushes it."""
+        """Return the id of a layer's name. A loop that calls :meth:`push` should look it up once, before it begins."""
         with self._lock:
             return self._ids.setdefault(name, len(self._ids))
 
     def push(self, layer: int) -> int:
-        """Enter a layer; hand the returned slot to :meth:`pop`. Until then kernels of this thread are the layer's."""
+        """Enter a layer by its id, and return a slot for :meth:`pop`.
+
+        Kernels that this thread launches until then are the layer's. Modules that are called are no layers of their
+        own.
+        """
         self._thread.depth = self.depth + 1
-        return self.push_found(layer)
+        return self.push_module(layer)
 
     def pop(self, slot: int) -> None:
-        """Leave the layer entered last."""
-        self.pop_found(slot)
+        """Leave the layer that was entered last, with the slot that :meth:`push` returned."""
+        self.pop_module(slot)
         self._thread.depth = self.depth - 1
 
-    def push_found(self, layer: int) -> int:
-        """Enter a layer that was not named by hand, so that others may be found inside it."""
+    def push_module(self, layer: int) -> int:
+        """Enter a layer like :meth:`push`, but let modules that are called inside be layers of their own."""
         slot = self._recorder.begin(layer)
         self._push_id(slot)
         return slot
 
-    def pop_found(self, slot: int) -> None:
-        """Leave what :meth:`push_found` entered."""
+    def pop_module(self, slot: int) -> None:
+        """Leave the layer that :meth:`push_module` entered last."""
         self._pop_id()
         self._recorder.end(slot)
 
     def before(self, step: Step, environment: Environment) -> int | None:
-        """Enter the layer of a head's or tail's step (a :class:`~torchsurgeon.cutting.segment.Watcher`)."""
+        """Enter the layer of a step of a head or tail; see :class:`~torchsurgeon.cutting.segment.Watcher`."""
         return self.push(self.id_of(step.name)) if step.kind == "call" and not self.depth else None
 
     def after(self, step: Step, environment: Environment, slot: int | None) -> None:
-        """Leave it."""
+        """Leave the layer that :meth:`before` entered, if it did."""
         if slot is not None:
             self.pop(slot)
 
     @property
     def depth(self) -> int:
-        """How many ranges opened by name this thread is in."""
+        """How many layers this thread has entered with :meth:`push` and not left."""
         return int(getattr(self._thread, "depth", 0))
 
 
@@ -150,13 +172,20 @@ _active: LayerRanges | None = None
 
 
 def active() -> LayerRanges | None:
-    """The running kernel trace's ranges, None when none runs. A straight-line loop asks once and then pushes ids."""
+    """Return the ranges of the running kernel trace; None when none runs.
+
+    A loop that must stay fast calls this once, before it begins, and then :meth:`LayerRanges.push` for each layer.
+    """
     return _active
 
 
 @contextlib.contextmanager
 def layer_range(name: str) -> Iterator[None]:
-    """Kernels launched inside by this thread belong to layer ``name``; does nothing when no kernel trace runs."""
+    """Attribute the kernels that this thread launches in the block to a layer; without a kernel trace, do nothing.
+
+    Args:
+        name: the layer's name.
+    """
     ranges = _active
     if ranges is None:
         yield
@@ -170,17 +199,24 @@ def layer_range(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kernel_trace(capacity: int = 1 << 18) -> Iterator[KernelTrace]:
-    """Trace every CUDA kernel launched inside the ``with`` block; at most ``capacity`` layer calls are told apart.
+    """Trace every CUDA kernel that is launched in the ``with`` block. The device is synchronised once, at the end.
 
-    The device is synchronised once, at the end. Raises :class:`NativeUnavailableError`, saying which is missing, where
-    there is no extension, driver, CUDA device, CUPTI or permission, and where another profiler has hold of CUPTI.
+    Args:
+        capacity: how many calls of layers are recorded; kernels of further ones count as outside any layer.
+
+    Yields:
+        The trace, which is filled when the block ends.
+
+    Raises:
+        NativeUnavailableError: the extension, a driver, a CUDA device, CUPTI or a permission is missing (the message
+            says which), or another profiler uses CUPTI.
     """
     global _active
     if _active is not None:
-        raise NativeUnavailableError(f"{_PURPOSE}: a kernel trace is running already; end it first")
+        raise NativeUnavailableError(f"{_PURPOSE}: one kernel trace runs at a time, and one is running; end it first")
     if torch._C._autograd._profiler_enabled():
         raise NativeUnavailableError(
-            f"{_PURPOSE}: torch.profiler is running, and CUPTI serves one profiler; end it first"
+            f"{_PURPOSE}: CUPTI serves one profiler at a time, and torch.profiler is running; end it first"
         )
     ops = _native.open_cuda_driver(_PURPOSE)
     if not torch.cuda.is_available():
@@ -204,7 +240,9 @@ def kernel_trace(capacity: int = 1 << 18) -> Iterator[KernelTrace]:
             code = ops.cupti_stop()
             offset_ns = ops.cupti_clock_offset()
         if code != 0:
-            raise NativeUnavailableError(f"{_PURPOSE}: CUPTI did not give up its records: {_error_text(ops, code)}")
+            raise NativeUnavailableError(
+                f"{_PURPOSE}: CUPTI returned no records: {_error_text(ops, code)}; trace again, with no other profiler"
+            )
         trace.layers, trace.kernels = attribute(
             recorder.spans(), ranges.names, ops.cupti_activities().tolist(), ops.cupti_names().splitlines(), offset_ns
         )
@@ -218,11 +256,11 @@ def _start(ops: Any) -> None:
     advice = "look it up in CUPTI's documentation"
     if code in _INSUFFICIENT_PRIVILEGES:
         advice = (
-            "on a Jetson run as root, elsewhere let the driver allow it (NVreg_RestrictProfilingToAdminUsers=0); "
+            "run as root on a Jetson, elsewhere let the driver allow it (NVreg_RestrictProfilingToAdminUsers=0); "
             "layer times from CUDA events need no permission"
         )
     elif code == _MULTIPLE_SUBSCRIBERS:
-        advice = "another profiler (nsys, ncu, a torch.profiler) has hold of CUPTI; end it first"
+        advice = "another profiler (nsys, ncu, torch.profiler) uses it; end that first"
     raise NativeUnavailableError(f"{_PURPOSE}: CUPTI refuses with {_error_text(ops, code)}: {advice}")
 
 
@@ -232,7 +270,7 @@ def _error_text(ops: Any, code: int) -> str:
 
 @contextlib.contextmanager
 def _module_ranges(ranges: LayerRanges) -> Iterator[None]:
-    """Every module call is a range, except inside ranges that were opened by name."""
+    """Make every call of a module in the block a layer, except inside layers that were named."""
     thread = threading.local()
     names: dict[nn.Module, dict[nn.Module, str]] = {}
 
@@ -245,14 +283,14 @@ def _module_ranges(ranges: LayerRanges) -> Iterator[None]:
         if root not in names:
             names[root] = {child: name for name, child in root.named_modules() if name}
         name = names[root].get(module, type(module).__name__)
-        stack.append((module, ranges.push_found(ranges.id_of(name))))
+        stack.append((module, ranges.push_module(ranges.id_of(name))))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack = vars(thread).get("stack")
         if stack and stack[-1][0] is module:
             _, slot = stack.pop()
             if slot is not None:
-                ranges.pop_found(slot)
+                ranges.pop_module(slot)
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
