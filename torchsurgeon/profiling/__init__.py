@@ -1,4 +1,4 @@
-"""What every layer of a model costs on the machine at hand: seconds, memory, and joules where a meter exists."""
+"""Measure what every layer of a model costs on this machine: seconds, memory, and joules where it has a meter."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What each layer costs in joules, metered while it runs again and again.
+"""Measure the energy of each layer, in joules, while it runs again and again.
 
-Meters tell power every 5 to 100 milliseconds and layers run in micro- to milliseconds. So each layer is repeated, on
-the inputs it has in the model, until a run of repetitions lasts more than two readings; several such runs give the
-interval. The power of the idle machine is subtracted.
+Meters read power every 5 to 100 milliseconds, and layers take micro- to milliseconds. So each layer is repeated, on the
+inputs it has in the model, for longer than two readings take. That is done five times, which gives a mean and its
+confidence interval. The power of the idle machine is subtracted.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from torchsurgeon.meters import EnergyEstimate, EnergyMeter, EnergySampler
 from torchsurgeon.profiling.record import Array, LayerEnergy
 from torchsurgeon.tracing.step import Environment, Step
 
+# How many times the repetitions of a layer are metered.
 _SPANS = 5
-# EnergyTrace.estimate takes spans that start two periods apart as independent.
+# EnergyTrace.estimate counts spans as independent when they start at least two of the meter's periods apart.
 _PERIODS = 2.5
 _IDLE_S = 1.0
 
-Span = tuple[int, int]
+# Start and end, in nanoseconds of the host's monotonic clock.
+Interval = tuple[int, int]
 
 
 def layer_energy(
@@ -40,10 +42,20 @@ def layer_energy(
     synchronize: Callable[[], None],
     tick: Callable[[], None],
 ) -> LayerEnergy | None:
-    """Return every layer's joules, None where the meter tells nothing.
+    """Meter every layer and the whole model.
 
-    ``ranks`` gives the layer of each step that is one, ``layer_s`` and ``whole_s`` about how long they take. ``tick``
-    is called after each layer and after the whole model.
+    Args:
+        whole: the whole model.
+        tensors: its inputs.
+        ranks: by step index, the layer that the step is.
+        layer_s: about how many seconds each layer takes, shape (layers,).
+        whole_s: about how many seconds the whole model takes.
+        meter: the energy meter.
+        synchronize: waits until the device has done all that it was given.
+        tick: is called after each layer and after the whole model.
+
+    Returns:
+        The energies; None where the meter gives no reading.
     """
     with EnergySampler(meter) as sampler:
         threading.Event().wait(max(_IDLE_S, 10 * meter.period_s))
@@ -51,7 +63,7 @@ def layer_energy(
     idle_power_w = idle.mean_power_w()
     if idle_power_w is None:
         return None
-    # Where reading is slow, readings come less often than asked for.
+    # A slow meter gives readings less often than it was asked to, so the period it showed counts.
     span_s = _PERIODS * max(meter.period_s, idle.period_s)
     layers = _Repeater(ranks, layer_s, span_s, synchronize, tick)
     with EnergySampler(meter) as sampler:
@@ -75,7 +87,7 @@ def layer_energy(
 
 
 class _Repeater:
-    """Runs each layer many times on copies of its inputs before it runs for good: it may overwrite them."""
+    """Before each layer of a run, repeats it many times, on copies of its inputs, since it may overwrite them."""
 
     def __init__(
         self,
@@ -87,7 +99,7 @@ class _Repeater:
     ) -> None:
         self._ranks, self._layer_s, self._span_s = ranks, layer_s, span_s
         self._synchronize, self._tick = synchronize, tick
-        self.spans: dict[int, list[Span]] = {}
+        self.spans: dict[int, list[Interval]] = {}
         self.counts: dict[int, int] = {}
 
     def before(self, step: Step, environment: Environment) -> None:
@@ -107,10 +119,12 @@ class _Repeater:
 
 
 def _count(span_s: float, one_s: float) -> int:
+    """Return how many calls of ``one_s`` seconds last ``span_s`` seconds."""
     return max(1, math.ceil(span_s / max(one_s, 1e-7)))
 
 
-def _spans(run: Callable[[], Any], count: int, synchronize: Callable[[], None]) -> list[Span]:
+def _spans(run: Callable[[], Any], count: int, synchronize: Callable[[], None]) -> list[Interval]:
+    """Call ``run`` count times, five times over, and return when each of the five began and ended."""
     synchronize()
     spans = []
     for _ in range(_SPANS):
@@ -123,6 +137,7 @@ def _spans(run: Callable[[], Any], count: int, synchronize: Callable[[], None]) 
 
 
 def _per_call(estimate: EnergyEstimate | None, count: int) -> tuple[float, float, float]:
+    """Return mean, low and high joules of one of ``count`` calls; NaN where they are unknown."""
     if estimate is None:
         return math.nan, math.nan, math.nan
     low_j, high_j = estimate.interval_j or (math.nan, math.nan)

@@ -1,8 +1,8 @@
-"""Measure every layer of a model on the machine at hand.
+"""Measure how long every layer of a model takes on this machine.
 
-The traced steps run in one straight line with a clock read between them, which costs well under a microsecond a
-layer. Each repeat times the whole run in one pass, so the time to *reach* a partition point is measured too: a sum of
-layers' medians is not a block's time.
+The traced steps run in one straight line, and a clock is read between them, which costs well under a microsecond a
+layer. Each pass times all layers of one run, so it also gives the time until each partition point is reached. That
+cannot be computed from the layers' medians: a sum of medians is not the median of the sum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torchsurgeon import hooks
 from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.cutting.partition import tail_for
-from torchsurgeon.errors import MeterError, NoisyProfileWarning, ProfileError
+from torchsurgeon.errors import MeterError, NoisyProfileWarning, ProfileError, short
 from torchsurgeon.hooks.attribution import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.profiling.joules import layer_energy
@@ -30,6 +30,7 @@ from torchsurgeon.profiling.record import Array, LayerEnergy, LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import TensorSpec
 
+# Above these, relative to the median, profile() warns.
 _NOISY_SPREAD, _NOISY_DRIFT = 0.25, 0.1
 # How many repeats may heat the machine between two pauses.
 _REPEATS_BETWEEN_PAUSES = 10
@@ -38,7 +39,12 @@ Progress = Callable[[int, int], None]
 
 
 def example_inputs(graph: LayerGraph, device: torch.device | str = "cpu") -> list[torch.Tensor]:
-    """Return random tensors like the graph's inputs: uniform in [0, 1) for floats, zeros else."""
+    """Return tensors like the graph's inputs: uniformly random in [0, 1) for floats, zeros for other types.
+
+    Args:
+        graph: the traced model.
+        device: where the tensors lie.
+    """
     return [_random_like(spec).to(device) for spec in graph.inputs]
 
 
@@ -59,27 +65,39 @@ def profile(
     cooldown_s: float = 0.0,
     progress: Progress | None = None,
 ) -> LayerProfile:
-    """Measure every layer of ``graph`` on ``device`` ("cpu", "cuda", "cuda:1"), by default the one its model is on.
+    """Measure every layer of a model on the device that the model is on.
 
-    Passes of the instrumented and of the plain model alternate, ``repeats`` of each after ``warmup``. On CUDA the times
-    are those between events on the current stream, and nothing is synchronised inside a pass. With ``cooldown_s`` the
-    device rests that many seconds before every ten repeats, and warms up again.
+    Passes with a clock between the layers alternate with passes of the model as it is. On CUDA, the times are those
+    between events on the current stream, and nothing is synchronised inside a pass.
 
-    ``inputs`` are the model's input tensors (random ones by default, which most models' speed does not depend on).
-    ``meter`` is an energy meter, "auto" for the best one of the machine, or None; metering takes about thirteen of the
-    meter's periods a layer, a quarter of a second on a Jetson. Where there is no meter ``energy`` is None, and
-    ``provenance["meter"]`` says why.
-    ``progress(done, total)`` is called after each pass, and each metered layer.
+    Args:
+        graph: the traced model.
+        device: "cpu", "cuda" or "cuda:1"; the model must be on it. By default, the device that the model is on.
+        repeats: how many passes of each kind are measured, at least 1.
+        warmup: how many passes of each kind run before that, at least 0.
+        inputs: the model's input tensors. By default random ones, whose values most models' speed does not depend on.
+        meter: an energy meter, "auto" for the best one of the machine, or None. Metering takes about thirteen of the
+            meter's periods a layer, a quarter of a second on a Jetson.
+        cooldown_s: seconds that the device rests before every ten repeats; it is warmed up again after each rest.
+        progress: is called with the number of passes and metered layers that are done, and of all, after each.
 
-    Warns with :class:`~torchsurgeon.errors.NoisyProfileWarning` when the machine was not quiet, or became slower.
-    Raises :class:`~torchsurgeon.errors.DeviceError` for a device that does not exist or that the model is not on, and
-    :class:`~torchsurgeon.errors.ProfileError` for arguments that cannot be, and
-    :class:`~torchsurgeon.errors.MeterError` where the clock jumps back.
+    Returns:
+        The profile. Where no meter gave a reading its ``energy`` is None, and ``provenance["meter"]`` says why.
+
+    Raises:
+        DeviceError: the device does not exist, or the model is not on it.
+        ProfileError: an argument is out of its range.
+        MeterError: the clock jumped back during a pass.
+
+    Warns:
+        NoisyProfileWarning: the machine was not quiet, or became slower.
     """
-    if repeats < 1 or warmup < 0:
-        raise ProfileError(f"cannot measure {repeats} repeats after {warmup} warm-up runs; give at least 1 and 0")
+    if repeats < 1:
+        raise ProfileError(f"repeats must be at least 1; got {short(repeats)}")
+    if warmup < 0:
+        raise ProfileError(f"warmup must be at least 0; got {short(warmup)}")
     if not 0 <= cooldown_s < float("inf"):
-        raise ProfileError(f"cannot rest for {cooldown_s} seconds; give 0 or more")
+        raise ProfileError(f"cooldown_s must be 0 or more seconds; got {short(cooldown_s)}")
     target = device_of(graph, device)
     origin = provenance(target)
     with contextlib.ExitStack() as exit_stack:
@@ -111,7 +129,7 @@ def profile(
                 run.whole, run.tensors, run.ranks, layer_s, plain_s, energy_meter, run.synchronize, tick
             )
             if energy is None:
-                origin["meter"] = f"none; {energy_meter.name} {energy_meter.scope} told nothing"
+                origin["meter"] = f"none; {energy_meter.name} {energy_meter.scope} gave no reading"
     measured = LayerProfile(
         type(graph.model).__name__,
         graph.fingerprint,
@@ -137,7 +155,7 @@ def _meter(wanted: EnergyMeter | str | None, device: torch.device) -> Iterator[E
     elif wanted is None:
         yield NullMeter()
     else:
-        raise ProfileError(f"meter is {wanted!r}; give 'auto', None, or one of torchsurgeon.meters")
+        raise ProfileError(f"meter must be 'auto', None or a meter of torchsurgeon.meters; got {short(wanted)}")
 
 
 def _warn_of_noise(measured: LayerProfile) -> None:
@@ -147,22 +165,34 @@ def _warn_of_noise(measured: LayerProfile) -> None:
             f"the middle half of {repeats} runs spreads over {measured.spread:.0%} of their median: the machine is "
             "busy or changes its clocks"
         )
-        warnings.warn(NoisyProfileWarning(finding, "quiet it, or take more repeats"), stacklevel=3)
+        warnings.warn(NoisyProfileWarning(finding, "stop what else runs on it, or take more repeats"), stacklevel=3)
     elif measured.drift > _NOISY_DRIFT and _is_apart(measured.whole_s):
         finding = f"the last runs took {measured.drift:.0%} longer than the first: the machine throttles or became busy"
         warnings.warn(NoisyProfileWarning(finding, "let it rest with cooldown_s, or cool it"), stacklevel=3)
 
 
 def _is_apart(whole_s: Array) -> bool:
-    """Whether the last third of the runs is slower than the first by more than either spreads."""
+    """Return whether three quarters of the last third of the runs took longer than three quarters of the first."""
     third = len(whole_s) // 3
     return bool(np.quantile(whole_s[:third], 0.75) < np.quantile(whole_s[-third:], 0.25))
 
 
 class ModelRun:
-    """A model ready to be measured: its steps, the layer each counts to, and its inputs on its device.
+    """A model that is ready to be measured. From its creation on, this process keeps freed memory.
 
-    Freed memory is kept from then on (:func:`~torchsurgeon._allocator.keep_freed_memory`).
+    See :func:`~torchsurgeon._allocator.keep_freed_memory`.
+
+    Args:
+        graph: the traced model.
+        device: the device that the model is on.
+        inputs: the model's input tensors; None for random ones.
+
+    Attributes:
+        whole: the whole model as one segment.
+        tensors: its inputs, on the device.
+        layers: how many layers it has.
+        ranks: by step index, the layer that the step is.
+        columns: by step index, the layer to which the step's time counts.
     """
 
     def __init__(self, graph: LayerGraph, device: torch.device, inputs: Sequence[torch.Tensor] | None) -> None:
@@ -172,7 +202,7 @@ class ModelRun:
         self.tensors = [tensor.detach().to(device) for tensor in given]
         self.layers = len(graph.layers)
         self.ranks = {step: rank for rank, step in enumerate(graph.flow.layers)}
-        # Steps that are no layer (reading a size, taking one of several results) count to the layer that follows them.
+        # A step that is no layer reads a size, or takes one of several results; its time counts to the next layer.
         self.columns: dict[int, int] = {}
         column = self.layers - 1
         for step in reversed(self.whole.steps):
@@ -181,14 +211,25 @@ class ModelRun:
         self._device = device
 
     def synchronize(self) -> None:
-        """Wait until the device has done all it was given."""
+        """Wait until the device has done all that it was given."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def times(
         self, clock: Clock | None, repeats: int, warmup: int, cooldown_s: float, tick: Callable[[], None]
     ) -> tuple[Array, Array]:
-        """Seconds of each layer, shape (repeats, layers), and of the plain model; ``clock`` None is the wall clock."""
+        """Measure the layers, and the model as it is.
+
+        Args:
+            clock: the clock; None for the host's monotonic clock.
+            repeats: how many passes of each kind are measured.
+            warmup: how many passes of each kind run before that, and after each rest.
+            cooldown_s: seconds of rest before every ten repeats.
+            tick: is called after each repeat, and after each of the first warm-up passes.
+
+        Returns:
+            Seconds of each layer, shape (repeats, layers), and of the whole model as it is, shape (repeats,).
+        """
         samples, plain = np.zeros((repeats, self.layers)), np.zeros(repeats)
         for repeat in range(repeats):
             if repeat == 0 or (cooldown_s and repeat % _REPEATS_BETWEEN_PAUSES == 0):
@@ -228,10 +269,18 @@ class ModelRun:
 def layer_trace(
     graph: LayerGraph, device: str | torch.device | None = None, inputs: Sequence[torch.Tensor] | None = None
 ) -> KernelTrace:
-    """Return one warmed-up run of the model as a trace: its layers, and on CUDA the kernels each launched.
+    """Return one run of the model as a trace: its layers, and on CUDA the kernels that each launched.
 
-    Raises :class:`~torchsurgeon.errors.DeviceError` as :func:`profile` does, and
-    :class:`~torchsurgeon.errors.NativeUnavailableError` where CUDA kernels cannot be traced.
+    The model is run once before that, to warm up.
+
+    Args:
+        graph: the traced model.
+        device: as for :func:`profile`.
+        inputs: as for :func:`profile`.
+
+    Raises:
+        DeviceError: the device does not exist, or the model is not on it.
+        NativeUnavailableError: on CUDA, as :func:`~torchsurgeon.hooks.kernel_trace` raises it.
     """
     target = device_of(graph, device)
     run = ModelRun(graph, target, inputs)

@@ -1,4 +1,4 @@
-"""How much memory a model's values take while each of its layers runs."""
+"""Measure how much memory a model's tensors take while each of its layers runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ from torchsurgeon.tracing.structure import flatten
 def layer_memory(
     whole: Segment, tensors: Sequence[torch.Tensor], columns: Mapping[int, int], layers: int, device: torch.device
 ) -> NDArray[np.int64]:
-    """Return the most bytes that values take while each layer runs, shape (layers,), from one run of the model.
+    """Run the model once and return the most bytes that tensors take while each layer runs, shape (layers,).
 
-    On the CPU these are the tensors that are alive when the layer ends, its inputs among them; what an operator takes
-    for itself in between is not seen. On CUDA it is the allocator's peak, which sees that too. Parameters and buffers
-    are not counted. ``columns`` says to which layer each step counts.
+    On the CPU, the tensors that are alive when the layer ends are counted, its inputs among them; memory that an
+    operator takes and frees meanwhile is not seen. On CUDA it is the peak of PyTorch's allocator, which sees that too.
+    Parameters and buffers are not counted.
+
+    Args:
+        whole: the whole model.
+        tensors: its inputs.
+        columns: by step index, the layer to which the step counts.
+        layers: how many layers the model has.
+        device: the device that the model is on.
     """
     watcher = _AllocatorPeak(columns, layers, device) if device.type == "cuda" else _LiveBytes(columns, layers)
     whole.watched(tensors, watcher)
@@ -29,10 +36,13 @@ def layer_memory(
 
 
 class _LiveBytes:
+    """Adds up, after each step, the memory under the tensors that are still in the environment."""
+
     def __init__(self, columns: Mapping[int, int], layers: int) -> None:
         self.most_bytes = np.zeros(layers, dtype=np.int64)
         self._columns = columns
         self._live: dict[int, dict[int, int]] = {}
+        # The storages of parameters and buffers.
         self._own: set[int] = set()
 
     def before(self, step: Step, environment: Environment) -> None:
@@ -40,22 +50,26 @@ class _LiveBytes:
             self._live = {i: _storages(value) for i, value in enumerate(environment) if value is not None}
 
     def after(self, step: Step, environment: Environment, token: None) -> None:
-        here = _storages(environment[step.index])
+        given = _storages(environment[step.index])
         if step.kind == "attr":
-            self._own |= here.keys()
-        self._live = {i: held for i, held in self._live.items() if environment[i] is not None} | {step.index: here}
-        all_of_them: dict[int, int] = {}
+            self._own |= given.keys()
+        self._live = {i: held for i, held in self._live.items() if environment[i] is not None} | {step.index: given}
+        # By address, so that memory which several tensors share counts once.
+        storages: dict[int, int] = {}
         for held in self._live.values():
-            all_of_them |= held
-        size = sum(size_bytes for address, size_bytes in all_of_them.items() if address not in self._own)
+            storages |= held
+        size = sum(size_bytes for address, size_bytes in storages.items() if address not in self._own)
         column = self._columns[step.index]
         self.most_bytes[column] = max(self.most_bytes[column], size)
 
 
 class _AllocatorPeak:
+    """Reads the peak of PyTorch's CUDA allocator around each step."""
+
     def __init__(self, columns: Mapping[int, int], layers: int, device: torch.device) -> None:
         self.most_bytes = np.zeros(layers, dtype=np.int64)
         self._columns, self._device = columns, device
+        # What was allocated before the run, inputs aside: the weights, and whatever else the process holds.
         self._without: int | None = None
 
     def before(self, step: Step, environment: Environment) -> None:
@@ -74,7 +88,7 @@ class _AllocatorPeak:
 
 
 def _storages(value: Any) -> dict[int, int]:
-    """Address and bytes of the memory under every tensor in ``value``; views of one another share theirs."""
+    """Return the address and bytes of the memory under every tensor in a value; tensors that share memory, once."""
     found: dict[int, int] = {}
     for _, leaf in flatten(value)[0]:
         if isinstance(leaf, torch.Tensor):
@@ -82,6 +96,6 @@ def _storages(value: Any) -> dict[int, int]:
                 storage = leaf.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
             except (RuntimeError, NotImplementedError):
-                # Sparse and MKL-DNN tensors have no storage that can be seen.
+                # Sparse and MKL-DNN tensors do not show their storage.
                 found[id(leaf)] = leaf.numel() * leaf.element_size()
     return found

@@ -1,4 +1,4 @@
-"""On which device, and with what, a measurement is made."""
+"""On which device, and with which hardware and software, a measurement is made."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from typing import Any
 
 import torch
 
-from torchsurgeon.errors import DeviceError
+from torchsurgeon.errors import DeviceError, short
 from torchsurgeon.meters.board import board_state
 from torchsurgeon.tracing.graph import LayerGraph
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """Return the device with its number ("cuda" is the current one).
+    """Return a device with its number.
 
-    Raises :class:`~torchsurgeon.errors.DeviceError` for one that does not exist, listing those that do.
+    Args:
+        device: "cpu", "cuda" (the current CUDA device) or "cuda:1".
+
+    Raises:
+        DeviceError: there is no such device; the message lists those that there are.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     existing = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise DeviceError(f"{device!r} is not a device; this machine has {existing}") from None
+        raise DeviceError(f"{short(device)} is not a device; this machine has {existing}") from None
     if found.type == "cpu":
         return torch.device("cpu")
     if found.type != "cuda":
-        raise DeviceError(f"a {found.type} device cannot be profiled; this machine has {existing}")
+        raise DeviceError(f"only CPU and CUDA devices are profiled; got {str(found)!r}; this machine has {existing}")
     if not count:
         raise DeviceError(
             f"there is no device {str(found)!r}: PyTorch {torch.__version__} sees no CUDA device; this machine has "
@@ -45,9 +49,14 @@ def find_device(device: str | torch.device) -> torch.device:
 
 
 def device_of(graph: LayerGraph, wanted: str | torch.device | None) -> torch.device:
-    """Return the device that the graph's model is on, which must be the ``wanted`` one if one is.
+    """Return the device that a model is on.
 
-    Raises :class:`~torchsurgeon.errors.DeviceError` for a device that does not exist, or that the model is not on.
+    Args:
+        graph: the traced model.
+        wanted: the device that it must be on; None for any.
+
+    Raises:
+        DeviceError: the wanted device does not exist, or the model is on another one or on several.
     """
     tensors = (*graph.model.parameters(), *graph.model.buffers())
     places = sorted({str(tensor.device) for tensor in tensors})
@@ -66,7 +75,13 @@ def device_of(graph: LayerGraph, wanted: str | torch.device | None) -> torch.dev
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return where and with what a measurement is made; clocks and power mode only where they can be read."""
+    """Return hardware, software, date and load of this machine, as plain data to keep with a measurement.
+
+    Clock rates and power mode are there only where they can be read.
+
+    Args:
+        device: the device that is measured.
+    """
     target = torch.device(device)
     is_cuda = target.type == "cuda"
     facts = {
@@ -98,7 +113,7 @@ def _version() -> str | None:
 
 @functools.cache
 def _commit() -> str | None:
-    """The commit of a checkout; an installed package has only its version."""
+    """Return the commit of this checkout; None for an installed package, which has only its version."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

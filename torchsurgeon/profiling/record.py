@@ -1,4 +1,4 @@
-"""A measured profile as a value: its figures, and its JSON."""
+"""A profile: what each layer of a model costs, what follows from that, and how it is stored as JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import ProfileError
+from torchsurgeon.errors import ProfileError, short
 from torchsurgeon.tracing.graph import LayerGraph
 
 FORMAT = "torchsurgeon.profile/2"
 
-# Rates and ratios of what is outside would be no numbers.
+# Outside of these, rates and ratios of times would overflow.
 _LEAST_S, _MOST_S = 1e-12, 1e12
 
 Array = NDArray[np.float64]
@@ -25,11 +25,14 @@ Array = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerEnergy:
-    """Joules above idle of each layer and of the whole model, one run of each.
+    """The energy of one run of each layer, and of the whole model, above that of the idle machine.
 
-    ``layer_j`` has shape (layers,) and ``interval_j`` (layers, 2), the 95 % confidence interval of the mean; both are
-    NaN where nothing was metered. ``whole_j`` is (mean, low, high) of the whole model. ``idle_power_w`` has been
-    subtracted. ``meter`` names the meter and what it meters ("rapl package-0").
+    Attributes:
+        meter: the meter and what it meters ("rapl package-0").
+        idle_power_w: the power of the idle machine in watts, which is subtracted.
+        layer_j: mean joules of each layer, shape (layers,); NaN where nothing was metered.
+        interval_j: their 95 % confidence intervals, shape (layers, 2); NaN where nothing was metered.
+        whole_j: mean joules of the whole model, and the ends of their 95 % confidence interval.
     """
 
     meter: str
@@ -50,7 +53,16 @@ class LayerEnergy:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> LayerEnergy:
-        """Return the energies in ``data``. Raises KeyError, TypeError or ValueError for what is none."""
+        """Return the energies in plain data.
+
+        Args:
+            data: what :meth:`to_json` returned.
+
+        Raises:
+            KeyError: a field is missing.
+            TypeError: a field is of another type.
+            ValueError: a field holds no number.
+        """
         mean_j, low_j, high_j = _floats(data["whole_j"]).tolist()
         return LayerEnergy(
             str(data["meter"]),
@@ -63,14 +75,26 @@ class LayerEnergy:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerProfile:
-    """What each layer of one model costs on one device with one backend.
+    """What each layer of one model costs on one device with one backend, measured or predicted.
 
-    ``samples_s`` has one row a repeat and one column a layer, in seconds; ``whole_s`` holds times of the whole model
-    run as it is, in the same session and order. ``provenance`` says where it comes from (device, versions, threads,
-    date). ``memory_bytes`` is the most memory that tensors take while each layer runs, parameters and buffers not
-    counted; None where it was not measured. ``energy`` is None where nothing was metered. A predicted profile has one
-    row of samples, 90 % intervals of each layer, shape (layers, 2), and of the whole, and says ``"predicted"`` in its
-    provenance.
+    A predicted profile has one row of samples, and says ``"predicted"`` in its provenance.
+
+    Attributes:
+        model: the class of the model.
+        fingerprint: that of the traced model.
+        batch: the batch size.
+        layers: the layers' names.
+        samples_s: seconds of each layer in each repeat, shape (repeats, layers).
+        whole_s: seconds of the whole model run as it is, in the same session and order, shape (repeats,).
+        provenance: where the profile comes from: device, versions, threads, date.
+        memory_bytes: the most bytes that tensors take while each layer runs, parameters and buffers not counted, shape
+            (layers,); None where it was not measured.
+        energy: the energy of each layer; None where nothing was metered.
+        interval_s: of a predicted profile, the 90 % interval of each layer's seconds, shape (layers, 2); else None.
+        whole_interval_s: of a predicted profile, the 90 % interval of the whole model's seconds; else None.
+
+    Raises:
+        ProfileError: shapes do not fit the number of layers, or a value is no time or energy.
     """
 
     model: str
@@ -88,7 +112,8 @@ class LayerProfile:
     def __post_init__(self) -> None:
         if self.samples_s.ndim != 2 or self.samples_s.shape[1] != len(self.layers) or not len(self.samples_s):
             raise ProfileError(
-                f"a profile of {len(self.layers)} layers cannot hold samples of shape {self.samples_s.shape}"
+                f"samples_s must have shape (repeats, {len(self.layers)}), at least one repeat and one column a layer; "
+                f"got {self.samples_s.shape}"
             )
         for what, values in (("samples_s", self.samples_s), ("whole_s", self.whole_s)):
             if not values.size or not np.isfinite(values).all() or (values < 0).any():
@@ -96,7 +121,8 @@ class LayerProfile:
         for what, whole in (("samples_s", self.samples_s.sum(axis=1)), ("whole_s", self.whole_s)):
             if self.layers and not _LEAST_S <= np.median(whole) <= _MOST_S:
                 raise ProfileError(
-                    f"a model cannot take {np.median(whole)} s, which is what {what} says; measure it again"
+                    f"a model must take between {_LEAST_S} and {_MOST_S} s; the median of {what} is {np.median(whole)} "
+                    "s; measure it again"
                 )
         if self.energy is not None and np.isinf([*self.energy.layer_j, *self.energy.whole_j]).any():
             raise ProfileError("layer_j and whole_j must hold finite joules, NaN where they are not known")
@@ -115,7 +141,7 @@ class LayerProfile:
         return np.asarray(np.median(self.samples_s, axis=0))
 
     def quartiles_s(self) -> tuple[Array, Array]:
-        """First and third quartile of each layer's seconds."""
+        """Return first and third quartile of each layer's seconds, each of shape (layers,)."""
         low, high = np.quantile(self.samples_s, [0.25, 0.75], axis=0)
         return low, high
 
@@ -134,8 +160,10 @@ class LayerProfile:
 
     @property
     def head_memory_bytes(self) -> NDArray[np.int64] | None:
-        """Most memory that tensors take until each partition index is reached, shape (layers + 1,), 0 where no layer
-        runs; None where it was not measured."""
+        """The most bytes that tensors take until each partition index is reached, shape (layers + 1,).
+
+        0 where no layer runs; None where memory was not measured.
+        """
         if self.memory_bytes is None:
             return None
         return np.concatenate([np.zeros(1, dtype=np.int64), np.maximum.accumulate(self.memory_bytes)])
@@ -145,7 +173,7 @@ class LayerProfile:
         """Joules above idle until each partition index is reached, shape (layers + 1,), from 0.
 
         NaN from the first layer on whose energy is unknown; None where nothing was metered. Layers are metered one by
-        one, so their sum is brought to the whole model's energy where that is known.
+        one, and the sum is scaled to the metered energy of the whole model where that is known.
         """
         if self.energy is None:
             return None
@@ -160,15 +188,16 @@ class LayerProfile:
 
     @property
     def whole_to_sum(self) -> float:
-        """Whole model's time over the sum of its layers' medians; heads and tails are scaled by its kin per pass."""
+        """The whole model's median time over the sum of its layers' medians."""
         return self.total_s / float(self.layer_s.sum())
 
     @property
     def sum_to_whole(self) -> float:
-        """Sum of the layers over the whole model's time, pass by pass (the median of these).
+        """The sum of the layers over the whole model's time in the same repeat; the median over the repeats.
 
-        On a busy machine layers' medians leave out what interrupts now this layer and now that, and the whole model's
-        median does not, so this tells better whether taking the time costs any.
+        It shows what reading the clock between layers costs. :attr:`whole_to_sum` shows that less well on a busy
+        machine: interruptions hit another layer each time, so the layers' medians leave them out, while the whole
+        model's median includes them.
         """
         return float(np.median(self.samples_s.sum(axis=1) / self.whole_s)) if self._paired else 1 / self.whole_to_sum
 
@@ -178,17 +207,21 @@ class LayerProfile:
 
     @property
     def _scale(self) -> float:
+        """What sums of layers are multiplied by, so that all layers together take as long as the model as it is."""
         return self.total_s / float(np.median(self.samples_s.sum(axis=1)))
 
     @property
     def spread(self) -> float:
-        """Inter-quartile range of the whole model's seconds over their median."""
+        """The interquartile range of the whole model's seconds over their median."""
         low, high = np.quantile(self.whole_s, [0.25, 0.75])
         return float((high - low) / self.total_s)
 
     @property
     def drift(self) -> float:
-        """How much longer the last third of the runs took than the first (medians): 0.1 is 10 %; 0 below six runs."""
+        """How much longer the last third of the runs took than the first, by their medians: 0.1 is 10 %.
+
+        0 for fewer than six runs.
+        """
         third = len(self.whole_s) // 3
         if third < 2:
             return 0.0
@@ -217,12 +250,18 @@ class LayerProfile:
         return "\n".join(lines)
 
     def scaled(self, factor: float) -> LayerProfile:
-        """Return the profile of a device that takes ``factor`` times as long for everything (an emulated one).
+        """Return the profile of an emulated device that takes longer by the same factor for everything.
 
-        What energy such a device would take is not known, so it has none.
+        Its energy is unknown, so the profile has none.
+
+        Args:
+            factor: how many times as long it takes, above 0.
+
+        Raises:
+            ProfileError: the factor is not positive and finite.
         """
         if not (math.isfinite(factor) and factor > 0):
-            raise ProfileError(f"a device cannot be {factor} times as slow: give a positive factor")
+            raise ProfileError(f"factor, how many times as slow the device is, must be positive; got {short(factor)}")
         whole = self.whole_interval_s
         provenance = {**self.provenance, "scaled_by": factor * self.provenance.get("scaled_by", 1.0)}
         return dataclasses.replace(
@@ -236,7 +275,14 @@ class LayerProfile:
         )
 
     def check(self, graph: LayerGraph) -> None:
-        """Raise :class:`~torchsurgeon.errors.ProfileError` when this is not a profile of ``graph``."""
+        """Check that this is a profile of a traced model.
+
+        Args:
+            graph: the traced model.
+
+        Raises:
+            ProfileError: it is a profile of another model.
+        """
         if self.fingerprint != graph.fingerprint:
             raise ProfileError(
                 f"this profile is of {self.model} ({len(self.layers)} layers, fingerprint {self.fingerprint[:12]}), "
@@ -254,7 +300,7 @@ class LayerProfile:
             "layers": list(self.layers),
             "samples_s": self.samples_s.tolist(),
             "whole_s": self.whole_s.tolist(),
-            # Follows from the samples; here for readers of the file.
+            # Follows from the samples; written for whoever reads the file.
             "whole_to_sum": self.whole_to_sum,
             "memory_bytes": None if self.memory_bytes is None else self.memory_bytes.tolist(),
             "energy": None if self.energy is None else self.energy.to_json(),
@@ -265,11 +311,17 @@ class LayerProfile:
 
     @staticmethod
     def from_json(data: Any) -> LayerProfile:
-        """Return the profile in ``data``. Raises :class:`~torchsurgeon.errors.ProfileError` naming what is wrong with
-        it."""
+        """Return the profile in plain data.
+
+        Args:
+            data: what :meth:`to_json` returned.
+
+        Raises:
+            ProfileError: it is no profile of this version, or is damaged; the message names the field.
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ProfileError(f"not a profile of this version: format is {found!r}, not {FORMAT!r}; measure it again")
+            raise ProfileError(f"the format must be {FORMAT!r}; got {short(found)}; measure the profile again")
         try:
             memory, energy = data["memory_bytes"], data["energy"]
             intervals, whole = data.get("interval_s"), data.get("whole_interval_s")
@@ -288,27 +340,39 @@ class LayerProfile:
             )
         except KeyError as error:
             raise ProfileError(
-                f"the profile has no field {error}; it was cut short or edited, measure it again"
+                f"the profile has no field {short(error)}; it was cut short or edited, measure it again"
             ) from None
         except ProfileError:
             raise
         except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
-            raise ProfileError(f"the profile holds a value that is none: {error}") from None
+            raise ProfileError(f"the profile holds a damaged value: {short(error)}; measure it again") from None
 
     def save(self, path: str | Path) -> None:
-        """Write the profile to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.ProfileError` where it cannot be
-        written."""
+        """Write the profile to a file, as JSON.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ProfileError: the file cannot be written.
+        """
         _json_file.write(path, self.to_json(), ProfileError)
 
     @staticmethod
     def load(path: str | Path) -> LayerProfile:
-        """Read a profile. Raises :class:`~torchsurgeon.errors.ProfileError` naming the file and what is wrong with
-        it."""
+        """Read a profile from a file.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ProfileError: the file cannot be read or holds no profile; the message names the file and what is wrong.
+        """
         return _json_file.load(path, LayerProfile.from_json, ProfileError, "measure it again")
 
 
 def _nulls(values: Any) -> Any:
-    """NaN is no JSON."""
+    """Return nested lists of numbers with None for NaN and infinities, which JSON does not have."""
     if isinstance(values, list):
         return [_nulls(value) for value in values]
     return values if math.isfinite(values) else None
