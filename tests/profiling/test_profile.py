@@ -80,7 +80,7 @@ def test_a_slower_device_is_slower_everywhere(profile: ts.LayerProfile) -> None:
     assert slow.head_s == pytest.approx(profile.head_s * 4)
     assert slow.scaled(2).provenance["scaled_by"] == 8
     for factor in (0, -1, float("nan")):
-        with pytest.raises(ts.ProfileError, match="slow.*must be positive; got"):
+        with pytest.raises(ts.ProfileError, match=r"slow.*must be positive; got"):
             profile.scaled(factor)
 
 
@@ -385,7 +385,7 @@ def test_where_nothing_meters_there_are_no_joules_and_the_profile_says_why(
     found = ts.profile(graph, repeats=1, meter=Broken())
     assert found.energy is None
     assert "gave no reading" in found.provenance["meter"]
-    with pytest.raises(ts.ProfileError, match="must be .* got 'rapl'"):
+    with pytest.raises(ts.ProfileError, match=r"must be .* got 'rapl'"):
         ts.profile(graph, meter="rapl")
 
 

@@ -1,4 +1,4 @@
-"""A link of constant rates: how long a transfer takes, and what the device's radio takes for it."""
+"""A link of constant rates: how long a transfer takes, and how much energy the device's radio takes for it."""
 
 from __future__ import annotations
 
@@ -6,51 +6,82 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 
-from torchsurgeon.errors import LinkError
+from torchsurgeon.errors import LinkError, short
 
 _LEAST_BIT_S, _MOST_BIT_S = 1e3, 1e12
 _MOST_ROUND_TRIP_S = 60.0
+# What a new TCP connection may send before the first acknowledgement (RFC 6928).
 _INITIAL_WINDOW_BYTES = 10 * 1460
 
 
 def checked_rate(what: str, bit_s: float) -> None:
-    """Raise LinkError for a rate that cannot be."""
+    """Check that a rate is positive, and so large or small that its unit is bits per second.
+
+    Args:
+        what: what the rate is of, as the message names it ("an uplink's rate").
+        bit_s: the rate, 1e3 to 1e12 bit/s.
+
+    Raises:
+        LinkError: it is not.
+    """
     if not math.isfinite(bit_s) or bit_s <= 0:
-        raise LinkError(f"{what} of {bit_s} bit/s cannot be: give a positive number of bits per second")
+        raise LinkError(f"{what} must be a positive number of bits per second; got {short(bit_s)}")
     if bit_s < _LEAST_BIT_S:
-        raise LinkError(f"{what} of {bit_s:g} bit/s is below {_LEAST_BIT_S:g}; for {bit_s:g} Mbit/s give {bit_s:g}e6")
+        raise LinkError(
+            f"{what} must be at least {_LEAST_BIT_S:g} bit/s; got {bit_s:g}; for {bit_s:g} Mbit/s give {bit_s:g}e6"
+        )
     if bit_s > _MOST_BIT_S:
-        raise LinkError(f"{what} of {bit_s:g} bit/s is above {_MOST_BIT_S:g}; the unit is bits per second")
+        raise LinkError(f"{what} must be at most {_MOST_BIT_S:g} bit/s; got {bit_s:g}; the unit is bits per second")
 
 
 def checked_round_trip(round_trip_s: float) -> None:
-    """Raise LinkError for a round-trip time that cannot be."""
+    """Check that a round-trip time is one.
+
+    Args:
+        round_trip_s: the time, 0 to 60 s.
+
+    Raises:
+        LinkError: it is not.
+    """
     if not math.isfinite(round_trip_s) or round_trip_s < 0:
-        raise LinkError(f"a round-trip time of {round_trip_s} s cannot be: give zero or more seconds")
+        raise LinkError(f"a round-trip time must be zero or more seconds; got {short(round_trip_s)}")
     if round_trip_s > _MOST_ROUND_TRIP_S:
         raise LinkError(
-            f"a round-trip time of {round_trip_s:g} s is above {_MOST_ROUND_TRIP_S:g} s; "
+            f"a round-trip time must be at most {_MOST_ROUND_TRIP_S:g} s; got {round_trip_s:g}; "
             f"for {round_trip_s:g} ms give {round_trip_s / 1e3:g}"
         )
 
 
 def checked_size(size_bytes: float) -> None:
-    """Raise LinkError for a number of bytes that cannot be."""
+    """Check that a transfer has a size.
+
+    Args:
+        size_bytes: its bytes, 0 or more.
+
+    Raises:
+        LinkError: it is negative or not finite.
+    """
     if not math.isfinite(size_bytes) or size_bytes < 0:
-        raise LinkError(f"a transfer of {size_bytes} bytes cannot be: give zero or more bytes")
+        raise LinkError(f"a transfer must have zero or more bytes; got {short(size_bytes)}")
 
 
 @dataclass(frozen=True)
 class Radio:
-    """Power of a device's radio: proportional to the rate, on top of a base, and a tail after the last byte.
+    """The power of a device's radio.
 
-    :param up_w_per_bit_s: watts for every bit per second sent
-    :param down_w_per_bit_s: watts for every bit per second received
-    :param base_w: watts while anything is sent or received
-    :param tail_s: how long the radio stays awake after a transfer
-    :param tail_w: watts meanwhile
-    :param source: where the figures come from
-    :raises LinkError: a value is negative or not finite
+    While it transfers, a base power plus one that is proportional to the rate; after the last byte, a constant power
+    for as long as it stays awake (its tail).
+
+    Attributes:
+        up_w_per_bit_s: watts for each bit per second that is sent.
+        down_w_per_bit_s: watts for each bit per second that is received.
+        base_w: watts while anything is sent or received.
+        tail_s: seconds that the radio stays awake after a transfer.
+        tail_w: watts meanwhile.
+        source: where the figures come from.
+
+    Raises:
+        LinkError: a value is negative or not finite.
     """
 
     up_w_per_bit_s: float
@@ -64,32 +95,36 @@ class Radio:
         for name in ("up_w_per_bit_s", "down_w_per_bit_s", "base_w", "tail_s", "tail_w"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
-                raise LinkError(f"a radio's {name} of {value} cannot be: give zero or a positive number")
+                raise LinkError(f"a radio's {name} must be zero or more; got {short(value)}")
 
     def sending_w(self, bit_s: float) -> float:
-        """Watts while sending at a rate."""
+        """Return the watts while sending at a rate in bit/s."""
         return self.up_w_per_bit_s * bit_s + self.base_w
 
     def receiving_w(self, bit_s: float) -> float:
-        """Watts while receiving at a rate."""
+        """Return the watts while receiving at a rate in bit/s."""
         return self.down_w_per_bit_s * bit_s + self.base_w
 
     @property
     def tail_j(self) -> float:
-        """Joules of one tail."""
+        """Joules that the radio takes for staying awake after a transfer."""
         return self.tail_s * self.tail_w
 
 
 @dataclass(frozen=True)
 class Link:
-    """A link of constant rates, as seen from the device.
+    """A link of constant rates between a device and its server.
 
-    :param uplink_bit_s: payload rate from device to server, 1e3 to 1e12 bit/s
-    :param downlink_bit_s: payload rate from server to device
-    :param round_trip_s: time an empty message takes there and back, at most 60 s
-    :param source: where the figures come from
-    :param radio: what the device's radio takes for it; None where that is not known
-    :raises LinkError: a value is zero, negative, not finite, or so far off that its unit must be wrong
+    Attributes:
+        name: the link's name.
+        uplink_bit_s: payload rate from device to server, 1e3 to 1e12 bit/s.
+        downlink_bit_s: payload rate from server to device, 1e3 to 1e12 bit/s.
+        round_trip_s: seconds between sending an empty message and receiving its answer, 0 to 60.
+        source: where the figures come from.
+        radio: the power of the device's radio; None where it is not known.
+
+    Raises:
+        LinkError: a value is out of its range.
     """
 
     name: str
@@ -100,8 +135,8 @@ class Link:
     radio: Radio | None = None
 
     def __post_init__(self) -> None:
-        checked_rate("an uplink", self.uplink_bit_s)
-        checked_rate("a downlink", self.downlink_bit_s)
+        checked_rate("an uplink's rate", self.uplink_bit_s)
+        checked_rate("a downlink's rate", self.downlink_bit_s)
         checked_round_trip(self.round_trip_s)
 
     def __str__(self) -> str:
@@ -109,20 +144,41 @@ class Link:
         return f"{self.name}: {up:g} Mbit/s up, {down:g} Mbit/s down, {self.round_trip_s * 1e3:g} ms round trip"
 
     def uplink_s(self, size_bytes: float) -> float:
-        """Seconds in which `size_bytes` pass the uplink, without the delay of the way."""
+        """Return the seconds that a transfer occupies the uplink, without the delay until it arrives.
+
+        Args:
+            size_bytes: its bytes.
+
+        Raises:
+            LinkError: they are negative or not finite.
+        """
         checked_size(size_bytes)
         return size_bytes * 8 / self.uplink_bit_s
 
     def downlink_s(self, size_bytes: float) -> float:
-        """Seconds in which `size_bytes` pass the downlink, without the delay of the way."""
+        """Return the seconds that a transfer occupies the downlink, without the delay until it arrives.
+
+        Args:
+            size_bytes: its bytes.
+
+        Raises:
+            LinkError: they are negative or not finite.
+        """
         checked_size(size_bytes)
         return size_bytes * 8 / self.downlink_bit_s
 
     def request_s(self, up_bytes: float, down_bytes: float, *, fresh: bool = False) -> float:
-        """Seconds that a request and its answer spend on the way: both transfers and one round trip.
+        """Return the seconds that a request and its answer spend on the link: both transfers and one round trip.
 
-        A ``fresh`` connection takes a round trip more to open, and starts slowly in both directions: 10 segments of
-        1460 bytes (RFC 6928), twice as many after every round trip (RFC 5681), until they fill the link.
+        Args:
+            up_bytes: bytes of the request.
+            down_bytes: bytes of the answer.
+            fresh: whether the connection is new. A new one takes another round trip to open, and starts slowly in both
+                directions: 10 segments of 1460 bytes (RFC 6928), twice as many after each round trip (RFC 5681), until
+                they fill the link.
+
+        Raises:
+            LinkError: a size is negative or not finite.
         """
         on_the_way_s = self.uplink_s(up_bytes) + self.round_trip_s + self.downlink_s(down_bytes)
         if not fresh:
@@ -131,7 +187,7 @@ class Link:
         return on_the_way_s + self.round_trip_s + slow_s
 
     def _slow_start_s(self, size_bytes: float, bit_s: float) -> float:
-        """Seconds in which a new connection waits for acknowledgements instead of sending."""
+        """Return the seconds in which a new connection waits for acknowledgements instead of sending."""
         window_bytes, waited_s = float(_INITIAL_WINDOW_BYTES), 0.0
         while window_bytes < min(size_bytes, bit_s * self.round_trip_s / 8):
             waited_s += self.round_trip_s - window_bytes * 8 / bit_s
@@ -140,15 +196,20 @@ class Link:
         return waited_s
 
     def request_j(self, up_bytes: float, down_bytes: float) -> float:
-        """Joules the device's radio takes for a request and its answer, and for staying awake after it.
+        """Return the joules that the device's radio takes for a request and its answer, and for its tail.
 
-        :raises LinkError: the power of the radio is not known
+        Args:
+            up_bytes: bytes of the request.
+            down_bytes: bytes of the answer.
+
+        Raises:
+            LinkError: the power of the radio is not known, or a size is negative or not finite.
         """
         radio = self.radio
         if radio is None:
             raise LinkError(
-                f"what the radio takes over {self.name!r} is not known: give Link(…, radio=Radio(…)), "
-                "or radio=torchsurgeon.link.WIRED where no radio is in use"
+                f"the power of the radio on the link {short(self.name, 100)} is not known: give Link(…, "
+                "radio=Radio(…)), or radio=torchsurgeon.link.WIRED where no radio is in use"
             )
         up_s, down_s = self.uplink_s(up_bytes), self.downlink_s(down_bytes)
         return (
@@ -156,16 +217,19 @@ class Link:
         )
 
     def back_to_back(self) -> Link:
-        """The same link for requests that follow each other so closely that the radio never stays awake for nothing."""
+        """Return this link for requests that follow each other so closely that the radio has no tail between them."""
         return self if self.radio is None else replace(self, radio=replace(self.radio, tail_s=0.0))
 
     @staticmethod
     def parse(text: str) -> Link:
-        """The preset named `text`, or the link written as ``up/down/round-trip`` in Mbit/s and seconds.
+        """Return the link that a text names.
 
-        ``"lte"``, ``"5.85/13.76/0.06"`` and ``"5.85/13.76/60ms"`` are understood.
+        Args:
+            text: the name of a preset ("lte"), or up/down/round-trip in Mbit/s and seconds or milliseconds
+                ("5.85/13.76/0.06", "5.85/13.76/60ms").
 
-        :raises LinkError: `text` is neither
+        Raises:
+            LinkError: it is neither, or a value is out of its range.
         """
         name = text.strip().lower()
         if name in PRESETS:
@@ -173,7 +237,7 @@ class Link:
         parts = name.split("/")
         if len(parts) != 3:
             raise LinkError(
-                f"no link {text!r}: use one of {', '.join(PRESETS)}, "
+                f"there is no link {short(text)}: use one of {', '.join(PRESETS)}, "
                 "or up/down/round-trip in Mbit/s and seconds, such as 5.85/13.76/0.06"
             )
         up, down = (_number(part, "Mbit/s", text) for part in parts[:2])
@@ -184,15 +248,26 @@ def _number(part: str, unit: str, text: str) -> float:
     try:
         return float(part)
     except ValueError:
-        raise LinkError(f"{part.strip()!r} in the link {text!r} is not a number of {unit}") from None
+        raise LinkError(
+            f"a link must hold numbers of {unit}; got {short(part.strip(), 100)} in {short(text, 150)}"
+        ) from None
 
 
 def seconds_of(part: str, text: str) -> float:
-    """Return the seconds that ``part`` of a link's text means. Raises LinkError."""
+    """Return the seconds that a part of a link's text means.
+
+    Args:
+        part: the part: a number of seconds, or one followed by "s" or "ms".
+        text: the whole text, for the message.
+
+    Raises:
+        LinkError: it holds no number.
+    """
     number, unit = re.fullmatch(r"\s*(.*?)\s*(ms|s)?\s*", part, re.DOTALL).groups()  # type: ignore[union-attr]
     return _number(number, "seconds", text) * (1e-3 if unit == "ms" else 1.0)
 
 
+# Milliwatts per Mbit/s, as papers give them, in watts per bit/s.
 _MW_PER_MBIT_S = 1e-9
 _RATES = "rates: US averages of TestMyNet as used by Kang et al., Neurosurgeon, ASPLOS 2017"
 _HUANG = "Huang et al., A Close Examination of Performance and Power Characteristics of 4G LTE Networks, MobiSys 2012"
@@ -203,7 +278,7 @@ _UPLINK_ONLY = (
 _ROUND_FIGURES = "rates and round trip: round figures for orientation, not measured averages; give your own"
 
 WIRED = Radio(0.0, 0.0, 0.0, source="no radio")
-"""For links without a radio, whose transfers take no energy worth counting."""
+"""The radio of a link without one: transfers take no energy that counts."""
 
 PRESETS: dict[str, Link] = {
     link.name: link
@@ -254,5 +329,5 @@ PRESETS: dict[str, Link] = {
         ),
     )
 }
-"""The wireless links of the Neurosurgeon paper, and today's, by name; each link's and radio's `source` says where its
+"""By name, the wireless links of the Neurosurgeon paper and today's; each link's and radio's ``source`` says where its
 figures come from."""

@@ -1,4 +1,4 @@
-"""How a link's rates change over time: recordings, and links that follow them."""
+"""Recordings of how a link's rate changes over time, and links that follow them."""
 
 from __future__ import annotations
 
@@ -10,71 +10,102 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from torchsurgeon.errors import LinkError
+from torchsurgeon.errors import LinkError, short
 from torchsurgeon.link.rates import Link, checked_rate, checked_round_trip, checked_size, seconds_of
 
 MAHIMAHI_OPPORTUNITY_BYTES = 1500
 
+# Bits that may be missing at the end of a transfer, because of rounding.
 _FULL_BITS_TOLERANCE = 1e-3
 
 
 class BandwidthTrace:
-    """How many bits one direction of a link can carry over time: a recording that repeats at its end.
+    """How many bits one direction of a link can carry over time: a recording that is repeated when it ends.
 
-    Between two points of the recording the rate is constant, so the trace is a rising line of bits over seconds.
+    Between two points of the recording the rate is constant.
 
-    :param times_s: rising, from 0 to the length of the recording, shape (n,)
-    :param bits: bits that could have been delivered since the start at each of `times_s`, never falling, from 0
-    :raises LinkError: the two are not such a line, or it carries nothing
+    Args:
+        times_s: the times of the points in seconds, shape (n,): from 0 to the length of the recording, rising.
+        bits: the bits that could have been delivered from the start until each of these times, shape (n,): from 0,
+            never falling.
+        name: what the trace is called in messages.
+
+    Raises:
+        LinkError: times or bits are not as they must be, or the trace carries nothing.
     """
 
     def __init__(self, times_s: ArrayLike, bits: ArrayLike, name: str = "trace") -> None:
         times, total = np.asarray(times_s, dtype=np.float64), np.asarray(bits, dtype=np.float64)
         if times.ndim != 1 or times.shape != total.shape or len(times) < 2:
-            raise LinkError(f"{name}: a trace is two points or more, not {times.shape} times with {total.shape} bits")
+            raise LinkError(
+                f"{name}: a trace must have two points or more, each a time with its bits; got {times.shape} times and "
+                f"{total.shape} bits"
+            )
         if not (np.isfinite(times).all() and np.isfinite(total).all()):
-            raise LinkError(f"{name}: a trace of times or bits that are not finite cannot be replayed")
+            raise LinkError(f"{name}: times and bits must be finite; got infinity or NaN")
         if times[0] != 0 or total[0] != 0 or (np.diff(times) <= 0).any() or (np.diff(total) < 0).any():
-            raise LinkError(f"{name}: times must rise and bits must not fall, both from 0")
+            raise LinkError(f"{name}: times must rise and bits must not fall, both from 0; sort the points by time")
         if total[-1] <= 0:
-            raise LinkError(f"{name}: the trace delivers nothing, so a transfer over it would never end")
+            raise LinkError(f"{name}: a trace must deliver some bits, or a transfer over it would never end; got 0")
         self.name = name
         self._times, self._bits = times, total
-        checked_rate(f"{name}: a mean rate", self.mean_bit_s)
+        checked_rate(f"{name}: the mean rate", self.mean_bit_s)
 
     def __repr__(self) -> str:
         return f"BandwidthTrace({self.name!r}, {self.duration_s:g} s, mean {self.mean_bit_s / 1e6:.3g} Mbit/s)"
 
     @property
     def duration_s(self) -> float:
-        """Length of the recording, after which it repeats."""
+        """Seconds that the recording lasts, after which it repeats."""
         return float(self._times[-1])
 
     @property
     def mean_bit_s(self) -> float:
-        """Mean rate over the recording."""
+        """Mean rate over the recording, in bit/s."""
         return float(self._bits[-1] / self._times[-1])
 
     def rates_bit_s(self, interval_s: float = 1.0) -> NDArray[np.float64]:
-        """Mean rate in each whole interval of the recording, shape (intervals,)."""
+        """Return the mean rate in bit/s in each whole interval of the recording, shape (intervals,).
+
+        Args:
+            interval_s: the length of an interval.
+        """
         count = int(self.duration_s / interval_s + 1e-9)
         bits: NDArray[np.float64] = np.interp(np.arange(count + 1) * interval_s, self._times, self._bits)
         return np.diff(bits) / interval_s
 
     def bits_available(self, start_s: float, end_s: float) -> float:
-        """Bits the direction can carry between two times, both seconds since the start of the replay."""
+        """Return the bits that can be carried between two times of a replay.
+
+        Args:
+            start_s: seconds since the start of the replay, 0 or more.
+            end_s: the same, not before ``start_s``.
+
+        Raises:
+            LinkError: the times are no such span.
+        """
         if not 0 <= start_s <= end_s or not math.isfinite(end_s):
-            raise LinkError(f"{self.name}: no span from {start_s} s to {end_s} s; give two times from 0 on, in order")
+            raise LinkError(
+                f"{self.name}: a span must be two finite times from 0 on, in order; got {start_s} s to {end_s} s"
+            )
         return self._bits_until(end_s) - self._bits_until(start_s)
 
     def delivered_at(self, start_s: float, size_bytes: float) -> float:
-        """When the last of `size_bytes` sent from `start_s` on has passed, in seconds since the start of the replay."""
+        """Return when the last byte of a transfer has passed, in seconds since the start of the replay.
+
+        Args:
+            start_s: when the transfer begins, in seconds since the start of the replay.
+            size_bytes: its bytes.
+
+        Raises:
+            LinkError: a value is negative or not finite.
+        """
         checked_size(size_bytes)
         if not (start_s >= 0 and math.isfinite(start_s)):
-            raise LinkError(f"{self.name}: a transfer cannot start at {start_s} s; a replay starts at 0")
+            raise LinkError(f"{self.name}: a transfer must start at 0 or more seconds; got {start_s}")
         if size_bytes == 0:
             return start_s
-        # Without the tolerance, a transfer that ends exactly where an outage begins is rounded to after the outage.
+        # Without the tolerance, rounding would let a transfer that ends exactly where an outage begins end after it.
         wanted = self._bits_until(start_s) + size_bytes * 8 - _FULL_BITS_TOLERANCE
         rounds, rest = divmod(wanted, float(self._bits[-1]))
         right = max(int(np.searchsorted(self._bits, rest, side="left")), 1)
@@ -89,19 +120,25 @@ class BandwidthTrace:
 
     @classmethod
     def read(cls, path: str | Path) -> BandwidthTrace:
-        """The trace in a text file of either format, told apart by the numbers on a line.
+        """Read a trace from a text file.
 
-        One whole number a line is mahimahi's format: the millisecond of an opportunity to deliver 1500 bytes, the last
-        one being the length of the recording (mm-link(1)). Two numbers are a time in seconds and the rate in Mbit/s
-        from then on; the last rate holds as long as the one before it. Empty lines and those that start with ``#`` are
-        skipped.
+        A file with one whole number a line is in mahimahi's format (mm-link(1)): each number is the millisecond of an
+        opportunity to deliver 1500 bytes, and the last is also the length of the recording. A file with two numbers a
+        line holds times in seconds and the rate in Mbit/s from each time on; the last rate lasts as long as the one
+        before it. Empty lines and those that start with ``#`` are skipped.
 
-        :raises LinkError: the file cannot be read, or a line of it is malformed; the message names file and line
+        Args:
+            path: the file.
+
+        Raises:
+            LinkError: the file cannot be read, or a line of it is malformed; the message names file and line.
         """
         try:
             text = Path(path).read_text(encoding="ascii")
         except UnicodeDecodeError as error:
-            raise LinkError(f"{path}: not a bandwidth trace: byte {error.start} is not plain text") from None
+            raise LinkError(
+                f"{path}: a bandwidth trace must be plain ASCII text; byte {error.start} of the file is not"
+            ) from None
         except OSError as error:
             raise LinkError(f"{path}: cannot be read: {error.strerror}") from error
         rows = [
@@ -110,14 +147,19 @@ class BandwidthTrace:
             if (words := line.split()) and not words[0].startswith("#")
         ]
         if not rows:
-            raise LinkError(f"{path}: holds no line of a bandwidth trace")
+            raise LinkError(f"{path}: the file must hold at least one line of numbers; it holds none")
         columns = len(rows[0][1])
         if columns not in (1, 2):
-            raise LinkError(f"{path}:{rows[0][0]}: {columns} numbers; give one (milliseconds) or two (seconds, Mbit/s)")
+            raise LinkError(
+                f"{path}:{rows[0][0]}: a line must hold one number (milliseconds) or two (seconds, Mbit/s); got "
+                f"{columns}"
+            )
         values: list[list[float]] = []
         for number, words in rows:
             if len(words) != columns:
-                raise LinkError(f"{path}:{number}: {len(words)} numbers where the lines before have {columns}")
+                raise LinkError(
+                    f"{path}:{number}: every line must hold {columns} numbers, as the first does; got {len(words)}"
+                )
             values.append([_trace_number(word, f"{path}:{number}", whole=columns == 1) for word in words])
         lines = np.array([number for number, _ in rows])
         table = np.array(values, dtype=np.float64)
@@ -130,10 +172,10 @@ class BandwidthTrace:
         falling = np.flatnonzero(np.diff(ms) < 0)
         if len(falling):
             at = int(falling[0]) + 1
-            raise LinkError(f"{name}:{lines[at]}: {ms[at]:g} ms comes after {ms[at - 1]:g} ms; times must not fall")
+            raise LinkError(f"{name}:{lines[at]}: times must not fall; got {ms[at]:g} ms after {ms[at - 1]:g} ms")
         if ms[-1] == 0:
-            raise LinkError(f"{name}:{lines[-1]}: the trace ends at 0 ms, so it has no length to repeat at")
-        # An opportunity at millisecond k is spread over the millisecond that ends there; at 0 there is none before it.
+            raise LinkError(f"{name}:{lines[-1]}: the last number, the length of the trace, must be above 0; got 0 ms")
+        # An opportunity at millisecond k is spread over the millisecond that ends at k; one at 0, over the first.
         ends, counts = np.unique(np.maximum(ms, 1), return_counts=True)
         edges = np.unique(np.concatenate((ends - 1, ends, (0.0,))))
         bits = np.zeros(len(edges))
@@ -147,7 +189,7 @@ class BandwidthTrace:
         falling = np.flatnonzero(np.diff(starts_s) <= 0)
         if len(falling):
             at = int(falling[0]) + 1
-            raise LinkError(f"{name}:{lines[at]}: {starts_s[at]:g} s after {starts_s[at - 1]:g} s; times must rise")
+            raise LinkError(f"{name}:{lines[at]}: times must rise; got {starts_s[at]:g} s after {starts_s[at - 1]:g} s")
         steps = np.diff(starts_s)
         steps = np.append(steps, steps[-1] if len(steps) else 1.0)
         return cls(np.append(0.0, np.cumsum(steps)), np.append(0.0, np.cumsum(steps * rates_bit_s)), name)
@@ -156,21 +198,26 @@ class BandwidthTrace:
     def synthetic(
         cls, mean_bit_s: float, *, duration_s: float = 140.0, correlation_s: float = 4.0, seed: int = 0
     ) -> BandwidthTrace:
-        """A trace that varies as a cellular link does, one rate a second, the same for the same arguments.
+        """Return a trace that varies as a cellular link does, with one rate a second.
 
         The rates follow a Rayleigh distribution, taken at evenly spaced quantiles so that a short trace has its
         statistics too, in the order of a first-order autoregression. At a mean of 5.95 Mbit/s their 10 %, 50 % and 90 %
         quantiles are 2.2, 5.6 and 10.1 Mbit/s, where a measured LTE uplink of that mean had 2.4, 5.7 and 10.6.
 
-        :param mean_bit_s: mean rate over the whole trace
-        :param duration_s: rounded to whole seconds, two at least
-        :param correlation_s: time in which the memory of a rate falls to 1/e
+        Args:
+            mean_bit_s: mean rate over the whole trace, in bit/s.
+            duration_s: length in seconds, 2 or more; it is rounded to whole seconds.
+            correlation_s: seconds in which the autocorrelation of the rates falls to 1/e, 0 or more.
+            seed: the same seed and arguments give the same trace.
+
+        Raises:
+            LinkError: a value is out of its range.
         """
-        checked_rate("a mean rate", mean_bit_s)
+        checked_rate("a trace's mean rate", mean_bit_s)
         if not (math.isfinite(duration_s) and duration_s >= 2):
-            raise LinkError(f"a synthetic trace of {duration_s} s is too short: give 2 s or more")
+            raise LinkError(f"a synthetic trace must last 2 s or more; got {short(duration_s)}")
         if not (math.isfinite(correlation_s) and correlation_s >= 0):
-            raise LinkError(f"a correlation time of {correlation_s} s cannot be: give zero or more seconds")
+            raise LinkError(f"a correlation time must be zero or more seconds; got {short(correlation_s)}")
         count = round(duration_s)
         memory = math.exp(-1 / correlation_s) if correlation_s > 0 else 0.0
         noise = np.random.default_rng(seed).standard_normal(count)
@@ -189,9 +236,9 @@ def _trace_number(word: str, where: str, *, whole: bool) -> float:
         value = float(int(word)) if whole else float(word)
     except (ValueError, OverflowError):
         wanted = "a whole number of milliseconds" if whole else "a number"
-        raise LinkError(f"{where}: {word[:40]!r} is not {wanted}") from None
+        raise LinkError(f"{where}: a line must hold {wanted}; got {short(word, 40)}") from None
     if not math.isfinite(value) or value < 0:
-        raise LinkError(f"{where}: {word} cannot be; times and rates are zero or more")
+        raise LinkError(f"{where}: times and rates must be finite and zero or more; got {short(word, 40)}")
     return value
 
 
@@ -199,7 +246,14 @@ def _trace_number(word: str, where: str, *, whole: bool) -> float:
 class TracedLink:
     """A link whose two rates follow recordings.
 
-    :raises LinkError: the round-trip time is negative, not finite or above 60 s
+    Attributes:
+        name: the link's name.
+        uplink: the recording of the rate from device to server.
+        downlink: the recording of the rate from server to device.
+        round_trip_s: seconds between sending an empty message and receiving its answer, 0 to 60.
+
+    Raises:
+        LinkError: the round-trip time is out of its range.
     """
 
     name: str
@@ -215,13 +269,15 @@ class TracedLink:
 
 
 def parse_profile(text: str) -> Link | TracedLink:
-    """The link a command line means.
+    """Return the link that a command line names.
 
-    Besides what :meth:`Link.parse` understands, ``trace:FILE`` replays a recording in both directions,
-    ``trace:UP,DOWN`` one in each. A number at the end, ``trace:UP,DOWN,0.06`` or ``…,60ms``, is the round-trip time; it
-    is 0 unless given.
+    Args:
+        text: what :meth:`Link.parse` takes; ``trace:FILE`` for a recording that both directions follow; or
+            ``trace:UP,DOWN`` for one each. A number at the end (``trace:UP,DOWN,0.06``, ``trace:FILE,60ms``) is the
+            round-trip time, which is otherwise 0.
 
-    :raises LinkError: the text names no link, or a trace file is missing or malformed
+    Raises:
+        LinkError: the text names no link, or a trace file is missing or malformed.
     """
     kind, colon, rest = text.strip().partition(":")
     if not colon or kind != "trace":
@@ -231,6 +287,8 @@ def parse_profile(text: str) -> Link | TracedLink:
     if len(files) > 1 and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?\s*(ms|s)?", files[-1]):
         round_trip_s = seconds_of(files.pop(), text)
     if not 1 <= len(files) <= 2 or not all(files):
-        raise LinkError(f"no link {text!r}: write trace:FILE, trace:UP,DOWN or trace:UP,DOWN,SECONDS")
+        raise LinkError(
+            f"a recorded link must be written trace:FILE, trace:UP,DOWN or trace:UP,DOWN,SECONDS; got {short(text)}"
+        )
     traces = [BandwidthTrace.read(file) for file in files]
     return TracedLink(text.strip(), traces[0], traces[-1], round_trip_s)
