@@ -161,7 +161,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(tmp_p
 
 
 @pytest.mark.parametrize("budget_s", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_budget_that_cannot_be_is_refused(budget_s: float) -> None:
+def test_a_budget_out_of_range_is_refused(budget_s: float) -> None:
     with pytest.raises(ts.CalibrationError, match=r"300"):
         ts.calibrate("cpu", budget_s=budget_s)
 

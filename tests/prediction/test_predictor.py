@@ -252,7 +252,7 @@ def test_a_profile_of_another_device_is_told_apart(predictor: ts.Predictor, grap
     assert here.mismatches(measured.scaled(2.0)) == ("it was scaled to emulate another device",)
     assert "predicted" in here.mismatches(here.predict(graph))[0]
     two = ts.Predictor(measured.provenance | {"threads": 2}, predictor.samples, predictor.fitted, predictor.roofline)
-    assert two.mismatches(measured) == ("its threads is 1, here it is 2",)
+    assert two.mismatches(measured) == ("its threads is 1, this device's is 2",)
 
 
 @pytest.mark.parametrize("name", ["tegra-k1-cpu", "tegra-k1-gpu", "tesla-k40"])

@@ -1,4 +1,4 @@
-"""Calibrate a device once; then predict what any model costs on it, layer by layer, without running it."""
+"""Calibrate a device once, then predict what each layer of any model costs on it, without running the model."""
 
 from torchsurgeon.prediction.calibration import calibrate
 from torchsurgeon.prediction.predictor import Predictor

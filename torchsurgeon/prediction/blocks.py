@@ -1,4 +1,4 @@
-"""Building blocks of published architectures that PyTorch has no layer for; ``nets`` joins them to networks."""
+"""Building blocks of published architectures for which PyTorch has no layer; ``nets`` makes networks of them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ Activation = Callable[[], nn.Module]
 
 
 class Residual(nn.Module):
-    """``body(x) + x``, through a projection where sizes change."""
+    """Adds its input to the output of its body, as ResNet does; where sizes change, through a projection."""
 
     def __init__(self, body: nn.Module, shortcut: nn.Module | None, activation: nn.Module | None) -> None:
         super().__init__()
         self.body, self.shortcut, self.activation = body, shortcut, activation
 
     def forward(self, x: torch.Tensor) -> Any:
+        """Return the block\'s output for a tensor."""
         out = self.body(x)
         out = out + (x if self.shortcut is None else self.shortcut(x))
         return out if self.activation is None else self.activation(out)
 
 
 class Branches(nn.Module):
-    """Several ways over the same input, concatenated."""
+    """Concatenates the outputs of several branches on the same input, as Inception does."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
-class Squeeze(nn.Module):
-    """Channels scaled by what their means say."""
+class SqueezeExcitation(nn.Module):
+    """Scales each channel by a factor computed from the channels' means."""
 
     def __init__(self, channels: int, inner: int, activation: Activation, gate: Activation) -> None:
         super().__init__()
@@ -46,17 +48,19 @@ class Squeeze(nn.Module):
         self.activation, self.gate = activation(), gate()
 
     def forward(self, x: torch.Tensor) -> Any:
+        """Return the block\'s output for a tensor."""
         return self.gate(self.up(self.activation(self.down(self.pool(x))))) * x
 
 
 class Dense(nn.Module):
-    """Each layer sees the outputs of all before it."""
+    """Gives each layer the outputs of all layers before it, as DenseNet does."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         seen = [x]
         for layer in self.layers:
             seen.append(layer(torch.cat(seen, 1)))
@@ -64,7 +68,15 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of tokens, in one of the ways it is written."""
+    """Self-attention of tokens, in one of the forms in which models write it.
+
+    Args:
+        width: features of a token.
+        heads: how many heads share them.
+        form: "apart" for three projections instead of one; "products" for matrix products and a softmax instead of
+            ``scaled_dot_product_attention``; "joined" for neither.
+        bias: what is added to the scores.
+    """
 
     def __init__(self, width: int, heads: int, form: str, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -77,6 +89,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> Any:
+        """Return the block\'s output for a tensor."""
         size = (self.heads, self.width // self.heads)
         if self.inner is None:
             q, k, v = (layer(x).unflatten(-1, size).transpose(1, 2) for layer in (self.q, self.k, self.v))
@@ -90,8 +103,8 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-class Encoder(nn.Module):
-    """A transformer's layer, normalized before or after."""
+class EncoderLayer(nn.Module):
+    """One layer of a transformer's encoder, with normalization before or after each of its two parts."""
 
     def __init__(self, attention: nn.Module, width: int, hidden: int, activation: Activation, before: bool) -> None:
         super().__init__()
@@ -102,6 +115,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> Any:
+        """Return the block\'s output for a tensor."""
         if self.before:
             x = x + self.attention(self.first(x))
             return x + self.mlp(self.second(x))
@@ -109,20 +123,21 @@ class Encoder(nn.Module):
         return self.second(self.mlp(x) + x)
 
 
-class Whole(nn.Module):
-    """PyTorch's own attention module."""
+class ModuleAttention(nn.Module):
+    """Self-attention by ``nn.MultiheadAttention``."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.inner = nn.MultiheadAttention(width, heads, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         out: torch.Tensor = self.inner(x, x, x, need_weights=False)[0]
         return out
 
 
-class Windows(nn.Module):
-    """Self-attention inside the windows of a map, its channels last, the map rolled before or not."""
+class WindowAttention(nn.Module):
+    """Self-attention inside the windows of a map whose channels are last, as in Swin; the map may be rolled before."""
 
     def __init__(self, width: int, heads: int, side: int, window: int, rolled: bool) -> None:
         super().__init__()
@@ -132,6 +147,7 @@ class Windows(nn.Module):
         self.side, self.window, self.width, self.rolled = side, window, width, rolled
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         count, window = self.side // self.window, self.window
         if self.rolled:
             x = torch.roll(x, (-(window // 2), -(window // 2)), (1, 2))
@@ -143,14 +159,15 @@ class Windows(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A map as a row of tokens."""
+    """Makes a sequence of tokens of a map."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         return x.flatten(2).transpose(1, 2)
 
 
 class Positions(nn.Module):
-    """A class token before the others, and a position added to each."""
+    """Puts a class token before the others, and adds a position to each."""
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
@@ -158,32 +175,36 @@ class Positions(nn.Module):
         self.position = nn.Parameter(torch.empty(1, tokens + 1, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         return torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
 
 
 class ChannelsLast(nn.Module):
-    """A map with its channels read last."""
+    """Makes the channels of a map its last dimension."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         return x.permute(0, 2, 3, 1)
 
 
 class ChannelsFirst(nn.Module):
-    """The way back of :class:`ChannelsLast`."""
+    """Makes the channels of a map its first dimension after the batch; undoes :class:`ChannelsLast`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         return x.permute(0, 3, 1, 2)
 
 
 class Merge(nn.Module):
-    """Every two by two neighbours as one with four times the channels."""
+    """Joins every two by two neighbors of a map to one with four times the channels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         return torch.cat([x[:, i::2, j::2, :] for j in (0, 1) for i in (0, 1)], -1)
 
 
-class LastBlock(nn.Module):
-    """A depthwise convolution, then a perceptron over the channels, read last."""
+class ChannelsLastBlock(nn.Module):
+    """A depthwise convolution, then a perceptron over the channels as the last dimension, as in ConvNeXt."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
@@ -192,39 +213,43 @@ class LastBlock(nn.Module):
         self.activation, self.scale = nn.GELU(), nn.Parameter(torch.empty(width, 1, 1))
 
     def forward(self, x: torch.Tensor) -> Any:
+        """Return the block\'s output for a tensor."""
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
         return x + self.down(self.activation(self.up(y))).permute(0, 3, 1, 2) * self.scale
 
 
 class Recurrent(nn.Module):
-    """The outputs of a recurrent layer, without its state."""
+    """Returns the outputs of a recurrent layer, without its state."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         out: torch.Tensor = self.layer(x)[0]
         return out
 
 
 class Hourglass(nn.Module):
-    """Down, up again, and joined with what was there before."""
+    """Makes a map smaller, processes it, makes it larger again, and joins it with the input, as U-Net does."""
 
     def __init__(self, down: nn.Module, inner: nn.Module, up: nn.Module, join: nn.Module) -> None:
         super().__init__()
         self.down, self.inner, self.up, self.join = down, inner, up, join
 
     def forward(self, x: torch.Tensor) -> Any:
+        """Return the block\'s output for a tensor."""
         return self.join(torch.cat([x, self.up(self.inner(self.down(x)))], 1))
 
 
-class Enlarge(nn.Module):
-    """Twice the sides."""
+class Upsample(nn.Module):
+    """Doubles the sides of a map."""
 
     def __init__(self, mode: str) -> None:
         super().__init__()
         self.mode = mode
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block\'s output for a tensor."""
         return F.interpolate(x, scale_factor=2.0, mode=self.mode)

@@ -1,8 +1,8 @@
 """Time layers of every kind on a device, and fit its prediction models.
 
-The deployment phase of Neurosurgeon (Kang et al., ASPLOS 2017, section 4.1). Most of the time goes to networks drawn
-at random, whose layers run among the neighbours they have in real models; the rest to layers one by one, of the kinds
-whose predictions are worst so far.
+This is the deployment phase of Neurosurgeon (Kang et al., ASPLOS 2017, section 4.1). Most of the time goes to networks
+drawn at random, whose layers run among the neighbors that they have in real models. The rest goes to separate layers,
+of the kinds that are predicted worst so far.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import CalibrationError, ThrottledWarning
+from torchsurgeon.errors import CalibrationError, ThrottledWarning, short
 from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.prediction.damage import DAMAGE, numbers
 from torchsurgeon.prediction.kinds import KINDS, Array
@@ -39,6 +39,7 @@ from torchsurgeon.profiling.origin import find_device, provenance
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.tracer import trace
 
+# The share of networks among what is timed, and the most time that may go to metering.
 _NETS_SHARE, _ENERGY_SHARE = 0.7, 0.3
 _SAVE_EVERY_S, _REVIEW_EVERY_S = 15.0, 40.0
 _MOST_SAMPLES = 2500
@@ -49,7 +50,14 @@ Progress = Callable[[float, float, str], None]
 
 @dataclasses.dataclass(frozen=True)
 class _TimedNet:
-    """A network as a whole: its seconds, the sum of its layers', and how many."""
+    """A network that was timed as a whole.
+
+    Attributes:
+        group: its number.
+        whole_s: its seconds.
+        sum_s: the sum of its layers' seconds.
+        layers: how many layers it has.
+    """
 
     group: int
     whole_s: float
@@ -61,7 +69,7 @@ def _timed_from(values: Sequence[Any]) -> _TimedNet:
     names = [field.name for field in dataclasses.fields(_TimedNet)]
     net = numbers(_TimedNet, dict(zip(names, values, strict=True)), least=0.0)
     if not (isinstance(net.group, int) and min(net.whole_s, net.sum_s, net.layers) > 0):
-        raise ValueError(f"a network cannot be {net}")
+        raise ValueError(f"a network must have a whole number and positive times and layers; got {short(net)}")
     return net
 
 
@@ -74,44 +82,53 @@ def calibrate(
     meter: EnergyMeter | str | None = "auto",
     progress: Progress | None = None,
 ) -> Predictor:
-    """Return a :class:`~torchsurgeon.prediction.Predictor` of ``device``, after timing layers on it for ``budget_s``.
+    """Time layers on a device, and return a predictor of it.
 
-    With ``out`` the predictor is written there, and until it is done what has been measured so far: called again with
-    the same ``out`` after an interruption, or with a larger budget, it goes on. Where a whole calibration has had the
-    budget it is done anew, and replaced at the end. ``meter`` is an energy meter,
-    ``"auto"`` for the machine's best one, or None. ``progress(spent_s, budget_s, what)`` is called after each network.
-    Threads are those that PyTorch is set to (``torch.set_num_threads``); predictions hold for as many. Freed memory is
-    kept by the process from then on.
+    Predictions hold for as many threads as PyTorch is set to (``torch.set_num_threads``). From then on, this process
+    keeps freed memory (:func:`~torchsurgeon._allocator.keep_freed_memory`).
 
-    Warns with :class:`~torchsurgeon.errors.ThrottledWarning` where the device slowed down meanwhile; it was given
-    pauses then, and the provenance says how many. Raises :class:`~torchsurgeon.errors.DeviceError` for a device that is
-    not there, and :class:`~torchsurgeon.errors.CalibrationError` for a budget that cannot be, or an ``out`` of another
-    device.
+    Args:
+        device: "cpu", "cuda" or "cuda:1".
+        budget_s: seconds to spend, above 0.
+        out: the file to which the predictor is written and, until it is done, what has been measured so far. A call
+            with the same file continues after an interruption, or where a calibration had a smaller budget. A finished
+            one that had the budget is replaced at the end of a new one.
+        seed: the same seed draws the same networks and layers.
+        meter: an energy meter, "auto" for the best one of the machine, or None.
+        progress: is called after each network with the seconds spent, ``budget_s``, and what is being done.
+
+    Raises:
+        DeviceError: the device does not exist.
+        CalibrationError: the budget is not positive, or ``out`` cannot be written, is no calibration or is that of
+            another device.
+
+    Warns:
+        ThrottledWarning: the device became slower meanwhile. It was given pauses then, which the provenance counts.
     """
     if not (math.isfinite(budget_s) and budget_s > 0):
-        raise CalibrationError(f"a budget of {budget_s} s cannot be; give the seconds to spend, 300 for a CPU")
+        raise CalibrationError(f"budget_s must be a positive number of seconds, such as 300; got {short(budget_s)}")
     target = find_device(device)
-    sweep = _Sweep(target, seed, None if out is None else Path(out), budget_s)
+    calibration = _Calibration(target, seed, None if out is None else Path(out), budget_s)
     with contextlib.ExitStack() as exit_stack:
         exit_stack.enter_context(torch.no_grad())
         chosen = exit_stack.enter_context(find_meter(target)) if meter == "auto" else meter
         if isinstance(chosen, str):
-            raise CalibrationError(f"meter is {chosen!r}; give 'auto', None, or one of torchsurgeon.meters")
+            raise CalibrationError(f"meter must be 'auto', None or a meter of torchsurgeon.meters; got {short(chosen)}")
         if target.type == "cuda":
             exit_stack.enter_context(torch.cuda.device(target))
         energy = _Energy(NullMeter() if chosen is None else chosen)
         try:
-            sweep.run(energy, progress or (lambda *_: None))
+            calibration.run(energy, progress or (lambda *_: None))
         finally:
-            sweep.save(energy)
-    predictor = sweep.fitted()
+            calibration.save(energy)
+    predictor = calibration.fitted()
     if out is not None:
-        _json_file.write(out, predictor.to_json() | sweep.networks(), CalibrationError)
+        _json_file.write(out, predictor.to_json() | calibration.networks(), CalibrationError)
     return predictor
 
 
-class _Sweep:
-    """A calibration under way: what was measured so far, and what to measure next."""
+class _Calibration:
+    """A calibration that is running: what has been measured so far, and what to measure next."""
 
     def __init__(self, device: torch.device, seed: int, out: Path | None, budget_s: float) -> None:
         self._device, self._out, self._budget_s = device, out, budget_s
@@ -121,15 +138,16 @@ class _Sweep:
         self._group = 0
         self._pulse = Pulse(device)
         self._errors: dict[str, float] = {}
-        self._kept = False
+        self._keeps_finished = False
         if out is not None:
             _json_file.check_writable(out, CalibrationError)
             if out.exists():
                 self._resume(out, budget_s)
         self._rng = random.Random(seed * 1_000_003 + self._group)
-        self._singles = {kind: candidates(kind, seed * 7919 + self._group) for kind in sweep_kinds()}
+        self._candidates = {kind: candidates(kind, seed * 7919 + self._group) for kind in sweep_kinds()}
 
     def run(self, energy: _Energy, progress: Progress) -> None:
+        """Measure networks and layers until the budget is spent."""
         budget_s = self._budget_s
         spent_before_s = float(self._facts["calibrated_for_s"])
         begin = saved = reviewed = time.monotonic()
@@ -147,12 +165,12 @@ class _Sweep:
                 self._review()
             self._pulse.wait(budget_s - spent_s)
             alone = self._rng.random() > _NETS_SHARE
-            model, example, what = self._singles_of(self._worst()) if alone else self._net()
+            model, example, what = self._separate_layers(self._worst()) if alone else self._net()
             self._measure(model, example, energy, whole=not alone)
             progress(spent_s, budget_s, f"{len(self._samples)} layers timed, now {what}")
 
     def fitted(self) -> Predictor:
-        """The models, fitted to what was measured."""
+        """Return the predictor, fitted to what was measured."""
         found = {kind: _thinned(table) for kind, table in tables(self._samples).items()}
         predictor = Predictor.fit(found, self._facts)
         if "throttled" in self._facts:
@@ -164,7 +182,7 @@ class _Sweep:
                 ThrottledWarning,
                 stacklevel=3,
             )
-        # Kinds with too few samples have no model yet, and may when the calibration goes on.
+        # Samples of kinds that have too few for a model are kept: a calibration that continues adds to them.
         predictor.samples.update(found)
         predictor.block = _block(predictor, found, self._nets)
         return predictor
@@ -178,15 +196,15 @@ class _Sweep:
         )
         return net.model, real, "a network"
 
-    def _singles_of(self, kind: str) -> tuple[nn.Module, torch.Tensor, str]:
+    def _separate_layers(self, kind: str) -> tuple[nn.Module, torch.Tensor, str]:
         chosen: list[Candidate] = []
-        for candidate in self._singles[kind]:
+        for candidate in self._candidates[kind]:
             chosen.append(candidate)
             elements = sum(torch.Size(shape).numel() for c in chosen for shape in c.shapes)
             if len(chosen) == 12 or elements > 6e6 or sum(c.flops for c in chosen) > 1e9:
                 break
         with torch.device("meta"):
-            model = _Singles(chosen)
+            model = _SeparateLayers(chosen)
         return model, torch.zeros(()), kind
 
     def _measure(self, model: nn.Module, example: torch.Tensor, energy: _Energy, whole: bool) -> None:
@@ -199,14 +217,14 @@ class _Sweep:
             repeats = min(max(round(0.2 / once[0]), 3), 8)
             samples_s, whole_s = run.times(clock, repeats, 2, 0.0, lambda: None)
         layer_s = np.median(samples_s, axis=0)
-        joules = energy.of(run, layer_s, float(np.median(whole_s)))
-        self._note(graph, layer_s, joules)
+        joules = energy.layer_j(run, layer_s, float(np.median(whole_s)))
+        self._add_samples(graph, layer_s, joules)
         if whole:
             net = _TimedNet(self._group, float(np.median(whole_s)), float(layer_s.sum()), len(layer_s))
             self._nets.append(net)
         self._group += 1
 
-    def _note(self, graph: LayerGraph, layer_s: Array, joules: Array) -> None:
+    def _add_samples(self, graph: LayerGraph, layer_s: Array, joules: Array) -> None:
         before = 0
         for layer, found, seconds, energy_j in zip(graph.layers, operations(graph), layer_s, joules, strict=True):
             if len(found) == 1 and found[0].kind in KINDS and seconds > 0:
@@ -214,7 +232,7 @@ class _Sweep:
             before = moved_bytes(layer)
 
     def _review(self) -> None:
-        """See which kinds are predicted worst so far."""
+        """Find out how well each kind is predicted so far."""
         for kind, table in tables(self._samples).items():
             if len(table) >= FEWEST_SAMPLES:
                 part = table.take(np.random.default_rng(0).permutation(len(table))[:1000])
@@ -222,17 +240,17 @@ class _Sweep:
                 self._errors[kind] = held_out.median / math.sqrt(len(table))
 
     def _worst(self) -> str:
-        """A kind to sample next: at random, in proportion to what more samples of it would tell."""
-        kinds = list(self._singles)
+        """Return a kind to sample next, drawn in proportion to how much more samples should lower its error."""
+        kinds = list(self._candidates)
         weights = [self._errors.get(_KIND_OF.get(kind, kind), 0.05) for kind in kinds]
         return self._rng.choices(kinds, weights)[0]
 
     def save(self, energy: _Energy) -> None:
-        """Write what was measured so far, to go on with."""
-        # A later session without a meter does not undo what an earlier one metered.
+        """Write what was measured so far, so that another call can continue."""
+        # Where this session has no meter but an earlier one had, the facts on that meter stay.
         self._facts = energy.facts() | self._facts if energy.is_none else self._facts | energy.facts()
         self._facts |= self._pulse.facts()
-        if self._out is None or self._kept:
+        if self._out is None or self._keeps_finished:
             return
         _json_file.write(
             self._out,
@@ -247,10 +265,11 @@ class _Sweep:
         )
 
     def networks(self) -> dict[str, Any]:
-        """What going on with this calibration needs besides the predictor."""
+        """Return what is needed to continue this calibration, beside the predictor."""
         return {"networks": {"count": self._group, "timed": [dataclasses.astuple(net) for net in self._nets]}}
 
     def _resume(self, out: Path, budget_s: float) -> None:
+        """Continue with what a file holds, unless that is finished and had the budget."""
         data = _json_file.read(out, CalibrationError, "delete it and calibrate again")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CalibrationError(
@@ -259,40 +278,42 @@ class _Sweep:
         try:
             facts = dict(data["provenance"])
             spent_s = float(facts.get("calibrated_for_s", math.inf))
-            self._refuse_another(out, facts, ("device",))
+            self._check_same(out, facts, ("device",))
             if not data.get("unfinished") and spent_s >= budget_s:
-                # A whole calibration stays until another is whole.
-                self._kept = True
+                # A finished calibration is only replaced by another that is finished.
+                self._keeps_finished = True
                 return
             found = {kind: SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
             group, nets = int(data["networks"]["count"]), [_timed_from(net) for net in data["networks"]["timed"]]
             if not (0 <= spent_s <= _LONGEST_S and group >= 0 and all(net.group < group for net in nets)):
-                raise ValueError(f"{group} networks in {spent_s} s")
-            self._pulse.go_on(facts)
+                raise ValueError(f"the number of networks and the seconds must fit; got {group} in {spent_s} s")
+            self._pulse.resume(facts)
         except CalibrationError:
             raise
         except DAMAGE as error:
-            raise CalibrationError(f"{out} was cut short or edited ({error}); delete it and calibrate again") from None
-        self._refuse_another(out, facts, ("threads", "torch"))
+            raise CalibrationError(
+                f"{out} was cut short or edited ({short(error)}); delete it and calibrate again"
+            ) from None
+        self._check_same(out, facts, ("threads", "torch"))
         self._facts["calibrated_for_s"] = spent_s
         self._facts |= {name: facts[name] for name in ("meter", "idle_power_w") if name in facts}
         self._group, self._nets = group, nets
         self._samples = [sample for table in found.values() for sample in table.samples()]
 
-    def _refuse_another(self, out: Path, facts: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    def _check_same(self, out: Path, facts: Mapping[str, Any], names: tuple[str, ...]) -> None:
         for name in names:
             if facts.get(name) != self._facts[name]:
                 raise CalibrationError(
-                    f"{out} holds a calibration with {name} {facts.get(name)!r}, and here it is "
-                    f"{self._facts[name]!r}; give another file, or delete it"
+                    f"{out} holds a calibration with {name} {short(facts.get(name), 100)}, and this machine's is "
+                    f"{short(self._facts[name], 100)}; give another file, or delete it"
                 )
 
 
 _KIND_OF = {"convolution of other dimensions": "convolution"}
 
 
-class _Singles(nn.Module):
-    """Layers one after another, each on an input of its own that was just written."""
+class _SeparateLayers(nn.Module):
+    """Runs separate layers one after another, each on an input of its own, which was just written."""
 
     def __init__(self, chosen: list[Candidate]) -> None:
         super().__init__()
@@ -307,23 +328,25 @@ class _Singles(nn.Module):
             self.feeds.append(names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run every layer; ``x`` is a number that all results are added to."""
+        # ``x`` makes each layer's input depend on the result of the one before, so that no result is unused.
         for layer, candidate, names in zip(self.layers, self.chosen, self.feeds, strict=True):
             given = [getattr(self, name) for name in names]
             out = layer(*(given if candidate.whole_below else [tensor + x for tensor in given]))
-            # Its first element keeps the result needed, and then lets its memory go.
+            # Of its result only one element is read, so that the memory is freed at once, as in a real network.
             x = x + torch.as_strided(out[0] if isinstance(layer, nn.RNNBase) else out, (), ())
         return x
 
 
 class _Energy:
-    """Meters the layers of some networks, for a share of the time."""
+    """Meters the layers of some of the networks, as long as that takes at most a share of the time."""
 
     def __init__(self, meter: EnergyMeter) -> None:
         self._meter, self.is_none = meter, isinstance(meter, NullMeter)
         self._begin, self._spent_s, self._idle_w = time.monotonic(), 0.0, math.nan
 
-    def of(self, run: ModelRun, layer_s: Array, whole_s: float) -> Array:
-        """Joules of each layer, shape (layers,); NaN where it is not their turn."""
+    def layer_j(self, run: ModelRun, layer_s: Array, whole_s: float) -> Array:
+        """Return the joules of each layer, shape (layers,); all NaN where metering has had its share of the time."""
         unknown = np.full(len(layer_s), np.nan)
         began = time.monotonic()
         if self.is_none or self._spent_s > _ENERGY_SHARE * (began - self._begin):
@@ -338,7 +361,7 @@ class _Energy:
         return np.where(found.layer_j > 0, found.layer_j, np.nan)
 
     def facts(self) -> dict[str, Any]:
-        """What to note of it."""
+        """Return the meter and the idle power, for the provenance."""
         if self.is_none:
             return {"meter": "none" + "".join(f"; {fault}" for fault in self._meter.faults)}
         idle_w = {} if math.isnan(self._idle_w) else {"idle_power_w": self._idle_w}
@@ -346,7 +369,10 @@ class _Energy:
 
 
 def _thinned(table: SampleTable) -> SampleTable:
-    """At most so many samples of a kind as fit in seconds: of the commonest variants a part, the same every time."""
+    """Return a table that is small enough to fit in seconds: common variants lose samples, rare ones keep theirs.
+
+    The same table gives the same result.
+    """
     if len(table) <= _MOST_SAMPLES:
         return table
     order = np.random.default_rng(0).permutation(len(table))
@@ -356,13 +382,13 @@ def _thinned(table: SampleTable) -> SampleTable:
     for row in order:
         variant = str(table.variants[row])
         seen[variant] = seen.get(variant, 0) + 1
-        # Rare variants go first, then an equal share of each.
+        # With n samples of a variant, the first ranks 1/√n: all variants share, and rare ones lose the least.
         rank[row] = seen[variant] / math.sqrt(counts[variant])
     return table.take(np.sort(np.argsort(rank)[:_MOST_SAMPLES]))
 
 
 def _block(predictor: Predictor, found: Mapping[str, SampleTable], nets: list[_TimedNet]) -> BlockCorrection:
-    """Fit whole networks' times to the sums of what models that have not seen them predict."""
+    """Fit whole networks' times to the sums of their layers, as predicted by models that were fitted without them."""
     truth, guess = np.zeros(1 + max((net.group for net in nets), default=0)), np.zeros(0)
     guess = truth.copy()
     for kind, table in found.items():
@@ -374,7 +400,7 @@ def _block(predictor: Predictor, found: Mapping[str, SampleTable], nets: list[_T
         np.add.at(guess, table.groups[inside], model.unseen[inside])
     rows = []
     for net in nets:
-        # Layers of several operations, and those left out of the samples, count with their measured time.
+        # Layers without a sample (several operations in one, or left out to save time) count with their measured time.
         sum_s = net.sum_s - truth[net.group] + guess[net.group]
         if truth[net.group] > 0.5 * net.sum_s and sum_s > 0:
             rows.append((math.log(sum_s / net.layers), math.log(net.whole_s / sum_s)))

@@ -1,4 +1,4 @@
-"""What one call of PyTorch comes to: from its name, its arguments and its output, on meta tensors, to operations."""
+"""Describe calls of PyTorch as operations, from their names, arguments and outputs, which are meta tensors."""
 
 from __future__ import annotations
 
@@ -14,31 +14,45 @@ from torchsurgeon.prediction.kinds import Operation
 from torchsurgeon.tracing.shapes import storage_of, tensors_in
 
 Describe = Callable[..., "Operation | Sequence[Operation]"]
-"""From (name, output, *args, **kwargs) of a call to what it comes to."""
+"""Takes (name, output, *args, **kwargs) of a call and returns its operations."""
 
 VIEW = Operation("view", "view", ())
-"""What moves nothing."""
+"""A call that reads and writes nothing."""
 
 
 def is_known(name: str) -> bool:
-    """Return whether calls of that name can be described."""
+    """Return whether calls of a function or method of this name can be described."""
     return name in _CALLS
 
 
 def described(name: str, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Operation]:
-    """Return the operations of a call that :func:`is_known`; ``out`` is what it returned."""
+    """Return the operations of a call.
+
+    Args:
+        name: the name of the function or method, for which :func:`is_known` returns True.
+        out: what the call returned.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
     named = {key: value for key, value in kwargs.items() if key != "out"}
     try:
         found = _CALLS[name](name, out, *args, **named)
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
-        # Arguments given in a way that no description foresees.
+        # The descriptions take arguments in their usual places; this call has them in others.
         return [unknown(name, out, args, kwargs)]
     operations = [found] if isinstance(found, Operation) else found
     return [operation if all(operation.sizes) else VIEW for operation in operations]
 
 
 def unknown(name: str, out: Any, args: Any, kwargs: Any) -> Operation:
-    """Return a call that nobody describes as the elements it reads and writes."""
+    """Return an operation that stands for a call without a description: the elements it reads and writes.
+
+    Args:
+        name: the name of the function or method.
+        out: what the call returned.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
     moved = [*tensors_in(out), *tensors_in([args, kwargs])]
     elements = sum(t.numel() for t in moved)
     return Operation("unknown", name, (elements,), max((t.element_size() for t in moved), default=4))
@@ -49,7 +63,7 @@ def _item(tensor: torch.Tensor) -> int:
 
 
 def _suffix(*tensors: torch.Tensor) -> str:
-    """Memory read in another order than it lies in costs more."""
+    """Return the end of a variant's name; reading memory in another order than it lies in takes longer."""
     return "" if all(t.is_contiguous() for t in tensors) else " strided"
 
 
@@ -98,6 +112,7 @@ def _convolution(
 
 
 def _product(value: Any, dims: int) -> int:
+    """Return the product of a setting over all dimensions; one number stands for all of them."""
     sizes = [value] * dims if isinstance(value, int) else list(value)
     return math.prod(int(size) for size in (sizes if len(sizes) == dims else sizes[:1] * dims))
 
@@ -128,20 +143,23 @@ def _attention(
     **_: Any,
 ) -> Operation:
     heads = query.numel() // max(query.shape[-1] * query.shape[-2], 1)
-    # Half of the work is done at the width of the values.
+    # One of the two products has the width of queries and keys, the other that of the values.
     width = (query.shape[-1] + value.shape[-1] + 1) // 2
     variant = "masked" if attn_mask is not None or is_causal else "plain"
     return Operation("attention", variant, (heads, query.shape[-2], key.shape[-2], width), _item(query))
 
 
 def _einsum(name: str, out: torch.Tensor, equation: str, *tensors: Any) -> list[Operation]:
-    """A product of two as the batched matrix product PyTorch makes of it; more are taken one after another."""
+    """Return an einsum of two tensors as the batched matrix product that PyTorch computes it by.
+
+    One of more tensors is not described.
+    """
     given = tensors_in(tensors)
     if len(given) != 2:
         return [unknown(name, out, given, {})]
     left, arrow, result = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    # The dimensions of an ellipsis, the last of which belong together, as letters.
+    # The dimensions that an ellipsis stands for get letters, from the last one on, as broadcasting aligns them.
     ranks = [tensor.dim() - len(term.replace("...", "")) for term, tensor in zip(terms, given, strict=True)]
     spare = "".join(sorted(set(string.ascii_letters) - set(equation)))[: max(*ranks, 0)]
     a, b = (term.replace("...", spare[len(spare) - n :]) for term, n in zip(terms, ranks, strict=True))
@@ -222,7 +240,7 @@ def _embedding(name: str, out: torch.Tensor, *args: Any, **named: Any) -> Operat
 
 
 def _copy(name: str, out: Any, *args: Any, **named: Any) -> Operation:
-    """A copy, or a view where no memory moves."""
+    """Return a copy; a view where the result shares the memory of an argument."""
     results, given = tensors_in(out), tensors_in([args, named])
     if not results:
         return VIEW
@@ -241,7 +259,7 @@ def _copy(name: str, out: Any, *args: Any, **named: Any) -> Operation:
 
 
 def _run(tensor: torch.Tensor) -> int:
-    """How many elements that follow one another in the tensor do so in memory."""
+    """Return how many elements that follow one another in the tensor also do so in memory."""
     length = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if stride != length and size != 1:
@@ -345,4 +363,4 @@ _CALLS: dict[str, Describe] = {
         "linspace view_as_complex view_as_real unsafe_chunk unsafe_split",
     ),
 }
-"""What each call of PyTorch comes to, by the name that torch, ``torch.nn.functional``, methods and ATen share."""
+"""The description of each call, by the name that torch, ``torch.nn.functional``, methods and ATen share."""

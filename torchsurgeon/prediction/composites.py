@@ -1,4 +1,7 @@
-"""Calls of PyTorch that are several operations in one: attention with its projections, recurrent layers."""
+"""Describe calls of PyTorch that are several operations in one: attention with its projections, recurrent layers.
+
+Each function takes the name, the output and the arguments of a call, with meta tensors, as calls.Describe says.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def fused_attention(
     *_: Any,
     **__: Any,
 ) -> list[Operation]:
-    """Attention with its projections; queries, keys and values have shape (batch, positions, features)."""
+    """Describe attention with its projections; query, key and value have shape (batch, positions, features)."""
     batch, targets, sources = query.shape[0], query.shape[1], key.shape[1]
     item = query.element_size()
     if query is key and key is value:
@@ -37,9 +40,9 @@ def fused_attention(
 def attention_forward(
     name: str, out: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **_: Any
 ) -> list[Operation]:
-    """``torch.nn.functional.multi_head_attention_forward``, which takes positions before the batch."""
+    """Describe ``torch.nn.functional.multi_head_attention_forward``, which takes positions before the batch."""
     given = (query, key, value)
-    # What was one tensor stays one: its projections are one product then.
+    # Where query, key and value are one tensor, their projections are one product, so it must stay one tensor.
     turned = {id(t): t.transpose(0, 1) if t.dim() == 3 else t.unsqueeze(0) for t in given}
     query, key, value = (turned[id(t)] for t in given)
     return fused_attention(name, out, query, key, value, *rest)
@@ -48,7 +51,7 @@ def attention_forward(
 def fused_encoder(
     name: str, out: Any, x: torch.Tensor, width: int, heads: int, *rest: Any, **named: Any
 ) -> list[Operation]:
-    """``torch.nn.TransformerEncoderLayer``'s fast path, one operator of ATen."""
+    """Describe the fast path of ``torch.nn.TransformerEncoderLayer``, which is one operator of ATen."""
     rows, item, hidden = x.shape[0] * x.shape[1], x.element_size(), rest[11].shape[0]
     return [
         *fused_attention(name, out, x, x, x, width, heads),
@@ -65,7 +68,7 @@ def fused_encoder(
 def normalize(
     name: str, out: torch.Tensor, input: torch.Tensor, p: float = 2.0, dim: int = 1, *_: Any, **named: Any
 ) -> list[Operation]:
-    """``torch.nn.functional.normalize``: a norm along one dimension, and a division by it."""
+    """Describe ``torch.nn.functional.normalize``: a norm along one dimension, and a division by it."""
     rows = input.numel() // max(input.shape[dim] if input.dim() else 1, 1)
     return [
         Operation("reduction", "norm", (rows, input.numel() // max(rows, 1)), input.element_size()),
@@ -74,7 +77,7 @@ def normalize(
 
 
 def recurrent(name: str, out: Any, input: torch.Tensor, *args: Any, **named: Any) -> list[Operation]:
-    """One operation a layer, with a pass for each direction."""
+    """Describe a recurrent network as one operation a layer, with a pass for each direction."""
     at = max(i for i, value in enumerate(args) if isinstance(value, (tuple, list)))
     weights, layers, both = args[at], args[at + 2], bool(args[at + 5])
     kind, gates = name.partition("_")[0], {"lstm": 4, "gru": 3}.get(name, 1)

@@ -1,9 +1,10 @@
-"""The kinds of layers that have a prediction model, and the features each model sees.
+"""The kinds of layers that have a prediction model, and the features from which each model predicts.
 
 An :class:`Operation` is one call that takes time, described by a few whole numbers (its *columns*): a convolution by
 its channels, sizes and kernel, an activation by its elements. Fitting and predicting compute the features from the
-columns by the same function, :func:`features`. They are those of Kang et al., Neurosurgeon (ASPLOS 2017), section 4.1
-(input feature maps, (filter size / stride)² · filters, neurons in and out, ...) with flops, bytes moved and sizes.
+columns by the same function, :func:`features`. Among them are those of Kang et al., Neurosurgeon (ASPLOS 2017), section
+4.1: input feature maps, (filter size / stride)² · filters, neurons in and out, and so on. The others are flops, bytes
+moved and the columns themselves.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Formula = Callable[[Any], Any]
-"""From a namespace of columns, arrays of shape (operations,), to an array."""
+"""Takes the columns of operations by name, arrays of shape (operations,), and returns an array of that shape."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One call of a layer: its ``kind``, what of that kind it is (``variant``: "relu", "max"), its column values in
-    the order of the kind's columns, and the bytes of one element."""
+    """One call that takes time.
+
+    Attributes:
+        kind: the name of its kind.
+        variant: what of that kind it is ("relu", "max").
+        sizes: the values of the kind's columns, in their order.
+        item_bytes: bytes of one element.
+    """
 
     kind: str
     variant: str
@@ -36,10 +43,15 @@ class Operation:
 class Kind:
     """A kind of layer.
 
-    ``columns`` names the whole numbers that describe one, ``optional`` those of them that are 1 where nobody says
-    otherwise, and ``usual`` the variant then. ``flops`` (multiply and add are two) and ``moved`` (elements read and
-    written) say how much work it is; ``paper`` gives the regressors of the paper's linear model and ``more`` further
-    quantities that speed depends on.
+    Attributes:
+        name: its name.
+        usual: the variant where none is given.
+        columns: the names of the whole numbers that describe an operation of this kind.
+        flops: computes the floating-point operations from the columns; multiply and add count as two.
+        moved: computes the elements that are read and written.
+        paper: computes the regressors of the paper's linear model.
+        optional: the columns that are 1 where they are not given.
+        more: computes further quantities that speed depends on.
     """
 
     name: str
@@ -52,20 +64,33 @@ class Kind:
     more: Callable[[Any], Sequence[Any]] = lambda c: ()
 
     def named(self, sizes: Array) -> SimpleNamespace:
-        """Return the columns of ``sizes``, shape (operations, columns), by name."""
+        """Return the columns of operations by name; ``sizes`` has shape (operations, columns)."""
         return SimpleNamespace(**{name: sizes[:, i] for i, name in enumerate(self.columns)})
 
     def work(self, sizes: Array) -> tuple[Array, Array]:
-        """Return flops and elements moved of each operation, shape (operations,)."""
+        """Return flops and elements moved of each operation, both of shape (operations,).
+
+        Args:
+            sizes: the operations' columns, shape (operations, columns).
+        """
         columns, zero = self.named(sizes), np.zeros(len(sizes))
         return self.flops(columns) + zero, self.moved(columns) + zero
 
 
 def features(kind: Kind, sizes: Array, item_bytes: Array, before_bytes: Array) -> Array:
-    """Return the features of operations of one kind, shape (operations, features).
+    """Return the features of operations of one kind.
 
-    They are natural logarithms: of the columns, of flops, bytes moved and their ratio, of the kind's own quantities
-    (the paper's among them), and of the bytes that the layer before moved, which are what the caches hold.
+    They are natural logarithms: of the columns; of flops, bytes moved and their ratio; of the kind's own quantities
+    (the paper's among them); and of the bytes that the layer before moved, since these are in the caches.
+
+    Args:
+        kind: the kind.
+        sizes: the operations' columns, shape (operations, columns).
+        item_bytes: bytes of one element, shape (operations,).
+        before_bytes: bytes that the layer before each operation read and wrote, shape (operations,).
+
+    Returns:
+        An array of shape (operations, features).
     """
     columns = kind.named(sizes)
     flops, moved = kind.work(sizes)
@@ -86,13 +111,13 @@ def _input_maps(c: Any) -> Any:
 
 
 def _padded(c: Any) -> Any:
-    """Vector units take 16 channels at a time: how much more they compute where the last are not full."""
+    """Return how many times the work is done by vector units, which also take 16 channels where fewer are left."""
     into, out = c.in_channels / c.groups, c.out_channels / c.groups
     return np.ceil(into / 16) * np.ceil(out / 16) * 256 / (into * out)
 
 
 def _convolution(name: str) -> Kind:
-    # A transposed one applies its kernel at every input position instead of every output position.
+    # A transposed convolution applies its kernel at every input position, any other at every output position.
     at = "in_size" if name.startswith("transposed") else "out_size"
     return Kind(
         name,
@@ -226,4 +251,4 @@ _KINDS = (
     Kind("view", "view", (), flops=lambda c: 0, moved=lambda c: 0, paper=lambda c: ()),
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
-"""Every kind by name. ``view`` moves nothing: it costs what a call costs."""
+"""Every kind by name. ``view`` reads and writes nothing, and costs what a call costs."""

@@ -1,8 +1,8 @@
-"""Small networks drawn at random, to time layers among the neighbours they have in real models.
+"""Draw small networks at random, to time layers among the neighbors that they have in real models.
 
-A layer alone finds its input, its code and its weights in other caches than one in the middle of a network. So most of
-a calibration times whole networks: the building blocks of published architectures in random widths, depths, kernels
-and resolutions. None of them is a published network.
+A layer that runs alone finds its input, its code and its weights in the caches, which one in the middle of a network
+does not. So most of a calibration times whole networks. They are made of the building blocks of published
+architectures, in random widths, depths, kernels and resolutions; none of them is a published network.
 """
 
 from __future__ import annotations
@@ -21,32 +21,37 @@ from torchsurgeon.prediction.blocks import (
     Branches,
     ChannelsFirst,
     ChannelsLast,
+    ChannelsLastBlock,
     Dense,
-    Encoder,
-    Enlarge,
+    EncoderLayer,
     Hourglass,
-    LastBlock,
     Merge,
+    ModuleAttention,
     Positions,
     Recurrent,
     Residual,
-    Squeeze,
+    SqueezeExcitation,
     Tokens,
-    Whole,
-    Windows,
+    Upsample,
+    WindowAttention,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A network with an example of its input."""
+    """A network.
+
+    Attributes:
+        model: the network.
+        example: an example of its input.
+    """
 
     model: nn.Module
     example: torch.Tensor
 
 
 def random_net(rng: random.Random) -> Net:
-    """Return a network drawn with ``rng``, weights not set: only its speed is of interest."""
+    """Return a network that is drawn at random. Its weights are not set; see :func:`settle`."""
     return rng.choice(_FAMILIES)(rng)
 
 
@@ -85,7 +90,7 @@ def _conv(
 
 
 def _stem(rng: random.Random, norm: bool, activation: Activation) -> tuple[list[nn.Module], int, int, torch.Tensor]:
-    """A network's first layers with what they give (channels, side), and an example."""
+    """Return a network's first layers, the channels and the side of the maps they give, and an example of its input."""
     side = rng.choice((96, 128, 160, 192, 224, 224, 224, 224, 256, 288))
     batch = rng.choice((1, 1, 1, 1, 1, 1, 1, 2))
     channels = _width(rng, 16, 80)
@@ -144,7 +149,7 @@ def _inverted_block(rng: random.Random, c: int, out: int, stride: int, norm: boo
     parts.append(_conv(rng, inner, inner, kernel, stride, norm, act, inner))
     if rng.random() < 0.4:
         gate = rng.choice((nn.Sigmoid, nn.Hardsigmoid))
-        parts.append(Squeeze(inner, max(c // 4, 8), rng.choice((nn.ReLU, nn.SiLU)), gate))
+        parts.append(SqueezeExcitation(inner, max(c // 4, 8), rng.choice((nn.ReLU, nn.SiLU)), gate))
     body = nn.Sequential(*parts, _conv(rng, inner, out, 1, 1, norm, None))
     return [Residual(body, None, None)] if stride == 1 and c == out else [body]
 
@@ -180,7 +185,7 @@ _BLOCKS = (_plain_block, _basic_block, _basic_block, _inverted_block, _inverted_
 
 
 def _convolutional(rng: random.Random) -> Net:
-    """Stages of one kind of block; sides halve and channels grow from stage to stage."""
+    """Return a network of stages of one kind of block; from stage to stage sides halve and channels grow."""
     norm, activation, block = rng.random() < 0.75, rng.choice(_ACTIVATIONS), rng.choice(_BLOCKS)
     parts, channels, side, example = _stem(rng, norm, activation)
     for _ in range(rng.randint(2, 4)):
@@ -220,8 +225,8 @@ def _heads(rng: random.Random) -> tuple[int, int]:
 
 
 def _encoder(rng: random.Random, width: int, heads: int, form: str, activation: Activation, before: bool) -> nn.Module:
-    attention = Whole(width, heads) if form == "whole" else Attention(width, heads, form)
-    return Encoder(attention, width, width * rng.choice((2, 3, 4, 4)), activation, before)
+    attention = ModuleAttention(width, heads) if form == "whole" else Attention(width, heads, form)
+    return EncoderLayer(attention, width, width * rng.choice((2, 3, 4, 4)), activation, before)
 
 
 def _vision_transformer(rng: random.Random) -> Net:
@@ -262,8 +267,8 @@ def _window_transformer(rng: random.Random) -> Net:
     example = torch.rand(1, 3, 4 * side, 4 * side)
     for _ in range(rng.randint(1, 3)):
         for rolled in (False, True):
-            attention = Windows(width, heads, side, window, rolled)
-            parts.append(Encoder(attention, width, 4 * width, nn.GELU, True))
+            attention = WindowAttention(width, heads, side, window, rolled)
+            parts.append(EncoderLayer(attention, width, 4 * width, nn.GELU, True))
         if side >= 2 * window:
             parts += [Merge(), nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width, bias=False)]
             width, side, heads = 2 * width, side // 2, 2 * heads
@@ -275,7 +280,7 @@ def _channels_last(rng: random.Random) -> Net:
     width, side = _width(rng, 32, 128, 32), rng.choice((128, 192, 224))
     parts: list[nn.Module] = [nn.Conv2d(3, width, 4, 4)]
     for _ in range(rng.randint(2, 3)):
-        parts += [LastBlock(width, rng.choice((3, 5, 7))) for _ in range(rng.randint(1, 2))]
+        parts += [ChannelsLastBlock(width, rng.choice((3, 5, 7))) for _ in range(rng.randint(1, 2))]
         parts.append(nn.Conv2d(width, 2 * width, 2, 2))
         width *= 2
     return Net(
@@ -307,7 +312,7 @@ def _hourglass(rng: random.Random) -> Net:
             up: nn.Module = nn.ConvTranspose2d(wide, narrow, 2, 2)
         else:
             mode = rng.choice(("nearest", "bilinear"))
-            up = nn.Sequential(Enlarge(mode), _conv(rng, wide, narrow, 1, 1, True, activation))
+            up = nn.Sequential(Upsample(mode), _conv(rng, wide, narrow, 1, 1, True, activation))
         down = nn.Sequential(nn.MaxPool2d(2), _conv(rng, narrow, wide, 3, 1, True, activation))
         inner = Hourglass(down, inner, up, _conv(rng, 2 * narrow, narrow, 3, 1, True, activation))
     first = _conv(rng, 3, width, 3, 1, True, activation)
@@ -321,9 +326,9 @@ _FAMILIES: tuple[Callable[[random.Random], Net], ...] = (
 
 
 def settle(model: nn.Module) -> None:
-    """Give a model without memory its weights: small random numbers, of which speed does not depend.
+    """Give a model on the meta device memory and weights: small random numbers.
 
-    Zeros or one number everywhere would make maxima and roundings easier than they are.
+    Zeros, or one number everywhere, would make maxima and rounding cheaper than they are in real models.
     """
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -340,7 +345,7 @@ def settle(model: nn.Module) -> None:
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
                 module.reset_running_stats()
             if isinstance(module, Attention) and module.bias is not None and len(module.bias) > 1:
-                # Windows that a roll has put together may not see one another.
+                # In a rolled map, windows join distant pixels, which a mask keeps from attending to each other.
                 module.bias.copy_(torch.where(module.bias > 0, 0.0, -100.0))
 
 

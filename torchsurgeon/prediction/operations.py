@@ -1,7 +1,7 @@
-"""Which operations a traced model's layers come to, from shapes alone: nothing is run.
+"""Describe a traced model's layers as operations, from shapes alone: nothing is computed.
 
-A layer that is one call of PyTorch is described by its arguments. One that is more (a module kept whole, a function of
-the user's or of torchvision's) is followed once on meta tensors and described call by call.
+A layer that is one call of PyTorch is described by its arguments. Another layer (a module kept whole, a function of the
+user's or of torchvision's) is run once on meta tensors, and each call of PyTorch that it makes is described.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torchsurgeon.tracing.step import Step, function_name, map_refs
 def operations(graph: LayerGraph) -> list[list[Operation]]:
     """Return each layer's operations, in the layers' order.
 
-    Steps that are no layer of their own (a size read, one of several results taken) count to the layer after them, as
-    in a measured profile.
+    A step that is no layer (it reads a size, or takes one of several results) counts to the layer after it, as in a
+    measured profile.
     """
     found: list[list[Operation]] = [[] for _ in graph.layers]
     ranks = {step: rank for rank, step in enumerate(graph.flow.layers)}
@@ -41,7 +41,7 @@ def operations(graph: LayerGraph) -> list[list[Operation]]:
 
 
 def layer_kinds(graph: LayerGraph) -> tuple[str, ...]:
-    """Return the kind of each layer: that of its operation which moves most; ``view`` where none moves anything."""
+    """Return the kind of each layer: that of the operation that moves most elements; ``view`` where there is none."""
     return tuple(max(found, key=_moved, default=VIEW).kind for found in operations(graph))
 
 
@@ -74,7 +74,7 @@ def _of_step(
 
 
 def _configuration(step: Step, args: Any, kwargs: Any) -> Any:
-    """Equal for steps that come to the same operations."""
+    """Return what two steps have in common whose operations are the same, so that only one of them is followed."""
     tensors = tuple((t.dtype, tuple(t.shape), t.stride()) for t in tensors_in([args, kwargs]))
     settings = repr([value for value in (*args, *kwargs.items()) if not tensors_in(value)])
     if not step.is_module:
@@ -85,14 +85,14 @@ def _configuration(step: Step, args: Any, kwargs: Any) -> Any:
 
 def _plain_attributes(module: nn.Module) -> str:
     plain = (int, float, str, tuple, list)
-    told = {
+    settings = {
         k: v if isinstance(v, plain) else id(v) for k, v in vars(module).items() if isinstance(v, plain) or callable(v)
     }
-    return repr(told)
+    return repr(settings)
 
 
 def _follow(step: Step, source: MetaModel, args: Any, kwargs: Any, out: Any) -> list[Operation]:
-    # Made before anything is noted: making it moves weights.
+    # The twin of the module is made first: making it calls PyTorch, which is not part of the layer.
     target: Any = source.module(step.target) if step.is_module else step.target
     with torch.inference_mode(False), torch.no_grad(), _Follow() as follow:
         try:
@@ -101,13 +101,13 @@ def _follow(step: Step, source: MetaModel, args: Any, kwargs: Any, out: Any) -> 
             else:
                 target(*args, **kwargs)
         except Exception:
-            # A layer that needs values cannot be followed on meta tensors.
+            # The layer needs the values of tensors, which meta tensors do not have.
             return [unknown(step.type_name, out, args, kwargs)]
     return follow.found or ([unknown(step.type_name, out, args, kwargs)] if tensors_in(out) else [])
 
 
 class _Follow(TorchFunctionMode):
-    """Notes every call of PyTorch."""
+    """Describes every call of PyTorch that is made in its block."""
 
     def __init__(self) -> None:
         super().__init__()

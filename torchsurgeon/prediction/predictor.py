@@ -1,4 +1,4 @@
-"""A calibrated device: predicts what every layer of a model costs on it, without running the model."""
+"""Predict what every layer of a model costs on a calibrated device, without running the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import CalibrationError, PredictionWarning
+from torchsurgeon.errors import CalibrationError, PredictionWarning, short
 from torchsurgeon.prediction.damage import DAMAGE, damaged, numbers
 from torchsurgeon.prediction.kinds import KINDS, Array, Operation
 from torchsurgeon.prediction.operations import operations
@@ -26,17 +26,24 @@ from torchsurgeon.tracing.specs import Layer
 
 FORMAT = "torchsurgeon.predictor/1"
 
-# An octave outside of the samples widens an interval by this factor.
+# For each octave that an operation lies outside of the samples, its interval is widened by this factor.
 _PER_OCTAVE = 1.3
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockCorrection:
-    """The time of a whole model over the sum of its layers' predictions, as a power of their mean.
+    """The factor from the sum of a model's predicted layers to the time of the whole model.
 
-    It holds what a sum misses: fused activations, launches that overlap, caches. ``whole = sum · exp(offset + slope ·
-    log(sum / layers))``, with the logarithm kept inside ``shortest_s`` and ``longest_s``, the range it was fitted on.
-    90 % of the networks it was fitted on lie between ``low`` and ``high`` times that.
+    A sum misses fused activations, launches that overlap, and caches. So ``whole = sum · exp(offset + slope ·
+    log(mean))``, where the mean is that of the layers' predictions.
+
+    Attributes:
+        offset: see the formula.
+        slope: see the formula.
+        shortest_s: the shortest mean it was fitted on; a shorter one counts as this.
+        longest_s: the longest mean it was fitted on; a longer one counts as this.
+        low: 90 % of the networks it was fitted on took at least this many times the corrected sum.
+        high: and at most this many times.
     """
 
     offset: float = 0.0
@@ -48,18 +55,30 @@ class BlockCorrection:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether networks enough were timed to know ``low`` and ``high``."""
+        """Whether enough networks were timed to fit it; otherwise the factor is 1."""
         return self.low < self.high
 
     def factor(self, sum_s: float, layers: int) -> float:
-        """Return the whole model's seconds over the sum of its layers'."""
+        """Return the whole model's seconds over the sum of its layers.
+
+        Args:
+            sum_s: the sum of the layers' predictions, in seconds.
+            layers: how many layers there are.
+        """
         mean_s = min(max(sum_s / max(layers, 1), self.shortest_s), self.longest_s)
         return math.exp(self.offset + self.slope * math.log(mean_s))
 
 
 @dataclasses.dataclass(frozen=True)
 class FittedKind:
-    """What is known of one kind's models: their forms and held-out errors, for time and (where metered) for energy."""
+    """Which models were chosen for one kind.
+
+    Attributes:
+        form: the form of the model of seconds.
+        held_out: its errors.
+        energy_form: the form of the model of joules; None where too little was metered.
+        energy_held_out: its errors.
+    """
 
     form: str
     held_out: HeldOut
@@ -68,13 +87,14 @@ class FittedKind:
 
 
 class Predictor:
-    """Predicts layers' seconds, and joules where a meter was there, on one device.
+    """Predicts layers' seconds on one device, and joules where the device was metered.
 
     Attributes:
-        provenance: the device, versions, date, how it was calibrated; ``"reconstructed_from"`` where from data sheets.
-        samples: the timed operations, one table a kind. Models are fitted to them again when first asked for.
-        fitted: what form each kind's model has, and its held-out errors.
-        roofline: the bound for what has no model.
+        provenance: the device, versions, date and how it was calibrated; ``"reconstructed_from"`` lists data sheets
+            where it was not.
+        samples: by kind, the timed operations. A model is fitted to them at its first use.
+        fitted: by kind, the form of the model and its held-out errors.
+        roofline: the bound for operations without a model.
         block: the correction from a sum of layers to a whole model.
     """
 
@@ -96,17 +116,23 @@ class Predictor:
         provenance: Mapping[str, Any],
         block: BlockCorrection | None = None,
     ) -> Predictor:
-        """Return the predictor fitted to samples.
+        """Fit a predictor to samples.
 
-        A kind with fewer than 20 gets no model. Raises :class:`~torchsurgeon.errors.CalibrationError` where no kind
-        has as many.
+        Args:
+            samples: the samples, or one table a kind. A kind with fewer than 20 gets no model.
+            provenance: where they come from.
+            block: the correction from a sum of layers to a whole model; by default none.
+
+        Raises:
+            CalibrationError: no kind has 20 samples.
         """
         by_kind = dict(samples) if isinstance(samples, Mapping) else tables(samples)
         enough = {kind: table for kind, table in by_kind.items() if len(table) >= FEWEST_SAMPLES}
         if not enough:
             counts = ", ".join(f"{len(table)} of {kind}" for kind, table in by_kind.items()) or "none"
             raise CalibrationError(
-                f"too few samples to fit a model: {counts}; a kind needs at least {FEWEST_SAMPLES}, give more time"
+                f"too few samples to fit a model: {counts}; a kind needs at least {FEWEST_SAMPLES}, give calibration "
+                "more time or the files more rows"
             )
         roofline = fit_roofline(list(enough.values()))
         predictor = Predictor(provenance, enough, {}, roofline, block)
@@ -124,16 +150,25 @@ class Predictor:
 
     @staticmethod
     def from_csv(files: Mapping[str, str | Path], name: str = "an unnamed device") -> Predictor:
-        """Return the predictor fitted to measurements taken elsewhere: a CSV file a kind of layer.
+        """Fit a predictor to measurements in CSV files, such as those made with another tool.
 
-        :func:`~torchsurgeon.prediction.samples.read_csv` says what they hold. Raises
-        :class:`~torchsurgeon.errors.CalibrationError` naming file and line.
+        Args:
+            files: by kind of layer, the file; :func:`~torchsurgeon.prediction.samples.read_csv` says what it holds.
+            name: the name of the device.
+
+        Raises:
+            CalibrationError: a file is not as it must be; the message names file and line.
         """
         found = [sample for kind, path in files.items() for sample in read_csv(kind, path)]
         return Predictor.fit(found, {"device": name, "imported_from": [Path(path).name for path in files.values()]})
 
     def model(self, kind: str, what: str = "seconds") -> KindModel | None:
-        """Return the model of ``"seconds"`` or ``"joules"`` of a kind, None where there is none."""
+        """Return the model of a kind; None where there is none.
+
+        Args:
+            kind: the name of the kind.
+            what: what the model predicts, ``"seconds"`` or ``"joules"``.
+        """
         known = self.fitted.get(kind)
         if known is None:
             return None
@@ -149,11 +184,16 @@ class Predictor:
         return self._models[kind, what]
 
     def predict(self, graph: LayerGraph) -> LayerProfile:
-        """Return the predicted profile of a model: seconds of each layer and of the whole, with 90 % intervals.
+        """Predict the profile of a model: seconds of each layer and of the whole, with 90 % intervals.
 
-        Energy is there where the device was metered. Memory is that of the tensors alive at each layer. Warns with
-        :class:`~torchsurgeon.errors.PredictionWarning`, naming them, for layer types without a model. Where there is
-        no model at all (:attr:`is_bound`) every time is a lower bound, which has no interval and needs no warning.
+        It has energies where the device was metered. Its memory is that of the tensors that are alive at each layer.
+        Where there is no model at all (:attr:`is_bound`), every time is a lower bound without an interval.
+
+        Args:
+            graph: the traced model.
+
+        Warns:
+            PredictionWarning: types of layers have no model, while others do; the message names them.
         """
         found = operations(graph)
         layers = np.array([index for index, operations_of in enumerate(found) for _ in operations_of], dtype=np.int64)
@@ -161,9 +201,9 @@ class Predictor:
         moved = [moved_bytes(layer) for layer in graph.layers]
         before = [moved[index - 1] if index else 0 for index in layers.tolist()]
         doubts: dict[str, None] = {}
-        value, low, high = self._of(flat, before, "seconds", doubts)
+        value, low, high = self._predicted(flat, before, "seconds", doubts)
         seconds, low_s, high_s = (_summed(part, layers, len(found)) for part in (value, low, high))
-        # A layer that computes nothing still costs its call.
+        # A layer that computes nothing still takes the time of a call.
         seconds = np.maximum(seconds, self.roofline.overhead_s / 10)
         low_s, high_s = np.minimum(low_s, seconds), np.maximum(high_s, seconds)
         for what in doubts:
@@ -171,7 +211,8 @@ class Predictor:
         sum_s = float(seconds.sum())
         whole_s = sum_s * self.block.factor(sum_s, len(found))
         whole_low_s, whole_high_s = self.block.low * whole_s, self.block.high * whole_s
-        if not self.block.is_fitted:  # then it is as uncertain as if all layers erred the same way
+        if not self.block.is_fitted:
+            # How much layers' errors cancel is unknown, so the interval is that of all layers being off the same way.
             whole_low_s, whole_high_s = float(low_s.sum()), float(high_s.sum())
         return LayerProfile(
             type(graph.model).__name__,
@@ -189,20 +230,26 @@ class Predictor:
 
     @property
     def is_bound(self) -> bool:
-        """Whether all that is known of the device is its roofline."""
+        """Whether only the device's roofline is known, so that all predictions are lower bounds."""
         return not self.fitted
 
     def bounded(self, graph: LayerGraph) -> tuple[bool, ...]:
-        """Return for each layer whether the roofline bounds all or part of it, for want of a model."""
+        """Return for each layer whether all or part of its prediction is the roofline's, for lack of a model."""
         return tuple(any(op.kind not in self.fitted for op in found) for found in operations(graph))
 
     def mismatches(self, measured: LayerProfile) -> tuple[str, ...]:
-        """Return what differs between this device and the one a profile was measured on, in words; empty where
-        predictions and measurements can be compared."""
+        """Return what differs between this device and the one on which a profile was measured.
+
+        Args:
+            measured: the profile.
+
+        Returns:
+            The differences in words; empty where predictions and measurements can be compared.
+        """
         theirs = measured.provenance
         found = ["it is itself predicted"] if theirs.get("predicted") else []
         found += [
-            f"its {name} is {theirs.get(name)!r}, here it is {self.provenance[name]!r}"
+            f"its {name} is {short(theirs.get(name), 100)}, this device's is {short(self.provenance[name], 100)}"
             for name in ("device", "threads", "backend")
             if name in self.provenance and theirs.get(name) != self.provenance[name]
         ]
@@ -214,17 +261,24 @@ class Predictor:
     ) -> LayerEnergy | None:
         if not any(known.energy_form for known in self.fitted.values()):
             return None
-        value, low, high = self._of(flat, before, "joules", {})
+        value, low, high = self._predicted(flat, before, "joules", {})
         layer_j, low_j, high_j = (_summed(part, layers, count) for part in (value, low, high))
         whole_j = tuple(float(part.sum() * scale) for part in (layer_j, low_j, high_j))
         meter, idle_w = self.provenance.get("meter", "unknown"), self.provenance.get("idle_power_w", 0.0)
         intervals = np.stack([low_j, high_j], axis=1)
         return LayerEnergy(f"predicted from {meter}", idle_w, layer_j, intervals, (whole_j[0], whole_j[1], whole_j[2]))
 
-    def _of(
+    def _predicted(
         self, flat: list[Operation], before: list[int], what: str, doubts: dict[str, None]
     ) -> tuple[Array, Array, Array]:
-        """Prediction and both ends of the interval of each operation, all of shape (operations,)."""
+        """Return the prediction and both ends of the interval of each operation, all of shape (operations,).
+
+        Args:
+            flat: the operations.
+            before: bytes that the layer before each read and wrote.
+            what: "seconds" or "joules".
+            doubts: gets a sentence for each kind without a model and each variant without samples, in order.
+        """
         result = np.zeros((3, len(flat)))
         rows_of: dict[str, list[int]] = {}
         for row, operation in enumerate(flat):
@@ -239,7 +293,7 @@ class Predictor:
                     doubts[_without_model(kind, names)] = None
                 continue
             errors = model.held_out
-            placed = [_placed(operation, model.variants, doubts) for operation in chosen]
+            placed = [_as_known_variant(operation, model.variants, doubts) for operation in chosen]
             table = SampleTable.of(
                 kind, [Sample(op, 1.0, before_bytes=before[row]) for op, row in zip(placed, rows, strict=True)]
             )
@@ -248,8 +302,10 @@ class Predictor:
         return result[0], result[1], result[2]
 
     def _bounded(self, kind: str, chosen: list[Operation], what: str) -> Array:
+        """Return the roofline's prediction of operations of one kind, and both ends of its interval."""
         known = KINDS.get(kind)
-        if known is None:  # an operation nobody describes: its sizes are the elements it moves
+        if known is None:
+            # Of an operation without a description, the only size is how many elements it reads and writes.
             moved, flops = np.array([float(op.sizes[0]) for op in chosen]), np.zeros(len(chosen))
         else:
             sizes = np.array([op.sizes for op in chosen], dtype=np.float64).reshape(len(chosen), len(known.columns))
@@ -266,7 +322,7 @@ class Predictor:
         return float(joules[metered].sum() / seconds[metered].sum())
 
     def to_json(self) -> dict[str, Any]:
-        """Return samples, forms and errors as plain data, with the format's version."""
+        """Return samples, forms and errors as plain data, with the version of the format."""
         return {
             "format": FORMAT,
             "provenance": self.provenance,
@@ -278,16 +334,23 @@ class Predictor:
 
     @staticmethod
     def from_json(data: Any) -> Predictor:
-        """Return the predictor in ``data``. Raises :class:`~torchsurgeon.errors.CalibrationError` saying what is wrong
-        with it."""
+        """Return the predictor in plain data.
+
+        Args:
+            data: what :meth:`to_json` returned.
+
+        Raises:
+            CalibrationError: it is no calibration of this version, unfinished or damaged; the message says what is
+                wrong.
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise CalibrationError(
-                f"not a calibration of this version: format is {found!r}, not {FORMAT!r}; calibrate the device again"
+                f"the format of a calibration must be {FORMAT!r}; got {short(found)}; calibrate the device again"
             )
         if data.get("unfinished"):
             raise CalibrationError(
-                "the calibration was interrupted; run torchsurgeon calibrate with the same --out to go on with it"
+                "the calibration was interrupted; run torchsurgeon calibrate with the same --out to continue it"
             )
         try:
             fitted = {str(kind): _fitted_from(known) for kind, known in data["fitted"].items()}
@@ -303,26 +366,39 @@ class Predictor:
             joules = 0 if table is None else int(np.isfinite(table.joules).sum())
             if seconds < FEWEST_SAMPLES or (known.energy_form is not None and joules < FEWEST_SAMPLES):
                 raise CalibrationError(
-                    f"the calibration holds {seconds} samples of {kind}, {joules} of them with joules, which are too "
-                    "few for its models; calibrate again"
+                    f"the models of {short(kind, 100)} need at least {FEWEST_SAMPLES} samples; the calibration holds "
+                    f"{seconds} samples of {short(kind, 100)[1:-1]}, {joules} of them with joules; calibrate again"
                 )
         return Predictor(provenance, samples, fitted, roofline, block)
 
     def save(self, path: str | Path) -> None:
-        """Write the predictor to ``path`` as JSON. Raises :class:`~torchsurgeon.errors.CalibrationError` where it
-        cannot be written."""
+        """Write the predictor to a file, as JSON.
+
+        Args:
+            path: the file.
+
+        Raises:
+            CalibrationError: the file cannot be written.
+        """
         _json_file.write(path, self.to_json(), CalibrationError)
 
     @staticmethod
     def load(path: str | Path) -> Predictor:
-        """Read a predictor. Raises :class:`~torchsurgeon.errors.CalibrationError` naming the file and what is wrong
-        with it."""
+        """Read a predictor from a file.
+
+        Args:
+            path: the file.
+
+        Raises:
+            CalibrationError: the file cannot be read or holds no calibration; the message names the file and what is
+                wrong.
+        """
         return _json_file.load(path, Predictor.from_json, CalibrationError, "calibrate again")
 
     def __str__(self) -> str:
         device = self.provenance.get("device", "an unnamed device")
         peak, bandwidth = self.roofline.peak_flop_s / 1e9, self.roofline.bandwidth_byte_s / 1e9
-        lines = [f"{device}: reaches {peak:.3g} Gflop/s (multiply and add are two), {bandwidth:.3g} GB/s"]
+        lines = [f"{device}: reaches {peak:.3g} Gflop/s (multiply and add count as two), {bandwidth:.3g} GB/s"]
         lines += [
             f"  {kind:<24}{own.samples:>6} samples  {known.form:<11} median error {own.median:.1%}"
             for kind, known in sorted(self.fitted.items())
@@ -332,11 +408,12 @@ class Predictor:
 
 
 def _summed(values: Array, layers: NDArray[np.int64], count: int) -> Array:
-    """Sums of operations' values, shape (layers,)."""
+    """Return the sum of the operations' values in each layer, shape (layers,)."""
     return np.bincount(layers, values, count).astype(np.float64)
 
 
 def _without_model(kind: str, names: list[str]) -> str:
+    """Return the sentence that warns of a kind without a model."""
     listed = ", ".join(names[:5])
     what = f"{kind} ({listed})" if kind in KINDS else listed
     return (
@@ -345,8 +422,8 @@ def _without_model(kind: str, names: list[str]) -> str:
     )
 
 
-def _placed(operation: Operation, known: frozenset[str], doubts: dict[str, None]) -> Operation:
-    """The operation as the nearest variant that has samples: the one that shares most words with it."""
+def _as_known_variant(operation: Operation, known: frozenset[str], doubts: dict[str, None]) -> Operation:
+    """Return the operation as the variant that has samples and whose name shares most words with its own."""
     if operation.variant in known:
         return operation
     words = set(operation.variant.split())
@@ -359,12 +436,15 @@ def _placed(operation: Operation, known: frozenset[str], doubts: dict[str, None]
 
 
 def moved_bytes(layer: Layer) -> int:
-    """Bytes that a layer reads and writes, its parameters among them."""
+    """Return the bytes that a layer reads and writes, its parameters included."""
     return sum(spec.size_bytes for spec in (*layer.inputs, *layer.outputs)) + int(layer.parameter_bytes)
 
 
 def _live_bytes(graph: LayerGraph) -> Any:
-    """Bytes of the tensors alive while each layer runs: those that cross the cut before it, and its own outputs."""
+    """Return the bytes of the tensors that are alive while each layer runs, shape (layers,).
+
+    These are the tensors that cross the cut before it, and its own outputs.
+    """
     crossing = {point.index: point.size_bytes for point in graph.points}
     live, last = [], 0
     for layer in graph.layers:
@@ -377,7 +457,7 @@ def _fitted_from(data: Mapping[str, Any]) -> FittedKind:
     form, energy_form, energy = data["form"], data["energy_form"], data["energy_held_out"]
     for chosen in (form, *([] if energy_form is None else [energy_form])):
         if chosen not in FORMS:
-            raise ValueError(f"there is no model form {chosen!r}")
+            raise ValueError(f"a model's form must be one of {', '.join(FORMS)}; got {short(chosen, 100)}")
     return FittedKind(
         form,
         numbers(HeldOut, data["held_out"], least=0.0),
@@ -390,5 +470,8 @@ def _block_from(data: Mapping[str, Any]) -> BlockCorrection:
     block = numbers(BlockCorrection, data)
     ends = [block.factor(mean_s, 1) for mean_s in (block.shortest_s, block.longest_s)]
     if not (min(block.low, block.high) >= 0 and all(1e-3 < factor < 1e3 for factor in ends)):
-        raise ValueError(f"a correction of {ends} for whole models cannot be")
+        raise ValueError(
+            f"the correction of whole models must be from 0.001 to 1000, its interval not negative; got {ends}, "
+            f"{block.low} and {block.high}"
+        )
     return block

@@ -1,4 +1,4 @@
-"""Whether a device is as fast as it was a moment ago, and pauses for one that is not."""
+"""Check whether a device is as fast as it was a moment ago, and let it rest when it is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _THROTTLED, _LONGEST_PAUSE_S = 1.3, 10.0
 
 @dataclasses.dataclass(frozen=True)
 class _Throttled:
-    """The pauses a device was given, and how many times its usual time a probe took at worst."""
+    """How often and how long a device rested, and how many times its usual time the slowest probe took."""
 
     pauses: int = 0
     paused_s: float = 0.0
@@ -27,7 +27,11 @@ class _Throttled:
 
 
 class Pulse:
-    """A small fixed piece of work, timed again and again: slower means that the device throttles or is busy."""
+    """Times a small fixed piece of work (a beat) again and again, to see when the device throttles or is busy.
+
+    Args:
+        device: the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,13 +39,25 @@ class Pulse:
         self._beats: list[float] = []
         self._throttled = _Throttled()
 
-    def go_on(self, facts: Mapping[str, Any]) -> None:
-        """Count on from an interrupted calibration's facts. Raises one of :data:`~.damage.DAMAGE` for edited ones."""
+    def resume(self, facts: Mapping[str, Any]) -> None:
+        """Continue the counts of an interrupted calibration.
+
+        Args:
+            facts: its provenance.
+
+        Raises:
+            TypeError: a count was edited and is no number.
+            ValueError: a count was edited and is out of range.
+        """
         if "throttled" in facts:
             self._throttled = numbers(_Throttled, facts["throttled"], least=0.0)
 
     def wait(self, most_s: float) -> None:
-        """Return when the device is about as fast as it has been, or has not recovered in ten seconds."""
+        """Return once the device is about as fast as it has been, or has not recovered in ten seconds.
+
+        Args:
+            most_s: seconds after which to return in any case.
+        """
         began = time.monotonic()
         for pause_s in itertools.accumulate(itertools.repeat(0.5), lambda a, b: a * 2):
             beat = min(self._beat() for _ in range(5))
@@ -57,7 +73,7 @@ class Pulse:
         self._beats.append(beat)
 
     def facts(self) -> dict[str, Any]:
-        """What to note of it."""
+        """Return the pauses, if any, for the provenance of a calibration."""
         found = self._throttled
         if not found.pauses:
             return {}

@@ -1,7 +1,7 @@
-"""Devices that come with the package: measured ones, and the paper's, reconstructed as rooflines from data sheets.
+"""Devices that come with the package: some measured, and those of the Neurosurgeon paper, which were not.
 
-Every ``devices/NAME.json`` is a calibration file. ``provenance["reconstructed_from"]`` lists the sources of one that
-was never measured; all it predicts is a lower bound.
+Every ``devices/NAME.json`` is a calibration file. Where no such device was at hand, its roofline was reconstructed from
+data sheets, which ``provenance["reconstructed_from"]`` lists; what it predicts is a lower bound.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import CalibrationError
+from torchsurgeon.errors import CalibrationError, short
 from torchsurgeon.prediction.predictor import Predictor
 from torchsurgeon.profiling.record import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
@@ -25,19 +25,27 @@ def reference_devices() -> tuple[str, ...]:
 def reference_device(name: str) -> Predictor:
     """Return the predictor of a device that comes with the package.
 
-    Raises :class:`~torchsurgeon.errors.CalibrationError`, listing those there are, for another name.
+    Args:
+        name: one of :func:`reference_devices`.
+
+    Raises:
+        CalibrationError: there is no such device; the message lists those that there are.
     """
     names = reference_devices()
     if name not in names:
-        raise CalibrationError(f"there is no reference device {name!r}; there are {', '.join(names)}")
+        raise CalibrationError(f"there is no reference device {short(name)}; there are {', '.join(names)}")
     with resources.as_file(resources.files("torchsurgeon.prediction").joinpath("devices", f"{name}.json")) as path:
         return Predictor.load(path)
 
 
 def load_device(name_or_path: str | Path) -> Predictor:
-    """Return the predictor in a file, or where there is no such file the reference device of that name.
+    """Return the predictor in a file or, where there is no such file, of a reference device.
 
-    Raises :class:`~torchsurgeon.errors.CalibrationError` where there is neither, or the file is damaged.
+    Args:
+        name_or_path: the file, or the name of the device.
+
+    Raises:
+        CalibrationError: there is neither, or the file is damaged.
     """
     if Path(name_or_path).exists():
         return Predictor.load(name_or_path)
@@ -45,19 +53,24 @@ def load_device(name_or_path: str | Path) -> Predictor:
     if str(name_or_path) in names:
         return reference_device(str(name_or_path))
     raise CalibrationError(
-        f"there is no file {name_or_path}, and no reference device of that name; there are {', '.join(names)}"
+        f"there is no file {short(Path(name_or_path))}, and no reference device of that name; there are "
+        f"{', '.join(names)}"
     )
 
 
 def load_costs(name_or_path: str | Path) -> LayerProfile | Predictor:
-    """Return what a file tells of a device's costs, or where there is no such file, the reference device of that name.
+    """Return what is known of a device's costs, measured or calibrated.
+
+    Args:
+        name_or_path: the file of a profile or calibration or, where there is no such file, the name of a reference
+            device.
 
     Returns:
-        The profile in the file of a measured profile, the predictor in the file of a calibration.
+        The profile in the file, or the predictor in the file or of the reference device.
 
     Raises:
-        ProfileError: the file is a damaged profile.
-        CalibrationError: the file is a damaged calibration or neither, or there is no such file and no such device.
+        ProfileError: the file holds a damaged profile.
+        CalibrationError: there is neither a file nor a reference device of this name, or the calibration is damaged.
     """
     if Path(name_or_path).exists():
         data = _json_file.read(name_or_path, CalibrationError, "measure or calibrate again")
@@ -67,15 +80,15 @@ def load_costs(name_or_path: str | Path) -> LayerProfile | Predictor:
 
 
 def costs_on(graph: LayerGraph, where: str | Path | LayerProfile | Predictor) -> LayerProfile:
-    """Return what each layer of ``graph`` costs on a device, measured or predicted.
+    """Return what a model costs on a device, measured or predicted.
 
     Args:
-        graph: the model.
-        where: what :func:`load_costs` takes or returns.
+        graph: the traced model.
+        where: the profile; the predictor by which the model is predicted; or what :func:`load_costs` takes.
 
     Raises:
-        ProfileError: a measured profile is of another graph, or what :func:`load_costs` raises.
-        CalibrationError: what :func:`load_costs` raises.
+        ProfileError: the profile is of another model or damaged.
+        CalibrationError: there is neither a file nor a reference device of this name, or the calibration is damaged.
     """
     known = load_costs(where) if isinstance(where, str | Path) else where
     if isinstance(known, LayerProfile):

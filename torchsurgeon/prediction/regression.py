@@ -1,10 +1,11 @@
-"""One prediction model per kind of layer: fitted in log space, chosen by cross-validation, sane outside its samples.
+"""Fit one prediction model per kind of layer: its form is chosen by cross-validation.
 
-Every form starts from the same base, a sum of non-negative multiples of one call, of flops and of bytes moved, and
-learns by what factor real layers differ from it. Outside the sampled range that factor stays what it is at the border
-and the base goes on, so that predictions grow with work and are never negative.
+Every form starts from the same base, which is a time per call, plus one per flop, plus one per byte moved, none of them
+negative. It learns, on a logarithmic scale, by what factor real layers differ from the base. Outside the sampled range
+the factor stays what it is at the border, while the base keeps growing, so predictions grow with work and are never
+negative.
 
-scikit-learn and scipy are imported where they are used: who only runs a SplitModule does not wait for them.
+scikit-learn and scipy are imported where they are used, so that whoever only runs a SplitModule does not wait for them.
 """
 
 from __future__ import annotations
@@ -19,18 +20,27 @@ from torchsurgeon.prediction.kinds import Array, features
 from torchsurgeon.prediction.samples import SampleTable
 
 _FOLDS = 5
+# The quantiles between which 90 % of errors lie.
 _INTERVAL = (0.05, 0.95)
+# The most by which predictions are corrected to have the sum of the measured values.
 _MOST_SMEARING = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """How far predictions were off for samples not fitted on, of networks not fitted on.
+    """The errors of predictions for samples of networks that the model was not fitted on.
 
-    ``median`` is the median of the absolute error over the truth, ``within_10`` and ``within_20`` the shares of samples
-    nearer than 10 and 20 %. 90 % of truths lie between ``low`` and ``high`` times their prediction. What is fitted to
-    logarithms is low in the mean where errors are lopsided; ``sum_ratio`` brings the sum of predictions to the sum of
-    truths (the smearing of Duan, JASA 1983), and is within the other figures.
+    A model that is fitted to logarithms predicts too little on average, where errors are skewed. So predictions are
+    multiplied by a factor that gives them the sum of the measured values (the smearing of Duan, JASA 1983).
+
+    Attributes:
+        samples: how many samples were predicted.
+        median: the median of the absolute error over the measured value.
+        within_10: the share of samples whose error is at most 10 %.
+        within_20: the share of samples whose error is at most 20 %.
+        low: 90 % of measured values are at least this many times their prediction.
+        high: and at most this many times.
+        sum_ratio: the factor by which predictions are multiplied; all figures above include it.
     """
 
     samples: int
@@ -43,7 +53,13 @@ class HeldOut:
 
     @staticmethod
     def of(truth: Array, predicted: Array, *, smeared: bool = False) -> HeldOut:
-        """Return the errors of predictions of ``truth``, both shape (samples,), brought to its sum if ``smeared``."""
+        """Return the errors of predictions.
+
+        Args:
+            truth: the measured values, shape (samples,).
+            predicted: the predictions, shape (samples,).
+            smeared: whether the predictions are multiplied to have the sum of the measured values.
+        """
         ratio = float(np.clip(truth.sum() / predicted.sum(), 1 / _MOST_SMEARING, _MOST_SMEARING)) if smeared else 1.0
         predicted = predicted * ratio
         errors, ratios = np.abs(predicted / truth - 1), truth / predicted
@@ -60,10 +76,14 @@ class HeldOut:
 
 
 class KindModel:
-    """Predicts seconds (or joules) of operations of one kind. Made by :func:`fit_kind`.
+    """Predicts the seconds (or joules) of operations of one kind; :func:`fit_kind` returns one.
 
-    ``held_out`` are its errors, ``unseen`` its predictions of the samples, shape (samples,), each by a model that saw
-    no sample of its network; None where the form and its errors were known.
+    Attributes:
+        kind: the kind.
+        form: the name of the model's form.
+        held_out: the model's errors.
+        unseen: predictions of the samples, shape (samples,), each by a model that was fitted without samples of its
+            network; None for a model that was fitted again in a known form.
     """
 
     def __init__(self, fitted: _Fitted, form: str, held_out: HeldOut, unseen: Array | None = None) -> None:
@@ -72,20 +92,33 @@ class KindModel:
 
     @property
     def variants(self) -> frozenset[str]:
-        """What of the kind has been sampled."""
+        """The variants of the kind that have samples."""
         return frozenset(self._fitted.variants)
 
     def predict(self, table: SampleTable) -> Array:
-        """Return a prediction of each operation's seconds, shape (operations,); the table's own are not looked at."""
+        """Return a prediction for each operation, shape (operations,).
+
+        Args:
+            table: the operations; their seconds and joules are not read.
+        """
         return self._fitted.predict(table) * self.held_out.sum_ratio
 
     def stretch(self, table: SampleTable) -> Array:
-        """Return by how many octaves each operation lies outside the samples, shape (operations,): 0 inside."""
+        """Return by how many octaves each operation lies outside of the samples, shape (operations,); 0 inside.
+
+        Args:
+            table: the operations; their seconds and joules are not read.
+        """
         return np.asarray(self._fitted.outside(table) / np.log(2))
 
 
 def fit_kind(table: SampleTable, values: Array) -> KindModel:
-    """Return the model of ``values`` (seconds, or joules), shape (samples,), of the form with least held-out error."""
+    """Fit a model of each form, and return the one whose held-out errors are least.
+
+    Args:
+        table: the samples.
+        values: what is predicted, their seconds or joules, shape (samples,).
+    """
     folds = _folds(table)
     tried = {name: _out_of_fold(make, table, values, folds) for name, make in FORMS.items()}
     best = min(tried, key=lambda name: float(np.mean(np.abs(np.log(values / tried[name])))))
@@ -94,12 +127,28 @@ def fit_kind(table: SampleTable, values: Array) -> KindModel:
 
 
 def refit_kind(table: SampleTable, values: Array, form: str, held_out: HeldOut) -> KindModel:
-    """Return the model that :func:`fit_kind` chose, from its form and errors."""
+    """Fit again the model that :func:`fit_kind` chose.
+
+    Args:
+        table: the samples.
+        values: what is predicted, shape (samples,).
+        form: the name of the form that was chosen.
+        held_out: the errors that were found.
+    """
     return KindModel(FORMS[form](table, values), form, held_out)
 
 
 def out_of_fold(table: SampleTable, values: Array, form: str) -> Array:
-    """Return predictions of samples by models that saw no sample of their networks, shape (samples,)."""
+    """Return predictions of samples, each by a model that was fitted without samples of its network.
+
+    Args:
+        table: the samples.
+        values: what is predicted, shape (samples,).
+        form: the name of the models' form.
+
+    Returns:
+        The predictions, shape (samples,).
+    """
     return _out_of_fold(FORMS[form], table, values, _folds(table))
 
 
@@ -118,7 +167,7 @@ def _out_of_fold(make: Form, table: SampleTable, values: Array, folds: list[tupl
 
 
 class _Fitted:
-    """A base and a learnt factor on it; the subclasses say how the factor is learnt."""
+    """A base and a learned factor on it; each subclass learns the factor in its own way."""
 
     def __init__(self, table: SampleTable, values: Array) -> None:
         self.kind = table.kind
@@ -154,7 +203,7 @@ class _Fitted:
 
 
 def _fit_base(table: SampleTable, values: Array) -> Array:
-    """Non-negative seconds per call, per flop and per byte, with the least relative error."""
+    """Return the non-negative seconds per call, per flop and per byte that have the least relative error."""
     from scipy.optimize import nnls
 
     flops, moved = table.kind.work(table.sizes)
@@ -165,7 +214,7 @@ def _fit_base(table: SampleTable, values: Array) -> Array:
 
 
 class _Constant(_Fitted):
-    """The base alone: what a linear model in flops and bytes says."""
+    """One factor for all operations, so that the model is linear in flops and bytes."""
 
     def _learn(self, inputs: Array, factors: Array) -> None:
         self._median = float(np.median(factors))
@@ -187,7 +236,7 @@ class _LogLinear(_Fitted):
 
 
 class _Trees(_Fitted):
-    """A factor from gradient-boosted trees, which know cliffs such as that of a cache's size."""
+    """A factor from gradient-boosted trees, which can follow jumps, such as that at the size of a cache."""
 
     def _learn(self, inputs: Array, factors: Array) -> None:
         from sklearn.ensemble import HistGradientBoostingRegressor
@@ -202,4 +251,4 @@ class _Trees(_Fitted):
 
 Form = Callable[[SampleTable, Array], _Fitted]
 FORMS: Mapping[str, Form] = {"linear": _Constant, "log-linear": _LogLinear, "trees": _Trees}
-"""The forms a prediction model can have."""
+"""The forms that a prediction model can have, by name."""

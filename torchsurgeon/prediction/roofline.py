@@ -1,7 +1,7 @@
 """A bound on the time of any operation from the device's peak arithmetic and memory rates.
 
 The roofline of Williams, Waterman and Patterson (CACM 2009): an operation takes at least its flops over the peak rate
-and its bytes over the bandwidth, whichever is longer; plus what a call costs.
+or its bytes over the bandwidth, whichever is longer, plus the time of a call that computes nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from torchsurgeon.prediction.samples import SampleTable
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """``peak_flop_s`` and ``bandwidth_byte_s`` are those that the device reaches; ``overhead_s`` is an empty call's.
+    """A device's highest rates.
 
-    ``scatter`` is by which factor real operations exceed or undercut it, 90 % of them.
+    Attributes:
+        peak_flop_s: floating-point operations per second that the device reaches; multiply and add count as two.
+        bandwidth_byte_s: bytes per second that it reads and writes.
+        overhead_s: seconds that a call takes which computes nothing.
+        scatter: 90 % of real operations take at most this many times the bound, and at least the bound over it.
     """
 
     peak_flop_s: float
@@ -29,19 +33,24 @@ class Roofline:
     scatter: float = 3.0
 
     def seconds(self, flops: Any, moved_bytes: Any) -> Array:
-        """Return the seconds of operations, shape as given."""
+        """Return the bound on the seconds of operations.
+
+        Args:
+            flops: their floating-point operations, a number or an array.
+            moved_bytes: the bytes that they read and write, of the same shape.
+        """
         return np.asarray(
             self.overhead_s
             + np.maximum(np.divide(flops, self.peak_flop_s), np.divide(moved_bytes, self.bandwidth_byte_s))
         )
 
     def to_json(self) -> dict[str, float]:
-        """Return the figures by name."""
+        """Return the figures by name, as plain data."""
         return dataclasses.asdict(self)
 
 
 def fit_roofline(tables: Sequence[SampleTable]) -> Roofline:
-    """Return the roofline that the samples touch: rates that one operation in ten exceeds."""
+    """Return the roofline of the device on which samples were timed: rates that one operation in ten exceeds."""
     parts = [(*table.kind.work(table.sizes), table) for table in tables]
     flops = np.concatenate([part[0] for part in parts])
     moved = np.concatenate([part[1] * part[2].item_bytes for part in parts])

@@ -1,4 +1,4 @@
-"""Timed operations as a table: from a calibration, or from measurements taken elsewhere, in CSV files."""
+"""Tables of timed operations, from a calibration or from CSV files of measurements made with other tools."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchsurgeon.errors import CalibrationError
+from torchsurgeon.errors import CalibrationError, short
 from torchsurgeon.prediction.kinds import KINDS, Array, Kind, Operation
 
 FEWEST_SAMPLES = 20
-# Relative errors are fitted, and nothing may overflow when divided by these.
+# Relative errors are fitted, so values are divided by these, and nothing may overflow.
 _LEAST_SECONDS, _LEAST_JOULES = 1e-12, 1e-30
 _MOST_SECONDS, _MOST_JOULES, _MOST_SIZE, _MOST_ITEM_BYTES = 3600.0, 1e6, 1e15, 16.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One operation with its seconds, and its joules where they were metered (else NaN).
+    """One timed operation.
 
-    ``before_bytes`` is what the layer before it moved, which has taken the caches; ``group`` numbers the network it
-    was timed in: samples of one network are alike, so they are never on both sides of a validation.
+    Attributes:
+        operation: what was timed.
+        seconds: how long it took.
+        joules: its energy; NaN where nothing was metered.
+        before_bytes: bytes that the layer before it read and wrote, which fill the caches.
+        group: the number of the network in which it was timed. Samples of one network are alike, so a validation
+            never has some of them among those fitted on and others among those predicted.
     """
 
     operation: Operation
@@ -38,7 +43,18 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleTable:
-    """Samples of one kind, column by column; ``sizes`` has shape (samples, columns of the kind)."""
+    """Samples of one kind, column by column.
+
+    Attributes:
+        kind: the kind.
+        variants: what of the kind each sample is.
+        sizes: the columns that describe each, shape (samples, columns of the kind).
+        item_bytes: bytes of one element.
+        before_bytes: bytes that the layer before it read and wrote.
+        seconds: how long each took.
+        joules: the energy of each; NaN where nothing was metered.
+        groups: the number of the network in which each was timed.
+    """
 
     kind: Kind
     variants: NDArray[np.str_]
@@ -54,7 +70,12 @@ class SampleTable:
 
     @staticmethod
     def of(kind: str, samples: Sequence[Sample]) -> SampleTable:
-        """Return the samples, all of one kind, as a table."""
+        """Return a table of samples.
+
+        Args:
+            kind: the kind that all of them have.
+            samples: the samples.
+        """
         width = len(KINDS[kind].columns)
         return SampleTable(
             KINDS[kind],
@@ -68,7 +89,7 @@ class SampleTable:
         )
 
     def samples(self) -> list[Sample]:
-        """Return the rows one by one."""
+        """Return the rows as samples."""
         sizes = self.sizes.astype(int).tolist()
         return [
             Sample(Operation(self.kind.name, variant, tuple(size), int(item)), second, joule, before, group)
@@ -85,7 +106,11 @@ class SampleTable:
         ]
 
     def take(self, rows: Any) -> SampleTable:
-        """Return the table of some rows."""
+        """Return a table of some rows.
+
+        Args:
+            rows: their indices, or a mask of shape (samples,).
+        """
         return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS})
 
     def to_json(self) -> dict[str, Any]:
@@ -102,7 +127,17 @@ class SampleTable:
 
     @staticmethod
     def from_json(kind: str, data: Mapping[str, Any]) -> SampleTable:
-        """Return the table in ``data``. Raises KeyError, TypeError or ValueError for what is none."""
+        """Return the table in plain data.
+
+        Args:
+            kind: the kind that all samples have.
+            data: what :meth:`to_json` returned.
+
+        Raises:
+            KeyError: the kind is unknown, or a column is missing.
+            TypeError: a column is of another type.
+            ValueError: columns differ in length, or a value is out of range.
+        """
         known = KINDS[kind]
         seconds = np.asarray(data["seconds"], dtype=np.float64)
         columns = [np.asarray(data[name], dtype=np.float64) for name in known.columns]
@@ -128,7 +163,7 @@ class SampleTable:
         ):
             wrong = values[~((values >= least) & (values <= most))]
             if wrong.size:
-                raise ValueError(f"{what} of {kind} cannot be {wrong[0]}")
+                raise ValueError(f"{what} of {kind} must be from {least:g} to {most:g}; got {wrong[0]}")
         return table
 
 
@@ -136,7 +171,7 @@ _ARRAYS = tuple(field.name for field in dataclasses.fields(SampleTable) if field
 
 
 def tables(samples: Iterable[Sample]) -> dict[str, SampleTable]:
-    """Return samples as one table a kind."""
+    """Return samples as one table a kind, by the name of the kind; samples of unknown kinds are left out."""
     found: dict[str, list[Sample]] = {}
     for sample in samples:
         found.setdefault(sample.operation.kind, []).append(sample)
@@ -144,11 +179,18 @@ def tables(samples: Iterable[Sample]) -> dict[str, SampleTable]:
 
 
 def read_csv(kind: str, path: str | Path) -> list[Sample]:
-    """Read samples of one kind, measured elsewhere.
+    """Read samples of one kind from a CSV file, such as measurements made with another tool.
 
-    The first line names the columns: those of the kind (``KINDS[kind].columns``; the ones that are mostly 1, such as
-    groups and stride, may be left out), ``seconds`` or ``ms`` or ``us``, and optionally ``joules``, ``variant`` and
-    ``item_bytes`` (4). Raises :class:`~torchsurgeon.errors.CalibrationError` naming file, line and column.
+    The first line names the columns: those of the kind (``KINDS[kind].columns``), one of ``seconds``, ``ms`` and
+    ``us``, and optionally ``joules``, ``variant`` and ``item_bytes`` (4 unless given). Columns of the kind that are
+    mostly 1, such as groups and stride, may be left out.
+
+    Args:
+        kind: the kind, by its name or a short form of it ("conv", "fc").
+        path: the file.
+
+    Raises:
+        CalibrationError: the file cannot be read or holds no samples; the message names file, line and column.
     """
     known = _kind_named(kind)
     try:
@@ -158,7 +200,7 @@ def read_csv(kind: str, path: str | Path) -> list[Sample]:
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise CalibrationError(f"{path} is not a CSV file: {error}") from None
+        raise CalibrationError(f"{path} is not a CSV file: {short(error)}") from None
     if not rows:
         raise CalibrationError(f"{path} is empty; its first line must name columns: {_wanted(known)}")
     line, names = rows[0][0], [cell.strip() for cell in rows[0][1]]
@@ -168,25 +210,25 @@ def read_csv(kind: str, path: str | Path) -> list[Sample]:
     found = [_sample(known, names, row, f"{path}:{line}") for line, row in rows[1:]]
     if len(found) < FEWEST_SAMPLES:
         raise CalibrationError(
-            f"{path}: {len(found)} samples of {known.name} are too few to fit a model and know its error; "
-            f"give at least {FEWEST_SAMPLES}"
+            f"{path}: a model of {known.name} and its error need at least {FEWEST_SAMPLES} samples; the file holds "
+            f"{len(found)} samples"
         )
     return [dataclasses.replace(sample, group=group) for group, sample in enumerate(found)]
 
 
 def _wrong_columns(kind: Kind, names: Sequence[str]) -> str:
-    """What is wrong with the names of a file's columns; nothing where they are right."""
+    """Return what is wrong with the names of a file's columns; an empty text where they are right."""
     missing = [name for name in kind.columns if name not in names and name not in kind.optional]
     if missing:
         return f"there is no column {', '.join(map(repr, missing))}"
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        return f"there is more than one column {', '.join(map(repr, twice))}"
+        return f"there is more than one column {short(', '.join(map(repr, twice)))[1:-1]}"
     unknown = [name for name in names if name not in {*kind.columns, *_UNITS, *_EXTRA_COLUMNS}]
     if unknown:
-        return f"there is no meaning of a column {', '.join(map(repr, unknown))}"
+        return f"there is an unknown column {short(', '.join(map(repr, unknown)))[1:-1]}"
     units = [name for name in _UNITS if name in names]
-    return "" if len(units) == 1 else "there is not one of the columns seconds, ms, us"
+    return "" if len(units) == 1 else "there must be exactly one of the columns seconds, ms, us"
 
 
 _UNITS = {"seconds": 1.0, "ms": 1e-3, "us": 1e-6}
@@ -201,36 +243,41 @@ _SHORT = {
 
 
 def _kind_named(kind: str) -> Kind:
+    """Return the kind of this name or short form."""
     found = KINDS.get(_SHORT.get(kind, kind).replace("_", " "))
     if found is None or not found.columns:
-        raise CalibrationError(f"there is no kind of layer {kind!r}; the kinds are {', '.join(KINDS)}")
+        raise CalibrationError(f"there is no kind of layer {short(kind)}; the kinds are {', '.join(KINDS)}")
     return found
 
 
 def _wanted(kind: Kind) -> str:
+    """Return which columns a file of this kind needs and may have, as a message lists them."""
     needed = [name for name in kind.columns if name not in kind.optional]
     optional = ", ".join([*kind.optional, *_EXTRA_COLUMNS])
     return f"{', '.join(needed)} and one of seconds, ms, us (optional: {optional})"
 
 
 def _sample(kind: Kind, names: Sequence[str], cells: Sequence[str], where: str) -> Sample:
+    """Return the sample in one line of a file; ``where`` is file and line, as a message names them."""
     if len(cells) != len(names):
-        raise CalibrationError(f"{where}: {len(cells)} cells where the first line names {len(names)} columns")
+        raise CalibrationError(
+            f"{where}: a line must have {len(names)} cells, as many as the first line names columns; got {len(cells)}"
+        )
     row = {name: cell.strip() for name, cell in zip(names, cells, strict=True)}
 
     def number(name: str, least: float, most: float, what: str) -> float:
         try:
             value = float(row[name])
         except ValueError:
-            raise CalibrationError(f"{where}: {name} is {row[name]!r}, not a number; give {what}") from None
+            raise CalibrationError(f"{where}: {name} must be {what}; got {short(row[name], 100)}") from None
         if not least <= value <= most:
-            raise CalibrationError(f"{where}: {name} of {row[name]} cannot be; give {what}")
+            raise CalibrationError(f"{where}: {name} must be {what}; got {short(row[name], 100)}")
         return value
 
     def whole(name: str, most: float) -> int:
         value = number(name, 1, most, "a whole number from 1 on")
         if value != int(value):
-            raise CalibrationError(f"{where}: {name} of {row[name]} cannot be; give a whole number from 1 on")
+            raise CalibrationError(f"{where}: {name} must be a whole number from 1 on; got {short(row[name], 100)}")
         return int(value)
 
     sizes = tuple(whole(name, _MOST_SIZE) if name in row else 1 for name in kind.columns)

@@ -1,6 +1,6 @@
-"""Configurations to calibrate with: layers drawn so that they fill the space which real models use.
+"""Draw layers to calibrate with, so that they cover the sizes that layers of real models have.
 
-Each kind draws from a low-discrepancy sequence, so that any number of its samples covers its ranges evenly. The ranges
+Each kind draws from a low-discrepancy sequence, so that any number of its samples covers the ranges evenly. The ranges
 are those of the models in torchvision and timm: channels in multiples of eight, feature maps that shrink as channels
 grow, one or few samples in a batch, token counts of images and sentences.
 """
@@ -21,7 +21,14 @@ _SIDES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 224)
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A layer to time: a module, and the shapes of the tensors it is called with (integers where ``whole``)."""
+    """A layer to time.
+
+    Attributes:
+        build: makes the module.
+        shapes: the shapes of the tensors that it is called with.
+        flops: about how many floating-point operations it takes.
+        whole_below: where it is called with integers, these are below this; 0 where it is called with floats.
+    """
 
     build: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
@@ -30,15 +37,26 @@ class Candidate:
 
 
 class Draws:
-    """Numbers in [0, 1), one after another, from one point of a space-filling sequence."""
+    """Draws values from one point of a space-filling sequence; each draw uses up one of its coordinates.
+
+    Args:
+        point: the coordinates, in [0, 1).
+    """
 
     def __init__(self, point: Sequence[float]) -> None:
         self._left = list(point)
 
     def number(self) -> float:
+        """Return a number in [0, 1)."""
         return self._left.pop(0)
 
     def pick(self, choices: Sequence[Any], weights: Sequence[float] | None = None) -> Any:
+        """Return one of the choices.
+
+        Args:
+            choices: what is chosen from.
+            weights: how likely each is, in proportion; by default all alike.
+        """
         shares = [1.0] * len(choices) if weights is None else list(weights)
         at = self.number() * sum(shares)
         for choice, share in zip(choices, shares, strict=True):
@@ -48,7 +66,13 @@ class Draws:
         return choices[-1]
 
     def log(self, low: float, high: float, step: int = 1) -> int:
-        """Return a multiple of ``step``, or of 1 in one case of eight, evenly spread on a logarithmic scale."""
+        """Return a whole number, evenly spread on a logarithmic scale.
+
+        Args:
+            low: the least.
+            high: the most.
+            step: in seven cases of eight the number is a multiple of this.
+        """
         at = self.number()
         value: float = low * (high / low) ** at
         odd = (at * 1e4) % 1 < 0.125
@@ -59,7 +83,15 @@ Draw = Callable[[Draws], "Candidate | None"]
 
 
 def candidates(kind: str, seed: int = 0) -> Iterator[Candidate]:
-    """Yield layers of one kind without end, the same for the same seed."""
+    """Yield layers of one kind, without end.
+
+    Args:
+        kind: one of :func:`sweep_kinds`.
+        seed: the same seed yields the same layers.
+
+    Yields:
+        Layers to time.
+    """
     from scipy.stats import qmc
 
     sequence = qmc.Sobol(_DIMENSIONS, seed=seed)
@@ -71,7 +103,7 @@ def candidates(kind: str, seed: int = 0) -> Iterator[Candidate]:
 
 
 def sweep_kinds() -> tuple[str, ...]:
-    """Return every kind that is swept."""
+    """Return every kind of layer that :func:`candidates` draws."""
     return tuple(_DRAWS)
 
 
@@ -79,7 +111,7 @@ _DIMENSIONS = 14
 
 
 def _image(draws: Draws, channels: int) -> tuple[int, int, int]:
-    """Batch and sides of a feature map of that many channels, of a size that models have."""
+    """Return batch, height and width of a feature map with this many channels, of a size that models have."""
     batch = draws.pick((1, 2, 4, 8), (12, 1, 1, 1))
     room = [side for side in _SIDES if batch * channels * side * side <= _MOST_ELEMENTS]
     # Models halve the sides where they double the channels: from about 64 · 112² down to 2048 · 7².
@@ -131,7 +163,7 @@ def _convolution(draws: Draws, grouped: str = "") -> Candidate | None:
 
 
 def _other_convolution(draws: Draws) -> Candidate | None:
-    """One- and three-dimensional ones."""
+    """Draw a convolution over one or three dimensions."""
     dims = draws.pick((1, 3))
     channels, out = draws.log(8, 512, 8), draws.log(8, 512, 8)
     kernel, stride = draws.pick((1, 3, 5, 7)), draws.pick((1, 2), (3, 1))
@@ -174,7 +206,7 @@ def _linear(draws: Draws) -> Candidate | None:
 
 
 class _Call(nn.Module):
-    """A function as a layer."""
+    """Makes a module of a function."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -235,7 +267,7 @@ _ACTIVATIONS: tuple[tuple[Callable[[], nn.Module], float], ...] = (
 
 
 def _elements(draws: Draws) -> tuple[int, ...]:
-    """The shape of a feature map, of tokens, or of a row."""
+    """Return the shape of a feature map, of tokens, or of a row."""
     form = draws.number()
     if form < 0.6:
         channels = draws.log(8, 2048, 8)
@@ -281,7 +313,7 @@ def _elementwise(draws: Draws) -> Candidate:
 
 
 def _swapped(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers with the channels read last, as transformers see a convolution's maps."""
+    """Return a view with the channels last, as transformers read the maps of a convolution."""
     return x.movedim(1, -1)
 
 
@@ -290,7 +322,7 @@ def _on_strided(function: Callable[..., Any], x: torch.Tensor, *others: torch.Te
 
 
 class _Strided(nn.Module):
-    """A layer on its input in another order."""
+    """A layer that reads its input with the channels last."""
 
     def __init__(self, layer: Callable[[], nn.Module]) -> None:
         super().__init__()
