@@ -11,8 +11,8 @@
 
 namespace torchsurgeon {
 
-// The part of CUPTI's activity records that is read here. CUPTI only ever appends to a record, so these prefixes hold
-// from CUDA 9 on; tests/native/cuda_abi.cpp compares them with the real headers.
+// The part of CUPTI's activity records that this extension reads. CUPTI only ever appends to a record, so these prefixes
+// hold from CUDA 9 on; tests/native/cuda_abi.cpp compares them with the real headers.
 enum class ActivityKind : uint32_t {
   kMemcpy = 1,
   kMemset = 2,
@@ -64,8 +64,8 @@ struct ExternalCorrelationRecord {
   uint32_t reserved;
 };
 
-// Device activities as CUPTI delivers them, each with the external id under which its launch was made. CUPTI calls from
-// a thread of its own, and the record that names the external id may come after the activity's.
+// Collects device activities as CUPTI delivers them, each with the external id that was pushed when it was launched.
+// CUPTI calls from a thread of its own, and the record that names the external id may come after the activity's record.
 class ActivityLog {
  public:
   static constexpr int64_t kColumns = 12;
@@ -73,7 +73,7 @@ class ActivityLog {
 
   explicit ActivityLog(size_t capacity) : capacity_(capacity) {}
 
-  // Takes in one record of any kind; kinds that are not read here are passed over.
+  // Reads one record; records of other kinds are skipped.
   void add(const void* record) {
     uint32_t kind = 0;
     std::memcpy(&kind, record, sizeof(kind));
@@ -120,7 +120,7 @@ class ActivityLog {
     return rows;
   }
 
-  // The names that the rows' name column counts through.
+  // The kernels' names; the rows' name column holds indices into these.
   std::vector<std::string> names() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return names_;
@@ -141,7 +141,7 @@ class ActivityLog {
     int64_t values[kColumns - 1];
   };
 
-  // CUPTI's buffers promise 8-byte alignment, fixtures in a file do not.
+  // CUPTI's buffers are aligned to 8 bytes, records that tests read from a file are not.
   template <typename Record>
   static Record copy_of(const void* bytes) {
     Record record;
@@ -180,7 +180,7 @@ class ActivityLog {
     }
   }
 
-  // The name is copied at once: it lives only as long as the module that holds the kernel.
+  // The name is copied at once, because CUPTI frees it with the module that holds the kernel.
   int64_t index_of(const char* name) {
     const auto [entry, is_new] = name_indices_.try_emplace(name, static_cast<int64_t>(names_.size()));
     if (is_new) {

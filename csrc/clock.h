@@ -5,7 +5,7 @@
 
 namespace torchsurgeon {
 
-// Nanoseconds of CLOCK_MONOTONIC, the clock Python's time.perf_counter_ns reads on Linux, so marks of both can be mixed.
+// Nanoseconds of CLOCK_MONOTONIC, which Python's time.perf_counter_ns reads on Linux too, so times of both compare.
 inline int64_t monotonic_ns() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);

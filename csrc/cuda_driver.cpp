@@ -36,7 +36,7 @@ int64_t driver_version() {
   return cuda_driver() != nullptr && cuda_driver()->driver_version(&version) == kCudaSuccess ? version : 0;
 }
 
-// CUDA's name of a result code, such as CUDA_ERROR_NO_DEVICE; "" without a driver.
+// Returns CUDA's name of a result code, such as CUDA_ERROR_NO_DEVICE; "" without a driver.
 std::string error_name(int64_t code) {
   const char* name = nullptr;
   if (!driver.library.is_open() || driver.functions.error_name == nullptr ||

@@ -4,8 +4,8 @@
 
 namespace torchsurgeon {
 
-// The part of the CUDA driver API that is used here, declared by hand so that building needs no CUDA. Handles are
-// opaque pointers and CUresult is an int; tests/native/cuda_abi.cpp compares this with the real headers.
+// The part of the CUDA driver API that this extension calls, declared by hand so that building needs no CUDA. Handles
+// are opaque pointers and CUresult is an int; tests/native/cuda_abi.cpp compares this with the real headers.
 using CudaResult = int;
 using CudaEvent = void*;
 using CudaStream = void*;
@@ -28,7 +28,7 @@ struct CudaDriver {
 // Opens libcuda.so.1 and initialises it, once. Returns kOpened, kNotFound, kTooOld, or cuInit's error.
 int64_t open_cuda_driver();
 
-// The opened driver, or nullptr.
+// Returns the opened driver, or nullptr.
 const CudaDriver* cuda_driver();
 
 } // namespace torchsurgeon

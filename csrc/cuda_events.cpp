@@ -52,7 +52,7 @@ class EventTape {
     ++used_;
   }
 
-  // Nanoseconds of every recorded event since the first one. Waits for the device, and starts the tape anew.
+  // Returns the nanoseconds of every recorded event since the first one, and forgets the events. Waits for the device.
   std::vector<int64_t> rewind() {
     const size_t used = used_;
     used_ = 0;
@@ -62,7 +62,8 @@ class EventTape {
       check(cuda_driver()->event_synchronize(events_[index]), "cuEventSynchronize");
       float elapsed_ms = 0;
       check(cuda_driver()->event_elapsed_ms(&elapsed_ms, events_[index == 0 ? 0 : index - 1], events_[index]), "cuEventElapsedTime");
-      // Neighbours are subtracted, since a float of a long run's milliseconds has no microseconds left.
+      // CUDA gives milliseconds as a float, which over a long run resolves no microseconds. So the time from each event
+      // to the next is asked for, and these are added up.
       elapsed_ns[index] = (index == 0 ? 0 : elapsed_ns[index - 1]) + std::llround(double{elapsed_ms} * 1e6);
     }
     return elapsed_ns;

@@ -18,7 +18,7 @@
 namespace torchsurgeon {
 namespace {
 
-// Launches are seen as runtime and driver calls, and only those records carry external ids.
+// CUPTI records a launch as a runtime or driver call, and gives external ids only with records of these kinds.
 constexpr std::array kKinds = {
     ActivityKind::kConcurrentKernel,
     ActivityKind::kMemcpy,
@@ -132,7 +132,8 @@ void cupti_pop() {
   }
 }
 
-// What to add to a time of CUPTI's clock to get one of clock_ns: the middle of the tightest of a few brackets.
+// Returns what to add to a time of CUPTI's clock to get one of clock_ns. CUPTI's clock is read between two readings of
+// clock_ns, a few times; the closest two readings bound the offset, and their middle is taken.
 int64_t cupti_clock_offset() {
   STD_TORCH_CHECK(is_complete, "CUPTI is not open");
   int64_t tightest = INT64_MAX;
@@ -140,7 +141,7 @@ int64_t cupti_clock_offset() {
   for (int attempt = 0; attempt < 5; ++attempt) {
     uint64_t theirs = 0;
     const int64_t before = monotonic_ns();
-    STD_TORCH_CHECK(cupti.timestamp(&theirs) == kCuptiSuccess, "CUPTI does not tell its time");
+    STD_TORCH_CHECK(cupti.timestamp(&theirs) == kCuptiSuccess, "CUPTI's clock cannot be read; end other profilers and trace again");
     const int64_t after = monotonic_ns();
     if (after - before < tightest) {
       tightest = after - before;
@@ -161,7 +162,7 @@ std::string demangled(const std::string& name) {
   return status == 0 && text ? text.get() : name;
 }
 
-// The demangled names, one a line.
+// Returns the demangled names, one a line.
 std::string cupti_names() {
   std::string lines;
   for (const std::string& name : activities.names()) {

@@ -7,7 +7,7 @@
 
 namespace torchsurgeon {
 
-// The part of CUPTI's activity API that is used here, declared by hand as the driver's is.
+// The part of CUPTI's activity API that this extension calls, declared by hand as the driver's is.
 using CuptiResult = int;
 
 constexpr CuptiResult kCuptiSuccess = 0;

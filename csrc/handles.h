@@ -7,8 +7,8 @@
 
 namespace torchsurgeon {
 
-// Operators pass objects as ints. A handle is an index into a fixed table, so looking one up takes no lock; it must not
-// be used while another thread closes it.
+// Operators pass objects as ints. A handle is an index into a fixed table, so looking one up takes no lock; a thread must
+// not use a handle while another closes it.
 template <typename Object, int64_t kSize = 256>
 class HandleTable {
  public:
@@ -20,7 +20,7 @@ class HandleTable {
     }
   }
 
-  // The handle, or kNone when the table is full.
+  // Returns the handle, or kNone when the table is full.
   int64_t insert(std::unique_ptr<Object> object) {
     for (int64_t handle = 0; handle < kSize; ++handle) {
       Object* expected = nullptr;
@@ -32,7 +32,7 @@ class HandleTable {
     return kNone;
   }
 
-  // The object, or nullptr for a handle that was never given out or is closed.
+  // Returns the object, or nullptr for a handle that was never returned or is closed.
   Object* find(int64_t handle) const noexcept {
     return handle >= 0 && handle < kSize ? entries_[static_cast<size_t>(handle)].load(std::memory_order_acquire) : nullptr;
   }

@@ -9,7 +9,7 @@ namespace torchsurgeon {
 // A shared library opened at run time and kept open for the life of the process.
 class DynamicLibrary {
  public:
-  // An empty path stays closed. With `loaded_only` the library must be mapped already.
+  // Opens nothing for an empty path. With `loaded_only`, opens the library only if the process has loaded it already.
   bool open(const std::string& path, bool loaded_only = false) {
     handle_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | (loaded_only ? RTLD_NOLOAD : 0));
     return handle_ != nullptr;
@@ -19,7 +19,7 @@ class DynamicLibrary {
     return handle_ != nullptr;
   }
 
-  // True when the symbol was found and `function` points to it.
+  // Returns whether the symbol was found; `function` then points to it.
   template <typename Function>
   bool find(const char* symbol, Function*& function) const {
     function = reinterpret_cast<Function*>(dlsym(handle_, symbol));

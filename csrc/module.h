@@ -4,7 +4,7 @@
 
 namespace torchsurgeon {
 
-// PYTHON_ABI_VERSION, what extensions of the limited API hand to PyModule_Create2.
+// PYTHON_ABI_VERSION, which extensions of the limited API pass to PyModule_Create2.
 constexpr int kPythonAbiVersion = 3;
 
 struct ModuleDefinitionBase {

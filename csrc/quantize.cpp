@@ -1,6 +1,6 @@
-// A float tensor to codes of eight or four bits and back, each in one pass over memory; PyTorch's own operators take four
-// and more. The layout is that of torchsurgeon/codec/quantize.py: with four bits the second half of the values lies in
-// the upper ones.
+// Turns a float tensor into codes of eight or four bits, and back, each in one pass over memory; with PyTorch's own
+// operators it takes four passes or more. The layout is that of torchsurgeon/codec/quantize.py: with four bits, a byte
+// holds a value of the tensor's first half in its lower bits and one of the second half in its upper bits.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -8,7 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
-// One wheel serves every x86-64, so the loops are compiled twice and the processor is asked once, when it loads.
+// One wheel serves every x86-64, so the loops are compiled twice, and which to run is decided once, when the extension
+// is loaded.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define TORCHSURGEON_VECTOR __attribute__((target_clones("avx2", "default")))
 #else
@@ -21,8 +22,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// `low` is the least of the values and `inverse` takes their range to the last code, so nothing is clamped, which would
-// take as long again; the caller has made sure that all are finite.
+// `low` is the least of the values, and `inverse` scales their range to that of the codes, so no value has to be
+// clamped, which would double the time. The caller makes sure that all values are finite.
 inline uint8_t code(float value, float low, float inverse) {
   return static_cast<uint8_t>(static_cast<int32_t>((value - low) * inverse + 0.5F));
 }
@@ -61,7 +62,7 @@ TORCHSURGEON_VECTOR void from_nibbles(const uint8_t* codes, size_t count, float 
   }
 }
 
-// The number of values, once both tensors are what the loops may touch.
+// Checks that the loops may read and write both tensors, and returns the number of values.
 size_t checked(const Tensor& values, const Tensor& codes, int64_t bits) {
   STD_TORCH_CHECK(bits == 8 || bits == 4, "codes have 8 or 4 bits, not ", bits);
   STD_TORCH_CHECK(

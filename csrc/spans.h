@@ -9,11 +9,12 @@
 
 namespace torchsurgeon {
 
-// Where a span's two times come from; Python's hooks.Source has the same numbers.
+// The clock from which a span's two times were read; Python's hooks.Source has the same numbers.
 enum class Source : int64_t { kCpu = 0, kCudaEvent = 1, kCupti = 2 };
 
-// Spans (id, start, end, source) in storage taken once, so that recording one neither allocates nor faults a page.
-// Any thread may begin, end and add spans at any time, and read the finished ones; clear() wants the others still.
+// Records spans (id, start, end, source) in storage that is allocated and touched once, so that recording one neither
+// allocates nor faults a page. Any thread may begin, end and add spans at any time, and read the finished ones. While
+// one thread calls clear(), no other may do any of that.
 class SpanRecorder {
  public:
   static constexpr int64_t kColumns = 5;
@@ -23,7 +24,7 @@ class SpanRecorder {
     clear();
   }
 
-  // The slot to hand to end(), or kFull, which end() accepts too.
+  // Begins a span, and returns the slot for end(); kFull when there is no room, which end() accepts too.
   int64_t begin(int64_t id) noexcept {
     const int64_t index = take();
     if (index != kFull) {
@@ -36,8 +37,8 @@ class SpanRecorder {
     close(index, monotonic_ns());
   }
 
-  // Ends the span the last mark began and begins the next at the same moment; a negative id only ends. Unlike the rest,
-  // marks of one recorder belong to one thread.
+  // Ends the span that the last mark began and begins the next at the same moment; a negative id only ends. Only one
+  // thread may make the marks of one recorder.
   void mark(int64_t id) noexcept {
     const int64_t now = monotonic_ns();
     close(marked_, now);
@@ -62,12 +63,12 @@ class SpanRecorder {
     return capacity_;
   }
 
-  // Slots handed out, whether their span has ended or not.
+  // Returns how many spans were begun, whether they have ended or not.
   int64_t taken() const noexcept {
     return std::min(next_.load(std::memory_order_relaxed), capacity_);
   }
 
-  // Spans that found no room.
+  // Returns how many spans were not recorded for lack of room.
   int64_t dropped() const noexcept {
     return std::max<int64_t>(next_.load(std::memory_order_relaxed) - capacity_, 0);
   }

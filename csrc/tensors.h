@@ -9,7 +9,7 @@
 
 namespace torchsurgeon {
 
-// An int64 tensor [rows, columns] on the CPU with a copy of `values`, which holds the rows one after another.
+// Returns an int64 tensor [rows, columns] on the CPU with a copy of `values`, which holds the rows one after another.
 inline torch::stable::Tensor table(const std::vector<int64_t>& values, int64_t columns) {
   const int64_t rows = static_cast<int64_t>(values.size()) / columns;
   torch::stable::Tensor tensor = torch::stable::empty(

@@ -152,6 +152,11 @@ def _given(graph: LayerGraph, names: Sequence[str]) -> list[Value]:
     return [graph.value(name) for name in names]
 
 
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """Return names as a message lists them; a client may have sent hundreds."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def check_shapes(graph: LayerGraph, tail: Segment, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
     """Check that a tail runs on tensors of shapes other than the example's: images of another size, longer sequences.
 
@@ -175,7 +180,7 @@ def check_shapes(graph: LayerGraph, tail: Segment, names: Sequence[str], tensors
         values = tail.load([t if graph.value(n).restore else t.to(META) for n, t in zip(names, tensors, strict=True)])
         dry_run([graph.steps[i] for i in tail.steps], values, MetaModel(graph.model))
     except Exception as error:
-        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(names, tensors, strict=True))
+        shapes = _listed([f"{name} {short(list(t.shape), 100)}" for name, t in zip(names, tensors, strict=True)])
         raise PartitionError(
             f"the model does not run on tensors of these shapes ({shapes}): {short(error)}; give shapes that it takes"
         ) from error
@@ -192,13 +197,13 @@ def _segment(
         included.remove(graph.steps[-1].index)
     if missing:
         raise PartitionError(
-            f"the tensors {', '.join(v.name for v in given) or '(none)'} do not determine the output: it also depends "
+            f"the tensors {_listed([v.name for v in given]) or '(none)'} do not determine the output: it also depends "
             f"on the model's inputs {', '.join(sorted(missing))} along paths they do not cut"
         )
     apart = torn(graph.flow, given, included)
     if apart:
         raise PartitionError(
-            f"the tensors {', '.join(apart)} share memory that is overwritten later through another of its names; sent "
+            f"the tensors {_listed(apart)} share memory that is overwritten later through another of its names; sent "
             "as separate tensors they do not determine the output. Use the tensors of one of the graph's points"
         )
     feeds = [
