@@ -136,7 +136,7 @@ def middle_for(graph: LayerGraph, names: Sequence[str], point: PartitionPoint) -
 
 
 def _given(graph: LayerGraph, names: Sequence[str]) -> list[Value]:
-    """Return the values of these names, each of which must be known and stand once."""
+    """Return the values of these names; raise for a name that the graph does not have, or that stands twice."""
     for name in names:
         if name not in graph.values:
             # Names come from the network: comparing one of megabytes with all others would take minutes.

@@ -82,7 +82,7 @@ class BandwidthTrace:
             end_s: the same, not before ``start_s``.
 
         Raises:
-            LinkError: the times are no such span.
+            LinkError: a time is negative or not finite, or the span ends before it starts.
         """
         if not 0 <= start_s <= end_s or not math.isfinite(end_s):
             raise LinkError(

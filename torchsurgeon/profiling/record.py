@@ -207,7 +207,7 @@ class LayerProfile:
 
     @property
     def _scale(self) -> float:
-        """What sums of layers are multiplied by, so that all layers together take as long as the model as it is."""
+        """The factor for sums of layers with which all layers together take as long as the whole model."""
         return self.total_s / float(np.median(self.samples_s.sum(axis=1)))
 
     @property

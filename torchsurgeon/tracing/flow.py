@@ -63,9 +63,10 @@ class DataFlow:
         settled: what the steps read and overwrite, and which of them are live.
         layers: the index of the step of every layer, in the order the model runs them.
         rank: by step index, the rank of the layer.
-        constant: by step, whether it computes from the model's weights alone. Each side computes such values itself.
+        constant: by step, whether it computes from the model's weights alone. Head and tail each compute
+            these values themselves.
         selected: by step, the part of a nested value that it takes, where it does nothing else.
-        values: every value that may cross, in the order they come to be.
+        values: every value that may cross, in the order in which the model makes them.
         by_key: the same values by key.
         crossing: by step, the keys of the values that have to cross for the step's value to be known beyond a cut.
         views: for every tensor that is only a view of another: that other, or None when it is one of the model's own.

@@ -1,7 +1,7 @@
 """Rewrite a traced model's steps so that their arguments alone say in which order they must run.
 
 A traced model reads and writes memory: an in-place layer overwrites a tensor that another name may still show. Once a
-program is settled, whoever cuts it needs to follow values only, not memory:
+program is settled, a cut needs to follow values only, not memory:
 
 * A step that reads an overwritten tensor is made to read the value of the step that overwrote it.
 * Where that is impossible, because the tensor is overwritten through one view and read again through another, the
@@ -51,7 +51,7 @@ def settle(steps: Sequence[Step], shapes: Shapes, model: nn.Module) -> Settled:
     Args:
         steps: the traced program, the model's result last.
         shapes: what :func:`~torchsurgeon.tracing.shapes.propagate` found for these steps.
-        model: the traced model, of which devices are read when a step asks for one.
+        model: the traced model; a step that asks for a device is made to read the one that the model is on.
 
     Returns:
         What was learned of the steps' memory and reads.
@@ -106,7 +106,7 @@ def _settle_overwrites(
     Returns:
         By storage, the steps that overwrite it where a later reader could not be redirected.
     """
-    # All names of the same memory, in the order they come to be: overwriting one changes what the others show.
+    # All tensors on the same memory, in the order in which they are made: writing to one changes the others, too.
     sharing: dict[int, list[Key]] = {}
     for key, storage in storages.items():
         sharing.setdefault(storage, []).append(key)

@@ -262,7 +262,7 @@ def dry_run(steps: Iterable[Step], values: Environment, source: MetaModel) -> No
 
 
 def _known(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Outcome | None:
-    """Return what a shape rule says of a step; None where no rule knows."""
+    """Return what a shape rule computes for a step; None where no rule applies."""
     if isinstance(source, RealModel) or step.is_method:
         return None
     if isinstance(step.target, ModelDevice):
