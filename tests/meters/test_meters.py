@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torchsurgeon.meters import (
     EnergyMeter,
     EnergySampler,
     EnergyTrace,
-    Ina3221Meter,
+    JetsonMeter,
     NullMeter,
     NvmlMeter,
     RaplMeter,
@@ -114,7 +115,7 @@ def test_cupti_counts_only_the_time_kernels_ran() -> None:
     assert nothing == 0
 
 
-# INA3221
+# The monitors of a Jetson
 
 
 @pytest.mark.parametrize(
@@ -128,8 +129,8 @@ def test_cupti_counts_only_the_time_kernels_ran() -> None:
     ],
 )
 def test_each_board_tells_its_whole_power(name: str, scope: str, power_w: float) -> None:
-    meter = Ina3221Meter(sysfs=FIXTURES / name)
-    assert meter.scope == scope
+    meter = JetsonMeter(sysfs=FIXTURES / name)
+    assert (meter.name, meter.scope) == ("ina3221", scope)
     assert meter.read().power_w == pytest.approx(power_w)
     assert meter.faults == ()
 
@@ -139,11 +140,39 @@ def test_each_board_tells_its_whole_power(name: str, scope: str, power_w: float)
     [("tx2-jetpack4", "VDD_SYS_GPU", 3.814), ("orin-nano-jetpack6", "VDD_CPU_GPU_CV", 0.9856)],
 )
 def test_one_rail_can_be_metered_alone(name: str, rail: str, power_w: float) -> None:
-    assert Ina3221Meter([rail], FIXTURES / name).read().power_w == pytest.approx(power_w)
+    assert JetsonMeter([rail], FIXTURES / name).read().power_w == pytest.approx(power_w)
+
+
+def test_a_thor_tells_the_power_that_enters_the_board() -> None:
+    meter = JetsonMeter(sysfs=FIXTURES / "agx-thor-jetpack7")
+    assert (meter.name, meter.scope, meter.period_s) == ("ina238", "VIN", 0.05)
+    assert meter.read().power_w == pytest.approx(26.5)
+    assert meter.faults == ()
+
+
+def test_a_rail_behind_the_input_of_a_thor_can_be_metered_alone() -> None:
+    meter = JetsonMeter(["VDD_GPU"], FIXTURES / "agx-thor-jetpack7")
+    assert (meter.name, meter.period_s) == ("ina3221", 0.02)
+    assert meter.read().power_w == pytest.approx(4.8)
+
+
+def test_a_thor_whose_input_cannot_be_read_tells_the_sum_of_its_rails(board) -> None:
+    sysfs = board("agx-thor-jetpack7")
+    next(sysfs.rglob("power1_input")).unlink()
+    meter = JetsonMeter(sysfs=sysfs)
+    assert meter.scope == "VDD_GPU + VDD_CPU_SOC_MSS + VIN_SYS_5V0"
+    assert meter.read().power_w == pytest.approx(4.8 + 8.0 + 6.0)
+    assert ["rail VIN is left out" in str(fault) for fault in meter.faults] == [True]
+
+
+def test_an_ina238_without_a_name_is_not_taken_for_the_input(board) -> None:
+    sysfs = board("agx-thor-jetpack7")
+    next(sysfs.rglob("hwmon6/label")).unlink()
+    assert JetsonMeter(sysfs=sysfs).scope == "VDD_GPU + VDD_CPU_SOC_MSS + VIN_SYS_5V0"
 
 
 def test_every_board_has_a_rail_that_feeds_the_gpu() -> None:
-    from torchsurgeon.meters.ina3221 import GPU_RAILS, find_rails
+    from torchsurgeon.meters.jetson import GPU_RAILS, find_rails
 
     for name in (
         "tx2-jetpack4",
@@ -151,19 +180,20 @@ def test_every_board_has_a_rail_that_feeds_the_gpu() -> None:
         "xavier-nx-jetpack5",
         "orin-nano-jetpack6",
         "agx-orin-jetpack5",
+        "agx-thor-jetpack7",
     ):
         assert [rail.name for rail in find_rails(FIXTURES / name) if rail.name in GPU_RAILS] != []
 
 
 def test_a_rail_the_board_lacks_lists_those_it_has() -> None:
     with pytest.raises(MeterError, match="no rail 'VDD_GPU'; it has VDD_IN, VDD_CPU_GPU_CV, VDD_SOC"):
-        Ina3221Meter(["VDD_GPU"], FIXTURES / "orin-nano-jetpack6")
+        JetsonMeter(["VDD_GPU"], FIXTURES / "orin-nano-jetpack6")
 
 
 def test_an_unreadable_rail_is_left_out_and_named(board) -> None:
     sysfs = board("agx-orin-jetpack5")
     (next(sysfs.rglob("hwmon3/curr2_input"))).unlink()
-    meter = Ina3221Meter(sysfs=sysfs)
+    meter = JetsonMeter(sysfs=sysfs)
     assert meter.scope == "VDD_GPU_SOC + VIN_SYS_5V0 + VDDQ_VDD2_1V8AO"
     assert meter.read().power_w == pytest.approx(8.5)
     (fault,) = meter.faults
@@ -175,13 +205,13 @@ def test_a_board_whose_rails_are_all_unreadable_says_why(board) -> None:
     sysfs = board("tx2-jetpack4")
     for path in sysfs.rglob("in_power*_input"):
         path.write_text("busy\n")
-    with pytest.raises(MeterError, match=r"no rail of the INA3221 can be read.*does not hold a number"):
-        Ina3221Meter(sysfs=sysfs)
+    with pytest.raises(MeterError, match=r"no rail of this board can be read.*does not hold a number"):
+        JetsonMeter(sysfs=sysfs)
 
 
 def test_a_machine_without_monitors_says_so(tmp_path: Path) -> None:
     with pytest.raises(MeterError, match="only Jetson boards have one"):
-        Ina3221Meter(sysfs=tmp_path)
+        JetsonMeter(sysfs=tmp_path)
 
 
 # RAPL
@@ -327,6 +357,35 @@ def test_a_board_tells_its_power_mode_and_clocks(tmp_path: Path, monkeypatch: py
     assert board_state(torch.device("cuda"), tmp_path)["gpu_clock_mhz"] == 306
 
 
+def test_a_thor_whose_gpu_is_without_power_tells_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters.board, "_nvml_state", lambda device: {})
+    for name, text in {
+        "class/devfreq/gpu-gpc-0/cur_freq": "315000000\n",
+        "class/devfreq/gpu-nvd-0/cur_freq": "621000000\n",
+        "class/thermal/thermal_zone0/temp": "50781\n",
+        "class/thermal/thermal_zone1/temp": "unused",
+    }.items():
+        (tmp_path / "sys" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys" / name).write_text(text)
+    read_text = Path.read_text
+
+    def refuse(path: Path, *args: str) -> str:
+        if path.parent.name != "thermal_zone1":
+            return read_text(path, *args)
+        # What sysfs does there, done by a pipe in which nothing has been written: EAGAIN.
+        reader, writer = os.pipe()
+        try:
+            os.set_blocking(reader, False)
+            with open(reader, encoding="utf-8") as file:
+                return file.read()
+        finally:
+            os.close(writer)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    state = board_state(torch.device("cuda"), tmp_path)
+    assert state == {"gpu_clock_mhz": 315, "temperature_c": pytest.approx(50.781)}
+
+
 def test_what_a_board_does_not_tell_is_left_out(tmp_path: Path) -> None:
     assert board_state(torch.device("cpu"), tmp_path) == {}
     (tmp_path / "var/lib/nvpmodel").mkdir(parents=True)
@@ -340,8 +399,9 @@ def test_what_a_board_does_not_tell_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "name", "kind"),
     [
-        ("cpu", "tx2-jetpack4", Ina3221Meter),
-        ("cuda", "orin-nano-jetpack6", Ina3221Meter),
+        ("cpu", "tx2-jetpack4", JetsonMeter),
+        ("cuda", "orin-nano-jetpack6", JetsonMeter),
+        ("cuda", "agx-thor-jetpack7", JetsonMeter),
         ("cpu", "intel-laptop", RaplMeter),
     ],
 )
@@ -352,7 +412,7 @@ def test_the_machine_decides_the_meter(device: str, name: str, kind: type[Energy
 def test_a_machine_without_meter_says_what_was_tried(tmp_path: Path) -> None:
     meter = find_meter("cpu", tmp_path)
     assert isinstance(meter, NullMeter)
-    assert [str(fault)[:14] for fault in meter.faults] == ["no INA3221 pow", "no RAPL energy"]
+    assert [str(fault)[:14] for fault in meter.faults] == ["no INA3221 or ", "no RAPL energy"]
     with pytest.raises(MeterError, match="no energy meter; no INA3221"):
         meter.read()
 
@@ -368,7 +428,7 @@ def test_a_device_that_cannot_be_metered_is_refused(device: str) -> None:
 
 def test_a_log_comes_back_as_it_was_recorded(tmp_path: Path) -> None:
     readings = [Reading(5, power_w=1.25), Reading(9, energy_j=3.5)]
-    save_log(tmp_path / "log.jsonl", Ina3221Meter(sysfs=FIXTURES / "tx2-jetpack4"), readings)
+    save_log(tmp_path / "log.jsonl", JetsonMeter(sysfs=FIXTURES / "tx2-jetpack4"), readings)
     replay = ReplayMeter(tmp_path / "log.jsonl")
     assert (replay.name, replay.scope) == ("ina3221", "VDD_IN")
     assert [replay.read(), replay.read()] == readings

@@ -12,7 +12,7 @@ from torchsurgeon.meters.board import board_state
 from torchsurgeon.meters.clock import Clock, CudaEventClock, CuptiClock, WallClock
 from torchsurgeon.meters.energy import EnergyMeter, NullMeter, Reading, ReplayMeter, save_log
 from torchsurgeon.meters.find import find_meter
-from torchsurgeon.meters.ina3221 import Ina3221Meter
+from torchsurgeon.meters.jetson import JetsonMeter
 from torchsurgeon.meters.nvml import NvmlMeter
 from torchsurgeon.meters.rapl import RaplMeter
 from torchsurgeon.meters.sampler import EnergySampler, measure_idle
@@ -26,7 +26,7 @@ __all__ = [
     "EnergyMeter",
     "EnergySampler",
     "EnergyTrace",
-    "Ina3221Meter",
+    "JetsonMeter",
     "NullMeter",
     "NvmlMeter",
     "RaplMeter",

@@ -52,9 +52,11 @@ def _cpu_clocks(folder: Path) -> dict[str, Any]:
 
 
 def _tegra_gpu_clock_mhz(folder: Path) -> int:
-    # gp10b is TX2's GPU, gv11b Xavier's, ga10b Orin's; later kernels call it 17000000.gpu.
+    # gp10b is TX2's GPU, gv11b Xavier's, ga10b Orin's; later kernels call it 17000000.gpu. Thor's is gpu-gpc-0, beside
+    # gpu-nvd-0 for its video engines.
     names = ("*.gp10b", "*.gv11b", "*.ga10b", "*.gpu", "gpu*")
-    return max((_number(path / "cur_freq") // 1_000_000 for name in names for path in folder.glob(name)), default=0)
+    found = [path for name in names for path in folder.glob(name) if not path.name.startswith("gpu-nvd")]
+    return max((_number(path / "cur_freq") // 1_000_000 for path in found), default=0)
 
 
 def _hottest_c(folder: Path) -> float:
@@ -73,7 +75,9 @@ def _nvml_state(device: torch.device) -> dict[str, Any]:
 def _text(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
+    # A thermal zone of Thor's GPU answers EAGAIN while the GPU is without power. Python's buffered reader then gets
+    # no bytes at all, and raises a TypeError instead of an OSError.
+    except (OSError, UnicodeDecodeError, TypeError):
         return ""
 
 

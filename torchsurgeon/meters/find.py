@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torchsurgeon.errors import DeviceError, MeterError, short
 from torchsurgeon.meters.energy import EnergyMeter, NullMeter
-from torchsurgeon.meters.ina3221 import Ina3221Meter
+from torchsurgeon.meters.jetson import JetsonMeter
 from torchsurgeon.meters.nvml import NvmlMeter, nvml_name
 from torchsurgeon.meters.rapl import RaplMeter
 
@@ -25,7 +25,7 @@ def find_meter(device: str | torch.device = "cpu", sysfs: Path = Path("/sys")) -
     """
     if not re.fullmatch(r"(cpu|cuda)(:[0-9]+)?", str(device)):
         raise DeviceError(f"a device with a meter must be 'cpu', 'cuda' or 'cuda:1'; got {short(str(device))}")
-    makers: list[Callable[[], EnergyMeter]] = [lambda: Ina3221Meter(sysfs=sysfs)]
+    makers: list[Callable[[], EnergyMeter]] = [lambda: JetsonMeter(sysfs=sysfs)]
     if str(device).startswith("cuda"):
         makers.append(lambda: NvmlMeter(nvml_name(device)))
     else:

@@ -1,9 +1,16 @@
-"""The INA3221 power monitors of a Jetson, in both layouts their drivers give them in sysfs.
+"""The power monitors of a Jetson, as their drivers show them in sysfs.
 
-JetPack 4 (Linux 4.9) has NVIDIA's iio driver: ``ina3221x/1-0040/iio:device0/in_power0_input`` in mW beside
-``rail_name_0``. JetPack 5 and later have the kernel's hwmon driver: ``ina3221/1-0040/hwmon/hwmon3/in1_input`` in mV and
-``curr1_input`` in mA beside ``in1_label``. Boards differ in their rails: TX2, Nano, Xavier NX and Orin NX/Nano have one
-for the whole module, AGX Xavier and AGX Orin do not.
+Three layouts exist:
+
+* JetPack 4 (Linux 4.9), INA3221, NVIDIA's iio driver: ``ina3221x/1-0040/iio:device0/in_power0_input`` in mW beside
+  ``rail_name_0``.
+* JetPack 5 and later, INA3221, the kernel's hwmon driver: ``ina3221/1-0040/hwmon/hwmon3/in1_input`` in mV and
+  ``curr1_input`` in mA beside ``in1_label``.
+* Jetson Thor, INA238 beside an INA3221, the kernel's hwmon driver: ``ina238/2-0044/hwmon/hwmon6/power1_input`` in µW
+  beside ``label``.
+
+Boards differ in their rails. TX2, Nano, Xavier NX and Orin NX/Nano have one rail for the whole module. AGX Xavier and
+AGX Orin have none. On Thor the INA238 measures ``VIN``, which feeds the module and the carrier board.
 """
 
 from __future__ import annotations
@@ -16,52 +23,59 @@ from pathlib import Path
 from torchsurgeon.errors import MeterError
 from torchsurgeon.meters.energy import EnergyMeter, Reading
 
-# Rails that the module's whole power passes through; the others are behind them and must not be added.
-TOTAL_RAILS = ("VDD_IN", "POM_5V_IN")
+# Rails that all power passes through; the others are behind them and must not be added.
+TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
 
 # Rails that feed the GPU; on Xavier NX and Orin NX/Nano it shares one with the CPU and the vision engines.
 GPU_RAILS = ("VDD_SYS_GPU", "POM_5V_GPU", "GPU", "VDD_GPU", "VDD_GPU_SOC", "VDD_CPU_GPU_CV")
+
+# An INA3221 averages over some milliseconds, and each read is a transfer on a slow bus. The INA238's driver sets it to
+# average 16 conversions of its three inputs, 1.052 ms each, so a new value comes every 50 ms.
+_PERIOD_S = {"ina3221": 0.02, "ina238": 0.05}
 
 _NO_RAIL = ("", "NC", "sum of shunt voltages")
 
 
 @dataclass(frozen=True)
 class Rail:
-    """One channel: files whose numbers, multiplied and scaled, are its power."""
+    """One channel of a monitor: the numbers in its files, multiplied with each other and with ``scale``, are watts."""
 
     name: str
+    chip: str
     factors: tuple[Path, ...]
     scale: float
 
     def power_w(self) -> float:
-        """Watts now. Raises :class:`MeterError` where the driver does not give a number."""
+        """Return the watts now. Raises :class:`MeterError` where the driver does not give a number."""
         power = self.scale
         for path in self.factors:
             power *= _number(path)
         return power
 
 
-class Ina3221Meter(EnergyMeter):
-    """Power of the whole module, or of the named rails.
+class JetsonMeter(EnergyMeter):
+    """Power of the whole board or module, or of the named rails.
 
     Without ``rails`` it is the total rail where the board has one, and the sum of all rails where it has none. A rail
     that cannot be read is left out of the sum, and so of ``scope``, and listed in ``faults``. Raises
     :class:`MeterError` where there is no monitor, a named rail does not exist, or nothing can be read.
     """
 
-    name = "ina3221"
-    # The monitors average over some milliseconds, and each read is a transfer on a slow bus.
-    period_s = 0.02
-
     def __init__(self, rails: Sequence[str] | None = None, sysfs: Path = Path("/sys")) -> None:
         found = find_rails(sysfs)
         if not found:
-            raise MeterError(f"no INA3221 power monitor under {sysfs}/bus/i2c/drivers; only Jetson boards have one")
+            raise MeterError(
+                f"no INA3221 or INA238 power monitor with a named rail under {sysfs}/bus/i2c/drivers; "
+                "only Jetson boards have one"
+            )
         readable, faults = _probe(found)
         self.faults = tuple(faults)
         self.rails = _chosen(found, readable, rails)
         if not self.rails:
-            raise MeterError("no rail of the INA3221 can be read: " + "; ".join(map(str, faults)))
+            raise MeterError("no rail of this board can be read: " + "; ".join(map(str, faults)))
+        chips = sorted({rail.chip for rail in self.rails})
+        self.name = " + ".join(chips)
+        self.period_s = max(_PERIOD_S[chip] for chip in chips)
         self.scope = " + ".join(rail.name for rail in self.rails)
 
     def read(self) -> Reading:
@@ -71,16 +85,22 @@ class Ina3221Meter(EnergyMeter):
 
 
 def find_rails(sysfs: Path = Path("/sys")) -> list[Rail]:
-    """Every rail with a name, in the order of the bus."""
+    """Return every rail with a name, in the order of the bus."""
     drivers = sysfs / "bus" / "i2c" / "drivers"
     rails = []
-    for name_file in sorted(drivers.glob("ina3221x/*/iio:device*/rail_name_*")):
-        channel = name_file.name.rpartition("_")[2]
-        rails.append(Rail(_text(name_file), (name_file.with_name(f"in_power{channel}_input"),), 1e-3))
-    for name_file in sorted(drivers.glob("ina3221/*/hwmon/hwmon*/in[1-3]_label")):
-        channel = name_file.name[2]
-        factors = (name_file.with_name(f"in{channel}_input"), name_file.with_name(f"curr{channel}_input"))
-        rails.append(Rail(_text(name_file), factors, 1e-6))
+    for label in sorted(drivers.glob("ina3221x/*/iio:device*/rail_name_*")):
+        channel = label.name.rpartition("_")[2]
+        rails.append(Rail(_text(label), "ina3221", (label.with_name(f"in_power{channel}_input"),), 1e-3))
+    for label in sorted(drivers.glob("ina3221/*/hwmon/hwmon*/in[1-3]_label")):
+        channel = label.name[2]
+        factors = (label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input"))
+        rails.append(Rail(_text(label), "ina3221", factors, 1e-6))
+    # The driver names no channel. The kernel shows what the device tree calls the chip, and without that name nobody
+    # knows what it measures.
+    rails += [
+        Rail(_text(label), "ina238", (label.with_name("power1_input"),), 1e-6)
+        for label in sorted(drivers.glob("ina238/*/hwmon/hwmon*/label"))
+    ]
     return [rail for rail in rails if rail.name not in _NO_RAIL]
 
 
