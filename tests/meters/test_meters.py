@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -275,24 +279,76 @@ def test_counters_for_root_only_say_what_to_do(monkeypatch: pytest.MonkeyPatch) 
 # NVML
 
 
+@pytest.fixture(scope="module")
+def fake_nvml(build, tmp_path_factory: pytest.TempPathFactory):
+    """fake_nvml("-DWITHOUT_COUNTER") compiles the stand-in for the driver's library."""
+
+    def compiled(*flags: str) -> Path:
+        library = tmp_path_factory.mktemp("nvml") / "libnvidia-ml.so.1"
+        result = build("fake_nvml.cpp", "-shared", "-fPIC", *flags, "-o", library)
+        assert result.returncode == 0, result.stderr
+        return library
+
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def nvml_library(fake_nvml) -> Path:
+    return fake_nvml()
+
+
 @pytest.fixture
-def nvml(build, tmp_path: Path) -> str:
-    library = tmp_path / "libnvidia-ml.so.1"
-    result = build("fake_nvml.cpp", "-shared", "-fPIC", "-o", library)
-    assert result.returncode == 0, result.stderr
-    return str(library)
+def open_nvml(monkeypatch: pytest.MonkeyPatch):
+    """open_nvml(library) has nvidia-ml-py, loaded afresh, open ``library`` where it would open the driver's."""
+
+    def use(library: Path | str) -> None:
+        spec = importlib.util.find_spec("pynvml")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "pynvml", module)
+        spec.loader.exec_module(module)
+
+        def load(name: str) -> ctypes.CDLL:
+            assert name == "libnvidia-ml.so.1"
+            return ctypes.CDLL(str(library))
+
+        monkeypatch.setattr(module, "CDLL", load)
+
+    return use
 
 
-def test_nvml_counts_energy(nvml: str) -> None:
-    with NvmlMeter(0, nvml) as meter:
+@pytest.fixture
+def nvml(open_nvml, nvml_library: Path) -> None:
+    open_nvml(nvml_library)
+
+
+def test_nvml_counts_energy(nvml: None) -> None:
+    with NvmlMeter(0) as meter:
         first, second = meter.read(), meter.read()
     assert second.energy_j - first.energy_j == pytest.approx(2.0)
-    assert NvmlMeter("GPU-1234", nvml).scope == "GPU GPU-1234"
+    assert NvmlMeter("GPU-1234").scope == "GPU GPU-1234"
 
 
-def test_a_gpu_that_does_not_count_tells_its_power(nvml: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_opened_by_its_name(nvml_library: Path) -> None:
+    command = "from torchsurgeon.meters import find_meter; print(find_meter('cuda:0').read().energy_j)"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(nvml_library.parent), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) == pytest.approx(9.0)
+
+
+def test_a_gpu_that_does_not_count_tells_its_power(nvml: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_NVML", "power")
-    reading = NvmlMeter(0, nvml).read()
+    reading = NvmlMeter(0).read()
+    assert (reading.power_w, reading.energy_j) == (75.5, None)
+
+
+def test_a_driver_from_before_the_counter_tells_power(open_nvml, fake_nvml) -> None:
+    open_nvml(fake_nvml("-DWITHOUT_COUNTER"))
+    reading = NvmlMeter(0).read()
     assert (reading.power_w, reading.energy_j) == (75.5, None)
 
 
@@ -300,21 +356,30 @@ def test_a_gpu_that_does_not_count_tells_its_power(nvml: str, monkeypatch: pytes
     ("kind", "device", "message"),
     [
         ("jetson", 0, r"tells neither its energy nor its power: Not Supported \(3\)"),
-        ("driver", 0, r"NVML does not start: Driver Not Loaded \(9\)"),
+        ("driver", 0, r"NVML, which comes with NVIDIA's driver, does not start: Driver Not Loaded \(9\)"),
         ("energy", 5, r"there is no GPU 5: Not Found \(6\)"),
         ("energy", "GPU-9", r"there is no GPU GPU-9: Not Found \(6\)"),
     ],
 )
 def test_an_nvml_that_cannot_meter_says_why(
-    kind: str, device: int | str, message: str, nvml: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, device: int | str, message: str, nvml: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_NVML", kind)
     with pytest.raises(MeterError, match=message):
-        NvmlMeter(device, nvml)
+        NvmlMeter(device)
 
 
-def test_a_gpu_tells_its_clocks_and_why_they_are_low(nvml: str) -> None:
-    with NvmlMeter(0, nvml) as meter:
+def test_a_reading_that_fails_is_a_meter_error(nvml: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with NvmlMeter(0) as meter:
+        monkeypatch.setenv("FAKE_NVML", "jetson")
+        with pytest.raises(MeterError, match=r"GPU 0 does not tell its energy: Not Supported \(3\)"):
+            meter.read()
+        monkeypatch.setenv("FAKE_NVML", "energy")
+        assert meter.read().energy_j is not None
+
+
+def test_a_gpu_tells_its_clocks_and_why_they_are_low(nvml: None) -> None:
+    with NvmlMeter(0) as meter:
         assert meter.state() == {
             "gpu_clock_mhz": 1410,
             "gpu_memory_clock_mhz": 1593,
@@ -322,9 +387,17 @@ def test_a_gpu_tells_its_clocks_and_why_they_are_low(nvml: str) -> None:
         }
 
 
-def test_a_machine_without_nvml_says_so() -> None:
-    with pytest.raises(MeterError, match=r"no NVML: libnothing\.so\.1 does not open"):
-        NvmlMeter(0, "libnothing.so.1")
+def test_a_machine_without_nvml_says_so(open_nvml) -> None:
+    open_nvml("libnothing.so.1")
+    with pytest.raises(MeterError, match=r"does not start: NVML Shared Library Not Found \(12\)"):
+        NvmlMeter(0)
+
+
+def test_a_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    meter = find_meter("cuda", tmp_path)
+    assert isinstance(meter, NullMeter)
+    assert "nvidia-ml-py is not installed; pip install 'torchsurgeon[nvidia]'" in str(meter.faults[-1])
 
 
 # The board

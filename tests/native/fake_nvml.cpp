@@ -1,5 +1,6 @@
 // A libnvidia-ml.so.1 without a GPU. FAKE_NVML says which: "energy" (a counter that grows 2 J a call), "power" (a GPU from
-// before Volta), "jetson" (tells nothing) or "driver" (the driver is not loaded).
+// before Volta), "jetson" (tells nothing) or "driver" (the driver is not loaded). Compiled with WITHOUT_COUNTER it is the
+// library of a driver from before there was a counter.
 #include <cstdlib>
 #include <cstring>
 
@@ -19,14 +20,11 @@ constexpr int kDriverNotLoaded = 9;
 } // namespace
 
 extern "C" {
-int nvmlInit_v2() {
+int nvmlInitWithFlags(unsigned int) {
   return is("driver") ? kDriverNotLoaded : 0;
 }
 int nvmlShutdown() {
   return 0;
-}
-const char* nvmlErrorString(int code) {
-  return code == kNotSupported ? "Not Supported" : code == kDriverNotLoaded ? "Driver Not Loaded" : "Not Found";
 }
 int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void** device) {
   *device = &energy_mj;
@@ -36,10 +34,12 @@ int nvmlDeviceGetHandleByUUID(const char* uuid, void** device) {
   *device = &energy_mj;
   return std::strcmp(uuid, "GPU-1234") == 0 ? 0 : kNotFound;
 }
+#ifndef WITHOUT_COUNTER
 int nvmlDeviceGetTotalEnergyConsumption(void*, unsigned long long* energy) {
   *energy = energy_mj += 2'000;
   return is("energy") ? 0 : kNotSupported;
 }
+#endif
 int nvmlDeviceGetClockInfo(void*, int kind, unsigned int* clock_mhz) {
   *clock_mhz = kind == 1 ? 1'410 : 1'593;
   return 0;

@@ -1,12 +1,14 @@
-"""Energy of a desktop or datacenter GPU through NVIDIA's management library, opened at run time.
+"""Energy of a desktop or datacenter GPU, read through NVIDIA's management library (NVML).
 
-On a Jetson NVML answers but knows neither energy nor power; its meter is :mod:`torchsurgeon.meters.ina3221`.
+The library comes with NVIDIA's driver; the package nvidia-ml-py (``pip install 'torchsurgeon[nvidia]'``) calls it. On a
+Jetson NVML answers but knows neither energy nor power; its meter is :mod:`torchsurgeon.meters.jetson`.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torchsurgeon.errors import MeterError
@@ -14,11 +16,6 @@ from torchsurgeon.meters.energy import EnergyMeter, Reading
 
 if TYPE_CHECKING:
     import torch
-
-_SUCCESS, _NOT_SUPPORTED = 0, 3
-_CLOCK_SM, _CLOCK_MEMORY = 1, 2
-# nvmlClocksEventReason… bits that say the clocks are lower than asked for.
-_THROTTLE_REASONS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal limit", 0x40: "hardware thermal limit"}
 
 
 def nvml_name(device: str | torch.device) -> int | str:
@@ -41,24 +38,23 @@ class NvmlMeter(EnergyMeter):
     """Total energy of one GPU since the driver was loaded, or its power where the GPU (before Volta) does not count.
 
     ``device`` is NVML's index, or a UUID ("GPU-…", ``torch.cuda.get_device_properties(0).uuid`` with that prefix) where
-    CUDA_VISIBLE_DEVICES renumbers devices. Raises :class:`MeterError` saying what is missing.
+    CUDA_VISIBLE_DEVICES renumbers devices. Raises :class:`MeterError` saying what is missing: the package, the driver
+    or the GPU.
     """
 
     name = "nvml"
     # The counter advances at best every 20 ms.
     period_s = 0.02
 
-    def __init__(self, device: int | str = 0, library: str = "libnvidia-ml.so.1") -> None:
-        try:
-            self._nvml = ctypes.CDLL(library)
-        except OSError as error:
-            raise MeterError(f"no NVML: {library} does not open ({error}); NVIDIA's driver brings it") from error
-        self._nvml.nvmlErrorString.restype = ctypes.c_char_p
-        self._check(self._nvml.nvmlInit_v2(), "NVML does not start")
+    def __init__(self, device: int | str = 0) -> None:
+        self._nvml = _pynvml()
+        self.scope = f"GPU {device}"
+        with self._reported("NVML, which comes with NVIDIA's driver, does not start"):
+            self._nvml.nvmlInit()
         self._open = True
         try:
-            self._handle = self._find(device)
-            self.scope = f"GPU {device}"
+            with self._reported(f"there is no GPU {device}"):
+                self._handle = self._find(device)
             self._counts_energy = self._can_count()
         except MeterError:
             self.close()
@@ -66,63 +62,81 @@ class NvmlMeter(EnergyMeter):
 
     def read(self) -> Reading:
         if self._counts_energy:
-            energy_mj = ctypes.c_ulonglong()
-            code = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle, ctypes.byref(energy_mj))
-            self._check(code, f"{self.scope} does not tell its energy")
-            return Reading(time.perf_counter_ns(), energy_j=energy_mj.value * 1e-3)
-        return Reading(time.perf_counter_ns(), power_w=self._power_w())
+            energy_j = self._energy_j()
+            return Reading(time.perf_counter_ns(), energy_j=energy_j)
+        power_w = self._power_w()
+        return Reading(time.perf_counter_ns(), power_w=power_w)
 
     def state(self) -> dict[str, Any]:
-        """Clocks in MHz, enforced power limit in watts and reasons to throttle, those of them that this GPU tells."""
-        found: dict[str, Any] = {}
-        for key, kind in (("gpu_clock_mhz", _CLOCK_SM), ("gpu_memory_clock_mhz", _CLOCK_MEMORY)):
-            clock_mhz = ctypes.c_uint()
-            if self._tells("nvmlDeviceGetClockInfo", kind, ctypes.byref(clock_mhz)):
-                found[key] = clock_mhz.value
-        limit_mw = ctypes.c_uint()
-        if self._tells("nvmlDeviceGetEnforcedPowerLimit", ctypes.byref(limit_mw)):
-            found["power_limit_w"] = limit_mw.value * 1e-3
-        reasons = ctypes.c_ulonglong()
-        if self._tells("nvmlDeviceGetCurrentClocksThrottleReasons", ctypes.byref(reasons)):
-            found["throttled_by"] = [text for bit, text in _THROTTLE_REASONS.items() if reasons.value & bit]
-        return found
-
-    def _tells(self, function: str, *arguments: Any) -> bool:
-        try:
-            call = getattr(self._nvml, function)
-        except AttributeError:
-            return False
-        return bool(call(self._handle, *arguments) == _SUCCESS)
+        """Return clocks in MHz, enforced power limit in watts and reasons to throttle, those that this GPU tells."""
+        nvml = self._nvml
+        found: dict[str, Any] = {
+            "gpu_clock_mhz": self._told(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+            "gpu_memory_clock_mhz": self._told(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
+        }
+        limit_mw = self._told(nvml.nvmlDeviceGetEnforcedPowerLimit)
+        if limit_mw is not None:
+            found["power_limit_w"] = limit_mw * 1e-3
+        reasons = self._told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+        if reasons is not None:
+            throttles = {
+                nvml.nvmlClocksThrottleReasonSwPowerCap: "power cap",
+                nvml.nvmlClocksThrottleReasonHwSlowdown: "hardware slowdown",
+                nvml.nvmlClocksThrottleReasonSwThermalSlowdown: "thermal limit",
+                nvml.nvmlClocksThrottleReasonHwThermalSlowdown: "hardware thermal limit",
+            }
+            found["throttled_by"] = [text for bit, text in throttles.items() if reasons & bit]
+        return {key: value for key, value in found.items() if value is not None}
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._nvml.nvmlShutdown()
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._nvml.nvmlShutdown()
 
-    def _find(self, device: int | str) -> ctypes.c_void_p:
-        handle = ctypes.c_void_p()
+    def _find(self, device: int | str) -> Any:
         if isinstance(device, str):
-            code = self._nvml.nvmlDeviceGetHandleByUUID(device.encode(), ctypes.byref(handle))
-        else:
-            code = self._nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(device), ctypes.byref(handle))
-        self._check(code, f"there is no GPU {device}")
-        return handle
+            return self._nvml.nvmlDeviceGetHandleByUUID(device)
+        return self._nvml.nvmlDeviceGetHandleByIndex(device)
 
     def _can_count(self) -> bool:
-        energy_mj = ctypes.c_ulonglong()
-        code = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle, ctypes.byref(energy_mj))
-        if code == _NOT_SUPPORTED:
-            self._power_w()
-            return False
-        self._check(code, f"{self.scope} does not tell its energy")
-        return True
+        with self._reported(f"{self.scope} does not tell its energy"):
+            try:
+                self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+                return True
+            except (self._nvml.NVMLError_NotSupported, self._nvml.NVMLError_FunctionNotFound):
+                pass
+        self._power_w()
+        return False
+
+    def _energy_j(self) -> float:
+        with self._reported(f"{self.scope} does not tell its energy"):
+            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) * 1e-3)
 
     def _power_w(self) -> float:
-        power_mw = ctypes.c_uint()
-        code = self._nvml.nvmlDeviceGetPowerUsage(self._handle, ctypes.byref(power_mw))
-        self._check(code, f"{self.scope} tells neither its energy nor its power")
-        return power_mw.value * 1e-3
+        with self._reported(f"{self.scope} tells neither its energy nor its power"):
+            return float(self._nvml.nvmlDeviceGetPowerUsage(self._handle) * 1e-3)
 
-    def _check(self, code: int, what: str) -> None:
-        if code != _SUCCESS:
-            raise MeterError(f"{what}: {self._nvml.nvmlErrorString(code).decode()} ({code})")
+    def _told(self, function: Callable[..., int], *arguments: Any) -> int | None:
+        """Return what NVML tells of this GPU, None where it does not."""
+        try:
+            return function(self._handle, *arguments)
+        except self._nvml.NVMLError:
+            return None
+
+    @contextlib.contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except self._nvml.NVMLError as error:
+            raise MeterError(f"{what}: {error} ({error.value})") from error
+
+
+def _pynvml() -> Any:
+    try:
+        import pynvml
+    except ImportError as error:
+        raise MeterError(
+            "no NVML: the package nvidia-ml-py is not installed; pip install 'torchsurgeon[nvidia]'"
+        ) from error
+    return pynvml
