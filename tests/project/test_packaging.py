@@ -10,13 +10,32 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from paths import ROOT
 
 
 def test_core_needs_only_what_an_edge_device_has() -> None:
     requirements = importlib.metadata.requires("torchsurgeon") or []
     core = {re.split(r"[ <>=;\[]", line)[0] for line in requirements if "extra ==" not in line}
-    assert core == {"torch", "numpy", "scikit-learn", "scipy", "requests", "zstandard"}
+    assert core == {"torch", "numpy", "scikit-learn", "scipy", "requests", "urllib3", "zstandard"}
+
+
+def users_requirements() -> list[Requirement]:
+    """What users install. The extra dev is pinned by constraints.txt instead."""
+    requirements = [Requirement(line) for line in importlib.metadata.requires("torchsurgeon") or []]
+    return [r for r in requirements if r.name != "torchsurgeon" and 'extra == "dev"' not in str(r.marker)]
+
+
+def test_every_dependency_says_the_oldest_release_that_was_tested() -> None:
+    requirements = users_requirements()
+    assert requirements
+    assert [r.name for r in requirements if not any(bound.operator == ">=" for bound in r.specifier)] == []
+
+
+def test_uvicorn_whose_internals_are_used_is_bounded_above() -> None:
+    (uvicorn,) = (r for r in users_requirements() if r.name == "uvicorn")
+    assert any(bound.operator == "<" for bound in uvicorn.specifier)
+    assert importlib.metadata.version("uvicorn") in uvicorn.specifier
 
 
 def test_every_extra_is_part_of_all() -> None:
