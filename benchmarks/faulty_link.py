@@ -2,7 +2,7 @@
 not to.
 
 While ``fault`` names one, it befalls every message, probes and trials included. A fault in the middle of a request
-calls ``strike`` when half of the body has gone out.
+calls ``strike``, once, when half of the body has gone out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class FaultyLink:
 
     def end(self) -> None:
         """From now on messages pass; what a fault still held is given up."""
-        self.fault = self._strike = None
+        with self._lock:
+            # A strike that is under way is over by now; one that came later would hit the server started again.
+            self.fault = self._strike = None
         self._over.set()
 
     def drop(self) -> None:
@@ -100,7 +102,7 @@ class FaultyLink:
 
     def _exchange(self, device: socket.socket, server: socket.socket, head: bytes, body: bytes) -> bool:
         """Pass a request and its answer on; False when the connection is over."""
-        fault, over, strike = self.fault, self._over, self._strike
+        fault, over = self.fault, self._over
         self.struck += fault is not None and b"/infer " in head
         if fault == "black hole":
             over.wait(_PATIENCE_S)
@@ -111,8 +113,7 @@ class FaultyLink:
         if fault == "flipped request" and body:
             body = self._flipped(body)
         server.sendall(head + body[: len(body) // 2])
-        if strike is not None:
-            strike()
+        self._strike_once()
         server.sendall(body[len(body) // 2 :])
         answer = _message(server)
         if answer is None:
@@ -133,6 +134,12 @@ class FaultyLink:
                     return False
         device.sendall(data)
         return True
+
+    def _strike_once(self) -> None:
+        with self._lock:
+            strike, self._strike = self._strike, None
+            if strike is not None:
+                strike()
 
     def _flipped(self, body: bytes) -> bytes:
         at = self._random.randrange(len(body))

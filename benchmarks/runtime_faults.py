@@ -134,14 +134,12 @@ class Faults:
 
     def end(self, kind: str) -> None:
         self.nameless = False
+        self.link.end()
         if kind == "stop and continue":
             self.server.resume()
-        if kind == "other weights after restart":
-            self.server.kill()
         if kind in ("other weights after restart", "kill -9 in mid-request"):
             self.server.kill()
             self.server.start()
-        self.link.end()
 
     def _no_name(self) -> None:
         self.link.begin("no name")

@@ -37,8 +37,11 @@ class TailProcess:
 
     def __init__(self, factory: Factory, core: int | None = None) -> None:
         self._factory, self._core = factory, core
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        # Bound, though not listening, so that no other process is given the port while the server is down.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self.port: int = self._reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: Any = None
 
@@ -83,6 +86,7 @@ class TailProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+        self._reserved.close()
 
 
 def _serve(factory: Factory, seed: int, port: int, core: int | None, ready: Any) -> None:
