@@ -176,6 +176,8 @@ def run(
             failures.append(error)
             server.should_exit = True
 
+    # Whoever reads "ready" connects at once, and a small model can be loaded before uvicorn takes connections.
+    bound.listen()
     threading.Thread(target=load, name="torchsurgeon-load", daemon=True).start()
     try:
         _serve(server, bound)
