@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from torchsurgeon.serve import Server
 
 torch.set_num_threads(1)
 settings.register_profile("torchsurgeon", deadline=None, max_examples=50)
@@ -46,6 +48,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped")
         for reason, count in reasons.most_common():
             terminalreporter.line(f"{count:4}  {reason}")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A server of the small model of ``support/classifier.py``, which all tests share and none may stop."""
+    from classifier import serve
+
+    with serve() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcp import listening, unused_port
+from tcp import listening, reserved_port
 from torch import nn
 from tries import least_of
 from virtual_time import Clock, Transfer, VirtualLink
@@ -232,7 +232,7 @@ def test_a_reset_by_the_server_reaches_the_device() -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"question", bytes(100_000)])
 def test_a_dead_target_closes_the_connection_in_order(sent: bytes) -> None:
-    with LinkEmulator(0, "127.0.0.1", unused_port(), PRESETS["wifi"]) as emulator:
+    with reserved_port() as dead_port, LinkEmulator(0, "127.0.0.1", dead_port, PRESETS["wifi"]) as emulator:
         for _ in range(2):
             with connect(emulator.port) as connection:
                 connection.sendall(sent)

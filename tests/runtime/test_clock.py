@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from known_machines import EXAMPLE, FAST, device, net, right, until
+from classifier import net, remote, right, serve, split_of, until
+from known_machines import FAST, device
 
 import torchsurgeon as ts
 from torchsurgeon.adapting import Decider, SlowdownEstimator
 from torchsurgeon.adapting.sharing import Sharing
 from torchsurgeon.emulate import LinkEmulator
-from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve import Server
 from torchsurgeon.transport import HttpTransport
 from torchsurgeon.transport.base import Deadline, Timing
 
@@ -68,15 +69,9 @@ class Hook:
 @pytest.fixture(scope="module")
 def hooked() -> Iterator[tuple[Server, Hook]]:
     """A server, and what happens while it works."""
-    model, registry = net(), ModelRegistry()
-    registry.add("net", model, (EXAMPLE,))
-    with Server(create_app(registry)) as running:
-        yield running, Hook(model[4])
-    registry.close()
-
-
-def served(split: ts.SplitModule) -> bool:
-    return split.last is not None and split.last.server is not None and split.last.degraded is None
+    model = net()
+    with serve(model) as running:
+        yield running, Hook(model.head)
 
 
 def numbers(told: Any) -> Iterator[float]:
@@ -100,15 +95,15 @@ def test_a_jump_costs_no_answer(
     torch.set_num_threads(1)
     where, at_server = hooked
     model = net()
-    at_head = Hook(model[0])
-    with ts.SplitModule(model, EXAMPLE, server=where.url, name="net", partition=partition, link=FAST, **known) as split:
+    at_head = Hook(model.stem)
+    with split_of(where, model, partition=partition, link=FAST, backend=device, **known) as split:
         for by_s in (jump_s, -jump_s):
 
             def jump(by_s: float = by_s) -> None:
                 clock.ahead_s += by_s
 
             for place in ("between calls", "in the head", "at the server"):
-                until(lambda: served(split), split)
+                until(lambda: remote(split), split)
                 if place == "between calls":
                     jump()
                 elif place == "in the head":
@@ -120,7 +115,7 @@ def test_a_jump_costs_no_answer(
                     assert sound(split), (place, split.stats())
                 # Where nothing runs before the cut.
                 at_head.what = None
-            until(lambda: served(split), split)
+            until(lambda: remote(split), split)
             assert sound(split)
 
 
@@ -148,10 +143,10 @@ def test_a_link_that_is_better_is_noticed_after_a_jump(
     with (
         LinkEmulator(0, "127.0.0.1", server.port, FAST) as emulator,
         Jumping(f"http://127.0.0.1:{emulator.port}", clock) as where,
-        ts.SplitModule(net(), EXAMPLE, server=where, name="net", link=FAST, backend=device, **known) as split,
+        split_of(where, link=FAST, backend=device, **known) as split,
     ):
-        until(lambda: served(split), split)
-        emulator.set_link(ts.Link("slower", 2e6, 2e6, 0.1))
+        until(lambda: remote(split), split)
+        emulator.set_link(ts.Link("slower", 2e6, 2e6, 0.25))
         until(lambda: split.partition == split.graph.points[-1], split)
         if place == "in a probe":
             where.jump_s = jump_s
@@ -162,7 +157,7 @@ def test_a_link_that_is_better_is_noticed_after_a_jump(
         else:
             clock.ahead_s += jump_s
             emulator.set_link(FAST)
-            until(lambda: served(split), split)
+            until(lambda: remote(split), split)
         assert sound(split)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from serving import serving
 from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.runtime.compiled import Compiled, compiler
-from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve import Server
 
 # What docs/streams.md promises of inductor in float32.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -198,11 +199,8 @@ def test_a_backend_and_a_compiler_are_one_too_many() -> None:
 
 @pytest.fixture
 def server(net: Net) -> Iterator[Server]:
-    registry = ModelRegistry()
-    registry.add("net", net, (X,))
-    with Server(create_app(registry)) as running:
+    with serving(net, X) as running:
         yield running
-    registry.close()
 
 
 def test_head_and_tail_are_compiled_when_a_cut_is_first_used(

@@ -7,23 +7,24 @@ import re
 import signal
 import socket
 import struct
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from classifier import EXAMPLE, net, process, read_message, serving, truth
+from classifier import EXAMPLE, degraded, net, remote, right, serve, truth, until
+from classifier import split_of as split_anywhere
 from factories import Slow
+from serving import process
+from tcp import listening, read_message, reserved_port
 
 import torchsurgeon as ts
 from torchsurgeon.serve import Server
 
-# A faulty server is found out, and a returned one used again, in far less; a busy machine may take its time.
-PATIENCE_S = 20.0
+pytestmark = pytest.mark.usefixtures("patient")
 
 
 class Gate:
@@ -32,34 +33,12 @@ class Gate:
     def __init__(self, port: int) -> None:
         self.port_behind = port
         self.fault = "none"
-        self.requests = 0
-        self._held: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
+        self.url = ""
 
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for link in self._held:
-            link.close()
-        self._thread.join(5)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                device, _ = self._listener.accept()
-            except OSError:
-                return
-            self._held.append(device)
-            threading.Thread(target=self._attend, args=(device,), daemon=True).start()
-
-    def _attend(self, device: socket.socket) -> None:
-        with device, suppress(OSError), socket.create_connection(("127.0.0.1", self.port_behind)) as link:
+    def attend(self, device: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", self.port_behind)) as link:
             while message := read_message(device):
                 request = bytearray(b"\r\n\r\n".join(message))
-                self.requests += 1
                 fault = self.fault if self.fault != "none" else None
                 if fault == "black hole":
                     while self.fault == "black hole":
@@ -119,45 +98,26 @@ FAULTS = {
 @contextmanager
 def gate(port: int) -> Iterator[Gate]:
     one = Gate(port)
-    try:
-        yield one
-    finally:
-        one.fault = "none"
-        one.close()
+    with listening(one.attend) as own_port:
+        one.url = f"http://127.0.0.1:{own_port}"
+        try:
+            yield one
+        finally:
+            one.fault = "none"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(net()) as running:
-        yield running
+def split_of(where: Any, **options: Any) -> ts.SplitModule:
+    return split_anywhere(where, **{"partition": "stem", **options})
 
 
-def split_of(server: Any, **options: Any) -> ts.SplitModule:
-    return ts.SplitModule(net(), EXAMPLE, server=server, name="net", **{"partition": "stem", **options})
+def answered(split: ts.SplitModule) -> bool:
+    """Whether an answer is right. Called from here, so that a warning has to name this file."""
+    x = torch.rand(1, 3, 8, 8)
+    return torch.equal(split(x), truth(x))
 
 
 def answers(split: ts.SplitModule, count: int = 1) -> None:
-    for _ in range(count):
-        x = torch.rand(1, 3, 8, 8)
-        assert torch.equal(split(x), truth(x))
-
-
-def until(what: Callable[[], bool], split: ts.SplitModule) -> None:
-    """Call ``split`` until ``what``; every answer is right all the while."""
-    end_s = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < end_s, (split.last, split.stats())
-        answers(split)
-        time.sleep(0.01)
-
-
-def degraded(split: ts.SplitModule) -> str:
-    assert split.last is not None
-    return split.last.degraded or ""
-
-
-def remote(split: ts.SplitModule) -> bool:
-    return split.last is not None and split.last.server is not None and split.last.degraded is None
+    assert all(answered(split) for _ in range(count))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -180,12 +140,10 @@ def test_every_fault_is_answered_named_and_left_behind(server: Server, fault: st
 
 @pytest.mark.parametrize("url", ["refused", "http://no-such-host.invalid:8000"])
 def test_a_server_that_was_never_there_is_no_reason_not_to_answer(url: str) -> None:
-    if url == "refused":
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     for partition in ("stem", "auto"):
-        with split_of(url, partition=partition) as split, warnings.catch_warnings():
+        with reserved_port() as port, warnings.catch_warnings():
+            where = f"http://127.0.0.1:{port}" if url == "refused" else url
+            split = split_of(where, partition=partition)
             warnings.simplefilter("ignore", ts.NoisyProfileWarning)
             answers(split, 3)
             assert "unavailable" in degraded(split)
@@ -193,32 +151,28 @@ def test_a_server_that_was_never_there_is_no_reason_not_to_answer(url: str) -> N
 
 
 def test_a_server_that_comes_up_later_is_used_from_then_on() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    with split_of(f"http://127.0.0.1:{port}") as split:
+    with reserved_port() as port, split_of(f"http://127.0.0.1:{port}") as split:
         answers(split)
-        with serving(net(), port):
+        with serve(port=port):
             until(lambda: remote(split), split)
 
 
 def test_another_model_on_the_server_is_never_used_and_warned_of_once() -> None:
-    with serving(net()) as first, split_of(first.url) as split:
-        port = first.port
+    with reserved_port() as port, serve(port=port) as first, split_of(first) as split:
         answers(split)
         first.stop()
-        with serving(net(7), port):
+        with serve(net(7), port):
             with pytest.warns(ts.MismatchWarning, match=r"stem\.weight") as caught:
-                until(lambda: "mismatch" in degraded(split), split)
+                until(lambda: "mismatch" in degraded(split), split, answered)
             assert [warning.filename for warning in caught] == [__file__]
             answers(split, 3)
             assert not remote(split)
-        with serving(net(), port):
+        with serve(port=port):
             until(lambda: remote(split), split)
 
 
 def test_the_wrong_model_from_the_start_is_warned_of() -> None:
-    with serving(net(7)) as running, split_of(running.url) as split:
+    with serve(net(7)) as running, split_of(running.url) as split:
         with pytest.warns(ts.MismatchWarning, match="Serve the weights") as caught:
             answers(split)
         assert [warning.filename for warning in caught] == [__file__]
@@ -229,16 +183,15 @@ def test_the_wrong_model_from_the_start_is_warned_of() -> None:
 @pytest.mark.parametrize("partition", ["stem", "act"])
 def test_weights_that_change_here_give_the_new_models_answers(server: Server, partition: str) -> None:
     model = net()
-    split = ts.SplitModule(model, EXAMPLE, server=server.url, name="net", partition=partition)
-    with split:
-        assert torch.equal(split(EXAMPLE), truth(EXAMPLE, model))
+    with split_of(server, model=model, partition=partition) as split:
+        assert right(split, model=model)
         model.stem.bias = torch.nn.Parameter(model.stem.bias + 1)
         with torch.no_grad():
             model.head.weight.mul_(2)
-        assert torch.equal(split(EXAMPLE), truth(EXAMPLE, model))
+        assert right(split, model=model)
         assert degraded(split).startswith("weights: ")
         with pytest.warns(ts.MismatchWarning):
-            assert torch.equal(split(EXAMPLE), truth(EXAMPLE, model))
+            assert right(split, model=model)
         model.load_state_dict(net().state_dict())
         until(lambda: remote(split), split)
 
@@ -261,11 +214,10 @@ def test_the_next_of_several_servers_is_asked(server: Server) -> None:
 
 
 def test_a_refusal_of_what_was_put_in_is_not_held_against_the_server(server: Server) -> None:
-    with split_of(server.url) as split:
+    with split_of(server) as split:
         answers(split)
-        many = torch.rand(70, 3, 8, 8)
         for _ in range(4):
-            assert torch.equal(split(many), truth(many))
+            assert right(split, EXAMPLE.repeat(70, 1, 1, 1))
             assert degraded(split).startswith("refused: ")
         answers(split)
         assert remote(split)
@@ -278,34 +230,22 @@ def test_a_process_is_stopped_continued_killed_and_restarted() -> None:
         torch.manual_seed(0)
         model = Slow().eval()
 
-    def answers(split: ts.SplitModule) -> None:
-        x = torch.rand(1, 4)
-        assert torch.equal(split(x), truth(x, model))
+    def slowly_answered(split: ts.SplitModule) -> bool:
+        return right(split, torch.rand(1, 4), model)
 
-    def until(what: Callable[[], bool], split: ts.SplitModule) -> None:
-        end_s = time.monotonic() + PATIENCE_S
-        while not what():
-            assert time.monotonic() < end_s, (split.last, split.stats())
-            answers(split)
-            time.sleep(0.01)
-
-    with process("slow=factories:slow", "--port", "0") as (child, port):
-        url = f"http://127.0.0.1:{port}"
-        split = ts.SplitModule(model, torch.ones(1, 4), server=url, name="slow", partition=0)
-        answers(split)
-        answers(split)
-        assert remote(split)
-        child.send_signal(signal.SIGSTOP)
-        answers(split)
+    with reserved_port() as port, process("slow", "factories:slow", port) as child:
+        split = ts.SplitModule(model, torch.ones(1, 4), server=f"http://127.0.0.1:{port}", name="slow", partition=0)
+        until(lambda: remote(split), split, slowly_answered)
+        os.kill(child.pid, signal.SIGSTOP)
+        assert slowly_answered(split)
         assert degraded(split).startswith("late: ")
-        until(lambda: degraded(split).startswith("nobody: "), split)
-        child.send_signal(signal.SIGCONT)
-        until(lambda: remote(split), split)
+        until(lambda: degraded(split).startswith("nobody: "), split, slowly_answered)
+        os.kill(child.pid, signal.SIGCONT)
+        until(lambda: remote(split), split, slowly_answered)
         child.kill()
-        child.wait()
-        answers(split)
+        child.join()
+        assert slowly_answered(split)
         assert not remote(split)
-    with process("slow=factories:slow", "--port", str(port)):
-        until(lambda: remote(split), split)
-    split.close()
-    assert os.getpid()
+        with process("slow", "factories:slow", port):
+            until(lambda: remote(split), split, slowly_answered)
+        split.close()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from serving import serving
 from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.runtime.lossless import Lossless
-from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.transport import Answer, HttpTransport
 
 SIZE = 1_000_000
@@ -100,8 +100,6 @@ def test_a_split_module_compresses_on_a_slow_link_and_only_what_gets_smaller() -
     x = noise(1, 16, 50, 50)
     # Nothing is summed up, whose order and so last bits depend on the threads of either side.
     model = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Flatten(), nn.Hardtanh()).eval()
-    registry = ModelRegistry()
-    registry.add("net", model, (x,))
 
     def sent(split: ts.SplitModule, partition: str) -> list[int]:
         """The bytes that each of some requests sends."""
@@ -117,7 +115,7 @@ def test_a_split_module_compresses_on_a_slow_link_and_only_what_gets_smaller() -
         link = ts.Link("exact", where.uplink_bit_s, 1e9, 1e-3)
         return ts.SplitModule(model, x, server=where, name="net", link=link, codec="auto", fallback="error")
 
-    with torch.no_grad(), Server(create_app(registry)) as server:
+    with torch.no_grad(), serving(model, x) as server:
         with Exact(server.url, 1e4) as slow, split_at(slow) as split:
             assert str(split.codec) == "auto"
             assert max(sent(split, "1")) < 0.75 * x.nbytes
@@ -126,4 +124,3 @@ def test_a_split_module_compresses_on_a_slow_link_and_only_what_gets_smaller() -
             assert min(sent(split, "1")) >= x.nbytes
         with Exact(server.url, 1e11) as quick, split_at(quick) as split:
             assert min(sent(split, "1")) >= x.nbytes
-    registry.close()

@@ -8,23 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
+from classifier import EXAMPLE, serve, split_of
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve import Server
 
-EXAMPLE = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def net() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+pytestmark = pytest.mark.usefixtures("patient")
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +32,9 @@ def exporter() -> InMemorySpanExporter:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    registry = ModelRegistry()
-    registry.add("net", net(), (EXAMPLE,))
-    with Server(create_app(registry)) as running:
+    """One that a test may stop."""
+    with serve() as running:
         yield running
-    registry.close()
 
 
 def only(exporter: InMemorySpanExporter) -> ReadableSpan:
@@ -55,7 +46,7 @@ def only(exporter: InMemorySpanExporter) -> ReadableSpan:
 def test_an_inference_is_a_span_below_the_callers_with_where_the_time_went(
     exporter: InMemorySpanExporter, server: Server
 ) -> None:
-    with ts.SplitModule(net(), EXAMPLE, server=server.url, name="net", partition=2) as split:
+    with split_of(server, partition=2) as split:
         split(EXAMPLE)
         exporter.clear()
         before_ns = time.time_ns()
@@ -82,7 +73,7 @@ def test_an_inference_is_a_span_below_the_callers_with_where_the_time_went(
 
 
 def test_an_answer_of_the_device_says_why_the_server_gave_none(exporter: InMemorySpanExporter, server: Server) -> None:
-    with ts.SplitModule(net(), EXAMPLE, server=server.url, name="net", partition=2) as split:
+    with split_of(server, partition=2) as split:
         split(EXAMPLE)
         server.stop()
         exporter.clear()
@@ -105,9 +96,7 @@ def test_an_answer_of_the_device_says_why_the_server_gave_none(exporter: InMemor
 def test_an_error_that_the_caller_gets_is_the_spans(
     exporter: InMemorySpanExporter, server: Server, ask: Callable[[ts.SplitModule], object]
 ) -> None:
-    with ts.SplitModule(
-        net(), EXAMPLE, server=server.url, name="net", partition=2, fallback="error", timeout_s=2
-    ) as split:
+    with split_of(server, partition=2, fallback="error", timeout_s=20) as split:
         split(EXAMPLE)
         server.stop()
         exporter.clear()

@@ -2,69 +2,26 @@
 
 from __future__ import annotations
 
-import threading
 import time
-import warnings
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
+from classifier import EXAMPLE, PATIENCE_S, profile, remote, right, serve, split_of, truth, until
+from tcp import reserved_port
 from torch import nn
+from transports import Silent
+from tries import least_of
 
 import torchsurgeon as ts
 from torchsurgeon.link import WIRED
-from torchsurgeon.serve import ModelRegistry, Server, create_app
-from torchsurgeon.transport import Answer, HttpTransport, Transport
+from torchsurgeon.serve import Server
+from torchsurgeon.transport import HttpTransport
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 
-EXAMPLE = torch.rand(1, 16, generator=torch.Generator().manual_seed(1))
-PATIENCE_S = 15.0
-
-
-def net(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
-
-
-MODEL = net()
-GRAPH = ts.trace(MODEL, EXAMPLE)
-LAYERS = len(GRAPH.layers)
 PLAIN = ts.Link("plain", 1e7, 1e7, 1e-3)
 RADIO = ts.Link.parse("wifi")
-
-
-def profile(layer_s: float, layer_j: float | None = None) -> ts.LayerProfile:
-    """A profile of a machine that takes so long, and so much, for each layer."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ts.NoisyProfileWarning)
-        measured = ts.profile(GRAPH, repeats=1, warmup=0, meter=None).to_json()
-    energy = None if layer_j is None else {
-        "meter": "known", "idle_power_w": 1.0,
-        "layer_j": [layer_j] * LAYERS, "interval_j": [[layer_j, layer_j]] * LAYERS, "whole_j": [layer_j * LAYERS] * 3,
-    }  # fmt: skip
-    times = {"samples_s": [[layer_s] * LAYERS], "whole_s": [layer_s * LAYERS]}
-    return ts.LayerProfile.from_json(measured | times | {"energy": energy})
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    registry = ModelRegistry()
-    registry.add("net", net(), (EXAMPLE,))
-    with Server(create_app(registry)) as running:
-        yield running
-    registry.close()
-
-
-def split_of(where: Any, **options: Any) -> ts.SplitModule:
-    return ts.SplitModule(net(), EXAMPLE, server=where, name="net", **options)
-
-
-def right(split: ts.SplitModule, x: torch.Tensor = EXAMPLE) -> bool:
-    with torch.no_grad():
-        return torch.equal(split(x), split.model(x))
 
 
 # --- energy that nobody knows ---
@@ -74,7 +31,7 @@ def test_a_battery_that_runs_low_where_nothing_is_metered_saves_time_and_says_so
     level = 1.0
     with split_of(server.url, objective=ts.Objective.battery(lambda: level)) as split:
         with pytest.warns(ts.UnknownEnergyWarning, match="latency is minimized") as caught:
-            assert right(split)
+            assert torch.equal(split(EXAMPLE), truth(EXAMPLE))
         told = [warning for warning in caught if warning.category is ts.UnknownEnergyWarning]
         assert [warning.filename for warning in told] == [__file__]
         level = 0.1
@@ -85,21 +42,11 @@ def test_a_battery_that_runs_low_where_nothing_is_metered_saves_time_and_says_so
 
 
 def test_an_energy_objective_outlives_a_server_that_comes_up_later() -> None:
-    registry = ModelRegistry()
-    registry.add("net", net(), (EXAMPLE,))
-    with Server(create_app(registry)) as server:
-        port = server.port
-    split = split_of(f"http://127.0.0.1:{port}", objective="energy")
-    with split:
+    with reserved_port() as port, split_of(f"http://127.0.0.1:{port}", objective="energy") as split:
         with pytest.warns(ts.UnknownEnergyWarning):
             assert right(split)
-        with Server(create_app(registry), port=port):
-            end_s = time.monotonic() + PATIENCE_S
-            while not split.decisions:
-                assert time.monotonic() < end_s, split.stats()
-                assert right(split)
-                time.sleep(0.02)
-    registry.close()
+        with serve(port=port):
+            until(lambda: bool(split.decisions), split)
 
 
 @pytest.mark.parametrize("objective", ["energy", {"latency": 1.0, "energy": 0.5}, ts.Objective.battery(lambda: 1.0)])
@@ -176,7 +123,7 @@ def test_a_device_that_is_quick_again_is_found_out_though_every_call_has_a_deadl
         with pytest.raises(ts.DeadlineError, match="best possible"):
             split(EXAMPLE)
         pause_s = 0.002
-        end_s, in_time = time.monotonic() + 3 * PATIENCE_S, 0
+        end_s, in_time = time.monotonic() + PATIENCE_S, 0
         while in_time < 10:
             assert time.monotonic() < end_s, split.stats()
             try:
@@ -190,40 +137,6 @@ def test_a_device_that_is_quick_again_is_found_out_though_every_call_has_a_deadl
 # --- servers that fall silent ---
 
 
-class Silent(Transport):
-    """Hands on to another transport, unless it is ``silent``: then every exchange lasts until its timeout."""
-
-    def __init__(self, inner: Transport) -> None:
-        super().__init__(inner.timeout_s)
-        self.inner, self.silent, self.down, self.told = inner, False, False, threading.Event()
-
-    def _wait(self, timeout_s: float | None) -> None:
-        if self.down:
-            raise ts.ServerUnavailableError("refused")
-        if self.silent:
-            self.told.wait(PATIENCE_S if timeout_s is None else timeout_s)
-            raise ts.ServerUnavailableError("timed out")
-
-    def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
-        self._wait(timeout_s)
-        return self.inner.get_json(path, timeout_s=timeout_s)
-
-    def infer(self, model: str, tensors: Mapping[str, torch.Tensor], **options: Any) -> Answer:
-        self._wait(options["deadline"].left_s())
-        return self.inner.infer(model, tensors, **options)
-
-    def probe(self, up_bytes: int, down_bytes: int, **options: Any) -> Any:
-        self._wait(None)
-        return self.inner.probe(up_bytes, down_bytes, **options)
-
-    def _post(self, *_: Any) -> Any:
-        raise AssertionError
-
-    def close(self) -> None:
-        self.told.set()
-        self.inner.close()
-
-
 def test_a_server_that_was_down_before_is_not_waited_for_at_another_cut(server: Server) -> None:
     transport = Silent(HttpTransport(server.url))
     transport.down = True
@@ -235,12 +148,8 @@ def test_a_server_that_was_down_before_is_not_waited_for_at_another_cut(server: 
         assert split.last is not None
         assert split.last.total_s < 2.0
         transport.silent = False
-        transport.told.set()
-        end_s = time.monotonic() + PATIENCE_S
-        while split.last.server is None:
-            assert time.monotonic() < end_s, split.stats()
-            assert right(split)
-            time.sleep(0.02)
+        transport.over.set()
+        until(lambda: remote(split), split)
 
 
 def test_a_server_that_falls_silent_costs_new_weights_no_more_than_the_deadline_allows(server: Server) -> None:
@@ -255,8 +164,13 @@ def test_a_server_that_falls_silent_costs_new_weights_no_more_than_the_deadline_
         assert split.last is not None
         assert split.last.local_s == 0
         assert 0.1 < split.last.decide_s < 2.0  # it was waited for, and that is told
-        assert right(split)
-        assert split.last.decide_s < 0.1
+
+        def decide_s() -> float:
+            assert right(split)
+            assert split.last is not None
+            return split.last.decide_s
+
+        assert least_of(decide_s, enough=0.1) < 0.1
 
 
 def test_a_server_that_is_well_is_asked_in_the_first_call_after_a_change(server: Server) -> None:

@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from classifier import EXAMPLE, Net, net, process, read_message, serving, truth
+from classifier import EXAMPLE, Net, net, serve, truth
+from classifier import split_of as split_anywhere
 from factories import Slow
+from messages import joined
+from serving import process
+from tcp import listening, read_message, reserved_port
 from torch import nn
+from transports import Relay
 
 import torchsurgeon as ts
 from torchsurgeon import wire
@@ -30,57 +34,40 @@ from torchsurgeon.serve import Server
 from torchsurgeon.transport import Answer, HttpTransport, Transport
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(net()) as running:
-        yield running
-
-
-def split_of(server: Server | Transport, model: nn.Module | None = None, **options: Any) -> ts.SplitModule:
-    where = server.url if isinstance(server, Server) else server
-    return ts.SplitModule(
-        net() if model is None else model,
-        EXAMPLE,
-        server=where,
-        name="net",
-        **{"partition": "stem", "fallback": "error", **options},
-    )
+def split_of(where: Any, model: nn.Module | None = None, **options: Any) -> ts.SplitModule:
+    return split_anywhere(where, model, **{"partition": "stem", "fallback": "error", **options})
 
 
 # --- the model on one side is not the one it was ---
 
 
 def test_a_server_restarted_with_other_weights_gives_no_answers() -> None:
-    with serving(net()) as first, split_of(first, timeout_s=5) as split:
-        port = first.port
+    with reserved_port() as port, serve(port=port) as first, split_of(first, timeout_s=20) as split:
         assert torch.equal(split(EXAMPLE), truth(EXAMPLE))
         first.stop()
-        with serving(net(7), port):
+        with serve(net(7), port):
             for _ in range(2):
                 with pytest.raises(ts.ModelMismatchError, match=r"stem\.weight"):
                     split(EXAMPLE)
-        with serving(net(), port):
+        with serve(port=port):
             assert torch.equal(split(EXAMPLE), truth(EXAMPLE))
 
 
-class Relay(Transport):
-    """Hands on to another transport what ``change`` makes of its answers; ``told`` may answer fingerprints instead."""
+class Changing(Relay):
+    """Hands on what ``change`` makes of answers; ``told`` may answer questions about the model instead."""
 
     def __init__(self, inner: Transport, change: Callable[[Answer], Answer], told: Transport | None = None) -> None:
-        super().__init__(inner.timeout_s)
-        self.inner, self.change, self.told = inner, change, told or inner
+        super().__init__(inner)
+        self.change, self.told = change, told or inner
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
         return self.told.get_json(path, timeout_s=timeout_s)
 
     def infer(self, model: str, tensors: Mapping[str, torch.Tensor], **options: Any) -> Answer:
-        return self.change(self.inner.infer(model, tensors, **options))
-
-    def _post(self, *_: Any) -> Any:
-        raise AssertionError
+        return self.change(super().infer(model, tensors, **options))
 
     def close(self) -> None:
-        self.inner.close()
+        super().close()
         self.told.close()
 
 
@@ -88,7 +75,7 @@ class Telling(Relay):
     """Answers every question about the model with ``answer``."""
 
     def __init__(self, inner: Transport, answer: Any) -> None:
-        super().__init__(inner, lambda answer: answer)
+        super().__init__(inner)
         self.answer = answer
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
@@ -106,11 +93,11 @@ def test_a_fingerprint_that_makes_no_sense_is_another_models(server: Server, ent
 
 
 def test_servers_with_different_weights_behind_one_address_are_found_out(server: Server) -> None:
-    with serving(net(7)) as other, HttpTransport(server.url) as told, HttpTransport(other.url) as asked:
+    with serve(net(7)) as other, HttpTransport(server.url) as told, HttpTransport(other.url) as asked:
         told.get_json("/v2/models/net/fingerprint")
         asked.get_json("/v2/models/net/fingerprint")
         with (
-            split_of(Relay(asked, lambda answer: answer, told)) as split,
+            split_of(Changing(asked, lambda answer: answer, told)) as split,
             pytest.raises(ts.ModelMismatchError, match="several servers"),
         ):
             split(EXAMPLE)
@@ -272,7 +259,7 @@ def _with(**tensors: torch.Tensor | None) -> Callable[[Answer], Answer]:
 def test_an_answer_unlike_the_models_is_refused(server: Server, change: Callable[[Answer], Answer]) -> None:
     with (
         HttpTransport(server.url) as direct,
-        split_of(Relay(direct, change)) as split,
+        split_of(Changing(direct, change)) as split,
         pytest.raises(ts.ProtocolError, match="expected"),
     ):
         split(EXAMPLE)
@@ -326,47 +313,31 @@ MANGLED: dict[str, tuple[Callable[[bytes, bytes], bytes], bool]] = {
 @contextmanager
 def meddler(server: Server, mangle: Callable[[bytes, bytes], bytes], pause_s: float = 0.0) -> Iterator[str]:
     """Stand before ``server``; the answers to inferences pass as ``mangle`` makes them, then the connection closes."""
-    listener = socket.create_server(("127.0.0.1", 0))
 
     def attend(device: socket.socket) -> None:
-        with device, socket.create_connection(("127.0.0.1", server.port)) as link:
+        with socket.create_connection(("127.0.0.1", server.port)) as link:
             request = read_message(device)
             if request is None:
                 return
             link.sendall(b"\r\n\r\n".join(request))
             head, body = read_message(link) or (b"", b"")
             data = mangle(head, body) if b"/infer " in request[0] else head + b"\r\n\r\n" + body
-            try:
-                for i in range(len(data) if pause_s else 1):
-                    device.sendall(data[i : i + 1] if pause_s else data)
-                    time.sleep(pause_s)
-                device.shutdown(socket.SHUT_WR)
-                device.settimeout(1)
-                device.recv(1 << 16)
-            except OSError:
-                return
+            for i in range(len(data) if pause_s else 1):
+                device.sendall(data[i : i + 1] if pause_s else data)
+                time.sleep(pause_s)
+            device.shutdown(socket.SHUT_WR)
+            device.settimeout(1)
+            device.recv(1 << 16)
 
-    def accept() -> None:
-        while True:
-            try:
-                device, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=attend, args=(device,), daemon=True).start()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join(5)
+    with listening(attend) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.mark.parametrize("name", MANGLED)
 def test_a_mangled_answer_is_right_or_a_typed_error(server: Server, name: str) -> None:
     mangle, right = MANGLED[name]
     with meddler(server, mangle) as url:
-        split = ts.SplitModule(net(), EXAMPLE, server=url, name="net", partition="stem", timeout_s=3, fallback="error")
+        split = split_of(url, timeout_s=20)
         for _ in range(2):
             if right:
                 assert torch.equal(split(EXAMPLE), truth(EXAMPLE))
@@ -380,7 +351,7 @@ def test_an_answer_of_a_byte_at_a_time_ends_at_the_deadline(server: Server) -> N
     with meddler(server, lambda h, b: h + b"\r\n\r\n" + b, pause_s=0.2) as url:
         transport = HttpTransport(server.url, 0.6)
         dribbling = HttpTransport(url, 0.6)
-        with split_of(Relay(dribbling, lambda answer: answer, transport)) as split:
+        with split_of(Changing(dribbling, lambda answer: answer, transport)) as split:
             begin = time.monotonic()
             with pytest.raises(ts.ServerUnavailableError, match=r"0\.6 s"):
                 split(EXAMPLE)
@@ -405,55 +376,43 @@ def test_a_server_process_is_stopped_killed_and_restarted_under_a_live_module() 
         torch.manual_seed(0)
         model = Slow().eval()
     x, slowly = torch.rand(1, 4), torch.full((1, 4), -1.0)
-    with process("slow=factories:slow", "--port", "0") as (child, port):
-        split = ts.SplitModule(
-            model,
-            torch.ones(1, 4),
-            server=f"http://127.0.0.1:{port}",
-            name="slow",
-            partition=0,
-            timeout_s=8,
-            fallback="error",
-        )
-        assert torch.equal(split(x), truth(x, model))
 
-        for i in range(500):
-            split(torch.rand(1 + i % 64, 4))
-        gc.collect()
-        before = footprint(os.getpid()), footprint(child.pid)
-        for i in range(2000):
-            split(torch.rand(1 + i % 64, 4))
-        gc.collect()
-        after = footprint(os.getpid()), footprint(child.pid)
-        for (old_kib, *old), (new_kib, *new) in zip(before, after, strict=True):
-            assert new_kib - old_kib < 16 << 10
-            assert new == old
+    def split_within(timeout_s: float) -> ts.SplitModule:
+        options: dict[str, Any] = {"name": "slow", "partition": 0, "timeout_s": timeout_s, "fallback": "error"}
+        return ts.SplitModule(model, torch.ones(1, 4), server=f"http://127.0.0.1:{port}", **options)
 
-        child.send_signal(signal.SIGSTOP)
-        hasty = ts.SplitModule(
-            model,
-            torch.ones(1, 4),
-            server=f"http://127.0.0.1:{port}",
-            name="slow",
-            partition=0,
-            timeout_s=0.5,
-            fallback="error",
-        )
-        with pytest.raises(ts.ServerUnavailableError, match=r"0\.5 s"):
-            hasty(x)
-        child.send_signal(signal.SIGCONT)
-        hasty.close()
-        assert torch.equal(split(x), truth(x, model))
+    with reserved_port() as port:
+        with process("slow", "factories:slow", port) as child:
+            split = split_within(30)
+            assert torch.equal(split(x), truth(x, model))
 
-        with ThreadPoolExecutor(1) as pool:
-            cut_off = pool.submit(split, slowly)
-            time.sleep(0.3)
-            child.kill()
-            with pytest.raises(ts.ServerUnavailableError):
-                cut_off.result(10)
-    with process("slow=factories:slow", "--port", str(port), seed=7), pytest.raises(ts.ModelMismatchError):
-        split(x)
-    split.close()
+            for i in range(500):
+                split(torch.rand(1 + i % 64, 4))
+            gc.collect()
+            before = footprint(os.getpid()), footprint(child.pid)
+            for i in range(2000):
+                split(torch.rand(1 + i % 64, 4))
+            gc.collect()
+            after = footprint(os.getpid()), footprint(child.pid)
+            for (old_kib, *old), (new_kib, *new) in zip(before, after, strict=True):
+                assert new_kib - old_kib < 16 << 10
+                assert new == old
+
+            os.kill(child.pid, signal.SIGSTOP)
+            with split_within(0.5) as hasty, pytest.raises(ts.ServerUnavailableError, match=r"0\.5 s"):
+                hasty(x)
+            os.kill(child.pid, signal.SIGCONT)
+            assert torch.equal(split(x), truth(x, model))
+
+            with ThreadPoolExecutor(1) as pool:
+                cut_off = pool.submit(split, slowly)
+                time.sleep(0.3)
+                child.kill()
+                with pytest.raises(ts.ServerUnavailableError):
+                    cut_off.result(30)
+        with process("slow", "factories:slow", port, seed=7), pytest.raises(ts.ModelMismatchError):
+            split(x)
+        split.close()
 
 
 def test_a_fork_does_not_share_connections(server: Server) -> None:
@@ -519,7 +478,7 @@ def test_clients_that_reset_in_mid_request_leave_the_server_serving(server: Serv
         wire.HEADER_LENGTH.encode(),
         encoded.header_bytes or 0,
     )
-    request = head + b"".join(map(bytes, encoded.buffers))
+    request = head + joined(encoded)
     for i in range(60):
         with socket.create_connection(("127.0.0.1", server.port)) as link:
             link.sendall(request[: len(request) * (i % 6 + 1) // 6])

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from messages import joined
 from torch import Tensor, nn
 
 import torchsurgeon.serve.app
@@ -304,7 +305,7 @@ def test_a_buffer_is_used_again_only_when_nothing_refers_to_it() -> None:
 def body_of(tensors: dict[str, Tensor]) -> tuple[bytes, int]:
     message = wire.encode_request(tensors)
     assert message.header_bytes is not None
-    return b"".join(message.buffers), message.header_bytes
+    return bytes(joined(message)), message.header_bytes
 
 
 def post(server: serve.Server, body: Any, path: str = "/v2/models/net/infer", **headers: str) -> tuple[int, Any]:
@@ -401,7 +402,10 @@ def exchange(server: serve.Server, data: bytes, timeout_s: float = 5.0) -> bytes
     return received
 
 
-def test_a_body_over_the_boundary_is_refused_before_it_is_sent(server: serve.Server) -> None:
+def test_a_body_over_the_boundary_is_refused_before_it_is_sent(
+    server: serve.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchsurgeon.serve.app, "LINGER_S", 0.1)
     head = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
     start = time.monotonic()
     answer = exchange(server, head)

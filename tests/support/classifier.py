@@ -1,21 +1,31 @@
-"""A small classifier, servers of it in this process and in one of their own, and its true answers."""
+"""The small classifier that tests of the runtime and of the server split: its servers, its profiles, its true answers.
+
+``net``       the model, with the weights of a seed; ``EXAMPLE``, ``MODEL``, ``GRAPH`` and ``LAYERS`` go with it
+``serve``     a server of it in this process; the fixture ``server`` is one that all tests share
+``split_of``  it split against a server; ``right`` compares an answer of that with the model's own, and ``until`` calls
+              it until something has happened
+``profile``   its layers' times (and joules) on a machine of known speed
+``remote``    whether the last answer is the server's, and ``degraded`` why it is not
+"""
 
 from __future__ import annotations
 
-import re
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from paths import environment
+from serving import serving
 from torch import nn
 
-from torchsurgeon.serve import ModelRegistry, Server, create_app
+import torchsurgeon as ts
+from torchsurgeon.serve import Server
 
-EXAMPLE = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+EXAMPLE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+# What is waited for comes in far less, but a machine that is busy with other things may take its time.
+PATIENCE_S = 120.0
 
 
 class Net(nn.Module):
@@ -36,52 +46,58 @@ def net(seed: int = 0) -> Net:
         return Net().eval()
 
 
-@contextmanager
-def serving(model: nn.Module, port: int = 0) -> Iterator[Server]:
-    registry = ModelRegistry()
-    registry.add("net", model, (EXAMPLE,))
-    with Server(create_app(registry), port=port) as running:
-        yield running
-    registry.close()
+MODEL = net()
+GRAPH = ts.trace(MODEL, EXAMPLE)
+LAYERS = len(GRAPH.layers)
 
 
-def truth(x: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
+def truth(x: torch.Tensor, model: nn.Module = MODEL) -> torch.Tensor:
     with torch.no_grad():
-        return (net() if model is None else model)(x)
+        return model(x)
 
 
-def read_message(link: socket.socket) -> tuple[bytes, bytes] | None:
-    """Head and body of one HTTP message, without the empty line between them; None when the connection ends."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        piece = link.recv(1 << 16)
-        if not piece:
-            return None
-        data += piece
-    head, _, body = data.partition(b"\r\n\r\n")
-    found = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
-    while len(body) < int(found[1] if found else 0):
-        piece = link.recv(1 << 16)
-        if not piece:
-            return None
-        body += piece
-    return head, body
+def serve(model: nn.Module = MODEL, port: int = 0) -> AbstractContextManager[Server]:
+    return serving(model, EXAMPLE, port=port)
 
 
-@contextmanager
-def process(*arguments: str, seed: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """``torchsurgeon serve`` and the port it is ready on."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "torchsurgeon", "serve", *arguments, "--threads", "1", "--seed", str(seed)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert child.stdout is not None
-    try:
-        port = next(int(found[1]) for line in child.stdout if (found := re.search(r"^ready.*127\.0\.0\.1:(\d+)", line)))
-        yield child, port
-    finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
+def split_of(where: Any, model: nn.Module | None = None, **options: Any) -> ts.SplitModule:
+    """The classifier, or another ``model``, split against a server, a URL, a transport or a list of them."""
+    where = where.url if isinstance(where, Server) else where
+    return ts.SplitModule(net() if model is None else model, EXAMPLE, server=where, name="net", **options)
+
+
+def right(split: ts.SplitModule, x: torch.Tensor = EXAMPLE, model: nn.Module = MODEL) -> bool:
+    """Whether its answer is the model's own, to the bit."""
+    with torch.no_grad():
+        return torch.equal(split(x), model(x))
+
+
+def until(what: Callable[[], bool], split: ts.SplitModule, call: Callable[[ts.SplitModule], bool] = right) -> None:
+    """Call ``split`` until ``what``; every answer is right all the while."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not what():
+        assert time.monotonic() < end_s, (split.last, split.stats())
+        assert call(split)
+        time.sleep(0.01)
+
+
+def remote(split: ts.SplitModule) -> bool:
+    return split.last is not None and split.last.server is not None and split.last.degraded is None
+
+
+def degraded(split: ts.SplitModule) -> str:
+    assert split.last is not None
+    return split.last.degraded or ""
+
+
+def profile(layer_s: float, layer_j: float | None = None) -> ts.LayerProfile:
+    """A profile of a machine that takes so long, and so much, for each layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ts.NoisyProfileWarning)
+        measured = ts.profile(GRAPH, repeats=2, warmup=1, meter=None).to_json()
+    energy = None if layer_j is None else {
+        "meter": "known", "idle_power_w": 1.0,
+        "layer_j": [layer_j] * LAYERS, "interval_j": [[layer_j, layer_j]] * LAYERS, "whole_j": [layer_j * LAYERS] * 3,
+    }  # fmt: skip
+    times = {"samples_s": [[layer_s] * LAYERS] * 2, "whole_s": [layer_s * LAYERS] * 2}
+    return ts.LayerProfile.from_json(measured | times | {"energy": energy})

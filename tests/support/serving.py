@@ -1,35 +1,93 @@
-"""A model behind a real server on this machine, and the same model split against it."""
+"""Servers of any model on this machine, and the same model split against one.
+
+``serving``      a model behind a server in this process
+``process``      a server in a process of its own, which can be stopped and killed
+``split``        a model split against a server that holds it too
+``check_split``  compares a split model's answers with the model's own, bit for bit; ``points_in`` and ``spread`` choose
+                 where to cut for it
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from partitions import assert_same, copied
+from paths import environment
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve import ModelRegistry, Server, create_app, run
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["serving", "torch._dynamo"])
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @contextmanager
-def split(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[ts.SplitModule]:
-    """``model`` split against a server that holds it too, over loopback; it starts with everything on the server."""
-    registry = ModelRegistry()
+def serving(
+    model: nn.Module,
+    example: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    name: str = "net",
+    port: int = 0,
+    **options: Any,
+) -> Iterator[Server]:
+    """A server of one model in this process; ``options`` are its registry's."""
+    registry = ModelRegistry(**options)
     try:
-        registry.add("model", model, args, kwargs)
-        example = args or kwargs
-        with (
-            Server(create_app(registry)) as server,
-            ts.SplitModule(model, example, server=server.url, name="model", partition=0) as module,
-        ):
-            yield module
+        registry.add(name, model, example, kwargs)
+        with Server(create_app(registry), port=port) as server:
+            yield server
     finally:
         registry.close()
+
+
+@contextmanager
+def process(name: str, spec: str, port: int, *, seed: int = 0) -> Iterator[BaseProcess]:
+    """A process that serves as ``torchsurgeon serve NAME=SPEC --port PORT --seed SEED`` does, once it is ready.
+
+    It is forked from a process that has imported PyTorch, which takes most of the time that starting a server does.
+    """
+    os.environ["PYTHONPATH"], before = environment()["PYTHONPATH"], os.environ.get("PYTHONPATH")
+    ours, theirs = _processes.Pipe(duplex=False)
+    child = _processes.Process(target=_serve, args=(name, spec, port, seed, theirs), daemon=True)
+    try:
+        child.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    theirs.close()
+    try:
+        while not str(ours.recv()).startswith("ready"):
+            pass
+        yield child
+    finally:
+        ours.close()
+        child.kill()
+        child.join()
+
+
+def _serve(name: str, spec: str, port: int, seed: int, said: Connection) -> None:
+    torch.set_num_threads(1)
+    run({name: spec}, port=port, seed=seed, say=said.send)
+
+
+@contextmanager
+def split(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[ts.SplitModule]:
+    """``model`` split against a server that holds it too, over loopback; it starts with everything on the server."""
+    with (
+        serving(model, args, kwargs) as server,
+        ts.SplitModule(model, args or kwargs, server=server.url, name="net", partition=0) as module,
+    ):
+        yield module
 
 
 def points_in(graph: ts.LayerGraph, *parts: str) -> list[ts.PartitionPoint]:

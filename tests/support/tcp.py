@@ -1,8 +1,8 @@
 """TCP servers of a few lines, for what a well-behaved server never does.
 
-``listening``     runs a function for every connection to a port of this machine
-``read_message``  reads one HTTP message off a connection
-``unused_port``   finds a port on which nobody listens
+``listening``      runs a function for every connection to a port of this machine
+``read_message``   reads one HTTP message off a connection
+``reserved_port``  is a port on which nobody listens before a test does
 """
 
 from __future__ import annotations
@@ -70,7 +70,13 @@ def read_message(link: socket.socket) -> tuple[bytes, bytes] | None:
     return head, body
 
 
-def unused_port() -> int:
-    """A port on which nobody listens, now or until somebody happens to take it."""
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        return int(unused.getsockname()[1])
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port on which nobody listens but a server that is started there, again and again if need be.
+
+    It stays bound, without listening, so that no other process on this machine is given it in between.
+    """
+    with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", 0))
+        yield int(bound.getsockname()[1])

@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from messages import joined
+from tcp import listening, read_message, reserved_port
 
 from torchsurgeon import wire
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError, RequestRefusedError, ServerUnavailableError
@@ -18,48 +20,30 @@ from torchsurgeon.transport import HttpTransport
 from torchsurgeon.transport.base import Deadline
 
 X = torch.arange(6.0).view(2, 3)
-Script = Callable[[socket.socket], None]
+Script = Callable[[socket.socket], object]
 
 
 def answer_bytes(extra: str = "", tensors: dict[str, torch.Tensor] | None = None) -> bytes:
     message = wire.encode_response("m", "1", tensors or {"y": X * 2})
     head = f"HTTP/1.1 200 OK\r\nContent-Length: {message.size_bytes}\r\n"
     head += f"Inference-Header-Content-Length: {message.header_bytes}\r\n{extra}\r\n"
-    return head.encode() + b"".join(message.buffers)
+    return head.encode() + joined(message)
 
 
 def read_request(link: socket.socket) -> bytes:
-    data = b""
-    while b"\r\n\r\n" not in data:
-        data += link.recv(65536)
-    head, _, body = data.partition(b"\r\n\r\n")
-    _, declared, after = head.lower().partition(b"content-length: ")
-    length = int(after.split(b"\r\n")[0]) if declared else 0  # a GET has no body
-    while len(body) < length:
-        body += link.recv(65536)
-    return head + b"\r\n\r\n" + body
+    return b"\r\n\r\n".join(read_message(link) or ())
 
 
 @contextmanager
 def scripted(*scripts: Script) -> Iterator[str]:
     """A server that runs one script for each connection it accepts, and closes it."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    left = iter(scripts)
+    with listening(lambda link: next(left, closes)(link)) as port:
+        yield f"http://127.0.0.1:{port}"
 
-    def serve() -> None:
-        for script in scripts:
-            try:
-                link, _ = listening.accept()
-            except OSError:
-                return
-            with link, suppress(OSError):
-                script(link)
 
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        listening.close()
+def closes(link: socket.socket) -> None:
+    """A script that reads nothing and says nothing."""
 
 
 def says(data: bytes, times: int = 1) -> Script:
@@ -185,7 +169,6 @@ def test_a_kept_connection_that_the_server_closed_is_replaced_silently() -> None
 
 
 def test_a_server_that_keeps_closing_is_not_asked_for_ever() -> None:
-    closes: Script = lambda link: None  # noqa: E731
     with scripted(says(answer_bytes()), closes, closes, closes) as url, HttpTransport(url, 5) as transport:
         transport.infer("m", {"x": X}, max_answer_bytes=1000)
         with pytest.raises(ServerUnavailableError):
@@ -193,19 +176,13 @@ def test_a_server_that_keeps_closing_is_not_asked_for_ever() -> None:
 
 
 def test_nothing_listens() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    with pytest.raises(ServerUnavailableError, match=f"127.0.0.1:{port}"):
+    with reserved_port() as port, pytest.raises(ServerUnavailableError, match=f"127.0.0.1:{port}"):
         ask(f"http://127.0.0.1:{port}")
 
 
 def silent(link: socket.socket) -> None:
     read_request(link)
     link.recv(1)
-
-
-def deaf(link: socket.socket) -> None:
-    time.sleep(1.5)
 
 
 def trickle_head(link: socket.socket) -> None:
@@ -234,8 +211,11 @@ def test_a_slow_server_is_given_up_at_the_deadline_whatever_it_dribbles(script: 
 
 
 def test_a_server_that_does_not_read_is_given_up_at_the_deadline() -> None:
-    with scripted(deaf) as url, HttpTransport(url, 0.4) as transport, pytest.raises(ServerUnavailableError):
-        transport.infer("m", {"x": torch.zeros(8_000_000)}, max_answer_bytes=1000)
+    given_up = threading.Event()
+    with scripted(lambda link: given_up.wait(20)) as url, HttpTransport(url, 0.4) as transport:
+        with pytest.raises(ServerUnavailableError):
+            transport.infer("m", {"x": torch.zeros(8_000_000)}, max_answer_bytes=1000)
+        given_up.set()
 
 
 def test_the_control_plane_has_one_deadline_too() -> None:
@@ -389,32 +369,21 @@ def test_redirects_are_not_followed() -> None:
 
 def test_threads_share_a_transport() -> None:
     def script(link: socket.socket) -> None:
-        while True:
-            request = read_request(link)
-            head, _, body = request.partition(b"\r\n\r\n")
+        while message := read_message(link):
+            head, body = message
             length = int(head.split(b"Inference-Header-Content-Length: ")[1].split(b"\r\n")[0])
             link.sendall(answer_bytes(tensors={"y": wire.decode_request(body, length).tensors["x"] + 1}))
-
-    listening = socket.create_server(("127.0.0.1", 0))
-
-    def accept() -> None:
-        while True:
-            try:
-                link, _ = listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=script, args=(link,), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
 
     def call(number: int) -> bool:
         value = torch.full((5,), float(number))
         return torch.equal(transport.infer("m", {"x": value}, max_answer_bytes=100).tensors["y"], value + 1)
 
-    with HttpTransport(url) as transport, ThreadPoolExecutor(8) as pool:
+    with (
+        listening(script) as port,
+        HttpTransport(f"http://127.0.0.1:{port}") as transport,
+        ThreadPoolExecutor(8) as pool,
+    ):
         assert all(pool.map(call, range(100)))
-    listening.close()
 
 
 def test_closing_twice_is_harmless_and_calls_after_it_say_so() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zstandard
+from messages import asked, joined
 from torch import Tensor, nn
 
 import torchsurgeon as ts
@@ -199,14 +200,13 @@ def test_a_client_that_names_no_codec_gets_and_sends_plain_tensors() -> None:
     message = wire.encode_request({"x": x})
     assert b"codec" not in bytes(message.buffers[0])
     assert message.size_bytes > x.nbytes
-    assert wire.decode_request(b"".join(message.buffers), message.header_bytes).output_codec is None
+    assert wire.decode_request(joined(message), message.header_bytes).output_codec is None
 
 
 def test_each_tensor_may_have_its_own_codec() -> None:
     sent = {"a": torch.zeros(1, 4, 32, 32), "b": torch.arange(4000), "c": torch.randn(64, 64), "d": torch.tensor(7)}
     codecs = {"a": find_codec("zstd"), "b": find_codec("int8+zstd"), "c": find_codec("int4")}
-    message = wire.encode_request(sent, codecs=codecs)
-    received = wire.decode_request(b"".join(message.buffers), message.header_bytes).tensors
+    received = asked(sent, codecs=codecs).tensors
     assert list(received) == list(sent)
     for name in "abd":
         assert torch.equal(received[name], sent[name])
@@ -218,8 +218,7 @@ def test_each_tensor_may_have_its_own_codec() -> None:
 def test_a_quantized_tensor_is_compressed_without_loss() -> None:
     tensor = torch.quantize_per_tensor(torch.randn(2, 8, 16, 16).relu(), 0.1, 3, torch.quint8)
     for name in ("zstd", "int8+zstd", "png"):
-        message = wire.encode_request({"x": tensor}, codecs={"x": find_codec(name)})
-        back = wire.decode_request(b"".join(message.buffers), message.header_bytes).tensors["x"]
+        back = asked({"x": tensor}, codecs={"x": find_codec(name)}).tensors["x"]
         assert torch.equal(back.int_repr(), tensor.int_repr())
         assert (back.q_scale(), back.q_zero_point()) == (tensor.q_scale(), tensor.q_zero_point())
 
@@ -228,7 +227,7 @@ def test_an_answer_that_decodes_to_more_than_expected_is_refused() -> None:
     outputs = {"output": torch.zeros(1 << 20)}
     message = wire.encode_response("net", "1", outputs, codec=find_codec("zstd"))
     assert message.size_bytes < 4096
-    body = b"".join(message.buffers)
+    body = joined(message)
     assert torch.equal(wire.decode_response(body, message.header_bytes).tensors["output"], outputs["output"])
     with pytest.raises(BodyTooLargeError, match="at most 1000 are accepted"):
         wire.decode_response(body, message.header_bytes, max_decoded_bytes=1000)
@@ -236,6 +235,5 @@ def test_an_answer_that_decodes_to_more_than_expected_is_refused() -> None:
 
 def test_headers_of_compressed_tensors_push_no_others_out_of_memory() -> None:
     for name, recurs in (("raw", True), ("int8", True), ("zstd", False), ("int8+zstd", False)):
-        message = wire.encode_request({"x": torch.randn(1, 8, 16, 16).relu()}, codecs={"x": find_codec(name)})
-        request = wire.decode_request(b"".join(message.buffers), message.header_bytes)
+        request = asked({"x": torch.randn(1, 8, 16, 16).relu()}, codecs={"x": find_codec(name)})
         assert (request.recurring is not None) == recurs

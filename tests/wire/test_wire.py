@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import answered, asked, joined
+from partitions import bits
 from torch import Tensor
 
 from torchsurgeon import wire
@@ -23,20 +25,10 @@ DTYPES = [
 ]
 
 
-def joined(message: wire.Encoded) -> bytearray:
-    body = bytearray(b"".join(message.buffers))
-    assert len(body) == message.size_bytes
-    return body
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
-    assert bits(actual) == bits(expected)
+    assert torch.equal(bits(actual), bits(expected))
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -66,9 +58,7 @@ names = st.text(min_size=1, max_size=12)
 def test_any_dense_tensors_come_back_with_their_bits_and_strides(
     sent: dict[str, Tensor], request_id: str | None
 ) -> None:
-    message = wire.encode_request(sent, request_id=request_id)
-    received = wire.decode_request(joined(message), message.header_bytes)
-
+    received = asked(sent, request_id=request_id)
     assert list(received.tensors) == list(sent)
     assert received.request_id == request_id
     for name, tensor in sent.items():
@@ -99,15 +89,13 @@ def test_channels_last_survives_even_where_sizes_of_one_hide_it(shape: tuple[int
     tensor = torch.empty_strided(shape, torch.empty(shape).to(memory_format=torch.channels_last).stride())
     _, c, h, w = shape
     tensor = tensor.normal_().as_strided(shape, (h * w * c, 1, w * c, c))
-    message = wire.encode_request({"x": tensor})
-    assert wire.decode_request(joined(message), message.header_bytes).tensors["x"].stride() == tensor.stride()
+    assert asked({"x": tensor}).tensors["x"].stride() == tensor.stride()
 
 
 def test_tensors_that_are_not_dense_are_sent_row_major() -> None:
     base = torch.arange(48.0).view(2, 4, 6)
     for tensor in (base[:, ::2], base.expand(3, 2, 4, 6), base[..., 1:], base.transpose(0, 2)[:, 1:]):
-        message = wire.encode_request({"x": tensor})
-        received = wire.decode_request(joined(message), message.header_bytes).tensors["x"]
+        received = asked({"x": tensor}).tensors["x"]
         assert torch.equal(received, tensor)
         assert received.is_contiguous()
 
@@ -151,14 +139,12 @@ def test_read_only_bytes_are_decoded_into_memory_that_may_be_written() -> None:
 
 
 def test_parameters_outputs_and_ids_are_carried() -> None:
-    message = wire.encode_request({"x": torch.ones(1)}, outputs=["y", "z"], request_id="7", parameters={"deadline": 3})
-    request = wire.decode_request(joined(message), message.header_bytes)
+    request = asked({"x": torch.ones(1)}, outputs=["y", "z"], request_id="7", parameters={"deadline": 3})
     assert [(output.name, output.binary) for output in request.outputs] == [("y", True), ("z", True)]
     assert request.binary_output
     assert request.request_id == "7"
     assert request.parameters["deadline"] == 3
-    answer = wire.encode_response("m", "2", {"y": torch.ones(1)}, request_id="7", parameters={"queue_s": 0.5})
-    response = wire.decode_response(joined(answer), answer.header_bytes)
+    response = answered({"y": torch.ones(1)}, "2", request_id="7", parameters={"queue_s": 0.5})
     assert (response.model_name, response.model_version, response.request_id) == ("m", "2", "7")
     assert response.parameters["queue_s"] == 0.5
 
@@ -308,8 +294,7 @@ def test_a_damaged_message_decodes_or_is_refused_and_nothing_else(data: st.DataO
 def test_a_quantized_tensor_keeps_its_integers_scale_zero_point_and_layout(dtype: torch.dtype) -> None:
     values = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     tensor = torch.quantize_per_tensor(values, 0.1 + 2**-40, 3, dtype)
-    message = wire.encode_request({"q": tensor})
-    decoded = wire.decode_request(joined(message), message.header_bytes).tensors["q"]
+    decoded = asked({"q": tensor}).tensors["q"]
     assert decoded.dtype == dtype
     assert (decoded.q_scale(), decoded.q_zero_point()) == (tensor.q_scale(), tensor.q_zero_point())
     assert torch.equal(decoded.int_repr(), tensor.int_repr())
