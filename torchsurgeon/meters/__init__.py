@@ -1,9 +1,9 @@
 """Clocks and energy meters, each kind behind one small interface.
 
-A :class:`Clock` notes marks and tells the time between them. An :class:`EnergyMeter` reads power or a running total of
-energy; an :class:`EnergySampler` reads one in the background, and its :class:`EnergyTrace` tells what any stretch of
-time cost. :func:`find_meter` takes the best meter of the machine. Where there is none it is a :class:`NullMeter`, and
-energies are None: nothing is ever made up.
+A :class:`Clock` notes marks and gives the time between them. An :class:`EnergyMeter` reads power, or a running total of
+energy. An :class:`EnergySampler` reads a meter in the background, and its :class:`EnergyTrace` gives the energy of any
+stretch of time. :func:`find_meter` returns the best meter of the machine. Where there is none, that is a
+:class:`NullMeter`, and all energies are None: they are never estimated.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The state a board is in while it is measured: its clocks, power mode and temperature, as far as they can be read.
+"""The state of a board while it is measured: its clocks, power mode and temperature, as far as they can be read.
 
-Linux shows the processor's clocks in cpufreq and a Jetson's GPU clock in devfreq; a Jetson's power mode is the number
-that nvpmodel leaves in ``/var/lib/nvpmodel/status``, named in ``/etc/nvpmodel.conf``. Other GPUs tell NVML.
+Linux shows the processor's clocks in cpufreq, and a Jetson's GPU clock in devfreq. A Jetson's power mode is the number
+that nvpmodel writes to ``/var/lib/nvpmodel/status``; ``/etc/nvpmodel.conf`` holds its name. Other GPUs answer to NVML.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ if TYPE_CHECKING:
 
 
 def board_state(device: torch.device, root: Path = Path("/")) -> dict[str, Any]:
-    """Return what can be read of ``board``, ``power_mode``, ``cpu_clock_mhz``, ``gpu_clock_mhz``, ``temperature_c``
-    and, by NVML, a GPU's clocks, power limit and reasons to throttle. What cannot is left out."""
+    """Return what can be read of the board's state, and leave out the rest.
+
+    Args:
+        device: the device that is measured.
+        root: where the file system's root is.
+
+    Returns:
+        Any of ``board``, ``power_mode``, ``cpu_clock_mhz``, ``temperature_c``, ``gpu_clock_mhz``, and by NVML a GPU's
+        memory clock, power limit and reasons for lowered clocks.
+    """
     found: dict[str, Any] = {
         "board": _text(root / "proc/device-tree/model").rstrip("\0"),
         "power_mode": _power_mode(root),

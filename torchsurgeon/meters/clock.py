@@ -1,4 +1,4 @@
-"""Clocks that note marks cheaply and tell the time between them afterwards."""
+"""Clocks that note marks cheaply, and give the time between them afterwards."""
 
 from __future__ import annotations
 
@@ -17,23 +17,31 @@ if TYPE_CHECKING:
 
 
 class Clock(ABC):
-    """Notes marks; a context manager that gives back what it took."""
+    """Notes marks; as a context manager, it closes itself.
+
+    Attributes:
+        name: the kind of clock, as profiles record it.
+    """
 
     name: ClassVar[str]
 
     @abstractmethod
     def mark(self) -> None:
-        """Note this moment, without waiting for the device."""
+        """Note this moment in the device's work, without waiting for the device."""
 
     @abstractmethod
     def intervals_ns(self) -> list[int]:
-        """Nanoseconds between neighbouring marks since the last call, one fewer than marks; waits for the device.
+        """Wait for the device, and return the nanoseconds between neighbouring marks since the last call.
 
-        Raises :class:`MeterError` where the clock ran backwards; the marks are forgotten all the same.
+        Returns:
+            One interval fewer than there were marks. The marks are then forgotten.
+
+        Raises:
+            MeterError: the clock ran backwards. The marks are forgotten all the same.
         """
 
     def close(self) -> None:
-        """Give back what the clock took."""
+        """Release what the clock holds."""
 
     def __enter__(self) -> Clock:
         return self
@@ -43,9 +51,12 @@ class Clock(ABC):
 
 
 class WallClock(Clock):
-    """The host's monotonic clock, right for work that runs on the CPU; ``read_ns`` replaces it by another.
+    """The host's monotonic clock, for work that runs on the CPU.
 
-    The first one of a process warns where the extension is missing, since only Python's clock is left then.
+    If the compiled extension is missing, the first such clock of a process warns that Python's slower clock is used.
+
+    Args:
+        read_ns: another clock to read, in nanoseconds.
     """
 
     name = "wall"
@@ -63,17 +74,23 @@ class WallClock(Clock):
         for index, interval in enumerate(intervals):
             if interval < 0:
                 raise MeterError(
-                    f"the wall clock jumped back by {-interval} ns between marks {index} and {index + 1}; "
-                    "measure again, and keep the machine from sleeping or migrating meanwhile"
+                    f"the wall clock must not run backwards, and went back {-interval} ns between marks {index} and "
+                    f"{index + 1}; measure again, and keep the machine from sleeping or migrating meanwhile"
                 )
         return intervals
 
 
 class CudaEventClock(Clock):
-    """Events on a CUDA stream: device time between marks, resolved to about half a microsecond.
+    """Events on a CUDA stream: the device's time between marks, resolved to about half a microsecond.
 
-    Uses the extension's preallocated events where it is built, PyTorch's where it is not. ``capacity`` is the number of
-    marks between two calls of :meth:`intervals_ns`. Raises :class:`NativeUnavailableError` without a CUDA device.
+    It uses the compiled extension's preallocated events, or PyTorch's where the extension is missing.
+
+    Args:
+        capacity: the most marks between two calls of :meth:`intervals_ns`.
+        stream: the stream; the current one by default.
+
+    Raises:
+        NativeUnavailableError: PyTorch sees no CUDA device.
     """
 
     name = "cuda-events"
@@ -98,6 +115,8 @@ class CudaEventClock(Clock):
 
 
 class _EventTape:
+    """Marks as the extension's events, which are allocated beforehand."""
+
     def __init__(self, capacity: int) -> None:
         self._ops: Any = _native.open_cuda_driver("timing with CUDA events")
         self._record = self._ops.event_record.default
@@ -115,6 +134,8 @@ class _EventTape:
 
 
 class _TorchTape:
+    """Marks as PyTorch's events, each allocated when it is recorded."""
+
     def __init__(self) -> None:
         import torch
 
@@ -139,9 +160,12 @@ class _TorchTape:
 
 
 class CuptiClock(Clock):
-    """CUPTI's own kernel times: how long kernels launched between marks kept the device busy, gaps left out.
+    """CUPTI's own times of kernels: how long the kernels launched between two marks kept the device busy.
 
-    Raises :class:`NativeUnavailableError` where kernels cannot be traced (see :func:`torchsurgeon.hooks.kernel_trace`).
+    Gaps between kernels do not count.
+
+    Raises:
+        NativeUnavailableError: kernels are not traced here; :func:`torchsurgeon.hooks.kernel_trace` says what it needs.
     """
 
     name = "cupti"

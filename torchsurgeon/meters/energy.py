@@ -1,4 +1,4 @@
-"""What every energy meter is, the one that measures nothing, and the one that replays a recorded log."""
+"""The interface of energy meters, a meter that measures nothing, and one that replays a recorded log."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from torchsurgeon.errors import MeterError
+from torchsurgeon.errors import MeterError, short
 
 _FORMAT, _VERSION = "torchsurgeon-energy-log", 1
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at a meter: either the power drawn at that moment or the energy drawn since some moment, not both.
+    """One reading of a meter: either the power at that moment, or the energy since some earlier moment.
 
-    ``time_ns`` counts on the host's monotonic clock (``time.perf_counter_ns``).
+    Attributes:
+        time_ns: when it was read, on the host's monotonic clock (``time.perf_counter_ns``).
+        power_w: the power in watts; None for a meter that counts energy.
+        energy_j: the energy in joules; None for a meter that reads power.
     """
 
     time_ns: int
@@ -28,10 +31,13 @@ class Reading:
 
 
 class EnergyMeter(ABC):
-    """A source of readings; a context manager that closes it.
+    """A source of readings; as a context manager, it closes itself.
 
-    ``name`` says which kind of meter it is, ``scope`` what is metered ("VDD_IN", "GPU 0"), ``period_s`` how often
-    reading it is worth while, and ``faults`` which of its parts could not be read and are left out.
+    Attributes:
+        name: the kind of meter, such as ``"nvml"``.
+        scope: what is metered, such as ``"VDD_IN"`` or ``"GPU 0"``.
+        period_s: how often it has a new value to read.
+        faults: why some of its parts could not be read and are left out.
     """
 
     name: str
@@ -41,10 +47,14 @@ class EnergyMeter(ABC):
 
     @abstractmethod
     def read(self) -> Reading:
-        """The meter now. Raises :class:`MeterError` when it cannot be read this time; it may be read again."""
+        """Read the meter.
+
+        Raises:
+            MeterError: this reading failed; the next one may succeed.
+        """
 
     def close(self) -> None:
-        """Give back what the meter holds."""
+        """Release what the meter holds."""
 
     def __enter__(self) -> EnergyMeter:
         return self
@@ -56,7 +66,8 @@ class EnergyMeter(ABC):
 class NullMeter(EnergyMeter):
     """The meter of a machine that has none: every energy derived from it is None.
 
-    ``faults`` say why none of the others could be had.
+    Args:
+        faults: why none of the other meters works on this machine.
     """
 
     name = "none"
@@ -67,15 +78,19 @@ class NullMeter(EnergyMeter):
 
     def read(self) -> Reading:
         raise MeterError(
-            "this machine has no energy meter; " + ("; ".join(map(str, self.faults)) or "none was looked for")
+            "this machine has no energy meter: " + ("; ".join(map(str, self.faults)) or "none was looked for")
         )
 
 
 class ReplayMeter(EnergyMeter):
-    """A recorded log (:func:`save_log`) read again, one reading a call.
+    """A log written by :func:`save_log`, read again: each :meth:`read` returns its next reading.
 
-    With ``start_ns`` the first reading is moved to that time and the others with it. Raises :class:`MeterError` where
-    the file is not such a log, naming the line, and from :meth:`read` when the log has ended.
+    Args:
+        path: the log.
+        start_ns: the time to which the first reading is moved, and all others with it; by default they keep their own.
+
+    Raises:
+        MeterError: the file is not such a log; the message names the line. :meth:`read` raises it at the log's end.
     """
 
     def __init__(self, path: str | os.PathLike[str], start_ns: int | None = None) -> None:
@@ -96,7 +111,13 @@ class ReplayMeter(EnergyMeter):
 
 
 def save_log(path: str | os.PathLike[str], meter: EnergyMeter, readings: Iterable[Reading]) -> None:
-    """Write readings as JSON lines: a header, then [time_ns, power_w, energy_j] each."""
+    """Write readings to a file as JSON lines: a header, then ``[time_ns, power_w, energy_j]`` for each reading.
+
+    Args:
+        path: the file.
+        meter: the meter that they are from; the header holds its name and scope.
+        readings: the readings.
+    """
     header = {"format": _FORMAT, "version": _VERSION, "meter": meter.name, "scope": meter.scope}
     lines = [json.dumps(header)]
     lines += [json.dumps([reading.time_ns, reading.power_w, reading.energy_j]) for reading in readings]
@@ -108,11 +129,11 @@ def _load_log(path: Path) -> tuple[str, str, tuple[Reading, ...]]:
         lines = path.read_text(encoding="utf-8").splitlines()
         header = json.loads(lines[0]) if lines else None
     except (OSError, ValueError) as error:
-        raise MeterError(f"the energy log {path} cannot be read: {error}") from error
+        raise MeterError(f"reading the energy log {path} failed: {error}") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise MeterError(f"{path} is not an energy log: its first line does not say {_FORMAT!r}")
+        raise MeterError(f"the first line of an energy log must hold the format {_FORMAT!r}; that of {path} does not")
     if header.get("version") != _VERSION:
-        raise MeterError(f"the energy log {path} has version {header.get('version')!r}; this release reads {_VERSION}")
+        raise MeterError(f"the energy log {path} must have version {_VERSION}; got {short(header.get('version'), 60)}")
     readings = tuple(_parse(path, number, line) for number, line in enumerate(lines[1:], start=2))
     return str(header.get("meter")), str(header.get("scope")), readings
 
@@ -126,5 +147,6 @@ def _parse(path: Path, number: int, line: str) -> Reading:
     except (TypeError, ValueError):
         pass
     raise MeterError(
-        f"line {number} of the energy log {path} is {line[:60]!r}, not [time_ns, power_w or null, energy_j or null]"
+        f"line {number} of the energy log {path} must be [time_ns, power_w or null, energy_j or null]; "
+        f"got {short(line, 60)}"
     )

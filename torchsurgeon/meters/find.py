@@ -1,4 +1,4 @@
-"""Which energy meter a machine has."""
+"""Finds the energy meter of a machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ if TYPE_CHECKING:
 
 
 def find_meter(device: str | torch.device = "cpu", sysfs: Path = Path("/sys")) -> EnergyMeter:
-    """The meter of ``device``: a Jetson's monitors first, then NVML for "cuda" and RAPL for "cpu".
+    """Return the best meter of a device: a Jetson's monitors first, then NVML for a GPU or RAPL for the CPU.
 
-    Never raises for want of a meter: a :class:`NullMeter` says in its ``faults`` why there is none. Raises
-    :class:`DeviceError` for a device that is neither.
+    Args:
+        device: ``"cpu"``, ``"cuda"``, or a GPU by its number.
+        sysfs: where sysfs is mounted.
+
+    Returns:
+        The meter; a :class:`NullMeter` where there is none, whose ``faults`` say why.
+
+    Raises:
+        DeviceError: the device is neither a CPU nor a CUDA device.
     """
     if not re.fullmatch(r"(cpu|cuda)(:[0-9]+)?", str(device)):
         raise DeviceError(f"a device with a meter must be 'cpu', 'cuda' or 'cuda:1'; got {short(str(device))}")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchsurgeon.errors import MeterError
+from torchsurgeon.errors import MeterError, short
 from torchsurgeon.meters.energy import EnergyMeter, Reading
 
 # Rails that all power passes through; the others are behind them and must not be added.
@@ -38,7 +38,14 @@ _NO_RAIL = ("", "NC", "sum of shunt voltages")
 
 @dataclass(frozen=True)
 class Rail:
-    """One channel of a monitor: the numbers in its files, multiplied with each other and with ``scale``, are watts."""
+    """One channel of a monitor: the product of the numbers in its files and of ``scale`` is its power in watts.
+
+    Attributes:
+        name: the rail's name, such as ``"VDD_IN"``.
+        chip: the monitor, ``"ina3221"`` or ``"ina238"``.
+        factors: the files.
+        scale: what turns the product of their numbers into watts.
+    """
 
     name: str
     chip: str
@@ -46,7 +53,11 @@ class Rail:
     scale: float
 
     def power_w(self) -> float:
-        """Return the watts now. Raises :class:`MeterError` where the driver does not give a number."""
+        """Return its power now, in watts.
+
+        Raises:
+            MeterError: the driver gives no number.
+        """
         power = self.scale
         for path in self.factors:
             power *= _number(path)
@@ -56,9 +67,14 @@ class Rail:
 class JetsonMeter(EnergyMeter):
     """Power of the whole board or module, or of the named rails.
 
-    Without ``rails`` it is the total rail where the board has one, and the sum of all rails where it has none. A rail
-    that cannot be read is left out of the sum, and so of ``scope``, and listed in ``faults``. Raises
-    :class:`MeterError` where there is no monitor, a named rail does not exist, or nothing can be read.
+    A rail that fails to be read is left out of the sum and of ``scope``, and listed in ``faults``.
+
+    Args:
+        rails: the rails to add up. By default it is the total rail, or all rails on a board that has no total rail.
+        sysfs: where sysfs is mounted.
+
+    Raises:
+        MeterError: there is no monitor, a named rail does not exist, or no rail can be read.
     """
 
     def __init__(self, rails: Sequence[str] | None = None, sysfs: Path = Path("/sys")) -> None:
@@ -72,7 +88,7 @@ class JetsonMeter(EnergyMeter):
         self.faults = tuple(faults)
         self.rails = _chosen(found, readable, rails)
         if not self.rails:
-            raise MeterError("no rail of this board can be read: " + "; ".join(map(str, faults)))
+            raise MeterError("every rail of this board failed to be read: " + "; ".join(map(str, faults)))
         chips = sorted({rail.chip for rail in self.rails})
         self.name = " + ".join(chips)
         self.period_s = max(_PERIOD_S[chip] for chip in chips)
@@ -85,7 +101,7 @@ class JetsonMeter(EnergyMeter):
 
 
 def find_rails(sysfs: Path = Path("/sys")) -> list[Rail]:
-    """Return every rail with a name, in the order of the bus."""
+    """Return every rail that has a name, in the order of the bus; ``sysfs`` is where sysfs is mounted."""
     drivers = sysfs / "bus" / "i2c" / "drivers"
     rails = []
     for label in sorted(drivers.glob("ina3221x/*/iio:device*/rail_name_*")):
@@ -122,7 +138,7 @@ def _chosen(found: Sequence[Rail], readable: Sequence[Rail], names: Sequence[str
     known = [rail.name for rail in found]
     for name in names:
         if name not in known:
-            raise MeterError(f"this board has no rail {name!r}; it has {', '.join(known)}")
+            raise MeterError(f"a rail must be one of {', '.join(known)}; got {short(name)}")
     return tuple(rail for rail in readable if rail.name in names)
 
 
@@ -137,6 +153,6 @@ def _number(path: Path) -> int:
     try:
         return int(path.read_text())
     except OSError as error:
-        raise MeterError(f"{path} cannot be read ({error.strerror}); check its permissions, or run as root") from error
+        raise MeterError(f"reading {path} failed: {error.strerror}; check its permissions, or run as root") from error
     except ValueError as error:
-        raise MeterError(f"{path} does not hold a number") from error
+        raise MeterError(f"{path} must hold a number, and does not") from error

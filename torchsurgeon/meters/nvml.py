@@ -35,11 +35,14 @@ def nvml_name(device: str | torch.device) -> int | str:
 
 
 class NvmlMeter(EnergyMeter):
-    """Total energy of one GPU since the driver was loaded, or its power where the GPU (before Volta) does not count.
+    """Total energy of one GPU since the driver was loaded, or the power of a GPU before Volta, which has no counter.
 
-    ``device`` is NVML's index, or a UUID ("GPU-…", ``torch.cuda.get_device_properties(0).uuid`` with that prefix) where
-    CUDA_VISIBLE_DEVICES renumbers devices. Raises :class:`MeterError` saying what is missing: the package, the driver
-    or the GPU.
+    Args:
+        device: the GPU's index in NVML, or its UUID with the prefix ``GPU-``, as :func:`nvml_name` returns it. The two
+            differ where CUDA_VISIBLE_DEVICES renumbers devices.
+
+    Raises:
+        MeterError: the package, the driver or the GPU is missing; the message says which.
     """
 
     name = "nvml"
@@ -68,16 +71,16 @@ class NvmlMeter(EnergyMeter):
         return Reading(time.perf_counter_ns(), power_w=power_w)
 
     def state(self) -> dict[str, Any]:
-        """Return clocks in MHz, enforced power limit in watts and reasons to throttle, those that this GPU tells."""
+        """Return clocks in MHz, power limit in watts and reasons for lowered clocks, as far as NVML knows them."""
         nvml = self._nvml
         found: dict[str, Any] = {
-            "gpu_clock_mhz": self._told(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
-            "gpu_memory_clock_mhz": self._told(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
+            "gpu_clock_mhz": self._answer(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+            "gpu_memory_clock_mhz": self._answer(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
         }
-        limit_mw = self._told(nvml.nvmlDeviceGetEnforcedPowerLimit)
+        limit_mw = self._answer(nvml.nvmlDeviceGetEnforcedPowerLimit)
         if limit_mw is not None:
             found["power_limit_w"] = limit_mw * 1e-3
-        reasons = self._told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+        reasons = self._answer(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
         if reasons is not None:
             throttles = {
                 nvml.nvmlClocksThrottleReasonSwPowerCap: "power cap",
@@ -100,7 +103,7 @@ class NvmlMeter(EnergyMeter):
         return self._nvml.nvmlDeviceGetHandleByIndex(device)
 
     def _can_count(self) -> bool:
-        with self._reported(f"{self.scope} does not tell its energy"):
+        with self._reported(f"{self.scope} does not report its energy"):
             try:
                 self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
                 return True
@@ -110,15 +113,15 @@ class NvmlMeter(EnergyMeter):
         return False
 
     def _energy_j(self) -> float:
-        with self._reported(f"{self.scope} does not tell its energy"):
+        with self._reported(f"{self.scope} does not report its energy"):
             return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) * 1e-3)
 
     def _power_w(self) -> float:
-        with self._reported(f"{self.scope} tells neither its energy nor its power"):
+        with self._reported(f"{self.scope} reports neither its energy nor its power"):
             return float(self._nvml.nvmlDeviceGetPowerUsage(self._handle) * 1e-3)
 
-    def _told(self, function: Callable[..., int], *arguments: Any) -> int | None:
-        """Return what NVML tells of this GPU, None where it does not."""
+    def _answer(self, function: Callable[..., int], *arguments: Any) -> int | None:
+        """Return what a function of NVML answers about this GPU; None where it is not supported."""
         try:
             return function(self._handle, *arguments)
         except self._nvml.NVMLError:

@@ -1,7 +1,7 @@
 """Running Average Power Limit counters of Intel and AMD processors, as Linux's powercap tree shows them.
 
-Each domain has ``energy_uj``, which wraps at ``max_energy_range_uj``. Packages and their DRAM are added; ``core`` and
-``uncore`` are parts of a package, and ``psys`` holds the packages, so they are not.
+Each domain has a counter ``energy_uj``, which wraps at ``max_energy_range_uj``. Packages and their DRAM are added up.
+``core`` and ``uncore`` are parts of a package, and ``psys`` contains the packages, so these are not added.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torchsurgeon.meters.energy import EnergyMeter, Reading
 
 @dataclass
 class _Domain:
+    """One counter, followed over its wraps."""
+
     name: str
     path: Path
     range_uj: int
@@ -29,7 +31,8 @@ class _Domain:
         if step_uj < 0:
             if self.range_uj <= 0:
                 raise MeterError(
-                    f"the energy counter of {self.name} fell by {-step_uj} µJ and does not say where it wraps"
+                    f"the energy counter of {self.name} fell by {-step_uj} µJ, and its max_energy_range_uj does not "
+                    "say where it wraps; read it again"
                 )
             step_uj += self.range_uj
         self.total_uj += step_uj
@@ -38,8 +41,14 @@ class _Domain:
 class RaplMeter(EnergyMeter):
     """Energy of all processor packages and their memory since the meter was made.
 
-    A counter may wrap once between two readings: at 300 W a common range of 262 kJ lasts a quarter of an hour. A domain
-    that cannot be read is left out and listed in ``faults``. Raises :class:`MeterError` where none can be read.
+    A counter may wrap at most once between two readings: at 300 W, a common range of 262 kJ lasts a quarter of an hour.
+    A domain that fails to be read is left out and listed in ``faults``.
+
+    Args:
+        sysfs: where sysfs is mounted.
+
+    Raises:
+        MeterError: no domain can be read; the message says why.
     """
 
     name = "rapl"
@@ -51,7 +60,7 @@ class RaplMeter(EnergyMeter):
         self.faults = tuple(faults)
         if not self._domains:
             reasons = "; ".join(map(str, faults)) or "this processor or virtual machine has none"
-            raise MeterError(f"no RAPL energy counter under {sysfs}/class/powercap can be read: {reasons}")
+            raise MeterError(f"no RAPL energy counter was found under {sysfs}/class/powercap: {reasons}")
         self.scope = " + ".join(domain.name for domain in self._domains)
 
     def read(self) -> Reading:
@@ -94,8 +103,8 @@ def _number(path: Path) -> int:
     try:
         return int(path.read_text())
     except PermissionError as error:
-        raise MeterError(f"{path} is for root only; run as root, or: sudo chmod a+r {path}") from error
+        raise MeterError(f"only root may read {path}; run as root, or: sudo chmod a+r {path}") from error
     except OSError as error:
-        raise MeterError(f"{path} cannot be read ({error.strerror})") from error
+        raise MeterError(f"reading {path} failed: {error.strerror}") from error
     except ValueError as error:
-        raise MeterError(f"{path} does not hold a number") from error
+        raise MeterError(f"{path} must hold a number, and does not") from error

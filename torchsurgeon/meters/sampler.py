@@ -13,7 +13,7 @@ _MAX_FAULTS = 100
 
 
 class EnergySampler:
-    """Reads ``meter`` every ``period_s`` seconds (the meter's own by default) from entering to leaving the context.
+    """Reads a meter periodically in a thread, from entering to leaving the context.
 
     ::
 
@@ -22,8 +22,15 @@ class EnergySampler:
             spans = [run() for _ in range(100)]          # (start_ns, end_ns) of time.perf_counter_ns
         cost = sampler.trace().estimate(spans, idle_w)
 
-    A reading that fails is skipped and its error kept in ``faults`` (the first 100), so that energy is unknown around
-    it. A :class:`NullMeter` is not read at all.
+    A reading that fails is skipped, so energy is unknown around it. A :class:`NullMeter` is not read at all.
+
+    Args:
+        meter: the meter.
+        period_s: seconds between two readings; the meter's own by default.
+
+    Attributes:
+        readings: what was read so far.
+        faults: the errors of the first 100 readings that failed.
     """
 
     def __init__(self, meter: EnergyMeter, period_s: float | None = None) -> None:
@@ -35,7 +42,7 @@ class EnergySampler:
         self._thread: threading.Thread | None = None
 
     def trace(self) -> EnergyTrace:
-        """What was read so far."""
+        """Return what was read so far, integrated over time."""
         return EnergyTrace(self.readings)
 
     def __enter__(self) -> EnergySampler:
@@ -66,7 +73,12 @@ class EnergySampler:
 
 
 def measure_idle(meter: EnergyMeter, duration_s: float = 1.0) -> float | None:
-    """Mean power in watts while this process only waits for ``duration_s``; None where nothing is metered."""
+    """Return the mean power in watts while this process only waits; None where nothing is metered.
+
+    Args:
+        meter: the meter.
+        duration_s: how long to wait.
+    """
     with EnergySampler(meter) as sampler:
         threading.Event().wait(duration_s)
     return sampler.trace().mean_power_w()

@@ -1,4 +1,4 @@
-"""Readings integrated over time, and what each of many short spans cost."""
+"""Readings of a meter integrated over time, and the energy of short spans of it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ _GAP_FACTOR = 10
 
 @dataclass(frozen=True)
 class EnergyEstimate:
-    """What one repetition of a span cost above idle.
+    """The energy of one repetition of a span, above idle.
 
-    ``interval_j`` holds the mean with 95 % confidence (Student's t over batches that are each at least two sampling
-    periods long, since neighbours closer than that share readings); None where there are fewer than two batches.
-    ``resolved`` is False for spans shorter than the sampling period: their energy is smeared over their neighbours, and
-    only the sum over both can be trusted. ``missing`` repetitions fell into gaps of the readings and are left out.
+    Attributes:
+        mean_j: the mean over the repetitions, in joules.
+        interval_j: the interval that holds the mean with 95 % confidence, by Student's t over batches of at least two
+            sampling periods each, since closer neighbours share readings; None for fewer than two batches.
+        repeats: how many repetitions were metered.
+        missing: how many fell into gaps of the readings and are left out.
+        resolved: False if the span is shorter than the sampling period. Its energy is then smeared over its neighbours,
+            and only their sum can be trusted.
     """
 
     mean_j: float
@@ -36,11 +40,17 @@ class EnergyEstimate:
 
 
 class EnergyTrace:
-    """Energy over time, integrated from readings of one meter.
+    """Energy over time, integrated from the readings of one meter.
 
-    Power is joined by straight lines, and a counter's growth is spread evenly between two readings. A reading whose
-    time or counter runs backwards ends the stretch before it and is listed in ``faults``; across such a break, and
-    across pauses in the readings, energy is unknown.
+    Between two readings, power is taken to change linearly, and a counter's growth to be even. Where time or counter
+    run backwards, and across pauses in the readings, energy is unknown.
+
+    Args:
+        readings: the readings, in the order they were made.
+
+    Attributes:
+        faults: where time or counter ran backwards.
+        period_s: the median time between two readings; NaN for fewer than two.
     """
 
     def __init__(self, readings: Iterable[Reading]) -> None:
@@ -59,7 +69,8 @@ class EnergyTrace:
             if start.energy_j is not None and end.energy_j is not None and end.energy_j < start.energy_j:
                 self.faults.append(
                     MeterError(
-                        f"the energy counter fell from {start.energy_j} J to {end.energy_j} J; the driver was reset"
+                        f"an energy counter must not fall, and went from {start.energy_j} J to {end.energy_j} J; its "
+                        "driver was probably reset, so the energy between these readings is unknown"
                     )
                 )
 
@@ -69,7 +80,7 @@ class EnergyTrace:
             if kept and reading.time_ns <= kept[-1].time_ns:
                 back_ns = kept[-1].time_ns - reading.time_ns
                 self.faults.append(
-                    MeterError(f"the clock jumped back by {back_ns} ns between two readings; one is left out")
+                    MeterError(f"the clock went back {back_ns} ns between two readings; the later one is left out")
                 )
             else:
                 kept.append(reading)
@@ -77,25 +88,32 @@ class EnergyTrace:
 
     @property
     def is_empty(self) -> bool:
-        """True where nothing was measured, and every energy is None."""
+        """Whether nothing was measured, so that every energy is None."""
         return len(self._times) < 2
 
     def energy_j(self, start_ns: int, end_ns: int) -> float | None:
-        """Joules between two times, None where any moment between them was not metered."""
+        """Return the joules between two times; None if any moment between them was not metered.
+
+        Args:
+            start_ns: the earlier time (``time.perf_counter_ns``).
+            end_ns: the later one.
+        """
         (energy_j,) = self._energies([(start_ns, end_ns)])
         return None if math.isnan(energy_j) else float(energy_j)
 
     def mean_power_w(self) -> float | None:
-        """Mean power over all that was metered, None where nothing was."""
+        """Return the mean power in watts over all the time that was metered; None if none was."""
         if self.is_empty:
             return None
         known_ns = np.diff(self._times)[np.diff(self._unknown) == 0].sum()
         return float(self._energy_j[-1] / (known_ns * 1e-9)) if known_ns else None
 
     def estimate(self, spans: Sequence[tuple[int, int]], idle_power_w: float = 0.0) -> EnergyEstimate | None:
-        """What one of ``spans``, repetitions (start_ns, end_ns) of the same work, cost above idle.
+        """Return the energy of one of many repetitions of the same work; None if none of them was metered.
 
-        None where nothing was metered during any of them.
+        Args:
+            spans: start and end of each repetition (``time.perf_counter_ns``).
+            idle_power_w: the machine's power while it is idle, which is subtracted.
         """
         energies = self._energies(spans)
         metered = ~np.isnan(energies)
