@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from virtual_time import Clock
 
 from torchsurgeon.adapting import (
     Decider,
@@ -53,14 +54,6 @@ def cost(row: Row, link: Link, load: float, slowdown: float) -> float:
 
 def costs(link: Link, load: float, slowdown: float) -> list[float]:
     return [cost(row, link, load, slowdown) for row in ROWS]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.s = 500.0
-
-    def __call__(self) -> float:
-        return self.s
 
 
 class World:

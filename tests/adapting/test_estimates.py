@@ -9,6 +9,7 @@ import statistics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from virtual_time import Clock
 
 from torchsurgeon.adapting import LinkEstimator, LoadEstimator, ProbePolicy, SlowdownEstimator
 from torchsurgeon.adapting.tracker import Tracker
@@ -17,14 +18,6 @@ from torchsurgeon.link import BandwidthTrace, Link
 
 PRIOR = Link("prior", 10e6, 10e6, 0.05)
 PACKET_BYTES = 1500
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.s = 1000.0
-
-    def __call__(self) -> float:
-        return self.s
 
 
 class Traffic:

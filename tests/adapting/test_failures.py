@@ -9,6 +9,7 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from virtual_time import Clock
 
 from torchsurgeon.adapting import (
     CircuitBreaker,
@@ -18,14 +19,6 @@ from torchsurgeon.adapting import (
     rescue,
 )
 from torchsurgeon.errors import AdaptError, DeadlineError
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.s = 50.0
-
-    def __call__(self) -> float:
-        return self.s
 
 
 def opened(clock: Clock, *, seed: int = 0, failures: int = 20) -> CircuitBreaker:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tcp import listening, reserved_port
 from torch import nn
 from tries import least_of
-from virtual_time import Clock, Transfer, VirtualLink
+from virtual_time import TimeModule, Transfer, VirtualLink
 
 import torchsurgeon.emulate.device
 from torchsurgeon.emulate import LinkEmulator, SlowDevice, parse_profile
@@ -392,7 +392,7 @@ def test_a_slow_device_gives_the_same_answer_later() -> None:
 
 
 def test_a_slow_device_stretches_measured_time_by_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
+    clock = TimeModule()
     monkeypatch.setattr(torchsurgeon.emulate.device, "time", clock)
     for took_s in (0.0001, 0.01, 1.0):
         start_s = clock.now_s

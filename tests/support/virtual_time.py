@@ -1,6 +1,7 @@
 """Time that passes only when a test says so, for what would otherwise judge the machine the tests run on.
 
-``Clock``        stands for the module ``time``: sleeping takes no time and moves the clock on.
+``Clock``        is a clock for what takes ``now_s``; a test sets its ``s``.
+``TimeModule``   stands for the module ``time``: sleeping takes no time and moves the clock on.
 ``VirtualLink``  is the link emulator with its real sockets in virtual time: ``connect``, ``carry`` and ``request`` move
                  bytes through it, and ``now_s`` says when they arrived.
 """
@@ -25,6 +26,16 @@ _PIECE = bytes(1 << 16)
 
 
 class Clock:
+    """Called, says how many seconds ``s`` are."""
+
+    def __init__(self) -> None:
+        self.s = 1000.0
+
+    def __call__(self) -> float:
+        return self.s
+
+
+class TimeModule:
     """Stands for the module ``time`` where it is patched in; each reading takes a tenth of a microsecond."""
 
     def __init__(self) -> None:
