@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from torchsurgeon.adapting import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
-from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError
+from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning import Battery, Objective, Row
 from torchsurgeon.profiling import LayerProfile
@@ -131,7 +131,7 @@ class SplitModule(nn.Module):
         super().__init__()
         if fallback not in ("local", "error"):
             raise PlanError(
-                f'fallback must be "local", for the device to answer, or "error", to raise; got {fallback!r}'
+                f'fallback must be "local", for the device to answer, or "error", to raise; got {short(fallback)}'
             )
         if compile and backend is not None:
             raise BackendError("compile= and backend= both say what runs the heads and tails; give only one of them")
@@ -181,7 +181,7 @@ class SplitModule(nn.Module):
             choice = None if wanted == "auto" else self.graph.point(wanted)
         if not self._engine.servers.peers and (choice is None or choice != self.graph.points[-1]):
             raise ServerUnavailableError(
-                f'partition {wanted!r} needs a server: give server="http://host:port", or partition="device"'
+                f'partition {short(wanted)} needs a server: give server="http://host:port", or partition="device"'
             )
         self._engine.fix(choice)
 

@@ -24,6 +24,7 @@ from torchsurgeon.errors import PredictionWarning, TorchSurgeonError, short
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
+    from torchsurgeon.planning import Objective
 
 
 def add_plan(commands: Commands) -> None:
@@ -183,7 +184,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], str | dict[str, float]]:
+def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], Objective]:
     """Return what a plan is made of and its objective, and warn where costs are guesses.
 
     Files and numbers are read before the model is loaded, so that a mistake in them is told at once.
@@ -191,11 +192,13 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], str | dict[st
     with loading():
         from torchsurgeon.codec import CodecTable
         from torchsurgeon.link import Link
+        from torchsurgeon.planning import Objective
         from torchsurgeon.prediction import costs_on, load_costs
 
-    objective: str | dict[str, float] = options.objective
+    weights: str | dict[str, float] = options.objective
     if "=" in options.objective:
-        objective = {name: _number(text) for name, text in pairs(options.objective.split(",")).items()}
+        weights = {name: _number(text) for name, text in pairs(options.objective.split(",")).items()}
+    objective = Objective.of(weights)
     link = Link.parse(options.link)
     if options.uplink is not None:
         link = dataclasses.replace(link, uplink_bit_s=options.uplink * 1e6)

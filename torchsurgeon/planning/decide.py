@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from torchsurgeon.codec import CodecTable
-from torchsurgeon.errors import InfeasibleError, PlanError
+from torchsurgeon.errors import InfeasibleError, PlanError, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.chain import ChainPlan, plan_chain
 from torchsurgeon.planning.frontier import Frontier, Terms
@@ -107,7 +107,9 @@ def plan(
         link = Link.parse(link)
     unknown = [name for name in constraints if name not in Constraints.__dataclass_fields__]
     if unknown:
-        raise PlanError(f"there is no constraint {unknown[0]!r}: use {', '.join(Constraints.__dataclass_fields__)}")
+        raise PlanError(
+            f"a constraint must be one of {', '.join(Constraints.__dataclass_fields__)}; got {short(unknown[0])}"
+        )
     limits, wanted = Constraints(**constraints), Objective.of(objective)
     costs = LayerCosts(graph, device, server)
     if limits.memory_bytes is not None and device.memory_bytes is None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
-from torchsurgeon.errors import PlanError
+from torchsurgeon.errors import PlanError, short
 from torchsurgeon.planning.rows import Row
 
 _UNITS = {"latency": "s", "energy": "J", "throughput": "s", "server_time": "s"}
@@ -58,7 +58,9 @@ class Objective:
         weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
         unknown = [name for name in weights if name not in _UNITS]
         if unknown:
-            raise PlanError(f"no objective {unknown[0]!r}: use {', '.join(_UNITS)}, or a weighted sum of them")
+            raise PlanError(
+                f"an objective must be {', '.join(_UNITS)} or a weighted sum of these; got {short(unknown[0])}"
+            )
         return Objective(**weights)
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.errors import BackendError
+from torchsurgeon.errors import BackendError, short
 from torchsurgeon.tracing.structure import flatten
 
 _DEFAULT = "inductor"
@@ -40,7 +40,9 @@ def compiler(wanted: str | bool) -> Callable[[nn.Module], Compiled]:
         ) from error
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
-        raise BackendError(f"compile must be True or a backend of torch.compile ({', '.join(known)}); got {wanted!r}")
+        raise BackendError(
+            f"compile must be True or a backend of torch.compile ({', '.join(known)}); got {short(wanted)}"
+        )
     return lambda module: Compiled(module, backend)
 
 
