@@ -1,40 +1,162 @@
-"""Tables of layers on terminals that have no room for all of them."""
+"""Tables that fit the terminal: where there is too little room, columns are left out and names are shortened."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import string
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-_ANY_WIDTH = 10_000
+# Marks what is chosen, before its name.
+CHOSEN = "★ "
+# With fewer characters, layers such as features.denseblock3.denselayer24.conv2 can no longer be told apart.
+_ENOUGH = 18
+_LEAST = 4
+# Only columns of this rank are left out although names could be shortened instead.
+BEFORE_NAMES = 1
 
 
-class Name:
-    """A cell of one line. Where there is no room its middle is left out: layers differ at their names' ends."""
+def shortened(name: str, most: int) -> str:
+    """Return a name in at most ``most`` characters, with "…" for what is missing.
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    A layer's name is a path such as ``features.denseblock3.denselayer24.conv2``. Its steps are shortened from the left,
+    and each keeps its first letter and its number, so that names of different layers stay different:
+    ``f….d…3.denselayer24.conv2``. Where that is not enough, steps without a number are left out.
+
+    Args:
+        name: The name, which may begin with :data:`CHOSEN`.
+        most: How many characters there is room for.
+    """
+    mark = CHOSEN if name.startswith(CHOSEN) else ""
+    steps = name[len(mark) :].split(".")
+    room = most - len(mark)
+    for i, step in enumerate(steps[:-1]):
+        over = len(".".join(steps)) - room
+        number = step[len(step.rstrip(string.digits)) :]
+        kept = max(len(step) - len(number) - 1 - over, 1)
+        if over > 0 and kept + 1 + len(number) < len(step):
+            steps[i] = f"{step[:kept]}…{number}"
+    if len(".".join(steps)) > room:
+        numbered = [step if step[-1:].isdigit() else "…" for step in steps[1:-1]]
+        steps[1:-1] = [step for i, step in enumerate(numbered) if step != "…" or numbered[i - 1 : i] != ["…"]]
+    text = mark + ".".join(steps)
+    if len(text) <= most:
+        return text
+    begin = max(most - 1, 0) // 5
+    return f"{text[:begin]}…{text[len(text) - (most - 1 - begin) :]}" if most > 1 else "…"[:most]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a :class:`FittingTable`, with one cell for each row.
+
+    Attributes:
+        header: What stands above the cells, with the unit where the cells do not name it.
+        cells: The cells' text. A cell may have several lines.
+        rank: When this column is left out: those of rank 1 before any name is shortened, then 2, 3 and so on, as long
+            as names have too little room. 0 is never left out.
+        instead: The column that takes this one's place when it is left out, such as the same figures without their
+            intervals.
+        left: Whether the cells are aligned to the left. Figures are aligned to the right.
+        is_name: Whether the cells are names, which :func:`shortened` shortens.
+        note: A sentence that stands below the table where the column is shown.
+    """
+
+    header: str
+    cells: Sequence[str]
+    rank: int = 0
+    instead: Column | None = None
+    left: bool = False
+    is_name: bool = False
+    note: str = ""
+
+    @property
+    def width(self) -> int:
+        """The characters that the widest line takes."""
+        lines = itertools.chain(self.header.splitlines(), *(cell.splitlines() for cell in self.cells))
+        return max(map(cell_len, lines), default=0)
+
+
+def names(header: str, cells: Sequence[str]) -> Column:
+    """Return a column of names, which is never left out."""
+    return Column(header, cells, left=True, is_name=True)
+
+
+class FittingTable:
+    """A table for any width of terminal, in which no cell is folded over several lines.
+
+    Columns are left out, those of least worth first, until the names have room, and then the names are shortened. Below
+    the table stand the caption, the notes of the columns that are shown, and the names of those left out.
+    """
+
+    def __init__(
+        self, title: str, columns: Sequence[Column], caption: str = "", *, bold: Sequence[int] = (), last: bool = False
+    ) -> None:
+        """Keep what is drawn when the width is known.
+
+        Args:
+            title: What stands above the table.
+            columns: The columns from left to right, all with as many cells.
+            caption: What stands below the table.
+            bold: The positions of rows that are drawn in bold.
+            last: Whether a line sets the last row apart, as for a sum.
+        """
+        self._title, self._columns, self._caption = title, tuple(columns), caption
+        self._bold, self._last = frozenset(bold), last
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(1, max(len(self._text), 1))
+        width = min(_width(self._columns), options.max_width)
+        return Measurement(width, width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        text, most = self._text, options.max_width
-        if len(text) > most:
-            end = 2 * most // 3
-            text = f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
-        yield Text(text, no_wrap=True, overflow="crop")
+        shown = _fitting(self._columns, options.max_width)
+        headers = {column.header for column in shown}
+        missing = [column.header for column in self._columns if column.header not in headers]
+        notes = [self._caption, *(column.note for column in shown)]
+        if missing:
+            notes.append(f"A wider terminal also shows: {', '.join(missing)}.")
+        caption = " ".join(filter(None, notes))
+        table = Table(title=escape(self._title), caption=escape(caption) or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        over = max(_width(shown) - options.max_width, 0)
+        cells = []
+        for column in shown:
+            table.add_column(escape(column.header), justify="left" if column.left else "right", no_wrap=True)
+            most = max(column.width - over, _LEAST) if column.is_name else column.width
+            # As Text, since a layer's name may look like Rich's markup.
+            cells.append([Text(shortened(cell, most) if column.is_name else cell) for cell in column.cells])
+        for i, row in enumerate(rows := list(zip(*cells, strict=True))):
+            if self._last and i == len(rows) - 1:
+                table.add_section()
+            table.add_row(*row, style="bold" if i in self._bold else None)
+        yield table
 
 
-class Fitting:
-    """The first of some tables that has room with nothing left out, or the last."""
+def _width(columns: Sequence[Column]) -> int:
+    """The characters that a table of these columns takes: one before each, one after, and one at the end."""
+    return sum(column.width + 2 for column in columns) + 1
 
-    def __init__(self, *tables: Table) -> None:
-        self._tables = tables
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        free = options.update_width(_ANY_WIDTH)
-        widths = (Measurement.get(console, free, table).maximum for table in self._tables)
-        fitting = (table for table, width in zip(self._tables, widths, strict=True) if width <= options.max_width)
-        yield next(fitting, self._tables[-1])
+def _fitting(columns: Sequence[Column], most: int) -> list[Column]:
+    """The columns that are shown in ``most`` characters."""
+    shown = list(columns)
+    while ranks := {column.rank for column in shown if column.rank}:
+        least = min(ranks)
+        over = _width(shown) - most
+        if over <= 0 or (least > BEFORE_NAMES and over <= _spare(shown)):
+            break
+        narrower = (column.instead if column.rank == least else column for column in shown)
+        shown = [column for column in narrower if column is not None]
+    return shown
+
+
+def _spare(columns: Sequence[Column]) -> int:
+    """The characters that names can give without becoming too short."""
+    return sum(max(column.width - _ENOUGH, 0) for column in columns if column.is_name)

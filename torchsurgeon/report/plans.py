@@ -1,70 +1,110 @@
-"""Plans and sweeps as tables."""
+"""Tables of plans and sweeps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
-from torchsurgeon.planning import Objective, Plan
+from torchsurgeon.planning import Constraints, Objective, Plan
 from torchsurgeon.planning.grid import Sweep
-from torchsurgeon.planning.plans import place
-from torchsurgeon.report.units import bytes_text, seconds_text
+from torchsurgeon.planning.rows import Row
+from torchsurgeon.report.narrow import CHOSEN, Column, FittingTable, names
+from torchsurgeon.report.units import bytes_text, joules_text, number_text, seconds_text
+
+# What an objective's value is called above a column.
+_VALUES = {"energy": "energy", "throughput": "time per answer", "server_time": "server time"}
 
 
-def plan_table(plan: Plan, most: int = 12) -> Table:
-    """Return the best rows of a plan's frontier under its objective, best first, without regard to limits on latency
-    and energy."""
+def plan_table(plan: Plan, most: int = 12) -> FittingTable:
+    """Return the best cuts by a plan's objective, best first, with a star at the plan's choice.
+
+    Limits on latency and energy do not remove a cut from the table, so the choice may not be the first.
+
+    Args:
+        plan: What was planned.
+        most: How many cuts are listed.
+    """
     frontier = plan.frontier
     costs = frontier.costs(plan.link, plan.load, plan.slowdown, plan.objective)
     best = [int(i) for i in np.argsort(costs, kind="stable")[:most]]
-    table = Table(
-        caption="Head and tail with encoding and decoding.",
-        title=f"{plan.frontier.model}: {len(frontier.rows)} ways can be the best; these are by {plan.objective}",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    rows = [frontier.rows[i] for i in best]
+    terms = [frontier.terms(row, plan.link, plan.load, plan.slowdown) for row in rows]
+    columns = [
+        names("cut after", [(CHOSEN if row == plan.row else "") + _cut(row) for row in rows]),
+        *_codecs(rows, rank=7),
+        Column("sent", ["–" if row.on_device else bytes_text(row.size_bytes) for row in rows], rank=6),
+        Column("head", [_seconds(t.head_s + t.encode_s) for t in terms], rank=5, note="Head includes encoding."),
+        Column("uplink", [_seconds(t.uplink_s) for t in terms], rank=4),
+        Column("tail", [_seconds(t.decode_s + t.tail_s) for t in terms], rank=3, note="Tail includes decoding."),
+        Column("downlink", [_seconds(t.downlink_s) for t in terms], rank=2),
+        Column("latency", [seconds_text(t.latency_s) for t in terms]),
+    ]
+    if plan.objective != Objective(latency=1.0):
+        unit = plan.objective.unit
+        values = [seconds_text(costs[i]) if unit == "s" else f"{costs[i]:.4g} {unit}".rstrip() for i in best]
+        columns.append(Column(_VALUES.get(str(plan.objective), "weighted sum"), values))
+    return FittingTable(
+        f"{frontier.model}: the best cuts by {plan.objective}",
+        columns,
+        f"The best of {len(frontier.rows)} combinations of cut and codec that can be the best at some link and load.",
+        bold=[i for i, row in enumerate(rows) if row == plan.row],
     )
-    unit = plan.objective.unit
-    table.add_column("way", overflow="fold", min_width=12)
-    more = [] if plan.objective == Objective(latency=1.0) else [str(plan.objective) if unit else "sum"]
-    for name in ("sent", "head", "uplink", "tail", "downlink", "latency", *more):
-        table.add_column(name, justify="right", no_wrap=True)
-    for i in best:
-        row = frontier.rows[i]
-        terms = frontier.terms(row, plan.link, plan.load, plan.slowdown)
-        parts = (terms.head_s + terms.encode_s, terms.uplink_s, terms.decode_s + terms.tail_s, terms.downlink_s)
-        value = seconds_text(costs[i]) if unit == "s" else f"{costs[i]:.4g} {unit}".rstrip()
-        table.add_row(
-            ("★ " if row == plan.row else "") + place(row),
-            "–" if row.on_device else bytes_text(row.size_bytes),
-            *(seconds_text(part) if part else "–" for part in parts),
-            seconds_text(terms.latency_s),
-            *([value] if more else []),
-            style="bold" if row == plan.row else None,
-        )
-    return table
 
 
-def sweep_table(sweep: Sweep) -> Table:
-    """Return the ways that are chosen anywhere in a sweep, with how often and the most that each gains."""
-    table = Table(
-        title=f"{sweep.model}: the least {sweep.objective} at {sweep.chosen.size} pairs of uplink rate and load",
-        caption="Gain: the better of all on the device and all on the server, over the choice.",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+def sweep_table(sweep: Sweep) -> FittingTable:
+    """Return the cuts that are the best anywhere in a sweep: how often, where, and the most that each gains."""
+    used = [int(i) for i in np.unique(sweep.chosen)]
+    rows = [sweep.rows[i] for i in used]
+    here = [sweep.chosen == i for i in used]
+    return FittingTable(
+        f"{sweep.model}: the best cuts by {sweep.objective}, at {sweep.chosen.size} pairs of uplink rate and load",
+        [
+            names("cut after", [_cut(row) for row in rows]),
+            *_codecs(rows, rank=4),
+            Column("pairs", [str(int(at.sum())) for at in here], rank=2, note="Pairs: how many these are."),
+            Column("uplink, Mbit/s", [_range(sweep.uplink_bit_s[at.any(axis=0)] / 1e6) for at in here]),
+            Column("load", [_range(sweep.loads[at.any(axis=1)]) for at in here], rank=5),
+            Column(
+                "largest gain",
+                [f"{sweep.gain[at].max():.2f}×" for at in here],
+                rank=3,
+                note="Gain: how many times better the cut is than the better of all on device and all on server.",
+            ),
+        ],
+        "Each line is a cut, and the range of rates and loads of the pairs at which it is the best.",
     )
-    table.add_column("way", overflow="fold")
-    for name in ("pairs", "uplink, Mbit/s", "load", "largest gain"):
-        table.add_column(name, justify="right", no_wrap=True)
-    gain = sweep.gain
-    for i in np.unique(sweep.chosen):
-        here = sweep.chosen == i
-        rates, loads = sweep.uplink_bit_s[here.any(axis=0)] / 1e6, sweep.loads[here.any(axis=1)]
-        table.add_row(
-            place(sweep.rows[i]),
-            str(int(here.sum())),
-            f"{rates.min():.3g} … {rates.max():.3g}",
-            f"{loads.min():.3g} … {loads.max():.3g}",
-            f"{gain[here].max():.2f}×",
-        )
-    return table
+
+
+def constraint_texts(constraints: Constraints) -> list[str]:
+    """Return what a plan has to keep to, each constraint in words; nothing where there is none."""
+    texts = {
+        "latency_s": f"latency at most {seconds_text(constraints.latency_s or 0.0)}",
+        "energy_j": f"energy of the device at most {joules_text(constraints.energy_j or 0.0)}",
+        "memory_bytes": f"memory of the head at most {bytes_text(constraints.memory_bytes or 0)}",
+        "min_layers": f"at least {constraints.min_layers} layers on the device",
+        "raw_input": "no input of the model leaves the device",
+        "server_allowed": "nothing leaves the device",
+    }
+    return [texts[name] for name in constraints.given()]
+
+
+def _cut(row: Row) -> str:
+    if row.on_device:
+        return "all on device"
+    return "all on server" if row.index == 0 else row.name
+
+
+def _codecs(rows: Sequence[Row], rank: int) -> list[Column]:
+    """A column of codecs, where any row uses one."""
+    if all(row.on_device or row.codec == "raw" for row in rows):
+        return []
+    return [Column("codec", ["–" if row.on_device else row.codec for row in rows], rank=rank, left=True)]
+
+
+def _seconds(seconds: float) -> str:
+    return seconds_text(seconds) if seconds else "–"
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{number_text(values.min())} … {number_text(values.max())}"

@@ -6,106 +6,99 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from torchsurgeon.prediction import Predictor
 from torchsurgeon.prediction.operations import layer_kinds
 from torchsurgeon.profiling import LayerProfile
-from torchsurgeon.report.narrow import Fitting, Name
+from torchsurgeon.report.narrow import BEFORE_NAMES, Column, FittingTable, names
 from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_figure, plain, save_figure
-from torchsurgeon.report.units import joules_text, seconds_text
+from torchsurgeon.report.tables import energy_column
+from torchsurgeon.report.units import seconds_text
 from torchsurgeon.tracing.graph import LayerGraph
 
 _LOOKS = tuple((color, marker) for marker in "osD" for color in (BLUE, ORANGE, GREEN, RED, PINK, SKY))
 
 
-def calibration_table(predictor: Predictor) -> Table:
-    """Return how well each kind's model predicts layers of networks that it was not fitted to."""
+def calibration_table(predictor: Predictor) -> FittingTable:
+    """Return how well each kind of layer is predicted, judged by layers of networks that were held out."""
     device = predictor.provenance.get("device", "an unnamed device")
     roofline = predictor.roofline
-    table = Table(
-        title=f"{device}: what each prediction model is worth",
-        caption=(
-            f"Errors on layers (of networks) held out. The device reaches {roofline.peak_flop_s / 1e9:.3g} Gflop/s "
-            f"(multiply and add are two) and {roofline.bandwidth_byte_s / 1e9:.3g} GB/s; a call takes "
-            f"{seconds_text(roofline.overhead_s)}. Layers of other kinds are bounded by these."
-        ),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    fitted = dict(sorted(predictor.fitted.items()))
+    columns = [
+        Column("kind", list(fitted), left=True),
+        Column("samples", [str(known.held_out.samples) for known in fitted.values()], rank=3),
+        Column("form", [known.form for known in fitted.values()], rank=2, left=True),
+        Column("median error", [f"{known.held_out.median:.1%}" for known in fitted.values()]),
+        Column("within 10 %", [f"{known.held_out.within_10:.1%}" for known in fitted.values()], rank=4),
+        Column("within 20 %", [f"{known.held_out.within_20:.1%}" for known in fitted.values()], rank=5),
+    ]
+    energies = [known.energy_held_out for known in fitted.values()]
+    if any(energies):
+        medians = ["" if energy is None else f"{energy.median:.1%}" for energy in energies]
+        columns.append(Column("energy, median error", medians, rank=1))
+    return FittingTable(
+        f"{device}: how well each kind of layer is predicted",
+        columns,
+        "Errors are those on layers of networks that were held out when the models were fitted. The device reaches "
+        f"{roofline.peak_flop_s / 1e9:.3g} GFLOP/s (multiply and add count as two) and "
+        f"{roofline.bandwidth_byte_s / 1e9:.3g} GB/s; a call takes {seconds_text(roofline.overhead_s)}. Layers of "
+        "other kinds are bounded by these three figures.",
     )
-    metered = any(known.energy_held_out for known in predictor.fitted.values())
-    for name in ("kind", "samples", "form", "median error", "within 10 %", "within 20 %"):
-        table.add_column(name, justify="left" if name in ("kind", "form") else "right", no_wrap=True)
-    if metered:
-        table.add_column("energy, median error", justify="right", no_wrap=True)
-    for kind, known in sorted(predictor.fitted.items()):
-        errors, energy = known.held_out, known.energy_held_out
-        shares = (f"{share:.1%}" for share in (errors.median, errors.within_10, errors.within_20))
-        more = ["" if energy is None else f"{energy.median:.1%}"] if metered else []
-        table.add_row(kind, str(errors.samples), known.form, *shares, *more)
-    return table
 
 
 def prediction_table(
     graph: LayerGraph, predictor: Predictor, predicted: LayerProfile, measured: LayerProfile | None = None
-) -> Fitting:
-    """Return the predicted time of each layer with its 90 % interval, its joules where known, and beside them what was
-    measured where that is given. Narrow terminals show no types and no intervals of joules."""
-    given = graph, predictor, predicted, measured
-    return Fitting(_predictions(*given, brief=False), _predictions(*given, brief=True))
+) -> FittingTable:
+    """Return the predicted time of each layer with its 90 % interval, its energy where known, and its measured time.
 
-
-def _predictions(
-    graph: LayerGraph, predictor: Predictor, predicted: LayerProfile, measured: LayerProfile | None, *, brief: bool
-) -> Table:
-    device, interval_s = predicted.provenance.get("device", "an unnamed device"), predicted.interval_s
-    table = Table(
-        title=f"{predicted.model} on {device}: {_whole(predicted)}",
-        caption=_caption(predictor),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("layer")
-    if not brief:
-        table.add_column("type", no_wrap=True)
-    table.add_column("at least" if interval_s is None else "predicted", justify="right", no_wrap=True)
+    Args:
+        graph: The model's layers.
+        predictor: The device that ``predicted`` is for.
+        predicted: The prediction.
+        measured: A profile of the same model to compare with.
+    """
+    layers, interval_s, energy = graph.layers, predicted.interval_s, predicted.energy
+    columns = [
+        Column("#", [*(str(layer.index + 1) for layer in layers), ""], rank=7),
+        names("layer", [*(layer.name for layer in layers), "whole model"]),
+        Column("type", [*(layer.type for layer in layers), ""], rank=BEFORE_NAMES, left=True),
+        Column(
+            "at least" if interval_s is None else "predicted",
+            [*map(seconds_text, predicted.layer_s), seconds_text(predicted.total_s)],
+        ),
+    ]
     if interval_s is not None:
-        table.add_column("90 %", justify="right", no_wrap=True)
-    if predicted.energy is not None:
-        table.add_column("energy", justify="right", no_wrap=True)
+        note = "90 %: the interval in which 90 % of such layers lay when the device was calibrated."
+        intervals = [*map(_interval, interval_s), _interval(predicted.whole_interval_s)]
+        columns.append(Column("90 %", intervals, rank=3, note=note))
+    if energy is not None:
+        mean_j, *ends_j = energy.whole_j
+        means_j, intervals_j = [*energy.layer_j.tolist(), mean_j], [*energy.interval_j.tolist(), ends_j]
+        # Beside a measurement it is the times that are compared, so energy is the first of the figures to go.
+        columns.append(energy_column(means_j, intervals_j, percent=90, rank=4 if measured is None else 2))
     if measured is not None:
-        for name in ("measured", "error"):
-            table.add_column(name, justify="right", no_wrap=True)
+        pairs = [*zip(predicted.layer_s, measured.layer_s, strict=True), (predicted.total_s, measured.total_s)]
+        columns.append(Column("measured", [seconds_text(truth_s) for _, truth_s in pairs], rank=6))
+        columns.append(
+            Column("error", [f"{guess_s / truth_s - 1:+.0%}" if truth_s else "" for guess_s, truth_s in pairs])
+        )
     bounded = predictor.bounded(graph)
     if interval_s is not None and any(bounded):
-        table.add_column("model", no_wrap=True)
-    for layer, seconds, by_roofline in zip(graph.layers, predicted.layer_s, bounded, strict=True):
-        types = [] if brief else [layer.type]
-        cells: list[str | Name] = [str(layer.index + 1), Name(layer.name), *types, seconds_text(seconds)]
-        if interval_s is not None:
-            low_s, high_s = interval_s[layer.index]
-            cells.append(f"{seconds_text(low_s)} … {seconds_text(high_s)}")
-        if predicted.energy is not None:
-            interval_j = [] if brief else predicted.energy.interval_j[layer.index].tolist()
-            cells.append(joules_text(float(predicted.energy.layer_j[layer.index]), *interval_j))
-        if measured is not None:
-            truth_s = float(measured.layer_s[layer.index])
-            cells += [seconds_text(truth_s), f"{seconds / truth_s - 1:+.0%}" if truth_s else ""]
-        if interval_s is not None and by_roofline:
-            cells.append("roofline")
-        table.add_row(*cells)
-    last = ["", "whole model", *[""] * (not brief), seconds_text(predicted.total_s)]
-    if predicted.whole_interval_s is not None:
-        last.append(" … ".join(map(seconds_text, predicted.whole_interval_s)))
-    if predicted.energy is not None:
-        last.append(joules_text(*predicted.energy.whole_j[: 1 if brief else 3]))
-    if measured is not None:
-        last += [seconds_text(measured.total_s), f"{predicted.total_s / measured.total_s - 1:+.0%}"]
-    table.add_section()
-    table.add_row(*last, style="bold")
-    return table
+        note = "Layers marked roofline are of kinds without a model: a lower bound, which may be off by a factor."
+        marks = [*("roofline" if one else "" for one in bounded), ""]
+        columns.append(Column("model", marks, rank=5, left=True, note=note))
+    device = predicted.provenance.get("device", "an unnamed device")
+    return FittingTable(
+        f"{predicted.model} on {device}: {_whole(predicted)}",
+        columns,
+        _caption(predictor),
+        bold=[len(layers)],
+        last=True,
+    )
+
+
+def _interval(ends_s: Sequence[float] | None) -> str:
+    return "" if ends_s is None else " … ".join(map(seconds_text, ends_s))
 
 
 def _whole(predicted: LayerProfile) -> str:
@@ -118,23 +111,30 @@ def _whole(predicted: LayerProfile) -> str:
 def _caption(predictor: Predictor) -> str:
     if predictor.is_bound:
         return (
-            "ALL OF THIS IS A BOUND: the device was never measured. Peak arithmetic and memory rates are from data "
-            "sheets (docs/prediction.md names them); real times are longer."
+            "ALL OF THIS IS A LOWER BOUND: the device was never measured. It follows from peak arithmetic and memory "
+            "rates in data sheets (docs/prediction.md names them); real times are longer."
         )
-    whole = (
-        "The whole model is corrected for what a sum of layers misses."
-        if predictor.block.is_fitted
-        else "The whole model and its interval are sums of the layers': too few networks were timed to correct them."
-    )
+    if predictor.block.is_fitted:
+        return "Nothing was run. The whole model's time is corrected for what a sum of its layers' times misses."
     return (
-        f"Nothing was run. 90 % of layers lie in their interval, as those held out at calibration did. {whole} "
-        "Layers marked roofline have no model and may be off by a factor."
+        "Nothing was run. The whole model's time and its interval are sums of the layers', since too few networks were "
+        "timed at calibration to correct them."
     )
 
 
 def prediction_picture(graph: LayerGraph, predicted: LayerProfile, measured: LayerProfile, path: str | Path) -> None:
-    """Draw each layer's predicted time over its measured one, and the whole model's, into a PNG (or whatever format
-    ``path`` ends in). Raises :class:`~torchsurgeon.cli.TorchSurgeonError` when matplotlib is not installed."""
+    """Draw each layer's predicted time over its measured one, and the whole model's.
+
+    Args:
+        graph: The model's layers.
+        predicted: The prediction.
+        measured: A profile of the same model.
+        path: The picture's file. Its ending says in which format it is drawn.
+
+    Raises:
+        ProfileError: If a profile is of another model.
+        TorchSurgeonError: If matplotlib is not installed, or the picture's format is unknown.
+    """
     for profile in (predicted, measured):
         profile.check(graph)
     figure = new_figure(8.6, 6.4)
@@ -167,6 +167,6 @@ def prediction_picture(graph: LayerGraph, predicted: LayerProfile, measured: Lay
 
 
 def _by_time(kinds: Sequence[str], seconds: np.ndarray) -> list[str]:
-    """Kinds, those that take most time first."""
+    """The kinds of layers, those that take most time in all first."""
     total = {kind: sum(s for k, s in zip(kinds, seconds, strict=True) if k == kind) for kind in set(kinds)}
     return sorted(total, key=lambda kind: -total[kind])

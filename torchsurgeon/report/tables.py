@@ -1,199 +1,238 @@
-"""Tables for the terminal: graphs, codecs, diagnoses, profiles, estimates. Computes nothing."""
+"""Tables of graphs, profiles and codecs, and what ``torchsurgeon doctor`` says. Computes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from torchsurgeon.codec import CodecTable
+from torchsurgeon.codec.table import CodecRow
 from torchsurgeon.cutting.doctor import Diagnosis
 from torchsurgeon.profiling import LayerProfile
-from torchsurgeon.report.narrow import Fitting, Name
+from torchsurgeon.report.narrow import BEFORE_NAMES, Column, FittingTable, names, shortened
 from torchsurgeon.report.units import bytes_text, flops_text, joules_text, seconds_text
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 
-
-def graph_table(graph: LayerGraph) -> Fitting:
-    """Return the layers of a graph, and what crosses when it is cut after each. Narrow terminals show no types."""
-    return Fitting(_layers(graph, brief=False), _layers(graph, brief=True))
+# Names within sentences are shortened to this many characters.
+_NAME = 40
 
 
-def _layers(graph: LayerGraph, *, brief: bool) -> Table:
-    table = Table(
-        title=f"{type(graph.model).__name__}: {len(graph.layers)} layers, {len(graph.points)} partition points",
-        caption=(
-            "FLOP counts multiply and add as two, as PyTorch's flop counter does. Tensors are float32 unless named; N "
-            f"is the batch size, and bytes are for N={graph.batch}. Crosses: what is sent when this is the last layer "
-            "on the device, and in how many tensors if not one."
-        ),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("layer")
-    for column in ("output",) if brief else ("type", "output"):
-        table.add_column(column, no_wrap=True)
-    for column in ("FLOP", "weights", "crosses"):
-        table.add_column(column, justify="right", no_wrap=True)
+def graph_table(graph: LayerGraph) -> FittingTable:
+    """Return the layers of a graph, and what is sent when the model is cut after each of them."""
+    layers = graph.layers
     points = {point.index: point for point in graph.points}
-    table.add_row("0", Name("all on server"), *[""] * (3 if brief else 4), _crossing(points[0]))
-    for layer in graph.layers:
-        index = layer.index + 1
-        last = index == len(graph.layers)
-        table.add_row(
-            str(index),
-            Name(layer.name),
-            *([] if brief else [layer.type]),
-            "\n".join(_shape(spec) for spec in layer.outputs),
-            flops_text(layer.flops).removesuffix("FLOP") if layer.flops else "",
-            bytes_text(layer.parameter_bytes) if layer.parameter_bytes else "",
-            "nothing" if last else _crossing(points[index]) if index in points else "no cut",
-        )
-    return table
+
+    def crossing(index: int) -> str:
+        if index == len(layers):
+            return "nothing"
+        return _crossing(points[index]) if index in points else "no cut"
+
+    return FittingTable(
+        f"{type(graph.model).__name__}: {len(layers)} layers, {len(graph.points)} partition points",
+        [
+            Column("#", [str(index) for index in range(len(layers) + 1)], rank=5),
+            names("layer", ["all on server", *(layer.name for layer in layers)]),
+            Column("type", ["", *(layer.type for layer in layers)], rank=BEFORE_NAMES, left=True),
+            Column(
+                "output",
+                ["", *("\n".join(map(_shape, layer.outputs)) for layer in layers)],
+                rank=4,
+                left=True,
+                note="Output: the shape, N being the batch size; float32 unless another type is named.",
+            ),
+            Column(
+                "FLOP",
+                ["", *(flops_text(layer.flops).removesuffix("FLOP") if layer.flops else "" for layer in layers)],
+                rank=3,
+                note="FLOP: a multiply and an add count as two, as in PyTorch's flop counter.",
+            ),
+            Column(
+                "weights",
+                ["", *(bytes_text(layer.parameter_bytes) if layer.parameter_bytes else "" for layer in layers)],
+                rank=2,
+            ),
+            Column("crosses", [crossing(index) for index in range(len(layers) + 1)]),
+        ],
+        f"Crosses: what is sent when this is the last layer on the device, and in how many tensors if more than one; "
+        f"bytes are for a batch of {graph.batch}.",
+    )
 
 
-def codec_table(measured: CodecTable) -> Table:
+def codec_table(measured: CodecTable) -> FittingTable:
     """Return what each codec costs and changes at the points where it was measured."""
-    budget = measured.budget or "none given, so nothing that loses something is used (--min-cosine, …)"
-    table = Table(
-        title=f"{measured.model}: codecs of what crosses, on {measured.samples} samples",
-        caption=(
-            f"Sizes for a batch of {measured.batch}, against the plain tensors. Error: root mean square of what the "
-            f"tail gets. Budget: {budget}."
-        ),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    rows = measured.rows
+    first = [i == 0 or rows[i - 1].point != row.point for i, row in enumerate(rows)]
+    changes: list[tuple[str, Callable[[CodecRow], float | None], str]] = [
+        ("top-1 changed", lambda row: row.top1_change, "{:.1%}"),
+        ("cosine", lambda row: row.output_cosine, "{:.5f}"),
+        ("accepted", lambda row: row.accepted, "{:.0%}"),
+    ]
+    budget = measured.budget or "none was given, so no lossy codec is used (give --min-cosine or --max-top1-change)"
+    return FittingTable(
+        f"{measured.model}: what codecs save and change, on {_count(measured.samples, 'sample')}",
+        [
+            Column("#", [str(row.point) if new else "" for row, new in zip(rows, first, strict=True)], rank=5),
+            names("cut after", [row.name if new else "" for row, new in zip(rows, first, strict=True)]),
+            Column("codec", [row.cost.codec for row in rows], left=True),
+            Column(
+                "crosses",
+                [bytes_text(round(row.cost.size_bytes)) for row in rows],
+                rank=8,
+                note=f"Crosses: bytes sent for a batch of {measured.batch}.",
+            ),
+            Column(
+                "ratio",
+                [f"{row.ratio:.2f}" for row in rows],
+                rank=6,
+                note="Ratio: how many times smaller than without a codec.",
+            ),
+            Column("encode", [seconds_text(row.cost.encode_s) for row in rows], rank=4),
+            Column("decode", [seconds_text(row.cost.decode_s) for row in rows], rank=3),
+            Column(
+                "error",
+                ["" if row.boundary is None else f"{row.boundary.rmse:.2g}" for row in rows],
+                rank=2,
+                note="Error: root mean square of the difference between what the tail receives and the head sent.",
+            ),
+            *(
+                Column(header, ["" if value(row) is None else text.format(value(row)) for row in rows], rank=7)
+                for header, value, text in changes
+                if any(value(row) is not None for row in rows)
+            ),
+            Column(
+                "use",
+                ["lossless" if row.cost.lossless else "yes" if row.cost.within_budget else "no" for row in rows],
+            ),
+        ],
+        f"Use: whether a plan may use the codec, by the accuracy budget: {budget}.",
     )
-    table.add_column("point", overflow="fold")
-    table.add_column("codec", no_wrap=True)
-    for column in ("crosses", "ratio", "encode", "decode", "error", "answers", "use"):
-        table.add_column(column, justify="right", no_wrap=column != "answers")
-    last = None
-    for row in measured.rows:
-        cost = row.cost
-        changes = {"{:.1%} changed": row.top1_change, "cosine {:.5f}": row.output_cosine, "{:.0%} fine": row.accepted}
-        table.add_row(
-            f"{row.point} {row.name}" if row.point != last else "",
-            cost.codec,
-            bytes_text(round(cost.size_bytes)),
-            f"{row.ratio:.2f}",
-            seconds_text(cost.encode_s),
-            seconds_text(cost.decode_s),
-            "" if row.boundary is None else f"{row.boundary.rmse:.2g}",
-            ", ".join(text.format(value) for text, value in changes.items() if value is not None),
-            "lossless" if cost.lossless else "yes" if cost.within_budget else "no",
-        )
-        last = row.point
-    return table
 
 
-def profile_table(graph: LayerGraph, profile: LayerProfile) -> Fitting:
-    """Return the measured time of each layer with quartiles and share, and its memory and joules where known. Narrow
-    terminals show no types and no intervals of joules."""
+def profile_table(graph: LayerGraph, profile: LayerProfile) -> FittingTable:
+    """Return the measured time of each layer with its quartiles and its share, and its memory and energy where known.
+
+    Raises:
+        ProfileError: If the profile is of another model.
+    """
     profile.check(graph)
-    return Fitting(_measured(graph, profile, brief=False), _measured(graph, profile, brief=True))
-
-
-def _measured(graph: LayerGraph, profile: LayerProfile, *, brief: bool) -> Table:
+    layers, medians_s, energy = graph.layers, profile.layer_s, profile.energy
+    low_s, high_s = profile.quartiles_s()
     device = profile.provenance.get("device", "an unnamed device")
-    table = Table(
-        title=f"{profile.model} on {device}: {seconds_text(profile.total_s)}",
-        caption=(
-            f"Medians of {len(profile.whole_s)} runs. Layers sum to {profile.sum_to_whole:.3f} of the whole model's "
-            "time, which is measured by itself; shares are of the layers' sum."
-            + (" Joules are above idle" + ("." if brief else ", with their 95 % interval.") if profile.energy else "")
+    columns = [
+        Column("#", [str(layer.index + 1) for layer in layers], rank=6),
+        names("layer", [layer.name for layer in layers]),
+        Column("type", [layer.type for layer in layers], rank=BEFORE_NAMES, left=True),
+        Column("median", [seconds_text(s) for s in medians_s]),
+        Column("quartiles", [_interval(ends) for ends in zip(low_s, high_s, strict=True)], rank=2),
+        Column(
+            "share",
+            [f"{share:.1%}" for share in medians_s / medians_s.sum()],
+            rank=5,
+            note="Shares are of the layers' sum.",
         ),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("layer")
-    if not brief:
-        table.add_column("type", no_wrap=True)
-    for name in ("median", "quartiles", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
+    ]
     if profile.memory_bytes is not None:
-        table.add_column("memory", justify="right", no_wrap=True)
-    if profile.energy is not None:
-        table.add_column("energy", justify="right", no_wrap=True)
-    low, high = profile.quartiles_s()
-    total_s = profile.layer_s.sum()
-    for layer, median_s, low_s, high_s in zip(graph.layers, profile.layer_s, low, high, strict=True):
-        cells: list[str | Name] = [
-            str(layer.index + 1),
-            Name(layer.name),
-            *([] if brief else [layer.type]),
-            seconds_text(median_s),
-            f"{seconds_text(low_s)} … {seconds_text(high_s)}",
-            f"{median_s / total_s:.1%}",
-        ]
-        if profile.memory_bytes is not None:
-            cells.append(bytes_text(float(profile.memory_bytes[layer.index])))
-        if profile.energy is not None:
-            interval_j = [] if brief else profile.energy.interval_j[layer.index].tolist()
-            cells.append(joules_text(float(profile.energy.layer_j[layer.index]), *interval_j))
-        table.add_row(*cells)
-    return table
+        columns.append(Column("memory", [bytes_text(float(size)) for size in profile.memory_bytes], rank=3))
+    if energy is not None:
+        columns.append(energy_column(energy.layer_j.tolist(), energy.interval_j.tolist(), percent=95, rank=4))
+    caption = (
+        f"Medians of {_count(len(profile.whole_s), 'run')}. The whole model was timed by itself: its layers add up to "
+        f"{profile.sum_to_whole:.3f} of its time."
+    )
+    return FittingTable(f"{profile.model} on {device}: {seconds_text(profile.total_s)}", columns, caption)
+
+
+def energy_column(
+    means_j: Sequence[float], intervals_j: Sequence[Sequence[float]], *, percent: int, rank: int
+) -> Column:
+    """Return a column of energies above idle, whose intervals are left out before any name is shortened.
+
+    Args:
+        means_j: The energies in joules, one for each row.
+        intervals_j: The low and high end of each, in joules.
+        percent: How sure the intervals are.
+        rank: When the energies themselves are left out, as in :class:`~torchsurgeon.report.narrow.Column`.
+    """
+    brief = Column("energy", [joules_text(mean) for mean in means_j], rank=rank, note="Energy is that above idle.")
+    note = f"Energy is that above idle, with its {percent} % interval."
+    full = [joules_text(mean, *interval) for mean, interval in zip(means_j, intervals_j, strict=True)]
+    return Column("energy", full, rank=BEFORE_NAMES, instead=brief, note=note)
 
 
 def diagnosis_text(diagnosis: Diagnosis) -> Group:
     """Return what :func:`torchsurgeon.cutting.doctor.examine` found, for people."""
     graph = diagnosis.graph
+    flops = sum(layer.flops for layer in graph.layers)
+    blocks = FittingTable(
+        "Partition points by block",
+        [
+            names("block", list(diagnosis.points_per_block)),
+            Column("points", [str(count) for count in diagnosis.points_per_block.values()]),
+        ],
+    )
+    if not diagnosis.worthwhile:
+        return Group(_facts(diagnosis, flops), blocks, "No cut sends less than the model's input.")
+    done = np.cumsum([0] + [layer.flops for layer in graph.layers])
+    cuts = FittingTable(
+        f"Cuts that can pay: each sends less than the input ({bytes_text(graph.points[0].size_bytes)}) and than every "
+        "cut before it",
+        [
+            Column("#", [str(point.index) for point in diagnosis.worthwhile], rank=3),
+            names("cut after", [point.name for point in diagnosis.worthwhile]),
+            Column("crosses", [bytes_text(point.size_bytes) for point in diagnosis.worthwhile]),
+            Column(
+                "compute before",
+                [f"{done[point.index] / flops:.0%}" if flops else "" for point in diagnosis.worthwhile],
+                rank=2,
+            ),
+        ],
+        f"{diagnosis.too_big} of {_count(max(len(graph.points) - 2, 0), 'point')} would send more than the input.",
+    )
+    return Group(_facts(diagnosis, flops), blocks, cuts)
+
+
+def _facts(diagnosis: Diagnosis, flops: int) -> Table:
+    """How a model was traced and what is peculiar to it, a fact a line."""
+    graph = diagnosis.graph
     how = {
         "fx": "torch.fx",
-        "export": "torch.export (its Python could not be followed by torch.fx); layers are ATen operators",
-        "hierarchical": "torch.fx, around modules that it cannot follow",
+        "export": "torch.export, since torch.fx cannot follow this model's Python; layers are ATen operators",
+        "hierarchical": "torch.fx; the modules that it cannot follow are kept whole",
     }[graph.traced_by]
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("traced by", how)
-    facts.add_row("in", seconds_text(diagnosis.trace_s))
-    facts.add_row("layers", f"{len(graph.layers)}, {len(graph.points)} partition points")
-    flops = sum(layer.flops for layer in graph.layers)
     weights = sum(p.numel() * p.element_size() for p in graph.model.parameters())
-    facts.add_row("compute", f"{flops_text(flops)} (multiply and add count as two), {bytes_text(weights)} of weights")
+    facts = Table.grid(padding=(0, 2))
+
+    def add(name: str, text: str) -> None:
+        facts.add_row(name, Text(text))
+
+    add("traced by", how)
+    add("traced in", seconds_text(diagnosis.trace_s))
+    add("layers", f"{len(graph.layers)}, {len(graph.points)} partition points")
+    add("compute", f"{flops_text(flops)} (multiply and add count as two), {bytes_text(weights)} of weights")
     uncounted = [layer.name for layer in graph.layers if layer.uncounted]
     if uncounted:
-        facts.add_row("not counted", f"operators inside {_listed(uncounted)}")
+        add("not counted", f"operators inside {_listed(uncounted)}")
     for path, why in graph.opaque.items():
-        facts.add_row("kept whole", f"{path}: {why}")
+        add("kept whole", f"{shortened(path, _NAME)}: {why}")
     if not graph.opaque:
-        facts.add_row("kept whole", "nothing")
+        add("kept whole", "no module")
     for spec, free in zip(graph.inputs, diagnosis.free_sizes.values(), strict=True):
         sizes = "×".join(f"{n}{' (free)' if ok else ''}" for n, ok in zip(spec.shape, free, strict=True))
-        facts.add_row("input", f"{spec.name} {str(spec.dtype).removeprefix('torch.')}[{sizes}]")
+        add("input", f"{spec.name} {str(spec.dtype).removeprefix('torch.')}[{sizes}]")
     if graph.value_dependent:
-        facts.add_row("sizes", "depend on values, so which input sizes are free is not known")
-    facts.add_row("batch", "free" if graph.batch_free else "fixed at the example's")
-    again = "the same bits twice" if diagnosis.repeatable else "DIFFERENT from run to run: no cut can give the same"
-    facts.add_row("answers", again)
+        add("sizes", "depend on the inputs' values, so it is not known which input sizes are free")
+    add("batch", "any size" if graph.batch_free else "only the example's size")
+    again = "the same bits in two runs" if diagnosis.repeatable else "DIFFERENT in two runs: no cut can give the same"
+    add("answers", again)
     for note in diagnosis.notes:
-        facts.add_row("note", note)
-    blocks = Table(title="Partition points by block", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    blocks.add_column("block")
-    blocks.add_column("points", justify="right")
-    for block, count in diagnosis.points_per_block.items():
-        blocks.add_row(block, str(count))
-    start_bytes = graph.points[0].size_bytes
-    cuts = Table(
-        title=f"Cuts that can pay: each sends less than the input ({bytes_text(start_bytes)}) and all before it",
-        caption=f"{diagnosis.too_big} of {max(len(graph.points) - 2, 0)} points send more than the input.",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    cuts.add_column("#", justify="right")
-    cuts.add_column("cut after")
-    for column in ("crosses", "compute before"):
-        cuts.add_column(column, justify="right")
-    done = np.cumsum([0] + [layer.flops for layer in graph.layers])
-    for point in diagnosis.worthwhile:
-        share = f"{done[point.index] / flops:.0%}" if flops else ""
-        cuts.add_row(str(point.index), point.name, bytes_text(point.size_bytes), share)
-    return Group(facts, blocks, cuts if diagnosis.worthwhile else "No cut sends less than the input does.")
+        add("note", note)
+    return facts
 
 
 def _crossing(point: PartitionPoint) -> str:
@@ -202,8 +241,19 @@ def _crossing(point: PartitionPoint) -> str:
 
 
 def _shape(spec: TensorSpec) -> str:
-    return str(spec).rpartition(" ")[2].removeprefix("float32").strip("[]") or "one number"
+    """The shape of a tensor, after its type where that is not float32."""
+    dtype, _, dims = str(spec).rpartition(" ")[2].removesuffix("]").partition("[")
+    return f"{'' if dtype == 'float32' else dtype + ' '}{dims or 'one number'}"
 
 
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _interval(ends_s: Sequence[float]) -> str:
+    return " … ".join(map(seconds_text, ends_s))
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _listed(texts: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(shortened(text, _NAME) for text in texts[:most])
+    return shown + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -6,17 +6,17 @@ import math
 
 
 def bytes_text(size_bytes: float) -> str:
-    """Return a size for people, in decimal units."""
+    """Return a size in bytes as text with a decimal unit, such as ``"3.21 MB"``."""
     return _scaled(size_bytes, "B", 1000)
 
 
 def flops_text(flops: float) -> str:
-    """Return a number of floating-point operations for people."""
+    """Return a number of floating-point operations as text with a decimal unit, such as ``"8.58 GFLOP"``."""
     return _scaled(flops, "FLOP", 1000)
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a duration for people, in milliseconds or seconds."""
+    """Return a duration in seconds as text in s, ms or µs, such as ``"12.3 ms"``."""
     return (
         f"{seconds:.2f} s"
         if seconds >= 1
@@ -27,7 +27,13 @@ def seconds_text(seconds: float) -> str:
 
 
 def joules_text(mean_j: float, low_j: float = math.nan, high_j: float = math.nan) -> str:
-    """Return an energy and its interval, if that is known, for people, in one unit; "?" where it is unknown."""
+    """Return an energy as text, such as ``"1.2 (1.1 … 1.4) mJ"``.
+
+    Args:
+        mean_j: The energy in joules. NaN, for an unknown one, gives ``"?"``.
+        low_j: The low end of its interval in joules. The interval is left out where either end is NaN.
+        high_j: The high end of its interval in joules.
+    """
     if math.isnan(mean_j):
         return "?"
     size = max(abs(mean_j), abs(high_j) if math.isfinite(high_j) else 0.0)
@@ -35,6 +41,11 @@ def joules_text(mean_j: float, low_j: float = math.nan, high_j: float = math.nan
     if not math.isfinite(high_j - low_j):
         return f"{mean_j * factor:.3g} {unit}"
     return f"{mean_j * factor:.3g} ({low_j * factor:.3g} … {high_j * factor:.3g}) {unit}"
+
+
+def number_text(value: float) -> str:
+    """Return a number with three significant digits, without an exponent up to a million."""
+    return f"{float(f'{value:.3g}'):g}"
 
 
 def _scaled(value: float, unit: str, base: int) -> str:
