@@ -129,7 +129,7 @@ def chosen(page: Browser) -> dict[str, Any]:
         """
         const traces = document.getElementById("latency").data, bars = traces[0].x.length;
         const box = (selector) => document.querySelector(`#latency ${selector}`).getBoundingClientRect();
-        const star = box(".scatterlayer .trace:last-child .point"), plot = box(".nsewdrag");
+        const star = box(".scatterlayer .trace:last-child .textpoint"), plot = box(".nsewdrag");
         return [traces.at(-1).x[0], bars, star.x + star.width / 2, plot.x, plot.width];
         """
     )
@@ -204,6 +204,80 @@ def test_a_link_brings_its_rates_and_its_radio(page: Browser) -> None:
     situated = (wifi, 10 ** at["load"], 10 ** at["slowdown"])
     assert is_row(chosen(page), Frontier.of(GRAPH, list(planned().rows)).best(*situated, "energy"))
     move(page, {"link": LINK.name})
+
+
+# Boxes of everything that is read: lines of text, texts of charts that are not turned, and controls.
+TEXTS = """
+const boxes = [];
+const add = (text, { x, y, width, height }) => {
+  if (width > 0 && height > 0) boxes.push({ text: text.trim(), x, y, right: x + width, bottom: y + height });
+};
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const node = walker.currentNode, parent = node.parentElement;
+  if (!node.data.trim() || parent.closest("script, style, svg, select")) continue;
+  const range = document.createRange();
+  range.selectNodeContents(node);
+  for (const box of range.getClientRects()) add(node.data, box);
+}
+for (const text of document.querySelectorAll("svg text")) {
+  const turned = /rotate\\((?!0|-90)/.test(text.getAttribute("transform") ?? "");
+  if (text.textContent.trim() && !turned) add(text.textContent, text.getBoundingClientRect());
+}
+for (const control of document.querySelectorAll("input, select")) add(control.id, control.getBoundingClientRect());
+return boxes;
+"""
+# What marks the chosen bar of a chart: the frame around it, the band behind it, the star, and all that is drawn.
+CHOSEN = """
+const box = (selector) => {
+  const found = [...document.querySelectorAll(`#${arguments[0]} ${selector}`)].at(-1);
+  const { x, y, width, height } = found.getBoundingClientRect();
+  return [x, y, x + width, y + height];
+};
+return [
+  box(".layer-above .shapelayer path"), box(".layer-below .shapelayer path"),
+  box(".scatterlayer .trace:last-child .textpoint text"), box(".nsewdrag"),
+];
+"""
+
+
+@pytest.fixture
+def resized(page: Browser) -> Iterator[Browser]:
+    """The page, which a test may resize."""
+    yield page
+    page.resize(1400, 1500)
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_on_a_screen_of_any_width_no_texts_overlap_and_the_chosen_bar_is_seen(resized: Browser, width: int) -> None:
+    resized.resize(width, 800)
+    for objective, settings in zip(["latency", "energy", "throughput", "latency"], SETTINGS[::3], strict=True):
+        move(resized, {"objective": objective, "codec": ANY_CODEC, **settings})
+        laid_out, shown = resized.run(
+            "const page = document.documentElement; return [page.scrollWidth, page.clientWidth]"
+        )
+        assert laid_out <= shown, "the page scrolls sideways"
+        boxes = resized.run(TEXTS)
+        assert len(boxes) > 50
+        for one, other in itertools.combinations(boxes, 2):
+            across = min(one["right"], other["right"]) - max(one["x"], other["x"])
+            down = min(one["bottom"], other["bottom"]) - max(one["y"], other["y"])
+            assert min(across, down) < 2, f"{one} and {other} overlap"
+        for chart in ("latency", "energy"):
+            frame, band, star, plot = resized.run(CHOSEN, chart)
+            assert min(band[2] - band[0], band[3] - band[1]) > 8, (
+                "the band behind the chosen bar is too thin to be seen"
+            )
+            assert inside(frame, band)
+            assert inside(band, plot)
+            assert inside(star, plot)
+            covered = frame[2] - star[0] if width < 600 else star[3] - frame[1]
+            assert covered < 8, f"the star covers {covered} pixels of the chosen bar"
+
+
+def inside(box: list[float], outer: list[float]) -> bool:
+    """Whether a box (left, top, right, bottom) lies in another, but for a pixel."""
+    return all(box[i] >= outer[i] - 1 for i in (0, 1)) and all(box[i] <= outer[i] + 1 for i in (2, 3))
 
 
 def test_names_are_text_and_nothing_is_loaded(page: Browser) -> None:

@@ -57,6 +57,11 @@ class Browser:
         """Open a file and wait until it is loaded."""
         self._ask("/url", {"url": page.resolve().as_uri()})
 
+    def resize(self, width: int, height: int) -> None:
+        """Lay the page out for a screen of this size in pixels: a phone's too, narrower than any window."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._ask("/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": screen})
+
     def run(self, script: str, *arguments: Any) -> Any:
         """Return what the body of a JavaScript function returns, or the promise that it returns comes to."""
         return self._ask("/execute/sync", {"script": script, "args": list(arguments)})

@@ -8,9 +8,22 @@
     { key: "uplink_bit_s", label: "uplink", unit: "Mbit/s", scale: 1e6, low: 0.01, high: 10000, log: true },
     { key: "downlink_bit_s", label: "downlink", unit: "Mbit/s", scale: 1e6, low: 0.01, high: 10000, log: true },
     { key: "round_trip_s", label: "round trip", unit: "ms", scale: 1e-3, low: 0, high: 500, log: false },
-    { key: "load", label: "server load", unit: "×", scale: 1, low: 0.05, high: 100, log: true },
-    { key: "slowdown", label: "device slow-down", unit: "×", scale: 1, low: 0.05, high: 100, log: true },
+    { key: "load", label: "server load", unit: "×", scale: 1, low: 0.05, high: 100, log: true,
+      hint: "the server takes this many times as long as in its profile" },
+    { key: "slowdown", label: "device slow-down", unit: "×", scale: 1, low: 0.05, high: 100, log: true,
+      hint: "the device takes this many times as long as in its profile" },
   ];
+  // What an objective makes small: as a choice, and before its value.
+  const OBJECTIVES = {
+    latency: ["latency (time until the answer)", "latency"],
+    energy: ["energy (of the device)", "energy of the device"],
+    throughput: ["throughput (time between answers)", "in a stream an answer every"],
+    server_time: ["server time (time it computes)", "server time"],
+  };
+  const KEYS = {
+    head: "head (on the device)", tail: "tail (on the server)", device: "device (computing)",
+    radio: "radio (sending and receiving)",
+  };
   const RED = "#D55E00", DEVICE = "#CC79A7", GREYS = ["#d5d5d5", "#999999"];
   const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#f0e51f"];
   const ACROSS = 61, UP = 41;
@@ -92,8 +105,14 @@
     const [scale, name] = scaled(value, unit);
     return `${digits(value * scale)} ${name}`;
   }
-  const wayText = (row) =>
-    row.on_device ? row.place : `${row.place} (${(row.size_bytes / 1e3).toFixed(1)} kB sent)`;
+  const size = (bytes) => (bytes >= 1e6 ? `${(bytes / 1e6).toFixed(2)} MB` : `${(bytes / 1e3).toFixed(1)} kB`);
+  const sentText = (row) => (row.on_device ? "" : ` (${size(row.size_bytes)} sent)`);
+  const cutText = (row) => row.place + sentText(row);
+  // Names of layers differ at their ends, so it is in their middle that they are shortened.
+  const short = (label, most) => {
+    const begin = Math.floor((most - 1) / 5);
+    return label.length > most ? `${label.slice(0, begin)}…${label.slice(begin + 1 - most)}` : label;
+  };
 
   // ---- the charts -------------------------------------------------------------------------------------------------
 
@@ -101,43 +120,78 @@
   const FONT = { family: "system-ui, sans-serif", size: 12, color: "#222" };
   const CONFIG = { responsive: true, displayModeBar: false };
 
-  // Stacked bars of what each run's best way costs, with a star on the one chosen.
-  function stack(what, title, unit, bars, parts, dots, star) {
+  const STAR = { symbol: "star", size: 20, color: RED, line: { color: "#fff", width: 1.5 } };
+  const NARROW_PX = 560;
+
+  // A list of what a chart's colors and marks mean. Plotly's own legend would cover the chart on a phone.
+  function key(what, entries) {
+    find(what).parentElement.querySelector(".key").replaceChildren(...entries.map(([text, color, mark]) => {
+      const [item, swatch, label] = ["li", "span", "span"].map((tag) => document.createElement(tag));
+      swatch.className = "swatch";
+      Object.assign(swatch.style, mark ? { color } : { background: color });
+      swatch.textContent = mark ?? "";
+      label.textContent = text;
+      item.append(swatch, label);
+      return item;
+    }));
+  }
+
+  // Stacked bars of what each run's best cut costs: upright, or on a narrow screen lying, so that names have room. The
+  // chosen bar has a band behind it, a frame around it and a star at its end, so it is seen however short it is.
+  function stack(what, unit, bars, parts, dots, star) {
     const totals = bars.map((bar) => parts.reduce((sum, [name]) => sum + bar.terms[name], 0));
-    const [scale, name] = scaled(Math.max(...totals), unit);
-    const x = bars.map((_, i) => i);
-    const traces = parts
-      .filter(([part]) => bars.some((bar) => bar.terms[part] > 0))
-      .map(([part, color]) => ({
-        type: "bar", name: part, x, y: bars.map((bar) => bar.terms[part] * scale), marker: { color },
-        hoverinfo: "text",
-        hovertext: bars.map((bar, i) =>
-          `${escape(wayText(bar.row))}<br>${part} ${quantity(bar.terms[part], unit)} of ${quantity(totals[i], unit)}`),
-      }));
+    const most = Math.max(...totals), [scale, name] = scaled(most, unit);
+    const lying = find(what).clientWidth < NARROW_PX;
+    const at = bars.map((_, i) => i);
+    const placed = (along, values) => (lying ? { x: values, y: along } : { x: along, y: values });
+    const used = parts.filter(([part]) => bars.some((bar) => bar.terms[part] > 0));
+    const traces = used.map(([part, color]) => ({
+      type: "bar", orientation: lying ? "h" : "v", marker: { color }, hoverinfo: "text",
+      ...placed(at, bars.map((bar) => bar.terms[part] * scale)),
+      hovertext: bars.map((bar, i) =>
+        `${escape(cutText(bar.row))}<br>${part} ${quantity(bar.terms[part], unit)} of ${quantity(totals[i], unit)}`),
+    }));
     if (dots) {
       traces.push({
-        type: "scatter", mode: "markers", name: "between answers of a stream", x,
-        y: bars.map((bar) => bar.terms.interval * scale), marker: { symbol: "diamond", color: "#000", size: 7 },
-        hoverinfo: "y",
+        type: "scatter", mode: "markers", marker: { symbol: "diamond", color: "#000", size: 7 }, hoverinfo: "text",
+        ...placed(at, bars.map((bar) => bar.terms.interval * scale)),
+        hovertext: bars.map((bar) => `an answer every ${quantity(bar.terms.interval, unit)}`),
       });
     }
     traces.push({
-      type: "scatter", mode: "markers", name: "chosen", x: [star], y: [totals[star] * scale],
-      marker: { symbol: "star", size: 20, color: RED, line: { color: "#fff", width: 1.5 } },
-      hoverinfo: "text", hovertext: [escape(wayText(bars[star].row))],
+      type: "scatter", mode: "text", ...placed([star], [totals[star] * scale]), cliponaxis: false,
+      text: [lying ? `★ ${quantity(totals[star], unit)}` : "★"], textposition: lying ? "middle right" : "top center",
+      textfont: { color: RED, size: lying ? 14 : 22 }, hoverinfo: "text", hovertext: [escape(cutText(bars[star].row))],
     });
-    const short = (label) => (label.length > 32 ? `${label.slice(0, 15)}…${label.slice(-15)}` : label);
-    const labels = bars.map((bar) => short(bar.label));
+    key(what, [
+      ...used.map(([part, color]) => [KEYS[part] ?? part, color]),
+      ...(dots ? [["time between the answers of a stream", "#000", "◆"]] : []),
+      ["chosen", RED, "★"],
+    ]);
+    const labels = bars.map((bar, i) => {
+      const label = escape(short(bar.label, lying ? 20 : 32));
+      return i === star ? `★ ${label}` : label;
+    });
+    const longest = Math.max(...bars.map((bar) => Math.min(bar.label.length, 32)));
+    const names = { tickvals: at, ticktext: labels, tickangle: lying ? 0 : -55, automargin: true, showgrid: false };
+    const values = {
+      title: { text: `${what} (${name})` }, zeroline: true,
+      range: [0, scale * (lying ? Math.max(most * 1.05, totals[star] * 1.8) : most * 1.15) || 1],
+    };
+    const [across, end] = lying ? ["y", "x"] : ["x", "y"];
+    const span = (half) => ({ [`${across}0`]: star - half, [`${across}1`]: star + half });
     Plotly.react(what, traces, {
-      title: { text: title, x: 0, xref: "paper", font: { size: 15 } }, font: FONT, barmode: "stack", bargap: 0.2,
-      height: 320 + 5.5 * Math.max(...labels.map((label) => label.length)),
-      margin: { l: 65, r: 10, t: 75, b: 20 },
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", traceorder: "normal" },
-      xaxis: {
-        tickvals: x, ticktext: labels.map(escape), tickangle: -55, automargin: true,
-        range: [-0.6, x.length - 0.4],
-      },
-      yaxis: { title: { text: `${what} (${name})` }, range: [0, Math.max(...totals) * scale * 1.12 || 1] },
+      font: FONT, barmode: "stack", bargap: 0.2, showlegend: false,
+      height: lying ? 70 + 24 * bars.length : 270 + 5.5 * longest,
+      margin: lying ? { l: 10, r: 10, t: 5, b: 45 } : { l: 65, r: 10, t: 5, b: 20 },
+      xaxis: lying ? values : { ...names, range: [-0.6, at.length - 0.4] },
+      yaxis: lying ? { ...names, range: [at.length - 0.4, -0.6] } : values,
+      shapes: [
+        { type: "rect", layer: "below", [`${end}ref`]: "paper", ...span(0.5), [`${end}0`]: 0, [`${end}1`]: 1,
+          fillcolor: "#fbe3d6", line: { width: 0 } },
+        { type: "rect", ...span(0.4), [`${end}0`]: 0, [`${end}1`]: totals[star] * scale,
+          line: { color: RED, width: 2 } },
+      ],
     }, CONFIG);
   }
 
@@ -175,6 +229,7 @@
       .sort((a, b) => rows[a].index - rows[b].index || rows[b].size_bytes - rows[a].size_bytes);
     const colors = colorsOf(used);
     const rank = new Map(used.map((i, k) => [i, k]));
+    const narrow = find("map").clientWidth < NARROW_PX;
     const ticks = (slider, values) => ({
       tickvals: values.map(Math.log10), ticktext: values.map(String),
       range: [Math.log10(slider.low), Math.log10(slider.high)],
@@ -186,26 +241,33 @@
         colorscale: colors.flatMap((c, k) => [[k / colors.length, c], [(k + 1) / colors.length, c]]),
         hovertext: chosen.map((line, k) => line.map((i, j) =>
           `${digits(10 ** across[j])} Mbit/s, load ${digits(10 ** upwards[k])}<br>` +
-          (i < 0 ? "nothing keeps to the limits" : escape(wayText(rows[i]))))),
+          (i < 0 ? "every cut breaks a limit here" : escape(cutText(rows[i]))))),
       },
       {
         type: "scatter", mode: "markers", x: [Math.log10(settings.uplink_bit_s / 1e6)], y: [Math.log10(settings.load)],
-        marker: { symbol: "star", size: 20, color: RED, line: { color: "#fff", width: 1.5 } },
-        hoverinfo: "text", hovertext: ["here"], showlegend: false,
+        marker: STAR, hoverinfo: "text", hovertext: ["the present settings"], showlegend: false,
       },
     ], {
-      title: { text: "Where to cut, over uplink and server load", x: 0, xref: "paper", font: { size: 15 } },
-      font: FONT, height: 430, margin: { l: 65, r: 30, t: 45, b: 50 },
-      xaxis: { title: { text: "uplink (Mbit/s)" }, ...ticks(UPLINK, [0.01, 0.1, 1, 10, 100, 1000, 10000]) },
-      yaxis: { title: { text: "server load (× profile)" }, ...ticks(LOAD, [0.1, 0.3, 1, 3, 10, 30, 100]) },
+      font: FONT, height: 400, margin: { l: 65, r: 30, t: 10, b: 50 },
+      xaxis: {
+        title: { text: "uplink (Mbit/s)" },
+        ...ticks(UPLINK, narrow ? [0.01, 1, 100, 10000] : [0.01, 0.1, 1, 10, 100, 1000, 10000]),
+      },
+      yaxis: { title: { text: "server load (×)" }, ...ticks(LOAD, [0.1, 0.3, 1, 3, 10, 30, 100]) },
     }, CONFIG);
     find("legend").replaceChildren(...used.map((i, k) => {
       const [item, swatch, text] = ["li", "i", "span"].map((tag) => document.createElement(tag));
       swatch.style.background = colors[k];
-      text.textContent = rows[i].place;
+      // Two cuts across parallel branches can bear the same name; they differ in what they send.
+      const alone = used.every((other) => other === i || rows[other].place !== rows[i].place);
+      text.textContent = alone ? rows[i].place : cutText(rows[i]);
       item.append(swatch, text);
       return item;
     }));
+  }
+
+  function show_chart(what, shown) {
+    find(what).hidden = find(what).parentElement.hidden = !shown;
   }
 
   function draw() {
@@ -213,21 +275,23 @@
     const best = decide(frontiers[settings.codec], settings), choice = find("choice");
     choice.dataset.row = best;
     drawMap();
-    find("latency").hidden = find("energy").hidden = best < 0;
+    show_chart("latency", best >= 0);
+    show_chart("energy", best >= 0 && knowsEnergy(settings));
     if (best < 0) {
-      choice.textContent = "Nothing keeps to the limits on latency and energy here.";
-      find("others").textContent = "";
+      choice.textContent = "Nothing can be chosen: at these settings every cut breaks a limit.";
+      find("others").textContent = `The limits: ${data.constraints.join(", ")}.`;
       return;
     }
-    const value = cost(rows[best], weights);
-    choice.textContent = `★ ${wayText(rows[best])}: ${objective.name} ${quantity(value, objective.unit)}`;
-    find("others").textContent = ["all on device", "all on server"].map((name, k) => {
-      const ends = frontiers[settings.codec].filter((i) => (k ? rows[i].index === 0 : rows[i].on_device));
-      if (!ends.length) return `${name} is not allowed`;
-      const end = Math.min(...ends.map((i) => cost(rows[i], weights)));
-      const more = 0 < value && value < end ? `, ${digits(end / value)} times as much` : "";
-      return `${name}: ${quantity(end, objective.unit)}${more}`;
-    }).join("; ");
+    const value = cost(rows[best], weights), what = OBJECTIVES[objective.name]?.[1] ?? `${objective.name} =`;
+    choice.textContent = `★ ${cutText(rows[best])}: ${what} ${quantity(value, objective.unit)}`;
+    const ends = ["all on the device", "all on the server"].map((name, k) => {
+      const end = Math.min(...frontiers[settings.codec]
+        .filter((i) => (k ? rows[i].index === 0 : rows[i].on_device)).map((i) => cost(rows[i], weights)));
+      if (end === Infinity) return `${name} is not allowed`;
+      const more = 0 < value && value < end ? ` (${Number((end / value).toPrecision(3))} times as much)` : "";
+      return `${name} ${quantity(end, objective.unit)}${more}`;
+    });
+    find("others").textContent = `For comparison: ${ends.join(", ")}.`;
     const bars = runs.map((run) => {
       const mine = run.rows.filter((i) =>
         settings.codec === anyCodec || rows[i].on_device || rows[i].codec === settings.codec);
@@ -235,11 +299,10 @@
       return { label: run.label, row: rows[i], terms: i < 0 ? null : terms(rows[i], settings) };
     }).filter((bar) => bar.row);
     const star = bars.findIndex((bar) => bar.row === rows[best]);
-    stack("latency", "Latency of each cut", "s", bars, data.parts, objective.throughput > 0, star);
-    find("energy").hidden = !knowsEnergy(settings);
+    stack("latency", "s", bars, data.parts, objective.throughput > 0, star);
     if (knowsEnergy(settings)) {
       const joules = bars.map((bar) => ({ ...bar, terms: { device: bar.row.device_j, radio: bar.terms.radio } }));
-      stack("energy", "Energy of the device", "J", joules, [["device", "#0072B2"], ["radio", "#E69F00"]], false, star);
+      stack("energy", "J", joules, [["device", "#0072B2"], ["radio", "#E69F00"]], false, star);
     }
   }
 
@@ -247,23 +310,24 @@
 
   const shown = [];
   let waiting = 0;
-  function addField(label, ...inputs) {
-    const field = document.createElement("label");
-    field.append(label, ...inputs);
+  function addField(label, hint, ...inputs) {
+    const field = document.createElement("label"), small = document.createElement("small");
+    small.textContent = hint ?? "";
+    field.append(label, ...inputs, ...(hint ? [small] : []));
     find("settings").append(field);
   }
 
-  function addSelect(key, label, names, changed) {
+  function addSelect(setting, label, hint, options, changed) {
     const select = document.createElement("select");
-    select.id = key;
-    select.append(...names.map((name) => new Option(name, name)));
-    select.value = settings[key];
+    select.id = setting;
+    select.append(...options.map(([value, text]) => new Option(text, value)));
+    select.value = settings[setting];
     select.addEventListener("change", () => {
-      settings[key] = select.value;
+      settings[setting] = select.value;
       changed?.();
       show();
     });
-    addField(label, select);
+    addField(label, hint, select);
     return select;
   }
 
@@ -289,7 +353,7 @@
       range.value = position(value);
       number.value = digits(value);
     });
-    addField(slider.label, number, slider.unit, range);
+    addField(slider.label, slider.hint, number, slider.unit, range);
   }
 
   const takeLink = () => {
@@ -312,15 +376,20 @@
   }
 
   takeLink();
-  const objectives = addSelect("objective", "objective", data.objectives.map((o) => o.name));
-  addSelect("codec", "codec", codecs);
-  addSelect("link", "link and radio", data.links.map((link) => link.name), takeLink);
+  const same = (names) => names.map((name) => [name, name]);
+  const objectives = addSelect("objective", "objective", "what the best cut takes least of",
+    data.objectives.map(({ name }) => [name, OBJECTIVES[name]?.[0] ?? name]));
+  addSelect("codec", "codec", "how the data that is sent is compressed", same(codecs));
+  const links = same(data.links.map((link) => link.name));
+  addSelect("link", "link", "sets the next three, and the radio's power", links, takeLink);
   SLIDERS.forEach(addSlider);
-  find("note").textContent =
-    `A bar is the best way among those that cut in its layers. Constraints: ${data.constraints}.` +
-    (data.has_energy ? "" : " Energy is not known: the device's profile holds no joules.");
+  find("note").textContent = [
+    data.constraints.length ? `Limits: ${data.constraints.join(", ")}. Cuts that break one are not shown.` : "",
+    data.has_energy ? "" : "Energy cannot be chosen or shown, since the device's profile holds no joules.",
+  ].join(" ").trim();
   show();
   draw();
+  window.addEventListener("resize", show);
   find("map").on("plotly_click", ({ points: [point] }) => {
     settings.uplink_bit_s = 1e6 * 10 ** point.x;
     settings.load = 10 ** point.y;

@@ -15,10 +15,11 @@ from torchsurgeon.link import PRESETS, Link
 from torchsurgeon.planning import Frontier, Objective, Plan, Row
 from torchsurgeon.planning.plans import place
 from torchsurgeon.report.plan_pictures import PARTS
+from torchsurgeon.report.plans import constraint_texts
 from torchsurgeon.report.runs import cut_runs
 from torchsurgeon.tracing.graph import LayerGraph
 
-ANY_CODEC = "the best"
+ANY_CODEC = "any, whichever is best"
 _NUMBERS = ("head_s", "encode_s", "size_bytes", "tail_s", "decode_s", "device_j")
 
 
@@ -79,7 +80,7 @@ def page_data(graph: LayerGraph, plan: Plan) -> dict[str, Any]:
         "objectives": [{"name": str(o), "unit": o.unit, **dataclasses.asdict(o)} for o in objectives],
         "has_energy": all(row.device_j is not None for row in plan.rows),
         "limits": {"latency_s": plan.constraints.latency_s, "energy_j": plan.constraints.energy_j},
-        "constraints": str(plan.constraints),
+        "constraints": constraint_texts(plan.constraints),
         "start": {
             "link": given,
             "objective": str(plan.objective),
