@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import string
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ class Column:
     is_name: bool = False
     note: str = ""
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """The characters that the widest line takes."""
         lines = itertools.chain(self.header.splitlines(), *(cell.splitlines() for cell in self.cells))
