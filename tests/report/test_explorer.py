@@ -22,7 +22,7 @@ from torchsurgeon.planning import Frontier, Row
 from torchsurgeon.planning.decide import choose
 from torchsurgeon.planning.plans import place
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
-from torchsurgeon.report.explorer import ANY_CODEC, page_data, with_codec
+from torchsurgeon.report.explorer_page import ANY_CODEC, page_data, with_codec
 
 # Names of layers that would be more than text in a page, in Plotly's texts or in a template. Names hold no dots.
 EVIL = {

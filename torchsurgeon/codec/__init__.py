@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchsurgeon.codec.budget import Budget
 from torchsurgeon.codec.codec import Codec, EncodedTensor, codec_names, find_codec
-from torchsurgeon.codec.measure import measure, promising
+from torchsurgeon.codec.measuring import measure, promising
 from torchsurgeon.codec.sample import image_call, image_sample
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 

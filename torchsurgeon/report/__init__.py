@@ -3,7 +3,7 @@ nothing and measures nothing."""
 
 from __future__ import annotations
 
-from torchsurgeon.report.explorer import explorer
+from torchsurgeon.report.explorer_page import explorer
 from torchsurgeon.report.pictures import layer_picture, profile_picture
 from torchsurgeon.report.plan_pictures import plan_picture, sweep_picture
 from torchsurgeon.report.plans import plan_table, sweep_table
