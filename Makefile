@@ -2,6 +2,7 @@
 # make demo    set up, then the main job on this machine
 # make test    set up, then the tests
 # make coverage   try every model there is and write docs/coverage.md (an hour; goes on where it was stopped)
+# make docs    set up, then the documentation as a site: open build/site/index.html
 # make lint    set up, then ruff, mypy and who may import whom
 # make cross-check   compile the extension for aarch64, as a Jetson would
 # make wheel   set up, then a wheel in dist/, audited to use the limited Python API only
@@ -13,7 +14,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # The other PyTorch that stands for a device in tests; its own dependencies are its own.
 INTEROP_PACKAGES := torch==2.13.0 numpy scikit-learn requests zstandard starlette uvicorn httptools
 
-.PHONY: setup demo test coverage lint format interop cross-check wheel clean
+.PHONY: setup demo test coverage docs lint format interop cross-check wheel clean
 
 setup: $(VENV)/.set-up
 
@@ -25,6 +26,10 @@ test: setup interop
 
 coverage: setup
 	$(BIN)/python benchmarks/coverage.py --jobs 2
+
+# Material for MkDocs advertises its successor unless told not to.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .
@@ -59,7 +64,7 @@ $(VENV)/.set-up: $(SOURCES)
 	@echo "[1/3] PyTorch and the build tools (some GB the first time)"
 	$(BIN)/python -m pip install -c constraints.txt setuptools wheel torch
 	@echo "[2/3] torchsurgeon, its extension and what it needs"
-	TORCHSURGEON_BUILD_EXT=1 $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[all,dev]'
+	TORCHSURGEON_BUILD_EXT=1 $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[all,dev,docs]'
 	@echo "[3/3] Does it load?"
 	$(BIN)/python -c "import torch, torchsurgeon._C; print('PyTorch', torch.__version__, 'and the extension are ready')"
 	@touch $@
