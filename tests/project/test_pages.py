@@ -1,0 +1,111 @@
+"""What the pages tell a reader to type works as it stands there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from pages import PAGES, Block, blocks, commands, run, spans
+from paths import ROOT, environment
+
+from torchsurgeon import cli
+
+pytest.importorskip("torchvision")
+
+LIMIT_S = 240.0
+ADDRESS = "http://127.0.0.1:8000"
+
+
+@pytest.fixture(scope="module")
+def address_of() -> Iterator[Callable[[str], str]]:
+    """The address of the server that a command on a page starts, here at a free port; one for each command."""
+    with ExitStack() as stack:
+        addresses: dict[str, str] = {}
+
+        def start(command: str) -> str:
+            if command not in addresses:
+                arguments = [sys.executable, "-m", *command.split(), "--port", "0", "--threads", "1"]
+                server = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment())
+                stack.enter_context(server)
+                stack.callback(server.terminate)
+                assert server.stdout is not None
+                ready = (re.match(r"ready: .* at (http://.*)\n", line) for line in server.stdout)
+                addresses[command] = next(found[1] for found in ready if found)
+            return addresses[command]
+
+        yield start
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_runs_alone_as_pasted(block: Block, tmp_path: Path, address_of: Callable[[str], str]) -> None:
+    text = block.text
+    if ADDRESS in text:
+        serve = re.search(r"torchsurgeon serve [^`\n]*", block.page.read_text())
+        assert serve is not None, f"{block.page.name} does not say how its server is started"
+        text = text.replace(ADDRESS, address_of(serve[0]))
+    status, printed = run(text, tmp_path, LIMIT_S)
+    assert status == 0, f"{block} ended with {status}:\n{printed}"
+
+
+def test_blocks_say_what_they_are() -> None:
+    """A block that names no language would be tested neither as Python nor as commands."""
+    said = {block.language for block in blocks()}
+    assert said <= {"python", "bash", "csv", "http", "text"}
+
+
+def typed() -> list[tuple[str, str, list[str]]]:
+    """Where a command stands, its program and its arguments, for all on the pages; in running text only ours."""
+    found = [(str(block), words) for block in blocks("bash") for words in commands(block)]
+    for page, span in spans():
+        if re.match(r"torchsurgeon [a-z]+ |python (-m )?(benchmarks|docs|examples)", span):
+            found.append((page.relative_to(ROOT).as_posix(), span.split()))
+    return [(where, words[0], words[1:]) for where, words in found]
+
+
+@pytest.mark.parametrize(
+    ("where", "arguments"),
+    [(where, arguments) for where, program, arguments in typed() if program == "torchsurgeon"],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_the_parser_takes_the_command(where: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    status: object
+    try:
+        status = cli.main(arguments) if is_cheap(arguments) else bool(cli.parser().parse_args(arguments)) - 1
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 0, f"{where}: {capsys.readouterr().err}"
+
+
+def is_cheap(arguments: list[str]) -> bool:
+    """Whether a command neither waits nor writes, and needs no server and nothing of the reader's."""
+    command, *rest = arguments
+    return command == "--version" or (command in ("trace", "doctor") and rest[0].startswith("torchvision:"))
+
+
+def test_other_commands_name_what_there_is() -> None:
+    makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
+    for where, program, arguments in typed():
+        said = f"{where}: {program} {' '.join(arguments)}"
+        if program == "make":
+            targets = [target for target in arguments if "=" not in target]
+            assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets), said
+        elif program == "python" and arguments[0] == "-m":
+            assert importlib.util.find_spec(arguments[1]) is not None, said
+        elif program == "python":
+            assert (ROOT / arguments[0]).is_file(), said
+        elif program == "pip":
+            extras = re.findall(r"\[([\w,]+)\]", " ".join(arguments))
+            assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras), said
+
+
+def test_pages_link_what_there_is() -> None:
+    """mkdocs checks docs/ as a site; this checks every page where it lies, for readers of the repository."""
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links {link}"
