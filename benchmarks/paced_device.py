@@ -1,7 +1,7 @@
 """A device on which every part of a model takes just what a profile says, whatever else this machine does meanwhile.
 
-:class:`~torchsurgeon.emulate.SlowDevice` multiplies what a call took, and with it every disturbance of a shared
-machine. This one waits until the profile's time is over; the machine has to be several times quicker than that.
+``SlowDevice`` multiplies what a call took, and with it every disturbance of a shared machine. This one waits until the
+profile's time is over; the machine has to be several times quicker than that.
 """
 
 from __future__ import annotations

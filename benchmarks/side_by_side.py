@@ -31,7 +31,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def text(row: Mapping[str, float], unit: str = "ms") -> str:
-    """Return what :func:`spread` found, in ``ms`` or ``µs``."""
+    """Return what ``spread()`` found, in ``ms`` or ``µs``."""
     middle, low, high = (row[key] * {"ms": 1e3, "µs": 1e6}[unit] for key in ("median_s", "q1_s", "q3_s"))
     digits = 2 if unit == "ms" else 0
     return f"{middle:9.{digits}f} {unit} [{low:7.{digits}f} … {high:7.{digits}f}]"

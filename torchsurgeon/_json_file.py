@@ -29,7 +29,7 @@ def write(path: str | Path, data: Any, error: Kind) -> None:
 
 
 def check_writable(path: str | Path, error: Kind) -> None:
-    """Raise ``error`` where :func:`write` would raise it for ``path``. The content of the file stays."""
+    """Raise ``error`` where ``write()`` would raise it for ``path``. The content of the file stays."""
     with _beside(path, error) as new:
         new.touch()
 
@@ -70,8 +70,8 @@ def load(path: str | Path, parse: Callable[[Any], T], error: Kind, remedy: str) 
     Args:
         path: the file.
         parse: turns the data into what is returned.
-        error: as in :func:`read`.
-        remedy: as in :func:`read`.
+        error: as in ``read()``.
+        remedy: as in ``read()``.
     """
     data = read(path, error, remedy)
     try:

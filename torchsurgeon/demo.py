@@ -72,12 +72,12 @@ class Photograph(nn.Module):
 
 
 def alexnet() -> tuple[nn.Module, torch.Tensor]:
-    """Return AlexNet as a :class:`Photograph`, and an example of its input."""
+    """Return AlexNet as a ``Photograph``, and an example of its input."""
     return _photograph("alexnet")
 
 
 def resnet18() -> tuple[nn.Module, torch.Tensor]:
-    """Return ResNet-18 as a :class:`Photograph`, and an example of its input."""
+    """Return ResNet-18 as a ``Photograph``, and an example of its input."""
     return _photograph("resnet18")
 
 

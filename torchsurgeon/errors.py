@@ -1,7 +1,5 @@
 """The errors that torchsurgeon raises on purpose, and the warnings that it gives.
 
-::
-
     TorchSurgeonError
     ├── TraceError                 the model does not turn into a LayerGraph
     ├── PartitionError             the graph has no such partition point, layer or tensor (also a ValueError)
@@ -38,7 +36,7 @@
     └── UnknownEnergyWarning       energy was to be saved but is unknown, so latency is saved instead
 
 The message of an error names the value that is wrong, the rule that it breaks, and what to do. A value that the user
-gave is quoted with :func:`short`.
+gave is quoted with ``short()``.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ class TorchSurgeonError(Exception):
 
 
 class TraceError(TorchSurgeonError):
-    """The model does not turn into a :class:`~torchsurgeon.tracing.LayerGraph`."""
+    """The model does not turn into a ``LayerGraph``."""
 
 
 class PartitionError(TorchSurgeonError, ValueError):
@@ -190,7 +188,7 @@ class ModelMismatchError(ServerError):
 
 
 class ModelServingError(ServerError):
-    """Raised inside a server; its clients see :class:`RequestRefusedError`."""
+    """Raised inside a server; its clients see ``RequestRefusedError``."""
 
 
 class ModelNotServedError(ModelServingError):
@@ -214,8 +212,8 @@ class NoisyProfileWarning(UserWarning):
 
     Args:
         finding: how the times spread or drift, and what that says of the machine.
-        advice: what the caller of :func:`torchsurgeon.profile` can do about it. A program that profiles for its own
-            users shows ``finding`` with an advice that fits them.
+        advice: what the caller of ``torchsurgeon.profile()`` can do about it. A program that profiles for its own users
+            shows ``finding`` with an advice that fits them.
     """
 
     def __init__(self, finding: str, advice: str) -> None:

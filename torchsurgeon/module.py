@@ -41,8 +41,8 @@ _deadlines: contextvars.ContextVar[Mapping[int, float | None]] = contextvars.Con
 class SplitModule(nn.Module):
     """A model of which a part runs on this device and the rest on a server, with the model's own answer.
 
-    The first call, or :meth:`prepare`, compares the graph and the weights with each server's, so that only a server
-    that holds the same model is asked, and measures what ``"auto"`` needs. Later calls choose where to cut the model.
+    The first call, or ``prepare()``, compares the graph and the weights with each server's, so that only a server that
+    holds the same model is asked, and measures what ``"auto"`` needs. Later calls choose where to cut the model.
 
     With ``fallback="local"`` no call fails because of a server: the device runs the rest of the model when no server
     answers well or in time, and ``last.degraded`` says why. With ``fallback="error"`` such a call raises.
@@ -53,24 +53,21 @@ class SplitModule(nn.Module):
     Args:
         model: the model, in evaluation mode. It is not changed, and its parameters are shared.
         example: what the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword ones.
-        server: the URL of a server started with ``torchsurgeon serve``, or a
-            :class:`~torchsurgeon.transport.Transport`; or several of these, the preferred one first. Not needed with
-            ``partition="device"``.
+        server: the URL of a server started with ``torchsurgeon serve``, or a ``Transport``; or several of these, the
+            preferred one first. Not needed with ``partition="device"``.
         name: the model's name on the server.
         partition: where to cut. ``"auto"`` chooses at every call, from measured layer times of both sides and the state
             of link, server and device. Or a fixed cut: the name of the last layer that runs on the device, the index of
-            a partition point, a :class:`~torchsurgeon.tracing.PartitionPoint` of this model, or ``"device"`` or
-            ``"server"`` for everything on one side.
-        objective: what ``"auto"`` minimizes: ``"latency"``, ``"energy"``, …, an :class:`~torchsurgeon.Objective`, or
+            a partition point, a ``PartitionPoint`` of this model, or ``"device"`` or ``"server"`` for everything on one
+            side.
+        objective: what ``"auto"`` minimizes: ``"latency"``, ``"energy"``, …, an ``Objective``, or
             ``Objective.battery(level)``. Energy needs a device profile with joules, given or metered, and a ``link``
-            with a radio. If these turn out to be missing, latency is minimized, with one
-            :class:`~torchsurgeon.UnknownEnergyWarning`.
+            with a radio. If these turn out to be missing, latency is minimized, with one ``UnknownEnergyWarning``.
         codecs: measured codecs, for ``"auto"`` to choose among. Lossy ones are used only where they kept an accuracy
             budget. Without this argument everything is sent under ``codec``.
         fallback: ``"local"`` to let the device answer when no server does, ``"error"`` to raise.
-        deadline_s: the seconds after a call within which its answer is due; see :meth:`deadline`.
-        on_replan: a function that is called with the :class:`~torchsurgeon.adapting.Decision` when ``"auto"`` changes
-            the cut.
+        deadline_s: the seconds after a call within which its answer is due; see ``deadline()``.
+        on_replan: a function that is called with the ``Decision`` when ``"auto"`` changes the cut.
         link: the link, if it is known. Otherwise ``"auto"`` measures it.
         device_profile: the layer times of this device, if they are known. Otherwise ``"auto"`` measures them.
         server_profile: the layer times of the server, if they are known. Otherwise ``"auto"`` asks the server.
@@ -83,11 +80,11 @@ class SplitModule(nn.Module):
         backend: instead of ``compile``, a function from a module (a head, or a tail that runs on the device) to the
             callable that runs it. By default, modules run in eager PyTorch.
         timeout_s: the longest that a server may take for one inference.
-        leaf_modules: modules to keep whole, as :func:`~torchsurgeon.trace` takes them.
+        leaf_modules: modules to keep whole, as ``trace()`` takes them.
 
     Attributes:
         model: the model.
-        graph: the traced model, a :class:`~torchsurgeon.LayerGraph`.
+        graph: the traced model, a ``LayerGraph``.
         name: the model's name on the server.
         deadline_s: as given; may be assigned.
 
@@ -102,7 +99,7 @@ class SplitModule(nn.Module):
         ServerUnavailableError: no server is given, and ``partition`` needs one. With ``fallback="error"``, calls raise
             it when no server answers.
         ModelMismatchError: raised by calls with ``fallback="error"`` when the server holds another model. With
-            ``fallback="local"`` there is one :class:`~torchsurgeon.MismatchWarning` instead.
+            ``fallback="local"`` there is one ``MismatchWarning`` instead.
     """
 
     def __init__(
@@ -200,7 +197,7 @@ class SplitModule(nn.Module):
 
     @property
     def link(self) -> Link | None:
-        """The link as given, or as first measured; None before that. :meth:`stats` tells its present state."""
+        """The link as given, or as first measured; None before that. ``stats()`` tells its present state."""
         return self._engine.servers.link
 
     @property
@@ -273,7 +270,7 @@ class SplitModule(nn.Module):
         return self._engine.stream().submit(self._beginning(args, kwargs, self._deadline_now(), False))
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's answer to this call without blocking the event loop; otherwise like :meth:`submit`."""
+        """Return the model's answer to this call without blocking the event loop; otherwise like ``submit()``."""
         return await asyncio.wrap_future(self.submit(*args, **kwargs))
 
     def _beginning(

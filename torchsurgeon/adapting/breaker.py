@@ -70,14 +70,14 @@ class CircuitBreaker:
 
     @property
     def state(self) -> State:
-        """The state now. An open breaker whose pause is over stays open until :meth:`allow` begins a trial."""
+        """The state now. An open breaker whose pause is over stays open until ``allow()`` begins a trial."""
         return self._state
 
     def allow(self) -> bool:
         """Return whether to ask the server now.
 
         True from a breaker that is not closed begins the one trial. The caller then reports how it ended, with
-        :meth:`succeeded` or :meth:`failed`.
+        ``succeeded()`` or ``failed()``.
         """
         with self._lock:
             if self._state == "closed":

@@ -9,7 +9,7 @@ NowS = Callable[[], float]
 
 
 class Since:
-    """A stopwatch: seconds since the last :meth:`mark`.
+    """A stopwatch: seconds since the last ``mark()``.
 
     The result is never negative, and goes on growing after the clock has stepped back.
 

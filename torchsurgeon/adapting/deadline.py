@@ -73,7 +73,7 @@ def rescue(
     Args:
         left_s: seconds from now, when the boundary tensors are ready, to the deadline.
         remote_s: predicted seconds from now to the server's answer; infinite when no server is asked.
-        remote_spread: relative deviation of ``remote_s``, like :attr:`Quantity.spread`.
+        remote_spread: relative deviation of ``remote_s``, like ``Quantity.spread``.
         tail_s: predicted seconds of the tail on the device, its slow-down included.
         tail_spread: relative deviation of ``tail_s``.
         hedge_above: probability of a late answer above which the tail is started at once.

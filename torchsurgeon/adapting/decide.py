@@ -78,7 +78,7 @@ class RowCosts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Decision(Generic[_Row]):
-    """One decision of a :class:`Decider`.
+    """One decision of a ``Decider``.
 
     Attributes:
         time_s: when it was made, by the decider's clock.

@@ -232,7 +232,7 @@ class ProbePolicy:
         The caller makes the probe whose size it gets: the pause before the next one begins at once.
 
         Args:
-            age_s: seconds since the rate was last seen (an estimate's :attr:`Quantity.age_s`).
+            age_s: seconds since the rate was last seen (an estimate's ``Quantity.age_s``).
             rate_bit_s: the estimated rate in bit/s.
         """
         with self._lock:

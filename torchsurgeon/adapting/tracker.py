@@ -52,7 +52,7 @@ class Tracker:
         half_life_s: seconds in which the estimate goes half of the way to ``rest``.
 
     Attributes:
-        changes: how many changes were detected, :meth:`jump` included.
+        changes: how many changes were detected, ``jump()`` included.
     """
 
     __slots__ = (

@@ -95,7 +95,7 @@ def threads_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def traced(options: argparse.Namespace, device: torch.device | None = None, weights: str | None = None) -> LayerGraph:
-    """Load and trace the model that :func:`model_arguments` name.
+    """Load and trace the model that ``model_arguments()`` name.
 
     Args:
         options: the parsed arguments.

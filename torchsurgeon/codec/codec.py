@@ -3,9 +3,9 @@
 =====================================  ==============================================================================
 ``raw``                                the tensor's memory
 ``zstd``                               the tensor's memory, compressed without loss
-``float16``, ``bfloat16``,             fewer bits per value (:mod:`~torchsurgeon.codec.quantize`); each of these five
+``float16``, ``bfloat16``,             fewer bits per value (``quantize``); each of these five
 ``int8``, ``int8-channel``, ``int4``   may be followed by ``+zstd``, which compresses the result
-``png``, ``jpeg-Q``, ``webp-Q``        ``uint8`` images (:mod:`~torchsurgeon.codec.images`), Q the quality from 1 to 100
+``png``, ``jpeg-Q``, ``webp-Q``        ``uint8`` images (``images``), Q the quality from 1 to 100
 =====================================  ==============================================================================
 
 A tensor that a codec cannot represent is encoded without loss instead, compressed if the codec's name ends in ``zstd``:
@@ -48,12 +48,11 @@ class EncodedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Codec:
-    """One codec; made by :func:`find_codec`. Thread-safe.
+    """One codec; made by ``find_codec()``. Thread-safe.
 
     Attributes:
         name: the name under which both sides know it.
-        packing: how values are stored in fewer bits, one of :data:`~torchsurgeon.codec.quantize.PACKINGS`; None where
-            they are not.
+        packing: how values are stored in fewer bits, one of ``quantize.PACKINGS``; None where they are not.
         image: the image format; None where it is no image codec.
         quality: the image format's quality, from 1 to 100; None where it has none.
         zstd: whether the bytes are compressed.

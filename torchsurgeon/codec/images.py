@@ -40,7 +40,7 @@ def encode(kind: str, quality: int | None, tensor: Tensor) -> bytes:
     """Return an image tensor (C, H, W) or (N, C, H, W) as pictures.
 
     Args:
-        kind: the format, a key of :data:`QUALITIES`.
+        kind: the format, a key of ``QUALITIES``.
         quality: from 1 to 100; None for a format without.
         tensor: the images, ``uint8``.
     """
@@ -57,7 +57,7 @@ def encode(kind: str, quality: int | None, tensor: Tensor) -> bytes:
 
 
 def decode(kind: str, data: memoryview, shape: Sequence[int]) -> Tensor:
-    """Return the ``uint8`` tensor that :func:`encode` made pictures of.
+    """Return the ``uint8`` tensor that ``encode()`` made pictures of.
 
     A picture is decompressed only after its size was compared with the shape.
 

@@ -46,7 +46,7 @@ def measure(
             arguments.
         codecs: names of the codecs; all by default. ``raw`` is always measured. A codec that encodes no tensor at a
             point (``int8`` on integers, ``jpeg`` on a feature map) has no row there.
-        points: indices or layer names; those of :func:`promising` by default.
+        points: indices or layer names; those of ``promising()`` by default.
         budget: how much lossy codecs may change.
         device: where the model runs, and where values are packed and unpacked; the device of its parameters by default.
         progress: called as ``progress(done, total)`` after each point.

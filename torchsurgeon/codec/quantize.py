@@ -70,7 +70,7 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
     range float32 does not represent.
 
     Args:
-        packing: one of :data:`PACKINGS`.
+        packing: one of ``PACKINGS``.
         tensor: a contiguous tensor.
         channels_at: the dimension of channels, counted in the order in which ``tensor`` lies in memory.
     """
@@ -109,17 +109,17 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
 
 
 def unpack(packing: str, data: Tensor, dtype: torch.dtype, shape: Sequence[int], channels_at: int) -> Tensor:
-    """Return the contiguous tensor that :func:`pack` packed.
+    """Return the contiguous tensor that ``pack()`` packed.
 
     Args:
-        packing: one of :data:`PACKINGS`.
-        data: the packed bytes, as many as :func:`packed_bytes` says.
+        packing: one of ``PACKINGS``.
+        data: the packed bytes, as many as ``packed_bytes()`` says.
         dtype: the tensor's dtype.
         shape: the tensor's shape, in the order in which it lies in memory.
         channels_at: the dimension of channels, counted in the same order.
 
     Raises:
-        CodecError: a low or a scale is not one that :func:`pack` writes.
+        CodecError: a low or a scale is not one that ``pack()`` writes.
     """
     if packing in _HALVES:
         return data.view(_HALVES[packing]).to(dtype).reshape(shape)

@@ -47,7 +47,7 @@ def image_sample(graph: LayerGraph, folder: str | Path, most: int = 32) -> list[
 
 
 def image_call(graph: LayerGraph, path: str | Path) -> Tensor:
-    """Return one image file as a call of the model, prepared as by :func:`image_sample`.
+    """Return one image file as a call of the model, prepared as by ``image_sample()``.
 
     Args:
         graph: the traced model. Where it takes a batch, the image is repeated.

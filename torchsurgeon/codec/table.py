@@ -168,7 +168,7 @@ class CodecTable:
 
     @staticmethod
     def from_json(data: Any) -> CodecTable:
-        """Return the table that :meth:`to_json` made ``data`` of.
+        """Return the table that ``to_json()`` made ``data`` of.
 
         Raises:
             CodecError: ``data`` is no such table, or one of another version of the format.

@@ -1,4 +1,4 @@
-"""Cut a :class:`~torchsurgeon.tracing.LayerGraph` into a head and a tail, which are ordinary modules."""
+"""Cut a ``LayerGraph`` into a head and a tail, which are ordinary modules."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _TOP = "(top level)"
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`examine` found out about a model.
+    """What ``examine()`` found out about a model.
 
     Attributes:
         graph: the traced model.
@@ -62,7 +62,7 @@ def examine(
         **kwargs: the keyword arguments that the model is called with.
 
     Raises:
-        TraceError: as :func:`~torchsurgeon.tracing.trace` raises it.
+        TraceError: as ``trace()`` raises it.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

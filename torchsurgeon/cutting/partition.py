@@ -129,7 +129,7 @@ def middle_for(graph: LayerGraph, names: Sequence[str], point: PartitionPoint) -
         point: where the module ends.
 
     Raises:
-        PartitionError: as :func:`tail_for` raises it, or the tensors lie beyond the point.
+        PartitionError: as ``tail_for()`` raises it, or the tensors lie beyond the point.
     """
     picks = [Pick(value.step, value.path) for value in (graph.value(spec.name) for spec in point.tensors)]
     return _segment(graph, _given(graph, names), picks)

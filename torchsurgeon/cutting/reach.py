@@ -90,7 +90,7 @@ def torn(flow: DataFlow, given: Iterable[Value], included: Iterable[int]) -> lis
     Args:
         flow: the traced model's data flow.
         given: the values that are known.
-        included: the steps that run on them, as :func:`reach` found.
+        included: the steps that run on them, as ``reach()`` found.
 
     Returns:
         The names of those tensors; empty when the steps give what the whole model gives.

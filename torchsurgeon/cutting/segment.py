@@ -77,7 +77,7 @@ class Watcher(Protocol):
             environment: the values of all steps so far, by index.
 
         Returns:
-            Anything; :meth:`after` gets it.
+            Anything; ``after()`` gets it.
         """
 
     def after(self, step: Step, environment: Environment, token: Any) -> None:
@@ -86,7 +86,7 @@ class Watcher(Protocol):
         Args:
             step: the step.
             environment: the values of all steps so far, those that no later step reads included.
-            token: what :meth:`before` returned for this step.
+            token: what ``before()`` returned for this step.
         """
 
 
@@ -102,7 +102,7 @@ class Segment(nn.Module):
 
     Args:
         steps: all steps of the traced model.
-        calls: by step, the compiled call; see :meth:`~torchsurgeon.tracing.step.Step.compiled`.
+        calls: by step, the compiled call; see ``Step.compiled()``.
         included: the indices of the steps that this segment runs.
         feeds: what becomes of each tensor that it is given.
         picks: what it returns, as a tuple; None for the model's own output.
@@ -218,14 +218,14 @@ class Segment(nn.Module):
         return self._result(environment)
 
     def until(self, stopped: Callable[[], bool], tensors: Sequence[torch.Tensor]) -> Any:
-        """Run like :meth:`forward`, but stop early when asked to.
+        """Run like ``forward()``, but stop early when asked to.
 
         Args:
             stopped: is called before each step; the run ends when it returns True.
             tensors: one tensor a feed, in the feeds' order.
 
         Returns:
-            What :meth:`forward` returns; None when the run was stopped.
+            What ``forward()`` returns; None when the run was stopped.
         """
         if Segment.watcher is not None:
             return None if stopped() else self.forward(*tensors)
@@ -244,14 +244,14 @@ class Segment(nn.Module):
         return tuple(pick(environment) for pick in self._picks)
 
     def timed(self, tensors: Sequence[torch.Tensor], clock: Callable[[], int]) -> list[int]:
-        """Run like :meth:`forward`, and read a clock before the first step and after each.
+        """Run like ``forward()``, and read a clock before the first step and after each.
 
         Args:
             tensors: one tensor a feed, in the feeds' order.
             clock: returns the time.
 
         Returns:
-            The times, one more than there are :attr:`steps`.
+            The times, one more than there are ``steps``.
         """
         if Segment.watcher is not None:
             clocked = _Clocked(Segment.watcher, clock)
@@ -268,7 +268,7 @@ class Segment(nn.Module):
         return stamps
 
     def watched(self, tensors: Sequence[torch.Tensor], watcher: Watcher) -> Environment:
-        """Run like :meth:`forward`, and call a watcher before and after each step.
+        """Run like ``forward()``, and call a watcher before and after each step.
 
         Args:
             tensors: one tensor a feed, in the feeds' order.

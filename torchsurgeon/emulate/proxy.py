@@ -50,8 +50,8 @@ class LinkCounts:
 class LinkEmulator:
     """A TCP proxy that makes a target look as if it were behind a wireless link.
 
-    The proxy listens from its construction on, and serves connections between :meth:`start` and :meth:`close`, in a
-    ``with`` block, or while :meth:`run` blocks. Opening a connection costs one round trip, as TCP's handshake does. The
+    The proxy listens from its construction on, and serves connections between ``start()`` and ``close()``, in a
+    ``with`` block, or while ``run()`` blocks. Opening a connection costs one round trip, as TCP's handshake does. The
     end of a half that its sender closes arrives after the bytes before it; a connection whose target does not answer is
     closed in the same way. A sender that is faster than the link is held back: in each direction the emulator holds a
     tenth of a second of the link's rate, as much again for each receiver that does not read, and the sockets' buffers.
@@ -139,7 +139,7 @@ class LinkEmulator:
         return LinkCounts(self._accepted, self._uplink.passed_bytes, self._downlink.passed_bytes)
 
     def start(self) -> LinkEmulator:
-        """Serve connections in a thread of its own until :meth:`close`."""
+        """Serve connections in a thread of its own until ``close()``."""
         self._thread = threading.Thread(target=self.run, name=f"link emulator {self.port}", daemon=True)
         self._thread.start()
         return self
@@ -163,7 +163,7 @@ class LinkEmulator:
         self.close()
 
     def run(self) -> None:
-        """Serve connections in the calling thread, until another thread calls :meth:`close` or an error ends it."""
+        """Serve connections in the calling thread, until another thread calls ``close()`` or an error ends it."""
         with self._lifecycle:
             if self._stopping:
                 return

@@ -23,7 +23,7 @@ class Span:
         id: what the span is of, such as a layer's number.
         start_ns: when it began, in nanoseconds of the clock that ``source`` names.
         end_ns: when it ended.
-        source: the clock, as a :class:`~torchsurgeon.hooks.Source`.
+        source: the clock, as a ``Source``.
     """
 
     slot: int
@@ -171,7 +171,7 @@ class KernelTrace:
         )
 
     def table(self) -> str:
-        """Return :meth:`by_layer` as text: calls, launches, device time in µs, share of all, and the slowest kernel."""
+        """Return ``by_layer()`` as text: calls, launches, device time in µs, share of all, and the slowest kernel."""
         rows = self.by_layer()
         total_s = sum(row.busy_s for row in rows) or 1.0
         width = max((len(row.name) for row in rows), default=0)
@@ -196,7 +196,7 @@ class KernelTrace:
         return {"displayTimeUnit": "ns", "traceEvents": [*self._tracks(), *self._events(origin_ns)]}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_chrome` to ``path``; ui.perfetto.dev and chrome://tracing open it."""
+        """Write ``to_chrome()`` to ``path``; ui.perfetto.dev and chrome://tracing open it."""
         Path(path).write_text(json.dumps(self.to_chrome()), encoding="utf-8")
 
     def _tracks(self) -> Iterator[Mapping[str, Any]]:

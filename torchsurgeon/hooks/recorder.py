@@ -39,7 +39,7 @@ class SpanRecorder:
     Recording allocates nothing, and any thread may record.
 
     Args:
-        capacity: how many spans find room; further ones are only counted, in :attr:`dropped`.
+        capacity: how many spans find room; further ones are only counted, in ``dropped``.
 
     Raises:
         NativeUnavailableError: the compiled extension is missing.
@@ -52,7 +52,7 @@ class SpanRecorder:
         self._handle: int = ops.span_recorder_open(capacity)
 
     def begin(self, span_id: int) -> int:
-        """Begin a span now, and return its slot for :meth:`end`; -1 when the recorder is full."""
+        """Begin a span now, and return its slot for ``end()``; -1 when the recorder is full."""
         slot: int = self._begin(self._handle, span_id)
         return slot
 
@@ -104,7 +104,7 @@ class SpanRecorder:
 
 
 class LayerRanges:
-    """Says in which layer the calling thread is while a kernel trace runs; :func:`active` returns it.
+    """Says in which layer the calling thread is while a kernel trace runs; ``active()`` returns it.
 
     Args:
         ops: the operators of the compiled extension.
@@ -124,12 +124,12 @@ class LayerRanges:
         return list(self._ids)
 
     def id_of(self, name: str) -> int:
-        """Return the id of a layer's name. A loop that calls :meth:`push` should look it up once, before it begins."""
+        """Return the id of a layer's name. A loop that calls ``push()`` should look it up once, before it begins."""
         with self._lock:
             return self._ids.setdefault(name, len(self._ids))
 
     def push(self, layer: int) -> int:
-        """Enter a layer by its id, and return a slot for :meth:`pop`.
+        """Enter a layer by its id, and return a slot for ``pop()``.
 
         Kernels that this thread launches until then are the layer's. Modules that are called are no layers of their
         own.
@@ -138,33 +138,33 @@ class LayerRanges:
         return self.push_module(layer)
 
     def pop(self, slot: int) -> None:
-        """Leave the layer that was entered last, with the slot that :meth:`push` returned."""
+        """Leave the layer that was entered last, with the slot that ``push()`` returned."""
         self.pop_module(slot)
         self._thread.depth = self.depth - 1
 
     def push_module(self, layer: int) -> int:
-        """Enter a layer like :meth:`push`, but let modules that are called inside be layers of their own."""
+        """Enter a layer like ``push()``, but let modules that are called inside be layers of their own."""
         slot = self._recorder.begin(layer)
         self._push_id(slot)
         return slot
 
     def pop_module(self, slot: int) -> None:
-        """Leave the layer that :meth:`push_module` entered last."""
+        """Leave the layer that ``push_module()`` entered last."""
         self._pop_id()
         self._recorder.end(slot)
 
     def before(self, step: Step, environment: Environment) -> int | None:
-        """Enter the layer of a step of a head or tail; see :class:`~torchsurgeon.cutting.segment.Watcher`."""
+        """Enter the layer of a step of a head or tail; see ``Watcher``."""
         return self.push(self.id_of(step.name)) if step.kind == "call" and not self.depth else None
 
     def after(self, step: Step, environment: Environment, slot: int | None) -> None:
-        """Leave the layer that :meth:`before` entered, if it did."""
+        """Leave the layer that ``before()`` entered, if it did."""
         if slot is not None:
             self.pop(slot)
 
     @property
     def depth(self) -> int:
-        """How many layers this thread has entered with :meth:`push` and not left."""
+        """How many layers this thread has entered with ``push()`` and not left."""
         return int(getattr(self._thread, "depth", 0))
 
 
@@ -174,7 +174,7 @@ _active: LayerRanges | None = None
 def active() -> LayerRanges | None:
     """Return the ranges of the running kernel trace; None when none runs.
 
-    A loop that must stay fast calls this once, before it begins, and then :meth:`LayerRanges.push` for each layer.
+    A loop that must stay fast calls this once, before it begins, and then ``LayerRanges.push()`` for each layer.
     """
     return _active
 

@@ -1,7 +1,7 @@
 """The link between device and server: rates, the round trip, the radio's energy, and how rates change over time.
 
-A :class:`Link` has constant rates; a :class:`TracedLink` follows one :class:`BandwidthTrace` per direction. Rates are
-those of the payload, as a bandwidth test reports them: the headers of the protocols below HTTP are not counted.
+A ``Link`` has constant rates; a ``TracedLink`` follows one ``BandwidthTrace`` per direction. Rates are those of the
+payload, as a bandwidth test reports them: the headers of the protocols below HTTP are not counted.
 """
 
 from __future__ import annotations

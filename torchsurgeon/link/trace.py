@@ -272,7 +272,7 @@ def parse_profile(text: str) -> Link | TracedLink:
     """Return the link that a command line names.
 
     Args:
-        text: what :meth:`Link.parse` takes; ``trace:FILE`` for a recording that both directions follow; or
+        text: what ``Link.parse()`` takes; ``trace:FILE`` for a recording that both directions follow; or
             ``trace:UP,DOWN`` for one each. A number at the end (``trace:UP,DOWN,0.06``, ``trace:FILE,60ms``) is the
             round-trip time, which is otherwise 0.
 

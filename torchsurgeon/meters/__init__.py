@@ -1,9 +1,9 @@
 """Clocks and energy meters, each kind behind one small interface.
 
-A :class:`Clock` notes marks and gives the time between them. An :class:`EnergyMeter` reads power, or a running total of
-energy. An :class:`EnergySampler` reads a meter in the background, and its :class:`EnergyTrace` gives the energy of any
-stretch of time. :func:`find_meter` returns the best meter of the machine. Where there is none, that is a
-:class:`NullMeter`, and all energies are None: they are never estimated.
+A ``Clock`` notes marks and gives the time between them. An ``EnergyMeter`` reads power, or a running total of energy.
+An ``EnergySampler`` reads a meter in the background, and its ``EnergyTrace`` gives the energy of any stretch of time.
+``find_meter()`` returns the best meter of the machine. Where there is none, that is a ``NullMeter``, and all energies
+are None: they are never estimated.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class CudaEventClock(Clock):
     It uses the compiled extension's preallocated events, or PyTorch's where the extension is missing.
 
     Args:
-        capacity: the most marks between two calls of :meth:`intervals_ns`.
+        capacity: the most marks between two calls of ``intervals_ns()``.
         stream: the stream; the current one by default.
 
     Raises:
@@ -165,7 +165,7 @@ class CuptiClock(Clock):
     Gaps between kernels do not count.
 
     Raises:
-        NativeUnavailableError: kernels are not traced here; :func:`torchsurgeon.hooks.kernel_trace` says what it needs.
+        NativeUnavailableError: kernels are not traced here; ``torchsurgeon.hooks.kernel_trace()`` says what it needs.
     """
 
     name = "cupti"

@@ -83,14 +83,14 @@ class NullMeter(EnergyMeter):
 
 
 class ReplayMeter(EnergyMeter):
-    """A log written by :func:`save_log`, read again: each :meth:`read` returns its next reading.
+    """A log written by ``save_log()``, read again: each ``read()`` returns its next reading.
 
     Args:
         path: the log.
         start_ns: the time to which the first reading is moved, and all others with it; by default they keep their own.
 
     Raises:
-        MeterError: the file is not such a log; the message names the line. :meth:`read` raises it at the log's end.
+        MeterError: the file is not such a log; the message names the line. ``read()`` raises it at the log's end.
     """
 
     def __init__(self, path: str | os.PathLike[str], start_ns: int | None = None) -> None:

@@ -25,7 +25,7 @@ def find_meter(device: str | torch.device = "cpu", sysfs: Path = Path("/sys")) -
         sysfs: where sysfs is mounted.
 
     Returns:
-        The meter; a :class:`NullMeter` where there is none, whose ``faults`` say why.
+        The meter; a ``NullMeter`` where there is none, whose ``faults`` say why.
 
     Raises:
         DeviceError: the device is neither a CPU nor a CUDA device.

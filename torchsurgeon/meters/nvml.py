@@ -1,7 +1,7 @@
 """Energy of a desktop or datacenter GPU, read through NVIDIA's management library (NVML).
 
 The library comes with NVIDIA's driver; the package nvidia-ml-py (``pip install 'torchsurgeon[nvidia]'``) calls it. On a
-Jetson NVML answers but knows neither energy nor power; its meter is :mod:`torchsurgeon.meters.jetson`.
+Jetson NVML answers but knows neither energy nor power; its meter is ``torchsurgeon.meters.jetson``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class NvmlMeter(EnergyMeter):
     """Total energy of one GPU since the driver was loaded, or the power of a GPU before Volta, which has no counter.
 
     Args:
-        device: the GPU's index in NVML, or its UUID with the prefix ``GPU-``, as :func:`nvml_name` returns it. The two
+        device: the GPU's index in NVML, or its UUID with the prefix ``GPU-``, as ``nvml_name()`` returns it. The two
             differ where CUDA_VISIBLE_DEVICES renumbers devices.
 
     Raises:

@@ -15,14 +15,12 @@ _MAX_FAULTS = 100
 class EnergySampler:
     """Reads a meter periodically in a thread, from entering to leaving the context.
 
-    ::
-
         idle_w = measure_idle(meter)
         with EnergySampler(meter) as sampler:
             spans = [run() for _ in range(100)]          # (start_ns, end_ns) of time.perf_counter_ns
         cost = sampler.trace().estimate(spans, idle_w)
 
-    A reading that fails is skipped, so energy is unknown around it. A :class:`NullMeter` is not read at all.
+    A reading that fails is skipped, so energy is unknown around it. A ``NullMeter`` is not read at all.
 
     Args:
         meter: the meter.

@@ -1,7 +1,7 @@
 """What a trace assumes about a model: its submodules, its mode, and what ``forward`` reads besides tensors.
 
 Head and tail run what was traced, while the whole model would follow a later change of these. The answer would then
-depend on the cut, so :class:`Premises` finds such changes.
+depend on the cut, so ``Premises`` finds such changes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Digests of a model's weights, by which two machines know whether they hold the same ones.
 
 A digest is the SHA-256 of a tensor's dtype, shape and bytes in row-major order. So it depends neither on the memory
-layout, nor on the device, nor on the PyTorch version. A :class:`Snapshot` tells whether weights have changed without
-reading them.
+layout, nor on the device, nor on the PyTorch version. A ``Snapshot`` tells whether weights have changed without reading
+them.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def plan_chain(
         graph: the traced model.
         stages: what each layer costs on each machine, the device first.
         links: ``links[i]`` lies between the machines ``i`` and ``i + 1``.
-        objective: what to minimize, as :meth:`Objective.of` takes it.
+        objective: what to minimize, as ``Objective.of()`` takes it.
         loads: for each machine, the factor by which it is slower than its profile says; 1 by default.
 
     Raises:

@@ -76,7 +76,7 @@ def plan(
         graph: the traced model.
         device: what each layer costs on the device, measured or predicted.
         server: what each layer costs on the server, measured or predicted.
-        link: the link between them, or what :meth:`Link.parse` understands, such as ``"lte"``.
+        link: the link between them, or what ``Link.parse()`` understands, such as ``"lte"``.
         objective: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, or weights by these names.
         codecs: measured codecs; without them, tensors are sent as they are.
         load: the factor by which the server is slower than its profile says.
@@ -84,10 +84,10 @@ def plan(
         stages: what each layer costs on each machine of a row, in place of device, server, link, codecs and load.
         links: the links between the machines of ``stages``.
         loads: for each machine of ``stages``, the factor by which it is slower than its profile says.
-        **constraints: as in :class:`~torchsurgeon.planning.Constraints`.
+        **constraints: as in ``Constraints``.
 
     Returns:
-        A :class:`Plan`, or with ``stages`` a :class:`ChainPlan`.
+        A ``Plan``, or with ``stages`` a ``ChainPlan``.
 
     Raises:
         InfeasibleError: nothing keeps all constraints; the message says how near to each one can come.

@@ -160,7 +160,7 @@ class Frontier:
             link: the link between device and server.
             load: the factor by which the server is slower than its profile says.
             slowdown: the factor by which the device is slower than its profile says.
-            objective: what to minimize, as :meth:`Objective.of` takes it.
+            objective: what to minimize, as ``Objective.of()`` takes it.
 
         Raises:
             PlanError: load or slowdown is not positive, the objective is unknown, or it counts energy and no joules are
@@ -180,7 +180,7 @@ class Frontier:
     ) -> Array:
         """Return what each row costs, shape (rows,), in the objective's unit.
 
-        Args and errors are those of :meth:`best`.
+        Args and errors are those of ``best()``.
         """
         wanted = objective if objective == "latency" else Objective.of(objective)
         return self._costs(self._columns, link, load, slowdown, wanted)

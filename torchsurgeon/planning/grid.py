@@ -84,15 +84,15 @@ def sweep(
     """Return the choice at each uplink rate and load.
 
     Args:
-        frontier: the rows to choose among; with both ends of the model, as :meth:`Frontier.build` returns them.
+        frontier: the rows to choose among; with both ends of the model, as ``Frontier.build()`` returns them.
         link: the link; its downlink keeps its ratio to the uplink.
         uplink_bit_s: the uplink rates.
         loads: the factors by which the server is slower than its profile says.
-        objective: what to minimize, as :meth:`Objective.of` takes it.
+        objective: what to minimize, as ``Objective.of()`` takes it.
         slowdown: the factor by which the device is slower than its profile says.
 
     Raises:
-        PlanError: rates or loads are missing, an end is, or what :meth:`Frontier.best` refuses.
+        PlanError: rates or loads are missing, an end is, or what ``Frontier.best()`` refuses.
         LinkError: a rate is not positive.
     """
     wanted = Objective.of(objective)

@@ -89,7 +89,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Battery:
-    """An objective that follows a battery's charge; made by :meth:`Objective.battery`.
+    """An objective that follows a battery's charge; made by ``Objective.battery()``.
 
     Above a charge of 80 % only latency counts, below 20 % only energy, and in between both in proportion.
     """

@@ -61,7 +61,7 @@ class Row:
     layers: tuple[int, ...] | None = None
 
     def point(self, graph: LayerGraph) -> PartitionPoint:
-        """Return where to cut ``graph``, for :func:`~torchsurgeon.cutting.cut`."""
+        """Return where to cut ``graph``, for ``cut()``."""
         return graph.point(self.index) if self.layers is None else graph.point_of(self.layers)
 
     def to_json(self) -> dict[str, Any]:

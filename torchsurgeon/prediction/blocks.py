@@ -188,7 +188,7 @@ class ChannelsLast(nn.Module):
 
 
 class ChannelsFirst(nn.Module):
-    """Makes the channels of a map its first dimension after the batch; undoes :class:`ChannelsLast`."""
+    """Makes the channels of a map its first dimension after the batch; undoes ``ChannelsLast``."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block\'s output for a tensor."""

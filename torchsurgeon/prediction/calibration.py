@@ -85,7 +85,7 @@ def calibrate(
     """Time layers on a device, and return a predictor of it.
 
     Predictions hold for as many threads as PyTorch is set to (``torch.set_num_threads``). From then on, this process
-    keeps freed memory (:func:`~torchsurgeon._allocator.keep_freed_memory`).
+    keeps freed memory (``keep_freed_memory()``).
 
     Args:
         device: "cpu", "cuda" or "cuda:1".

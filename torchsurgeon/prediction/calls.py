@@ -29,7 +29,7 @@ def described(name: str, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     """Return the operations of a call.
 
     Args:
-        name: the name of the function or method, for which :func:`is_known` returns True.
+        name: the name of the function or method, for which ``is_known()`` returns True.
         out: what the call returned.
         args: its positional arguments.
         kwargs: its keyword arguments.

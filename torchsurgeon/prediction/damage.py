@@ -42,6 +42,6 @@ def numbers(of: type[Figures], data: Mapping[str, Any], least: float = -_FAR) ->
 
 
 def damaged(error: Exception) -> CalibrationError:
-    """Return the error to raise where reading raised one of :data:`DAMAGE`."""
+    """Return the error to raise where reading raised one of ``DAMAGE``."""
     what = f"no field {short(error)}" if isinstance(error, KeyError) else short(error)
     return CalibrationError(f"the calibration was cut short or edited ({what}); calibrate again")

@@ -1,10 +1,10 @@
 """The kinds of layers that have a prediction model, and the features from which each model predicts.
 
-An :class:`Operation` is one call that takes time, described by a few whole numbers (its *columns*): a convolution by
-its channels, sizes and kernel, an activation by its elements. Fitting and predicting compute the features from the
-columns by the same function, :func:`features`. Among them are those of Kang et al., Neurosurgeon (ASPLOS 2017), section
-4.1: input feature maps, (filter size / stride)² · filters, neurons in and out, and so on. The others are flops, bytes
-moved and the columns themselves.
+An ``Operation`` is one call that takes time, described by a few whole numbers (its *columns*): a convolution by its
+channels, sizes and kernel, an activation by its elements. Fitting and predicting compute the features from the columns
+by the same function, ``features()``. Among them are those of Kang et al., Neurosurgeon (ASPLOS 2017), section 4.1:
+input feature maps, (filter size / stride)² · filters, neurons in and out, and so on. The others are flops, bytes moved
+and the columns themselves.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Net:
 
 
 def random_net(rng: random.Random) -> Net:
-    """Return a network that is drawn at random. Its weights are not set; see :func:`settle`."""
+    """Return a network that is drawn at random. Its weights are not set; see ``settle()``."""
     return rng.choice(_FAMILIES)(rng)
 
 

@@ -153,7 +153,7 @@ class Predictor:
         """Fit a predictor to measurements in CSV files, such as those made with another tool.
 
         Args:
-            files: by kind of layer, the file; :func:`~torchsurgeon.prediction.samples.read_csv` says what it holds.
+            files: by kind of layer, the file; ``read_csv()`` says what it holds.
             name: the name of the device.
 
         Raises:
@@ -187,7 +187,7 @@ class Predictor:
         """Predict the profile of a model: seconds of each layer and of the whole, with 90 % intervals.
 
         It has energies where the device was metered. Its memory is that of the tensors that are alive at each layer.
-        Where there is no model at all (:attr:`is_bound`), every time is a lower bound without an interval.
+        Where there is no model at all (``is_bound``), every time is a lower bound without an interval.
 
         Args:
             graph: the traced model.
@@ -337,7 +337,7 @@ class Predictor:
         """Return the predictor in plain data.
 
         Args:
-            data: what :meth:`to_json` returned.
+            data: what ``to_json()`` returned.
 
         Raises:
             CalibrationError: it is no calibration of this version, unfinished or damaged; the message says what is

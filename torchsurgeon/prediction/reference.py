@@ -17,7 +17,7 @@ from torchsurgeon.tracing.graph import LayerGraph
 
 
 def reference_devices() -> tuple[str, ...]:
-    """Return the names that :func:`reference_device` takes, in alphabetical order."""
+    """Return the names that ``reference_device()`` takes, in alphabetical order."""
     files = resources.files("torchsurgeon.prediction").joinpath("devices").iterdir()
     return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
 
@@ -26,7 +26,7 @@ def reference_device(name: str) -> Predictor:
     """Return the predictor of a device that comes with the package.
 
     Args:
-        name: one of :func:`reference_devices`.
+        name: one of ``reference_devices()``.
 
     Raises:
         CalibrationError: there is no such device; the message lists those that there are.
@@ -84,7 +84,7 @@ def costs_on(graph: LayerGraph, where: str | Path | LayerProfile | Predictor) ->
 
     Args:
         graph: the traced model.
-        where: the profile; the predictor by which the model is predicted; or what :func:`load_costs` takes.
+        where: the profile; the predictor by which the model is predicted; or what ``load_costs()`` takes.
 
     Raises:
         ProfileError: the profile is of another model or damaged.

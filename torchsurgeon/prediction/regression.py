@@ -76,7 +76,7 @@ class HeldOut:
 
 
 class KindModel:
-    """Predicts the seconds (or joules) of operations of one kind; :func:`fit_kind` returns one.
+    """Predicts the seconds (or joules) of operations of one kind; ``fit_kind()`` returns one.
 
     Attributes:
         kind: the kind.
@@ -127,7 +127,7 @@ def fit_kind(table: SampleTable, values: Array) -> KindModel:
 
 
 def refit_kind(table: SampleTable, values: Array, form: str, held_out: HeldOut) -> KindModel:
-    """Fit again the model that :func:`fit_kind` chose.
+    """Fit again the model that ``fit_kind()`` chose.
 
     Args:
         table: the samples.

@@ -131,7 +131,7 @@ class SampleTable:
 
         Args:
             kind: the kind that all samples have.
-            data: what :meth:`to_json` returned.
+            data: what ``to_json()`` returned.
 
         Raises:
             KeyError: the kind is unknown, or a column is missing.

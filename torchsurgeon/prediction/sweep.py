@@ -86,7 +86,7 @@ def candidates(kind: str, seed: int = 0) -> Iterator[Candidate]:
     """Yield layers of one kind, without end.
 
     Args:
-        kind: one of :func:`sweep_kinds`.
+        kind: one of ``sweep_kinds()``.
         seed: the same seed yields the same layers.
 
     Yields:
@@ -103,7 +103,7 @@ def candidates(kind: str, seed: int = 0) -> Iterator[Candidate]:
 
 
 def sweep_kinds() -> tuple[str, ...]:
-    """Return every kind of layer that :func:`candidates` draws."""
+    """Return every kind of layer that ``candidates()`` draws."""
     return tuple(_DRAWS)
 
 

@@ -180,7 +180,7 @@ def _is_apart(whole_s: Array) -> bool:
 class ModelRun:
     """A model that is ready to be measured. From its creation on, this process keeps freed memory.
 
-    See :func:`~torchsurgeon._allocator.keep_freed_memory`.
+    See ``keep_freed_memory()``.
 
     Args:
         graph: the traced model.
@@ -275,12 +275,12 @@ def layer_trace(
 
     Args:
         graph: the traced model.
-        device: as for :func:`profile`.
-        inputs: as for :func:`profile`.
+        device: as for ``profile()``.
+        inputs: as for ``profile()``.
 
     Raises:
         DeviceError: the device does not exist, or the model is not on it.
-        NativeUnavailableError: on CUDA, as :func:`~torchsurgeon.hooks.kernel_trace` raises it.
+        NativeUnavailableError: on CUDA, as ``kernel_trace()`` raises it.
     """
     target = device_of(graph, device)
     run = ModelRun(graph, target, inputs)

@@ -56,7 +56,7 @@ class LayerEnergy:
         """Return the energies in plain data.
 
         Args:
-            data: what :meth:`to_json` returned.
+            data: what ``to_json()`` returned.
 
         Raises:
             KeyError: a field is missing.
@@ -195,9 +195,9 @@ class LayerProfile:
     def sum_to_whole(self) -> float:
         """The sum of the layers over the whole model's time in the same repeat; the median over the repeats.
 
-        It shows what reading the clock between layers costs. :attr:`whole_to_sum` shows that less well on a busy
-        machine: interruptions hit another layer each time, so the layers' medians leave them out, while the whole
-        model's median includes them.
+        It shows what reading the clock between layers costs. ``whole_to_sum`` shows that less well on a busy machine:
+        interruptions hit another layer each time, so the layers' medians leave them out, while the whole model's median
+        includes them.
         """
         return float(np.median(self.samples_s.sum(axis=1) / self.whole_s)) if self._paired else 1 / self.whole_to_sum
 
@@ -314,7 +314,7 @@ class LayerProfile:
         """Return the profile in plain data.
 
         Args:
-            data: what :meth:`to_json` returned.
+            data: what ``to_json()`` returned.
 
         Raises:
             ProfileError: it is no profile of this version, or is damaged; the message names the field.

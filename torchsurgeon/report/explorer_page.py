@@ -26,9 +26,9 @@ _NUMBERS = ("head_s", "encode_s", "size_bytes", "tail_s", "decode_s", "device_j"
 def explorer(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
     """Write one HTML page, which loads nothing else, on which the settings that ``plan`` was made for can be moved.
 
-    The page decides as :meth:`Frontier.best` does among the ways that keep to the plan's constraints; with one codec
-    chosen, among those with that codec and all on the device. It is about 5 MB, plotly.js most of it.
-    Raises :class:`~torchsurgeon.cli.TorchSurgeonError` when plotly is not installed or the file cannot be written.
+    The page decides as ``Frontier.best()`` does among the ways that keep to the plan's constraints; with one codec
+    chosen, among those with that codec and all on the device. It is about 5 MB, plotly.js most of it. Raises
+    ``TorchSurgeonError`` when plotly is not installed or the file cannot be written.
     """
     try:
         from plotly.offline import get_plotlyjs

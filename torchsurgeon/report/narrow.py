@@ -33,7 +33,7 @@ def shortened(name: str, most: int) -> str:
     ``f….d…3.denselayer24.conv2``. Where that is not enough, steps without a number are left out.
 
     Args:
-        name: The name, which may begin with :data:`CHOSEN`.
+        name: The name, which may begin with ``CHOSEN``.
         most: How many characters there is room for.
     """
     mark = CHOSEN if name.startswith(CHOSEN) else ""
@@ -57,7 +57,7 @@ def shortened(name: str, most: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a :class:`FittingTable`, with one cell for each row.
+    """A column of a ``FittingTable``, with one cell for each row.
 
     Attributes:
         header: What stands above the cells, with the unit where the cells do not name it.
@@ -67,7 +67,7 @@ class Column:
         instead: The column that takes this one's place when it is left out, such as the same figures without their
             intervals.
         left: Whether the cells are aligned to the left. Figures are aligned to the right.
-        is_name: Whether the cells are names, which :func:`shortened` shortens.
+        is_name: Whether the cells are names, which ``shortened()`` shortens.
         note: A sentence that stands below the table where the column is shown.
     """
 

@@ -23,7 +23,7 @@ PINK, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
 def new_figure(width_in: float, height_in: float) -> Any:
     """Return an empty matplotlib figure of a size in inches, drawn without a display.
 
-    Raises :class:`~torchsurgeon.cli.TorchSurgeonError` when matplotlib is not installed.
+    Raises ``TorchSurgeonError`` when matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,8 +38,7 @@ def new_figure(width_in: float, height_in: float) -> Any:
 def save_figure(figure: Any, path: str | Path) -> None:
     """Draw a figure into the format that ``path`` ends in.
 
-    Raises :class:`~torchsurgeon.cli.TorchSurgeonError` for one that matplotlib does not know, and ``OSError`` where
-    nothing can be written.
+    Raises ``TorchSurgeonError`` for one that matplotlib does not know, and ``OSError`` where nothing can be written.
     """
     known = figure.canvas.get_supported_filetypes()
     ending = Path(path).suffix[1:].lower() or "png"
@@ -57,8 +56,8 @@ def profile_picture(graph: LayerGraph, profile: LayerProfile, path: str | Path) 
     """Draw a bar for each layer's time, with its quartiles, into a PNG (or whatever format ``path`` ends in); beside
     them its memory, and its joules where they are known.
 
-    Runs of layers are drawn together when there are more than fit; their time is the sum, their memory the most.
-    Raises :class:`~torchsurgeon.cli.TorchSurgeonError` when matplotlib is not installed.
+    Runs of layers are drawn together when there are more than fit; their time is the sum, their memory the most. Raises
+    ``TorchSurgeonError`` when matplotlib is not installed.
     """
     profile.check(graph)
     groups = layer_runs(graph)
@@ -105,8 +104,8 @@ def layer_picture(
     """Draw each layer's latency on each device as bars, the size of what crosses after it as a line, and a star for
     each named partition index, into a PNG (or whatever format ``path`` ends in).
 
-    Runs of layers are drawn together when there are more than fit. Raises
-    :class:`~torchsurgeon.cli.TorchSurgeonError` when matplotlib is not installed.
+    Runs of layers are drawn together when there are more than fit. Raises ``TorchSurgeonError`` when matplotlib is not
+    installed.
     """
     groups = layer_runs(graph, [index for _, index in stars])
     labels = ["input", *(plain(label) for label in run_labels(graph, groups))]

@@ -25,8 +25,8 @@ def plan_picture(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
     ends in): latency as stacked bars, energy where it is known, compute and what is sent; a star at the plan's choice.
 
     Cuts inside a run of layers are drawn as one bar where there are more than fit; it is the best of them under the
-    plan's objective. Ways that break the plan's constraints are not drawn. Raises
-    :class:`~torchsurgeon.cli.TorchSurgeonError` when matplotlib is not installed.
+    plan's objective. Ways that break the plan's constraints are not drawn. Raises ``TorchSurgeonError`` when matplotlib
+    is not installed.
     """
     bars: list[tuple[CutRun, Terms]] = []
     star = 0
@@ -144,7 +144,7 @@ def _legend(axis: Any, *twins: Any) -> None:
 
 def sweep_picture(sweep: Sweep, path: str | Path) -> None:
     """Draw which way is chosen, and what it gains, over uplink rate and load, into a PNG (or whatever format ``path``
-    ends in). Raises :class:`~torchsurgeon.cli.TorchSurgeonError` when matplotlib is not installed."""
+    ends in). Raises ``TorchSurgeonError`` when matplotlib is not installed."""
     figure = new_figure(13, 5.4)
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm, ListedColormap

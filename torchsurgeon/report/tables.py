@@ -156,7 +156,7 @@ def energy_column(
         means_j: The energies in joules, one for each row.
         intervals_j: The low and high end of each, in joules.
         percent: How sure the intervals are.
-        rank: When the energies themselves are left out, as in :class:`~torchsurgeon.report.narrow.Column`.
+        rank: When the energies themselves are left out, as in ``Column``.
     """
     brief = Column("energy", [joules_text(mean) for mean in means_j], rank=rank, note="Energy is that above idle.")
     note = f"Energy is that above idle, with its {percent} % interval."
@@ -165,7 +165,7 @@ def energy_column(
 
 
 def diagnosis_text(diagnosis: Diagnosis) -> Group:
-    """Return what :func:`torchsurgeon.cutting.doctor.examine` found, for people."""
+    """Return what ``torchsurgeon.cutting.doctor.examine()`` found, for people."""
     graph = diagnosis.graph
     flops = sum(layer.flops for layer in graph.layers)
     blocks = FittingTable(

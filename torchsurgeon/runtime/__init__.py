@@ -1,8 +1,8 @@
 """What runs a split model: it adapts the cut, asks servers, and answers whatever they do.
 
-A call goes through three stages (:class:`Pending`): the head runs, the request is sent, the call is finished. The
-request is in a thread of a small pool, so that the calling thread can run the tail itself when the answer is late.
-:class:`Engine` stands on top of the room: no other file here imports it.
+A call goes through three stages (``Pending``): the head runs, the request is sent, the call is finished. The request is
+in a thread of a small pool, so that the calling thread can run the tail itself when the answer is late. ``Engine``
+stands on top of the room: no other file here imports it.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Connector:
 
     Attributes:
         ping_tensors: the boundary tensors of the ping, which is the smallest inference there is; empty until
-            :meth:`prepare_ping`.
+            ``prepare_ping()``.
         ping_index: the index of the partition point that the ping cuts at.
     """
 

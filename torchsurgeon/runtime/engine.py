@@ -94,7 +94,7 @@ class Engine:
         self._setup.prepare()
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Note that ``fn`` is applied to the model's tensors, as :meth:`torch.nn.Module.to` does."""
+        """Note that ``fn`` is applied to the model's tensors, as ``torch.nn.Module.to()`` does."""
         with torch.no_grad():
             self.times.example = pytree.tree_map_only(Tensor, fn, self.times.example)
         self.times.forget()

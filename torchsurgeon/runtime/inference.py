@@ -83,7 +83,7 @@ def of_answer(
         moments: when the call's stages on the device ended.
         end_s: when its result was ready (``time.perf_counter``).
         round_trip_s: the link's round trip.
-        **known: further fields of :class:`Inference`.
+        **known: further fields of ``Inference``.
     """
     timing, parameters = answer.timing, answer.parameters
     queue_s, tail_s = seconds(parameters.get("queue_s")), seconds(parameters.get("compute_s"))

@@ -73,7 +73,7 @@ class Errand:
 
 
 class Keeper:
-    """The background thread. It begins with :meth:`start`, ends with :meth:`close`, and sends through ``pool``.
+    """The background thread. It begins with ``start()``, ends with ``close()``, and sends through ``pool``.
 
     Attributes:
         pings: how many pings have been answered.

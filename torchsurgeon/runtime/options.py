@@ -17,7 +17,7 @@ from torchsurgeon.runtime.parts import Backend
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The arguments of :class:`~torchsurgeon.SplitModule`, checked and resolved; its docstring says what each does.
+    """The arguments of ``SplitModule``, checked and resolved; its docstring says what each does.
 
     Attributes:
         name: the model's name on its servers.

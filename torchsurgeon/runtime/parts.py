@@ -85,7 +85,7 @@ class Parts:
         return self._get((point.index, point.layers), lambda: self._with_backend(cut(self.graph, point).head))
 
     def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
-        """Return the rest of the model after the tensors ``names``; ``flat`` is that of :func:`.tail_for`."""
+        """Return the rest of the model after the tensors ``names``; ``flat`` is that of ``tail_for()``."""
         return self._get(("tail", names, flat), lambda: Tail(tail_for(self.graph, names, flat=flat), self._backend))
 
     def compile(self, point: PartitionPoint, example: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:

@@ -69,7 +69,7 @@ class Shared:
 
 
 class Done:
-    """A call that has run on the device as a whole; it has the stages of a :class:`Pending`, and nothing left to do."""
+    """A call that has run on the device as a whole; it has the stages of a ``Pending``, and nothing left to do."""
 
     def __init__(self, value: Any) -> None:
         self._value = value

@@ -81,7 +81,7 @@ class Task(Generic[T]):
 
 
 class Pool:
-    """Daemon threads, started when they are needed and kept until :meth:`close`. Thread-safe.
+    """Daemon threads, started when they are needed and kept until ``close()``. Thread-safe.
 
     Args:
         name: the name of each thread.

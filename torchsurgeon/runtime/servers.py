@@ -119,7 +119,7 @@ class Servers:
 
     @property
     def round_trip_s(self) -> float:
-        """The round trip of :attr:`link`; 0 where that is unknown."""
+        """The round trip of ``link``; 0 where that is unknown."""
         link = self.link
         return 0.0 if link is None else link.round_trip_s
 

@@ -32,7 +32,7 @@ class Begun(Protocol):
         """Wait for the model's result."""
 
     def cancel(self) -> None:
-        """Make :meth:`result` raise soon."""
+        """Make ``result()`` raise soon."""
 
 
 class Stream:

@@ -2,9 +2,9 @@
 
 The span is named ``torchsurgeon.inference``, begins and ends when the inference did, and is a child of the span that is
 current in the thread that ends it. It is of kind client when a server's answer was used, else internal. Its attributes
-start with ``torchsurgeon.``: the model's name, the fields of :class:`~torchsurgeon.runtime.Inference` (times
-in seconds, sizes in bytes), the partition's name and index, the reason and cost of the decision. An error that reaches
-the caller ends the span with that error as its status (OpenTelemetry's specification of recording exceptions).
+start with ``torchsurgeon.``: the model's name, the fields of ``Inference`` (times in seconds, sizes in bytes), the
+partition's name and index, the reason and cost of the decision. An error that reaches the caller ends the span with
+that error as its status (OpenTelemetry's specification of recording exceptions).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Work(Protocol):
 
 
 class ModelCall:
-    """A call of the model with its arguments; the methods are those of :class:`Work`."""
+    """A call of the model with its arguments; the methods are those of ``Work``."""
 
     def __init__(self, parts: Parts, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._parts, self._args, self._kwargs = parts, args, kwargs
@@ -63,7 +63,7 @@ class ModelCall:
 
 
 class TailCall:
-    """The rest of the model after the tensors ``names``; the methods are those of :class:`Work`.
+    """The rest of the model after the tensors ``names``; the methods are those of ``Work``.
 
     Its result is a tuple in the order of the graph's outputs.
     """

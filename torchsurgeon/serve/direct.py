@@ -49,7 +49,7 @@ class Reply(NamedTuple):
 
     Attributes:
         status: the HTTP status.
-        header_bytes: as in :class:`torchsurgeon.wire.Encoded`.
+        header_bytes: as in ``torchsurgeon.wire.Encoded``.
         buffers: the body, in buffers to be written one after the other.
         size_bytes: length of the body.
     """
@@ -61,7 +61,7 @@ class Reply(NamedTuple):
 
 
 class Job:
-    """One request whose body is arriving. The connection fills ``missing``, and then calls :meth:`run`.
+    """One request whose body is arriving. The connection fills ``missing``, and then calls ``run()``.
 
     Args:
         plain: the request's head.

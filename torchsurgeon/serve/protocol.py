@@ -68,7 +68,7 @@ class _Fed:
 
 
 class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
-    """One connection. asyncio asks :meth:`get_buffer` where to put data, and then calls :meth:`buffer_updated`.
+    """One connection. asyncio asks ``get_buffer()`` where to put data, and then calls ``buffer_updated()``.
 
     Data goes to one of three places: to the rest of the body of the job that is being read; to ``_ahead``, laid out for
     the last head and a body, where a repeated request is expected; or else to ``_scratch``, from where it is parsed.

@@ -81,10 +81,10 @@ class ModelRegistry:
 
         Args:
             name: the name to serve it under.
-            model: the model. Of a :class:`~torchsurgeon.module.SplitModule`, which needs no example, this server runs
-                the layers up to its cut, and the SplitModule's own server runs the rest.
-            example: an example of a call, as :class:`~torchsurgeon.module.SplitModule` takes it on the device: a
-                tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            model: the model. Of a ``SplitModule``, which needs no example, this server runs the layers up to its cut,
+                and the SplitModule's own server runs the rest.
+            example: an example of a call, as ``SplitModule`` takes it on the device: a tensor, a tuple of positional
+                arguments, or a dict of keyword arguments.
             kwargs: further keyword arguments of the example.
             leaf_modules: modules to keep whole, as the device names them too.
             source: where the model comes from, in words.
@@ -124,7 +124,7 @@ class ModelRegistry:
             name: the name to serve it under.
             spec: the SPEC, such as ``torchvision:resnet18``.
             leaf_modules: modules to keep whole, as the device names them too.
-            **options: passed on to :func:`torchsurgeon.models.specs.load`.
+            **options: passed on to ``torchsurgeon.models.specs.load()``.
 
         Raises:
             SpecError: the name is not valid or is taken, or the SPEC could not be loaded.

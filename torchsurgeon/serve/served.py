@@ -314,7 +314,7 @@ def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: i
 
     Returns:
         Whether all shapes are those of the example at some batch size. If not (an image of another size), they have to
-        be checked by :func:`~torchsurgeon.cutting.partition.check_shapes`.
+        be checked by ``check_shapes()``.
 
     Raises:
         ProtocolError: a dtype, rank or size is not possible in this graph, or the tensors differ in their batch size.

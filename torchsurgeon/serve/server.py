@@ -1,4 +1,4 @@
-"""Running the application under uvicorn: in a thread (:class:`Server`), or as a process's only task (:func:`run`)."""
+"""Running the application under uvicorn: in a thread (``Server``), or as a process's only task (``run()``)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Server:
     A context manager: ``with Server(app) as server: … server.url``.
 
     Args:
-        app: the application, such as :func:`create_app` returns.
+        app: the application, such as ``create_app()`` returns.
         host: the address to listen on.
         port: the port to listen on; 0 for any free one.
         ssl_certfile: the certificate, for HTTPS.
@@ -123,12 +123,12 @@ def run(
         models: the SPEC of each model by its name.
         host: the address to listen on. A warning is given where other machines can reach it.
         port: the port to listen on; 0 for any free one.
-        weights: weights files by model name, as in :func:`torchsurgeon.models.specs.load`.
-        input_specs: inputs by model name, as in :func:`torchsurgeon.models.specs.load`.
-        leaf_modules: modules to keep whole by model name, as in :func:`torchsurgeon.tracing.trace`.
+        weights: weights files by model name, as in ``torchsurgeon.models.specs.load()``.
+        input_specs: inputs by model name, as in ``torchsurgeon.models.specs.load()``.
+        leaf_modules: modules to keep whole by model name, as in ``torchsurgeon.tracing.trace()``.
         seed: seed of random weights.
         max_batch: the largest batch of a request.
-        profiler: as in :class:`ModelRegistry`.
+        profiler: as in ``ModelRegistry``.
         say: called with each line about the server's progress; prints it by default.
 
     Raises:

@@ -17,7 +17,7 @@ class Worker:
     """One thread that runs jobs in order and without gradients.
 
     A model has one worker, so its layers never compete with each other for the processor. ``_running`` is held while a
-    job runs, so that :meth:`now` runs a job in another thread only while this one is idle.
+    job runs, so that ``now()`` runs a job in another thread only while this one is idle.
 
     Args:
         name: the thread's name.

@@ -1,4 +1,4 @@
-"""A model becomes a :class:`LayerGraph`: its layers, the tensors between them, and the points where it can be cut."""
+"""A model becomes a ``LayerGraph``: its layers, the tensors between them, and the points where it can be cut."""
 
 from __future__ import annotations
 

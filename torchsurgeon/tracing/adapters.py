@@ -1,8 +1,8 @@
 """Traceable forms of models whose own forward torch.fx cannot follow, by model class; users can add theirs.
 
 An adapter is a function that is traced in place of the model class's ``forward``. It calls the same submodules, so the
-names of layers and the answers stay the model's own. What depends on values goes through :func:`opaque`, which makes
-one layer of a function.
+names of layers and the answers stay the model's own. What depends on values goes through ``opaque()``, which makes one
+layer of a function.
 
 This file has adapters for torchvision's detectors, so that a cut can lie inside backbone, feature pyramid and heads,
 and for ``torch.nn``'s transformers, so that it can lie between their layers.
@@ -72,8 +72,8 @@ def opaque(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function; while tracing, record the call as one layer instead of following it.
 
     Args:
-        function: what is called; its name is the layer's. A ``shape_rule`` attribute takes the same arguments with
-            meta tensors and returns an :class:`~torchsurgeon.tracing.shape_rules.Outcome`.
+        function: what is called; its name is the layer's. A ``shape_rule`` attribute takes the same arguments with meta
+            tensors and returns an ``Outcome``.
         *args: its arguments.
     """
     for _, leaf in flatten(list(args))[0]:

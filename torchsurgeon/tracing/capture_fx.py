@@ -280,7 +280,7 @@ class UnfollowedError(TraceError):
     Args:
         message: what the user reads: the line, why it cannot be followed, and what to try.
         module_path: the innermost module that was being followed, "" for the model itself.
-        line: the line and the reason in one line, for :attr:`LayerGraph.opaque`.
+        line: the line and the reason in one line, for ``LayerGraph.opaque``.
     """
 
     def __init__(self, message: str, module_path: str, line: str) -> None:

@@ -2,7 +2,7 @@
 
 Three things make this more than liveness on a graph:
 
-* Memory. In-place layers overwrite tensors that other names may still show. :mod:`~torchsurgeon.tracing.settle` makes
+* Memory. In-place layers overwrite tensors that other names may still show. ``settle`` makes
   later readers of an overwritten tensor read the overwriting step's value, so that the data flow alone orders reads and
   writes. Where that is impossible, no cut is offered while both views are alive.
 * Views cost nothing to take again. Of several boundary tensors that share memory only the one they are views of
@@ -59,7 +59,7 @@ class DataFlow:
     value apart, or only reads a number off a tensor, is no layer and is repeated on whichever side needs it.
 
     Attributes:
-        steps: the program; creating the flow settles it, see :func:`~torchsurgeon.tracing.settle.settle`.
+        steps: the program; creating the flow settles it, see ``settle()``.
         settled: what the steps read and overwrite, and which of them are live.
         layers: the index of the step of every layer, in the order the model runs them.
         rank: by step index, the rank of the layer.

@@ -1,7 +1,7 @@
 """A model as a graph of layers, with every point where it can be cut.
 
-A :class:`LayerGraph` names each layer by its module path, and lists each :class:`PartitionPoint` with the boundary
-tensors that cross from the device to the server there.
+A ``LayerGraph`` names each layer by its module path, and lists each ``PartitionPoint`` with the boundary tensors that
+cross from the device to the server there.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torchsurgeon.tracing.step import Constant
 
 
 class LayerGraph:
-    """A traced model, as :func:`trace` returns it. It does not change, and it shares the model's parameters.
+    """A traced model, as ``trace()`` returns it. It does not change, and it shares the model's parameters.
 
     Attributes:
         model: the model itself.
-        layers: every :class:`Layer`, in the order the model runs them.
-        points: every :class:`PartitionPoint`, from all layers on the server to all layers on the device.
+        layers: every ``Layer``, in the order the model runs them.
+        points: every ``PartitionPoint``, from all layers on the server to all layers on the device.
         inputs: the model's own input tensors.
         outputs: the model's own output tensors.
         values: every tensor that may cross a boundary, by name.
@@ -174,7 +174,7 @@ class LayerGraph:
         """Return a call's tensors in the order of ``inputs``.
 
         Raises:
-            TypeError: as :meth:`bind` raises it.
+            TypeError: as ``bind()`` raises it.
         """
         tensors = self.call.tensors(args, kwargs)
         self.check_sizes(tensors)

@@ -85,8 +85,8 @@ def logical(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
     """Return a view with the dimensions in their own order.
 
     Args:
-        tensor: a row-major tensor, as :func:`dense` returns it.
-        order: the order in which its dimensions are stored, as :func:`dense` returns it.
+        tensor: a row-major tensor, as ``dense()`` returns it.
+        order: the order in which its dimensions are stored, as ``dense()`` returns it.
     """
     return tensor if order is None else tensor.permute(sorted(range(len(order)), key=order.__getitem__))
 

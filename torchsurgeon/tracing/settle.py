@@ -50,7 +50,7 @@ def settle(steps: Sequence[Step], shapes: Shapes, model: nn.Module) -> Settled:
 
     Args:
         steps: the traced program, the model's result last.
-        shapes: what :func:`~torchsurgeon.tracing.shapes.propagate` found for these steps.
+        shapes: what ``propagate()`` found for these steps.
         model: the traced model; a step that asks for a device is made to read the one that the model is on.
 
     Returns:

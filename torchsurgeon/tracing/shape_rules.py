@@ -1,7 +1,7 @@
 """The shapes and flops of common layers, computed from the shapes of their inputs without calling a kernel.
 
 A rule takes the layer (a module or a function) and its arguments, in which tensors are meta tensors, and returns an
-:class:`Outcome`. It returns None for a case it does not know; then PyTorch's own meta kernels are run, which takes many
+``Outcome``. It returns None for a case it does not know; then PyTorch's own meta kernels are run, which takes many
 times as long.
 """
 
@@ -62,7 +62,7 @@ def register_shape_rule(module_class: type[nn.Module] | str, rule: Rule) -> None
 
     Args:
         module_class: the class, or its qualified name, so that it need not be imported.
-        rule: takes the module and its arguments and returns an :class:`Outcome`, or None for a case it does not know.
+        rule: takes the module and its arguments and returns an ``Outcome``, or None for a case it does not know.
     """
     _MODULE_RULES[module_class] = rule
 

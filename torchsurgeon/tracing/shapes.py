@@ -1,8 +1,8 @@
 """Run a traced model on meta tensors: what every step gives, what shares memory, what is overwritten, how many flops.
 
-Nothing is computed and no memory is taken. Common layers have a shape rule
-(:mod:`~torchsurgeon.tracing.shape_rules`), the others run PyTorch's own meta kernels. Where a step needs the values of
-tensors, :func:`propagate` raises, and the caller runs the example for real instead, with a :class:`RealModel`.
+Nothing is computed and no memory is taken. Common layers have a shape rule (``shape_rules``), the others run PyTorch's
+own meta kernels. Where a step needs the values of tensors, ``propagate()`` raises, and the caller runs the example for
+real instead, with a ``RealModel``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Shapes:
 
     Attributes:
         values: its value; meta tensors keep shape, dtype and which of them share memory.
-        overwrites: the storages it overwrote, as :func:`storage_of` names them.
+        overwrites: the storages it overwrote, as ``storage_of()`` names them.
         flops: its floating-point operations; multiply and add count as two.
         uncounted: its operators whose flops are unknown and not in ``flops``.
         random: the indices of the steps that draw random numbers.
@@ -171,7 +171,7 @@ def propagate(
     Args:
         steps: the traced program.
         inputs: the model's input tensors, which are neither changed nor kept.
-        source: the model with meta tensors, or a :class:`RealModel` to compute the values.
+        source: the model with meta tensors, or a ``RealModel`` to compute the values.
         count_flops: whether to count the flops of steps without a shape rule, which takes time.
 
     Raises:

@@ -110,7 +110,7 @@ class PartitionPoint:
     device, and the tensors are the model's outputs. Where a cut would separate views of memory that is overwritten,
     the index is missing from the graph's points.
 
-    A cut across parallel branches (:meth:`LayerGraph.point_of`) is not among the graph's points.
+    A cut across parallel branches (``LayerGraph.point_of()``) is not among the graph's points.
 
     Attributes:
         index: how many layers run on the device.

@@ -1,7 +1,7 @@
 """The traced model as a straight line of steps.
 
-A :class:`Step` is one call in the traced model. It is compiled to a function that takes its arguments from the values
-of earlier steps, so running it costs one Python call more than running the eager model does.
+A ``Step`` is one call in the traced model. It is compiled to a function that takes its arguments from the values of
+earlier steps, so running it costs one Python call more than running the eager model does.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class Step:
         kind: ``input`` (a model input), ``attr`` (a parameter, buffer or constant of the model), ``call``, or
             ``output`` (the model's result, always the last step).
         target: what is called or read: a callable, the name of a method, the dotted name of an attribute, or a
-            :class:`Constant`.
-        args: the positional arguments, in which :class:`Ref` stands for values of earlier steps.
+            ``Constant``.
+        args: the positional arguments, in which ``Ref`` stands for values of earlier steps.
         kwargs: the keyword arguments, likewise.
         module_path: the path of the module that is called, or that calls the function.
         after: steps that must run before this one although it reads no value of theirs: they overwrite memory that it
             reads.
-        reads: what :meth:`uses` finds, kept once the program is settled.
+        reads: what ``uses()`` finds, kept once the program is settled.
         structure: how its value is nested.
     """
 
@@ -113,7 +113,7 @@ class Step:
 
         Args:
             old: the index of that step.
-            new: a :class:`Ref` to another step, or a constant.
+            new: a ``Ref`` to another step, or a constant.
         """
 
         def swap(ref: Ref) -> Any:
@@ -142,7 +142,7 @@ _IN_PLACE = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod",
 
 
 def map_refs(change: Callable[[Ref], Any], args: Any) -> Any:
-    """Return arguments with every :class:`Ref` in them, at any depth, replaced.
+    """Return arguments with every ``Ref`` in them, at any depth, replaced.
 
     Args:
         change: takes a reference and returns what stands in its place.
@@ -173,7 +173,7 @@ def compile_call(
     Args:
         target: what is called; the name of a method of the first argument if ``is_method``.
         is_method: whether ``target`` names a method.
-        args: the positional arguments, in which :class:`Ref` stands for values of earlier steps.
+        args: the positional arguments, in which ``Ref`` stands for values of earlier steps.
         kwargs: the keyword arguments, likewise.
     """
     slots: list[int] = []
@@ -225,7 +225,7 @@ def returning_first(target: Any, is_method: bool) -> Callable[..., Any]:
 
 
 def contains_ref(args: Any) -> bool:
-    """Return whether a :class:`Ref` stands anywhere in ``args``."""
+    """Return whether a ``Ref`` stands anywhere in ``args``."""
     found: list[Ref] = []
     map_refs(found.append, args)
     return bool(found)

@@ -1,7 +1,7 @@
 """Nested values (tuples, dicts, dataclasses, …) ↔ named leaves.
 
-A model's inputs and outputs are rarely one tensor. :func:`flatten` gives every leaf a path from its place in the value
-(``out``, ``0``, ``past.1.0``), and :class:`Structure` puts leaves back in their places, so that only tensors and plain
+A model's inputs and outputs are rarely one tensor. ``flatten()`` gives every leaf a path from its place in the value
+(``out``, ``0``, ``past.1.0``), and ``Structure`` puts leaves back in their places, so that only tensors and plain
 numbers have to travel.
 """
 

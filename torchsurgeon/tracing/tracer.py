@@ -1,6 +1,6 @@
-"""Turn a model and an example of its input into a :class:`~torchsurgeon.tracing.LayerGraph`.
+"""Turn a model and an example of its input into a ``LayerGraph``.
 
-:func:`trace` follows the model with torch.fx or torch.export, then runs the steps on meta tensors to learn shapes and
+``trace()`` follows the model with torch.fx or torch.export, then runs the steps on meta tensors to learn shapes and
 which tensors share memory. No layer is computed unless shapes depend on values.
 """
 
@@ -30,7 +30,7 @@ def trace(
     leaf_modules: Collection[str | type[nn.Module]] = (),
     **example_kwargs: Any,
 ) -> LayerGraph:
-    """Trace ``model``, called with the example, into a :class:`LayerGraph`.
+    """Trace ``model``, called with the example, into a ``LayerGraph``.
 
     The model is followed by torch.fx. Where that fails it is followed by torch.export, and where that fails too, by
     torch.fx with the modules it cannot follow kept whole. A model that ``torch.compile`` wrapped is traced unwrapped.

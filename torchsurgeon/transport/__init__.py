@@ -1,12 +1,12 @@
 """Transports: they carry named tensors to a tail server, and its answer back.
 
-:class:`HttpTransport` has two separate paths. The control plane (handshake, metadata, profiles) goes through
-``requests``, with its proxies and certificates. Inference goes through kept-alive sockets of its own, one for each call
-at the same time: tensors are written from their own memory with ``sendmsg``, and the answer is read straight into the
-buffer that the returned tensors are views of. One deadline bounds each call as a whole, so a server that sends its
-answer byte by byte cannot extend it.
+``HttpTransport`` has two separate paths. The control plane (handshake, metadata, profiles) goes through ``requests``,
+with its proxies and certificates. Inference goes through kept-alive sockets of its own, one for each call at the same
+time: tensors are written from their own memory with ``sendmsg``, and the answer is read straight into the buffer that
+the returned tensors are views of. One deadline bounds each call as a whole, so a server that sends its answer byte by
+byte cannot extend it.
 
-:class:`InProcessTransport` calls an ASGI application directly, in the same process and without sockets.
+``InProcessTransport`` calls an ASGI application directly, in the same process and without sockets.
 """
 
 from __future__ import annotations

@@ -203,11 +203,11 @@ def _infer_path(model: str, version: str | None) -> str:
 
 
 class Deadline:
-    """The end of the time that one call as a whole may take. Any thread may :meth:`cancel` it, which ends the call.
+    """The end of the time that one call as a whole may take. Any thread may ``cancel()`` it, which ends the call.
 
-    The thread that makes the call registers with :meth:`interrupted_by` how to end what it is about to wait for. The
-    lock makes sure that a cancellation is never lost between two waits: it either runs the registered interrupt, or
-    comes first, and then registering runs the interrupt at once.
+    The thread that makes the call registers with ``interrupted_by()`` how to end what it is about to wait for. The lock
+    makes sure that a cancellation is never lost between two waits: it either runs the registered interrupt, or comes
+    first, and then registering runs the interrupt at once.
 
     Args:
         timeout_s: seconds from now on.

@@ -27,7 +27,7 @@ class InProcessTransport(Transport):
     """The way to a tail server in the same process: an ASGI application, called in a thread with an event loop.
 
     Args:
-        app: the application, such as :func:`torchsurgeon.serve.create_app` makes.
+        app: the application, such as ``torchsurgeon.serve.create_app()`` makes.
         timeout_s: seconds that each call as a whole may take, unless the call says otherwise.
     """
 
@@ -39,7 +39,7 @@ class InProcessTransport(Transport):
         self._thread.start()
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
-        """Return the JSON value at a path of the server; see :meth:`Transport.get_json`."""
+        """Return the JSON value at a path of the server; see ``Transport.get_json()``."""
         deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
         raw = self._call("GET", path, {}, [b""], CONTROL_LIMIT_BYTES, deadline)
         check_status(raw.status, raw.body, path)

@@ -77,7 +77,7 @@ class HttpTransport(Transport):
         _open.add(self)
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
-        """Return the JSON value at a path of the server; see :meth:`Transport.get_json`."""
+        """Return the JSON value at a path of the server; see ``Transport.get_json()``."""
         self._check_open()
         deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
         self._controls.add(deadline)

@@ -11,16 +11,16 @@ physical memory with the tensor parameter ``"dim_order"``: the permutation from 
 dimension. With the request parameter ``"dim_order": true`` a client declares that it understands this parameter in the
 answer; other clients get row-major answers. A tensor quantized per tensor travels as its integers (``UINT8``, ``INT8``,
 ``INT32``) with the tensor parameter ``"quantized": {"scale": …, "zero_point": …}``. A tensor that is encoded to fewer
-bytes names its :class:`~torchsurgeon.codec.Codec` in the tensor parameter ``"codec"``. The request parameter
-``"output_codec"`` asks for a codec in the answer.
+bytes names its ``Codec`` in the tensor parameter ``"codec"``. The request parameter ``"output_codec"`` asks for a codec
+in the answer.
 
 With the request parameter ``"crc32": true`` the body ends in four more bytes, and so does a binary answer: the CRC-32
 (RFC 1952) of everything before them, least significant byte first. It is there because a TCP checksum misses one
 damaged packet in 65,536, and nothing else in a message shows that a tensor's bytes were damaged.
 
 Specification: https://github.com/kserve/open-inference-protocol and the binary tensor data extension of
-https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
-Every malformed message raises :class:`~torchsurgeon.errors.ProtocolError`, which says what is wrong with the message.
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md. Every malformed
+message raises ``ProtocolError``, which says what is wrong with the message.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def header_length(value: str | bytes, body_bytes: int | None = None) -> int:
 
     Raises:
         ProtocolError: the value is no number of bytes, or is longer than the body.
-        BodyTooLargeError: it is more than :data:`MAX_HEADER_BYTES`.
+        BodyTooLargeError: it is more than ``MAX_HEADER_BYTES``.
     """
     text = value.decode("latin-1") if isinstance(value, bytes) else value
     if not (text.isascii() and text.isdigit() and len(text) <= 12):
@@ -96,7 +96,7 @@ def check_header_length(header_bytes: int, body_bytes: int | None) -> None:
         body_bytes: the body's length; None where it is not known.
 
     Raises:
-        BodyTooLargeError: the header is longer than :data:`MAX_HEADER_BYTES`.
+        BodyTooLargeError: the header is longer than ``MAX_HEADER_BYTES``.
         ProtocolError: the header is longer than the body.
     """
     if header_bytes > MAX_HEADER_BYTES:
@@ -210,7 +210,7 @@ def request_head(header: dict[str, Any]) -> RequestHead:
 # headers of at most MAX_REMEMBERED_BYTES, so a hostile client cannot fill the memory with this cache.
 @lru_cache(maxsize=256)
 def remembered_request_head(text: bytes) -> RequestHead:
-    """Return :func:`request_head` of a header's text: for the same text the same object.
+    """Return ``request_head()`` of a header's text: for the same text the same object.
 
     Raises:
         ProtocolError: the text is no valid header of a request.
@@ -251,7 +251,7 @@ def response_head(header: dict[str, Any]) -> ResponseHead:
 
 @lru_cache(maxsize=256)
 def remembered_response_head(text: bytes) -> ResponseHead:
-    """Return :func:`response_head` of a header's text: for the same text the same object.
+    """Return ``response_head()`` of a header's text: for the same text the same object.
 
     Raises:
         ProtocolError: the text is no valid header of an answer.
