@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.models as zoo
 from partitions import assert_same, check
+from paths import environment
 from small_models import Detection, conv, image, model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -303,7 +304,11 @@ def test_fingerprints_are_the_same_in_every_process() -> None:
     here = [trace(zoo.get_model(name).eval(), X).fingerprint for name in ("resnet18", "swin_t")]
     for seed in ("1", "2"):
         result = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment(PYTHONHASHSEED=seed),
         )
         assert result.stdout.split() == here
 
