@@ -21,9 +21,10 @@ def test_core_needs_only_what_an_edge_device_has() -> None:
 
 
 def users_requirements() -> list[Requirement]:
-    """What users install. The extra dev is pinned by constraints.txt instead."""
+    """What users install. The extras dev and docs are pinned by constraints.txt instead."""
     requirements = [Requirement(line) for line in importlib.metadata.requires("torchsurgeon") or []]
-    return [r for r in requirements if r.name != "torchsurgeon" and 'extra == "dev"' not in str(r.marker)]
+    ours = ('extra == "dev"', 'extra == "docs"')
+    return [r for r in requirements if r.name != "torchsurgeon" and str(r.marker) not in ours]
 
 
 def test_every_dependency_says_the_oldest_release_that_was_tested() -> None:
@@ -43,7 +44,7 @@ def test_every_extra_is_part_of_all() -> None:
     (everything,) = (line for line in requirements if line.startswith("torchsurgeon["))
     named = set(re.split(r"[\[\]]", everything)[1].split(","))
     extras = set(importlib.metadata.metadata("torchsurgeon").get_all("Provides-Extra") or [])
-    assert named == extras - {"all", "dev"}
+    assert named == extras - {"all", "dev", "docs"}
 
 
 def test_constraints_are_exact_and_name_no_host_or_path() -> None:
