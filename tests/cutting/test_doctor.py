@@ -81,7 +81,7 @@ def test_the_command_says_it_in_words(capsys: pytest.CaptureFixture[str]) -> Non
         "torch.fx",
         "kept whole",
         "1 (free)×3×16 (free)×16 (free)",
-        "the same bits twice",
+        "the same bits in two runs",
         "blocks.1",
         "mean",
     ):

@@ -26,7 +26,8 @@ def faults():
 
 for _ in range(3):
     faults()
-print(sorted(faults() for _ in range(5))[2])
+# The fewest, since the kernel may take pages away meanwhile; memory that is not kept faults every time.
+print(min(faults() for _ in range(5)))
 """
 
 
