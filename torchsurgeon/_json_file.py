@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torchsurgeon.errors import TorchSurgeonError, short
 
 T = TypeVar("T")
-Kind = type[TorchSurgeonError]
+ErrorClass = type[TorchSurgeonError]
 
 
-def write(path: str | Path, data: Any, error: Kind) -> None:
+def write(path: str | Path, data: Any, error: ErrorClass) -> None:
     """Write ``data`` as JSON. After an interruption the file holds the old data or the new, but never a part.
 
     Args:
@@ -28,14 +28,14 @@ def write(path: str | Path, data: Any, error: Kind) -> None:
         os.replace(new, path)
 
 
-def check_writable(path: str | Path, error: Kind) -> None:
+def check_writable(path: str | Path, error: ErrorClass) -> None:
     """Raise ``error`` where ``write()`` would raise it for ``path``. The content of the file stays."""
     with _beside(path, error) as new:
         new.touch()
 
 
 @contextlib.contextmanager
-def _beside(path: str | Path, kind: Kind) -> Iterator[Path]:
+def _beside(path: str | Path, kind: ErrorClass) -> Iterator[Path]:
     # The process number keeps two processes that write the same file apart.
     new = Path(f"{path}.{os.getpid()}.new")
     try:
@@ -47,7 +47,7 @@ def _beside(path: str | Path, kind: Kind) -> Iterator[Path]:
         raise kind(f"{short(Path(path))} cannot be written: {error.strerror}") from None
 
 
-def read(path: str | Path, error: Kind, remedy: str) -> Any:
+def read(path: str | Path, error: ErrorClass, remedy: str) -> Any:
     """Return the data in a JSON file.
 
     Args:
@@ -64,7 +64,46 @@ def read(path: str | Path, error: Kind, remedy: str) -> Any:
         raise error(f"{short(Path(path), 200)} is not JSON, or was cut short ({what}); {remedy}") from None
 
 
-def load(path: str | Path, parse: Callable[[Any], T], error: Kind, remedy: str) -> T:
+def check_format(data: Any, wanted: str, error: ErrorClass, what: str, remedy: str) -> None:
+    """Check that ``data`` says that it is of one version of one format.
+
+    Args:
+        data: what the file holds.
+        wanted: the name and version of the format.
+        error: the class that is raised where ``data`` is of another.
+        what: what has that format, as the message names it ("a profile").
+        remedy: what the message advises.
+    """
+    if not isinstance(data, dict):
+        raise error(f"{what} must be a JSON object; got a {type(data).__name__}; {remedy}")
+    if data.get("format") != wanted:
+        raise error(f"the format of {what} must be {wanted!r}; got {short(data.get('format'))}; {remedy}")
+
+
+def field(data: Mapping[str, Any], name: str, make: Callable[[Any], T], rule: str, error: ErrorClass, remedy: str) -> T:
+    """Return what ``make`` makes of one field of ``data``.
+
+    Args:
+        data: an object of the file.
+        name: the name of the field.
+        make: returns what the field holds; raises where it holds something else.
+        rule: what the field must hold, as the message says it ("a whole number").
+        error: the class that is raised where the field is missing or ``make`` raises.
+        remedy: what the message advises.
+    """
+    if name not in data:
+        raise error(f"there is no field {name!r}; the file was cut short or edited: {remedy}")
+    try:
+        return make(data[name])
+    except error:
+        raise
+    except KeyError as missing:
+        raise error(f"{name} has no field {short(missing)}; the file was cut short or edited: {remedy}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        raise error(f"{name} must be {rule}; got {short(data[name], 100)}; {remedy}") from None
+
+
+def load(path: str | Path, parse: Callable[[Any], T], error: ErrorClass, remedy: str) -> T:
     """Return what ``parse`` makes of the data in a JSON file; an ``error`` that it raises then names the file.
 
     Args:

@@ -41,6 +41,7 @@ gave is quoted with ``short()``.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 
@@ -69,6 +70,17 @@ def short(value: object, limit: int = 300, *, quote: bool = True) -> str:
         return text
     tail = (limit - 1) // 3
     return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def is_finite(value: object) -> bool:
+    """Return whether ``value`` is a finite number.
+
+    Checks of arguments ask this instead of ``math.isfinite``, which raises for a text or None.
+    """
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 class TorchSurgeonError(Exception):

@@ -18,7 +18,17 @@ from torch.utils import _pytree as pytree
 
 from torchsurgeon.adapting import Decision, check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
-from torchsurgeon.errors import BackendError, CodecError, PlanError, ServerUnavailableError, short
+from torchsurgeon.errors import (
+    AdaptError,
+    BackendError,
+    CodecError,
+    LinkError,
+    PlanError,
+    ProfileError,
+    ServerUnavailableError,
+    is_finite,
+    short,
+)
 from torchsurgeon.link import Link
 from torchsurgeon.planning import Battery, Objective, Row
 from torchsurgeon.profiling import LayerProfile
@@ -32,7 +42,8 @@ from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.tracing.tracer import trace
 from torchsurgeon.transport import Transport
 
-Server = str | Transport
+# The URL of a server, or a transport to it.
+ServerAddress = str | Transport
 
 # By the module's id, so that modules which call each other keep deadlines of their own.
 _deadlines: contextvars.ContextVar[Mapping[int, float | None]] = contextvars.ContextVar("deadlines")
@@ -93,8 +104,12 @@ class SplitModule(nn.Module):
             has got other submodules, hooks or plain attributes since it was traced.
         PlanError: ``fallback`` is neither ``"local"`` nor ``"error"``, or energy is to be saved with a given profile or
             link that does not tell it.
-        BackendError: both ``compile`` and ``backend`` are given, or ``torch.compile`` has no such backend.
-        CodecError: there is no such codec.
+        BackendError: both ``compile`` and ``backend`` are given, ``torch.compile`` has no such backend, or
+            ``backend`` is no function.
+        CodecError: there is no such codec, or ``codecs`` is no measured table.
+        LinkError: ``link`` is no ``Link``.
+        ProfileError: a profile is no ``LayerProfile``.
+        AdaptError: ``timeout_s`` is not a positive number.
         DeadlineError: ``deadline_s`` is not a positive number.
         ServerUnavailableError: no server is given, and ``partition`` needs one. With ``fallback="error"``, calls raise
             it when no server answers.
@@ -107,7 +122,7 @@ class SplitModule(nn.Module):
         model: nn.Module,
         example: Any,
         *,
-        server: Server | Sequence[Server] | None = None,
+        server: ServerAddress | Sequence[ServerAddress] | None = None,
         name: str = "model",
         partition: str | int | PartitionPoint = "auto",
         objective: str | Mapping[str, float] | Objective | Battery = "latency",
@@ -134,13 +149,21 @@ class SplitModule(nn.Module):
             raise BackendError("compile= and backend= both say what runs the heads and tails; give only one of them")
         if deadline_s is not None:
             check_deadline(deadline_s, 0.0, "")
+        if not (is_finite(timeout_s) and timeout_s > 0):
+            raise AdaptError(f"timeout_s must be a positive number of seconds; got {short(timeout_s)}")
+        if backend is not None and not callable(backend):
+            raise BackendError(
+                f"backend must be a function from a module to what runs it; got {short(backend)}; compile= takes the "
+                "name of a backend of torch.compile"
+            )
+        _check_measured(link, device_profile, server_profile, codecs)
         self.training = False
         self.model = model
         args, kwargs = call_of(example)
         self.graph: LayerGraph = trace(model, *args, leaf_modules=leaf_modules, **kwargs)
         self.name = name
         self.deadline_s = deadline_s
-        given = [server] if isinstance(server, (str, Transport)) else server or ()
+        given = [server] if isinstance(server, (str, Transport)) else _addresses(server)
         self._engine = Engine(
             self.graph,
             list(given),
@@ -172,10 +195,7 @@ class SplitModule(nn.Module):
 
     @partition.setter
     def partition(self, wanted: str | int | PartitionPoint) -> None:
-        if isinstance(wanted, PartitionPoint):
-            choice: PartitionPoint | None = wanted
-        else:
-            choice = None if wanted == "auto" else self.graph.point(wanted)
+        choice = None if wanted == "auto" else self.graph.point(wanted)
         if not self._engine.servers.peers and (choice is None or choice != self.graph.points[-1]):
             raise ServerUnavailableError(
                 f'partition {short(wanted)} needs a server: give server="http://host:port", or partition="device"'
@@ -388,6 +408,29 @@ class SplitModule(nn.Module):
 @torch.no_grad()
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone()
+
+
+def _addresses(servers: object) -> Sequence[ServerAddress]:
+    found = [] if servers is None else servers
+    if not isinstance(found, Sequence) or not all(isinstance(one, (str, Transport)) for one in found):
+        raise ServerUnavailableError(
+            'server must be a URL such as "http://127.0.0.1:8000", a Transport, or a list of these; got '
+            f"{short(servers)}"
+        )
+    return found
+
+
+def _check_measured(link: object, device: object, server: object, codecs: object) -> None:
+    """Raise where an argument that was measured beforehand is of another type, such as the name of its file."""
+    if not isinstance(link, Link | None):
+        raise LinkError(f'link must be a Link; got {short(link)}; Link.parse() makes one of a text such as "lte"')
+    for name, profile in (("device_profile", device), ("server_profile", server)):
+        if not isinstance(profile, LayerProfile | None):
+            raise ProfileError(
+                f"{name} must be a LayerProfile; got {short(profile)}; LayerProfile.load() reads one from a file"
+            )
+    if not isinstance(codecs, CodecTable | None):
+        raise CodecError(f"codecs must be a measured CodecTable; got {short(codecs)}; codec= takes the name of a codec")
 
 
 def _codec(name: str) -> Codec | Lossless:

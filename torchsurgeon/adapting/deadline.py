@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from torchsurgeon.adapting.clock import NowS, Since
-from torchsurgeon.errors import DeadlineError
+from torchsurgeon.errors import DeadlineError, is_finite, short
 
 _LEAST_SPREAD = 0.01
 SURE = 2.33
@@ -116,8 +116,8 @@ def check_deadline(deadline_s: float, best_s: float, how: str) -> None:
         DeadlineError: ``deadline_s`` is not positive and finite, or is below ``best_s``. The error's ``best_s`` holds
             the lowest latency.
     """
-    if not (deadline_s > 0 and math.isfinite(deadline_s)):
-        raise DeadlineError(f"a deadline must be a positive, finite number of seconds; got {deadline_s}", best_s)
+    if not (is_finite(deadline_s) and deadline_s > 0):
+        raise DeadlineError(f"a deadline must be a positive, finite number of seconds; got {short(deadline_s)}", best_s)
     if deadline_s < best_s:
         raise DeadlineError(
             f"no answer within {deadline_s:g} s: the best possible is {best_s:.4g} s, {how}; give a later deadline, "

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from torchsurgeon import __version__
+from torchsurgeon.cli.arguments import Parser
 from torchsurgeon.cli.costs import add_calibrate, add_codecs, add_predict, add_profile
 from torchsurgeon.cli.models import add_doctor, add_trace
 from torchsurgeon.cli.plans import add_plan, add_sweep
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="torchsurgeon",
         description="Split a PyTorch model between a device and a server.",
         epilog=_EXAMPLES,

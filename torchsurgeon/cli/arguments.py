@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from torchsurgeon.cli import completion
 from torchsurgeon.cli.completion import completed, one_of
@@ -18,7 +18,19 @@ if TYPE_CHECKING:
 
     from torchsurgeon.tracing import LayerGraph
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction["Parser"]
+
+# argparse quotes a wrong argument as a whole, and the commands beside it.
+_MOST_ERROR_CHARACTERS = 500
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of arguments whose errors stay short, whatever was given. Parsers of commands are of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and end the process."""
+        super().error(short(message, _MOST_ERROR_CHARACTERS, quote=False))
+
 
 SPEC_HELP = "the model: torchvision:NAME, package.module:FACTORY, or a .pt2 file"
 WEIGHTS_HELP = "a .safetensors or .pt file of a state_dict(), or 'default' for torchvision's trained ones"

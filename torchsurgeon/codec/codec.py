@@ -161,13 +161,19 @@ class Codec:
         return self.name
 
 
-@lru_cache(maxsize=1024)
 def find_codec(name: str) -> Codec:
     """Return the codec of this name.
 
     Raises:
         CodecError: there is no such codec, or it needs Pillow, which is not installed. The message lists all codecs.
     """
+    if not isinstance(name, str):
+        raise CodecError(f'a codec is named by a text, such as "int8+zstd"; got {short(name)}')
+    return _find_codec(name)
+
+
+@lru_cache(maxsize=1024)
+def _find_codec(name: str) -> Codec:
     base, plus, behind = name.partition("+")
     kind, dash, quality = base.partition("-")
     if name in ("raw", "zstd"):

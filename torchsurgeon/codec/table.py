@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import CodecError, short
+from torchsurgeon.errors import CodecError, is_finite, short
 from torchsurgeon.tracing.graph import LayerGraph
 
 FORMAT = "torchsurgeon.codecs/1"
@@ -41,8 +40,10 @@ class CodecCost:
     def __post_init__(self) -> None:
         for field in ("size_bytes", "encode_s", "decode_s"):
             value = getattr(self, field)
-            if not (math.isfinite(value) and value >= 0):
-                raise CodecError(f"{field} of codec {short(self.codec)} must be finite and not negative; got {value}")
+            if not (is_finite(value) and value >= 0):
+                raise CodecError(
+                    f"{field} of codec {short(self.codec)} must be finite and not negative; got {short(value, 100)}"
+                )
         if not (type(self.lossless) is bool and type(self.within_budget) is bool):
             raise CodecError(
                 f"lossless and within_budget of codec {short(self.codec, 100)} must be true or false; got "
@@ -173,9 +174,7 @@ class CodecTable:
         Raises:
             CodecError: ``data`` is no such table, or one of another version of the format.
         """
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        if found != FORMAT:
-            raise CodecError(f"the format of a codec table must be {FORMAT!r}; got {short(found)}. Measure again")
+        _json_file.check_format(data, FORMAT, CodecError, "a codec table", "measure the codecs again")
         try:
             rows = tuple(_row(row) for row in data["rows"])
             model, fingerprint, budget = (str(data[key]) for key in ("model", "fingerprint", "budget"))

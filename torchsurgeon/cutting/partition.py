@@ -81,7 +81,7 @@ def cut(graph: LayerGraph, point: int | str | PartitionPoint) -> Partition:
         raise PartitionError(
             f"cut takes a traced model; got {type(graph).__name__}; call cut(trace(model, example), point)"
         )
-    place = point if isinstance(point, PartitionPoint) else graph.point(point)
+    place = graph.point(point)
     inputs = [graph.value(spec.name) for spec in graph.inputs]
     if place.index == len(graph.layers):
         picks = [Pick(ref.step) for ref in graph.steps[-1].args]
@@ -137,7 +137,11 @@ def middle_for(graph: LayerGraph, names: Sequence[str], point: PartitionPoint) -
 
 def _given(graph: LayerGraph, names: Sequence[str]) -> list[Value]:
     """Return the values of these names; raise for a name that the graph does not have, or that stands twice."""
+    if isinstance(names, str):
+        raise PartitionError(f"names must be a sequence of tensor names; got the text {short(names)}; use a tuple")
     for name in names:
+        if not isinstance(name, str):
+            raise PartitionError(f"the name of a tensor must be a text; got {short(name)}")
         if name not in graph.values:
             # Names come from the network: comparing one of megabytes with all others would take minutes.
             near = difflib.get_close_matches(name[:200], graph.values, n=3, cutoff=0.4)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torchsurgeon.errors import DeviceError
+from torchsurgeon.errors import DeviceError, is_finite
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +28,7 @@ class SlowDevice:
     """
 
     def __init__(self, factor: float) -> None:
-        if not (math.isfinite(factor) and factor >= 1):
+        if not (is_finite(factor) and factor >= 1):
             raise DeviceError(f"the factor of a slow device must be 1 or more, and finite; got {factor}")
         self.factor = factor
 

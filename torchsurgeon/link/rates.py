@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field, replace
 
-from torchsurgeon.errors import LinkError, short
+from torchsurgeon.errors import LinkError, is_finite, short
 
 _LEAST_BIT_S, _MOST_BIT_S = 1e3, 1e12
 _MOST_ROUND_TRIP_S = 60.0
@@ -24,7 +23,7 @@ def checked_rate(what: str, bit_s: float) -> None:
     Raises:
         LinkError: it is not.
     """
-    if not math.isfinite(bit_s) or bit_s <= 0:
+    if not is_finite(bit_s) or bit_s <= 0:
         raise LinkError(f"{what} must be a positive number of bits per second; got {short(bit_s)}")
     if bit_s < _LEAST_BIT_S:
         raise LinkError(
@@ -43,7 +42,7 @@ def checked_round_trip(round_trip_s: float) -> None:
     Raises:
         LinkError: it is not.
     """
-    if not math.isfinite(round_trip_s) or round_trip_s < 0:
+    if not is_finite(round_trip_s) or round_trip_s < 0:
         raise LinkError(f"a round-trip time must be zero or more seconds; got {short(round_trip_s)}")
     if round_trip_s > _MOST_ROUND_TRIP_S:
         raise LinkError(
@@ -61,7 +60,7 @@ def checked_size(size_bytes: float) -> None:
     Raises:
         LinkError: it is negative or not finite.
     """
-    if not math.isfinite(size_bytes) or size_bytes < 0:
+    if not is_finite(size_bytes) or size_bytes < 0:
         raise LinkError(f"a transfer must have zero or more bytes; got {short(size_bytes)}")
 
 
@@ -94,7 +93,7 @@ class Radio:
     def __post_init__(self) -> None:
         for name in ("up_w_per_bit_s", "down_w_per_bit_s", "base_w", "tail_s", "tail_w"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
+            if not is_finite(value) or value < 0:
                 raise LinkError(f"a radio's {name} must be zero or more; got {short(value)}")
 
     def sending_w(self, bit_s: float) -> float:
@@ -231,6 +230,8 @@ class Link:
         Raises:
             LinkError: it is neither, or a value is out of its range.
         """
+        if not isinstance(text, str):
+            raise LinkError(f'a link must be written as text, such as "lte" or "5.85/13.76/0.06"; got {short(text)}')
         name = text.strip().lower()
         if name in PRESETS:
             return PRESETS[name]

@@ -34,6 +34,7 @@ from torchsurgeon.models.exported import load_exported
 
 _INPUT = re.compile(r"\s*(?:(?P<name>\w+)\s*:\s*)?(?P<dtype>[a-z]\w*)\s*\[(?P<shape>[\d\s,]*)\]\s*(?:[,;]|$)")
 _MAX_EXAMPLE_ELEMENTS = 1 << 30
+_MAX_EXAMPLE_DIMS = 64
 _environment_lock = threading.Lock()
 
 
@@ -61,6 +62,8 @@ def load(spec: str, *, weights: str | None = None, input_spec: str | None = None
     Raises:
         SpecError: there is no such model, its weights or example do not load, or it has no example.
     """
+    if not isinstance(spec, str):
+        raise SpecError(f'a model SPEC must be a text, such as "torchvision:alexnet"; got {short(spec)}')
     if weights not in (None, "default") and not os.path.isfile(weights):
         raise SpecError(f"the weights must be a file; there is no file {short(weights)}")
     prefix, colon, rest = spec.partition(":")
@@ -154,7 +157,7 @@ def parse_inputs(text: str, *, seed: int = 0) -> list[tuple[str | None, Tensor]]
         seed: of the normally distributed random numbers that floating-point tensors hold. Others hold zeros.
 
     Raises:
-        SpecError: the text does not describe tensors, or one has more than 2³⁰ elements.
+        SpecError: the text does not describe tensors, or one has more than 2³⁰ elements or 64 dimensions.
     """
     generator = torch.Generator().manual_seed(seed)
     found: list[tuple[str | None, Tensor]] = []
@@ -171,6 +174,8 @@ def parse_inputs(text: str, *, seed: int = 0) -> list[tuple[str | None, Tensor]]
             shape = [int(dim) for dim in match["shape"].split(",") if dim.strip()]
         except ValueError:
             raise SpecError(f"a shape must be written like [1,3,224,224]; got {short(match['shape'])}") from None
+        if len(shape) > _MAX_EXAMPLE_DIMS:
+            raise SpecError(f"an example must have at most {_MAX_EXAMPLE_DIMS} dimensions; got {len(shape)}")
         if math.prod(shape) > _MAX_EXAMPLE_ELEMENTS:
             raise SpecError(f"an example must have at most 2³⁰ elements; got the shape {short(shape)}")
         found.append((match["name"], _example_tensor(shape, dtype, generator)))

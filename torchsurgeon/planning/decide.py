@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from torchsurgeon.codec import CodecTable
-from torchsurgeon.errors import InfeasibleError, PlanError, short
+from torchsurgeon.errors import InfeasibleError, PlanError, is_finite, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.chain import ChainPlan, plan_chain
 from torchsurgeon.planning.frontier import Frontier, Terms
@@ -101,6 +101,8 @@ def plan(
                 "a plan for stages= and links= takes no device=, server=, link=, codecs= or constraints; leave them out"
             )
         return plan_chain(graph, stages, links or (), objective, loads)
+    if not isinstance(graph, LayerGraph):
+        raise PlanError(f"plan takes a traced model; got {type(graph).__name__}; call plan(trace(model, example), …)")
     if device is None or server is None or link is None:
         raise PlanError("a plan needs device=, server= and link=, or stages= and links=")
     if isinstance(link, str):
@@ -110,6 +112,13 @@ def plan(
         raise PlanError(
             f"a constraint must be one of {', '.join(Constraints.__dataclass_fields__)}; got {short(unknown[0])}"
         )
+    if not isinstance(link, Link):
+        raise PlanError(f'link must be a Link, or a text such as "lte"; got {short(link)}')
+    if codecs is not None and not isinstance(codecs, CodecTable):
+        raise PlanError(f"codecs must be a measured CodecTable; got {short(codecs)}; CodecTable.load() reads one")
+    for name, factor in (("load", load), ("slowdown", slowdown)):
+        if not (is_finite(factor) and factor > 0):
+            raise PlanError(f"{name} must be a positive number; got {short(factor)}")
     limits, wanted = Constraints(**constraints), Objective.of(objective)
     costs = LayerCosts(graph, device, server)
     if limits.memory_bytes is not None and device.memory_bytes is None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from torchsurgeon import _json_file
 from torchsurgeon.codec import CodecTable
-from torchsurgeon.errors import PlanError
+from torchsurgeon.errors import PlanError, is_finite, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.objective import Objective
 from torchsurgeon.planning.rows import Array, LayerCosts, Row, columns, lower_hull, non_dominated
@@ -252,20 +252,25 @@ class Frontier:
         Raises:
             PlanError: it is of another version, cut short or edited; the message names what is wrong.
         """
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        if found != FORMAT:
-            raise PlanError(f"not a frontier of this version: format is {found!r}, not {FORMAT!r}; build it again")
+        _json_file.check_format(data, FORMAT, PlanError, "a frontier", "build the frontier again")
         try:
             fields = {f.name: data[f.name] for f in dataclasses.fields(Frontier) if f.name != "rows"}
-            if not 0 <= fields["answer_bytes"] < 1e18:
-                raise ValueError(f"answer_bytes must be from 0 to 1e18; got {fields['answer_bytes']}")
+            for name, kind in (("model", str), ("fingerprint", str), ("batch", int), ("layers", int), ("exact", bool)):
+                if type(fields[name]) is not kind:
+                    raise ValueError(f"{name} must be of type {kind.__name__}; got {short(fields[name], 100)}")
+            if not (is_finite(fields["answer_bytes"]) and 0 <= fields["answer_bytes"] < 1e18):
+                raise ValueError(f"answer_bytes must be from 0 to 1e18; got {short(fields['answer_bytes'], 100)}")
+            if not (isinstance(data["rows"], list) and all(isinstance(row, dict) for row in data["rows"])):
+                raise ValueError("rows must be a list of objects")
             return Frontier(**fields, rows=tuple(Row.from_json(row) for row in data["rows"]))
         except PlanError:
             raise
         except KeyError as error:
-            raise PlanError(f"the frontier has no field {error}; it was cut short or edited") from None
+            raise PlanError(
+                f"the frontier has no field {short(error)}; it was cut short or edited: build it again"
+            ) from None
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            raise PlanError(f"the frontier holds a wrong value: {error}") from None
+            raise PlanError(f"the frontier holds a wrong value: {short(error)}; build it again") from None
 
     def save(self, path: str | Path) -> None:
         """Write the frontier to ``path`` as JSON.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 
-from torchsurgeon.errors import PlanError, short
+from torchsurgeon.errors import PlanError, is_finite, short
 from torchsurgeon.planning.rows import Row
 
 _UNITS = {"latency": "s", "energy": "J", "throughput": "s", "server_time": "s"}
@@ -35,8 +34,8 @@ class Objective:
     def __post_init__(self) -> None:
         weights = dataclasses.asdict(self)
         for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise PlanError(f"the weight of {name} must be zero or a positive number; got {weight}")
+            if not (is_finite(weight) and weight >= 0):
+                raise PlanError(f"the weight of {name} must be zero or a positive number; got {short(weight)}")
         if not any(weights.values()):
             raise PlanError(f"an objective needs at least one weight above zero: {', '.join(_UNITS)}")
 
@@ -55,6 +54,10 @@ class Objective:
             return wanted
         if isinstance(wanted, str) and wanted in _NAMED:
             return _NAMED[wanted]
+        if not isinstance(wanted, (str, Mapping)):
+            raise PlanError(
+                f"an objective must be one of {', '.join(_UNITS)}, or a dict of these to weights; got {short(wanted)}"
+            )
         weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
         unknown = [name for name in weights if name not in _UNITS]
         if unknown:
@@ -98,8 +101,12 @@ class Battery:
     s_per_j: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.s_per_j) and self.s_per_j > 0):
-            raise PlanError(f"s_per_j must be a positive number of seconds; got {self.s_per_j}")
+        if not callable(self.level):
+            raise PlanError(
+                f"level must be a function that returns the battery's charge from 0 to 1; got {short(self.level)}"
+            )
+        if not (is_finite(self.s_per_j) and self.s_per_j > 0):
+            raise PlanError(f"s_per_j must be a positive number of seconds; got {short(self.s_per_j)}")
 
     def now(self) -> Objective:
         """Return the objective at the present charge.
@@ -144,8 +151,8 @@ class Constraints:
     def __post_init__(self) -> None:
         for name in ("latency_s", "energy_j", "memory_bytes", "min_layers"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise PlanError(f"the constraint {name} must be zero or a positive number; got {value}")
+            if value is not None and not (is_finite(value) and value >= 0):
+                raise PlanError(f"the constraint {name} must be zero or a positive number; got {short(value)}")
 
     def given(self) -> list[str]:
         """Return the names of the constraints that ask for something."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon.codec import CodecTable
-from torchsurgeon.errors import ProfileError
+from torchsurgeon.errors import ProfileError, short
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
@@ -103,6 +103,10 @@ class LayerCosts:
 
     def __init__(self, graph: LayerGraph, device: LayerProfile, server: LayerProfile) -> None:
         for what, profile in (("device", device), ("server", server)):
+            if not isinstance(profile, LayerProfile):
+                raise ProfileError(
+                    f"the {what}'s profile must be a LayerProfile; got {short(profile)}; LayerProfile.load() reads one"
+                )
             profile.check(graph)
             if profile.batch != graph.batch:
                 raise ProfileError(

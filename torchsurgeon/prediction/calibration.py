@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import CalibrationError, ThrottledWarning, short
+from torchsurgeon.errors import CalibrationError, ThrottledWarning, is_finite, short
 from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.prediction.damage import DAMAGE, numbers
 from torchsurgeon.prediction.kinds import KINDS, Array
@@ -105,7 +105,7 @@ def calibrate(
     Warns:
         ThrottledWarning: the device became slower meanwhile. It was given pauses then, which the provenance counts.
     """
-    if not (math.isfinite(budget_s) and budget_s > 0):
+    if not (is_finite(budget_s) and budget_s > 0):
         raise CalibrationError(f"budget_s must be a positive number of seconds, such as 300; got {short(budget_s)}")
     target = find_device(device)
     calibration = _Calibration(target, seed, None if out is None else Path(out), budget_s)

@@ -343,11 +343,7 @@ class Predictor:
             CalibrationError: it is no calibration of this version, unfinished or damaged; the message says what is
                 wrong.
         """
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise CalibrationError(
-                f"the format of a calibration must be {FORMAT!r}; got {short(found)}; calibrate the device again"
-            )
+        _json_file.check_format(data, FORMAT, CalibrationError, "a calibration", "calibrate the device again")
         if data.get("unfinished"):
             raise CalibrationError(
                 "the calibration was interrupted; run torchsurgeon calibrate with the same --out to continue it"

@@ -6,6 +6,7 @@ data sheets, which ``provenance["reconstructed_from"]`` lists; what it predicts 
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def load_device(name_or_path: str | Path) -> Predictor:
     Raises:
         CalibrationError: there is neither, or the file is damaged.
     """
-    if Path(name_or_path).exists():
+    # os.path.exists() also answers for a name that is too long for a file.
+    if os.path.exists(name_or_path):
         return Predictor.load(name_or_path)
     names = reference_devices()
     if str(name_or_path) in names:
@@ -72,7 +74,8 @@ def load_costs(name_or_path: str | Path) -> LayerProfile | Predictor:
         ProfileError: the file holds a damaged profile.
         CalibrationError: there is neither a file nor a reference device of this name, or the calibration is damaged.
     """
-    if Path(name_or_path).exists():
+    # os.path.exists() also answers for a name that is too long for a file.
+    if os.path.exists(name_or_path):
         data = _json_file.read(name_or_path, CalibrationError, "measure or calibrate again")
         if not isinstance(data, dict) or not str(data.get("format")).startswith("torchsurgeon.predictor/"):
             return LayerProfile.load(name_or_path)

@@ -31,7 +31,7 @@ def find_device(device: str | torch.device) -> torch.device:
     existing = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise DeviceError(f"{short(device)} is not a device; this machine has {existing}") from None
     if found.type == "cpu":
         return torch.device("cpu")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import ProfileError, short
+from torchsurgeon.errors import ProfileError, is_finite, short
 from torchsurgeon.tracing.graph import LayerGraph
+
+T = TypeVar("T")
 
 FORMAT = "torchsurgeon.profile/2"
 
@@ -117,7 +119,9 @@ class LayerProfile:
             )
         for what, values in (("samples_s", self.samples_s), ("whole_s", self.whole_s)):
             if not values.size or not np.isfinite(values).all() or (values < 0).any():
-                raise ProfileError(f"{what} must hold finite, non-negative seconds")
+                raise ProfileError(
+                    f"{what} must hold finite, non-negative seconds; got {short(values.tolist(), 100)}; measure again"
+                )
         for what, whole in (("samples_s", self.samples_s.sum(axis=1)), ("whole_s", self.whole_s)):
             if self.layers and not _LEAST_S <= np.median(whole) <= _MOST_S:
                 raise ProfileError(
@@ -125,7 +129,10 @@ class LayerProfile:
                     "s; measure it again"
                 )
         if self.energy is not None and np.isinf([*self.energy.layer_j, *self.energy.whole_j]).any():
-            raise ProfileError("layer_j and whole_j must hold finite joules, NaN where they are not known")
+            raise ProfileError(
+                "layer_j and whole_j must hold finite joules, or NaN where they are not known; got an infinite one; "
+                "measure the profile again"
+            )
         for what, size in (
             ("memory_bytes", len(self.layers) if self.memory_bytes is None else len(self.memory_bytes)),
             ("layer_j", len(self.layers) if self.energy is None else len(self.energy.layer_j)),
@@ -133,7 +140,7 @@ class LayerProfile:
             ("interval_s", len(self.layers) if self.interval_s is None else len(self.interval_s)),
         ):
             if size != len(self.layers):
-                raise ProfileError(f"{what} holds {size} values for {len(self.layers)} layers")
+                raise ProfileError(f"{what} holds {size} values for {len(self.layers)} layers; measure again")
 
     @property
     def layer_s(self) -> Array:
@@ -260,7 +267,7 @@ class LayerProfile:
         Raises:
             ProfileError: the factor is not positive and finite.
         """
-        if not (math.isfinite(factor) and factor > 0):
+        if not (is_finite(factor) and factor > 0):
             raise ProfileError(f"factor, how many times as slow the device is, must be positive; got {short(factor)}")
         whole = self.whole_interval_s
         provenance = {**self.provenance, "scaled_by": factor * self.provenance.get("scaled_by", 1.0)}
@@ -319,33 +326,29 @@ class LayerProfile:
         Raises:
             ProfileError: it is no profile of this version, or is damaged; the message names the field.
         """
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ProfileError(f"the format must be {FORMAT!r}; got {short(found)}; measure the profile again")
-        try:
-            memory, energy = data["memory_bytes"], data["energy"]
-            intervals, whole = data.get("interval_s"), data.get("whole_interval_s")
-            return LayerProfile(
-                str(data["model"]),
-                str(data["fingerprint"]),
-                int(data["batch"]),
-                tuple(map(str, data["layers"])),
-                np.asarray(data["samples_s"], dtype=np.float64),
-                np.asarray(data["whole_s"], dtype=np.float64),
-                dict(data["provenance"]),
-                None if memory is None else np.asarray(memory, dtype=np.int64).reshape(-1),
-                None if energy is None else LayerEnergy.from_json(energy),
-                None if intervals is None else _floats(intervals).reshape(-1, 2),
-                None if whole is None else (float(whole[0]), float(whole[1])),
-            )
-        except KeyError as error:
-            raise ProfileError(
-                f"the profile has no field {short(error)}; it was cut short or edited, measure it again"
-            ) from None
-        except ProfileError:
-            raise
-        except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
-            raise ProfileError(f"the profile holds a damaged value: {short(error)}; measure it again") from None
+        _json_file.check_format(data, FORMAT, ProfileError, "a profile", "measure the profile again")
+        # Files that were written before intervals existed have neither of the two fields.
+        data = {"interval_s": None, "whole_interval_s": None, **data}
+
+        def field(name: str, rule: str, make: Callable[[Any], T]) -> T:
+            return _json_file.field(data, name, make, rule, ProfileError, "measure the profile again")
+
+        def optional(name: str, rule: str, make: Callable[[Any], T]) -> T | None:
+            return field(name, f"{rule}, or null", lambda value: None if value is None else make(value))
+
+        return LayerProfile(
+            field("model", "a text", _text),
+            field("fingerprint", "a text", _text),
+            field("batch", "a whole number from 1 on", _batch),
+            field("layers", "a list of names", lambda value: tuple(map(_text, _list(value)))),
+            field("samples_s", "a list of seconds for each repeat", _floats),
+            field("whole_s", "a list of seconds", _floats),
+            field("provenance", "an object", dict),
+            optional("memory_bytes", "a list of bytes", lambda value: np.asarray(value, dtype=np.int64).reshape(-1)),
+            optional("energy", "an object with the joules of each layer", LayerEnergy.from_json),
+            optional("interval_s", "a list of pairs of seconds", lambda value: _floats(value).reshape(-1, 2)),
+            optional("whole_interval_s", "a pair of seconds", lambda value: (float(value[0]), float(value[1]))),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the profile to a file, as JSON.
@@ -376,6 +379,24 @@ def _nulls(values: Any) -> Any:
     if isinstance(values, list):
         return [_nulls(value) for value in values]
     return values if math.isfinite(values) else None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _batch(value: Any) -> int:
+    if not (is_finite(value) and int(value) >= 1):
+        raise ValueError
+    return int(value)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError
+    return value
 
 
 def _floats(values: Any) -> Array:

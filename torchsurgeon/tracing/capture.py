@@ -91,7 +91,11 @@ def _applies(adapter: Adapter, call: Call, tensors: Sequence[torch.Tensor]) -> b
 def _chosen(model: nn.Module, leaf_modules: Collection[str | type[nn.Module]]) -> dict[str, str]:
     """Return the paths of the modules that the caller wants whole, with the reason that the user reads."""
     modules = dict(model.named_modules())
+    if isinstance(leaf_modules, (str, type)):
+        raise TraceError(f"leaf_modules must be a list; write leaf_modules=[{short(leaf_modules)}]")
     for leaf in leaf_modules:
+        if not isinstance(leaf, (str, type)):
+            raise TraceError(f"leaf_modules takes names and classes of modules; got {short(leaf)}")
         if isinstance(leaf, str) and leaf not in modules:
             near = difflib.get_close_matches(leaf[:200], modules, n=3)
             hint = f"near it: {', '.join(near)}" if near else "model.named_modules() lists them"

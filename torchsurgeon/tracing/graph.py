@@ -92,16 +92,26 @@ class LayerGraph:
             uncounted=tuple(sorted(specs.shapes.uncounted[index])),
         )
 
-    def point(self, ref: int | str) -> PartitionPoint:
+    def point(self, ref: int | str | PartitionPoint) -> PartitionPoint:
         """Return a partition point.
 
         Args:
             ref: its index (a negative one counts from the end), the name of the last layer on the device, or
-                ``"server"`` or ``"device"`` for the point at which all layers run there.
+                ``"server"`` or ``"device"`` for the point at which all layers run there. A point of this graph is
+                returned as it is.
 
         Raises:
             PartitionError: the graph has no such point; the message lists the nearest.
         """
+        if isinstance(ref, PartitionPoint):
+            known = {spec.name for spec in self.outputs} if ref.index == len(self.layers) else self.values
+            foreign = next((spec.name for spec in ref.tensors if spec.name not in known), None)
+            if foreign is not None:
+                raise PartitionError(
+                    f"the partition point after {short(ref.name, 100)} is of another model: this graph has no tensor "
+                    f"{short(foreign, 100)}; take one of graph.points"
+                )
+            return ref
         if not isinstance(ref, (int, str)) or isinstance(ref, bool):
             raise PartitionError(f"a partition point must be an index or a layer's name; got {short(ref)}")
         if ref in ("server", "device"):

@@ -284,8 +284,8 @@ def _run(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Any:
             raise
         shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in tensors_in([args, kwargs]))
         raise TraceError(
-            f"layer {step.name!r} failed on the example, which gives it {shapes}: {short(error)}; give an example that "
-            "the model takes"
+            f"layer {step.name!r} failed on the example, which gives it {short(shapes, quote=False)}: {short(error)}; "
+            "give an example that the model takes"
         ) from error
     for name, before in held.items():
         if _held(call).get(name) != before:

@@ -179,10 +179,25 @@ class HttpTransport(Transport):
         )
 
     def _gone(self, error: BaseException | None) -> ServerUnavailableError:
-        reason = f"{type(error).__name__}: {short(error)}"
         return ServerUnavailableError(
-            f"{self.url[:300]} does not answer, or broke off ({reason}); is the server running?"
+            f"{self.url[:300]} does not answer, or broke off ({_reason(error)}); is the server running?"
         )
+
+
+def _reason(error: BaseException | None) -> str:
+    """Return what went wrong, in the words of the system where they are known.
+
+    requests and urllib3 wrap the system's error in several of their own, whose texts name internal objects.
+    """
+    inner = error
+    for _ in range(8):
+        if inner is None or (isinstance(inner, OSError) and inner.strerror):
+            break
+        wrapped = [getattr(inner, "reason", None), *inner.args]
+        inner = next((one for one in wrapped if isinstance(one, BaseException)), None) or inner.__cause__
+    if isinstance(inner, OSError) and inner.strerror:
+        return f"{type(inner).__name__}: {short(inner.strerror, quote=False)}"
+    return f"{type(error).__name__}: {short(error)}"
 
 
 # Every transport that exists, for a fork.
