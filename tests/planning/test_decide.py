@@ -242,7 +242,9 @@ def test_the_command_sweeps(files: list[str], tmp_path: Path, capsys: pytest.Cap
     pytest.importorskip("matplotlib")
     out = ["--csv", str(tmp_path / "sweep.csv"), "--plot", str(tmp_path / "sweep.png")]
     assert cli.main(["sweep", *files, "--uplinks", "0.01:10:5", "--loads", "0.1:10:3", *out]) == 0
-    assert "all on device" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "all on server" in printed
+    assert "1.54×" in printed
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 16
     assert cli.main(["sweep", *files, "--loads", "1:0:3"]) == 2
