@@ -187,16 +187,16 @@ def test_shortened_names_of_different_layers_stay_different(most: int) -> None:
         assert len(text) <= most
         assert (text == name) == (len(name) <= most) == ("…" not in text)
         assert text.startswith(name[0])
-        assert text.rpartition(".")[2] == name.rpartition(".")[2]
+        assert text.endswith(name.rpartition(".")[2])
 
 
 @pytest.mark.parametrize(
     ("most", "text"),
     [
         (39, "features.denseblock3.denselayer24.conv2"),
-        (38, "featur….denseblock3.denselayer24.conv2"),
-        (30, "f….denseb…3.denselayer24.conv2"),
-        (18, "f….d…3.de…24.conv2"),
+        (38, "featur…denseblock3.denselayer24.conv2"),
+        (30, "f…densebl…3.denselayer24.conv2"),
+        (18, "f…d…3.den…24.conv2"),
     ],
 )
 def test_steps_of_a_name_are_shortened_from_the_left(most: int, text: str) -> None:
@@ -204,7 +204,7 @@ def test_steps_of_a_name_are_shortened_from_the_left(most: int, text: str) -> No
 
 
 def test_a_mark_before_a_name_stays() -> None:
-    assert shortened(f"{CHOSEN}features.denseblock3.conv2", 20).startswith(f"{CHOSEN}f….d")
+    assert shortened(f"{CHOSEN}features.denseblock3.conv2", 20).startswith(f"{CHOSEN}f…d")
     assert len(shortened(f"{CHOSEN}features.denseblock3.conv2", 20)) == 20
 
 

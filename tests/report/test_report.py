@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torchsurgeon as ts
 from torchsurgeon import report
 from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.profiling import LayerEnergy
+from torchsurgeon.report import pictures, plan_pictures
 from torchsurgeon.report.narrow import FittingTable
 from torchsurgeon.report.runs import MOST_RUNS, cut_runs, layer_runs, run_labels
 
@@ -159,9 +161,57 @@ def test_a_narrow_terminal_cuts_names_in_their_middle_and_no_figure(joules: bool
             assert len(rows) == 3
             for index, (row, layer) in enumerate(zip(rows, graph.layers, strict=True)):
                 name = row.split()[1]
-                assert name.endswith(f".{index}")
+                assert name.endswith(str(index))
                 assert name.startswith("e")
                 assert (name != layer.name) == ("…" in name) == cut, name
                 assert (layer.type in row) != cut
                 for figure in figures:
                     assert figure in row, (width, row)
+
+
+def test_nothing_in_a_picture_overlaps_or_is_squeezed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Long names, a cut within a block, and a chosen bar that is much shorter than the others."""
+    blocks = nn.Sequential()
+    for i in range(40):
+        blocks.add_module(f"encoder_layer_{i}", deep("self_attention", 2) if i == 20 else nn.MaxPool2d((1, 2 - i % 2)))
+    model = nn.Sequential(OrderedDict([("a_long_name_of_the_encoder", blocks)])).eval()
+    graph = ts.trace(model, torch.rand(1, 1, 1, 2**21))
+    device = even_profile(graph, joules=True)
+    server = device.scaled(1e-3)
+    link = ts.Link("fast", 1e9, 1e9, 0.001, radio=ts.Radio(1e-9, 1e-9, 1.0))
+    plan = ts.plan(graph, device=device, server=server, link=link)
+    sweep = ts.planning.sweep(plan.frontier, link, [1e6, 1e7, 1e9], [1.0, 10.0], "latency")
+    stars = [("lte, wifi, 5g-mmwave", 21), ("3g", len(graph.layers))]
+    drawn: list[Any] = []
+    for module in (pictures, plan_pictures):
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
+    report.profile_picture(graph, device, tmp_path)
+    report.layer_picture("a model", graph, [("device", device), ("server", server)], stars, tmp_path)
+    report.plan_picture(graph, plan, tmp_path)
+    report.sweep_picture(sweep, tmp_path)
+    assert len(drawn) == 4
+    for figure in drawn:
+        figure.canvas.draw()
+        draw = figure.canvas.get_renderer()
+        panels = [axis.get_window_extent(draw) for axis in figure.axes]
+        assert sum({round(panel.y0): panel.height for panel in panels}.values()) > 0.45 * figure.bbox.height
+        legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+        texts = [figure._suptitle, *(axis.title for axis in figure.axes if axis.title.get_text()), *legends]
+        texts += [axis.xaxis.label for axis in figure.axes if axis.xaxis.label.get_text()]
+        boxes = [text.get_window_extent(draw) for text in texts]
+        for box, others in ((box, [*boxes[:i], *panels]) for i, box in enumerate(boxes)):
+            assert figure.bbox.x0 <= box.x0
+            assert box.x1 <= figure.bbox.x1
+            assert not any(box.padded(-1).overlaps(other) for other in others)
+        for axis in figure.axes:
+            ticks = axis.yaxis.get_majorticklabels() + axis.yaxis.get_minorticklabels()
+            shown = [tick.get_window_extent(draw) for tick in ticks if tick.get_text()]
+            seen = sorted(
+                (box for box in shown if axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1), key=lambda box: box.y0
+            )
+            assert all(low.y1 <= high.y0 + 2 for low, high in itertools.pairwise(seen)), "labels at an axis overlap"
+    star = next(line for line in drawn[2].axes[0].lines if line.get_marker() == "*")
+    at = pytest.approx(star.get_xdata()[0] - 0.4)
+    bars = [bar.get_window_extent() for bar in drawn[2].axes[0].patches if bar.get_x() == at]
+    assert len(bars) >= 3
+    assert star.get_window_extent().y0 > max(bar.y1 for bar in bars) - 1, "the star hides the chosen bar"

@@ -108,17 +108,13 @@
   const size = (bytes) => (bytes >= 1e6 ? `${(bytes / 1e6).toFixed(2)} MB` : `${(bytes / 1e3).toFixed(1)} kB`);
   const sentText = (row) => (row.on_device ? "" : ` (${size(row.size_bytes)} sent)`);
   const cutText = (row) => row.place + sentText(row);
-  // Names of layers differ at their ends, so it is in their middle that they are shortened.
-  const short = (label, most) => {
-    const begin = Math.floor((most - 1) / 5);
-    return label.length > most ? `${label.slice(0, begin)}…${label.slice(begin + 1 - most)}` : label;
-  };
 
   // ---- the charts -------------------------------------------------------------------------------------------------
 
   const knowsEnergy = (s) => data.has_energy && named(data.links, s.link).radio !== null;
   const FONT = { family: "system-ui, sans-serif", size: 12, color: "#222" };
-  const CONFIG = { responsive: true, displayModeBar: false };
+  // Not responsive: Plotly would forget the height that a chart was given, and the page draws anew when it is resized.
+  const CONFIG = { displayModeBar: false };
 
   const STAR = { symbol: "star", size: 20, color: RED, line: { color: "#fff", width: 1.5 } };
   const NARROW_PX = 560;
@@ -169,10 +165,10 @@
       ["chosen", RED, "★"],
     ]);
     const labels = bars.map((bar, i) => {
-      const label = escape(short(bar.label, lying ? 20 : 32));
+      const label = escape(lying ? bar.brief : bar.label);
       return i === star ? `★ ${label}` : label;
     });
-    const longest = Math.max(...bars.map((bar) => Math.min(bar.label.length, 32)));
+    const longest = Math.max(...labels.map((label) => label.length));
     const names = { tickvals: at, ticktext: labels, tickangle: lying ? 0 : -55, automargin: true, showgrid: false };
     const values = {
       title: { text: `${what} (${name})` }, zeroline: true,
@@ -182,7 +178,7 @@
     const span = (half) => ({ [`${across}0`]: star - half, [`${across}1`]: star + half });
     Plotly.react(what, traces, {
       font: FONT, barmode: "stack", bargap: 0.2, showlegend: false,
-      height: lying ? 70 + 24 * bars.length : 270 + 5.5 * longest,
+      width: find(what).clientWidth, height: lying ? 70 + 24 * bars.length : 270 + 5.5 * longest,
       margin: lying ? { l: 10, r: 10, t: 5, b: 45 } : { l: 65, r: 10, t: 5, b: 20 },
       xaxis: lying ? values : { ...names, range: [-0.6, at.length - 0.4] },
       yaxis: lying ? { ...names, range: [at.length - 0.4, -0.6] } : values,
@@ -248,7 +244,7 @@
         marker: STAR, hoverinfo: "text", hovertext: ["the present settings"], showlegend: false,
       },
     ], {
-      font: FONT, height: 400, margin: { l: 65, r: 30, t: 10, b: 50 },
+      font: FONT, width: find("map").clientWidth, height: 400, margin: { l: 65, r: 30, t: 10, b: 50 },
       xaxis: {
         title: { text: "uplink (Mbit/s)" },
         ...ticks(UPLINK, narrow ? [0.01, 1, 100, 10000] : [0.01, 0.1, 1, 10, 100, 1000, 10000]),
@@ -296,7 +292,7 @@
       const mine = run.rows.filter((i) =>
         settings.codec === anyCodec || rows[i].on_device || rows[i].codec === settings.codec);
       const i = mine.includes(best) ? best : decide(mine, settings);
-      return { label: run.label, row: rows[i], terms: i < 0 ? null : terms(rows[i], settings) };
+      return { label: run.label, brief: run.brief, row: rows[i], terms: i < 0 ? null : terms(rows[i], settings) };
     }).filter((bar) => bar.row);
     const star = bars.findIndex((bar) => bar.row === rows[best]);
     stack("latency", "s", bars, data.parts, objective.throughput > 0, star);

@@ -16,10 +16,12 @@ from torchsurgeon.planning import Frontier, Objective, Plan, Row
 from torchsurgeon.planning.plans import place
 from torchsurgeon.report.plan_pictures import PARTS
 from torchsurgeon.report.plans import constraint_texts
-from torchsurgeon.report.runs import cut_runs
+from torchsurgeon.report.runs import brief_label, cut_runs
 from torchsurgeon.tracing.graph import LayerGraph
 
 ANY_CODEC = "any, whichever is best"
+# How long a bar's name may be below it, and beside it on a phone.
+_MOST_CHARACTERS = 32, 20
 _NUMBERS = ("head_s", "encode_s", "size_bytes", "tail_s", "decode_s", "device_j")
 
 
@@ -27,8 +29,8 @@ def explorer(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
     """Write one HTML page, which loads nothing else, on which the settings that ``plan`` was made for can be moved.
 
     The page decides as ``Frontier.best()`` does among the ways that keep to the plan's constraints; with one codec
-    chosen, among those with that codec and all on the device. It is about 5 MB, plotly.js most of it. Raises
-    ``TorchSurgeonError`` when plotly is not installed or the file cannot be written.
+    chosen, among those with that codec and all on the device. It is about 5 MB, plotly.js most of it.
+    Raises ``TorchSurgeonError`` when plotly is not installed or the file cannot be written.
     """
     try:
         from plotly.offline import get_plotlyjs
@@ -64,7 +66,10 @@ def page_data(graph: LayerGraph, plan: Plan) -> dict[str, Any]:
     runs = []
     for run in cut_runs(graph, plan.rows):
         groups = [[row for row in run.rows if row.codec == codec] for codec in sorted({row.codec for row in run.rows})]
-        runs.append({"label": run.label, "rows": sorted({i for group in groups for i in kept(tuple(group))})})
+        label, brief = (brief_label(run.label, most) for most in _MOST_CHARACTERS)
+        runs.append(
+            {"label": label, "brief": brief, "rows": sorted({i for group in groups for i in kept(tuple(group))})}
+        )
     given = plan.link.name
     if plan.link != PRESETS.get(given, plan.link):
         given += ", as planned for"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 import string
 from collections.abc import Sequence
 
@@ -30,29 +31,35 @@ def shortened(name: str, most: int) -> str:
 
     A layer's name is a path such as ``features.denseblock3.denselayer24.conv2``. Its steps are shortened from the left,
     and each keeps its first letter and its number, so that names of different layers stay different:
-    ``f….d…3.denselayer24.conv2``. Where that is not enough, steps without a number are left out.
+    ``f…d…3.denselayer24.conv2``. Where that is not enough, steps without a number are left out.
 
     Args:
-        name: The name, which may begin with ``CHOSEN``.
-        most: How many characters there is room for.
+        name: the name, which may begin with ``CHOSEN``.
+        most: how many characters there is room for.
     """
     mark = CHOSEN if name.startswith(CHOSEN) else ""
     steps = name[len(mark) :].split(".")
     room = most - len(mark)
     for i, step in enumerate(steps[:-1]):
-        over = len(".".join(steps)) - room
+        if len(_path(steps)) <= room:
+            break
         number = step[len(step.rstrip(string.digits)) :]
-        kept = max(len(step) - len(number) - 1 - over, 1)
-        if over > 0 and kept + 1 + len(number) < len(step):
+        for kept in range(len(step) - len(number) - 2, 0, -1):
             steps[i] = f"{step[:kept]}…{number}"
-    if len(".".join(steps)) > room:
-        numbered = [step if step[-1:].isdigit() else "…" for step in steps[1:-1]]
-        steps[1:-1] = [step for i, step in enumerate(numbered) if step != "…" or numbered[i - 1 : i] != ["…"]]
-    text = mark + ".".join(steps)
+            if len(_path(steps)) <= room:
+                break
+    if len(_path(steps)) > room:
+        steps[1:-1] = [step if step[-1:].isdigit() else "…" for step in steps[1:-1]]
+    text = mark + _path(steps)
     if len(text) <= most:
         return text
     begin = max(most - 1, 0) // 5
     return f"{text[:begin]}…{text[len(text) - (most - 1 - begin) :]}" if most > 1 else "…"[:most]
+
+
+def _path(steps: Sequence[str]) -> str:
+    """Steps joined by dots, but for those after an ellipsis, which sets them apart already."""
+    return re.sub("…+", "…", ".".join(steps).replace("….", "…"))
 
 
 @dataclasses.dataclass(frozen=True)

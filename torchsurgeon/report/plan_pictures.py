@@ -1,7 +1,8 @@
-"""Pictures of plans and sweeps, on matplotlib."""
+"""Pictures of plans and sweeps, drawn by matplotlib."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,46 @@ import numpy as np
 from torchsurgeon.planning import Frontier, Objective, Plan, Sweep, Terms
 from torchsurgeon.planning.decide import choose
 from torchsurgeon.planning.plans import place
-from torchsurgeon.report.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure, plain, save_figure
+from torchsurgeon.report.pictures import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    YELLOW,
+    best_unit,
+    new_figure,
+    plain,
+    save_figure,
+    tick_label,
+)
+from torchsurgeon.report.plans import constraint_texts, objective_name
 from torchsurgeon.report.runs import MOST_RUNS, CutRun, cut_runs
 from torchsurgeon.report.units import bytes_text, flops_text, seconds_text
 from torchsurgeon.tracing.graph import LayerGraph
 
 PARTS = (("head", BLUE), ("encode", PINK), ("uplink", ORANGE), ("decode", YELLOW), ("tail", GREEN), ("downlink", SKY))
+_BAND = "#fbe3d6"
 _MOST_NAMES = 12
+# A logarithmic axis over so large a ratio has room for the powers of ten alone.
+_MANY_DECADES = 1e4
 
 
 def plan_picture(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
-    """Draw what the cuts of ``graph`` would cost under a plan's link and load, into a PNG (or whatever format ``path``
-    ends in): latency as stacked bars, energy where it is known, compute and what is sent; a star at the plan's choice.
+    """Draw what the cuts of a model would cost over a plan's link, with a star at the plan's choice.
 
-    Cuts inside a run of layers are drawn as one bar where there are more than fit; it is the best of them under the
-    plan's objective. Ways that break the plan's constraints are not drawn. Raises ``TorchSurgeonError`` when matplotlib
-    is not installed.
+    One below the other: latency as stacked bars, the device's energy where it is known, and what the layers compute and
+    the cuts send. In a model with many layers the cuts inside neighbouring ones are drawn as one bar, which is the best
+    of them by the plan's objective. Cuts that break a constraint are not drawn.
+
+    Args:
+        graph: the model's layers.
+        plan: a plan for the model.
+        path: the picture's file. Its ending says in which format it is drawn.
+
+    Raises:
+        TorchSurgeonError: matplotlib is not installed, or knows no format of this name.
     """
     bars: list[tuple[CutRun, Terms]] = []
     star = 0
@@ -47,33 +72,42 @@ def plan_picture(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
     if with_energy:
         _draw_energy(panels[1], [terms for _, terms in bars], star)
     _draw_layers(panels[-1], graph, bars, star)
-    labels = [plain(run.label) for run, _ in bars]
+    labels = [tick_label(run.label) for run, _ in bars]
     panels[-1].set_xticks(range(len(bars)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     every = len(graph.layers) <= MOST_RUNS
-    panels[-1].set_xlabel("cut after" if every else "cut after, or inside: the best of each run of layers")
-    figure.suptitle(
-        f"{plain(plan.frontier.model)}: the least {plan.objective} over {plain(str(plan.link))}\n"
-        f"server load {plan.load:g}, device slow-down {plan.slowdown:g}, constraints: {plan.constraints}",
-        fontsize=11,
-    )
+    several = "" if every else "  (where a name stands for several layers: the best cut among them)"
+    panels[-1].set_xlabel(f"cut after{several}")
+    limits = "; ".join(constraint_texts(plan.constraints))
+    lines = [
+        f"{plan.frontier.model}: the best cut by {plan.objective}",
+        f"over {plan.link}; server load {plan.load:g}×, device slow-down {plan.slowdown:g}×",
+        *textwrap.wrap(f"limits: {limits}" if limits else "", 100),
+    ]
+    figure.suptitle(plain("\n".join(lines)), fontsize=11)
     save_figure(figure, path)
 
 
 def _draw_latency(axis: Any, terms: Sequence[Terms], plan: Plan, star: int) -> None:
     _stacked(axis, {name: [getattr(t, f"{name}_s") * 1e3 for t in terms] for name, _ in PARTS}, dict(PARTS))
     if plan.objective.throughput:
-        axis.plot([t.interval_s * 1e3 for t in terms], "kD", markersize=4, label="between answers of a stream")
+        axis.plot([t.interval_s * 1e3 for t in terms], "kD", markersize=4, label="time between answers of a stream")
     axis.set_ylabel("latency (ms)")
-    text = f"{place(plan.row)}\n{seconds_text(plan.terms.latency_s)}"
-    if plan.objective != Objective(latency=1.0):
-        text += f", {plan.objective} {plan.value:.4g} {plan.objective.unit}"
-    _star(axis, star, plan.terms.latency_s * 1e3, text)
+    _star(axis, star, plan.terms.latency_s * 1e3, f"{place(plan.row)}\n{_values(plan)}")
     _legend(axis)
+
+
+def _values(plan: Plan) -> str:
+    """The chosen cut's latency, and its value by another objective."""
+    latency = f"latency {seconds_text(plan.terms.latency_s)}"
+    if plan.objective == Objective(latency=1.0):
+        return latency
+    unit, name = plan.objective.unit, objective_name(plan.objective)
+    return f"{latency}, {name} {seconds_text(plan.value) if unit == 's' else f'{plan.value:.4g} {unit}'.rstrip()}"
 
 
 def _draw_energy(axis: Any, terms: Sequence[Terms], star: int) -> None:
     total_j = np.array([t.energy_j or 0.0 for t in terms])
-    scale, unit = (1.0, "J") if total_j.max() >= 1 else (1e3, "mJ")
+    scale, unit = best_unit(total_j.max(), "J")
     joules = {part: [(getattr(t, f"{part}_j") or 0.0) * scale for t in terms] for part in ("device", "radio")}
     _stacked(axis, joules, {"device": BLUE, "radio": ORANGE})
     axis.set_ylabel(f"energy of the device ({unit})")
@@ -90,18 +124,21 @@ def _draw_layers(axis: Any, graph: LayerGraph, bars: Sequence[tuple[CutRun, Term
 
     flops = [sum(graph.layers[i].flops for i in run.layers) for run, _ in bars]
     whole = flops_text(sum(layer.flops for layer in graph.layers))
-    axis.bar(range(len(bars)), np.array(flops) / 1e6, 0.8, color=SKY, label=f"compute of the layers ({whole} in all)")
-    axis.set_ylabel("compute (MFLOP)")
-    axis.set_ylim(0, max(flops) / 1e6 * 1.3 or 1.0)
+    scale, unit = best_unit(max(flops), "FLOP")
+    label = f"compute of the layers since the cut before ({whole} in all)"
+    axis.bar(range(len(bars)), np.array(flops) * scale, 0.8, color=SKY, label=label)
+    axis.set_ylabel(f"compute ({unit})")
+    axis.set_ylim(0, max(flops) * scale * 1.3 or 1.0)
     sizes = axis.twinx()
     sent = [np.nan if terms.row.on_device else terms.row.size_bytes / 1e3 for _, terms in bars]
     sizes.plot(sent, "o-", color=ORANGE, markersize=4, label="data sent")
     sizes.set_yscale("log")
     sizes.yaxis.set_major_formatter("{x:g}")
-    sizes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    sizes.yaxis.set_minor_formatter("{x:g}")
     sizes.set_ylabel("data sent (kB, logarithmic)")
     low, high = sizes.get_ylim()
+    if high / low < _MANY_DECADES:
+        sizes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        sizes.yaxis.set_minor_formatter("{x:g}")
     sizes.set_ylim(low, high * (high / low) ** 0.2)
     if np.isfinite(sent[star]):
         _star(sizes, star, sent[star], bytes_text(sent[star] * 1e3))
@@ -121,19 +158,24 @@ def _stacked(axis: Any, parts: dict[str, list[float]], colors: dict[str, str]) -
 
 
 def _star(axis: Any, at: int, value: float, text: str) -> None:
-    axis.plot(at, value, "*", markersize=20, color=RED, markeredgecolor="white", zorder=5)
+    """Put a star above what is chosen, a band behind it and a text at the top, so that neither hides it."""
+    from matplotlib.transforms import offset_copy
+
+    axis.axvspan(at - 0.5, at + 0.5, color=_BAND, zorder=0)
+    above = offset_copy(axis.transData, axis.figure, y=11, units="points")
+    axis.plot(at, value, "*", markersize=18, color=RED, markeredgecolor="white", zorder=5, transform=above)
     left = at < np.mean(axis.get_xlim())
     axis.annotate(
         plain(text),
-        (at, value),
-        xytext=(at, 0.96),
-        textcoords=axis.get_xaxis_transform(),
+        (at, 0.97),
+        xytext=(12 if left else -12, 0),
+        xycoords=axis.get_xaxis_transform(),
+        textcoords="offset points",
         va="top",
         ha="left" if left else "right",
         color=RED,
         fontweight="bold",
         fontsize=9,
-        arrowprops={"arrowstyle": "-", "color": RED, "linewidth": 0.8, "relpos": (0.0 if left else 1.0, 0.0)},
     )
 
 
@@ -143,8 +185,15 @@ def _legend(axis: Any, *twins: Any) -> None:
 
 
 def sweep_picture(sweep: Sweep, path: str | Path) -> None:
-    """Draw which way is chosen, and what it gains, over uplink rate and load, into a PNG (or whatever format ``path``
-    ends in). Raises ``TorchSurgeonError`` when matplotlib is not installed."""
+    """Draw which cut is the best, and what it gains, at each uplink rate and server load.
+
+    Args:
+        sweep: what is drawn.
+        path: the picture's file. Its ending says in which format it is drawn.
+
+    Raises:
+        TorchSurgeonError: matplotlib is not installed, or knows no format of this name.
+    """
     figure = new_figure(13, 5.4)
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -164,16 +213,27 @@ def sweep_picture(sweep: Sweep, path: str | Path) -> None:
     )
     bar = figure.colorbar(mesh, ax=left)
     marked = sorted({round(i) for i in np.linspace(0, len(used) - 1, min(len(used), _MOST_NAMES))})
-    bar.set_ticks(marked, labels=[plain(place(sweep.rows[used[i]])).removeprefix("cut ") for i in marked], fontsize=8)
-    left.set_title("where to cut")
-    gains = right.pcolormesh(rates, sweep.loads, sweep.gain, cmap="magma", shading="nearest", vmin=1.0)
-    figure.colorbar(gains, ax=right, label="times better than the better end")
-    right.set_title("gain over all on one side")
+    bar.set_ticks(marked, labels=[plain(place(sweep.rows[used[i]])) for i in marked], fontsize=8)
+    left.set_title("best cut")
+    # A range of at least a tenth, so that colours tell gains apart and not rounding.
+    gains = right.pcolormesh(
+        rates,
+        sweep.loads,
+        sweep.gain,
+        cmap="magma",
+        shading="nearest",
+        vmin=1.0,
+        vmax=max(1.1, float(sweep.gain.max())),
+    )
+    figure.colorbar(gains, ax=right, label="times better than the better of all on device and all on server")
+    right.set_title("gain of the best cut")
     for axis in (left, right):
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("uplink (Mbit/s)")
-    left.set_ylabel("server load (times its profile)")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+    left.set_ylabel("server load (× its profile)")
     trip = seconds_text(sweep.link.round_trip_s)
-    figure.suptitle(f"{plain(sweep.model)}: the least {sweep.objective}, round trip {trip}")
+    figure.suptitle(f"{plain(sweep.model)}: the best cuts by {sweep.objective}, with a round trip of {trip}")
     save_figure(figure, path)

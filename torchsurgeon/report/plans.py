@@ -12,8 +12,12 @@ from torchsurgeon.planning.rows import Row
 from torchsurgeon.report.narrow import CHOSEN, Column, FittingTable, names
 from torchsurgeon.report.units import bytes_text, joules_text, number_text, seconds_text
 
-# What an objective's value is called above a column.
-_VALUES = {"energy": "energy", "throughput": "time per answer", "server_time": "server time"}
+_VALUES = {
+    "latency": "latency",
+    "energy": "energy",
+    "throughput": "time between answers",
+    "server_time": "server time",
+}
 
 
 def plan_table(plan: Plan, most: int = 12) -> FittingTable:
@@ -43,7 +47,7 @@ def plan_table(plan: Plan, most: int = 12) -> FittingTable:
     if plan.objective != Objective(latency=1.0):
         unit = plan.objective.unit
         values = [seconds_text(costs[i]) if unit == "s" else f"{costs[i]:.4g} {unit}".rstrip() for i in best]
-        columns.append(Column(_VALUES.get(str(plan.objective), "weighted sum"), values))
+        columns.append(Column(objective_name(plan.objective), values))
     return FittingTable(
         f"{frontier.model}: the best cuts by {plan.objective}",
         columns,
@@ -74,6 +78,11 @@ def sweep_table(sweep: Sweep) -> FittingTable:
         ],
         "Each line is a cut, and the range of rates and loads of the pairs at which it is the best.",
     )
+
+
+def objective_name(objective: Objective) -> str:
+    """Return what the value of an objective is called."""
+    return _VALUES.get(str(objective), "weighted sum")
 
 
 def constraint_texts(constraints: Constraints) -> list[str]:

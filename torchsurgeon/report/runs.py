@@ -1,4 +1,4 @@
-"""Runs of layers and of cuts: what is drawn as one bar where a model has more than fit side by side."""
+"""Runs of neighbouring layers, and of cuts among them, that are drawn as one bar in models with many layers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from collections import Counter
 from collections.abc import Sequence
 
 from torchsurgeon.planning import Row
+from torchsurgeon.report.narrow import shortened
 from torchsurgeon.tracing.graph import LayerGraph
 
 MOST_RUNS = 28
 _FEW = 8
+_TO = " … "
 
 
 def layer_runs(graph: LayerGraph, keep: Sequence[int] = ()) -> list[list[int]]:
-    """Return the layers in at most about ``MOST_RUNS`` runs, each all of a module where modules allow it.
+    """Return the indices of the layers in at most about ``MOST_RUNS`` runs, each a whole module where that is possible.
 
-    A run ends at every index in ``keep``, which may make more of them.
+    Args:
+        graph: the model's layers.
+        keep: partition indices at which a run has to end, which may make the runs more than ``MOST_RUNS``.
     """
     if len(graph.layers) <= MOST_RUNS:
         return [[layer.index] for layer in graph.layers]
@@ -39,7 +43,7 @@ def layer_runs(graph: LayerGraph, keep: Sequence[int] = ()) -> list[list[int]]:
 
 
 def _evenly(runs: Sequence[list[int]], keep: Sequence[int]) -> list[list[int]]:
-    """Put neighbouring runs together, about as many layers in each."""
+    """Put neighbouring runs together, so that all have about as many layers."""
     layers = sum(map(len, runs))
     merged: list[list[int]] = []
     for run in runs:
@@ -52,14 +56,29 @@ def _evenly(runs: Sequence[list[int]], keep: Sequence[int]) -> list[list[int]]:
 
 
 def run_labels(graph: LayerGraph, runs: Sequence[Sequence[int]]) -> list[str]:
-    """Return a name for each run: its layer's, what its layers' names share, or those of its ends."""
+    """Return a name for each run: its only layer's, its module's, or from which layer to which it goes."""
     ends = [(graph.layers[run[0]].name, graph.layers[run[-1]].name) for run in runs]
     shared = [_shared([graph.layers[i].name.split(".") for i in run]) for run in runs]
     count = Counter(shared)
     return [
-        name if name and (count[name] == 1 or first == last) else f"{first} … {last}"
+        name if name and (count[name] == 1 or first == last) else _range(first, last)
         for name, (first, last) in zip(shared, ends, strict=True)
     ]
+
+
+def brief_label(label: str, most: int) -> str:
+    """Return a name from ``run_labels()`` in at most ``most`` characters."""
+    first, to, last = label.partition(_TO)
+    if not to or len(label) <= most:
+        return shortened(label, most)
+    room = most - len(_TO)
+    kept = min(len(last), max(room // 2, room - len(first)))
+    return shortened(first, room - kept) + _TO + shortened(last, kept)
+
+
+def _range(first: str, last: str) -> str:
+    """The names of the first and the last layer, without the modules that the last one shares with the first."""
+    return first + _TO + last.removeprefix(_shared([first.split("."), last.split(".")]) + ".")
 
 
 def _shared(paths: Sequence[list[str]]) -> str:
@@ -69,9 +88,12 @@ def _shared(paths: Sequence[list[str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CutRun:
-    """Ways to run a model that are drawn in one place: those that cut inside a run of layers.
+    """The cuts inside a run of layers, which are drawn in one place.
 
-    ``layers`` are the graph's layers since the cuts of the run before; ``rows`` is never empty.
+    Attributes:
+        label: the run's name, ``"all on server"`` or ``"all on device"``.
+        layers: indices of the graph's layers between the last cut of the run before and the last cut of this one.
+        rows: the cuts; at least one.
     """
 
     label: str
@@ -80,7 +102,7 @@ class CutRun:
 
 
 def cut_runs(graph: LayerGraph, rows: Sequence[Row]) -> list[CutRun]:
-    """Return the ways of ``rows`` by the run of layers they cut in, from all on the server to all on the device."""
+    """Return ``rows`` by the run of layers in which they cut, from all on the server to all on the device."""
     runs = layer_runs(graph)
     ends = [0, *(run[-1] + 1 for run in runs[:-1]), len(graph.layers) - 1, len(graph.layers)]
     labels = ["all on server", *run_labels(graph, runs), "all on device"]
