@@ -25,10 +25,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import nn
 
 from torchsurgeon.emulate import SlowDevice
@@ -37,6 +35,7 @@ from torchsurgeon.module import SplitModule
 from torchsurgeon.planning import Terms, plan
 from torchsurgeon.profiling import LayerProfile, profile
 from torchsurgeon.report import bytes_text, layer_picture, plan_table, seconds_text
+from torchsurgeon.report.narrow import CHOSEN, Column, FittingTable, names
 from torchsurgeon.runtime import measure_link
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.structure import flatten
@@ -298,36 +297,35 @@ def _row(
     return Result(*setting, terms.row.index, terms.latency_s, middle_s, low_s, high_s, sent, equal, chosen)
 
 
-def _table(rows: list[Result], slow: float) -> Table:
-    table = Table(
-        title=f"One photograph, one machine; the device is {slow:g}× slower than the server, one thread each",
-        caption=(
-            "★ is the plan's choice. The third row of each link is the best cut between device and server. "
-            "Measured is the median latency, gain is how many times faster than the device alone, and equal says "
-            "whether every answer is bit for bit the model's own."
-        ),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for column in ("model", "link", "cut after"):
-        table.add_column(column, no_wrap=True)
-    for column in ("sent", "predicted", "measured", "gain", "equal"):
-        table.add_column(column, justify="right", no_wrap=True)
+def _table(rows: list[Result], slow: float) -> FittingTable:
     alone = {(row.model, row.link): row.measured_s for row in rows if row.where == "device"}
-    for row in rows:
-        table.add_row(
-            row.model if row.where == "device" else "",
-            row.link if row.where == "device" else "",
-            f"★ {row.cut}" if row.chosen else row.cut,
-            bytes_text(row.sent_bytes) if row.sent_bytes else "–",
-            seconds_text(row.predicted_s),
-            seconds_text(row.measured_s),
-            f"{alone[row.model, row.link] / row.measured_s:.2f}×",
-            "yes" if row.equal else "NO",
-            style="bold" if row.chosen else None,
-            end_section=row.where == "split",
-        )
-    return table
+    first = [row.where == "device" for row in rows]
+    return FittingTable(
+        f"One photograph, one machine; the device is {slow:g}× slower than the server, one thread each",
+        [
+            Column("model", [row.model if new else "" for row, new in zip(rows, first, strict=True)], left=True),
+            Column("link", [row.link if new else "" for row, new in zip(rows, first, strict=True)], left=True),
+            names("cut after", [(CHOSEN if row.chosen else "") + row.cut for row in rows]),
+            Column("sent", [bytes_text(row.sent_bytes) if row.sent_bytes else "–" for row in rows], rank=3),
+            Column("predicted", [seconds_text(row.predicted_s) for row in rows], rank=2),
+            Column("measured", [seconds_text(row.measured_s) for row in rows], note="Measured is the median latency."),
+            Column(
+                "gain",
+                [f"{alone[row.model, row.link] / row.measured_s:.2f}×" for row in rows],
+                rank=4,
+                note="Gain is how many times faster than the device alone.",
+            ),
+            Column(
+                "equal",
+                ["yes" if row.equal else "NO" for row in rows],
+                rank=5,
+                note="Equal says whether every answer is bit for bit the model's own.",
+            ),
+        ],
+        "★ is the plan's choice. The third row of each link is the best cut between device and server.",
+        bold=[i for i, row in enumerate(rows) if row.chosen],
+        ends=[i for i, row in enumerate(rows) if row.where == "split"],
+    )
 
 
 @contextlib.contextmanager

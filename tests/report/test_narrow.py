@@ -89,9 +89,9 @@ CODECS = CodecTable(
 )
 
 
-def planned(**options: Any) -> FittingTable:
+def plan_of(**options: Any) -> ts.Plan:
     link = ts.Link("slow", 1e6, 1e6, 0.01, radio=WIRED)
-    return report.plan_table(ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, **options))
+    return ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, **options)
 
 
 def predicted(predictor: ts.Predictor, measured: LayerProfile | None = None) -> FittingTable:
@@ -115,8 +115,12 @@ TABLES: dict[str, tuple[Callable[[], Any], list[int]]] = {
     "prediction": (lambda: predicted(DESKTOP), [COUNT]),
     "prediction beside a profile": (lambda: predicted(DESKTOP, DEVICE), [COUNT]),
     "bound": (lambda: predicted(load_device("tegra-k1-cpu")), [COUNT]),
-    "plan": (planned, [12]),
-    "plan with codecs": (lambda: planned(codecs=CODECS, objective={"latency": 1, "energy": 0.5}), [12]),
+    "plan": (lambda: report.plan_table(plan_of()), [12]),
+    "plan with codecs": (
+        lambda: report.plan_table(plan_of(codecs=CODECS, objective={"latency": 1, "energy": 0.5})),
+        [12],
+    ),
+    "explanation": (lambda: report.plan_explanation(plan_of(codecs=CODECS)), [15]),
     "sweep": (lambda: report.sweep_table(SWEEP), [len(np.unique(SWEEP.chosen))]),
     "doctor": (
         lambda: report.diagnosis_text(DIAGNOSIS),
@@ -137,7 +141,7 @@ def test_at_any_width_a_row_is_a_line_and_headers_are_whole(name: str) -> None:
     table = make()
     for width in WIDTHS:
         lines = shown(table, width)
-        assert max(map(len, lines)) <= width
+        assert max(map(len, lines)) <= width, lines
         rules = [i for i, line in enumerate(lines) if "─" in line and not line.strip(" ─")]
         found = []
         for rule in rules:

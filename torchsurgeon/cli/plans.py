@@ -95,7 +95,7 @@ def _plan(options: argparse.Namespace) -> None:
     )
     screen = console()
     screen.print(report.plan_table(found))
-    screen.print(found.explain(), highlight=False, markup=False, soft_wrap=True)
+    screen.print(report.plan_explanation(found), highlight=False)
     if options.frontier is not None:
         found.frontier.save(options.frontier)
     if options.plot is not None:

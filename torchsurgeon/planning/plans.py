@@ -90,16 +90,35 @@ class Plan:
 
 def explain(plan: Plan) -> str:
     """Return the chosen way beside the two ends and the runner-up, and what would change the choice, as text."""
+    table = comparison(plan)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = [headline(plan), f"  {situation(plan)}", ""]
+    for row in table:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join([*lines, "", *(f"  {remark}" for remark in remarks(plan))])
+
+
+def headline(plan: Plan) -> str:
+    """Return the chosen way and its value in a line."""
+    return f"{plan.frontier.model}: {place(plan.row)}, least {plan.objective}: {_value(plan)}"
+
+
+def situation(plan: Plan) -> str:
+    """Return what the plan was made for in a line: link, load, slow-down and constraints."""
+    return f"over {plan.link}; load {plan.load:g}, slow-down {plan.slowdown:g}; constraints: {plan.constraints}"
+
+
+def comparison(plan: Plan) -> list[list[str]]:
+    """Return the chosen way beside the two ends and the runner-up, as a table.
+
+    The first row holds the names of the ways, and the first cell of each row the name of its quantity, with its unit.
+    """
     columns: list[tuple[str, Terms]] = [("chosen", plan.terms), ("all on device", plan.device_only)]
     if plan.server_only is not None:
         columns.append(("all on server", plan.server_only))
     if plan.runner_up is not None:
         columns.append(("runner-up", plan.runner_up))
-    lines = [
-        f"{plan.frontier.model}: {place(plan.row)}, least {plan.objective}: {_value(plan)}",
-        f"  over {plan.link}; load {plan.load:g}, slow-down {plan.slowdown:g}; constraints: {plan.constraints}",
-        "",
-    ]
     table = [["", *(name for name, _ in columns)], ["cut", *(_short(terms.row) for _, terms in columns)]]
     table.append(["codec", *("–" if terms.row.on_device else terms.row.codec for _, terms in columns)])
     table.append(["sent, kB", *(f"{terms.row.size_bytes / 1e3:.1f}" for _, terms in columns)])
@@ -111,26 +130,25 @@ def explain(plan: Plan) -> str:
     if any(terms.row.memory_bytes is not None for _, terms in columns):
         sizes = [terms.row.memory_bytes for _, terms in columns]
         table.append(["memory, MB", *("?" if size is None else f"{size / 1e6:.1f}" for size in sizes)])
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for row in table:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  " + "  ".join(cells).rstrip())
-    lines.append("")
+    return table
+
+
+def remarks(plan: Plan) -> list[str]:
+    """Return what else is known of the choice, a sentence each: its interval, its prices, and what would change it."""
+    lines = []
     if plan.interval_s is not None:
         low_s, high_s = plan.interval_s
-        lines.append(f"  latency between {low_s * 1e3:.2f} and {high_s * 1e3:.2f} ms by the predictions' intervals")
+        lines.append(f"latency between {low_s * 1e3:.2f} and {high_s * 1e3:.2f} ms by the predictions' intervals")
     if plan.fresh_s:
-        lines.append(f"  a request on a fresh connection takes {plan.fresh_s * 1e3:.1f} ms more")
+        lines.append(f"a request on a fresh connection takes {plan.fresh_s * 1e3:.1f} ms more")
     for name, value in plan.prices.items():
-        lines.append(f"  without {name}: {plan.objective} {value:.4g} {plan.objective.unit}".rstrip())
-    lines += [f"  {_when(c)}: {place(c.after)} instead of {place(c.before)}" for c in plan.crossovers]
+        lines.append(f"without {name}: {plan.objective} {value:.4g} {plan.objective.unit}".rstrip())
+    lines += [f"{_when(c)}: {place(c.after)} instead of {place(c.before)}" for c in plan.crossovers]
     if not plan.crossovers:
-        lines.append("  no other uplink rate and no other load would change the choice")
+        lines.append("no other uplink rate and no other load would change the choice")
     if not plan.frontier.exact:
-        lines.append(
-            "  the search among cuts across parallel branches was cut short, so a slightly better one may exist"
-        )
-    return "\n".join(lines)
+        lines.append("the search among cuts across parallel branches was cut short, so a slightly better one may exist")
+    return lines
 
 
 def place(row: Row) -> str:

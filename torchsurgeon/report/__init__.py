@@ -6,7 +6,7 @@ from __future__ import annotations
 from torchsurgeon.report.explorer_page import explorer
 from torchsurgeon.report.pictures import layer_picture, profile_picture
 from torchsurgeon.report.plan_pictures import plan_picture, sweep_picture
-from torchsurgeon.report.plans import plan_table, sweep_table
+from torchsurgeon.report.plans import plan_explanation, plan_table, sweep_table
 from torchsurgeon.report.predictions import calibration_table, prediction_picture, prediction_table
 from torchsurgeon.report.tables import (
     codec_table,
@@ -26,6 +26,7 @@ __all__ = [
     "graph_table",
     "joules_text",
     "layer_picture",
+    "plan_explanation",
     "plan_picture",
     "plan_table",
     "prediction_picture",

@@ -67,15 +67,16 @@ class Column:
     """A column of a ``FittingTable``, with one cell for each row.
 
     Attributes:
-        header: What stands above the cells, with the unit where the cells do not name it.
-        cells: The cells' text. A cell may have several lines.
-        rank: When this column is left out: those of rank 1 before any name is shortened, then 2, 3 and so on, as long
+        header: what stands above the cells, with the unit where the cells do not name it.
+        cells: the cells' text. A cell may have several lines.
+        rank: when this column is left out: those of rank 1 before any name is shortened, then 2, 3 and so on, as long
             as names have too little room. 0 is never left out.
-        instead: The column that takes this one's place when it is left out, such as the same figures without their
+        instead: the column that takes this one's place when it is left out, such as the same figures without their
             intervals.
-        left: Whether the cells are aligned to the left. Figures are aligned to the right.
-        is_name: Whether the cells are names, which ``shortened()`` shortens.
-        note: A sentence that stands below the table where the column is shown.
+        left: whether the cells are aligned to the left. Figures are aligned to the right.
+        is_name: whether the cells are names, which ``shortened()`` shortens.
+        enough: how many characters names have before a column is left out to give them more.
+        note: a sentence that stands below the table where the column is shown.
     """
 
     header: str
@@ -84,6 +85,7 @@ class Column:
     instead: Column | None = None
     left: bool = False
     is_name: bool = False
+    enough: int = _ENOUGH
     note: str = ""
 
     @functools.cached_property
@@ -91,6 +93,11 @@ class Column:
         """The characters that the widest line takes."""
         lines = itertools.chain(self.header.splitlines(), *(cell.splitlines() for cell in self.cells))
         return max(map(cell_len, lines), default=0)
+
+    @property
+    def least(self) -> int:
+        """The characters that a column of names takes at least."""
+        return max(cell_len(self.header), _LEAST)
 
 
 def names(header: str, cells: Sequence[str]) -> Column:
@@ -106,19 +113,25 @@ class FittingTable:
     """
 
     def __init__(
-        self, title: str, columns: Sequence[Column], caption: str = "", *, bold: Sequence[int] = (), last: bool = False
+        self,
+        title: str,
+        columns: Sequence[Column],
+        caption: str = "",
+        *,
+        bold: Sequence[int] = (),
+        ends: Sequence[int] = (),
     ) -> None:
         """Keep what is drawn when the width is known.
 
         Args:
-            title: What stands above the table.
-            columns: The columns from left to right, all with as many cells.
-            caption: What stands below the table.
-            bold: The positions of rows that are drawn in bold.
-            last: Whether a line sets the last row apart, as for a sum.
+            title: what stands above the table.
+            columns: the columns from left to right, all with as many cells.
+            caption: what stands below the table.
+            bold: the positions of rows that are drawn in bold.
+            ends: the positions of rows below which the table is parted, as above a sum.
         """
         self._title, self._columns, self._caption = title, tuple(columns), caption
-        self._bold, self._last = frozenset(bold), last
+        self._bold, self._ends = frozenset(bold), frozenset(ends)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         width = min(_width(self._columns), options.max_width)
@@ -133,18 +146,25 @@ class FittingTable:
             notes.append(f"A wider terminal also shows: {', '.join(missing)}.")
         caption = " ".join(filter(None, notes))
         table = Table(title=escape(self._title), caption=escape(caption) or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        over = max(_width(shown) - options.max_width, 0)
         cells = []
-        for column in shown:
+        for column, most in zip(shown, _allotted(shown, options.max_width), strict=True):
             table.add_column(escape(column.header), justify="left" if column.left else "right", no_wrap=True)
-            most = max(column.width - over, _LEAST) if column.is_name else column.width
             # As Text, since a layer's name may look like Rich's markup.
             cells.append([Text(shortened(cell, most) if column.is_name else cell) for cell in column.cells])
-        for i, row in enumerate(rows := list(zip(*cells, strict=True))):
-            if self._last and i == len(rows) - 1:
-                table.add_section()
-            table.add_row(*row, style="bold" if i in self._bold else None)
+        for i, row in enumerate(zip(*cells, strict=True)):
+            table.add_row(*row, style="bold" if i in self._bold else None, end_section=i in self._ends)
         yield table
+
+
+def _allotted(columns: Sequence[Column], most: int) -> list[int]:
+    """How many characters each column gets: the widest names give way."""
+    allotted = [column.width for column in columns]
+    of_names = [i for i, column in enumerate(columns) if column.is_name]
+    for _ in range(_width(columns) - most):
+        widest = max(of_names, key=lambda i: allotted[i] - columns[i].least, default=None)
+        if widest is not None and allotted[widest] > columns[widest].least:
+            allotted[widest] -= 1
+    return allotted
 
 
 def _width(columns: Sequence[Column]) -> int:
@@ -167,4 +187,4 @@ def _fitting(columns: Sequence[Column], most: int) -> list[Column]:
 
 def _spare(columns: Sequence[Column]) -> int:
     """The characters that names can give without becoming too short."""
-    return sum(max(column.width - _ENOUGH, 0) for column in columns if column.is_name)
+    return sum(max(column.width - max(column.least, column.enough), 0) for column in columns if column.is_name)

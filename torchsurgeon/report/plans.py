@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from torchsurgeon.planning import Constraints, Objective, Plan
 from torchsurgeon.planning.grid import Sweep
+from torchsurgeon.planning.plans import comparison, headline, remarks, situation
 from torchsurgeon.planning.rows import Row
 from torchsurgeon.report.narrow import CHOSEN, Column, FittingTable, names
 from torchsurgeon.report.units import bytes_text, joules_text, number_text, seconds_text
@@ -26,8 +30,8 @@ def plan_table(plan: Plan, most: int = 12) -> FittingTable:
     Limits on latency and energy do not remove a cut from the table, so the choice may not be the first.
 
     Args:
-        plan: What was planned.
-        most: How many cuts are listed.
+        plan: what was planned.
+        most: how many cuts are listed.
     """
     frontier = plan.frontier
     costs = frontier.costs(plan.link, plan.load, plan.slowdown, plan.objective)
@@ -56,6 +60,25 @@ def plan_table(plan: Plan, most: int = 12) -> FittingTable:
     )
 
 
+def plan_explanation(plan: Plan) -> Group:
+    """Return what ``Plan.explain()`` says, for a terminal of any width: long names are shortened, columns left out."""
+    (_, *ways), *rows = comparison(plan)
+    names_of_rows, *cells = zip(*rows, strict=True)
+    # The two ends are what a choice is judged by, so the runner-up is the first to go.
+    ranks = {"runner-up": 2, "all on server": 3, "all on device": 4}
+    columns = [
+        Column("", names_of_rows, left=True),
+        *(
+            Column(way, of, rank=ranks.get(way, 0), is_name=True, enough=12)
+            for way, of in zip(ways, cells, strict=True)
+        ),
+    ]
+    listed = Table.grid(padding=(0, 1))
+    for remark in remarks(plan):
+        listed.add_row("•", Text(remark))
+    return Group(Text(headline(plan)), Text(situation(plan)), FittingTable("", columns), listed)
+
+
 def sweep_table(sweep: Sweep) -> FittingTable:
     """Return the cuts that are the best anywhere in a sweep: how often, where, and the most that each gains."""
     used = [int(i) for i in np.unique(sweep.chosen)]
@@ -73,7 +96,7 @@ def sweep_table(sweep: Sweep) -> FittingTable:
                 "largest gain",
                 [f"{sweep.gain[at].max():.2f}×" for at in here],
                 rank=3,
-                note="Gain: how many times better the cut is than the better of all on device and all on server.",
+                note="Gain: how many times better it is than the better of all on the device and all on the server.",
             ),
         ],
         "Each line is a cut, and the range of rates and loads of the pairs at which it is the best.",
@@ -100,8 +123,8 @@ def constraint_texts(constraints: Constraints) -> list[str]:
 
 def _cut(row: Row) -> str:
     if row.on_device:
-        return "all on device"
-    return "all on server" if row.index == 0 else row.name
+        return "all on the device"
+    return "all on the server" if row.index == 0 else row.name
 
 
 def _codecs(rows: Sequence[Row], rank: int) -> list[Column]:

@@ -52,10 +52,10 @@ def prediction_table(
     """Return the predicted time of each layer with its 90 % interval, its energy where known, and its measured time.
 
     Args:
-        graph: The model's layers.
-        predictor: The device that ``predicted`` is for.
-        predicted: The prediction.
-        measured: A profile of the same model to compare with.
+        graph: the model's layers.
+        predictor: the device that ``predicted`` is for.
+        predicted: the prediction.
+        measured: a profile of the same model to compare with.
     """
     layers, interval_s, energy = graph.layers, predicted.interval_s, predicted.energy
     columns = [
@@ -93,7 +93,7 @@ def prediction_table(
         columns,
         _caption(predictor),
         bold=[len(layers)],
-        last=True,
+        ends=[len(layers) - 1],
     )
 
 
@@ -126,14 +126,14 @@ def prediction_picture(graph: LayerGraph, predicted: LayerProfile, measured: Lay
     """Draw each layer's predicted time over its measured one, and the whole model's.
 
     Args:
-        graph: The model's layers.
-        predicted: The prediction.
-        measured: A profile of the same model.
-        path: The picture's file. Its ending says in which format it is drawn.
+        graph: the model's layers.
+        predicted: the prediction.
+        measured: a profile of the same model.
+        path: the picture's file. Its ending says in which format it is drawn.
 
     Raises:
-        ProfileError: If a profile is of another model.
-        TorchSurgeonError: If matplotlib is not installed, or the picture's format is unknown.
+        ProfileError: if a profile is of another model.
+        TorchSurgeonError: if matplotlib is not installed, or the picture's format is unknown.
     """
     for profile in (predicted, measured):
         profile.check(graph)

@@ -117,7 +117,7 @@ def profile_table(graph: LayerGraph, profile: LayerProfile) -> FittingTable:
     """Return the measured time of each layer with its quartiles and its share, and its memory and energy where known.
 
     Raises:
-        ProfileError: If the profile is of another model.
+        ProfileError: if the profile is of another model.
     """
     profile.check(graph)
     layers, medians_s, energy = graph.layers, profile.layer_s, profile.energy
@@ -153,10 +153,10 @@ def energy_column(
     """Return a column of energies above idle, whose intervals are left out before any name is shortened.
 
     Args:
-        means_j: The energies in joules, one for each row.
-        intervals_j: The low and high end of each, in joules.
-        percent: How sure the intervals are.
-        rank: When the energies themselves are left out, as in ``Column``.
+        means_j: the energies in joules, one for each row.
+        intervals_j: the low and high end of each, in joules.
+        percent: how sure the intervals are.
+        rank: when the energies themselves are left out, as in ``Column``.
     """
     brief = Column("energy", [joules_text(mean) for mean in means_j], rank=rank, note="Energy is that above idle.")
     note = f"Energy is that above idle, with its {percent} % interval."

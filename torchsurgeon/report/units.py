@@ -30,9 +30,9 @@ def joules_text(mean_j: float, low_j: float = math.nan, high_j: float = math.nan
     """Return an energy as text, such as ``"1.2 (1.1 … 1.4) mJ"``.
 
     Args:
-        mean_j: The energy in joules. NaN, for an unknown one, gives ``"?"``.
-        low_j: The low end of its interval in joules. The interval is left out where either end is NaN.
-        high_j: The high end of its interval in joules.
+        mean_j: the energy in joules. NaN, for an unknown one, gives ``"?"``.
+        low_j: the low end of its interval in joules. The interval is left out where either end is NaN.
+        high_j: the high end of its interval in joules.
     """
     if math.isnan(mean_j):
         return "?"
