@@ -27,10 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarnin
 
 
 @contextmanager
-def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def command(*arguments: str, stderr: int | None = None) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "torchsurgeon", *arguments],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env=environment(),
     )
@@ -113,6 +114,14 @@ def test_serve_and_link_carry_a_split_module() -> None:
             assert "layers" in direct.get_json("/v2/models/tiny/profile")
         server.send_signal(signal.SIGINT)
         assert server.wait(20) in (0, 130)
+
+
+def test_a_server_that_is_interrupted_says_no_more_than_that() -> None:
+    with command("serve", f"tiny={SPEC}", "--port", "0", stderr=subprocess.STDOUT) as server:
+        ready(server)
+        server.send_signal(signal.SIGINT)
+        assert server.stdout is not None
+        assert server.stdout.read() in ("", "torchsurgeon: interrupted\n")
 
 
 def test_modules_kept_whole_on_both_sides_agree_and_on_one_side_are_named(capsys: pytest.CaptureFixture[str]) -> None:

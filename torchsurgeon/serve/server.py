@@ -184,6 +184,7 @@ def run(
     finally:
         bound.close()
         registry.close()
+        gc.unfreeze()  # or libraries report what was left out of garbage collection as leaks when the process ends
     if failures:
         raise failures[0]
 
