@@ -134,7 +134,8 @@ class Setup:
         tasks = [self._keeper.connect(peer, min(_SETUP_S, peer.transport.timeout_s)) for peer in peers]
         for peer, task in zip(peers, tasks, strict=True):
             if not task.wait(end_s - time.monotonic()):
-                peer.failure = Failure("unready", f"{peer.label} has not yet sent all that is needed to ask it")
+                waits = "is still loading or measuring the model, or does not answer; it is used once it has answered"
+                peer.failure = Failure("unready", f"{peer.label} {waits}")
             self._servers.warn(peer.failure)
 
     def _connect_any(self, timeout_s: float | None) -> None:
