@@ -31,6 +31,13 @@ def test_seconds(seconds: float, text: str) -> None:
     assert report.seconds_text(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("bit_s", "text"), [(5e3, "0.005 Mbit/s"), (5.85e6, "5.85 Mbit/s"), (999.6e6, "1 Gbit/s"), (2.94e9, "2.94 Gbit/s")]
+)
+def test_rates_have_no_exponents(bit_s: float, text: str) -> None:
+    assert report.rate_text(bit_s) == text
+
+
 @pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (150_528, "151 kB"), (3_000_000, "3 MB")])
 def test_bytes(size: int, text: str) -> None:
     assert report.bytes_text(size) == text

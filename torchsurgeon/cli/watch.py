@@ -17,7 +17,7 @@ from rich.text import Text
 
 from torchsurgeon.adapting import Estimates
 from torchsurgeon.module import SplitModule
-from torchsurgeon.report import bytes_text, seconds_text
+from torchsurgeon.report import bytes_text, rate_text, seconds_text
 from torchsurgeon.runtime import Inference
 from torchsurgeon.tracing.structure import flatten
 
@@ -210,8 +210,8 @@ def _estimates(now: Estimates) -> Table:
     link, load = now.link, now.load
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False)
     rows = (
-        ("uplink", f"{link.uplink.value / 1e6:.3g} Mbit/s", link.uplink.error),
-        ("downlink", f"{link.downlink.value / 1e6:.3g} Mbit/s", link.downlink.error),
+        ("uplink", rate_text(link.uplink.value), link.uplink.error),
+        ("downlink", rate_text(link.downlink.value), link.downlink.error),
         ("round trip", seconds_text(link.round_trip.value), link.round_trip.error),
         ("server's load", f"{load.compute.value:.2f}×, {seconds_text(load.queue_s)} wait", load.compute.error),
         ("device's slow-down", f"{now.slowdown.value:.2f}×", now.slowdown.error),

@@ -14,7 +14,7 @@ from torchsurgeon.report.tables import (
     graph_table,
     profile_table,
 )
-from torchsurgeon.report.units import bytes_text, flops_text, joules_text, seconds_text
+from torchsurgeon.report.units import bytes_text, flops_text, joules_text, rate_text, seconds_text
 
 __all__ = [
     "bytes_text",
@@ -33,6 +33,7 @@ __all__ = [
     "prediction_table",
     "profile_picture",
     "profile_table",
+    "rate_text",
     "seconds_text",
     "sweep_picture",
     "sweep_table",

@@ -15,6 +15,11 @@ def flops_text(flops: float) -> str:
     return _scaled(flops, "FLOP", 1000)
 
 
+def rate_text(bit_s: float) -> str:
+    """Return a link's rate in bit/s as text in Gbit/s or Mbit/s, such as ``"5.85 Mbit/s"``."""
+    return f"{bit_s / 1e9:.3g} Gbit/s" if bit_s >= 999.5e6 else f"{bit_s / 1e6:.3g} Mbit/s"
+
+
 def seconds_text(seconds: float) -> str:
     """Return a duration in seconds as text in s, ms or µs, such as ``"12.3 ms"``."""
     return (
