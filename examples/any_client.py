@@ -30,8 +30,8 @@ def ask(client: triton.InferenceServerClient, model: str, tensors: dict[str, np.
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--server", default="127.0.0.1:8000")
-    parser.add_argument("--model", default="alexnet")
+    parser.add_argument("--server", default="127.0.0.1:8000", help="the server's address, without http://")
+    parser.add_argument("--model", default="alexnet", help="the name under which it serves the model")
     parser.add_argument("--spec", default="torchvision:alexnet", help="the SPEC that the server has for this name")
     parser.add_argument("--cut", default="features.12", help="the last layer that runs on this device")
     options = parser.parse_args()

@@ -15,7 +15,7 @@ from torchsurgeon.models import specs
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--spec", default="torchvision:alexnet")
+    parser.add_argument("--spec", default="torchvision:alexnet", help="the model, as torchsurgeon trace takes it")
     parser.add_argument("--slow", type=float, default=10, help="how many times slower the device is than this machine")
     options = parser.parse_args()
 

@@ -27,8 +27,8 @@ def video(frames: int) -> Iterator[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--link", default="lte")
-    parser.add_argument("--frames", type=int, default=20)
+    parser.add_argument("--link", default="lte", help="3g, lte, wifi, or UP/DOWN/RTT in Mbit/s and seconds")
+    parser.add_argument("--frames", type=int, default=20, help="how many frames are classified")
     given = parser.parse_args()
     torch.manual_seed(0)
     model, link = squeezenet1_1().eval(), ts.Link.parse(given.link)
