@@ -25,7 +25,7 @@ test: setup interop
 	$(BIN)/pytest
 
 coverage: setup
-	$(BIN)/python benchmarks/coverage.py --jobs 2
+	$(BIN)/python -m benchmarks.coverage.sweep --jobs 2
 
 # Material for MkDocs advertises its successor unless told not to.
 docs: setup

@@ -5,7 +5,7 @@ take turns. Each runs the model as it is on one thread, and tells the medians of
 processor time (the system's on its behalf included), which other processes disturb less than the time on the wall.
 Printed and written are medians and quartiles over processes, and the median of the pairs' ratios to the defaults.
 
-    python benchmarks/allocator.py [--pairs 9] [--out benchmarks/results/allocator.json]
+    python -m benchmarks.allocator [--pairs 9] [--out benchmarks/results/allocator.json]
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import RESULTS, write
-from side_by_side import median_ratio, spread, text
 from torchvision.models import get_model
 
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.side_by_side import median_ratio, spread, text
 from torchsurgeon._allocator import keep_freed_memory
 
 MODELS = ("mobilenet_v2", "resnet50")
@@ -50,7 +50,7 @@ def run_once(name: str, way: str) -> None:
 
 
 def sample(name: str, way: str) -> tuple[float, float]:
-    command = [sys.executable, "-W", "ignore", __file__, "--sample", name, way]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.allocator", "--sample", name, way]
     taken_s, faults = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     return taken_s, faults
 

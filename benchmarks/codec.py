@@ -13,7 +13,7 @@ to PyTorch's ``quantize_per_tensor``, or for decoding to their counterparts. Bes
 * ``… by PyTorch's operators``: the same codec where the compiled extension is not built.
 * ``zstd, bytes by place``: bytes of equal place in their values put together first, as some float compressors do.
 
-    python benchmarks/codec.py [--rounds 60] [--out benchmarks/results/codec.json]
+    python -m benchmarks.codec [--rounds 60] [--out benchmarks/results/codec.json]
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import numpy
 import torch
 import torchvision
 import zstandard
-from result_file import RESULTS, write
-from side_by_side import in_turns, median_ratio, spread, text
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 import torchsurgeon as ts
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.side_by_side import in_turns, median_ratio, spread, text
 from torchsurgeon import _native
 from torchsurgeon.codec import codec_names, find_codec, zstd
 

@@ -3,7 +3,7 @@
 Prints and writes, for each preset and transfer, the time asked for and the median and quartiles of the time measured.
 Both proxies run in this process, in turns within each round.
 
-    python benchmarks/emulator.py [--repeats 9] [--out benchmarks/results/emulator.json]
+    python -m benchmarks.emulator [--repeats 9] [--out benchmarks/results/emulator.json]
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from result_file import RESULTS, write
-
+from benchmarks.support.result_file import RESULTS, write
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS, Link
 

@@ -14,7 +14,7 @@ the order that docs/codecs.md reports), since only its amount matters here. Each
 random order; a decision's time is that of a loop of many over changing rates and loads. Printed are medians, quartiles
 and the median of the rounds' ratios.
 
-    python benchmarks/frontier.py [--rounds 15] [--out benchmarks/results/frontier.json]
+    python -m benchmarks.frontier [--rounds 15] [--out benchmarks/results/frontier.json]
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ import numpy as np
 import scipy
 import torch
 import torchvision
-from result_file import RESULTS, write
 
 import torchsurgeon as ts
+from benchmarks.support.result_file import RESULTS, write
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
 from torchsurgeon.planning.mincut import MinimumCut
 from torchsurgeon.planning.rows import LayerCosts, columns

@@ -2,7 +2,7 @@
 
 Runs of both alternate in one process on one thread; the ratio is that of each pair. Writes JSON.
 
-    python benchmarks/overhead.py [--repeats 60] [--out benchmarks/results/overhead.json]
+    python -m benchmarks.overhead [--repeats 60] [--out benchmarks/results/overhead.json]
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import RESULTS, write
 from torchvision.models import get_model
 
 import torchsurgeon as ts
+from benchmarks.support.result_file import RESULTS, write
 
 MODELS = ("alexnet", "mobilenet_v3_large", "resnet50")
 

@@ -5,7 +5,7 @@ threads: a shared machine's speed drifts by more than predictions are off. Besid
 to the same samples, the linear regression that public re-implementations of Neurosurgeon use and a random forest as
 nn-Meter's (Zhang et al., MobiSys 2021). Writes JSON.
 
-    python benchmarks/prediction.py --out benchmarks/results/prediction.json
+    python -m benchmarks.prediction --out benchmarks/results/prediction.json
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every way runs once a round, in a new random order, in one process on one thread
 seconds and of the thread's processor time, which a busy machine disturbs less. The chain of 200 one-element layers
 shows the cost a layer without any work to hide it.
 
-    python benchmarks/profiling.py [--rounds 60] [--out benchmarks/results/profiling.json]
+    python -m benchmarks.profiling [--rounds 60] [--out benchmarks/results/profiling.json]
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import RESULTS, write
 from torch import fx, nn
 from torchvision.models import get_model
 
 import torchsurgeon as ts
+from benchmarks.support.result_file import RESULTS, write
 from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.errors import NoisyProfileWarning
 

@@ -7,7 +7,7 @@ Every way runs once a round, in a new random order, in one process on one thread
 * ``cut``: head and tail of a model cut in its middle. Against ``one side, fx``: the head alone as a generated
   ``fx.GraphModule``. On ResNet-50, and on a chain of 1,600 layers.
 
-    python benchmarks/tracing.py [--rounds 15] [--out benchmarks/results/tracing.json]
+    python -m benchmarks.tracing [--rounds 15] [--out benchmarks/results/tracing.json]
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import RESULTS, write
-from side_by_side import in_turns, median_ratio, spread, text
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torchvision.models import resnet50
 
 import torchsurgeon as ts
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.side_by_side import in_turns, median_ratio, spread, text
 from torchsurgeon.tracing.shapes import MetaModel, propagate
 
 CHAIN = 1600

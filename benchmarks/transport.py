@@ -20,7 +20,7 @@ Copies of the tensor in user space, beside the kernel's own: torchsurgeon none g
 connection has seen a request with the same head (for the first one, what arrives in one read with it); raw none; gRPC
 and ``requests`` one or more each way, of which joining header and body (done beforehand) is not timed.
 
-    python benchmarks/transport.py [--rounds 100] [--out benchmarks/results/transport.json]
+    python -m benchmarks.transport [--rounds 100] [--out benchmarks/results/transport.json]
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ import grpc
 import numpy
 import requests
 import torch
-from result_file import RESULTS, write
-from side_by_side import spread, text
 from torch import Tensor, nn
 
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.side_by_side import spread, text
 from torchsurgeon import wire
 from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.serve import ModelRegistry, Server, create_app
@@ -225,7 +225,10 @@ def main() -> None:
         os.sched_setaffinity(0, second)
         # The device's process is not a server; it keeps the C library's defaults.
         server = subprocess.Popen(
-            [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "benchmarks.transport", "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         os.sched_setaffinity(0, first)
         try:

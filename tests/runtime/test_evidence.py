@@ -11,26 +11,27 @@ from typing import Any
 
 import pytest
 import torch
-from paths import BENCHMARKS
+from paths import ROOT
 from serving import serving
 from torch import nn
 from tries import least_of
 
 import torchsurgeon as ts
+from benchmarks.support.paced_device import paced
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 
 
 def results_of(script: str, out: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--out", str(out)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", f"benchmarks.runtime.{script}", *arguments, "--out", str(out)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert out.exists(), ended.stdout + ended.stderr
     return json.loads(out.read_text())["results"]  # type: ignore[no-any-return]
 
 
 def test_no_fault_loses_or_spoils_an_answer_or_keeps_the_server_from_being_used_again(tmp_path: Path) -> None:
     def back_latest_s() -> float:
-        found = results_of("runtime_faults.py", tmp_path / "faults.json", "--count", "120", "--deadline", "1")
+        found = results_of("faults", tmp_path / "faults.json", "--count", "120", "--deadline", "1")
         assert (found["lost"], found["wrong"]) == (0, 0), found["failures"]
         assert found["faults"] == 24
         assert {kind["injected"] for kind in found["kinds"].values()} == {2}
@@ -42,10 +43,7 @@ def test_no_fault_loses_or_spoils_an_answer_or_keeps_the_server_from_being_used_
     assert least_of(back_latest_s, enough=4) < 4
 
 
-def test_a_tail_that_is_known_to_be_in_time_is_not_started_before_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from paced_device import paced
-
+def test_a_tail_that_is_known_to_be_in_time_is_not_started_before_it_has_to() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7200, 10)).eval()
     x = torch.rand(1, 3, 32, 32)
     _, here, device = paced(model, x, 0.06)
@@ -74,7 +72,7 @@ def test_a_tail_that_is_known_to_be_in_time_is_not_started_before_it_has_to(monk
 
 
 def test_memory_threads_and_descriptors_do_not_grow(tmp_path: Path) -> None:
-    found = results_of("soak.py", tmp_path / "soak.json", "--count", "8000")
+    found = results_of("soak", tmp_path / "soak.json", "--count", "8000")
     for way in ("in process", "HTTP"):
         assert found[way]["wrong"] == 0
         growth = found[way]["growth"]

@@ -8,7 +8,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 SUPPORT = TESTS / "support"
-BENCHMARKS = ROOT / "benchmarks"
 
 
 def environment(*folders: Path, **variables: str) -> dict[str, str]:

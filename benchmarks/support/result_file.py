@@ -8,7 +8,7 @@ from typing import Any
 
 from torchsurgeon.profiling import provenance
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def write(out: Path, results: Any, **more: Any) -> None:

@@ -14,7 +14,7 @@ another. Ways take turns in blocks of 50 inferences, in a new random order each 
 So estimating, deciding and bookkeeping is what ``adaptive`` adds to ``by hand``. Printed and written are the medians
 over blocks, quartiles, and the median difference to ``by hand`` (or ``model``) within a round.
 
-    python benchmarks/runtime_overhead.py [--rounds 100] [--out benchmarks/results/runtime_overhead.json]
+    python -m benchmarks.runtime.overhead [--rounds 100] [--out benchmarks/results/runtime_overhead.json]
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import RESULTS, write
-from tail_process import TailProcess, in_process, seeded
 from torch import nn
 
 import torchsurgeon as ts
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.tail_process import TailProcess, in_process, seeded
 from torchsurgeon.transport import HttpTransport, Transport
 
 BLOCK = 50

@@ -15,7 +15,7 @@ it manages while the uplink is bad:
 Printed and written are mean, quartiles and 95th percentile of the latency over the half seconds, and ratios of means;
 the timeline is drawn.
 
-    python benchmarks/runtime_trace.py [--trace FILE] [--seconds 40] [--out benchmarks/results/runtime_trace.json]
+    python -m benchmarks.runtime.trace [--trace FILE] [--seconds 40] [--out benchmarks/results/runtime_trace.json]
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paced_device import paced, warm
-from result_file import RESULTS, write
-from tail_process import TailProcess, middle, seeded, two_cores
 from torch import nn
 
 import torchsurgeon as ts
+from benchmarks.support.paced_device import paced, warm
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.tail_process import TailProcess, middle, seeded, two_cores
 from torchsurgeon.demo import Photograph, photo
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS, BandwidthTrace, TracedLink

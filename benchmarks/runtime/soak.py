@@ -5,7 +5,7 @@ that decides each time. Read fifty times on the way: resident memory of this pro
 open file descriptors. Printed and written are what they were after a tenth and at the end, and the line through them:
 memory that would leak 100 bytes an inference shows as 100.
 
-    python benchmarks/soak.py [--count 100000] [--out benchmarks/results/soak.json]
+    python -m benchmarks.runtime.soak [--count 100000] [--out benchmarks/results/soak.json]
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from result_file import RESULTS, write
-from runtime_overhead import SLOWER, tiny
-from tail_process import TailProcess, in_process
 
 import torchsurgeon as ts
+from benchmarks.runtime.overhead import SLOWER, tiny
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.tail_process import TailProcess, in_process
 from torchsurgeon.transport import HttpTransport, Transport
 
 READINGS = 50

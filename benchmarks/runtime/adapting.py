@@ -10,7 +10,7 @@ moving average of the rates it saw (weight a half) and probes too; ``server`` an
 knows the trace. The frontier is AlexNet's shape on a slow device: all on the server sends 150 KB, cuts in the middle 70
 to 9 KB, and all on the device takes 0.45 s. Recorded traces are read from the folder given, where there is one.
 
-    python benchmarks/adapting.py [--traces FOLDER] [--rounds 50] [--out benchmarks/results/adapting.json]
+    python -m benchmarks.runtime.adapting [--traces FOLDER] [--rounds 50] [--out benchmarks/results/adapting.json]
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from result_file import RESULTS, write
-
+from benchmarks.support.result_file import RESULTS, write
 from torchsurgeon.adapting import Decider, Estimates, ServerState, SlowdownEstimator, rescue
 from torchsurgeon.link import BandwidthTrace, Link
 from torchsurgeon.planning.frontier import Frontier

@@ -5,7 +5,7 @@ it, the server a process on a core of its own where there is one. ``map`` choose
 cut is then used for calls one after another, whose medians say what each stage takes alone: the head with encoding,
 the bytes at the link's rate each way, the tail. No pipeline answers more often than 1/(slowest stage).
 
-    python benchmarks/runtime_stream.py [--frames 40] [--out benchmarks/results/runtime_stream.json]
+    python -m benchmarks.runtime.stream [--frames 40] [--out benchmarks/results/runtime_stream.json]
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paced_device import paced, warm
-from result_file import RESULTS, write
-from runtime_trace import alexnet
-from tail_process import TailProcess, two_cores
 
 import torchsurgeon as ts
+from benchmarks.runtime.trace import alexnet
+from benchmarks.support.paced_device import paced, warm
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.tail_process import TailProcess, two_cores
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS
 from torchsurgeon.planning import Frontier

@@ -10,7 +10,7 @@ The model is small (60 ms on the device, which is paced, under 1 ms on the serve
 asking, and the tail here has to start well before the deadline. The processes are this one, with the device and the
 link in two threads, and the server. Names are made not to be found by answering so in place of ``socket.getaddrinfo``.
 
-    python benchmarks/runtime_faults.py [--count 2000] [--deadline 0.1] [--out benchmarks/results/runtime_faults.json]
+    python -m benchmarks.runtime.faults [--count 2000] [--deadline 0.1] [--out benchmarks/results/runtime_faults.json]
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faulty_link import FaultyLink
-from paced_device import paced
-from result_file import RESULTS, write
-from tail_process import TailProcess, middle, seeded
 from torch import nn
 
 import torchsurgeon as ts
+from benchmarks.support.faulty_link import FaultyLink
+from benchmarks.support.paced_device import paced
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.tail_process import TailProcess, middle, seeded
 
 EVERY = 5
 RETURN_S = 2.0

@@ -2,8 +2,8 @@
 
 About ten minutes on a machine with two cores and nothing else to do; each recorded uplink takes three more.
 
-    python benchmarks/runtime_all.py [--traces FILE …]
-    python benchmarks/runtime_all.py --page        # only write the page
+    python -m benchmarks.runtime.all [--traces FILE …]
+    python -m benchmarks.runtime.all --page        # only write the page
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from result_file import RESULTS
+from benchmarks.support.result_file import RESULTS
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "runtime.md"
-BEGIN, END = "<!-- figures, by benchmarks/runtime_all.py -->", "<!-- end of figures -->"
-SCRIPTS = ("runtime_trace", "runtime_load", "runtime_faults", "runtime_stream", "runtime_overhead", "soak")
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "runtime.md"
+BEGIN, END = "<!-- figures, by benchmarks.runtime.all -->", "<!-- end of figures -->"
+SCRIPTS = ("trace", "load", "faults", "stream", "overhead", "soak")
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
     failed = []
     for script, *arguments in [] if options.page else commands(options.traces):
         print(f"\n== {script} {' '.join(arguments)}", flush=True)
-        if subprocess.run([sys.executable, str(HERE / f"{script}.py"), *arguments], check=False).returncode:
+        command = [sys.executable, "-m", f"benchmarks.runtime.{script}", *arguments]
+        if subprocess.run(command, cwd=ROOT, check=False).returncode:
             failed.append(script)
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
@@ -42,7 +43,7 @@ def main() -> None:
 
 def commands(traces: list[Path]) -> list[list[str]]:
     recorded = [
-        ["runtime_trace", "--trace", str(trace), "--out", str(RESULTS / f"runtime_trace_{trace.stem}.json")]
+        ["trace", "--trace", str(trace.resolve()), "--out", str(RESULTS / f"runtime_trace_{trace.stem}.json")]
         for trace in traces
     ]
     return [*([script] for script in SCRIPTS), *recorded]

@@ -8,7 +8,7 @@ of it. At each step of the load three ways take turns inference by inference: ``
 
 Printed and written are mean, quartiles and 95th percentile of each way at each load, and the ratios to always server.
 
-    python benchmarks/runtime_load.py [--seconds 40] [--out benchmarks/results/runtime_load.json]
+    python -m benchmarks.runtime.load [--seconds 40] [--out benchmarks/results/runtime_load.json]
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paced_device import paced, warm
-from result_file import RESULTS, write
-from tail_process import TailProcess, apart, middle, seeded, two_cores
 from torch import nn
 
 import torchsurgeon as ts
+from benchmarks.support.paced_device import paced, warm
+from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.tail_process import TailProcess, apart, middle, seeded, two_cores
 from torchsurgeon.demo import Photograph, photo
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.errors import ServerError

@@ -29,7 +29,7 @@ Factory = Callable[[int], tuple[nn.Module, torch.Tensor]]
 
 _processes = multiprocessing.get_context("forkserver")
 # What a first trace imports takes a second, which a server that is started again must not take each time.
-_processes.set_forkserver_preload(["tail_process", "torch._dynamo", "torchsurgeon.emulate"])
+_processes.set_forkserver_preload(["benchmarks.support.tail_process", "torch._dynamo", "torchsurgeon.emulate"])
 
 
 class TailProcess:
