@@ -1,6 +1,7 @@
 # make setup   virtual environment in .venv, with the package and its extension built in place
 # make demo    set up, then the main job on this machine
 # make test    set up, then the tests
+# make bench   set up, then time everything beside the simplest other way (DEVICE=cuda for a GPU)
 # make coverage   try every model there is and write docs/coverage.md (an hour; goes on where it was stopped)
 # make docs    set up, then the documentation as a site: open build/site/index.html
 # make lint    set up, then ruff, mypy and who may import whom
@@ -14,7 +15,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # The other PyTorch that stands for a device in tests; its own dependencies are its own.
 INTEROP_PACKAGES := torch==2.13.0 numpy scikit-learn requests zstandard starlette uvicorn httptools
 
-.PHONY: setup demo test coverage docs lint format interop cross-check wheel clean
+.PHONY: setup demo test bench coverage docs lint format interop cross-check wheel clean
 
 setup: $(VENV)/.set-up
 
@@ -23,6 +24,10 @@ demo: setup
 
 test: setup interop
 	$(BIN)/pytest
+
+DEVICE ?= cpu
+bench: setup
+	$(BIN)/pytest benchmarks/ --device $(DEVICE)
 
 coverage: setup
 	$(BIN)/python -m benchmarks.coverage.sweep --jobs 2

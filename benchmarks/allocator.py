@@ -24,7 +24,7 @@ import torch
 from torchvision.models import get_model
 
 from benchmarks.support.result_file import RESULTS, write
-from benchmarks.support.side_by_side import median_ratio, spread, text
+from benchmarks.support.side_by_side import median_ratio, spread
 from torchsurgeon._allocator import keep_freed_memory
 
 MODELS = ("mobilenet_v2", "resnet50")
@@ -64,11 +64,12 @@ def compare(name: str, pairs: int) -> dict[str, Any]:
     rows = {}
     for way, times in seconds.items():
         faults = statistics.median(one for _, one in samples[way])
-        rows[way] = spread(times) | {"ratio": median_ratio(times, seconds["defaults"]), "page_faults": faults}
-        print(
-            f"{name:14}{way:10}{text(rows[way])} {rows[way]['ratio']:6.3f} × defaults {faults:8.0f} page faults",
-            flush=True,
-        )
+        row = {f"{key}_s": value for key, value in spread(times).items()}
+        row |= {"ratio": median_ratio(times, seconds["defaults"]), "page_faults": faults}
+        rows[way] = row
+        low, middle, high = (row[key] * 1e3 for key in ("q1_s", "median_s", "q3_s"))
+        times_text = f"{middle:9.2f} ms [{low:7.2f} … {high:7.2f}] {row['ratio']:6.3f} × defaults"
+        print(f"{name:14}{way:10}{times_text} {faults:8.0f} page faults", flush=True)
     return rows
 
 

@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.result_file import RESULTS
+from benchmarks.support.result_file import RESULTS, SUITES, suite
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "runtime.md"
 BEGIN, END = "<!-- figures, by benchmarks.runtime.all -->", "<!-- end of figures -->"
-SCRIPTS = ("trace", "load", "faults", "stream", "overhead", "soak")
+STUDIES = ("trace", "load", "faults", "soak")
+SHOWN = ("streams", "split_module")
+STREAM_WAYS = ("map", "4 threads", "one by one")
 
 
 def main() -> None:
@@ -29,11 +31,10 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="run nothing")
     options = parser.parse_args()
     failed = []
-    for script, *arguments in [] if options.page else commands(options.traces):
-        print(f"\n== {script} {' '.join(arguments)}", flush=True)
-        command = [sys.executable, "-m", f"benchmarks.runtime.{script}", *arguments]
-        if subprocess.run(command, cwd=ROOT, check=False).returncode:
-            failed.append(script)
+    for module, *arguments in [] if options.page else commands(options.traces):
+        print(f"\n== {module} {' '.join(arguments)}", flush=True)
+        if subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=False).returncode:
+            failed.append(" ".join([module, *arguments]))
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -42,21 +43,28 @@ def main() -> None:
 
 
 def commands(traces: list[Path]) -> list[list[str]]:
-    recorded = [
-        ["trace", "--trace", str(trace.resolve()), "--out", str(RESULTS / f"runtime_trace_{trace.stem}.json")]
-        for trace in traces
+    SUITES.mkdir(exist_ok=True)
+    found = [[f"benchmarks.runtime.{study}"] for study in STUDIES]
+    found += [
+        ["pytest", f"benchmarks/test_{name}.py", "--benchmark-json", str(SUITES / f"{name}.json")] for name in SHOWN
     ]
-    return [*([script] for script in SCRIPTS), *recorded]
+    for trace in traces:
+        out = RESULTS / f"runtime_trace_{trace.stem}.json"
+        found.append(["benchmarks.runtime.trace", "--trace", str(trace.resolve()), "--out", str(out)])
+    return found
 
 
 def page() -> str:
     """The tables, as Markdown, of whatever results there are."""
     parts = [traces()]
-    tables = {"load": load, "faults": faults, "stream": stream, "overhead": overhead, "soak": soak}
-    for name, table in tables.items():
-        path = RESULTS / ("soak.json" if name == "soak" else f"runtime_{name}.json")
+    for name, table in {"runtime_load": load, "runtime_faults": faults}.items():
+        path = RESULTS / f"{name}.json"
         if path.exists():
             parts.append(table(json.loads(path.read_text())["results"]))
+    parts += [streams(suite("streams")), overhead(suite("split_module"))]
+    path = RESULTS / "soak.json"
+    if path.exists():
+        parts.append(soak(json.loads(path.read_text())["results"]))
     return "\n".join(part for part in parts if part)
 
 
@@ -120,31 +128,36 @@ def faults(found: dict[str, Any]) -> str:
     ) + rows(head, lines)
 
 
-def stream(found: dict[str, Any]) -> str:
+def streams(found: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for group, rivals in found.items():
+        facts = [rivals[name]["extra_info"] for name in STREAM_WAYS]
+        rates = [f"{fact['answers_a_s']:.2f}" for fact in facts]
+        link = group.split(", ")[-1]
+        lines.append([link, facts[0]["cut"], *rates, facts[0]["slowest"], f"{facts[0]['of_the_bound']:.2f}"])
+    head = ["link", "cut after", *STREAM_WAYS, "slowest stage", "`map` of 1/(slowest stage)"]
+    return (
+        "**A clip of frames** (answers a second, with the time until the first).\n\n" + rows(head, lines)
+        if lines
+        else ""
+    )
+
+
+def overhead(found: dict[str, dict[str, Any]]) -> str:
     lines = [
         [
-            link,
-            row["cut"],
-            f"{row['map_answers_a_s']:.2f}",
-            f"{row['one_by_one_answers_a_s']:.2f}",
-            row["slowest"],
-            f"{row['of_the_bound']:.2f}",
+            f"{group}: {name}",
+            f"{row['stats']['median'] * 1e6:.0f} µs",
+            f"{row['extra_info']['ratio']['median']:.2f}",
+            f"{row['extra_info']['added_s']['median'] * 1e6:+.0f} µs",
         ]
-        for link, row in found["links"].items()
+        for group, rivals in found.items()
+        if "tiny" in group
+        for name, row in rivals.items()
     ]
-    head = ["link", "cut after", "`map`, answers a second", "one by one", "slowest stage", "of 1/(slowest stage)"]
-    return "**A stream.**\n\n" + rows(head, lines)
-
-
-def overhead(found: dict[str, Any]) -> str:
-    lines = [
-        [f"{where}, {way}", f"{row['us']:.0f} µs", f"{row['ratio']:.2f}", f"{row['added_us']:+.0f} µs"]
-        for where, ways in found.items()
-        for way, row in ways.items()
-    ]
-    return "**What it adds** (a tiny model; ratio and difference to the first of each group).\n\n" + rows(
-        ["way", "an inference", "ratio", "added"], lines
-    )
+    head = ["way", "an inference", "ratio", "added"]
+    title = "**What it adds** (ratio and difference to the first of each group, round by round).\n\n"
+    return title + rows(head, lines) if lines else ""
 
 
 def soak(found: dict[str, Any]) -> str:

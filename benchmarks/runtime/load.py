@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import torchsurgeon as ts
 from benchmarks.support.paced_device import paced, warm
 from benchmarks.support.result_file import RESULTS, write
-from benchmarks.support.tail_process import TailProcess, apart, middle, seeded, two_cores
-from torchsurgeon.demo import Photograph, photo
+from benchmarks.support.served import resnet50
+from benchmarks.support.tail_process import TailProcess, apart, middle, two_cores
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.errors import ServerError
 from torchsurgeon.link import PRESETS
@@ -42,12 +41,6 @@ WAYS = ("adaptive", "server", "device")
 DEVICE_S = 0.3
 PAUSE_S = 0.05
 PRESSING_THREADS = 64
-
-
-def resnet50(seed: int) -> tuple[nn.Module, torch.Tensor]:
-    from torchvision.models import get_model
-
-    return seeded(lambda: Photograph(get_model("resnet50")), seed), photo()
 
 
 def press(url: str, core: int | None, told: Any) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import torchsurgeon as ts
-from benchmarks.runtime.overhead import SLOWER, tiny
 from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.served import SLOWER, tiny
 from benchmarks.support.tail_process import TailProcess, in_process
 from torchsurgeon.transport import HttpTransport, Transport
 

@@ -30,13 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import torchsurgeon as ts
 from benchmarks.support.paced_device import paced, warm
 from benchmarks.support.result_file import RESULTS, write
-from benchmarks.support.tail_process import TailProcess, middle, seeded, two_cores
-from torchsurgeon.demo import Photograph, photo
+from benchmarks.support.served import alexnet
+from benchmarks.support.tail_process import TailProcess, middle, two_cores
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS, BandwidthTrace, TracedLink
 from torchsurgeon.planning import Frontier, Row
@@ -50,12 +49,6 @@ DEVICE_S = 0.4
 PERIOD_S = 0.5
 PATIENCE_S = 60.0
 LESSONS = 3
-
-
-def alexnet(seed: int) -> tuple[nn.Module, torch.Tensor]:
-    from torchvision.models import get_model
-
-    return seeded(lambda: Photograph(get_model("alexnet")), seed), photo()
 
 
 class Oracle:

@@ -9,6 +9,8 @@ from typing import Any
 from torchsurgeon.profiling import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
+SUITES = RESULTS / "suites"
+"""What ``pytest benchmarks/test_NAME.py --benchmark-json`` wrote, as NAME.json."""
 
 
 def write(out: Path, results: Any, **more: Any) -> None:
@@ -16,3 +18,12 @@ def write(out: Path, results: Any, **more: Any) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"environment": provenance() | more, "results": results}, indent=1) + "\n")
     print(f"written to {out}", flush=True)
+
+
+def suite(name: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a suite's file by group and rival; empty where there is no such file."""
+    path = SUITES / f"{name}.json"
+    groups: dict[str, dict[str, Any]] = {}
+    for row in json.loads(path.read_text())["benchmarks"] if path.exists() else ():
+        groups.setdefault(row["group"], {})[row["name"]] = row
+    return groups

@@ -100,7 +100,7 @@ def test_other_commands_name_what_there_is() -> None:
         elif program == "python":
             assert (ROOT / arguments[0]).is_file(), said
         elif program == "pip":
-            extras = re.findall(r"\[([\w,]+)\]", " ".join(arguments))
+            extras = [extra for found in re.findall(r"\[([\w,]+)\]", " ".join(arguments)) for extra in found.split(",")]
             assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras), said
 
 

@@ -1,0 +1,140 @@
+"""Making a tensor smaller and a tensor again, beside zstd alone, PyTorch's quantization and a plain copy.
+
+Tensors are what AlexNet and ResNet-18 hold at cuts of a photograph, which scikit-learn ships, and the photograph
+itself for the image codecs. Weights are random, so ratios are of no trained model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy
+import pytest
+import torch
+from pytest_benchmark.stats import Metadata
+from torch import Tensor
+
+import torchsurgeon as ts
+from benchmarks.support.networks import Network
+from benchmarks.support.side_by_side import SideBySide
+from torchsurgeon import _native
+from torchsurgeon.codec import find_codec, zstd
+from torchsurgeon.codec.codec import EncodedTensor
+from torchsurgeon.demo import photo
+
+CUTS = ("alexnet, features.0", "alexnet, features.5", "resnet18, bn1", "resnet18, layer3.1.relu_1")
+CODECS = ("zstd", "float16", "int8", "int4", "int8+zstd")
+IMAGE_CODECS = ("png", "jpeg-90", "webp-90")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+
+
+@pytest.fixture(scope="module")
+def boundary(network: Network, device: torch.device) -> Callable[[str], Tensor]:
+    """boundary("alexnet, features.0") is what crosses there."""
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    image = ((photo() / 255 - mean) / deviation).to(device)
+
+    @functools.cache
+    def crossing(cut: str) -> Tensor:
+        name, point = cut.split(", ")
+        model, _ = network(name)
+        return ts.cut(ts.trace(model, image), point).head(image)[0].clone()
+
+    return crossing
+
+
+def without_extension(way: Callable[[], object]) -> Callable[[], object]:
+    """The same where the compiled extension is not built: PyTorch's operators do it."""
+    built, missing = _native.available, lambda: False
+
+    def run() -> object:
+        _native.available = missing
+        try:
+            return way()
+        finally:
+            _native.available = built
+
+    return run
+
+
+def by_place(tensor: Tensor) -> bytes:
+    """Bytes of equal place in their values put together first, as some compressors of floats do, and then zstd."""
+    rows = tensor.cpu().reshape(-1).view(torch.uint8).numpy().reshape(-1, tensor.element_size())
+    return zstd.compress(numpy.ascontiguousarray(rows.T).data)
+
+
+def quantized(tensor: Tensor) -> Tensor:
+    """PyTorch's own, with the range it needs found first."""
+    low, high = torch.stack(torch.aminmax(tensor)).tolist()
+    scale = (high - low) / 255
+    return torch.quantize_per_tensor(tensor, scale, round(-low / scale), torch.quint8)
+
+
+def encoders(tensor: Tensor, codecs: tuple[str, ...]) -> dict[str, Callable[[], EncodedTensor]]:
+    return {name: functools.partial(find_codec(name).encode, tensor) for name in codecs}
+
+
+def decoders(tensor: Tensor, codecs: tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
+    def decoder(name: str) -> Callable[[], Tensor]:
+        codec = find_codec(name)
+        encoded = codec.encode(tensor)
+        assert encoded.codec == name
+        data = bytes(encoded.data)
+        return lambda: codec.decode(data, tensor.dtype, tensor.shape, encoded.order, max_bytes=tensor.nbytes)
+
+    return {name: decoder(name) for name in codecs}
+
+
+@pytest.mark.benchmark(group="encoding", max_time=0.4)
+@pytest.mark.parametrize("cut", CUTS)
+def test_encoding(cut: str, side_by_side: SideBySide, boundary: Callable[[str], Tensor]) -> None:
+    tensor = boundary(cut)
+    ours = encoders(tensor, CODECS)
+    found = side_by_side(
+        {
+            "zstd": ours["zstd"],
+            "zstd, bytes by place": lambda: by_place(tensor),
+            "copy": lambda: tensor.cpu().clone(),
+            "torch.quantize_per_tensor": lambda: quantized(tensor),
+            "int8, PyTorch's operators": without_extension(ours["int8"]),
+            **ours,
+        }
+    )
+    add_sizes(found, tensor, {"zstd, bytes by place": len(by_place(tensor)), **sizes(ours)})
+
+
+@pytest.mark.benchmark(group="decoding", max_time=0.4)
+@pytest.mark.parametrize("cut", CUTS)
+def test_decoding(cut: str, side_by_side: SideBySide, boundary: Callable[[str], Tensor]) -> None:
+    tensor = boundary(cut).cpu()
+    whole, ours = quantized(tensor), decoders(tensor, ("zstd", "float16", "int8", "int8+zstd"))
+    side_by_side(
+        {
+            "zstd": ours["zstd"],
+            "copy": tensor.clone,
+            "torch: dequantize": whole.dequantize,
+            "int8, PyTorch's operators": without_extension(ours["int8"]),
+            **ours,
+        }
+    )
+
+
+@pytest.mark.benchmark(group="a photograph", max_time=0.4)
+def test_encoding_a_photograph(side_by_side: SideBySide) -> None:
+    pixels = photo()
+    ours = encoders(pixels, ("zstd", *IMAGE_CODECS))
+    found = side_by_side({"zstd": ours["zstd"], "copy": pixels.clone, **ours})
+    add_sizes(found, pixels, sizes(ours))
+
+
+def sizes(encoders: dict[str, Callable[[], EncodedTensor]]) -> dict[str, int]:
+    return {name: len(encode().data) for name, encode in encoders.items()}
+
+
+def add_sizes(found: dict[str, Metadata], tensor: Tensor, left: dict[str, int]) -> None:
+    """Say of each encoder how many bytes it leaves to send."""
+    for name, stats in found.items():
+        if name in left:
+            stats.extra_info |= {"size_bytes": left[name], "times_smaller": tensor.nbytes / left[name]}
