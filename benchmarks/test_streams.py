@@ -2,9 +2,9 @@
 
 AlexNet on photographs over emulated links. The device is paced to take what its profile says, 0.4 s for the whole
 model, and runs one part at a time, so that only the link, the server and the runtime differ; the server is a process on
-a core of its own where there is one. ``map`` chooses its cut for the rate, and the others use the same one. The medians of single calls say
-what each stage takes alone: the head with encoding, the bytes at the link's rate each way, the tail. No pipeline
-answers more often than once in the slowest stage's time, which is the ``bound_s`` of a frame.
+a core of its own where there is one. ``map`` chooses its cut for the rate, and the others use the same one. The medians
+of single calls say what each stage takes alone: the head with encoding, the bytes at the link's rate each way, the
+tail. No pipeline answers more often than once in the slowest stage's time, which is the ``bound_s`` of a frame.
 """
 
 from __future__ import annotations

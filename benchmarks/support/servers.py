@@ -2,7 +2,7 @@
 write by hand: a raw socket, gRPC where it is installed, and an application of Starlette.
 
 Each has one thread or event loop for a connection, and TCP_NODELAY set. The functions ``serve_…`` run in a process of
-their own (:func:`~benchmarks.support.tail_process.apart`), send the ports, and serve until they are killed.
+their own (``apart()``), send the ports, and serve until they are killed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def serve_exchanges(core: int | None, told: Any) -> None:
 
 
 def serve_classifier(device: str, core: int | None, told: Any) -> None:
-    """Servers that run :func:`classifier`, one inference at a time."""
+    """Servers that run ``classifier()``, one inference at a time."""
     begin(core)
     model, x = classifier(device)
     one = threading.Lock()
@@ -118,7 +118,7 @@ def by_socket(answer: Answer, buffer_bytes: int = 0) -> int:
 
 
 def ask_socket(port: int, answer_bytes: int, stack: ExitStack) -> Callable[[Any], memoryview]:
-    """The client of :func:`by_socket`, on a connection that stays open."""
+    """The client of ``by_socket()``, on a connection that stays open."""
     link = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     reply = memoryview(bytearray(LENGTH.size + answer_bytes))

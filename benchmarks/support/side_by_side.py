@@ -1,7 +1,7 @@
 """Rivals timed in turns, so that whatever the machine does meanwhile meets all of them.
 
 pytest-benchmark times one function after the other. On a machine with other things to do, or one that grows warm, the
-second is then measured under other conditions than the first. :func:`compare` times all rivals of a group once a round,
+second is then measured under other conditions than the first. ``compare()`` times all rivals of a group once a round,
 in a new random order each round, and gives each rival's times to pytest-benchmark as a benchmark of its own. So its
 table, its JSON, ``--benchmark-save`` and ``--benchmark-compare`` work as they do for any other benchmark.
 """
