@@ -122,6 +122,22 @@ def test_the_live_view_shows_choice_estimates_times_and_what_went_wrong(server: 
         split(x)
         log.add(split.last)
         broken = rendered(watch.view(split, log))
+        for i in range(30):
+            log.cuts[f"after encoder.layers.encoder_layer_{i}.self_attention"] += 30 - i
+            log.done += 30 - i
+        crowded = watch.view(split, log)
+    for width, height in ((80, 24), (60, 24), (40, 16)):
+        lines = rendered(crowded, width, height).splitlines()
+        # One line is left for the cursor.
+        assert len(lines) < height
+        assert {len(line) for line in lines} == {width}
+        assert lines[-1].startswith("╰")
+        assert lines[-1].endswith("╯")
+        assert "degraded: unavailable" in " ".join(lines)
+        assert any(line.startswith("│ █") and "█ │" in line for line in lines)
+        if width > 40:
+            for shown in ("slow-down", " more", "breaker", "up to"):
+                assert shown in " ".join(lines), (width, lines)
     assert "scores, inference 3 of 40" in text
     for shown in (
         "took",
@@ -169,7 +185,7 @@ def test_an_interrupt_ends_a_watched_run_with_its_summary() -> None:
     assert "4 inferences, median" in console.file.getvalue()
 
 
-def rendered(view: object) -> str:
-    console = Console(file=io.StringIO(), width=80, record=True)
+def rendered(view: object, width: int = 80, height: int = 40) -> str:
+    console = Console(file=io.StringIO(), width=width, height=height, record=True)
     console.print(view)
     return console.export_text()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from torchsurgeon.adapting import Estimates
 from torchsurgeon.module import SplitModule
 from torchsurgeon.report import bytes_text, rate_text, seconds_text
+from torchsurgeon.report.narrow import shortened
 from torchsurgeon.runtime import Inference
 from torchsurgeon.tracing.structure import flatten
 
@@ -34,12 +35,13 @@ _PARTS = {
     "decide": "white",
 }
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_LATENCIES = 60
-_BAR = 60
-_COUNT_BAR = 24
-_MOST_REASONS = 6
 _FRAMES_PER_S = 8
-_CLASSES = 5
+# Characters: of the widest view, of its bars for counts, of the estimates, and of what stands beside these.
+_WIDEST = 100
+_COUNT_BAR, _LEAST_BAR = 24, 6
+_LEFT, _RIGHT = 41, 30
+_ERROR = 7
+_GAP = "   "
 
 
 def run(
@@ -156,17 +158,13 @@ def answer_text(answer: Any) -> str:
 
 
 def view(split: SplitModule, log: Log) -> RenderableType:
-    """Return the live view: the last inference, the estimates of link, server and device, and counts of cuts and
-    degraded inferences."""
+    """Return the live view, which fits itself to the terminal's width and height when it is drawn.
+
+    It shows the last inference, the estimates of link, server and device, counts of cuts and of degraded inferences,
+    the servers, and the latest latencies.
+    """
     last = split.last
-    if last is None:
-        return Text("waiting for the first answer")
-    of = f" of {log.wanted}" if log.wanted is not None else ""
-    parts: list[RenderableType] = [_choice(last), _bar(last), _legend(last), Text()]
-    if last.decision is not None:
-        parts += [_estimates(last.decision.estimates), Text()]
-    parts += [_counts(log), *_servers(split), _latencies(log)]
-    return Panel(Group(*parts), title=f"{split.name}, inference {log.done}{of}", title_align="left", width=_BAR + 20)
+    return Text("waiting for the first answer") if last is None else _View(split, log, last)
 
 
 def _where(inference: Inference) -> str:
@@ -176,39 +174,123 @@ def _where(inference: Inference) -> str:
     return "all on the server" if inference.partition.index == 0 else f"after {inference.partition.name}"
 
 
-def _choice(last: Inference) -> Text:
-    text = Text.assemble(("cut  ", "dim"), (_where(last), "bold"), ("   took ", "dim"), seconds_text(last.total_s))
+class _View:
+    """What the live view shows. It is gathered here, since another thread draws it later, maybe more than once."""
+
+    def __init__(self, split: SplitModule, log: Log, last: Inference) -> None:
+        of = f" of {log.wanted}" if log.wanted is not None else ""
+        self._title = f"{split.name}, inference {log.done}{of}"
+        self._last = last
+        self._done = log.done
+        self._counts = [(cut, count, "blue") for cut, count in log.cuts.most_common()]
+        self._counts += [(f"degraded: {reason}", count, "red") for reason, count in log.reasons.most_common()]
+        self._servers = split.stats()["servers"]
+        self._latencies_s = list(log.latencies_s)[-_WIDEST:]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(options.max_width, _WIDEST)
+        inner = width - 4
+        # Two lines for the frame, and one below it, where the cursor stands.
+        height = options.size.height - 3
+        layouts = itertools.chain(
+            [self._lines(console, inner, len(self._counts), spaced=True)],
+            (self._lines(console, inner, most, spaced=False) for most in range(len(self._counts), 0, -1)),
+        )
+        lines: list[Text] = []
+        for lines in layouts:
+            if len(lines) <= height:
+                break
+        for line in lines:
+            line.no_wrap, line.overflow = True, "ellipsis"
+        yield Panel(Group(*lines[: max(height, 1)]), title=self._title, title_align="left", width=width)
+
+    def _lines(self, console: Console, width: int, most_counts: int, *, spaced: bool) -> list[Text]:
+        """The view in lines of at most ``width`` characters, with gaps between its parts where it is ``spaced``."""
+        estimates = _estimates(self._last.decision.estimates, min(width, _LEFT)) if self._last.decision else []
+        beside = bool(estimates) and width >= _LEFT + _RIGHT
+        counts = self._count_lines(width - _LEFT - 3 if beside else width, most_counts)
+        if beside:
+            tables = [_side_by_side(estimates, counts)]
+        else:
+            tables = [part for part in (estimates, counts) if part]
+        servers = [line for server in self._servers for line in _server_lines(server, width)]
+        parts = [_last_lines(self._last, console, width), *tables, servers, [_latencies(self._latencies_s, width)]]
+        gap = [Text()] if spaced else []
+        return [line for i, part in enumerate(parts) for line in (*(gap if i else []), *part)]
+
+    def _count_lines(self, width: int, most: int) -> list[Text]:
+        """How often each cut was taken and inferences were degraded for each reason; the ``most`` frequent of these."""
+        shown, more = self._counts[:most], len(self._counts) - most
+        digits = len(str(self._done))
+        names = [_brief(name, max(width - digits - _LEAST_BAR - 3, _LEAST_BAR)) for name, _, _ in shown]
+        widest = max(map(len, names))
+        longest = min(max(width - widest - digits - 3, 0), _COUNT_BAR)
+        lines = [Text("so far", "dim")]
+        for name, (_, count, colour) in zip(names, shown, strict=True):
+            bar = "█" * max(1, round(longest * count / self._done))
+            lines.append(Text.assemble(f"{name:<{widest}}  {count:>{digits}} ", (bar, colour)))
+        return lines + ([Text(f"and {more} more", "dim")] if more else [])
+
+
+def _last_lines(last: Inference, console: Console, width: int) -> list[Text]:
+    """The last inference: where it was cut, what it took and was expected to take, who answered, and its parts."""
+    items = [Text.assemble(("cut ", "dim"), (_brief(_where(last), width - 4), "bold"))]
+    items.append(Text.assemble(("took ", "dim"), seconds_text(last.total_s)))
     if last.decision is not None:
-        text.append("   expected ", "dim").append(seconds_text(last.decision.cost))
-        text.append(f"   ({last.decision.reason})", "dim")
+        expected = seconds_text(last.decision.cost)
+        items.append(Text.assemble(("expected ", "dim"), expected, (f" ({last.decision.reason})", "dim")))
     if last.sent_bytes:
-        text.append("   sent ", "dim").append(bytes_text(last.sent_bytes))
+        items.append(Text.assemble(("sent ", "dim"), bytes_text(last.sent_bytes)))
     if last.degraded is not None:
-        text.append(f"\ndegraded  {last.degraded}", "bold red")
+        answer = list(Text(f"degraded: {last.degraded}", "bold red").wrap(console, width))[:2]
     else:
-        text.append(f"\nanswered by {last.server}" if last.server is not None else "\nanswered here", "dim")
-    return text
+        answer = [Text(f"answered by {last.server}" if last.server is not None else "answered here", "dim")]
+    return [*_flow(items, width), *answer, _bar(last, width), *_flow(_legend(last), width)]
 
 
-def _bar(last: Inference) -> Text:
-    bar = Text()
+def _flow(items: Sequence[Text], width: int) -> list[Text]:
+    """Items one after the other, as many in a line as there is room for."""
+    lines: list[Text] = []
+    for item in items:
+        if lines and len(lines[-1]) + len(_GAP) + len(item) <= width:
+            lines[-1].append(_GAP).append(item)
+        else:
+            lines.append(item.copy())
+    return lines
+
+
+def _side_by_side(left: Sequence[Text], right: Sequence[Text]) -> list[Text]:
+    lines = []
+    for one, other in itertools.zip_longest(left, right, fillvalue=Text()):
+        lines.append(Text.assemble(one, " " * (_LEFT + 3 - len(one)), other))
+    return lines
+
+
+def _brief(name: str, most: int) -> str:
+    """A name from ``_where()`` in at most ``most`` characters."""
+    after = "after " if name.startswith("after ") else ""
+    return after + shortened(name.removeprefix(after), most - len(after))
+
+
+def _bar(last: Inference, width: int) -> Text:
+    bar, passed_s, total_s = Text(), 0.0, max(last.total_s, 1e-9)
     for part, colour in _PARTS.items():
-        bar.append("█" * round(_BAR * getattr(last, f"{part}_s") / max(last.total_s, 1e-9)), colour)
+        passed_s += max(getattr(last, f"{part}_s"), 0.0)
+        bar.append("█" * (min(round(width * passed_s / total_s), width) - len(bar)), colour)
     return bar
 
 
-def _legend(last: Inference) -> Text:
-    legend = Text()
-    for part, colour in _PARTS.items():
-        seconds = getattr(last, f"{part}_s")
-        if seconds >= last.total_s / 100:
-            legend.append("■ ", colour).append(f"{part} {seconds_text(seconds)}  ")
-    return legend
+def _legend(last: Inference) -> list[Text]:
+    shown = {part: getattr(last, f"{part}_s") for part in _PARTS}
+    return [
+        Text.assemble(("■ ", _PARTS[part]), f"{part} {seconds_text(seconds)}")
+        for part, seconds in shown.items()
+        if seconds >= last.total_s / 100
+    ]
 
 
-def _estimates(now: Estimates) -> Table:
+def _estimates(now: Estimates, width: int) -> list[Text]:
     link, load = now.link, now.load
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False)
     rows = (
         ("uplink", rate_text(link.uplink.value), link.uplink.error),
         ("downlink", rate_text(link.downlink.value), link.downlink.error),
@@ -216,36 +298,24 @@ def _estimates(now: Estimates) -> Table:
         ("server's load", f"{load.compute.value:.2f}×, {seconds_text(load.queue_s)} wait", load.compute.error),
         ("device's slow-down", f"{now.slowdown.value:.2f}×", now.slowdown.error),
     )
-    table.add_column("believed")
-    table.add_column("", justify="right")
-    table.add_column("±", justify="right")
+    lines = [Text("estimates", "dim")]
     for name, value, error in rows:
-        table.add_row(name, value, f"{error:.0%}")
-    return table
-
-
-def _counts(log: Log) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column("so far")
-    table.add_column("", justify="right")
-    table.add_column("")
-    rows = [(cut, count, "blue") for cut, count in log.cuts.most_common(_MOST_REASONS)]
-    rows += [(f"degraded: {reason}", count, "red") for reason, count in log.reasons.most_common(_MOST_REASONS)]
-    for name, count, colour in rows:
-        table.add_row(name, str(count), Text("█" * max(1, round(_COUNT_BAR * count / log.done)), colour))
-    return table
-
-
-def _servers(split: SplitModule) -> list[Text]:
-    lines = []
-    for server in split.stats()["servers"]:
-        line = Text.assemble("\n", ("● ", "green" if server["usable"] else "red"), server["server"])
-        lines.append(line.append(f"  {server['answers']} answers, breaker {server['breaker']}", "dim"))
+        room = width - len(name) - _ERROR
+        if room >= len(value) + 1:
+            lines.append(Text.assemble(name, f"{value:>{room}}", (f"{f'±{error:.0%}':>{_ERROR}}", "dim")))
+        else:
+            lines.append(Text(f"{name}{value:>{max(width - len(name), len(value) + 1)}}"))
     return lines
 
 
-def _latencies(log: Log) -> Text:
-    shown = list(log.latencies_s)[-_LATENCIES:]
-    top = max(*shown, 1e-9)
+def _server_lines(server: Mapping[str, Any], width: int) -> list[Text]:
+    url = Text.assemble(("● ", "green" if server["usable"] else "red"), server["server"])
+    return _flow([url, Text(f"{server['answers']} answers, breaker {server['breaker']}", "dim")], width)
+
+
+def _latencies(latencies_s: Sequence[float], width: int) -> Text:
+    top = max(*latencies_s, 1e-9)
+    told = f"  up to {seconds_text(top)}"
+    shown = latencies_s[-max(width - len(told), 1) :]
     line = "".join(_BLOCKS[min(int(len(_BLOCKS) * one / top), len(_BLOCKS) - 1)] for one in shown)
-    return Text.assemble("\n", (line, "blue"), (f"  up to {seconds_text(top)}", "dim"))
+    return Text.assemble((line, "blue"), (told, "dim"))

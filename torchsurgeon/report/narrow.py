@@ -31,7 +31,8 @@ def shortened(name: str, most: int) -> str:
 
     A layer's name is a path such as ``features.denseblock3.denselayer24.conv2``. Its steps are shortened from the left,
     and each keeps its first letter and its number, so that names of different layers stay different:
-    ``f…d…3.denselayer24.conv2``. Where that is not enough, steps without a number are left out.
+    ``f…d…3.denselayer24.conv2``. Where that is not enough, steps without a number are left out, and the last step is
+    shortened.
 
     Args:
         name: the name, which may begin with ``CHOSEN``.
@@ -50,6 +51,9 @@ def shortened(name: str, most: int) -> str:
                 break
     if len(_path(steps)) > room:
         steps[1:-1] = [step if step[-1:].isdigit() else "…" for step in steps[1:-1]]
+    left = len(steps[-1]) - (len(_path(steps)) - room)
+    if len(steps) > 1 and 4 <= left < len(steps[-1]):
+        steps[-1] = f"{steps[-1][:1]}…{steps[-1][2 - left :]}"
     text = mark + _path(steps)
     if len(text) <= most:
         return text
