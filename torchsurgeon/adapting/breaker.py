@@ -10,7 +10,7 @@ from typing import Literal
 from torchsurgeon.adapting.clock import NowS, Since
 from torchsurgeon.errors import AdaptError
 
-State = Literal["closed", "open", "half-open"]
+BreakerState = Literal["closed", "open", "half-open"]
 
 _BACKOFF_SHARE, _TRIAL_SHARE = 0.7, 0.2
 _FIRST_BACKOFF_S = 0.1
@@ -61,7 +61,7 @@ class CircuitBreaker:
         self._failures = failures
         self._most_backoff_s = _BACKOFF_SHARE * return_s
         self._least_backoff_s = min(_FIRST_BACKOFF_S, self._most_backoff_s)
-        self._state: State = "closed"
+        self._state: BreakerState = "closed"
         self._entered = Since(now_s)
         self._pause_s = 0.0
         self._level = 0
@@ -69,7 +69,7 @@ class CircuitBreaker:
         self._answered = _PROVEN_ANSWERS
 
     @property
-    def state(self) -> State:
+    def state(self) -> BreakerState:
         """The state now. An open breaker whose pause is over stays open until ``allow()`` begins a trial."""
         return self._state
 
@@ -119,6 +119,6 @@ class CircuitBreaker:
             self._pause_s = pause_s * self._random.uniform(0.5, 1.0)
             self._enter("open")
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: BreakerState) -> None:
         self._state = state
         self._entered.mark()

@@ -141,7 +141,11 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def number(text: str) -> float:
-    """Return the number that an argument is. Raises ArgumentTypeError where it is none, or not finite."""
+    """Return the number that the text of an argument means.
+
+    Raises:
+        ArgumentTypeError: the text is no number, or not a finite one.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -152,7 +156,11 @@ def number(text: str) -> float:
 
 
 def port_number(text: str) -> int:
-    """Return the port that an argument is, 0 for a free one. Raises ArgumentTypeError for any other text."""
+    """Return the port that the text of an argument means; 0 asks the system for a free one.
+
+    Raises:
+        ArgumentTypeError: the text is no whole number from 0 to 65535.
+    """
     # The system would take 65536 and more, and use another port.
     if not (text.isascii() and text.isdigit()) or len(text) > 5 or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"must be a port number from 0 to 65535; got {short(text)}")

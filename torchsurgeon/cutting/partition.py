@@ -85,13 +85,13 @@ def cut(graph: LayerGraph, point: int | str | PartitionPoint) -> Partition:
     inputs = [graph.value(spec.name) for spec in graph.inputs]
     if place.index == len(graph.layers):
         picks = [Pick(ref.step) for ref in graph.steps[-1].args]
-        return Partition(place, Head(graph, _segment(graph, inputs, picks, to_output=True)), Result(graph))
+        return Partition(place, Head(graph, _segment(graph, inputs, picks, to_output=True)), EmptyTail(graph))
     picks = [Pick(value.step, value.path) for value in (graph.value(spec.name) for spec in place.tensors)]
     tail = tail_for(graph, [spec.name for spec in place.tensors])
     return Partition(place, Head(graph, _segment(graph, inputs, picks)), tail)
 
 
-class Result(nn.Module):
+class EmptyTail(nn.Module):
     """The tail when all layers run on the device: it only puts output tensors into the model's own structure."""
 
     def __init__(self, graph: LayerGraph) -> None:

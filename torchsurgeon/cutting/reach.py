@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.step import Key
-from torchsurgeon.tracing.structure import Path
+from torchsurgeon.tracing.structure import LeafPath
 
 
 def reach(flow: DataFlow, given: Iterable[Value], wanted: Iterable[Key] | None) -> tuple[list[int], list[str]]:
@@ -71,7 +71,7 @@ def _leaves(flow: DataFlow, i: int) -> list[Key]:
     return [key for key in flow.crossing[i] if key[0] == i]
 
 
-def _under(path: Path, keys: Iterable[Key]) -> list[Key]:
+def _under(path: LeafPath, keys: Iterable[Key]) -> list[Key]:
     return [key for key in keys if key[1][: len(path)] == path]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.tracing.step import Constant, Environment, Step, number_to_tensor
-from torchsurgeon.tracing.structure import Path, flatten
+from torchsurgeon.tracing.structure import LeafPath, flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Feed:
     """
 
     step: int
-    path: Path = ()
+    path: LeafPath = ()
     restore: Callable[[torch.Tensor], Any] | None = None
     clone: bool = False
 
@@ -45,7 +45,7 @@ class Pick:
     """
 
     step: int
-    path: Path = ()
+    path: LeafPath = ()
 
     def __call__(self, environment: Environment) -> torch.Tensor:
         """Return the output from the values of all steps; a number becomes the tensor that carries it."""
@@ -185,7 +185,7 @@ class Segment(nn.Module):
         if len(tensors) != len(self._feeds):
             raise TypeError(f"this part of the model takes {len(self._feeds)} tensors; got {len(tensors)}")
         environment: Environment = [None] * self._size
-        leaves: dict[int, dict[Path, Any]] = {}
+        leaves: dict[int, dict[LeafPath, Any]] = {}
         for feed, tensor in zip(self._feeds, tensors, strict=True):
             value = clone(tensor) if feed.clone else tensor
             if feed.restore is not None:

@@ -17,20 +17,20 @@ _NEVER = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor that may cross.
+class CrossingTensor:
+    """A tensor that crosses the link when its producer runs on the device and one of its readers on the server.
 
     Attributes:
-        producer: the mask of its layer; 0 for a model input.
+        producer: the mask of the layer that computes it; 0 for an input of the model.
         readers: the mask of the layers that read it.
         size_bytes: its bytes.
-        views: tensors that are views of it, and can be taken again on the other side.
+        views: the tensors that are views of it. They need not cross beside it, since the server can take them again.
     """
 
     producer: int
     readers: int
     size_bytes: int
-    views: tuple[Tensor, ...] = ()
+    views: tuple[CrossingTensor, ...] = ()
 
     def bytes_crossing(self, inside: int) -> int:
         """Return the bytes that cross for it and its views when the layers of the mask ``inside`` run on the device."""
@@ -60,7 +60,9 @@ class MinimumCut:
         tensors: the tensors that may cross.
     """
 
-    def __init__(self, first: int, stop: int, needs: Sequence[int], costs: Array, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, first: int, stop: int, needs: Sequence[int], costs: Array, tensors: Sequence[CrossingTensor]
+    ) -> None:
         self._first, self._layers = first, stop - first
         self._source, self._sink = self._layers, self._layers + 1
         fresh = itertools.count(self._layers + 2)
@@ -71,7 +73,7 @@ class MinimumCut:
         def node(layer: int) -> int:
             return self._source if layer < first else self._sink if layer >= stop else layer - first
 
-        def carry(origin: int, tensor: Tensor) -> None:
+        def carry(origin: int, tensor: CrossingTensor) -> None:
             own = next(fresh)
             ends.append((origin, own))
             prices.append((0.0, float(tensor.size_bytes), 0.0, 0.0))

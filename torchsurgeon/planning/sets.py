@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from torchsurgeon.planning.mincut import MinimumCut, Tensor, bits
+from torchsurgeon.planning.mincut import CrossingTensor, MinimumCut, bits
 from torchsurgeon.planning.rows import Array, LayerCosts, Row, columns, lower_hull, non_dominated
 
 # A block with more closed sets than this is searched by minimum cuts.
@@ -92,11 +92,11 @@ class Units:
         self.costs = np.stack([of_layers[unit].sum(axis=0) for unit in self.layers])
         end = len(self.layers)
         carried = {c.name: c for c in closure.carried()}
-        views: dict[str, list[Tensor]] = {}
-        self.tensors: list[Tensor] = []
+        views: dict[str, list[CrossingTensor]] = {}
+        self.tensors: list[CrossingTensor] = []
         for tensor in reversed(carried.values()):
             readers = {end if i == len(graph.layers) else unit_of.get(i, end) for i in tensor.consumers}
-            made = Tensor(
+            made = CrossingTensor(
                 1 << unit_of[tensor.producer] if tensor.producer >= 0 else 0,
                 sum(1 << i for i in readers),
                 graph.values[tensor.name].size_bytes,

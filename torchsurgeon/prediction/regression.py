@@ -213,7 +213,7 @@ def _fit_base(table: SampleTable, values: Array) -> Array:
     return found if found.any() else np.array([float(np.median(values)), 0.0, 0.0])
 
 
-class _Constant(_Fitted):
+class _ConstantFactor(_Fitted):
     """One factor for all operations, so that the model is linear in flops and bytes."""
 
     def _learn(self, inputs: Array, factors: Array) -> None:
@@ -223,7 +223,7 @@ class _Constant(_Fitted):
         return np.full(len(inputs), self._median)
 
 
-class _LogLinear(_Fitted):
+class _LogLinearFactor(_Fitted):
     """A factor that is a product of powers of the features."""
 
     def _learn(self, inputs: Array, factors: Array) -> None:
@@ -235,7 +235,7 @@ class _LogLinear(_Fitted):
         return np.asarray(self._model.predict(inputs))
 
 
-class _Trees(_Fitted):
+class _TreeFactor(_Fitted):
     """A factor from gradient-boosted trees, which can follow jumps, such as that at the size of a cache."""
 
     def _learn(self, inputs: Array, factors: Array) -> None:
@@ -250,5 +250,5 @@ class _Trees(_Fitted):
 
 
 Form = Callable[[SampleTable, Array], _Fitted]
-FORMS: Mapping[str, Form] = {"linear": _Constant, "log-linear": _LogLinear, "trees": _Trees}
+FORMS: Mapping[str, Form] = {"linear": _ConstantFactor, "log-linear": _LogLinearFactor, "trees": _TreeFactor}
 """The forms that a prediction model can have, by name."""

@@ -205,7 +205,7 @@ def _linear(draws: Draws) -> Candidate | None:
     return Candidate(functools.partial(nn.Linear, inner, out), (shape,), flops)
 
 
-class _Call(nn.Module):
+class _FunctionModule(nn.Module):
     """Makes a module of a function."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -217,7 +217,7 @@ class _Call(nn.Module):
 
 
 def _call(function: Callable[..., Any]) -> Callable[[], nn.Module]:
-    return functools.partial(_Call, function)
+    return functools.partial(_FunctionModule, function)
 
 
 def _matmul(draws: Draws) -> Candidate | None:

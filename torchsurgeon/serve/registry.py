@@ -23,7 +23,7 @@ from torchsurgeon.serve.served import Profiler, ServedModel, measured_profile
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.tracer import trace
 
-State = Literal["loading", "ready", "failed"]
+LoadingState = Literal["loading", "ready", "failed"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -44,7 +44,7 @@ class ModelRegistry:
         self.max_batch = max_batch
         self.max_tails = max_tails
         self._profiler = profiler
-        self._models: dict[str, ServedModel | State] = {}
+        self._models: dict[str, ServedModel | LoadingState] = {}
         self._reasons: dict[str, str] = {}
         self._lock = threading.Lock()
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.step import Ref, Step, restorer, unique
-from torchsurgeon.tracing.structure import Path, Structure, flatten, leaf_name
+from torchsurgeon.tracing.structure import LeafPath, Structure, flatten, leaf_name
 
 
 class Call:
@@ -51,7 +51,7 @@ class Call:
         leaves, self.structure = flatten(arguments)
         self.names = [path_name(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.paths = [path for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self.fixed: dict[Path, Any] = {path: leaf for path, leaf in leaves if not isinstance(leaf, torch.Tensor)}
+        self.fixed: dict[LeafPath, Any] = {path: leaf for path, leaf in leaves if not isinstance(leaf, torch.Tensor)}
         self._plain = all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False))
         self._count = len(self.paths)
         if not self.names:
@@ -101,7 +101,7 @@ class Call:
                 )
         return tensors
 
-    def rebuild(self, values: Mapping[Path, Any]) -> tuple[list[Any], dict[str, Any]]:
+    def rebuild(self, values: Mapping[LeafPath, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments of a call, as ``(args, kwargs)``.
 
         Args:
@@ -136,7 +136,7 @@ def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example,), {}
 
 
-def path_name(path: Path) -> str:
+def path_name(path: LeafPath) -> str:
     """Return the dotted name of an argument's leaf."""
     return leaf_name(path[0], path[1:])
 
@@ -153,9 +153,9 @@ class Output:
     """
 
     structure: Structure
-    paths: tuple[Path, ...]
-    fixed: Mapping[Path, Any]
-    restore: Mapping[Path, Callable[[torch.Tensor], Any]] = dataclasses.field(default_factory=dict)
+    paths: tuple[LeafPath, ...]
+    fixed: Mapping[LeafPath, Any]
+    restore: Mapping[LeafPath, Callable[[torch.Tensor], Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -190,7 +190,7 @@ def settle_output(steps: list[Step], values: Sequence[Any], device: torch.device
     last = steps.pop()
     output: Output = last.target
     structure, fixed, restore = output.structure, dict(output.fixed), {}
-    paths: list[Path] = []
+    paths: list[LeafPath] = []
     args: list[Ref] = []
     count = len(steps)
     for path, ref in zip(output.paths, last.args, strict=True):
@@ -213,7 +213,7 @@ def settle_output(steps: list[Step], values: Sequence[Any], device: torch.device
     return len(steps) > count + 1
 
 
-def _select(steps: list[Step], ref: Ref, structure: Structure, path: Path) -> Ref:
+def _select(steps: list[Step], ref: Ref, structure: Structure, path: LeafPath) -> Ref:
     """Append the steps that take the leaf at ``path`` out of a step's value, and return a reference to the last."""
     for key in path:
         place = [str(k) for k in structure.keys].index(key)

@@ -27,7 +27,7 @@ from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.call import Call, Output, path_name
 from torchsurgeon.tracing.capture_fx import TRACING
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, plain, unique
-from torchsurgeon.tracing.structure import Path, flatten
+from torchsurgeon.tracing.structure import LeafPath, flatten
 
 _CHECKS = (
     "_assert_tensor_metadata",
@@ -310,7 +310,7 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    path: Path
+    path: LeafPath
 
 
 def _inputs(call: Call, root: fx.GraphModule) -> list[_Leaf]:

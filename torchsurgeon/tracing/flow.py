@@ -25,7 +25,7 @@ from torch import nn
 from torchsurgeon.tracing.settle import settle
 from torchsurgeon.tracing.shapes import Shapes
 from torchsurgeon.tracing.step import Environment, Key, Ref, Step, number_to_tensor, restorer
-from torchsurgeon.tracing.structure import Path, flatten, leaf_name
+from torchsurgeon.tracing.structure import LeafPath, flatten, leaf_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Value:
 
     name: str
     step: int
-    path: Path = ()
+    path: LeafPath = ()
     restore: Callable[[torch.Tensor], Any] | None = None
 
     def leaf(self, values: Environment) -> torch.Tensor:

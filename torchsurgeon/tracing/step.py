@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.tracing.structure import LEAF, Path, Structure
+from torchsurgeon.tracing.structure import LEAF, LeafPath, Structure
 
 # The values of all steps of a program while it runs, by step index.
 Environment = list[Any]
 # One leaf of a step's value: the step's index, and the path in its value (empty when the value is the leaf itself).
-Key = tuple[int, Path]
+Key = tuple[int, LeafPath]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 # Where a leaf lies in a nested value: the key at each level, from the outside in; empty when the value is the leaf.
-Path = tuple[str, ...]
+LeafPath = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Structure:
         """Whether the parts are attributes of an object, not items of a container."""
         return self.kind is not None and _family(self.kind) in ("dataclass", "leaf")
 
-    def rebuild(self, leaves: Mapping[Path, Any], at: Path = ()) -> Any:
+    def rebuild(self, leaves: Mapping[LeafPath, Any], at: LeafPath = ()) -> Any:
         """Return the nested value.
 
         Args:
@@ -52,7 +52,7 @@ class Structure:
         family = _family(self.kind)
         return _BUILDERS["object" if family == "leaf" else family](self.kind, self.keys, parts)
 
-    def paths(self, at: Path = ()) -> list[Path]:
+    def paths(self, at: LeafPath = ()) -> list[LeafPath]:
         """Return the path of every leaf, in order; ``at`` is put before each."""
         if self.kind is None:
             return [at]
@@ -60,7 +60,7 @@ class Structure:
             path for key, child in zip(self.keys, self.children, strict=True) for path in child.paths((*at, str(key)))
         ]
 
-    def replaced(self, path: Path, part: Structure) -> Structure:
+    def replaced(self, path: LeafPath, part: Structure) -> Structure:
         """Return this structure with ``part`` in the place of what is at ``path``."""
         if not path:
             return part
@@ -68,7 +68,7 @@ class Structure:
         child = self.children[place].replaced(path[1:], part)
         return dataclasses.replace(self, children=(*self.children[:place], child, *self.children[place + 1 :]))
 
-    def at(self, path: Path) -> Structure:
+    def at(self, path: LeafPath) -> Structure:
         """Return the part of the structure under ``path``."""
         part = self
         for key in path:
@@ -135,7 +135,7 @@ _BUILDERS: dict[str, Callable[[type, tuple[Any, ...], list[Any]], Any]] = {
 }
 
 
-def flatten(value: Any, at: Path = ()) -> tuple[list[tuple[Path, Any]], Structure]:
+def flatten(value: Any, at: LeafPath = ()) -> tuple[list[tuple[LeafPath, Any]], Structure]:
     """Return every leaf of a nested value with its path, and the structure that rebuilds the value.
 
     Tuples, named tuples, lists, mappings, dataclass instances and objects that keep tensors in their attributes are
@@ -159,7 +159,7 @@ def flatten(value: Any, at: Path = ()) -> tuple[list[tuple[Path, Any]], Structur
         items = list((value if family == "mapping" else value.__dict__).items())
     else:
         items = list(enumerate(value))
-    leaves: list[tuple[Path, Any]] = []
+    leaves: list[tuple[LeafPath, Any]] = []
     children = []
     for key, item in items:
         inner, structure = flatten(item, (*at, str(key)))
@@ -168,6 +168,6 @@ def flatten(value: Any, at: Path = ()) -> tuple[list[tuple[Path, Any]], Structur
     return leaves, Structure(kind, tuple(key for key, _ in items), tuple(children))
 
 
-def leaf_name(root: str, path: Path) -> str:
+def leaf_name(root: str, path: LeafPath) -> str:
     """Return the dotted name of the leaf at ``path`` of a value called ``root``."""
     return ".".join((root, *path))
