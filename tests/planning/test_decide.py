@@ -245,7 +245,7 @@ def test_the_command_sweeps(files: list[str], tmp_path: Path, capsys: pytest.Cap
     out = ["--csv", str(tmp_path / "sweep.csv"), "--plot", str(tmp_path / "sweep.png")]
     assert cli.main(["sweep", *files, "--uplinks", "0.01:10:5", "--loads", "0.1:10:3", *out]) == 0
     printed = capsys.readouterr().out
-    assert "all on server" in printed
+    assert "all on the server" in printed
     assert "1.54×" in printed
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 16
