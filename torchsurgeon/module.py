@@ -45,7 +45,8 @@ from torchsurgeon.transport import Transport
 # The URL of a server, or a transport to it.
 ServerAddress = str | Transport
 
-# By the module's id, so that modules which call each other keep deadlines of their own.
+# The deadlines in seconds that ``deadline()`` has set in this thread or task, by the id() of the SplitModule. One
+# SplitModule may call another, so each has a deadline of its own.
 _deadlines: contextvars.ContextVar[Mapping[int, float | None]] = contextvars.ContextVar("deadlines")
 
 
@@ -183,6 +184,7 @@ class SplitModule(nn.Module):
                 on_replan=on_replan,
             ),
         )
+        # Ends the threads of a module that is collected without having been closed.
         self._end = weakref.finalize(self, self._engine.abandon)
         self.partition = partition
 
@@ -250,13 +252,14 @@ class SplitModule(nn.Module):
     def map(self, calls: Iterable[Any], depth: int = 4) -> Iterator[Any]:
         """Yield the answers to ``calls``, in their order, while up to ``depth`` of them are in flight.
 
-        The head of one call runs while those before it are on the uplink or on the server. If the objective is latency,
-        ``"auto"`` cuts for the rate of answers instead. A deadline counts from the beginning of a call's head.
+        The head of one call runs while those before it are on the uplink or on the server. What counts in a stream is
+        how many answers come in a second. So where the objective is latency, ``"auto"`` chooses the cut with the
+        highest rate of answers. A deadline counts from the moment at which a call's head begins.
 
         Args:
-            calls: each what the constructor takes as an example: a tensor, a tuple or a dict. The next one is taken
-                while fewer than ``depth`` are in flight and the next answer has not come. Its tensors are copied then,
-                so that its buffers may be used again.
+            calls: each what the constructor takes as an example: a tensor, a tuple or a dict. The iterator takes the
+                next call as soon as fewer than ``depth`` are in flight. It copies the call's tensors at that moment, so
+                that the caller may overwrite them afterwards.
             depth: how many calls may be in flight, 1 to 16.
 
         Raises:
@@ -296,6 +299,7 @@ class SplitModule(nn.Module):
     def _beginning(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline_s: float | None, streamed: bool
     ) -> Callable[[], Pending | Done]:
+        """Return the function that begins a call in another thread, with its own copy of the call's tensors."""
         engine = self._engine
         # Copied, because a camera's buffer may hold the next frame before this one has been sent.
         args, kwargs = pytree.tree_map_only(torch.Tensor, _copied, (args, dict(kwargs)))
@@ -303,10 +307,11 @@ class SplitModule(nn.Module):
         return functools.partial(engine.started, work, deadline_s, streamed=streamed)
 
     def finish(self, names: tuple[str, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the tensors of the model's result from tensors inside the model.
+        """Finish an inference that another machine has begun, and return the tensors of the model's result.
 
-        The layers up to this module's own cut run on this machine, the rest on its server. So a server that serves a
-        SplitModule is the middle of a chain. Tensors that lie beyond the cut are passed on as they are.
+        A server calls this when the model that it serves is a SplitModule, which makes it the middle of a chain of
+        machines. It receives boundary tensors, runs the layers from there to its own cut, and asks its own server for
+        the rest. If the tensors already lie beyond its own cut, it passes them on to its server as they are.
 
         Args:
             names: the names of the given tensors, as the graph's partition points list them.
@@ -387,7 +392,7 @@ class SplitModule(nn.Module):
     # --- being an nn.Module ---
 
     def train(self, mode: bool = True) -> SplitModule:
-        """Stay in evaluation mode, so that it can be a frozen part of a module that is trained."""
+        """Stay in evaluation mode, whatever ``mode`` says, as a frozen part of a larger module that is trained."""
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SplitModule:

@@ -21,6 +21,7 @@ _LATE_FACTOR, _LATE_ROUND_TRIPS = 3.0, 4.0
 _MOST_SPREAD = 5.0
 # A scheduler, a garbage collector or a radio that wakes up may cost this much at any time.
 _LEAST_PATIENCE_S = 0.05
+# How many calls are let through after refusals, and how long these last before that, in multiples of a call's duration.
 _TRIALS = 2
 _TRIAL_PAUSE = 5.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# A window of counting ends after this many transfers.
 _WINDOW = 16
 # Transfers are reported nearly in the order of their arrival. One that arrived this long before the latest was timed
 # after the clock had stepped back.
@@ -11,18 +12,21 @@ _STEPPED_BACK_S = 60.0
 class Sharing:
     """Computes what single transfers would take alone, from transfers that overlap. Not thread-safe.
 
-    While transfers overlap, the link's rate is the bytes that arrived since the first of them began, over the time
-    since then. Transfers that are still under way are assumed to be half done, and no result is given until that guess
-    is small next to the bytes counted.
+    While transfers overlap, the link's rate is the number of bytes that have arrived since the first of them began,
+    divided by the time since then. Transfers that are still under way are assumed to be half done. No result is given
+    until the bytes that are known to have arrived outweigh this guess.
     """
 
     def __init__(self) -> None:
+        # The latest arrival of all, and when the present window of counting began.
         self._arrived_s = float("-inf")
         self._since_s = 0.0
+        # In this window: the bytes that arrived, less those that the window before counted already; the bytes that
+        # arrived; and the bytes that were under way when it began.
         self._arrived_bytes = self._counted_bytes = self._moving_bytes = 0.0
 
     def alone(self, size_bytes: int, begun_s: float, arrived_s: float, others: int) -> tuple[int, float] | None:
-        """Return bytes, and the seconds for which they kept the link busy; None while that is too uncertain.
+        """Return a number of bytes, and the seconds that they alone kept the link busy; None while that is uncertain.
 
         Args:
             size_bytes: bytes of the transfer that has just arrived.

@@ -78,8 +78,8 @@ class CodecRow:
         boundary: how it changes the boundary tensors; None for a lossless codec.
         top1_change: share of predictions that differ.
         output_cosine: lowest cosine similarity of any sample's output.
-        accepted: share of samples that the budget's function accepted. This and the two before are None for a lossless
-            codec, and where the budget does not limit them.
+        accepted: share of samples that the budget's own function accepted. ``top1_change``, ``output_cosine`` and
+            ``accepted`` are None for a lossless codec, and where the budget does not limit them.
     """
 
     point: int

@@ -1,8 +1,9 @@
 """The cuts that can be the best under some link and load, and the choice among them in microseconds.
 
 Every cost of an inference is a sum of device seconds, bytes, server seconds and joules, each multiplied by something
-that is not negative. So a cut that another one undercuts in all four never wins. The others are found once for a model,
-two profiles and its codecs. A decision then is one product of their small matrix with the state of link and load.
+that is not negative. So a cut never wins if another one is better in all four. The cuts that remain are the frontier.
+It is computed once, from a model, the profiles of both sides and the measured codecs. A decision then only multiplies
+the small matrix of their costs by weights that follow from link and load.
 """
 
 from __future__ import annotations
@@ -121,7 +122,13 @@ class Frontier:
 
     @staticmethod
     def of(graph: LayerGraph, rows: list[Row], *, exact: bool = True) -> Frontier:
-        """Return the frontier among ``rows``; ``exact`` is kept as given."""
+        """Return the frontier of given rows.
+
+        Args:
+            graph: the traced model.
+            rows: the rows to choose from.
+            exact: what the frontier's attribute of this name says.
+        """
         answer_bytes = sum(spec.size_bytes for spec in graph.outputs)
         ends = [i for i, row in enumerate(rows) if row.on_device or row.index == 0]
         # Both ends stay even if a cut undercuts them, since every choice is compared with them.
@@ -180,7 +187,14 @@ class Frontier:
     ) -> Array:
         """Return what each row costs, shape (rows,), in the objective's unit.
 
-        Args and errors are those of ``best()``.
+        Args:
+            link: as ``best()`` takes it.
+            load: as ``best()`` takes it.
+            slowdown: as ``best()`` takes it.
+            objective: as ``best()`` takes it.
+
+        Raises:
+            PlanError: as ``best()`` raises it.
         """
         wanted = objective if objective == "latency" else Objective.of(objective)
         return self._costs(self._columns, link, load, slowdown, wanted)

@@ -1,10 +1,15 @@
 """Cuts across parallel branches: closed sets of layers that are not simply the first ones in the model's order.
 
-A set of layers is closed if it holds every layer that its members read from. A layer that every earlier layer leads to,
-and every later one depends on, splits the problem: a closed set without it lies before it, and a closed set with it
-holds all before it. Between two such layers lies a block. All closed sets of a small block are tried. In a large block,
-the best set for given weights of device seconds, bytes, server seconds and joules is a minimum s-t cut. Asking for it
-at every facet of the lower hull of the costs known so far finds every set that is the best under some weights.
+A set of layers is closed if it holds every layer that its members read from, so that the device can run it alone.
+
+Some layers depend on all earlier layers, and all later layers depend on them. Such a layer splits the problem. A closed
+set that holds it also holds all layers before it; a closed set that does not hold it holds no layer after it. The
+layers between two of these form a block, and each block can be searched by itself:
+
+* In a small block all closed sets are tried.
+* In a large block the best set is found by a minimum s-t cut, for given weights of device seconds, bytes, server
+  seconds and joules. The weights are taken from the facets of the lower hull of the costs known so far. When no facet gives a
+  better set any more, every set that is the best under some weights has been found.
 """
 
 from __future__ import annotations
@@ -27,9 +32,18 @@ _MOST_LAYER_CUTS = 200_000
 
 
 class Block:
-    """The layers between two that split the graph: the units from ``first`` to before ``stop``.
+    """The units between two that split the graph, which can be searched by themselves.
 
     Sets of units are bit masks throughout: bit ``i`` stands for unit ``i``.
+
+    Args:
+        units: the units of the graph.
+        first: the first unit of the block.
+        stop: the unit after its last one.
+
+    Attributes:
+        before: the mask of the units before the block, which every closed set of the block holds.
+        tensors: the tensors that exist in the block and may have to cross.
     """
 
     def __init__(self, units: Units, first: int, stop: int) -> None:
@@ -133,8 +147,8 @@ def across_branches(costs: LayerCosts, rows: Sequence[Row]) -> tuple[list[Row], 
     """Return the cuts across branches that can win against ``rows``, with their tensors sent as they are.
 
     There are none in a model without parallel branches, nor where shared memory allows only the graph's own points.
-    Where very many cuts are not undercut, only those on the lower hull are returned; the others could win only under a
-    constraint, or by their slowest stage.
+    Where very many cuts remain, only those on the lower hull of the costs are returned. The others could win only
+    under a constraint, or for an objective that counts the slowest stage.
 
     Returns:
         The rows, and whether none is missing that minimizes some weighted sum of the costs.
@@ -205,6 +219,7 @@ def _on_the_hull(costs: LayerCosts, block: Block, used: list[int]) -> tuple[list
 
 
 def _constants_behind(layer: int, needs: tuple[tuple[int, ...], ...], constants: frozenset[int]) -> list[int]:
+    """Return the layers computing constants that ``layer`` reads, directly or through other constants."""
     found: list[int] = []
     open_layers = [layer]
     while open_layers:

@@ -1,9 +1,9 @@
 """Fit one prediction model per kind of layer: its form is chosen by cross-validation.
 
-Every form starts from the same base, which is a time per call, plus one per flop, plus one per byte moved, none of them
-negative. It learns, on a logarithmic scale, by what factor real layers differ from the base. Outside the sampled range
-the factor stays what it is at the border, while the base keeps growing, so predictions grow with work and are never
-negative.
+Every form starts from the same base: seconds per call, plus seconds per flop, plus seconds per byte moved, none of them
+negative. The form then learns, on a logarithmic scale, by what factor real layers differ from the base. Outside the
+sampled range the factor stays what it is at the border, and the base keeps growing. So predictions grow with the work
+of a layer, and are never negative.
 
 scikit-learn and scipy are imported where they are used, so that whoever only runs a SplitModule does not wait for them.
 """
@@ -38,8 +38,8 @@ class HeldOut:
         median: the median of the absolute error over the measured value.
         within_10: the share of samples whose error is at most 10 %.
         within_20: the share of samples whose error is at most 20 %.
-        low: 90 % of measured values are at least this many times their prediction.
-        high: and at most this many times.
+        low: 90 % of the measured values are from ``low`` to ``high`` times their prediction.
+        high: the upper end of that range.
         sum_ratio: the factor by which predictions are multiplied; all figures above include it.
     """
 

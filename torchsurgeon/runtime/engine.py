@@ -1,4 +1,4 @@
-"""Runs the calls of one split model: prepares, chooses, runs the head, and hands the call on to its server."""
+"""Runs the calls of one SplitModule: chooses the cut of each call, runs its head, and sends the rest to a server."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Engine:
     # --- before a call ---
 
     def fix(self, point: PartitionPoint | None) -> None:
-        """Cut every call at ``point`` from now on; None to choose at each call."""
+        """Cut every call at ``point`` from now on. With None, choose where to cut at each call."""
         with self._setup.again():
             self.servers.fix(point)
 
@@ -114,8 +114,9 @@ class Engine:
         Args:
             work: the call.
             deadline_s: seconds from now within which its answer is due; None for no deadline.
-            streamed: whether it is one of a stream of calls, whose rate then counts rather than its own latency.
-            in_caller: whether this thread waits for the answer, rather than one of the pool's.
+            streamed: whether the call belongs to a stream. The cut is then chosen for the rate of answers, not for the
+                latency of a single call.
+            in_caller: True for this thread to wait for the answer; False for a thread of the pool to do so.
 
         Raises:
             DeadlineError: no way of running the call can keep the deadline.
@@ -216,7 +217,7 @@ class Engine:
     # --- streams ---
 
     def stream(self) -> Stream:
-        """Return where single calls run beside each other; it is made when it is first asked for.
+        """Return what runs the calls of ``submit()`` beside each other; the first call of this method makes it.
 
         Raises:
             ServerUnavailableError: the module has been closed.

@@ -31,7 +31,8 @@ from torchsurgeon.runtime.inference import seconds
 from torchsurgeon.transport import Answer, Transport
 from torchsurgeon.transport.base import Deadline
 
-# Used until two requests have shown the link; estimates that start from it are uncertain by a factor of e.
+# What a link is taken for until two requests have been timed. An estimate that starts from it is stated to be uncertain
+# by a factor of e.
 _UNKNOWN_LINK = Link("not measured", 10e6, 10e6, 0.05, source="a guess until there are requests")
 # HTTP statuses that blame the content of one request, not the server.
 _REQUESTS_FAULT = (400, 413, 415, 422)
@@ -76,10 +77,11 @@ class Peer:
         label: its URL, or its transport's class.
         link: the link as given, or as measured before the first request; None before either.
         profile: its layer times as given, or as it has sent them; None before either.
-        failure: why it was last of no use; None after an answer.
-        ready_in: the epoch of the local weights for which it was made ready to be asked; -1 for none.
+        failure: why its last answer could not be used; None after an answer that could.
+        ready_in: the epoch of the local weights with which the handshake succeeded; -1 where the server has to be made
+            ready again. The epoch changes when the local weights do.
         plan: the choice among the cuts with this server; None until it has been measured.
-        doubted: whether an answer is overdue that a slow link or a dead server would explain alike.
+        doubted: whether an answer is overdue, and it is open whether the link is slow or the server is down.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class Peer:
         """Check that the server's model is the local one, and return the epoch of the local weights.
 
         Raises:
-            ModelMismatchError: it is another.
+            ModelMismatchError: the server holds another model.
         """
         with self._lock:
             return self._shake(timeout_s)

@@ -1,6 +1,8 @@
-"""One call in three stages: its head has run when this is made, then the request is sent, then the call is finished.
+"""A call from the end of its head to its result.
 
-Streams run the stages of one call in different threads; each stage is run once, in this order.
+The engine runs the head and makes a ``Pending``. ``send()`` then sends the boundary tensors, and ``result()`` waits for
+the answer, or finishes the call on the device. Each of the three is done once, in this order. A stream does them in
+different threads.
 """
 
 from __future__ import annotations
@@ -36,15 +38,18 @@ from torchsurgeon.runtime.work import Work
 from torchsurgeon.transport import Answer
 from torchsurgeon.transport.base import Deadline
 
-# Before anything is known of how long an answer takes.
+# How long to wait for a server's first answer, when nothing is known yet of how long its answers take.
 _FIRST_PATIENCE_S = 1.0
-# A server counts as failed only after this many times its expected time, even if the tail here was finished first.
+# A tail on the device may be finished before the answer comes. The server then counts as failed only if the answer has
+# already taken this many times what was expected of it.
 _SLOW_FACTOR = 2.0
-# A scheduler, a garbage collector or a radio that wakes up may cost as much at any time.
+# The server does not count as failed before this time either: a scheduler, a garbage collector or a radio that wakes up
+# may take as long at any time.
 _LEAST_SLOW_S = 0.05
-# The weights are compared while the request is on its way; handing it over takes less than this.
+# Handing the request to the network takes less than this. Only after it does this thread compare the weights, so that
+# the comparison does not delay the request.
 _BRIEF_S = 5e-4
-# A request that waits for a thread of the pool may end so much later than its own limit.
+# A request may have to wait this long for a thread of the pool before its own time limit begins.
 _QUEUED_S = 1.0
 
 
@@ -54,6 +59,15 @@ class Shared:
 
     Attributes:
         falls_back: whether the device answers a call when no server does.
+        local: the model on this side, with its weights' digests.
+        parts: the heads and tails of the model.
+        times: how long the parts take on this device.
+        device: runs whole calls on this device.
+        servers: the servers, and the choice among them.
+        connector: makes servers ready to be asked.
+        keeper: the background thread that looks after servers between calls.
+        pool: the threads that wait for answers.
+        ledger: what has happened so far.
     """
 
     falls_back: bool
@@ -69,7 +83,7 @@ class Shared:
 
 
 class Done:
-    """A call that has run on the device as a whole; it has the stages of a ``Pending``, and nothing left to do."""
+    """A call that has already run on the device as a whole. It has the methods of a ``Pending``, which do nothing."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -86,7 +100,7 @@ class Done:
 
 
 class Pending:
-    """A call whose head has run.
+    """A call whose head has run and whose tail is still to be run, by a server or by the device.
 
     Args:
         shared: what the calls of its module share.
@@ -125,7 +139,9 @@ class Pending:
         self._task: Task[Answer] | None = None
         self._sent_s = 0.0
         self._why: Failure | None = None
-        self._share, self._unwanted = 1, False
+        # How many requests the expected time allows for, this one included; ``_crowded()`` raises it.
+        self._share = 1
+        self._unwanted = False
 
     # --- sending ---
 
@@ -218,13 +234,14 @@ class Pending:
             self.send()
 
     def _patience(self) -> tuple[float, Failure]:
-        """Return for how many seconds to only wait for the answer, and the failure to record after that."""
+        """Return how many seconds to wait before the tail is started on the device, and the failure to record then."""
         expected, scale, times = self._expected_now(), max(self.scale, 1.0), self._shared.times
         if expected is None:
             patience_s, why = _FIRST_PATIENCE_S, "the first answer is usually sooner"
         else:
             remote_s = expected.remote_s * scale
-            # A tail under a backend runs to its end, so it is begun only when as much has been waited as it costs.
+            # A tail that a backend runs cannot be stopped. So it is started only once the answer is late by as much
+            # time as the tail takes.
             tail_s = None if self._shared.parts.stoppable else times.known_tail_s(self._way)
             patience_s = patience(
                 remote_s,
@@ -240,7 +257,8 @@ class Pending:
         left_s = self._deadline_s - time.perf_counter()
         plan = rescue(
             left_s,
-            # Nothing is known yet: as likely as not to take half of what is left, give or take a factor of two.
+            # Where nothing is known yet, the median is taken to be half of the time that is left, with a spread of a
+            # factor of two.
             remote_s=left_s / 2 if expected is None else expected.remote_s * scale,
             remote_spread=0.7 if expected is None else expected.spread,
             tail_s=times.expected_s(self._way)[1] * self.scale,
@@ -252,7 +270,7 @@ class Pending:
         return plan.start_s, Failure("deadline", f"the answer of {self._peer.label} {why}")
 
     def _expected_now(self) -> Expected | None:
-        """Return how long the server's part should take, shared with the requests that are under way beside it."""
+        """Return how long the server's part should take, given how many requests share link and server."""
         if self._expected is not None and self._peer is self._tried[0]:
             foreseen = self._expected()
             return foreseen._replace(remote_s=foreseen.remote_s * self._share)
@@ -263,7 +281,7 @@ class Pending:
         return Expected(duration.value * self._share, duration.spread, round_trip_s)
 
     def _crowded(self) -> bool:
-        """Note how many requests share the link and the server; return whether they are more than was allowed for."""
+        """Return whether more requests share link and server than this one's time allows for, and allow for them."""
         share, self._share = self._share, max(self._share, self._peer.under_way)
         return self._share > share
 
@@ -363,7 +381,7 @@ class Pending:
         return result
 
     def _judge(self, task: Task[Answer], end_s: float) -> None:
-        """Record what it says about the server that the device was finished first."""
+        """Record that the device was finished before the server, and decide whether the server has failed."""
         why = self._why
         if why is None or why.kind not in ("late", "deadline"):
             return

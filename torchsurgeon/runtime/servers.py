@@ -22,11 +22,12 @@ from torchsurgeon.runtime.work import Work
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import HttpTransport, Transport
 
-# A larger batch or image gives a larger answer; this only keeps a hostile server from filling the memory.
+# An answer may have this many times the bytes of the example's, and at least _LEAST_ANSWER_LIMIT_BYTES. Larger batches
+# and images need larger answers. The limit is only there so that a hostile server cannot fill the memory.
 _LEAST_ANSWER_LIMIT_BYTES = 64 << 20
 _ANSWER_FACTOR = 64
 _KEPT_DECISIONS = 256
-# A server is left for another only if that one costs less than nine tenths of it.
+# Calls move to another server only if it costs less than nine tenths of what the present one costs.
 _STAY = 0.9
 
 
@@ -80,7 +81,7 @@ class Servers:
             for transport in transports
         ]
         self.whole = Way(graph.points[-1], whole=True)
-        """Everything on the device."""
+        """The way that runs all layers on the device."""
         self.fixed: Way | None = None
         """Where every call cuts the model; None where each call chooses."""
         self.decisions: deque[Decision[Row]] = deque(maxlen=_KEPT_DECISIONS)
@@ -130,7 +131,7 @@ class Servers:
             return
         self.fixed = None
         for peer in self.peers:
-            # A server that was only ever asked at a fixed cut has not been measured.
+            # A server that was only asked at fixed cuts has no plan. To get one, it has to be made ready again.
             if peer.plan is None:
                 peer.ready_in = -1
 
@@ -147,7 +148,7 @@ class Servers:
 
         Args:
             work: the call.
-            streamed: whether it is one of a stream, whose rate then counts rather than its own latency.
+            streamed: whether it belongs to a stream, whose cut is chosen for the rate of answers.
         """
         fixed = self.fixed
         if fixed is not None and fixed.whole:
@@ -157,8 +158,9 @@ class Servers:
             for other in self.peers:
                 # The background thread may have found the mismatch, and cannot warn the caller itself.
                 self.warn(other.failure)
-            meant = self._chosen != self.whole.point or fixed is not None
-            return Choice(self.whole, None, why=self._why_nobody() if meant else None)
+            # Running on the device is worth reporting only where a server would have been asked.
+            wanted = self._chosen != self.whole.point or fixed is not None
+            return Choice(self.whole, None, why=self._why_nobody() if wanted else None)
         if fixed is not None or peer.plan is None:
             return Choice(fixed or self.whole, peer)
         plan = peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan
@@ -170,7 +172,7 @@ class Servers:
         return Choice(way, peer, decision)
 
     def within(self, deadline_s: float, begun_s: float, work: Work, choice: Choice) -> Way:
-        """Return the chosen way if it should keep the deadline, or else the quickest way.
+        """Return the chosen way if its predicted latency keeps the deadline, or else the quickest way.
 
         Args:
             deadline_s: seconds from ``begun_s`` within which the answer is due.
@@ -184,6 +186,8 @@ class Servers:
         way, peer, decision, _ = choice
         scale = work.scale()
         head_s, tail_s = self._times.expected_s(way)
+        # taken_s is the latency of the chosen way, and best_s that of the quickest. A deadline below surely_s is missed
+        # with 99 % confidence, whichever way is taken. All three begin with what running on the device alone takes.
         best_s, quickest, taken_s, how = (head_s + tail_s) * scale, way, (head_s + tail_s) * scale, "on the device"
         device_error = self._times.slowdown().error
         surely_s = _surely_s(best_s, device_error)
@@ -214,7 +218,7 @@ class Servers:
         return next((peer for peer in self.peers if peer not in tried and peer.usable(epoch)), None)
 
     def _peer(self, work: Work) -> Peer | None:
-        """Return the server to ask: the cheapest usable one, with some loyalty to the one asked last."""
+        """Return the cheapest usable server; the one asked last is left only for one that is clearly cheaper."""
         epoch = self._local.epoch
         if len(self.peers) == 1:
             peer = self.peers[0]
@@ -237,10 +241,16 @@ class Servers:
         return self._preferred
 
     def _why_nobody(self) -> Failure:
+        """Return why no server can be asked, with the first server's failure where one is known."""
         known = next((peer.failure for peer in self.peers if peer.failure is not None), None)
         return Failure("nobody", "no server is ready" if known is None else f"no server to ask, after: {known}")
 
 
 def _surely_s(seconds: float, error: float) -> float:
-    """Return the time that 99 in 100 calls take longer than, when ``seconds`` is the median."""
+    """Return the seconds that 99 of 100 calls exceed.
+
+    Args:
+        seconds: the median of what the calls take.
+        error: the standard deviation of the logarithm of what they take.
+    """
     return seconds * math.exp(-SURE * error)

@@ -70,8 +70,11 @@ class _Fed:
 class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
     """One connection. asyncio asks ``get_buffer()`` where to put data, and then calls ``buffer_updated()``.
 
-    Data goes to one of three places: to the rest of the body of the job that is being read; to ``_ahead``, laid out for
-    the last head and a body, where a repeated request is expected; or else to ``_scratch``, from where it is parsed.
+    Data goes to one of three places:
+
+    * While a body is being read, to the part of the body's buffer that is still empty.
+    * Where a request with the same head as the last is expected, to ``_ahead``, a buffer for that head and a body.
+    * Otherwise to ``_scratch``, from where it is parsed.
 
     Args:
         direct: decides which requests are answered without ASGI; None to answer none that way.
@@ -157,7 +160,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._read_on(self._job)
 
     def _read_on(self, job: Job) -> None:
-        """Read the part of the body that has arrived by now: cheaper than another turn of the event loop."""
+        """Read what has arrived of the body by now. That is cheaper than to wait for the event loop to say so."""
         if self.scheme == "http":
             # At the end of the stream this reads nothing, and the event loop finds that out by itself.
             with suppress(BlockingIOError, ConnectionError):
@@ -182,7 +185,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._idle_since_s = self.loop.time()
 
     def on_headers_complete(self) -> None:
-        """Take a plain request, or leave the request to uvicorn; called by the parser."""
+        """Answer a plain request without ASGI, or leave the request to uvicorn; called by the parser."""
         self._in_head = False
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -257,6 +260,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._maybe_idle)
 
     def _maybe_idle(self) -> None:
+        """Close the connection if nothing has happened on it for the keep-alive time; else look again later."""
         # One timer that checks whether anything happened costs less than a new timer after each answer.
         self._idle_timer = None
         left_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
@@ -268,6 +272,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.transport.close()
 
     def _late(self) -> None:
+        """Close the connection: a head or a body did not arrive in time."""
         self._head_timer = self._body_timer = None
         self.transport.close()
 

@@ -2,13 +2,14 @@
 
 Three things make this more than liveness on a graph:
 
-* Memory. In-place layers overwrite tensors that other names may still show. ``settle`` makes
-  later readers of an overwritten tensor read the overwriting step's value, so that the data flow alone orders reads and
-  writes. Where that is impossible, no cut is offered while both views are alive.
-* Views cost nothing to take again. Of several boundary tensors that share memory only the one they are views of
-  crosses, and the far side takes the views.
-* Numbers read off tensors (sizes, mostly) cross as tiny tensors, and only where the far side cannot read them off the
-  tensors it receives.
+* Memory. An in-place layer overwrites a tensor that other names may still refer to. ``settle`` makes later readers of
+  an overwritten tensor read the value of the step that overwrote it. After that, the order of reads and writes follows
+  from the values alone. Where this is impossible, because a tensor is overwritten through one view and read through
+  another, no cut is offered while both views are alive.
+* Views. Taking a view again costs nothing. So if several boundary tensors share memory, only the tensor that they are
+  views of crosses, and the far side of the cut takes the views from it.
+* Numbers that the model reads off tensors, mostly sizes. They cross as tiny tensors, and only where the far side cannot
+  read them off the tensors that it receives.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class DataFlow:
         values: every value that may cross, in the order in which the model makes them.
         by_key: the same values by key.
         crossing: by step, the keys of the values that have to cross for the step's value to be known beyond a cut.
-        views: for every tensor that is only a view of another: that other, or None when it is one of the model's own.
+        views: for every tensor that is only a view of another: the key of that other; None where the other depends on
+            the model's weights alone, so that both sides have it.
     """
 
     def __init__(self, steps: Sequence[Step], shapes: Shapes, model: nn.Module) -> None:
@@ -167,8 +169,8 @@ class DataFlow:
                     self._made_by[(i, path)] = self.rank.get(i, -1)
                     own.append((i, path))
             return tuple(own)
-        # What is left reads numbers off tensors, or makes something of numbers. A number may cross itself; anything
-        # else (a slice, a device) is made again beyond the cut from what it is made of.
+        # All other steps read a number off a tensor, or make something from numbers. A number may cross itself.
+        # Anything else, such as a slice, is made again beyond the cut, so what it is made from has to cross.
         restore = restorer(self._given[i])
         sources = self.crossing_into(step)
         if restore is None:
@@ -179,7 +181,7 @@ class DataFlow:
         return ((i, ()),)
 
     def _find_views(self) -> dict[Key, Key | None]:
-        """Return, for every tensor that is only a view of another, that other; None for one of the model's own."""
+        """Return what the attribute ``views`` holds."""
         settled = self.settled
         views: dict[Key, Key | None] = {}
         for i in self.layers:
@@ -229,7 +231,10 @@ class DataFlow:
         return result
 
     def _allowed(self, crossing: Iterable[Key], written: Mapping[int, int], k: int) -> bool:
-        """Return whether memory that is overwritten out of sight crosses under one name and is overwritten beyond."""
+        """Return whether a cut is safe although memory is overwritten out of sight (see ``Settled``).
+
+        It is where only one of the tensors that share the memory crosses, and all overwriting happens beyond the cut.
+        """
         shared: dict[int, int] = {}
         for key in crossing:
             storage = self.settled.storages.get(key)
@@ -238,10 +243,10 @@ class DataFlow:
         return all(n == 1 and written[storage] >= k for storage, n in shared.items())
 
     def lighten(self, keys: list[Key], sizes: Mapping[str, int]) -> list[Key]:
-        """Return fewer bytes for the same boundary.
+        """Return the values that cross instead of ``keys``, with as few bytes as possible.
 
-        Views are replaced by what they are views of where that is no heavier, and numbers that the far side can read
-        off the tensors it receives are dropped.
+        Views are replaced by the tensor that they are views of, unless that one has more bytes. Numbers are left out
+        where the far side can read them off the tensors that it receives.
 
         Args:
             keys: the values that cross.

@@ -4,8 +4,9 @@ A traced model reads and writes memory: an in-place layer overwrites a tensor th
 program is settled, a cut needs to follow values only, not memory:
 
 * A step that reads an overwritten tensor is made to read the value of the step that overwrote it.
-* Where that is impossible, because the tensor is overwritten through one view and read again through another, the
-  reading step lists the overwriting one in ``after``, and the memory is remembered as overwritten out of sight.
+* Sometimes that is impossible, because the tensor is overwritten through one view and read again through another. Then
+  the reading step lists the overwriting step in ``after``, so that it still runs later. The memory is recorded in
+  ``Settled.overwritten_out_of_sight``, so that no cut separates the two views.
 * A dtype, string or None that the model reads off a tensor becomes a constant.
 """
 
