@@ -8,8 +8,8 @@ layers between two of these form a block, and each block can be searched by itse
 
 * In a small block all closed sets are tried.
 * In a large block the best set is found by a minimum s-t cut, for given weights of device seconds, bytes, server
-  seconds and joules. The weights are taken from the facets of the lower hull of the costs known so far. When no facet gives a
-  better set any more, every set that is the best under some weights has been found.
+  seconds and joules. The weights are taken from the facets of the lower hull of the costs known so far. When no facet
+  gives a better set any more, every set that is the best under some weights has been found.
 """
 
 from __future__ import annotations
