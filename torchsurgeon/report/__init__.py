@@ -1,5 +1,7 @@
-"""Tables for the terminal, pictures, and the page on which a plan can be explored. Converts units for people; decides
-nothing and measures nothing."""
+"""Tables for the terminal, pictures, and the page on which a plan can be explored.
+
+Units are converted for people here. Nothing is measured, and nothing but that page decides.
+"""
 
 from __future__ import annotations
 

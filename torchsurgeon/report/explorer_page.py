@@ -1,4 +1,4 @@
-"""A page on which a plan can be explored: link, load, objective and codec move the choice, in the browser alone."""
+"""A page on which a plan can be explored: the browser decides anew when link, load, objective or codec are changed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,19 @@ _NUMBERS = ("head_s", "encode_s", "size_bytes", "tail_s", "decode_s", "device_j"
 
 
 def explorer(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
-    """Write one HTML page, which loads nothing else, on which the settings that ``plan`` was made for can be moved.
+    """Write an HTML page on which the settings that a plan was made for can be changed.
 
-    The page decides as ``Frontier.best()`` does among the ways that keep to the plan's constraints; with one codec
-    chosen, among those with that codec and all on the device. It is about 5 MB, plotly.js most of it.
-    Raises ``TorchSurgeonError`` when plotly is not installed or the file cannot be written.
+    The page loads nothing else. It decides as ``Frontier.best()`` does, among the cuts that keep to the plan's
+    constraints; with one codec chosen, among the cuts with that codec and all on the device. It takes about 5 MB, most
+    of which is plotly.js.
+
+    Args:
+        graph: the model's layers.
+        plan: a plan for the model.
+        path: the page's file.
+
+    Raises:
+        TorchSurgeonError: plotly is not installed, or the file cannot be written.
     """
     try:
         from plotly.offline import get_plotlyjs
@@ -46,14 +54,20 @@ def explorer(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
-        raise TorchSurgeonError(f"{path} cannot be written: {error.strerror}") from None
+        raise TorchSurgeonError(
+            f"{path} cannot be written ({error.strerror}); name a file in a folder that exists and may be written to"
+        ) from None
 
 
 def page_data(graph: LayerGraph, plan: Plan) -> dict[str, Any]:
     """Return what the page decides from and draws, as plain data.
 
-    ``frontiers`` has for each codec that can be chosen the positions, in ``rows``, of what it is decided among;
-    ``runs`` the label of each bar and the rows of which it is the best.
+    Rows are named by their position in ``rows``. ``frontiers`` holds for each codec that can be chosen the rows to
+    decide among, and ``runs`` for each bar its names and the rows that it can show.
+
+    Args:
+        graph: the model's layers.
+        plan: a plan for the model.
     """
     codecs = sorted({row.codec for row in plan.rows if not row.on_device})
     positions: dict[Row, int] = {}
