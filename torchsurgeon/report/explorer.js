@@ -17,7 +17,7 @@
   const OBJECTIVES = {
     latency: ["latency (time until the answer)", "latency"],
     energy: ["energy (of the device)", "energy of the device"],
-    throughput: ["throughput (time between answers)", "in a stream an answer every"],
+    throughput: ["throughput (time per answer)", "in a stream an answer every"],
     server_time: ["server time (time it computes)", "server time"],
   };
   const KEYS = {
@@ -117,7 +117,7 @@
   const CONFIG = { displayModeBar: false };
 
   const STAR = { symbol: "star", size: 20, color: RED, line: { color: "#fff", width: 1.5 } };
-  const NARROW_PX = 560;
+  const NARROW_PX = 560, NOTHING = "every cut breaks a limit";
 
   // A list of what a chart's colors and marks mean. Plotly's own legend would cover the chart on a phone.
   function key(what, entries) {
@@ -227,6 +227,7 @@
     const rank = new Map(used.map((i, k) => [i, k]));
     const narrow = find("map").clientWidth < NARROW_PX;
     const ticks = (slider, values) => ({
+      showgrid: false, zeroline: false,
       tickvals: values.map(Math.log10), ticktext: values.map(String),
       range: [Math.log10(slider.low), Math.log10(slider.high)],
     });
@@ -237,7 +238,7 @@
         colorscale: colors.flatMap((c, k) => [[k / colors.length, c], [(k + 1) / colors.length, c]]),
         hovertext: chosen.map((line, k) => line.map((i, j) =>
           `${digits(10 ** across[j])} Mbit/s, load ${digits(10 ** upwards[k])}<br>` +
-          (i < 0 ? "every cut breaks a limit here" : escape(cutText(rows[i]))))),
+          (i < 0 ? NOTHING : escape(cutText(rows[i]))))),
       },
       {
         type: "scatter", mode: "markers", x: [Math.log10(settings.uplink_bit_s / 1e6)], y: [Math.log10(settings.load)],
@@ -251,12 +252,16 @@
       },
       yaxis: { title: { text: "server load (×)" }, ...ticks(LOAD, [0.1, 0.3, 1, 3, 10, 30, 100]) },
     }, CONFIG);
-    find("legend").replaceChildren(...used.map((i, k) => {
-      const [item, swatch, text] = ["li", "i", "span"].map((tag) => document.createElement(tag));
-      swatch.style.background = colors[k];
+    const entries = used.map((i, k) => {
       // Two cuts across parallel branches can bear the same name; they differ in what they send.
       const alone = used.every((other) => other === i || rows[other].place !== rows[i].place);
-      text.textContent = alone ? rows[i].place : cutText(rows[i]);
+      return [alone ? rows[i].place : cutText(rows[i]), colors[k]];
+    });
+    if (chosen.flat().includes(-1)) entries.push([NOTHING, "#fff"]);
+    find("legend").replaceChildren(...entries.map(([label, color]) => {
+      const [item, swatch, text] = ["li", "i", "span"].map((tag) => document.createElement(tag));
+      swatch.style.background = color;
+      text.textContent = label;
       item.append(swatch, text);
       return item;
     }));
@@ -278,13 +283,14 @@
       find("others").textContent = `The limits: ${data.constraints.join(", ")}.`;
       return;
     }
-    const value = cost(rows[best], weights), what = OBJECTIVES[objective.name]?.[1] ?? `${objective.name} =`;
+    const value = cost(rows[best], weights), what = OBJECTIVES[objective.name]?.[1] ?? "weighted sum";
     choice.textContent = `★ ${cutText(rows[best])}: ${what} ${quantity(value, objective.unit)}`;
     const ends = ["all on the device", "all on the server"].map((name, k) => {
       const end = Math.min(...frontiers[settings.codec]
         .filter((i) => (k ? rows[i].index === 0 : rows[i].on_device)).map((i) => cost(rows[i], weights)));
       if (end === Infinity) return `${name} is not allowed`;
-      const more = 0 < value && value < end ? ` (${Number((end / value).toPrecision(3))} times as much)` : "";
+      const times = value > 0 ? Number((end / value).toPrecision(3)) : 1;
+      const more = times > 1 ? ` (${times} times as much)` : "";
       return `${name} ${quantity(end, objective.unit)}${more}`;
     });
     find("others").textContent = `For comparison: ${ends.join(", ")}.`;
@@ -365,15 +371,12 @@
     if (objectives.selectedOptions[0].disabled) objectives.value = settings.objective = "latency";
     for (const refresh of shown) refresh();
     // A drag moves a slider more often than a screen shows it.
-    waiting ||= requestAnimationFrame(() => {
-      waiting = 0;
-      draw();
-    });
+    waiting ||= requestAnimationFrame(() => { waiting = 0; draw(); });
   }
 
   takeLink();
   const same = (names) => names.map((name) => [name, name]);
-  const objectives = addSelect("objective", "objective", "what the best cut takes least of",
+  const objectives = addSelect("objective", "objective", "the best cut is the one with the least of it",
     data.objectives.map(({ name }) => [name, OBJECTIVES[name]?.[0] ?? name]));
   addSelect("codec", "codec", "how the data that is sent is compressed", same(codecs));
   const links = same(data.links.map((link) => link.name));
