@@ -22,7 +22,7 @@ steps=("$@")
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=()
 
 run() { # run NAME SECONDS COMMAND…: one step, its output in NAME.txt
@@ -51,7 +51,8 @@ measure=("$python" -m benchmarks.device.measure --device "$device" --out "$out")
 [[ $device == cuda ]] || measure+=(--rounds 5)
 for step in "${steps[@]}"; do
   case $step in
-    kernels | clocks | overhead | layers) run "$step" 75 "${measure[@]}" --step "$step" ;;
+    kernels | clocks | overhead) run "$step" 75 "${measure[@]}" --step "$step" ;;
+    layers) run "$step" 240 "${measure[@]}" --step "$step" ;; # joules take long: a GPU's power is read every 100 ms
     tests)
       mapfile -t files < <(grep -rlE 'mark\.cuda' tests --include='test_*.py')
       run tests 120 "$python" -m pytest -p no:cacheprovider -m cuda -v "${files[@]}"

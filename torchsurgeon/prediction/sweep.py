@@ -395,7 +395,7 @@ def _embedding(draws: Draws) -> Candidate:
 
 
 def _taken(table: int, x: torch.Tensor) -> torch.Tensor:
-    return x.index_select(0, torch.arange(0, table, 2))
+    return x.index_select(0, torch.arange(0, table, 2, device=x.device))
 
 
 def _recurrent(draws: Draws) -> Candidate | None:
