@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -32,11 +34,12 @@ class Net(nn.Module):
 
 
 class Forgetful(nn.Module):
-    """Answers differently each time, by a state outside of PyTorch."""
+    """Answers differently each time, by a state outside of the model."""
+
+    calls: ClassVar[list[int]] = [0]
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = [0]
         self.layer = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +53,7 @@ def net() -> tuple[nn.Module, torch.Tensor]:
 
 def test_a_convolutional_model() -> None:
     found = doctor.examine(*net())
-    assert found.graph.traced_by == "fx"
+    assert found.graph.traced_by == "recorded"
     assert found.points_per_block == {"(top level)": 2, "blocks.0": 2, "blocks.1": 2}
     # The input is 3·16·16 floats; blocks.0 gives 8·8·8, blocks.1 8·4·4, the mean 8.
     assert [point.name for point in found.worthwhile] == ["blocks.0.conv", "blocks.1.conv", "mean"]
@@ -61,7 +64,9 @@ def test_a_convolutional_model() -> None:
 
 
 def test_an_answer_that_depends_on_state_is_told() -> None:
-    assert not doctor.examine(Forgetful().eval(), torch.rand(2, 4)).repeatable
+    found = doctor.examine(Forgetful().eval(), torch.rand(2, 4))
+    assert not found.repeatable
+    assert any("differ from run to run" in note for note in found.notes)
 
 
 def test_random_numbers_are_told() -> None:
@@ -78,7 +83,7 @@ def test_the_command_says_it_in_words(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["doctor", f"{__name__}:net"]) == 0
     out = capsys.readouterr().out
     for words in (
-        "torch.fx",
+        "recording its calls of PyTorch",
         "kept whole",
         "1 (free)×3×16 (free)×16 (free)",
         "the same bits in two runs",

@@ -59,7 +59,7 @@ def test_boxes_of_images_of_any_sizes_are_the_models_own(name: str) -> None:
 
 def test_what_stays_whole_is_said_with_the_reason() -> None:
     graph = ts.trace(make("fasterrcnn_mobilenet_v3_large_320_fpn"), images((60, 80)))
-    assert graph.traced_by == "fx"
+    assert graph.traced_by == "recorded"
     assert set(graph.opaque) == {"transform", "rpn", "roi_heads"}
     assert "values" in graph.opaque["rpn"]
     assert not [layer.name for layer in graph.layers if layer.name == "backbone"]

@@ -141,7 +141,7 @@ def test_flags_are_fixed_at_the_examples_values() -> None:
 
 def test_sizes_that_the_trace_built_in_are_refused_by_name() -> None:
     graph = ts.trace(made(vit), **pixels(1))
-    with pytest.raises(TypeError, match=r"another path.*'pixel_values' must be 32; got shape \[1, 3, 64, 64\]"):
+    with pytest.raises(TypeError, match=r"(another path|does not run).*\[1, 3, 64, 64\]"):
         graph.bind(pixel_values=torch.rand(1, 3, 64, 64))
 
 
@@ -159,13 +159,13 @@ class Branching(nn.Module):
 def test_a_call_that_takes_another_branch_than_the_example_is_answered_by_the_model_itself() -> None:
     model, other = made(Branching), torch.rand(1, 17, 8)
     with split(model, torch.rand(1, 8, 8)) as module:
-        assert module.graph.traced_by == "export"
+        assert module.graph.traced_by == "recorded"
         check_split(module, module.graph.points, ((torch.rand(2, 16, 8),), {}))
         for point in module.graph.points[:-1]:
             module.partition = point.index
             assert torch.equal(module(other), model(other).detach())
             assert module.last is not None
-            assert re.search(r"another path.*x\.size\(\)\[1\] <= 16", str(module.last.degraded))
+            assert re.search("another path.*dimension 1 of 'x' must be <= 16, and is 17", str(module.last.degraded))
             with pytest.raises(TypeError, match="another path"):
                 ts.cut(module.graph, point).head(other)
 
@@ -215,5 +215,5 @@ def test_an_exported_encoder_runs_the_kernels_that_it_runs_itself() -> None:
             return y, self.attend(y, y, y)[0]
 
     with split(made(Odd), torch.rand(1, 6, 16)) as module:
-        assert module.graph.traced_by == "export"
+        assert module.graph.traced_by == "recorded"
         check_split(module, module.graph.points, ((torch.rand(2, 9, 16),), {}))

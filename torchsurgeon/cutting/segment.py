@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from torchsurgeon.tracing.step import Constant, Environment, Step, number_to_tensor
+from torchsurgeon.tracing.step import Constant, Environment, Step, clone, number_to_tensor
 from torchsurgeon.tracing.structure import LeafPath, flatten
 
 
@@ -53,17 +53,6 @@ class Pick:
         if self.path:
             value = dict(flatten(value)[0])[self.path]
         return value if isinstance(value, torch.Tensor) else number_to_tensor(value)
-
-
-def clone(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy with the same strides, on which the last bits of some results depend.
-
-    PyTorch's own ``clone`` makes quantized tensors row-major.
-    """
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if tensor.is_quantized and last is not None and tensor.is_contiguous(memory_format=last):
-        return tensor.clone(memory_format=last)
-    return tensor.clone()
 
 
 class Watcher(Protocol):

@@ -200,9 +200,9 @@ def _facts(diagnosis: Diagnosis, flops: int) -> Table:
     """How a model was traced and what is peculiar to it, a fact a line."""
     graph = diagnosis.graph
     how = {
-        "fx": "torch.fx",
-        "export": "torch.export, since torch.fx cannot follow this model's Python; layers are ATen operators",
-        "hierarchical": "torch.fx; the modules that it cannot follow are kept whole",
+        "recorded": "recording its calls of PyTorch",
+        "export": "torch.export, since recording cannot follow this model's Python; layers are ATen operators",
+        "hierarchical": "recording its calls of PyTorch; the modules that cannot be followed are kept whole",
     }[graph.traced_by]
     weights = sum(p.numel() * p.element_size() for p in graph.model.parameters())
     facts = Table.grid(padding=(0, 2))

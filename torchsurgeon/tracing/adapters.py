@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from torchsurgeon.tracing.shape_rules import META, Outcome, register_shape_rule
 from torchsurgeon.tracing.structure import flatten
@@ -76,10 +76,10 @@ def opaque(function: Callable[..., Any], *args: Any) -> Any:
             tensors and returns an ``Outcome``.
         *args: its arguments.
     """
-    for _, leaf in flatten(list(args))[0]:
-        if isinstance(leaf, fx.Proxy):
-            return leaf.tracer.create_proxy("call_function", function, args, {})
-    return function(*args)
+    from torchsurgeon.tracing.recorder import recorder_here
+
+    recorder = recorder_here()
+    return function(*args) if recorder is None else recorder.call(function, args, {})
 
 
 # --- torch.nn's transformers, which torch.fx would keep as one layer; a cut should lie between the layers inside ---

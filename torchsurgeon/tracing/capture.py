@@ -1,13 +1,14 @@
-"""From a model to its steps, by the first way that works.
+"""From a model to its steps, by each way that works, one after the other.
 
-torch.fx is tried first, then torch.export, then torch.fx with the modules it cannot follow kept whole.
+A model is recorded first, then followed by torch.export, then recorded with the modules kept whole that cannot be
+followed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,8 +17,11 @@ from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture_export import Guard, capture_export
-from torchsurgeon.tracing.capture_fx import UnfollowedError, capture_fx
+from torchsurgeon.tracing.recorder import Recording, UnfollowedError, record
+from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes
 from torchsurgeon.tracing.step import Step
+
+_MOST_WHOLE = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,58 +30,116 @@ class Captured:
 
     Attributes:
         steps: the program, inputs first and output last.
-        traced_by: ``"fx"``, ``"export"`` or ``"hierarchical"`` (fx around modules that it cannot follow).
+        traced_by: ``"recorded"``, ``"export"`` or ``"hierarchical"`` (recorded, with modules kept whole that cannot be
+            followed).
         opaque: by path, each module that stays one layer, and why.
         guard: raises ``TypeError`` for input tensors whose sizes would take another path through the model's source;
             None where sizes decide nothing.
+        shapes: what the steps give for the example, where that is known already.
+        source: the model that gave it.
+        values_decide: whether shapes depend on values.
+        stored: the names of the model's own tensors whose elements its path depends on.
     """
 
     steps: list[Step]
     traced_by: str
     opaque: Mapping[str, str]
     guard: Guard | None = None
+    shapes: Shapes | None = None
+    source: MetaModel | None = None
+    values_decide: bool = False
+    stored: frozenset[str] = frozenset()
 
 
-def capture(
-    model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], leaf_modules: Collection[str | type[nn.Module]] = ()
-) -> Captured:
-    """Find the model's steps.
+class Ways:
+    """The ways to capture a model, in the order in which they are tried.
 
     Args:
         model: the model, in eval mode.
         call: how it is called.
         tensors: the example's tensors, in the order of ``call.names``.
-        leaf_modules: modules to keep whole, by path or class. Only torch.fx can do that, so with any of these
-            torch.export is not tried.
-
-    Raises:
-        TraceError: none of the ways can follow the model; the message names the line and what to try.
+        leaf_modules: modules to keep whole, by path or class. torch.export cannot do that, so with any of these it is
+            not tried.
     """
-    adapter = adapter_for(model)
-    if adapter is None or not _applies(adapter, call, tensors):
-        adapter = Adapter(type(model).forward)
-    opaque = {**adapter.whole, **_chosen(model, leaf_modules)}
-    try:
-        steps, whole = capture_fx(model, call, opaque, adapter.forward)
-        return Captured(steps, "fx", whole)
-    except UnfollowedError as error:
-        unfollowed = error
-    reason = ""
-    if not leaf_modules:
+
+    def __init__(
+        self,
+        model: nn.Module,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        leaf_modules: Collection[str | type[nn.Module]] = (),
+    ) -> None:
+        self._model, self._call, self._tensors = model, call, tensors
+        adapter = adapter_for(model) if "forward" not in model.__dict__ else None
+        self._adapter = adapter if adapter is not None and _applies(adapter, call, tensors) else None
+        self._whole = {**(self._adapter.whole if self._adapter else {}), **_chosen(model, leaf_modules)}
+        self._export = not leaf_modules
+        self._unfollowed: UnfollowedError | None = None
+        self.reasons: list[str] = []
+
+    def __iter__(self) -> Iterator[Captured]:
+        recorded = self._attempt("recorded")
+        if recorded is not None:
+            yield recorded
+        if self._export:
+            try:
+                steps, guard = capture_export(self._model, self._call, self._tensors)
+            except TraceError as error:
+                self.reasons.append(str(error))
+            else:
+                yield Captured(steps, "export", {}, guard)
+        # Each round keeps one more module whole: the innermost one that could not be followed.
+        for _ in range(_MOST_WHOLE):
+            if self._unfollowed is None or not self._keep_whole(self._unfollowed.module_path, self._unfollowed.line):
+                return
+            recorded = self._attempt("hierarchical")
+            if recorded is not None:
+                yield recorded
+
+    def failed(self, module_path: str, reason: str) -> None:
+        """Tell that what was captured last gives another answer than the model.
+
+        Args:
+            module_path: the module in which it first differs.
+            reason: what differs.
+        """
+        self.reasons.append(reason)
+        self._unfollowed = UnfollowedError(reason, module_path, reason)
+
+    def _keep_whole(self, path: str, why: str) -> bool:
+        if not path or path in self._whole or path not in dict(self._model.named_modules()):
+            return False
+        self._whole[path] = why
+        return True
+
+    def _attempt(self, traced_by: str) -> Captured | None:
         try:
-            steps, guard = capture_export(model, call, tensors)
-            return Captured(steps, "export", {}, guard)
-        except TraceError as error:
-            reason = str(error)
-    # Each round keeps one more module whole: the innermost one that torch.fx failed in.
-    while unfollowed.module_path and unfollowed.module_path not in opaque:
-        opaque[unfollowed.module_path] = unfollowed.line
-        try:
-            steps, whole = capture_fx(model, call, opaque, adapter.forward)
-            return Captured(steps, "hierarchical", whole)
+            found = record(self._model, self._call, self._tensors, self._whole, self._adapter)
         except UnfollowedError as error:
-            unfollowed = error
-    raise TraceError(f"{unfollowed}\n{reason}".rstrip()) from unfollowed
+            self._unfollowed = error
+            self.reasons[:0] = [str(error)]
+            return None
+        self._unfollowed = None
+        return _captured(found, traced_by, self._model)
+
+
+def _captured(found: Recording, traced_by: str, model: nn.Module) -> Captured:
+    guards = found.guards
+    meta = MetaModel(model)
+
+    def guard(tensors: Sequence[torch.Tensor]) -> None:
+        guards.check(meta, tensors)
+
+    return Captured(
+        found.steps,
+        traced_by,
+        found.whole,
+        guard if guards else None,
+        found.shapes,
+        found.source,
+        isinstance(found.source, RealModel) and not found.only_settings,
+        frozenset(guards.stored),
+    )
 
 
 def _applies(adapter: Adapter, call: Call, tensors: Sequence[torch.Tensor]) -> bool:

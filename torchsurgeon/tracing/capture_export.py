@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.call import Call, Output, path_name
-from torchsurgeon.tracing.capture_fx import TRACING
+from torchsurgeon.tracing.recorder import TRACING
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, plain, unique
 from torchsurgeon.tracing.structure import LeafPath, flatten
 

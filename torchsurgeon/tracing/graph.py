@@ -38,7 +38,11 @@ class LayerGraph:
         values: every tensor that may cross a boundary, by name.
         batch: the example's batch size; 1 where the batch is not free.
         batch_free: whether the model takes other batch sizes. Where it does not, the example counts as one sample.
-        traced_by: ``"fx"``, ``"export"``, or ``"hierarchical"`` (fx around modules that it cannot follow).
+        traced_by: ``"recorded"``, ``"export"``, or ``"hierarchical"`` (recorded, with modules kept whole that cannot be
+            followed).
+        verified: for which inputs the model and the traced steps were seen to give the same bits; empty where they were
+            not compared.
+        decided_by: the names of the model's own tensors whose elements decided which path was traced.
         opaque: by path, each module kept whole as one layer, and why.
         value_dependent: whether shapes depend on values, so that the example was run for real.
         fingerprint: hex digest of the layers' names, types, configurations, shapes and order, not of the weights.
@@ -48,6 +52,8 @@ class LayerGraph:
         self.model = model
         self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
         self.value_dependent = specs.value_dependent
+        self.verified: tuple[str, ...] = ()
+        self.decided_by = captured.stored
         steps = captured.steps
         self.batch, self.batch_free = specs.batch, specs.batch_free
         self.shapes = specs.shapes

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.shape_rules import META, Outcome, rule_for
-from torchsurgeon.tracing.step import Constant, Environment, ModelDevice, Step, map_refs, returning_first
+from torchsurgeon.tracing.step import Constant, Environment, ModelDevice, Step, clone, map_refs, returning_first
 from torchsurgeon.tracing.structure import flatten
 
 
@@ -82,7 +83,11 @@ class MetaModel:
         if id(module) not in self._modules:
             twin = type(module).__new__(type(module))
             self._modules[id(module)] = twin
-            twin.__dict__ = dict(module.__dict__)
+            # A twin has dicts and lists of its own, so that what it puts into them does not reach the module.
+            twin.__dict__ = {
+                key: value.copy() if type(value) in (dict, list, set) else value
+                for key, value in module.__dict__.items()
+            }
             for table in ("_parameters", "_buffers"):
                 twin.__dict__[table] = {key: self.tensor(value) for key, value in module.__dict__[table].items()}
             twin.__dict__["_modules"] = {
@@ -160,13 +165,76 @@ class _CountFlops(TorchDispatchMode):
         return out
 
 
-def propagate(
-    steps: Sequence[Step], inputs: Iterable[torch.Tensor], source: MetaModel, *, count_flops: bool = True
-) -> Shapes:
-    """Return what every step gives.
+class Propagation:
+    """Runs steps one by one, and notes what each gives, overwrites and costs.
 
     A step that overwrites its first argument and returns None (``x[0] = y``) is changed to return that argument, so
     that later readers have a value to read.
+
+    Attributes:
+        source: the model with meta tensors, or a ``RealModel`` to compute the values.
+        shapes: what was found so far.
+
+    Args:
+        source: that model.
+        count_flops: whether to count the flops of steps without a shape rule, which takes time.
+    """
+
+    def __init__(self, source: MetaModel, *, count_flops: bool = True) -> None:
+        self.source, self._count_flops = source, count_flops
+        self.shapes = Shapes([], [], [], [])
+
+    def _note(self, value: Any, overwrites: frozenset[int] = frozenset(), flops: int = 0, uncounted: Any = ()) -> Any:
+        self.shapes.values.append(value)
+        self.shapes.overwrites.append(overwrites)
+        self.shapes.flops.append(flops)
+        self.shapes.uncounted.append(frozenset(uncounted))
+        return value
+
+    def input(self, step: Step, tensor: torch.Tensor) -> torch.Tensor:
+        """Take an input tensor, which is neither changed nor kept, and return what stands for it."""
+        real = isinstance(self.source, RealModel)
+        return self._note(clone(tensor.detach()) if real else tensor.detach().to(META))  # type: ignore[no-any-return]
+
+    def attribute(self, step: Step) -> Any:
+        """Return what stands for the attribute of the model that a step reads."""
+        return self._note(self.source.attribute(step.target))
+
+    def output(self, step: Step) -> None:
+        """Note the last step, which computes nothing."""
+        self._note(None)
+
+    def call(self, step: Step) -> Any:
+        """Run a step and return its value.
+
+        Raises:
+            TraceError: the step changes the model's own parameters or buffers, or a real run fails.
+            Exception: whatever the model raises on meta tensors.
+        """
+        values = self.shapes.values
+        args, kwargs = map_refs(lambda ref: values[ref.step], (step.args, step.kwargs))
+        outcome = _known(step, self.source, args, kwargs)
+        if outcome is not None:
+            overwritten = frozenset([storage_of(args[0])] if outcome.overwritten else [])
+            return self._note(outcome.value, overwritten, outcome.flops, outcome.uncounted)
+        # PyTorch raises a tensor's version, and that of its views, with every write to its memory.
+        before = [(t, t._version) for t in tensors_in([args, kwargs]) if not t.is_inference()]
+        with _CountFlops() if self._count_flops else nullcontext() as counter:
+            value = _run(step, self.source, args, kwargs)
+        overwrites = frozenset(storage_of(t) for t, version in before if t._version != version)
+        if overwrites and value is None and args and isinstance(args[0], torch.Tensor):
+            step.target, value = returning_first(step.target, step.is_method), args[0]
+        if counter is None:
+            return self._note(value, overwrites)
+        if counter.random:
+            self.shapes.random.append(step.index)
+        return self._note(value, overwrites, counter.flops, counter.uncounted)
+
+
+def propagate(
+    steps: Sequence[Step], inputs: Iterable[torch.Tensor], source: MetaModel, *, count_flops: bool = True
+) -> Shapes:
+    """Return what every step gives; see ``Propagation``.
 
     Args:
         steps: the traced program.
@@ -178,45 +246,19 @@ def propagate(
         TraceError: a step changes the model's own parameters or buffers, or a real run fails.
         Exception: whatever the model raises on meta tensors.
     """
-    real = isinstance(source, RealModel)
     given = iter(inputs)
-    result = Shapes([None] * len(steps), [], [], [])
-    values = result.values
+    run = Propagation(source, count_flops=count_flops)
     with torch.inference_mode(False), torch.no_grad():
         for step in steps:
-            overwrites: frozenset[int] = frozenset()
-            flops, uncounted = 0, frozenset[str]()
             if step.kind == "input":
-                tensor = next(given)
-                values[step.index] = tensor.detach().clone() if real else tensor.detach().to(META)
+                run.input(step, next(given))
             elif step.kind == "attr":
-                values[step.index] = source.attribute(step.target)
+                run.attribute(step)
             elif step.kind == "output":
-                values[step.index] = None
+                run.output(step)
             else:
-                args, kwargs = map_refs(lambda ref: values[ref.step], (step.args, step.kwargs))
-                outcome = _known(step, source, args, kwargs)
-                if outcome is not None:
-                    values[step.index], flops, uncounted = outcome.value, outcome.flops, frozenset(outcome.uncounted)
-                    if outcome.overwritten:
-                        overwrites = frozenset([storage_of(args[0])])
-                else:
-                    # PyTorch raises a tensor's version, and that of its views, with every write to its memory.
-                    before = [(t, t._version) for t in tensors_in([args, kwargs]) if not t.is_inference()]
-                    with _CountFlops() if count_flops else nullcontext() as counter:
-                        values[step.index] = _run(step, source, args, kwargs)
-                    if counter is not None:
-                        flops, uncounted = counter.flops, frozenset(counter.uncounted)
-                        if counter.random:
-                            result.random.append(step.index)
-                    overwrites = frozenset(storage_of(t) for t, version in before if t._version != version)
-                    if overwrites and values[step.index] is None and args and isinstance(args[0], torch.Tensor):
-                        step.target = returning_first(step.target, step.is_method)
-                        values[step.index] = args[0]
-            result.overwrites.append(overwrites)
-            result.flops.append(flops)
-            result.uncounted.append(uncounted)
-    return result
+                run.call(step)
+    return run.shapes
 
 
 def with_selections(steps: Sequence[Step], shapes: Shapes) -> Shapes:
@@ -271,14 +313,34 @@ def _known(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Outcome | N
     return None if rule is None else rule(step.target, *args, **kwargs)
 
 
+def _on_meta(step: Step, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return a call's arguments with the meta device in the place of any other."""
+    to_device = step.target in ("to", "new_tensor", "new_zeros", "new_ones", "new_empty", "new_full")
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.device) or (to_device and isinstance(value, str) and step.target == "to"):
+            return META
+        return value
+
+    args, kwargs = tuple(map(moved, args)), {key: moved(value) for key, value in kwargs.items()}
+    if step.target in _device_constructors() or "device" in kwargs:
+        kwargs["device"] = META
+    return args, kwargs
+
+
 def _run(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Any:
     """Run a step by PyTorch's kernels, and see to it that it leaves the model's own tensors as they are."""
+    if not isinstance(source, RealModel) and not step.is_module:
+        if step.target in ("cpu", "cuda") and isinstance(args[0], torch.Tensor):
+            return args[0]
+        args, kwargs = _on_meta(step, args, kwargs)
     if step.is_method:
-        return getattr(args[0], step.target)(*args[1:], **kwargs)
+        return step.under_settings(getattr(args[0], step.target))(*args[1:], **kwargs)
     call = source.module(step.target) if step.is_module else step.target
+    run = step.under_settings(call.forward if step.bare else call)
     held = _held(call) if step.is_module else {}
     try:
-        value = call(*args, **kwargs)
+        value = run(*args, **kwargs)
     except Exception as error:
         if not isinstance(source, RealModel):
             raise

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from torchsurgeon.tracing.ambient import Ambient
 from torchsurgeon.tracing.structure import LEAF, LeafPath, Structure
 
 # The values of all steps of a program while it runs, by step index.
@@ -72,6 +74,8 @@ class Step:
             reads.
         reads: what ``uses()`` finds, kept once the program is settled.
         structure: how its value is nested.
+        ambient: the settings of PyTorch that it runs under; None for those that the model is called under.
+        bare: whether only the ``forward`` of the module is called, because its hooks are steps of their own.
     """
 
     index: int
@@ -84,6 +88,8 @@ class Step:
     after: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
     structure: Structure = LEAF
+    ambient: Ambient | None = None
+    bare: bool = False
 
     @property
     def is_module(self) -> bool:
@@ -123,7 +129,17 @@ class Step:
 
     def compiled(self) -> Callable[[Environment], Any]:
         """Return a function from the environment to this step's value."""
-        return compile_call(self.target, self.is_method, self.args, self.kwargs)
+        target = self.target.forward if self.bare else self.target
+        call = compile_call(target, self.is_method, self.args, self.kwargs)
+        return call if self.ambient is None else self.ambient.around(call)
+
+    def attribute_of(self, model: nn.Module) -> Any:
+        """Return the attribute of the model, or the constant, that this step reads."""
+        return self.target.tensor if isinstance(self.target, Constant) else operator.attrgetter(self.target)(model)
+
+    def under_settings(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that makes a call under the settings that this step runs under."""
+        return call if self.ambient is None else self.ambient.around(call)
 
 
 def function_name(target: Any) -> str:
@@ -265,6 +281,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return value
+
+
+def clone(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy with the same strides, on which the last bits of some results depend.
+
+    PyTorch's own ``clone`` makes quantized tensors row-major.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if tensor.is_quantized and last is not None and tensor.is_contiguous(memory_format=last):
+        return tensor.clone(memory_format=last)
+    return tensor.clone()
 
 
 def unique(name: str, taken: Collection[str]) -> str:

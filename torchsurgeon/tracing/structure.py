@@ -106,7 +106,7 @@ def _holds_tensor(value: Any, depth: int = 4) -> bool:
     """
     if isinstance(value, (torch.Tensor, fx.Proxy)):
         return True
-    if depth == 0 or isinstance(value, (type, nn.Module, ModuleType, FunctionType)):
+    if depth == 0 or isinstance(value, (type, nn.Module, ModuleType, FunctionType, int, float, str)):
         return False
     if isinstance(value, Mapping):
         return any(_holds_tensor(item, depth) for item in value.values())

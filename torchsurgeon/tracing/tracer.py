@@ -1,13 +1,13 @@
 """Turn a model and an example of its input into a ``LayerGraph``.
 
-``trace()`` follows the model with torch.fx or torch.export, then runs the steps on meta tensors to learn shapes and
-which tensors share memory. No layer is computed unless shapes depend on values.
+``trace()`` records the model or follows it by torch.export, learns shapes and which tensors share memory from meta
+tensors, and then runs model and steps to see that they give the same answer.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,70 +15,104 @@ from torch import nn
 
 from torchsurgeon.errors import TraceError, UnrepeatableWarning
 from torchsurgeon.tracing.call import Call, settle_output
-from torchsurgeon.tracing.capture import Captured, capture
-from torchsurgeon.tracing.capture_fx import left_as_it_was
+from torchsurgeon.tracing.capture import Captured, Ways
 from torchsurgeon.tracing.flow import DataFlow
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in, with_selections
 from torchsurgeon.tracing.specs import Specs
+from torchsurgeon.tracing.state import left_as_it_was
 from torchsurgeon.tracing.step import Step
+from torchsurgeon.tracing.verify import Mismatch, Unrepeatable
+from torchsurgeon.tracing.verify import verify as verify_steps
 
 
 def trace(
     model: nn.Module,
     *example_args: Any,
     leaf_modules: Collection[str | type[nn.Module]] = (),
+    verify: bool = True,
     **example_kwargs: Any,
 ) -> LayerGraph:
     """Trace ``model``, called with the example, into a ``LayerGraph``.
 
-    The model is followed by torch.fx. Where that fails it is followed by torch.export, and where that fails too, by
-    torch.fx with the modules it cannot follow kept whole. A model that ``torch.compile`` wrapped is traced unwrapped.
+    The model is called, and its calls of PyTorch are recorded. Where that fails it is followed by torch.export, and
+    where that fails too, it is recorded with the modules that cannot be followed kept whole. A model that
+    ``torch.compile`` wrapped is traced unwrapped.
 
-    Of the example's tensors only shapes and dtypes matter, and no layer is computed, unless shapes depend on values.
+    Then the model and what was traced both run, on the example, on other values, and on one more sample where the
+    batch is free. If their bits differ, the next way is tried; ``LayerGraph.verified`` says what was compared.
+
     Dimension 0 of the input tensors is the batch if it has the same size in all of them.
 
     Args:
-        model: the model, in eval mode.
+        model: the model, in eval mode. It is left as it was.
         *example_args: the positional arguments that the model is called with.
         leaf_modules: modules to keep whole, as one layer each, by path or class.
+        verify: whether to run the model and compare. Without it nothing is computed, unless shapes depend on values;
+            so a model can be traced where it cannot run.
         **example_kwargs: the keyword arguments that the model is called with.
 
     Raises:
         TraceError: the model is in training mode, cannot be followed (the message names the line and what to try),
-            changes its own parameters or buffers while it runs, or has dropout left on.
+            changes its own parameters or buffers while it runs, keeps state between calls, has dropout left on, or
+            answers otherwise than what was traced (the message names the first layer that differs).
 
     Warns:
-        UnrepeatableWarning: the model draws random numbers.
+        UnrepeatableWarning: the model draws random numbers, or its answers differ from run to run.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes an nn.Module; got {type(model).__name__}; call trace(model, example)")
     model = model._modules.get("_orig_mod") or model
     _refuse_training(model)
     with left_as_it_was(model):
-        return _traced(model, Call(model, example_args, example_kwargs), example_args, example_kwargs, leaf_modules)
+        call = Call(model, example_args, example_kwargs)
+        tensors = call.tensors(example_args, example_kwargs)
+        return _traced(model, call, tensors, leaf_modules, verify)
 
 
 def _traced(
     model: nn.Module,
     call: Call,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    tensors: list[torch.Tensor],
     leaf_modules: Collection[str | type[nn.Module]],
+    verifying: bool,
 ) -> LayerGraph:
-    tensors = call.tensors(args, kwargs)
-    captured = capture(model, call, tensors, leaf_modules)
+    ways = Ways(model, call, tensors, leaf_modules)
+    for captured in ways:
+        graph = _graph(model, call, tensors, captured)
+        if not verifying:
+            return graph
+        try:
+            graph.verified = verify_steps(model, call, graph.steps, tensors, graph.batch_free)
+        except Unrepeatable:
+            if not graph.shapes.random:
+                warnings.warn(
+                    f"the answers of {type(model).__name__} to one input differ from run to run, and so do those of "
+                    "the split model",
+                    UnrepeatableWarning,
+                    stacklevel=3,
+                )
+        except Mismatch as mismatch:
+            ways.failed(mismatch.module_path, f"{captured.traced_by}: {mismatch}")
+            continue
+        return graph
+    raise TraceError("\n".join(dict.fromkeys(ways.reasons)))
+
+
+def _graph(model: nn.Module, call: Call, tensors: list[torch.Tensor], captured: Captured) -> LayerGraph:
     steps = captured.steps
-    try:
-        source: MetaModel = MetaModel(model)
-        shapes = propagate(steps, tensors, source)
-    except TraceError:
-        raise
-    except Exception:
-        # A step needs the values of tensors, not only their shapes, or fails. Running the example for real gives the
-        # shapes, or the error that the user would see.
-        source = RealModel(model)
-        shapes = propagate(steps, tensors, source)
+    shapes, source, values_decide = captured.shapes, captured.source, captured.values_decide
+    if shapes is None or source is None:
+        try:
+            source = MetaModel(model)
+            shapes = propagate(steps, tensors, source)
+        except TraceError:
+            raise
+        except Exception:
+            # A step needs the values of tensors, not only their shapes, or fails. Running the example for real gives
+            # the shapes, or the error that the user would see.
+            source, values_decide = RealModel(model), True
+            shapes = propagate(steps, tensors, source)
     if settle_output(steps, shapes.values, tensors[0].device):
         shapes = with_selections(steps, shapes)
     # A second pass with one more sample shows which dimensions follow the batch, and by how much.
@@ -94,7 +128,7 @@ def _traced(
             f"{type(model).__name__} computes nothing from its input, so there is no layer to cut after; trace a model "
             "that calls a layer or function on its input"
         )
-    specs = Specs(shapes, more, (next(iter(sizes)) if more is not None else 1) or 1, isinstance(source, RealModel))
+    specs = Specs(shapes, more, (next(iter(sizes)) if more is not None else 1) or 1, values_decide)
     return LayerGraph(model, call, captured, flow, specs)
 
 
@@ -141,7 +175,7 @@ def _refuse_randomness(drawing: list[Step]) -> None:
             f"{names} draw random numbers: the model's answers differ from run to run, and so do those of the split "
             "model",
             UnrepeatableWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

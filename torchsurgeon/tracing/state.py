@@ -1,0 +1,103 @@
+"""What a model keeps in its modules besides weights, and putting it back as it was.
+
+A model may assign attributes in ``forward``, and fill dicts and lists. Following such a model must leave no trace in
+it. And a model that reads in one call what an earlier call left behind gives answers that no cut can give.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_CONTAINERS = (dict, list, set)
+_ATOMS = (
+    *(int, float, complex, str, bytes, type(None), type, torch.Tensor, torch.dtype, torch.device),
+    *(nn.Module, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+)
+_DEPTH = 6
+
+
+class State:
+    """The attributes of a model's modules, and what is in their dicts, lists, sets and objects, at one moment.
+
+    Everything is compared by identity: a tensor's elements are not looked at.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: dict[int, tuple[Any, Any, str]] = {}
+        for path, module in model.named_modules():
+            self._keep(module.__dict__, path)
+            for key, value in module.__dict__.items():
+                if isinstance(value, _CONTAINERS) or not isinstance(value, _ATOMS):
+                    self._look(value, f"{path}.{key}".lstrip("."), _DEPTH)
+
+    def _keep(self, container: Any, path: str) -> None:
+        self._held[id(container)] = (container, container.copy(), path)
+
+    def _look(self, value: Any, path: str, depth: int) -> None:
+        if depth == 0 or isinstance(value, _ATOMS) or id(value) in self._held:
+            return
+        kind = type(value)
+        if isinstance(value, (tuple, frozenset)):
+            inner = list(value)
+        elif isinstance(value, _CONTAINERS) and (kind.__module__ in ("builtins", "collections") or kind in _CONTAINERS):
+            self._keep(value, path)
+            inner = list(value.values() if isinstance(value, dict) else value)
+        else:
+            attributes = getattr(value, "__dict__", None)
+            if type(attributes) is not dict or id(attributes) in self._held:
+                return
+            self._keep(attributes, path)
+            inner = list(attributes.values())
+        # Long lists are data, not modules' memories; looking through them would take as long as running the model.
+        if len(inner) <= 1000:
+            for one in inner:
+                self._look(one, path, depth - 1)
+
+    def changed(self) -> list[str]:
+        """Return the names of the attributes that are no longer what they were, or hold something else."""
+        return sorted(
+            {name for container, before, path in self._held.values() for name in _changes(container, before, path)}
+        )
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for container, before, path in self._held.values():
+            if _changes(container, before, path):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def _changes(container: Any, before: Any, path: str) -> list[str]:
+    if isinstance(container, dict):
+        if _same_objects(container, before) and _same_objects(container.values(), before.values()):
+            return []
+        keys = dict.fromkeys([*before, *container])
+        missing = object()
+        changed = [key for key in keys if container.get(key, missing) is not before.get(key, missing)]
+        return [f"{path}.{key}".lstrip(".") for key in changed] or [path]
+    if isinstance(container, list):
+        return [] if _same_objects(container, before) else [path]
+    return [] if container == before else [path]
+
+
+def _same_objects(some: Collection[Any], others: Collection[Any]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[State]:
+    """Undo, at the end of the block, what ``forward`` changes in the model's modules."""
+    state = State(model)
+    try:
+        yield state
+    finally:
+        state.restore()

@@ -1,0 +1,273 @@
+"""Whether a trace gives the model's own answer: both are run, and their bits are compared.
+
+Following a model rests on what the model's source does while it is followed. What it does in a real call is only known
+from a real call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchsurgeon.errors import TraceError, short
+from torchsurgeon.tracing.call import Call
+from torchsurgeon.tracing.recorder import keeps_state
+from torchsurgeon.tracing.state import State, left_as_it_was
+from torchsurgeon.tracing.step import Environment, Step, clone
+from torchsurgeon.tracing.structure import flatten
+
+EXAMPLE, OTHER_VALUES, ONE_MORE_SAMPLE = "the example", "other values", "one more sample"
+
+
+class Mismatch(Exception):
+    """A trace gives another answer than the model.
+
+    Attributes:
+        sample: for which input: ``EXAMPLE``, ``OTHER_VALUES`` or ``ONE_MORE_SAMPLE``.
+        layer: the first layer whose result differs.
+        module_path: the module that calls it.
+    """
+
+    def __init__(self, sample: str, layer: str, module_path: str) -> None:
+        super().__init__(
+            f"on {sample} the traced steps give another answer than the model; the first layer that differs is "
+            f"{layer!r}"
+        )
+        self.sample, self.layer, self.module_path = sample, layer, module_path
+
+
+class Unrepeatable(Exception):
+    """The model's own answers differ from run to run, so that there is nothing to compare with."""
+
+
+Run = Callable[[Sequence[torch.Tensor]], Any]
+
+
+def verify(
+    model: nn.Module, call: Call, steps: Sequence[Step], tensors: Sequence[torch.Tensor], batch_free: bool
+) -> tuple[str, ...]:
+    """Run a model and the steps that were traced from it, and compare their answers bit for bit.
+
+    Args:
+        model: the model, which is left as it was.
+        call: how it is called.
+        steps: its steps, settled.
+        tensors: the example's tensors, in the order of ``call.names``.
+        batch_free: whether the steps are said to hold for other batch sizes.
+
+    Returns:
+        For which inputs the answers are the same. Inputs that the model itself does not take are left out.
+
+    Raises:
+        Mismatch: the answers differ.
+        Unrepeatable: the model's own answers to one input differ.
+        TraceError: the model fails on the example, or keeps state between calls.
+    """
+    found = []
+    for name, given in _samples(tensors, batch_free):
+        try:
+            expected, changed, again = _answers(model, call, given)
+        except Exception as error:
+            if name is not EXAMPLE:
+                continue
+            raise TraceError(
+                f"{type(model).__name__} itself fails on the example: {short(error)}; give an example that the model "
+                "takes, or trace with verify=False where the model cannot be run here"
+            ) from error
+        if again is not None and not same_answer(expected, again):
+            if changed:
+                raise TraceError(keeps_state(model, changed))
+            raise Unrepeatable
+        with left_as_it_was(model):
+            try:
+                got = _seeded(lambda given=given: _run_steps(steps, given, model))  # type: ignore[misc]
+            except Exception as error:
+                raise Mismatch(name, *_first_failing(error, steps)) from error
+        if not same_answer(expected, got):
+            _, _, again = _answers(model, call, given, twice=True)
+            if not same_answer(expected, again):
+                raise Unrepeatable
+            raise Mismatch(name, *_first_difference(model, call, steps, given))
+        found.append(name)
+    return tuple(found)
+
+
+def _samples(tensors: Sequence[torch.Tensor], batch_free: bool) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    yield EXAMPLE, list(tensors)
+    others = [_other_values(t) for t in tensors]
+    yield OTHER_VALUES, others
+    if batch_free:
+        yield ONE_MORE_SAMPLE, [torch.cat([other[:1], t]) for other, t in zip(others, tensors, strict=True)]
+
+
+def _other_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with other elements that a model is likely to take: the same ones in another order, and noise."""
+    if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_nested:
+        return tensor
+    mixed = tensor.flip(tuple(range(tensor.dim()))) if tensor.dim() else tensor.clone()
+    if (
+        not tensor.dtype.is_floating_point
+        or tensor.dtype.itemsize == 1
+        or not tensor.numel()
+        or not bool(mixed.isfinite().all())
+    ):
+        return mixed
+    noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.device)
+    scale = float((mixed.max() - mixed.min()).double()) or 1.0
+    return ((mixed.double() * 0.75 + noise.double() * scale * 0.5) - 0.125 * scale).to(tensor.dtype)
+
+
+def _seeded(run: Callable[[], Any]) -> Any:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(0)
+        return run()
+
+
+def _answers(
+    model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], twice: bool = False
+) -> tuple[Any, list[str], Any]:
+    """Return the model's answer, what it left in its modules, and its answer when it is called again after that.
+
+    The second is only asked for where the first call left something.
+    """
+
+    def run() -> Any:
+        args, kwargs = call.rebuild(dict(zip(call.paths, map(clone, tensors), strict=True)))
+        return model(*args, **kwargs)
+
+    state = State(model)
+    try:
+        answer = _kept(_seeded(run))
+        changed = state.changed()
+        if twice:
+            state.restore()
+        return answer, changed, _seeded(run) if changed or twice else None
+    finally:
+        state.restore()
+
+
+def _kept(answer: Any) -> Any:
+    """Return an answer whose tensors the next run does not overwrite."""
+    leaves, structure = flatten(answer)
+    return structure.rebuild(
+        {
+            path: clone(leaf) if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided else leaf
+            for path, leaf in leaves
+        }
+    )
+
+
+def _run_steps(
+    steps: Sequence[Step],
+    tensors: Sequence[torch.Tensor],
+    model: nn.Module,
+    seen: Callable[[Step, Any], None] | None = None,
+) -> Any:
+    environment: Environment = [None] * len(steps)
+    given = iter(tensors)
+    for step in steps:
+        if step.kind == "input":
+            environment[step.index] = clone(next(given))
+        elif step.kind == "attr":
+            environment[step.index] = step.attribute_of(model)
+        else:
+            try:
+                environment[step.index] = step.compiled()(environment)
+            except Exception as error:
+                error.__dict__["failed_step"] = step
+                raise
+        if seen is not None:
+            seen(step, environment[step.index])
+    return environment[-1]
+
+
+def same_answer(one: Any, other: Any) -> bool:
+    """Return whether two answers of a model are equal: their structure, and the bits of their tensors."""
+    (leaves, structure), (others, structure_of_other) = flatten(one), flatten(other)
+    return structure == structure_of_other and all(
+        path == path_of_other and _same_leaf(a, b) for (path, a), (path_of_other, b) in zip(leaves, others, strict=True)
+    )
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return same_bits(one, other)
+    try:
+        return (
+            one is other
+            or type(one) is not type(other)
+            or bool(one == other)
+            or one != one
+            or type(one).__eq__ is object.__eq__
+        )
+    except Exception:
+        return True
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors have the same type, shape and elements; a NaN equals a NaN."""
+    if (one.dtype, one.shape, one.layout, one.device) != (other.dtype, other.shape, other.layout, other.device):
+        return False
+    if one.layout is not torch.strided or one.is_nested:
+        return one.is_nested or torch.equal(one.to_dense(), other.to_dense())
+    if one.is_quantized:
+        return torch.equal(one, other)
+    one, other = one.detach().resolve_conj().resolve_neg(), other.detach().resolve_conj().resolve_neg()
+    if not one.dtype.is_floating_point and not one.dtype.is_complex:
+        return torch.equal(one, other)
+    # As bytes, for dtypes that PyTorch cannot compare; NaNs may differ in bits that nobody sees.
+    if torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8)):
+        return True
+    return one.dtype.itemsize > 1 and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _first_failing(error: Exception, steps: Sequence[Step]) -> tuple[str, str]:
+    step: Step = error.__dict__.get("failed_step", steps[-1])
+    return step.name, step.module_path
+
+
+def _first_difference(
+    model: nn.Module, call: Call, steps: Sequence[Step], tensors: Sequence[torch.Tensor]
+) -> tuple[str, str]:
+    """Return the first layer whose result differs from the model's, as far as modules show it, and its module."""
+    paths = {id(step.target): step.name for step in steps if step.is_module}
+    results: dict[str, list[Any]] = {}
+
+    def hook(module: nn.Module, args: Any, result: Any) -> None:
+        results.setdefault(paths[id(module)], []).append(_kept(result))
+
+    order: list[tuple[Step, Any]] = []
+    hooks = [module.register_forward_hook(hook) for module in model.modules() if id(module) in paths]
+    try:
+        _answers(model, call, tensors)
+    finally:
+        for one in hooks:
+            one.remove()
+    with left_as_it_was(model):
+        _seeded(
+            lambda: _run_steps(
+                steps,
+                tensors,
+                model,
+                lambda step, value: order.append((step, _kept(value) if step.kind == "call" else None)),
+            )
+        )
+    suspect: Step | None = None
+    for step, value in order:
+        if step.kind != "call":
+            continue
+        if not step.is_module:
+            suspect = suspect or step
+            continue
+        real = results.get(step.name.rpartition("_")[0], results.get(step.name, []))
+        real = results.get(step.module_path, real)
+        if real and not same_answer(value, real.pop(0)):
+            found = suspect or step
+            return found.name, found.module_path
+        suspect = None
+    found = suspect or steps[-1]
+    return found.name, found.module_path
