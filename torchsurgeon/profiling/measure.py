@@ -1,8 +1,9 @@
 """Measure how long every layer of a model takes on this machine.
 
-The traced steps run in one straight line, and a clock is read between them, which costs well under a microsecond a
-layer. Each pass times all layers of one run, so it also gives the time until each partition point is reached. That
-cannot be computed from the layers' medians: a sum of medians is not the median of the sum.
+The traced steps run in one straight line, and a clock is read between them. That costs well under a microsecond a layer
+on a CPU, and some microseconds on a GPU (benchmarks/results/device/overhead.json). Each pass times all layers of one
+run, so it also gives the time until each partition point is reached. That cannot be computed from the layers' medians:
+a sum of medians is not the median of the sum.
 """
 
 from __future__ import annotations
