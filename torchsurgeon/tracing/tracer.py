@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import TraceError, UnrepeatableWarning
+from torchsurgeon.tracing.admission import admit
 from torchsurgeon.tracing.call import Call, settle_output
 from torchsurgeon.tracing.capture import Captured, Ways
 from torchsurgeon.tracing.flow import DataFlow
@@ -62,7 +63,8 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes an nn.Module; got {type(model).__name__}; call trace(model, example)")
-    model = model._modules.get("_orig_mod") or model
+    model = getattr(model, "_orig_mod", model)
+    admit(model, example_args, example_kwargs)
     _refuse_training(model)
     with left_as_it_was(model):
         call = Call(model, example_args, example_kwargs)
