@@ -16,8 +16,8 @@ _NAMES_BY_ROOM = {
     "cutting": ("Partition", "cut", "tail_for"),
     "errors": (
         "AdaptError", "BackendError", "BodyTooLargeError", "CalibrationError", "CodecError", "DeadlineError",
-        "DeviceError", "InfeasibleError", "LinkError", "MeterError", "MismatchWarning", "ModelFailedError",
-        "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
+        "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError", "MismatchWarning",
+        "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
         "NativeUnavailableError", "NoisyProfileWarning", "PartitionError", "PlanError", "PredictionWarning",
         "ProfileError", "ProtocolError", "RequestRefusedError", "ServerError", "ServerUnavailableError",
         "SpecError", "ThrottledWarning", "TorchSurgeonError", "TraceError", "UnknownEnergyWarning",
@@ -92,6 +92,7 @@ else:
     from torchsurgeon.errors import CodecError as CodecError
     from torchsurgeon.errors import DeadlineError as DeadlineError
     from torchsurgeon.errors import DeviceError as DeviceError
+    from torchsurgeon.errors import EncodingError as EncodingError
     from torchsurgeon.errors import InfeasibleError as InfeasibleError
     from torchsurgeon.errors import LinkError as LinkError
     from torchsurgeon.errors import MeterError as MeterError

@@ -17,7 +17,8 @@
     ├── NativeUnavailableError     the compiled extension, CUDA or CUPTI is needed and is missing
     ├── MeterError                 a clock or energy meter is missing, or reads something impossible
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
-    │   └── BodyTooLargeError      a message that is larger than the tensors it announces
+    │   ├── BodyTooLargeError      a message that is larger than the tensors it announces
+    │   └── EncodingError          tensors that cannot be made a message here; no server is at fault
     └── ServerError                the server gave no answer to an inference
         ├── ServerUnavailableError nothing answered in time (also a ConnectionError)
         ├── RequestRefusedError    the server answered with an HTTP error; ``status`` is its code
@@ -172,6 +173,10 @@ class ProtocolError(TorchSurgeonError):
 
 class BodyTooLargeError(ProtocolError):
     """A message is larger than the boundary tensors that it announces."""
+
+
+class EncodingError(ProtocolError):
+    """Tensors cannot be encoded as a message on this side, so nothing was sent, and no server is at fault."""
 
 
 class ServerError(TorchSurgeonError):

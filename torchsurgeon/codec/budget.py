@@ -73,7 +73,7 @@ class Verdict:
             output: the output tensors behind the codec.
 
         Raises:
-            CodecError: predictions are to be compared, but the first output is a single number.
+            CodecError: predictions are to be compared, but the first output is a single number, or complex.
         """
         self._samples += 1
         first = next(iter(reference))
@@ -117,21 +117,28 @@ def likeness(ones: list[Tensor], others: list[Tensor]) -> float:
 
     It is 1 for equal lists, whatever they hold, and 0 where it is not defined, because one is all zeros or not finite.
     """
-    if all(torch.equal(one, other) for one, other in zip(ones, others, strict=True)):
+    vectors = [(as_real_numbers(one), as_real_numbers(other)) for one, other in zip(ones, others, strict=True)]
+    if all(torch.equal(a, b) for a, b in vectors):
         return 1.0
     dot = norm = other_norm = 0.0
-    for one, other in zip(ones, others, strict=True):
-        a, b = one.double().flatten(), other.double().flatten()
+    for a, b in vectors:
         dot, norm, other_norm = dot + float(a @ b), norm + float(a @ a), other_norm + float(b @ b)
     length = (norm * other_norm) ** 0.5
     cosine = dot / length if length else 0.0
     return max(-1.0, min(1.0, cosine)) if abs(cosine) < float("inf") else 0.0
 
 
+def as_real_numbers(tensor: Tensor) -> Tensor:
+    """Return a tensor's values as a vector of ``float64``; a complex value is two of them."""
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return real.double().flatten()
+
+
 def _top1(output: Tensor, name: str) -> Tensor:
-    if not output.dim():
+    if not output.dim() or output.is_complex():
+        what = "complex" if output.is_complex() else "one number"
         raise CodecError(
-            f"max_top1_change needs an output with classes; output {short(name)} is one number. Give min_cosine or "
-            "accept in its place"
+            f"max_top1_change needs an output with classes; output {short(name)} is {what}. Give min_cosine or accept "
+            "in its place"
         )
     return output.argmax(1 if output.dim() > 1 else 0)

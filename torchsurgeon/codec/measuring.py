@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsurgeon.codec.budget import Budget, Verdict, likeness
+from torchsurgeon.codec.budget import Budget, Verdict, as_real_numbers, likeness
 from torchsurgeon.codec.codec import Codec, codec_names, find_codec
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 from torchsurgeon.cutting.partition import cut, tail_for
@@ -138,9 +138,9 @@ class _Tried:
     def compare(self, boundary: Sequence[Tensor], decoded: Sequence[Tensor]) -> None:
         """Add the differences between the boundary tensors and the decoded ones."""
         for one, other in zip(boundary, decoded, strict=True):
-            difference = (one.double() - other.double()).flatten()
+            difference = as_real_numbers(one) - as_real_numbers(other)
             self._count += difference.numel()
-            if difference.numel() and not torch.equal(one, other):
+            if difference.any():
                 self._max_abs = max(self._max_abs, float(difference.abs().max()))
                 self._squares += float(difference @ difference)
         self._cosine = min(self._cosine, likeness(list(boundary), list(decoded)))

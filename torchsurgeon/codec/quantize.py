@@ -24,6 +24,8 @@ from torchsurgeon.errors import CodecError
 PACKINGS = ("float16", "bfloat16", "int8", "int8-channel", "int4")
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# The dtypes whose values are packed. Those of float8 have no more bits than a packing would leave them.
+_PACKED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _BITS = {"int8": 8, "int4": 4}
 _LEVELS = {"int8": 255, "int8-channel": 255, "int4": 15}
 # The inverse of a narrower range, or the width of a wider one, is not representable in float32.
@@ -36,7 +38,7 @@ _LEAST_PER_CHANNEL = 64
 def packs(packing: str, dtype: torch.dtype) -> bool:
     """Return whether ``packing`` applies to ``dtype`` and makes it smaller."""
     half = _HALVES.get(packing)
-    return dtype.is_floating_point and dtype.itemsize > (half.itemsize if half else 1)
+    return dtype in _PACKED and dtype.itemsize > (half.itemsize if half else 1)
 
 
 def usual(packing: str, shape: Sequence[int]) -> str:

@@ -185,8 +185,9 @@ def parse_inputs(text: str, *, seed: int = 0) -> list[tuple[str | None, Tensor]]
 
 
 def _example_tensor(shape: list[int], dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator or torch.Generator().manual_seed(0)).to(dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        drawn = torch.complex64 if dtype.is_complex else torch.float32
+        return torch.randn(shape, dtype=drawn, generator=generator or torch.Generator().manual_seed(0)).to(dtype)
     return torch.zeros(shape, dtype=dtype)
 
 

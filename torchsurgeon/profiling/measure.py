@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 
 def example_inputs(graph: LayerGraph, device: torch.device | str = "cpu") -> list[torch.Tensor]:
-    """Return tensors like the graph's inputs: uniformly random in [0, 1) for floats, zeros for other types.
+    """Return tensors like the graph's inputs: uniformly random in [0, 1) for floats, zeros for integers.
 
     Args:
         graph: the traced model.
@@ -50,8 +50,8 @@ def example_inputs(graph: LayerGraph, device: torch.device | str = "cpu") -> lis
 
 
 def _random_like(spec: TensorSpec) -> torch.Tensor:
-    if spec.dtype.is_floating_point:
-        return torch.rand(spec.shape).to(spec.dtype)
+    if spec.dtype.is_floating_point or spec.dtype.is_complex:
+        return torch.rand(spec.shape, dtype=torch.complex64 if spec.dtype.is_complex else None).to(spec.dtype)
     return torch.zeros(spec.shape, dtype=spec.dtype)
 
 

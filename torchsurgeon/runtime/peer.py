@@ -18,6 +18,7 @@ from torchsurgeon.adapting.tracker import Quantity, Tracker
 from torchsurgeon.codec import Codec
 from torchsurgeon.errors import (
     CodecError,
+    EncodingError,
     ModelMismatchError,
     ProtocolError,
     RequestRefusedError,
@@ -63,6 +64,7 @@ class Failure:
 
 
 _WORDS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
+    ((EncodingError,), "encoding"),
     ((ModelMismatchError,), "mismatch"),
     ((RequestRefusedError,), "refused"),
     ((ServerUnavailableError, OSError), "unavailable"),
@@ -281,7 +283,12 @@ class Peer:
         self.state.breaker.succeeded()
 
     def failed(self, failure: Failure) -> None:
-        """Record a failure; the breaker may open, and does so at once if the server holds another model."""
+        """Record a failure; the breaker may open, and does so at once if the server holds another model.
+
+        A request that could not be encoded was not sent, so it says nothing against the server.
+        """
+        if failure.kind == "encoding":
+            return
         self.failure = failure
         breaker = self.state.breaker
         breaker.failed()

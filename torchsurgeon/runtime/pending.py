@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchsurgeon.adapting import Decision, patience, rescue
 from torchsurgeon.codec import Codec
-from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.errors import EncodingError, ServerUnavailableError
 from torchsurgeon.planning import Row
 from torchsurgeon.runtime import inference
 from torchsurgeon.runtime.answers import check_answer
@@ -324,6 +324,9 @@ class Pending:
     def _failed(self, error: Exception) -> bool:
         """Record that the server failed, and return whether another server may do better."""
         self._why = failure = Failure.of(error)
+        if isinstance(error, EncodingError):
+            # Nothing was sent, and nothing would be sent to another server.
+            return False
         if is_requests_fault(error) and self._unusual():
             return False
         self._peer.failed(failure)

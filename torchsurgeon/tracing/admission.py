@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.call import Call
+from torchsurgeon.tracing.crossing import obstacle, sparse_or_nested
 from torchsurgeon.tracing.structure import flatten
 
 _INSIDE = "trace the model inside it: its attribute 'module'"
@@ -115,7 +116,7 @@ def _admit_weight(model: nn.Module, what: str, tensor: torch.Tensor, verify: boo
         )
     if hasattr(tensor, "full_tensor"):
         raise TraceError(f"{what} is distributed over processes (DTensor); {_GATHERED}")
-    form = _form(tensor)
+    form = sparse_or_nested(tensor)
     if form is not None:
         raise TraceError(
             f"{what} is {form}; device and server compare the bytes of dense weights only. Keep it as a dense tensor, "
@@ -130,7 +131,7 @@ def _admit_weight(model: nn.Module, what: str, tensor: torch.Tensor, verify: boo
 
 def _admit_argument(what: str, value: Any, verify: bool) -> None:
     if isinstance(value, torch.Tensor):
-        form = _form(value)
+        form = obstacle(value)
         if form is not None:
             raise TraceError(f"{what} is {form}, which is not sent; give a dense tensor, and convert it in forward")
         if verify and value.device.type == "meta":
@@ -169,17 +170,6 @@ def _parts(value: Any) -> Iterator[Any]:
         items = [getattr(value, key) for key in structure.keys]
     for item in items:
         yield from _parts(item)
-
-
-def _form(tensor: torch.Tensor) -> str | None:
-    """Return what a tensor is, as messages say it, if it has no memory of its own that holds its elements in order."""
-    if tensor.is_nested:
-        return "a nested tensor"
-    if tensor.layout is not torch.strided:
-        return f"a sparse tensor ({tensor.layout})" if "sparse" in str(tensor.layout) else f"a {tensor.layout} tensor"
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return f"a {type(tensor).__name__}, a tensor made of other tensors"
-    return None
 
 
 def _name(model: nn.Module) -> str:

@@ -39,14 +39,14 @@ class Closure:
         needs: for each layer, those that must run on the device when it does. What these need in turn may be listed
             too, or not.
         constants: the layers that compute from the model's weights alone.
-        prefixes_only: whether memory is overwritten through one view and read through another. Then only the graph's
-            own points are known to be safe.
+        prefixes_only: whether memory is overwritten through one view and read through another, or a layer reads what
+            cannot cross. Then only the graph's own points are known to be safe.
     """
 
     def __init__(self, flow: DataFlow) -> None:
         self._flow = flow
         self._rank = flow.rank
-        self.prefixes_only = bool(flow.settled.overwritten_out_of_sight)
+        self.prefixes_only = bool(flow.settled.overwritten_out_of_sight or flow.withheld)
         self.constants = frozenset(rank for index, rank in self._rank.items() if flow.constant[index])
         self._needs_of_step: list[frozenset[int]] = []
         for step in flow.steps:
@@ -84,7 +84,7 @@ class Closure:
         for step, keys in self._readers:
             at = self._rank.get(step, end if flow.steps[step].kind == "output" else None)
             for key in keys:
-                if at is not None and flow.by_key[key].restore is None:
+                if at is not None and flow.is_tensor(key):
                     readers.setdefault(key, set()).add(at)
         found = []
         for key, at_layers in sorted(readers.items()):
@@ -102,7 +102,7 @@ class Closure:
             sizes: bytes of each value by name.
 
         Returns:
-            The values, or None where a layer needs one that is not in ``layers``.
+            The values, or None where a layer needs one that is not in ``layers``, or something that cannot cross.
         """
         flow, inside = self._flow, set(layers)
         if any(not inside.issuperset(self.needs[i]) for i in inside):
@@ -116,6 +116,8 @@ class Closure:
         # What crosses is read on the server and made on the device.
         on_server = [keys for step, keys in self._readers if not runs_on_device(step)]
         crossing = {key for keys in on_server for key in keys if runs_on_device(key[0])}
+        if any(key in flow.obstacles for key in crossing):
+            return None
         return [flow.by_key[key] for key in sorted(flow.lighten(sorted(crossing), sizes))]
 
     @functools.cached_property

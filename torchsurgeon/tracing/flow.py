@@ -1,6 +1,6 @@
 """What flows where in a traced model: which values a cut must carry, and where no cut may be.
 
-Three things make this more than liveness on a graph:
+Four things make this more than liveness on a graph:
 
 * Memory. An in-place layer overwrites a tensor that other names may still refer to. ``settle`` makes later readers of
   an overwritten tensor read the value of the step that overwrote it. After that, the order of reads and writes follows
@@ -8,6 +8,7 @@ Three things make this more than liveness on a graph:
   another, no cut is offered while both views are alive.
 * Views. Taking a view again costs nothing. So if several boundary tensors share memory, only the tensor that they are
   views of crosses, and the far side of the cut takes the views from it.
+* What cannot cross, such as sparse tensors (see ``crossing``). No cut is offered while a later layer reads it.
 * Numbers that the model reads off tensors, mostly sizes. They cross as tiny tensors, and only where the far side cannot
   read them off the tensors that it receives.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsurgeon.tracing.crossing import obstacle
 from torchsurgeon.tracing.settle import settle
 from torchsurgeon.tracing.shapes import Shapes
 from torchsurgeon.tracing.step import Environment, Key, Ref, Step, number_to_tensor, restorer
@@ -69,6 +71,9 @@ class DataFlow:
         selected: by step, the part of a nested value that it takes, where it does nothing else.
         values: every value that may cross, in the order in which the model makes them.
         by_key: the same values by key.
+        obstacles: by key, what a layer gives that cannot cross: what it is.
+        withheld: by index, the points that are not offered because what would have to cross there cannot; and why.
+            Filled by ``boundaries()``.
         crossing: by step, the keys of the values that have to cross for the step's value to be known beyond a cut.
         views: for every tensor that is only a view of another: the key of that other; None where the other depends on
             the model's weights alone, so that both sides have it.
@@ -125,6 +130,8 @@ class DataFlow:
     def _number_values(self) -> None:
         """Find every value that may cross, after which layer it exists, and which layer reads it last."""
         self.by_key: dict[Key, Value] = {}
+        self.obstacles: dict[Key, str] = {}
+        self.withheld: dict[int, str] = {}
         # Both by rank: -1 is the model's inputs, the number of layers is the model's result.
         self._made_by: dict[Key, int] = {}
         self._last_read_by: dict[Key, int] = {}
@@ -164,10 +171,15 @@ class DataFlow:
             own = []
             for path, leaf in flatten(self._given[i])[0]:
                 restore = None if isinstance(leaf, torch.Tensor) else restorer(leaf)
-                if isinstance(leaf, torch.Tensor) or restore is not None:
+                if leaf is None:
+                    continue
+                why = obstacle(leaf) if restore is None else None
+                if why is None:
                     self.by_key[(i, path)] = Value(leaf_name(step.name, path), i, path, restore)
-                    self._made_by[(i, path)] = self.rank.get(i, -1)
-                    own.append((i, path))
+                else:
+                    self.obstacles[(i, path)] = f"{leaf_name(step.name, path)!r} is {why}"
+                self._made_by[(i, path)] = self.rank.get(i, -1)
+                own.append((i, path))
             return tuple(own)
         # All other steps read a number off a tensor, or make something from numbers. A number may cross itself.
         # Anything else, such as a slice, is made again beyond the cut, so what it is made from has to cross.
@@ -191,8 +203,10 @@ class DataFlow:
             if len(sources) != 1 or len(settled.tensors[sources[0]]) != 1:
                 continue
             source = next(iter(settled.tensors[sources[0]]))
+            if source in self.obstacles:
+                continue
             for key in settled.tensors[i]:
-                if settled.storages[key] == settled.storages[source]:
+                if settled.storages[key] == settled.storages[source] and key not in self.obstacles:
                     views[key] = self.selected.get(source[0], source) if not self.constant[source[0]] else None
         return views
 
@@ -203,8 +217,8 @@ class DataFlow:
             sizes: bytes of each value by name.
 
         Returns:
-            By index of the point, from 0 (before the first layer) to the number of layers. Points that memory forbids
-            are left out.
+            By index of the point, from 0 (before the first layer) to the number of layers. Left out are points that
+            memory forbids, and those at which something would have to cross that cannot.
         """
         count = len(self.layers)
         begins: list[list[Key]] = [[] for _ in range(count + 2)]
@@ -224,6 +238,10 @@ class DataFlow:
                 del alive[key]
             if k in (0, count):
                 result[k] = []
+                continue
+            stuck = [self.obstacles[key] for key in alive if key in self.obstacles]
+            if stuck:
+                self.withheld[k] = stuck[0]
                 continue
             crossing = self.lighten(list(alive), sizes)
             if not written or self._allowed(crossing, written, k):
@@ -285,7 +303,7 @@ class DataFlow:
         view: Key | None = key
         while view is not None and view in self.views:
             crossing = self.crossing_into(self.steps[view[0]])
-            numbers.update(n for n in crossing if self.by_key[n].restore is not None)
+            numbers.update(filter(self._is_number, crossing))
             view = self.views[view]
         return numbers
 
@@ -295,8 +313,15 @@ class DataFlow:
             return frozenset([number])
         found: set[Key] = set()
         for key in self.crossing_into(self.steps[number[0]]):
-            found.update([key] if self.by_key[key].restore is None else self._sources(key))
+            found.update(self._sources(key) if self._is_number(key) else [key])
         return frozenset(found)
+
+    def is_tensor(self, key: Key) -> bool:
+        """Return whether what is at ``key`` is a tensor that may cross."""
+        return key in self.by_key and self.by_key[key].restore is None
+
+    def _is_number(self, key: Key) -> bool:
+        return key in self.by_key and self.by_key[key].restore is not None
 
     # --- what the graph says of its layers ---
 
@@ -308,14 +333,15 @@ class DataFlow:
         """Return the tensors that the layer at a step gives."""
         keys = [(index, path) for path in self.steps[index].structure.paths()]
         if self.constant[index]:
-            name, storages = self.steps[index].name, self.settled.storages
-            return [Value(leaf_name(name, key[1]), *key) for key in keys if key in storages]
-        return [self.by_key[key] for key in keys if key in self.by_key and self.by_key[key].restore is None]
+            name = self.steps[index].name
+            given = self.settled.tensors[index]
+            return [Value(leaf_name(name, key[1]), *key) for key in keys if key in given and not obstacle(given[key])]
+        return [self.by_key[key] for key in keys if self.is_tensor(key)]
 
     def reads(self, step: Step) -> list[Value]:
         """Return the tensors a layer reads that were computed from the model's inputs."""
         keys = dict.fromkeys(self.crossing_into(step))
-        return [self.by_key[key] for key in keys if self.by_key[key].restore is None]
+        return [self.by_key[key] for key in keys if self.is_tensor(key)]
 
     def attributes_of(self, step: Step, model: nn.Module) -> list[nn.Parameter]:
         """Return the parameters a step reads as arguments."""

@@ -127,6 +127,11 @@ class LayerGraph:
         if found is not None:
             return found
         if isinstance(ref, int):
+            stuck = self.flow.withheld.get(int(key))
+            if stuck is not None:
+                raise PartitionError(
+                    f"there is no cut at point {ref}, because {stuck}, which is not sent; cut elsewhere"
+                )
             near = sorted(self.points, key=lambda p: abs(p.index - int(key)))[:3]
             listed = ", ".join(f"{p.index} ({p.name})" for p in sorted(near, key=lambda p: p.index))
             raise PartitionError(
@@ -134,6 +139,9 @@ class LayerGraph:
                 f"{listed}"
             )
         names = [point.name for point in self.points]
+        stuck = next((why for k, why in self.flow.withheld.items() if ref == self.layers[k - 1].name), None)
+        if stuck is not None:
+            raise PartitionError(f"there is no cut after {ref!r}, because {stuck}, which is not sent; cut elsewhere")
         inside = [name for name in names if name.startswith(f"{ref}.")]
         if inside:
             raise PartitionError(
@@ -166,7 +174,7 @@ class LayerGraph:
             return self._points[len(inside)]
         boundary = self.closure.crossing(inside, self._sizes)
         if boundary is None or self.closure.prefixes_only:
-            reason = "some need layers that are not among them" if boundary is None else "they share memory with others"
+            reason = "some need what is not among them" if boundary is None else "they share memory with others"
             raise PartitionError(
                 f"{len(inside)} layers cannot run apart from the rest: {reason}; use one of the graph's points"
             )

@@ -1,4 +1,4 @@
-"""Where the elements of a boundary tensor lie in memory, when that is not one after the other in row-major order."""
+"""How a boundary tensor lies in memory, when that is not its values one after the other in row-major order."""
 
 from __future__ import annotations
 
@@ -42,6 +42,32 @@ class Layout:
         return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """Makes a tensor lazily conjugated or negated again, which crossed as its values.
+
+    ``y.conj()`` computes nothing until a kernel reads it, and the kernel may then take another path, with other last
+    bits, than for a tensor whose values are conjugated in memory.
+
+    Attributes:
+        layout: the strides of a tensor with gaps between its elements; None without gaps.
+        conjugated: whether the tensor is conjugated when it is read.
+        negated: whether it is negated when it is read.
+    """
+
+    layout: Layout | None
+    conjugated: bool
+    negated: bool
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a lazy tensor of the same values."""
+        if self.layout is not None:
+            tensor = self.layout(tensor)
+        if self.negated:
+            tensor = torch._neg_view(torch.neg(tensor))
+        return torch.conj_physical(tensor).conj() if self.conjugated else tensor
+
+
 def _fits(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Return whether no two elements share memory."""
     extent = 1
@@ -63,13 +89,16 @@ def dense(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...]
     """Return a tensor as it lies in memory, so that its bytes can be sent one after the other.
 
     Args:
-        tensor: any tensor; one with gaps between its elements is copied row-major.
+        tensor: any tensor; one with gaps between its elements is copied row-major, and one that is lazily conjugated
+            or negated as its values.
         shape: the tensor's own shape.
 
     Returns:
         The order in which its dimensions are stored, outermost first (None for row-major), and a row-major tensor of
         the same memory.
     """
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
     strides = tensor.stride()
     if strides == _row_major(shape) or (tensor.is_contiguous() and _descending(strides)):
         return None, tensor

@@ -144,6 +144,8 @@ def _is_same_view(key: Key, other: Key, tensors: Sequence[dict[Key, torch.Tensor
     if key[1] or storages.get(key) != storages.get(other):
         return False
     a, b = tensors[key[0]][key], tensors[other[0]][other]
+    if a.layout is not torch.strided or b.layout is not torch.strided or a.is_nested or b.is_nested:
+        return a is b
     return (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
 
 

@@ -46,6 +46,12 @@ class Shapes:
 
 def storage_of(tensor: torch.Tensor) -> int:
     """Return an identity of the memory behind ``tensor``, valid while the tensor lives."""
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor._values()
+    elif "sparse" in str(tensor.layout) or tensor.layout is torch.jagged:
+        tensor = tensor.values()
+    elif tensor.layout is not torch.strided:
+        return id(tensor)
     return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 

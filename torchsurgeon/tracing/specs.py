@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from torchsurgeon.errors import TraceError, short
+from torchsurgeon.tracing.crossing import obstacle
 from torchsurgeon.tracing.flow import Value
-from torchsurgeon.tracing.layout import Layout, has_gaps
+from torchsurgeon.tracing.layout import Layout, Lazy, has_gaps
 from torchsurgeon.tracing.shapes import Shapes
 
 
@@ -110,6 +112,8 @@ class PartitionPoint:
     device, and the tensors are the model's outputs. Where a cut would separate views of memory that is overwritten,
     the index is missing from the graph's points.
 
+    The index of a cut that would have to carry what cannot be sent (a sparse tensor, an object) is missing, too.
+
     A cut across parallel branches (``LayerGraph.point_of()``) is not among the graph's points.
 
     Attributes:
@@ -164,18 +168,29 @@ class Specs:
         )
 
     def of_output(self, name: str, ref: Any) -> TensorSpec:
-        """Return the spec of one of the model's outputs, which is the whole value of the step that ``ref`` names."""
+        """Return the spec of one of the model's outputs, which is the whole value of the step that ``ref`` names.
+
+        Raises:
+            TraceError: the output cannot cross.
+        """
         value = Value(name, ref.step)
+        why = obstacle(value.leaf(self.shapes.values))
+        if why is not None:
+            raise TraceError(
+                f"the model returns {why} as {short(name, 100)}, which a server cannot send; return dense tensors, and "
+                "convert them where the model is called"
+            )
         return self._spec(name, value.leaf(self.shapes.values), value.leaf(self.more.values) if self.more else None)
 
-    def layout(self, value: Value) -> Layout | None:
-        """Return the layout of a tensor with gaps between its elements, which has to be made again after it crossed.
-
-        None for tensors without gaps.
-        """
+    def layout(self, value: Value) -> Layout | Lazy | None:
+        """Return what gives a tensor its layout again after it crossed; None for one that crosses as it lies."""
         leaf = value.leaf(self.shapes.values)
-        if not has_gaps(leaf):
-            return None
+        layout = self._strides(value, leaf) if has_gaps(leaf) else None
+        if leaf.is_conj() or leaf.is_neg():
+            return Lazy(layout, leaf.is_conj(), leaf.is_neg())
+        return layout
+
+    def _strides(self, value: Value, leaf: torch.Tensor) -> Layout:
         spec = self.of(value)
         more = value.leaf(self.more.values).stride() if self.more else leaf.stride()
         grows = tuple(b - a for a, b in zip(leaf.stride(), more, strict=True))

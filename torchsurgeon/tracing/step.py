@@ -247,10 +247,10 @@ def contains_ref(args: Any) -> bool:
     return bool(found)
 
 
-def number_to_tensor(value: bool | int | float | Sequence[int]) -> torch.Tensor:
+def number_to_tensor(value: bool | int | float | complex | Sequence[int]) -> torch.Tensor:
     """Return the tensor that carries a number (rank 0), or a sequence of ints such as ``torch.Size`` (rank 1)."""
-    if isinstance(value, float):
-        return torch.tensor(value, dtype=torch.float64)
+    if isinstance(value, (float, complex)):
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.complex128)
     return torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.int64)
 
 
@@ -263,7 +263,7 @@ def restorer(value: Any) -> Callable[[torch.Tensor], Any] | None:
     Returns:
         The function; None for a value that no tensor carries.
     """
-    if isinstance(value, (bool, int, float)):
+    if isinstance(value, (bool, int, float, complex)):
         return lambda t: t.item()
     if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
         kind = type(value)

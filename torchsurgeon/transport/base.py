@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchsurgeon import wire
 from torchsurgeon.codec import Codec
-from torchsurgeon.errors import BodyTooLargeError, RequestRefusedError
+from torchsurgeon.errors import BodyTooLargeError, EncodingError, RequestRefusedError, short
 
 CONTROL_LIMIT_BYTES = 64 << 20
 ERROR_LIMIT_BYTES = 64 << 10
@@ -143,20 +143,30 @@ class Transport(ABC):
             crc32: whether both messages carry a checksum. torchsurgeon's servers understand that; others may not.
 
         Raises:
+            EncodingError: the tensors could not be encoded; nothing was sent.
             ServerUnavailableError: no complete answer came in time.
             RequestRefusedError: the server answered with an error.
             ProtocolError: the answer is not one of this protocol, or larger than ``max_answer_bytes`` allows.
         """
         deadline = deadline or Deadline(self.timeout_s if timeout_s is None else timeout_s)
-        message = wire.encode_request(
-            tensors,
-            outputs=outputs,
-            request_id=request_id,
-            parameters=parameters,
-            codecs=codecs,
-            output_codec=output_codec,
-            crc32=crc32,
-        )
+        try:
+            message = wire.encode_request(
+                tensors,
+                outputs=outputs,
+                request_id=request_id,
+                parameters=parameters,
+                codecs=codecs,
+                output_codec=output_codec,
+                crc32=crc32,
+            )
+        except EncodingError:
+            raise
+        except Exception as error:
+            # Whatever it is (no memory, a codec's missing package), it happened here: nothing has been sent.
+            named = short(", ".join(tensors), 200, quote=False)
+            raise EncodingError(
+                f"the tensors {named} could not be encoded on this side: {type(error).__name__}: {short(error)}"
+            ) from error
         path = _infer_path(model, version)
         raw = self._post(
             path, message.header_bytes, message.buffers, max_answer_bytes + wire.MAX_HEADER_BYTES, deadline

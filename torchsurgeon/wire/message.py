@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from torchsurgeon.codec import Codec, EncodedTensor
-from torchsurgeon.errors import BodyTooLargeError, CodecError, ProtocolError
+from torchsurgeon.errors import BodyTooLargeError, CodecError, EncodingError, ProtocolError
+from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES
 from torchsurgeon.wire.header import (
     HEADER_LENGTH,
     MAX_REMEMBERED_BYTES,
@@ -133,7 +134,7 @@ def encode_request(
         crc32: whether the request ends in a checksum, and asks for one in the answer.
 
     Raises:
-        ProtocolError: a tensor has a dtype that the protocol does not know, or is quantized per channel.
+        EncodingError: a tensor has a dtype without a name in messages, or is quantized per channel.
     """
     described, views = _encode_tensors(tensors, (), True, codecs)
     header = _CHECKED_REQUEST if crc32 else _PLAIN_REQUEST
@@ -176,8 +177,8 @@ def encode_response(
         crc32: whether a binary answer ends in a checksum.
 
     Raises:
-        ProtocolError: an output to be written as JSON holds NaN or infinity, or an output has a dtype that the protocol
-            does not know.
+        EncodingError: an output to be written as JSON holds NaN or infinity, or has a datatype without a form in JSON;
+            or an output has a dtype without a name in messages.
     """
     codecs = None if codec is None else dict.fromkeys(tensors, codec)
     described, views = _encode_tensors(tensors, as_json, dim_order, codecs)
@@ -339,11 +340,15 @@ def _described(
 
 
 def _entry_with_data(name: str, tensor: Tensor) -> str:
+    if tensor.dtype in EXTENSION_DATATYPES:
+        raise EncodingError(
+            f"output {quoted(name)} is {datatype_of(tensor.dtype)}, which has no form in JSON; ask for binary outputs"
+        )
     data = tensor.detach().reshape(-1).tolist()
     try:
         return _text({"name": name, "datatype": datatype_of(tensor.dtype), "shape": tuple(tensor.shape), "data": data})
     except ValueError:
-        raise ProtocolError(
+        raise EncodingError(
             f"JSON has no NaN and no infinity, but output {quoted(name)} holds one; ask for binary outputs"
         ) from None
 

@@ -13,35 +13,24 @@ import torch
 from torch import Tensor
 
 from torchsurgeon.codec.host import on_host
-from torchsurgeon.errors import ProtocolError, short
+from torchsurgeon.errors import EncodingError, ProtocolError, short
+from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES, INTEGERS_OF_QUANTIZED, PROTOCOL_DATATYPES
 from torchsurgeon.tracing.layout import dense, logical
 
 ALIGNMENT_BYTES = 64
 MAX_RANK = 16
 MAX_ELEMENTS = 1 << 40
-_DATATYPES: dict[torch.dtype, str] = {
-    torch.bool: "BOOL",
-    torch.uint8: "UINT8",
-    torch.uint16: "UINT16",
-    torch.uint32: "UINT32",
-    torch.uint64: "UINT64",
-    torch.int8: "INT8",
-    torch.int16: "INT16",
-    torch.int32: "INT32",
-    torch.int64: "INT64",
-    torch.float16: "FP16",
-    torch.bfloat16: "BF16",
-    torch.float32: "FP32",
-    torch.float64: "FP64",
-}
+_DATATYPES = {**PROTOCOL_DATATYPES, **EXTENSION_DATATYPES}
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
-# NumPy has no bfloat16. An integer of the same size stands in for it, since only the bytes matter.
-_NUMPY = {
-    dtype: torch.empty(0, dtype=torch.int16 if dtype == torch.bfloat16 else dtype).numpy().dtype for dtype in _DATATYPES
-}
+# NumPy has neither bfloat16 nor float8 nor half-precision complex numbers. An integer of the same size stands in for
+# them, since only the bytes matter.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_OF_NUMPY = {*PROTOCOL_DATATYPES, torch.complex64, torch.complex128} - {torch.bfloat16}
+_STAND_INS = {dtype: _INTEGERS[dtype.itemsize] for dtype in _DATATYPES if dtype not in _OF_NUMPY}
+_NUMPY = {dtype: torch.empty(0, dtype=_STAND_INS.get(dtype, dtype)).numpy().dtype for dtype in _DATATYPES}
 # A quantized tensor travels as its integers, with scale and zero point as tensor parameters.
-_QUANTIZED = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.int32: torch.qint32}
-_DATATYPES.update({kind: _DATATYPES[dtype] for dtype, kind in _QUANTIZED.items()})
+_QUANTIZED = {integers: kind for kind, integers in INTEGERS_OF_QUANTIZED.items()}
+_DATATYPES.update({kind: _DATATYPES[integers] for kind, integers in INTEGERS_OF_QUANTIZED.items()})
 
 Quantization = tuple[float, int]
 
@@ -51,21 +40,21 @@ _SHALLOW.maxlevel = 2
 
 
 def datatype_of(dtype: torch.dtype) -> str:
-    """Return the protocol's name of a dtype, such as ``"FP32"``.
+    """Return the name of a dtype in messages, such as ``"FP32"``.
 
     Raises:
-        ProtocolError: the protocol has no name for it.
+        EncodingError: there is none.
     """
     try:
         return _DATATYPES[dtype]
     except KeyError:
-        raise ProtocolError(
-            f"the Open Inference Protocol has no name for {dtype}; convert the tensor to one of {', '.join(_DTYPES)}"
+        raise EncodingError(
+            f"no datatype of the protocol is {dtype}; convert the tensor to one of {', '.join(_DTYPES)}"
         ) from None
 
 
 def dtype_of(datatype: object) -> torch.dtype:
-    """Return the torch dtype of a protocol datatype.
+    """Return the torch dtype of a datatype in a message.
 
     Raises:
         ProtocolError: there is no such datatype, or no dtype for it (BYTES).
@@ -80,12 +69,12 @@ def quantization_of(tensor: Tensor) -> Quantization | None:
     """Return scale and zero point of a quantized tensor; None for one that is not quantized.
 
     Raises:
-        ProtocolError: the tensor is not quantized per tensor.
+        EncodingError: the tensor is not quantized per tensor.
     """
     if not tensor.is_quantized:
         return None
     if tensor.qscheme() != torch.per_tensor_affine:
-        raise ProtocolError(f"a quantized tensor must be quantized per tensor to be sent; got {tensor.qscheme()}")
+        raise EncodingError(f"a quantized tensor must be quantized per tensor to be sent; got {tensor.qscheme()}")
     return tensor.q_scale(), tensor.q_zero_point()
 
 
@@ -120,7 +109,7 @@ def with_quantization(tensor: Tensor, quantization: Quantization) -> Tensor:
 def physical_order(tensor: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...] | None, Tensor]:
     """Return a tensor's order of dimensions (None for row-major), and its memory as a row-major CPU tensor.
 
-    A tensor that is not dense is copied to a dense one.
+    A tensor with gaps between its elements is copied, and one that is lazily conjugated or negated is computed.
 
     Args:
         tensor: the tensor, on any device.
@@ -131,10 +120,8 @@ def physical_order(tensor: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, .
     if not tensor.is_cpu:
         tensor = on_host(tensor)
     order, tensor = dense(tensor, shape)
-    if tensor.dtype == torch.bfloat16:
-        # NumPy, through which the bytes are read, has no bfloat16.
-        tensor = tensor.view(torch.int16)
-    return order, tensor
+    stand_in = _STAND_INS.get(tensor.dtype)
+    return order, tensor if stand_in is None else tensor.view(stand_in)
 
 
 def tensor_view(
@@ -168,7 +155,7 @@ def tensor_view(
     tensor = torch.from_numpy(numpy.ndarray(stored, _NUMPY[dtype], payload, offset))
     if tensor.data_ptr() % ALIGNMENT_BYTES:
         tensor = tensor.clone()
-    if dtype == torch.bfloat16:
+    if dtype in _STAND_INS:
         tensor = tensor.view(dtype)
     return logical(tensor, order)
 
@@ -183,9 +170,11 @@ def tensor_from_json(data: Any, dtype: torch.dtype, shape: tuple[int, ...], wher
         where: the tensor, for the message of an error.
 
     Raises:
-        ProtocolError: the values are not numbers, do not fit the dtype, or do not match the shape.
+        ProtocolError: the datatype has no form in JSON, or the values are not numbers, do not fit the dtype, or do not match the shape.
     """
     count = math.prod(shape)
+    if dtype in EXTENSION_DATATYPES:
+        raise ProtocolError(f"{where} is {datatype_of(dtype)}, which has no form in JSON; send it as binary data")
     flat = _flatten(data, shape, where)
     if len(flat) != count:
         raise ProtocolError(f"shape {list(shape)} needs {count} values; {where} has {len(flat)} values")
