@@ -209,7 +209,12 @@ def _fill_list(x: torch.Tensor, cache: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("fill", "cache"),
     [
-        *((_fill_object, _OwnCache(torch.ones(1, 8))), (_fill_dict, {}), (_fill_dict, {"held": None}), (_fill_list, [])),
+        *(
+            (_fill_object, _OwnCache(torch.ones(1, 8))),
+            (_fill_dict, {}),
+            (_fill_dict, {"held": None}),
+            (_fill_list, []),
+        ),
         (_fill_dict, {"held": torch.ones(2)}),
     ],
     ids=["object", "empty dict", "key of a dict", "list", "tensor of a dict"],

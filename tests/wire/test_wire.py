@@ -16,7 +16,9 @@ from partitions import bits
 from torch import Tensor
 
 from torchsurgeon import wire
-from torchsurgeon.errors import BodyTooLargeError, ProtocolError
+from torchsurgeon.codec import codec_names, find_codec
+from torchsurgeon.errors import BodyTooLargeError, EncodingError, ProtocolError
+from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES
 
 DTYPES = [
     *[torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64],
@@ -160,9 +162,49 @@ def test_nan_cannot_be_answered_in_json() -> None:
         wire.encode_response("m", "1", {"y": torch.tensor([math.nan])}, as_json=["y"])
 
 
-def test_a_dtype_the_protocol_does_not_know_cannot_be_sent() -> None:
-    with pytest.raises(ProtocolError, match="complex64"):
-        wire.encode_request({"x": torch.zeros(1, dtype=torch.complex64)})
+def test_a_dtype_without_a_name_cannot_be_sent() -> None:
+    with pytest.raises(EncodingError, match="bits8"):
+        wire.encode_request({"x": torch.zeros(1, dtype=torch.uint8).view(torch.bits8)})
+
+
+EXTENSIONS = sorted(EXTENSION_DATATYPES.items(), key=str)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+@pytest.mark.parametrize("codec", codec_names())
+@pytest.mark.parametrize(("dtype", "name"), EXTENSIONS, ids=[name for _, name in EXTENSIONS])
+def test_complex_and_float8_cross_with_every_bit_under_every_codec(dtype: torch.dtype, name: str, codec: str) -> None:
+    for shape in ((2, 8, 4, 6), (), (0, 3), (1, 4, 1, 1)):
+        data = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
+        dense = data.view(dtype).reshape(shape) if data.numel() else torch.empty(shape, dtype=dtype)
+        forms = [dense, *(([dense.to(memory_format=torch.channels_last), dense[:, ::2]]) if dense.dim() == 4 else [])]
+        for tensor in forms:
+            sent = {"x": tensor, "one": torch.ones(3)}
+            message = wire.encode_request(sent, codecs={"x": find_codec(codec)}, crc32=True)
+            assert f'"datatype":"{name}"'.encode() in bytes(message.buffers[0])
+            received = wire.decode_request(joined(message), message.header_bytes).tensors["x"]
+            assert_same(received, tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_lazily_conjugated_and_negated_tensors_cross_as_their_values(dtype: torch.dtype, codec: str) -> None:
+    tensor = torch.randn(3, 5, dtype=dtype)
+    lazy = {"conj": tensor.conj(), "neg": tensor.conj().imag, "both": torch._neg_view(tensor.conj()), "t": tensor.mH}
+    received = asked(lazy, codecs=dict.fromkeys(lazy, find_codec(codec))).tensors
+    for name, sent in lazy.items():
+        assert torch.equal(received[name], sent.resolve_conj().resolve_neg()), name
+        assert not received[name].is_conj()
+        assert not received[name].is_neg()
+
+
+@pytest.mark.parametrize(("dtype", "name"), EXTENSIONS, ids=[name for _, name in EXTENSIONS])
+def test_complex_and_float8_have_no_form_in_json(dtype: torch.dtype, name: str) -> None:
+    tensor = torch.zeros(2 * dtype.itemsize, dtype=torch.uint8).view(dtype)
+    with pytest.raises(EncodingError, match=f"{name}, which has no form in JSON; ask for binary"):
+        wire.encode_response("m", "1", {"y": tensor}, as_json=["y"])
+    with pytest.raises(ProtocolError, match=f"{name}, which has no form in JSON; send it as binary"):
+        decode({"inputs": [{"name": "x", "datatype": name, "shape": [2], "data": [0, 0]}]})
 
 
 def decode(header: object, payload: bytes = b"", header_bytes: int | None = None) -> wire.InferRequest:

@@ -132,7 +132,8 @@ class Constraints:
     Attributes:
         latency_s: the most seconds from call to answer.
         energy_j: the most joules of the device for one inference.
-        memory_bytes: the most bytes for the head's weights and tensors on the device.
+        memory_bytes: the most bytes for the head on the device: weights, buffers, other tensors of its modules, and the
+            tensors that it computes. What several layers share counts once.
         min_layers: how many of the first layers must run on the device.
         raw_input: False if no input of the model may leave the device.
         server_allowed: False if nothing may leave the device.

@@ -13,6 +13,7 @@ from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import ProfileError, short
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.held import Holdings, layer_holdings
 from torchsurgeon.tracing.specs import PartitionPoint
 
 Array = NDArray[np.float64]
@@ -38,7 +39,8 @@ class Row:
         tail_s: the server's seconds for the tail.
         decode_s: the server's seconds for decoding.
         device_j: the device's joules for head and encoding; None where no meter measured them.
-        memory_bytes: the most that the head's weights and tensors take; None where it was not measured.
+        memory_bytes: the most that the head's weights (buffers and other tensors of its modules included) and the
+            tensors that it computes take; None where it was not measured.
         raw_input: whether an input of the model crosses.
         lossless: whether the codec keeps every bit.
         on_device: whether everything runs on the device, and nothing crosses.
@@ -123,7 +125,8 @@ class LayerCosts:
         self.power_w = None if self.head_j is None else float(self.head_j[-1]) / device.total_s
         self._memory = device.head_memory_bytes
         self._layer_memory = device.memory_bytes
-        self._weights = np.cumsum([0, *(layer.parameter_bytes for layer in graph.layers)])
+        self._held = layer_holdings(graph.flow, graph.model)
+        self._weights = _running_bytes(self._held)
         self._inputs = {spec.name for spec in graph.inputs}
 
     def rows(self, codecs: CodecTable | None = None) -> list[Row]:
@@ -177,7 +180,7 @@ class LayerCosts:
             head_s = float(self.device_s[chosen].sum())
             tail_s = float(self.tail_s[0] - self.server_s[chosen].sum())
             joules = None if self.device_j is None else float(self.device_j[chosen].sum())
-            weights = np.diff(self._weights)[chosen].sum()
+            weights = _running_bytes([self._held[i] for i in point.layers or ()])[-1]
             memory = None if self._layer_memory is None else int(self._layer_memory[chosen].max() + weights)
         if joules is not None and self.power_w is not None:
             joules += self.power_w * encode_s
@@ -197,6 +200,16 @@ class LayerCosts:
             on_device=on_device,
             layers=point.layers,
         )
+
+
+def _running_bytes(held: Iterable[Holdings]) -> list[int]:
+    """Return the bytes that the first layers hold together, for none, one, two and so on, each tensor once."""
+    known: Holdings = {}
+    sums = [0]
+    for one in held:
+        sums.append(sums[-1] + sum(size for key, size in one.items() if key not in known))
+        known |= one
+    return sums
 
 
 def columns(rows: Iterable[Row]) -> Array:

@@ -16,6 +16,7 @@ from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.report.narrow import BEFORE_NAMES, Column, FittingTable, names, shortened
 from torchsurgeon.report.units import bytes_text, flops_text, joules_text, seconds_text
 from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.held import parameter_holdings
 from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 
 # Names within sentences are shortened to this many characters.
@@ -204,7 +205,7 @@ def _facts(diagnosis: Diagnosis, flops: int) -> Table:
         "export": "torch.export, since recording cannot follow this model's Python; layers are ATen operators",
         "hierarchical": "recording its calls of PyTorch; the modules that cannot be followed are kept whole",
     }[graph.traced_by]
-    weights = sum(p.numel() * p.element_size() for p in graph.model.parameters())
+    weights = sum(parameter_holdings(graph.model.modules()).values())
     facts = Table.grid(padding=(0, 2))
 
     def add(name: str, text: str) -> None:

@@ -117,7 +117,8 @@ def _admit_weight(model: nn.Module, what: str, tensor: torch.Tensor, verify: boo
     if hasattr(tensor, "full_tensor"):
         raise TraceError(f"{what} is distributed over processes (DTensor); {_GATHERED}")
     form = sparse_or_nested(tensor)
-    if form is not None:
+    # Weights of a subclass, as of a quantized layer, compute on both sides and never cross.
+    if form is not None and (tensor.is_nested or tensor.layout is not torch.strided):
         raise TraceError(
             f"{what} is {form}; device and server compare the bytes of dense weights only. Keep it as a dense tensor, "
             "and convert it in forward"

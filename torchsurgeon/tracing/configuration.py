@@ -35,7 +35,7 @@ def constant_digest(constant: Constant) -> str:
 
     A constant is in no state dict, so the comparison of weights does not see it.
     """
-    tensor = constant.tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    tensor = constant.tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

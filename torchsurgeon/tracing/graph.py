@@ -22,6 +22,7 @@ from torchsurgeon.tracing.capture import Captured
 from torchsurgeon.tracing.closure import Closure
 from torchsurgeon.tracing.configuration import configuration, constant_digest
 from torchsurgeon.tracing.flow import DataFlow, Value
+from torchsurgeon.tracing.held import holdings, parameter_holdings
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, Specs, TensorSpec
 from torchsurgeon.tracing.step import Constant
 
@@ -85,8 +86,8 @@ class LayerGraph:
 
     def _layer(self, i: int, index: int, specs: Specs) -> Layer:
         step = self.steps[index]
-        parameters = {id(p): p for p in step.target.parameters()} if step.is_module else {}
-        parameters |= {id(p): p for p in self.flow.attributes_of(step, self.model)}
+        parameters = parameter_holdings(step.target.modules()) if step.is_module else {}
+        parameters |= holdings(self.flow.attributes_of(step, self.model))
         return Layer(
             index=i,
             name=step.name,
@@ -94,7 +95,7 @@ class LayerGraph:
             inputs=tuple(self.values[v.name] for v in self.flow.reads(step)),
             outputs=tuple(specs.of(v) for v in self.flow.gives(index)),
             flops=specs.shapes.flops[index],
-            parameter_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+            parameter_bytes=sum(parameters.values()),
             uncounted=tuple(sorted(specs.shapes.uncounted[index])),
         )
 

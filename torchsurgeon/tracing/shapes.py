@@ -8,7 +8,9 @@ real instead, with a ``RealModel``.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -131,11 +133,32 @@ def _encoder_flops(x: Any, width: int, *args: Any, **kwargs: Any) -> int:
     return _attention_flops(x, x, x, width) + sum(4 * length * width * hidden for length in _lengths(x))
 
 
-# In eval mode PyTorch fuses these into one operator, whose matrix products its own flop counter does not see.
+def _recurrent_flops(x: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    """Count each weight matrix once for every sample of every time step, which are all but the last dimension."""
+    matrices = weights if isinstance(weights, (list, tuple)) else (weights, args[0])
+    samples: int = math.prod(x.shape[:-1])
+    return sum(2 * samples * int(t.numel()) for t in matrices if t.dim() == 2)
+
+
+def _vector_flops(*args: Any, **kwargs: Any) -> int:
+    return 2 * max(t.numel() for t in args if isinstance(t, torch.Tensor))
+
+
+_ATEN = torch.ops.aten
+# Operators that PyTorch's own flop counter does not see, or whose parts it does not see because they are fused.
 _FUSED: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._native_multi_head_attention: _attention_flops,
-    torch.ops.aten._transformer_encoder_layer_fwd: _encoder_flops,
+    _ATEN._native_multi_head_attention: _attention_flops,
+    _ATEN._transformer_encoder_layer_fwd: _encoder_flops,
+    **dict.fromkeys((_ATEN.mkldnn_rnn_layer, _ATEN._cudnn_rnn, _ATEN.miopen_rnn), _recurrent_flops),
+    **dict.fromkeys((_ATEN.mv, _ATEN.addmv, _ATEN.dot, _ATEN.vdot), _vector_flops),
 }
+# Operators that multiply and add more than once per element, by what their names hold. Those without a formula are
+# listed as uncounted. All others work element by element, which is not counted, as in PyTorch's flop counter.
+_ARITHMETIC = re.compile(
+    r"(?<![au])mm|mv$|dot|conv(?!ert)|(?<!bi)(?<!tri)linear(?!1d)|^_trilinear|attention|encoder_layer"
+    r"|rnn|(?<!fused_)(lstm|gru)|_fft_|[cp]dist|euclidean_dist|cholesky|(?<!re)solve|^_?lu_|(ge|orm|org)qr|^inverse|ctc_loss"
+    r"|linalg_(?!vector_norm|cross|diagonal|check|_powsum)"
+)
 
 
 def _draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -162,12 +185,17 @@ class _CountFlops(TorchDispatchMode):
         self.random = self.random or _draws(func, args, kwargs or {})
         formula = flop_registry.get(func._overloadpacket)
         fused = _FUSED.get(func._overloadpacket)
-        if fused is not None:
-            self.flops += fused(*args, **(kwargs or {}))
-        elif formula is not None:
-            self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
-        elif func.namespace not in ("aten", "prims"):
-            self.uncounted.add(f"{func.namespace}::{func._schema.name.rpartition('::')[2]}")
+        name = func._schema.name.rpartition("::")[2]
+        try:
+            if fused is not None:
+                self.flops += fused(*args, **(kwargs or {}))
+            elif formula is not None:
+                self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
+            elif func.namespace not in ("aten", "prims") or _ARITHMETIC.search(name):
+                self.uncounted.add(f"{func.namespace}::{name}")
+        except Exception:
+            # A formula that does not take such tensors (nested ones have no shape).
+            self.uncounted.add(f"{func.namespace}::{name}")
         return out
 
 
@@ -350,7 +378,9 @@ def _run(step: Step, source: MetaModel, args: Any, kwargs: Any) -> Any:
     except Exception as error:
         if not isinstance(source, RealModel):
             raise
-        shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in tensors_in([args, kwargs]))
+        shapes = ", ".join(
+            f"{t.dtype}{'[nested]' if t.is_nested else list(t.shape)}" for t in tensors_in([args, kwargs])
+        )
         raise TraceError(
             f"layer {step.name!r} failed on the example, which gives it {short(shapes, quote=False)}: {short(error)}; "
             "give an example that the model takes"

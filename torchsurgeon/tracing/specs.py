@@ -82,8 +82,9 @@ class Layer:
         outputs: the tensors it gives.
         flops: its floating-point operations at the example's batch. As in PyTorch's flop counter, multiply and add
             count as two, and only matrix products, convolutions and attention count.
-        parameter_bytes: bytes of the parameters it uses.
-        uncounted: the custom operators inside it, whose flops are unknown.
+        parameter_bytes: bytes of the parameters that it uses, and of the packed weights of quantized modules.
+        uncounted: the operators inside it whose flops are unknown: custom ones, and those of PyTorch that multiply and
+            add more than once per element but that its flop counter has no formula for (``aten::_fft_r2c``).
     """
 
     index: int

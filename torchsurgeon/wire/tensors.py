@@ -154,8 +154,10 @@ def tensor_view(
     # One call into PyTorch, where frombuffer and view would be two.
     tensor = torch.from_numpy(numpy.ndarray(stored, _NUMPY[dtype], payload, offset))
     if tensor.data_ptr() % ALIGNMENT_BYTES:
-        tensor = tensor.clone()
-    if dtype in _STAND_INS:
+        # Byte by byte: kernels that copy complex128 crash where it does not lie on 16 bytes.
+        data = numpy.ndarray(count * dtype.itemsize, numpy.uint8, payload, offset)
+        tensor = torch.from_numpy(data).clone().view(dtype).view(stored)
+    elif dtype in _STAND_INS:
         tensor = tensor.view(dtype)
     return logical(tensor, order)
 
@@ -170,7 +172,8 @@ def tensor_from_json(data: Any, dtype: torch.dtype, shape: tuple[int, ...], wher
         where: the tensor, for the message of an error.
 
     Raises:
-        ProtocolError: the datatype has no form in JSON, or the values are not numbers, do not fit the dtype, or do not match the shape.
+        ProtocolError: the datatype has no form in JSON, or the values are not numbers, do not fit the dtype, or do not
+            match the shape.
     """
     count = math.prod(shape)
     if dtype in EXTENSION_DATATYPES:
