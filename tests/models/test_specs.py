@@ -19,7 +19,8 @@ from torch import nn
 
 from torchsurgeon.errors import SpecError
 from torchsurgeon.models import specs
-from torchsurgeon.models.weights import tensor_digest, weight_digests
+from torchsurgeon.models.weights import weight_digests
+from torchsurgeon.tracing.digests import tensor_digest
 
 
 class Small(nn.Module):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, TraceError
+from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, TraceError, short
 from torchsurgeon.models.premises import Premises
 from torchsurgeon.models.weights import Snapshot, WeightDigests, weight_digests
 from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.reading import plain_tensors
 from torchsurgeon.transport import Transport
 
 _LISTED = 5
@@ -30,19 +32,28 @@ class LocalModel:
         self.graph = graph
         self.epoch = 0
         self._lock = threading.RLock()
-        self._premises = Premises(graph.model)
-        self._snapshot = Snapshot(graph.model)
+        self._reading = graph.reading
+        self._premises = Premises(graph.model, self._reading)
+        self._snapshot = self._taken()
         self._digests: WeightDigests | None = None
+
+    def _taken(self) -> Snapshot:
+        return Snapshot(self.graph.model, plain_tensors(self.graph.model, self._reading).values())
 
     def check(self) -> None:
         """Check that the model is still as it was traced.
 
         Raises:
-            TraceError: a submodule, hook, mode or plain attribute has changed since.
+            TraceError: a submodule, hook, mode, function, or an attribute that the model reads has changed since.
         """
-        broken = self._premises.broken()
+        premises = self._premises
+        if premises.hold():
+            return
+        broken = premises.broken()
         if broken is not None:
             raise TraceError(broken)
+        # Other objects of the same meaning, or attributes that compute nothing: from now on those are compared.
+        self._premises = Premises(self.graph.model)
 
     def changed(self) -> bool:
         """Return whether the weights have changed since the epoch began."""
@@ -53,7 +64,7 @@ class LocalModel:
         with self._lock:
             if self._snapshot.same_weights():
                 return False
-            self._snapshot = Snapshot(self.graph.model)
+            self._snapshot = self._taken()
             self._digests = None
             self.epoch += 1
             return True
@@ -66,7 +77,7 @@ class LocalModel:
         """Return the epoch and the digests of its weights, which are computed when first asked for."""
         with self._lock:
             if self._digests is None:
-                self._digests = weight_digests(self.graph.model)
+                self._digests = weight_digests(self.graph.model, self._reading)
             return self.epoch, self._digests
 
 
@@ -110,15 +121,58 @@ def shake_hands(
         raise ProtocolError("the server's fingerprint is not what torchsurgeon's servers answer")
     if theirs.get("weights") != ours.combined:
         raise ModelMismatchError(_differing_weights(name, graph.model, ours, theirs["tensors"]))
+    layers = theirs.get("layers")
     if theirs.get("graph") != graph.fingerprint:
-        whole = ", ".join([*graph.opaque][:_LISTED]) or "none"
+        raise ModelMismatchError(_differing_graph(name, graph, theirs))
+    if not isinstance(layers, dict):
         raise ModelMismatchError(
-            f"model {name!r} has the same weights on both sides, but another graph: "
-            f"{graph.fingerprint[:12]} here, {str(theirs.get('graph'))[:12]} on the server. Trace both with "
-            f"the same example ({', '.join(map(str, graph.inputs))} here), the same leaf_modules "
-            f"(kept whole here: {whole}) and the same source of the model"
+            f"the server tells no digests of model {name!r} layer by layer: its torchsurgeon is older, and does not "
+            "compare functions, hooks and packed weights. Install the same torchsurgeon on both sides"
         )
     return theirs.get("identity")
+
+
+def _differing_graph(name: str, graph: LayerGraph, theirs: Mapping[str, Any]) -> str:
+    whole = ", ".join([*graph.opaque][:_LISTED]) or "none"
+    return (
+        f"model {name!r} has the same weights on both sides, but another graph: {graph.fingerprint[:12]} here, "
+        f"{str(theirs.get('graph'))[:12]} on the server. {_differing_layer(graph, theirs)}. Trace both with the same "
+        f"example ({', '.join(map(str, graph.inputs))} here), the same leaf_modules (kept whole here: {whole}) and the "
+        "same source of the model"
+    )
+
+
+def _differing_layer(graph: LayerGraph, theirs: Mapping[str, Any]) -> str:
+    """Return in words which layer differs first, and in what."""
+    ours, there = graph.configuration.layers(), theirs.get("layers")
+    if not isinstance(there, dict):
+        return "Which layer differs the server's older torchsurgeon does not say"
+    for layer, mine in ours.items():
+        other = there.get(layer)
+        called = f"The first that differs is {short(layer)} ({mine['type']})"
+        if not isinstance(other, dict) or not isinstance(other.get("aspects"), dict):
+            return f"{called}, which the server's model does not have"
+        if other.get("type") != mine["type"]:
+            return f"{called}, which is {short(str(other.get('type')), 100)} on the server"
+        aspects = {**mine["aspects"], **other["aspects"]}
+        names = [key for key in aspects if mine["aspects"].get(key) != other["aspects"].get(key)]
+        if names:
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            return (
+                f"{called}, in: {', '.join(short(key, 100) for key in names[:_LISTED])}{more}{_python(names, theirs)}"
+            )
+    missing = next((layer for layer in there if layer not in ours), None)
+    if missing is not None:
+        return f"The first that differs is {short(missing)} of the server, which the model here does not have"
+    return "All layers are alike, but they are in another order, or differ after the first 10,000"
+
+
+def _python(names: Sequence[str], theirs: Mapping[str, Any]) -> str:
+    """Return the remark that functions without source differ between two versions of Python; mostly nothing."""
+    here, there = sys.implementation.cache_tag, theirs.get("python")
+    if here == there or not any(name.startswith("function") for name in names):
+        return ""
+    return f" (Python is {here} here and {short(str(there), 40)} there; functions without source differ between them)"
 
 
 def _differing_weights(name: str, model: nn.Module, ours: WeightDigests, theirs: Mapping[str, Any]) -> str:

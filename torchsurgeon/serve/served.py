@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -179,13 +180,19 @@ class ServedModel:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the digests of graph and weights. They are computed once."""
+        """Return the digests of graph, layers and weights. They are computed once."""
         with self._once:
             if self._fingerprint is None:
-                digests = weight_digests(self.graph.model)
+                digests = weight_digests(self.graph.model, self.graph.reading)
                 name = identity(self.graph.fingerprint, digests.combined)
-                known = {"identity": name, "graph": self.graph.fingerprint, "torch": torch.__version__}
-                self._fingerprint = {**known, **digests.to_json()}
+                self._fingerprint = {
+                    "identity": name,
+                    "graph": self.graph.fingerprint,
+                    "layers": self.graph.configuration.layers(),
+                    "torch": torch.__version__,
+                    "python": sys.implementation.cache_tag,
+                    **digests.to_json(),
+                }
                 # From now on every answer names it, so a client that compared it notices when the model is replaced.
                 self._times = f'{{"identity":"{name}",{_TIMES[1:]}'
             return self._fingerprint

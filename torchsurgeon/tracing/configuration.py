@@ -1,59 +1,177 @@
-"""What a step of a traced model computes, its weights aside, as plain data that is equal in every process and version.
+"""What the steps of a traced model compute, weights aside, as plain data that is equal in every process and version.
 
 Two machines compare digests of this to know that they mean the same layers. Whether a layer reuses memory changes no
 answer, so it is left out: ``relu_(x)`` counts as ``relu(x)``, ``x += y`` as ``x + y``, and ``inplace`` is ignored.
+
+A layer that calls a module or function is known by its type and settings, if these are PyTorch's. The user's own code
+counts by what it says (``source``), with all that it reads (``reading``): attributes, closures, global names, hooks.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from torchsurgeon.tracing.digests import part_digest, part_label, tensor_digest
+from torchsurgeon.tracing.reading import PLAIN, Part, Reading
+from torchsurgeon.tracing.source import is_library_code, is_library_module
+from torchsurgeon.tracing.specs import Layer, TensorSpec
 from torchsurgeon.tracing.step import Constant, Ref, Step, function_name
 
+# How much of a model is told layer by layer; the fingerprint is of all of it.
+_MOST_LAYERS = 10_000
+_MOST_ASPECTS = 32
 
-def configuration(step: Step, names: Sequence[str]) -> list[Any]:
-    """Return a step's name, type and settings as a list that JSON can hold.
+
+class Configuration:
+    """What a traced model computes, its weights aside.
 
     Args:
-        step: the step.
+        ends: the model's inputs and outputs.
+        layers: its layers.
+        steps: the steps that run.
         names: the name of every step of the program, by index.
+        attributes: the names of tensors that the model keeps in plain attributes, by the tensors' ids. They are
+            compared as weights, so a step that reads one counts by its name.
     """
+
+    def __init__(
+        self,
+        ends: Sequence[TensorSpec],
+        layers: Sequence[Layer],
+        steps: Sequence[Step],
+        names: Sequence[str],
+        attributes: Mapping[int, str],
+    ) -> None:
+        self._ends = [[spec.name, str(spec.dtype), spec.wire_shape] for spec in ends]
+        self._shapes = {one.name: [[str(spec.dtype), spec.wire_shape] for spec in one.outputs] for one in layers}
+        self._steps = [_step_row(step, names, attributes) for step in steps if step.kind != "input"]
+        everywhere = _aspects(Reading({}, global_hooks=True))
+        if everywhere:
+            self._steps.append(["global hooks", "", "", "", [], everywhere])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of all of it."""
+        rows = [*self._ends, *self._shapes.values(), *self._steps]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def layers(self) -> dict[str, Any]:
+        """Return by name of each step its type, and a short digest of each aspect of it, for 10,000 steps at most.
+
+        An aspect is ``"arguments"``, ``"settings"``, ``"shapes"``, or what a part of the user's code is called.
+        """
+        found: dict[str, Any] = {}
+        for name, dtype, shape in self._ends:
+            found[f"{name} of the model"] = {"type": "tensor", "aspects": {"shapes": _short([dtype, shape])}}
+        for row in self._steps[:_MOST_LAYERS]:
+            name, kind, *rest = row
+            aspects: dict[str, str] = {"shapes": _short(self._shapes[name])} if name in self._shapes else {}
+            if len(row) == 2:
+                aspects["values"] = kind[:12]
+            else:
+                aspects["arguments"] = _short(rest[:2])
+                aspects |= {"settings": _short(rest[2])} if len(rest) > 2 else {}
+            for label, digest in rest[3] if len(rest) > 3 else ():
+                key = label if len(aspects) < _MOST_ASPECTS else "others"
+                aspects[key] = digest if key != "others" else _short([aspects.get(key), label, digest])
+            found[name] = {"type": "constant" if len(row) == 2 else kind, "aspects": aspects}
+        return found
+
+
+def _step_row(step: Step, names: Sequence[str], attributes: Mapping[int, str]) -> list[Any]:
+    """Return a step's name, type and settings, and what its code reads, as a list that JSON can hold."""
+    if isinstance(step.target, Constant):
+        known = attributes.get(id(step.target.tensor))
+        return [step.name, constant_digest(step.target) if known is None else f"attribute {known}"]
     row: list[Any] = [step.name, step.type_name, _text(step.args, names), _text(_without_inplace(step.kwargs), names)]
+    values: dict[str, Any] = {}
+    _own_values("argument", [step.args, step.kwargs], values)
     if step.is_module:
         row.append([[path, type(part).__name__, _settings(part)] for path, part in step.target.named_modules()])
+        read = _aspects(Reading(dict(step.target.named_modules()), values))
+    else:
+        if step.kind == "call" and not isinstance(step.target, str):
+            _own_values("function", step.target, values)
+        read = _aspects(Reading({}, values)) if values else []
+    for path, value in values.items():
+        if isinstance(value, torch.Tensor):
+            known = attributes.get(id(value))
+            read.append([path, tensor_digest(value).digest[:12] if known is None else f"attribute {known}"])
+    if read:
+        row += [[]] * (5 - len(row))
+        row.append(read)
     return row
+
+
+def _own_values(path: str, value: Any, found: dict[str, Any]) -> None:
+    """Add what is the user's own among a call's arguments: tensors, functions and objects."""
+    if isinstance(value, (tuple, list)):
+        for i, one in enumerate(value):
+            _own_values(f"{path}.{i}", one, found)
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            _own_values(f"{path}.{key}", one, found)
+    elif not isinstance(value, (Ref, *PLAIN)) and not _is_library_callable(value):
+        found[path] = value
+
+
+def _is_library_callable(value: Any) -> bool:
+    if isinstance(value, nn.Module) or not callable(value):
+        return False
+    code = getattr(value, "__code__", None)
+    if code is not None:
+        return is_library_code(code) and not getattr(value, "__closure__", None)
+    # A bound method of a tensor, or a partial, holds what it is called with.
+    return not isinstance(value, functools.partial) and not isinstance(getattr(value, "__self__", None), torch.Tensor)
+
+
+def _aspects(reading: Reading) -> list[Any]:
+    """Return a label and a short digest of every part that is not told by the settings of PyTorch's modules."""
+    rows = [[part_label(part), part_digest(part)] for part in reading.parts if not _is_setting(part)]
+    return rows if reading.complete else [*rows, ["more", ""]]
+
+
+def _is_setting(part: Part) -> bool:
+    if not isinstance(part.holder, nn.Module) or not is_library_module(type(part.holder).__module__):
+        return False
+    value = part.value
+    of_library = _is_library_callable(value) or isinstance(value, nn.Module)
+    return isinstance(value, (*PLAIN, tuple, list, torch.Tensor, torch.ScriptObject)) or of_library
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
 def constant_digest(constant: Constant) -> str:
     """Return a hex digest of a constant's dtype, shape and elements.
 
-    A constant is in no state dict, so the comparison of weights does not see it.
+    A constant that is made in ``forward`` is in no attribute, so the comparison of weights does not see it.
     """
-    tensor = constant.tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+    return tensor_digest(constant.tensor).digest
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
-    """Return a module's constructor arguments that differ from their defaults; for a user's class all plain attributes.
+    """Return a module's constructor arguments that differ from their defaults.
 
     Defaults are left out because classes of PyTorch gain arguments from version to version, whose defaults change
     nothing.
     """
     found: dict[str, str] = {}
+    if not is_library_module(type(module).__module__):
+        return found  # what its own code reads is looked at instead
     for name, parameter in inspect.signature(type(module).__init__).parameters.items():
         value = getattr(module, name, None)
         if (_is_plain(value) or callable(value)) and not isinstance(value, nn.Module) and value != parameter.default:
             found[name] = _text(value)
-    if not type(module).__module__.startswith("torch."):
-        found |= {k: _text(v) for k, v in sorted(vars(module).items()) if not k.startswith("_") and _is_plain(v)}
     for unused in ("inplace", "training"):
         found.pop(unused, None)
     return found

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,11 +18,11 @@ from torchsurgeon.errors import PartitionError, short
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture import Captured
 from torchsurgeon.tracing.closure import Closure
-from torchsurgeon.tracing.configuration import configuration, constant_digest
+from torchsurgeon.tracing.configuration import Configuration
 from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.held import holdings, parameter_holdings
+from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, Specs, TensorSpec
-from torchsurgeon.tracing.step import Constant
 
 
 class LayerGraph:
@@ -243,17 +241,21 @@ class LayerGraph:
         }
 
     @functools.cached_property
+    def reading(self) -> Reading:
+        """What the model's call reads besides its inputs; found out at the first use."""
+        return read_model(self.model)
+
+    @functools.cached_property
+    def configuration(self) -> Configuration:
+        """What the layers compute, the weights aside; found out at the first use."""
+        names = [step.name for step in self.steps]
+        kept = {id(tensor): name for name, tensor in plain_tensors(self.model, self.reading).items()}
+        return Configuration((*self.inputs, *self.outputs), self.layers, self.flow.running(), names, kept)
+
+    @property
     def fingerprint(self) -> str:
         """Hex digest of the graph, not of the weights; computed at the first use."""
-        rows: list[Any] = [[s.name, str(s.dtype), s.wire_shape] for s in (*self.inputs, *self.outputs)]
-        rows += [[[str(spec.dtype), spec.wire_shape] for spec in layer.outputs] for layer in self.layers]
-        names = [step.name for step in self.steps]
-        for step in self.flow.running():
-            if isinstance(step.target, Constant):
-                rows.append([step.name, constant_digest(step.target)])
-            elif step.kind != "input":
-                rows.append(configuration(step, names))
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return self.configuration.fingerprint
 
     def __repr__(self) -> str:
         return f"LayerGraph({type(self.model).__name__}, {len(self.layers)} layers, {len(self.points)} points)"

@@ -1,0 +1,173 @@
+"""Which names the code of functions and classes reads and writes, found without running it."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from torchsurgeon.tracing.source import is_library_module, tree
+
+_READS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"}
+_GLOBALS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
+_WRITES = {"STORE_ATTR", "DELETE_ATTR"}
+# Functions that reach attributes by names that are values.
+_BY_NAME = {"getattr", "hasattr", "attrgetter", "methodcaller", "vars", "__dict__", "get_submodule", "get_parameter"}
+_SETS = {"setattr", "delattr", "__setattr__", "register_buffer", "register_parameter"}
+_FILLS = {
+    "append",
+    "appendleft",
+    "extend",
+    "insert",
+    "update",
+    "setdefault",
+    "pop",
+    "popitem",
+    "popleft",
+    "clear",
+    "add",
+}
+_FILLS |= {"remove", "discard", "__setitem__", "__delitem__", "sort", "reverse"}
+
+
+class Names(NamedTuple):
+    """The names in a function and in those that are defined inside it.
+
+    Attributes:
+        read: attributes that it reads.
+        globals: global names that it reads.
+        assigned: attributes that it assigns or deletes.
+        computed: whether it may read attributes by names that it computes, as ``getattr(self, f"norm{i}")`` does.
+    """
+
+    read: frozenset[str]
+    globals: frozenset[str]
+    assigned: frozenset[str]
+    computed: bool
+
+
+@functools.lru_cache(maxsize=16_384)
+def names_in(code: types.CodeType) -> Names:
+    """Return the names in a function's code."""
+    read: set[str] = set()
+    global_names: set[str] = set()
+    assigned: set[str] = set()
+    texts: set[str] = set()
+    todo = [code]
+    while todo:
+        one = todo.pop()
+        for instruction in dis.get_instructions(one):
+            if instruction.opname in _READS:
+                read.add(str(instruction.argval))
+            elif instruction.opname in _GLOBALS:
+                global_names.add(str(instruction.argval))
+            elif instruction.opname in _WRITES:
+                assigned.add(str(instruction.argval))
+        todo += [constant for constant in one.co_consts if isinstance(constant, types.CodeType)]
+        texts |= {constant for constant in one.co_consts if isinstance(constant, str) and constant.isidentifier()}
+    called = read | global_names
+    if called & _SETS:
+        assigned |= texts
+    computed = bool(called & _BY_NAME)
+    return Names(frozenset(read | texts if computed else read), frozenset(global_names), frozenset(assigned), computed)
+
+
+@functools.lru_cache(maxsize=4096)
+def filled_by(code: types.CodeType) -> frozenset[str]:
+    """Return the attributes and global names whose lists and dicts a function changes: ``self.cache[key] = y``.
+
+    Without source these are all the attributes that it reads, if it changes any list or dict.
+    """
+    node = tree(code)
+    if node is None:
+        stores = any(
+            one.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE") for one in dis.get_instructions(code)
+        )
+        return names_in(code).read if stores or names_in(code).read & _FILLS else frozenset()
+    aliases: dict[str, ast.expr] = {}
+    filled: list[ast.expr] = []
+    for one in ast.walk(node):
+        if isinstance(one, ast.Assign) and isinstance(one.value, (ast.Attribute, ast.Subscript)):
+            aliases |= {target.id: one.value for target in one.targets if isinstance(target, ast.Name)}
+        if isinstance(one, ast.NamedExpr) and isinstance(one.value, (ast.Attribute, ast.Subscript)):
+            aliases[one.target.id] = one.value
+        if isinstance(one, ast.Subscript) and isinstance(one.ctx, (ast.Store, ast.Del)):
+            filled.append(one.value)
+        if isinstance(one, ast.Call) and isinstance(one.func, ast.Attribute) and one.func.attr in _FILLS:
+            filled.append(one.func.value)
+    found = set()
+    for place in filled:
+        for _ in range(8):
+            if isinstance(place, ast.Subscript):
+                place = place.value
+            elif isinstance(place, ast.Name) and place.id in aliases:
+                place = aliases[place.id]
+        if isinstance(place, ast.Attribute):
+            found.add(place.attr)
+        elif isinstance(place, ast.Name) and place.id in names_in(code).globals:
+            found.add(place.id)
+    return frozenset(found)
+
+
+def wrapped(value: Any) -> Iterator[tuple[str, Any]]:
+    """Return the parts of a callable or descriptor that wraps others."""
+    if isinstance(value, functools.partial):
+        yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
+    elif isinstance(value, types.MethodType):
+        yield from (("__func__", value.__func__), ("__self__", value.__self__))
+    elif isinstance(value, types.BuiltinFunctionType):
+        if not isinstance(value.__self__, (types.ModuleType, type, type(None))):
+            yield "__self__", value.__self__
+    elif isinstance(value, property):
+        yield from ((name, getattr(value, name)) for name in ("fget", "fset", "fdel") if getattr(value, name))
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield "__func__", value.__func__
+    elif isinstance(value, functools.cached_property):
+        yield "func", value.func
+    elif isinstance(value, functools._lru_cache_wrapper):
+        yield "__wrapped__", value.__wrapped__
+
+
+@functools.lru_cache(maxsize=4096)
+def of_library_class(cls: Any) -> Names:
+    """Return what a class of PyTorch's modules reads and assigns of itself while it runs; nothing for other classes."""
+    read: set[str] = {"forward"}
+    assigned: set[str] = set()
+    computed = False
+    if not is_library_module(cls.__module__):
+        return Names(frozenset(), frozenset(), frozenset(), False)
+    members: dict[str, Any] = {}
+    for one in reversed(cls.__mro__):
+        if one not in nn.Module.__mro__:
+            members.update(vars(one))
+    done: set[str] = set()
+    while todo := (read | assigned) & members.keys() - done:
+        done |= todo
+        for name in todo:
+            for function in _functions(members[name]):
+                names = names_in(function.__code__)
+                read |= names.read
+                assigned |= names.assigned
+                computed |= names.computed
+    return Names(frozenset(read), frozenset(), frozenset(assigned), computed)
+
+
+@functools.lru_cache(maxsize=4096)
+def changed_by_methods(cls: Any) -> frozenset[str]:
+    """Return the attributes that methods of a class assign, save those that only ``__init__`` does."""
+    changed: set[str] = set()
+    for one in cls.__mro__:
+        for name, member in vars(one).items():
+            if name not in ("__init__", "__new__"):
+                changed.update(*(names_in(function.__code__).assigned for function in _functions(member)))
+    return frozenset(changed)
+
+
+def _functions(member: Any) -> list[types.FunctionType]:
+    parts = [part for _, part in wrapped(member)] or [member]
+    return [part for part in parts if isinstance(part, types.FunctionType)]

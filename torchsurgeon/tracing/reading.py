@@ -1,0 +1,347 @@
+"""What the call of modules reads besides its inputs and parameters: attributes, functions, closures, globals, hooks.
+
+The code is not run. A ``Reading`` starts from the modules' ``forward`` and hooks, and follows what their code names:
+methods, attributes, global names, what a function closes over, the functions in a ``partial``, the parts of lists,
+dicts and objects. An attribute that no code names computes nothing, and is left out. So is one that the code assigns,
+such as a counter or a cache: it is a result of the run.
+
+Code of PyTorch, NumPy and the standard library is not followed, but for the methods of PyTorch's module classes, and
+for what a function of theirs closes over, since decorators close over what they decorate. Of other installed packages
+the module classes and functions are followed; their other classes count by name, and by what objects hold.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchsurgeon.tracing.names import changed_by_methods, filled_by, names_in, of_library_class, wrapped
+from torchsurgeon.tracing.source import is_installed_module, is_library_code, is_library_module
+from torchsurgeon.tracing.step import unique
+
+PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum, np.generic)
+PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice)
+CONTAINERS = (dict, list, tuple, set, frozenset, deque, types.MappingProxyType)
+OF_MODULES = frozenset(nn.Module().__dict__)
+HOOKS = (("forward pre-hook", "_forward_pre_hooks"), ("forward hook", "_forward_hooks"))
+GLOBAL_HOOKS: tuple[tuple[str, dict[int, Any]], ...] = (
+    ("global forward pre-hook", nn.modules.module._global_forward_pre_hooks),
+    ("global forward hook", nn.modules.module._global_forward_hooks),
+)
+
+_ROOTS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
+# Methods that syntax calls, as len(x) and x[i] do, count for every object; these do not compute.
+_IDLE = {
+    "__repr__",
+    "__str__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__getstate__",
+    "__setstate__",
+    "__deepcopy__",
+    "__copy__",
+}
+_IDLE |= {"__del__", "__init_subclass__", "__sizeof__", "__dir__", "__format__", "__subclasshook__", "__getnewargs__"}
+# What these assign is of an object that they make.
+_MAKING = {"__init__", "__new__", "__post_init__"}
+# Objects of these libraries hold what a user put into them; those of others (loggers, locks) are not looked into.
+_HOLDERS = {"torch", "types", "argparse", "collections", "functools"}
+# What a reading follows at most. It ends in the same place on both sides, where the models are the same.
+_MOST = 20_000
+_MOST_ELEMENTS = 1_000
+
+
+class Part(NamedTuple):
+    """Something that is read: ``owner[key]``, or an attribute of ``owner`` where that is no container.
+
+    Attributes:
+        path: where it is, as in ``"encoder.scales[2]"``; the same in every process.
+        owner: the dict, list or tuple that holds it (for an attribute the object's ``__dict__``), or the object.
+        key: its key, index or name there.
+        value: what it was when it was read.
+        holder: the module, class, function or other object that it belongs to.
+    """
+
+    path: str
+    owner: Any
+    key: Any
+    value: Any
+    holder: Any
+
+
+class Reading:
+    """What the call of some modules reads.
+
+    Attributes:
+        parts: what is read, each once, in an order that is the same in every process.
+        assigned: the names of attributes that the code assigns.
+        filled: the names of attributes whose lists and dicts the code changes.
+        complete: False where there was more than a reading follows.
+
+    Args:
+        modules: the modules by path, with all modules inside them.
+        values: functions and other objects by path, which are read too.
+        global_hooks: whether to follow the hooks that PyTorch calls for every module.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], values: Mapping[str, Any] | None = None, *, global_hooks: bool = False
+    ) -> None:
+        self.assigned: set[str] = set()
+        self.filled: set[str] = set()
+        self.complete = True
+        self._names: set[str] = set(_ROOTS)
+        self._computed = False
+        self._found: list[Part] = []
+        self._visited: set[tuple[int, Any]] = set()
+        self._seen: set[int] = set()
+        self._kept: list[Any] = []
+        self._owners: list[tuple[str, Any]] = []
+        self._classes: dict[type, str] = {}
+        self._code: deque[tuple[str, types.FunctionType]] = deque()
+        self._codes: list[types.CodeType] = []
+        for path, module in modules.items():
+            self._add_module(path, module)
+        for path, value in (values or {}).items():
+            self._visit(path, (value,), 0, value, None)
+        if global_hooks:
+            for label, table in GLOBAL_HOOKS:
+                self._add_hooks("", label, table, None)
+        self._follow_all()
+        changeable = {part.key for part in self._found if isinstance(part.value, (dict, list, set, deque))}
+        for code in self._codes:
+            if not changeable.isdisjoint(names_in(code).read | names_in(code).globals):
+                self.filled |= filled_by(code)
+        self.parts = [part for part in self._found if not self._is_result(part)]
+
+    def reads(self, module: nn.Module, name: str) -> bool:
+        """Return whether the code reads an attribute of this name, if the module has it."""
+        return name not in self.assigned and self._names_it(module, name)
+
+    def _is_result(self, part: Part) -> bool:
+        if part.key in self.assigned and isinstance(part.key, str):
+            return True
+        return any(f".{name}[" in f".{part.path}" for name in self.filled) or (
+            part.key in self.filled and isinstance(part.value, CONTAINERS)
+        )
+
+    # --- following ---
+
+    def _follow_all(self) -> None:
+        while True:
+            before = len(self._found), len(self._names), len(self.assigned), len(self._owners), len(self._classes)
+            while self._code:
+                self._scan(*self._code.popleft())
+            for path, owner in list(self._owners):
+                self._look_at(path, owner)
+            for cls, path in list(self._classes.items()):
+                self._look_at_class(path, cls)
+            after = len(self._found), len(self._names), len(self.assigned), len(self._owners), len(self._classes)
+            if before == after and not self._code:
+                return
+
+    def _scan(self, path: str, function: types.FunctionType) -> None:
+        code = function.__code__
+        names = names_in(code)
+        if not is_library_code(code):
+            self._names |= names.read
+            if code.co_name not in _MAKING:
+                self.assigned |= names.assigned
+            self._codes.append(code)
+            self._computed |= names.computed
+            installed = is_installed_module(function.__module__ or "")
+            for name in sorted(names.globals & function.__globals__.keys()):
+                value = function.__globals__[name]
+                if not (installed and isinstance(value, CONTAINERS)):  # registries, which importing may fill
+                    self._visit(name, function.__globals__, name, value, function)
+            for i, value in enumerate(function.__defaults__ or ()):
+                self._visit(f"{path} default {i}", function.__defaults__, i, value, function)
+            for name, value in (function.__kwdefaults__ or {}).items():
+                self._visit(f"{path} default {name}", function.__kwdefaults__, name, value, function)
+            if function.__dict__:
+                self._add_owner(path, function)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if cell != types.CellType():
+                self._visit(f"{path} closure {name}", cell, "cell_contents", cell.cell_contents, function)
+
+    def _look_at(self, path: str, owner: Any) -> None:
+        own: Any = getattr(owner, "__dict__", None)
+        wanted: Iterable[str] = ()
+        if isinstance(owner, nn.Module):
+            wanted = [name for name in own.keys() - OF_MODULES if self._names_it(owner, name)]
+        elif isinstance(own, dict):
+            computed = self._computed and not isinstance(owner, types.ModuleType)
+            wanted = own.keys() if computed else own.keys() & self._names
+        for name in sorted(wanted):
+            self._visit(_dotted(path, name), own, name, own[name], owner)
+        for name in sorted(_slots(type(owner)) & self._names):
+            if hasattr(owner, name):
+                self._visit(_dotted(path, name), owner, name, getattr(owner, name), owner)
+
+    def _names_it(self, module: nn.Module, name: str) -> bool:
+        if self._computed or name in self._names:
+            return True
+        cls: Any = type(module)
+        used = of_library_class(cls)
+        return used.computed or name in used.read
+
+    def _look_at_class(self, path: str, cls: type) -> None:
+        is_module = issubclass(cls, nn.Module)
+        for one in cls.__mro__:
+            if one in nn.Module.__mro__:
+                continue
+            members = vars(one)
+            library = is_library_module(one.__module__)
+            for name in sorted(members.keys() & (self._names | self.assigned)):
+                member = members[name]
+                if not library:
+                    self._visit(f"{one.__qualname__}.{name}", members, name, member, one, at=id(one))
+                elif is_module and isinstance(member, types.FunctionType) and id(member) not in self._seen:
+                    self._seen.add(id(member))
+                    self._names |= names_in(member.__code__).read
+                    self.assigned |= names_in(member.__code__).assigned
+            if library or is_module:
+                continue
+            for name in sorted(members.keys() - _IDLE):
+                if name.startswith("__") and not _is_generated(one, members[name]):
+                    self._visit(f"{one.__qualname__}.{name}", members, name, members[name], one, at=id(one))
+
+    def _visit(self, path: str, owner: Any, key: Any, value: Any, holder: Any, at: int | None = None) -> None:
+        place = (id(owner) if at is None else at, key)
+        if place in self._visited:
+            return
+        if len(self._found) >= _MOST:
+            self.complete = False
+            return
+        self._visited.add(place)
+        self._found.append(Part(path, owner, key, value, holder))
+        self._follow(path, value)
+
+    def _follow(self, path: str, value: Any) -> None:
+        if isinstance(value, (*PLAIN, torch.Tensor, np.ndarray, np.ufunc)):
+            return
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._kept.append(value)
+        if isinstance(value, types.FunctionType):
+            self._code.append((path, value))
+        elif isinstance(value, nn.Module):
+            for inner, module in value.named_modules(prefix=path):
+                self._add_module(inner, module, hidden=True)
+        elif isinstance(value, types.ModuleType):
+            if not is_library_module(value.__name__):
+                self._add_owner(path, value)
+        elif isinstance(value, type):
+            if not _counts_by_name(value):
+                self._classes.setdefault(value, path)
+        elif isinstance(value, CONTAINERS):
+            self._follow_elements(path, value)
+        else:
+            inner = list(wrapped(value))
+            for name, part in inner:
+                self._visit(f"{path}.{name}", (part,), 0, part, value)
+            if not inner:
+                self._follow_object(path, value)
+
+    def _follow_elements(self, path: str, value: Any) -> None:
+        if isinstance(value, (set, frozenset)):
+            return
+        for key, element in elements(value):
+            self._visit(f"{path}[{key!r}]", value, key, element, value)
+
+    def _follow_object(self, path: str, value: Any) -> None:
+        cls: Any = type(value)
+        if not is_library_module(cls.__module__):
+            if not _counts_by_name(cls):
+                self._classes.setdefault(cls, path)
+            self._add_owner(path, value)
+        elif cls.__module__.partition(".")[0] in _HOLDERS and isinstance(getattr(value, "__dict__", None), dict):
+            for name in sorted(value.__dict__.keys() - changed_by_methods(cls)):
+                self._visit(_dotted(path, name), value.__dict__, name, value.__dict__[name], value)
+
+    def _add_module(self, path: str, module: nn.Module, *, hidden: bool = False) -> None:
+        self._seen.add(id(module))
+        self._add_owner(path, module)
+        cls: Any = type(module)
+        if not is_library_module(cls.__module__):
+            self._classes.setdefault(cls, path)
+        else:
+            self.assigned |= of_library_class(cls).assigned
+            forward = getattr(cls, "forward", None)
+            if isinstance(forward, types.FunctionType) and not is_library_code(forward.__code__):
+                # Somebody has replaced the method of PyTorch's own class.
+                self._visit(f"{cls.__name__}.forward", cls, "forward", forward, cls)
+        for label, name in HOOKS:
+            if getattr(module, name, None):
+                self._add_hooks(path, label, getattr(module, name), module)
+        if hidden:
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    self._visit(_dotted(path, name), table, name, tensor, module)
+
+    def _add_hooks(self, path: str, label: str, table: Mapping[int, Any], module: nn.Module | None) -> None:
+        for i, (key, hook) in enumerate(table.items()):
+            if is_library_module(type(hook).__module__) and hasattr(hook, "__dict__"):
+                # Hooks of torch.nn.utils (weight_norm, spectral_norm, pruning) compute the attribute that they name.
+                self.assigned |= {text for text in vars(hook).values() if isinstance(text, str)}
+            self._visit(f"{path} {label} {i}".strip(), table, key, hook, module)
+
+    def _add_owner(self, path: str, owner: Any) -> None:
+        self._owners.append((path, owner))
+        self._kept.append(owner)
+
+
+def read_model(model: nn.Module) -> Reading:
+    """Return what the call of a whole model reads."""
+    return Reading(dict(model.named_modules()), global_hooks=True)
+
+
+def plain_tensors(model: nn.Module, reading: Reading) -> dict[str, torch.Tensor]:
+    """Return the tensors that a model reads and that are neither its parameters nor its buffers, by where they are."""
+    seen = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[str, torch.Tensor] = {}
+    for part in reading.parts:
+        if isinstance(part.value, torch.Tensor) and id(part.value) not in seen:
+            seen.add(id(part.value))
+            found[unique(part.path, found)] = part.value
+    return found
+
+
+def elements(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Return the keys and the elements of a list, tuple or dict that are no plain values."""
+    items = value.items() if isinstance(value, (dict, types.MappingProxyType)) else enumerate(value)
+    count = 0
+    for key, element in items:
+        if not isinstance(element, PLAIN):
+            yield key, element
+            count += 1
+            if count >= _MOST_ELEMENTS:
+                return
+
+
+def _counts_by_name(cls: type) -> bool:
+    """Return whether a class's methods are left out: those of an installed package that is no module reach too far."""
+    return is_library_module(cls.__module__) or is_installed_module(cls.__module__)
+
+
+def _is_generated(cls: type, member: Any) -> bool:
+    """Return whether dataclasses, attrs or namedtuple wrote a method, so that the class's fields say what it does."""
+    by_fields = any(hasattr(cls, name) for name in ("__dataclass_fields__", "__attrs_attrs__", "_fields"))
+    return by_fields and isinstance(member, types.FunctionType) and member.__code__.co_filename.startswith("<")
+
+
+def _slots(cls: type) -> set[str]:
+    slots = (vars(one).get("__slots__", ()) for one in cls.__mro__ if not is_library_module(one.__module__))
+    return {name for one in slots for name in ((one,) if isinstance(one, str) else one)}
+
+
+def _dotted(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
