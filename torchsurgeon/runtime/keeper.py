@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torchsurgeon.codec import find_codec
 from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.models.threads import ThreadSettings
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.peer import Failure, Peer
@@ -96,7 +97,8 @@ class Keeper:
     def start(self) -> None:
         """Start the thread, unless it runs already."""
         if self._thread is None and not self._closed:
-            self._thread = threading.Thread(target=self._run, name="torchsurgeon-keeper", daemon=True)
+            run = functools.partial(self._run, ThreadSettings.here())
+            self._thread = threading.Thread(target=run, name="torchsurgeon-keeper", daemon=True)
             self._thread.start()
 
     def used(self) -> None:
@@ -121,7 +123,8 @@ class Keeper:
         if thread is not None and thread is not threading.current_thread():
             thread.join(_JOIN_S)
 
-    def _run(self) -> None:
+    def _run(self, settings: ThreadSettings) -> None:
+        settings.adopt()
         while not self._closed:
             in_use = 0 <= time.monotonic() - self._used_s < _IDLE_S
             self._sleeps = not in_use

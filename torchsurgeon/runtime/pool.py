@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.models.threads import ThreadSettings
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ _JOIN_S = 1.0
 
 
 class Task(Generic[T]):
-    """A function that runs in another thread, and how it ended.
+    """A function that runs in another thread, with the settings of the thread that makes the task, and how it ended.
 
     Attributes:
         ended: whether it has returned or raised.
@@ -29,9 +30,10 @@ class Task(Generic[T]):
         error: what it raised.
     """
 
-    __slots__ = ("_cancel", "_pending", "_work", "ended", "error", "value")
+    __slots__ = ("_cancel", "_pending", "_settings", "_work", "ended", "error", "value")
 
     def __init__(self, work: Callable[[], T], cancel: Callable[[], object] | None) -> None:
+        self._settings = ThreadSettings.here()
         self.ended = False
         self.value: T | None = None
         self.error: Exception | None = None
@@ -47,6 +49,7 @@ class Task(Generic[T]):
         try:
             if work is None:
                 raise ServerUnavailableError("the request was given up before it began")
+            self._settings.adopt()
             self.value = work()
         except Exception as error:
             self.error = error

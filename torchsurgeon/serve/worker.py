@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from torchsurgeon.models.threads import ThreadSettings, process_threads
+
 T = TypeVar("T")
 
 
@@ -21,13 +23,23 @@ class Worker:
 
     Args:
         name: the thread's name.
+
+    Attributes:
+        settings: with how many CPU threads jobs run, and whether they flush denormal numbers: as the thread does that
+            makes the worker. ``follow()`` takes a number over that the process has set since.
     """
 
     def __init__(self, name: str) -> None:
+        self.settings = ThreadSettings.here()
+        self.follow()
         self._running = threading.Lock()
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    def follow(self) -> None:
+        """Run later jobs with as many CPU threads as the process is set to now."""
+        self.settings = self.settings._replace(threads=process_threads())
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Queue a job, and return the future of its result."""
@@ -44,6 +56,7 @@ class Worker:
         if torch.is_grad_enabled() or not self._jobs.empty() or not self._running.acquire(blocking=False):
             return None
         try:
+            self.settings.adopt()
             return job()
         finally:
             self._running.release()
@@ -59,6 +72,7 @@ class Worker:
                 continue
             try:
                 with self._running, torch.no_grad():
+                    self.settings.adopt()
                     result = job()
             except BaseException as error:
                 future.set_exception(error)
