@@ -15,8 +15,8 @@ _NAMES_BY_ROOM = {
     "codec": ("CodecCost", "CodecTable"),
     "cutting": ("Partition", "cut", "tail_for"),
     "errors": (
-        "AdaptError", "BackendError", "BodyTooLargeError", "CalibrationError", "CodecError", "DeadlineError",
-        "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError", "MismatchWarning",
+        "AdaptError", "ArithmeticMismatchError", "BackendError", "BodyTooLargeError", "CalibrationError", "CodecError",
+        "DeadlineError", "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError", "MismatchWarning",
         "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
         "NativeUnavailableError", "NoisyProfileWarning", "PartitionError", "PlanError", "PredictionWarning",
         "ProfileError", "ProtocolError", "RequestRefusedError", "ServerError", "ServerUnavailableError",
@@ -86,6 +86,7 @@ else:
     from torchsurgeon.cutting import cut as cut
     from torchsurgeon.cutting import tail_for as tail_for
     from torchsurgeon.errors import AdaptError as AdaptError
+    from torchsurgeon.errors import ArithmeticMismatchError as ArithmeticMismatchError
     from torchsurgeon.errors import BackendError as BackendError
     from torchsurgeon.errors import BodyTooLargeError as BodyTooLargeError
     from torchsurgeon.errors import CalibrationError as CalibrationError

@@ -23,6 +23,7 @@
         ├── ServerUnavailableError nothing answered in time (also a ConnectionError)
         ├── RequestRefusedError    the server answered with an HTTP error; ``status`` is its code
         ├── ModelMismatchError     device and server hold different graphs or weights
+        │   └── ArithmeticMismatchError    they hold the same model, but need not give the same bits
         └── ModelServingError      raised inside a server; its clients see RequestRefusedError
             ├── ModelNotServedError    the server does not have this model or version
             ├── ModelNotReadyError     the model is still loading, or failed to load
@@ -202,6 +203,10 @@ class RequestRefusedError(ServerError):
 
 class ModelMismatchError(ServerError):
     """Device and server hold different graphs or different weights."""
+
+
+class ArithmeticMismatchError(ModelMismatchError):
+    """Device and server hold the same model, but would not give the same bits for certain, as ``exact=True`` asks."""
 
 
 class ModelServingError(ServerError):

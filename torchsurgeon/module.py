@@ -38,6 +38,7 @@ from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.stream import in_order
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.layout import same_layout
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.tracing.tracer import trace
 from torchsurgeon.transport import Transport
@@ -91,6 +92,10 @@ class SplitModule(nn.Module):
             then equal the model's own to within rounding.
         backend: instead of ``compile``, a function from a module (a head, or a tail that runs on the device) to the
             callable that runs it. By default, modules run in eager PyTorch.
+        exact: True to use only answers that have the model's own bits for certain. A server whose processor, number of
+            threads, PyTorch or settings differ from this device's is then not asked, as if it held another model.
+            docs/runtime.md lists what is compared. By default such answers, which are the same to rounding, are used,
+            and ``last.bits`` says so.
         timeout_s: the longest that a server may take for one inference.
         leaf_modules: modules to keep whole, as ``trace()`` takes them.
 
@@ -98,6 +103,7 @@ class SplitModule(nn.Module):
         model: the model.
         graph: the traced model, a ``LayerGraph``.
         name: the model's name on the server.
+        exact: as given.
         deadline_s: as given; may be assigned.
 
     Raises:
@@ -105,9 +111,9 @@ class SplitModule(nn.Module):
             has got other submodules, hooks or plain attributes since it was traced.
         PlanError: ``fallback`` is neither ``"local"`` nor ``"error"``, or energy is to be saved with a given profile or
             link that does not tell it.
-        BackendError: both ``compile`` and ``backend`` are given, ``torch.compile`` has no such backend, or
-            ``backend`` is no function.
-        CodecError: there is no such codec, or ``codecs`` is no measured table.
+        BackendError: both ``compile`` and ``backend`` are given, ``torch.compile`` has no such backend,
+            ``backend`` is no function, or one of them is given with ``exact``.
+        CodecError: there is no such codec, ``codecs`` is no measured table, or a codec is lossy and ``exact`` is given.
         LinkError: ``link`` is no ``Link``.
         ProfileError: a profile is no ``LayerProfile``.
         AdaptError: ``timeout_s`` is not a positive number.
@@ -116,6 +122,8 @@ class SplitModule(nn.Module):
             it when no server answers.
         ModelMismatchError: raised by calls with ``fallback="error"`` when the server holds another model. With
             ``fallback="local"`` there is one ``MismatchWarning`` instead.
+        ArithmeticMismatchError: likewise, when the server holds the same model, but cannot give the same bits, and
+            ``exact`` is given. It is a ``ModelMismatchError``.
     """
 
     def __init__(
@@ -138,6 +146,7 @@ class SplitModule(nn.Module):
         answer_codec: str = "raw",
         compile: bool | str = False,
         backend: Backend | None = None,
+        exact: bool = False,
         timeout_s: float = 30.0,
         leaf_modules: Sequence[str | type[nn.Module]] = (),
     ) -> None:
@@ -158,11 +167,14 @@ class SplitModule(nn.Module):
                 "name of a backend of torch.compile"
             )
         _check_measured(link, device_profile, server_profile, codecs)
+        if exact:
+            _check_exact((codec, answer_codec), codecs, compiled=bool(compile) or backend is not None)
         self.training = False
         self.model = model
         args, kwargs = call_of(example)
         self.graph: LayerGraph = trace(model, *args, leaf_modules=leaf_modules, **kwargs)
         self.name = name
+        self.exact = exact
         self.deadline_s = deadline_s
         given = [server] if isinstance(server, (str, Transport)) else _addresses(server)
         self._engine = Engine(
@@ -182,6 +194,7 @@ class SplitModule(nn.Module):
                 server_profile=server_profile,
                 timeout_s=timeout_s,
                 on_replan=on_replan,
+                exact=exact,
             ),
         )
         # Ends the threads of a module that is collected without having been closed.
@@ -209,12 +222,14 @@ class SplitModule(nn.Module):
         """The codec of the boundary tensors. Assign its name.
 
         Raises:
-            CodecError: there is no codec of the assigned name.
+            CodecError: there is no codec of the assigned name, or it is lossy and the module is exact.
         """
         return self._engine.codec
 
     @codec.setter
     def codec(self, wanted: str | Codec | Lossless) -> None:
+        if self.exact:
+            _check_exact((str(wanted),), None, compiled=False)
         self._engine.codec = _codec(str(wanted))
 
     @property
@@ -371,9 +386,11 @@ class SplitModule(nn.Module):
     def stats(self) -> dict[str, Any]:
         """Return what has happened so far and what is known now, as plain data.
 
-        The dict holds the number of ``inferences``, ``rows`` (by cut), ``degraded`` (by reason), ``sent_bytes``,
-        ``received_bytes``, the device's ``slowdown``, ``pings``, and ``servers``: for each one the state of its
-        breaker, the estimates of link and load, and its bytes.
+        The dict holds the number of ``inferences``, ``rows`` (by cut), ``degraded`` (by reason), ``bits`` (how many
+        answers were the same bits, and how many to rounding), ``sent_bytes``, ``received_bytes``, the device's
+        ``slowdown``, ``pings``, and ``servers``: for each one the state of its breaker, the estimates of link and load,
+        its bytes, and under ``bits`` whether its answers have the same bits as this device's for certain, with what
+        differs under ``inexact_because``. ``bits`` is None before the first handshake.
         """
         return self._engine.snapshot()
 
@@ -412,7 +429,7 @@ class SplitModule(nn.Module):
 
 @torch.no_grad()
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone()
+    return same_layout(tensor)
 
 
 def _addresses(servers: object) -> Sequence[ServerAddress]:
@@ -436,6 +453,23 @@ def _check_measured(link: object, device: object, server: object, codecs: object
             )
     if not isinstance(codecs, CodecTable | None):
         raise CodecError(f"codecs must be a measured CodecTable; got {short(codecs)}; codec= takes the name of a codec")
+
+
+def _check_exact(names: Sequence[str], table: CodecTable | None, *, compiled: bool) -> None:
+    """Raise where an argument changes the bits of answers, although the module is to be exact."""
+    if compiled:
+        raise BackendError(
+            "compile= and backend= run the heads and tails in another way than the model, so that answers are the same "
+            "to rounding only; leave them out, or leave out exact=True"
+        )
+    lossy = [name for name in names if name != Lossless.name and not find_codec(name).lossless]
+    if table is not None:
+        lossy += {row.cost.codec for row in table.rows if row.cost.within_budget and not row.cost.lossless}
+    if lossy:
+        raise CodecError(
+            f"exact=True asks for the model's own bits, and codecs change them: {', '.join(sorted(lossy))[:200]}. "
+            'Take "raw", "zstd" or "auto", a table measured without an accuracy budget, or leave out exact=True'
+        )
 
 
 def _codec(name: str) -> Codec | Lossless:

@@ -49,6 +49,13 @@ def small() -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(1, 4)
 
 
+def wide() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests, of a model whose last bits depend on the number of threads."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.rand(1, 64)
+
+
 def scores() -> tuple[nn.Module, torch.Tensor]:
     """A factory for SPECs in these tests."""
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 7))

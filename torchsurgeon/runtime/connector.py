@@ -107,6 +107,7 @@ class Connector:
     def forget_parts(self) -> None:
         """Forget the cut parts and the ping, since the model's tensors have been replaced."""
         self._parts.clear()
+        self._local.arithmetic.forget()
         self.ping_tensors = {}
 
     def renew(self) -> None:

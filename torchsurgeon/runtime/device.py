@@ -10,6 +10,7 @@ from typing import Any
 from torchsurgeon.adapting import Decision, Quantity, SlowdownEstimator
 from torchsurgeon.planning import Row
 from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.inference import Inference
 from torchsurgeon.runtime.ledger import Ledger
@@ -110,10 +111,18 @@ class DeviceTimes:
 
 
 class DeviceRunner:
-    """Runs whole calls on this device, and keeps their account. Thread-safe."""
+    """Runs whole calls on this device, and keeps their account. Thread-safe.
 
-    def __init__(self, times: DeviceTimes, ledger: Ledger, whole: Way) -> None:
+    Args:
+        times: how long the model takes on this device.
+        ledger: where the calls are recorded.
+        whole: the way that runs all layers on the device.
+        rounded_because: as in ``Options``.
+    """
+
+    def __init__(self, times: DeviceTimes, ledger: Ledger, whole: Way, rounded_because: tuple[str, ...]) -> None:
         self._times, self._ledger, self._whole = times, ledger, whole
+        self._bits, self._because = bits.verdict(rounded_because)
 
     def run(self, work: Work, begun_s: float, why: Failure | None, decision: Decision[Row] | None = None) -> Any:
         """Return the result of a call that runs on this device as a whole.
@@ -138,6 +147,8 @@ class DeviceRunner:
             head_s=end_s - decided_s,
             degraded=None if why is None else str(why),
             decision=decision,
+            bits=self._bits,
+            inexact_because=self._because,
         )
         self._ledger.record(self._whole.name, inference, None if why is None else why.kind)
         return result

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.errors import ArithmeticMismatchError, ServerUnavailableError
+from torchsurgeon.models.arithmetic import Arithmetic
+from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Expected
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
@@ -55,13 +57,13 @@ class Engine:
         self.times = DeviceTimes(self.parts, options.example, options.device_profile)
         self.servers = Servers(servers, options, self.local, self.times)
         self.ledger = Ledger(options.name)
-        self._device = DeviceRunner(self.times, self.ledger, self.servers.whole)
+        self._device = DeviceRunner(self.times, self.ledger, self.servers.whole, options.rounded_because)
         self._pool = Pool("torchsurgeon-request")
         self._connector = Connector(options, self.local, self.parts, self.times, self.servers)
         self._keeper = Keeper(self.local, self.servers, self._connector, self._pool)
         self._setup = Setup(options, self.local, self.times, self.servers, self._connector, self._keeper)
         self._shared = Shared(
-            falls_back=options.falls_back,
+            options=options,
             local=self.local,
             parts=self.parts,
             times=self.times,
@@ -91,6 +93,7 @@ class Engine:
         Raises:
             ServerError: no server could be made ready, and the module does not fall back to the device.
         """
+        self.local.arithmetic.now()  # servers are compared with what this thread computes with
         self._setup.prepare()
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -153,11 +156,14 @@ class Engine:
         if not falls_back:
             # With a fallback, changed weights are noticed while the request is on its way, which costs no time.
             self._connector.renew()
+        arithmetic = self.local.arithmetic.now()
+        if not self.servers.compared(arithmetic):
+            self.local.again()
         begun_s = time.perf_counter()
         if (fixed is None or not fixed.whole) and not self._setup.done:
             begun_s = self._setup.prepare_for(work, deadline_s)
         self._keeper.used()
-        choice = self.servers.choose(work, streamed=streamed)
+        choice = self.servers.choose(work, arithmetic, streamed=streamed)
         if self._compiles and choice.why is None:
             # Compiling takes seconds, so it is not done in an emergency, and does not count as the call's time.
             compiling_s = time.perf_counter()
@@ -167,11 +173,15 @@ class Engine:
             choice = choice._replace(way=self.servers.within(deadline_s, begun_s, work, choice))
         if choice.peer is None or choice.way.whole:
             if choice.why is not None:
+                if not falls_back and not self.servers.fit(arithmetic):
+                    raise bits.refusal(self.options.name, self.servers.peers[0].differences(arithmetic))
                 self._connector.renew()
             return Done(self._device.run(work, begun_s, choice.why, choice.decision))
-        return self._headed(work, choice, begun_s, None if deadline_s is None else begun_s + deadline_s)
+        return self._headed(work, choice, arithmetic, begun_s, None if deadline_s is None else begun_s + deadline_s)
 
-    def _headed(self, work: Work, choice: Choice, begun_s: float, due_s: float | None) -> Pending | Done:
+    def _headed(
+        self, work: Work, choice: Choice, arithmetic: Arithmetic, begun_s: float, due_s: float | None
+    ) -> Pending | Done:
         """Run the head of a call that asks a server; ``due_s`` is when its answer is due (``time.perf_counter``)."""
         way, peer, decision, _ = choice
         assert peer is not None
@@ -185,6 +195,11 @@ class Engine:
                 raise
             return Done(self._device.run(work, begun_s, Failure("unlike", str(error)), decision))
         headed_s = time.perf_counter()
+        rounded = bits.displaced(self.graph, work.crossing(way.point), boundary)
+        if rounded and self.options.exact:
+            if not self.options.falls_back:
+                raise ArithmeticMismatchError(f"exact=True asks for the same bits, and {'; '.join(rounded)}")
+            return Done(self._device.run(work, begun_s, Failure("inexact", "; ".join(rounded)), decision))
         plan, row = peer.plan, way.row
         expected: Callable[[], Expected] | None = None
         if decision is not None and plan is not None and row is not None:
@@ -200,6 +215,8 @@ class Engine:
             expected=expected,
             decision=decision,
             deadline_s=due_s,
+            arithmetic=arithmetic,
+            rounded_because=rounded,
         )
         if row is not None:
             self.times.record_duration(headed_s - decided_s, row.head_s * pending.scale)

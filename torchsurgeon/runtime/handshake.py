@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, TraceError, short
+from torchsurgeon.models.arithmetic import Arithmetic, ArithmeticReader
 from torchsurgeon.models.premises import Premises
 from torchsurgeon.models.weights import Snapshot, WeightDigests, weight_digests
 from torchsurgeon.tracing.graph import LayerGraph
@@ -25,7 +26,9 @@ class LocalModel:
 
     Attributes:
         graph: the traced model.
-        epoch: how often its weights have changed. A handshake holds only for the epoch in which it was made.
+        epoch: how often its weights have changed, or something else asked for another handshake (``again()``). A
+            handshake holds only for the epoch in which it was made.
+        arithmetic: reads what this device computes the model with.
     """
 
     def __init__(self, graph: LayerGraph) -> None:
@@ -36,6 +39,7 @@ class LocalModel:
         self._premises = Premises(graph.model, self._reading)
         self._snapshot = self._taken()
         self._digests: WeightDigests | None = None
+        self.arithmetic = ArithmeticReader(graph.model)
 
     def _taken(self) -> Snapshot:
         return Snapshot(self.graph.model, plain_tensors(self.graph.model, self._reading).values())
@@ -69,6 +73,11 @@ class LocalModel:
             self.epoch += 1
             return True
 
+    def again(self) -> None:
+        """Begin another epoch, although the weights have not changed."""
+        with self._lock:
+            self.epoch += 1
+
     def reset_after_fork(self) -> None:
         """Replace the lock, which a thread of the parent may hold."""
         self._lock = threading.RLock()
@@ -93,8 +102,10 @@ def autocast_mismatch() -> ModelMismatchError | None:
 
 def shake_hands(
     transport: Transport, name: str, graph: LayerGraph, ours: WeightDigests, timeout_s: float | None = None
-) -> str | None:
-    """Check that the server's model is this model, and return the identity that its answers carry.
+) -> tuple[str | None, Arithmetic | None]:
+    """Check that the server's model is this model.
+
+    Returns the identity that its answers carry, and what the server computes with; None for what it does not tell.
 
     Args:
         transport: how to reach the server.
@@ -129,7 +140,7 @@ def shake_hands(
             f"the server tells no digests of model {name!r} layer by layer: its torchsurgeon is older, and does not "
             "compare functions, hooks and packed weights. Install the same torchsurgeon on both sides"
         )
-    return theirs.get("identity")
+    return theirs.get("identity"), Arithmetic.from_json(theirs.get("arithmetic"))
 
 
 def _differing_graph(name: str, graph: LayerGraph, theirs: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torchsurgeon.adapting import Decision
 from torchsurgeon.planning import Row
+from torchsurgeon.runtime.bits import SAME
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import Answer
 
@@ -35,6 +36,9 @@ class Inference:
         degraded: why the answer was not made as planned, such as ``"late: …"``; None if it was.
         server: the server whose answer it is; None if the device made it.
         decision: what the cut was chosen on; None where it is fixed.
+        bits: ``"same bits"`` if the answer is the model's own on this device, bit for bit; ``"same to rounding"``; or
+            ``"changed by a lossy codec"``.
+        inexact_because: why it is not ``"same bits"``; empty if it is.
     """
 
     partition: PartitionPoint
@@ -54,12 +58,15 @@ class Inference:
     degraded: str | None = None
     server: str | None = None
     decision: Decision[Row] | None = None
+    bits: str = SAME
+    inexact_because: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{name} {getattr(self, name + '_s') * 1e3:.2f}" for name in _PARTS if getattr(self, name + "_s")]
         crossed = self.sent_bytes or self.wait_s or self.local_s
         where = f"cut after {self.partition.name}" if crossed else "all on the device"
-        why = f"; {self.degraded}" if self.degraded else ""
+        why = "" if self.bits == SAME else f"; {self.bits}"
+        why += f"; {self.degraded}" if self.degraded else ""
         return f"{self.total_s * 1e3:.2f} ms ({where}; ms: {', '.join(parts)}; {self.sent_bytes} bytes sent{why})"
 
 

@@ -24,6 +24,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._rows: Counter[str] = Counter()
         self._degraded: Counter[str] = Counter()
+        self._bits: Counter[str] = Counter()
         self._sent_bytes = self._received_bytes = 0
 
     def record(self, row: str, inference: Inference, why: str | None) -> None:
@@ -37,6 +38,7 @@ class Ledger:
         self.last = inference
         with self._lock:
             self._rows[row] += 1
+            self._bits[inference.bits] += 1
             if why is not None:
                 self._degraded[why] += 1
             self._sent_bytes += inference.sent_bytes
@@ -54,6 +56,7 @@ class Ledger:
                 "inferences": self._rows.total(),
                 "rows": dict(self._rows),
                 "degraded": dict(self._degraded),
+                "bits": dict(self._bits),
                 "sent_bytes": self._sent_bytes,
                 "received_bytes": self._received_bytes,
             }

@@ -23,6 +23,7 @@ class Options:
         name: the model's name on its servers.
         example: the positional and keyword arguments that the model was traced with.
         falls_back: whether the device answers a call when no server does (``fallback="local"``).
+        rounded_because: why even what this device computes has not the model's own bits; empty where it has.
     """
 
     name: str
@@ -38,3 +39,8 @@ class Options:
     server_profile: LayerProfile | None
     timeout_s: float
     on_replan: Callable[[Decision[Row]], object] | None
+    exact: bool
+
+    @property
+    def rounded_because(self) -> tuple[str, ...]:
+        return () if self.backend is None else ("compile= or backend= runs the heads and tails in another way",)

@@ -25,7 +25,9 @@ from torchsurgeon.errors import (
     ServerUnavailableError,
 )
 from torchsurgeon.link import Link
+from torchsurgeon.models.arithmetic import Arithmetic, Difference
 from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Adaptive
 from torchsurgeon.runtime.handshake import LocalModel, shake_hands
 from torchsurgeon.runtime.inference import seconds
@@ -84,6 +86,7 @@ class Peer:
             ready again. The epoch changes when the local weights do.
         plan: the choice among the cuts with this server; None until it has been measured.
         doubted: whether an answer is overdue, and it is open whether the link is slow or the server is down.
+        told: what it said at the last handshake that it computes with; None where it did not say.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Peer:
         profile: LayerProfile | None,
         output_codec: Codec,
         max_bytes: int,
+        exact: bool,
     ) -> None:
         self.transport = transport
         self.label: str = getattr(transport, "url", type(transport).__name__)
@@ -103,7 +107,7 @@ class Peer:
         self.failure: Failure | None = None
         self.sent_bytes = self.received_bytes = self.answers = 0
         self._name, self._local = name, local
-        self._output_codec, self._max_bytes = output_codec, max_bytes
+        self._output_codec, self._max_bytes, self._exact = output_codec, max_bytes, exact
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
@@ -117,6 +121,8 @@ class Peer:
         self.asked_s = -math.inf
         self.doubted = False
         self._identity: str | None = None
+        self.told: Arithmetic | None = None
+        self._compared: set[str] = set()
         self._lock = threading.Lock()
         self._seen: dict[int, Tracker] = {}
         self._counting = threading.Lock()
@@ -129,7 +135,8 @@ class Peer:
         """Check that the server's model is the local one, and return the epoch of the local weights.
 
         Raises:
-            ModelMismatchError: the server holds another model.
+            ModelMismatchError: the server holds another model; or the same, but exact answers are asked for, and it
+                cannot give the same bits.
         """
         with self._lock:
             return self._shake(timeout_s)
@@ -137,16 +144,50 @@ class Peer:
     def _shake(self, timeout_s: float | None) -> int:
         self.ready_in = -1
         epoch, digests = self._local.digests()
-        self._identity = shake_hands(self.transport, self._name, self._local.graph, digests, timeout_s)
+        self._identity, told = shake_hands(self.transport, self._name, self._local.graph, digests, timeout_s)
+        if told is None or self.told is None or told.digest != self.told.digest:
+            self._compared.clear()
+        self.told = told
+        ours = self._ours()
+        self._compared.add(ours.digest)
+        if self._exact and (differences := ours.compare(told)):
+            raise bits.refusal(self._name, differences)
         return epoch
 
-    def ask(self, tensors: Mapping[str, Tensor], codecs: Mapping[str, Codec], deadline: Deadline) -> Answer:
+    def _ours(self) -> Arithmetic:
+        """Return what the latest call was computed with here. This may be a background thread, which computes none."""
+        return self._local.arithmetic.last or self._local.arithmetic.now()
+
+    def differences(self, ours: Arithmetic) -> tuple[Difference, ...]:
+        """Return what differs between what this device and the server compute with, as far as the server has told."""
+        return ours.compare(self.told)
+
+    def compared(self, ours: Arithmetic) -> bool:
+        """Return whether the server has told what it computes with since this device began to compute with ``ours``.
+
+        A server in the same process follows ``torch.set_num_threads()`` when it is asked again.
+        """
+        return ours.digest in self._compared
+
+    def ask(
+        self,
+        tensors: Mapping[str, Tensor],
+        codecs: Mapping[str, Codec],
+        deadline: Deadline,
+        exact: Arithmetic | None = None,
+    ) -> Answer:
         """Return the server's answer to named tensors.
 
         If the server has been restarted since the handshake, it is checked again before its answer is used.
 
+        Args:
+            tensors: the tensors by name.
+            codecs: how to encode each.
+            deadline: when to give up.
+            exact: what the server has to compute with; None for anything.
+
         Raises:
-            ModelMismatchError: the server holds another model now.
+            ModelMismatchError: the server holds another model now, or computes with something else than ``exact``.
             ServerError: it did not answer in time, or refused; whatever else the transport raises.
         """
 
@@ -164,7 +205,11 @@ class Peer:
         with self._counting:
             self.under_way += 1
         try:
-            return self._checked(infer, deadline)
+            answer = self._checked(infer, deadline)
+            if exact is not None and answer.parameters.get("arithmetic") != exact.digest:
+                self.shake(deadline.left_s())
+                raise bits.refusal(self._name, self.differences(exact) or (Difference("arithmetic", "told", None),))
+            return answer
         finally:
             with self._counting:
                 self.under_way -= 1
@@ -259,12 +304,16 @@ class Peer:
         """Return what is known of it, as plain data."""
         state = self.state
         link, load = state.link.estimate(), state.load.estimate()
+        # Before the first handshake, nothing has been compared.
+        differences = list(map(str, self.differences(self._ours()))) if self._compared else None
         return {
             "server": self.label,
             "usable": self.usable(epoch),
             "breaker": state.breaker.state,
             "opened": state.breaker.opened,
             "failure": None if self.failure is None else str(self.failure),
+            "bits": None if differences is None else bits.verdict(differences)[0],
+            "inexact_because": differences or [],
             "uplink_bit_s": link.uplink.value,
             "downlink_bit_s": link.downlink.value,
             "round_trip_s": link.round_trip.value,

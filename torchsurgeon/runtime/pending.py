@@ -19,8 +19,9 @@ from torch import Tensor
 from torchsurgeon.adapting import Decision, patience, rescue
 from torchsurgeon.codec import Codec
 from torchsurgeon.errors import EncodingError, ServerUnavailableError
+from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.planning import Row
-from torchsurgeon.runtime import inference
+from torchsurgeon.runtime import bits, inference
 from torchsurgeon.runtime.answers import check_answer
 from torchsurgeon.runtime.choice import Expected, Way
 from torchsurgeon.runtime.connector import Connector
@@ -30,6 +31,7 @@ from torchsurgeon.runtime.inference import Moments
 from torchsurgeon.runtime.keeper import Keeper
 from torchsurgeon.runtime.ledger import Ledger
 from torchsurgeon.runtime.lossless import Lossless
+from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.parts import Parts
 from torchsurgeon.runtime.peer import Failure, Peer, is_requests_fault
 from torchsurgeon.runtime.pool import Pool, Task
@@ -58,7 +60,7 @@ class Shared:
     """What all calls of one SplitModule share.
 
     Attributes:
-        falls_back: whether the device answers a call when no server does.
+        options: what the user asked for.
         local: the model on this side, with its weights' digests.
         parts: the heads and tails of the model.
         times: how long the parts take on this device.
@@ -70,7 +72,7 @@ class Shared:
         ledger: what has happened so far.
     """
 
-    falls_back: bool
+    options: Options
     local: LocalModel
     parts: Parts
     times: DeviceTimes
@@ -113,6 +115,8 @@ class Pending:
         expected: predicts the server's part; None where nothing has been measured.
         decision: what the choice of the cut was made on; None where the cut is fixed.
         deadline_s: when the answer is due (``time.perf_counter``).
+        arithmetic: what this device computes with.
+        rounded_because: why a server's answer has not the model's own bits, whatever the server computes with.
     """
 
     def __init__(
@@ -128,9 +132,12 @@ class Pending:
         expected: Callable[[], Expected] | None,
         decision: Decision[Row] | None,
         deadline_s: float | None,
+        arithmetic: Arithmetic,
+        rounded_because: tuple[str, ...],
     ) -> None:
         self._shared, self._work, self._way, self._peer, self._boundary = shared, work, way, peer, boundary
         self._moments, self._expected, self._decision, self._deadline_s = moments, expected, decision, deadline_s
+        self._arithmetic, self._rounded_because = arithmetic, rounded_because
         self._wanted_codec = way.codec or codec
         self._specs = work.crossing(way.point)
         example = sum(spec.size_bytes for spec in self._specs)
@@ -150,12 +157,13 @@ class Pending:
         shared = self._shared
         self._sent_s = time.perf_counter()
         limit_s = self._peer.transport.timeout_s
-        if self._deadline_s is not None and not shared.falls_back:
+        if self._deadline_s is not None and not shared.options.falls_back:
             limit_s = max(min(limit_s, self._deadline_s - self._sent_s), 1e-6)
         deadline = Deadline(limit_s)
         tensors = dict(zip((spec.name for spec in self._specs), self._boundary, strict=True))
         self._codec = self._codec_now()
-        ask = functools.partial(self._peer.ask, tensors, dict.fromkeys(tensors, self._codec), deadline)
+        exact = self._arithmetic if shared.options.exact else None
+        ask = functools.partial(self._peer.ask, tensors, dict.fromkeys(tensors, self._codec), deadline, exact)
         if self._boundary[0].is_cuda:
             # The thread that sends them has to wait for the CUDA stream on which this thread computes them.
             ask = functools.partial(_on_stream, torch.cuda.current_stream(self._boundary[0].device), ask)
@@ -201,7 +209,7 @@ class Pending:
         while True:
             task = self._task
             assert task is not None
-            if not self._shared.falls_back:
+            if not self._shared.options.falls_back:
                 timeout_s = self._peer.transport.timeout_s
                 if not task.wait(timeout_s + _QUEUED_S):
                     task.give_up()
@@ -302,6 +310,7 @@ class Pending:
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
             spent_s = answer.timing.send_start_s - self._sent_s + inference.seconds(answer.parameters.get("decode_s"))
             self._wanted_codec.observe(self._way.point.index, size_bytes, answer.timing.sent_bytes, spent_s)
+        verdict, because = self._verdict(answer)
         self._record(
             inference.of_answer(
                 self._way.point,
@@ -314,9 +323,21 @@ class Pending:
                 degraded=None if self._why is None else str(self._why),
                 server=peer.label,
                 decision=self._decision,
+                bits=verdict,
+                inexact_because=because,
             )
         )
         return result
+
+    def _verdict(self, answer: Answer) -> tuple[str, tuple[str, ...]]:
+        """Return whether a server's answer has the model's own bits, and why if not."""
+        options, ours = self._shared.options, self._arithmetic
+        because = [*options.rounded_because, *self._rounded_because]
+        if answer.parameters.get("arithmetic") != ours.digest:
+            # The answer itself tells what counts; the handshake, which may be older, tells what differs.
+            differing = self._peer.differences(ours)
+            because += map(str, differing) if differing else ["the server computes with something else than it told"]
+        return bits.verdict(because, (self._codec, options.answer_codec))
 
     def _record(self, account: inference.Inference) -> None:
         self._shared.ledger.record(self._way.name, account, None if self._why is None else self._why.kind)
@@ -340,7 +361,7 @@ class Pending:
         return any(tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape for spec, tensor in pairs)
 
     def _next_peer(self) -> bool:
-        peer = self._shared.servers.another(self._tried)
+        peer = self._shared.servers.another(self._tried, self._arithmetic)
         if peer is None:
             return False
         self._peer = peer
@@ -369,6 +390,7 @@ class Pending:
         self._shared.times.record_tail(self._way, self.scale, end_s - begin_s)
         self._judge(task, end_s)
         moments = self._moments
+        verdict, because = bits.verdict(self._shared.options.rounded_because)
         self._record(
             inference.Inference(
                 partition=self._way.point,
@@ -379,6 +401,8 @@ class Pending:
                 local_s=end_s - begin_s,
                 degraded=None if self._why is None else str(self._why),
                 decision=self._decision,
+                bits=verdict,
+                inexact_because=because,
             )
         )
         return result

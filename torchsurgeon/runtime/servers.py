@@ -11,7 +11,9 @@ from typing import NamedTuple
 from torchsurgeon.adapting import SURE, Decision, Estimates, Refusals, check_deadline
 from torchsurgeon.errors import MismatchWarning
 from torchsurgeon.link import Link
+from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.planning import Row
+from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Goal, Way
 from torchsurgeon.runtime.device import DeviceTimes
 from torchsurgeon.runtime.handshake import LocalModel
@@ -77,6 +79,7 @@ class Servers:
                 profile=options.server_profile,
                 output_codec=options.answer_codec,
                 max_bytes=limit,
+                exact=options.exact,
             )
             for transport in transports
         ]
@@ -143,24 +146,30 @@ class Servers:
 
     # --- the choice ---
 
-    def choose(self, work: Work, *, streamed: bool) -> Choice:
+    def compared(self, ours: Arithmetic) -> bool:
+        """Return whether every server that is ready has been compared with what this device computes with now."""
+        epoch = self._local.epoch
+        return all(peer.compared(ours) for peer in self.peers if peer.ready_in == epoch)
+
+    def choose(self, work: Work, ours: Arithmetic, *, streamed: bool) -> Choice:
         """Choose where to cut one call, and which server to ask.
 
         Args:
             work: the call.
+            ours: what this device computes with.
             streamed: whether it belongs to a stream, whose cut is chosen for the rate of answers.
         """
         fixed = self.fixed
         if fixed is not None and fixed.whole:
             return Choice(fixed, None)
-        peer = self._peer(work)
+        peer = self._peer(work, ours)
         if peer is None:
             for other in self.peers:
                 # The background thread may have found the mismatch, and cannot warn the caller itself.
                 self.warn(other.failure)
             # Running on the device is worth reporting only where a server would have been asked.
             wanted = self._chosen != self.whole.point or fixed is not None
-            return Choice(self.whole, None, why=self._why_nobody() if wanted else None)
+            return Choice(self.whole, None, why=self._why_nobody(ours) if wanted else None)
         if fixed is not None or peer.plan is None:
             return Choice(fixed or self.whole, peer)
         plan = peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan
@@ -212,21 +221,25 @@ class Servers:
             check_deadline(deadline_s, best_s, how)
         return way if taken_s <= deadline_s - (time.perf_counter() - begun_s) else quickest
 
-    def another(self, tried: Sequence[Peer]) -> Peer | None:
+    def another(self, tried: Sequence[Peer], ours: Arithmetic) -> Peer | None:
         """Return a server that may be asked and is not among ``tried``."""
-        epoch = self._local.epoch
-        return next((peer for peer in self.peers if peer not in tried and peer.usable(epoch)), None)
+        epoch, peers = self._local.epoch, self.fit(ours)
+        return next((peer for peer in peers if peer not in tried and peer.usable(epoch)), None)
 
-    def _peer(self, work: Work) -> Peer | None:
+    def fit(self, ours: Arithmetic) -> list[Peer]:
+        """Return the servers whose answers are exact enough, among them those that are down."""
+        return self.peers if not self._options.exact else [one for one in self.peers if not one.differences(ours)]
+
+    def _peer(self, work: Work, ours: Arithmetic) -> Peer | None:
         """Return the cheapest usable server; the one asked last is left only for one that is clearly cheaper."""
-        epoch = self._local.epoch
+        epoch, peers = self._local.epoch, self.fit(ours)
         if len(self.peers) == 1:
             peer = self.peers[0]
             asked = peer.usable(epoch) if self._options.falls_back else peer.ready_in == epoch
-            return peer if asked else None
-        usable = [peer for peer in self.peers if peer.usable(epoch)]
+            return peer if asked and peers else None
+        usable = [peer for peer in peers if peer.usable(epoch)]
         if not usable and not self._options.falls_back:
-            usable = [peer for peer in self.peers if peer.ready_in == epoch]
+            usable = [peer for peer in peers if peer.ready_in == epoch]
         if len(usable) < 2 or not self.adapts:
             return usable[0] if usable else None
         slowdown, scale = self._times.slowdown(), work.scale()
@@ -240,9 +253,11 @@ class Servers:
         self._preferred = usable[costs.index(min(costs))]
         return self._preferred
 
-    def _why_nobody(self) -> Failure:
+    def _why_nobody(self, ours: Arithmetic) -> Failure:
         """Return why no server can be asked, with the first server's failure where one is known."""
         known = next((peer.failure for peer in self.peers if peer.failure is not None), None)
+        if known is None and self._options.exact and self.peers and not self.fit(ours):
+            known = Failure.of(bits.refusal(self._options.name, self.peers[0].differences(ours)))
         return Failure("nobody", "no server is ready" if known is None else f"no server to ask, after: {known}")
 
 

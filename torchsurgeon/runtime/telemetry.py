@@ -79,12 +79,17 @@ def record_error(model: str, seconds: float, error: BaseException) -> None:
 
 
 def _describe(span: Span, model: str, inference: Inference) -> None:
-    attributes: dict[str, str | float | int] = {f"torchsurgeon.{name}": getattr(inference, name) for name in _MEASURED}
+    attributes: dict[str, str | float | tuple[str, ...]] = {
+        f"torchsurgeon.{name}": getattr(inference, name) for name in _MEASURED
+    }
     attributes["torchsurgeon.model"] = model
     attributes["torchsurgeon.partition"] = inference.partition.name
     attributes["torchsurgeon.partition_index"] = inference.partition.index
+    attributes["torchsurgeon.bits"] = inference.bits
     if inference.server is not None:
         attributes["torchsurgeon.server"] = inference.server
+    if inference.inexact_because:
+        attributes["torchsurgeon.inexact_because"] = inference.inexact_because
     if inference.degraded is not None:
         attributes["torchsurgeon.degraded"] = inference.degraded
     if inference.decision is not None:

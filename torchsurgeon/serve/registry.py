@@ -107,6 +107,7 @@ class ModelRegistry:
                 profiler=self._profiler,
                 source=source,
                 finish=None if remote is None else remote.finish,
+                same_bits=remote is None or remote.exact,
             )
         except TorchSurgeonError as error:
             self._fail(name, error)

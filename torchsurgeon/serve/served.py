@@ -24,6 +24,7 @@ from torchsurgeon.errors import (
     ProtocolError,
     short,
 )
+from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.models.weights import identity, weight_digests
 from torchsurgeon.profiling import profile
 from torchsurgeon.serve.worker import Worker
@@ -40,8 +41,8 @@ JSON_FACTOR = 8
 # Handing a request to another thread and back would take a noticeable part of a time as short as this.
 _QUICK_S = 5e-4
 _MAX_REMEMBERED = 256
-# The server's times in the parameters of an answer: seconds, to the microsecond.
-_TIMES = '{"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
+# The server's times in the parameters of an answer, which begin before them: seconds, to the microsecond.
+_TIMES = '"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
 
 
 def measured_profile(graph: LayerGraph) -> dict[str, Any]:
@@ -116,6 +117,8 @@ class ServedModel:
         profiler: returns the JSON of the graph's layer profile; None for no profile.
         source: where the model comes from, in words.
         finish: computes the output in place of a tail of the graph, where another server runs the rest of the model.
+        same_bits: whether ``finish`` gives the bits that this server would compute. If not, it does not tell devices
+            what it computes with.
 
     Attributes:
         versions: the versions that are served.
@@ -138,6 +141,7 @@ class ServedModel:
         profiler: Profiler | None = None,
         source: str = "",
         finish: Finish | None = None,
+        same_bits: bool = True,
     ) -> None:
         self.name = name
         self.graph = graph
@@ -154,7 +158,7 @@ class ServedModel:
         self._profiler = profiler
         self._once = threading.Lock()
         self._fingerprint: dict[str, Any] | None = None
-        self._times = _TIMES
+        self._arithmetic = ArithmeticReader(graph.model) if same_bits else None
         self._profile: dict[str, Any] | None = None
         # Both are read and written by the event loop's thread and the worker's, one operation at a time.
         self._durations_s: dict[int, float] = {}
@@ -180,22 +184,25 @@ class ServedModel:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the digests of graph, layers and weights. They are computed once."""
+        """Return the digests of graph, layers and weights, which are computed once, and what the server computes with now."""
         with self._once:
             if self._fingerprint is None:
                 digests = weight_digests(self.graph.model, self.graph.reading)
                 name = identity(self.graph.fingerprint, digests.combined)
-                self._fingerprint = {
+                known = {
                     "identity": name,
                     "graph": self.graph.fingerprint,
                     "layers": self.graph.configuration.layers(),
                     "torch": torch.__version__,
                     "python": sys.implementation.cache_tag,
-                    **digests.to_json(),
                 }
-                # From now on every answer names it, so a client that compared it notices when the model is replaced.
-                self._times = f'{{"identity":"{name}",{_TIMES[1:]}'
-            return self._fingerprint
+                self._fingerprint = {**known, **digests.to_json()}
+            if self._arithmetic is None:
+                return self._fingerprint
+            # The calling thread reads it, but it is the worker's settings that count.
+            self.worker.follow()
+            self.worker.settings.adopt()
+            return {**self._fingerprint, "arithmetic": dict(self._arithmetic.now().facts)}
 
     def profile(self) -> dict[str, Any]:
         """Return the layer profile, measured at the first call. To be called in the worker's thread.
@@ -262,10 +269,22 @@ class ServedModel:
             as_json=plan.as_json,
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
-            parameters=self._times % times_s,
+            parameters=self._told() + _TIMES % times_s,
             codec=decoded.output_codec,
             crc32=decoded.crc32,
         )
+
+    def _told(self) -> str:
+        """Return the beginning of an answer's parameters.
+
+        Once a client has asked for the fingerprint, every answer names the model and what this thread computes with, so
+        that a client which compared them notices when either changes.
+        """
+        known = self._fingerprint
+        if known is None:
+            return "{"
+        arithmetic = "" if self._arithmetic is None else f'"arithmetic":"{self._arithmetic.now().digest}",'
+        return f'{{"identity":"{known["identity"]}",{arithmetic}'
 
     def close(self) -> None:
         """Accept no more requests, and end the thread after those that are queued."""

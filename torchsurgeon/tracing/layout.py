@@ -10,6 +10,9 @@ from operator import mul
 
 import torch
 
+# PyTorch's allocators begin memory at multiples of this, and no kernel on a CPU looks at more.
+_ALIGNMENT_BYTES = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -83,6 +86,27 @@ def has_gaps(tensor: torch.Tensor) -> bool:
     """Return whether foreign memory lies between the tensor's elements, and no two elements share memory."""
     extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return extent > tensor.numel() > 0 and _fits(tensor.shape, tensor.stride())
+
+
+def same_layout(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy with the same strides that begins at the same place between two multiples of 64 bytes.
+
+    Kernels choose code paths by both, so a model gives the same bits for the copy. A tensor whose elements share
+    memory, or that is not strided, is copied as PyTorch copies it.
+    """
+    copy = tensor.clone()
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        return copy
+    if copy.stride() == tensor.stride() and (tensor.data_ptr() - copy.data_ptr()) % _ALIGNMENT_BYTES == 0:
+        return copy
+    if not tensor.numel() or not _fits(tensor.shape, tensor.stride()):
+        return copy
+    extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    memory = tensor.new_empty(extent + _ALIGNMENT_BYTES // tensor.itemsize)
+    past = (tensor.data_ptr() - memory.data_ptr()) % _ALIGNMENT_BYTES
+    if past % tensor.itemsize:
+        return copy
+    return memory.as_strided(tensor.shape, tensor.stride(), past // tensor.itemsize).copy_(tensor)
 
 
 def dense(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...] | None, torch.Tensor]:
