@@ -6,11 +6,12 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from torchsurgeon.cli.arguments import command, model_arguments, traced
+from torchsurgeon.cli.arguments import command, model_arguments, traced, weights_argument
 from torchsurgeon.cli.screen import console, loading
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
+    from torchsurgeon.models import Model
 
 
 def add_trace(commands: Commands) -> None:
@@ -47,8 +48,17 @@ def add_doctor(commands: Commands) -> None:
         "Tell how well a model can be split: how it is traced, and which cuts can pay.",
         "torchvision:resnet50",
         "my_package.models:make --leaf encoder",
+        "torchvision:resnet50 --weights default --server http://edge:8000",
     )
     model_arguments(parser)
+    weights_argument(parser)
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="a torchsurgeon serve of this model: say whether its answers have the same bits as this device's "
+        "(default: none is asked)",
+    )
+    parser.add_argument("--name", help="the model's name on the server (default: the last part of SPEC)")
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -57,6 +67,27 @@ def _doctor(options: argparse.Namespace) -> None:
         from torchsurgeon.models import specs
         from torchsurgeon.report import diagnosis_text
 
-    model = specs.load(options.spec, input_spec=options.input)
+    model = specs.load(options.spec, input_spec=options.input, weights=options.weights)
     found = doctor.examine(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)
     console().print(diagnosis_text(found))
+    if options.server is not None:
+        print(_compared(options, model))
+
+
+def _compared(options: argparse.Namespace, model: Model) -> str:
+    """Return whether a server's answers have the same bits as this device's, and if not, what differs."""
+    from torchsurgeon.models import specs
+    from torchsurgeon.module import SplitModule
+
+    with SplitModule(
+        model.model,
+        model.kwargs or model.args,
+        server=options.server,
+        name=options.name or specs.short_name(options.spec),
+        partition="server",
+        fallback="error",
+        leaf_modules=options.leaf,
+    ) as split:
+        (server,) = split.prepare().stats()["servers"]
+    because = f", since these differ: {', '.join(server['inexact_because'])}" if server["inexact_because"] else ""
+    return f"{server['server']} answers with the {server['bits']} as this device{because}"

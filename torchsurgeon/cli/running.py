@@ -217,6 +217,13 @@ def add_run(commands: Commands) -> None:
         default="local",
         help="when no server answers, run the rest here or fail (default: %(default)s)",
     )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="use only answers with the same bits as this device's, not those that are the same to rounding (default: "
+        "use both)",
+    )
+    threads_argument(parser)
     parser.add_argument("--watch", action="store_true", help="draw a live view (default: a line for each inference)")
 
 
@@ -224,11 +231,15 @@ def _run(options: argparse.Namespace) -> None:
     if options.input != "random" and not Path(options.input).is_file():
         raise TorchSurgeonError(f"--input must be an image or 'random'; there is no file {short(options.input)}")
     with loading():
+        import torch
+
         from torchsurgeon import codec
         from torchsurgeon.cli import watch
         from torchsurgeon.models import specs
         from torchsurgeon.module import SplitModule
 
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     model = specs.load(options.spec, weights=options.weights)
     args, kwargs = model.args, model.kwargs
     with SplitModule(
@@ -239,6 +250,7 @@ def _run(options: argparse.Namespace) -> None:
         partition=index_or_name(options.partition),
         fallback=options.fallback,
         deadline_s=options.deadline,
+        exact=options.exact,
         leaf_modules=options.leaf,
     ) as split:
         if options.input != "random":

@@ -20,6 +20,7 @@ from torchsurgeon.module import SplitModule
 from torchsurgeon.report import bytes_text, rate_text, seconds_text
 from torchsurgeon.report.narrow import shortened
 from torchsurgeon.runtime import Inference
+from torchsurgeon.runtime.bits import SAME
 from torchsurgeon.tracing.structure import flatten
 
 _PARTS = {
@@ -114,6 +115,7 @@ class Log:
         self.cuts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.done = 0
+        self.bits: Counter[str] = Counter()
         self.sent_bytes = 0
 
     def add(self, inference: Inference) -> None:
@@ -121,6 +123,7 @@ class Log:
         self.done += 1
         self.latencies_s.append(max(inference.total_s, 0.0))
         self.cuts[_where(inference)] += 1
+        self.bits[inference.bits] += 1
         self.sent_bytes += inference.sent_bytes
         if inference.degraded is not None:
             self.reasons[inference.degraded.partition(":")[0]] += 1
@@ -132,9 +135,11 @@ def summary(log: Log) -> str:
     low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     cuts = ", ".join(f"{cut} {count}×" for cut, count in log.cuts.most_common())
     reasons = ", ".join(f"{reason} {count}×" for reason, count in log.reasons.most_common())
+    bits = ", ".join(f"{text} {count}×" for text, count in log.bits.most_common())
+    degraded = f"degraded: {reasons}" if reasons else "none degraded"
     return (
         f"{log.done} inferences, median {seconds_text(median)} ({seconds_text(low)} … {seconds_text(high)}); "
-        f"cut: {cuts}; {bytes_text(log.sent_bytes)} sent; {f'degraded: {reasons}' if reasons else 'none degraded'}"
+        f"cut: {cuts}; {bytes_text(log.sent_bytes)} sent; {bits}; {degraded}"
     )
 
 
@@ -183,6 +188,7 @@ class _View:
         self._last = last
         self._done = log.done
         self._counts = [(cut, count, "blue") for cut, count in log.cuts.most_common()]
+        self._counts += [(text, count, "yellow") for text, count in log.bits.most_common() if text != SAME]
         self._counts += [(f"degraded: {reason}", count, "red") for reason, count in log.reasons.most_common()]
         self._servers = split.stats()["servers"]
         self._latencies_s = list(log.latencies_s)[-_WIDEST:]
