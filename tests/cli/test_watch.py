@@ -14,6 +14,8 @@ import torch
 from factories import scores
 from PIL import Image
 from rich.console import Console
+from serving import process
+from tcp import reserved_port
 
 import torchsurgeon as ts
 from torchsurgeon import cli
@@ -189,3 +191,48 @@ def rendered(view: object, width: int = 80, height: int = 40) -> str:
     console = Console(file=io.StringIO(), width=width, height=height, record=True)
     console.print(view)
     return console.export_text()
+
+
+@pytest.fixture(scope="module")
+def wide() -> Iterator[str]:
+    """A server, in a process of its own, of a model whose last bits depend on the number of threads; it has one."""
+    with reserved_port() as port, process("wide", "factories:wide", port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_run_says_whether_bits_are_the_same(wide: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "factories:wide", "--server", wide, "--count", "2", "--partition", "server"]
+    assert cli.main(arguments) == 0
+    *lines, summary, _ = capsys.readouterr().out.splitlines()
+    assert all("same to rounding" in line for line in lines)
+    assert "same to rounding 2×" in summary
+    with pytest.warns(ts.MismatchWarning, match=r"CPU threads \(2 here, 1 on the server\)"):
+        assert cli.main([*arguments, "--exact"]) == 0
+    assert "same bits 2×; degraded: nobody 2×" in capsys.readouterr().out
+    assert cli.main([*arguments, "--exact", "--fallback", "error"]) == 2
+    assert "Start the server with --threads 2" in " ".join(capsys.readouterr().err.split())
+    assert cli.main([*arguments, "--exact", "--threads", "1", "--fallback", "error"]) == 0
+    assert "same bits 2×; none degraded" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_doctor_compares_with_a_server(wide: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "factories:wide", "--server", wide]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"{wide} gives the same answers as this device to rounding only, because these differ: CPU threads (2 here, "
+        "1 on the server)"
+    )
+    torch.set_num_threads(1)
+    assert cli.main(["doctor", "factories:wide", "--server", wide]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{wide} gives the same bits as this device"
+    assert cli.main(["doctor", "factories:tiny", "--server", wide, "--name", "wide"]) == 2
+    assert "other weights on the server" in " ".join(capsys.readouterr().err.split())

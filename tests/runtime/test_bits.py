@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from classifier import remote, until
 from factories import wide
 from serving import process, serving
 from tcp import reserved_port
@@ -207,6 +208,41 @@ def test_exact_answers_come_from_the_server_while_it_can_give_them(url: str, thr
                     split(x)
                 assert f"--threads {count}" in str(caught.value)
                 assert "leave out exact=True" in str(caught.value)
+
+
+def test_exact_answers_come_from_the_server_again_once_it_can_give_them(
+    url: str, threads: Callable[[int], None]
+) -> None:
+    threads(2)
+    with split_of(url, exact=True) as split:
+        with pytest.warns(ts.MismatchWarning):
+            assert torch.equal(split(EXAMPLE), own(EXAMPLE))
+        threads(1)
+        until(lambda: remote(split), split, lambda split: torch.equal(split(EXAMPLE), own(EXAMPLE)))
+        assert bits(split) == "same bits"
+
+
+def test_of_several_servers_an_exact_one_is_asked(url: str, threads: Callable[[int], None]) -> None:
+    threads(2)
+    with serving(MODEL, EXAMPLE) as server, split_of([url, server.url], exact=True) as split:
+        with pytest.warns(ts.MismatchWarning):
+            split.prepare()
+        x = batch()
+        assert torch.equal(split(x), own(x))
+        assert split.last is not None
+        assert (split.last.server, split.last.degraded) == (server.url, None)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_middle_of_a_chain_answers_for_the_end_only_if_it_is_exact(url: str, exact: bool) -> None:
+    registry = ModelRegistry(profiler=None)
+    with split_of(url, exact=exact, partition=1) as middle:
+        registry.add("net", middle)
+        with InProcessTransport(create_app(registry)) as transport, split_of(transport) as split:
+            x = batch()
+            assert torch.equal(split(x), own(x))
+            assert bits(split) == ("same bits" if exact else "same to rounding")
+    registry.close()
 
 
 @pytest.mark.parametrize(

@@ -89,5 +89,7 @@ def _compared(options: argparse.Namespace, model: Model) -> str:
         leaf_modules=options.leaf,
     ) as split:
         (server,) = split.prepare().stats()["servers"]
-    because = f", since these differ: {', '.join(server['inexact_because'])}" if server["inexact_because"] else ""
-    return f"{server['server']} answers with the {server['bits']} as this device{because}"
+    because = ", ".join(server["inexact_because"])
+    if not because:
+        return f"{server['server']} gives the same bits as this device"
+    return f"{server['server']} gives the same answers as this device to rounding only, because these differ: {because}"

@@ -256,7 +256,7 @@ class Servers:
     def _why_nobody(self, ours: Arithmetic) -> Failure:
         """Return why no server can be asked, with the first server's failure where one is known."""
         known = next((peer.failure for peer in self.peers if peer.failure is not None), None)
-        if known is None and self._options.exact and self.peers and not self.fit(ours):
+        if known is None and self.peers and self.peers[0].told is not None and not self.fit(ours):
             known = Failure.of(bits.refusal(self._options.name, self.peers[0].differences(ours)))
         return Failure("nobody", "no server is ready" if known is None else f"no server to ask, after: {known}")
 
