@@ -17,6 +17,7 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ def timed(model: RandomModel, limit_s: float) -> Verdict:
         return judge(model)
     except Late:
         return Verdict(RAW_ERROR, f"not done in {limit_s:.0f} s")
+    except Exception:
+        return Verdict(RAW_ERROR, traceback.format_exc()[-1000:])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

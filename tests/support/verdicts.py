@@ -6,12 +6,14 @@ is called as often. What differs without a word is a silent difference, the one 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import traceback
 import types
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from random_models import RandomModel, as_process, difference, reseed, surroundi
 from torch import nn
 
 import torchsurgeon
-from torchsurgeon.cutting.partition import Partition, cut, tail_for
+from torchsurgeon.cutting.partition import EmptyTail, Partition, cut, tail_for
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.tracer import trace
@@ -57,7 +59,7 @@ class Verdict:
 
 
 def inputs(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The calls of a judged model: the example first, other values, then other sizes."""
+    """The calls of a judged model: the example first, other values, other sizes, then other memory and settings."""
     more = torch.randn(4, 9, 8, generator=torch.Generator().manual_seed(11))
     return {
         "example": x,
@@ -66,12 +68,24 @@ def inputs(x: torch.Tensor) -> dict[str, torch.Tensor]:
         "zeros": torch.zeros_like(x),
         "large": x * 40,
         "one more sample": torch.cat([more[:1, :5], x]),
-        "one sample": more[1:2, :5],
-        "longer": more[1:3, :7],
-        "shorter": more[:2, :4],
-        "length of one": more[:2, :1],
+        "one sample": more[1:2, :5].clone(),
+        "longer": more[1:3, :7].clone(),
+        "shorter": more[:2, :4].clone(),
+        "length of one": more[:2, :1].clone(),
         "four long samples": more,
+        "other strides": more[:2, :5].mT.contiguous().mT,
+        "part of a larger tensor": more[1:3, 2:7],
+        "double": x.double(),
+        **dict.fromkeys(_SETTINGS, more[2:, 4:].clone()),
     }
+
+
+_SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "recording gradients": torch.enable_grad,
+    "under inference mode": torch.inference_mode,
+    "under autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+"""What a call may stand in; it holds on the device only, since a server does not know of it."""
 
 
 def judge(model: RandomModel) -> Verdict:
@@ -83,17 +97,8 @@ def judge(model: RandomModel) -> Verdict:
         graph = _traced(here, module, verdict)
         if graph is None:
             return verdict
-        # What is kept whole may hold state, which the server has for itself.
-        there = graph
-        if graph.opaque or any(name.startswith("state") for name in model.uses):
-            apart = model.load()
-            there = _traced(apart.make(), apart, Verdict()) or graph
-            if there.fingerprint != graph.fingerprint:
-                verdict.worsen(RAW_ERROR, "two equal models have different fingerprints")
-                return verdict
         try:
-            places = sorted({0, len(graph.points) // 2, len(graph.points) - 1})
-            partitions = [_partition(graph, there, place) for place in places]
+            partitions = _partitions(graph, _servers(graph, model), verdict)
         except Exception as error:
             verdict.worsen(RAW_ERROR, _described(error))
             return verdict
@@ -130,12 +135,30 @@ def _traced(model: nn.Module, module: types.ModuleType, verdict: Verdict) -> Lay
     return None if verdict.outcome in FAILURES else graph
 
 
-def _partition(graph: LayerGraph, there: LayerGraph, place: int) -> Partition:
-    partition = cut(graph, place)
-    if there is graph or place == len(graph.points) - 1:
-        return partition
-    names = [spec.name for spec in partition.point.tensors]
-    return dataclasses.replace(partition, tail=tail_for(there, names))
+def _servers(graph: LayerGraph, model: RandomModel) -> LayerGraph:
+    """The graph of the server's own model, where something that is kept whole may hold state; else the same graph."""
+    if not graph.opaque and not any(name.startswith("state") for name in model.uses):
+        return graph
+    module = model.load()
+    return _traced(module.make(), module, Verdict()) or graph
+
+
+def _partitions(graph: LayerGraph, there: LayerGraph, verdict: Verdict) -> list[Partition]:
+    """The first, a middle and the last cut, with the device's head and the server's tail."""
+    if there.fingerprint != graph.fingerprint:
+        verdict.worsen(RAW_ERROR, "two equal models have different fingerprints")
+        return []
+    last = len(graph.points) - 1
+    partitions = [cut(graph, place) for place in sorted({0, len(graph.points) // 2, last})]
+    if there is graph:
+        return partitions
+    names = [[spec.name for spec in partition.point.tensors] for partition in partitions]
+    return [
+        partition
+        if partition.point is graph.points[last]
+        else dataclasses.replace(partition, tail=tail_for(there, own))
+        for partition, own in zip(partitions, names, strict=True)
+    ]
 
 
 def _compare(
@@ -143,30 +166,44 @@ def _compare(
 ) -> None:
     ours: Any = None
     failed: Exception | None = None
+    setting = _SETTINGS.get(name, contextlib.nullcontext)
     try:
-        args, kwargs = module.call(x.clone())
-        reseed()
-        ours = partition.tail(*(_received(t) for t in partition.head(*args, **kwargs)))
+        with setting():
+            args, kwargs = module.call(_alike(x))
+            reseed()
+            boundary = partition.head(*args, **kwargs)
+        with setting() if isinstance(partition.tail, EmptyTail) else contextlib.nullcontext():
+            ours = partition.tail(*(_received(t) for t in boundary))
     except Exception as error:
         if _is_by_name(error):
             verdict.calls[f"{name}: refused"] += 1
             return
         failed = error
     try:
-        args, kwargs = module.call(x.clone())
-        reseed()
-        theirs = reference(*args, **kwargs)
+        with setting():
+            args, kwargs = module.call(_alike(x))
+            reseed()
+            theirs = reference(*args, **kwargs)
     except Exception:
         verdict.calls[f"{name}: {'raised by both' if failed else 'answered where the model raises'}"] += 1
         return
-    where = f"{name}, cut {partition.point.index} ({partition.point.name}): "
-    if failed is not None:
-        verdict.worsen(RAW_ERROR, where + _described(failed))
+    what = _described(failed) if failed else difference(ours, theirs)
+    if what and name == "under autocast":
+        # Around a call, autocast changes the dtypes of all layers. It is counted, as no fault of one kind of model.
+        verdict.calls[f"{name}: another answer"] += 1
         return
-    verdict.calls[f"{name}: answered"] += 1
-    what = difference(ours, theirs)
-    if what and verdict.outcome != WARNED:
-        verdict.worsen(DIFFERENT, where + what)
+    verdict.calls[f"{name}: {'raised' if failed else 'answered'}"] += 1
+    if what and (failed or verdict.outcome != WARNED):
+        where = f"{name}, cut {partition.point.index} ({partition.point.name}): "
+        verdict.worsen(RAW_ERROR if failed else DIFFERENT, where + what)
+
+
+def _alike(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in memory of its own, with the same gaps between its elements, for a model may overwrite its input."""
+    if x.is_contiguous():
+        return x.clone()
+    memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).clone()
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def _received(tensor: torch.Tensor) -> torch.Tensor:
