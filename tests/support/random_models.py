@@ -48,6 +48,7 @@ _WEIGHTS = {
     "constant": 1,
     "container": 2,
     "gradient": 1,
+    "modules": 2,
 }
 _WRAPPERS = ("contexts", "blocks")
 
