@@ -130,7 +130,7 @@ def note(
             cause["count"] += 1
             cause["seeds"] = [*cause["seeds"], model.seed][:20]
             return
-    small, last = shrunk(model, verdict, options.limit)
+    small, last = (model, verdict) if options.whole else shrunk(model, verdict, options.limit)
     key = (verdict.outcome, *kinds(small))
     if key in causes:
         causes[key]["count"] += 1
@@ -179,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="a regular expression that the name of a model's fragment matches")
     parser.add_argument("--show", action="store_true", help="print every model's source and verdict")
     parser.add_argument("--every", action="store_true", help="make every failure smaller, also one of a known cause")
+    parser.add_argument("--whole", action="store_true", help="make no failure smaller, which is quicker")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds that a model may take")
     parser.add_argument("--out", type=Path, help="the file to write (default: fuzz.json of all fragments, else none)")
     options = parser.parse_args(arguments)

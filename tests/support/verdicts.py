@@ -85,7 +85,8 @@ _SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "under inference mode": torch.inference_mode,
     "under autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
 }
-"""What a call may stand in; it holds on the device only, since a server does not know of it."""
+"""What a call may stand in. It holds on the device only, since a server does not know of it, and changes the dtypes or
+kernels of many models; so answers that differ under it are counted, and are no fault of one model or another."""
 
 
 def judge(model: RandomModel) -> Verdict:
@@ -188,8 +189,7 @@ def _compare(
         verdict.calls[f"{name}: {'raised by both' if failed else 'answered where the model raises'}"] += 1
         return
     what = _described(failed) if failed else difference(ours, theirs)
-    if what and name == "under autocast":
-        # Around a call, autocast changes the dtypes of all layers. It is counted, as no fault of one kind of model.
+    if what and name in _SETTINGS:
         verdict.calls[f"{name}: another answer"] += 1
         return
     verdict.calls[f"{name}: {'raised' if failed else 'answered'}"] += 1
