@@ -150,7 +150,7 @@ def _partitions(graph: LayerGraph, there: LayerGraph, verdict: Verdict) -> list[
         verdict.worsen(RAW_ERROR, "two equal models have different fingerprints")
         return []
     last = len(graph.points) - 1
-    partitions = [cut(graph, place) for place in sorted({0, len(graph.points) // 2, last})]
+    partitions = [cut(graph, graph.points[place]) for place in sorted({0, len(graph.points) // 2, last})]
     if there is graph:
         return partitions
     names = [[spec.name for spec in partition.point.tensors] for partition in partitions]
