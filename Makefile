@@ -2,7 +2,7 @@
 # make demo    set up, then the main job on this machine
 # make test    set up, then the tests
 # make bench   set up, then time everything beside the simplest other way (DEVICE=cuda for a GPU)
-# make coverage   try every model there is and write docs/coverage.md (an hour; goes on where it was stopped)
+# make coverage   try every model there is and write docs/coverage.md (hours; goes on where it was stopped)
 # make docs    set up, then the documentation as a site: open build/site/index.html
 # make lint    set up, then ruff, mypy and who may import whom
 # make cross-check   compile the extension for aarch64, as a Jetson would
@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV := .venv
 INTEROP := .venv-interop
+COVERAGE := .venv-coverage
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 # The other PyTorch that stands for a device in tests; its own dependencies are its own.
@@ -29,8 +30,8 @@ DEVICE ?= cpu
 bench: setup
 	$(BIN)/pytest benchmarks/ --device $(DEVICE)
 
-coverage: setup
-	$(BIN)/python -m benchmarks.coverage.sweep --jobs 2
+coverage: $(COVERAGE)/.set-up
+	$(COVERAGE)/bin/python -m benchmarks.coverage.sweep --jobs 2
 
 # Material for MkDocs advertises its successor unless told not to.
 docs: setup
@@ -78,6 +79,14 @@ $(INTEROP)/.set-up: Makefile
 	@$(call make-venv,$(INTEROP))
 	@echo "A second PyTorch for the tests in which device and server differ"
 	$(INTEROP)/bin/python -m pip install $(INTEROP_PACKAGES)
+	@touch $@
+
+# It sees what is in .venv, and so has the same PyTorch without installing it again.
+$(COVERAGE)/.set-up: benchmarks/coverage/requirements.txt $(VENV)/.set-up
+	test -x $(COVERAGE)/bin/python || $(BIN)/python -m venv $(COVERAGE)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > $$($(COVERAGE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/with-venv.pth
+	$(COVERAGE)/bin/python -m pip install --no-deps -r benchmarks/coverage/requirements.txt
 	@touch $@
 
 # A virtual environment that is already there is used as it is.

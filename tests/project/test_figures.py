@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from paths import ROOT
 
-from benchmarks.coverage import sweep
 from benchmarks.device import figures
-
-
-def test_the_table_of_models_is_of_the_results_that_are_kept() -> None:
-    document = json.loads((ROOT / "benchmarks" / "results" / "coverage.json").read_text())
-    assert (ROOT / "docs" / "coverage.md").read_text() == sweep.page(document)
 
 
 def test_what_a_gpu_has_shown_is_what_its_files_hold() -> None:
