@@ -16,7 +16,8 @@ _NAMES_BY_ROOM = {
     "cutting": ("Partition", "cut", "tail_for"),
     "errors": (
         "AdaptError", "ArithmeticMismatchError", "BackendError", "BodyTooLargeError", "CalibrationError", "CodecError",
-        "DeadlineError", "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError", "MismatchWarning",
+        "DeadlineError", "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError",
+        "MismatchWarning",
         "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
         "NativeUnavailableError", "NoisyProfileWarning", "PartitionError", "PlanError", "PredictionWarning",
         "ProfileError", "ProtocolError", "RequestRefusedError", "ServerError", "ServerUnavailableError",

@@ -184,7 +184,7 @@ class ServedModel:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the digests of graph, layers and weights, which are computed once, and what the server computes with now."""
+        """Return the digests of graph, layers and weights, and what the server computes with now."""
         with self._once:
             if self._fingerprint is None:
                 digests = weight_digests(self.graph.model, self.graph.reading)

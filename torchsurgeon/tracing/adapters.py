@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchsurgeon.tracing.following import follower_here
 from torchsurgeon.tracing.shape_rules import META, Outcome, register_shape_rule
 from torchsurgeon.tracing.structure import flatten
 
@@ -76,10 +77,8 @@ def opaque(function: Callable[..., Any], *args: Any) -> Any:
             tensors and returns an ``Outcome``.
         *args: its arguments.
     """
-    from torchsurgeon.tracing.recorder import recorder_here
-
-    recorder = recorder_here()
-    return function(*args) if recorder is None else recorder.call(function, args, {})
+    follower = follower_here()
+    return function(*args) if follower is None else follower.call(function, args, {})
 
 
 # --- torch.nn's transformers, which torch.fx would keep as one layer; a cut should lie between the layers inside ---

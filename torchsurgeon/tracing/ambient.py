@@ -25,11 +25,11 @@ def _autocast(kind: str) -> list[_Setting]:
 
 
 def _order() -> Any:
-    return tuple(torch._C._get_sdp_priority_order())  # type: ignore[attr-defined]
+    return tuple(torch._C._get_sdp_priority_order())
 
 
 def _set_order(order: Any) -> None:
-    torch._C._set_sdp_priority_order(list(order))  # type: ignore[attr-defined]
+    torch._C._set_sdp_priority_order(list(order))
 
 
 _SETTINGS: dict[str, _Setting] = {
@@ -51,11 +51,8 @@ _SETTINGS: dict[str, _Setting] = {
         torch.are_deterministic_algorithms_enabled,
         torch._C._set_deterministic_algorithms,
     ),
-    "flush denormals": (lambda: None, lambda _: None),
 }
-del _SETTINGS["flush denormals"]
 _READERS = tuple(read for read, _ in _SETTINGS.values())
-_GRADIENTS = list(_SETTINGS).index("gradients")
 
 Settings = tuple[Any, ...]
 

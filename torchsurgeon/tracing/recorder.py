@@ -31,6 +31,7 @@ from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.ambient import Ambient, settings
 from torchsurgeon.tracing.call import Call, Output
+from torchsurgeon.tracing.following import begin, end, follower_here, is_following
 from torchsurgeon.tracing.guards import Guards
 from torchsurgeon.tracing.operators import Kind, describe
 from torchsurgeon.tracing.shapes import MetaModel, Propagation, RealModel, Shapes, propagate, storage_of, tensors_in
@@ -185,15 +186,6 @@ def _alike(steps: Sequence[Step], others: Sequence[Step]) -> bool:
     return len(steps) == len(others) and all(map(same, steps, others))
 
 
-_current: Recorder | None = None
-
-
-def recorder_here() -> Recorder | None:
-    """Return the recorder that follows this thread's calls now; None while nothing is recorded here."""
-    found = _current
-    return found if found is not None and found.thread == threading.get_ident() and not found.paused else None
-
-
 class _Escapes(TorchDispatchMode):
     """Notices operators that run on followed tensors outside of every recorded call, such as those of TorchScript."""
 
@@ -308,19 +300,17 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def _followed(self) -> Iterator[None]:
-        global _current
         called = nn.Module.__call__
         length = builtins.len
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            recorder = recorder_here()
-            if recorder is None:
+            if follower_here() is not self:
                 return called(module, *args, **kwargs)
-            return recorder.call_module(module, called, args, kwargs)
+            return self.call_module(module, called, args, kwargs)
 
         def len_(value: Any) -> Any:
             # Python's own ``len`` would turn a followed size into a plain number.
-            if type(value) is torch.Tensor and recorder_here() is self and value.dim():
+            if type(value) is torch.Tensor and follower_here() is self and value.dim():
                 return value.shape[0]
             return length(value)
 
@@ -334,15 +324,15 @@ class Recorder(TorchFunctionMode):
         def kept_whole(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)
             def keep(*args: Any, **kwargs: Any) -> Any:
-                here = recorder_here()
+                here = follower_here()
                 return function(*args, **kwargs) if here is None else here.call(function, args, kwargs)
 
             return keep
 
-        _current = self
+        begin(self)
         for held, name, function in wrapped:
             held[name] = kept_whole(function)
-        nn.Module.__call__ = call  # type: ignore[method-assign, assignment]
+        nn.Module.__call__ = call  # type: ignore[method-assign]
         builtins.len = len_
         try:
             with _Escapes(self), self:
@@ -352,7 +342,7 @@ class Recorder(TorchFunctionMode):
                 held[name] = function
             builtins.len = length
             nn.Module.__call__ = called  # type: ignore[method-assign]
-            _current = None
+            end()
 
     def _input(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         step = self._add("input", name, name.replace(".", "_"))
@@ -517,7 +507,7 @@ class Recorder(TorchFunctionMode):
             test: the comparison.
             other: what it is compared with; None where the number itself decides.
         """
-        if _current is not self or self.thread != threading.get_ident():
+        if not is_following(self):
             # Outside of the recorded call, in a message or a debugger.
             right = other.value if isinstance(other, Number) else found.value if other is None else other
             return found.value if other is None else test(found.value, right)
@@ -639,7 +629,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or self is not recorder_here():
+        if self.paused or follower_here() is not self:
             return func(*args, **kwargs)
         self._raise_refusal_again()
         operation = describe(func, args, kwargs)
@@ -757,7 +747,7 @@ class Recorder(TorchFunctionMode):
                         self.guards.stored.add(step.target)
                 else:
                     environment[step.index] = step.compiled()(environment)
-        found = environment[place[1]]
+        found: torch.Tensor = environment[place[1]]
         return dict(flatten(found)[0])[place[2]] if place[2] else found
 
     def call_module(self, module: nn.Module, called: Callable[..., Any], args: Any, kwargs: Any) -> Any:

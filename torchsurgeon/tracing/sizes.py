@@ -16,14 +16,12 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from torchsurgeon.tracing.following import Follower
 from torchsurgeon.tracing.step import Ref
-
-if TYPE_CHECKING:
-    from torchsurgeon.tracing.recorder import Recorder
 
 UNKNOWN: Any = object()
 """The value of a number that only a run of the model can tell."""
@@ -40,7 +38,7 @@ class Number:
         by_value: whether it depends on the elements of tensors, and not only on their sizes.
     """
 
-    recorder: Recorder
+    recorder: Follower
     target: Any
     args: tuple[Any, ...]
     value: Any
@@ -64,7 +62,7 @@ class Number:
         return self.recorder.decided(self, operator.eq, None)
 
 
-def number(recorder: Recorder, value: Any, target: Any, args: tuple[Any, ...], by_value: bool, kind: type) -> Any:
+def number(recorder: Follower, value: Any, target: Any, args: tuple[Any, ...], by_value: bool, kind: type) -> Any:
     """Return the stand-in for a number.
 
     Args:
@@ -157,6 +155,8 @@ def _message_lines(code: types.CodeType) -> frozenset[int]:
     found: set[int] = set()
     for node in ast.walk(tree):
         call = node.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
+        if not isinstance(node, ast.stmt):
+            continue
         name = getattr(call.func, "attr", getattr(call.func, "id", "")) if call is not None else ""
         if isinstance(node, (ast.Assert, ast.Raise)) or name in _MESSAGES:
             found.update(range(node.lineno + first - 1, (node.end_lineno or node.lineno) + first))
@@ -180,20 +180,26 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift"
     _target = getattr(operator, _name)
     setattr(Number, f"__{_name.strip('_')}__", _arithmetic(_target))
     setattr(Number, f"__r{_name.strip('_')}__", _arithmetic(_target, swapped=True))
-Number.__divmod__ = _arithmetic(divmod)  # type: ignore[attr-defined]
-Number.__rdivmod__ = _arithmetic(divmod, swapped=True)  # type: ignore[attr-defined]
+for _name, _swapped in {"divmod": False, "rdivmod": True}.items():
+    setattr(Number, f"__{_name}__", _arithmetic(divmod, _swapped))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Number, f"__{_name}__", _compared(getattr(operator, _name)))
 for _name in ("neg", "pos", "abs", "invert"):
     setattr(Number, f"__{_name}__", _alone(getattr(operator, _name)))
-for _name, _target in {"ceil": math.ceil, "floor": math.floor, "trunc": math.trunc, "round": round}.items():
+_converters: dict[str, Callable[..., Any]] = {
+    "ceil": math.ceil,
+    "floor": math.floor,
+    "trunc": math.trunc,
+    "round": round,
+}
+for _name, _target in _converters.items():
     setattr(Number, f"__{_name}__", _alone(_target))
-for _name, _target in {"bool": bool, "hash": hash, "int": int}.items():
+_converters = {"bool": bool, "hash": hash, "int": int, "float": float, "complex": complex}
+for _name, _target in _converters.items():
     setattr(Number, f"__{_name}__", _read(_target))
-for _name, _target in {"str": str, "repr": repr, "format": format}.items():
+_converters = {"str": str, "repr": repr, "format": format}
+for _name, _target in _converters.items():
     setattr(Number, f"__{_name}__", _shown(_target))
-for _name, _target in {"float": float, "complex": complex}.items():
-    setattr(Number, f"__{_name}__", _read(_target))
 for _name in ("bit_length", "is_integer", "as_integer_ratio"):
     setattr(Number, _name, _read(operator.methodcaller(_name)))
 
@@ -204,7 +210,7 @@ class Int(Number, torch.SymInt):
     A subclass of ``int`` could not tell who reads it; so this class only says that it is one.
     """
 
-    __class__ = property(lambda self: int)  # type: ignore[assignment]
+    __class__ = property(lambda self: int)
     __index__ = _read(operator.index)
     real = numerator = property(lambda self: self)
     imag = property(lambda self: 0)
@@ -214,7 +220,7 @@ class Int(Number, torch.SymInt):
 class Float(Number, torch.SymFloat):
     """A ``float``, likewise."""
 
-    __class__ = property(lambda self: float)  # type: ignore[assignment]
+    __class__ = property(lambda self: float)
     real = property(lambda self: self)
     imag = property(lambda self: 0.0)
 
@@ -222,4 +228,4 @@ class Float(Number, torch.SymFloat):
 class Truth(Number):
     """A ``bool``, such as ``item()`` of a tensor of them."""
 
-    __class__ = property(lambda self: bool)  # type: ignore[assignment]
+    __class__ = property(lambda self: bool)

@@ -202,7 +202,7 @@ def _same_leaf(one: Any, other: Any) -> bool:
             or type(one) is not type(other)
             or bool(one == other)
             or one != one
-            or type(one).__eq__ is object.__eq__
+            or "__eq__" not in {name for kind in type(one).__mro__[:-1] for name in vars(kind)}
         )
     except Exception:
         return True
