@@ -87,8 +87,11 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, plain: Iterable[Tensor] = ()) -> None:
         modules = list(model.modules())
-        self._tables = [table for module in modules for table in (module._parameters, module._buffers) if len(table)]
+        tables: list[dict[str, Any]] = [table for one in modules for table in (one._parameters, one._buffers)]
+        self._tables = list(filter(None, tables))
         self._tensors: list[Tensor | None] = [tensor for table in self._tables for tensor in table.values()]
+        self._single = [i for i, tensor in enumerate(self._tensors) if tensor is None or tensor.numel() < 2]
+        self._singles = [self._tensors[i] for i in self._single]
         self._packed = [
             (module.__dict__, key, value)
             for module in modules
@@ -112,20 +115,24 @@ class Snapshot:
         It is called at every inference, so it consists of built-in loops (``map``, ``all``), which are the fastest.
         """
         return (
-            all(map(operator.is_, _values(self._tables), self._tensors))
-            and sum(map(len, self._tables)) == len(self._tensors)
+            self._same_tensors()
             and list(map(_VERSION, self._counted)) == self._versions
             and list(map(Tensor.data_ptr, self._placed)) == self._places
             and all(table.get(key) is value for table, key, value in self._packed)
         )
 
+    def _same_tensors(self) -> bool:
+        # Lists compare their elements by identity first, which is faster than a loop with "is". Only other tensors are
+        # compared by value, which raises unless they have one element, so those are compared by identity.
+        now = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
+        try:
+            return now == self._tensors and all(map(operator.is_, map(now.__getitem__, self._single), self._singles))
+        except Exception:
+            return False
+
 
 _VERSION = operator.attrgetter("_version")
 _BATCH_NORM = nn.modules.batchnorm._NormBase
-
-
-def _values(tables: list[dict[str, Any]]) -> Iterator[Any]:
-    return itertools.chain.from_iterable(map(dict.values, tables))
 
 
 def _is_wrapper(tensor: Tensor) -> bool:

@@ -1,0 +1,194 @@
+"""What a model's call reads, found from its code; and the text of code by which two machines compare it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchsurgeon.tracing.digests import part_digest, tensor_digest
+from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
+from torchsurgeon.tracing.source import code_text, tree
+
+SOURCE = '''
+def act(y: "Tensor", by: int = 2) -> "Tensor":
+    """Words."""
+    # a comment
+    def inner(z):
+        return z * by
+    return inner(y) + 1
+
+pair = lambda y: y + 1, lambda y: y + 2
+'''
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[Callable[[str], Any]]:
+    """Imports a text as a Python module of its own, from a file of the same name each time."""
+    count = iter(range(100))
+
+    def load(text: str, name: str = "") -> Any:
+        path = tmp_path / (name or f"written_{next(count)}.py")
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in [name for name in sys.modules if name.startswith("written_")]:
+        del sys.modules[name]
+
+
+def test_the_text_of_code_is_what_it_computes_not_where_it_stands(load: Callable[..., Any]) -> None:
+    wanted = code_text(load(SOURCE).act.__code__)
+    moved = SOURCE.replace("# a comment", "").replace('"""Words."""', '"""Other words."""').replace(': "Tensor"', "")
+    assert code_text(load("import os\n\n\n" + moved).act.__code__) == wanted
+    assert code_text(load(SOURCE.replace("z * by", "z / by")).act.__code__) != wanted
+    assert code_text(load(SOURCE.replace("def act", "def other")).other.__code__) == wanted
+    assert "cpython" not in wanted
+
+
+def test_functions_on_one_line_are_told_apart(load: Callable[..., Any]) -> None:
+    first, second = load(SOURCE).pair
+    swapped = load(SOURCE.replace("y + 1, lambda y: y + 2", "y + 2, lambda y: y + 1")).pair
+    assert code_text(first.__code__) == code_text(swapped[1].__code__)
+    assert code_text(second.__code__) == code_text(swapped[0].__code__)
+    assert code_text(first.__code__) != code_text(second.__code__)
+
+
+def test_a_file_edited_since_it_was_imported_is_not_believed(load: Callable[..., Any]) -> None:
+    old = load(SOURCE, "written_again.py").act
+    before = code_text(old.__code__)
+    new = load(SOURCE.replace("z * by", "z - by"), "written_again.py").act
+    assert tree(new.__code__) is not None
+    assert tree(old.__code__) is None
+    assert code_text(old.__code__) not in (before, code_text(new.__code__))
+
+
+def test_code_without_source_is_compared_by_its_bytecode() -> None:
+    spaces: list[dict[str, Any]] = [{}, {}, {}]
+    for space, text in zip(spaces, ("lambda y: y + 1", "lambda y: y + 1", "lambda y: y + 2"), strict=True):
+        space["act"] = eval(text)  # noqa: S307
+    one, same, other = (code_text(space["act"].__code__) for space in spaces)
+    assert one == same
+    assert one != other
+    assert sys.implementation.cache_tag in one
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(2, 2)
+        self.used, self.unused, self.last = torch.ones(2), torch.ones(2), torch.ones(2)
+        self.cache: dict[str, Tensor] = {}
+        self.alias: list[Tensor] = []
+        self.tables = {"a": [torch.ones(2)], "b": 3}
+        self.me = [self]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.line(x) * self.used + self.tables["a"][0]
+        self.last = y
+        self.cache["x"] = x
+        kept = self.alias
+        kept.append(x)
+        y[:, 0] = self.other()
+        return y
+
+    def other(self) -> float:
+        return len(self.me[0].tables)
+
+
+def test_a_reading_has_what_the_code_names_and_not_what_it_computes() -> None:
+    reader = Reader()
+    reader(torch.ones(1, 2))
+    reading = read_model(reader)
+    assert set(plain_tensors(reader, reading)) == {"used", "tables['a'][0]"}
+    paths = {part.path for part in reading.parts}
+    assert {"Reader.forward", "Reader.other", "tables", "me"} <= paths
+    assert not {"unused", "last", "cache", "alias"} & paths
+    assert {"last"} <= reading.assigned
+    assert {"cache", "alias"} <= reading.filled
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale_1 = torch.ones(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(1, 2):
+            x = x * getattr(self, f"scale_{i}")
+        return x
+
+
+def test_attributes_whose_names_are_computed_are_read_too() -> None:
+    assert set(plain_tensors(ByName(), read_model(ByName()))) == {"scale_1"}
+
+
+def test_a_reading_ends_in_circles_and_in_the_deep() -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.next: Any = self
+            self.many = [[torch.ones(1) for _ in range(300)] for _ in range(300)]
+
+    class Circular(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x * self.node.next.many[0][0]
+
+    module = Circular()
+    module.node = Node()
+    reading = read_model(module)
+    assert not reading.complete
+    again = read_model(module)
+    assert [part.path for part in again.parts] == [part.path for part in reading.parts]
+
+
+def test_what_wraps_a_function_is_looked_into() -> None:
+    def digests(act: Any) -> list[str]:
+        return [part_digest(part) for part in Reading({}, {"act": act}).parts]
+
+    def times(by: float) -> Any:
+        return lambda y: y * by
+
+    makers: list[Callable[[float], Any]] = [
+        times,
+        lambda by: functools.partial(torch.mul, other=by),
+        lambda by: types.MethodType(lambda self, y: y * self, by),
+        lambda by: torch.no_grad()(times(by)),
+        lambda by: functools.lru_cache(times(by)),
+        lambda by: staticmethod(times(by)),
+    ]
+    for make in makers:
+        assert digests(make(2.0)) == digests(make(2.0))
+        assert digests(make(2.0)) != digests(make(3.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning", "ignore:Sparse CSR:UserWarning")
+def test_digests_of_unusual_tensors() -> None:
+    values = torch.arange(6.0).reshape(2, 3)
+
+    def quantized(scale: float) -> Tensor:
+        return torch._empty_affine_quantized([2, 3], scale=scale, zero_point=0, dtype=torch.qint8).fill_(0)
+
+    pairs = [
+        (values.to_sparse(), (2 * values).to_sparse()),
+        (values.to_sparse_csr(), (values + 1).to_sparse_csr()),
+        (torch.complex(values, values).conj(), torch.complex(values, values)),
+        (values.to(torch.float8_e4m3fn), (values + 1).to(torch.float8_e4m3fn)),
+        (values.to("meta"), values[:1].to("meta")),
+    ]
+    for one, other in pairs:
+        assert tensor_digest(one) == tensor_digest(one.clone())
+        assert tensor_digest(one) != tensor_digest(other)
+    assert tensor_digest(quantized(0.5)) != tensor_digest(quantized(0.25))
