@@ -112,6 +112,7 @@ def judge(model: RandomModel) -> Verdict:
 def _traced(model: nn.Module, module: types.ModuleType, verdict: Verdict) -> LayerGraph | None:
     """Trace the model, and note in the verdict whether it was refused, warned of, or changed."""
     before, settings = _snapshot(model), _settings()
+    module.traced = model
     args, kwargs = module.call(module.base())
     reseed()
     begin = time.perf_counter()
@@ -133,7 +134,34 @@ def _traced(model: nn.Module, module: types.ModuleType, verdict: Verdict) -> Lay
     changes = [key for key in {**before, **after} if _other(before.get(key), after.get(key))]
     if changes:
         verdict.worsen(CHANGED, f"tracing changes {', '.join(changes[:3])}")
+    if left := _left_behind(module):
+        verdict.worsen(CHANGED, f"tracing leaves a tensor without values in {left}")
     return None if verdict.outcome in FAILURES else graph
+
+
+def _left_behind(module: types.ModuleType) -> str:
+    """Where a global, a default argument, a class or a closure holds a tensor of a trace, with which no call works."""
+    waiting: list[tuple[str, Any]] = [(name, value) for name, value in vars(module).items() if name != "__builtins__"]
+    seen: set[int] = set()
+    while waiting:
+        path, value = waiting.pop()
+        if id(value) in seen or path.count(".") > 5:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor) and (value.is_meta or type(value).__name__ == "FakeTensor"):
+            return path
+        parts: Any = ()
+        if isinstance(value, dict):
+            parts = value.items()
+        elif isinstance(value, list | tuple):
+            parts = enumerate(value)
+        elif isinstance(value, types.FunctionType) and value.__module__ == module.__name__:
+            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+            parts = enumerate([*cells, *(value.__defaults__ or ())])
+        elif getattr(value, "__module__", "") == module.__name__ and hasattr(value, "__dict__"):
+            parts = vars(value).items()
+        waiting += [(f"{path}.{key}", part) for key, part in parts]
+    return ""
 
 
 def _servers(graph: LayerGraph, model: RandomModel) -> LayerGraph:
