@@ -54,6 +54,8 @@ class Call:
         self.fixed: dict[LeafPath, Any] = {path: leaf for path, leaf in leaves if not isinstance(leaf, torch.Tensor)}
         self._plain = all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False))
         self._count = len(self.paths)
+        # Which of the example's tensors are one and the same; a model may ask for that (``key is value``).
+        self._same = _sameness([leaf for _, leaf in leaves if isinstance(leaf, torch.Tensor)])
         if not self.names:
             raise TraceError(
                 f"the example for {type(model).__name__} holds no tensor; give the tensors the model is called with"
@@ -80,6 +82,8 @@ class Call:
         """
         # The common case first: tensors only, by position. It needs no look at how the arguments are nested.
         if self._plain and not kwargs and len(args) == self._count and all(type(a) is torch.Tensor for a in args):
+            if self._count > 1:
+                self._check_sameness(args)
             return list(args)
         leaves, structure = flatten(self._bind(args, kwargs))
         if structure != self.structure:
@@ -99,7 +103,18 @@ class Call:
                 raise TypeError(
                     f"argument {short(name, 100)} must be a tensor as in the example; got {type(leaf).__name__}"
                 )
+        self._check_sameness(tensors)
         return tensors
+
+    def _check_sameness(self, tensors: Sequence[torch.Tensor]) -> None:
+        same = _sameness(tensors)
+        if same != self._same:
+            name = next(n for n, a, b in zip(self.names, same, self._same, strict=True) if a != b)
+            raise TypeError(
+                f"argument {short(name, 100)} {'is' if len(set(same)) < len(set(self._same)) else 'is not'} the same "
+                "tensor as another one, unlike in the example, and a model may ask for that; trace it again with such an "
+                "example, or pass a clone of the tensor"
+            )
 
     def rebuild(self, values: Mapping[LeafPath, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments of a call, as ``(args, kwargs)``.
@@ -121,6 +136,12 @@ class Call:
             else:
                 kwargs[name] = value
         return args, kwargs
+
+
+def _sameness(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Return, for each tensor, the place of the first one that is the same object."""
+    first: dict[int, int] = {}
+    return tuple([first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors)])
 
 
 def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

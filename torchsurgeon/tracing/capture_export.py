@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
@@ -59,6 +60,12 @@ def capture_export(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]
         TraceError: torch.export cannot follow the model; the message holds its reason.
     """
     steps, guard = _exported(model, call, tensors)
+    try:
+        guard(tensors)
+    except Exception as error:
+        raise TraceError(
+            f"the guards that torch.export made do not hold for the example itself: {short(error)}"
+        ) from error
     many = _with_batch(tensors, 1024)
     if many is None or _passes(guard, many):
         return steps, guard
@@ -288,6 +295,8 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -
             value = operator.attrgetter(node.target)(root)
             if node.target in stored:
                 position[node] = add("attr", node.target, node.target)
+            elif isinstance(value, FakeTensor):
+                raise TraceError("torch.export keeps a tensor without elements as a constant")
             elif isinstance(value, torch.Tensor):
                 position[node] = add("attr", unique("constant", taken), Constant(value))
             else:

@@ -21,6 +21,7 @@ from torchsurgeon.tracing.closure import Closure
 from torchsurgeon.tracing.configuration import Configuration
 from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.held import holdings, parameter_holdings
+from torchsurgeon.tracing.layout import has_gaps
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, Specs, TensorSpec
 
@@ -204,7 +205,7 @@ class LayerGraph:
         return tensors
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Check that the model would follow the traced path for input tensors of these sizes.
+        """Check that the model would follow the traced path for input tensors of these sizes, dtypes and layouts.
 
         Args:
             tensors: the model's input tensors, in the order of ``inputs``.
@@ -212,6 +213,17 @@ class LayerGraph:
         Raises:
             TypeError: it would not; the message names the size.
         """
+        for spec, tensor in zip(self.inputs, tensors, strict=True):
+            if tensor.dtype is not spec.dtype:
+                raise TypeError(
+                    f"argument {short(spec.name, 100)} must be of the example's dtype {spec.dtype}; got {tensor.dtype}; "
+                    "convert it, or trace the model again with an example of this dtype"
+                )
+            if not tensor.is_contiguous() and has_gaps(tensor) and spec.name not in self.layouts:
+                raise TypeError(
+                    f"argument {short(spec.name, 100)} has gaps between its elements, unlike the example, and loses them "
+                    "where it crosses, on which last bits depend; pass its .contiguous()"
+                )
         if self._guard is not None:
             self._guard(tensors)
 

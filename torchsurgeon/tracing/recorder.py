@@ -263,11 +263,9 @@ class Recorder(TorchFunctionMode):
         given: dict[int, Any] = {}
         values = {}
         for path, name, tensor in zip(self.model_call.paths, self.model_call.names, tensors, strict=True):
-            if id(tensor) not in given or self.real:
-                given[id(tensor)] = self._input(name, tensor)
-            else:
-                # The caller passed one tensor twice, and may pass two tensors next time.
-                given[id(tensor)] = self._input(name, tensor)
+            made = self._input(name, tensor)
+            # One tensor that is passed twice stays one; ``Call`` sees to it that it is so in every call.
+            given.setdefault(id(tensor), made)
             values[path] = given[id(tensor)]
         args, kwargs = self.model_call.rebuild(values)
         self.base = settings()

@@ -77,7 +77,8 @@ class MetaModel:
         if not isinstance(value, torch.Tensor):
             return value
         if id(value) not in self._tensors:
-            self._tensors[id(value)] = value.detach().to(META)
+            with torch.inference_mode(False):
+                self._tensors[id(value)] = value.detach().to(META)
         return self._tensors[id(value)]
 
     def attribute(self, target: str | Constant) -> Any:
@@ -253,7 +254,9 @@ class Propagation:
             return self._note(outcome.value, overwritten, outcome.flops, outcome.uncounted)
         # PyTorch raises a tensor's version, and that of its views, with every write to its memory.
         before = [(t, t._version) for t in tensors_in([args, kwargs]) if not t.is_inference()]
-        with _CountFlops() if self._count_flops else nullcontext() as counter:
+        # The tensors of inference mode have no versions.
+        mode = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with mode, _CountFlops() if self._count_flops else nullcontext() as counter:
             value = _run(step, self.source, args, kwargs)
         overwrites = frozenset(storage_of(t) for t, version in before if t._version != version)
         if overwrites and value is None and args and isinstance(args[0], torch.Tensor):

@@ -141,7 +141,7 @@ _MESSAGES = frozenset(
 
 
 def in_a_message(frame: types.FrameType) -> bool:
-    """Return whether the statement that a frame is in only asserts, raises, warns, prints or logs."""
+    """Return whether the statement that a frame is in only warns, prints or logs, or is a ``torch._assert``."""
     return frame.f_lineno in _message_lines(frame.f_code)
 
 
@@ -158,7 +158,7 @@ def _message_lines(code: types.CodeType) -> frozenset[int]:
         if not isinstance(node, ast.stmt):
             continue
         name = getattr(call.func, "attr", getattr(call.func, "id", "")) if call is not None else ""
-        if isinstance(node, (ast.Assert, ast.Raise)) or name in _MESSAGES:
+        if name in _MESSAGES:
             found.update(range(node.lineno + first - 1, (node.end_lineno or node.lineno) + first))
     return frozenset(found)
 

@@ -7,6 +7,7 @@ it. And a model that reads in one call what an earlier call left behind gives an
 from __future__ import annotations
 
 import types
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,18 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-_CONTAINERS = (dict, list, set)
+_CONTAINERS = (dict, list, set, deque)
 _ATOMS = (
     *(int, float, complex, str, bytes, type(None), type, torch.Tensor, torch.dtype, torch.device),
     *(nn.Module, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
 )
 _DEPTH = 6
+_SMALL_BYTES = 1 << 20
 
 
 class State:
     """The attributes of a model's modules, and what is in their dicts, lists, sets and objects, at one moment.
 
-    Everything is compared by identity: a tensor's elements are not looked at.
+    Everything is compared by identity. Of buffers and of tensors that are plain attributes, what PyTorch counts as
+    writes is noticed, too, and undone where they are small; parameters are taken to stay as they are.
 
     Args:
         model: the model.
@@ -33,16 +36,26 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self._held: dict[int, tuple[Any, Any, str]] = {}
+        self._tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor | None, str]] = {}
         for path, module in model.named_modules():
             self._keep(module.__dict__, path)
-            for key, value in module.__dict__.items():
-                if isinstance(value, _CONTAINERS) or not isinstance(value, _ATOMS):
+            for key, value in (*module.__dict__.items(), *module._buffers.items()):
+                if isinstance(value, torch.Tensor):
+                    self._keep_tensor(value, f"{path}.{key}".lstrip("."))
+                elif isinstance(value, _CONTAINERS) or not isinstance(value, _ATOMS):
                     self._look(value, f"{path}.{key}".lstrip("."), _DEPTH)
 
     def _keep(self, container: Any, path: str) -> None:
         self._held[id(container)] = (container, container.copy(), path)
 
+    def _keep_tensor(self, tensor: torch.Tensor, path: str) -> None:
+        if tensor.layout is torch.strided and not tensor.is_inference() and not tensor.is_meta:
+            copy = tensor.detach().clone() if tensor.nbytes <= _SMALL_BYTES else None
+            self._tensors[id(tensor)] = (tensor, tensor._version, copy, path)
+
     def _look(self, value: Any, path: str, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            self._keep_tensor(value, path)
         if depth == 0 or isinstance(value, _ATOMS) or id(value) in self._held:
             return
         kind = type(value)
@@ -64,16 +77,22 @@ class State:
 
     def changed(self) -> list[str]:
         """Return the names of the attributes that are no longer what they were, or hold something else."""
+        written = {path for tensor, version, _, path in self._tensors.values() if tensor._version != version}
         return sorted(
-            {name for container, before, path in self._held.values() for name in _changes(container, before, path)}
+            written
+            | {name for container, before, path in self._held.values() for name in _changes(container, before, path)}
         )
 
     def restore(self) -> None:
         """Put everything back."""
+        for tensor, version, copy, _ in self._tensors.values():
+            if tensor._version != version and copy is not None:
+                with torch.no_grad():
+                    tensor.copy_(copy)
         for container, before, path in self._held.values():
             if _changes(container, before, path):
                 container.clear()
-                (container.extend if isinstance(container, list) else container.update)(before)
+                (container.extend if isinstance(container, (list, deque)) else container.update)(before)
 
 
 def _changes(container: Any, before: Any, path: str) -> list[str]:
@@ -84,7 +103,7 @@ def _changes(container: Any, before: Any, path: str) -> list[str]:
         missing = object()
         changed = [key for key in keys if container.get(key, missing) is not before.get(key, missing)]
         return [f"{path}.{key}".lstrip(".") for key in changed] or [path]
-    if isinstance(container, list):
+    if isinstance(container, (list, deque)):
         return [] if _same_objects(container, before) else [path]
     return [] if container == before else [path]
 
