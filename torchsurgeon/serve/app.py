@@ -196,7 +196,8 @@ def _control_plane(registry: ModelRegistry) -> Starlette:
         return registry.get(request.path_params["name"], request.path_params.get("version"))
 
     async def server(request: Request) -> JSONResponse:
-        extensions = ["binary_tensor_data", "torchsurgeon_partition", "torchsurgeon_dim_order", "torchsurgeon_codec"]
+        own = ("partition", "dim_order", "codec", "datatypes")
+        extensions = ["binary_tensor_data", *(f"torchsurgeon_{name}" for name in own)]
         return JSONResponse({"name": "torchsurgeon", "version": _version(), "extensions": extensions})
 
     async def live(request: Request) -> JSONResponse:
