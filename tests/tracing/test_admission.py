@@ -186,10 +186,21 @@ def test_models_without_values_are_refused_where_the_trace_is_verified() -> None
     with torch.device("meta"):
         empty = Taking().eval()
     with pytest.raises(TraceError, match=r"parameter 'l\.weight' of Taking is on the meta device and has no values"):
-        admit(empty, (torch.randn(2, 8),), {}, verify=True)
-    admit(empty, (torch.randn(2, 8),), {})
+        ts.trace(empty, torch.randn(2, 8))
+    assert ts.trace(empty, torch.randn(2, 8), verify=False).layers
     with pytest.raises(TraceError, match="argument 0 of the example for Taking is on the meta device"):
         admit(Taking().eval(), (torch.empty(2, 8, device="meta"),), {}, verify=True)
+
+
+class Filling(nn.Module):
+    """Computes, and fills a cache among its arguments."""
+
+    def __init__(self, fill: Any) -> None:
+        super().__init__()
+        self.l, self.fill = nn.Linear(8, 8), fill
+
+    def forward(self, x: torch.Tensor, cache: Any) -> torch.Tensor:
+        return self.fill(self.l(x), cache)  # type: ignore[no-any-return]
 
 
 def _fill_object(x: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -224,6 +235,8 @@ def test_arguments_that_the_model_changes_are_refused(fill: Any, cache: Any) -> 
     call = Call(model, (x, cache), {})
     given = call.tensors((x, cache), {})
     refuse_changed_arguments(model, call, (x, cache), {}, given)
+    with pytest.raises(TraceError, match="changes a list, dict or object among its arguments"):
+        ts.trace(Filling(fill).eval(), x, cache)
     fill(x, cache)
     with pytest.raises(TraceError, match="changes a list, dict or object among its arguments"):
         refuse_changed_arguments(model, call, (x, cache), {}, given)

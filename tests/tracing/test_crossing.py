@@ -139,14 +139,6 @@ def test_objects_that_a_layer_gives_stay_on_the_side_of_their_reader() -> None:
     assert "take" not in names
 
 
-def test_a_complex_number_read_off_a_tensor_crosses() -> None:
-    def scaled(y: Tensor, beside: nn.Module) -> Tensor:
-        number = torch.fft.fft(y).sum().item()
-        return beside(y) * abs(number)
-
-    check(Between(scaled), X)
-
-
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 @pytest.mark.parametrize(
     ("forward", "what"),

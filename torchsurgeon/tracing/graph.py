@@ -174,7 +174,11 @@ class LayerGraph:
             return self._points[len(inside)]
         boundary = self.closure.crossing(inside, self._sizes)
         if boundary is None or self.closure.prefixes_only:
-            reason = "some need layers that are not among them, or what is not sent" if boundary is None else "they share memory with others"
+            reason = (
+                "some need layers that are not among them, or what is not sent"
+                if boundary is None
+                else "they share memory with others"
+            )
             raise PartitionError(
                 f"{len(inside)} layers cannot run apart from the rest: {reason}; use one of the graph's points"
             )

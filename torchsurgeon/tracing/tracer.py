@@ -64,7 +64,7 @@ def trace(
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes an nn.Module; got {type(model).__name__}; call trace(model, example)")
     model = getattr(model, "_orig_mod", model)
-    admit(model, example_args, example_kwargs)
+    admit(model, example_args, example_kwargs, verify=verify)
     _refuse_training(model)
     with left_as_it_was(model):
         call = Call(model, example_args, example_kwargs)

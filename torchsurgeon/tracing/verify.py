@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import TraceError, short
+from torchsurgeon.tracing.admission import refuse_changed_arguments
 from torchsurgeon.tracing.call import Call
+from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES
 from torchsurgeon.tracing.recorder import keeps_state
 from torchsurgeon.tracing.state import State, left_as_it_was
 from torchsurgeon.tracing.step import Environment, Step, clone
 from torchsurgeon.tracing.structure import flatten
 
+_INTEGERS = {1: torch.uint8, 4: torch.int32}
 EXAMPLE, OTHER_VALUES, ONE_MORE_SAMPLE = "the example", "other values", "one more sample"
 
 
@@ -64,12 +67,14 @@ def verify(
     Raises:
         Mismatch: the answers differ.
         Unrepeatable: the model's own answers to one input differ.
-        TraceError: the model fails on the example, or keeps state between calls.
+        TraceError: the model fails on the example, keeps state between calls, or changes its arguments' containers.
     """
     found = []
     for name, given in _samples(tensors, batch_free):
         try:
             expected, changed, again = _answers(model, call, given)
+        except TraceError:
+            raise
         except Exception as error:
             if name is not EXAMPLE:
                 continue
@@ -107,6 +112,9 @@ def _other_values(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor with other elements that a model is likely to take: the same ones in another order, and noise."""
     if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_nested:
         return tensor
+    if tensor.dtype in EXTENSION_DATATYPES and tensor.element_size() in _INTEGERS:
+        # PyTorch cannot move the elements of these dtypes about.
+        return _other_values(tensor.resolve_conj().view(_INTEGERS[tensor.element_size()])).view(tensor.dtype)
     mixed = tensor.flip(tuple(range(tensor.dim()))) if tensor.dim() else tensor.clone()
     if (
         not tensor.dtype.is_floating_point
@@ -136,8 +144,11 @@ def _answers(
     """
 
     def run() -> Any:
-        args, kwargs = call.rebuild(dict(zip(call.paths, map(clone, tensors), strict=True)))
-        return model(*args, **kwargs)
+        given = list(map(clone, tensors))
+        args, kwargs = call.rebuild(dict(zip(call.paths, given, strict=True)))
+        answer = model(*args, **kwargs)
+        refuse_changed_arguments(model, call, args, kwargs, given)
+        return answer
 
     state = State(model)
     try:
