@@ -112,8 +112,8 @@ class Call:
             name = next(n for n, a, b in zip(self.names, same, self._same, strict=True) if a != b)
             raise TypeError(
                 f"argument {short(name, 100)} {'is' if len(set(same)) < len(set(self._same)) else 'is not'} the same "
-                "tensor as another one, unlike in the example, and a model may ask for that; trace it again with such an "
-                "example, or pass a clone of the tensor"
+                "tensor as another one, unlike in the example, and a model may ask for that; trace it again with "
+                "such an example, or pass a clone of the tensor"
             )
 
     def rebuild(self, values: Mapping[LeafPath, Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -209,6 +209,8 @@ def _returning_leaves(model: nn.Module) -> Iterator[list[Output]]:
     def forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         leaves, structure = flatten(original(*args, **kwargs))
         numbers = {path: int for path, leaf in leaves if isinstance(leaf, torch.SymInt)}
+        if any(isinstance(leaf, (torch.SymFloat, torch.SymBool)) for _, leaf in leaves):
+            raise TraceError("the model returns a number that torch.export does not return as a number")
         traced = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor) or path in numbers]
         paths = tuple(path for path, _ in traced)
         fixed = {path: leaf for path, leaf in leaves if path not in set(paths)}

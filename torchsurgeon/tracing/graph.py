@@ -220,13 +220,13 @@ class LayerGraph:
         for spec, tensor in zip(self.inputs, tensors, strict=True):
             if tensor.dtype is not spec.dtype:
                 raise TypeError(
-                    f"argument {short(spec.name, 100)} must be of the example's dtype {spec.dtype}; got {tensor.dtype}; "
-                    "convert it, or trace the model again with an example of this dtype"
+                    f"argument {short(spec.name, 100)} must be of the example's dtype {spec.dtype}; got "
+                    f"{tensor.dtype}; convert it, or trace the model again with an example of this dtype"
                 )
             if not tensor.is_contiguous() and has_gaps(tensor) and spec.name not in self.layouts:
                 raise TypeError(
-                    f"argument {short(spec.name, 100)} has gaps between its elements, unlike the example, and loses them "
-                    "where it crosses, on which last bits depend; pass its .contiguous()"
+                    f"argument {short(spec.name, 100)} has gaps between its elements, unlike the example, and "
+                    "loses them where it crosses, on which last bits depend; pass its .contiguous()"
                 )
         if self._guard is not None:
             self._guard(tensors)

@@ -34,7 +34,16 @@ from torchsurgeon.tracing.call import Call, Output
 from torchsurgeon.tracing.following import begin, end, follower_here, is_following
 from torchsurgeon.tracing.guards import Guards
 from torchsurgeon.tracing.operators import Kind, describe
-from torchsurgeon.tracing.shapes import MetaModel, Propagation, RealModel, Shapes, propagate, storage_of, tensors_in
+from torchsurgeon.tracing.shapes import (
+    MetaModel,
+    Propagation,
+    RealModel,
+    Shapes,
+    drifting,
+    propagate,
+    storage_of,
+    tensors_in,
+)
 from torchsurgeon.tracing.sizes import Number, number
 from torchsurgeon.tracing.state import State
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, unique
@@ -46,6 +55,10 @@ _THIS_PACKAGE = str(FilePath(__file__).parent) + os.sep
 TRACING = threading.Lock()
 
 
+_IN_PLACE = frozenset(
+    f"i{name}"
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
+) | {"setitem"}
 _PLAIN = frozenset((int, float, bool, str, complex, bytes, type(None), type(...), Ref, torch.dtype))
 
 
@@ -243,6 +256,8 @@ class Recorder(TorchFunctionMode):
         self.attributes: dict[str, Ref] = {}
         self.constants: dict[int, tuple[torch.Tensor, Ref]] = {}
         self.earlier, self.read_cache = earlier, False
+        # By memory, the names of the model's own tensors; empty for constants.
+        self.owners: dict[int, str] = {}
         self.paths: dict[int, str] = {id(module): path for path, module in reversed(list(model.named_modules()))}
         self.stored: dict[int, str] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -411,7 +426,7 @@ class Recorder(TorchFunctionMode):
         if name is not None:
             if name not in self.attributes:
                 step = self._add("attr", name, name)
-                self.propagation.attribute(step)
+                self._own(self.propagation.attribute(step), name)
                 self.attributes[name] = Ref(step.index)
             return self.attributes[name]
         kept = self._kept_by_an_earlier_call(value)
@@ -425,9 +440,14 @@ class Recorder(TorchFunctionMode):
             )
         if id(value) not in self.constants:
             step = self._add("attr", unique("constant", self.taken), Constant(value))
-            self.propagation.attribute(step)
+            self._own(self.propagation.attribute(step), "")
             self.constants[id(value)] = (value, Ref(step.index))
         return self.constants[id(value)][1]
+
+    def _own(self, tensor: torch.Tensor, name: str) -> None:
+        """Note that a tensor's memory is the model's."""
+        if tensor.layout is torch.strided:
+            self.owners[storage_of(tensor)] = name
 
     def _kept_by_an_earlier_call(self, value: torch.Tensor) -> Recorder | None:
         earlier = self.earlier
@@ -575,8 +595,24 @@ class Recorder(TorchFunctionMode):
             given, named = self._arguments(args), self._arguments(kwargs)
             step = self._add("call", name, target, given, named, path=name or self.stack[-1])
             step.ambient, step.bare = ambient, bare
+            self._refuse_writing_to_the_model(step, args, kwargs)
             value = self._run(step)
         return self._result(step, value, by_value=self.real and not step.is_module)
+
+    def _refuse_writing_to_the_model(self, step: Step, args: Any, kwargs: Any) -> None:
+        """Raise for a call that overwrites the model's own tensors, before it does so."""
+        name = step.target if step.is_method else getattr(step.target, "__name__", "")
+        written = [kwargs["out"]] if kwargs.get("out") is not None else []
+        if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or kwargs.get("inplace") is True:
+            written += args[:1]
+        for tensor in _tensors(written):
+            owner = self.owners.get(storage_of(self._lowered(tensor))) if tensor.layout is torch.strided else None
+            if owner is not None:
+                what = "a tensor that is the same in every call" if owner == "" else f"the model's own {owner!r}"
+                raise drifting(step, what)
+
+    def _lowered(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.follows(tensor) else self.source.tensor(tensor)
 
     def _run(self, step: Step) -> Any:
         """Run the step that was made last; it is taken back where that fails."""
@@ -630,6 +666,8 @@ class Recorder(TorchFunctionMode):
         if self.paused or follower_here() is not self:
             return func(*args, **kwargs)
         self._raise_refusal_again()
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise self.refuse("torch.func changes what its calls compute")
         operation = describe(func, args, kwargs)
         if operation.kind is Kind.REFUSED:
             raise self.refuse(operation.reason)
@@ -728,18 +766,29 @@ class Recorder(TorchFunctionMode):
             return None
         place = self.places[id(tensor)]
         needed = {place[1]}
+        sizes: list[int] = []
         for step in reversed(self.steps):
-            if step.index in needed:
+            if step.index not in needed:
+                continue
+            if step.kind == "input" or step.index in shapes.random or step.target == "item":
+                return None
+            if step.kind == "call" and not tensors_in(shapes.values[step.index]):
+                sizes.append(step.index)
+            else:
                 needed.update(step.uses())
-        if any(self.steps[i].kind == "input" or i in shapes.random for i in needed):
-            return None
+        for index in sizes:
+            if not isinstance(shapes.values[index], torch.device):
+                self.guards.equal(Ref(index), shapes.values[index])
         real = RealModel(self.model)
         environment: list[Any] = [None] * len(self.steps)
         with self._unfollowing():
             for step in self.steps:
                 if step.index not in needed:
                     continue
-                if step.kind == "attr":
+                if step.index in sizes:
+                    known = shapes.values[step.index]
+                    environment[step.index] = self.device if isinstance(known, torch.device) else known
+                elif step.kind == "attr":
                     environment[step.index] = real.attribute(step.target)
                     if isinstance(step.target, str):
                         self.guards.stored.add(step.target)

@@ -204,6 +204,11 @@ for _name in ("bit_length", "is_integer", "as_integer_ratio"):
     setattr(Number, _name, _read(operator.methodcaller(_name)))
 
 
+# NumPy asks the objects that it computes with for these.
+Number.item = lambda self: self  # type: ignore[attr-defined]
+Number.sqrt = _alone(math.sqrt)  # type: ignore[attr-defined]
+
+
 class Int(Number, torch.SymInt):
     """An ``int``. PyTorch takes it where it takes sizes, because it is a subclass of PyTorch's own symbolic int.
 

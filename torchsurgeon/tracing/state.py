@@ -36,6 +36,8 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self._held: dict[int, tuple[Any, Any, str]] = {}
+        self._cells: dict[int, tuple[types.CellType, Any, str]] = {}
+        self._globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self._tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor | None, str]] = {}
         for path, module in model.named_modules():
             self._keep(module.__dict__, path)
@@ -44,6 +46,23 @@ class State:
                     self._keep_tensor(value, f"{path}.{key}".lstrip("."))
                 elif isinstance(value, _CONTAINERS) or not isinstance(value, _ATOMS):
                     self._look(value, f"{path}.{key}".lstrip("."), _DEPTH)
+
+        for function in _functions(model):
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+                self._keep_cell(cell, name)
+            for name in _names(function.__code__):
+                if name in function.__globals__ and not isinstance(function.__globals__[name], _OF_MODULES):
+                    value = function.__globals__[name]
+                    self._globals[id(function.__globals__), name] = (function.__globals__, name, value)
+                    self._look(value, name, _DEPTH)
+
+    def _keep_cell(self, cell: types.CellType, name: str) -> None:
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            return
+        self._cells[id(cell)] = (cell, value, name)
+        self._look(value, name, _DEPTH)
 
     def _keep(self, container: Any, path: str) -> None:
         self._held[id(container)] = (container, container.copy(), path)
@@ -78,6 +97,8 @@ class State:
     def changed(self) -> list[str]:
         """Return the names of the attributes that are no longer what they were, or hold something else."""
         written = {path for tensor, version, _, path in self._tensors.values() if tensor._version != version}
+        written |= {name for cell, value, name in self._cells.values() if cell.cell_contents is not value}
+        written |= {name for table, name, value in self._globals.values() if table.get(name) is not value}
         return sorted(
             written
             | {name for container, before, path in self._held.values() for name in _changes(container, before, path)}
@@ -85,6 +106,12 @@ class State:
 
     def restore(self) -> None:
         """Put everything back."""
+        for cell, value, _ in self._cells.values():
+            if cell.cell_contents is not value:
+                cell.cell_contents = value
+        for table, name, value in self._globals.values():
+            if table.get(name) is not value:
+                table[name] = value
         for tensor, version, copy, _ in self._tensors.values():
             if tensor._version != version and copy is not None:
                 with torch.no_grad():
@@ -93,6 +120,44 @@ class State:
             if _changes(container, before, path):
                 container.clear()
                 (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+
+
+_OF_MODULES = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)
+
+
+_CALLED = (types.FunctionType, types.MethodType)
+
+
+def _functions(model: nn.Module) -> list[types.FunctionType]:
+    """Return the functions of users that a call of the model begins with, and those in their closures."""
+    todo: list[Any] = []
+    for module in model.modules():
+        todo += [value for value in module.__dict__.values() if isinstance(value, _CALLED)]
+        todo += [
+            value
+            for kind in type(module).__mro__
+            if kind.__module__ != nn.Module.__module__
+            for value in vars(kind).values()
+        ]
+        todo += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    found: dict[int, types.FunctionType] = {}
+    while todo:
+        function = todo.pop()
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType) or id(function) in found:
+            continue
+        if str(function.__module__).partition(".")[0] in ("torch", "torchvision"):
+            continue
+        found[id(function)] = function
+        todo += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        todo += [function.__globals__.get(name) for name in _names(function.__code__)]
+    return list(found.values())
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Return the names that a function's code, and that of the functions in it, looks up."""
+    inner = [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def _changes(container: Any, before: Any, path: str) -> list[str]:

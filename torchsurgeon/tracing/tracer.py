@@ -21,7 +21,7 @@ from torchsurgeon.tracing.flow import DataFlow
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in, with_selections
 from torchsurgeon.tracing.specs import Specs
-from torchsurgeon.tracing.state import left_as_it_was
+from torchsurgeon.tracing.state import State, left_as_it_was
 from torchsurgeon.tracing.step import Step
 from torchsurgeon.tracing.verify import Mismatch, Unrepeatable
 from torchsurgeon.tracing.verify import verify as verify_steps
@@ -66,10 +66,10 @@ def trace(
     model = getattr(model, "_orig_mod", model)
     admit(model, example_args, example_kwargs, verify=verify)
     _refuse_training(model)
-    with left_as_it_was(model):
+    with left_as_it_was(model) as state:
         call = Call(model, example_args, example_kwargs)
         tensors = call.tensors(example_args, example_kwargs)
-        return _traced(model, call, tensors, leaf_modules, verify)
+        return _traced(model, call, tensors, leaf_modules, verify, state)
 
 
 def _traced(
@@ -78,14 +78,19 @@ def _traced(
     tensors: list[torch.Tensor],
     leaf_modules: Collection[str | type[nn.Module]],
     verifying: bool,
+    state: State,
 ) -> LayerGraph:
     ways = Ways(model, call, tensors, leaf_modules)
     for captured in ways:
         graph = _graph(model, call, tensors, captured)
+        # torch.export, too, leaves in the model what its forward keeps.
+        state.restore()
         if not verifying:
             return graph
         try:
-            graph.verified = verify_steps(model, call, graph.steps, tensors, graph.batch_free)
+            graph.verified = verify_steps(
+                model, call, graph.steps, tensors, graph.batch_free, layouts=captured.traced_by == "export"
+            )
         except Unrepeatable:
             if not graph.shapes.random:
                 warnings.warn(

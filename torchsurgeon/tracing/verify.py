@@ -23,6 +23,7 @@ from torchsurgeon.tracing.structure import flatten
 
 _INTEGERS = {1: torch.uint8, 4: torch.int32}
 EXAMPLE, OTHER_VALUES, ONE_MORE_SAMPLE = "the example", "other values", "one more sample"
+OTHER_LAYOUT = "another layout"
 
 
 class Mismatch(Exception):
@@ -46,11 +47,13 @@ class Unrepeatable(Exception):
     """The model's own answers differ from run to run, so that there is nothing to compare with."""
 
 
-Run = Callable[[Sequence[torch.Tensor]], Any]
-
-
 def verify(
-    model: nn.Module, call: Call, steps: Sequence[Step], tensors: Sequence[torch.Tensor], batch_free: bool
+    model: nn.Module,
+    call: Call,
+    steps: Sequence[Step],
+    tensors: Sequence[torch.Tensor],
+    batch_free: bool,
+    layouts: bool = False,
 ) -> tuple[str, ...]:
     """Run a model and the steps that were traced from it, and compare their answers bit for bit.
 
@@ -60,6 +63,8 @@ def verify(
         steps: its steps, settled.
         tensors: the example's tensors, in the order of ``call.names``.
         batch_free: whether the steps are said to hold for other batch sizes.
+        layouts: whether to try tensors with their dimensions in another order in memory, too, because the way the
+            model was traced does not notice whether it asks for that.
 
     Returns:
         For which inputs the answers are the same. Inputs that the model itself does not take are left out.
@@ -70,9 +75,9 @@ def verify(
         TraceError: the model fails on the example, keeps state between calls, or changes its arguments' containers.
     """
     found = []
-    for name, given in _samples(tensors, batch_free):
+    for name, given in _samples(tensors, batch_free, layouts):
         try:
-            expected, changed, again = _answers(model, call, given)
+            expected, changed, again = _answers(model, call, given, after=None if name is EXAMPLE else tensors)
         except TraceError:
             raise
         except Exception as error:
@@ -83,29 +88,30 @@ def verify(
                 "takes, or trace with verify=False where the model cannot be run here"
             ) from error
         if again is not None and not same_answer(expected, again):
-            if changed:
-                raise TraceError(keeps_state(model, changed))
-            raise Unrepeatable
+            raise TraceError(keeps_state(model, changed))
         with left_as_it_was(model):
             try:
                 got = _seeded(lambda given=given: _run_steps(steps, given, model))  # type: ignore[misc]
             except Exception as error:
                 raise Mismatch(name, *_first_failing(error, steps)) from error
         if not same_answer(expected, got):
-            _, _, again = _answers(model, call, given, twice=True)
-            if not same_answer(expected, again):
+            if not same_answer(expected, _answers(model, call, given)[0]):
                 raise Unrepeatable
             raise Mismatch(name, *_first_difference(model, call, steps, given))
         found.append(name)
-    return tuple(found)
+    return tuple(name for name in found if name is not OTHER_LAYOUT)
 
 
-def _samples(tensors: Sequence[torch.Tensor], batch_free: bool) -> Iterator[tuple[str, list[torch.Tensor]]]:
+def _samples(
+    tensors: Sequence[torch.Tensor], batch_free: bool, layouts: bool
+) -> Iterator[tuple[str, list[torch.Tensor]]]:
     yield EXAMPLE, list(tensors)
     others = [_other_values(t) for t in tensors]
     yield OTHER_VALUES, others
     if batch_free:
         yield ONE_MORE_SAMPLE, [torch.cat([other[:1], t]) for other, t in zip(others, tensors, strict=True)]
+    if layouts and any(t.dim() > 1 and t.layout is torch.strided for t in tensors):
+        yield OTHER_LAYOUT, [t.mT.contiguous().mT if t.dim() > 1 and t.layout is torch.strided else t for t in tensors]
 
 
 def _other_values(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,27 +142,37 @@ def _seeded(run: Callable[[], Any]) -> Any:
 
 
 def _answers(
-    model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], twice: bool = False
+    model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], after: Sequence[torch.Tensor] | None = None
 ) -> tuple[Any, list[str], Any]:
-    """Return the model's answer, what it left in its modules, and its answer when it is called again after that.
+    """Return the model's answer, what it left in its modules, and its answer when it had been called before.
 
-    The second is only asked for where the first call left something.
+    The second is only asked for where a call leaves something.
+
+    Args:
+        model: the model, which is left as it was.
+        call: how it is called.
+        tensors: its input tensors.
+        after: the inputs of the call before the second; None for the same ones.
     """
 
-    def run() -> Any:
-        given = list(map(clone, tensors))
-        args, kwargs = call.rebuild(dict(zip(call.paths, given, strict=True)))
-        answer = model(*args, **kwargs)
-        refuse_changed_arguments(model, call, args, kwargs, given)
-        return answer
+    def run(given: Sequence[torch.Tensor]) -> Any:
+        copies = {id(tensor): clone(tensor) for tensor in given}
+        passed = [copies[id(tensor)] for tensor in given]
+        args, kwargs = call.rebuild(dict(zip(call.paths, passed, strict=True)))
+        result = model(*args, **kwargs)
+        refuse_changed_arguments(model, call, args, kwargs, passed)
+        return result
 
     state = State(model)
     try:
-        answer = _kept(_seeded(run))
+        answer = _kept(_seeded(lambda: run(tensors)))
         changed = state.changed()
-        if twice:
+        if not changed:
+            return answer, changed, None
+        if after is not None:
             state.restore()
-        return answer, changed, _seeded(run) if changed or twice else None
+            _seeded(lambda: run(after))
+        return answer, changed, _seeded(lambda: run(tensors))
     finally:
         state.restore()
 
