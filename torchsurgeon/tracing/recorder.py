@@ -56,9 +56,8 @@ TRACING = threading.Lock()
 
 
 _IN_PLACE = frozenset(
-    f"i{name}"
-    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
-) | {"setitem"}
+    ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
+)
 _PLAIN = frozenset((int, float, bool, str, complex, bytes, type(None), type(...), Ref, torch.dtype))
 
 
@@ -666,8 +665,7 @@ class Recorder(TorchFunctionMode):
         if self.paused or follower_here() is not self:
             return func(*args, **kwargs)
         self._raise_refusal_again()
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise self.refuse("torch.func changes what its calls compute")
+        self._refuse_transforms()
         operation = describe(func, args, kwargs)
         if operation.kind is Kind.REFUSED:
             raise self.refuse(operation.reason)
@@ -678,6 +676,10 @@ class Recorder(TorchFunctionMode):
         if operation.kind is Kind.VALUE:
             return self._value(operation.name, func, args, kwargs)
         return self.call(operation.target, operation.args, kwargs)
+
+    def _refuse_transforms(self) -> None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise self.refuse("torch.func changes what its calls compute")
 
     def _raise_refusal_again(self) -> None:
         """Stop a model that caught a refusal and goes on."""
@@ -807,6 +809,7 @@ class Recorder(TorchFunctionMode):
             kwargs: the keyword arguments.
         """
         self._raise_refusal_again()
+        self._refuse_transforms()
         if "_orig_mod" in module._modules:
             # torch.compile wraps a module; the wrapped one is followed instead.
             return module._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
