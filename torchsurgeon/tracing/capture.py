@@ -17,9 +17,10 @@ from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture_export import Guard, capture_export
-from torchsurgeon.tracing.recorder import Recording, UnfollowedError, record
+from torchsurgeon.tracing.recording import Recording, record
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes
 from torchsurgeon.tracing.step import Step
+from torchsurgeon.tracing.unfollowed import UnfollowedError
 
 _MOST_WHOLE = 50
 

@@ -26,9 +26,9 @@ from torch.utils import _pytree as pytree
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.call import Call, Output, path_name
-from torchsurgeon.tracing.recorder import TRACING
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, plain, unique
 from torchsurgeon.tracing.structure import LeafPath, flatten
+from torchsurgeon.tracing.unfollowed import TRACING
 
 _CHECKS = (
     "_assert_tensor_metadata",

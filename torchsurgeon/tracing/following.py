@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any, Protocol
-
-from torchsurgeon.tracing.step import Ref
 
 
 class Follower(Protocol):
@@ -22,12 +19,6 @@ class Follower(Protocol):
 
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Make a call, record it, and return what it gives, followed."""
-
-    def number_step(self, target: Any, args: tuple[Any, ...]) -> Ref:
-        """Make the step that computes a number."""
-
-    def decided(self, found: Any, test: Callable[[Any, Any], Any], other: Any) -> Any:
-        """Return what a comparison of a number gives, and note that the model's path depends on it."""
 
 
 # One thread follows a model at a time.
@@ -50,6 +41,6 @@ def follower_here() -> Follower | None:
     return found if found is not None and found.thread == threading.get_ident() and not found.paused else None
 
 
-def is_following(follower: Follower) -> bool:
+def is_following(follower: object) -> bool:
     """Return whether ``follower`` follows this thread now, whoever's the call is."""
-    return bool(_current) and _current[0] is follower and follower.thread == threading.get_ident()
+    return bool(_current) and _current[0] is follower and _current[0].thread == threading.get_ident()

@@ -16,15 +16,24 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from torchsurgeon.tracing.following import Follower
 from torchsurgeon.tracing.step import Ref
 
 UNKNOWN: Any = object()
 """The value of a number that only a run of the model can tell."""
+
+
+class Follower(Protocol):
+    """Follows the numbers of a model that is recorded."""
+
+    def number_step(self, target: Any, args: tuple[Any, ...]) -> Ref:
+        """Make the step that computes a number."""
+
+    def decided(self, found: Any, test: Callable[[Any, Any], Any], other: Any) -> Any:
+        """Return what a comparison of a number gives, and note that the model's path depends on it."""
 
 
 class Number:

@@ -16,10 +16,10 @@ from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.admission import refuse_changed_arguments
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES
-from torchsurgeon.tracing.recorder import keeps_state
 from torchsurgeon.tracing.state import State, left_as_it_was
 from torchsurgeon.tracing.step import Environment, Step, clone
 from torchsurgeon.tracing.structure import flatten
+from torchsurgeon.tracing.unfollowed import keeps_state
 
 _INTEGERS = {1: torch.uint8, 4: torch.int32}
 EXAMPLE, OTHER_VALUES, ONE_MORE_SAMPLE = "the example", "other values", "one more sample"
