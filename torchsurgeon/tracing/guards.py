@@ -87,6 +87,9 @@ class Guards:
         try:
             dry_run(self.needed(), values, source)
         except Exception as error:
+            # Mostly because the path is another one, which an earlier step tells.
+            for why in self.broken(values):
+                return f"{why} ({shapes}); {ask}"
             return f"the model does not run on tensors of these sizes ({shapes}): {short(error)}; {ask}"
         return next((f"{why} ({shapes}); {ask}" for why in self.broken(values)), "")
 
@@ -99,6 +102,8 @@ class Guards:
         begin = "with tensors of these sizes the model takes another path than with the example it was traced with"
         found = []
         for test, args, result in self._tests.values():
+            if any(isinstance(arg, Ref) and values[arg.step] is None for arg in args):
+                continue
             left, *rest = map_refs(lambda ref: values[ref.step], args)
             if test(left, *rest) == result:
                 continue
@@ -109,7 +114,7 @@ class Guards:
                 must = _NEGATED[test.__name__] if result is False else _SIGNS[test.__name__]
                 found.append(f"{begin}: {what} must be {must} {rest[0]}, and is {left}")
         for step, structure in self._structures.items():
-            if flatten(values[step])[1] != structure:
+            if values[step] is not None and flatten(values[step])[1] != structure:
                 found.append(f"{begin}: {short(self._steps[step].name, 80)} gives another number of tensors")
         return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,8 @@ class State:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._held: dict[int, tuple[Any, Any, str]] = {}
+        self._held: dict[int, tuple[Any, _Kept, str]] = {}
+        self._empty: list[tuple[Any, str]] = []
         self._cells: dict[int, tuple[types.CellType, Any, str]] = {}
         self._globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self._tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor | None, str]] = {}
@@ -65,7 +66,10 @@ class State:
         self._look(value, name, _DEPTH)
 
     def _keep(self, container: Any, path: str) -> None:
-        self._held[id(container)] = (container, container.copy(), path)
+        if container or path.rpartition(".")[2] not in _TABLES_OF_MODULES:
+            self._held[id(container)] = (container, _Kept(container), path)
+        else:
+            self._empty.append((container, path))
 
     def _keep_tensor(self, tensor: torch.Tensor, path: str) -> None:
         if tensor.layout is torch.strided and not tensor.is_inference() and not tensor.is_meta:
@@ -101,7 +105,8 @@ class State:
         written |= {name for table, name, value in self._globals.values() if table.get(name) is not value}
         return sorted(
             written
-            | {name for container, before, path in self._held.values() for name in _changes(container, before, path)}
+            | {name for container, before, path in self._held.values() for name in before.changes(container, path)}
+            | {path for container, path in self._empty if container}
         )
 
     def restore(self) -> None:
@@ -116,37 +121,43 @@ class State:
             if tensor._version != version and copy is not None:
                 with torch.no_grad():
                     tensor.copy_(copy)
-        for container, before, path in self._held.values():
-            if _changes(container, before, path):
+        for container, before, _ in self._held.values():
+            if not before.same(container):
                 container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+                (container.extend if isinstance(container, (list, deque)) else container.update)(before.copy)
+        for container, _ in self._empty:
+            if container:
+                container.clear()
 
 
+# Most of nn.Module's own tables are empty, in every module.
+_TABLES_OF_MODULES = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 _OF_MODULES = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)
 
 
+# Their functions keep nothing between calls.
+_LIBRARIES = ("torch", "torchvision", "builtins", "typing", "abc")
 _CALLED = (types.FunctionType, types.MethodType)
 
 
 def _functions(model: nn.Module) -> list[types.FunctionType]:
     """Return the functions of users that a call of the model begins with, and those in their closures."""
     todo: list[Any] = []
+    kinds: dict[type, None] = {}
     for module in model.modules():
         todo += [value for value in module.__dict__.values() if isinstance(value, _CALLED)]
-        todo += [
-            value
-            for kind in type(module).__mro__
-            if kind.__module__ != nn.Module.__module__
-            for value in vars(kind).values()
-        ]
         todo += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        kinds.update(dict.fromkeys(type(module).__mro__))
+    for kind in kinds:
+        if kind.__module__.partition(".")[0] not in _LIBRARIES:
+            todo += vars(kind).values()
     found: dict[int, types.FunctionType] = {}
     while todo:
         function = todo.pop()
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType) or id(function) in found:
             continue
-        if str(function.__module__).partition(".")[0] in ("torch", "torchvision"):
+        if str(function.__module__).partition(".")[0] in _LIBRARIES:
             continue
         found[id(function)] = function
         todo += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
@@ -160,21 +171,30 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def _changes(container: Any, before: Any, path: str) -> list[str]:
-    if isinstance(container, dict):
-        if _same_objects(container, before) and _same_objects(container.values(), before.values()):
+class _Kept:
+    """What is in a dict, list, set or deque at one moment."""
+
+    def __init__(self, container: Any) -> None:
+        self.copy = container.copy()
+        self._keys = tuple(map(id, container))
+        self._values = tuple(map(id, container.values())) if isinstance(container, dict) else ()
+
+    def same(self, container: Any) -> bool:
+        """Return whether the same objects are in it."""
+        return tuple(map(id, container)) == self._keys and (
+            not isinstance(container, dict) or tuple(map(id, container.values())) == self._values
+        )
+
+    def changes(self, container: Any, path: str) -> list[str]:
+        """Return the names of what changed."""
+        if self.same(container):
             return []
-        keys = dict.fromkeys([*before, *container])
+        if not isinstance(container, dict):
+            return [path]
+        keys = dict.fromkeys([*self.copy, *container])
         missing = object()
-        changed = [key for key in keys if container.get(key, missing) is not before.get(key, missing)]
+        changed = [key for key in keys if container.get(key, missing) is not self.copy.get(key, missing)]
         return [f"{path}.{key}".lstrip(".") for key in changed] or [path]
-    if isinstance(container, (list, deque)):
-        return [] if _same_objects(container, before) else [path]
-    return [] if container == before else [path]
-
-
-def _same_objects(some: Collection[Any], others: Collection[Any]) -> bool:
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 @contextmanager
