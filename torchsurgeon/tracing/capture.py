@@ -19,6 +19,7 @@ from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture_export import Guard, capture_export
 from torchsurgeon.tracing.recording import Recording, record
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes
+from torchsurgeon.tracing.state import State
 from torchsurgeon.tracing.step import Step
 from torchsurgeon.tracing.unfollowed import UnfollowedError
 
@@ -61,6 +62,7 @@ class Ways:
         tensors: the example's tensors, in the order of ``call.names``.
         leaf_modules: modules to keep whole, by path or class. torch.export cannot do that, so with any of these it is
             not tried.
+        state: what the model holds now, and is made to hold again after each attempt.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class Ways:
         model: nn.Module,
         call: Call,
         tensors: Sequence[torch.Tensor],
-        leaf_modules: Collection[str | type[nn.Module]] = (),
+        leaf_modules: Collection[str | type[nn.Module]],
+        state: State,
     ) -> None:
-        self._model, self._call, self._tensors = model, call, tensors
+        self._model, self._call, self._tensors, self._state = model, call, tensors, state
         adapter = adapter_for(model) if "forward" not in model.__dict__ else None
         self._adapter = adapter if adapter is not None and _applies(adapter, call, tensors) else None
         self._whole = {**(self._adapter.whole if self._adapter else {}), **_chosen(model, leaf_modules)}
@@ -86,8 +89,10 @@ class Ways:
             try:
                 steps, guard = capture_export(self._model, self._call, self._tensors)
             except TraceError as error:
+                self._state.restore()
                 self.reasons.append(str(error))
             else:
+                self._state.restore()
                 yield Captured(steps, "export", {}, guard)
         # Each round keeps one more module whole: the innermost one that could not be followed.
         for _ in range(_MOST_WHOLE):
@@ -115,7 +120,7 @@ class Ways:
 
     def _attempt(self, traced_by: str) -> Captured | None:
         try:
-            found = record(self._model, self._call, self._tensors, self._whole, self._adapter)
+            found = record(self._model, self._call, self._tensors, self._whole, self._adapter, self._state)
         except UnfollowedError as error:
             self._unfollowed = error
             self.reasons[:0] = [str(error)]

@@ -39,7 +39,12 @@ class Recording:
 
 
 def record(
-    model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], whole: Mapping[str, str], adapter: Adapter | None
+    model: nn.Module,
+    call: Call,
+    tensors: Sequence[torch.Tensor],
+    whole: Mapping[str, str],
+    adapter: Adapter | None,
+    state: State,
 ) -> Recording:
     """Record a model.
 
@@ -49,14 +54,15 @@ def record(
         tensors: the example's tensors, in the order of ``call.names``.
         whole: by path, the modules to keep as one layer each, and why.
         adapter: what is recorded in place of the model's own ``forward``; None for the model itself.
+        state: what the model holds now, and is made to hold again.
 
     Raises:
         UnfollowedError: something the model does leaves no trace.
     """
     try:
-        return _recorded(model, call, tensors, whole, adapter, MetaModel(model))
+        return _recorded(model, call, tensors, whole, adapter, MetaModel(model), state)
     except NeedsElements as needed:
-        recording = _recorded(model, call, tensors, whole, adapter, RealModel(model))
+        recording = _recorded(model, call, tensors, whole, adapter, RealModel(model), state)
         recording.only_settings = isinstance(needed, NeedsDevice) and _runs_on_meta(recording, tensors, model)
         return recording
 
@@ -79,8 +85,8 @@ def _recorded(
     whole: Mapping[str, str],
     adapter: Adapter | None,
     source: MetaModel,
+    before: State,
 ) -> Recording:
-    before = State(model)
     try:
         first = Recorder(model, call, whole, adapter, source)
         first.run(tensors)

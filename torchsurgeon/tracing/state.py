@@ -20,6 +20,7 @@ _ATOMS = (
     *(int, float, complex, str, bytes, type(None), type, torch.Tensor, torch.dtype, torch.device),
     *(nn.Module, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
 )
+_PLAIN = frozenset((int, float, complex, str, bool, bytes, type(None), types.FunctionType))
 _DEPTH = 6
 _SMALL_BYTES = 1 << 20
 
@@ -42,12 +43,17 @@ class State:
         self._tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor | None, str]] = {}
         for path, module in model.named_modules():
             self._keep(module.__dict__, path)
-            for key, value in (*module.__dict__.items(), *module._buffers.items()):
-                if isinstance(value, torch.Tensor):
-                    self._keep_tensor(value, f"{path}.{key}".lstrip("."))
-                elif isinstance(value, _CONTAINERS) or not isinstance(value, _ATOMS):
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._keep_tensor(buffer, f"{path}.{key}".lstrip("."))
+            for key, value in module.__dict__.items():
+                if type(value) in _PLAIN:
+                    continue
+                if key in _TABLES_OF_MODULES:
+                    # What is in its tables are parameters, buffers, modules and hooks.
+                    self._keep(value, f"{path}.{key}" if value else key)
+                else:
                     self._look(value, f"{path}.{key}".lstrip("."), _DEPTH)
-
         for function in _functions(model):
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
                 self._keep_cell(cell, name)
@@ -66,7 +72,7 @@ class State:
         self._look(value, name, _DEPTH)
 
     def _keep(self, container: Any, path: str) -> None:
-        if container or path.rpartition(".")[2] not in _TABLES_OF_MODULES:
+        if container or path not in _TABLES_OF_MODULES:
             self._held[id(container)] = (container, _Kept(container), path)
         else:
             self._empty.append((container, path))

@@ -80,11 +80,9 @@ def _traced(
     verifying: bool,
     state: State,
 ) -> LayerGraph:
-    ways = Ways(model, call, tensors, leaf_modules)
+    ways = Ways(model, call, tensors, leaf_modules, state)
     for captured in ways:
         graph = _graph(model, call, tensors, captured)
-        # torch.export, too, leaves in the model what its forward keeps.
-        state.restore()
         if not verifying:
             return graph
         try:
