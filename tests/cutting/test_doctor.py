@@ -87,6 +87,7 @@ def test_the_command_says_it_in_words(capsys: pytest.CaptureFixture[str]) -> Non
         "kept whole",
         "1 (free)×3×16 (free)×16 (free)",
         "the same bits in two runs",
+        "the same bits as the model's: the example, other values, one more sample",
         "blocks.1",
         "mean",
     ):

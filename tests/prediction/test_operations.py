@@ -16,6 +16,8 @@ from torchvision.models import get_model
 import torchsurgeon as ts
 from torchsurgeon.prediction.kinds import KINDS, Operation
 from torchsurgeon.prediction.operations import layer_kinds, operations
+from torchsurgeon.tracing import capture
+from torchsurgeon.tracing.unfollowed import UnfollowedError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*enable_nested_tensor.*:UserWarning"),
@@ -270,19 +272,6 @@ def test_attention_across_two_sequences_does_each_ones_work(settings: dict[str, 
     assert [op.sizes for op in found if op.kind == "attention"] == [(8, 5, 9, 8)]
 
 
-class Sizes(nn.Module):
-    """What torch.fx cannot follow, around layers that it can."""
-
-    def __init__(self, layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x: torch.Tensor) -> Any:
-        if x.shape[0] > 100:
-            raise ValueError("too many")
-        return self.layers(x)
-
-
 @pytest.mark.parametrize(
     ("layers", "example"),
     [
@@ -299,10 +288,17 @@ class Sizes(nn.Module):
     ],
     ids=["convolutional", "tokens", "transposed", "recurrent"],
 )  # fmt: skip
-def test_operations_are_the_same_by_torch_fx_and_by_torch_export(layers: nn.Module, example: torch.Tensor) -> None:
-    by_fx, by_export = ts.trace(layers.eval(), example), ts.trace(Sizes(layers).eval(), example)
-    assert (by_fx.traced_by, by_export.traced_by) == ("fx", "export")
-    described = [[op for own in operations(graph) for op in own if op.kind != "view"] for graph in (by_fx, by_export)]
+def test_operations_are_the_same_recorded_and_by_torch_export(
+    layers: nn.Module, example: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfollowed(*_: Any) -> Any:
+        raise UnfollowedError("for this test", "", "")
+
+    recorded = ts.trace(layers.eval(), example)
+    monkeypatch.setattr(capture, "record", unfollowed)
+    exported = ts.trace(layers, example)
+    assert (recorded.traced_by, exported.traced_by) == ("recorded", "export")
+    described = [[op for own in operations(graph) for op in own if op.kind != "view"] for graph in (recorded, exported)]
     assert described[0] == described[1]
 
 

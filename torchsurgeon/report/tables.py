@@ -228,6 +228,12 @@ def _facts(diagnosis: Diagnosis, flops: int) -> Table:
     if graph.value_dependent:
         add("sizes", "depend on the inputs' values, so it is not known which input sizes are free")
     add("batch", "any size" if graph.batch_free else "only the example's size")
+    checked = (
+        f"the same bits as the model's: {', '.join(graph.verified)}"
+        if graph.verified
+        else "not compared with the model"
+    )
+    add("verified", checked)
     again = "the same bits in two runs" if diagnosis.repeatable else "DIFFERENT in two runs: no cut can give the same"
     add("answers", again)
     for note in diagnosis.notes:

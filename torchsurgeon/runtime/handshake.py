@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefuse
 from torchsurgeon.models.arithmetic import Arithmetic, ArithmeticReader
 from torchsurgeon.models.premises import Premises
 from torchsurgeon.models.weights import Snapshot, WeightDigests, weight_digests
+from torchsurgeon.tracing.digests import tensor_digest
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.reading import plain_tensors
 from torchsurgeon.transport import Transport
@@ -64,14 +66,27 @@ class LocalModel:
         return not self._snapshot.same_weights()
 
     def renew(self) -> bool:
-        """Begin another epoch if the weights have changed, and return whether they have."""
+        """Begin another epoch if the weights have changed, and return whether they have.
+
+        Raises:
+            TraceError: tensors have changed that decide which path the model takes.
+        """
         with self._lock:
             if self._snapshot.same_weights():
                 return False
+            self._refuse_another_path()
             self._snapshot = self._taken()
             self._digests = None
             self.epoch += 1
             return True
+
+    def _refuse_another_path(self) -> None:
+        for name, digest in self.graph.decided_by.items():
+            if tensor_digest(operator.attrgetter(name)(self.graph.model)) != digest:
+                raise TraceError(
+                    f"{short(name)} has changed since the model was traced, and its elements decide which path the "
+                    "model takes; make a new SplitModule"
+                )
 
     def again(self) -> None:
         """Begin another epoch, although the weights have not changed."""

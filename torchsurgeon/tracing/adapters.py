@@ -1,4 +1,4 @@
-"""Traceable forms of models whose own forward torch.fx cannot follow, by model class; users can add theirs.
+"""Traceable forms of models whose own forward cannot be followed, by model class; users can add theirs.
 
 An adapter is a function that is traced in place of the model class's ``forward``. It calls the same submodules, so the
 names of layers and the answers stay the model's own. What depends on values goes through ``opaque()``, which makes one
@@ -81,7 +81,7 @@ def opaque(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args) if follower is None else follower.call(function, args, {})
 
 
-# --- torch.nn's transformers, which torch.fx would keep as one layer; a cut should lie between the layers inside ---
+# --- torch.nn's transformers, which would be one layer each; a cut should lie between the layers inside ---
 
 
 def _is_causal(mask: torch.Tensor | None, given: bool | None, length: int) -> bool:

@@ -1,4 +1,4 @@
-"""From a model to its steps, by torch.export, for models whose Python torch.fx cannot follow.
+"""From a model to its steps, by torch.export, for models whose calls cannot be recorded.
 
 The steps are ATen operators. A layer that is one operator of one ``torch.nn`` module is named by that module's path;
 any other by the path of the module that calls it and the operator's name. Export decides branches that depend on sizes

@@ -92,6 +92,8 @@ def _step_row(step: Step, names: Sequence[str], attributes: Mapping[int, str]) -
         known = attributes.get(id(step.target.tensor))
         return [step.name, constant_digest(step.target) if known is None else f"attribute {known}"]
     row: list[Any] = [step.name, step.type_name, _text(step.args, names), _text(_without_inplace(step.kwargs), names)]
+    if step.ambient is not None:
+        row[1] += f" under {step.ambient}"
     values: dict[str, Any] = {}
     _own_values("argument", [step.args, step.kwargs], values)
     if step.is_module:

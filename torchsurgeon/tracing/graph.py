@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture import Captured
 from torchsurgeon.tracing.closure import Closure
 from torchsurgeon.tracing.configuration import Configuration
+from torchsurgeon.tracing.digests import tensor_digest
 from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.held import holdings, parameter_holdings
 from torchsurgeon.tracing.layout import has_gaps
@@ -42,7 +44,7 @@ class LayerGraph:
             followed).
         verified: for which inputs the model and the traced steps were seen to give the same bits; empty where they were
             not compared.
-        decided_by: the names of the model's own tensors whose elements decided which path was traced.
+        decided_by: the model's own tensors whose elements decided which path was traced, by name, with their digests.
         opaque: by path, each module kept whole as one layer, and why.
         value_dependent: whether shapes depend on values, so that the example was run for real.
         fingerprint: hex digest of the layers' names, types, configurations, shapes and order, not of the weights.
@@ -53,7 +55,7 @@ class LayerGraph:
         self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
         self.value_dependent = specs.value_dependent
         self.verified: tuple[str, ...] = ()
-        self.decided_by = captured.stored
+        self.decided_by = {name: tensor_digest(operator.attrgetter(name)(model)) for name in sorted(captured.stored)}
         steps = captured.steps
         self.batch, self.batch_free = specs.batch, specs.batch_free
         self.shapes = specs.shapes

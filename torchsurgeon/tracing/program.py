@@ -16,7 +16,8 @@ from torchsurgeon.errors import TraceError
 from torchsurgeon.tracing.call import Output
 from torchsurgeon.tracing.following import is_following
 from torchsurgeon.tracing.guards import Guards
-from torchsurgeon.tracing.shapes import MetaModel, Propagation, RealModel, drifting, storage_of, tensors_in
+from torchsurgeon.tracing.shape_rules import META
+from torchsurgeon.tracing.shapes import MetaModel, Propagation, RealModel, drifting, dry_run, storage_of, tensors_in
 from torchsurgeon.tracing.sizes import Number, number
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, unique
 from torchsurgeon.tracing.structure import flatten
@@ -25,6 +26,21 @@ from torchsurgeon.tracing.unfollowed import NeedsElements, Refusal, keeps_state
 _IN_PLACE = frozenset(
     ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 )
+# Of these calls' tensors only the sizes, dtype and device count: of all, or of all but the first.
+_OF_NO_ARGUMENT = frozenset(
+    (
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "new_tensor",
+    )
+)
+_OF_FIRST_ARGUMENT = frozenset(("type_as", "to", "view_as", "expand_as", "reshape_as", "broadcast_to"))
 _PLAIN = frozenset((int, float, bool, str, complex, bytes, type(None), type(...), Ref, torch.dtype))
 
 
@@ -84,6 +100,7 @@ class Program:
             self.stored.setdefault(id(tensor), name)
         self.device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
         self._device_ref: Ref | None = None
+        self._known_on_meta: dict[int, bool] = {}
 
     def add(self, kind: str, name: str, target: Any, args: Any = (), kwargs: Any = None, path: str = "") -> Step:
         step = Step(len(self.steps), name, kind, target, args, kwargs or {}, path)
@@ -190,7 +207,13 @@ class Program:
             tensors = tensors_in(shapes.values[step.index])
             if not tensors and step.target != "item" and step.kind != "input":
                 continue
-            if step.kind == "input" or any(i in depends for i in step.uses()) or step.index in shapes.random:
+            uses = step.uses()
+            name = step.target if step.is_method else getattr(step.target, "__name__", "")
+            if name in _OF_NO_ARGUMENT:
+                uses = []
+            elif name in _OF_FIRST_ARGUMENT:
+                uses = uses[:1]
+            if step.kind == "input" or any(i in depends for i in uses) or step.index in shapes.random:
                 depends.add(step.index)
                 written |= shapes.overwrites[step.index]
         held, index, _ = self.places[identity]
@@ -258,6 +281,9 @@ class Program:
             return found.value if other is None else test(found.value, right)
         if found.by_value or (isinstance(other, Number) and other.by_value):
             raise self.refuse("what it does depends on the values of a tensor")
+        for one in (found, other):
+            if self.real and isinstance(one, Number) and not self._of_sizes(one.ref()):
+                raise self.refuse("what it does depends on a size that the values of a tensor decide")
         if other is None:
             self.guards.equal(found.ref(), found.value)
             return found.value
@@ -265,6 +291,24 @@ class Program:
         result = test(found.value, right)
         self.guards.test(test, self.arguments((found, other)), result)
         return result
+
+    def _of_sizes(self, ref: Ref) -> bool:
+        """Return whether a step can be run on tensors without elements."""
+        if ref.step not in self._known_on_meta:
+            values: list[Any] = [None] * len(self.steps)
+            needed = {ref.step}
+            for step in reversed(self.steps[: ref.step + 1]):
+                if step.index in needed:
+                    needed.update((*step.uses(), *step.after))
+                if step.kind == "input" and step.index in needed:
+                    values[step.index] = self.propagation.shapes.values[step.index].detach().to(META)
+            try:
+                with self.unfollowing():
+                    dry_run([self.steps[i] for i in sorted(needed)], values, MetaModel(self.model))
+                self._known_on_meta[ref.step] = True
+            except Exception:
+                self._known_on_meta[ref.step] = False
+        return self._known_on_meta[ref.step]
 
     def arguments(self, value: Any) -> Any:
         """Return arguments with references in the place of followed tensors, numbers and objects."""

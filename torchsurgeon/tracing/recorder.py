@@ -193,6 +193,8 @@ class Recorder(Program, TorchFunctionMode):
                 self.place(value, step.index)
             return value
         if not step.is_module and isinstance(value, (tuple, list)):
+            if self.real and not self._of_sizes(Ref(step.index)):
+                raise self.refuse("how many tensors a call gives depends on the values of a tensor")
             self.guards.structure(step.index, structure)
         numbers = {}
         for path, leaf in leaves:

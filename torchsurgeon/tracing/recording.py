@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torchsurgeon.tracing.guards import Guards
 from torchsurgeon.tracing.recorder import Recorder
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in
 from torchsurgeon.tracing.state import State
-from torchsurgeon.tracing.step import Constant, Step
+from torchsurgeon.tracing.step import Constant, Ref, Step, map_refs
 from torchsurgeon.tracing.unfollowed import NeedsDevice, NeedsElements, keeps_state
 
 
@@ -95,33 +96,58 @@ def _recorded(
             # What the model left behind is there in the next call. If that does the same, it reads none of it.
             second = Recorder(model, call, whole, adapter, source, earlier=first)
             second.run(tensors)
-            if not _alike(first.steps, second.steps):
+            if not _alike(first, second):
                 # A cache that was filled may be read instead of being computed again, but always the same one.
                 third = Recorder(model, call, whole, adapter, source, earlier=second)
                 third.run(tensors)
-                if not second.read_cache or not _alike(second.steps, third.steps):
+                if not second.read_cache or not _alike(second, third):
                     raise TraceError(keeps_state(model, changed))
         return Recording(first.steps, first.propagation.shapes, source, first.whole, first.guards)
     finally:
         before.restore()
 
 
-def _alike(steps: Sequence[Step], others: Sequence[Step]) -> bool:
-    """Return whether two programs are the same."""
+def _alike(one: Recorder, other: Recorder) -> bool:
+    """Return whether two recordings compute the same."""
+    mine, others = _computing(one), _computing(other)
+    return len(mine) == len(others) and all(map(_same_step, mine, others))
 
-    def same(a: Step, b: Step) -> bool:
-        if isinstance(a.target, Constant) and isinstance(b.target, Constant):
-            x, y = a.target.tensor, b.target.tensor
-            known = x.shape == y.shape and x.dtype == y.dtype and x.device.type != "meta" != y.device.type
-            return x is y or (known and torch.equal(x, y))
-        if a.kind == "output":
-            return bool(a.args == b.args and a.target.paths == b.target.paths)
-        targets = a.target is b.target or a.target == b.target or a.target.__class__ is b.target.__class__
-        return (a.name, a.kind, repr(a.args), repr(a.kwargs)) == (
-            b.name,
-            b.kind,
-            repr(b.args),
-            repr(b.kwargs),
-        ) and targets
 
-    return len(steps) == len(others) and all(map(same, steps, others))
+def _computing(recorder: Recorder) -> list[Step]:
+    """Return the steps that the output depends on, numbered anew; what only decided the path is left out."""
+    overwrites = recorder.propagation.shapes.overwrites
+    needed = {step.index for step in recorder.steps if step.kind in ("input", "output") or overwrites[step.index]}
+    for step in reversed(recorder.steps):
+        if step.index in needed:
+            needed.update(step.uses())
+    place = {index: i for i, index in enumerate(sorted(needed))}
+
+    def renumbered(ref: Ref) -> Ref:
+        return Ref(place[ref.step])
+
+    return [
+        dataclasses.replace(
+            step,
+            args=map_refs(renumbered, step.args),
+            kwargs=map_refs(renumbered, step.kwargs),
+            index=place[step.index],
+        )
+        for step in recorder.steps
+        if step.index in needed
+    ]
+
+
+def _same_step(one: Step, other: Step) -> bool:
+    if isinstance(one.target, Constant) and isinstance(other.target, Constant):
+        x, y = one.target.tensor, other.target.tensor
+        known = x.shape == y.shape and x.dtype == y.dtype and x.device.type != "meta" != y.device.type
+        return x is y or (known and torch.equal(x, y))
+    if one.kind == "output":
+        return bool(one.args == other.args and one.target.paths == other.target.paths)
+    same = one.target is other.target or one.target == other.target or one.target.__class__ is other.target.__class__
+    return same and (one.kind, one.module_path, repr(one.args), repr(one.kwargs)) == (
+        other.kind,
+        other.module_path,
+        repr(other.args),
+        repr(other.kwargs),
+    )

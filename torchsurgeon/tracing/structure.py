@@ -14,7 +14,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 # Where a leaf lies in a nested value: the key at each level, from the outside in; empty when the value is the leaf.
 LeafPath = tuple[str, ...]
@@ -77,7 +77,7 @@ class Structure:
 
 
 LEAF = Structure(None)
-_ATOMS = (torch.Tensor, fx.Proxy, int, float, str, bytes, type(None), torch.dtype, torch.device, nn.Module)
+_ATOMS = (torch.Tensor, int, float, str, bytes, type(None), torch.dtype, torch.device, nn.Module)
 
 
 def _family(kind: type) -> str:
@@ -104,7 +104,7 @@ def _holds_tensor(value: Any, depth: int = 4) -> bool:
 
     It looks ``depth`` objects deep, so that an object that holds itself ends the search.
     """
-    if isinstance(value, (torch.Tensor, fx.Proxy)):
+    if isinstance(value, torch.Tensor):
         return True
     if depth == 0 or isinstance(value, (type, nn.Module, ModuleType, FunctionType, int, float, str)):
         return False
