@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import operator
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -258,7 +258,7 @@ class Program:
             self.propagation.call(step)
         return Ref(step.index)
 
-    @contextmanager
+    @contextlib.contextmanager
     def unfollowing(self) -> Iterator[None]:
         """Make calls of PyTorch that are not the model's."""
         self.paused += 1
@@ -367,9 +367,26 @@ class Program:
         except TraceError:
             raise
         except Exception as error:
+            if not self.real and self._with_numbers(step):
+                with contextlib.suppress(Exception):
+                    return self.propagation.call(step)
             self.steps.pop()
             self._taken.discard(step.name)
             raise self.needs_elements(error) from error
+
+    def _with_numbers(self, step: Step) -> bool:
+        """Give a step numbers in the place of tensors of one element that are the same in every call; say if any are.
+
+        The call may only want the number, such as a stride that is kept in a buffer.
+        """
+        found = False
+        for index in step.uses():
+            value = self.propagation.shapes.values[index]
+            elements = self.elements_of(value) if isinstance(value, torch.Tensor) and value.dim() == 0 else None
+            if elements is not None:
+                step.replace(index, elements.item())
+                found = True
+        return found
 
     def numbered(self, value: Any, step: int, path: tuple[str, ...], by_value: bool) -> Any:
         made = number(self, value, None, (), by_value, type(value))
@@ -392,7 +409,9 @@ class Program:
         written = {storage for overwritten in shapes.overwrites for storage in overwritten}
         if storage_of(tensor) in written:
             return None
-        place = self.places[id(tensor)]
+        place = self.places.get(id(tensor))
+        if place is None:
+            return None
         needed = {place[1]}
         sizes: list[int] = []
         for step in reversed(self.steps):

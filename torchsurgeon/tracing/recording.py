@@ -13,10 +13,13 @@ from torchsurgeon.tracing.adapters import Adapter
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.guards import Guards
 from torchsurgeon.tracing.recorder import Recorder
+from torchsurgeon.tracing.shape_rules import META
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in
 from torchsurgeon.tracing.state import State
 from torchsurgeon.tracing.step import Constant, Ref, Step, map_refs
 from torchsurgeon.tracing.unfollowed import NeedsDevice, NeedsElements, keeps_state
+
+_NOBODYS_BATCH = 1021
 
 
 class Recording:
@@ -89,8 +92,7 @@ def _recorded(
     before: State,
 ) -> Recording:
     try:
-        first = Recorder(model, call, whole, adapter, source)
-        first.run(tensors)
+        first = _first(model, call, tensors, whole, adapter, source, before)
         changed = before.changed()
         if changed:
             # What the model left behind is there in the next call. If that does the same, it reads none of it.
@@ -105,6 +107,48 @@ def _recorded(
         return Recording(first.steps, first.propagation.shapes, source, first.whole, first.guards)
     finally:
         before.restore()
+
+
+def _first(
+    model: nn.Module,
+    call: Call,
+    tensors: Sequence[torch.Tensor],
+    whole: Mapping[str, str],
+    adapter: Adapter | None,
+    source: MetaModel,
+    before: State,
+) -> Recorder:
+    """Return a recording that holds for as many sizes as can be.
+
+    A model that has run may remember for which sizes it did, and compute something anew for others (the anchors of a
+    detector). A recording of the sizes that it remembers would hold for these alone. So where another batch would take
+    another path, the model is first made to remember a batch that nobody has.
+    """
+    first = Recorder(model, call, whole, adapter, source)
+    first.run(tensors)
+    if isinstance(source, RealModel) or any(t.dim() == 0 for t in tensors) or _holds(first, tensors, 2):
+        return first
+    odd = Recorder(model, call, whole, adapter, source)
+    try:
+        odd.run([t.detach().to(META).new_empty((_NOBODYS_BATCH, *t.shape[1:])) for t in tensors])
+        if not before.changed():
+            return first
+        again = Recorder(model, call, whole, adapter, source, earlier=odd)
+        again.run(tensors)
+    except Exception:
+        before.restore()
+        first = Recorder(model, call, whole, adapter, source)
+        first.run(tensors)
+        return first
+    return again if not again.read_cache and _holds(again, tensors, 2) else first
+
+
+def _holds(recorder: Recorder, tensors: Sequence[torch.Tensor], batch: int) -> bool:
+    try:
+        recorder.guards.check(recorder.source, [t.detach().to(META).new_empty((batch, *t.shape[1:])) for t in tensors])
+    except TypeError:
+        return False
+    return True
 
 
 def _alike(one: Recorder, other: Recorder) -> bool:

@@ -181,6 +181,13 @@ def _shown(convert: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, *rest: convert(self.value if in_a_message(sys._getframe(1)) else self.known(), *rest)
 
 
+def _hash(self: Number) -> int:
+    # einops remembers what it did by shape, unless a shape cannot be hashed; then its batch and sizes stay free.
+    if str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0] == "einops":
+        raise TypeError("unhashable type: a size that is followed")
+    return hash(self.known())
+
+
 def _read(convert: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, *rest: convert(self.known(), *rest)
 
@@ -203,9 +210,10 @@ _converters: dict[str, Callable[..., Any]] = {
 }
 for _name, _target in _converters.items():
     setattr(Number, f"__{_name}__", _alone(_target))
-_converters = {"bool": bool, "hash": hash, "int": int, "float": float, "complex": complex}
+_converters = {"bool": bool, "int": int, "float": float, "complex": complex}
 for _name, _target in _converters.items():
     setattr(Number, f"__{_name}__", _read(_target))
+Number.__hash__ = _hash  # type: ignore[assignment, method-assign]
 _converters = {"str": str, "repr": repr, "format": format}
 for _name, _target in _converters.items():
     setattr(Number, f"__{_name}__", _shown(_target))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.errors import TraceError, UnrepeatableWarning
+from torchsurgeon.errors import TraceError, UnrepeatableWarning, short
 from torchsurgeon.tracing.admission import admit
 from torchsurgeon.tracing.call import Call, settle_output
 from torchsurgeon.tracing.capture import Captured, Ways
@@ -82,7 +82,14 @@ def _traced(
 ) -> LayerGraph:
     ways = Ways(model, call, tensors, leaf_modules, state)
     for captured in ways:
-        graph = _graph(model, call, tensors, captured)
+        try:
+            graph = _graph(model, call, tensors, captured)
+        except TraceError:
+            raise
+        except Exception as error:
+            # torch.export may leave calls that only make sense inside of it, such as those of torch.func.
+            ways.failed("", f"{captured.traced_by}: the traced steps do not run: {short(error)}")
+            continue
         if not verifying:
             return graph
         try:
