@@ -6,7 +6,7 @@ from a real call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,13 +105,20 @@ def verify(
 def _samples(
     tensors: Sequence[torch.Tensor], batch_free: bool, layouts: bool
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    # A tensor that the example has in two places is one tensor in the other samples, too.
+    distinct = {id(t): t for t in tensors}
+
+    def made(by_identity: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        return [by_identity[id(t)] for t in tensors]
+
     yield EXAMPLE, list(tensors)
-    others = [_other_values(t) for t in tensors]
-    yield OTHER_VALUES, others
+    others = {key: _other_values(t) for key, t in distinct.items()}
+    yield OTHER_VALUES, made(others)
     if batch_free:
-        yield ONE_MORE_SAMPLE, [torch.cat([other[:1], t]) for other, t in zip(others, tensors, strict=True)]
-    if layouts and any(t.dim() > 1 and t.layout is torch.strided for t in tensors):
-        yield OTHER_LAYOUT, [t.mT.contiguous().mT if t.dim() > 1 and t.layout is torch.strided else t for t in tensors]
+        yield ONE_MORE_SAMPLE, made({key: torch.cat([others[key][:1], t]) for key, t in distinct.items()})
+    turned = {key: t for key, t in distinct.items() if t.dim() > 1 and t.layout is torch.strided}
+    if layouts and turned:
+        yield OTHER_LAYOUT, made({**distinct, **{key: t.mT.contiguous().mT for key, t in turned.items()}})
 
 
 def _other_values(tensor: torch.Tensor) -> torch.Tensor:
@@ -261,14 +268,16 @@ def _first_difference(
     model: nn.Module, call: Call, steps: Sequence[Step], tensors: Sequence[torch.Tensor]
 ) -> tuple[str, str]:
     """Return the first layer whose result differs from the model's, as far as modules show it, and its module."""
-    paths = {id(step.target): step.name for step in steps if step.is_module}
+    wanted = {step.module_path for step in steps if step.kind == "call"}
+    paths = {id(module): path for path, module in model.named_modules() if path and path in wanted}
     results: dict[str, list[Any]] = {}
 
     def hook(module: nn.Module, args: Any, result: Any) -> None:
         results.setdefault(paths[id(module)], []).append(_kept(result))
 
     order: list[tuple[Step, Any]] = []
-    hooks = [module.register_forward_hook(hook) for module in model.modules() if id(module) in paths]
+    # Before the model's own hooks, which are steps of their own.
+    hooks = [module.register_forward_hook(hook, prepend=True) for module in model.modules() if id(module) in paths]
     try:
         _answers(model, call, tensors)
     finally:
@@ -287,11 +296,11 @@ def _first_difference(
     for step, value in order:
         if step.kind != "call":
             continue
+        real = results.get(step.module_path, [])
         if not step.is_module:
-            suspect = suspect or step
+            # A function that gives what its module gives is right, and so is what led to it.
+            suspect = None if any(same_answer(value, one) for one in real) else suspect or step
             continue
-        real = results.get(step.name.rpartition("_")[0], results.get(step.name, []))
-        real = results.get(step.module_path, real)
         if real and not same_answer(value, real.pop(0)):
             found = suspect or step
             return found.name, found.module_path
