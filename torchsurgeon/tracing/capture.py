@@ -110,7 +110,8 @@ class Ways:
             reason: what differs.
         """
         self.reasons.append(reason)
-        self._unfollowed = UnfollowedError(reason, module_path, reason)
+        # Where the recorder could not follow the model, it knows that place; torch.export fails elsewhere.
+        self._unfollowed = self._unfollowed or UnfollowedError(reason, module_path, reason)
 
     def _keep_whole(self, path: str, why: str) -> bool:
         if not path or path in self._whole or path not in dict(self._model.named_modules()):
