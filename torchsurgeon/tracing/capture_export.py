@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.call import Call, Output, path_name
-from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, plain, unique
+from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, function_name, plain, unique
 from torchsurgeon.tracing.structure import LeafPath, flatten
 from torchsurgeon.tracing.unfollowed import TRACING
 
@@ -307,6 +307,10 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -
             add("output", "output", *_settled(result, args[0]))
         elif node.op == "call_module" or _is_check(node):
             continue
+        elif getattr(node.target, "__module__", "").startswith("torch._functorch"):
+            raise TraceError(
+                f"torch.export keeps a part of torch.func ({function_name(node.target)}), which works only as a whole"
+            )
         elif node.target is torch.ops.aten.slice.Tensor and tuple(args[2:]) == _EVERYTHING:
             position[node] = args[0]
         else:
