@@ -117,6 +117,9 @@ class DataFlow:
             return None
         # ``y[0][1]`` is two steps; both are named by the step that made ``y``, so that its leaves cross once.
         root, at = self.selected.get(step.args[0].step, (step.args[0].step, ()))
+        if not self.settled.tensors[root]:
+            # What divmod or stride() give holds numbers only, each of which crosses by itself.
+            return None
         structure = self.steps[root].structure.at(at)
         key = step.args[1]
         if isinstance(key, int) and key < 0:
