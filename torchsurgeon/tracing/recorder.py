@@ -280,17 +280,12 @@ class Recorder(Program, TorchFunctionMode):
 
     def _value(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Return what is read off a tensor's elements; a model whose path depends on it cannot be followed."""
-        tensor = args[0]
-        if isinstance(tensor, torch.Tensor) and not self.follows(tensor) and tensor.device.type != "meta":
-            # The model's own tensors, and constants, have the same elements in every call.
+        read = {id(tensor): tensor for tensor in tensors_within([args, kwargs])}
+        known = {key: self._known_elements(tensor) for key, tensor in read.items()}
+        if None not in known.values():
             with self.unfollowing():
-                if id(tensor) in self.stored:
-                    self.guards.stored.add(self.stored[id(tensor)])
-                return func(*args, **kwargs)
-        constant = self.elements_of(tensor) if isinstance(tensor, torch.Tensor) else None
-        if constant is not None:
-            with self.unfollowing():
-                return func(constant, *args[1:], **kwargs)
+                return func(*(known.get(id(a), a) for a in args), **{k: known.get(id(a), a) for k, a in kwargs.items()})
+        tensor = next(iter(read.values()))
         if name == "item":
             if tensor.dtype.is_complex:
                 raise self.refuse("the values of a complex tensor are read in Python")
@@ -301,6 +296,17 @@ class Recorder(Program, TorchFunctionMode):
                 return self.numbered(value, step.index, (), by_value=True)
             raise self.needs_elements(RuntimeError("a number is read off a tensor"))
         raise self.refuse(f"the values of a tensor are read in Python, by {name!r}")
+
+    def _known_elements(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return a tensor with its elements where they are the same in every call; None elsewhere."""
+        if self.follows(tensor):
+            return self.elements_of(tensor)
+        if tensor.device.type == "meta":
+            return None
+        # The model's own tensors, and constants.
+        if id(tensor) in self.stored:
+            self.guards.stored.add(self.stored[id(tensor)])
+        return tensor
 
     def call_module(self, module: nn.Module, called: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Follow a call of a module: as one layer, by an adapter, or into it.
