@@ -261,6 +261,15 @@ def test_hooks_and_a_replaced_forward_of_parts_are_followed(change: Callable[[An
     assert any(name.startswith("1.") for name in names(graph)), names(graph)
 
 
+@pytest.mark.parametrize("change", WAYS, ids=lambda f: f.__name__)
+def test_hooks_of_parts_are_followed_where_a_number_is_read_off_values(change: Callable[[Any], None]) -> None:
+    part = linear()
+    change(part)
+    made = model(lambda self, x: self.part(self.first(x) * x.max().item()), first=linear(), part=part)
+    graph = check(made, X, batches=[(X + 1,)])
+    assert (graph.traced_by, dict(graph.opaque)) == ("recorded", {})
+
+
 def test_hooks_for_all_modules_are_followed() -> None:
     def double(module: nn.Module, args: Any, result: Any) -> Any:
         return result * 2 if isinstance(module, nn.Linear) else None

@@ -355,7 +355,12 @@ class Recorder(Program, TorchFunctionMode):
         """Follow a layer's hooks, and record its ``forward`` alone as the layer."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self.call(module, args, kwargs, bare=True, name=path)
+            # The step calls the module's own forward, on the module itself where that is recorded with elements.
+            del module.__dict__["forward"]
+            try:
+                return self.call(module, args, kwargs, bare=True, name=path)
+            finally:
+                module.__dict__["forward"] = forward
 
         module.__dict__["forward"] = forward
         try:
