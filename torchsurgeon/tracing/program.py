@@ -73,6 +73,7 @@ class Program:
         stack: the path of the module that runs, below those of the modules around it.
         refusal: the first thing that left no trace.
         failed_in: the path of the innermost module in which that was.
+        left: the names of what the call left in the model.
         read_cache: whether the model read something that an earlier call left, and that is the same in every call.
     """
 
@@ -91,6 +92,7 @@ class Program:
         self.places: dict[int, tuple[Any, int, tuple[str, ...]]] = {}
         self.owners: dict[int, str] = {}
         self.earlier, self.read_cache = earlier, False
+        self.left: list[str] = []
         self._taken: set[str] = set()
         self._selected: dict[tuple[int, tuple[str, ...]], Ref] = {}
         self._attributes: dict[str, Ref] = {}
@@ -229,7 +231,7 @@ class Program:
             for key, held in module.__dict__.items()
             if held is value
             or (isinstance(held, (dict, list, tuple)) and any(t is value for t in tensors_within(held)))
-        ] or ["an object outside of its modules"]
+        ] or (self.earlier.left if self.earlier else [])
 
     def select(self, step: int, path: tuple[str, ...]) -> Ref:
         """Return a reference to a leaf of a step's value; the steps that take it out are made when first needed."""

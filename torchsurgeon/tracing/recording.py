@@ -93,11 +93,12 @@ def _recorded(
 ) -> Recording:
     try:
         first = _first(model, call, tensors, whole, adapter, source, before)
-        changed = before.changed()
+        first.left = changed = before.changed()
         if changed:
             # What the model left behind is there in the next call. If that does the same, it reads none of it.
             second = Recorder(model, call, whole, adapter, source, earlier=first)
             second.run(tensors)
+            second.left = changed
             if not _alike(first, second):
                 # A cache that was filled may be read instead of being computed again, but always the same one.
                 third = Recorder(model, call, whole, adapter, source, earlier=second)
@@ -131,7 +132,8 @@ def _first(
     odd = Recorder(model, call, whole, adapter, source)
     try:
         odd.run([t.detach().to(META).new_empty((_NOBODYS_BATCH, *t.shape[1:])) for t in tensors])
-        if not before.changed():
+        odd.left = before.changed()
+        if not odd.left:
             return first
         again = Recorder(model, call, whole, adapter, source, earlier=odd)
         again.run(tensors)

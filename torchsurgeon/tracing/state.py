@@ -51,7 +51,7 @@ class State:
                     continue
                 if key in _TABLES_OF_MODULES:
                     # What is in its tables are parameters, buffers, modules and hooks.
-                    self._keep(value, f"{path}.{key}" if value else key)
+                    self._keep(value, key if not value else path if key in _NAMED else f"{path}.{key}")
                 else:
                     self._look(value, f"{path}.{key}".lstrip("."), _DEPTH)
         for function in _functions(model):
@@ -123,10 +123,12 @@ class State:
         for table, name, value in self._globals.values():
             if table.get(name) is not value:
                 table[name] = value
-        for tensor, version, copy, _ in self._tensors.values():
+        for key, (tensor, version, copy, path) in self._tensors.items():
             if tensor._version != version and copy is not None:
                 with torch.no_grad():
                     tensor.copy_(copy)
+                # Putting the elements back counts as a write, too.
+                self._tensors[key] = (tensor, tensor._version, copy, path)
         for container, before, _ in self._held.values():
             if not before.same(container):
                 container.clear()
@@ -138,6 +140,8 @@ class State:
 
 # Most of nn.Module's own tables are empty, in every module.
 _TABLES_OF_MODULES = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
+# What is in these is called by its name alone.
+_NAMED = ("_parameters", "_buffers", "_modules")
 _OF_MODULES = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)
 
 
