@@ -21,6 +21,7 @@ from torchsurgeon.tracing.step import Environment, Step, clone
 from torchsurgeon.tracing.structure import flatten
 from torchsurgeon.tracing.unfollowed import keeps_state
 
+_PLAIN = (int, float, bool, complex, str)
 _INTEGERS = {1: torch.uint8, 4: torch.int32}
 EXAMPLE, OTHER_VALUES, ONE_MORE_SAMPLE = "the example", "other values", "one more sample"
 OTHER_LAYOUT = "another layout"
@@ -230,6 +231,8 @@ def same_answer(one: Any, other: Any) -> bool:
 def _same_leaf(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return same_bits(one, other)
+    if {type(one), type(other)} & {torch.Tensor, *_PLAIN}:
+        return type(one) is type(other) and bool(one == other or (one != one and other != other))
     try:
         return (
             one is other
@@ -264,20 +267,30 @@ def _first_failing(error: Exception, steps: Sequence[Step]) -> tuple[str, str]:
     return step.name, step.module_path
 
 
+class _Results:
+    """A hook that keeps what modules give, by their paths.
+
+    A function would keep it in its closure, which is taken for a memory of the model's, and emptied after each call.
+    """
+
+    def __init__(self, paths: Mapping[int, str]) -> None:
+        self._paths = paths
+        self.by_path: dict[str, list[Any]] = {}
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
+        self.by_path.setdefault(self._paths[id(module)], []).append(_kept(result))
+
+
 def _first_difference(
     model: nn.Module, call: Call, steps: Sequence[Step], tensors: Sequence[torch.Tensor]
 ) -> tuple[str, str]:
     """Return the first layer whose result differs from the model's, as far as modules show it, and its module."""
     wanted = {step.module_path for step in steps if step.kind == "call"}
     paths = {id(module): path for path, module in model.named_modules() if path and path in wanted}
-    results: dict[str, list[Any]] = {}
-
-    def hook(module: nn.Module, args: Any, result: Any) -> None:
-        results.setdefault(paths[id(module)], []).append(_kept(result))
-
+    results = _Results(paths)
     order: list[tuple[Step, Any]] = []
     # Before the model's own hooks, which are steps of their own.
-    hooks = [module.register_forward_hook(hook, prepend=True) for module in model.modules() if id(module) in paths]
+    hooks = [module.register_forward_hook(results, prepend=True) for module in model.modules() if id(module) in paths]
     try:
         _answers(model, call, tensors)
     finally:
@@ -296,7 +309,7 @@ def _first_difference(
     for step, value in order:
         if step.kind != "call":
             continue
-        real = results.get(step.module_path, [])
+        real = results.by_path.get(step.module_path, [])
         if not step.is_module:
             # A function that gives what its module gives is right, and so is what led to it.
             suspect = None if any(same_answer(value, one) for one in real) else suspect or step
