@@ -52,10 +52,20 @@ class Call:
         self.names = [path_name(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.paths = [path for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.fixed: dict[LeafPath, Any] = {path: leaf for path, leaf in leaves if not isinstance(leaf, torch.Tensor)}
-        self._plain = all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False))
         self._count = len(self.paths)
+        given = [leaf for _, leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self._kinds = [type(tensor) for tensor in given]
+        self._plain = all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False)) and all(
+            kind is torch.Tensor for kind in self._kinds
+        )
+        marked = next((name for name, tensor in zip(self.names, given, strict=True) if tensor.__dict__), None)
+        if marked is not None:
+            raise TraceError(
+                f"the example's tensor {short(marked, 100)} has attributes of its own, which do not cross; pass what "
+                "they hold as separate arguments"
+            )
         # Which of the example's tensors are one and the same; a model may ask for that (``key is value``).
-        self._same = _sameness([leaf for _, leaf in leaves if isinstance(leaf, torch.Tensor)])
+        self._same = _sameness(given)
         if not self.names:
             raise TraceError(
                 f"the example for {type(model).__name__} holds no tensor; give the tensors the model is called with"
@@ -102,6 +112,12 @@ class Call:
             if not isinstance(leaf, torch.Tensor):
                 raise TypeError(
                     f"argument {short(name, 100)} must be a tensor as in the example; got {type(leaf).__name__}"
+                )
+        for name, tensor, kind in zip(self.names, tensors, self._kinds, strict=True):
+            if type(tensor) is not kind:
+                raise TypeError(
+                    f"argument {short(name, 100)} is a {type(tensor).__name__}, unlike the example's {kind.__name__}, "
+                    f"and a model may ask for that; pass its .as_subclass({kind.__name__}), or trace it again"
                 )
         self._check_sameness(tensors)
         return tensors

@@ -44,11 +44,11 @@ _STATIC = frozenset(
     dtype device ndim layout requires_grad is_leaf grad_fn names itemsize is_cuda is_cpu is_meta is_xla is_mps is_xpu
     is_hpu is_ipu is_maia is_mtia is_vulkan is_sparse is_sparse_csr is_quantized is_nested is_mkldnn retains_grad
     output_nr _version dim ndimension is_floating_point is_complex is_signed is_inference is_conj is_neg element_size
-    get_device has_names is_shared is_pinned result_type can_cast __repr__ __str__ _is_view is_distributed qscheme
+    get_device has_names is_shared is_pinned result_type can_cast __repr__ __str__ is_distributed qscheme
     _backward_hooks _has_symbolic_sizes_strides
     """.split()  # noqa: SIM905
 )
-_SIZE = frozenset("shape nbytes size numel nelement stride storage_offset is_contiguous __len__ is_same_size".split())  # noqa: SIM905
+_SIZE = frozenset("shape nbytes size numel nelement stride is_contiguous __len__ is_same_size".split())  # noqa: SIM905
 _VALUE = frozenset(
     """
     item tolist numpy __array__ __bool__ __int__ __float__ __index__ __complex__ __contains__ __format__ is_nonzero
@@ -62,7 +62,7 @@ _GRADIENTS = frozenset(
 _UNSEEN = frozenset(
     """
     apply_ map_ map2_ set_ share_memory_ __setstate__ __reduce_ex__ __deepcopy__ as_subclass module_load resize_as_
-    resize_ swap_tensors
+    resize_ swap_tensors _is_view storage_offset
     """.split()  # noqa: SIM905
 )
 # Operators arrive as methods. They are recorded as Python's operators, as the model's source has them.

@@ -28,7 +28,7 @@ from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.following import begin, end, follower_here
 from torchsurgeon.tracing.operators import Kind, describe
 from torchsurgeon.tracing.program import Program, tensors_within
-from torchsurgeon.tracing.shapes import MetaModel
+from torchsurgeon.tracing.shapes import MetaModel, without_dynamo
 from torchsurgeon.tracing.sizes import number
 from torchsurgeon.tracing.step import Ref, Step
 from torchsurgeon.tracing.structure import LEAF, flatten
@@ -49,6 +49,9 @@ class _Escapes(TorchDispatchMode):
                 f"the operator {func} runs outside of what Python can follow (TorchScript, functorch)"
             )
         return func(*args, **(kwargs or {}))
+
+
+without_dynamo(_Escapes)
 
 
 class Recorder(Program, TorchFunctionMode):
@@ -113,18 +116,11 @@ class Recorder(Program, TorchFunctionMode):
     @contextmanager
     def _followed(self) -> Iterator[None]:
         called = nn.Module.__call__
-        length = builtins.len
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if follower_here() is not self:
                 return called(module, *args, **kwargs)
             return self.call_module(module, called, args, kwargs)
-
-        def len_(value: Any) -> Any:
-            # Python's own ``len`` would turn a followed size into a plain number.
-            if type(value) is torch.Tensor and follower_here() is self and value.dim():
-                return value.shape[0]
-            return length(value)
 
         # Functions that a library has asked torch.fx to keep whole stay one layer here, too.
         wrapped = [
@@ -145,14 +141,12 @@ class Recorder(Program, TorchFunctionMode):
         for held, name, function in wrapped:
             held[name] = kept_whole(function)
         nn.Module.__call__ = call  # type: ignore[method-assign]
-        builtins.len = len_
         try:
             with _Escapes(self), self:
                 yield
         finally:
             for held, name, function in wrapped:
                 held[name] = function
-            builtins.len = length
             nn.Module.__call__ = called  # type: ignore[method-assign]
             end()
 
@@ -355,6 +349,9 @@ class Recorder(Program, TorchFunctionMode):
         """Follow a layer's hooks, and record its ``forward`` alone as the layer."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if follower_here() is not self:
+                # Another thread runs the model meanwhile.
+                return type(module).forward(module, *args, **kwargs)
             # The step calls the module's own forward, on the module itself where that is recorded with elements.
             del module.__dict__["forward"]
             try:

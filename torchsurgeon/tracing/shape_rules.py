@@ -113,6 +113,29 @@ def _convolution(module: Any, x: torch.Tensor) -> Outcome | None:
     return Outcome(out, 2 * out.numel() * products)
 
 
+def _transposed_convolution(module: Any, x: torch.Tensor) -> Outcome | None:
+    spatial = len(module.kernel_size)
+    if x.dim() != spatial + 2 or x.shape[1] != module.in_channels or not x.is_contiguous():
+        return None
+    settings = zip(
+        x.shape[2:],
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.output_padding,
+        strict=True,
+    )
+    size = [(n - 1) * s - 2 * p + d * (k - 1) + more + 1 for n, k, s, p, d, more in settings]
+    if min(size) < 1:
+        return None
+    out = torch.empty((x.shape[0], module.out_channels, *size), dtype=x.dtype, device=META)
+    products = module.out_channels // module.groups
+    for k in module.kernel_size:
+        products *= k
+    return Outcome(out, 2 * x.numel() * products)
+
+
 def _binary(target: Any, x: Any, y: Any, **kwargs: Any) -> Outcome | None:
     if kwargs or not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
         return None
@@ -263,6 +286,7 @@ _MODULE_RULES: dict[type | str, Rule] = {
     **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d), _pooling),
     nn.AdaptiveAvgPool2d: _adaptive_pooling,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed_convolution),
     nn.Linear: _linear,
     nn.MultiheadAttention: _attention,
     **dict.fromkeys(

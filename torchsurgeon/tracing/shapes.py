@@ -268,6 +268,19 @@ class Propagation:
         return self._note(value, overwrites, counter.flops, counter.uncounted)
 
 
+def without_dynamo(mode: type[TorchDispatchMode]) -> None:
+    """Spare the first use of a mode the import of torch.compile's compiler, which takes seconds.
+
+    PyTorch hides the methods of its modes from that compiler, and imports it to do so. Nothing here runs inside of it.
+    """
+    raw = getattr(mode.__torch_dispatch__, "__wrapped__", None)
+    if raw is not None:
+        raw.__dict__.setdefault("__dynamo_disable", raw)
+
+
+without_dynamo(_CountFlops)
+
+
 def propagate(
     steps: Sequence[Step], inputs: Iterable[torch.Tensor], source: MetaModel, *, count_flops: bool = True
 ) -> Shapes:

@@ -6,6 +6,7 @@ it. And a model that reads in one call what an earlier call left behind gives an
 
 from __future__ import annotations
 
+import functools
 import types
 from collections import deque
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ _DEPTH = 6
 _SMALL_BYTES = 1 << 20
 
 
+_Cache = functools._lru_cache_wrapper
+
+
 class State:
     """The attributes of a model's modules, and what is in their dicts, lists, sets and objects, at one moment.
 
@@ -38,6 +42,7 @@ class State:
     def __init__(self, model: nn.Module) -> None:
         self._held: dict[int, tuple[Any, _Kept, str]] = {}
         self._empty: list[tuple[Any, str]] = []
+        self._caches: dict[int, tuple[Any, int]] = {}
         self._cells: dict[int, tuple[types.CellType, Any, str]] = {}
         self._globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self._tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor | None, str]] = {}
@@ -57,11 +62,20 @@ class State:
         for function in _functions(model):
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
                 self._keep_cell(cell, name)
+            for held in (function.__dict__, function.__kwdefaults__, *(function.__defaults__ or ())):
+                if held is not None:
+                    self._look(held, function.__name__, _DEPTH)
             for name in _names(function.__code__):
                 if name in function.__globals__ and not isinstance(function.__globals__[name], _OF_MODULES):
                     value = function.__globals__[name]
                     self._globals[id(function.__globals__), name] = (function.__globals__, name, value)
                     self._look(value, name, _DEPTH)
+
+        for kind in {kind: None for module in model.modules() for kind in type(module).__mro__}:
+            if kind.__module__.partition(".")[0] not in _LIBRARIES:
+                for key, value in vars(kind).items():
+                    if not key.startswith("__"):
+                        self._look(value, f"{kind.__name__}.{key}", _DEPTH)
 
     def _keep_cell(self, cell: types.CellType, name: str) -> None:
         try:
@@ -85,6 +99,12 @@ class State:
     def _look(self, value: Any, path: str, depth: int) -> None:
         if isinstance(value, torch.Tensor):
             self._keep_tensor(value, path)
+        if isinstance(value, _Cache):
+            self._caches[id(value)] = (value, value.cache_info().currsize)
+        if isinstance(value, type) and depth and value.__module__.partition(".")[0] not in _LIBRARIES:
+            for one in vars(value).values():
+                if isinstance(one, (*_CONTAINERS, _Cache)):
+                    self._look(one, path, depth - 1)
         if depth == 0 or isinstance(value, _ATOMS) or id(value) in self._held:
             return
         kind = type(value)
@@ -129,7 +149,18 @@ class State:
                     tensor.copy_(copy)
                 # Putting the elements back counts as a write, too.
                 self._tensors[key] = (tensor, tensor._version, copy, path)
+        for cache, size in self._caches.values():
+            if cache.cache_info().currsize != size:
+                # What was put into it while the model was followed may hold no elements.
+                cache.cache_clear()
         for container, before, _ in self._held.values():
+            if isinstance(container, dict) and not before.same(container):
+                # Another thread may run the model meanwhile, so what stays the same is never taken out.
+                for key in [key for key in container if key not in before.copy]:
+                    del container[key]
+                for key, value in before.copy.items():
+                    if container.get(key, container) is not value:
+                        container[key] = value
             if not before.same(container):
                 container.clear()
                 (container.extend if isinstance(container, (list, deque)) else container.update)(before.copy)
@@ -142,7 +173,7 @@ class State:
 _TABLES_OF_MODULES = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 # What is in these is called by its name alone.
 _NAMED = ("_parameters", "_buffers", "_modules")
-_OF_MODULES = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)
+_OF_MODULES = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)
 
 
 # Their functions keep nothing between calls.
@@ -165,6 +196,8 @@ def _functions(model: nn.Module) -> list[types.FunctionType]:
     while todo:
         function = todo.pop()
         function = getattr(function, "__func__", function)
+        if isinstance(function, _Cache):
+            function = function.__wrapped__
         if not isinstance(function, types.FunctionType) or id(function) in found:
             continue
         if str(function.__module__).partition(".")[0] in _LIBRARIES:

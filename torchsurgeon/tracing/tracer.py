@@ -6,10 +6,13 @@ tensors, and then runs model and steps to see that they give the same answer.
 
 from __future__ import annotations
 
+import contextlib
+import random
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -66,10 +69,23 @@ def trace(
     model = getattr(model, "_orig_mod", model)
     admit(model, example_args, example_kwargs, verify=verify)
     _refuse_training(model)
-    with left_as_it_was(model) as state:
+    with left_as_it_was(model) as state, _random_numbers_kept():
         call = Call(model, example_args, example_kwargs)
         tensors = call.tensors(example_args, example_kwargs)
         return _traced(model, call, tensors, leaf_modules, verify, state)
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Leave all generators of random numbers as they are: PyTorch's, NumPy's and Python's."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 def _traced(
@@ -98,6 +114,12 @@ def _traced(
             )
         except Unrepeatable:
             if not graph.shapes.random:
+                if tensors[0].device.type == "cpu":
+                    raise TraceError(
+                        f"{type(model).__name__} answers differently from run to run, although no layer draws random "
+                        "numbers: it reads something outside of its tensors, such as the random numbers of Python or "
+                        "NumPy, the time, a counter or an iterator; pass that in as a tensor"
+                    ) from None
                 warnings.warn(
                     f"the answers of {type(model).__name__} to one input differ from run to run, and so do those of "
                     "the split model",
@@ -132,7 +154,7 @@ def _graph(model: nn.Module, call: Call, tensors: list[torch.Tensor], captured: 
     more = None
     if len(sizes) == 1 and None not in sizes and _any_batch(captured, tensors):
         alike = [t if isinstance(source, RealModel) else t.detach().to("meta") for t in tensors]
-        more = _try_propagate(steps, [torch.cat([t[:1], t]) for t in alike], source, shapes)
+        more = _try_propagate(steps, list(map(_one_more, alike)), source, shapes)
     _refuse_randomness([steps[i] for i in shapes.random])
     flow = DataFlow(steps, shapes, model)
     if not flow.layers:
@@ -142,6 +164,14 @@ def _graph(model: nn.Module, call: Call, tensors: list[torch.Tensor], captured: 
         )
     specs = Specs(shapes, more, (next(iter(sizes)) if more is not None else 1) or 1, values_decide)
     return LayerGraph(model, call, captured, flow, specs)
+
+
+def _one_more(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with one more sample, and the same order of dimensions in memory."""
+    if tensor.is_meta and tensor.is_contiguous():
+        # Without PyTorch's own ``cat``, whose first call on the meta device takes a second to import what it needs.
+        return torch.empty((tensor.shape[0] + 1, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+    return torch.cat([tensor[:1], tensor])
 
 
 def _any_batch(captured: Captured, tensors: Sequence[torch.Tensor]) -> bool:
