@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,8 +16,10 @@ from known_machines import FAST, device
 import torchsurgeon as ts
 from torchsurgeon.adapting import Decider, SlowdownEstimator
 from torchsurgeon.adapting.sharing import Sharing
+from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.serve import Server
+from torchsurgeon.tracing.step import Step
 from torchsurgeon.transport import HttpTransport
 from torchsurgeon.transport.base import Deadline, Timing
 
@@ -54,16 +56,35 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Hook:
-    """Calls ``what`` once when a layer runs."""
+    """Calls ``what`` once when a layer runs, on whichever side has it; a model's own hooks would be part of it."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.what: Callable[[], object] | None = None
-        layer.register_forward_pre_hook(self._runs)
+        Watching.hooks[id(layer)] = self
 
-    def _runs(self, *_: object) -> None:
+    def runs(self) -> None:
         what, self.what = self.what, None
         if what is not None:
             what()
+
+
+class Watching:
+    """Calls the hook of a layer before its step."""
+
+    hooks: ClassVar[dict[int, Hook]] = {}
+
+    def before(self, step: Step, environment: Any) -> None:
+        hook = self.hooks.get(id(step.target))
+        if hook is not None:
+            hook.runs()
+
+    def after(self, step: Step, environment: Any, token: Any) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Segment, "watcher", Watching())
 
 
 @pytest.fixture(scope="module")

@@ -276,7 +276,7 @@ def test_an_input_unlike_the_example_is_refused_with_a_reason(server: Server) ->
         make_net(), EXAMPLE, server=server.url, name="net", partition="stem", fallback="error"
     ) as split:
         split.partition = "server"
-        with pytest.raises(ts.RequestRefusedError, match=r"'x' must be FP32; got FP64"):
+        with pytest.raises(TypeError, match=r"'x' must be of the example's dtype torch.float32; got torch.float64"):
             split(EXAMPLE.double())
         with pytest.raises(ts.RequestRefusedError, match=r"x \[1, 4, 16, 16\]"):
             split(torch.rand(1, 4, 16, 16))

@@ -23,7 +23,6 @@ from torchsurgeon.tracing.configuration import Configuration
 from torchsurgeon.tracing.digests import tensor_digest
 from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.held import holdings, parameter_holdings
-from torchsurgeon.tracing.layout import has_gaps
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, Specs, TensorSpec
 
@@ -211,7 +210,7 @@ class LayerGraph:
         return tensors
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Check that the model would follow the traced path for input tensors of these sizes, dtypes and layouts.
+        """Check that the model would follow the traced path for input tensors of these sizes and dtypes.
 
         Args:
             tensors: the model's input tensors, in the order of ``inputs``.
@@ -224,11 +223,6 @@ class LayerGraph:
                 raise TypeError(
                     f"argument {short(spec.name, 100)} must be of the example's dtype {spec.dtype}; got "
                     f"{tensor.dtype}; convert it, or trace the model again with an example of this dtype"
-                )
-            if not tensor.is_contiguous() and has_gaps(tensor) and spec.name not in self.layouts:
-                raise TypeError(
-                    f"argument {short(spec.name, 100)} has gaps between its elements, unlike the example, and "
-                    "loses them where it crosses, on which last bits depend; pass its .contiguous()"
                 )
         if self._guard is not None:
             self._guard(tensors)
