@@ -10,6 +10,7 @@ from torch import nn
 
 from torchsurgeon import cli
 from torchsurgeon.cutting import doctor
+from torchsurgeon.errors import TraceError
 
 
 class Block(nn.Module):
@@ -63,10 +64,9 @@ def test_a_convolutional_model() -> None:
     assert found.trace_s > 0
 
 
-def test_an_answer_that_depends_on_state_is_told() -> None:
-    found = doctor.examine(Forgetful().eval(), torch.rand(2, 4))
-    assert not found.repeatable
-    assert any("differ from run to run" in note for note in found.notes)
+def test_an_answer_that_depends_on_earlier_calls_is_refused() -> None:
+    with pytest.raises(TraceError, match="keeps state between calls.*'Forgetful.calls'"):
+        doctor.examine(Forgetful().eval(), torch.rand(2, 4))
 
 
 def test_random_numbers_are_told() -> None:

@@ -25,6 +25,7 @@ import torchsurgeon
 from torchsurgeon.cutting.partition import EmptyTail, Partition, cut, tail_for
 from torchsurgeon.errors import TorchSurgeonError
 from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.layout import has_gaps
 from torchsurgeon.tracing.tracer import trace
 
 EQUAL, REFUSED, WARNED = "equal", "refused", "warned"
@@ -206,8 +207,11 @@ def _compare(
             boundary = partition.head(*args, **kwargs)
         with setting() if isinstance(partition.tail, EmptyTail) else contextlib.nullcontext():
             # Of boundary tensors with gaps that the example has not, a SplitModule says that bits are not kept.
-            received = _alike if name == _PART else _received
-            ours = partition.tail(*(received(t) for t in boundary))
+            specs = partition.point.tensors
+            told = [name == _PART or (has_gaps(t) and t.shape != s.shape) for t, s in zip(boundary, specs, strict=True)]
+            ours = partition.tail(
+                *(_alike(t) if gaps else _received(t) for t, gaps in zip(boundary, told, strict=True))
+            )
     except Exception as error:
         if _is_by_name(error):
             verdict.calls[f"{name}: refused"] += 1

@@ -58,7 +58,11 @@ class Call:
         self._plain = all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False)) and all(
             kind is torch.Tensor for kind in self._kinds
         )
-        marked = next((name for name, tensor in zip(self.names, given, strict=True) if tensor.__dict__), None)
+        # PyTorch puts private ones on tensors, for torch.export.
+        marked = next(
+            (name for name, t in zip(self.names, given, strict=True) if any(not k.startswith("_") for k in t.__dict__)),
+            None,
+        )
         if marked is not None:
             raise TraceError(
                 f"the example's tensor {short(marked, 100)} has attributes of its own, which do not cross; pass what "
@@ -114,7 +118,7 @@ class Call:
                     f"argument {short(name, 100)} must be a tensor as in the example; got {type(leaf).__name__}"
                 )
         for name, tensor, kind in zip(self.names, tensors, self._kinds, strict=True):
-            if type(tensor) is not kind:
+            if type(tensor) is not kind and type(tensor) is not nn.Parameter:
                 raise TypeError(
                     f"argument {short(name, 100)} is a {type(tensor).__name__}, unlike the example's {kind.__name__}, "
                     f"and a model may ask for that; pass its .as_subclass({kind.__name__}), or trace it again"

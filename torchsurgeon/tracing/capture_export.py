@@ -306,7 +306,7 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -
         elif node.op == "output":
             add("output", "output", *_settled(result, args[0]))
         elif node.op == "call_module" or _is_check(node):
-            continue
+            _refuse_assumed_values(node)
         elif getattr(node.target, "__module__", "").startswith("torch._functorch"):
             raise TraceError(
                 f"torch.export keeps a part of torch.func ({function_name(node.target)}), which works only as a whole"
@@ -353,6 +353,17 @@ def _settled(result: Output, leaves: Sequence[Any]) -> tuple[Output, tuple[Ref, 
 
 def _is_check(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._opname in _CHECKS
+
+
+def _refuse_assumed_values(node: fx.Node) -> None:
+    """Raise where torch.export took for granted what the values of tensors decide; sizes are left to the guards."""
+    asserted = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    expression = getattr(getattr((asserted or node).meta.get("val"), "node", None), "expr", None)
+    symbols = [str(symbol) for symbol in getattr(expression, "free_symbols", ())]
+    if any(name.startswith(("u", "zuf")) for name in symbols) and not str(expression).endswith(">= 0"):
+        raise TraceError(
+            f"torch.export takes for granted that {short(str(expression), 100)}, which values of tensors decide"
+        )
 
 
 def _name(model: nn.Module, node: fx.Node) -> tuple[str, str]:

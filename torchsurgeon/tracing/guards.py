@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from torchsurgeon.errors import short
-from torchsurgeon.tracing.shape_rules import META
-from torchsurgeon.tracing.shapes import MetaModel, dry_run
+from torchsurgeon.tracing.shapes import MetaModel, dry_run, without_elements
 from torchsurgeon.tracing.step import Environment, Ref, Step, map_refs
 from torchsurgeon.tracing.structure import flatten
 
@@ -38,7 +37,6 @@ class Guards:
         self.layouts = False
         self.stored: set[str] = set()
         self._known: dict[Any, str] = {}
-        self._needed: tuple[int, list[Step]] = (0, [])
 
     def __bool__(self) -> bool:
         return bool(self._tests or self._structures)
@@ -80,8 +78,7 @@ class Guards:
         given = iter(tensors)
         for step in self._steps:
             if step.kind == "input":
-                tensor = next(given)
-                values[step.index] = tensor.detach().to(META)
+                values[step.index] = without_elements(next(given))
         shapes = ", ".join(short(list(t.shape), 100, quote=False) for t in tensors)
         ask = "trace it again with an example of these sizes"
         try:
@@ -133,13 +130,10 @@ class Guards:
 
     def needed(self) -> list[Step]:
         """Return the steps that the guards read, and those that lead to them."""
-        count = len(self._tests) + len(self._structures)
-        if self._needed[0] != count:
-            wanted = set(self._structures)
-            for _, args, _ in self._tests.values():
-                map_refs(lambda ref: wanted.add(ref.step), args)
-            for step in reversed(self._steps):
-                if step.index in wanted:
-                    wanted.update((*step.uses(), *step.after))
-            self._needed = count, [self._steps[i] for i in sorted(wanted) if self._steps[i].kind != "output"]
-        return self._needed[1]
+        wanted = set(self._structures)
+        for _, args, _ in self._tests.values():
+            map_refs(lambda ref: wanted.add(ref.step), args)
+        for step in reversed(self._steps):
+            if step.index in wanted:
+                wanted.update((*step.uses(), *step.after))
+        return [self._steps[i] for i in sorted(wanted) if self._steps[i].kind != "output"]

@@ -57,6 +57,13 @@ def storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
+def without_elements(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a meta tensor with the same strides, of which ``to()`` would take the gaps."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return tensor.detach().to(META)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+
+
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return every tensor in a nested value."""
     if isinstance(value, torch.Tensor):
@@ -229,7 +236,7 @@ class Propagation:
     def input(self, step: Step, tensor: torch.Tensor) -> torch.Tensor:
         """Take an input tensor, which is neither changed nor kept, and return what stands for it."""
         real = isinstance(self.source, RealModel)
-        return self._note(clone(tensor.detach()) if real else tensor.detach().to(META))  # type: ignore[no-any-return]
+        return self._note(clone(tensor.detach()) if real else without_elements(tensor))  # type: ignore[no-any-return]
 
     def attribute(self, step: Step) -> Any:
         """Return what stands for the attribute of the model that a step reads."""

@@ -59,7 +59,12 @@ class State:
                     self._keep(value, key if not value else path if key in _NAMED else f"{path}.{key}")
                 else:
                     self._look(value, f"{path}.{key}".lstrip("."), _DEPTH)
-        for function in _functions(model):
+        self._weights: list[tuple[torch.Tensor, torch.Tensor, str]] = []
+        functions = _functions(model)
+        if any("data" in _names(function.__code__) for function in functions):
+            # PyTorch does not count writes to ``weight.data``, so the elements themselves are kept.
+            self._weights = [(p, p.detach().clone(), name) for name, p in model.named_parameters() if not p.is_meta]
+        for function in functions:
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
                 self._keep_cell(cell, name)
             for held in (function.__dict__, function.__kwdefaults__, *(function.__defaults__ or ())):
@@ -129,6 +134,7 @@ class State:
         written = {path for tensor, version, _, path in self._tensors.values() if tensor._version != version}
         written |= {name for cell, value, name in self._cells.values() if cell.cell_contents is not value}
         written |= {name for table, name, value in self._globals.values() if table.get(name) is not value}
+        written |= {name for weight, copy, name in self._weights if not torch.equal(weight, copy)}
         return sorted(
             written
             | {name for container, before, path in self._held.values() for name in before.changes(container, path)}
@@ -143,9 +149,14 @@ class State:
         for table, name, value in self._globals.values():
             if table.get(name) is not value:
                 table[name] = value
+        for weight, kept, _ in self._weights:
+            if not torch.equal(weight, kept):
+                weight.data.copy_(kept)
         for key, (tensor, version, copy, path) in self._tensors.items():
             if tensor._version != version and copy is not None:
                 with torch.no_grad():
+                    if tensor.shape != copy.shape:
+                        tensor.resize_(copy.shape)
                     tensor.copy_(copy)
                 # Putting the elements back counts as a write, too.
                 self._tensors[key] = (tensor, tensor._version, copy, path)
