@@ -65,7 +65,7 @@ def test_a_convolutional_model() -> None:
 
 
 def test_an_answer_that_depends_on_earlier_calls_is_refused() -> None:
-    with pytest.raises(TraceError, match="keeps state between calls.*'Forgetful.calls'"):
+    with pytest.raises(TraceError, match=r"keeps state between calls.*'Forgetful\.calls'"):
         doctor.examine(Forgetful().eval(), torch.rand(2, 4))
 
 

@@ -87,6 +87,9 @@ class State:
             value = cell.cell_contents
         except ValueError:
             return
+        if name == "__class__":
+            # What ``super()`` reads; classes are looked through by their own names.
+            return
         self._cells[id(cell)] = (cell, value, name)
         self._look(value, name, _DEPTH)
 
