@@ -17,11 +17,17 @@ from torch.backends import cuda
 _Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
-def _autocast(kind: str) -> list[_Setting]:
-    return [
-        (lambda: torch.is_autocast_enabled(kind), lambda on: torch.set_autocast_enabled(kind, on)),
-        (lambda: torch.get_autocast_dtype(kind), lambda dtype: torch.set_autocast_dtype(kind, dtype)),
-    ]
+def _autocast(kind: str) -> dict[str, _Setting]:
+    return {
+        f"autocast on {kind}": (
+            lambda: torch.is_autocast_enabled(kind),
+            lambda on: torch.set_autocast_enabled(kind, on),
+        ),
+        f"autocast on {kind} to": (
+            lambda: torch.get_autocast_dtype(kind),
+            lambda dtype: torch.set_autocast_dtype(kind, dtype),
+        ),
+    }
 
 
 def _order() -> Any:
@@ -33,7 +39,8 @@ def _set_order(order: Any) -> None:
 
 
 _SETTINGS: dict[str, _Setting] = {
-    **{f"autocast on {kind}, {i}": pair for kind in ("cpu", "cuda") for i, pair in enumerate(_autocast(kind))},
+    **_autocast("cpu"),
+    **_autocast("cuda"),
     "autocast cache": (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     "gradients": (torch.is_grad_enabled, torch._C._set_grad_enabled),
     "flash attention": (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
@@ -67,20 +74,14 @@ class Ambient:
 
     Attributes:
         changed: by name, what each has to be; a tuple of pairs.
+        autocasts: whether autocast is on for a device type where it was off, or off where it was on.
     """
 
     def __init__(self, before: Settings, now: Settings) -> None:
         names = list(_SETTINGS)
         pairs = zip(names, before, now, strict=True)
         self.changed = tuple((name, new) for name, old, new in pairs if old != new)
-        self._kinds = [
-            kind for kind in ("cpu", "cuda") if any(name.startswith(f"autocast on {kind}") for name, _ in self.changed)
-        ]
-
-    @property
-    def autocasts(self) -> bool:
-        """Whether autocast is on for a device type where it was off, or off where it was on."""
-        return bool(self._kinds)
+        self.autocasts = any(name.startswith("autocast on ") for name, _ in self.changed)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -93,7 +94,7 @@ class Ambient:
         finally:
             for name, value in before:
                 _SETTINGS[name][1](value)
-            if self._kinds and not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            if self.autocasts and not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
                 # Autocast keeps the weights that it has cast until its outermost block ends.
                 torch.clear_autocast_cache()
 

@@ -48,6 +48,8 @@ _STATIC = frozenset(
     _backward_hooks _has_symbolic_sizes_strides
     """.split()  # noqa: SIM905
 )
+# These say where a tensor is, which for a tensor on the meta device is where the model is.
+OF_DEVICE = frozenset("device is_cuda is_cpu is_meta is_xpu is_mps is_xla is_hpu get_device type".split())  # noqa: SIM905
 _SIZE = frozenset("shape nbytes size numel nelement stride is_contiguous __len__ is_same_size".split())  # noqa: SIM905
 _VALUE = frozenset(
     """

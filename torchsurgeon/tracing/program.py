@@ -16,8 +16,16 @@ from torchsurgeon.errors import TraceError
 from torchsurgeon.tracing.call import Output
 from torchsurgeon.tracing.following import is_following
 from torchsurgeon.tracing.guards import Guards
-from torchsurgeon.tracing.shape_rules import META
-from torchsurgeon.tracing.shapes import MetaModel, Propagation, RealModel, drifting, dry_run, storage_of, tensors_in
+from torchsurgeon.tracing.shapes import (
+    MetaModel,
+    Propagation,
+    RealModel,
+    drifting,
+    dry_run,
+    storage_of,
+    tensors_in,
+    without_elements,
+)
 from torchsurgeon.tracing.sizes import Number, number
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, unique
 from torchsurgeon.tracing.structure import flatten
@@ -105,6 +113,7 @@ class Program:
         self._known_on_meta: dict[int, bool] = {}
 
     def add(self, kind: str, name: str, target: Any, args: Any = (), kwargs: Any = None, path: str = "") -> Step:
+        """Append a step; a call gets a name of its own."""
         step = Step(len(self.steps), name, kind, target, args, kwargs or {}, path)
         if kind == "call":
             base = name or ".".join(filter(None, (path, step.type_name)))
@@ -114,12 +123,14 @@ class Program:
         return step
 
     def input(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Append the step of an input, and return what stands for it."""
         step = self.add("input", name, name.replace(".", "_"))
         made: torch.Tensor = self.propagation.input(step, tensor)
         self.places[id(made)] = (made, step.index, ())
         return made
 
     def output(self, result: Any) -> None:
+        """Append the last step, which gives the model's result."""
         leaves, structure = flatten(result)
         computed = {path: self.ref(leaf) for path, leaf in leaves if isinstance(leaf, (torch.Tensor, Number))}
         for path, leaf in leaves:
@@ -156,6 +167,7 @@ class Program:
         return id(tensor) in self.places
 
     def place(self, value: Any, step: int, path: tuple[str, ...] = ()) -> None:
+        """Note that a step gave a tensor or an object, as its value or at ``path`` in it."""
         self.places[id(value)] = (value, step, path)
 
     def ref(self, value: Any) -> Ref:
@@ -303,7 +315,7 @@ class Program:
                 if step.index in needed:
                     needed.update((*step.uses(), *step.after))
                 if step.kind == "input" and step.index in needed:
-                    values[step.index] = self.propagation.shapes.values[step.index].detach().to(META)
+                    values[step.index] = without_elements(self.propagation.shapes.values[step.index])
             try:
                 with self.unfollowing():
                     dry_run([self.steps[i] for i in sorted(needed)], values, MetaModel(self.model))
@@ -391,6 +403,7 @@ class Program:
         return found
 
     def numbered(self, value: Any, step: int, path: tuple[str, ...], by_value: bool) -> Any:
+        """Return the stand-in for a number that a step gave."""
         made = number(self, value, None, (), by_value, type(value))
         if path:
             recorder = self

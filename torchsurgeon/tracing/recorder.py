@@ -10,7 +10,6 @@ Where a call needs the elements of tensors, the model is recorded a second time,
 
 from __future__ import annotations
 
-import builtins
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.ambient import Ambient, settings
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.following import begin, end, follower_here
-from torchsurgeon.tracing.operators import Kind, describe
+from torchsurgeon.tracing.operators import OF_DEVICE, Kind, describe
 from torchsurgeon.tracing.program import Program, tensors_within
 from torchsurgeon.tracing.shapes import MetaModel, without_dynamo
 from torchsurgeon.tracing.sizes import number
@@ -86,11 +85,9 @@ class Recorder(Program, TorchFunctionMode):
             given.setdefault(id(tensor), made)
             values[path] = given[id(tensor)]
         args, kwargs = self.model_call.rebuild(values)
-        self.base = settings()
         try:
             with (
                 TRACING,
-                torch.random.fork_rng(devices=[]),
                 torch.inference_mode(False),
                 torch.no_grad(),
                 self._followed(),
@@ -110,6 +107,7 @@ class Recorder(Program, TorchFunctionMode):
             raise unfollowed(self.model, self.failed_in or "", self.refusal or error) from error
 
     def _raise_refusal(self) -> None:
+        """Stop a model whose own code caught a refusal."""
         if self.refusal is not None:
             raise self.refusal
 
@@ -206,7 +204,7 @@ class Recorder(Program, TorchFunctionMode):
         kwargs = kwargs or {}
         if self.paused or follower_here() is not self:
             return func(*args, **kwargs)
-        self._raise_refusal_again()
+        self._raise_refusal()
         self._refuse_transforms()
         operation = describe(func, args, kwargs)
         if operation.kind is Kind.REFUSED:
@@ -223,27 +221,11 @@ class Recorder(Program, TorchFunctionMode):
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise self.refuse("torch.func changes what its calls compute")
 
-    def _raise_refusal_again(self) -> None:
-        """Stop a model that caught a refusal and goes on."""
-        if self.refusal is not None:
-            raise self.refusal
-
     def _static(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Return what is the same for all values and sizes: dtype, rank, device, and the like."""
         tensor = args[0]
         with self.unfollowing():
-            if name in (
-                "device",
-                "is_cuda",
-                "is_cpu",
-                "is_meta",
-                "is_xpu",
-                "is_mps",
-                "get_device",
-                "type",
-                "is_xla",
-                "is_hpu",
-            ):
+            if name in OF_DEVICE:
                 if not self.follows(tensor):
                     return func(*args, **kwargs)
                 if self.device is not None:
@@ -261,7 +243,7 @@ class Recorder(Program, TorchFunctionMode):
         with self.unfollowing():
             step = self.add("call", "", target, self.arguments(args), self.arguments(kwargs), path=self.stack[-1])
             value = self.run_last(step)
-        if target in ("stride", "storage_offset") or (target is builtins.getattr and args[1] == "strides"):
+        if target == "stride":
             self.guards.layouts = True
         if isinstance(value, (tuple, list)):
             numbers = [number(self, v, operator.getitem, (Ref(step.index), i), False, int) for i, v in enumerate(value)]
@@ -311,7 +293,7 @@ class Recorder(Program, TorchFunctionMode):
             args: the positional arguments.
             kwargs: the keyword arguments.
         """
-        self._raise_refusal_again()
+        self._raise_refusal()
         self._refuse_transforms()
         if "_orig_mod" in module._modules:
             # torch.compile wraps a module; the wrapped one is followed instead.

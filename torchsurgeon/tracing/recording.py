@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from torchsurgeon.tracing.unfollowed import NeedsDevice, NeedsElements, keeps_st
 _NOBODYS_BATCH = 1021
 
 
+@dataclasses.dataclass
 class Recording:
     """A model's steps, and what was found out while it was recorded.
 
@@ -35,11 +38,12 @@ class Recording:
             no shape depends on values.
     """
 
-    def __init__(
-        self, steps: list[Step], shapes: Shapes, source: MetaModel, whole: Mapping[str, str], guards: Guards
-    ) -> None:
-        self.steps, self.shapes, self.source, self.whole, self.guards = steps, shapes, source, whole, guards
-        self.only_settings = False
+    steps: list[Step]
+    shapes: Shapes
+    source: MetaModel
+    whole: Mapping[str, str]
+    guards: Guards
+    only_settings: bool = False
 
 
 def record(
@@ -63,10 +67,14 @@ def record(
     Raises:
         UnfollowedError: something the model does leaves no trace.
     """
+
+    def begun(source: MetaModel, earlier: Recorder | None = None) -> Recorder:
+        return Recorder(model, call, whole, adapter, source, earlier)
+
     try:
-        return _recorded(model, call, tensors, whole, adapter, MetaModel(model), state)
+        return _recorded(functools.partial(begun, MetaModel(model)), tensors, state)
     except NeedsElements as needed:
-        recording = _recorded(model, call, tensors, whole, adapter, RealModel(model), state)
+        recording = _recorded(functools.partial(begun, RealModel(model)), tensors, state)
         recording.only_settings = isinstance(needed, NeedsDevice) and _runs_on_meta(recording, tensors, model)
         return recording
 
@@ -82,72 +90,70 @@ def _runs_on_meta(recording: Recording, tensors: Sequence[torch.Tensor], model: 
     )
 
 
-def _recorded(
-    model: nn.Module,
-    call: Call,
-    tensors: Sequence[torch.Tensor],
-    whole: Mapping[str, str],
-    adapter: Adapter | None,
-    source: MetaModel,
-    before: State,
-) -> Recording:
+def _recorded(begun: Callable[..., Recorder], tensors: Sequence[torch.Tensor], state: State) -> Recording:
+    """Record a model, and see whether its calls depend on earlier ones.
+
+    Args:
+        begun: makes a recorder, which is told of the one before.
+        tensors: the example's tensors.
+        state: what the model holds now, and is made to hold again.
+    """
     try:
-        first = _first(model, call, tensors, whole, adapter, source, before)
-        first.left = changed = before.changed()
+        first = _of_many_sizes(begun, tensors, state)
+        first.left = changed = state.changed()
         if changed:
             # What the model left behind is there in the next call. If that does the same, it reads none of it.
-            second = Recorder(model, call, whole, adapter, source, earlier=first)
+            second = begun(earlier=first)
             second.run(tensors)
             second.left = changed
             if not _alike(first, second):
                 # A cache that was filled may be read instead of being computed again, but always the same one.
-                third = Recorder(model, call, whole, adapter, source, earlier=second)
+                third = begun(earlier=second)
                 third.run(tensors)
                 if not second.read_cache or not _alike(second, third):
-                    raise TraceError(keeps_state(model, changed))
-        return Recording(first.steps, first.propagation.shapes, source, first.whole, first.guards)
+                    raise TraceError(keeps_state(first.model, changed))
+        return Recording(first.steps, first.propagation.shapes, first.source, first.whole, first.guards)
     finally:
-        before.restore()
+        state.restore()
 
 
-def _first(
-    model: nn.Module,
-    call: Call,
-    tensors: Sequence[torch.Tensor],
-    whole: Mapping[str, str],
-    adapter: Adapter | None,
-    source: MetaModel,
-    before: State,
-) -> Recorder:
+def _of_many_sizes(begun: Callable[..., Recorder], tensors: Sequence[torch.Tensor], state: State) -> Recorder:
     """Return a recording that holds for as many sizes as can be.
 
     A model that has run may remember for which sizes it did, and compute something anew for others (the anchors of a
     detector). A recording of the sizes that it remembers would hold for these alone. So where another batch would take
     another path, the model is first made to remember a batch that nobody has.
     """
-    first = Recorder(model, call, whole, adapter, source)
+    first = begun()
     first.run(tensors)
-    if isinstance(source, RealModel) or any(t.dim() == 0 for t in tensors) or _holds(first, tensors, 2):
+    if first.real or any(t.dim() == 0 for t in tensors) or _holds(first, tensors):
         return first
-    odd = Recorder(model, call, whole, adapter, source)
-    try:
-        odd.run([t.detach().to(META).new_empty((_NOBODYS_BATCH, *t.shape[1:])) for t in tensors])
-        odd.left = before.changed()
-        if not odd.left:
-            return first
-        again = Recorder(model, call, whole, adapter, source, earlier=odd)
-        again.run(tensors)
-    except Exception:
-        before.restore()
-        first = Recorder(model, call, whole, adapter, source)
-        first.run(tensors)
-        return first
-    return again if not again.read_cache and _holds(again, tensors, 2) else first
+    state.restore()
+    odd = begun()
+    # A model that does not take such a batch is recorded as it was.
+    with contextlib.suppress(Exception):
+        odd.run([_with_batch(t, _NOBODYS_BATCH) for t in tensors])
+        odd.left = state.changed()
+        if odd.left:
+            again = begun(earlier=odd)
+            again.run(tensors)
+            if not again.read_cache and _holds(again, tensors):
+                return again
+    # What it left must be what the recording that is used left.
+    state.restore()
+    first = begun()
+    first.run(tensors)
+    return first
 
 
-def _holds(recorder: Recorder, tensors: Sequence[torch.Tensor], batch: int) -> bool:
+def _with_batch(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    return torch.empty((batch, *tensor.shape[1:]), dtype=tensor.dtype, device=META)
+
+
+def _holds(recorder: Recorder, tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether a batch of one sample more takes the recorded path."""
     try:
-        recorder.guards.check(recorder.source, [t.detach().to(META).new_empty((batch, *t.shape[1:])) for t in tensors])
+        recorder.guards.check(recorder.source, [_with_batch(t, t.shape[0] + 1) for t in tensors])
     except TypeError:
         return False
     return True

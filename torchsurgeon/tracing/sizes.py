@@ -22,9 +22,6 @@ import torch
 
 from torchsurgeon.tracing.step import Ref
 
-UNKNOWN: Any = object()
-"""The value of a number that only a run of the model can tell."""
-
 
 class Follower(Protocol):
     """Follows the numbers of a model that is recorded."""
@@ -43,7 +40,7 @@ class Number:
         recorder: who follows it.
         target: what computes it.
         args: the arguments of ``target``, with numbers and references among them.
-        value: what it is in the example; ``UNKNOWN`` where the recorder runs without values.
+        value: what it is in the example.
         by_value: whether it depends on the elements of tensors, and not only on their sizes.
     """
 
@@ -76,7 +73,7 @@ def number(recorder: Follower, value: Any, target: Any, args: tuple[Any, ...], b
 
     Args:
         recorder: who follows it.
-        value: the number in the example, or ``UNKNOWN``.
+        value: the number in the example.
         target: what computes it.
         args: the arguments of ``target``.
         by_value: whether it depends on the elements of tensors.
@@ -93,16 +90,12 @@ def computed(target: Callable[..., Any], *args: Any) -> Any:
     first = next(a for a in args if isinstance(a, Number))
     by_value = any(a.by_value for a in args if isinstance(a, Number))
     values = [a.value if isinstance(a, Number) else a for a in args]
-    if UNKNOWN in values:
-        kinds = [_kind_of(a) for a in args]
-        kind = float if target is operator.truediv or float in kinds else int
-        return number(first.recorder, UNKNOWN, target, args, by_value, kind)
     value = target(*values)
     if type(value) is tuple:
         # divmod
+        pair = number(first.recorder, None, target, args, by_value, bool)
         return tuple(
-            number(first.recorder, v, operator.getitem, (_whole(target, args), i), by_value, type(v))
-            for i, v in enumerate(value)
+            number(first.recorder, v, operator.getitem, (pair, i), by_value, type(v)) for i, v in enumerate(value)
         )
     if type(value) not in (int, float):
         for a in args:
@@ -110,16 +103,6 @@ def computed(target: Callable[..., Any], *args: Any) -> Any:
                 a.known()
         return value
     return number(first.recorder, value, target, args, by_value, type(value))
-
-
-def _whole(target: Any, args: tuple[Any, ...]) -> Number:
-    first = next(a for a in args if isinstance(a, Number))
-    by_value = any(a.by_value for a in args if isinstance(a, Number))
-    return number(first.recorder, None, target, args, by_value, bool)  # type: ignore[no-any-return]
-
-
-def _kind_of(value: Any) -> type:
-    return float if isinstance(value, float) else int
 
 
 def _is_number(value: Any) -> bool:
@@ -145,7 +128,7 @@ def _compared(test: Callable[[Any, Any], bool]) -> Callable[..., Any]:
 
 
 _MESSAGES = frozenset(
-    "_assert _check print warn warning info debug error exception critical log record_function annotate".split()  # noqa: SIM905
+    "_assert print warn warning info debug error exception critical log".split()  # noqa: SIM905
 )
 
 
@@ -161,15 +144,19 @@ def _message_lines(code: types.CodeType) -> frozenset[int]:
         tree = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, TypeError, SyntaxError):
         return frozenset()
-    found: set[int] = set()
+    messages: set[int] = set()
+    others: set[int] = set()
     for node in ast.walk(tree):
-        call = node.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
-        if not isinstance(node, ast.stmt):
+        if not isinstance(node, ast.stmt) or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             continue
+        call = node.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
         name = getattr(call.func, "attr", getattr(call.func, "id", "")) if call is not None else ""
-        if name in _MESSAGES:
-            found.update(range(node.lineno + first - 1, (node.end_lineno or node.lineno) + first))
-    return frozenset(found)
+        # Of a statement with others inside, only its own beginning counts; they may stand on the same line.
+        inside = getattr(node, "body", None)
+        last = inside[0].lineno - 1 if inside else node.end_lineno or node.lineno
+        lines_of_it = range(node.lineno, max(last, node.lineno) + 1)
+        (messages if name in _MESSAGES else others).update(line + first - 1 for line in lines_of_it)
+    return frozenset(messages - others)
 
 
 def _alone(target: Callable[..., Any]) -> Callable[..., Any]:

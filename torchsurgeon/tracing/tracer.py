@@ -22,7 +22,15 @@ from torchsurgeon.tracing.call import Call, settle_output
 from torchsurgeon.tracing.capture import Captured, Ways
 from torchsurgeon.tracing.flow import DataFlow
 from torchsurgeon.tracing.graph import LayerGraph
-from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in, with_selections
+from torchsurgeon.tracing.shapes import (
+    MetaModel,
+    RealModel,
+    Shapes,
+    propagate,
+    tensors_in,
+    with_selections,
+    without_elements,
+)
 from torchsurgeon.tracing.specs import Specs
 from torchsurgeon.tracing.state import State, left_as_it_was
 from torchsurgeon.tracing.step import Step
@@ -153,7 +161,7 @@ def _graph(model: nn.Module, call: Call, tensors: list[torch.Tensor], captured: 
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     more = None
     if len(sizes) == 1 and None not in sizes and _any_batch(captured, tensors):
-        alike = [t if isinstance(source, RealModel) else t.detach().to("meta") for t in tensors]
+        alike = [t if isinstance(source, RealModel) else without_elements(t) for t in tensors]
         more = _try_propagate(steps, list(map(_one_more, alike)), source, shapes)
     _refuse_randomness([steps[i] for i in shapes.random])
     flow = DataFlow(steps, shapes, model)

@@ -78,9 +78,10 @@ def verify(
         TraceError: the model fails on the example, keeps state between calls, or changes its arguments' containers.
     """
     found = []
+    state = State(model)
     for name, given in _samples(tensors, batch_free, layouts):
         try:
-            expected, changed, again = _answers(model, call, given, after=None if name is EXAMPLE else tensors)
+            expected, changed, again = _answers(model, call, given, state, after=None if name is EXAMPLE else tensors)
         except TraceError:
             raise
         except Exception as error:
@@ -92,13 +93,14 @@ def verify(
             ) from error
         if again is not None and not same_answer(expected, again):
             raise TraceError(keeps_state(model, changed))
-        with left_as_it_was(model):
-            try:
-                got = _seeded(lambda given=given: _run_steps(steps, given, model))  # type: ignore[misc]
-            except Exception as error:
-                raise Mismatch(name, *_first_failing(error, steps)) from error
+        try:
+            got = _seeded(lambda given=given: _run_steps(steps, given, model))  # type: ignore[misc]
+        except Exception as error:
+            raise Mismatch(name, *_first_failing(error, steps)) from error
+        finally:
+            state.restore()
         if not same_answer(expected, got):
-            if not same_answer(expected, _answers(model, call, given)[0]):
+            if not same_answer(expected, _answers(model, call, given, state)[0]):
                 raise Unrepeatable
             raise Mismatch(name, *_first_difference(model, call, steps, given))
         found.append(name)
@@ -154,7 +156,11 @@ def _seeded(run: Callable[[], Any]) -> Any:
 
 
 def _answers(
-    model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], after: Sequence[torch.Tensor] | None = None
+    model: nn.Module,
+    call: Call,
+    tensors: Sequence[torch.Tensor],
+    state: State,
+    after: Sequence[torch.Tensor] | None = None,
 ) -> tuple[Any, list[str], Any]:
     """Return the model's answer, what it left in its modules, and its answer when it had been called before.
 
@@ -164,6 +170,7 @@ def _answers(
         model: the model, which is left as it was.
         call: how it is called.
         tensors: its input tensors.
+        state: what the model holds now.
         after: the inputs of the call before the second; None for the same ones.
     """
 
@@ -175,7 +182,6 @@ def _answers(
         refuse_changed_arguments(model, call, args, kwargs, passed)
         return result
 
-    state = State(model)
     try:
         answer = _kept(_seeded(lambda: run(tensors)))
         changed = state.changed()
@@ -296,7 +302,7 @@ def _first_difference(
     # Before the model's own hooks, which are steps of their own.
     hooks = [module.register_forward_hook(results, prepend=True) for module in model.modules() if id(module) in paths]
     try:
-        _answers(model, call, tensors)
+        _answers(model, call, tensors, State(model))
     finally:
         for one in hooks:
             one.remove()
