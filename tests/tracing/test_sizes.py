@@ -438,3 +438,39 @@ def test_numbers_read_off_values_stay_numbers() -> None:
         part = ts.cut(graph, graph.points[len(graph.points) // 2])
         got = part.tail(*part.head(X, torch.tensor([5.0])))
         assert torch.equal(got, graph.model(X, torch.tensor([5.0])))
+
+
+# --- sizes that a model remembers ---
+
+
+def test_a_model_that_remembers_the_sizes_it_ran_with_is_recorded_for_others_too() -> None:
+    """As detectors keep their anchors: computed anew for another shape, and kept for the same one."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.shape != y.shape:
+            self.anchors, self.shape = torch.arange(y.shape[1]).type_as(y)[:, None], y.shape
+        return y + torch.full((1, 1), self.stride) * self.anchors
+
+    made = model(forward, first=linear(), stride=torch.tensor(2.0))
+    made.shape, made.anchors = None, None
+    with torch.no_grad():
+        made(X)
+    graph = recorded(made, X)
+    assert graph.batch_free
+    for shape in ((2, 6, 8), (3, 6, 8), (2, 9, 8)):
+        answers(graph, sized(*shape))
+
+
+def test_a_size_in_a_text_decides_unless_it_is_only_shown() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        print(f"shape {x.shape}")
+        torch._assert(x.dim() == 3, f"shape {x.shape}")
+        y = self.first(x)
+        if str(y.shape[1]) == "6": print(end=""); y = y * 2  # fmt: skip  # noqa: E701, E702
+        return y
+
+    graph = recorded(model(forward, first=linear()), X)
+    answers(graph, sized(5, 6, 8))
+    with pytest.raises(TypeError, match="must be 6, and is 7"):
+        answers(graph, sized(2, 7, 8))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
+import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from partitions import assert_same, check
@@ -528,3 +531,55 @@ def test_a_block_puts_back_what_fails_inside_left() -> None:
     with pytest.raises(ValueError, match="never"):
         fail()
     assert same(identities(made), before)
+
+
+# --- caches outside of modules ---
+
+
+@functools.cache
+def _mask(size: int) -> torch.Tensor:
+    return torch.ones(size, size).tril()
+
+
+class _Shared:
+    kept: ClassVar[dict[str, torch.Tensor]] = {}
+
+
+def _ones(into: dict[str, torch.Tensor] = {}) -> torch.Tensor:  # noqa: B006
+    return into.setdefault("ones", torch.ones(8))
+
+
+@pytest.mark.parametrize(
+    "cached",
+    [
+        lambda x: x @ _mask(x.shape[-1]),
+        lambda x: x + _Shared.kept.setdefault("a", torch.ones(8)),
+        lambda x: x + _ones(),
+    ],
+    ids=["lru_cache", "attribute of a class", "default argument"],
+)
+def test_caches_that_python_keeps_hold_nothing_without_elements_afterwards(cached: Any) -> None:
+    made = model(lambda self, x: cached(self.l(x)), l=linear())
+    ts.trace(made, X)
+    with torch.no_grad():
+        expected = cached(made.l(X))
+    assert expected.device.type == "cpu"
+    graph = ts.trace(made, X)
+    part = ts.cut(graph, 1)
+    with torch.no_grad():
+        assert torch.equal(part.tail(*part.head(X)), expected)
+
+
+def test_random_numbers_of_every_kind_are_where_they_were() -> None:
+    made = model(lambda self, x: self.l(x) + torch.rand_like(x), l=linear())
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with pytest.warns(ts.UnrepeatableWarning):
+        ts.trace(made, X)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_numbers_drawn_outside_of_pytorch_are_refused() -> None:
+    made = model(lambda self, x: self.l(x) * random.random(), l=linear())
+    with pytest.raises(TraceError, match="answers differently from run to run, although no layer draws random numbers"):
+        ts.trace(made, X)

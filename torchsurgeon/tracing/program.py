@@ -395,8 +395,14 @@ class Program:
         """
         found = False
         for index in step.uses():
-            value = self.propagation.shapes.values[index]
-            elements = self.elements_of(value) if isinstance(value, torch.Tensor) and value.dim() == 0 else None
+            value, source = self.propagation.shapes.values[index], self.steps[index]
+            elements = None
+            if isinstance(value, torch.Tensor) and value.dim() == 0 and source.kind == "attr":
+                elements = RealModel(self.model).attribute(source.target)
+                if isinstance(source.target, str):
+                    self.guards.stored.add(source.target)
+            elif isinstance(value, torch.Tensor) and value.dim() == 0:
+                elements = self.elements_of(value)
             if elements is not None:
                 step.replace(index, elements.item())
                 found = True
