@@ -1,11 +1,16 @@
-"""Write what ``run.sh`` found on a GPU into docs/profiling.md: ``python -m benchmarks.device.figures``.
+"""Write what ``run.sh`` found on GPUs into docs/profiling.md.
 
-It reads the files in benchmarks/results/device/, which are kept from a run on a GPU.
+It reads the folders in benchmarks/results/device/, each kept from the runs on one kind of GPU.
+
+    python -m benchmarks.device.figures                             # write the page
+    python -m benchmarks.device.figures --keep OUTPUT_FOLDER h100   # first keep what run.sh left there as h100
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,25 +20,44 @@ from benchmarks.support.result_file import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "profiling.md"
 BEGIN, END = "<!-- figures, by benchmarks.device.figures -->", "<!-- end of figures -->"
+KEPT = RESULTS / "device"
+FILES = ("kernels", "clocks", "overhead", "layers", "tests")
 WAYS = ("cuda-events", "torch.cuda.Event", "torch.profiler")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", nargs=2, metavar=("OUTPUT_FOLDER", "NAME"), help="keep what run.sh left there")
+    options = parser.parse_args()
+    if options.keep:
+        keep(Path(options.keep[0]), KEPT / options.keep[1])
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{page()}\n{END}{rest.partition(END)[2]}")
 
 
 def page() -> str:
     """The tables, as Markdown."""
-    return "\n".join(part() for part in (origin, times, overhead, energy))
+    return "\n".join(part(folder) for folder in sorted(KEPT.iterdir()) for part in (origin, times, overhead, energy))
 
 
-def read(name: str) -> Any:
-    return json.loads((RESULTS / "device" / f"{name}.json").read_text())
+def keep(output: Path, folder: Path) -> None:
+    """Keep the files of a run without the serial number of its GPU, and the outcomes that ``tests.txt`` shows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {name: json.loads((output / f"{name}.json").read_text()) for name in FILES if name != "tests"}
+    outcomes = re.findall(r"^(tests/\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR)", (output / "tests.txt").read_text(), re.M)
+    tests = {name: outcome.lower() for name, outcome in outcomes}
+    found["tests"] = {"environment": found["kernels"]["environment"], "results": tests}
+    for name, what in found.items():
+        text = json.dumps(what, indent=None if name == "layers" else 1)
+        (folder / f"{name}.json").write_text(re.sub(r" GPU-[0-9a-f-]+", "", text) + "\n")
 
 
-def origin() -> str:
-    where, tests = read("kernels")["environment"], read("tests")["results"]
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def origin(folder: Path) -> str:
+    where, tests = read(folder, "kernels")["environment"], read(folder, "tests")["results"]
     passed = sum(outcome == "passed" for outcome in tests.values())
     return (
         f"One {where['device']}, PyTorch {where['torch']}, CUDA {where['cuda']}, driver "
@@ -42,8 +66,8 @@ def origin() -> str:
     )
 
 
-def times() -> str:
-    clocks, kernels, layers = (read(name)["results"] for name in ("clocks", "kernels", "layers"))
+def times(folder: Path) -> str:
+    clocks, kernels, layers = (read(folder, name)["results"] for name in ("clocks", "kernels", "layers"))
     lines = []
     for name, found in clocks.items():
         whole_s = statistics.median(layers[name]["profile"]["whole_s"])
@@ -66,8 +90,8 @@ def times() -> str:
     return table(head, lines)
 
 
-def overhead() -> str:
-    found = read("overhead")["results"]
+def overhead(folder: Path) -> str:
+    found = read(folder, "overhead")["results"]
     lines = [
         [
             f"chain of {CHAIN}" if name == "chain" else name,
@@ -81,9 +105,9 @@ def overhead() -> str:
     return table(head, lines)
 
 
-def energy() -> str:
+def energy(folder: Path) -> str:
     lines = []
-    for name, found in read("layers")["results"].items():
+    for name, found in read(folder, "layers")["results"].items():
         row, whole_s = found["profile"]["energy"], statistics.median(found["profile"]["whole_s"])
         whole_j, low_j, high_j = row["whole_j"]
         known = [(low, high) for low, high in row["interval_j"] if low is not None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from paths import ROOT
 
 from benchmarks.device import figures
@@ -12,8 +15,22 @@ def test_what_a_gpu_has_shown_is_what_its_files_hold() -> None:
     assert shown == f"\n\n{figures.page()}\n"
 
 
+def test_a_kept_run_has_no_serial_number_and_every_outcome(tmp_path: Path) -> None:
+    for name in ("kernels", "clocks", "overhead"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"environment": {"device": "a GPU"}, "results": {}}))
+    layers = {"environment": {}, "results": {"meter": "nvml GPU GPU-68dfb800-d010"}}
+    (tmp_path / "layers.json").write_text(json.dumps(layers))
+    (tmp_path / "tests.txt").write_text("tests/a.py::test_one[raw] PASSED [ 4%]\ntests/a.py::test_two FAILED [ 8%]\n")
+    figures.keep(tmp_path, tmp_path / "kept")
+    assert figures.read(tmp_path / "kept", "layers")["results"]["meter"] == "nvml GPU"
+    assert figures.read(tmp_path / "kept", "tests")["results"] == {
+        "tests/a.py::test_one[raw]": "passed",
+        "tests/a.py::test_two": "failed",
+    }
+
+
 def test_no_result_names_a_machine() -> None:
-    for path in (ROOT / "benchmarks" / "results" / "device").iterdir():
+    for path in (ROOT / "benchmarks" / "results" / "device").rglob("*.json"):
         text = path.read_text()
         assert "GPU-" not in text, path
         assert "hostname" not in text, path
