@@ -40,9 +40,13 @@ class CrossingTensor:
             return self.size_bytes
         return min(self.size_bytes, sum(view.bytes_crossing(inside) for view in self.views))
 
+    def all_readers(self) -> list[int]:
+        """Return the layers that read it or one of its views."""
+        return [*bits(self.readers), *(reader for view in self.views for reader in view.all_readers())]
+
     def last_reader(self) -> int:
         """Return the last layer that reads it or one of its views."""
-        return max([self.readers.bit_length() - 1, *(view.last_reader() for view in self.views)])
+        return max(self.all_readers(), default=-1)
 
 
 class MinimumCut:
@@ -58,10 +62,17 @@ class MinimumCut:
         needs: for each layer, the mask of the layers it reads from.
         costs: device seconds, server seconds and joules of each layer, shape (layers, 3).
         tensors: the tensors that may cross.
+        inside: the mask of the layers that every set must hold.
     """
 
     def __init__(
-        self, first: int, stop: int, needs: Sequence[int], costs: Array, tensors: Sequence[CrossingTensor]
+        self,
+        first: int,
+        stop: int,
+        needs: Sequence[int],
+        costs: Array,
+        tensors: Sequence[CrossingTensor],
+        inside: int = 0,
     ) -> None:
         self._first, self._layers = first, stop - first
         self._source, self._sink = self._layers, self._layers + 1
@@ -85,6 +96,7 @@ class MinimumCut:
             ends += [(i, self._sink), (self._source, i)]
             prices += [(device_s, 0.0, 0.0, joules), (0.0, 0.0, server_s, 0.0)]
             closing += [(i, j) for j in bits(needs[first + i] >> first)]
+        closing += [(self._source, i) for i in bits(inside >> first)]
         for tensor in tensors:
             carry(node(tensor.producer.bit_length() - 1), tensor)
         self._ends, self._prices, self._free = np.array(ends + closing).T, np.array(prices), len(closing)

@@ -134,8 +134,8 @@ class Constraints:
         energy_j: the most joules of the device for one inference.
         memory_bytes: the most bytes for the head on the device: weights, buffers, other tensors of its modules, and the
             tensors that it computes. What several layers share counts once.
-        min_layers: how many of the first layers must run on the device.
-        raw_input: False if no input of the model may leave the device.
+        min_layers: how many layers must run on the device.
+        raw_input: False if no input of the model may leave the device, nor a view of one.
         server_allowed: False if nothing may leave the device.
 
     Raises:
@@ -176,3 +176,6 @@ class Constraints:
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in self.given()) or "none"
+
+
+NO_LIMITS = Constraints()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Row:
         device_j: the device's joules for head and encoding; None where no meter measured them.
         memory_bytes: the most that the head's weights (buffers and other tensors of its modules included) and the
             tensors that it computes take; None where it was not measured.
-        raw_input: whether an input of the model crosses.
+        raw_input: whether an input of the model crosses, or a view of one.
         lossless: whether the codec keeps every bit.
         on_device: whether everything runs on the device, and nothing crosses.
         layers: the device's layers where these are not simply the first ``index``; None where they are.
@@ -127,7 +127,11 @@ class LayerCosts:
         self._layer_memory = device.memory_bytes
         self._held = layer_holdings(graph.flow, graph.model)
         self._weights = _running_bytes(self._held)
+        # A view of an input shows the same values, so it is an input, too.
         self._inputs = {spec.name for spec in graph.inputs}
+        for tensor in graph.closure.carried():
+            if tensor.view_of in self._inputs:
+                self._inputs.add(tensor.name)
 
     def rows(self, codecs: CodecTable | None = None) -> list[Row]:
         """Return a row for every partition point and every codec that may be used there, in the points' order.
@@ -166,6 +170,13 @@ class LayerCosts:
         point = self.graph.point_of(layers)
         return self._row(point, "raw", float(point.size_bytes), 0.0, 0.0, True)
 
+    def memory_of(self, layers: Sequence[int]) -> int | None:
+        """Return the bytes that some layers take on the device; None where they were not measured."""
+        if self._layer_memory is None:
+            return None
+        weights = _running_bytes([self._held[i] for i in layers])[-1]
+        return int(self._layer_memory[np.array(layers, dtype=np.intp)].max() + weights)
+
     def _row(
         self, point: PartitionPoint, codec: str, size_bytes: float, encode_s: float, decode_s: float, lossless: bool
     ) -> Row:
@@ -180,8 +191,7 @@ class LayerCosts:
             head_s = float(self.device_s[chosen].sum())
             tail_s = float(self.tail_s[0] - self.server_s[chosen].sum())
             joules = None if self.device_j is None else float(self.device_j[chosen].sum())
-            weights = _running_bytes([self._held[i] for i in point.layers or ()])[-1]
-            memory = None if self._layer_memory is None else int(self._layer_memory[chosen].max() + weights)
+            memory = self.memory_of(point.layers or ())
         if joules is not None and self.power_w is not None:
             joules += self.power_w * encode_s
         return Row(

@@ -10,16 +10,22 @@ layers between two of these form a block, and each block can be searched by itse
 * In a large block the best set is found by a minimum s-t cut, for given weights of device seconds, bytes, server
   seconds and joules. The weights are taken from the facets of the lower hull of the costs known so far. When no facet
   gives a better set any more, every set that is the best under some weights has been found.
+
+A set is left out only for another one that costs no more, and that keeps every constraint which the first one keeps.
+So memory, the number of layers and whether an input leaves the device count like costs where a constraint asks for
+them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from torchsurgeon.planning.mincut import CrossingTensor, MinimumCut, bits
+from torchsurgeon.planning.objective import NO_LIMITS, Constraints
 from torchsurgeon.planning.rows import Array, LayerCosts, Row, columns, lower_hull, non_dominated
 
 # A block with more closed sets than this is searched by minimum cuts.
@@ -84,6 +90,8 @@ class Units:
         costs: device seconds, server seconds and joules of each unit, shape (units, 3).
         tensors: the tensors between units.
         tail_s: the server's seconds for the whole model.
+        reading_inputs: the mask of the units that read an input of the model, a view of one, or what these depend on.
+            No input leaves the device exactly where all of them run on it.
     """
 
     def __init__(self, costs: LayerCosts) -> None:
@@ -120,6 +128,16 @@ class Units:
                 views.setdefault(str(tensor.view_of), []).append(made)
             else:
                 self.tensors.append(made)
+        self.reading_inputs = self._behind(
+            sum({1 << reader for tensor in self.tensors if not tensor.producer for reader in tensor.all_readers()})
+        )
+
+    def _behind(self, mask: int) -> int:
+        """Return ``mask`` with everything that its units depend on."""
+        for unit in reversed(range(len(self.layers))):
+            if mask >> unit & 1:
+                mask |= self.needs[unit]
+        return mask
 
     def blocks(self) -> list[Block]:
         """Return the blocks that hold two units or more, in order."""
@@ -143,15 +161,23 @@ class Units:
         return sorted(layer for i in bits(mask) for layer in self.layers[i])
 
 
-def across_branches(costs: LayerCosts, rows: Sequence[Row]) -> tuple[list[Row], bool]:
+def across_branches(
+    costs: LayerCosts, rows: Sequence[Row], limits: Constraints = NO_LIMITS, *, summed: bool = True
+) -> tuple[list[Row], bool]:
     """Return the cuts across branches that can win against ``rows``, with their tensors sent as they are.
 
     There are none in a model without parallel branches, nor where shared memory allows only the graph's own points.
-    Where very many cuts remain, only those on the lower hull of the costs are returned. The others could win only
-    under a constraint, or for an objective that counts the slowest stage.
+    Where very many cuts remain, and neither ``limits`` nor ``summed`` says otherwise, only those on the lower hull of
+    the costs are returned.
+
+    Args:
+        costs: what the layers cost.
+        rows: the graph's own points.
+        limits: constraints. The rows returned hold the best that keeps them, and the best that keeps all but one.
+        summed: whether the objective is a weighted sum, and counts no slowest stage. The best then lies on the hull.
 
     Returns:
-        The rows, and whether none is missing that minimizes some weighted sum of the costs.
+        The rows, and whether no better one is missing.
     """
     if costs.graph.closure.prefixes_only:
         return [], True
@@ -165,32 +191,79 @@ def across_branches(costs: LayerCosts, rows: Sequence[Row]) -> tuple[list[Row], 
             large.append(block)
         else:
             small += [(mask, block) for mask in found if mask & (mask + 1)]
+    on_hull = summed and not set(limits.given()) - {"server_allowed", "raw_input"}
     if small:
-        known = columns(rows)[:, :4]
-        tried = np.concatenate([known, *(block.costs([mask]) for mask, block in small)])
+        # Codecs are left out of the comparison, so that what remains holds the best without them, too.
+        plain = [row for row in rows if row.codec == "raw"]
+        known = np.concatenate([columns(plain)[:, :4], _limited(plain, limits)], axis=1)
+        of_sets = np.concatenate([block.costs([mask]) for mask, block in small])
+        of_limits = _limited([_Limited.of(costs, units, mask, limits) for mask, _ in small], limits)
+        tried = np.concatenate([known, np.concatenate([of_sets, of_limits], axis=1)])
         kept = [i - len(known) for i in non_dominated(tried) if i >= len(known)]
-        if len(kept) > _MOST_ROWS:
-            kept = [i - len(known) for i in lower_hull(tried)[0] if i >= len(known)]
+        if len(kept) > _MOST_ROWS and on_hull:
+            # Once among all, and once among those that keep the input on the device, if that is asked for.
+            groups = [np.arange(len(tried))]
+            if not limits.raw_input:
+                groups.append(np.flatnonzero(tried[:, -1] == 0))
+            corners = {int(group[i]) for group in groups for i in lower_hull(tried[group, :4])[0]}
+            kept = [i - len(known) for i in sorted(corners) if i >= len(known)]
         masks += [small[i][0] for i in kept]
-    exact = True
+    exact = on_hull or not large
     for block in large:
         # A layer's joules grow with its seconds, so time and energy are searched one after the other.
         for used in ([0, 1, 2], [1, 3]) if costs.device_j is not None else ([0, 1, 2],):
-            found, complete = _on_the_hull(costs, block, used)
-            masks += found
-            exact &= complete
+            for inside in {0, 0 if limits.raw_input else units.reading_inputs}:
+                found, complete = _on_the_hull(costs, block, used, inside)
+                masks += found
+                exact &= complete
     return [costs.row_of(units.layers_of(mask)) for mask in dict.fromkeys(masks)], exact
 
 
-def _on_the_hull(costs: LayerCosts, block: Block, used: list[int]) -> tuple[list[int], bool]:
+@dataclasses.dataclass(frozen=True)
+class _Limited:
+    """What constraints ask about a set of layers; the fields are those of a ``Row``."""
+
+    index: int
+    raw_input: bool
+    memory_bytes: int | None
+
+    @staticmethod
+    def of(costs: LayerCosts, units: Units, mask: int, limits: Constraints) -> _Limited:
+        layers = units.layers_of(mask)
+        memory = costs.memory_of(layers) if limits.memory_bytes is not None else None
+        return _Limited(len(layers), bool(units.reading_inputs & ~mask), memory)
+
+
+def _limited(found: Sequence[Row | _Limited], limits: Constraints) -> Array:
+    """Return what the constraints ask for, each as a column of which less is better, shape (rows, constraints)."""
+    asked: list[list[float]] = []
+    if limits.memory_bytes is not None:
+        asked.append([np.inf if one.memory_bytes is None else one.memory_bytes for one in found])
+    if limits.min_layers:
+        asked.append([-one.index for one in found])
+    if not limits.raw_input:
+        asked.append([one.raw_input for one in found])
+    return np.array(asked, dtype=np.float64).reshape(len(asked), len(found)).T
+
+
+def _on_the_hull(costs: LayerCosts, block: Block, used: list[int], inside: int) -> tuple[list[int], bool]:
     """Return the sets of a block that minimize some weighted sum of the ``used`` columns of its costs.
+
+    Args:
+        costs: what the layers cost.
+        block: the block.
+        used: the columns.
+        inside: the mask of the units that every set must hold.
 
     Returns:
         The sets as masks, and whether all of them were found within the bounded number of minimum cuts.
     """
-    known = columns(costs.rows())[:, :4]
+    if inside >> block.stop:
+        return [], True
+    rows = [row for row in costs.rows() if not (inside and row.raw_input)]
+    known = columns(rows)[:, :4]
     known[-1, 1] = sum(spec.size_bytes for spec in costs.graph.outputs)
-    network = MinimumCut(block.first, block.stop, block.units.needs, block.units.costs, block.tensors)
+    network = MinimumCut(block.first, block.stop, block.units.needs, block.units.costs, block.tensors, inside)
     budget = min(_MOST_CUTS, _MOST_LAYER_CUTS // (block.stop - block.first))
     asked: set[bytes] = set()
     found: dict[int, None] = {}
