@@ -40,6 +40,7 @@ from torchsurgeon.meters import (
     measure_idle,
     save_log,
 )
+from torchsurgeon.meters.jetson import find_rails
 
 FIXTURES = TESTS / "fixtures" / "meters"
 MS = 1_000_000
@@ -252,24 +253,84 @@ def test_a_counter_that_wraps_goes_on_counting(board) -> None:
     assert energy_j == pytest.approx((65_532_610_987 - 7_000_000 + 1_389_013) * 1e-6)
 
 
-def test_a_counter_that_falls_without_saying_where_it_wraps_is_an_error(board) -> None:
+def test_a_counter_that_falls_without_saying_where_it_wraps_leaves_the_energy_unknown(board) -> None:
     sysfs = board("amd-desktop")
     (sysfs / "class" / "powercap" / "intel-rapl:0" / "max_energy_range_uj").unlink()
     meter = RaplMeter(sysfs)
     counter(sysfs, "intel-rapl:0", 100)
-    with pytest.raises(MeterError, match="fell by 6999900 µJ"):
-        meter.read()
+    assert meter.read().energy_j is None
+    assert "fell by 6999900 µJ" in str(meter.faults[-1])
     counter(sysfs, "intel-rapl:0", 1_000_100)
     assert meter.read().energy_j == pytest.approx(1.0)
+
+
+def test_a_counter_that_was_set_back_leaves_the_energy_unknown(board) -> None:
+    sysfs = board("amd-desktop")
+    counter(sysfs, "intel-rapl:0", 7_000_000)
+    meter = RaplMeter(sysfs)
+    readings = [meter.read()]
+    counter(sysfs, "intel-rapl:0", 0)
+    readings.append(meter.read())
+    counter(sysfs, "intel-rapl:0", 9_000_000)
+    readings.append(meter.read())
+    counter(sysfs, "intel-rapl:0", 10_000_000)
+    readings.append(meter.read())
+    assert readings[1].energy_j is None
+    assert "it was set back" in str(meter.faults[-1])
+    trace = EnergyTrace(readings)
+    assert trace.energy_j(readings[0].time_ns, readings[2].time_ns) is None
+    assert trace.energy_j(readings[2].time_ns, readings[3].time_ns) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_reading_that_is_no_energy_or_power_leaves_what_is_beside_it_unknown(value: float) -> None:
+    watts = [
+        Reading(0, 2.0),
+        Reading(10 * MS, 2.0),
+        Reading(20 * MS, value),
+        Reading(30 * MS, 2.0),
+        Reading(40 * MS, 2.0),
+    ]
+    trace = EnergyTrace(watts)
+    assert trace.energy_j(0, 10 * MS) == pytest.approx(0.02)
+    assert trace.energy_j(0, 20 * MS) is None
+    assert trace.energy_j(15 * MS, 25 * MS) is None
+    assert trace.energy_j(30 * MS, 40 * MS) == pytest.approx(0.02)
+    assert trace.mean_power_w() == pytest.approx(2.0)
+    assert "finite and not negative" in str(trace.faults[0])
+    joules = EnergyTrace([Reading(0, None, 1.0), Reading(10 * MS, None, value), Reading(20 * MS, None, 3.0)])
+    assert joules.energy_j(0, 20 * MS) is None
+
+
+def test_a_rail_that_reads_a_negative_power_is_refused(board) -> None:
+    sysfs = board("orin-nano-jetpack6")
+    meter = JetsonMeter(sysfs=sysfs)
+    current = next(path for path in sysfs.rglob("curr1_input"))
+    current.write_text("-12")
+    with pytest.raises(MeterError, match=r"must not be negative; VDD_IN reads -"):
+        meter.read()
+
+
+def test_a_rail_that_was_asked_for_and_cannot_be_read_is_an_error(board) -> None:
+    sysfs = board("orin-nano-jetpack6")
+    next(path for path in sysfs.rglob("curr1_input")).unlink()
+    with pytest.raises(MeterError, match=r"rail VDD_IN was asked for and cannot be read: reading .*curr1_input failed"):
+        JetsonMeter(["VDD_IN"], sysfs)
+
+
+def test_a_label_that_is_no_text_is_a_name_like_any_other(board) -> None:
+    sysfs = board("orin-nano-jetpack6")
+    next(path for path in sysfs.rglob("in1_label")).write_bytes(b"\xff\xfe")
+    assert find_rails(sysfs)[0].name == r"\xff\xfe"
 
 
 def test_counters_for_root_only_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     read_text = Path.read_text
 
-    def refuse(path: Path, *args: str) -> str:
+    def refuse(path: Path, *args: str, **named: str) -> str:
         if path.name == "energy_uj":
             raise PermissionError(13, "Permission denied", str(path))
-        return read_text(path, *args)
+        return read_text(path, *args, **named)
 
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(MeterError, match=r"only root may read .*; run as root, or: sudo chmod a\+r .*energy_uj"):
@@ -500,12 +561,12 @@ def test_a_device_that_cannot_be_metered_is_refused(device: str) -> None:
 
 
 def test_a_log_comes_back_as_it_was_recorded(tmp_path: Path) -> None:
-    readings = [Reading(5, power_w=1.25), Reading(9, energy_j=3.5)]
+    readings = [Reading(5, power_w=1.25), Reading(9, energy_j=3.5), Reading(11)]
     save_log(tmp_path / "log.jsonl", JetsonMeter(sysfs=FIXTURES / "tx2-jetpack4"), readings)
     replay = ReplayMeter(tmp_path / "log.jsonl")
     assert (replay.name, replay.scope) == ("ina3221", "VDD_IN")
-    assert [replay.read(), replay.read()] == readings
-    with pytest.raises(MeterError, match="has ended after 2 readings"):
+    assert [replay.read(), replay.read(), replay.read()] == readings
+    with pytest.raises(MeterError, match="has ended after 3 readings"):
         replay.read()
 
 
@@ -522,10 +583,13 @@ def test_a_log_can_be_moved_in_time() -> None:
         ("[1, 2, 3]\n", "must hold the format"),
         ('{"format": "torchsurgeon-energy-log", "version": 2}\n', "must have version 1; got 2"),
         ("not json", "reading the energy log .* failed"),
-        (
-            '{"format": "torchsurgeon-energy-log", "version": 1}\n[1, 2.0, null]\n[2, null, null]\n',
-            "line 3 .* got '.2, null",
-        ),
+        ('{"format": "torchsurgeon-energy-log", "version": 1}\n[1, 2, null]\n[2, 1, 1]\n', "line 3 .* got '.2, 1, 1"),
+        ('{"format": "torchsurgeon-energy-log", "version": 1}\n[1, 1e999, null]\n', "finite and not negative; got"),
+        ('{"format": "torchsurgeon-energy-log", "version": 1}\n[1, null, -1]\n', "finite and not negative; got"),
+        ('{"format": "torchsurgeon-energy-log", "version": 1}\n[1, NaN, null]\n', "finite and not negative; got"),
+        ('{"format": "torchsurgeon-energy-log", "version": 1}\n[1, true, null]\n', "finite and not negative; got"),
+        ('{"format": "torchsurgeon-energy-log", "version": 1}\n[true, 1, null]\n', "line 2"),
+        ('{"format": "torchsurgeon-energy-log", "version": 1}\n[99999999999999999999999, 1, null]\n', "line 2"),
         ('{"format": "torchsurgeon-energy-log", "version": 1}\n["1", 2.0, null]\n', "line 2"),
     ],
 )

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from torchsurgeon.errors import MeterError, short
+from torchsurgeon.errors import MeterError, is_finite, short
 
 _FORMAT, _VERSION = "torchsurgeon-energy-log", 1
+# Times are counted in 64 bits, and differences of two are taken.
+_MOST_NS = 1 << 62
 
 
 @dataclass(frozen=True)
 class Reading:
     """One reading of a meter: either the power at that moment, or the energy since some earlier moment.
+
+    A reading that holds neither says that the meter does not know what has been used since the one before.
 
     Attributes:
         time_ns: when it was read, on the host's monotonic clock (``time.perf_counter_ns``).
@@ -141,12 +145,16 @@ def _load_log(path: Path) -> tuple[str, str, tuple[Reading, ...]]:
 def _parse(path: Path, number: int, line: str) -> Reading:
     try:
         time_ns, power_w, energy_j = json.loads(line)
-        if isinstance(time_ns, int) and (power_w is None) != (energy_j is None):
-            value = float(energy_j if power_w is None else power_w)
-            return Reading(time_ns, energy_j=value) if power_w is None else Reading(time_ns, power_w=value)
+        values = [value for value in (power_w, energy_j) if value is not None]
+        if type(time_ns) is int and abs(time_ns) < _MOST_NS and len(values) < 2 and all(map(_is_reading, values)):
+            return Reading(time_ns, *(None if value is None else float(value) for value in (power_w, energy_j)))
     except (TypeError, ValueError):
         pass
     raise MeterError(
-        f"line {number} of the energy log {path} must be [time_ns, power_w or null, energy_j or null]; "
-        f"got {short(line, 60)}"
+        f"line {number} of the energy log {path} must be [time_ns, power_w or null, energy_j or null], with numbers "
+        f"that are finite and not negative; got {short(line, 60)}"
     )
+
+
+def _is_reading(value: object) -> bool:
+    return not isinstance(value, bool) and is_finite(value) and float(value) >= 0  # type: ignore[arg-type]

@@ -56,25 +56,28 @@ class Rail:
         """Return its power now, in watts.
 
         Raises:
-            MeterError: the driver gives no number.
+            MeterError: the driver gives no number, or the power is negative.
         """
         power = self.scale
         for path in self.factors:
             power *= _number(path)
+        if power < 0:
+            raise MeterError(f"a rail's power must not be negative; {self.name} reads {power:.6g} W")
         return power
 
 
 class JetsonMeter(EnergyMeter):
     """Power of the whole board or module, or of the named rails.
 
-    A rail that fails to be read is left out of the sum and of ``scope``, and listed in ``faults``.
+    A rail that fails to be read is left out of the sum and of ``scope``, and listed in ``faults``, unless it was asked
+    for by its name.
 
     Args:
         rails: the rails to add up. By default it is the total rail, or all rails on a board that has no total rail.
         sysfs: where sysfs is mounted.
 
     Raises:
-        MeterError: there is no monitor, a named rail does not exist, or no rail can be read.
+        MeterError: there is no monitor, a named rail does not exist or cannot be read, or no rail can be read.
     """
 
     def __init__(self, rails: Sequence[str] | None = None, sysfs: Path = Path("/sys")) -> None:
@@ -84,9 +87,14 @@ class JetsonMeter(EnergyMeter):
                 f"no INA3221 or INA238 power monitor with a named rail under {sysfs}/bus/i2c/drivers; "
                 "only Jetson boards have one"
             )
-        readable, faults = _probe(found)
+        if rails is not None:
+            found = _named(found, rails)
+        readable, faults = _probe(found, "is left out" if rails is None else "was asked for and cannot be read")
+        if rails is not None and faults:
+            raise faults[0]
         self.faults = tuple(faults)
-        self.rails = _chosen(found, readable, rails)
+        total = tuple(rail for rail in readable if rail.name in TOTAL_RAILS) if rails is None else ()
+        self.rails = total or tuple(readable)
         if not self.rails:
             raise MeterError("every rail of this board failed to be read: " + "; ".join(map(str, faults)))
         chips = sorted({rail.chip for rail in self.rails})
@@ -120,31 +128,28 @@ def find_rails(sysfs: Path = Path("/sys")) -> list[Rail]:
     return [rail for rail in rails if rail.name not in _NO_RAIL]
 
 
-def _probe(rails: Sequence[Rail]) -> tuple[list[Rail], list[MeterError]]:
+def _probe(rails: Sequence[Rail], what: str) -> tuple[list[Rail], list[MeterError]]:
     readable, faults = [], []
     for rail in rails:
         try:
             rail.power_w()
             readable.append(rail)
         except MeterError as error:
-            faults.append(MeterError(f"rail {rail.name} is left out: {error}"))
+            faults.append(MeterError(f"rail {rail.name} {what}: {error}"))
     return readable, faults
 
 
-def _chosen(found: Sequence[Rail], readable: Sequence[Rail], names: Sequence[str] | None) -> tuple[Rail, ...]:
-    if names is None:
-        total = tuple(rail for rail in readable if rail.name in TOTAL_RAILS)
-        return total or tuple(readable)
+def _named(found: Sequence[Rail], names: Sequence[str]) -> list[Rail]:
     known = [rail.name for rail in found]
     for name in names:
         if name not in known:
             raise MeterError(f"a rail must be one of {', '.join(known)}; got {short(name)}")
-    return tuple(rail for rail in readable if rail.name in names)
+    return [rail for rail in found if rail.name in names]
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="backslashreplace").strip()
     except OSError:
         return ""
 

@@ -13,6 +13,10 @@ from pathlib import Path
 from torchsurgeon.errors import MeterError
 from torchsurgeon.meters.energy import EnergyMeter, Reading
 
+# No package or memory takes more. A counter that fell and would have needed more power for a wrap was set back.
+_MOST_W = 2000.0
+_MOST_FAULTS = 100
+
 
 @dataclass
 class _Domain:
@@ -22,27 +26,36 @@ class _Domain:
     path: Path
     range_uj: int
     last_uj: int
+    last_s: float
     total_uj: int = 0
 
-    def advance(self) -> None:
-        now_uj = _number(self.path / "energy_uj")
-        step_uj = now_uj - self.last_uj
-        self.last_uj = now_uj
-        if step_uj < 0:
-            if self.range_uj <= 0:
-                raise MeterError(
-                    f"the energy counter of {self.name} fell by {-step_uj} µJ, and its max_energy_range_uj does not "
-                    "say where it wraps; read it again"
-                )
-            step_uj += self.range_uj
-        self.total_uj += step_uj
+    def advance(self) -> MeterError | None:
+        """Read the counter. Return the error that tells that it was set back, so that what it counted is unknown."""
+        now_uj, now_s = _number(self.path / "energy_uj"), time.perf_counter()
+        step_uj, passed_s = now_uj - self.last_uj, now_s - self.last_s
+        self.last_uj, self.last_s = now_uj, now_s
+        if step_uj >= 0:
+            self.total_uj += step_uj
+            return None
+        fell = f"the energy counter of {self.name} fell by {-step_uj} µJ"
+        if self.range_uj <= 0:
+            return MeterError(f"{fell}, and its max_energy_range_uj does not say where it wraps; read it again")
+        wrapped_uj = step_uj + self.range_uj
+        if not 0 <= wrapped_uj * 1e-6 <= _MOST_W * passed_s:
+            return MeterError(
+                f"{fell} within {passed_s:.3g} s. To wrap, it would have had to count {wrapped_uj * 1e-6:.6g} J, so it "
+                "was set back; the energy between these two readings is unknown"
+            )
+        self.total_uj += wrapped_uj
+        return None
 
 
 class RaplMeter(EnergyMeter):
     """Energy of all processor packages and their memory since the meter was made.
 
     A counter may wrap at most once between two readings: at 300 W, a common range of 262 kJ lasts a quarter of an hour.
-    A domain that fails to be read is left out and listed in ``faults``.
+    A counter that fell by more than a wrap explains was set back, by its driver for example: that reading holds no
+    energy, and is listed in ``faults``. A domain that fails to be read at first is left out and listed there, too.
 
     Args:
         sysfs: where sysfs is mounted.
@@ -64,8 +77,10 @@ class RaplMeter(EnergyMeter):
         self.scope = " + ".join(domain.name for domain in self._domains)
 
     def read(self) -> Reading:
-        for domain in self._domains:
-            domain.advance()
+        resets = [fault for domain in self._domains if (fault := domain.advance()) is not None]
+        if resets:
+            self.faults = (*self.faults, *resets)[:_MOST_FAULTS]
+            return Reading(time.perf_counter_ns())
         return Reading(time.perf_counter_ns(), energy_j=sum(domain.total_uj for domain in self._domains) * 1e-6)
 
 
@@ -79,7 +94,8 @@ def _find_domains(powercap: Path) -> tuple[list[_Domain], list[MeterError]]:
         if name == "dram":
             name = f"{_name(powercap / path.name.rpartition(':')[0])} dram"
         try:
-            domains.append(_Domain(name, path, _range_uj(path), _number(path / "energy_uj")))
+            now_uj = _number(path / "energy_uj")
+            domains.append(_Domain(name, path, _range_uj(path), now_uj, time.perf_counter()))
         except MeterError as error:
             faults.append(error)
     return domains, faults
@@ -87,7 +103,7 @@ def _find_domains(powercap: Path) -> tuple[list[_Domain], list[MeterError]]:
 
 def _name(path: Path) -> str:
     try:
-        return (path / "name").read_text().strip()
+        return (path / "name").read_text(errors="backslashreplace").strip()
     except OSError:
         return ""
 
@@ -101,10 +117,13 @@ def _range_uj(path: Path) -> int:
 
 def _number(path: Path) -> int:
     try:
-        return int(path.read_text())
+        number = int(path.read_text())
     except PermissionError as error:
         raise MeterError(f"only root may read {path}; run as root, or: sudo chmod a+r {path}") from error
     except OSError as error:
         raise MeterError(f"reading {path} failed: {error.strerror}") from error
     except ValueError as error:
         raise MeterError(f"{path} must hold a number, and does not") from error
+    if number < 0:
+        raise MeterError(f"{path} must hold a number from 0 on; got {number}")
+    return number

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from torchsurgeon.errors import MeterError
+from torchsurgeon.errors import MeterError, is_finite, short
 from torchsurgeon.meters.energy import Reading
 
 _CONFIDENCE = 0.95
@@ -42,14 +42,15 @@ class EnergyEstimate:
 class EnergyTrace:
     """Energy over time, integrated from the readings of one meter.
 
-    Between two readings, power is taken to change linearly, and a counter's growth to be even. Where time or counter
-    run backwards, and across pauses in the readings, energy is unknown.
+    Between two readings, power is taken to change linearly, and a counter's growth to be even. Energy is unknown where
+    time or counter run backwards, across pauses in the readings, and beside a reading that is not a finite number from
+    0 on.
 
     Args:
         readings: the readings, in the order they were made.
 
     Attributes:
-        faults: where time or counter ran backwards.
+        faults: where time or counter ran backwards, and readings that are not finite numbers from 0 on.
         period_s: the median time between two readings; NaN for fewer than two.
     """
 
@@ -77,6 +78,15 @@ class EnergyTrace:
     def _in_order(self, readings: Sequence[Reading]) -> list[Reading]:
         kept: list[Reading] = []
         for reading in readings:
+            values = [value for value in (reading.power_w, reading.energy_j) if value is not None]
+            if not all(is_finite(value) and value >= 0 for value in values):
+                self.faults.append(
+                    MeterError(
+                        f"a meter must read watts or joules that are finite and not negative; got {short(values)}; the "
+                        "energy beside this reading is unknown"
+                    )
+                )
+                reading = Reading(reading.time_ns)
             if kept and reading.time_ns <= kept[-1].time_ns:
                 back_ns = kept[-1].time_ns - reading.time_ns
                 self.faults.append(
