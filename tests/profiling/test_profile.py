@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Iterator
 from itertools import count, pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -111,6 +112,27 @@ def test_a_profile_of_another_graph_is_refused_by_name(profile: ts.LayerProfile)
         profile.check(other)
 
 
+def energetic(data: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    count = len(data["layers"])
+    energy = {"meter": "rapl", "idle_power_w": 1.0, "layer_j": [0.5] * count, "interval_j": [[0, 1]] * count}
+    return {**data, "energy": {**energy, "whole_j": [1, 1, 1], **fields}}
+
+
+def test_layers_of_other_names_are_refused(profile: ts.LayerProfile, graph: ts.LayerGraph) -> None:
+    renamed = dataclasses.replace(profile, layers=(*profile.layers[:-1], "renamed"))
+    with pytest.raises(ts.ProfileError, match=r"layer 4 is 'renamed' in the profile and .* in the model"):
+        renamed.check(graph)
+
+
+def test_joules_that_noise_took_below_zero_count_as_none(profile: ts.LayerProfile) -> None:
+    count = len(profile.layers)
+    data = energetic(profile.to_json(), layer_j=[-0.1] + [0.5] * (count - 1), interval_j=[[-0.3, 1]] * count)
+    head_j = ts.LayerProfile.from_json(data).head_j
+    assert head_j is not None
+    assert head_j[:2].tolist() == [0.0, 0.0]
+    assert (np.diff(head_j) >= 0).all()
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -120,7 +142,27 @@ def test_a_profile_of_another_graph_is_refused_by_name(profile: ts.LayerProfile)
         (lambda d: {**d, "samples_s": [[-1.0] * len(d["layers"])]}, "non-negative"),
         (lambda d: {**d, "whole_s": []}, "whole_s"),
         (lambda d: {**d, "samples_s": "soon"}, "samples_s must be a list of seconds for each repeat; got 'soon'"),
-        (lambda d: {**d, "memory_bytes": [1]}, "memory_bytes holds 1"),
+        (lambda d: {**d, "memory_bytes": [1]}, r"memory_bytes must have shape \(\d+,\)"),
+        (lambda d: {**d, "memory_bytes": [-1] * len(d["layers"])}, "memory_bytes must hold bytes from 0 on; got -1"),
+        (lambda d: {**d, "memory_bytes": [1.5] * len(d["layers"])}, "memory_bytes must be a list of whole numbers"),
+        (lambda d: {**d, "batch": 1.7}, "batch must be a whole number from 1 on; got 1.7"),
+        (lambda d: {**d, "batch": True}, "batch must be a whole number from 1 on; got True"),
+        (lambda d: {**d, "whole_s": [True]}, "whole_s must be a list of seconds; got"),
+        (lambda d: {**d, "samples_s": [["1"] * len(d["layers"])]}, "samples_s must be a list of seconds"),
+        (lambda d: {**d, "layers": [d["layers"][0]] * len(d["layers"])}, "layers must have names of their own"),
+        (
+            lambda d: {**d, "interval_s": [[2, 1]] * len(d["layers"])},
+            "interval_s must hold pairs .* the lower one",
+        ),
+        (lambda d: {**d, "interval_s": [[-1, 1]] * len(d["layers"])}, "interval_s must hold pairs .* not negative"),
+        (lambda d: {**d, "interval_s": [[None, 1]] * len(d["layers"])}, "interval_s must hold pairs .* finite"),
+        (lambda d: {**d, "whole_interval_s": [2, 1]}, "whole_interval_s must hold pairs"),
+        (lambda d: energetic(d, layer_j=[-0.6] * len(d["layers"])), "layer_j must hold joules from 0 on"),
+        (lambda d: energetic(d, whole_j=[-0.6, -0.7, -0.5]), "whole_j must hold joules from 0 on"),
+        (lambda d: energetic(d, whole_j=[0.6, 0.7, 0.5]), "an interval of whole_j must have its lower end first"),
+        (lambda d: energetic(d, interval_j=[[1, 0]] * len(d["layers"])), "an interval of layer_j must have its lower"),
+        (lambda d: energetic(d, idle_power_w=-1), "idle_power_w must be watts from 0 on; got -1"),
+        (lambda d: energetic(d, idle_power_w=True), "energy must be"),
         (lambda d: {**d, "energy": {"meter": "rapl"}}, "whole_j"),
         (lambda d: [], "list"),
         (lambda d: {**d, "whole_s": [0.0]}, "whole_s"),
@@ -133,19 +175,7 @@ def test_a_profile_of_another_graph_is_refused_by_name(profile: ts.LayerProfile)
         (lambda d: {**d, "model": None}, "model must be a text; got None"),
         (lambda d: {**d, "memory_bytes": [1e300] * len(d["layers"])}, "memory_bytes must be"),
         (lambda d: {**d, "whole_interval_s": []}, "whole_interval_s must be a pair of seconds"),
-        (
-            lambda d: {
-                **d,
-                "energy": {
-                    "meter": "rapl",
-                    "idle_power_w": 1.0,
-                    "layer_j": [float("inf")] * len(d["layers"]),
-                    "interval_j": [[0, 1]] * len(d["layers"]),
-                    "whole_j": [1, 1, 1],
-                },
-            },
-            "finite joules",
-        ),
+        (lambda d: energetic(d, layer_j=[float("inf")] * len(d["layers"])), "finite joules"),
     ],
 )
 def test_a_damaged_profile_is_refused(profile: ts.LayerProfile, tmp_path: Path, damage, reason: str) -> None:  # type: ignore[no-untyped-def]

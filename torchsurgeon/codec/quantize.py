@@ -69,7 +69,7 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
     """Return ``tensor`` packed, as a ``uint8`` tensor on its device; None where it cannot be packed.
 
     A tensor cannot be packed if it holds NaN or infinity, a value beyond the range of ``float16``, or values whose
-    range float32 does not represent.
+    range float32 does not represent, such as values of float64 that lie close together far from zero.
 
     Args:
         packing: one of ``PACKINGS``.
@@ -85,9 +85,9 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
         values = tensor.to(torch.float32).reshape(-1)
         if values.dtype != tensor.dtype:
             low, high = torch.stack(torch.aminmax(values)).tolist()
-        if not _describable(low, high):
-            return None
         scale = (high - low) / _LEVELS[packing]
+        if not _describable(low, high) or (tensor.dtype == torch.float64 and _blurs(low, high, scale)):
+            return None
         inverse = 1 / scale if scale else 0.0
         described = torch.tensor([low, scale], dtype=torch.float32)
         if values.is_cpu and _native.available():
@@ -105,6 +105,8 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
     if not bool((torch.isfinite(ranges) & ((ranges == 0) | (ranges > _NARROWEST)) & (ranges < _WIDEST)).all()):
         return None
     scales = ranges / _LEVELS[packing]
+    if tensor.dtype == torch.float64 and any(map(_blurs, lows.tolist(), highs.tolist(), scales.tolist())):
+        return None
     inverse = torch.where(ranges > 0, 1 / scales, 0).float()
     codes = _codes(values, lows[:, None], inverse[:, None])
     return torch.cat([torch.cat([lows, scales.float()]).view(torch.uint8), codes.reshape(-1)])
@@ -155,6 +157,11 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def _describable(low: float, high: float) -> bool:
     return math.isfinite(low) and (low == high or _NARROWEST < high - low < _WIDEST)
+
+
+def _blurs(low: float, high: float, scale: float) -> bool:
+    """Return whether float32, in which values are packed, rounds float64 by more than a hundredth of a step."""
+    return max(abs(low), abs(high)) * 2.0**-24 > scale / 100
 
 
 def _codes(values: Tensor, low: float | Tensor, inverse: float | Tensor) -> Tensor:

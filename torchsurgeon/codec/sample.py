@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -85,8 +86,25 @@ def _pixels(path: Path, height: int, width: int) -> Tensor:
 
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height))
+            fitted = ImageOps.fit(_of_8_bits(ImageOps.exif_transpose(image)).convert("RGB"), (width, height))
+    except CodecError:
+        raise
     except Exception as error:
         # Pillow does not document which errors a damaged file raises, so all of them are caught.
         raise CodecError(f"the image {short(str(path))} is not readable: {short(error)}") from None
     return torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1).contiguous()
+
+
+def _of_8_bits(image: Any) -> Any:
+    """Return a grey image of 16 bits with 8; Pillow's own conversion would turn everything above 255 white."""
+    from PIL import Image
+
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = numpy.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise CodecError(
+            f"an image must have 8 or 16 bits a channel; got one of Pillow's mode {image.mode!r} with values from "
+            f"{values.min()} to {values.max()}; convert it first"
+        )
+    return Image.fromarray((values >> 8).astype(numpy.uint8))

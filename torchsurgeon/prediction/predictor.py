@@ -20,7 +20,7 @@ from torchsurgeon.prediction.operations import operations
 from torchsurgeon.prediction.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
 from torchsurgeon.prediction.roofline import Roofline, fit_roofline
 from torchsurgeon.prediction.samples import FEWEST_SAMPLES, Sample, SampleTable, read_csv, tables
-from torchsurgeon.profiling.record import LayerEnergy, LayerProfile
+from torchsurgeon.profiling import LayerEnergy, LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import Layer
 

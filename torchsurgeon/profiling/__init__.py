@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torchsurgeon.profiling.energy import LayerEnergy
 from torchsurgeon.profiling.measure import example_inputs, layer_trace, profile
 from torchsurgeon.profiling.origin import find_device, provenance
-from torchsurgeon.profiling.record import LayerEnergy, LayerProfile
+from torchsurgeon.profiling.record import LayerProfile
 
 __all__ = [
     "LayerEnergy",

@@ -19,7 +19,7 @@ import torch
 
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.meters import EnergyEstimate, EnergyMeter, EnergySampler
-from torchsurgeon.profiling.record import Array, LayerEnergy
+from torchsurgeon.profiling.energy import Array, LayerEnergy
 from torchsurgeon.tracing.step import Environment, Step
 
 # How many times the repetitions of a layer are metered.

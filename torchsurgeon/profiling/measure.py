@@ -24,10 +24,11 @@ from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.errors import MeterError, NoisyProfileWarning, ProfileError, is_finite, short
 from torchsurgeon.hooks.attribution import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
+from torchsurgeon.profiling.energy import Array, LayerEnergy
 from torchsurgeon.profiling.joules import layer_energy
 from torchsurgeon.profiling.memory import layer_memory
 from torchsurgeon.profiling.origin import device_of, provenance
-from torchsurgeon.profiling.record import Array, LayerEnergy, LayerProfile
+from torchsurgeon.profiling.record import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import TensorSpec
 

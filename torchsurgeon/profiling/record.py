@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from torchsurgeon import _json_file
 from torchsurgeon.errors import ProfileError, is_finite, short
+from torchsurgeon.profiling.energy import Array, LayerEnergy, floats
 from torchsurgeon.tracing.graph import LayerGraph
 
 T = TypeVar("T")
@@ -21,58 +23,6 @@ FORMAT = "torchsurgeon.profile/2"
 
 # Outside of these, rates and ratios of times would overflow.
 _LEAST_S, _MOST_S = 1e-12, 1e12
-
-Array = NDArray[np.float64]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LayerEnergy:
-    """The energy of one run of each layer, and of the whole model, above that of the idle machine.
-
-    Attributes:
-        meter: the meter and what it meters ("rapl package-0").
-        idle_power_w: the power of the idle machine in watts, which is subtracted.
-        layer_j: mean joules of each layer, shape (layers,); NaN where nothing was metered.
-        interval_j: their 95 % confidence intervals, shape (layers, 2); NaN where nothing was metered.
-        whole_j: mean joules of the whole model, and the ends of their 95 % confidence interval.
-    """
-
-    meter: str
-    idle_power_w: float
-    layer_j: Array
-    interval_j: Array
-    whole_j: tuple[float, float, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the energies as plain data; unknown ones are null."""
-        return {
-            "meter": self.meter,
-            "idle_power_w": self.idle_power_w,
-            "layer_j": _nulls(self.layer_j.tolist()),
-            "interval_j": _nulls(self.interval_j.tolist()),
-            "whole_j": _nulls(list(self.whole_j)),
-        }
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> LayerEnergy:
-        """Return the energies in plain data.
-
-        Args:
-            data: what ``to_json()`` returned.
-
-        Raises:
-            KeyError: a field is missing.
-            TypeError: a field is of another type.
-            ValueError: a field holds no number.
-        """
-        mean_j, low_j, high_j = _floats(data["whole_j"]).tolist()
-        return LayerEnergy(
-            str(data["meter"]),
-            float(data["idle_power_w"]),
-            _floats(data["layer_j"]),
-            _floats(data["interval_j"]).reshape(-1, 2),
-            (mean_j, low_j, high_j),
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +46,8 @@ class LayerProfile:
         whole_interval_s: of a predicted profile, the 90 % interval of the whole model's seconds; else None.
 
     Raises:
-        ProfileError: shapes do not fit the number of layers, or a value is no time or energy.
+        ProfileError: shapes do not fit the number of layers, or a value is no time, energy, memory or batch size; the
+            message names the field.
     """
 
     model: str
@@ -112,6 +63,11 @@ class LayerProfile:
     whole_interval_s: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise ProfileError(f"batch must be a whole number from 1 on; got {short(self.batch, 100)}; measure again")
+        if len(set(self.layers)) != len(self.layers):
+            twice = next(name for name in self.layers if self.layers.count(name) > 1)
+            raise ProfileError(f"layers must have names of their own; got {short(twice, 100)} twice; measure again")
         if self.samples_s.ndim != 2 or self.samples_s.shape[1] != len(self.layers) or not len(self.samples_s):
             raise ProfileError(
                 f"samples_s must have shape (repeats, {len(self.layers)}), at least one repeat and one column a layer; "
@@ -128,19 +84,33 @@ class LayerProfile:
                     f"a model must take between {_LEAST_S} and {_MOST_S} s; the median of {what} is {np.median(whole)} "
                     "s; measure it again"
                 )
-        if self.energy is not None and np.isinf([*self.energy.layer_j, *self.energy.whole_j]).any():
+        self._check_sizes()
+        if self.memory_bytes is not None and (self.memory_bytes < 0).any():
             raise ProfileError(
-                "layer_j and whole_j must hold finite joules, or NaN where they are not known; got an infinite one; "
-                "measure the profile again"
+                f"memory_bytes must hold bytes from 0 on; got {short(int(self.memory_bytes.min()))}; measure again"
             )
-        for what, size in (
-            ("memory_bytes", len(self.layers) if self.memory_bytes is None else len(self.memory_bytes)),
-            ("layer_j", len(self.layers) if self.energy is None else len(self.energy.layer_j)),
-            ("interval_j", len(self.layers) if self.energy is None else len(self.energy.interval_j)),
-            ("interval_s", len(self.layers) if self.interval_s is None else len(self.interval_s)),
+        whole_interval = None if self.whole_interval_s is None else np.array([self.whole_interval_s], dtype=np.float64)
+        for what, interval in (("interval_s", self.interval_s), ("whole_interval_s", whole_interval)):
+            if interval is not None and not _are_intervals(interval):
+                raise ProfileError(
+                    f"{what} must hold pairs of seconds, finite and not negative, the lower one first; got "
+                    f"{short(interval.tolist(), 100)}; predict the profile again"
+                )
+        if self.energy is not None:
+            self.energy.check()
+
+    def _check_sizes(self) -> None:
+        for what, values, shape in (
+            ("memory_bytes", self.memory_bytes, ()),
+            ("layer_j", None if self.energy is None else self.energy.layer_j, ()),
+            ("interval_j", None if self.energy is None else self.energy.interval_j, (2,)),
+            ("interval_s", self.interval_s, (2,)),
         ):
-            if size != len(self.layers):
-                raise ProfileError(f"{what} holds {size} values for {len(self.layers)} layers; measure again")
+            if values is not None and values.shape != (len(self.layers), *shape):
+                raise ProfileError(
+                    f"{what} must have shape {(len(self.layers), *shape)}, for the {len(self.layers)} layers; got "
+                    f"{values.shape}; measure again"
+                )
 
     @property
     def layer_s(self) -> Array:
@@ -180,11 +150,12 @@ class LayerProfile:
         """Joules above idle until each partition index is reached, shape (layers + 1,), from 0.
 
         NaN from the first layer on whose energy is unknown; None where nothing was metered. Layers are metered one by
-        one, and the sum is scaled to the metered energy of the whole model where that is known.
+        one, and the sum is scaled to the metered energy of the whole model where that is known. A layer whose mean is
+        below zero by noise counts as zero.
         """
         if self.energy is None:
             return None
-        reached = np.concatenate([np.zeros(1), np.cumsum(self.energy.layer_j)])
+        reached = np.concatenate([np.zeros(1), np.cumsum(np.maximum(self.energy.layer_j, 0.0))])
         whole_j = self.energy.whole_j[0]
         return reached * (whole_j / reached[-1]) if whole_j > 0 and reached[-1] > 0 else reached
 
@@ -296,6 +267,15 @@ class LayerProfile:
                 f"not of {type(graph.model).__name__} ({len(graph.layers)} layers, {graph.fingerprint[:12]}); "
                 "profile that model"
             )
+        names = tuple(layer.name for layer in graph.layers)
+        if self.layers != names:
+            at = next(i for i, pair in enumerate(itertools.zip_longest(self.layers, names)) if pair[0] != pair[1])
+            ours = short(self.layers[at], 100) if at < len(self.layers) else "none"
+            theirs = short(names[at], 100) if at < len(names) else "none"
+            raise ProfileError(
+                f"the profile's layers must be the model's; layer {at} is {ours} in the profile and {theirs} in the "
+                "model, so the file was edited; profile that model"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as plain data, with its format's version."""
@@ -341,13 +321,13 @@ class LayerProfile:
             field("fingerprint", "a text", _text),
             field("batch", "a whole number from 1 on", _batch),
             field("layers", "a list of names", lambda value: tuple(map(_text, _list(value)))),
-            field("samples_s", "a list of seconds for each repeat", _floats),
-            field("whole_s", "a list of seconds", _floats),
+            field("samples_s", "a list of seconds for each repeat", floats),
+            field("whole_s", "a list of seconds", floats),
             field("provenance", "an object", dict),
-            optional("memory_bytes", "a list of bytes", lambda value: np.asarray(value, dtype=np.int64).reshape(-1)),
+            optional("memory_bytes", "a list of whole numbers of bytes", _whole_numbers),
             optional("energy", "an object with the joules of each layer", LayerEnergy.from_json),
-            optional("interval_s", "a list of pairs of seconds", lambda value: _floats(value).reshape(-1, 2)),
-            optional("whole_interval_s", "a pair of seconds", lambda value: (float(value[0]), float(value[1]))),
+            optional("interval_s", "a list of pairs of seconds", lambda value: floats(value).reshape(-1, 2)),
+            optional("whole_interval_s", "a pair of seconds", _pair),
         )
 
     def save(self, path: str | Path) -> None:
@@ -374,13 +354,6 @@ class LayerProfile:
         return _json_file.load(path, LayerProfile.from_json, ProfileError, "measure it again")
 
 
-def _nulls(values: Any) -> Any:
-    """Return nested lists of numbers with None for NaN and infinities, which JSON does not have."""
-    if isinstance(values, list):
-        return [_nulls(value) for value in values]
-    return values if math.isfinite(values) else None
-
-
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
@@ -388,9 +361,9 @@ def _text(value: Any) -> str:
 
 
 def _batch(value: Any) -> int:
-    if not (is_finite(value) and int(value) >= 1):
+    if type(value) is not int or value < 1:
         raise ValueError
-    return int(value)
+    return value
 
 
 def _list(value: Any) -> list[Any]:
@@ -399,8 +372,19 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
-def _floats(values: Any) -> Array:
-    return np.asarray(values, dtype=np.float64)
+def _whole_numbers(values: Any) -> NDArray[np.int64]:
+    if not all(type(value) is int for value in _list(values)):
+        raise TypeError
+    return np.asarray(values, dtype=np.int64)
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    low, high = floats(_list(values)).tolist()
+    return low, high
+
+
+def _are_intervals(values: Array) -> bool:
+    return bool(np.isfinite(values).all() and (values >= 0).all() and (values[:, 0] <= values[:, 1]).all())
 
 
 def _ms(seconds: float) -> str:
