@@ -106,6 +106,24 @@ def test_a_lossy_codec_keeps_dtype_shape_and_its_bound(tensor: Tensor, name: str
         assert float((exact - got).abs().max()) <= bound * 1.001 + rounding
 
 
+@pytest.mark.parametrize("name", ["int8", "int8-channel", "int4"])
+@pytest.mark.parametrize("spread", [1e-9, 1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("center", [0.0, 1.0, 1e6, -1e12])
+def test_values_of_float64_far_from_zero_keep_the_bound(name: str, center: float, spread: float) -> None:
+    tensor = center + spread * torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    back = there_and_back(find_codec(name), tensor)
+    step = float(tensor.max() - tensor.min()) / (15 if name == "int4" else 255)
+    assert float((tensor - back).abs().max()) <= 0.53 * step
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+def test_lazily_conjugated_and_negated_tensors_are_encoded_as_their_values(name: str) -> None:
+    values = torch.randn(2, 3, dtype=torch.complex64)
+    for lazy in (values.conj(), values.conj().imag, values.t().conj()[1:]):
+        plain = lazy.resolve_conj().resolve_neg().clone()
+        assert torch.equal(there_and_back(find_codec(name), lazy), there_and_back(find_codec(name), plain))
+
+
 @pytest.mark.parametrize("name", NUMERIC)
 def test_the_order_of_dimensions_in_memory_survives(name: str) -> None:
     tensor = torch.randn(2, 8, 10, 10).to(memory_format=torch.channels_last)

@@ -287,6 +287,15 @@ def test_a_folder_of_images_is_a_sample(tmp_path: Path) -> None:
     assert -2.2 < float(floats[0].min()) < 0 < float(floats[0].max()) < 2.7
 
 
+def test_an_image_of_16_bits_keeps_its_brightness(tmp_path: Path) -> None:
+    graph = ts.trace(Photo().eval(), photos()[0])
+    Image.fromarray(numpy.linspace(0, 65535, 1600).reshape(40, 40).astype("uint16")).save(tmp_path / "a.png")
+    assert image_call(graph, tmp_path / "a.png").float().mean().item() == pytest.approx(127, abs=3)
+    Image.fromarray(numpy.full((40, 40), 0.5, "float32")).save(tmp_path / "a.tiff")
+    with pytest.raises(CodecError, match="must have 8 or 16 bits a channel; got one of Pillow's mode 'F'"):
+        image_call(graph, tmp_path / "a.tiff")
+
+
 def test_folders_and_models_that_make_no_sample_are_refused(tmp_path: Path, graph: ts.LayerGraph) -> None:
     with pytest.raises(CodecError, match="is not readable: No such file"):
         image_sample(graph, tmp_path / "nowhere")

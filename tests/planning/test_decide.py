@@ -262,3 +262,13 @@ def test_a_link_may_be_given_by_its_name() -> None:
     assert planned(link="lte").link == ts.Link.parse("lte")
     with pytest.raises(ts.LinkError, match="no link 'lta'"):
         planned(link="lta")
+
+
+def test_a_model_that_ignores_its_input_is_planned() -> None:
+    class Ignores(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ones(3)
+
+    graph = ts.trace(Ignores().eval(), torch.rand(1, 4))
+    profile = ts.profile(graph, repeats=2, meter=None)
+    assert ts.plan(graph, device=profile, server=profile, link="lte").row.on_device

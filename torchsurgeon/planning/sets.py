@@ -166,7 +166,8 @@ def across_branches(
 ) -> tuple[list[Row], bool]:
     """Return the cuts across branches that can win against ``rows``, with their tensors sent as they are.
 
-    There are none in a model without parallel branches, nor where shared memory allows only the graph's own points.
+    There are none in a model without parallel branches, nor in one that ignores its input, nor where shared memory
+    allows only the graph's own points.
     Where very many cuts remain, and neither ``limits`` nor ``summed`` says otherwise, only those on the lower hull of
     the costs are returned.
 
@@ -179,7 +180,8 @@ def across_branches(
     Returns:
         The rows, and whether no better one is missing.
     """
-    if costs.graph.closure.prefixes_only:
+    closure = costs.graph.closure
+    if closure.prefixes_only or len(closure.constants) == len(costs.graph.layers):
         return [], True
     units = Units(costs)
     masks: list[int] = []
