@@ -46,6 +46,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from numbers import Integral
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -83,6 +84,11 @@ def is_finite(value: object) -> bool:
         return math.isfinite(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return False
+
+
+def is_whole(value: object) -> bool:
+    """Return whether ``value`` is a whole number and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class TorchSurgeonError(Exception):

@@ -197,7 +197,7 @@ def test_a_file_cut_short_is_refused(profile: ts.LayerProfile, tmp_path: Path) -
 
 
 def test_repeats_out_of_range_are_refused(graph: ts.LayerGraph) -> None:
-    with pytest.raises(ts.ProfileError, match="repeats must be at least 1; got 0"):
+    with pytest.raises(ts.ProfileError, match="repeats must be a whole number from 1 on; got 0"):
         ts.profile(graph, repeats=0)
 
 
@@ -508,3 +508,9 @@ def test_joules_are_printed_with_their_interval() -> None:
     assert report.joules_text(0.0123, 0.011, 0.0135) == "12.3 (11 … 13.5) mJ"
     assert report.joules_text(2.5, math.nan, math.nan) == "2.5 J"
     assert report.joules_text(math.nan, math.nan, math.nan) == "?"
+
+
+@pytest.mark.parametrize("given", [{"repeats": 2.5}, {"repeats": True}, {"repeats": "3"}, {"warmup": 1.5}])
+def test_how_often_a_model_runs_is_a_whole_number(graph: ts.LayerGraph, given: dict[str, Any]) -> None:
+    with pytest.raises(ts.ProfileError, match=f"{next(iter(given))} must be a whole number from"):
+        ts.profile(graph, meter=None, **given)

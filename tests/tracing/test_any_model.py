@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import warnings
 from typing import Any
@@ -45,8 +46,7 @@ def test_recurrent_layers_and_their_states_cross(kind: type[nn.RNNBase], batch_f
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 def test_what_is_said_of_recurrent_layers_is_what_they_give(kind: type[nn.RNNBase]) -> None:
-    x = torch.rand(3, 5, 6)
-    for batch_first in (False, True):
+    for x, batch_first in itertools.product((torch.rand(3, 5, 6), torch.rand(5, 6, 3).permute(2, 0, 1)), (False, True)):
         made = kind(6, 8, 2, batch_first=batch_first, bidirectional=True).eval()
         rule = rule_for(made)
         assert rule is not None
@@ -58,6 +58,16 @@ def test_what_is_said_of_recurrent_layers_is_what_they_give(kind: type[nn.RNNBas
         with FlopCounterMode(display=False) as counter:
             made.to("meta")(x.to("meta"))
         assert told.flops == counter.get_total_flops()
+        # The same as the call that is recorded where the module is the model itself.
+        graph = ts.trace(made, x, verify=False)
+        (layer,) = (layer for layer in graph.layers if layer.flops)
+        assert layer.flops == told.flops
+        assert next(spec.shape for spec in layer.outputs) == tuple(told.value[0].shape)
+
+
+def test_a_recurrent_model_over_a_thousand_steps_is_not_followed_step_by_step() -> None:
+    for made in (nn.GRU(4, 4), nn.LSTM(4, 4, batch_first=True)):
+        assert len(ts.trace(made.eval(), torch.rand(1, 1000, 4)).layers) < 4
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 9, 7), (2, 3, 8, 8), (1, 4, 1, 1), (2, 1, 6, 6)], ids=str)

@@ -21,7 +21,7 @@ import torch
 from torchsurgeon import hooks
 from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.cutting.partition import tail_for
-from torchsurgeon.errors import MeterError, NoisyProfileWarning, ProfileError, is_finite, short
+from torchsurgeon.errors import MeterError, NoisyProfileWarning, ProfileError, is_finite, is_whole, short
 from torchsurgeon.hooks.attribution import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.profiling.energy import Array, LayerEnergy
@@ -98,10 +98,9 @@ def profile(
         raise ProfileError(
             f"profile takes a traced model; got {type(graph).__name__}; call profile(trace(model, example))"
         )
-    if not (is_finite(repeats) and repeats >= 1):
-        raise ProfileError(f"repeats must be at least 1; got {short(repeats)}")
-    if not (is_finite(warmup) and warmup >= 0):
-        raise ProfileError(f"warmup must be at least 0; got {short(warmup)}")
+    for name, count, least in (("repeats", repeats, 1), ("warmup", warmup, 0)):
+        if not is_whole(count) or count < least:
+            raise ProfileError(f"{name} must be a whole number from {least} on; got {short(count)}")
     if not (is_finite(cooldown_s) and cooldown_s >= 0):
         raise ProfileError(f"cooldown_s must be 0 or more seconds; got {short(cooldown_s)}")
     target = device_of(graph, device)

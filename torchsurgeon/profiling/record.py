@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon import _json_file
-from torchsurgeon.errors import ProfileError, is_finite, short
+from torchsurgeon.errors import ProfileError, is_finite, is_whole, short
 from torchsurgeon.profiling.energy import Array, LayerEnergy, floats
 from torchsurgeon.tracing.graph import LayerGraph
 
@@ -63,7 +63,7 @@ class LayerProfile:
     whole_interval_s: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+        if not is_whole(self.batch) or self.batch < 1:
             raise ProfileError(f"batch must be a whole number from 1 on; got {short(self.batch, 100)}; measure again")
         if len(set(self.layers)) != len(self.layers):
             twice = next(name for name in self.layers if self.layers.count(name) > 1)

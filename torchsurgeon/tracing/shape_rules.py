@@ -210,20 +210,51 @@ def _encoder(module: nn.TransformerEncoder, x: torch.Tensor, *_: Any, **__: Any)
 
 
 def _recurrent(module: nn.RNNBase, x: Any, state: Any = None) -> Outcome | None:
-    if not isinstance(x, torch.Tensor) or x.dim() != 3 or module.proj_size or not x.is_contiguous():
+    if not isinstance(x, torch.Tensor) or x.dim() != 3 or module.proj_size:
         return None
-    directions, hidden = 2 if module.bidirectional else 1, module.hidden_size
-    batch = x.shape[0 if module.batch_first else 1]
-    out = torch.empty((*x.shape[:2], directions * hidden), dtype=x.dtype, device=META)
-    if module.batch_first:
-        # The kernel keeps time as the outer dimension, which the strides of its result show.
-        out = torch.empty_like(out.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
-    states = [
-        torch.empty((directions * module.num_layers, batch, hidden), dtype=x.dtype, device=META)
-        for _ in range(2 if isinstance(module, nn.LSTM) else 1)
-    ]
+    kept = 2 if isinstance(module, nn.LSTM) else 1
     weights = sum(p.numel() for name, p in module.named_parameters() if name.startswith("weight"))
-    return Outcome((out, tuple(states) if len(states) > 1 else states[0]), 2 * x.shape[0] * x.shape[1] * weights)
+    layers, both = module.num_layers, module.bidirectional
+    found = _over_time(x, module.hidden_size, layers, both, module.batch_first, kept, weights)
+    out, *states = found.value
+    return dataclasses.replace(found, value=(out, tuple(states) if kept > 1 else states[0]))
+
+
+def _recurrent_function(
+    target: Any,
+    x: Any,
+    state: Any,
+    weights: Any,
+    bias: Any,
+    layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+) -> Outcome | None:
+    """The call by which a recurrent module that is itself the model runs; packed sequences have other arguments."""
+    several = isinstance(state, (tuple, list))
+    if not isinstance(weights, (tuple, list)) or not isinstance(x, torch.Tensor) or x.dim() != 3:
+        return None
+    hidden = state[0].shape[-1] if several else state.shape[-1]
+    if several and state[1].shape[-1] != hidden:
+        return None  # projections
+    products = sum(one.numel() for one in weights if one.dim() == 2)
+    return _over_time(x, hidden, layers, bidirectional, batch_first, 2 if several else 1, products)
+
+
+def _over_time(
+    x: torch.Tensor, hidden: int, layers: int, bidirectional: bool, batch_first: bool, kept: int, weights: int
+) -> Outcome:
+    """Return the output and the states of a recurrent network; PyTorch's meta kernels would take every step of time."""
+    directions = 2 if bidirectional else 1
+    outer, inner = (1, 0) if batch_first else (0, 1)
+    # The kernel keeps time as the outer dimension, which the strides of its result show.
+    out = torch.empty((x.shape[outer], x.shape[inner], directions * hidden), dtype=x.dtype, device=META)
+    shape = (directions * layers, x.shape[inner], hidden)
+    states = tuple(torch.empty(shape, dtype=x.dtype, device=META) for _ in range(kept))
+    result = out.transpose(0, 1) if batch_first else out
+    return Outcome((result, *states), 2 * x.shape[0] * x.shape[1] * weights)
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
@@ -302,6 +333,7 @@ _FUNCTION_RULES: dict[Any, Rule] = {
     **dict.fromkeys((operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul), _binary),
     **dict.fromkeys((operator.iadd, operator.isub, operator.imul), _binary_in_place),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent_function),
     nn.functional.interpolate: _interpolate,
     "torchvision.models.swin_transformer.shifted_window_attention": _window_attention,
     "torchvision.models.swin_transformer._get_relative_position_bias": _window_bias,
