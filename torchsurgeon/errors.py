@@ -44,9 +44,9 @@ gave is quoted with ``short()``.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
-from numbers import Integral
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -88,7 +88,7 @@ def is_finite(value: object) -> bool:
 
 def is_whole(value: object) -> bool:
     """Return whether ``value`` is a whole number and no truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class TorchSurgeonError(Exception):

@@ -107,13 +107,20 @@ def test_output_that_nobody_reads_or_cannot_show_is_no_traceback() -> None:
     assert shown.returncode == 0, shown.stderr
     assert b"ReLU" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 60
-    unread = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=options)
-    assert unread.stdout is not None
-    unread.stdout.close()
-    assert unread.wait(60) == 1
-    assert unread.stderr is not None
-    assert b"Traceback" not in unread.stderr.read()
-    unread.stderr.close()
+    for more in ([], ["--json"]):
+        unread = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=options)
+        assert unread.stdout is not None
+        unread.stdout.close()
+        assert unread.wait(60) == 128 + signal.SIGPIPE
+        assert unread.stderr is not None
+        assert b"Traceback" not in unread.stderr.read()
+        unread.stderr.close()
+
+
+def test_a_width_of_no_columns_is_an_unknown_one() -> None:
+    command = [sys.executable, "-m", "torchsurgeon", "trace", "factories:small"]
+    shown = subprocess.run(command, capture_output=True, timeout=60, check=True, env=environment(COLUMNS="0"))
+    assert b"ReLU" in shown.stdout
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")

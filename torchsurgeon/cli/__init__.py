@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -62,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, by default those of this process.
 
     Returns:
-        The exit status: 0; 1 when standard output was closed early; 2 with the reason on standard error; 130 when
-        interrupted.
+        The exit status: 0; 2 with the reason on standard error; 130 when interrupted; 141, as after SIGPIPE, when
+        standard output was closed early.
     """
     commands = parser()
     try:
@@ -88,8 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"torchsurgeon: this command needs {missing}: pip install '{_INSTALLED_WITH[missing]}'", file=sys.stderr)
         return 2
     except BrokenPipeError:
+        # What a shell reports of a program that ended because nobody reads its output any more, as ls | true does.
         sys.stderr.close()
-        return 1
+        # The interpreter flushes standard output once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"torchsurgeon: {short(error)}", file=sys.stderr)
         return 2

@@ -30,8 +30,17 @@ def console() -> Console:
     """Return standard output for tables: as wide as the terminal, or wide enough for any table in a file or a pipe."""
     from rich.console import Console
 
-    found = Console()
-    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=_WIDE)
+    class Output(Console):
+        """As Rich's, but what it raises where nobody reads its output any more is what others raise there, too."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return Output(width=int(columns))
+    # Some programs set COLUMNS to 0 for "unknown", with which Rich would print nothing.
+    return Output(width=os.get_terminal_size().columns or _WIDE if sys.stdout.isatty() else _WIDE)
 
 
 @contextlib.contextmanager
