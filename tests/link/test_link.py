@@ -36,6 +36,13 @@ def test_a_request_takes_both_transfers_and_one_round_trip() -> None:
     assert link.request_s(0, 0) == 0.05
 
 
+def test_another_uplink_rate_takes_the_downlink_along_as_far_as_rates_may_go() -> None:
+    link = Link("asymmetric", 1e9, 1e6, 0.0)
+    assert link.with_uplink(1e8).downlink_bit_s == pytest.approx(1e5)
+    assert link.with_uplink(1e3).downlink_bit_s == 1e3
+    assert Link("asymmetric", 1e3, 1e9, 0.0).with_uplink(1e9).downlink_bit_s == 1e12
+
+
 @pytest.mark.parametrize("bit_s", [0, -1.0, math.nan, math.inf, 5.85, 1e13])
 def test_impossible_rates_are_refused(bit_s: float) -> None:
     with pytest.raises(LinkError, match="uplink"):

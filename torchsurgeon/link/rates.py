@@ -154,6 +154,20 @@ class Link:
         checked_size(size_bytes)
         return size_bytes * 8 / self.uplink_bit_s
 
+    def with_uplink(self, uplink_bit_s: float) -> Link:
+        """Return the link at another uplink rate. Its downlink keeps its ratio to the uplink, as far as rates may go.
+
+        Args:
+            uplink_bit_s: the uplink's rate, 1e3 to 1e12 bit/s.
+
+        Raises:
+            LinkError: the rate is not within these.
+        """
+        checked_rate("an uplink's rate", uplink_bit_s)
+        downlink_bit_s = uplink_bit_s * (self.downlink_bit_s / self.uplink_bit_s)
+        within = min(max(downlink_bit_s, _LEAST_BIT_S), _MOST_BIT_S)
+        return replace(self, uplink_bit_s=uplink_bit_s, downlink_bit_s=within)
+
     def downlink_s(self, size_bytes: float) -> float:
         """Return the seconds that a transfer occupies the downlink, without the delay until it arrives.
 

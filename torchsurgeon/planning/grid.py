@@ -85,7 +85,7 @@ def sweep(
 
     Args:
         frontier: the rows to choose among; with both ends of the model, as ``Frontier.build()`` returns them.
-        link: the link; its downlink keeps its ratio to the uplink.
+        link: the link; its downlink keeps its ratio to the uplink, as ``Link.with_uplink()`` says.
         uplink_bit_s: the uplink rates.
         loads: the factors by which the server is slower than its profile says.
         objective: what to minimize, as ``Objective.of()`` takes it.
@@ -96,13 +96,12 @@ def sweep(
         LinkError: a rate is not positive.
     """
     wanted = Objective.of(objective)
-    ratio = link.downlink_bit_s / link.uplink_bit_s
     at_ends = [np.array([row.on_device for row in frontier.rows]), np.array([row.index == 0 for row in frontier.rows])]
     if not len(uplink_bit_s) or not len(loads) or not all(end.any() for end in at_ends):
         raise PlanError("a sweep needs rates, loads, and a frontier with both ends of the model")
     costs = np.empty((len(loads), len(uplink_bit_s), len(frontier.rows)))
     for j, rate in enumerate(uplink_bit_s):
-        varied = dataclasses.replace(link, uplink_bit_s=float(rate), downlink_bit_s=float(rate) * ratio)
+        varied = link.with_uplink(float(rate))
         for i, load in enumerate(loads):
             costs[i, j] = frontier.costs(varied, float(load), slowdown, wanted)
     return Sweep(
