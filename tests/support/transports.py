@@ -3,6 +3,7 @@
 ``Relay``    hands on everything; the others, and those of single tests, change one thing of it
 ``Between``  waits before it hands on, and tells another load than the server's
 ``Silent``   lets every exchange last until its timeout, or refuses it
+``Held``     keeps inferences back until it is told to go on
 """
 
 from __future__ import annotations
@@ -95,3 +96,21 @@ class Silent(Relay):
     def close(self) -> None:
         self.over.set()
         super().close()
+
+
+class Held(Relay):
+    """Hands on an inference only once ``go`` is set, as it is until ``hold()``; ``begun`` is set when one has come."""
+
+    def __init__(self, inner: Transport) -> None:
+        super().__init__(inner)
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def hold(self) -> None:
+        self.begun.clear()
+        self.go.clear()
+
+    def infer(self, model: str, tensors: Mapping[str, torch.Tensor], **options: Any) -> Answer:
+        self.begun.set()
+        assert self.go.wait(_SILENCE_S)
+        return super().infer(model, tensors, **options)

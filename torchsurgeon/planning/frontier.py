@@ -9,7 +9,6 @@ the small matrix of their costs by weights that follow from link and load.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from torchsurgeon.planning.objective import Objective
 from torchsurgeon.planning.rows import Array, LayerCosts, Row, columns, lower_hull, non_dominated
 from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.tracing.cached import cached_property
 from torchsurgeon.tracing.graph import LayerGraph
 
 FORMAT = "torchsurgeon.frontier/1"
@@ -142,11 +142,11 @@ class Frontier:
         """Whether the joules of all rows are known."""
         return all(row.device_j is not None for row in self.rows)
 
-    @functools.cached_property
+    @cached_property
     def _columns(self) -> Array:
         return np.asfortranarray(columns(self.rows))
 
-    @functools.cached_property
+    @cached_property
     def _linear(self) -> tuple[Array, list[Row]]:
         """The few rows that minimize some weighted sum of the columns, as a matrix and as rows."""
         crossing = [i for i, row in enumerate(self.rows) if not row.on_device]

@@ -24,6 +24,7 @@ from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch
 from torchsurgeon.runtime.inference import Moments
 from torchsurgeon.runtime.keeper import Keeper
 from torchsurgeon.runtime.ledger import Ledger
+from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.parts import Parts
 from torchsurgeon.runtime.peer import Failure
@@ -280,6 +281,8 @@ class Engine:
             self._setup,
         ):
             part.reset_after_fork()
+        if isinstance(self.codec, Lossless):
+            self.codec.reset_after_fork()
 
 
 # Weak, so that a module which nobody holds any more is collected and ends its threads.

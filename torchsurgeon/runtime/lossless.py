@@ -41,8 +41,12 @@ class Lossless:
     name = "auto"
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._cuts: dict[int, _Cut] = {}
+        self.reset_after_fork()
+
+    def reset_after_fork(self) -> None:
+        """Replace the lock, which a thread of the parent may hold."""
+        self._lock = threading.Lock()
 
     def choose(self, cut: int, size_bytes: int, uplink_bit_s: float) -> Codec:
         """Return the codec that is quicker from end to end, or now and then zstd, to learn how it does.

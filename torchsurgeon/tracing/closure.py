@@ -8,9 +8,9 @@ a cut, when it holds everything its layers need.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping
 
+from torchsurgeon.tracing.cached import cached_property
 from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.step import Key
 
@@ -120,7 +120,7 @@ class Closure:
             return None
         return [flow.by_key[key] for key in sorted(flow.lighten(sorted(crossing), sizes))]
 
-    @functools.cached_property
+    @cached_property
     def _readers(self) -> list[tuple[int, list[Key]]]:
         """The steps that read values which may cross, each with those values."""
         flow = self._flow

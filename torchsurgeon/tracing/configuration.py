@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsurgeon.tracing.cached import cached_property
 from torchsurgeon.tracing.digests import part_digest, part_label, tensor_digest
 from torchsurgeon.tracing.reading import PLAIN, Part, Reading
 from torchsurgeon.tracing.source import is_library_code, is_library_module
@@ -57,7 +58,7 @@ class Configuration:
         if everywhere:
             self._steps.append(["global hooks", "", "", "", [], everywhere])
 
-    @functools.cached_property
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest of all of it."""
         rows = [*self._ends, *self._shapes.values(), *self._steps]

@@ -7,7 +7,6 @@ cross from the device to the server there.
 from __future__ import annotations
 
 import difflib
-import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import PartitionError, short
+from torchsurgeon.tracing.cached import cached_property
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture import Captured
 from torchsurgeon.tracing.closure import Closure
@@ -151,7 +151,7 @@ class LayerGraph:
         near_names = difflib.get_close_matches(ref[:200], names, n=5, cutoff=0.3) or names[:5]
         raise PartitionError(f"there is no layer {short(ref)} to cut after; near it: {', '.join(near_names)}")
 
-    @functools.cached_property
+    @cached_property
     def closure(self) -> Closure:
         """Which layers need which; computed at the first use."""
         return Closure(self.flow)
@@ -252,12 +252,12 @@ class LayerGraph:
             "points": [point.to_json() for point in self.points],
         }
 
-    @functools.cached_property
+    @cached_property
     def reading(self) -> Reading:
         """What the model's call reads besides its inputs; found out at the first use."""
         return read_model(self.model)
 
-    @functools.cached_property
+    @cached_property
     def configuration(self) -> Configuration:
         """What the layers compute, the weights aside; found out at the first use."""
         names = [step.name for step in self.steps]
