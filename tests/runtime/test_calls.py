@@ -80,6 +80,24 @@ def test_a_module_that_is_moved_still_answers(server: Server, known: dict[str, A
         assert right(split)
 
 
+@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
+@pytest.mark.parametrize("partition", ["auto", 2])
+@pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16])
+def test_a_module_that_is_moved_to_another_dtype_before_its_first_call_answers(
+    server: Server, partition: Any, dtype: torch.dtype
+) -> None:
+    model, x = net().to(dtype), EXAMPLE.to(dtype)
+    with split_of(server, partition=partition) as split:
+        split.to(dtype).prepare()
+        for _ in range(3):
+            assert right(split, x, model)
+            assert split.last is not None
+            assert str(split.last.degraded).startswith("nobody: no server to ask, after: unlike: argument 'x'")
+        split.float()
+        split.model.load_state_dict(net().state_dict())
+        until(lambda: split.last is not None and split.last.degraded is None, split)
+
+
 # --- adapting ---
 
 

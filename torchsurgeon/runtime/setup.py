@@ -110,6 +110,10 @@ class Setup:
         servers, falls_back = self._servers, self._options.falls_back
         if not servers.peers:
             raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
+        if falls_back and (unlike := self._unlike()) is not None:
+            for peer in servers.peers:
+                peer.failure = unlike
+            return
         if servers.adapts:
             text = servers.goal.settle(self._connector.profile_device(), servers.link, yields=falls_back)
             if text is not None:
@@ -123,6 +127,14 @@ class Setup:
         if self._connector.ping_tensors:
             self._keeper.start()
             self._keeper.wake()
+
+    def _unlike(self) -> Failure | None:
+        """Return why no server can be of use to the model as it was moved, to another dtype; None if it was not."""
+        try:
+            self._local.graph.tensors_of_call(*self._times.example)
+        except TypeError as error:
+            return Failure("unlike", str(error))
+        return None
 
     def _unready(self) -> list[Peer]:
         return [peer for peer in self._servers.peers if peer.ready_in != self._local.epoch]
@@ -152,8 +164,8 @@ class Setup:
 
 
 def _answers(peer: Peer) -> bool:
-    """Return whether a server answered when it was last asked, if only for another model.
+    """Return whether a server answered when it was last asked, if only for another model, or was not asked at all.
 
     The keeper's trials find out when the others answer again.
     """
-    return peer.failure is None or peer.failure.kind == "mismatch"
+    return peer.failure is None or peer.failure.kind in ("mismatch", "unlike")
