@@ -18,6 +18,7 @@ from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture_export import Guard, capture_export
 from torchsurgeon.tracing.recording import Recording, record
+from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes
 from torchsurgeon.tracing.state import State
 from torchsurgeon.tracing.step import Step
@@ -74,7 +75,7 @@ class Ways:
         state: State,
     ) -> None:
         self._model, self._call, self._tensors, self._state = model, call, tensors, state
-        adapter = adapter_for(model) if "forward" not in model.__dict__ else None
+        adapter = None if has_another_forward(model) else adapter_for(model)
         self._adapter = adapter if adapter is not None and _applies(adapter, call, tensors) else None
         self._whole = {**(self._adapter.whole if self._adapter else {}), **_chosen(model, leaf_modules)}
         self._export = not leaf_modules

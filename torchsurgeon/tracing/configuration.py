@@ -5,6 +5,9 @@ answer, so it is left out: ``relu_(x)`` counts as ``relu(x)``, ``x += y`` as ``x
 
 A layer that calls a module or function is known by its type and settings, if these are PyTorch's. The user's own code
 counts by what it says (``source``), with all that it reads (``reading``): attributes, closures, global names, hooks.
+
+Of a hook that was followed, what it computes are steps of their own. It counts by these alone, so a hook that computes
+nothing, as one that only looks on, makes no difference.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +44,7 @@ class Configuration:
         names: the name of every step of the program, by index.
         attributes: the names of tensors that the model keeps in plain attributes, by the tensors' ids. They are
             compared as weights, so a step that reads one counts by its name.
+        replaced: functions of PyTorch's that a program has replaced by its own.
     """
 
     def __init__(
@@ -50,13 +54,17 @@ class Configuration:
         steps: Sequence[Step],
         names: Sequence[str],
         attributes: Mapping[int, str],
+        replaced: Iterable[Part] = (),
     ) -> None:
         self._ends = [[spec.name, str(spec.dtype), spec.wire_shape] for spec in ends]
         self._shapes = {one.name: [[str(spec.dtype), spec.wire_shape] for spec in one.outputs] for one in layers}
         self._steps = [_step_row(step, names, attributes) for step in steps if step.kind != "input"]
-        everywhere = _aspects(Reading({}, global_hooks=True))
+        everywhere = _aspects(Reading({}, global_hooks=any(map(_runs_hooks, steps))))
         if everywhere:
             self._steps.append(["global hooks", "", "", "", [], everywhere])
+        others = _aspects(Reading({}, {part.path: part.value for part in replaced}))
+        if others:
+            self._steps.append(["replaced functions of PyTorch", "", "", "", [], others])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -87,6 +95,11 @@ class Configuration:
         return found
 
 
+def _runs_hooks(step: Step) -> bool:
+    """Return whether a step runs the hooks that PyTorch calls for every module, instead of following them."""
+    return step.is_module and (not step.bare or any(True for _ in step.target.children()))
+
+
 def _step_row(step: Step, names: Sequence[str], attributes: Mapping[int, str]) -> list[Any]:
     """Return a step's name, type and settings, and what its code reads, as a list that JSON can hold."""
     if isinstance(step.target, Constant):
@@ -99,7 +112,8 @@ def _step_row(step: Step, names: Sequence[str], attributes: Mapping[int, str]) -
     _own_values("argument", [step.args, step.kwargs], values)
     if step.is_module:
         row.append([[path, type(part).__name__, _settings(part)] for path, part in step.target.named_modules()])
-        read = _aspects(Reading(dict(step.target.named_modules()), values))
+        unhooked = step.target if step.bare else None
+        read = _aspects(Reading(dict(step.target.named_modules()), values, unhooked=unhooked))
     else:
         if step.kind == "call" and not isinstance(step.target, str):
             _own_values("function", step.target, values)

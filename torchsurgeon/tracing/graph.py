@@ -24,6 +24,7 @@ from torchsurgeon.tracing.digests import tensor_digest
 from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.held import holdings, parameter_holdings
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
+from torchsurgeon.tracing.replaced import functions_of_pytorch, replaced_functions
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, Specs, TensorSpec
 
 
@@ -262,7 +263,8 @@ class LayerGraph:
         """What the layers compute, the weights aside; found out at the first use."""
         names = [step.name for step in self.steps]
         kept = {id(tensor): name for name, tensor in plain_tensors(self.model, self.reading).items()}
-        return Configuration((*self.inputs, *self.outputs), self.layers, self.flow.running(), names, kept)
+        replaced = replaced_functions(functions_of_pytorch(map(type, self.model.modules()), self.reading))
+        return Configuration((*self.inputs, *self.outputs), self.layers, self.flow.running(), names, kept, replaced)
 
     @property
     def fingerprint(self) -> str:

@@ -89,14 +89,21 @@ class Reading:
         modules: the modules by path, with all modules inside them.
         values: functions and other objects by path, which are read too.
         global_hooks: whether to follow the hooks that PyTorch calls for every module.
+        unhooked: one of the modules, of which only ``forward`` is called, without its hooks; None for none.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], values: Mapping[str, Any] | None = None, *, global_hooks: bool = False
+        self,
+        modules: Mapping[str, nn.Module],
+        values: Mapping[str, Any] | None = None,
+        *,
+        global_hooks: bool = False,
+        unhooked: nn.Module | None = None,
     ) -> None:
         self.assigned: set[str] = set()
         self.filled: set[str] = set()
         self.complete = True
+        self._unhooked = unhooked
         self._names: set[str] = set(_ROOTS)
         self._computed = False
         self._found: list[Part] = []
@@ -120,6 +127,11 @@ class Reading:
             if not changeable.isdisjoint(names_in(code).read | names_in(code).globals):
                 self.filled |= filled_by(code)
         self.parts = [part for part in self._found if not self._is_result(part)]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of attributes that the code reads."""
+        return frozenset(self._names)
 
     def reads(self, module: nn.Module, name: str) -> bool:
         """Return whether the code reads an attribute of this name, if the module has it."""
@@ -176,6 +188,7 @@ class Reading:
         wanted: Iterable[str] = ()
         if isinstance(owner, nn.Module):
             wanted = [name for name in own.keys() - OF_MODULES if self._names_it(owner, name)]
+            wanted = [name for name in wanted if not is_own_method(owner, name, own[name])]
         elif isinstance(own, dict):
             computed = self._computed and not isinstance(owner, types.ModuleType)
             wanted = own.keys() if computed else own.keys() & self._names
@@ -292,6 +305,8 @@ class Reading:
             if is_library_module(type(hook).__module__) and hasattr(hook, "__dict__"):
                 # Hooks of torch.nn.utils (weight_norm, spectral_norm, pruning) compute the attribute that they name.
                 self.assigned |= {text for text in vars(hook).values() if isinstance(text, str)}
+            if module is not None and module is self._unhooked:
+                continue
             self._visit(f"{path} {label} {i}".strip(), table, key, hook, module)
 
     def _add_owner(self, path: str, owner: Any) -> None:
@@ -302,6 +317,15 @@ class Reading:
 def read_model(model: nn.Module) -> Reading:
     """Return what the call of a whole model reads."""
     return Reading(dict(model.named_modules()), global_hooks=True)
+
+
+def is_own_method(module: nn.Module, name: str, value: Any) -> bool:
+    """Return whether an attribute of a module is its class's method of this name, bound to the module.
+
+    accelerate leaves ``forward`` like that when it removes its hooks; it means the same as no attribute.
+    """
+    own = getattr(type(module), name, None)
+    return isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is own
 
 
 def plain_tensors(model: nn.Module, reading: Reading) -> dict[str, torch.Tensor]:

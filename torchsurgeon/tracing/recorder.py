@@ -27,6 +27,7 @@ from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.following import begin, end, follower_here
 from torchsurgeon.tracing.operators import OF_DEVICE, Kind, describe
 from torchsurgeon.tracing.program import Program, tensors_within
+from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, without_dynamo
 from torchsurgeon.tracing.sizes import number
 from torchsurgeon.tracing.step import Ref, Step
@@ -305,7 +306,7 @@ class Recorder(Program, TorchFunctionMode):
         try:
             if path in self.whole:
                 return self.call(module, args, kwargs, name=path)
-            replaced = "forward" in module.__dict__
+            replaced = has_another_forward(module)
             if not replaced:
                 adapter = adapter_for(module)
                 if (
@@ -341,11 +342,14 @@ class Recorder(Program, TorchFunctionMode):
             finally:
                 module.__dict__["forward"] = forward
 
+        before = module.__dict__.get("forward")
         module.__dict__["forward"] = forward
         try:
             return called(module, *args, **kwargs)
         finally:
             del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from torchsurgeon.errors import TraceError, short
+from torchsurgeon.tracing.reading import is_own_method
 from torchsurgeon.tracing.shape_rules import META, Outcome, rule_for
 from torchsurgeon.tracing.step import Constant, Environment, ModelDevice, Step, clone, map_refs, returning_first
 from torchsurgeon.tracing.structure import flatten
@@ -103,6 +104,7 @@ class MetaModel:
             twin.__dict__ = {
                 key: value.copy() if type(value) in (dict, list, set) else value
                 for key, value in module.__dict__.items()
+                if not is_own_method(module, key, value)
             }
             for table in ("_parameters", "_buffers"):
                 twin.__dict__[table] = {key: self.tensor(value) for key, value in module.__dict__[table].items()}
