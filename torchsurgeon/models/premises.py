@@ -1,7 +1,8 @@
 """What a trace assumes about a model: its submodules, its mode, its code, and what that reads besides tensors.
 
 Head and tail run what was traced, while the whole model would follow a later change of these. The answer would then
-depend on the cut, so ``Premises`` finds such changes.
+depend on the cut, so ``Premises`` finds such changes. Two of them, one made before and one after, also tell whether
+a change has been taken back, and whether a model that has changed goes on changing.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ import itertools
 import operator
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from torchsurgeon.errors import short
-from torchsurgeon.tracing.reading import CONTAINERS, GLOBAL_HOOKS, PLAIN, Part, Reading, read_model
+from torchsurgeon.models.hook_rows import GLOBAL_HOOK_ROWS, hook_rows
+from torchsurgeon.tracing.reading import CONTAINERS, PLAIN, Part, Reading, is_own_method, read_model
+from torchsurgeon.tracing.replaced import functions_of_pytorch
+from torchsurgeon.tracing.source import is_library_code, is_library_module
 
 _ABSENT = object()
+_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# What ``module.compile()`` assigns; a module that has it calls that instead of its code.
+_COMPILED = "_compiled_call_impl"
 _CHANGEABLE = (list, deque, set)
 _BY_KEY = (dict, types.MappingProxyType)
 # Of a larger list or dict only the number of elements is looked at.
 _MOST_ELEMENTS = 1_000
+_REMEDY = "take that back, or call prepare() on the SplitModule, which traces the model anew"
 
 
 class _Group(NamedTuple):
@@ -32,9 +41,6 @@ class _Group(NamedTuple):
     several: bool
     owners: list[Any]
     values: list[Any]
-
-    def equal(self) -> bool:
-        return _equal(map(self.read, self.owners), self.values)
 
     def flat(self, single: Iterable[Any]) -> Iterable[Any]:
         """Return one value after the other, of what ``read`` returned for each owner."""
@@ -47,7 +53,8 @@ class Premises:
     These are the modules' classes and mode, their forward hooks, functions (a ``forward`` that was replaced, methods of
     their classes, what these call and close over), and attributes and global names with plain values, tensors,
     functions, or lists and dicts of these. An attribute that no code of the model names is not among them, nor is one
-    that the code itself assigns. A tensor that is written to in place counts as a changed weight instead.
+    that the code itself assigns. A tensor that is written to in place counts as a changed weight instead. Functions of
+    PyTorch that the code names are among them, since a program may have replaced them.
 
     Args:
         model: the model.
@@ -55,24 +62,34 @@ class Premises:
     """
 
     def __init__(self, model: nn.Module, reading: Reading | None = None) -> None:
-        self._reading = reading or read_model(model)
+        self._model, self._reading = model, reading or read_model(model)
         named = list(model.named_modules(remove_duplicate=False))
-        self._child_tables = [module._modules for _, module in named if module._modules]
-        self._children = [child for table in self._child_tables for child in table.values()]
+        # Views, which follow the tables, and cost less than asking each table for its values.
+        self._child_views = [module._modules.values() for _, module in named if module._modules]
+        self._children = self._children_now()
+        # A layer of PyTorch's does not look for children that it has not got.
+        self._childless = [module._modules for _, module in named if not module._modules and _takes_children(module)]
         self._child_paths = [f"{path}.{key}".lstrip(".") for path, module in named for key in module._modules]
         self._paths = {module: path for path, module in reversed(named)}
         self._modules = list(self._paths)
         self._classes = list(map(type, self._modules))
-        self._own = [module.__dict__ for module in self._modules]
+        # A class, too, may get an attribute that hides an inherited one: a module's, or that of tensors.
+        self._owners = [*self._modules, *_own_classes(self._classes)]
+        self._own: list[Mapping[str, Any]] = [vars(owner) for owner in self._owners]
         self._sizes = list(map(len, self._own))
         self._keys = list(map(tuple, self._own))
         self._keep_hooks()
         self._keep_parts()
 
     def _keep_hooks(self) -> None:
-        tables = [table for module in self._modules for table in (module._forward_hooks, module._forward_pre_hooks)]
-        tables += [table for _, table in GLOBAL_HOOKS]
-        self._unhooked = [table for table in tables if not table]
+        self._hook_rows = [row for module, path in self._paths.items() for row in hook_rows(module, _called(path))]
+        self._hook_rows += GLOBAL_HOOK_ROWS
+        self._hook_functions = [row.functions() for row in self._hook_rows]
+        self._keep_hook_keys()
+
+    def _keep_hook_keys(self) -> None:
+        tables = [row.table for row in self._hook_rows]
+        self._unhooked = [*self._childless, *(table for table in tables if not table)]
         self._hooked = [table for table in tables if table]
         self._hooks = list(map(tuple, self._hooked))
 
@@ -82,6 +99,11 @@ class Premises:
         attributes = [part for part in attributes if not isinstance(part.owner, CONTAINERS) or part.path[-1:] != "]"]
         attributes += [_mode(module, path) for module, path in self._paths.items()]
         attributes += _forwards(set(self._classes))
+        of_pytorch = functions_of_pytorch(self._classes, self._reading)
+        self._of_pytorch = {part.path for part in of_pytorch}
+        attributes += of_pytorch
+        attributes += _code(attributes)
+        attributes += [part for module, path in self._paths.items() for part in _own_methods(module, path)]
         self._plain = [part for part in attributes if _is_plain(part.value)]
         self._others = [part for part in attributes if not _is_plain(part.value)]
         self._plain_groups, self._other_groups = _groups(self._plain), _groups(self._others)
@@ -104,11 +126,21 @@ class Premises:
             not any(self._unhooked)
             and list(map(type, self._modules)) == self._classes
             and list(map(len, self._own)) == self._sizes
-            and all(group.equal() for group in self._plain_groups)
+            and self._same_values()
             and self._same_objects()
             and list(map(tuple, self._hooked)) == self._hooks
             and self._children_now() == self._children
         )
+
+    def _same_values(self) -> bool:
+        try:
+            for read, _, owners, values in self._plain_groups:
+                if list(map(read, owners)) != values:
+                    return False
+        except Exception:
+            # An attribute is gone, or is a tensor now, whose comparison is a tensor.
+            return False
+        return True
 
     def _same_objects(self) -> bool:
         try:
@@ -131,66 +163,83 @@ class Premises:
         )
 
     def _children_now(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(map(dict.values, self._child_tables)))
+        return list(itertools.chain.from_iterable(self._child_views))
 
     # --- what has changed ---
 
     def _changed(self) -> str | None:
         if any(module.training for module in self._modules):
             return "the model must be in evaluation mode and has been put into training mode; call model.eval()"
-        if self._children_now() != self._children:
-            return (
-                f"submodule {short(self._replaced())} of the model has been replaced since it was traced; make a new "
-                "SplitModule"
-            )
-        if any(self._unhooked) or list(map(tuple, self._hooked)) != self._hooks:
-            return (
-                f"forward hooks of {self._hooked_now()} have been added or removed since it was traced; a model "
-                "that is cut does not run them as the whole model does. Take that back, or make a new SplitModule"
-            )
+        if self._children_now() != self._children or any(self._childless):
+            return f"submodule {self._replaced()} since it was traced; {_REMEDY}"
+        for row, functions in zip(self._hook_rows, self._hook_functions, strict=True):
+            if not _equal(row.functions(), functions):
+                return (
+                    f"forward hooks of {row.called} have been added or removed since it was traced; a model that is "
+                    f"cut does not run them as the whole model does: {_REMEDY}"
+                )
+        # The same hooks may have been removed and added again, which gives them other keys.
+        self._keep_hook_keys()
         for module, was in zip(self._modules, self._classes, strict=True):
             if type(module) is not was:
                 return (
                     f"{_called(self._paths[module])} was of class {short(was.__name__, 100)} when it was traced, and "
-                    f"is of class {short(type(module).__name__, 100)} now; make a new SplitModule"
+                    f"is of class {short(type(module).__name__, 100)} now; {_REMEDY}"
                 )
-        return self._new_attribute() or self._changed_part()
+        return self._new_attribute() or self._changed_part() or self._new_method()
 
     def _new_attribute(self) -> str | None:
         """Return the sentence for an attribute that a module has gained, where its code would read that."""
-        for module, known in zip(self._modules, self._keys, strict=True):
-            for name in module.__dict__.keys() - set(known):
-                if not self._reading.reads(module, name):
+        for owner, known in zip(self._owners, self._keys, strict=True):
+            for name in vars(owner).keys() - set(known):
+                now = vars(owner)[name]
+                if isinstance(owner, type):
+                    if owner is not Tensor and name in self._reading.names:
+                        return f"{name} of class {short(owner)} has been added since it was traced; {_REMEDY}"
                     continue
-                now, was = module.__dict__[name], getattr(type(module), name, _ABSENT)
-                if not (_is_plain(was) and _equal([now], [was])):
-                    return self._sentence(name, _called(self._paths[module]), was, now)
+                if name != _COMPILED and not self._reading.reads(owner, name):
+                    continue
+                was = getattr(type(owner), name, _ABSENT)
+                if not (_is_plain(was) and _equal([now], [was])) and not is_own_method(owner, name, now):
+                    return self._sentence(name, _called(self._paths[owner]), was, now)
+        return None
+
+    def _new_method(self) -> str | None:
+        """Return the sentence for a method of tensors that a program has replaced since, and that the code names."""
+        for part in functions_of_pytorch(self._classes, self._reading):
+            if part.path not in self._of_pytorch:
+                return f"{short(part.path, 100, quote=False)} has been replaced since the model was traced; {_REMEDY}"
         return None
 
     def _changed_part(self) -> str | None:
         for part in (*self._plain, *self._others):
             now = _read(part)
-            if not _alike(now, part.value):
+            if not _alike(now, part.value) and not _put_back(part, now):
                 return self._sentence(part.key, self._holder(part), part.value, now)
         for part, was in self._containers:
             if not _alike(_contents(part.value), was):
                 return (
-                    f"what {short(part.path, 100)} of the model holds has changed since it was traced; a model that "
-                    "is cut would use the old contents. Set them back, or make a new SplitModule"
+                    f"what {short(part.path, 100)} of the model holds has changed since it was traced, and a model "
+                    f"that is cut would use the old contents; {_REMEDY}"
                 )
         return None
 
     def _sentence(self, name: Any, holder: str, was: Any, now: Any) -> str:
-        if name == "forward" or name == "__call__":
-            return f"{name} of {holder} has been replaced since it was traced; make a new SplitModule"
+        if name in _OF_FUNCTIONS:
+            return f"the code of {holder} has been replaced since it was traced; {_REMEDY}"
+        if name == _COMPILED:
+            return f"{holder} has been compiled, by its compile(), since it was traced; {_REMEDY}"
+        if name in ("forward", "__call__"):
+            return f"{name} of {holder} has been replaced since it was traced; {_REMEDY}"
         return (
             f"attribute {short(name, 100)} of {holder} was {_shown(was)} when it was traced, and is "
-            f"{_shown(now, again=was)} now; a model that is cut would use the old value. Set it back, or make a new "
-            "SplitModule"
+            f"{_shown(now, again=was)} now, and a model that is cut would use the old value; {_REMEDY}"
         )
 
     def _holder(self, part: Part) -> str:
         holder = part.holder
+        if part.key in _OF_FUNCTIONS:
+            return f"function {short(holder.__qualname__, 100)}"
         if isinstance(holder, type):
             # An attribute of a class is told of the first module that has it.
             holder = next((module for module in reversed(self._modules) if isinstance(module, holder)), holder)
@@ -202,22 +251,30 @@ class Premises:
         return short(part.path.removesuffix(f".{part.key}"), 100)
 
     def _replaced(self) -> str:
-        now = itertools.chain(self._children_now(), itertools.repeat(None))
-        rows = zip(self._child_paths, self._children, now, strict=False)
-        return next((path for path, was, child in rows if was is not child), "a child")
-
-    def _hooked_now(self) -> str:
-        was = dict(zip(map(id, self._hooked), self._hooks, strict=True))
-        for module, path in self._paths.items():
-            for table in (module._forward_hooks, module._forward_pre_hooks):
-                if tuple(table) != was.get(id(table), ()):
-                    return _called(path)
-        return "all modules (global hooks)"
+        was = dict(zip(self._child_paths, self._children, strict=True))
+        now = dict(self._model.named_modules(remove_duplicate=False))
+        for path in [path for path in {**was, **now} if path]:
+            if was.get(path) is not now.get(path):
+                done = "removed" if path not in now else "replaced" if path in was else "added"
+                return f"{short(path, 100)} of the model has been {done}"
+        return "order of the model has been changed"
 
 
 def _mode(module: nn.Module, path: str) -> Part:
     own = module.__dict__
-    return Part(f"{path}.training", own if "training" in own else module, "training", False, module)
+    return Part(f"{path}.training", own if "training" in own else module, "training", module.training, module)
+
+
+def _own_methods(module: nn.Module, path: str) -> list[Part]:
+    own = module.__dict__
+    return [Part(f"{path}.{key}", own, key, own[key], module) for key in own if is_own_method(module, key, own[key])]
+
+
+def _put_back(part: Part, now: Any) -> bool:
+    """Return whether a method that a module had as an attribute of its own is its class's again, or still is."""
+    if not isinstance(part.holder, nn.Module) or not is_own_method(part.holder, part.key, part.value):
+        return False
+    return now is _ABSENT or is_own_method(part.holder, part.key, now)
 
 
 def _forwards(classes: Iterable[type]) -> list[Part]:
@@ -225,6 +282,30 @@ def _forwards(classes: Iterable[type]) -> list[Part]:
     ordered = sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__))
     return [
         Part(f"{cls.__name__}.forward", cls, "forward", cls.forward, cls) for cls in ordered if hasattr(cls, "forward")
+    ]
+
+
+def _takes_children(module: nn.Module) -> bool:
+    return isinstance(module, _LISTS) or not is_library_module(type(module).__module__)
+
+
+def _own_classes(classes: Iterable[type]) -> list[type]:
+    """Return the classes of modules and those below them, up to ``nn.Module``, and that of tensors."""
+    found = dict.fromkeys(one for cls in classes for one in cls.__mro__ if one not in nn.Module.__mro__)
+    return [*found, Tensor]
+
+
+def _code(parts: Iterable[Part]) -> list[Part]:
+    """Return what functions are made of, which a program that reloads its code may exchange inside of them."""
+    found = {}
+    for part in parts:
+        function = getattr(part.value, "__func__", part.value)
+        if isinstance(function, types.FunctionType) and not is_library_code(function.__code__):
+            found[id(function)] = (part.path, function)
+    return [
+        Part(f"{path}.{key}", function, key, getattr(function, key), function)
+        for path, function in found.values()
+        for key in _OF_FUNCTIONS
     ]
 
 
