@@ -15,7 +15,8 @@ _NAMES_BY_ROOM = {
     "codec": ("CodecCost", "CodecTable"),
     "cutting": ("Partition", "cut", "tail_for"),
     "errors": (
-        "AdaptError", "ArithmeticMismatchError", "BackendError", "BodyTooLargeError", "CalibrationError", "CodecError",
+        "AdaptError", "ArithmeticMismatchError", "BackendError", "BodyTooLargeError", "CalibrationError",
+        "ChangedModelWarning", "CodecError",
         "DeadlineError", "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError",
         "MismatchWarning",
         "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
@@ -91,6 +92,7 @@ else:
     from torchsurgeon.errors import BackendError as BackendError
     from torchsurgeon.errors import BodyTooLargeError as BodyTooLargeError
     from torchsurgeon.errors import CalibrationError as CalibrationError
+    from torchsurgeon.errors import ChangedModelWarning as ChangedModelWarning
     from torchsurgeon.errors import CodecError as CodecError
     from torchsurgeon.errors import DeadlineError as DeadlineError
     from torchsurgeon.errors import DeviceError as DeviceError

@@ -35,6 +35,7 @@
     ├── ThrottledWarning           the device became slower while it was calibrated
     ├── PredictionWarning          a layer's time is a bound, because no model was fitted for its type
     ├── MismatchWarning            a server holds another model, so its answers are not used
+    ├── ChangedModelWarning        the model is no longer as it was traced, so it answers as a whole on the device
     └── UnknownEnergyWarning       energy was to be saved but is unknown, so latency is saved instead
 
 The message of an error names the value that is wrong, the rule that it breaks, and what to do. A value that the user
@@ -259,6 +260,10 @@ class PredictionWarning(UserWarning):
 
 class MismatchWarning(UserWarning):
     """A server holds another model than the device, so its answers are not used and every layer runs on the device."""
+
+
+class ChangedModelWarning(UserWarning):
+    """The model's code, hooks or attributes have changed since it was traced, so the device runs it as a whole."""
 
 
 class UnknownEnergyWarning(UserWarning):

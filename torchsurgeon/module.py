@@ -26,6 +26,7 @@ from torchsurgeon.errors import (
     PlanError,
     ProfileError,
     ServerUnavailableError,
+    TraceError,
     is_finite,
     short,
 )
@@ -100,15 +101,16 @@ class SplitModule(nn.Module):
         leaf_modules: modules to keep whole, as ``trace()`` takes them.
 
     Attributes:
-        model: the model.
-        graph: the traced model, a ``LayerGraph``.
+        model: the model. Another may be assigned: it is traced at once, and answers from then on.
         name: the model's name on the server.
         exact: as given.
         deadline_s: as given; may be assigned.
 
     Raises:
-        TraceError: the model cannot be traced. Calls raise it, too, when the model has been put into training mode or
-            has got other submodules, hooks or plain attributes since it was traced.
+        TraceError: the model cannot be traced. With ``fallback="error"``, calls raise it, too, when the model has been
+            put into training mode or has got other code, submodules, hooks or attributes since it was traced. With
+            ``fallback="local"`` the model itself then answers, with one ``ChangedModelWarning``, until it has been
+            traced anew (docs/runtime.md says when).
         PlanError: ``fallback`` is neither ``"local"`` nor ``"error"``, or energy is to be saved with a given profile or
             link that does not tell it.
         BackendError: both ``compile`` and ``backend`` are given, ``torch.compile`` has no such backend,
@@ -172,13 +174,13 @@ class SplitModule(nn.Module):
         self.training = False
         self.model = model
         args, kwargs = call_of(example)
-        self.graph: LayerGraph = trace(model, *args, leaf_modules=leaf_modules, **kwargs)
+        graph = trace(model, *args, leaf_modules=leaf_modules, **kwargs)
         self.name = name
         self.exact = exact
         self.deadline_s = deadline_s
         given = [server] if isinstance(server, (str, Transport)) else _addresses(server)
         self._engine = Engine(
-            self.graph,
+            graph,
             list(given),
             Options(
                 name=name,
@@ -195,11 +197,59 @@ class SplitModule(nn.Module):
                 timeout_s=timeout_s,
                 on_replan=on_replan,
                 exact=exact,
+                leaf_modules=leaf_modules,
             ),
         )
         # Ends the threads of a module that is collected without having been closed.
         self._end = weakref.finalize(self, self._engine.abandon)
         self.partition = partition
+
+    # --- the model ---
+
+    @property
+    def graph(self) -> LayerGraph:
+        """The traced model. It is another one once the model has changed and has been traced anew."""
+        return self._engine.graph
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model" and "_engine" in self.__dict__:
+            self._replace_engine(_a_model(value), wanted=True)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "model":
+            raise TraceError(
+                "a SplitModule cannot be without a model; assign another to split.model, or close and drop the "
+                "SplitModule"
+            )
+        super().__delattr__(name)
+
+    def _replace_engine(self, model: nn.Module, *, wanted: bool) -> None:
+        """Trace a model, and have later calls run on that trace; calls under way end on the old one.
+
+        Args:
+            model: the present model, or another.
+            wanted: True to do so now, and raise what goes wrong; False to do so only where the model has changed and
+                has stayed the same since. What goes wrong then is in ``last.degraded``.
+        """
+        changes = self._engine.changes
+        if not wanted and not changes.due(self._engine.local):
+            return
+        with changes.tracing():
+            # Another thread may have done it meanwhile.
+            earlier = self._engine
+            if not wanted and not changes.due(earlier.local):
+                return
+            try:
+                engine = earlier.successor(model)
+            except Exception as error:
+                if wanted:
+                    raise
+                changes.refused(error)
+                return
+            changes.traced()
+            self._end.detach()
+            self._engine, self._end = engine, weakref.finalize(self, engine.abandon)
 
     # --- where to cut ---
 
@@ -252,17 +302,26 @@ class SplitModule(nn.Module):
     def prepare(self) -> SplitModule:
         """Do now what the first call would do before its inference, and return the module.
 
+        A model that has changed since it was traced is traced anew.
+
         Raises:
             ServerError: with ``fallback="error"``, no server could be made ready.
+            TraceError: the model has changed, and cannot be traced any more.
+            PartitionError: with ``fallback="error"``, the model has changed, and cannot be cut there any more.
         """
+        if self._engine.local.departed() is not None:
+            self._replace_engine(self.model, wanted=True)
         self._engine.prepare()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns for this call."""
+        deadline_s = self._deadline_now()
+        if self._engine.changes.noticed and deadline_s is None:
+            self._replace_engine(self.model, wanted=False)
         engine = self._engine
         with torch.no_grad():
-            return engine.run(ModelCall(engine.parts, args, kwargs), self._deadline_now())
+            return engine.run(ModelCall(engine.parts, args, kwargs), deadline_s)
 
     def map(self, calls: Iterable[Any], depth: int = 4) -> Iterator[Any]:
         """Yield the answers to ``calls``, in their order, while up to ``depth`` of them are in flight.
@@ -315,6 +374,8 @@ class SplitModule(nn.Module):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline_s: float | None, streamed: bool
     ) -> Callable[[], Pending | Done]:
         """Return the function that begins a call in another thread, with its own copy of the call's tensors."""
+        if streamed and self._engine.changes.noticed and deadline_s is None:
+            self._replace_engine(self.model, wanted=False)
         engine = self._engine
         # Copied, because a camera's buffer may hold the next frame before this one has been sent.
         args, kwargs = pytree.tree_map_only(torch.Tensor, _copied, (args, dict(kwargs)))
@@ -430,6 +491,15 @@ class SplitModule(nn.Module):
 @torch.no_grad()
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return same_layout(tensor)
+
+
+def _a_model(value: object) -> nn.Module:
+    if not isinstance(value, nn.Module):
+        raise TraceError(
+            f"split.model must be an nn.Module in evaluation mode; got {short(value)}; to end a SplitModule, close and "
+            "drop it"
+        )
+    return value
 
 
 def _addresses(servers: object) -> Sequence[ServerAddress]:

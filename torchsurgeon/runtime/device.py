@@ -14,7 +14,7 @@ from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.inference import Inference
 from torchsurgeon.runtime.ledger import Ledger
-from torchsurgeon.runtime.parts import Parts
+from torchsurgeon.runtime.parts import Parts, Run
 from torchsurgeon.runtime.peer import Failure
 from torchsurgeon.runtime.work import ModelCall, Work
 
@@ -124,7 +124,14 @@ class DeviceRunner:
         self._times, self._ledger, self._whole = times, ledger, whole
         self._bits, self._because = bits.verdict(rounded_because)
 
-    def run(self, work: Work, begun_s: float, why: Failure | None, decision: Decision[Row] | None = None) -> Any:
+    def run(
+        self,
+        work: Work,
+        begun_s: float,
+        why: Failure | None,
+        decision: Decision[Row] | None = None,
+        uncut: Run | None = None,
+    ) -> Any:
         """Return the result of a call that runs on this device as a whole.
 
         Args:
@@ -132,13 +139,14 @@ class DeviceRunner:
             begun_s: when it began (``time.perf_counter``).
             why: why it could not be split as planned; None where running it here was the plan.
             decision: what the choice of the cut was made on, if it was made.
+            uncut: calls the model itself, which has changed since it was traced; None to run what was traced.
         """
-        run = work.whole()
+        run = work.whole() if uncut is None else uncut
         decided_s = time.perf_counter()
         result = run()
         end_s = time.perf_counter()
         known_s = self._times.whole_s
-        if known_s is not None:
+        if known_s is not None and uncut is None:
             self._times.record_duration(end_s - decided_s, known_s * work.scale())
         inference = Inference(
             partition=self._whole.point,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import threading
@@ -11,12 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchsurgeon.errors import ArithmeticMismatchError, ServerUnavailableError
+from torchsurgeon.errors import ArithmeticMismatchError, PartitionError, ServerUnavailableError, TraceError, short
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.runtime import bits
+from torchsurgeon.runtime.changes import Changes
 from torchsurgeon.runtime.choice import Expected
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
@@ -36,6 +38,7 @@ from torchsurgeon.runtime.stream import MOST_IN_FLIGHT, Stream
 from torchsurgeon.runtime.work import Work
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
+from torchsurgeon.tracing.tracer import trace
 from torchsurgeon.transport import Transport
 
 
@@ -46,20 +49,29 @@ class Engine:
         graph: the traced model.
         servers: URLs or transports, the preferred one first.
         options: what the user asked for.
+        earlier: the engine of the same module that this one replaces, as ``successor()`` does; None for the first.
 
     Attributes:
+        changes: the changes of the model since it was traced.
         codec: how boundary tensors are encoded where the choice of the cut does not say so; may be assigned.
     """
 
-    def __init__(self, graph: LayerGraph, servers: Sequence[str | Transport], options: Options) -> None:
+    def __init__(
+        self,
+        graph: LayerGraph,
+        servers: Sequence[str | Transport],
+        options: Options,
+        earlier: Engine | None = None,
+    ) -> None:
         self.graph, self.options, self.codec = graph, options, options.codec
         self.local = LocalModel(graph)
         self.parts = Parts(graph, options.backend)
         self.times = DeviceTimes(self.parts, options.example, options.device_profile)
         self.servers = Servers(servers, options, self.local, self.times)
-        self.ledger = Ledger(options.name)
+        self.ledger: Ledger = Ledger(options.name) if earlier is None else earlier.ledger
+        self.changes: Changes = Changes() if earlier is None else earlier.changes
         self._device = DeviceRunner(self.times, self.ledger, self.servers.whole, options.rounded_because)
-        self._pool = Pool("torchsurgeon-request")
+        self._pool: Pool = Pool("torchsurgeon-request") if earlier is None else earlier._pool
         self._connector = Connector(options, self.local, self.parts, self.times, self.servers)
         self._keeper = Keeper(self.local, self.servers, self._connector, self._pool)
         self._setup = Setup(options, self.local, self.times, self.servers, self._connector, self._keeper)
@@ -78,7 +90,11 @@ class Engine:
         self._compiles = options.backend is not None
         self._closed = False
         self._closing = threading.Lock()
-        self._stream: Stream | None = None
+        self._stream: Stream | None = None if earlier is None else earlier._stream
+        # The cut that was asked for, by name, and why calls run on the device as a whole in spite of it.
+        self._asked: str | tuple[str, ...] | None = None
+        self._astray: Failure | None = None
+        self._successor: Engine | None = None
         _open.add(self)
 
     # --- before a call ---
@@ -86,6 +102,7 @@ class Engine:
     def fix(self, point: PartitionPoint | None) -> None:
         """Cut every call at ``point`` from now on. With None, choose where to cut at each call."""
         with self._setup.again():
+            self._asked, self._astray = _name_of(point, self.graph), None
             self.servers.fix(point)
 
     def prepare(self) -> None:
@@ -145,18 +162,20 @@ class Engine:
         if fixed is not None and fixed.whole and deadline_s is None:
             if self._compiles:
                 self.parts.compile(fixed.point, self.times.example)
-            return Done(self._device.run(work, time.perf_counter(), None))
+            return Done(self._device.run(work, time.perf_counter(), self._astray))
         if self._closed:
             raise ServerUnavailableError("the SplitModule has been closed")
-        self.local.check()
+        if not falls_back:
+            # With a fallback, changed weights are noticed while the request is on its way, which costs no time.
+            self._connector.renew()
+        changed = self.local.departed()
+        if changed is not None:
+            return self._uncut(work, changed, hasty=deadline_s is not None)
         mismatch = autocast_mismatch()
         if mismatch is not None:
             if not falls_back:
                 raise mismatch
             return Done(self._device.run(work, time.perf_counter(), Failure("autocast", str(mismatch))))
-        if not falls_back:
-            # With a fallback, changed weights are noticed while the request is on its way, which costs no time.
-            self._connector.renew()
         arithmetic = self.local.arithmetic.now()
         if not self.servers.compared(arithmetic):
             self.local.again()
@@ -177,8 +196,20 @@ class Engine:
                 if not falls_back and not self.servers.fit(arithmetic):
                     raise bits.refusal(self.options.name, self.servers.peers[0].differences(arithmetic))
                 self._connector.renew()
-            return Done(self._device.run(work, begun_s, choice.why, choice.decision))
+            return Done(self._device.run(work, begun_s, choice.why or self._astray, choice.decision))
         return self._headed(work, choice, arithmetic, begun_s, None if deadline_s is None else begun_s + deadline_s)
+
+    def _uncut(self, work: Work, changed: str, *, hasty: bool) -> Done:
+        """Have the model itself answer a call, as it is now that it is no longer as it was traced.
+
+        Raises:
+            TraceError: the module does not fall back to the device, or the call begins inside the model.
+        """
+        begun_s, model = time.perf_counter(), work.uncut()
+        if model is None or not self.options.falls_back:
+            raise TraceError(changed)
+        with self.changes.answering(self.graph.model, changed, look=not hasty) as why:
+            return Done(self._device.run(work, begun_s, why, uncut=model))
 
     def _headed(
         self, work: Work, choice: Choice, arithmetic: Arithmetic, begun_s: float, due_s: float | None
@@ -232,6 +263,59 @@ class Engine:
             "servers": [peer.snapshot(self.local.epoch) for peer in self.servers.peers],
         }
 
+    # --- a model that has changed ---
+
+    def successor(self, model: nn.Module) -> Engine:
+        """Trace a model, and return the engine that runs it from now on in place of this one.
+
+        It keeps the servers with what is known of their links, the account, and the threads for requests. Calls that
+        are under way end here.
+
+        Raises:
+            TraceError: the model cannot be traced; this engine goes on.
+            PartitionError: the model does not have the partition point that was asked for, and the module does not
+                fall back to the device; this engine goes on.
+        """
+        args, kwargs = example = self.times.example
+        graph = trace(model, *args, leaf_modules=self.options.leaf_modules, **kwargs)
+        same, peers = graph.fingerprint == self.graph.fingerprint, self.servers.peers
+        options = dataclasses.replace(
+            self.options,
+            example=example,
+            device_profile=self.times.profile if same else None,
+            server_profile=peers[0].profile if same and peers else None,
+        )
+        point, astray = self._point_in(graph)
+        new = Engine(graph, [peer.transport for peer in peers], options, earlier=self)
+        new.codec = Lossless() if isinstance(self.codec, Lossless) else self.codec
+        new.servers.inherit(self.servers)
+        new._setup.inherit(self._setup)
+        new._keeper.pings = self._keeper.pings
+        new.fix(point)
+        new._asked, new._astray = self._asked, astray
+        with self._closing:
+            new._stream, new._closed = self._stream, self._closed
+            self._successor = new
+        self._keeper.close()
+        return new
+
+    def _point_in(self, graph: LayerGraph) -> tuple[PartitionPoint | None, Failure | None]:
+        """Return the point of another graph that is called as what was asked for, and why it is another; None: auto."""
+        asked = self._asked
+        try:
+            if not isinstance(asked, tuple):
+                return None if asked is None else graph.point(asked), None
+            index = {layer.name: layer.index for layer in graph.layers}
+            return graph.point_of([index[name] for name in asked]), None
+        except (PartitionError, KeyError):
+            text = (
+                f"the model has no partition point {short(asked, 100)} any more since it was traced anew; assign "
+                "another to split.partition"
+            )
+            if not self.options.falls_back:
+                raise PartitionError(text) from None
+            return graph.points[-1], Failure("changed", text)
+
     # --- streams ---
 
     def stream(self) -> Stream:
@@ -242,8 +326,10 @@ class Engine:
         """
         if self._stream is None:
             with self._closing:
-                if self._stream is None and not self._closed:
+                if self._stream is None and not self._closed and self._successor is None:
                     self._stream = Stream(MOST_IN_FLIGHT)
+        if self._successor is not None:
+            return self._successor.stream()
         if self._closed or self._stream is None:
             raise ServerUnavailableError("the SplitModule has been closed")
         return self._stream
@@ -260,6 +346,8 @@ class Engine:
         with self._closing:
             # Hold the lock only to set the flag; the closes below may re-enter close(), in this thread and in others.
             self._closed = True
+        if self._successor is not None:
+            self._successor.abandon()
         if self._stream is not None:
             self._stream.close()
         self.servers.close(given=False)
@@ -279,10 +367,18 @@ class Engine:
             self._connector,
             self._keeper,
             self._setup,
+            self.changes,
         ):
             part.reset_after_fork()
         if isinstance(self.codec, Lossless):
             self.codec.reset_after_fork()
+
+
+def _name_of(point: PartitionPoint | None, graph: LayerGraph) -> str | tuple[str, ...] | None:
+    """Return a name of a partition point that means the same in another trace of the model."""
+    if point is None or point.index in (0, len(graph.layers)):
+        return None if point is None else "device" if point.index else "server"
+    return point.name if point.layers is None else tuple(graph.layers[i].name for i in point.layers)
 
 
 # Weak, so that a module which nobody holds any more is collected and ends its threads.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, TraceError, short
+from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, short
 from torchsurgeon.models.arithmetic import Arithmetic, ArithmeticReader
 from torchsurgeon.models.premises import Premises
 from torchsurgeon.models.weights import Snapshot, WeightDigests, weight_digests
@@ -39,6 +39,7 @@ class LocalModel:
         self._lock = threading.RLock()
         self._reading = graph.reading
         self._premises = Premises(graph.model, self._reading)
+        self._other_path: str | None = None
         self._snapshot = self._taken()
         self._digests: WeightDigests | None = None
         self.arithmetic = ArithmeticReader(graph.model)
@@ -46,20 +47,22 @@ class LocalModel:
     def _taken(self) -> Snapshot:
         return Snapshot(self.graph.model, plain_tensors(self.graph.model, self._reading).values())
 
-    def check(self) -> None:
-        """Check that the model is still as it was traced.
+    def departed(self) -> str | None:
+        """Return in a sentence what has changed since the model was traced, besides weights; None if nothing has.
 
-        Raises:
-            TraceError: a submodule, hook, mode, function, or an attribute that the model reads has changed since.
+        It may be a submodule, hook, mode, function, an attribute that the model reads, or a tensor whose elements
+        decide which path the model takes. It is called at every inference.
         """
         premises = self._premises
-        if premises.hold():
-            return
+        if self._other_path is None and premises.hold():
+            return None
         broken = premises.broken()
-        if broken is not None:
-            raise TraceError(broken)
-        # Other objects of the same meaning, or attributes that compute nothing: from now on those are compared.
-        self._premises = Premises(self.graph.model)
+        if broken is None and not premises.hold():
+            # Other objects of the same meaning, or attributes that compute nothing: from now on those are compared.
+            self._premises = Premises(self.graph.model)
+        if self._other_path is not None:
+            self._other_path = self._path_changed()
+        return broken or self._other_path
 
     def changed(self) -> bool:
         """Return whether the weights have changed since the epoch began."""
@@ -68,25 +71,29 @@ class LocalModel:
     def renew(self) -> bool:
         """Begin another epoch if the weights have changed, and return whether they have.
 
-        Raises:
-            TraceError: tensors have changed that decide which path the model takes.
+        If tensors have changed that decide which path the model takes, ``departed()`` says so from now on.
         """
         with self._lock:
             if self._snapshot.same_weights():
                 return False
-            self._refuse_another_path()
+            self._other_path = self._path_changed()
             self._snapshot = self._taken()
             self._digests = None
             self.epoch += 1
             return True
 
-    def _refuse_another_path(self) -> None:
+    def _path_changed(self) -> str | None:
         for name, digest in self.graph.decided_by.items():
-            if tensor_digest(operator.attrgetter(name)(self.graph.model)) != digest:
-                raise TraceError(
+            try:
+                same = tensor_digest(operator.attrgetter(name)(self.graph.model)) == digest
+            except AttributeError:
+                same = False
+            if not same:
+                return (
                     f"{short(name)} has changed since the model was traced, and its elements decide which path the "
-                    "model takes; make a new SplitModule"
+                    "model takes; set it back, or call prepare() on the SplitModule, which traces the model anew"
                 )
+        return None
 
     def again(self) -> None:
         """Begin another epoch, although the weights have not changed."""
@@ -164,7 +171,7 @@ def _differing_graph(name: str, graph: LayerGraph, theirs: Mapping[str, Any]) ->
         f"model {name!r} has the same weights on both sides, but another graph: {graph.fingerprint[:12]} here, "
         f"{str(theirs.get('graph'))[:12]} on the server. {_differing_layer(graph, theirs)}. Trace both with the same "
         f"example ({', '.join(map(str, graph.inputs))} here), the same leaf_modules (kept whole here: {whole}) and the "
-        "same source of the model"
+        "same source of the model, with the same hooks"
     )
 
 

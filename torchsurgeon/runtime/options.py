@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from torchsurgeon.adapting import Decision
 from torchsurgeon.codec import Codec, CodecTable
@@ -23,6 +25,7 @@ class Options:
         name: the model's name on its servers.
         example: the positional and keyword arguments that the model was traced with.
         falls_back: whether the device answers a call when no server does (``fallback="local"``).
+        leaf_modules: the modules that are kept whole, as ``trace()`` takes them.
         rounded_because: why even what this device computes has not the model's own bits; empty where it has.
     """
 
@@ -40,6 +43,7 @@ class Options:
     timeout_s: float
     on_replan: Callable[[Decision[Row]], object] | None
     exact: bool
+    leaf_modules: Sequence[str | type[nn.Module]] = ()
 
     @property
     def rounded_because(self) -> tuple[str, ...]:

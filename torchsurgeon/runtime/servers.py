@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -103,6 +104,14 @@ class Servers:
         """Close the transports made for URLs, and with ``given`` also those that the user gave."""
         for transport in [peer.transport for peer in self.peers] if given else self._own:
             transport.close()
+
+    def inherit(self, earlier: Servers) -> None:
+        """Take over the connections of the servers of an earlier trace, what is known of them, and the decisions."""
+        self._own, self.decisions = earlier._own, earlier.decisions
+        for peer, known in zip(self.peers, earlier.peers, strict=True):
+            peer.link, peer.answers = known.link, known.answers
+            peer.sent_bytes, peer.received_bytes = known.sent_bytes, known.received_bytes
+            peer.state = dataclasses.replace(peer.state, link=known.state.link, load=known.state.load)
 
     # --- what is in use ---
 

@@ -46,6 +46,10 @@ class Setup:
         self._setting_up = threading.Lock()
         self._done_in, self._waited = -1, False
 
+    def inherit(self, earlier: Setup) -> None:
+        """Take over from an earlier trace whether a call has waited for servers already; a later one waits less."""
+        self._waited = earlier._waited
+
     @property
     def done(self) -> bool:
         """Whether nothing is left to do before a call."""

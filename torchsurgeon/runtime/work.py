@@ -26,6 +26,9 @@ class Work(Protocol):
     def whole(self) -> Run:
         """Return a function without arguments that computes the result."""
 
+    def uncut(self) -> Run | None:
+        """Return a function that calls the model itself, as it is now; None for a call that begins inside the model."""
+
     def result(self, outputs: Mapping[str, Tensor]) -> Any:
         """Return the result from the tensors of a server's answer."""
 
@@ -52,6 +55,9 @@ class ModelCall:
     def whole(self) -> Run:
         run = self._parts.whole()
         return lambda: run(*self._args, **self._kwargs)
+
+    def uncut(self) -> Run | None:
+        return lambda: self._parts.graph.model(*self._args, **self._kwargs)
 
     def result(self, outputs: Mapping[str, Tensor]) -> Any:
         return self._parts.graph.unflatten_output(outputs)
@@ -84,6 +90,9 @@ class TailCall:
     def whole(self) -> Run:
         run = self._parts.tail(self._names, flat=True)
         return lambda: run(self._tensors)
+
+    def uncut(self) -> Run | None:
+        return None
 
     def result(self, outputs: Mapping[str, Tensor]) -> Any:
         return tuple(outputs[spec.name] for spec in self._parts.graph.outputs)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchsurgeon.errors import (
     ModelNotReadyError,
     ModelNotServedError,
     SpecError,
     TorchSurgeonError,
+    TraceError,
     short,
 )
 from torchsurgeon.models import specs
 from torchsurgeon.module import SplitModule
 from torchsurgeon.serve.served import Profiler, ServedModel, measured_profile
 from torchsurgeon.tracing.call import call_of
+from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.tracer import trace
 
 LoadingState = Literal["loading", "ready", "failed"]
@@ -106,7 +109,7 @@ class ModelRegistry:
                 max_tails=self.max_tails,
                 profiler=self._profiler,
                 source=source,
-                finish=None if remote is None else remote.finish,
+                finish=None if remote is None else functools.partial(_finish, remote, graph),
                 same_bits=remote is None or remote.exact,
             )
         except TorchSurgeonError as error:
@@ -185,3 +188,13 @@ class ModelRegistry:
         with self._lock:
             self._models[name] = "failed"
             self._reasons[name] = str(error)
+
+
+def _finish(remote: SplitModule, graph: LayerGraph, names: tuple[str, ...], *tensors: Tensor) -> Sequence[Tensor]:
+    """Have a SplitModule finish an inference, unless it runs another graph now than the one that is served."""
+    if remote.graph is not graph:
+        raise TraceError(
+            "the SplitModule that is served here has been given another model, or has traced its own anew, since it "
+            "was added; add it to a new ModelRegistry"
+        )
+    return remote.finish(names, *tensors)
