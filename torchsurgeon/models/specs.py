@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from torchsurgeon.errors import SpecError, short
 from torchsurgeon.models.exported import load_exported
+from torchsurgeon.tracing.call import call_of
 
 _INPUT = re.compile(r"\s*(?:(?P<name>\w+)\s*:\s*)?(?P<dtype>[a-z]\w*)\s*\[(?P<shape>[\d\s,]*)\]\s*(?:[,;]|$)")
 _MAX_EXAMPLE_ELEMENTS = 1 << 30
@@ -293,9 +294,7 @@ def _factory(
         )
     if not example:
         return model, None
-    if isinstance(example[0], dict):
-        return model, ((), dict(example[0]))
-    return model, (tuple(example[0]) if isinstance(example[0], list | tuple) else (example[0],), {})
+    return model, call_of(tuple(example[0]) if isinstance(example[0], list) else example[0])
 
 
 def _factories_near(module: ModuleType, name: str) -> str:

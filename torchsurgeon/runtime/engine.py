@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torchsurgeon.errors import ArithmeticMismatchError, PartitionError, ServerUnavailableError, TraceError, short
 from torchsurgeon.models.arithmetic import Arithmetic
@@ -38,6 +37,7 @@ from torchsurgeon.runtime.stream import MOST_IN_FLIGHT, Stream
 from torchsurgeon.runtime.work import Work
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
+from torchsurgeon.tracing.structure import with_tensors
 from torchsurgeon.tracing.tracer import trace
 from torchsurgeon.transport import Transport
 
@@ -117,7 +117,7 @@ class Engine:
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Note that ``fn`` is applied to the model's tensors, as ``torch.nn.Module.to()`` does."""
         with torch.no_grad():
-            self.times.example = pytree.tree_map_only(Tensor, fn, self.times.example)
+            self.times.example = with_tensors(fn, self.times.example)
         self.times.forget()
         self._connector.forget_parts()
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.step import Ref, Step, restorer, unique
-from torchsurgeon.tracing.structure import LeafPath, Structure, flatten, leaf_name
+from torchsurgeon.tracing.structure import LeafPath, Structure, flatten, is_mapping, leaf_name
 
 
 class Call:
@@ -168,12 +168,23 @@ def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments that an example stands for, as ``(args, kwargs)``.
 
     Args:
-        example: a tuple of positional arguments, a dict of keyword arguments, or else the only argument.
+        example: a tuple of positional arguments, a mapping of keyword arguments (a dict, or what a tokenizer returns),
+            or else the only argument.
+
+    Raises:
+        TypeError: a key of the mapping is no name of an argument.
     """
     if isinstance(example, tuple):
         return example, {}
-    if isinstance(example, dict):
-        return (), example
+    if is_mapping(example):
+        named = dict(example)
+        unnamed = next((key for key in named if not isinstance(key, str)), None)
+        if unnamed is not None:
+            raise TypeError(
+                "a mapping stands for a call's keyword arguments, so its keys must be texts; got "
+                f"{short(unnamed, 100)}; give a tuple with the mapping in it if the model takes it as one argument"
+            )
+        return (), named
     return (example,), {}
 
 

@@ -8,13 +8,14 @@ numbers have to travel.
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 # Where a leaf lies in a nested value: the key at each level, from the outside in; empty when the value is the leaf.
 LeafPath = tuple[str, ...]
@@ -119,8 +120,10 @@ def _build_dataclass(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any
     return kind(**dict(zip(keys, parts, strict=True)))
 
 
-def _build_mapping(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any:
+def _build_mapping(kind: Any, keys: tuple[Any, ...], parts: list[Any]) -> Any:
     pairs = zip(keys, parts, strict=True)
+    if issubclass(kind, defaultdict):
+        return kind(None, pairs)
     return OrderedDict(pairs) if kind is OrderedDict else kind(dict(pairs))
 
 
@@ -166,6 +169,30 @@ def flatten(value: Any, at: LeafPath = ()) -> tuple[list[tuple[LeafPath, Any]], 
         leaves += inner
         children.append(structure)
     return leaves, Structure(kind, tuple(key for key, _ in items), tuple(children))
+
+
+def with_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Return a nested value with ``function`` applied to every tensor in it."""
+
+    def changed(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return function(leaf)
+        # PyTorch's own trees take mappings and objects that are not registered with them as leaves.
+        leaves, structure = flatten(leaf)
+        if not any(isinstance(inner, torch.Tensor) for _, inner in leaves):
+            return leaf
+        return structure.rebuild(
+            {path: function(inner) if isinstance(inner, torch.Tensor) else inner for path, inner in leaves}
+        )
+
+    return pytree.tree_map(changed, value)
+
+
+def is_mapping(value: Any) -> bool:
+    """Return whether a value gives values by key: a mapping, or an object with ``keys()`` that is read like one."""
+    if isinstance(value, (torch.Tensor, type)):
+        return False
+    return isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(type(value), "__getitem__"))
 
 
 def leaf_name(root: str, path: LeafPath) -> str:
