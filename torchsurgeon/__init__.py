@@ -22,8 +22,8 @@ _NAMES_BY_ROOM = {
         "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
         "NativeUnavailableError", "NoisyProfileWarning", "PartitionError", "PlanError", "PredictionWarning",
         "ProfileError", "ProtocolError", "RequestRefusedError", "ServerError", "ServerUnavailableError",
-        "SpecError", "ThrottledWarning", "TorchSurgeonError", "TraceError", "UnknownEnergyWarning",
-        "UnrepeatableWarning",
+        "SpecError", "SplitAttributeError", "ThrottledWarning", "TorchSurgeonError", "TraceError",
+        "UnknownEnergyWarning", "UnrepeatableWarning",
     ),
     "link": ("BandwidthTrace", "Link", "Radio"),
     "module": ("SplitModule",),
@@ -117,6 +117,7 @@ else:
     from torchsurgeon.errors import ServerError as ServerError
     from torchsurgeon.errors import ServerUnavailableError as ServerUnavailableError
     from torchsurgeon.errors import SpecError as SpecError
+    from torchsurgeon.errors import SplitAttributeError as SplitAttributeError
     from torchsurgeon.errors import ThrottledWarning as ThrottledWarning
     from torchsurgeon.errors import TorchSurgeonError as TorchSurgeonError
     from torchsurgeon.errors import TraceError as TraceError

@@ -1,7 +1,8 @@
 """The errors that torchsurgeon raises on purpose, and the warnings that it gives.
 
     TorchSurgeonError
-    ├── TraceError                 the model does not turn into a LayerGraph
+    ├── TraceError                 the model does not turn into a LayerGraph, or a tracer called a SplitModule
+    ├── SplitAttributeError        what only the model itself can do (also an AttributeError)
     ├── PartitionError             the graph has no such partition point, layer or tensor (also a ValueError)
     ├── SpecError                  a model SPEC, weights file or example input does not load (also a ValueError)
     ├── LinkError                  a link profile, rate, delay or bandwidth trace is not valid (also a ValueError)
@@ -97,7 +98,11 @@ class TorchSurgeonError(Exception):
 
 
 class TraceError(TorchSurgeonError):
-    """The model does not turn into a ``LayerGraph``."""
+    """The model does not turn into a ``LayerGraph``, or a tracer called a SplitModule."""
+
+
+class SplitAttributeError(TorchSurgeonError, AttributeError):
+    """A SplitModule was asked for what only its model can do: to set the model's attributes, or to ``generate()``."""
 
 
 class PartitionError(TorchSurgeonError, ValueError):

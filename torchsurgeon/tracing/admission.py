@@ -32,6 +32,8 @@ _WRAPPERS = {
     "torch.FSDPModule": _GATHERED,
     "deepspeed.DeepSpeedEngine": _INSIDE,
 }
+# Says why a SplitModule, whose tail runs on a server, is refused wherever a module is to be traced.
+SPLIT_MODULE = "a SplitModule cannot be traced; trace its .model"
 _CACHES = "transformers.cache_utils"
 # Values that cannot change between two calls, and that are equal when they say the same.
 _FIXED = (
@@ -62,6 +64,11 @@ def admit(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, v
         what = f"argument {short(key, 100)} of the example for {_name(model)}"
         for part in _parts(value):
             _admit_argument(what, part, verify)
+
+
+def is_split(module: nn.Module) -> bool:
+    """Return whether a module is a ``SplitModule``, which is of a room above this one."""
+    return any(base.__module__ == "torchsurgeon.module.split" for base in type(module).__mro__)
 
 
 def refuse_changed_arguments(
@@ -102,6 +109,8 @@ def _admit_module(model: nn.Module, path: str, module: nn.Module) -> None:
             f"{what} was compiled or loaded by torch.jit, which hides what it calls and which values it depends on; "
             "trace the module that it was made of, as it was before torch.jit.script or torch.jit.trace"
         )
+    if is_split(module):
+        raise TraceError(f"{what} is a SplitModule: {SPLIT_MODULE}" if path else SPLIT_MODULE)
     for base in type(module).__mro__:
         remedy = _WRAPPERS.get(f"{base.__module__.partition('.')[0]}.{base.__name__}")
         if remedy is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import TraceError, UnrepeatableWarning, short
-from torchsurgeon.tracing.admission import admit
+from torchsurgeon.tracing.admission import admit, is_split
 from torchsurgeon.tracing.call import Call, settle_output
 from torchsurgeon.tracing.capture import Captured, Ways
 from torchsurgeon.tracing.flow import DataFlow
@@ -74,7 +74,8 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes an nn.Module; got {type(model).__name__}; call trace(model, example)")
-    model = getattr(model, "_orig_mod", model)
+    if not is_split(model):
+        model = getattr(model, "_orig_mod", model)
     admit(model, example_args, example_kwargs, verify=verify)
     _refuse_training(model)
     with left_as_it_was(model) as state, _random_numbers_kept():

@@ -1,0 +1,105 @@
+"""Checks of what a ``SplitModule`` is made with, before the model is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchsurgeon.adapting import check_deadline
+from torchsurgeon.codec import Codec, CodecTable, find_codec
+from torchsurgeon.errors import (
+    AdaptError,
+    BackendError,
+    CodecError,
+    LinkError,
+    PlanError,
+    ProfileError,
+    ServerUnavailableError,
+    is_finite,
+    short,
+)
+from torchsurgeon.link import Link
+from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.runtime.lossless import Lossless
+from torchsurgeon.transport import Transport
+
+# The URL of a server, or a transport to it.
+ServerAddress = str | Transport
+
+
+def addresses_of(servers: object) -> Sequence[ServerAddress]:
+    """Return the servers that were given, the preferred one first.
+
+    Raises:
+        ServerUnavailableError: they are neither URLs nor transports.
+    """
+    if isinstance(servers, (str, Transport)):
+        return [servers]
+    found = [] if servers is None else servers
+    if not isinstance(found, Sequence) or not all(isinstance(one, (str, Transport)) for one in found):
+        raise ServerUnavailableError(
+            'server must be a URL such as "http://127.0.0.1:8000", a Transport, or a list of these; got '
+            f"{short(servers)}"
+        )
+    return found
+
+
+def check_options(
+    fallback: object, deadline_s: float | None, timeout_s: float, compile: object, backend: object
+) -> None:
+    """Raise where an option is none of its values, or two of them contradict each other."""
+    if fallback not in ("local", "error"):
+        raise PlanError(
+            f'fallback must be "local", for the device to answer, or "error", to raise; got {short(fallback)}'
+        )
+    if compile and backend is not None:
+        raise BackendError("compile= and backend= both say what runs the heads and tails; give only one of them")
+    if deadline_s is not None:
+        check_deadline(deadline_s, 0.0, "")
+    if not (is_finite(timeout_s) and timeout_s > 0):
+        raise AdaptError(f"timeout_s must be a positive number of seconds; got {short(timeout_s)}")
+    if backend is not None and not callable(backend):
+        raise BackendError(
+            f"backend must be a function from a module to what runs it; got {short(backend)}; compile= takes the "
+            "name of a backend of torch.compile"
+        )
+
+
+def check_measured(link: object, device: object, server: object, codecs: object) -> None:
+    """Raise where an argument that was measured beforehand is of another type, such as the name of its file."""
+    if not isinstance(link, Link | None):
+        raise LinkError(f'link must be a Link; got {short(link)}; Link.parse() makes one of a text such as "lte"')
+    for name, profile in (("device_profile", device), ("server_profile", server)):
+        if not isinstance(profile, LayerProfile | None):
+            raise ProfileError(
+                f"{name} must be a LayerProfile; got {short(profile)}; LayerProfile.load() reads one from a file"
+            )
+    if not isinstance(codecs, CodecTable | None):
+        raise CodecError(f"codecs must be a measured CodecTable; got {short(codecs)}; codec= takes the name of a codec")
+
+
+def check_exact(names: Sequence[str], table: CodecTable | None, *, compiled: bool) -> None:
+    """Raise where an argument changes the bits of answers, although the module is to be exact."""
+    if compiled:
+        raise BackendError(
+            "compile= and backend= run the heads and tails in another way than the model, so that answers are the same "
+            "to rounding only; leave them out, or leave out exact=True"
+        )
+    lossy = [name for name in names if name != Lossless.name and not find_codec(name).lossless]
+    if table is not None:
+        lossy += {row.cost.codec for row in table.rows if row.cost.within_budget and not row.cost.lossless}
+    if lossy:
+        raise CodecError(
+            f"exact=True asks for the model's own bits, and codecs change them: {', '.join(sorted(lossy))[:200]}. "
+            'Take "raw", "zstd" or "auto", a table measured without an accuracy budget, or leave out exact=True'
+        )
+
+
+def codec_of(name: str) -> Codec | Lossless:
+    """Return the codec of a name.
+
+    Raises:
+        CodecError: there is none of this name.
+    """
+    if isinstance(name, CodecTable):
+        raise CodecError('codec takes a name such as "int8+zstd"; give a measured table as codecs=')
+    return Lossless() if name == Lossless.name else find_codec(name)
