@@ -94,6 +94,18 @@ def test_video_stream() -> None:
     assert "in the order of the frames" in said
 
 
+def test_pipelines() -> None:
+    pytest.importorskip("transformers")
+    said = run("pipelines")
+    for kind in ("image-classification", "object-detection", "text-classification", "feature-extraction"):
+        assert re.search(rf"^{kind}: the whole model's answer, cut after \S+\.0\.", said, re.MULTILINE)
+
+
+def test_generate() -> None:
+    pytest.importorskip("transformers")
+    assert re.search(r"the same \d+ tokens, with the encoder cut after block\.0\.", run("generate"))
+
+
 def test_every_example_is_run_here_and_is_short() -> None:
     tested = Path(__file__).read_text()
     for path in EXAMPLES.glob("*.py"):
