@@ -116,7 +116,7 @@ class Wrapped(nn.Module):
     # --- its attributes ---
 
     def __prepare_scriptable__(self) -> Any:
-        """Refuse ``torch.jit.script``, which asks every module for this."""
+        # torch.jit.script asks every module for this.
         raise TraceError(SPLIT_MODULE)
 
     def __getattr__(self, name: str) -> Any:
