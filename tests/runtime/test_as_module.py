@@ -384,6 +384,8 @@ def test_attributes_of_the_model_are_set_on_the_model() -> None:
     for register in (split.register_buffer, split.register_parameter, split.register_module, split.add_module):
         with pytest.raises(ts.SplitAttributeError, match=r"register 'more' on split\.model"):
             register("more", None)
+    with pytest.raises(ts.SplitAttributeError, match=r"set there: split\.model\[0\] = …"):
+        setattr(wrapped(nn.Sequential(nn.Linear(8, 8)).eval()), "0", nn.ReLU())
     with pytest.raises(ts.SplitAttributeError, match=r"register 'more' on split\.model"):
         split.more = nn.Linear(8, 8)
     assert list(split.state_dict()) == list(split.model.state_dict())

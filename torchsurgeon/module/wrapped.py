@@ -139,7 +139,7 @@ class Wrapped(nn.Module):
         if "_model" in self.__dict__ and name not in self.__dict__ and not hasattr(type(self), name):
             if self._is_of_model(name):
                 raise SplitAttributeError(
-                    f"{short(name, 100)} is an attribute of the model, and is set there: split.model.{name[:100]} = …"
+                    f"{short(name, 100)} is an attribute of the model, and is set there: {_on_model(name)} = …"
                 )
             if isinstance(value, (nn.Module, nn.Parameter)):
                 self._refuse_registering(name)
@@ -148,7 +148,7 @@ class Wrapped(nn.Module):
     def __delattr__(self, name: str) -> None:
         if name not in self.__dict__ and self._is_of_model(name):
             raise SplitAttributeError(
-                f"{short(name, 100)} is an attribute of the model, and is deleted there: del split.model.{name[:100]}"
+                f"{short(name, 100)} is an attribute of the model, and is deleted there: del {_on_model(name)}"
             )
         object.__delattr__(self, name)
 
@@ -248,6 +248,11 @@ class Wrapped(nn.Module):
         """Return the model's class and what it says of itself, for ``repr``."""
         own = self._model.extra_repr()
         return f"model={type(self._model).__name__}({own})" if own else f"model={type(self._model).__name__}"
+
+
+def _on_model(name: str) -> str:
+    """Return how an attribute of the model, or a layer of a sequence, is written in Python."""
+    return f"split.model.{name[:100]}" if name.isidentifier() else f"split.model[{name[:100]}]"
 
 
 def _refuse_generating(name: str, *args: Any, **kwargs: Any) -> None:
