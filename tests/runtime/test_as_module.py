@@ -197,6 +197,19 @@ def test_submodules_are_reached_by_the_models_own_paths() -> None:
     assert wrapped(made(Inner)).get_submodule("model.0") is not None
 
 
+def test_a_model_that_is_assigned_brings_its_own_names() -> None:
+    split = wrapped(made(sequence))
+    parent = Parent(split)
+    split.model = other = made(Layers)
+    assert list(split.state_dict()) == list(other.state_dict())
+    assert parent.get_parameter("backbone.layer.weight") is other.layer.weight
+    assert split.width == 8
+    assert answers_alike(split, other)
+    with pytest.raises(ts.TraceError, match="cannot be without a model"):
+        del split.model
+    assert answers_alike(split, other)
+
+
 # --- checkpoints ---
 
 

@@ -107,7 +107,9 @@ class Wrapped(nn.Module):
 
     @model.deleter
     def model(self) -> None:
-        raise SplitAttributeError("a SplitModule cannot be without a model; close it and drop it to end it")
+        raise TraceError(
+            "a SplitModule cannot be without a model; assign another to split.model, or close and drop the SplitModule"
+        )
 
     def _set_model(self, model: nn.Module) -> None:
         """Do what assigning another model asks for."""
