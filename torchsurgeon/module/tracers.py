@@ -22,7 +22,7 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 _count_modes = torch._C._len_torch_dispatch_stack
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-_TENSORS = torch.Tensor, nn.Parameter
+_Tensor = torch.Tensor
 # Arguments of these types are no tracer's stand-ins for tensors.
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -51,8 +51,10 @@ def refuse_tracers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         )
     if _count_modes():
         _refuse_modes()
-    for value in (*args, *kwargs.values()):
-        _refuse_stand_in(value)
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        # The common case first: an ordinary tensor.
+        if type(value) is not _Tensor or value.is_meta:
+            _refuse_stand_in(value)
 
 
 def _refuse_modes() -> None:
@@ -70,7 +72,7 @@ def _refuse_modes() -> None:
 def _refuse_stand_in(value: Any) -> None:
     """Raise where an argument is, or holds, what a tracer puts in a tensor's place."""
     kind = type(value)
-    if kind in _TENSORS:
+    if kind is _Tensor or kind is nn.Parameter:
         if value.is_meta:
             raise TraceError(
                 f"a tensor of shape {short(tuple(value.shape), 100)} on the meta device has no values, and a "
