@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classifier import EXAMPLE, degraded, net, right, split_of, truth
+from classifier import EXAMPLE, degraded, net, remote, right, split_of, truth, until
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -166,6 +166,20 @@ def test_lightning_predicts_in_another_precision_and_the_device_answers(
         answers = [trainer(precision=precision).predict(classifier(model), BATCHES) for model in (Frozen(), split)]
         assert all(torch.equal(own, ours) for own, ours in zip(*answers, strict=True))
         assert "dtype" in degraded(split) or "autocast" in degraded(split)
+
+
+@under_lightning
+@pytest.mark.filterwarnings("ignore::torchsurgeon.ChangedModelWarning")
+def test_lightnings_summary_of_every_layer_leaves_the_split_right(
+    server: Server, trainer: Any, classifier: Any, lightning: Any
+) -> None:
+    with split_of(server, partition=2) as split:
+        model = classifier(split.requires_grad_(False))
+        # It hooks every layer, also those of the split, and calls the model.
+        model.example_input_array = INPUTS[:1]
+        trainer(callbacks=[lightning.callbacks.ModelSummary(max_depth=-1)]).fit(model, BATCHES, BATCHES)
+        assert right(split)
+        until(lambda: remote(split), split)
 
 
 # --- accelerate ---
