@@ -78,11 +78,14 @@ def identity(graph: str, weights: str) -> str:
 class Snapshot:
     """The weights of a model at one moment: which tensors, where in memory, and in which version.
 
-    A change that PyTorch does not count, such as one through ``numpy``, is not noticed.
+    A write that PyTorch does not count, such as one through ``numpy``, is not noticed; see ``WatchedWeights``.
 
     Args:
         model: the model, whose parameters, buffers and packed weights may also be replaced.
         plain: other tensors that it reads, of which only changes in place count.
+
+    Attributes:
+        tensors: the tensors that count, each once, and those inside them.
     """
 
     def __init__(self, model: nn.Module, plain: Iterable[Tensor] = ()) -> None:
@@ -104,6 +107,7 @@ class Snapshot:
         for tensor in (*self._tensors, *plain):
             if tensor is not None and id(tensor) not in idle:
                 given |= {id(one): one for one in (tensor, *_inner(tensor))}
+        self.tensors = tuple(given.values())
         self._counted = [tensor for tensor in given.values() if not tensor.is_inference()]
         self._placed = [one for one in given.values() if one.layout is torch.strided and not _is_wrapper(one)]
         self._versions = list(map(_VERSION, self._counted))

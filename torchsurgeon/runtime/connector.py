@@ -110,7 +110,11 @@ class Connector:
         self._local.arithmetic.forget()
         self.ping_tensors = {}
 
-    def renew(self) -> None:
-        """Notice weights that have changed: hands are then shaken again, and the parts cut again."""
-        if self._local.renew():
+    def renew(self, *, in_full: bool = False) -> None:
+        """Notice weights that have changed: hands are then shaken again, and the parts cut again.
+
+        Args:
+            in_full: True to read all weights, which takes a while for a large model.
+        """
+        if self._local.renew(in_full=in_full):
             self.forget_parts()

@@ -14,7 +14,8 @@ from torch import nn
 from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, short
 from torchsurgeon.models.arithmetic import Arithmetic, ArithmeticReader
 from torchsurgeon.models.premises import Premises
-from torchsurgeon.models.weights import Snapshot, WeightDigests, weight_digests
+from torchsurgeon.models.watching import Patrol, WatchedWeights
+from torchsurgeon.models.weights import WeightDigests, weight_digests
 from torchsurgeon.tracing.digests import tensor_digest
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.reading import plain_tensors
@@ -36,16 +37,24 @@ class LocalModel:
     def __init__(self, graph: LayerGraph) -> None:
         self.graph = graph
         self.epoch = 0
-        self._lock = threading.RLock()
         self._reading = graph.reading
         self._premises = Premises(graph.model, self._reading)
         self._other_path: str | None = None
-        self._snapshot = self._taken()
+        self._weights = self._watched()
         self._digests: WeightDigests | None = None
+        self._patrol = Patrol(self._weights_now)
         self.arithmetic = ArithmeticReader(graph.model)
+        self.reset_after_fork()
 
-    def _taken(self) -> Snapshot:
-        return Snapshot(self.graph.model, plain_tensors(self.graph.model, self._reading).values())
+    def reset_after_fork(self) -> None:
+        """Replace the locks, which threads of the parent may hold."""
+        self._lock, self._digesting = threading.RLock(), threading.Lock()
+
+    def _watched(self) -> WatchedWeights:
+        return WatchedWeights(self.graph.model, plain_tensors(self.graph.model, self._reading).values())
+
+    def _weights_now(self) -> WatchedWeights:
+        return self._weights
 
     def departed(self) -> str | None:
         """Return in a sentence what has changed since the model was traced, besides weights; None if nothing has.
@@ -64,23 +73,36 @@ class LocalModel:
             self._other_path = self._path_changed()
         return broken or self._other_path
 
-    def changed(self) -> bool:
-        """Return whether the weights have changed since the epoch began."""
-        return not self._snapshot.same_weights()
+    def used(self) -> None:
+        """Note that the model is in use, so that its weights are worth watching."""
+        self._patrol.used()
 
-    def renew(self) -> bool:
+    def close(self) -> None:
+        """End the thread that watches the weights. Closing twice is harmless."""
+        self._patrol.close()
+
+    def changed(self) -> bool:
+        """Return whether the weights have changed since the epoch began, as far as that shows at once."""
+        return not self._weights.same()
+
+    def renew(self, *, in_full: bool = False) -> bool:
         """Begin another epoch if the weights have changed, and return whether they have.
 
         If tensors have changed that decide which path the model takes, ``departed()`` says so from now on.
+
+        Args:
+            in_full: True to read all weights.
         """
+        weights = self._weights
+        if weights.same_in_full() if in_full else weights.same(quickly=True):
+            return False
         with self._lock:
-            if self._snapshot.same_weights():
-                return False
-            self._other_path = self._path_changed()
-            self._snapshot = self._taken()
-            self._digests = None
-            self.epoch += 1
-            return True
+            if self._weights is weights:
+                self._other_path = self._path_changed()
+                self._weights = self._watched()
+                self._digests = None
+                self.epoch += 1
+        return True
 
     def _path_changed(self) -> str | None:
         for name, digest in self.graph.decided_by.items():
@@ -100,16 +122,24 @@ class LocalModel:
         with self._lock:
             self.epoch += 1
 
-    def reset_after_fork(self) -> None:
-        """Replace the lock, which a thread of the parent may hold."""
-        self._lock = threading.RLock()
-
     def digests(self) -> tuple[int, WeightDigests]:
-        """Return the epoch and the digests of its weights, which are computed when first asked for."""
-        with self._lock:
-            if self._digests is None:
-                self._digests = weight_digests(self.graph.model, self._reading)
-            return self.epoch, self._digests
+        """Return the epoch and the digests of its weights, which are computed when first asked for.
+
+        From then on, a background thread compares the weights' bytes while the model is in use.
+        """
+        # Calls never wait for this lock, unlike the other one.
+        with self._digesting:
+            with self._lock:
+                epoch, weights, digests = self.epoch, self._weights, self._digests
+            if digests is None:
+                weights.remember()
+                self._other_path = self._path_changed()
+                digests = weight_digests(self.graph.model, self._reading)
+                with self._lock:
+                    if self._weights is weights:
+                        self._digests = digests
+        self._patrol.start()
+        return epoch, digests
 
 
 def autocast_mismatch() -> ModelMismatchError | None:
@@ -137,7 +167,8 @@ def shake_hands(
         timeout_s: the longest wait; the transport's own by default.
 
     Raises:
-        ModelMismatchError: the server holds another model; the message names what differs first.
+        ModelMismatchError: the server holds another model, or one whose code has changed since the server traced it;
+            the message names what differs first.
         ServerError: the server does not answer, or refuses.
         ProtocolError: its fingerprint is not one of torchsurgeon's.
     """
@@ -152,6 +183,9 @@ def shake_hands(
         ) from None
     if not isinstance(theirs, dict) or not isinstance(theirs.get("tensors"), dict):
         raise ProtocolError("the server's fingerprint is not what torchsurgeon's servers answer")
+    if theirs.get("changed") is not None:
+        changed = short(str(theirs["changed"]), 1000, quote=False)
+        raise ModelMismatchError(f"model {name!r} has changed on the server since it was traced there: {changed}")
     if theirs.get("weights") != ours.combined:
         raise ModelMismatchError(_differing_weights(name, graph.model, ours, theirs["tensors"]))
     layers = theirs.get("layers")

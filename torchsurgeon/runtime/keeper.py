@@ -106,6 +106,7 @@ class Keeper:
         self._used_s = time.monotonic()
         if self._sleeps:
             self._event.set()
+        self._local.used()
 
     def wake(self) -> None:
         """Have the thread look at the servers now."""
@@ -116,9 +117,10 @@ class Keeper:
         return self._send(Errand(peer, trial=False), lambda _: self._connector.connect(peer, timeout_s))
 
     def close(self) -> None:
-        """End the thread. Closing twice is harmless."""
+        """End the thread, and the one that watches the weights. Closing twice is harmless."""
         self._closed = True
         self._event.set()
+        self._local.close()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(_JOIN_S)

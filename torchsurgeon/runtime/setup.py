@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torchsurgeon.adapting import SURE
 from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning
@@ -65,16 +65,23 @@ class Setup:
             yield
             self._done_in = -1
 
-    def prepare(self, wait_s: float | None = None) -> None:
+    def prepare(self, wait_s: float | None = None, *, again: bool = False) -> None:
         """Do what the first call would do before its inference.
 
         Args:
             wait_s: wait no longer for servers, and not at all for those that failed before; by default the first
                 call's time.
+            again: whether to shake hands again with the servers that are ready, which then read all their weights.
 
         Raises:
             ServerError: no server could be made ready, and the module does not fall back to the device.
         """
+        if self.done:
+            ready = [peer for peer in self._servers.peers if again and peer.ready_in == self._local.epoch]
+            for peer in ready:
+                peer.ready_in = -1
+            if self._options.falls_back:
+                self._connect_all(ready, None)
         if self.done:
             return
         if not self._setting_up.acquire(timeout=-1 if wait_s is None or not self._options.falls_back else wait_s):
@@ -125,7 +132,7 @@ class Setup:
         if falls_back or len(servers.peers) > 1:
             self._connector.prepare_ping()
         if falls_back:
-            self._connect_all(wait_s)
+            self._connect_all([peer for peer in self._unready() if wait_s is None or _answers(peer)], wait_s)
         else:
             self._connect_any(wait_s)
         if self._connector.ping_tensors:
@@ -143,9 +150,8 @@ class Setup:
     def _unready(self) -> list[Peer]:
         return [peer for peer in self._servers.peers if peer.ready_in != self._local.epoch]
 
-    def _connect_all(self, wait_s: float | None) -> None:
-        """Connect to all servers side by side, in the background threads, and wait for them."""
-        peers = [peer for peer in self._unready() if wait_s is None or _answers(peer)]
+    def _connect_all(self, peers: Sequence[Peer], wait_s: float | None) -> None:
+        """Connect to servers side by side, in the background threads, and wait for them."""
         end_s = time.monotonic() + (_SETUP_S if wait_s is None else wait_s)
         tasks = [self._keeper.connect(peer, min(_SETUP_S, peer.transport.timeout_s)) for peer in peers]
         for peer, task in zip(peers, tasks, strict=True):
