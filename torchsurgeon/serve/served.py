@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import functools
-import sys
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +12,7 @@ from torch import Tensor
 
 from torchsurgeon import wire
 from torchsurgeon.codec import codec_names
-from torchsurgeon.cutting.partition import check_shapes, tail_for
-from torchsurgeon.cutting.segment import Segment
+from torchsurgeon.cutting.partition import check_shapes
 from torchsurgeon.errors import (
     ModelFailedError,
     ModelNotServedError,
@@ -25,8 +20,9 @@ from torchsurgeon.errors import (
     short,
 )
 from torchsurgeon.models.arithmetic import ArithmeticReader
-from torchsurgeon.models.weights import identity, weight_digests
 from torchsurgeon.profiling import profile
+from torchsurgeon.serve.edition import Edition, Editions
+from torchsurgeon.serve.tails import RequestPlan, Tails
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import TensorSpec
@@ -48,46 +44,6 @@ _TIMES = '"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
 def measured_profile(graph: LayerGraph) -> dict[str, Any]:
     """Measure the layers of a graph on this machine, without joules, and return the profile's JSON."""
     return profile(graph, meter=None).to_json()
-
-
-class Tails:
-    """The tails that were cut so far, by the names of the tensors that they take. Thread-safe.
-
-    Args:
-        graph: the traced model.
-        capacity: how many tails to keep; the least recently used ones are dropped.
-    """
-
-    def __init__(self, graph: LayerGraph, capacity: int) -> None:
-        self._graph = graph
-        self.capacity = capacity
-        self._tails: OrderedDict[tuple[str, ...], Segment] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._tails)
-
-    def get(self, names: tuple[str, ...]) -> Segment:
-        """Return the tail that takes these tensors. It is cut now if it is not kept.
-
-        Args:
-            names: the sorted names of the tensors.
-
-        Raises:
-            PartitionError: the tensors do not determine the model's output, or the graph has none of such a name.
-        """
-        with self._lock:
-            tail = self._tails.get(names)
-            if tail is not None:
-                self._tails.move_to_end(names)
-                return tail
-        # Cut outside the lock. Two threads may cut the same tail at the same time; either result serves.
-        tail = tail_for(self._graph, names, flat=True)
-        with self._lock:
-            self._tails[names] = tail
-            while len(self._tails) > self.capacity:
-                self._tails.popitem(last=False)
-        return tail
 
 
 class Received(NamedTuple):
@@ -124,7 +80,6 @@ class ServedModel:
         versions: the versions that are served.
         max_tensor_bytes: the most bytes that the tensors of a request have together.
         max_times: the most times the example's bytes that one tensor has.
-        tails: the tails.
         worker: the thread that runs the requests.
         open: whether requests are accepted.
     """
@@ -150,19 +105,21 @@ class ServedModel:
         # An image may be larger than the example, or a sequence longer, by the same factor as a batch.
         self.max_tensor_bytes = max_batch * max(point.size_bytes for point in graph.points) // graph.batch
         self.max_times = max_batch / graph.batch
-        self.tails = Tails(graph, max_tails)
+        self._editions = Editions(name, graph, max_tails)
         self._finish = finish
         self._output_names = [spec.name for spec in graph.outputs]
         self.worker = Worker(f"torchsurgeon-{name}")
         self.open = True
         self._profiler = profiler
-        self._once = threading.Lock()
-        self._fingerprint: dict[str, Any] | None = None
         self._arithmetic = ArithmeticReader(graph.model) if same_bits else None
         self._profile: dict[str, Any] | None = None
-        # Both are read and written by the event loop's thread and the worker's, one operation at a time.
+        # Read and written by the event loop's thread and the worker's, one operation at a time.
         self._durations_s: dict[int, float] = {}
-        self._plans: dict[object, _RequestPlan] = {}
+
+    @property
+    def tails(self) -> Tails:
+        """The tails that are kept now."""
+        return self._editions.present.tails
 
     def max_body_bytes(self, *, binary: bool) -> int:
         """Return the size of the largest request: the widest boundary at the largest batch, and a header.
@@ -184,25 +141,18 @@ class ServedModel:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the digests of graph, layers and weights, and what the server computes with now."""
-        with self._once:
-            if self._fingerprint is None:
-                digests = weight_digests(self.graph.model, self.graph.reading)
-                name = identity(self.graph.fingerprint, digests.combined)
-                known = {
-                    "identity": name,
-                    "graph": self.graph.fingerprint,
-                    "layers": self.graph.configuration.layers(),
-                    "torch": torch.__version__,
-                    "python": sys.implementation.cache_tag,
-                }
-                self._fingerprint = {**known, **digests.to_json()}
-            if self._arithmetic is None:
-                return self._fingerprint
-            # The calling thread reads it, but it is the worker's settings that count.
-            self.worker.follow()
-            self.worker.settings.adopt()
-            return {**self._fingerprint, "arithmetic": dict(self._arithmetic.now().facts)}
+        """Return the digests of graph, layers and weights, and what the server computes with now.
+
+        Raises:
+            ModelNotReadyError: the weights are being changed.
+        """
+        known = self._editions.fingerprint()
+        if self._arithmetic is None:
+            return known
+        # The calling thread reads it, but it is the worker's settings that count.
+        self.worker.follow()
+        self.worker.settings.adopt()
+        return {**known, "arithmetic": dict(self._arithmetic.now().facts)}
 
     def profile(self) -> dict[str, Any]:
         """Return the layer profile, measured at the first call. To be called in the worker's thread.
@@ -250,7 +200,8 @@ class ServedModel:
 
     def _answer(self, request: Received, started_s: float) -> wire.Encoded:
         decoded = wire.decode_request(request.body, request.header_bytes, max_decoded_bytes=self.max_tensor_bytes)
-        plan = self._plans.get(decoded.recurring) or self._plan(decoded)
+        edition = self._editions.present
+        plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)
         decoded_s = time.perf_counter()
         try:
             # The tail's forward, without the overhead of nn.Module's call: a tail has no hooks.
@@ -269,29 +220,30 @@ class ServedModel:
             as_json=plan.as_json,
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
-            parameters=self._told() + _TIMES % times_s,
+            parameters=self._told(edition) + _TIMES % times_s,
             codec=decoded.output_codec,
             crc32=decoded.crc32,
         )
 
-    def _told(self) -> str:
-        """Return the beginning of an answer's parameters.
+    def _told(self, edition: Edition) -> str:
+        """Return the beginning of the parameters of an answer that has been computed in this edition.
 
         Once a client has asked for the fingerprint, every answer names the model and what this thread computes with, so
         that a client which compared them notices when either changes.
         """
-        known = self._fingerprint
-        if known is None:
+        identity = self._editions.identity(edition)
+        if identity is None:
             return "{"
         arithmetic = "" if self._arithmetic is None else f'"arithmetic":"{self._arithmetic.now().digest}",'
-        return f'{{"identity":"{known["identity"]}",{arithmetic}'
+        return f'{{"identity":"{identity}",{arithmetic}'
 
     def close(self) -> None:
         """Accept no more requests, and end the thread after those that are queued."""
         self.open = False
         self.worker.close()
+        self._editions.close()
 
-    def _plan(self, request: wire.InferRequest) -> _RequestPlan:
+    def _plan(self, edition: Edition, request: wire.InferRequest) -> RequestPlan:
         """Check everything about a request but its tensors' values; keep the result for requests with its header."""
         known = self._output_names
         for output in request.outputs:
@@ -301,7 +253,7 @@ class ServedModel:
                 )
         usual = check_tensors(self.graph, request.tensors, self.max_batch, self.max_times)
         names = tuple(sorted(request.tensors))
-        tail = self.tails.get(names)
+        tail = edition.tails.get(names)
         if not usual:
             check_shapes(self.graph, tail, names, [request.tensors[name] for name in names])
         run = tail.forward if self._finish is None else functools.partial(self._finish, names)
@@ -310,23 +262,13 @@ class ServedModel:
             as_json = tuple(output.name for output in request.outputs if not output.binary)
         else:
             outputs, as_json = None, () if request.binary_output else tuple(known)
-        plan = _RequestPlan(names, run, outputs, as_json)
+        plan = RequestPlan(names, run, outputs, as_json)
         if request.recurring is not None:
             # A plan keeps its tail alive, so there must not be more plans than tails.
-            if len(self._plans) >= self.tails.capacity:
-                self._plans.clear()
-            self._plans[request.recurring] = plan
+            if len(edition.plans) >= edition.tails.capacity:
+                edition.plans.clear()
+            edition.plans[request.recurring] = plan
         return plan
-
-
-@dataclass(frozen=True)
-class _RequestPlan:
-    """How requests with one header are run: ``run`` with the tensors in the order of ``names``."""
-
-    names: tuple[str, ...]
-    run: Callable[..., Sequence[Tensor]]
-    outputs: tuple[str, ...] | None
-    as_json: tuple[str, ...]
 
 
 def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: int, max_times: float) -> bool:

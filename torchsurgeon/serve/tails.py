@@ -1,0 +1,64 @@
+"""The tails of a served model, which are cut when they are first asked for, and how requests are run on them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from torchsurgeon.cutting.partition import tail_for
+from torchsurgeon.cutting.segment import Segment
+from torchsurgeon.tracing.graph import LayerGraph
+
+
+class Tails:
+    """The tails that were cut so far, by the names of the tensors that they take. Thread-safe.
+
+    Args:
+        graph: the traced model.
+        capacity: how many tails to keep; the least recently used ones are dropped.
+    """
+
+    def __init__(self, graph: LayerGraph, capacity: int) -> None:
+        self._graph = graph
+        self.capacity = capacity
+        self._tails: OrderedDict[tuple[str, ...], Segment] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._tails)
+
+    def get(self, names: tuple[str, ...]) -> Segment:
+        """Return the tail that takes these tensors. It is cut now if it is not kept.
+
+        Args:
+            names: the sorted names of the tensors.
+
+        Raises:
+            PartitionError: the tensors do not determine the model's output, or the graph has none of such a name.
+        """
+        with self._lock:
+            tail = self._tails.get(names)
+            if tail is not None:
+                self._tails.move_to_end(names)
+                return tail
+        # Cut outside the lock. Two threads may cut the same tail at the same time; either result serves.
+        tail = tail_for(self._graph, names, flat=True)
+        with self._lock:
+            self._tails[names] = tail
+            while len(self._tails) > self.capacity:
+                self._tails.popitem(last=False)
+        return tail
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """How requests with one header are run: ``run`` with the tensors in the order of ``names``."""
+
+    names: tuple[str, ...]
+    run: Callable[..., Sequence[Tensor]]
+    outputs: tuple[str, ...] | None
+    as_json: tuple[str, ...]
