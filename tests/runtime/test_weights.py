@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import torchsurgeon as ts
 from torchsurgeon.serve import ModelRegistry, Server, create_app
-from torchsurgeon.transport import HttpTransport, InProcessTransport, Transport
+from torchsurgeon.transport import InProcessTransport, Transport
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.MismatchWarning")
 
@@ -218,7 +218,7 @@ def test_running_the_whole_model_makes_no_new_epochs() -> None:
 
 
 @contextmanager
-def halted(other: Any) -> Iterator[tuple[ts.SplitModule, str, threading.Thread, list[Any]]]:
+def halted(other: Any) -> Iterator[tuple[ts.SplitModule, Transport, threading.Thread, list[Any]]]:
     """A call whose tail has begun on the server and waits there; what it returns or raises goes to the list."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -228,7 +228,7 @@ def halted(other: Any) -> Iterator[tuple[ts.SplitModule, str, threading.Thread, 
     STARTED.clear()
     GO.set()
     with (
-        served(other, example) as where,
+        served(other, example, over_http=False) as where,
         ts.SplitModule(model, example, server=where, name="net", partition=1, fallback="error") as split,
     ):
         split(X)
@@ -246,17 +246,16 @@ def halted(other: Any) -> Iterator[tuple[ts.SplitModule, str, threading.Thread, 
         thread.start()
         assert STARTED.wait(PATIENCE_S)
         try:
-            assert isinstance(where, str)
+            assert isinstance(where, Transport)
             yield split, where, thread, outcome
         finally:
             GO.set()
             thread.join()
 
 
-def tell(url: str) -> None:
+def tell(transport: Transport) -> None:
     """Have the server tell the digests of its present weights, as a device does that shakes hands now."""
-    with HttpTransport(url) as transport:
-        assert "weights" in transport.get_json("/v2/models/net/fingerprint")
+    assert transport.get_json("/v2/models/net/fingerprint")["weights"]
 
 
 def gated() -> Any:
@@ -274,10 +273,10 @@ def test_an_answer_during_which_the_weights_changed_is_refused() -> None:
 
 def test_an_answer_during_which_the_weights_changed_twice_is_asked_for_again() -> None:
     other = gated()
-    with halted(other) as (split, url, thread, outcome):
+    with halted(other) as (split, transport, thread, outcome):
         before = state_of(other)
         load(other)
-        tell(url)
+        tell(transport)
         restored(other, before)
         GO.set()
         thread.join()
@@ -286,7 +285,7 @@ def test_an_answer_during_which_the_weights_changed_twice_is_asked_for_again() -
 
 def test_an_answer_that_began_with_other_weights_is_not_vouched_for_by_a_later_handshake() -> None:
     other = gated()
-    with halted(other) as (split, url, thread, outcome):
+    with halted(other) as (split, transport, thread, outcome):
         before = state_of(other)
         GO.set()
         thread.join()
@@ -297,7 +296,7 @@ def test_an_answer_that_began_with_other_weights_is_not_vouched_for_by_a_later_h
         thread.start()
         assert STARTED.wait(PATIENCE_S)
         restored(other, before)
-        tell(url)  # the same digests that this device knows
+        tell(transport)  # the same digests that this device knows
         GO.set()
         thread.join()
         assert torch.equal(outcome[-1], split.model(X))

@@ -157,7 +157,8 @@ def _pieces(parts: Iterable[Tensor], elements: int) -> Iterator[list[Tensor]]:
             continue
         aligned = part.storage_offset() % _WORD_BYTES == 0 and part.data_ptr() % _WORD_BYTES == 0
         body = len(part) // _ROW_BYTES * _ROW_BYTES if aligned else 0
-        yield from ([words] for words in part[:body].view(torch.int64).split(elements) if body)
+        if body:
+            yield from ([words] for words in part[:body].view(torch.int64).split(elements))
         rest = part[body:]
         while len(rest):
             loose.append(rest[:room])

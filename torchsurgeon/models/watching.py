@@ -22,10 +22,10 @@ from torchsurgeon.models.weights import Snapshot
 # A pass over the bytes begins at least this long after the one before. Half a second, so that a change is noticed
 # within a second also where the thread has to wait for a processor.
 _PASS_S = 0.5
-# The thread works for about so long at a time, and then rests this many times as long. So it takes at most 2 % of one
-# core, and never the processor for long.
+# The thread works for about so long at a time, and then rests this many times as long. With what it takes to rest and
+# to wake, it stays below 2 % of one core, and it never takes the processor for long.
 _WORK_S = 1e-3
-_REST = 50
+_REST = 60
 # A model that nobody calls is left alone.
 _IDLE_S = 10.0
 _JOIN_S = 1.0
