@@ -41,13 +41,15 @@ class Calls(Wrapped):
     def prepare(self) -> Self:
         """Do now what the first call would do before its inference, and return the module.
 
-        A model that has changed since it was traced is traced anew.
+        A model that has changed since it was traced is traced anew. Device and servers read all their weights, so that
+        no change of these is missed.
 
         Raises:
             ServerError: with ``fallback="error"``, no server could be made ready.
             TraceError: the model has changed, and cannot be traced any more.
             PartitionError: with ``fallback="error"``, the model has changed, and cannot be cut there any more.
         """
+        self._engine.renew_in_full()
         if self._engine.local.departed() is not None:
             self._replace_engine(self.model, wanted=True)
         self._engine.prepare()

@@ -106,14 +106,17 @@ class Engine:
             self.servers.fix(point)
 
     def prepare(self) -> None:
-        """Do what the first call would do before its inference, and have all weights read again on both sides.
+        """Do what the first call would do before its inference, and shake hands again with servers that are ready.
 
         Raises:
             ServerError: no server could be made ready, and the module does not fall back to the device.
         """
         self.local.arithmetic.now()  # servers are compared with what this thread computes with
-        self._connector.renew(in_full=True)
         self._setup.prepare(again=True)
+
+    def renew_in_full(self) -> None:
+        """Notice weights that have changed in any way, by reading all of them."""
+        self._connector.renew(in_full=True)
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Note that ``fn`` is applied to the model's tensors, as ``torch.nn.Module.to()`` does."""
