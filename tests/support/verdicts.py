@@ -60,6 +60,7 @@ class Verdict:
 
 
 _PART = "part of a larger tensor"
+_GRADIENTS, _INFERENCE = "requires gradients", "under inference mode"
 
 
 def inputs(x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -80,13 +81,14 @@ def inputs(x: torch.Tensor) -> dict[str, torch.Tensor]:
         "other strides": more[:2, :5].mT.contiguous().mT,
         _PART: more[1:3, 2:7],
         "double": x.double(),
+        _GRADIENTS: more[2:, 4:].clone(),
+        _INFERENCE: more[2:, 4:].clone(),
         **dict.fromkeys(_SETTINGS, more[2:, 4:].clone()),
     }
 
 
 _SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "recording gradients": torch.enable_grad,
-    "under inference mode": torch.inference_mode,
     "under autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
 }
 """What a call may stand in. It holds on the device only, since a server does not know of it, and changes the dtypes or
@@ -199,10 +201,14 @@ def _compare(
 ) -> None:
     ours: Any = None
     failed: Exception | None = None
-    setting = _SETTINGS.get(name, contextlib.nullcontext)
+    setting = torch.inference_mode if name == _INFERENCE else _SETTINGS.get(name, contextlib.nullcontext)
+
+    def given() -> torch.Tensor:
+        return _alike(x).requires_grad_(name == _GRADIENTS)
+
     try:
         with setting():
-            args, kwargs = module.call(_alike(x))
+            args, kwargs = module.call(given())
             reseed()
             boundary = partition.head(*args, **kwargs)
         with setting() if isinstance(partition.tail, EmptyTail) else contextlib.nullcontext():
@@ -219,7 +225,7 @@ def _compare(
         failed = error
     try:
         with setting():
-            args, kwargs = module.call(_alike(x))
+            args, kwargs = module.call(given())
             reseed()
             theirs = reference(*args, **kwargs)
     except Exception:

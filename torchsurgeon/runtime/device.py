@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from torchsurgeon.adapting import Decision, Quantity, SlowdownEstimator
 from torchsurgeon.planning import Row
 from torchsurgeon.profiling import LayerProfile
@@ -17,6 +19,7 @@ from torchsurgeon.runtime.ledger import Ledger
 from torchsurgeon.runtime.parts import Parts, Run
 from torchsurgeon.runtime.peer import Failure
 from torchsurgeon.runtime.work import ModelCall, Work
+from torchsurgeon.tracing.gradients import plain_example
 
 _TIMED_RUNS = 3
 
@@ -30,7 +33,7 @@ class DeviceTimes:
     def __init__(
         self, parts: Parts, example: tuple[tuple[Any, ...], Mapping[str, Any]], profile: LayerProfile | None
     ) -> None:
-        self.example, self.profile = example, profile
+        self.example, self.profile = plain_example(example), profile
         self._parts = parts
         self._timed: dict[int, tuple[float, float]] = {}
         self.reset_after_fork()
@@ -94,6 +97,10 @@ class DeviceTimes:
         """Run head and tail on the example and return the medians of their seconds."""
         args, kwargs = self.example
         work = ModelCall(self._parts, args, kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._timed_runs(way, work)
+
+    def _timed_runs(self, way: Way, work: Work) -> tuple[float, float]:
         times = []
         for _ in range(1 + _TIMED_RUNS):
             begin_s = time.perf_counter()

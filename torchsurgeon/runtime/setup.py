@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from torchsurgeon.adapting import SURE
 from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning
 from torchsurgeon.runtime.connector import Connector
@@ -88,7 +90,9 @@ class Setup:
             return
         try:
             if self._done_in != self._local.epoch or not self._options.falls_back:
-                self._prepare(wait_s)
+                # The example is run as it was traced, whatever mode the caller is in.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._prepare(wait_s)
                 self._done_in, self._waited = self._local.epoch, True
         finally:
             self._setting_up.release()

@@ -17,10 +17,11 @@ from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture_export import Guard, capture_export
+from torchsurgeon.tracing.gradients import asked_in
 from torchsurgeon.tracing.recording import Recording, record
 from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes
-from torchsurgeon.tracing.state import State
+from torchsurgeon.tracing.state import State, functions_of
 from torchsurgeon.tracing.step import Step
 from torchsurgeon.tracing.unfollowed import UnfollowedError
 
@@ -42,6 +43,7 @@ class Captured:
         source: the model that gave it.
         values_decide: whether shapes depend on values.
         stored: the names of the model's own tensors whose elements its path depends on.
+        asked: what it asks of its caller's gradient mode; see ``gradients``.
     """
 
     steps: list[Step]
@@ -52,6 +54,7 @@ class Captured:
     source: MetaModel | None = None
     values_decide: bool = False
     stored: frozenset[str] = frozenset()
+    asked: frozenset[str] = frozenset()
 
 
 class Ways:
@@ -94,7 +97,8 @@ class Ways:
                 self.reasons.append(str(error))
             else:
                 self._state.restore()
-                yield Captured(steps, "export", {}, guard)
+                asked = asked_in(self._state.functions, whole=False)
+                yield Captured(steps, "export", {}, guard, asked=asked)
         # Each round keeps one more module whole: the innermost one that could not be followed.
         for _ in range(_MOST_WHOLE):
             if self._unfollowed is None or not self._keep_whole(self._unfollowed.module_path, self._unfollowed.line):
@@ -128,10 +132,12 @@ class Ways:
             self.reasons[:0] = [str(error)]
             return None
         self._unfollowed = None
-        return _captured(found, traced_by, self._model)
+        # A function that was imported by its own name is only seen by that name.
+        mode = asked_in(self._state.functions, whole=False) & {"is_inference_mode_enabled"}
+        return _captured(found, traced_by, self._model, mode)
 
 
-def _captured(found: Recording, traced_by: str, model: nn.Module) -> Captured:
+def _captured(found: Recording, traced_by: str, model: nn.Module, asked: frozenset[str]) -> Captured:
     guards = found.guards
     meta = MetaModel(model)
 
@@ -147,7 +153,14 @@ def _captured(found: Recording, traced_by: str, model: nn.Module) -> Captured:
         found.source,
         isinstance(found.source, RealModel) and not found.only_settings,
         frozenset(guards.stored),
+        asked | guards.asked | _asked_in_whole(found, model),
     )
+
+
+def _asked_in_whole(found: Recording, model: nn.Module) -> frozenset[str]:
+    """Return what the modules that stay one layer each may ask of their caller's gradient mode."""
+    modules = [module for path, module in model.named_modules() if path in found.whole]
+    return frozenset().union(*(asked_in(functions_of(module), whole=True) for module in modules))
 
 
 def _applies(adapter: Adapter, call: Call, tensors: Sequence[torch.Tensor]) -> bool:

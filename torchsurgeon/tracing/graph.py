@@ -22,6 +22,7 @@ from torchsurgeon.tracing.closure import Closure
 from torchsurgeon.tracing.configuration import Configuration
 from torchsurgeon.tracing.digests import tensor_digest
 from torchsurgeon.tracing.flow import DataFlow, Value
+from torchsurgeon.tracing.gradients import check_asked
 from torchsurgeon.tracing.held import holdings, parameter_holdings
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.replaced import functions_of_pytorch, replaced_functions
@@ -53,6 +54,7 @@ class LayerGraph:
     def __init__(self, model: nn.Module, call: Call, captured: Captured, flow: DataFlow, specs: Specs) -> None:
         self.model = model
         self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
+        self._asked = captured.asked
         self.value_dependent = specs.value_dependent
         self.verified: tuple[str, ...] = ()
         self.decided_by = {name: tensor_digest(operator.attrgetter(name)(model)) for name in sorted(captured.stored)}
@@ -208,6 +210,8 @@ class LayerGraph:
         """
         tensors = self.call.tensors(args, kwargs)
         self.check_sizes(tensors)
+        if self._asked:
+            check_asked(self._asked, self.call.names, tensors)
         return tensors
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:

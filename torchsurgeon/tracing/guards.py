@@ -28,6 +28,7 @@ class Guards:
     Attributes:
         layouts: whether the path depends on the strides of tensors, too.
         stored: the names of the model's own tensors whose elements the path depends on.
+        asked: what the model asks of its caller's gradient mode; see ``gradients``.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
@@ -36,6 +37,7 @@ class Guards:
         self._structures: dict[int, Any] = {}
         self.layouts = False
         self.stored: set[str] = set()
+        self.asked: set[str] = set()
         self._known: dict[Any, str] = {}
 
     def __bool__(self) -> bool:

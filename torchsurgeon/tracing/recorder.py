@@ -21,10 +21,12 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchsurgeon.errors import TraceError
 from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.ambient import Ambient, settings
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.following import begin, end, follower_here
+from torchsurgeon.tracing.gradients import OF_TENSORS, QUESTIONS, noticed
 from torchsurgeon.tracing.operators import OF_DEVICE, Kind, describe
 from torchsurgeon.tracing.program import Program, tensors_within
 from torchsurgeon.tracing.replaced import has_another_forward
@@ -141,7 +143,7 @@ class Recorder(Program, TorchFunctionMode):
             held[name] = kept_whole(function)
         nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
-            with _Escapes(self), self:
+            with _Escapes(self), self, noticed(self.guards.asked, lambda: follower_here() is self):
                 yield
         finally:
             for held, name, function in wrapped:
@@ -225,6 +227,8 @@ class Recorder(Program, TorchFunctionMode):
     def _static(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Return what is the same for all values and sizes: dtype, rank, device, and the like."""
         tensor = args[0]
+        if (name in QUESTIONS or name == "_version") and isinstance(tensor, torch.Tensor) and self.follows(tensor):
+            self._asked_of_gradients(name)
         with self.unfollowing():
             if name in OF_DEVICE:
                 if not self.follows(tensor):
@@ -233,6 +237,19 @@ class Recorder(Program, TorchFunctionMode):
                     tensor = torch.empty(0, dtype=tensor.dtype, device=self.device)
                 return func(tensor, *args[1:], **kwargs)
             return func(*args, **kwargs)
+
+    def _asked_of_gradients(self, name: str) -> None:
+        """Note a question that a call's tensors may answer otherwise, or refuse it."""
+        if name == "_version":
+            # Neither torch.export nor a module that is kept whole would give the same on both sides.
+            self.refusal = TraceError(
+                f"{type(self.model).__name__} asks how often a tensor was written to (_version), which depends on what "
+                "its caller did with the tensor, and is not sent; leave that question out of forward"
+            )
+            raise self.refusal
+        if name in OF_TENSORS and torch.is_grad_enabled():
+            raise self.refuse(f"{name!r} of a tensor is asked where gradients are recorded; gradients end at a cut")
+        self.guards.asked.add(name)
 
     def _size(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return sizes of a tensor as numbers that are followed."""

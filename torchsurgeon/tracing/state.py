@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsurgeon.tracing.gradients import names_in
+
 _CONTAINERS = (dict, list, set, deque)
 _ATOMS = (
     *(int, float, complex, str, bytes, type(None), type, torch.Tensor, torch.dtype, torch.device),
@@ -37,6 +39,9 @@ class State:
 
     Args:
         model: the model.
+
+    Attributes:
+        functions: the functions of users that a call of the model begins with, and those in their closures.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,8 +65,8 @@ class State:
                 else:
                     self._look(value, f"{path}.{key}".lstrip("."), _DEPTH)
         self._weights: list[tuple[torch.Tensor, torch.Tensor, str]] = []
-        functions = _functions(model)
-        if any("data" in _names(function.__code__) for function in functions):
+        self.functions = functions = functions_of(model)
+        if any("data" in names_in(function.__code__) for function in functions):
             # PyTorch does not count writes to ``weight.data``, so the elements themselves are kept.
             self._weights = [(p, p.detach().clone(), name) for name, p in model.named_parameters() if not p.is_meta]
         for function in functions:
@@ -70,7 +75,7 @@ class State:
             for held in (function.__dict__, function.__kwdefaults__, *(function.__defaults__ or ())):
                 if held is not None:
                     self._look(held, function.__name__, _DEPTH)
-            for name in _names(function.__code__):
+            for name in names_in(function.__code__):
                 if name in function.__globals__ and not isinstance(function.__globals__[name], _OF_MODULES):
                     value = function.__globals__[name]
                     self._globals[id(function.__globals__), name] = (function.__globals__, name, value)
@@ -195,7 +200,7 @@ _LIBRARIES = ("torch", "torchvision", "builtins", "typing", "abc")
 _CALLED = (types.FunctionType, types.MethodType)
 
 
-def _functions(model: nn.Module) -> list[types.FunctionType]:
+def functions_of(model: nn.Module) -> list[types.FunctionType]:
     """Return the functions of users that a call of the model begins with, and those in their closures."""
     todo: list[Any] = []
     kinds: dict[type, None] = {}
@@ -218,14 +223,8 @@ def _functions(model: nn.Module) -> list[types.FunctionType]:
             continue
         found[id(function)] = function
         todo += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
-        todo += [function.__globals__.get(name) for name in _names(function.__code__)]
+        todo += [function.__globals__.get(name) for name in names_in(function.__code__)]
     return list(found.values())
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """Return the names that a function's code, and that of the functions in it, looks up."""
-    inner = [one for one in code.co_consts if isinstance(one, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
 
 
 class _Kept:

@@ -150,7 +150,7 @@ def _other_values(tensor: torch.Tensor) -> torch.Tensor:
 
 def _seeded(run: Callable[[], Any]) -> Any:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(_NOBODYS_SEED)
         return run()
 
