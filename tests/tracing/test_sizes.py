@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from math import gcd, sqrt
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,20 @@ FREE: dict[str, Callable[[Tensor], Any]] = {
     "chunks": lambda y: torch.cat([part * 2 for part in y.chunk(2, 1)], 1),
     "power": lambda y: y * y.shape[1] ** -0.5 + pow(y.shape[1], 2),
     "factory of a list": lambda y: torch.ones([y.shape[0], *y.shape[1:]]) * y,
+    "length of a tensor": lambda y: y.reshape(len(y), -1) + len(y[0]) + torch.zeros(len(y), 1),
+    "int": lambda y: y.reshape(int(y.shape[0]), -1) + int(y.shape[1] * 0.5) + int(y.shape[1] // 2) + int(y.numel()),
+    "int of a root": lambda y: y[:, : int(y.shape[1] ** 0.5)].sum(1) + int(math.sqrt(y.shape[1])) + int(len(y) / 2),
+    "float": lambda y: y / float(y.shape[1]) + float(y.shape[1] // 4) + float(y.shape[1] / 3),
+    "math": lambda y: (
+        y * math.sqrt(y.shape[1]) + math.log(y.shape[1]) + math.log2(len(y)) + math.isqrt(y.shape[1] * y.shape[2])
+    ),
+    "math by name": lambda y: y * sqrt(y.shape[1]) + gcd(y.shape[1], 12) + math.pow(y.shape[1], 0.5),
+    "padding to a multiple": lambda y: F.pad(y, (0, 0, 0, int(math.ceil(y.shape[1] / 4) * 4) - y.shape[1])),
+    "padding as for the same size": lambda y: F.pad(
+        y, (0, 0, 0, max((math.ceil(y.shape[1] / 2) + 1) * 2 - y.shape[1], 0))
+    ),
+    "interpolate to a rounded size": lambda y: F.interpolate(y.mT, size=int(round(y.shape[1] * 1.5))),  # noqa: RUF046
+    "instances of int": lambda y: y * (2 if isinstance(y.shape[1], int) and not isinstance(2.0, int) else 3),
     "keywords": lambda y: (
         y.sum(dim=1) + torch.zeros(size=(y.shape[0], 1)) + torch.arange(end=y.size(dim=0), start=0)[:, None]
     ),
@@ -166,16 +181,16 @@ DECIDED: dict[str, tuple[Callable[[Tensor], Any], str, tuple[int, ...], tuple[in
     "format": (lambda y: format(y.shape[1], ">3") == "  6", "must be 6, and is 7", (6,), (7,)),
     "range": (lambda y: len(range(y.shape[1])) == 6, "must be 6, and is 7", (6,), (7,)),
     "int": (lambda y: int(y.shape[1]) == 6, "must be 6, and is 7", (6,), (7,)),
-    "float": (lambda y: math.sqrt(y.shape[1]) < 2.5, "must be 6, and is 7", (6,), (7,)),
-    "log": (lambda y: math.log2(y.shape[1]) > 2, "must be 6, and is 7", (6,), (7,)),
-    "isqrt": (lambda y: math.isqrt(y.shape[1]) == 2, "must be 6, and is 7", (6,), (7,)),
-    "gcd": (lambda y: math.gcd(y.shape[1], 4) == 2, "must be 6, and is 7", (6,), (7,)),
+    "float": (lambda y: math.sqrt(y.shape[1]) < 2.5, "'sqrt' must be < 2.5, and is 2.6", (5, 6), (7,)),
+    "log": (lambda y: math.log2(y.shape[1]) > 2, "must be > 2, and is 2.0", (6, 7), (4,)),
+    "isqrt": (lambda y: math.isqrt(y.shape[1]) == 2, "'isqrt' must be 2, and is 3", (6, 7), (9,)),
+    "gcd": (lambda y: math.gcd(y.shape[1], 4) == 2, "'gcd' must be 2, and is 1", (6, 10), (7,)),
     "max": (lambda y: max(y.shape[1], 4) == 6, "must be", (6,), (7, 3)),
     "min": (lambda y: min(y.shape) == 2, "", (6, 7), (1,)),
     "sorted": (lambda y: sorted(y.shape)[1] == 6, "must be", (6,), (7, 9)),
     "bit_length": (lambda y: y.shape[1].bit_length() == 3, "must be 6, and is 9", (6,), (9,)),
     "is_integer": (lambda y: (y.shape[1] / 2).is_integer(), "must be 3.0, and is 3.5", (6,), (7,)),
-    "length": (lambda y: len(y[0]) > 4, "must be 6, and is 3", (6,), (3,)),
+    "length": (lambda y: len(y[0]) > 4, "dimension 0 of 'getitem' must be > 4, and is 3", (6, 7), (3,)),
     "empty": (lambda y: y.numel() > 0, "", (6, 7), ()),
     "any": (lambda y: any(size > 8 for size in y.shape) or True, "must be <= 8, and is 9", (5, 8), (9,)),
     "index": (lambda y: y.shape.index(6) == 1, "must be 6, and is 7", (6,), (7,)),

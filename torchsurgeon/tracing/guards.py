@@ -128,6 +128,8 @@ class Guards:
                 return f"dimension {step.args[1]} of {short(self._steps[shape.args[0].step].name, 80)}"
         if step.target == "size" and len(step.args) == 2:
             return f"dimension {step.args[1]} of {short(self._steps[step.args[0].step].name, 80)}"
+        if step.target is len and isinstance(step.args[0], Ref):
+            return f"dimension 0 of {short(self._steps[step.args[0].step].name, 80)}"
         return short(step.name, 80)
 
     def needed(self) -> list[Step]:

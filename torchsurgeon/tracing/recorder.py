@@ -29,6 +29,7 @@ from torchsurgeon.tracing.following import begin, end, follower_here
 from torchsurgeon.tracing.gradients import OF_TENSORS, QUESTIONS, noticed
 from torchsurgeon.tracing.operators import OF_DEVICE, Kind, describe
 from torchsurgeon.tracing.program import Program, tensors_within
+from torchsurgeon.tracing.python_numbers import followed
 from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, without_dynamo
 from torchsurgeon.tracing.sizes import number
@@ -67,8 +68,10 @@ class Recorder(Program, TorchFunctionMode):
         adapter: Adapter | None,
         source: MetaModel,
         earlier: Recorder | None = None,
+        tables: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__(model, source, earlier)
+        self.tables = tables
         self.model_call, self.whole, self.adapter = call, dict(whole), adapter
         self.paths: dict[int, str] = {id(module): path for path, module in reversed(list(model.named_modules()))}
 
@@ -138,12 +141,15 @@ class Recorder(Program, TorchFunctionMode):
 
             return keep
 
+        def here() -> bool:
+            return follower_here() is self
+
         begin(self)
         for held, name, function in wrapped:
             held[name] = kept_whole(function)
         nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
-            with _Escapes(self), self, noticed(self.guards.asked, lambda: follower_here() is self):
+            with followed(self.tables, here), _Escapes(self), self, noticed(self.guards.asked, here):
                 yield
         finally:
             for held, name, function in wrapped:

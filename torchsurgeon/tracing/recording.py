@@ -14,6 +14,7 @@ from torchsurgeon.errors import TraceError
 from torchsurgeon.tracing.adapters import Adapter
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.guards import Guards
+from torchsurgeon.tracing.python_numbers import tables_of
 from torchsurgeon.tracing.recorder import Recorder
 from torchsurgeon.tracing.shape_rules import META
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in
@@ -68,8 +69,10 @@ def record(
         UnfollowedError: something the model does leaves no trace.
     """
 
+    tables = tables_of(state.functions, {kind: None for module in model.modules() for kind in type(module).__mro__})
+
     def begun(source: MetaModel, earlier: Recorder | None = None) -> Recorder:
-        return Recorder(model, call, whole, adapter, source, earlier)
+        return Recorder(model, call, whole, adapter, source, earlier, tables)
 
     try:
         return _recorded(functools.partial(begun, MetaModel(model)), tensors, state)
