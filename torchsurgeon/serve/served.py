@@ -203,6 +203,8 @@ class ServedModel:
         edition = self._editions.present
         plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)
         decoded_s = time.perf_counter()
+        if plan.check is not None:
+            plan.check(decoded.tensors)
         try:
             # The tail's forward, without the overhead of nn.Module's call: a tail has no hooks.
             results = plan.run(*[decoded.tensors[name] for name in plan.names])
@@ -262,13 +264,34 @@ class ServedModel:
             as_json = tuple(output.name for output in request.outputs if not output.binary)
         else:
             outputs, as_json = None, () if request.binary_output else tuple(known)
-        plan = RequestPlan(names, run, outputs, as_json)
+        plan = RequestPlan(names, run, outputs, as_json, _value_check(self.graph, self.name, names))
         if request.recurring is not None:
             # A plan keeps its tail alive, so there must not be more plans than tails.
             if len(edition.plans) >= edition.tails.capacity:
                 edition.plans.clear()
             edition.plans[request.recurring] = plan
         return plan
+
+
+def _value_check(graph: LayerGraph, name: str, names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], None] | None:
+    """Return what refuses inputs whose values take another path than the traced one; None where values decide nothing.
+
+    Args:
+        graph: the traced model.
+        name: the model's name.
+        names: the names of the tensors in a request.
+    """
+    inputs, check = [spec.name for spec in graph.inputs], graph.check_values
+    if check is None or not set(inputs) <= set(names):
+        return None
+
+    def check_inputs(tensors: Mapping[str, Tensor]) -> None:
+        try:
+            check([tensors[one] for one in inputs])
+        except TypeError as error:
+            raise ProtocolError(f"model {name!r}: {error}") from None
+
+    return check_inputs
 
 
 def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: int, max_times: float) -> bool:

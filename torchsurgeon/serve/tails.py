@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -56,9 +56,10 @@ class Tails:
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """How requests with one header are run: ``run`` with the tensors in the order of ``names``."""
+    """How requests with one header are run: ``run`` with the tensors in the order of ``names``, after ``check``."""
 
     names: tuple[str, ...]
     run: Callable[..., Sequence[Tensor]]
     outputs: tuple[str, ...] | None
     as_json: tuple[str, ...]
+    check: Callable[[Mapping[str, Tensor]], None] | None = None

@@ -18,6 +18,7 @@ from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture_export import Guard, capture_export
 from torchsurgeon.tracing.gradients import asked_in
+from torchsurgeon.tracing.recorder import NOTHING, Assumed
 from torchsurgeon.tracing.recording import Recording, record
 from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes
@@ -44,6 +45,9 @@ class Captured:
         values_decide: whether shapes depend on values.
         stored: the names of the model's own tensors whose elements its path depends on.
         asked: what it asks of its caller's gradient mode; see ``gradients``.
+        check_values: raises ``TypeError`` for input tensors whose values would take another path; None where values
+            decide nothing.
+        as_compiled: whether the model was told that it is compiled or exported.
     """
 
     steps: list[Step]
@@ -55,6 +59,8 @@ class Captured:
     values_decide: bool = False
     stored: frozenset[str] = frozenset()
     asked: frozenset[str] = frozenset()
+    check_values: Guard | None = None
+    as_compiled: bool = False
 
 
 class Ways:
@@ -89,6 +95,11 @@ class Ways:
         recorded = self._attempt("recorded")
         if recorded is not None:
             yield recorded
+        if recorded is None and self._unfollowed is not None and self._unfollowed.asks_whether_compiling:
+            # Models that test the values of a mask leave that out where they are compiled, and so here.
+            compiled = self._attempt("recorded", Assumed(compiling=True))
+            if compiled is not None:
+                yield dataclasses.replace(compiled, as_compiled=True)
         if self._export:
             try:
                 steps, guard = capture_export(self._model, self._call, self._tensors)
@@ -98,14 +109,17 @@ class Ways:
             else:
                 self._state.restore()
                 asked = asked_in(self._state.functions, whole=False)
-                yield Captured(steps, "export", {}, guard, asked=asked)
+                yield Captured(steps, "export", {}, guard, asked=asked, as_compiled=True)
         # Each round keeps one more module whole: the innermost one that could not be followed.
         for _ in range(_MOST_WHOLE):
             if self._unfollowed is None or not self._keep_whole(self._unfollowed.module_path, self._unfollowed.line):
-                return
+                break
             recorded = self._attempt("hierarchical")
             if recorded is not None:
                 yield recorded
+        tested = self._attempt("recorded", Assumed(values=True)) if self._unfollowed is not None else None
+        if tested is not None:
+            yield tested
 
     def failed(self, module_path: str, reason: str) -> None:
         """Tell that what was captured last gives another answer than the model.
@@ -124,14 +138,16 @@ class Ways:
         self._whole[path] = why
         return True
 
-    def _attempt(self, traced_by: str) -> Captured | None:
+    def _attempt(self, traced_by: str, assumed: Assumed = NOTHING) -> Captured | None:
         try:
-            found = record(self._model, self._call, self._tensors, self._whole, self._adapter, self._state)
+            found = record(self._model, self._call, self._tensors, self._whole, self._adapter, self._state, assumed)
         except UnfollowedError as error:
-            self._unfollowed = error
-            self.reasons[:0] = [str(error)]
+            if assumed is NOTHING:
+                self._unfollowed = error
+                self.reasons[:0] = [str(error)]
             return None
-        self._unfollowed = None
+        if assumed is NOTHING:
+            self._unfollowed = None
         # A function that was imported by its own name is only seen by that name.
         mode = asked_in(self._state.functions, whole=False) & {"is_inference_mode_enabled"}
         return _captured(found, traced_by, self._model, mode)
@@ -144,6 +160,9 @@ def _captured(found: Recording, traced_by: str, model: nn.Module, asked: frozens
     def guard(tensors: Sequence[torch.Tensor]) -> None:
         guards.check(meta, tensors)
 
+    def check_values(tensors: Sequence[torch.Tensor]) -> None:
+        guards.check_values(model, tensors)
+
     return Captured(
         found.steps,
         traced_by,
@@ -154,6 +173,7 @@ def _captured(found: Recording, traced_by: str, model: nn.Module, asked: frozens
         isinstance(found.source, RealModel) and not found.only_settings,
         frozenset(guards.stored),
         asked | guards.asked | _asked_in_whole(found, model),
+        check_values if guards.values else None,
     )
 
 

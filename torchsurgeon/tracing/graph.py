@@ -47,6 +47,8 @@ class LayerGraph:
             not compared.
         decided_by: the model's own tensors whose elements decided which path was traced, by name, with their digests.
         opaque: by path, each module kept whole as one layer, and why.
+        check_values: raises ``TypeError`` for input tensors whose values would take another path than the traced one;
+            None where values decide nothing.
         value_dependent: whether shapes depend on values, so that the example was run for real.
         fingerprint: hex digest of the layers' names, types, configurations, shapes and order, not of the weights.
     """
@@ -54,7 +56,7 @@ class LayerGraph:
     def __init__(self, model: nn.Module, call: Call, captured: Captured, flow: DataFlow, specs: Specs) -> None:
         self.model = model
         self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
-        self._asked = captured.asked
+        self._asked, self.check_values = captured.asked, captured.check_values
         self.value_dependent = specs.value_dependent
         self.verified: tuple[str, ...] = ()
         self.decided_by = {name: tensor_digest(operator.attrgetter(name)(model)) for name in sorted(captured.stored)}
@@ -212,6 +214,8 @@ class LayerGraph:
         self.check_sizes(tensors)
         if self._asked:
             check_asked(self._asked, self.call.names, tensors)
+        if self.check_values is not None:
+            self.check_values(tensors)
         return tensors
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:

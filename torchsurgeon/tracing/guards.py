@@ -6,11 +6,13 @@ the steps that they need on meta tensors.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchsurgeon.errors import short
 from torchsurgeon.tracing.shapes import MetaModel, dry_run, without_elements
@@ -18,6 +20,7 @@ from torchsurgeon.tracing.step import Environment, Ref, Step, map_refs
 from torchsurgeon.tracing.structure import flatten
 
 _MOST_KNOWN = 256
+MOST_VALUE_STEPS, _MOST_VALUE_TESTS = 64, 32
 _SIGNS = {"eq": "", "ne": "other than", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _NEGATED = {"eq": "other than", "ne": "", "lt": ">=", "le": ">", "gt": "<=", "ge": "<"}
 
@@ -29,6 +32,8 @@ class Guards:
         layouts: whether the path depends on the strides of tensors, too.
         stored: the names of the model's own tensors whose elements the path depends on.
         asked: what the model asks of its caller's gradient mode; see ``gradients``.
+        values: tests of the values of whole or truth-valued inputs, as ``mask.all()``: what is called, with which
+            arguments, and what it gave for the example.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
@@ -38,6 +43,8 @@ class Guards:
         self.layouts = False
         self.stored: set[str] = set()
         self.asked: set[str] = set()
+        self.values: list[tuple[Callable[..., Any], Any, Any, bool]] = []
+        self._value_calls: list[tuple[int, Callable[[Environment], Any]]] | None = None
         self._known: dict[Any, str] = {}
 
     def __bool__(self) -> bool:
@@ -132,12 +139,61 @@ class Guards:
             return f"dimension 0 of {short(self._steps[step.args[0].step].name, 80)}"
         return short(step.name, 80)
 
+    def value(self, test: Callable[..., Any], args: Any, kwargs: Any, result: bool) -> bool:
+        """Hold for calls in which a test of input values gives this result; return whether there is room for it."""
+        if len(self.values) >= _MOST_VALUE_TESTS:
+            return False
+        self.values.append((test, args, kwargs, result))
+        return True
+
+    def check_values(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> None:
+        """Check that the path would be the same for the values of these input tensors.
+
+        Args:
+            model: the model.
+            tensors: the model's input tensors.
+
+        Raises:
+            TypeError: it would not; the message names the test.
+        """
+        if self._value_calls is None:
+            wanted: set[int] = set()
+            for _, args, kwargs, _ in self.values:
+                map_refs(lambda ref: wanted.add(ref.step), (args, kwargs))
+            self._value_calls = [
+                (step.index, functools.partial(_read, step, model) if step.kind == "attr" else step.compiled())
+                for step in self._leading_to(wanted)
+                if step.kind != "input"
+            ]
+        values: Environment = [None] * len(self._steps)
+        given = iter(tensors)
+        for step in self._steps[: len(tensors)]:
+            values[step.index] = next(given)
+        for index, call in self._value_calls:
+            values[index] = call(values)
+        for test, args, kwargs, result in self.values:
+            got, named = map_refs(lambda ref: values[ref.step], (args, kwargs))
+            if bool(test(*got, **named)) is not result:
+                name = short(self._steps[args[0].step].name, 80) if isinstance(args[0], Ref) else test.__name__
+                raise TypeError(
+                    "for values like these the model takes another path than with the example it was traced with: the "
+                    f"test of {name} must be {result}, and is {not result}; trace it again with an example of such "
+                    "values"
+                )
+
     def needed(self) -> list[Step]:
         """Return the steps that the guards read, and those that lead to them."""
         wanted = set(self._structures)
         for _, args, _ in self._tests.values():
             map_refs(lambda ref: wanted.add(ref.step), args)
+        return self._leading_to(wanted)
+
+    def _leading_to(self, wanted: set[int]) -> list[Step]:
         for step in reversed(self._steps):
             if step.index in wanted:
                 wanted.update((*step.uses(), *step.after))
         return [self._steps[i] for i in sorted(wanted) if self._steps[i].kind != "output"]
+
+
+def _read(step: Step, model: nn.Module, values: Environment) -> Any:
+    return step.attribute_of(model)

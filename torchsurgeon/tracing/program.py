@@ -6,7 +6,7 @@ import builtins
 import contextlib
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torchsurgeon.errors import TraceError
 from torchsurgeon.tracing.call import Output
 from torchsurgeon.tracing.following import is_following
-from torchsurgeon.tracing.guards import Guards
+from torchsurgeon.tracing.guards import MOST_VALUE_STEPS, Guards
 from torchsurgeon.tracing.shapes import (
     MetaModel,
     Propagation,
@@ -27,7 +27,7 @@ from torchsurgeon.tracing.shapes import (
     without_elements,
 )
 from torchsurgeon.tracing.sizes import Number, number
-from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, unique
+from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, map_refs, unique
 from torchsurgeon.tracing.structure import flatten
 from torchsurgeon.tracing.unfollowed import NeedsElements, Refusal, keeps_state
 
@@ -81,6 +81,7 @@ class Program:
         stack: the path of the module that runs, below those of the modules around it.
         refusal: the first thing that left no trace.
         failed_in: the path of the innermost module in which that was.
+        example: the tensors that the model is called with.
         left: the names of what the call left in the model.
         read_cache: whether the model read something that an earlier call left, and that is the same in every call.
     """
@@ -111,6 +112,7 @@ class Program:
         self.device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
         self._device_ref: Ref | None = None
         self._known_on_meta: dict[int, bool] = {}
+        self.example: Sequence[torch.Tensor] = ()
 
     def add(self, kind: str, name: str, target: Any, args: Any = (), kwargs: Any = None, path: str = "") -> Step:
         """Append a step; a call gets a name of its own."""
@@ -417,6 +419,49 @@ class Program:
         else:
             made._ref = Ref(step)
         return made
+
+    def tested(self, test: Callable[..., Any], args: Any, kwargs: Any) -> bool | None:
+        """Return what a test of values gives, and note it as a guard; None where no guard can tell it in each call.
+
+        It can where the values are computed in a few steps from whole or truth-valued inputs, which is quick.
+
+        Args:
+            test: what is called.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
+        shapes = self.propagation.shapes
+        written = {storage for overwritten in shapes.overwrites for storage in overwritten}
+        with self.unfollowing():
+            given, named = self.arguments(args), self.arguments(kwargs)
+            needed: set[int] = set()
+            map_refs(lambda ref: needed.add(ref.step), (given, named))
+            for step in reversed(self.steps):
+                if step.index not in needed:
+                    continue
+                needed.update(step.uses())
+                tensors = tensors_in(shapes.values[step.index])
+                if (
+                    len(needed) > MOST_VALUE_STEPS
+                    or step.is_module
+                    or step.index in shapes.random
+                    or any(t.is_floating_point() or t.is_complex() or storage_of(t) in written for t in tensors)
+                ):
+                    return None
+            environment: list[Any] = [None] * len(self.steps)
+            inputs, real = iter(self.example), RealModel(self.model)
+            for step in self.steps:
+                if step.kind == "input":
+                    environment[step.index] = next(inputs)
+                elif step.index in needed and step.kind == "attr":
+                    environment[step.index] = real.attribute(step.target)
+                    if isinstance(step.target, str):
+                        self.guards.stored.add(step.target)
+                elif step.index in needed:
+                    environment[step.index] = step.compiled()(environment)
+            got, by_name = map_refs(lambda ref: environment[ref.step], (given, named))
+            result = bool(test(*got, **by_name))
+        return result if self.guards.value(test, given, named, result) else None
 
     def elements_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return a tensor with its elements where these depend on nothing that a call is given; None elsewhere.

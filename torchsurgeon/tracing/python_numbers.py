@@ -1,8 +1,8 @@
 """Python's own functions that want a number itself: ``int``, ``float``, ``len`` and those of ``math``.
 
 They call a stand-in's ``__index__``, ``__int__`` or ``__float__``, which must return a real number, so the size would
-be fixed. While a model is recorded, its modules therefore see functions under these names that follow stand-ins, and that
-are the original ones for everything else and for other threads.
+be fixed. While a model is recorded, its modules therefore see functions under these names that follow stand-ins. For
+everything else, and for other threads, they are the original ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
-import itertools
 import math
 import sys
 import types
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torchsurgeon.tracing.gradients import names_in
 from torchsurgeon.tracing.sizes import Number, computed
 
 _OF_MATH = (
@@ -26,6 +26,8 @@ _OF_MATH = (
     *("sin", "cos", "tan", "tanh", "atan", "atan2", "copysign", "fabs", "comb", "perm", "factorial"),
 )
 _TYPES = {"int": int, "float": float}
+# The global names of a module, and which of Python's own are replaced for it.
+Table = tuple[dict[str, Any], tuple[str, ...]]
 _LIBRARIES = ("torch", "builtins")
 
 
@@ -61,38 +63,35 @@ class _AsType(type):
 
 
 @contextlib.contextmanager
-def followed(tables: Iterable[dict[str, Any]], here: Callable[[], bool]) -> Iterator[None]:
+def followed(tables: Iterable[Table], here: Callable[[], bool]) -> Iterator[None]:
     """Have these functions follow numbers inside the block.
 
     Args:
-        tables: the global names of the modules whose code runs.
+        tables: the modules whose code runs, as ``tables_of()`` finds them.
         here: whether the code that calls is the one to follow, and not another thread's.
     """
     replaced = {name: _following(getattr(math, name), here) for name in _OF_MATH if hasattr(math, name)}
     originals = {name: getattr(math, name) for name in replaced}
-    by_identity = {id(original): replaced[name] for name, original in originals.items()}
 
     def len_(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and here():
             return torch.Tensor.__len__(value)
         return len(value)
 
+    shadows = {"len": len_} | {
+        name: _AsType(name, (), {"kind": kind, "here": staticmethod(here)}) for name, kind in _TYPES.items()
+    }
     added: list[tuple[dict[str, Any], str]] = []
     changed: list[tuple[dict[str, Any], str, Any]] = []
-    for table in tables:
-        for name, value in list(table.items()):
-            if id(value) in by_identity:
-                changed.append((table, name, value))
-                table[name] = by_identity[id(value)]
-        names = {"len": len_} | {
-            name: _AsType(name, (), {"kind": kind, "here": staticmethod(here)})
-            for name, kind in _TYPES.items()
-            if _only_called(table, name)
-        }
-        for name, function in names.items():
-            if name not in table:
-                table[name] = function
-                added.append((table, name))
+    for table, names in tables:
+        for name in replaced:
+            # Where it was imported by its own name.
+            if table.get(name) is originals[name]:
+                changed.append((table, name, originals[name]))
+                table[name] = replaced[name]
+        for name in names:
+            table[name] = shadows[name]
+            added.append((table, name))
     for name, function in replaced.items():
         setattr(math, name, function)
     try:
@@ -117,24 +116,35 @@ def _following(function: Callable[..., Any], here: Callable[[], bool]) -> Callab
     return follow
 
 
-def tables_of(functions: Iterable[types.FunctionType], kinds: Iterable[type]) -> list[dict[str, Any]]:
-    """Return the global names of the modules that functions and classes are from, PyTorch's own left out.
+def tables_of(functions: Iterable[types.FunctionType], kinds: Iterable[type]) -> list[Table]:
+    """Return the modules that functions and classes are from, PyTorch's own left out.
 
     Args:
         functions: a model's functions.
         kinds: the classes of its modules.
     """
-    found = {id(function.__globals__): function.__globals__ for function in functions}
+    named: dict[int, set[str]] = {}
+    found: dict[int, dict[str, Any]] = {}
+    for function in functions:
+        table = function.__globals__
+        found[id(table)] = table
+        named.setdefault(id(table), set()).update(names_in(function.__code__))
     for kind in kinds:
         module = sys.modules.get(kind.__module__)
         if module is not None and kind.__module__.partition(".")[0] not in _LIBRARIES:
-            found[id(module.__dict__)] = module.__dict__
-    return list(found.values())
+            table = module.__dict__
+            if id(table) not in found:
+                found[id(table)] = table
+                named[id(table)] = set().union(*map(names_in, _codes(table)))
+    return [(table, _shadowed(table, named[key])) for key, table in found.items()]
 
 
-def _only_called(table: dict[str, Any], name: str) -> bool:
-    """Return whether a module's code calls a builtin class or asks for its instances, and does nothing else with it."""
-    return sys.version_info >= (3, 11) and all(_calls_only(code, name) for code in _codes(table))
+def _shadowed(table: dict[str, Any], named: set[str]) -> tuple[str, ...]:
+    """Return which of Python's own functions that a module's code names are replaced for it."""
+    wanted = [name for name in ("len", *_TYPES) if name in named and name not in table]
+    # A class is replaced where code calls it or asks for its instances, and does nothing else with it.
+    codes = list(_codes(table)) if set(wanted) & set(_TYPES) else []
+    return tuple(name for name in wanted if name == "len" or all(_calls_only(code, name) for code in codes))
 
 
 def _codes(table: dict[str, Any]) -> Iterator[types.CodeType]:
@@ -143,19 +153,21 @@ def _codes(table: dict[str, Any]) -> Iterator[types.CodeType]:
         members = list(vars(value).values()) if isinstance(value, type) and value.__module__ == own else [value]
         for member in members:
             function = getattr(member, "__func__", getattr(member, "fget", member))
-            function = getattr(function, "__wrapped__", function)
             if isinstance(function, types.FunctionType):
-                yield function.__code__
+                function = getattr(function, "__wrapped__", function)
+                if isinstance(function, types.FunctionType):
+                    yield function.__code__
 
 
-@functools.lru_cache(maxsize=4096)
 def _calls_only(code: types.CodeType, name: str) -> bool:
     if name in code.co_names:
-        found = list(dis.get_instructions(code))
-        for instruction, following in itertools.pairwise(found):
-            if instruction.argval != name or instruction.opname not in ("LOAD_GLOBAL", "LOAD_NAME"):
-                continue
-            # The lowest bit says that a call follows.
-            if not (instruction.arg or 0) & 1 and ("isinstance" not in code.co_names or following.opname == "IS_OP"):
-                return False
+        place = code.co_names.index(name)
+        if sys.version_info < (3, 11) or place > 127:
+            return False
+        instructions = code.co_code
+        # The lowest bit of the argument says that a call follows.
+        if bytes((dis.opmap["LOAD_GLOBAL"], place << 1)) in instructions and (
+            "isinstance" not in code.co_names or dis.opmap["IS_OP"] in instructions[::2]
+        ):
+            return False
     return all(_calls_only(inner, name) for inner in code.co_consts if isinstance(inner, types.CodeType))

@@ -14,7 +14,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -29,13 +29,30 @@ from torchsurgeon.tracing.following import begin, end, follower_here
 from torchsurgeon.tracing.gradients import OF_TENSORS, QUESTIONS, noticed
 from torchsurgeon.tracing.operators import OF_DEVICE, Kind, describe
 from torchsurgeon.tracing.program import Program, tensors_within
-from torchsurgeon.tracing.python_numbers import followed
+from torchsurgeon.tracing.python_numbers import Table, followed
 from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, without_dynamo
 from torchsurgeon.tracing.sizes import number
 from torchsurgeon.tracing.step import Ref, Step
 from torchsurgeon.tracing.structure import LEAF, flatten
 from torchsurgeon.tracing.unfollowed import TRACING, NeedsDevice, NeedsElements, unfollowed
+
+
+class Assumed(NamedTuple):
+    """What is taken for granted while a model is recorded that takes its path by the values of tensors.
+
+    Attributes:
+        compiling: whether ``torch.compiler.is_compiling()`` is true, where many models ask for no values.
+        values: whether tests of input values are guards of each call.
+    """
+
+    compiling: bool = False
+    values: bool = False
+
+
+NOTHING = Assumed()
+# What gives a bool for the values of a tensor.
+_TESTS = frozenset(("__bool__", "is_nonzero", "equal", "__contains__"))
 
 
 class _Escapes(TorchDispatchMode):
@@ -68,10 +85,12 @@ class Recorder(Program, TorchFunctionMode):
         adapter: Adapter | None,
         source: MetaModel,
         earlier: Recorder | None = None,
-        tables: Sequence[dict[str, Any]] = (),
+        tables: Sequence[Table] = (),
+        assumed: Assumed = NOTHING,
     ) -> None:
         super().__init__(model, source, earlier)
-        self.tables = tables
+        self.tables, self.assumed = tables, assumed
+        self.asked_whether_compiling = False
         self.model_call, self.whole, self.adapter = call, dict(whole), adapter
         self.paths: dict[int, str] = {id(module): path for path, module in reversed(list(model.named_modules()))}
 
@@ -81,6 +100,7 @@ class Recorder(Program, TorchFunctionMode):
         Args:
             tensors: the example's tensors, in the order of ``call.names``.
         """
+        self.example = tensors
         if self.device is None:
             self.device = tensors[0].device
         given: dict[int, Any] = {}
@@ -149,13 +169,36 @@ class Recorder(Program, TorchFunctionMode):
             held[name] = kept_whole(function)
         nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
-            with followed(self.tables, here), _Escapes(self), self, noticed(self.guards.asked, here):
+            with (
+                followed(self.tables, here),
+                self._compiling(here),
+                _Escapes(self),
+                self,
+                noticed(self.guards.asked, here),
+            ):
                 yield
         finally:
             for held, name, function in wrapped:
                 held[name] = function
             nn.Module.__call__ = called  # type: ignore[method-assign]
             end()
+
+    @contextmanager
+    def _compiling(self, here: Callable[[], bool]) -> Iterator[None]:
+        """Answer the model's question whether it is compiled or exported, as its own way to be followed."""
+        original = torch.compiler.is_compiling
+
+        def is_compiling() -> bool:
+            if not here():
+                return original()
+            self.asked_whether_compiling = True
+            return self.assumed.compiling
+
+        torch.compiler.is_compiling = is_compiling
+        try:
+            yield
+        finally:
+            torch.compiler.is_compiling = original
 
     def _ambient(self) -> Ambient | None:
         now = settings()
@@ -286,6 +329,10 @@ class Recorder(Program, TorchFunctionMode):
             with self.unfollowing():
                 return func(*(known.get(id(a), a) for a in args), **{k: known.get(id(a), a) for k, a in kwargs.items()})
         tensor = next(iter(read.values()))
+        if self.assumed.values and (name in _TESTS or (name == "item" and tensor.dtype is torch.bool)):
+            found = self.tested(func, args, kwargs)
+            if found is not None:
+                return found
         if name == "item":
             if tensor.dtype.is_complex:
                 raise self.refuse("the values of a complex tensor are read in Python")

@@ -15,12 +15,12 @@ from torchsurgeon.tracing.adapters import Adapter
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.guards import Guards
 from torchsurgeon.tracing.python_numbers import tables_of
-from torchsurgeon.tracing.recorder import Recorder
+from torchsurgeon.tracing.recorder import NOTHING, Assumed, Recorder
 from torchsurgeon.tracing.shape_rules import META
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in
 from torchsurgeon.tracing.state import State
 from torchsurgeon.tracing.step import Constant, Ref, Step, map_refs
-from torchsurgeon.tracing.unfollowed import NeedsDevice, NeedsElements, keeps_state
+from torchsurgeon.tracing.unfollowed import NeedsDevice, NeedsElements, UnfollowedError, keeps_state
 
 _NOBODYS_BATCH = 1021
 
@@ -54,6 +54,7 @@ def record(
     whole: Mapping[str, str],
     adapter: Adapter | None,
     state: State,
+    assumed: Assumed = NOTHING,
 ) -> Recording:
     """Record a model.
 
@@ -64,6 +65,7 @@ def record(
         whole: by path, the modules to keep as one layer each, and why.
         adapter: what is recorded in place of the model's own ``forward``; None for the model itself.
         state: what the model holds now, and is made to hold again.
+        assumed: what is taken for granted, so that values decide nothing.
 
     Raises:
         UnfollowedError: something the model does leaves no trace.
@@ -72,7 +74,21 @@ def record(
     tables = tables_of(state.functions, {kind: None for module in model.modules() for kind in type(module).__mro__})
 
     def begun(source: MetaModel, earlier: Recorder | None = None) -> Recorder:
-        return Recorder(model, call, whole, adapter, source, earlier, tables)
+        made = Recorder(model, call, whole, adapter, source, earlier, tables, assumed)
+        recorders.append(made)
+        return made
+
+    recorders: list[Recorder] = []
+    try:
+        return _with_elements_where_needed(begun, model, tensors, state)
+    except UnfollowedError as error:
+        error.asks_whether_compiling = any(made.asked_whether_compiling for made in recorders)
+        raise
+
+
+def _with_elements_where_needed(
+    begun: Callable[..., Recorder], model: nn.Module, tensors: Sequence[torch.Tensor], state: State
+) -> Recording:
 
     try:
         return _recorded(functools.partial(begun, MetaModel(model)), tensors, state)

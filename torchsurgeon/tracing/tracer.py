@@ -61,7 +61,8 @@ def trace(
         *example_args: the positional arguments that the model is called with.
         leaf_modules: modules to keep whole, as one layer each, by path or class.
         verify: whether to run the model and compare. Without it nothing is computed, unless shapes depend on values;
-            so a model can be traced where it cannot run.
+            so a model can be traced where it cannot run. A model that asks whether it is compiled, to test no values
+            then, is trusted to give the same answer either way.
         **example_kwargs: the keyword arguments that the model is called with.
 
     Raises:
@@ -119,7 +120,14 @@ def _traced(
             return graph
         try:
             graph.verified = verify_steps(
-                model, call, graph.steps, tensors, graph.batch_free, layouts=captured.traced_by == "export"
+                model,
+                call,
+                graph.steps,
+                tensors,
+                graph.batch_free,
+                layouts=captured.traced_by == "export",
+                masks=captured.as_compiled,
+                check_values=captured.check_values,
             )
         except Unrepeatable:
             if not graph.shapes.random:

@@ -30,11 +30,15 @@ class UnfollowedError(TraceError):
         message: what the user reads.
         module_path: the innermost module that failed; empty at the root.
         line: the line and the reason in one line, for ``LayerGraph.opaque``.
+
+    Attributes:
+        asks_whether_compiling: whether the model asks ``torch.compiler.is_compiling()``.
     """
 
     def __init__(self, message: str, module_path: str, line: str) -> None:
         super().__init__(message)
         self.module_path, self.line = module_path, line
+        self.asks_whether_compiling = False
 
 
 class Refusal(Exception):

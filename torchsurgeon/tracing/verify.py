@@ -26,7 +26,7 @@ _NOBODYS_SEED = 7_405_926_133
 _PLAIN = (int, float, bool, complex, str)
 _INTEGERS = {1: torch.uint8, 4: torch.int32}
 EXAMPLE, OTHER_VALUES, ONE_MORE_SAMPLE = "the example", "other values", "one more sample"
-OTHER_LAYOUT = "another layout"
+OTHER_LAYOUT, OTHER_MASK = "another layout", "another mask"
 
 
 class Mismatch(Exception):
@@ -57,6 +57,8 @@ def verify(
     tensors: Sequence[torch.Tensor],
     batch_free: bool,
     layouts: bool = False,
+    masks: bool = False,
+    check_values: Callable[[Sequence[torch.Tensor]], None] | None = None,
 ) -> tuple[str, ...]:
     """Run a model and the steps that were traced from it, and compare their answers bit for bit.
 
@@ -68,6 +70,9 @@ def verify(
         batch_free: whether the steps are said to hold for other batch sizes.
         layouts: whether to try tensors with their dimensions in another order in memory, too, because the way the
             model was traced does not notice whether it asks for that.
+        masks: whether to try other masks, too, because the model was told that it is compiled, where it does not test
+            their values.
+        check_values: raises ``TypeError`` for inputs that the steps are not for.
 
     Returns:
         For which inputs the answers are the same. Inputs that the model itself does not take are left out.
@@ -79,7 +84,9 @@ def verify(
     """
     found = []
     state = State(model)
-    for name, given in _samples(tensors, batch_free, layouts):
+    for name, given in _samples(tensors, batch_free, layouts, masks):
+        if check_values is not None and not _passes(check_values, given):
+            continue
         try:
             expected, changed, again = _answers(model, call, given, state, after=None if name is EXAMPLE else tensors)
         except TraceError:
@@ -104,11 +111,20 @@ def verify(
                 raise Unrepeatable
             raise Mismatch(name, *_first_difference(model, call, steps, given))
         found.append(name)
-    return tuple(name for name in found if name is not OTHER_LAYOUT)
+    return tuple(name for name in found if name not in (OTHER_LAYOUT, OTHER_MASK))
+
+
+def _passes(check: Callable[[Sequence[torch.Tensor]], None], tensors: Sequence[torch.Tensor]) -> bool:
+    try:
+        check(tensors)
+    except Exception:
+        # The model does not take such inputs.
+        return False
+    return True
 
 
 def _samples(
-    tensors: Sequence[torch.Tensor], batch_free: bool, layouts: bool
+    tensors: Sequence[torch.Tensor], batch_free: bool, layouts: bool, masks: bool
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
     # A tensor that the example has in two places is one tensor in the other samples, too.
     distinct = {id(t): t for t in tensors}
@@ -121,9 +137,25 @@ def _samples(
     yield OTHER_VALUES, made(others)
     if batch_free:
         yield ONE_MORE_SAMPLE, made({key: torch.cat([others[key][:1], t]) for key, t in distinct.items()})
+    flags = {key: t for key, t in distinct.items() if masks and _is_mask(t)}
+    if flags:
+        yield OTHER_MASK, made({**distinct, **{key: torch.ones_like(t) for key, t in flags.items()}})
+        yield OTHER_MASK, made({**distinct, **{key: _without_last(t) for key, t in flags.items()}})
     turned = {key: t for key, t in distinct.items() if t.dim() > 1 and t.layout is torch.strided}
     if layouts and turned:
         yield OTHER_LAYOUT, made({**distinct, **{key: t.mT.contiguous().mT for key, t in turned.items()}})
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    whole = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex and not tensor.is_quantized
+    return whole and tensor.dim() > 0 and tensor.numel() > 0 and bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def _without_last(mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask that is zero at the last place and one elsewhere."""
+    made = torch.ones_like(mask)
+    made[..., -1] = 0
+    return made
 
 
 def _other_values(tensor: torch.Tensor) -> torch.Tensor:
