@@ -1,4 +1,4 @@
-"""Models that test the values of whole or truth-valued inputs are recorded, and only calls like the example are split."""
+"""Models that test the values of whole or truth-valued inputs are recorded; only calls like the example are split."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_call_with_other_values_is_answered_by_the_model_itself(name: str, exa
                 assert_same(module(X, other), made(X, other), point.name)
             assert module.last is not None
             assert "for values like these the model takes another path" in str(module.last.degraded)
-            with pytest.raises(TypeError, match="another path.*the test of .* must be"):
+            with pytest.raises(TypeError, match=r"another path.*the test of .* must be"):
                 ts.cut(module.graph, point).head(X, other)
 
 
