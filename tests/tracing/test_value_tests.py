@@ -36,6 +36,9 @@ TESTS: dict[str, Callable[[Tensor], Any]] = {
     "sum": lambda mask: mask.sum() == mask.shape[0] * mask.shape[1],
     "equal": lambda mask: torch.equal(mask, torch.ones_like(mask)),
     "in": lambda mask: 0 not in mask.long(),
+    "comparison of an item": lambda mask: mask.sum().item() >= mask.shape[0] * mask.shape[1],
+    "arithmetic of items": lambda mask: 2 * int(mask.long().min()) - 1 > 0,
+    "item as a number": lambda mask: {1: True, 0: False}[mask.long().min().item()],
     "of rows": lambda mask: all(mask.long().prod(1)[i] for i in (0, -1)),
     "of a difference": lambda mask: not (mask.long().cumsum(1) - torch.arange(1, mask.shape[1] + 1)).any(),
 }

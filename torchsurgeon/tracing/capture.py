@@ -18,7 +18,7 @@ from torchsurgeon.tracing.adapters import Adapter, adapter_for
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture_export import Guard, capture_export
 from torchsurgeon.tracing.gradients import asked_in
-from torchsurgeon.tracing.recorder import NOTHING, Assumed
+from torchsurgeon.tracing.program import NOTHING, Assumed
 from torchsurgeon.tracing.recording import Recording, record
 from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes

@@ -7,7 +7,7 @@ import contextlib
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -63,6 +63,21 @@ def tensors_within(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_within(list(value.values()))
 
 
+class Assumed(NamedTuple):
+    """What is taken for granted while a model is recorded that takes its path by the values of tensors.
+
+    Attributes:
+        compiling: whether ``torch.compiler.is_compiling()`` is true, where many models ask for no values.
+        values: whether tests of input values are guards of each call.
+    """
+
+    compiling: bool = False
+    values: bool = False
+
+
+NOTHING = Assumed()
+
+
 class Program:
     """The steps recorded so far, and which of them gave what the model holds now.
 
@@ -81,6 +96,7 @@ class Program:
         stack: the path of the module that runs, below those of the modules around it.
         refusal: the first thing that left no trace.
         failed_in: the path of the innermost module in which that was.
+        assumed: what is taken for granted, so that values decide nothing.
         example: the tensors that the model is called with.
         left: the names of what the call left in the model.
         read_cache: whether the model read something that an earlier call left, and that is the same in every call.
@@ -112,6 +128,7 @@ class Program:
         self.device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
         self._device_ref: Ref | None = None
         self._known_on_meta: dict[int, bool] = {}
+        self.assumed = NOTHING
         self.example: Sequence[torch.Tensor] = ()
 
     def add(self, kind: str, name: str, target: Any, args: Any = (), kwargs: Any = None, path: str = "") -> Step:
@@ -296,6 +313,11 @@ class Program:
             right = other.value if isinstance(other, Number) else found.value if other is None else other
             return found.value if other is None else test(found.value, right)
         if found.by_value or (isinstance(other, Number) and other.by_value):
+            if self.assumed.values:
+                # Where Python needs the number itself, it is compared with what it is in the example.
+                known = self.tested(test, (found, found.value if other is None else other), {})
+                if known is not None:
+                    return found.value if other is None else known
             raise self.refuse("what it does depends on the values of a tensor")
         for one in (found, other):
             if self.real and isinstance(one, Number) and not self._of_sizes(one.ref()):

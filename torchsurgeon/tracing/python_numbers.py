@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from torchsurgeon.tracing.gradients import names_in
 from torchsurgeon.tracing.sizes import Number, computed
 
 _OF_MATH = (
@@ -28,6 +27,7 @@ _OF_MATH = (
 _TYPES = {"int": int, "float": float}
 # The global names of a module, and which of Python's own are replaced for it.
 Table = tuple[dict[str, Any], tuple[str, ...]]
+_found: dict[tuple[int, int], tuple[str, ...]] = {}
 _LIBRARIES = ("torch", "builtins")
 
 
@@ -123,28 +123,30 @@ def tables_of(functions: Iterable[types.FunctionType], kinds: Iterable[type]) ->
         functions: a model's functions.
         kinds: the classes of its modules.
     """
-    named: dict[int, set[str]] = {}
-    found: dict[int, dict[str, Any]] = {}
-    for function in functions:
-        table = function.__globals__
-        found[id(table)] = table
-        named.setdefault(id(table), set()).update(names_in(function.__code__))
+    found = {id(function.__globals__): function.__globals__ for function in functions}
     for kind in kinds:
         module = sys.modules.get(kind.__module__)
         if module is not None and kind.__module__.partition(".")[0] not in _LIBRARIES:
-            table = module.__dict__
-            if id(table) not in found:
-                found[id(table)] = table
-                named[id(table)] = set().union(*map(names_in, _codes(table)))
-    return [(table, _shadowed(table, named[key])) for key, table in found.items()]
+            found[id(module.__dict__)] = module.__dict__
+    return [(table, _shadowed(table)) for table in found.values()]
 
 
-def _shadowed(table: dict[str, Any], named: set[str]) -> tuple[str, ...]:
-    """Return which of Python's own functions that a module's code names are replaced for it."""
-    wanted = [name for name in ("len", *_TYPES) if name in named and name not in table]
+def _shadowed(table: dict[str, Any]) -> tuple[str, ...]:
+    """Return which of Python's own functions are replaced for a module."""
+    # A library has dozens of modules, and their code stays as it is.
+    key = (id(table), len(table))
+    if key in _found:
+        return _found[key]
     # A class is replaced where code calls it or asks for its instances, and does nothing else with it.
-    codes = list(_codes(table)) if set(wanted) & set(_TYPES) else []
-    return tuple(name for name in wanted if name == "len" or all(_calls_only(code, name) for code in codes))
+    codes = list(_codes(table))
+    names = tuple(
+        name
+        for name in ("len", *_TYPES)
+        if name not in table and (name == "len" or all(_calls_only(code, name) for code in codes))
+    )
+    if "site-packages" in str(table.get("__file__")):
+        _found[key] = names
+    return names
 
 
 def _codes(table: dict[str, Any]) -> Iterator[types.CodeType]:

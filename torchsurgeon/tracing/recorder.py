@@ -14,7 +14,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -28,7 +28,7 @@ from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.following import begin, end, follower_here
 from torchsurgeon.tracing.gradients import OF_TENSORS, QUESTIONS, noticed
 from torchsurgeon.tracing.operators import OF_DEVICE, Kind, describe
-from torchsurgeon.tracing.program import Program, tensors_within
+from torchsurgeon.tracing.program import NOTHING, Assumed, Program, tensors_within
 from torchsurgeon.tracing.python_numbers import Table, followed
 from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, without_dynamo
@@ -37,20 +37,6 @@ from torchsurgeon.tracing.step import Ref, Step
 from torchsurgeon.tracing.structure import LEAF, flatten
 from torchsurgeon.tracing.unfollowed import TRACING, NeedsDevice, NeedsElements, unfollowed
 
-
-class Assumed(NamedTuple):
-    """What is taken for granted while a model is recorded that takes its path by the values of tensors.
-
-    Attributes:
-        compiling: whether ``torch.compiler.is_compiling()`` is true, where many models ask for no values.
-        values: whether tests of input values are guards of each call.
-    """
-
-    compiling: bool = False
-    values: bool = False
-
-
-NOTHING = Assumed()
 # What gives a bool for the values of a tensor.
 _TESTS = frozenset(("__bool__", "is_nonzero", "equal", "__contains__"))
 

@@ -14,8 +14,9 @@ from torchsurgeon.errors import TraceError
 from torchsurgeon.tracing.adapters import Adapter
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.guards import Guards
+from torchsurgeon.tracing.program import NOTHING, Assumed
 from torchsurgeon.tracing.python_numbers import tables_of
-from torchsurgeon.tracing.recorder import NOTHING, Assumed, Recorder
+from torchsurgeon.tracing.recorder import Recorder
 from torchsurgeon.tracing.shape_rules import META
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in
 from torchsurgeon.tracing.state import State
