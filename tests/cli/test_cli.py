@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from paths import environment
 import torchsurgeon as ts
 from torchsurgeon import cli
 from torchsurgeon.cli.screen import advising
+from torchsurgeon.tracing import tracer
 from torchsurgeon.transport import HttpTransport
 
 SPEC = "factories:tiny"
@@ -131,6 +133,25 @@ def test_modules_kept_whole_on_both_sides_agree_and_on_one_side_are_named(capsys
         assert cli.main([*run, "--leaf", "0", "--leaf", "1", "--count", "1"]) == 0
         assert cli.main([*run, "--leaf", "1", "--count", "1"]) == 2
     assert re.search(r"another graph.*same leaf_modules \(kept whole here: 1\)", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [["trace", SPEC], ["doctor", SPEC]])
+@pytest.mark.parametrize("verifies", [True, False])
+def test_no_verify_runs_nothing_to_compare(
+    arguments: list[str], verifies: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared: list[Any] = []
+    monkeypatch.setattr(tracer, "verify_steps", lambda *args, **options: compared.append(args) or ())
+    assert cli.main(arguments if verifies else [*arguments, "--no-verify"]) == 0
+    assert len(compared) == verifies
+
+
+def test_serve_and_run_take_no_verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tracer, "verify_steps", lambda *args, **options: pytest.fail("it was compared"))
+    with command("serve", f"tiny={SPEC}", "--no-verify", "--port", "0") as server:
+        url = f"http://127.0.0.1:{ready(server)}"
+        run = ["run", SPEC, "--name", "tiny", "--server", url, "--partition", "1", "--no-verify", "--count", "1"]
+        assert cli.main(run) == 0
 
 
 def test_serve_ends_when_a_model_cannot_be_loaded() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import torchsurgeon as ts
 from torchsurgeon.errors import TraceError
+from torchsurgeon.serve import ModelRegistry
 from torchsurgeon.tracing import capture, verify
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.step import Ref, Step
@@ -433,3 +434,13 @@ NAN = float("nan")
 def test_answers_are_the_same_bit_for_bit(one: Any, other: Any, equal: bool) -> None:
     assert same_answer(one, other) is equal
     assert same_answer(other, one) is equal
+
+
+def test_a_split_and_a_registry_may_leave_out_the_comparison() -> None:
+    made = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    registry = ModelRegistry()
+    for verifies in (True, False):
+        with ts.SplitModule(made, torch.rand(2, 4), partition="device", verify=verifies) as split:
+            assert bool(split.graph.verified) is verifies
+        assert bool(registry.add(f"net{verifies}", made, torch.rand(2, 4), verify=verifies).graph.verified) is verifies
+    registry.close()

@@ -71,9 +71,15 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def leaf_argument(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
-    """Declare ``--leaf``, which may be repeated."""
+    """Declare ``--leaf``, which may be repeated, and ``--no-verify``."""
     parser.add_argument(
         "--leaf", action="append", default=[], metavar=metavar, help=f"{what}; may be repeated (default: none)"
+    )
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not run the model to compare it with what was traced (default: run both and compare their bits)",
     )
 
 
@@ -126,7 +132,7 @@ def traced(options: argparse.Namespace, device: torch.device | None = None, weig
     if device is not None:
         loaded.model.to(device)
         args, kwargs = _pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
-    return trace(loaded.model, *args, leaf_modules=options.leaf, **kwargs)
+    return trace(loaded.model, *args, leaf_modules=options.leaf, verify=options.verify, **kwargs)
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -68,7 +68,7 @@ def _doctor(options: argparse.Namespace) -> None:
         from torchsurgeon.report import diagnosis_text
 
     model = specs.load(options.spec, input_spec=options.input, weights=options.weights)
-    found = doctor.examine(model.model, *model.args, leaf_modules=options.leaf, **model.kwargs)
+    found = doctor.examine(model.model, *model.args, leaf_modules=options.leaf, verify=options.verify, **model.kwargs)
     console().print(diagnosis_text(found))
     if options.server is not None:
         print(_compared(options, model))
@@ -87,6 +87,7 @@ def _compared(options: argparse.Namespace, model: Model) -> str:
         partition="server",
         fallback="error",
         leaf_modules=options.leaf,
+        verify=options.verify,
     ) as split:
         (server,) = split.prepare().stats()["servers"]
     because = ", ".join(server["inexact_because"])

@@ -155,6 +155,7 @@ def _serve(options: argparse.Namespace) -> None:
         weights=weights,
         input_specs=inputs,
         leaf_modules=leaves,
+        verify=options.verify,
         seed=options.seed,
         max_batch=options.max_batch,
     )
@@ -252,6 +253,7 @@ def _run(options: argparse.Namespace) -> None:
         deadline_s=options.deadline,
         exact=options.exact,
         leaf_modules=options.leaf,
+        verify=options.verify,
     ) as split:
         if options.input != "random":
             args, kwargs = (codec.image_call(split.graph, options.input),), {}

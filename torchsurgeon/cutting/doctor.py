@@ -51,7 +51,11 @@ class Diagnosis:
 
 
 def examine(
-    model: nn.Module, *args: Any, leaf_modules: Collection[str | type[nn.Module]] = (), **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    leaf_modules: Collection[str | type[nn.Module]] = (),
+    verify: bool = True,
+    **kwargs: Any,
 ) -> Diagnosis:
     """Trace a model and find out what a user should know before splitting it. The model is run twice on the example.
 
@@ -59,6 +63,7 @@ def examine(
         model: the model, in eval mode.
         *args: the positional arguments that the model is called with.
         leaf_modules: modules to keep whole, as one layer each, by path or class.
+        verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
         **kwargs: the keyword arguments that the model is called with.
 
     Raises:
@@ -67,7 +72,7 @@ def examine(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         begin = time.perf_counter()
-        graph = trace(model, *args, leaf_modules=leaf_modules, **kwargs)
+        graph = trace(model, *args, leaf_modules=leaf_modules, verify=verify, **kwargs)
         trace_s = time.perf_counter() - begin
     inputs = graph.tensors_of_call(args, kwargs)
     start_bytes = graph.points[0].size_bytes

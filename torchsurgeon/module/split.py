@@ -84,6 +84,7 @@ class SplitModule(Calls):
             and ``last.bits`` says so.
         timeout_s: the longest that a server may take for one inference.
         leaf_modules: modules to keep whole, as ``trace()`` takes them.
+        verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
 
     Attributes:
         model: the model. Another may be assigned: it is traced at once, and answers from then on.
@@ -139,6 +140,7 @@ class SplitModule(Calls):
         exact: bool = False,
         timeout_s: float = 30.0,
         leaf_modules: Sequence[str | type[nn.Module]] = (),
+        verify: bool = True,
     ) -> None:
         super().__init__()
         check_options(fallback, deadline_s, timeout_s, compile, backend)
@@ -147,7 +149,7 @@ class SplitModule(Calls):
             check_exact((codec, answer_codec), codecs, compiled=bool(compile) or backend is not None)
         self.training = False
         args, kwargs = call_of(example)
-        graph = trace(model, *args, leaf_modules=leaf_modules, **kwargs)
+        graph = trace(model, *args, leaf_modules=leaf_modules, verify=verify, **kwargs)
         self.name = name
         self.exact = exact
         self.deadline_s, self._deadlines = deadline_s, Deadlines()
@@ -170,6 +172,7 @@ class SplitModule(Calls):
                 on_replan=on_replan,
                 exact=exact,
                 leaf_modules=leaf_modules,
+                verify=verify,
             ),
         )
         # Ends the threads of a module that is collected without having been closed.

@@ -26,6 +26,7 @@ class Options:
         example: the positional and keyword arguments that the model was traced with.
         falls_back: whether the device answers a call when no server does (``fallback="local"``).
         leaf_modules: the modules that are kept whole, as ``trace()`` takes them.
+        verify: whether what is traced is compared with the model.
         rounded_because: why even what this device computes has not the model's own bits; empty where it has.
     """
 
@@ -44,6 +45,7 @@ class Options:
     on_replan: Callable[[Decision[Row]], object] | None
     exact: bool
     leaf_modules: Sequence[str | type[nn.Module]] = ()
+    verify: bool = True
 
     @property
     def rounded_because(self) -> tuple[str, ...]:

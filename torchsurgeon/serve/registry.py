@@ -78,6 +78,7 @@ class ModelRegistry:
         kwargs: Mapping[str, Any] | None = None,
         *,
         leaf_modules: Collection[str | type[nn.Module]] = (),
+        verify: bool = True,
         source: str = "",
     ) -> ServedModel:
         """Trace a model and serve it.
@@ -90,6 +91,7 @@ class ModelRegistry:
                 arguments, or a dict of keyword arguments.
             kwargs: further keyword arguments of the example.
             leaf_modules: modules to keep whole, as the device names them too.
+            verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
             source: where the model comes from, in words.
 
         Raises:
@@ -101,7 +103,11 @@ class ModelRegistry:
             remote = model if isinstance(model, SplitModule) else None
             args, named = call_of(example)
             named = {**named, **(kwargs or {})}
-            graph = trace(model, *args, leaf_modules=leaf_modules, **named) if remote is None else remote.graph
+            graph = (
+                trace(model, *args, leaf_modules=leaf_modules, verify=verify, **named)
+                if remote is None
+                else remote.graph
+            )
             served = ServedModel(
                 name,
                 graph,
@@ -120,7 +126,13 @@ class ModelRegistry:
         return served
 
     def load(
-        self, name: str, spec: str, *, leaf_modules: Collection[str | type[nn.Module]] = (), **options: Any
+        self,
+        name: str,
+        spec: str,
+        *,
+        leaf_modules: Collection[str | type[nn.Module]] = (),
+        verify: bool = True,
+        **options: Any,
     ) -> ServedModel:
         """Load a model by its SPEC and serve it.
 
@@ -128,6 +140,7 @@ class ModelRegistry:
             name: the name to serve it under.
             spec: the SPEC, such as ``torchvision:resnet18``.
             leaf_modules: modules to keep whole, as the device names them too.
+            verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
             **options: passed on to ``torchsurgeon.models.specs.load()``.
 
         Raises:
@@ -140,7 +153,15 @@ class ModelRegistry:
         except TorchSurgeonError as error:
             self._fail(name, error)
             raise
-        return self.add(name, loaded.model, loaded.args, loaded.kwargs, leaf_modules=leaf_modules, source=loaded.source)
+        return self.add(
+            name,
+            loaded.model,
+            loaded.args,
+            loaded.kwargs,
+            leaf_modules=leaf_modules,
+            verify=verify,
+            source=loaded.source,
+        )
 
     def names(self) -> list[str]:
         """Return the names of all models, sorted."""

@@ -109,6 +109,7 @@ def run(
     weights: Mapping[str, str] | None = None,
     input_specs: Mapping[str, str] | None = None,
     leaf_modules: Mapping[str, Collection[str]] | None = None,
+    verify: bool = True,
     seed: int = 0,
     max_batch: int = 64,
     profiler: Profiler | None = measured_profile,
@@ -126,6 +127,7 @@ def run(
         weights: weights files by model name, as in ``torchsurgeon.models.specs.load()``.
         input_specs: inputs by model name, as in ``torchsurgeon.models.specs.load()``.
         leaf_modules: modules to keep whole by model name, as in ``torchsurgeon.tracing.trace()``.
+        verify: whether to run each model and what was traced, and compare, as ``trace()`` does.
         seed: seed of random weights.
         max_batch: the largest batch of a request.
         profiler: as in ``ModelRegistry``.
@@ -162,6 +164,7 @@ def run(
                     weights=(weights or {}).get(name),
                     input_spec=(input_specs or {}).get(name),
                     leaf_modules=(leaf_modules or {}).get(name, ()),
+                    verify=verify,
                     seed=seed,
                 )
                 report(
