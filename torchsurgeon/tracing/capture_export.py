@@ -25,10 +25,10 @@ from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from torchsurgeon.errors import TraceError, short
+from torchsurgeon.tracing.alone import TRACING, exporting
 from torchsurgeon.tracing.call import Call, Output, path_name
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, function_name, plain, unique
 from torchsurgeon.tracing.structure import LeafPath, flatten
-from torchsurgeon.tracing.unfollowed import TRACING
 
 _CHECKS = (
     "_assert_tensor_metadata",
@@ -131,6 +131,7 @@ def _exported(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> 
     try:
         with (
             TRACING,
+            exporting(),
             _quietly(),
             torch.no_grad(),
             _any_size(),
@@ -203,10 +204,12 @@ def _returning_leaves(model: nn.Module) -> Iterator[list[Output]]:
     Export refuses results of classes that it does not know.
     """
     results: list[Output] = []
-    original = model.forward
+    original, own_thread = model.forward, threading.get_ident()
 
     @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != own_thread:
+            return original(*args, **kwargs)
         leaves, structure = flatten(original(*args, **kwargs))
         numbers = {path: int for path, leaf in leaves if isinstance(leaf, torch.SymInt)}
         if any(isinstance(leaf, (torch.SymFloat, torch.SymBool)) for _, leaf in leaves):

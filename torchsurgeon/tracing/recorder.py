@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchsurgeon.errors import TraceError
 from torchsurgeon.tracing.adapters import Adapter, adapter_for
+from torchsurgeon.tracing.alone import TRACING
 from torchsurgeon.tracing.ambient import Ambient, settings
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.following import begin, end, follower_here
@@ -35,7 +36,7 @@ from torchsurgeon.tracing.shapes import MetaModel, without_dynamo
 from torchsurgeon.tracing.sizes import number
 from torchsurgeon.tracing.step import Ref, Step
 from torchsurgeon.tracing.structure import LEAF, flatten
-from torchsurgeon.tracing.unfollowed import TRACING, NeedsDevice, NeedsElements, unfollowed
+from torchsurgeon.tracing.unfollowed import NeedsDevice, NeedsElements, unfollowed
 
 # What gives a bool for the values of a tensor.
 _TESTS = frozenset(("__bool__", "is_nonzero", "equal", "__contains__"))

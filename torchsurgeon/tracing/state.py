@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsurgeon.tracing.alone import leaves_something
 from torchsurgeon.tracing.gradients import names_in
 
 _CONTAINERS = (dict, list, set, deque)
@@ -143,11 +144,14 @@ class State:
         written |= {name for cell, value, name in self._cells.values() if cell.cell_contents is not value}
         written |= {name for table, name, value in self._globals.values() if table.get(name) is not value}
         written |= {name for weight, copy, name in self._weights if not torch.equal(weight, copy)}
-        return sorted(
+        found = sorted(
             written
             | {name for container, before, path in self._held.values() for name in before.changes(container, path)}
             | {path for container, path in self._empty if container}
         )
+        if found:
+            leaves_something()
+        return found
 
     def restore(self) -> None:
         """Put everything back."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from torchsurgeon.errors import TraceError, UnrepeatableWarning, short
 from torchsurgeon.tracing.admission import admit, is_split
+from torchsurgeon.tracing.alone import alone
 from torchsurgeon.tracing.call import Call, settle_output
 from torchsurgeon.tracing.capture import Captured, Ways
 from torchsurgeon.tracing.flow import DataFlow
@@ -54,6 +55,11 @@ def trace(
     Then the model and what was traced both run, on the example, on other values, and on one more sample where the
     batch is free. If their bits differ, the next way is tried; ``LayerGraph.verified`` says what was compared.
 
+    Other threads may call the model meanwhile, unless its ``forward`` assigns attributes, or fills dicts or lists, or
+    it is followed by torch.export. Their calls then raise ``TraceError`` as soon as that is known. Before, and where a
+    call had begun before ``trace()``, it may read what tracing leaves in the model, and the model may be refused as one
+    that keeps state. So do not call such a model in other threads while it is traced for the first time.
+
     Dimension 0 of the input tensors is the batch if it has the same size in all of them.
 
     Args:
@@ -79,7 +85,7 @@ def trace(
         model = getattr(model, "_orig_mod", model)
     admit(model, example_args, example_kwargs, verify=verify)
     _refuse_training(model)
-    with left_as_it_was(model) as state, _random_numbers_kept():
+    with alone(model), left_as_it_was(model) as state, _random_numbers_kept():
         call = Call(model, example_args, example_kwargs)
         tensors = call.tensors(example_args, example_kwargs)
         return _traced(model, call, tensors, leaf_modules, verify, state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import linecache
 import os
-import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path as FilePath
@@ -16,11 +15,6 @@ from torchsurgeon.errors import TraceError, short
 
 _LIBRARY = str(FilePath(torch.__file__).parent) + os.sep
 _THIS_PACKAGE = str(FilePath(__file__).parent) + os.sep
-# While one thread follows a model, PyTorch is patched for all of them, so only one does so at a time.
-TRACING = threading.RLock()
-# A fork waits for that thread. Otherwise the child process would have the patches for ever, and a lock that is taken by
-# a thread that it does not have.
-os.register_at_fork(before=TRACING.acquire, after_in_parent=TRACING.release, after_in_child=TRACING.release)
 
 
 class UnfollowedError(TraceError):
