@@ -546,3 +546,14 @@ def test_other_threads_run_their_models_undisturbed_while_one_is_traced() -> Non
         stop.set()
         thread.join()
     assert not wrong
+
+
+def test_the_calls_of_one_function_are_numbered_in_their_order() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        for i in range(300):
+            x = x * 2 if i % 2 else x + 1
+        return self.l(x)
+
+    names = [layer.name for layer in ts.trace(model(forward, l=nn.Linear(8, 8)), torch.rand(2, 8)).layers]
+    numbered = ["", *(f"_{i}" for i in range(1, 150))]
+    assert names == [f"{kind}{n}" for n in numbered for kind in ("add", "mul")] + ["l"]

@@ -27,7 +27,7 @@ from torchsurgeon.tracing.shapes import (
     without_elements,
 )
 from torchsurgeon.tracing.sizes import Number, number
-from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, map_refs, unique
+from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, map_refs
 from torchsurgeon.tracing.structure import flatten
 from torchsurgeon.tracing.unfollowed import NeedsElements, Refusal, keeps_state
 
@@ -119,6 +119,7 @@ class Program:
         self.earlier, self.read_cache = earlier, False
         self.left: list[str] = []
         self._taken: set[str] = set()
+        self._counted: dict[str, int] = {}
         self._selected: dict[tuple[int, tuple[str, ...]], Ref] = {}
         self._attributes: dict[str, Ref] = {}
         self._constants: dict[int, tuple[torch.Tensor, Ref]] = {}
@@ -136,10 +137,18 @@ class Program:
         step = Step(len(self.steps), name, kind, target, args, kwargs or {}, path)
         if kind == "call":
             base = name or ".".join(filter(None, (path, step.type_name)))
-            step.name = unique(base, self._taken)
+            step.name = self._unique(base)
         self._taken.add(step.name)
         self.steps.append(step)
         return step
+
+    def _unique(self, name: str) -> str:
+        """Return what ``step.unique()`` returns, without counting from the start each time."""
+        count = self._counted.get(name, 0)
+        while (candidate := f"{name}_{count}" if count else name) in self._taken:
+            count += 1
+        self._counted[name] = count
+        return candidate
 
     def input(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Append the step of an input, and return what stands for it."""
@@ -215,7 +224,7 @@ class Program:
                 "a tensor comes out of a call that leaves no trace (TorchScript, functorch, nn.Parameter of a result)"
             )
         if id(value) not in self._constants:
-            step = self.add("attr", unique("constant", self._taken), Constant(value))
+            step = self.add("attr", self._unique("constant"), Constant(value))
             self._own(self.propagation.attribute(step), "")
             self._constants[id(value)] = (value, Ref(step.index))
         return self._constants[id(value)][1]
@@ -410,6 +419,7 @@ class Program:
                     return self.propagation.call(step)
             self.steps.pop()
             self._taken.discard(step.name)
+            self._counted.clear()
             raise self.needs_elements(error) from error
 
     def _with_numbers(self, step: Step) -> bool:
