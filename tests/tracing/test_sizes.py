@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from partitions import assert_same, check
+from serving import serving
 from small_models import model
 from torch import Tensor, nn
 
@@ -489,3 +491,32 @@ def test_a_size_in_a_text_decides_unless_it_is_only_shown() -> None:
     answers(graph, sized(5, 6, 8))
     with pytest.raises(TypeError, match="must be 6, and is 7"):
         answers(graph, sized(2, 7, 8))
+
+
+def test_a_model_that_takes_another_path_for_large_batches_has_a_free_batch_below() -> None:
+    """As in the up-sampling of diffusers."""
+    made = model(
+        lambda self, x: self.first(x.contiguous() if x.shape[0] >= 64 else x) * (3 if x.shape[0] >= 64 else 2),
+        first=linear(),
+    )
+    graph = recorded(made, X)
+    assert graph.batch_free
+    answers(graph, sized(63, 6, 8))
+    assert is_refused(graph, sized(64, 6, 8))
+    with serving(made, X) as server, ts.SplitModule(made, X, server=server.url, name="net", partition=1) as split:
+        for batch in (5, 64):
+            with torch.no_grad():
+                assert_same(split(sized(batch, 6, 8)), made(sized(batch, 6, 8)), f"a batch of {batch}")
+        data = {"name": "x", "datatype": "FP32", "shape": [64, 6, 8], "data": [0.0] * (64 * 48)}
+        asked = requests.post(f"{server.url}/v2/models/net/infer", json={"inputs": [data]}, timeout=30)
+        assert (asked.status_code, "must be < 64" in asked.text) == (400, True)
+
+
+@pytest.mark.parametrize("step", [torch.tensor(5), torch.tensor([5])], ids=["number", "vector"])
+def test_a_tensor_without_dimensions_leaves_the_batch_free(step: Tensor) -> None:
+    """As the time of a diffusion model."""
+    made = model(lambda self, x, t: self.first(x) * t.expand(x.shape[0])[:, None, None], first=linear())
+    graph = recorded(made, X[:1], step)
+    assert graph.batch_free
+    answers(graph, sized(4, 6, 8), step + 1)
+    assert [spec.batch_step for spec in graph.inputs] == [(1, 0, 0), (1,) if step.dim() else ()]

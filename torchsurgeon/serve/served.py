@@ -256,6 +256,11 @@ class ServedModel:
         usual = check_tensors(self.graph, request.tensors, self.max_batch, self.max_times)
         names = tuple(sorted(request.tensors))
         tail = edition.tails.get(names)
+        if usual and set(names) >= {spec.name for spec in self.graph.inputs}:
+            try:
+                self.graph.check_sizes([request.tensors[spec.name] for spec in self.graph.inputs])
+            except TypeError as error:
+                raise ProtocolError(f"model {self.name!r}: {error}") from None
         if not usual:
             check_shapes(self.graph, tail, names, [request.tensors[name] for name in names])
         run = tail.forward if self._finish is None else functools.partial(self._finish, names)

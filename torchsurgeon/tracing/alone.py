@@ -62,7 +62,9 @@ def alone(model: nn.Module) -> Iterator[None]:
             return called(module, *args, **kwargs)
 
         _current.append(found)
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+        # The compiler of torch.compile would follow it.
+        if not any("_orig_mod" in module._modules for module in model.modules()):
+            nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
             yield
         finally:

@@ -121,7 +121,7 @@ def _alike(steps: Sequence[Step], others: Sequence[Step]) -> bool:
 def _exported(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[list[Step], Guard]:
     args, kwargs = call.rebuild(dict(zip(call.paths, tensors, strict=True)))
     free = ShapesCollection()
-    same_batch = len({t.shape[0] if t.dim() else -1 for t in tensors}) == 1
+    same_batch = len({t.shape[0] for t in tensors if t.dim()}) == 1
     for tensor in {id(t): t for t in tensors}.values():
         # Sequences (of numbers, of embeddings) may have any length; sizes of images are part of what a model is built
         # for, and leaving them free would make export several times slower.

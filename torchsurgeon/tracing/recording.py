@@ -146,7 +146,7 @@ def _of_many_sizes(begun: Callable[..., Recorder], tensors: Sequence[torch.Tenso
     """
     first = begun()
     first.run(tensors)
-    if first.real or any(t.dim() == 0 for t in tensors) or _holds(first, tensors):
+    if first.real or not any(t.dim() for t in tensors) or _holds(first, tensors):
         return first
     state.restore()
     odd = begun()
@@ -167,13 +167,13 @@ def _of_many_sizes(begun: Callable[..., Recorder], tensors: Sequence[torch.Tenso
 
 
 def _with_batch(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    return torch.empty((batch, *tensor.shape[1:]), dtype=tensor.dtype, device=META)
+    return torch.empty((batch, *tensor.shape[1:]) if tensor.dim() else (), dtype=tensor.dtype, device=META)
 
 
 def _holds(recorder: Recorder, tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether a batch of one sample more takes the recorded path."""
     try:
-        recorder.guards.check(recorder.source, [_with_batch(t, t.shape[0] + 1) for t in tensors])
+        recorder.guards.check(recorder.source, [_with_batch(t, len(t) + 1 if t.dim() else 0) for t in tensors])
     except TypeError:
         return False
     return True

@@ -60,7 +60,7 @@ def trace(
     call had begun before ``trace()``, it may read what tracing leaves in the model, and the model may be refused as one
     that keeps state. So do not call such a model in other threads while it is traced for the first time.
 
-    Dimension 0 of the input tensors is the batch if it has the same size in all of them.
+    Dimension 0 of the input tensors is the batch if it has the same size in all of them that have dimensions.
 
     Args:
         model: the model, in eval mode. It is left as it was.
@@ -173,9 +173,9 @@ def _graph(model: nn.Module, call: Call, tensors: list[torch.Tensor], captured: 
     if settle_output(steps, shapes.values, tensors[0].device):
         shapes = with_selections(steps, shapes)
     # A second pass with one more sample shows which dimensions follow the batch, and by how much.
-    sizes = {t.shape[0] if t.dim() else None for t in tensors}
+    sizes = {t.shape[0] for t in tensors if t.dim()}
     more = None
-    if len(sizes) == 1 and None not in sizes and _any_batch(captured, tensors):
+    if len(sizes) == 1 and _any_batch(captured, tensors):
         alike = [t if isinstance(source, RealModel) else without_elements(t) for t in tensors]
         more = _try_propagate(steps, list(map(_one_more, alike)), source, shapes)
     _refuse_randomness([steps[i] for i in shapes.random])
@@ -191,6 +191,8 @@ def _graph(model: nn.Module, call: Call, tensors: list[torch.Tensor], captured: 
 
 def _one_more(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor with one more sample, and the same order of dimensions in memory."""
+    if not tensor.dim():
+        return tensor
     if tensor.is_meta and tensor.is_contiguous():
         # Without PyTorch's own ``cat``, whose first call on the meta device takes a second to import what it needs.
         return torch.empty((tensor.shape[0] + 1, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
@@ -200,8 +202,12 @@ def _one_more(tensor: torch.Tensor) -> torch.Tensor:
 def _any_batch(captured: Captured, tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether batches of other sizes take the same path through the model's source as the example."""
     try:
-        for extra in (1, 1023):
-            more = [torch.empty((t.shape[0] + extra, *t.shape[1:]), dtype=t.dtype, device="meta") for t in tensors]
+        # Some models take another path for batches of 64 and more, whose calls are then refused.
+        for extra in (1, 31):
+            more = [
+                torch.empty((t.shape[0] + extra, *t.shape[1:]), dtype=t.dtype, device="meta") if t.dim() else t
+                for t in tensors
+            ]
             if captured.guard is not None:
                 captured.guard(more)
     except TypeError:

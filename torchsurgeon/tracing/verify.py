@@ -136,7 +136,10 @@ def _samples(
     others = {key: _other_values(t) for key, t in distinct.items()}
     yield OTHER_VALUES, made(others)
     if batch_free:
-        yield ONE_MORE_SAMPLE, made({key: torch.cat([others[key][:1], t]) for key, t in distinct.items()})
+        yield (
+            ONE_MORE_SAMPLE,
+            made({key: torch.cat([others[key][:1], t]) if t.dim() else t for key, t in distinct.items()}),
+        )
     flags = {key: t for key, t in distinct.items() if masks and _is_mask(t)}
     if flags:
         yield OTHER_MASK, made({**distinct, **{key: torch.ones_like(t) for key, t in flags.items()}})
