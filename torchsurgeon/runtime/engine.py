@@ -281,9 +281,7 @@ class Engine:
                 fall back to the device; this engine goes on.
         """
         args, kwargs = example = self.times.example
-        graph = trace(
-            model, *args, leaf_modules=self.options.leaf_modules, verify=self.options.verify, **kwargs
-        )
+        graph = trace(model, *args, leaf_modules=self.options.leaf_modules, verify=self.options.verify, **kwargs)
         same, peers = graph.fingerprint == self.graph.fingerprint, self.servers.peers
         options = dataclasses.replace(
             self.options,
