@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from partitions import assert_same, check
-from serving import serving
+from serving import serving, split
 from small_models import model
 from torch import Tensor, nn
 
@@ -520,3 +520,14 @@ def test_a_tensor_without_dimensions_leaves_the_batch_free(step: Tensor) -> None
     assert graph.batch_free
     answers(graph, sized(4, 6, 8), step + 1)
     assert [spec.batch_step for spec in graph.inputs] == [(1, 0, 0), (1,) if step.dim() else ()]
+
+
+def test_gaps_that_depend_on_the_batch_in_another_way_are_said_to_be_kept_to_rounding() -> None:
+    made = model(lambda self, x: self.first(F.pad(x, (int(x.numel()) % 3, 0))[..., :8]), first=linear())
+    with split(made, X[:, :5]) as module:
+        module.partition = next(point.index for point in module.graph.points if point.name == "getitem")
+        for batch, bits in ((2, "same bits"), (1, "same to rounding"), (4, "same to rounding")):
+            with torch.no_grad():
+                assert torch.allclose(module(sized(batch, 5, 8)), made(sized(batch, 5, 8)), atol=1e-5)
+            assert module.last is not None
+            assert module.last.bits == bits

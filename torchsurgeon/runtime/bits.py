@@ -10,7 +10,7 @@ from torchsurgeon.codec import Codec
 from torchsurgeon.errors import ArithmeticMismatchError
 from torchsurgeon.models.arithmetic import Difference
 from torchsurgeon.tracing.graph import LayerGraph
-from torchsurgeon.tracing.layout import dense
+from torchsurgeon.tracing.layout import dense, restores
 from torchsurgeon.tracing.specs import TensorSpec
 from torchsurgeon.wire.tensors import ALIGNMENT_BYTES
 
@@ -42,9 +42,13 @@ def displaced(graph: LayerGraph, specs: Sequence[TensorSpec], boundary: Sequence
                 f"tensor {spec.name} begins {past} bytes past a multiple of {ALIGNMENT_BYTES} in memory here, and at a "
                 "multiple on the server (slices of tensors do that, and x.clone() undoes it)"
             )
-        elif not (tensor.is_contiguous() or spec.name in graph.layouts or dense(tensor, tuple(tensor.shape))[0]):
+        elif not (
+            restores(graph.layouts[spec.name], tensor)
+            if spec.name in graph.layouts
+            else tensor.is_contiguous() or dense(tensor, tuple(tensor.shape))[0]
+        ):
             found.append(
-                f"tensor {spec.name} has gaps between its elements in memory here, and none on the server (slices of "
+                f"tensor {spec.name} has other gaps between its elements in memory here than on the server (slices of "
                 "tensors do that, and x.contiguous() undoes it)"
             )
     return tuple(found)

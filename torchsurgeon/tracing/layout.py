@@ -35,14 +35,26 @@ class Layout:
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return ``tensor`` in this layout: a copy where it has another, itself where its shape fits no batch size."""
-        dim = next((d for d, step in enumerate(self.batch_step) if step), None)
-        more = 0 if dim is None else (tensor.shape[dim] - self.shape[dim]) // self.batch_step[dim]
-        if tensor.shape != tuple(n + step * more for n, step in zip(self.shape, self.batch_step, strict=True)):
-            return tensor
-        strides = tuple(stride + grow * more for stride, grow in zip(self.strides, self.grows, strict=True))
-        if tensor.stride() == strides or not _fits(tensor.shape, strides):
+        strides = self._strides_of(tensor.shape)
+        if strides is None or tensor.stride() == strides:
             return tensor
         return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+    def restores(self, tensor: torch.Tensor) -> bool:
+        """Return whether a compact copy of a tensor gets the tensor's own strides.
+
+        It does not where the gaps depend on sizes in another way than by so many elements for every sample.
+        """
+        strides = self._strides_of(tensor.shape)
+        return not has_gaps(tensor) if strides is None else tensor.stride() == strides
+
+    def _strides_of(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        dim = next((d for d, step in enumerate(self.batch_step) if step), None)
+        more = 0 if dim is None else (shape[dim] - self.shape[dim]) // self.batch_step[dim]
+        if tuple(shape) != tuple(n + step * more for n, step in zip(self.shape, self.batch_step, strict=True)):
+            return None
+        strides = tuple(stride + grow * more for stride, grow in zip(self.strides, self.grows, strict=True))
+        return strides if _fits(shape, strides) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +81,12 @@ class Lazy:
         if self.negated:
             tensor = torch._neg_view(torch.neg(tensor))
         return torch.conj_physical(tensor).conj() if self.conjugated else tensor
+
+
+def restores(layout: Layout | Lazy | None, tensor: torch.Tensor) -> bool:
+    """Return whether a tensor gets its own strides back after it crossed, if what is known of its layout is this."""
+    strides = layout.layout if isinstance(layout, Lazy) else layout
+    return not has_gaps(tensor) if strides is None else strides.restores(tensor)
 
 
 def _fits(shape: Sequence[int], strides: Sequence[int]) -> bool:
