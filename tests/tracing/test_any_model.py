@@ -95,6 +95,34 @@ def test_what_is_said_of_pooling_resizing_and_broadcasting_is_what_they_give(
     assert known or memory is torch.channels_last
 
 
+IMAGES = {
+    "row-major": torch.rand(2, 4, 3, 4),
+    "channels last": torch.rand(2, 4, 3, 4).to(memory_format=torch.channels_last),
+    "one, channels last": torch.rand(1, 4, 3, 4).to(memory_format=torch.channels_last),
+    "one, from a sequence": torch.rand(1, 12, 4).transpose(1, 2).reshape(1, 4, 3, 4),
+    "one, of a slice": torch.rand(1, 8, 3, 4)[:, :4],
+    "gaps": torch.rand(2, 8, 3, 4)[:, ::2],
+}
+
+
+@pytest.mark.parametrize(
+    "op",
+    [operator.add, operator.sub, operator.mul, operator.truediv, torch.div]
+    + [kind() for kind in (nn.ReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.ELU)]
+    + [nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.LayerNorm(4), nn.Softmax(1), nn.Softmax(-1)],
+    ids=str,
+)
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_strides_that_are_said_of_simple_layers_are_those_that_they_give(op: Any, image: str) -> None:
+    x, more = IMAGES[image], () if isinstance(op, nn.Module) else (2.0,)
+    rule = rule_for(op)
+    assert rule is not None
+    told = rule(op, torch.empty_strided(x.shape, x.stride(), device="meta"), *more)
+    assert told is not None
+    real = (op.eval() if isinstance(op, nn.Module) else op)(x, *more).stride()
+    assert told.value.stride() == real
+
+
 def test_flops_of_shifted_windows_are_those_of_their_products_padding_included() -> None:
     zoo = pytest.importorskip("torchvision.models.swin_transformer")
     made = zoo.SwinTransformer([4, 4], 16, [1, 2], [2, 4], [7, 7], num_classes=4).eval()

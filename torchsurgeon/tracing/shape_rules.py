@@ -73,6 +73,40 @@ def _elementwise(module: nn.Module, x: torch.Tensor) -> Outcome | None:
     return Outcome(torch.empty_like(x))
 
 
+def _alike(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the strides that arithmetic gives its result.
+
+    ``empty_like`` and PyTorch's meta kernels give dimensions of size one other strides, and those decide in which order
+    in memory later kernels work.
+    """
+    if x.is_contiguous():
+        return torch.empty(x.shape, dtype=x.dtype, device=META)
+    if x.numel() == 1 + sum(stride * (size - 1) for size, stride in zip(x.shape, x.stride(), strict=True)):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
+    return torch.empty_like(x)
+
+
+def _row_major(module: nn.Module, x: torch.Tensor) -> Outcome | None:
+    return Outcome(torch.empty(x.shape, dtype=x.dtype, device=META))
+
+
+def _group_normalization(module: nn.GroupNorm, x: torch.Tensor) -> Outcome | None:
+    if x.dim() == 4 and _suggests_channels_last(x):
+        return Outcome(torch.empty_like(x))
+    return _row_major(module, x) if x.dim() <= 4 or x.is_contiguous() else None
+
+
+def _suggests_channels_last(x: torch.Tensor) -> bool:
+    """Return whether PyTorch's kernels take images as lying channels last, by all strides, of sizes of one too."""
+    least = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = x.shape[dim], x.stride(dim)
+        if not size or not stride or stride < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = stride * max(size, 1)
+    return not x.is_contiguous()
+
+
 def _same_object(module: nn.Module, x: torch.Tensor, *_: Any) -> Outcome | None:
     return Outcome(x) if not module.training else None
 
@@ -148,7 +182,7 @@ def _binary(target: Any, x: Any, y: Any, **kwargs: Any) -> Outcome | None:
             return None
     elif not isinstance(y, (int, float)):
         return None
-    return Outcome(torch.empty_like(x))
+    return Outcome(_alike(x))
 
 
 def _broadcast(x: torch.Tensor, y: torch.Tensor) -> Outcome | None:
@@ -320,9 +354,9 @@ _MODULE_RULES: dict[type | str, Rule] = {
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed_convolution),
     nn.Linear: _linear,
     nn.MultiheadAttention: _attention,
-    **dict.fromkeys(
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.Softmax), _normalization
-    ),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _normalization),
+    **dict.fromkeys((nn.LayerNorm, nn.Softmax), _row_major),
+    nn.GroupNorm: _group_normalization,
     **dict.fromkeys(
         (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU),
         _elementwise,
@@ -331,6 +365,7 @@ _MODULE_RULES: dict[type | str, Rule] = {
 }
 _FUNCTION_RULES: dict[Any, Rule] = {
     **dict.fromkeys((operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul), _binary),
+    **dict.fromkeys((operator.truediv, torch.div), _binary),
     **dict.fromkeys((operator.iadd, operator.isub, operator.imul), _binary_in_place),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent_function),
