@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from partitions import check
 from serving import check_split, split
 from small_models import model as small_model
 from torch import nn
@@ -122,9 +121,11 @@ def test_parts_of_quantized_tensors_are_followed_through_chunk_and_split() -> No
         third, *_ = torch.split(second, 1, dim=1)
         return torch.cat([second.dequantize(), first.dequantize(), third.dequantize()], 1)
 
-    graph = check(small_model(forward), torch.rand(1, 4, 3))
-    assert graph.traced_by == "recorded"
-    assert not graph.opaque
+    x = torch.rand(1, 4, 3)
+    with split(small_model(forward), x) as module:
+        assert module.graph.traced_by == "recorded"
+        assert not module.graph.opaque
+        check_split(module, module.graph.points, ((x,), {}))
 
 
 def test_a_copy_of_a_quantized_tensor_keeps_the_order_of_its_memory() -> None:
