@@ -109,6 +109,9 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         super().connection_lost(exc)
         self._stop_timers()
         self._job = self._repeat = self._ahead = None
+        # By this, asyncio's transport refers to itself. Without it, the transport is freed here, in the loop's thread,
+        # and not by a garbage collection in any thread, where Python drops what a signal handler raises meanwhile.
+        vars(self.transport).pop("_read_ready_cb", None)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the memory for the data that arrives next; called by asyncio."""

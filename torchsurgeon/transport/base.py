@@ -16,6 +16,7 @@ from urllib.parse import quote
 from torch import Tensor
 
 from torchsurgeon import wire
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.codec import Codec
 from torchsurgeon.errors import BodyTooLargeError, EncodingError, RequestRefusedError, short
 
@@ -162,6 +163,8 @@ class Transport(ABC):
         except EncodingError:
             raise
         except Exception as error:
+            if by_signal_handler(error):
+                raise
             # Whatever it is (no memory, a codec's missing package), it happened here: nothing has been sent.
             named = short(", ".join(tensors), 200, quote=False)
             raise EncodingError(

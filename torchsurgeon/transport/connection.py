@@ -10,7 +10,6 @@ left to ``http.client``.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import http.client
 import io
@@ -23,8 +22,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torchsurgeon import wire
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import ProtocolError, short
 from torchsurgeon.transport.base import ERROR_LIMIT_BYTES, Deadline, RawAnswer, Timing, check_size
+from torchsurgeon.transport.route import Route
 from torchsurgeon.wire.buffers import Buffers, aligned_buffer
 
 _IOV_MAX = 512
@@ -36,6 +37,19 @@ _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 
 class StaleError(Exception):
     """The connection broke before any byte of the answer arrived."""
+
+
+class ProxyRefusedError(Exception):
+    """The proxy did not connect to the server.
+
+    Args:
+        status: the HTTP status of its answer.
+        reason: the rest of the answer's first line.
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"{status} {reason}")
+        self.status, self.reason = status, reason
 
 
 class CheckedResponse(http.client.HTTPResponse):
@@ -51,12 +65,12 @@ class Connection:
     """One kept-alive connection, opened at the first exchange. Not thread-safe.
 
     Args:
-        address: host and port.
+        route: the way to the server.
         context: how to encrypt; None for plain HTTP.
     """
 
-    def __init__(self, address: tuple[str, int], context: ssl.SSLContext | None) -> None:
-        self._address = address
+    def __init__(self, route: Route, context: ssl.SSLContext | None) -> None:
+        self._route = route
         self._context = context
         self._socket: socket.socket | None = None
         self._incoming: select.poll | None = None
@@ -74,11 +88,11 @@ class Connection:
 
     def usable(self) -> bool:
         """Return whether the next request can be sent; False where the server has closed the idle connection."""
-        if time.monotonic() - self._used_s < _FRESH_S:
+        if self._socket is None or time.monotonic() - self._used_s < _FRESH_S:
             return self.open
         # An idle connection has nothing to read, unless the server has closed it or sent what no request asked for.
         poller = select.poll()
-        poller.register(self._socket or -1, select.POLLIN)
+        poller.register(self._socket, select.POLLIN)
         return not poller.poll(0)
 
     def exchange(self, parts: list[wire.Buffer], size: int, limit_bytes: int, deadline: Deadline) -> RawAnswer:
@@ -92,6 +106,7 @@ class Connection:
 
         Raises:
             StaleError: the connection broke before any byte of the answer arrived.
+            ProxyRefusedError: the proxy did not connect to the server.
             TimeoutError: the deadline passed, or was cancelled.
             OSError: the connection could not be opened, or broke during the answer.
             http.client.HTTPException: the answer is not valid HTTP, or is cut short.
@@ -101,6 +116,9 @@ class Connection:
             link = self._socket or self._connect(deadline)
             deadline.interrupted_by(functools.partial(shut_down, link))
             answer = self._exchange(link, parts, size, limit_bytes, deadline)
+        except BaseException:
+            self.close()
+            raise
         finally:
             deadline.interrupted_by(None)
         if deadline.cancelled:
@@ -117,13 +135,15 @@ class Connection:
         try:
             complete = self._send(link, parts, deadline)
         except (ConnectionError, ssl.SSLError) as error:
+            if by_signal_handler(error):
+                raise
             # A server that refuses a body may answer and close before it has read all of it, so an answer may be there.
             complete, broken = False, error
         sent = time.perf_counter()
         try:
             head, behind, arrived = self._read_head(link, deadline)
         except (ConnectionError, ssl.SSLError) as error:
-            if not self._first_byte_s:
+            if not (self._first_byte_s or by_signal_handler(error)):
                 raise StaleError from (broken or error)
             raise
         simple = _simple_head(head)
@@ -161,25 +181,49 @@ class Connection:
     def close(self) -> None:
         """Close the connection. Closing twice is harmless."""
         if self._socket is not None:
-            self._socket.close()
+            # The method of the innermost class, which also closes a socket that a signal handler's exception has kept
+            # from being initialized as a whole.
+            super(socket.socket, self._socket).close()
             self._socket = None
 
     def _connect(self, deadline: Deadline) -> socket.socket:
-        link = _open_socket(self._address, deadline)
-        try:
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._context is not None:
-                link.settimeout(deadline.left_s())
-                link = self._context.wrap_socket(link, server_hostname=self._address[0])
-            else:
-                link.setblocking(False)
-                self._incoming = select.poll()
-                self._incoming.register(link, select.POLLIN)
-        except BaseException:
-            link.close()
-            raise
-        self._socket = link
+        link = self._open_socket(deadline)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._route.tunnel:
+            _open_tunnel(link, self._route.tunnel, deadline)
+        if self._context is not None:
+            name = self._route.encrypts_as
+            link = self._socket = self._context.wrap_socket(link, server_hostname=name, do_handshake_on_connect=False)
+            deadline.interrupted_by(functools.partial(shut_down, link))
+            link.settimeout(deadline.left_s())
+            link.do_handshake()
+        else:
+            link.setblocking(False)
+            self._incoming = select.poll()
+            self._incoming.register(link, select.POLLIN)
         return link
+
+    def _open_socket(self, deadline: Deadline) -> socket.socket:
+        """Connect like ``socket.create_connection``, but with one deadline for all addresses of the host."""
+        failure: OSError | None = None
+        name, port = self._route.connect_to
+        # A text would be encoded by a codec that is written in Python, which takes longer.
+        host = name.encode() if name.isascii() else name
+        for family, kind, protocol, _, resolved in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            # In two steps, so that this has the socket to close wherever a signal handler raises.
+            link = self._socket = socket.socket.__new__(socket.socket)
+            try:
+                socket.socket.__init__(link, family, kind, protocol)
+                link.settimeout(deadline.left_s())
+                deadline.interrupted_by(functools.partial(shut_down, link))
+                link.connect(resolved)
+                return link
+            except OSError as error:
+                self.close()
+                if by_signal_handler(error):
+                    raise
+                failure = error
+        raise failure or OSError(f"{short(name)} has no address")
 
     def _send(self, link: socket.socket, parts: list[wire.Buffer], deadline: Deadline) -> bool:
         """Write all parts; return False where the server began to answer before it had read them."""
@@ -288,20 +332,25 @@ def _simple_head(head: bytes) -> _AnswerHead | None:
     return _AnswerHead(int(rest[:3]), int(length), headers.get(_HEADER_LENGTH, b"").decode("latin-1") or None, closing)
 
 
-def _open_socket(address: tuple[str, int], deadline: Deadline) -> socket.socket:
-    """Connect like ``socket.create_connection``, but with one deadline for all addresses of the host."""
-    failure: OSError | None = None
-    for family, kind, protocol, _, resolved in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-        link = socket.socket(family, kind, protocol)
-        try:
-            link.settimeout(deadline.left_s())
-            deadline.interrupted_by(functools.partial(shut_down, link))
-            link.connect(resolved)
-            return link
-        except OSError as error:
-            link.close()
-            failure = error
-    raise failure or OSError(f"{short(address[0])} has no address")
+def _open_tunnel(link: socket.socket, request: bytes, deadline: Deadline) -> None:
+    """Have a proxy connect to the server. Its answer has no body, and the server says nothing before it is greeted."""
+    link.settimeout(deadline.left_s())
+    link.sendall(request)
+    head = b""
+    while b"\r\n\r\n" not in head:
+        if len(head) > _MAX_HEAD_BYTES:
+            raise http.client.LineTooLong("headers of the proxy")
+        link.settimeout(deadline.left_s())
+        piece = link.recv(4096)
+        if not piece:
+            raise ConnectionResetError("the proxy closed the connection without an answer")
+        head += piece
+    version, _, rest = head.partition(b"\r\n")[0].decode("latin-1").partition(" ")
+    status, _, reason = rest.partition(" ")
+    if not version.startswith("HTTP/1.") or not status.isdigit():
+        raise http.client.BadStatusLine(short(f"{version} {rest}", 100, quote=False))
+    if not 200 <= int(status) < 300:
+        raise ProxyRefusedError(int(status), reason[:100])
 
 
 def shut_down(link: socket.socket) -> None:
@@ -310,9 +359,12 @@ def shut_down(link: socket.socket) -> None:
     The socket is not closed, because the operating system could give its number to another socket while a thread still
     waits for this one.
     """
-    with contextlib.suppress(OSError):
+    try:
         # The plain socket's method: that of a TLS socket would first remove the encryption under the reading thread.
         socket.socket.shutdown(link, socket.SHUT_RDWR)
+    except OSError as error:
+        if by_signal_handler(error):
+            raise
 
 
 def _read_body(response: http.client.HTTPResponse, limit_bytes: int) -> memoryview:

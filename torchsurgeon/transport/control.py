@@ -7,6 +7,7 @@ unpack a small compressed answer to any size.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from torchsurgeon._interrupts import start_thread
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError
 from torchsurgeon.transport.base import CONTROL_LIMIT_BYTES, Deadline
 from torchsurgeon.transport.connection import CheckedResponse, shut_down
@@ -26,11 +28,12 @@ T = TypeVar("T")
 _calls = threading.local()
 
 
-def get(session: requests.Session, url: str, deadline: Deadline) -> tuple[int, bytes]:
+def get(new_session: Callable[[], requests.Session], url: str, deadline: Deadline) -> tuple[int, bytes]:
     """Return the status and the body of the answer to a GET request.
 
     Args:
-        session: the session.
+        new_session: makes the session. It is closed and freed in the thread that makes the call, since Python drops
+            what a signal handler raises while some of its parts are freed.
         url: what to get.
         deadline: when the call has to be over.
 
@@ -43,7 +46,10 @@ def get(session: requests.Session, url: str, deadline: Deadline) -> tuple[int, b
 
     def run() -> tuple[int, bytes]:
         _calls.deadline = deadline
-        with session.get(url, timeout=deadline.left_s(), stream=True, allow_redirects=False) as response:
+        with (
+            new_session() as session,
+            session.get(url, timeout=deadline.left_s(), stream=True, allow_redirects=False) as response,
+        ):
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise ProtocolError(
                     f"{url[:300]} compressed its answer, though the request asked for none; turn that off"
@@ -64,6 +70,8 @@ def _within(deadline: Deadline, function: Callable[[], T]) -> T:
     """Call ``function`` in a thread of its own, since ``requests`` has no deadline; raise TimeoutError after it."""
     result: list[T] = []
     failure: list[BaseException] = []
+    ended = threading.Lock()
+    ended.acquire()
 
     def run() -> None:
         try:
@@ -72,11 +80,11 @@ def _within(deadline: Deadline, function: Callable[[], T]) -> T:
             failure.append(error)
         finally:
             deadline.interrupted_by(None)
+            ended.release()
 
-    thread = threading.Thread(target=run, name="torchsurgeon-control", daemon=True)
-    thread.start()
+    start_thread(run, "torchsurgeon-control")
     try:
-        thread.join(deadline.left_s())
+        ended.acquire(timeout=deadline.left_s())
     finally:
         if not (failure or result):
             # The thread would go on reading for as long as the server sends anything.
@@ -94,14 +102,19 @@ class ControlSession(requests.Session):
     Args:
         headers: sent with every request.
         verify: how certificates are checked, as ``requests`` takes it.
-        direct: whether proxies and other settings of the environment are ignored.
+        proxy: the URL of the proxy that is used; None to connect directly.
     """
 
-    def __init__(self, headers: Mapping[str, str], verify: bool | str, *, direct: bool) -> None:
+    def __init__(self, headers: Mapping[str, str], verify: bool | str, proxy: str | None) -> None:
         super().__init__()
         self.headers.update({**headers, "Accept-Encoding": "identity"})
+        # The environment is not asked again: what it named when the transport was made holds for inference, too.
+        self.trust_env = False
+        if verify is True:
+            verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         self.verify = verify
-        self.trust_env = not direct
+        if proxy is not None:
+            self.proxies = {"http": proxy, "https": proxy}
         for scheme in ("http://", "https://"):
             self.mount(scheme, _DeadlineAdapter())
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import functools
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from torchsurgeon import wire
+from torchsurgeon._interrupts import NoThreadError, by_signal_handler, join_threads, start_thread
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.transport.base import (
     CONTROL_LIMIT_BYTES,
@@ -23,6 +27,116 @@ from torchsurgeon.transport.base import (
 from torchsurgeon.wire.buffers import aligned_buffer
 
 
+class _Loop:
+    """An event loop that other threads wake by a socket of its own.
+
+    asyncio's way to wake a loop drops errors of the system, and so a TimeoutError that a signal handler raises there.
+    """
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.closed = False
+        self._calls: deque[Callable[[], object]] = deque()
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+        self.loop.add_reader(self._woken, self._wake)
+
+    def run(self) -> None:
+        """Run until ``stop()``; in a thread of its own."""
+        self.loop.run_forever()
+        self.close()
+
+    def close(self) -> None:
+        """Close it, once it does not run any more."""
+        self.loop.remove_reader(self._woken)
+        self.loop.close()
+        self._woken.close()
+        self._waker.close()
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Have the loop's thread call ``function``; nothing happens once it has stopped."""
+        self._calls.append(function)
+        try:
+            if not self.closed:
+                self._waker.send(b"\0")
+        except OSError as error:
+            # The loop is closed, or it has not read yet what woke it before.
+            if by_signal_handler(error):
+                raise
+
+    def stop(self) -> None:
+        """End the loop and its thread. Stopping twice is harmless."""
+        if not self.closed:
+            self.call(self.loop.stop)
+            self.closed = True
+
+    def _wake(self) -> None:
+        self._woken.recv(4096)
+        while self._calls:
+            self._calls.popleft()()
+
+
+class _Call:
+    """One call of the application: it runs in the loop's thread, and another thread waits for it.
+
+    That thread waits for a bare lock, since those of Python's own futures may stay locked, or lose what a signal
+    handler raises, where it raises while they are taken.
+    """
+
+    def __init__(self, loop: _Loop, function: Callable[[], Awaitable[RawAnswer]]) -> None:
+        self._loop, self._function = loop, function
+        self._answer: RawAnswer | None = None
+        self._error: BaseException | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._cancelled = False
+        self._ended = threading.Lock()
+        self._ended.acquire()
+
+    def begin(self) -> None:
+        """Have the loop begin it."""
+        self._loop.call(self._begin)
+
+    def cancel(self) -> None:
+        """Have the loop end it; from any thread."""
+        self._cancelled = True
+        self._loop.call(self._cancel)
+
+    def result(self, timeout_s: float) -> RawAnswer:
+        """Wait for the answer.
+
+        Raises:
+            TimeoutError: it has not come within ``timeout_s``.
+        """
+        if not self._ended.acquire(timeout=timeout_s):
+            raise TimeoutError
+        if self._error is not None:
+            raise self._error
+        assert self._answer is not None
+        return self._answer
+
+    def _begin(self) -> None:
+        if self._cancelled:
+            self._error = TimeoutError()
+            self._ended.release()
+        else:
+            self._task = self._loop.loop.create_task(self._run())
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            self._answer = await self._function()
+        except BaseException as error:
+            self._error = error
+        finally:
+            # Nothing but the loop's thread refers to the task, so that its weak references end there.
+            self._task = None
+            self._ended.release()
+
+
 class InProcessTransport(Transport):
     """The way to a tail server in the same process: an ASGI application, called in a thread with an event loop.
 
@@ -34,9 +148,15 @@ class InProcessTransport(Transport):
     def __init__(self, app: Callable[..., Any], timeout_s: float = 30.0) -> None:
         super().__init__(timeout_s)
         self._app = app
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="torchsurgeon-in-process", daemon=True)
-        self._thread.start()
+        self._loop = _Loop()
+        self._threads: list[threading.Thread] = []
+        try:
+            start_thread(self._loop.run, "torchsurgeon-in-process", self._threads)
+        except NoThreadError:
+            self._loop.close()
+            raise
+        # For a transport that the program drops without closing it.
+        self._end = weakref.finalize(self, self._loop.stop)
 
     def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
         """Return the JSON value at a path of the server; see ``Transport.get_json()``."""
@@ -47,10 +167,9 @@ class InProcessTransport(Transport):
 
     def close(self) -> None:
         """End the thread. Closing twice is harmless."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        self._loop.stop()
+        self._end.detach()
+        join_threads(self._threads, threading.TIMEOUT_MAX)
 
     def _post(
         self, path: str, header_bytes: int | None, buffers: list[wire.Buffer], limit_bytes: int, deadline: Deadline
@@ -69,15 +188,20 @@ class InProcessTransport(Transport):
         limit_bytes: int,
         deadline: Deadline,
     ) -> RawAnswer:
-        if self._loop.is_closed():
+        if self._loop.closed:
             raise ServerUnavailableError("the in-process transport has been closed; make a new one")
-        future = asyncio.run_coroutine_threadsafe(self._drive(method, path, headers, buffers, limit_bytes), self._loop)
+        call = _Call(self._loop, functools.partial(self._drive, method, path, headers, buffers, limit_bytes))
         try:
-            deadline.interrupted_by(future.cancel)
-            return future.result(deadline.left_s())
-        except (TimeoutError, concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            future.cancel()
+            call.begin()
+            deadline.interrupted_by(call.cancel)
+            return call.result(deadline.left_s())
+        except BaseException as error:
+            call.cancel()
+            if by_signal_handler(error) or not isinstance(error, TimeoutError | asyncio.CancelledError):
+                raise
             raise ServerUnavailableError(f"no complete answer within {deadline.timeout_s:g} s") from None
+        finally:
+            deadline.interrupted_by(None)
 
     async def _drive(
         self, method: str, path: str, headers: Mapping[str, str], buffers: list[wire.Buffer], limit_bytes: int
