@@ -21,6 +21,17 @@ class NoThreadError(ServerUnavailableError):
     """A thread could not be started, so a server could not be asked, and none is at fault."""
 
 
+class Condition(threading.Condition):
+    """A condition that cannot stay locked where a signal handler raises in the thread that has just locked it.
+
+    Python's own calls the lock from methods that are written in Python, and between two lines of these a handler may
+    raise. Here ``with`` finds the lock's own methods, and runs no Python code between locking and its block.
+    """
+
+    __enter__ = property(lambda self: self._lock.__enter__)
+    __exit__ = property(lambda self: self._lock.__exit__)
+
+
 def by_signal_handler(error: BaseException) -> bool:
     """Return whether a signal handler raised ``error``.
 

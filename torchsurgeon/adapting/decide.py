@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting.clock import NowS
 from torchsurgeon.adapting.link import LinkEstimate
 from torchsurgeon.adapting.load import LoadEstimate
@@ -176,6 +177,8 @@ class Decider(Generic[_Row]):
             return
         try:
             self._on_change(decision)
-        except Exception:
+        except Exception as error:
+            if by_signal_handler(error):
+                raise
             # A listener's error must not cost the inference its answer.
             _logger.exception("on_change raised; the error is ignored")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import short
 from torchsurgeon.models.hook_rows import GLOBAL_HOOK_ROWS, hook_rows
 from torchsurgeon.tracing.reading import CONTAINERS, PLAIN, Part, Reading, is_own_method, read_model
@@ -137,7 +138,9 @@ class Premises:
             for read, _, owners, values in self._plain_groups:
                 if list(map(read, owners)) != values:
                     return False
-        except Exception:
+        except Exception as error:
+            if by_signal_handler(error):
+                raise
             # An attribute is gone, or is a tensor now, whose comparison is a tensor.
             return False
         return True
@@ -150,7 +153,9 @@ class Premises:
                 return True
             sizes = sum(map(len, self._lists)) + sum(map(len, self._dicts))
             return sizes == len(self._elements) and all(map(operator.is_, self._elements_now(), self._elements))
-        except (AttributeError, KeyError, RuntimeError, ValueError):
+        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+            if by_signal_handler(error):
+                raise
             # An attribute is gone, a cell is empty, or another thread changes a dict at this moment.
             return False
 
@@ -312,7 +317,9 @@ def _code(parts: Iterable[Part]) -> list[Part]:
 def _equal(now: Iterable[Any], was: list[Any]) -> bool:
     try:
         return list(now) == was
-    except Exception:
+    except Exception as error:
+        if by_signal_handler(error):
+            raise
         # An attribute is gone, or is a tensor now, whose comparison is a tensor.
         return False
 
@@ -343,7 +350,9 @@ def _read(part: Part) -> Any:
         return part.owner.get(part.key, _ABSENT)
     try:
         return getattr(part.owner, part.key, _ABSENT)
-    except ValueError:
+    except ValueError as error:
+        if by_signal_handler(error):
+            raise
         return _ABSENT  # an empty cell
 
 

@@ -52,6 +52,19 @@ class ThreadSettings(NamedTuple):
             torch.set_flush_denormal(self.flush_denormal)
 
 
+def without_gradients(function: Callable[[], T]) -> T:
+    """Call ``function`` without gradients.
+
+    ``torch.no_grad()`` alone leaves them off for good where a signal handler raises just as it begins.
+    """
+    gradients = torch.is_grad_enabled()
+    try:
+        with torch.no_grad():
+            return function()
+    finally:
+        torch._C._set_grad_enabled(gradients)
+
+
 def process_threads() -> int:
     """Return the number of CPU threads with which a thread of this process computes unless it sets another."""
     return _in_new_thread(torch.get_num_threads)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.tracing.digests import TensorDigest, tensor_digest, value_text
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.step import unique
@@ -131,7 +132,9 @@ class Snapshot:
         now = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         try:
             return now == self._tensors and all(map(operator.is_, map(now.__getitem__, self._single), self._singles))
-        except Exception:
+        except Exception as error:
+            if by_signal_handler(error):
+                raise
             return False
 
 

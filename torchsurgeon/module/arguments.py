@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torchsurgeon.adapting import check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
@@ -34,13 +35,18 @@ def addresses_of(servers: object) -> Sequence[ServerAddress]:
     """
     if isinstance(servers, (str, Transport)):
         return [servers]
-    found = [] if servers is None else servers
-    if not isinstance(found, Sequence) or not all(isinstance(one, (str, Transport)) for one in found):
+    found: Any = [] if servers is None else servers
+    if isinstance(found, bytes) or not isinstance(found, Sequence):
+        several = False
+    else:
+        several = all(isinstance(one, (str, Transport)) for one in found)
+    if not several:
         raise ServerUnavailableError(
             'server must be a URL such as "http://127.0.0.1:8000", a Transport, or a list of these; got '
             f"{short(servers)}"
         )
-    return found
+    addresses: Sequence[ServerAddress] = found
+    return addresses
 
 
 def check_options(

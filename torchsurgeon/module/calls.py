@@ -6,7 +6,6 @@ import asyncio
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import Decision
-from torchsurgeon.errors import TraceError, short
+from torchsurgeon.errors import ServerUnavailableError, TraceError, short
+from torchsurgeon.models.threads import without_gradients
 from torchsurgeon.module.deadlines import Deadlines
 from torchsurgeon.module.tracers import refuse_tracers
 from torchsurgeon.module.wrapped import Wrapped, signature_of_model
 from torchsurgeon.planning import Row
 from torchsurgeon.runtime import Done, Engine, Inference, ModelCall, Pending, TailCall
-from torchsurgeon.runtime.stream import in_order
+from torchsurgeon.runtime.stream import Answering, in_order
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.layout import same_layout
 from torchsurgeon.tracing.structure import is_mapping, with_tensors
@@ -67,8 +68,7 @@ class Calls(Wrapped):
         if self._engine.changes.noticed and deadline_s is None:
             self._replace_engine(self.model, wanted=False)
         engine = self._engine
-        with torch.no_grad():
-            return engine.run(ModelCall(engine.parts, args, kwargs), deadline_s)
+        return without_gradients(lambda: engine.run(ModelCall(engine.parts, args, kwargs), deadline_s))
 
     def map(self, calls: Iterable[Any], depth: int = 4) -> Iterator[Any]:
         """Yield the answers to ``calls``, in their order, while up to ``depth`` of them are in flight.
@@ -98,7 +98,7 @@ class Calls(Wrapped):
         deadline_s = self._deadlines.now(self.deadline_s)
         return in_order((self._beginning(*call_of(call), deadline_s, True) for call in calls), depth)
 
-    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, *args: Any, **kwargs: Any) -> Answering:
         """Return the future answer of a call that runs in other threads.
 
         The call's tensors are copied before this returns. Heads run one after the other. Up to 16 calls are in flight;
@@ -115,7 +115,14 @@ class Calls(Wrapped):
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's answer to this call without blocking the event loop; otherwise like ``submit()``."""
-        return await asyncio.wrap_future(self.submit(*args, **kwargs))
+        future = self.submit(*args, **kwargs)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if future.cancelled_because is None:
+                raise
+            # Nobody has cancelled this task, so it must not look so.
+            raise ServerUnavailableError(future.cancelled_because) from None
 
     def _beginning(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline_s: float | None, streamed: bool
@@ -126,7 +133,7 @@ class Calls(Wrapped):
             self._replace_engine(self.model, wanted=False)
         engine = self._engine
         # Copied, because a camera's buffer may hold the next frame before this one has been sent.
-        args, kwargs = with_tensors(torch.no_grad()(same_layout), (args, dict(kwargs)))
+        args, kwargs = without_gradients(lambda: with_tensors(same_layout, (args, dict(kwargs))))
         work = ModelCall(engine.parts, args, kwargs)
         return functools.partial(engine.started, work, deadline_s, streamed=streamed)
 
@@ -149,8 +156,7 @@ class Calls(Wrapped):
         """
         engine = self._engine
         engine.parts.tail(names, flat=True)
-        with torch.no_grad():
-            return tuple(engine.run(TailCall(engine.parts, names, tensors)))
+        return without_gradients(lambda: tuple(engine.run(TailCall(engine.parts, names, tensors))))
 
     def deadline(self, deadline_s: float | None) -> AbstractContextManager[None]:
         """Give the calls within this context a deadline, instead of the constructor's.
@@ -195,6 +201,7 @@ class Calls(Wrapped):
     def close(self) -> None:
         """End threads and connections. Afterwards, calls that need a server raise. Closing twice is harmless."""
         self._engine.close()
+        self._end.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -234,13 +241,12 @@ class Calls(Wrapped):
             try:
                 engine = earlier.successor(model)
             except Exception as error:
-                if wanted:
+                if wanted or by_signal_handler(error):
                     raise
                 changes.refused(error)
                 return
             changes.traced()
-            self._end.detach()
-            self._engine, self._end = engine, weakref.finalize(self, engine.abandon)
+            self._engine = engine
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._engine.moved(fn)

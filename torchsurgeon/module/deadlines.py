@@ -24,11 +24,13 @@ class Deadlines:
         """
         if deadline_s is not None:
             check_deadline(deadline_s, 0.0, "")
-        token = _seconds.set({**_seconds.get({}), id(self): deadline_s})
+        outside = _seconds.get({})
         try:
+            _seconds.set({**outside, id(self): deadline_s})
             yield
         finally:
-            _seconds.reset(token)
+            # Not by a token, which a signal handler that raises may keep from being assigned.
+            _seconds.set(outside)
 
     def now(self, otherwise_s: float | None) -> float | None:
         """Return the deadline that holds here; ``otherwise_s`` outside of all contexts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -152,6 +153,9 @@ class SplitModule(Calls):
         graph = trace(model, *args, leaf_modules=leaf_modules, verify=verify, **kwargs)
         self.name = name
         self.exact = exact
+        # Only here, or a request in the background would keep alive what the function belongs to. In a tuple, since a
+        # function that is a module would become a submodule of this one.
+        self._listeners = () if on_replan is None else (on_replan,)
         self.deadline_s, self._deadlines = deadline_s, Deadlines()
         self._engine = Engine(
             graph,
@@ -169,14 +173,14 @@ class SplitModule(Calls):
                 device_profile=device_profile,
                 server_profile=server_profile,
                 timeout_s=timeout_s,
-                on_replan=on_replan,
+                on_replan=None if on_replan is None else functools.partial(_tell, weakref.ref(self)),
                 exact=exact,
                 leaf_modules=leaf_modules,
                 verify=verify,
             ),
         )
         # Ends the threads of a module that is collected without having been closed.
-        self._end = weakref.finalize(self, self._engine.abandon)
+        self._end = weakref.finalize(self, self._engine.ending.drop)
         self._wrap(model)
         self.partition = partition
 
@@ -235,3 +239,11 @@ class SplitModule(Calls):
         """Return the model's name and the cut, for ``repr``."""
         where = self.partition.name if self.partition is not None else "auto"
         return f"name={self.name!r}, partition={where!r}, {super().extra_repr()}"
+
+
+def _tell(split_of: weakref.ref[SplitModule], decision: Decision[Row]) -> None:
+    """Call the module's ``on_replan`` with a decision, if the module is still there."""
+    split = split_of()
+    if split is not None:
+        for listener in split._listeners:
+            listener(decision)

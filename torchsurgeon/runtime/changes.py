@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from torchsurgeon._interrupts import Condition
 from torchsurgeon.errors import ChangedModelWarning, short
 from torchsurgeon.models.onlookers import KeptByHooks
 from torchsurgeon.models.premises import Premises
@@ -62,7 +63,7 @@ class Changes:
 
     def reset_after_fork(self) -> None:
         """Replace the lock, which a thread of the parent may hold."""
-        self._turn = threading.Condition()
+        self._turn = Condition()
         self._running, self._tracing = 0, False
 
     # --- calls that the model itself answers ---

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import Decider, Decision, Estimates
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.errors import PlanError
@@ -151,7 +152,9 @@ class Goal:
             self._asked_s = time.monotonic()
             try:
                 self._now = self.wanted.now()
-            except Exception:
+            except Exception as error:
+                if by_signal_handler(error):
+                    raise
                 # A battery that fails to be read must not cost an answer.
                 _logger.exception("the battery's level could not be read; the last objective stays")
         return self._now

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import BackendError, short
 from torchsurgeon.tracing.structure import flatten
 
@@ -79,9 +80,11 @@ class Compiled:
                 self._run(*args, **kwargs)
                 self._like = _likeness(args, kwargs)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                cause = getattr(error, "inner_exception", error)
+                if by_signal_handler(cause) or by_signal_handler(error):
+                    raise cause from None
                 # If it is the model that refuses this call, let it say so itself.
                 self._module(*args, **kwargs)
-                cause = getattr(error, "inner_exception", error)
                 self.reason = f"{type(cause).__name__}: {(str(cause).strip() or 'no reason given').splitlines()[0]}"
             self.tried = True
         if self.reason is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import ArithmeticMismatchError, PartitionError, ServerUnavailableError, TraceError, short
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.runtime import bits
@@ -21,9 +22,10 @@ from torchsurgeon.runtime.changes import Changes
 from torchsurgeon.runtime.choice import Expected
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
+from torchsurgeon.runtime.ending import Ending
 from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch
 from torchsurgeon.runtime.inference import Moments
-from torchsurgeon.runtime.keeper import Keeper
+from torchsurgeon.runtime.keeper import Bell, Keeper
 from torchsurgeon.runtime.ledger import Ledger
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.options import Options
@@ -73,8 +75,11 @@ class Engine:
         self._device = DeviceRunner(self.times, self.ledger, self.servers.whole, options.rounded_because)
         self._pool: Pool = Pool("torchsurgeon-request") if earlier is None else earlier._pool
         self._connector = Connector(options, self.local, self.parts, self.times, self.servers)
-        self._keeper = Keeper(self.local, self.servers, self._connector, self._pool)
+        bell = Bell()
+        self._keeper = Keeper(self.local, self.servers, self._connector, self._pool, bell)
         self._setup = Setup(options, self.local, self.times, self.servers, self._connector, self._keeper)
+        self.ending: Ending = Ending(self._pool, bell, self.servers.own) if earlier is None else earlier.ending
+        self._bell = bell
         self._shared = Shared(
             options=options,
             local=self.local,
@@ -90,7 +95,6 @@ class Engine:
         self._compiles = options.backend is not None
         self._closed = False
         self._closing = threading.Lock()
-        self._stream: Stream | None = None if earlier is None else earlier._stream
         # The cut that was asked for, by name, and why calls run on the device as a whole in spite of it.
         self._asked: str | tuple[str, ...] | None = None
         self._astray: Failure | None = None
@@ -101,9 +105,12 @@ class Engine:
 
     def fix(self, point: PartitionPoint | None) -> None:
         """Cut every call at ``point`` from now on. With None, choose where to cut at each call."""
-        with self._setup.again():
+
+        def change() -> None:
             self._asked, self._astray = _name_of(point, self.graph), None
             self.servers.fix(point)
+
+        self._setup.again(change)
 
     def prepare(self) -> None:
         """Do what the first call would do before its inference, and shake hands again with servers that are ready.
@@ -129,19 +136,24 @@ class Engine:
 
     def run(self, work: Work, deadline_s: float | None = None) -> Any:
         """Return the result of one call."""
-        return self.started(work, deadline_s, in_caller=not self.options.falls_back).result()
+        begun_s = time.perf_counter()
+        pending: Pending | Done | None = None
+        try:
+            pending = self._begin(work, deadline_s, streamed=False)
+            pending.send(in_caller=not self.options.falls_back)
+            return pending.result()
+        except BaseException as error:
+            self._give_up(pending, begun_s, error)
+            raise
 
-    def started(
-        self, work: Work, deadline_s: float | None, *, streamed: bool = False, in_caller: bool = False
-    ) -> Pending | Done:
-        """Run the head of one call and send its request.
+    def started(self, work: Work, deadline_s: float | None, *, streamed: bool = False) -> Pending | Done:
+        """Run the head of one call and send its request, for whose answer a thread of the pool waits.
 
         Args:
             work: the call.
             deadline_s: seconds from now within which its answer is due; None for no deadline.
             streamed: whether the call belongs to a stream. The cut is then chosen for the rate of answers, not for the
                 latency of a single call.
-            in_caller: True for this thread to wait for the answer; False for a thread of the pool to do so.
 
         Raises:
             DeadlineError: no way of running the call can keep the deadline.
@@ -150,15 +162,18 @@ class Engine:
         pending: Pending | Done | None = None
         try:
             pending = self._begin(work, deadline_s, streamed=streamed)
-            pending.send(in_caller=in_caller)
+            pending.send()
             return pending
-        except KeyboardInterrupt:
-            if pending is not None:
-                pending.cancel()
+        except BaseException as error:
+            self._give_up(pending, begun_s, error)
             raise
-        except Exception as error:
+
+    def _give_up(self, pending: Pending | Done | None, begun_s: float, error: BaseException) -> None:
+        """End a call that has raised, wherever a signal handler may have raised in it, and record its error once."""
+        if pending is not None:
+            pending.cancel()
+        if isinstance(error, Exception) and (pending is None or not pending.recorded):
             self.ledger.record_error(time.perf_counter() - begun_s, error)
-            raise
 
     def _begin(self, work: Work, deadline_s: float | None, *, streamed: bool) -> Pending | Done:
         """Choose a cut and run the head; or run the whole call on the device, where no server is to be asked."""
@@ -227,7 +242,7 @@ class Engine:
             boundary = head()
         except TypeError as error:
             # The trace does not hold for this call, or the model itself refuses it.
-            if not self.options.falls_back:
+            if not self.options.falls_back or by_signal_handler(error):
                 raise
             return Done(self._device.run(work, begun_s, Failure("unlike", str(error)), decision))
         headed_s = time.perf_counter()
@@ -298,9 +313,10 @@ class Engine:
         new.fix(point)
         new._asked, new._astray = self._asked, astray
         with self._closing:
-            new._stream, new._closed = self._stream, self._closed
+            new._closed = self._closed
             self._successor = new
-        self._keeper.close()
+        self.ending.exchange(new._bell)
+        self.local.close()
         return new
 
     def _point_in(self, graph: LayerGraph) -> tuple[PartitionPoint | None, Failure | None]:
@@ -328,46 +344,39 @@ class Engine:
         Raises:
             ServerUnavailableError: the module has been closed.
         """
-        if self._stream is None:
+        if self.ending.stream is None:
             with self._closing:
-                if self._stream is None and not self._closed and self._successor is None:
-                    self._stream = Stream(MOST_IN_FLIGHT)
+                if self.ending.stream is None and not self._closed and self._successor is None:
+                    self.ending.stream = Stream(MOST_IN_FLIGHT)
         if self._successor is not None:
             return self._successor.stream()
-        if self._closed or self._stream is None:
+        stream = self.ending.stream
+        if self._closed or stream is None:
             raise ServerUnavailableError("the SplitModule has been closed")
-        return self._stream
+        return stream
 
     # --- the end ---
 
     def close(self) -> None:
         """End all threads and connections. Closing twice, or from two threads at once, is harmless."""
-        self.abandon()
-        self.servers.close(given=True)
-
-    def abandon(self) -> None:
-        """End the threads and the engine's own connections, but leave open the transports that the user gave."""
         with self._closing:
             # Hold the lock only to set the flag; the closes below may re-enter close(), in this thread and in others.
             self._closed = True
         if self._successor is not None:
-            self._successor.abandon()
-        if self._stream is not None:
-            self._stream.close()
-        self.servers.close(given=False)
-        self._keeper.close()
-        self._pool.close()
+            self._successor.close()
+        self.ending.end()
+        self.local.close()
+        self.servers.close()
 
     def reset_after_fork(self) -> None:
         """Begin anew in a forked child: threads, locks and connections stay with the parent."""
         self._closing = threading.Lock()
-        self._stream = None
         for part in (
             self.local,
             self.times,
             self.servers,
             self.ledger,
-            self._pool,
+            self.ending,
             self._connector,
             self._keeper,
             self._setup,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
+from torchsurgeon._interrupts import NoThreadError, join_threads, start_thread
 from torchsurgeon.codec import find_codec
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.models.threads import ThreadSettings
@@ -26,6 +29,8 @@ _IDLE_S = 10.0
 # A server that answered a moment ago needs no ping.
 _QUIET_S = 1.0
 _JOIN_S = 1.0
+# A thread that the system refused is asked for again after this time.
+_RETRY_S = 1.0
 # The longest a ping or a probe may take. It may be the link that has become so slow, and only a transfer that ends can
 # tell; other trials begin meanwhile, so that a server that returns is not missed.
 _ERRAND_S = 2.0
@@ -73,74 +78,115 @@ class Errand:
             self.peer.failed(failure)
 
 
+class Bell:
+    """What the keeper's thread waits for. It belongs to the thread, which refers to nothing else while it waits.
+
+    Its queue is not built from Python's locks, which a signal handler that raises could leave locked.
+    """
+
+    def __init__(self) -> None:
+        self.reset_after_fork()
+
+    def reset_after_fork(self) -> None:
+        """Begin without a thread; the parent's does not exist in a forked child."""
+        self._rings: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+        self.closed = False
+
+    def ring(self) -> None:
+        """Wake the thread."""
+        self._rings.put(None)
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait until it rings, at most ``timeout_s``."""
+        try:
+            self._rings.get(timeout=timeout_s)
+            while True:
+                self._rings.get_nowait()
+        except queue.Empty:
+            pass
+
+    def close(self) -> None:
+        """End the thread. Closing twice is harmless."""
+        self.closed = True
+        self.ring()
+        join_threads(self.threads, _JOIN_S)
+
+
 class Keeper:
-    """The background thread. It begins with ``start()``, ends with ``close()``, and sends through ``pool``.
+    """The background thread. It begins with ``start()``, ends when ``bell`` is closed, and sends through ``pool``.
+
+    Between two looks at the servers, the thread does not keep the keeper alive, nor what that refers to: the program
+    may drop the module, and with it the objects that the program's own functions belong to.
 
     Attributes:
         pings: how many pings have been answered.
     """
 
-    def __init__(self, local: LocalModel, servers: Servers, connector: Connector, pool: Pool) -> None:
+    def __init__(self, local: LocalModel, servers: Servers, connector: Connector, pool: Pool, bell: Bell) -> None:
         self._local, self._servers, self._connector, self._pool = local, servers, connector, pool
+        self._bell = bell
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
-        """Begin without a thread; the parent's does not exist in a forked child."""
-        self._event = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._closed = False
+        """Begin anew in a forked child."""
+        self._starting = threading.Lock()
+        self._wanted = False
+        self._refused_s = -math.inf
         self._errands: list[Errand] = []
         self._used_s = -math.inf
         self._sleeps = False
         self.pings = 0
 
     def start(self) -> None:
-        """Start the thread, unless it runs already."""
-        if self._thread is None and not self._closed:
-            run = functools.partial(self._run, ThreadSettings.here())
-            self._thread = threading.Thread(target=run, name="torchsurgeon-keeper", daemon=True)
-            self._thread.start()
+        """Start the thread, unless it runs already. Where none can be started, ``used()`` tries again later."""
+        self._wanted = True
+        with self._starting:
+            if self._bell.threads or self._bell.closed or 0 <= time.monotonic() - self._refused_s < _RETRY_S:
+                return
+            run = functools.partial(_keep, weakref.ref(self), self._bell, ThreadSettings.here())
+            try:
+                start_thread(run, "torchsurgeon-keeper", self._bell.threads)
+            except NoThreadError:
+                self._refused_s = time.monotonic()
 
     def used(self) -> None:
         """Note that the module was called just now, so that servers are worth attending to."""
         self._used_s = time.monotonic()
         if self._sleeps:
-            self._event.set()
+            self._bell.ring()
+        if self._wanted and not self._bell.threads:
+            self.start()
         self._local.used()
 
     def wake(self) -> None:
         """Have the thread look at the servers now."""
-        self._event.set()
+        self._bell.ring()
 
-    def connect(self, peer: Peer, timeout_s: float) -> Task[None]:
-        """Begin to make a server ready, and return the task that does it."""
-        return self._send(Errand(peer, trial=False), lambda _: self._connector.connect(peer, timeout_s))
+    def connect(self, peer: Peer, timeout_s: float) -> Task[None] | None:
+        """Begin to make a server ready, and return the task that does it; None if no thread could be started for it."""
+        try:
+            return self._send(Errand(peer, trial=False), lambda _: self._connector.connect(peer, timeout_s))
+        except NoThreadError as error:
+            peer.failed(Failure.of(error))
+            return None
 
-    def close(self) -> None:
-        """End the thread, and the one that watches the weights. Closing twice is harmless."""
-        self._closed = True
-        self._event.set()
-        self._local.close()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(_JOIN_S)
+    def attempt(self, peer: Peer, timeout_s: float | None) -> Task[None]:
+        """Begin to make a server ready, and return the task, whose ``error`` says why it failed."""
+        return self._pool.submit(functools.partial(self._connector.connect, peer, timeout_s))
 
-    def _run(self, settings: ThreadSettings) -> None:
-        settings.adopt()
-        while not self._closed:
-            in_use = 0 <= time.monotonic() - self._used_s < _IDLE_S
-            self._sleeps = not in_use
-            troubled = any(not peer.usable(self._local.epoch) for peer in self._servers.peers)
-            self._event.wait((_TRIAL_TICK_S if troubled else _TICK_S) if in_use else None)
-            self._event.clear()
-            self._errands = [errand for errand in self._errands if errand.under_way]
-            try:
-                for peer in self._servers.peers:
-                    if not self._closed:
-                        self._attend(peer, [errand for errand in self._errands if errand.peer is peer])
-            except ServerUnavailableError:
-                # The pool has been closed.
-                return
+    def look(self) -> float | None:
+        """Attend to the servers, and return the seconds until the next look; None if only the bell calls for it."""
+        self._errands = [errand for errand in self._errands if errand.under_way]
+        for peer in self._servers.peers:
+            if not self._bell.closed:
+                self._attend(peer, [errand for errand in self._errands if errand.peer is peer])
+        # First, so that a call which comes meanwhile rings the bell.
+        self._sleeps = True
+        in_use = 0 <= time.monotonic() - self._used_s < _IDLE_S
+        self._sleeps = not in_use
+        troubled = any(not peer.usable(self._local.epoch) for peer in self._servers.peers)
+        return (_TRIAL_TICK_S if troubled else _TICK_S) if in_use else None
 
     def _attend(self, peer: Peer, errands: list[Errand]) -> None:
         breaker, ready = peer.state.breaker, peer.ready_in == self._local.epoch
@@ -225,3 +271,22 @@ class Keeper:
             down_s=timing.end_s - timing.first_byte_s,
             total_s=min(timing.end_s - timing.send_start_s, _ERRAND_S),
         )
+
+
+def _keep(keeper_of: weakref.ref[Keeper], bell: Bell, settings: ThreadSettings) -> None:
+    settings.adopt()
+    wait_s: float | None = _TRIAL_TICK_S
+    while True:
+        bell.wait(wait_s)
+        keeper = keeper_of()
+        if keeper is None or bell.closed:
+            return
+        try:
+            wait_s = keeper.look()
+        except NoThreadError:
+            wait_s = _RETRY_S
+        except ServerUnavailableError:
+            # The pool has been closed.
+            return
+        # Or this thread would keep the keeper alive while it waits.
+        del keeper

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchsurgeon._interrupts import NoThreadError
 from torchsurgeon.adapting import ServerState
 from torchsurgeon.adapting.link import LinkEstimator
 from torchsurgeon.adapting.sharing import Sharing
@@ -57,7 +58,7 @@ class Failure:
         return f"{self.kind}: {self.text}"
 
     @staticmethod
-    def of(error: Exception) -> Failure:
+    def of(error: BaseException) -> Failure:
         """Return the failure that an error stands for."""
         for kinds, word in _WORDS:
             if isinstance(error, kinds):
@@ -67,6 +68,7 @@ class Failure:
 
 _WORDS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((EncodingError,), "encoding"),
+    ((NoThreadError,), "threads"),
     ((ModelMismatchError,), "mismatch"),
     ((RequestRefusedError,), "refused"),
     ((ServerUnavailableError, OSError), "unavailable"),
@@ -126,7 +128,7 @@ class Peer:
         self._lock = threading.Lock()
         self._seen: dict[int, Tracker] = {}
         self._counting = threading.Lock()
-        self.under_way = 0
+        self._asking: set[object] = set()
         self._sharing = Sharing()
 
     # --- asking ---
@@ -202,17 +204,16 @@ class Peer:
                 crc32=True,
             )
 
-        with self._counting:
-            self.under_way += 1
+        request = object()
         try:
+            self._asking.add(request)
             answer = self._checked(infer, deadline)
             if exact is not None and answer.parameters.get("arithmetic") != exact.digest:
                 self.shake(deadline.left_s())
                 raise bits.refusal(self._name, self.differences(exact) or (Difference("arithmetic", "told", None),))
             return answer
         finally:
-            with self._counting:
-                self.under_way -= 1
+            self._asking.discard(request)
 
     def _checked(self, infer: Callable[[], Answer], deadline: Deadline) -> Answer:
         known = self._identity
@@ -232,6 +233,11 @@ class Peer:
         return answer
 
     # --- what is known ---
+
+    @property
+    def under_way(self) -> int:
+        """How many requests are under way."""
+        return len(self._asking)
 
     def usable(self, epoch: int) -> bool:
         """Return whether it is ready in this epoch and its breaker is closed."""
@@ -334,11 +340,13 @@ class Peer:
     def failed(self, failure: Failure) -> None:
         """Record a failure; the breaker may open, and does so at once if the server holds another model.
 
-        A request that could not be encoded was not sent, so it says nothing against the server.
+        A request that could not be encoded, or that no thread could send, says nothing against the server.
         """
         if failure.kind == "encoding":
             return
         self.failure = failure
+        if failure.kind == "threads":
+            return
         breaker = self.state.breaker
         breaker.failed()
         if failure.kind == "mismatch":
@@ -348,6 +356,6 @@ class Peer:
                 breaker.failed()
 
 
-def is_requests_fault(error: Exception) -> bool:
+def is_requests_fault(error: BaseException) -> bool:
     """Return whether the server refused a request because of its content, so that the server itself may be well."""
     return isinstance(error, RequestRefusedError) and error.status in _REQUESTS_FAULT

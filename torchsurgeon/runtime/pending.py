@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchsurgeon._interrupts import NoThreadError, by_signal_handler
 from torchsurgeon.adapting import Decision, patience, rescue
 from torchsurgeon.codec import Codec
-from torchsurgeon.errors import EncodingError, ServerUnavailableError
+from torchsurgeon.errors import EncodingError, ServerError, ServerUnavailableError
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.planning import Row
 from torchsurgeon.runtime import bits, inference
@@ -87,6 +88,8 @@ class Shared:
 class Done:
     """A call that has already run on the device as a whole. It has the methods of a ``Pending``, which do nothing."""
 
+    recorded = False
+
     def __init__(self, value: Any) -> None:
         self._value = value
 
@@ -144,11 +147,14 @@ class Pending:
         self.scale = sum(tensor.nbytes for tensor in boundary) / example if example else 1.0
         self._tried = [peer]
         self._task: Task[Answer] | None = None
+        self._deadline: Deadline | None = None
         self._sent_s = 0.0
         self._why: Failure | None = None
         # How many requests the expected time allows for, this one included; ``_crowded()`` raises it.
         self._share = 1
         self._unwanted = False
+        self.recorded = False
+        """Whether its error has been recorded."""
 
     # --- sending ---
 
@@ -159,7 +165,7 @@ class Pending:
         limit_s = self._peer.transport.timeout_s
         if self._deadline_s is not None and not shared.options.falls_back:
             limit_s = max(min(limit_s, self._deadline_s - self._sent_s), 1e-6)
-        deadline = Deadline(limit_s)
+        self._deadline = deadline = Deadline(limit_s)
         tensors = dict(zip((spec.name for spec in self._specs), self._boundary, strict=True))
         self._codec = self._codec_now()
         exact = self._arithmetic if shared.options.exact else None
@@ -168,17 +174,26 @@ class Pending:
             # The thread that sends them has to wait for the CUDA stream on which this thread computes them.
             ask = functools.partial(_on_stream, torch.cuda.current_stream(self._boundary[0].device), ask)
         self._peer.asked_s = time.monotonic()
-        if in_caller:
-            self._task = Task(ask, None)
-            self._task.run()
-        else:
-            self._task = shared.pool.submit(ask, deadline.cancel)
+        if not in_caller:
+            try:
+                self._task = shared.pool.submit(ask, deadline.cancel)
+                return
+            except NoThreadError as error:
+                if shared.options.falls_back:
+                    self._task = Task(ask, None)
+                    self._task.fail(error)
+                    return
+        self._task = Task(ask, None)
+        self._task.run_in_caller()
 
     def cancel(self) -> None:
         """Give the request up: nobody wants the answer any more."""
         self._unwanted = True
         if self._task is not None:
             self._task.give_up()
+        if self._deadline is not None:
+            # A signal handler may have raised after a thread had taken the request, and before this knew of its task.
+            self._deadline.cancel()
 
     def _codec_now(self) -> Codec:
         codec = self._wanted_codec
@@ -197,11 +212,14 @@ class Pending:
         """
         try:
             return self._result()
-        except KeyboardInterrupt:
+        except BaseException as error:
+            if self._unwanted and isinstance(error, ServerError):
+                raise ServerUnavailableError(
+                    "the SplitModule was closed, or nothing referred to it any more, while this call was under way"
+                ) from error
             self.cancel()
-            raise
-        except Exception as error:
-            if not self._unwanted:
+            if isinstance(error, Exception):
+                self.recorded = True
                 self._shared.ledger.record_error(time.perf_counter() - self._moments.begun_s, error)
             raise
 
@@ -212,13 +230,12 @@ class Pending:
             if not self._shared.options.falls_back:
                 timeout_s = self._peer.transport.timeout_s
                 if not task.wait(timeout_s + _QUEUED_S):
-                    task.give_up()
                     raise ServerUnavailableError(f"no thread could ask {self._peer.label} within {timeout_s:g} s")
-                try:
-                    return self._accepted(task)
-                except Exception as error:
-                    if self._unwanted or not (self._failed(error) and self._next_peer()):
-                        raise
+                result, error = self._received(task)
+                if error is None:
+                    return result
+                if self._unwanted or not (self._failed(error) and self._next_peer()):
+                    raise error
                 self.send(in_caller=True)
                 continue
             in_time = task.wait(_BRIEF_S)
@@ -232,13 +249,13 @@ class Pending:
                         continue
                     self._why = late
                     return self._finished_on_device(task)
-            try:
-                return self._accepted(task)
-            except Exception as error:
-                if self._unwanted:
-                    raise
-                if not (self._failed(error) and self._next_peer()):
-                    return self._finished_on_device(task)
+            result, error = self._received(task)
+            if error is None:
+                return result
+            if self._unwanted:
+                raise error
+            if not (self._failed(error) and self._next_peer()):
+                return self._finished_on_device(task)
             self.send()
 
     def _patience(self) -> tuple[float, Failure]:
@@ -293,12 +310,29 @@ class Pending:
         share, self._share = self._share, max(self._share, self._peer.under_way)
         return self._share > share
 
-    def _accepted(self, task: Task[Answer]) -> Any:
-        """Check the answer, learn from it, and return the model's result; raise what is wrong with it."""
-        answer, peer, shared = task.result(), self._peer, self._shared
-        check_answer(shared.local.graph, self._specs, self._boundary, answer.tensors)
-        device = self._boundary[0].device
-        result = self._work.result({name: tensor.to(device) for name, tensor in answer.tensors.items()})
+    def _received(self, task: Task[Answer]) -> tuple[Any, BaseException | None]:
+        """Return the model's result from the server's answer, or what is wrong with the answer.
+
+        Errors are returned, so that whoever calls this need not catch any: what is raised has nothing to do with the
+        server, such as the exception of a signal handler.
+        """
+        if task.error is not None:
+            return None, task.error
+        answer = task.result()
+        try:
+            check_answer(self._shared.local.graph, self._specs, self._boundary, answer.tensors)
+            device = self._boundary[0].device
+            result = self._work.result({name: tensor.to(device) for name, tensor in answer.tensors.items()})
+        except Exception as error:
+            if by_signal_handler(error):
+                raise
+            return None, error
+        self._learn(answer)
+        return result, None
+
+    def _learn(self, answer: Answer) -> None:
+        """Update the estimates from an answer that was right, and record the inference."""
+        peer, shared = self._peer, self._shared
         end_s = time.perf_counter()
         peer.answered()
         row = self._way.row
@@ -327,7 +361,6 @@ class Pending:
                 inexact_because=because,
             )
         )
-        return result
 
     def _verdict(self, answer: Answer) -> tuple[str, tuple[str, ...]]:
         """Return whether a server's answer has the model's own bits, and why if not."""
@@ -342,10 +375,10 @@ class Pending:
     def _record(self, account: inference.Inference) -> None:
         self._shared.ledger.record(self._way.name, account, None if self._why is None else self._why.kind)
 
-    def _failed(self, error: Exception) -> bool:
+    def _failed(self, error: BaseException) -> bool:
         """Record that the server failed, and return whether another server may do better."""
         self._why = failure = Failure.of(error)
-        if isinstance(error, EncodingError):
+        if isinstance(error, EncodingError | NoThreadError):
             # Nothing was sent, and nothing would be sent to another server.
             return False
         if is_requests_fault(error) and self._unusual():
@@ -378,11 +411,11 @@ class Pending:
             # A request that has failed already will not bring an answer that could stop the tail.
             result = tail(self._boundary) if task.ended else tail.until(task.answered, self._boundary)
             if result is None:
-                try:
-                    return self._accepted(task)
-                except Exception as error:
-                    self._failed(error)
-                    result = tail(self._boundary)
+                result, error = self._received(task)
+                if error is None:
+                    return result
+                self._failed(error)
+                result = tail(self._boundary)
         finally:
             if not task.ended:
                 task.give_up()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from torchsurgeon._interrupts import NoThreadError, by_signal_handler, join_threads, start_thread
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.models.threads import ThreadSettings
 
@@ -36,35 +36,69 @@ class Task(Generic[T]):
         self._settings = ThreadSettings.here()
         self.ended = False
         self.value: T | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._work: Callable[[], T] | None = work
         self._cancel = cancel
         # A bare lock, which unlike an Event costs no Python code to wait for.
         self._pending = threading.Lock()
         self._pending.acquire()
 
-    def run(self, before_end: Callable[[Task[T]], object] | None = None) -> None:
-        """Call the function in this thread; ``before_end`` is called before whoever waits goes on."""
-        work, self._work = self._work, None
+    def run(self, before_end: Callable[[Task[T]], object]) -> None:
+        """Call the function in this thread of a pool; ``before_end`` is called before whoever waits goes on."""
         try:
-            if work is None:
-                raise ServerUnavailableError("the request was given up before it began")
-            self._settings.adopt()
-            self.value = work()
-        except Exception as error:
+            self._call()
+        except BaseException as error:
             self.error = error
-        if before_end is not None:
-            before_end(self)
+        before_end(self)
+        self.end()
+
+    def run_in_caller(self) -> None:
+        """Call the function in the thread that waits for it. What a signal handler raises meanwhile is raised."""
+        try:
+            self._call()
+        except Exception as error:
+            if by_signal_handler(error):
+                raise
+            self.error = error
+        self.end()
+
+    def fail(self, error: Exception) -> None:
+        """End it with ``error``, without having run it."""
+        self._work, self.error = None, error
+        self.end()
+
+    def _call(self) -> None:
+        work, self._work = self._work, None
+        if work is None:
+            raise ServerUnavailableError("the request was given up before it began")
+        self._settings.adopt()
+        self.value = work()
+
+    def end(self) -> None:
+        """Let whoever waits go on."""
         self.ended = True
-        self._pending.release()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let the next thread that waits go on, once this has ended."""
+        if not self.ended:
+            return
+        try:
+            self._pending.release()
+        except RuntimeError as error:
+            # Another thread that waits has released it just before.
+            if by_signal_handler(error):
+                raise
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the end, and return whether it came within ``timeout_s``."""
         if not self.ended:
-            if not self._pending.acquire(timeout=min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)):
-                return False
-            self._pending.release()
-        return True
+            try:
+                self._pending.acquire(timeout=min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
+            finally:
+                # Whether acquired or not, and also where a signal handler raises: another thread may wait, too.
+                self._wake()
+        return self.ended
 
     def answered(self) -> bool:
         """Return whether it has ended without an error."""
@@ -109,36 +143,51 @@ class Pool:
         """Run ``work`` in one of the threads.
 
         Args:
-            work: the function.
-            cancel: interrupts it from another thread.
+            work: called without gradients, with the settings that PyTorch keeps for the calling thread.
+            cancel: called, if given, to interrupt the work.
 
         Raises:
+            NoThreadError: the pool has no thread, and none could be started.
             ServerUnavailableError: the pool has been closed.
         """
         task = Task(work, cancel)
-        with self._lock:
-            if self._closed:
-                raise ServerUnavailableError("the SplitModule has been closed")
-            self._free -= 1
-            if self._free < 0 and len(self._threads) < self._most:
-                self._free += 1
-                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            self._running.add(task)
-            self._tasks.put(task)
-            if self._closed:
-                # A garbage collection in this very method has closed the pool; the new thread has to end all the same.
-                self.end()  # type: ignore[unreachable]
+        try:
+            with self._lock:
+                if self._closed:
+                    raise ServerUnavailableError("the SplitModule has been closed")
+                self._running.add(task)
+                self._free -= 1
+                if self._free < 0 and len(self._threads) < self._most:
+                    self._start()
+                self._tasks.put(task)
+                if self._closed:
+                    # A garbage collection in this very method has closed the pool.
+                    raise ServerUnavailableError("the SplitModule has been closed")
+        except BaseException as error:
+            self._running.discard(task)
+            if not isinstance(error, NoThreadError):
+                # A signal handler may have raised at any moment, perhaps after a thread has taken the task.
+                task.give_up()
+            raise
         return task
+
+    def _start(self) -> None:
+        try:
+            start_thread(self._run, self._name, self._threads)
+        except NoThreadError:
+            if not self._threads:
+                self._free += 1
+                raise
+            # The task waits for a thread that is there already.
+        else:
+            self._free += 1
 
     def end(self, *, drain: bool = False) -> None:
         """Have the threads end: now, interrupting what runs, or with ``drain`` once all that was submitted has run."""
         with self._lock:
             self._closed = True
             running = () if drain else tuple(self._running)
-            for _ in self._threads:
-                self._tasks.put(None)
+            self._tasks.put(None)
         for task in running:
             task.give_up()
 
@@ -156,11 +205,7 @@ class Pool:
         """Wait for the threads to end. A thread of the pool returns at once, or two might wait for each other."""
         if self.is_worker:
             return
-        end_s = time.monotonic() + join_s
-        for thread in tuple(self._threads):
-            # An interrupt may have come before it was started.
-            if thread.ident is not None:
-                thread.join(min(max(0.0, end_s - time.monotonic()), join_s))
+        join_threads(self._threads, join_s)
 
     def _freed(self, task: Task[Any]) -> None:
         # Called before the task ends: whoever waits for it and submits the next one then gets this thread again.
@@ -174,3 +219,5 @@ class Pool:
                 task.run(self._freed)
                 # The thread must not keep the last task's tensors while it waits for the next.
                 del task
+        # For the next thread to end.
+        self._tasks.put(None)

@@ -70,7 +70,7 @@ class Servers:
         transports = [
             HttpTransport(server, options.timeout_s) if isinstance(server, str) else server for server in servers
         ]
-        self._own = [made for made, given in zip(transports, servers, strict=True) if made is not given]
+        self.own = [made for made, given in zip(transports, servers, strict=True) if made is not given]
         self.peers = [
             Peer(
                 transport,
@@ -100,14 +100,14 @@ class Servers:
         for peer in self.peers:
             peer.reset_after_fork()
 
-    def close(self, *, given: bool) -> None:
-        """Close the transports made for URLs, and with ``given`` also those that the user gave."""
-        for transport in [peer.transport for peer in self.peers] if given else self._own:
-            transport.close()
+    def close(self) -> None:
+        """Close the transports, those that the user gave among them."""
+        for peer in self.peers:
+            peer.transport.close()
 
     def inherit(self, earlier: Servers) -> None:
         """Take over the connections of the servers of an earlier trace, what is known of them, and the decisions."""
-        self._own, self.decisions = earlier._own, earlier.decisions
+        self.own, self.decisions = earlier.own, earlier.decisions
         for peer, known in zip(self.peers, earlier.peers, strict=True):
             peer.link, peer.answers = known.link, known.answers
             peer.sent_bytes, peer.received_bytes = known.sent_bytes, known.received_bytes

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import SURE
 from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning
 from torchsurgeon.runtime.connector import Connector
@@ -45,7 +45,8 @@ class Setup:
 
     def reset_after_fork(self) -> None:
         """Replace the lock, which a thread of the parent may hold, and prepare again: connections are the parent's."""
-        self._setting_up = threading.Lock()
+        # Reentrant, because such a lock is only released by the thread that holds it: see _leave().
+        self._setting_up = threading.RLock()
         self._done_in, self._waited = -1, False
 
     def inherit(self, earlier: Setup) -> None:
@@ -60,11 +61,10 @@ class Setup:
             return False
         return self._options.falls_back or any(peer.ready_in == epoch for peer in self._servers.peers)
 
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Change something that preparing rests on, while nobody prepares; afterwards it is done again."""
+    def again(self, change: Callable[[], object]) -> None:
+        """Call ``change`` while nobody prepares; afterwards it is done again, since preparing rests on what changes."""
         with self._setting_up:
-            yield
+            change()
             self._done_in = -1
 
     def prepare(self, wait_s: float | None = None, *, again: bool = False) -> None:
@@ -86,16 +86,24 @@ class Setup:
                 self._connect_all(ready, None)
         if self.done:
             return
-        if not self._setting_up.acquire(timeout=-1 if wait_s is None or not self._options.falls_back else wait_s):
-            return
         try:
+            if not self._setting_up.acquire(timeout=-1 if wait_s is None or not self._options.falls_back else wait_s):
+                return
             if self._done_in != self._local.epoch or not self._options.falls_back:
                 # The example is run as it was traced, whatever mode the caller is in.
                 with torch.inference_mode(False), torch.no_grad():
                     self._prepare(wait_s)
                 self._done_in, self._waited = self._local.epoch, True
         finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Release the lock if this thread holds it: a signal handler may have raised before that, or just after."""
+        try:
             self._setting_up.release()
+        except RuntimeError as error:
+            if by_signal_handler(error):
+                raise
 
     def prepare_for(self, work: Work, deadline_s: float | None) -> float:
         """Prepare for a call, and return from when its time counts (``time.perf_counter``).
@@ -159,20 +167,23 @@ class Setup:
         end_s = time.monotonic() + (_SETUP_S if wait_s is None else wait_s)
         tasks = [self._keeper.connect(peer, min(_SETUP_S, peer.transport.timeout_s)) for peer in peers]
         for peer, task in zip(peers, tasks, strict=True):
-            if not task.wait(end_s - time.monotonic()):
+            if task is not None and not task.wait(end_s - time.monotonic()):
                 waits = "is still loading or measuring the model, or does not answer; it is used once it has answered"
                 peer.failure = Failure("unready", f"{peer.label} {waits}")
             self._servers.warn(peer.failure)
 
     def _connect_any(self, timeout_s: float | None) -> None:
-        """Connect to the servers one after the other, and raise the first one's error if none could be connected to."""
-        failures: list[Exception] = []
+        """Connect to the servers one after the other, and raise the first one's error if none could be connected to.
+
+        A thread of the pool does so, so that what a signal handler raises here is not taken for a server's failure.
+        """
+        failures: list[BaseException] = []
         for peer in self._unready():
-            try:
-                self._connector.connect(peer, timeout_s)
-            except Exception as error:
-                peer.failed(Failure.of(error))
-                failures.append(error)
+            task = self._keeper.attempt(peer, timeout_s)
+            task.wait(threading.TIMEOUT_MAX)
+            if task.error is not None:
+                peer.failed(Failure.of(task.error))
+                failures.append(task.error)
         if len(failures) == len(self._servers.peers):
             raise failures[0]
 
@@ -182,4 +193,4 @@ def _answers(peer: Peer) -> bool:
 
     The keeper's trials find out when the others answer again.
     """
-    return peer.failure is None or peer.failure.kind in ("mismatch", "unlike")
+    return peer.failure is None or peer.failure.kind in ("mismatch", "unlike", "threads")

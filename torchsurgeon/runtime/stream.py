@@ -8,14 +8,15 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
 
+from torchsurgeon._interrupts import Condition, NoThreadError, by_signal_handler
 from torchsurgeon.errors import AdaptError, ServerUnavailableError
-from torchsurgeon.runtime.pool import MOST_THREADS, Pool
+from torchsurgeon.runtime.pool import MOST_THREADS, Pool, Task
 
 T = TypeVar("T")
 
@@ -35,6 +36,50 @@ class Begun(Protocol):
         """Make ``result()`` raise soon."""
 
 
+class Answering(Future[Any]):
+    """The future answer of a call. A signal handler may raise while it is waited for.
+
+    Attributes:
+        cancelled_because: why the runtime has cancelled it; None if it has not, or if the caller has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition = Condition()
+        self.cancelled_because: str | None = None
+        self._ended: Task[None] = Task(_nothing, None)
+        self.add_done_callback(lambda _: self._ended.end())
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return the answer, and wait for it first; see ``concurrent.futures.Future.result()``.
+
+        Raises:
+            CancelledError: it was cancelled; the message says why, if the runtime has done so.
+        """
+        # Not by the method of the base class, which loses what a handler raises at some of its instructions.
+        self._ended.wait(threading.TIMEOUT_MAX if timeout is None else timeout)
+        try:
+            return super().result(0)
+        except CancelledError:
+            if self.cancelled_because is None:
+                raise
+            raise CancelledError(self.cancelled_because) from None
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what the call raised, or None; the rest is as for ``result()``."""
+        self._ended.wait(threading.TIMEOUT_MAX if timeout is None else timeout)
+        try:
+            return super().exception(0)
+        except CancelledError:
+            if self.cancelled_because is None:
+                raise
+            raise CancelledError(self.cancelled_because) from None
+
+
+def _nothing() -> None:
+    pass
+
+
 class Stream:
     """Runs calls side by side: their heads one after the other in one thread, what follows in others. Thread-safe.
 
@@ -45,31 +90,40 @@ class Stream:
     def __init__(self, depth: int) -> None:
         self._room = threading.Semaphore(depth)
         self._heads, self._answers = Pool("torchsurgeon-heads", 1), Pool("torchsurgeon-answers", depth)
-        self._unanswered: set[Future[Any]] = set()
+        self._unanswered: set[Answering] = set()
         self._process = os.getpid()
 
-    def submit(self, begin: Callable[[], Begun]) -> Future[Any]:
+    def submit(self, begin: Callable[[], Begun]) -> Answering:
         """Return the future answer of the call that ``begin`` begins. It can be cancelled until its head begins.
+
+        Where no thread can be started, the call runs in this thread, before this returns.
 
         Raises:
             ServerUnavailableError: the stream has been closed.
         """
-        future: Future[Any] = Future()
-        self._unanswered.add(future)
-        future.add_done_callback(self._unanswered.discard)
+        future, around = Answering(), _Surroundings()
+        head = functools.partial(self._head, future, begin, around)
         try:
-            self._heads.submit(functools.partial(self._head, future, begin, _Surroundings()))
-        except ServerUnavailableError:
-            self._unanswered.discard(future)
+            future.add_done_callback(self._unanswered.discard)
+            self._unanswered.add(future)
+            self._heads.submit(head)
+        except NoThreadError:
+            head()
+        except BaseException:
+            future.cancel()
             raise
         return future
 
-    def close(self) -> None:
-        """Cancel calls that have not begun, give up the others, and end the threads. Closing twice is harmless."""
+    def close(self, why: str = "the iterator of its answers has ended") -> None:
+        """Cancel calls that have not begun, give up the others, and end the threads. Closing twice is harmless.
+
+        Args:
+            why: what has ended, for the futures of calls that have not begun.
+        """
         if not self.is_owner_process:
             return
         for future in self._unanswered.copy():
-            future.cancel()
+            _cancel(future, why)
         # All threads are asked to end before any is waited for, since an interrupt may end the waiting. The heads'
         # thread passes over cancelled futures, and so wakes whoever waits for them.
         self._heads.end(drain=True)
@@ -80,21 +134,24 @@ class Stream:
         self._answers.join(_JOIN_S)
         self._heads.join(_JOIN_S)
         for future in self._unanswered.copy():
-            with suppress(InvalidStateError):
-                future.set_exception(ServerUnavailableError("the SplitModule has been closed"))
+            _fail(future, ServerUnavailableError(f"this call has not ended, and {why}"))
 
     @property
     def is_owner_process(self) -> bool:
         """Whether this is the process whose threads these are, and not one forked from it."""
         return os.getpid() == self._process
 
-    def _head(self, future: Future[Any], begin: Callable[[], Begun], around: _Surroundings) -> None:
+    def _head(self, future: Answering, begin: Callable[[], Begun], around: _Surroundings) -> None:
         self._room.acquire()
         begun: Begun | None = None
         try:
             if future.set_running_or_notify_cancel():
                 begun = around.run(begin)
-                self._answers.submit(functools.partial(self._answer, future, begun, around), begun.cancel)
+                answer = functools.partial(self._answer, future, begun, around)
+                try:
+                    self._answers.submit(answer, begun.cancel)
+                except NoThreadError:
+                    answer()
         except BaseException as error:
             if begun is not None:
                 begun.cancel()
@@ -104,7 +161,7 @@ class Stream:
             if begun is None:
                 self._room.release()
 
-    def _answer(self, future: Future[Any], begun: Begun, around: _Surroundings) -> None:
+    def _answer(self, future: Answering, begun: Begun, around: _Surroundings) -> None:
         try:
             answer = around.run(begun.result)
         except BaseException as error:
@@ -113,6 +170,18 @@ class Stream:
             future.set_result(answer)
         finally:
             self._room.release()
+
+
+def _cancel(future: Answering, why: str) -> None:
+    future.cancelled_because = None if future.cancelled() else why
+    if not future.cancel():
+        future.cancelled_because = None
+
+
+def _fail(future: Answering, error: Exception) -> None:
+    # Unless it has ended meanwhile.
+    with suppress(InvalidStateError):
+        future.set_exception(error)
 
 
 def in_order(begins: Iterable[Callable[[], Begun]], depth: int) -> Iterator[Any]:
@@ -135,7 +204,7 @@ def in_order(begins: Iterable[Callable[[], Begun]], depth: int) -> Iterator[Any]
 
 
 def _in_order(begins: Iterator[Callable[[], Begun]], depth: int) -> Iterator[Any]:
-    flying: deque[Future[Any]] = deque()
+    flying: deque[Answering] = deque()
     ended: Exception | None = None
     stream = Stream(depth)
     try:
@@ -148,13 +217,20 @@ def _in_order(begins: Iterator[Callable[[], Begun]], depth: int) -> Iterator[Any
                 try:
                     flying.append(stream.submit(next(begins)))
                 except Exception as error:
+                    if by_signal_handler(error):
+                        raise
                     ended = error
             if flying:
                 yield flying.popleft().result()
         if not isinstance(ended, StopIteration):
             raise ended
     finally:
-        stream.close()
+        try:
+            stream.close()
+        except BaseException:
+            # A signal handler has raised: without this, threads could be left that nobody ends.
+            stream.close()
+            raise
 
 
 class _Surroundings:
