@@ -7,12 +7,18 @@ from pathlib import Path
 
 from paths import ROOT
 
+from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
 
 
 def test_what_a_gpu_has_shown_is_what_its_files_hold() -> None:
     shown = figures.PAGE.read_text().partition(figures.BEGIN)[2].partition(figures.END)[0]
     assert shown == f"\n\n{figures.page()}\n"
+
+
+def test_the_table_of_models_is_what_its_file_holds() -> None:
+    results = ROOT / "benchmarks" / "results" / "coverage.json"
+    assert (ROOT / "docs" / "coverage.md").read_text() == coverage_page(json.loads(results.read_text()))
 
 
 def test_a_kept_run_has_no_serial_number_and_every_outcome(tmp_path: Path) -> None:

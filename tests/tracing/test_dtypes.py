@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from serving import check_split, split
-from small_models import model as small_model
 from torch import nn
 
 from torchsurgeon.cutting.segment import clone
@@ -114,20 +113,6 @@ def test_a_model_of_quantized_layers_crosses_exactly() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_parts_of_quantized_tensors_are_followed_through_chunk_and_split() -> None:
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        q = torch.quantize_per_tensor(x, 0.1, 3, torch.quint8)
-        first, second = q.chunk(2, dim=1)
-        third, *_ = torch.split(second, 1, dim=1)
-        return torch.cat([second.dequantize(), first.dequantize(), third.dequantize()], 1)
-
-    x = torch.rand(1, 4, 3)
-    with split(small_model(forward), x) as module:
-        assert module.graph.traced_by == "recorded"
-        assert not module.graph.opaque
-        check_split(module, module.graph.points, ((x,), {}))
-
-
 def test_a_copy_of_a_quantized_tensor_keeps_the_order_of_its_memory() -> None:
     x = torch.rand(1, 4, 3, 3).to(memory_format=torch.channels_last)
     quantized = torch.quantize_per_tensor(x, 0.1, 3, torch.quint8)

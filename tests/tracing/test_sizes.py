@@ -531,3 +531,23 @@ def test_gaps_that_depend_on_the_batch_in_another_way_are_said_to_be_kept_to_rou
                 assert torch.allclose(module(sized(batch, 5, 8)), made(sized(batch, 5, 8)), atol=1e-5)
             assert module.last is not None
             assert module.last.bits == bits
+
+
+class Missing:
+    """Stands for a package that is not installed, and says so whatever it is asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError("this package is not installed")
+
+
+missing = Missing()
+
+
+class BesideMissing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * len(x) if x is not None else missing.tanh(x)
+
+
+def test_an_object_beside_the_model_that_raises_whatever_it_is_asked_is_left_alone() -> None:
+    graph = ts.trace(BesideMissing().eval(), torch.rand(2, 3))
+    assert graph.batch_free

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import inspect
 import json
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 from torchsurgeon.tracing.cached import cached_property
 from torchsurgeon.tracing.digests import part_digest, part_label, tensor_digest
 from torchsurgeon.tracing.reading import PLAIN, Part, Reading
-from torchsurgeon.tracing.source import is_library_code, is_library_module
+from torchsurgeon.tracing.source import code_of, function_of, is_library_code, is_library_module
 from torchsurgeon.tracing.specs import Layer, TensorSpec
 from torchsurgeon.tracing.step import Constant, Ref, Step, function_name
 
@@ -143,11 +144,12 @@ def _own_values(path: str, value: Any, found: dict[str, Any]) -> None:
 def _is_library_callable(value: Any) -> bool:
     if isinstance(value, nn.Module) or not callable(value):
         return False
-    code = getattr(value, "__code__", None)
+    code = code_of(value)
     if code is not None:
-        return is_library_code(code) and not getattr(value, "__closure__", None)
+        return is_library_code(code) and not function_of(value).__closure__
     # A bound method of a tensor, or a partial, holds what it is called with.
-    return not isinstance(value, functools.partial) and not isinstance(getattr(value, "__self__", None), torch.Tensor)
+    bound = value.__self__ if isinstance(value, types.BuiltinMethodType) else None
+    return not isinstance(value, functools.partial) and not isinstance(bound, torch.Tensor)
 
 
 def _aspects(reading: Reading) -> list[Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from torchsurgeon.tracing.sizes import Number, computed
+from torchsurgeon.tracing.source import function_of
 
 _OF_MATH = (
     *("sqrt", "isqrt", "log", "log2", "log10", "log1p", "exp", "exp2", "expm1", "pow", "gcd", "lcm", "hypot", "fmod"),
@@ -154,7 +155,7 @@ def _codes(table: dict[str, Any]) -> Iterator[types.CodeType]:
     for value in list(table.values()):
         members = list(vars(value).values()) if isinstance(value, type) and value.__module__ == own else [value]
         for member in members:
-            function = getattr(member, "__func__", getattr(member, "fget", member))
+            function = function_of(member)
             if isinstance(function, types.FunctionType):
                 function = getattr(function, "__wrapped__", function)
                 if isinstance(function, types.FunctionType):

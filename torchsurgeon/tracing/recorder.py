@@ -14,7 +14,6 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from torchsurgeon.tracing.python_numbers import Table, followed
 from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, without_dynamo
 from torchsurgeon.tracing.sizes import number
-from torchsurgeon.tracing.step import Ref, Step, map_refs
+from torchsurgeon.tracing.step import Ref, Step
 from torchsurgeon.tracing.structure import LEAF, flatten
 from torchsurgeon.tracing.unfollowed import NeedsDevice, NeedsElements, unfollowed
 
@@ -225,7 +224,7 @@ class Recorder(Program, TorchFunctionMode):
                 self.place(value, step.index)
             return value
         if not step.is_module and isinstance(value, (tuple, list)):
-            if self.real and not _gives_as_many_for_all_values(step) and not self._of_sizes(Ref(step.index)):
+            if self.real and not self._of_sizes(Ref(step.index)):
                 raise self.refuse("how many tensors a call gives depends on the values of a tensor")
             self.guards.structure(step.index, structure)
         numbers = {}
@@ -423,12 +422,3 @@ def _hooked(module: nn.Module) -> bool:
         or shared._global_forward_hooks
         or shared._global_forward_pre_hooks
     )
-
-
-def _gives_as_many_for_all_values(step: Step) -> bool:
-    """Return whether a call is one of PyTorch's whose number of results follows from a shape and plain arguments."""
-    module = getattr(step.target, "__module__", None) or ""
-    own = step.is_method or isinstance(step.target, BuiltinFunctionType) or module.partition(".")[0] == "torch"
-    found: list[Ref] = []
-    map_refs(found.append, (step.args[1:], step.kwargs))
-    return own and not found

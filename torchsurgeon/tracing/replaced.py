@@ -15,7 +15,7 @@ from torch import nn
 
 from torchsurgeon.tracing.names import of_library_class
 from torchsurgeon.tracing.reading import Part, Reading, is_own_method
-from torchsurgeon.tracing.source import is_library_code
+from torchsurgeon.tracing.source import code_of, is_library_code
 
 _PLACES: tuple[Any, ...] = (torch.nn.functional, torch, torch.linalg, torch.special, torch.fft, torch.Tensor)
 
@@ -41,7 +41,7 @@ def functions_of_pytorch(classes: Iterable[type], reading: Reading) -> list[Part
 def replaced_functions(parts: Iterable[Part]) -> Iterator[Part]:
     """Return those functions that are not PyTorch's own."""
     for part in parts:
-        code = getattr(part.value, "__code__", None)
+        code = code_of(part.value)
         if code is not None and not is_library_code(code):
             yield part
 

@@ -52,6 +52,22 @@ def tree(code: types.CodeType) -> ast.FunctionDef | ast.AsyncFunctionDef | ast.L
     return None
 
 
+def function_of(value: Any) -> Any:
+    """Return the function behind a method, a static or class method or a property; any other value as it is.
+
+    Other values are asked nothing: some stand for a package that is missing, and raise whatever they are asked.
+    """
+    if isinstance(value, (types.MethodType, staticmethod, classmethod)):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
+
+
+def code_of(value: Any) -> types.CodeType | None:
+    """Return the code of a function or method; None for any other value."""
+    function = function_of(value)
+    return function.__code__ if isinstance(function, types.FunctionType) else None
+
+
 def is_library_code(code: types.CodeType) -> bool:
     """Return whether code is of PyTorch, NumPy or the standard library."""
     return _in_library(code.co_filename)

@@ -18,6 +18,7 @@ from torch import nn
 
 from torchsurgeon.tracing.alone import leaves_something
 from torchsurgeon.tracing.gradients import names_in
+from torchsurgeon.tracing.source import function_of
 
 _CONTAINERS = (dict, list, set, deque)
 _ATOMS = (
@@ -218,7 +219,7 @@ def functions_of(model: nn.Module) -> list[types.FunctionType]:
     found: dict[int, types.FunctionType] = {}
     while todo:
         function = todo.pop()
-        function = getattr(function, "__func__", function)
+        function = function_of(function)
         if isinstance(function, _Cache):
             function = function.__wrapped__
         if not isinstance(function, types.FunctionType) or id(function) in found:
