@@ -13,8 +13,9 @@ from pathlib import Path
 from torchsurgeon.errors import MeterError
 from torchsurgeon.meters.energy import EnergyMeter, Reading
 
-# No package or memory takes more. A counter that fell and would have needed more power for a wrap was set back.
-_MOST_W = 2000.0
+# No package or memory takes more. A counter that fell and would have needed more power for a wrap was set back. The
+# second beside the time that passed is for counters that advance in steps.
+_MOST_W, _STEP_S = 2000.0, 1.0
 _MOST_FAULTS = 100
 
 
@@ -41,7 +42,7 @@ class _Domain:
         if self.range_uj <= 0:
             return MeterError(f"{fell}, and its max_energy_range_uj does not say where it wraps; read it again")
         wrapped_uj = step_uj + self.range_uj
-        if not 0 <= wrapped_uj * 1e-6 <= _MOST_W * passed_s:
+        if not 0 <= wrapped_uj * 1e-6 <= _MOST_W * (passed_s + _STEP_S):
             return MeterError(
                 f"{fell} within {passed_s:.3g} s. To wrap, it would have had to count {wrapped_uj * 1e-6:.6g} J, so it "
                 "was set back; the energy between these two readings is unknown"
