@@ -228,3 +228,76 @@ def test_the_mode_and_submodules_are_premises_too() -> None:
     model.eval()
     model.head[1] = nn.Conv2d(4, 4, 1).eval()
     assert "'head.1'" in str(premises.broken())
+
+
+class Settings:
+    scale = 2.0
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class WithObject(nn.Module):
+    """Reads an attribute of its settings' class, and calls a method of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.settings = nn.Conv2d(3, 4, 1), Settings()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.settings.shifted(self.body(x)) * self.settings.scale
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", 3.0), ("shifted", torch.neg)])
+@pytest.mark.filterwarnings("ignore::torchsurgeon.ChangedModelWarning")
+def test_an_attribute_of_an_object_that_hides_one_of_its_class_is_found(name: str, value: Any) -> None:
+    model = WithObject().eval()
+    with split(model, X) as module:
+        module.partition = 1
+        module(X)
+        setattr(model.settings, name, value)
+        assert torch.equal(module(X), model(X))
+        assert f"attribute '{name}' of 'settings' was" in str(module.last and module.last.degraded)
+        delattr(model.settings, name)
+        assert torch.equal(module(X), model(X))
+        assert module.last is not None and module.last.degraded is None
+
+
+class WithHiddenLayers(nn.Module):
+    """Keeps its layers in a plain list, where ``modules()`` does not find them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 1)
+        self.layers = [nn.Sequential(nn.Conv2d(3, 3, 1)).eval(), nn.ReLU().eval()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, args, result: 3 * result)
+
+
+def _forward(layer: nn.Module) -> None:
+    layer.forward = torch.neg  # type: ignore[method-assign]
+
+
+def _child(layer: nn.Module) -> None:
+    assert isinstance(layer, nn.Sequential)
+    layer.append(nn.Tanh())
+
+
+@pytest.mark.parametrize("change", [_hook, _forward, _child, nn.Module.train])
+@pytest.mark.filterwarnings("ignore::torchsurgeon.ChangedModelWarning")
+def test_a_change_of_a_layer_in_a_plain_list_is_found(change: Callable[[nn.Module], Any]) -> None:
+    model = WithHiddenLayers().eval()
+    with split(model, X) as module:
+        module.partition = 1
+        assert torch.equal(module(X), model(X))
+        change(model.layers[0])
+        assert torch.equal(module(X), model(X))
+        assert str(module.last and module.last.degraded).startswith("changed: ")

@@ -65,6 +65,10 @@ class Premises:
     def __init__(self, model: nn.Module, reading: Reading | None = None) -> None:
         self._model, self._reading = model, reading or read_model(model)
         named = list(model.named_modules(remove_duplicate=False))
+        own = {module for _, module in named}
+        # Modules in a plain list or dict, or that a closure holds, have hooks, children and a mode, too.
+        named += [(path, one) for path, one in self._reading.owners if isinstance(one, nn.Module) and one not in own]
+        self._own_modules = list(own)
         # Views, which follow the tables, and cost less than asking each table for its values.
         self._child_views = [module._modules.values() for _, module in named if module._modules]
         self._children = self._children_now()
@@ -74,8 +78,11 @@ class Premises:
         self._paths = {module: path for path, module in reversed(named)}
         self._modules = list(self._paths)
         self._classes = list(map(type, self._modules))
-        # A class, too, may get an attribute that hides an inherited one: a module's, or that of tensors.
-        self._owners = [*self._modules, *_own_classes(self._classes)]
+        # A class, too, may get an attribute that hides an inherited one: a module's, or that of tensors. So may an
+        # object that the code uses, whose class has the attribute so far.
+        objects = {id(one): (path, one) for path, one in self._reading.owners if _is_object(one)}
+        self._object_paths = {key: path for key, (path, _) in objects.items()}
+        self._owners = [*self._modules, *_own_classes(self._classes), *(one for _, one in objects.values())]
         self._own: list[Mapping[str, Any]] = [vars(owner) for owner in self._owners]
         self._sizes = list(map(len, self._own))
         self._keys = list(map(tuple, self._own))
@@ -173,7 +180,7 @@ class Premises:
     # --- what has changed ---
 
     def _changed(self) -> str | None:
-        if any(module.training for module in self._modules):
+        if any(module.training for module in self._own_modules):
             return "the model must be in evaluation mode and has been put into training mode; call model.eval()"
         if self._children_now() != self._children or any(self._childless):
             return f"submodule {self._replaced()} since it was traced; {_REMEDY}"
@@ -206,7 +213,7 @@ class Premises:
                     continue
                 was = getattr(type(owner), name, _ABSENT)
                 if not (_is_plain(was) and _equal([now], [was])) and not is_own_method(owner, name, now):
-                    return self._sentence(name, _called(self._paths[owner]), was, now)
+                    return self._sentence(name, self._called(owner), was, now)
         return None
 
     def _new_method(self) -> str | None:
@@ -255,6 +262,11 @@ class Premises:
             return f"{kind} of function {short(holder.__qualname__, 100)}"
         return short(part.path.removesuffix(f".{part.key}"), 100)
 
+    def _called(self, owner: Any) -> str:
+        if isinstance(owner, nn.Module):
+            return _called(self._paths[owner])
+        return short(self._object_paths[id(owner)], 100)
+
     def _replaced(self) -> str:
         was = dict(zip(self._child_paths, self._children, strict=True))
         now = dict(self._model.named_modules(remove_duplicate=False))
@@ -288,6 +300,12 @@ def _forwards(classes: Iterable[type]) -> list[Part]:
     return [
         Part(f"{cls.__name__}.forward", cls, "forward", cls.forward, cls) for cls in ordered if hasattr(cls, "forward")
     ]
+
+
+def _is_object(value: Any) -> bool:
+    """Return whether a value is an object that the code uses: no module, class, function or imported file."""
+    kinds = (nn.Module, type, types.ModuleType, types.FunctionType)
+    return hasattr(value, "__dict__") and not isinstance(value, kinds)
 
 
 def _takes_children(module: nn.Module) -> bool:

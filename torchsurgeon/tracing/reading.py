@@ -129,13 +129,18 @@ class Reading:
         self.parts = [part for part in self._found if not self._is_result(part)]
 
     @property
+    def owners(self) -> list[tuple[str, Any]]:
+        """The modules, objects and functions whose attributes the code reads, with where they are."""
+        return list(self._owners)
+
+    @property
     def names(self) -> frozenset[str]:
         """The names of attributes that the code reads."""
         return frozenset(self._names)
 
-    def reads(self, module: nn.Module, name: str) -> bool:
-        """Return whether the code reads an attribute of this name, if the module has it."""
-        return name not in self.assigned and self._names_it(module, name)
+    def reads(self, owner: Any, name: str) -> bool:
+        """Return whether the code reads an attribute of this name, if the module or object has it."""
+        return name not in self.assigned and self._names_it(owner, name)
 
     def _is_result(self, part: Part) -> bool:
         if part.key in self.assigned and isinstance(part.key, str):
@@ -198,10 +203,10 @@ class Reading:
             if hasattr(owner, name):
                 self._visit(_dotted(path, name), owner, name, getattr(owner, name), owner)
 
-    def _names_it(self, module: nn.Module, name: str) -> bool:
+    def _names_it(self, owner: Any, name: str) -> bool:
         if self._computed or name in self._names:
             return True
-        cls: Any = type(module)
+        cls: Any = type(owner)
         used = of_library_class(cls)
         return used.computed or name in used.read
 
