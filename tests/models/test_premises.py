@@ -301,3 +301,19 @@ def test_a_change_of_a_layer_in_a_plain_list_is_found(change: Callable[[nn.Modul
         change(model.layers[0])
         assert torch.equal(module(X), model(X))
         assert str(module.last and module.last.degraded).startswith("changed: ")
+
+
+def test_a_key_of_a_dict_that_is_another_with_the_same_value_is_found() -> None:
+    class Scaled(nn.Linear):
+        factors: dict[str, float]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.factors.get("scale", 1.0)
+
+    model = Scaled(4, 4).eval()
+    model.factors = {"scale": 2.0}
+    premises = Premises(model)
+    model.factors["shift"] = model.factors.pop("scale")
+    assert "'factors' of the model holds has changed" in str(premises.broken())
+    model.factors["scale"] = model.factors.pop("shift")
+    assert premises.broken() is None

@@ -158,7 +158,7 @@ class Premises:
                 return False
             if not self._containers:
                 return True
-            sizes = sum(map(len, self._lists)) + sum(map(len, self._dicts))
+            sizes = sum(map(len, self._lists)) + 2 * sum(map(len, self._dicts))
             return sizes == len(self._elements) and all(map(operator.is_, self._elements_now(), self._elements))
         except (AttributeError, KeyError, RuntimeError, ValueError) as error:
             if by_signal_handler(error):
@@ -170,9 +170,7 @@ class Premises:
         return itertools.chain.from_iterable(group.flat(map(group.read, group.owners)) for group in self._other_groups)
 
     def _elements_now(self) -> Iterable[Any]:
-        return itertools.chain(
-            itertools.chain.from_iterable(self._lists), itertools.chain.from_iterable(map(dict.values, self._dicts))
-        )
+        return itertools.chain.from_iterable([*self._lists, *self._dicts, *map(dict.values, self._dicts)])
 
     def _children_now(self) -> list[Any]:
         return list(itertools.chain.from_iterable(self._child_views))
