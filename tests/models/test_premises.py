@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -260,7 +261,8 @@ def test_an_attribute_of_an_object_that_hides_one_of_its_class_is_found(name: st
         assert f"attribute '{name}' of 'settings' was" in str(module.last and module.last.degraded)
         delattr(model.settings, name)
         assert torch.equal(module(X), model(X))
-        assert module.last is not None and module.last.degraded is None
+        assert module.last is not None
+        assert module.last.degraded is None
 
 
 class WithHiddenLayers(nn.Module):
@@ -283,7 +285,7 @@ def _hook(layer: nn.Module) -> None:
 
 
 def _forward(layer: nn.Module) -> None:
-    layer.forward = torch.neg  # type: ignore[method-assign]
+    layer.forward = torch.neg
 
 
 def _child(layer: nn.Module) -> None:
@@ -317,3 +319,40 @@ def test_a_key_of_a_dict_that_is_another_with_the_same_value_is_found() -> None:
     assert "'factors' of the model holds has changed" in str(premises.broken())
     model.factors["scale"] = model.factors.pop("shift")
     assert premises.broken() is None
+
+
+def _twice(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: 2 * function(*args, **kwargs)
+
+
+def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "replaced"),
+    [
+        (functional, "scaled_dot_product_attention", _twice),
+        (nn.Module, "__call__", _twice),
+        (nn.Module, "_call_impl", _twice),
+        (nn.Module, "__getattr__", _wrapped),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::torchsurgeon.ChangedModelWarning")
+def test_what_every_module_calls_may_not_be_replaced(
+    place: Any, name: str, replaced: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    premises = Premises(nn.Linear(8, 8).eval())
+    assert premises.broken() is None
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, replaced(getattr(place, name)))
+        assert f"{name.strip('_')}" in str(premises.broken())
+    assert premises.broken() is None
+
+
+def test_a_model_that_is_traced_in_another_thread_breaks_no_premise(monkeypatch: pytest.MonkeyPatch) -> None:
+    premises = Premises(nn.Linear(8, 8).eval())
+    of_tracer = {"__name__": "torchsurgeon.tracing.recorder", "called": nn.Module.__call__}
+    following = types.FunctionType((lambda *args: called(*args)).__code__, of_tracer)  # type: ignore[name-defined]  # noqa: F821
+    monkeypatch.setattr(nn.Module, "__call__", following)
+    assert premises.hold()

@@ -1,7 +1,7 @@
-"""Functions of PyTorch that the code of a model names, and which of them a program has replaced by others.
+"""Functions of PyTorch that the call of a model uses, and which of them a program has replaced by others.
 
-A program may assign ``torch.nn.functional.relu = …``. The model's own code and PyTorch's layers then call the new
-function, in this process only.
+A program may assign ``torch.nn.functional.relu = …`` or ``torch.nn.Module.__call__ = …``. The model's own code and
+PyTorch's layers then call the new function, in this process only.
 """
 
 from __future__ import annotations
@@ -17,11 +17,35 @@ from torchsurgeon.tracing.names import of_library_class
 from torchsurgeon.tracing.reading import Part, Reading, is_own_method
 from torchsurgeon.tracing.source import code_of, is_library_code
 
+# What every module's call goes through, besides ``__call__``.
+_CALLING = ("_wrapped_call_impl", "_call_impl", "__getattr__")
+# While a model is traced in any thread, ``nn.Module.__call__`` is a function of these.
+_TRACERS = ("torchsurgeon.", "torch.fx.")
+# Attention is often exchanged by replacing this one. Libraries call it by way of tables of functions, so that the
+# model's own code does not name it.
+_BY_TABLES = {"scaled_dot_product_attention"}
 _PLACES: tuple[Any, ...] = (torch.nn.functional, torch, torch.linalg, torch.special, torch.fft, torch.Tensor)
 
 
+class _ModuleCall:
+    """``nn.Module.__call__`` as the program has it, also while it is another function because a model is traced."""
+
+    def __init__(self) -> None:
+        self._known: Any = nn.Module.__call__
+
+    @property
+    def __call__(self) -> Any:
+        now: Any = nn.Module.__call__
+        if not getattr(now, "__globals__", {}).get("__name__", "").startswith(_TRACERS):
+            self._known = now
+        return self._known
+
+
+_CALL = _ModuleCall()
+
+
 def functions_of_pytorch(classes: Iterable[type], reading: Reading) -> list[Part]:
-    """Return the functions of PyTorch's modules, and the methods of its tensors, whose names the code of a model reads.
+    """Return what calls modules, and the functions of PyTorch and methods of tensors that the code of a model names.
 
     Methods that PyTorch's core defines lie in a class below ``torch.Tensor``, and are not among them.
 
@@ -29,8 +53,12 @@ def functions_of_pytorch(classes: Iterable[type], reading: Reading) -> list[Part
         classes: the classes of the model's modules.
         reading: what the model's call reads.
     """
-    names = reading.names.union(*(of_library_class(cls).read for cls in set(classes)))
-    return [
+    names = reading.names.union(_BY_TABLES, *(of_library_class(cls).read for cls in set(classes)))
+    parts = [Part("torch.nn.Module.__call__", _CALL, "__call__", _CALL.__call__, nn.Module)]
+    parts += [
+        Part(f"torch.nn.Module.{name}", vars(nn.Module), name, vars(nn.Module)[name], nn.Module) for name in _CALLING
+    ]
+    return parts + [
         Part(f"{_name_of(place)}.{name}", vars(place), name, vars(place)[name], place)
         for place in _PLACES
         for name in sorted(names & vars(place).keys())
