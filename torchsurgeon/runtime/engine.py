@@ -236,7 +236,7 @@ class Engine:
         """Run the head of a call that asks a server; ``due_s`` is when its answer is due (``time.perf_counter``)."""
         way, peer, decision, _ = choice
         assert peer is not None
-        head = work.head(way.point)
+        head, weights = work.head(way.point), self.local.weights
         decided_s = time.perf_counter()
         try:
             boundary = head()
@@ -267,6 +267,7 @@ class Engine:
             decision=decision,
             deadline_s=due_s,
             arithmetic=arithmetic,
+            weights=weights,
             rounded_because=rounded,
         )
         if row is not None:

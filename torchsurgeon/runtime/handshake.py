@@ -81,9 +81,14 @@ class LocalModel:
         """End the thread that watches the weights. Closing twice is harmless."""
         self._patrol.close()
 
-    def changed(self) -> bool:
-        """Return whether the weights have changed since the epoch began, as far as that shows at once."""
-        return not self._weights.same()
+    @property
+    def weights(self) -> WatchedWeights:
+        """The weights of the present epoch. They are another object once a change has been noticed."""
+        return self._weights
+
+    def changed(self, since: WatchedWeights) -> bool:
+        """Return whether the weights have changed since they were ``since``, as far as that shows at once."""
+        return since is not self._weights or not since.same()
 
     def renew(self, *, in_full: bool = False) -> bool:
         """Begin another epoch if the weights have changed, and return whether they have.

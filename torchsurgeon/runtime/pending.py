@@ -19,8 +19,9 @@ from torch import Tensor
 from torchsurgeon._interrupts import NoThreadError, by_signal_handler
 from torchsurgeon.adapting import Decision, patience, rescue
 from torchsurgeon.codec import Codec
-from torchsurgeon.errors import EncodingError, ServerError, ServerUnavailableError
+from torchsurgeon.errors import EncodingError, ModelMismatchError, ServerError, ServerUnavailableError
 from torchsurgeon.models.arithmetic import Arithmetic
+from torchsurgeon.models.watching import WatchedWeights
 from torchsurgeon.planning import Row
 from torchsurgeon.runtime import bits, inference
 from torchsurgeon.runtime.answers import check_answer
@@ -119,6 +120,7 @@ class Pending:
         decision: what the choice of the cut was made on; None where the cut is fixed.
         deadline_s: when the answer is due (``time.perf_counter``).
         arithmetic: what this device computes with.
+        weights: the weights when the head began.
         rounded_because: why a server's answer has not the model's own bits, whatever the server computes with.
     """
 
@@ -136,11 +138,12 @@ class Pending:
         decision: Decision[Row] | None,
         deadline_s: float | None,
         arithmetic: Arithmetic,
+        weights: WatchedWeights,
         rounded_because: tuple[str, ...],
     ) -> None:
         self._shared, self._work, self._way, self._peer, self._boundary = shared, work, way, peer, boundary
         self._moments, self._expected, self._decision, self._deadline_s = moments, expected, decision, deadline_s
-        self._arithmetic, self._rounded_because = arithmetic, rounded_because
+        self._arithmetic, self._weights, self._rounded_because = arithmetic, weights, rounded_because
         self._wanted_codec = way.codec or codec
         self._specs = work.crossing(way.point)
         example = sum(spec.size_bytes for spec in self._specs)
@@ -231,6 +234,8 @@ class Pending:
                 timeout_s = self._peer.transport.timeout_s
                 if not task.wait(timeout_s + _QUEUED_S):
                     raise ServerUnavailableError(f"no thread could ask {self._peer.label} within {timeout_s:g} s")
+                if self._shared.local.weights is not self._weights:
+                    raise ModelMismatchError("this model's weights have changed since this call began; call it again")
                 result, error = self._received(task)
                 if error is None:
                     return result
@@ -240,7 +245,7 @@ class Pending:
                 continue
             in_time = task.wait(_BRIEF_S)
             # From now on the request is on its way, and what this thread does meanwhile delays nothing.
-            if self._shared.local.changed():
+            if self._shared.local.changed(self._weights):
                 return self._with_new_weights(task)
             if not in_time:
                 patience_s, late = self._patience()
@@ -249,6 +254,10 @@ class Pending:
                         continue
                     self._why = late
                     return self._finished_on_device(task)
+            if self._shared.local.weights is not self._weights:
+                # Another call has noticed a change and shaken hands anew, and the server has that change, too. So it
+                # may have finished an old head with new weights.
+                return self._with_new_weights(task)
             result, error = self._received(task)
             if error is None:
                 return result
@@ -410,6 +419,8 @@ class Pending:
             tail = self._work.tail(tuple(spec.name for spec in self._specs))
             # A request that has failed already will not bring an answer that could stop the tail.
             result = tail(self._boundary) if task.ended else tail.until(task.answered, self._boundary)
+            if self._shared.local.changed(self._weights):
+                return self._with_new_weights(task)
             if result is None:
                 result, error = self._received(task)
                 if error is None:

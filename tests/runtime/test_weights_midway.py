@@ -1,0 +1,95 @@
+"""Weights that change while a call is under way, after its head: no answer has an old head and a new tail."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from classifier import PATIENCE_S, degraded
+from torch import nn
+
+import torchsurgeon as ts
+from torchsurgeon.serve import ModelRegistry, create_app
+from torchsurgeon.transport import Answer, InProcessTransport
+
+X = torch.linspace(-1, 1, 8).reshape(1, 8)
+
+
+class Midway(InProcessTransport):
+    """Calls ``meanwhile`` once before it sends the tensors of an inference."""
+
+    meanwhile: Callable[[], Any] | None = None
+
+    def infer(self, *args: Any, **kwargs: Any) -> Answer:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return super().infer(*args, **kwargs)
+
+
+def net() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval().requires_grad_(False)
+
+
+def double(*models: nn.Module) -> None:
+    for model in models:
+        model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("fallback", ["local", "error"])
+def test_an_old_head_is_not_finished_with_new_weights_that_another_call_has_noticed(fallback: Any) -> None:
+    model, other = net(), net()
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", other, X)
+    with (
+        Midway(create_app(registry)) as transport,
+        ts.SplitModule(model, X, server=transport, name="net", partition=1, fallback=fallback) as split,
+    ):
+        assert torch.equal(split(X), model(X))
+
+        def both() -> None:
+            double(model, other)
+            split.prepare()
+
+        transport.meanwhile = both
+        if fallback == "error":
+            with pytest.raises(ts.ModelMismatchError, match="changed since this call began; call it again"):
+                split(X)
+        else:
+            assert torch.equal(split(X), model(X))
+            assert degraded(split).startswith("weights: ")
+        assert torch.equal(split(X), model(X))
+        assert split.last is not None
+        assert split.last.degraded is None
+    registry.close()
+
+
+def test_a_late_tail_on_the_device_does_not_finish_an_old_head_with_new_weights() -> None:
+    model, ended = net(), threading.Event()
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", net(), X)
+    with (
+        Midway(create_app(registry)) as transport,
+        ts.SplitModule(model, X, server=transport, name="net", partition=1) as split,
+    ):
+        split(X)
+        under_way = threading.Event()
+
+        def wait() -> None:
+            under_way.set()
+            ended.wait(PATIENCE_S)
+
+        transport.meanwhile = wait
+        answer = split.submit(X)
+        assert under_way.wait(PATIENCE_S)
+        time.sleep(0.02)  # the device looks at its weights once the request is on its way, before it waits
+        double(model)
+        assert torch.equal(answer.result(PATIENCE_S), model(X))
+        ended.set()
+    registry.close()
