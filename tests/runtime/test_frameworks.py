@@ -11,6 +11,8 @@ import torch
 from classifier import EXAMPLE, degraded, net, remote, right, split_of, truth, until
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchsurgeon as ts
@@ -220,6 +222,32 @@ def test_data_parallel_without_a_gpu_calls_the_split(split: ts.SplitModule, monk
     assert right(nn.DataParallel(split))  # type: ignore[arg-type]
     own, ours = nn.Sequential(Frozen().requires_grad_(False), top()), nn.Sequential(split, top())
     assert same_weights(trained(nn.DataParallel(ours)), trained(own))
+
+
+class Doubles(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is functional.linear else result
+
+
+class DoublesProducts(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is torch.ops.aten.addmm.default else result
+
+
+@pytest.mark.parametrize("mode", [Doubles, DoublesProducts])
+def test_under_a_mode_that_changes_operators_the_model_itself_answers(server: Server, mode: Any) -> None:
+    with split_of(server) as split, mode():
+        assert right(split)
+        assert degraded(split).startswith(f"mode: {mode.__name__} is active here")
+    with split_of(server, fallback="error") as split, mode(), pytest.raises(ts.TraceError, match=r"or its \.model"):
+        split(EXAMPLE)
+
+
+def test_the_default_device_is_no_such_mode(split: ts.SplitModule) -> None:
+    with torch.device("cpu"):
+        until(lambda: remote(split), split, right)
 
 
 # --- loops of one's own ---

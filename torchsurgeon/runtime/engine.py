@@ -23,7 +23,7 @@ from torchsurgeon.runtime.choice import Expected
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
 from torchsurgeon.runtime.ending import Ending
-from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch
+from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch, mode_here
 from torchsurgeon.runtime.inference import Moments
 from torchsurgeon.runtime.keeper import Bell, Keeper
 from torchsurgeon.runtime.ledger import Ledger
@@ -195,6 +195,11 @@ class Engine:
             if not falls_back:
                 raise mismatch
             return Done(self._device.run(work, time.perf_counter(), Failure("autocast", str(mismatch))))
+        mode = mode_here()
+        if mode is not None:
+            if not falls_back:
+                raise TraceError(f"{mode}; call the SplitModule outside of it, or its .model")
+            return Done(self._device.run(work, time.perf_counter(), Failure("mode", mode), uncut=work.uncut()))
         arithmetic = self.local.arithmetic.now()
         if not self.servers.compared(arithmetic):
             self.local.again()

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, short
 from torchsurgeon.models.arithmetic import Arithmetic, ArithmeticReader
@@ -22,6 +25,9 @@ from torchsurgeon.tracing.reading import plain_tensors
 from torchsurgeon.transport import Transport
 
 _LISTED = 5
+# What is asked at every inference, looked up once.
+_count_function_modes = torch._C._len_torch_function_stack
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class LocalModel:
@@ -155,6 +161,19 @@ def autocast_mismatch() -> ModelMismatchError | None:
         "autocast is on here, and the server runs the model without it; call the SplitModule outside autocast, "
         "or have the model itself in the lower precision on both sides"
     )
+
+
+def mode_here() -> str | None:
+    """Return what to say of a mode that acts on each operator in this thread, which no server runs; None for none."""
+    if not (_count_function_modes() or _count_dispatch_modes()):
+        return None
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    # That of torch.set_default_device() and "with torch.device(…)" only says where new tensors are made.
+    names = [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]
+    if not names:
+        return None
+    named = short(names[-1], 100, quote=False)
+    return f"{named} is active here, a mode that may see or change each operator, and no server runs it"
 
 
 def shake_hands(
