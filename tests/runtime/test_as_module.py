@@ -408,6 +408,21 @@ def test_attributes_of_the_model_are_set_on_the_model() -> None:
     assert not hasattr(split.model, "note")
 
 
+class Doubling(nn.Linear):
+    """Reads an attribute that it need not have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (2 if getattr(self, "doubles", False) else 1)
+
+
+def test_what_the_models_code_would_read_is_not_set_on_the_split() -> None:
+    split = wrapped(Doubling(8, 8).eval())
+    with pytest.raises(ts.SplitAttributeError, match=r"reads attributes called 'doubles'.*split\.model\.doubles = …"):
+        split.doubles = True
+    split.model.doubles = True
+    assert answers_alike(split, split.model)
+
+
 def test_tools_that_replace_a_weight_of_the_split_are_refused_before_they_change_anything() -> None:
     split = wrapped(made(linear))
     before = list(split.state_dict())

@@ -248,6 +248,10 @@ class Calls(Wrapped):
             changes.traced()
             self._engine = engine
 
+    def _is_read_by_model(self, name: str) -> bool:
+        # What libraries keep for themselves on modules begins with an underscore.
+        return not name.startswith("_") and name in self._engine.graph.reading.names
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._engine.moved(fn)
         return super()._apply(fn, recurse)

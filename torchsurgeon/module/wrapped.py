@@ -143,6 +143,11 @@ class Wrapped(nn.Module):
                 raise SplitAttributeError(
                     f"{short(name, 100)} is an attribute of the model, and is set there: {_on_model(name)} = …"
                 )
+            if self._is_read_by_model(name):
+                raise SplitAttributeError(
+                    f"the model's code reads attributes called {short(name, 100)}, so it is set on the model: "
+                    f"{_on_model(name)} = …"
+                )
             if isinstance(value, (nn.Module, nn.Parameter)):
                 self._refuse_registering(name)
         object.__setattr__(self, name, value)
@@ -161,6 +166,10 @@ class Wrapped(nn.Module):
         model = self._model
         tables = model.__dict__, model._parameters, model._buffers, model._modules
         return any(name in table for table in tables) or hasattr(type(model), name)
+
+    def _is_read_by_model(self, name: str) -> bool:
+        """Return whether the model's code would read an attribute of this name, which it does not have so far."""
+        return False
 
     def _refuse_registering(self, name: str) -> None:
         raise SplitAttributeError(
