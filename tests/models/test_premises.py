@@ -356,3 +356,30 @@ def test_a_model_that_is_traced_in_another_thread_breaks_no_premise(monkeypatch:
     following = types.FunctionType((lambda *args: called(*args)).__code__, of_tracer)  # type: ignore[name-defined]  # noqa: F821
     monkeypatch.setattr(nn.Module, "__call__", following)
     assert premises.hold()
+
+
+class WithArrays(nn.Linear):
+    """Reads numbers from arrays, whose contents may change in place."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.mean, self.table, self.calls = np.ones(8, np.float32), bytearray(b"ab"), np.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls[0] += 1
+        return super().forward(x - torch.from_numpy(self.mean)) * self.table[0]
+
+
+def test_arrays_that_are_written_to_in_place_are_found() -> None:
+    model = WithArrays().eval()
+    premises = Premises(model)
+    model(torch.rand(1, 8))
+    assert premises.hold()
+    model.mean[3] = 2
+    assert "what 'mean' of the model holds has changed" in str(premises.broken())
+    model.mean[3] = 1
+    model.table.extend(b"c")
+    assert "what 'table' of the model holds has changed" in str(premises.broken())
+    del model.table[2:]
+    assert premises.broken() is None
+    assert premises.hold()

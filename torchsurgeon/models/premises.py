@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import short
+from torchsurgeon.models.arrays import Arrays
 from torchsurgeon.models.hook_rows import GLOBAL_HOOK_ROWS, hook_rows
 from torchsurgeon.tracing.reading import CONTAINERS, PLAIN, Part, Reading, is_own_method, read_model
 from torchsurgeon.tracing.replaced import functions_of_pytorch
@@ -123,6 +124,7 @@ class Premises:
         self._lists = [part.value for part in held if not isinstance(part.value, dict)]
         self._dicts = [part.value for part in held if isinstance(part.value, dict)]
         self._elements = list(self._elements_now())
+        self._arrays = Arrays(part for part in self._reading.parts if part.key not in self._reading.filled)
 
     def broken(self) -> str | None:
         """Return a sentence that says what has changed and what to do; None when nothing has."""
@@ -136,6 +138,7 @@ class Premises:
             and list(map(len, self._own)) == self._sizes
             and self._same_values()
             and self._same_objects()
+            and self._arrays.same()
             and list(map(tuple, self._hooked)) == self._hooks
             and self._children_now() == self._children
         )
@@ -226,13 +229,14 @@ class Premises:
             now = _read(part)
             if not _alike(now, part.value) and not _put_back(part, now):
                 return self._sentence(part.key, self._holder(part), part.value, now)
-        for part, was in self._containers:
-            if not _alike(_contents(part.value), was):
-                return (
-                    f"what {short(part.path, 100)} of the model holds has changed since it was traced, and a model "
-                    f"that is cut would use the old contents; {_REMEDY}"
-                )
-        return None
+        held = (part.path for part, was in self._containers if not _alike(_contents(part.value), was))
+        changed = next(held, None) or self._arrays.changed()
+        if changed is None:
+            return None
+        return (
+            f"what {short(changed, 100)} of the model holds has changed since it was traced, and a model that is cut "
+            f"would use the old contents; {_REMEDY}"
+        )
 
     def _sentence(self, name: Any, holder: str, was: Any, now: Any) -> str:
         if name in _OF_FUNCTIONS:

@@ -12,6 +12,7 @@ the module classes and functions are followed; their other classes count by name
 
 from __future__ import annotations
 
+import array
 import enum
 import types
 from collections import deque
@@ -28,6 +29,7 @@ from torchsurgeon.tracing.step import unique
 
 PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum, np.generic)
 PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice)
+CHANGEABLE = (dict, list, set, deque, np.ndarray, bytearray, array.array)
 CONTAINERS = (dict, list, tuple, set, frozenset, deque, types.MappingProxyType)
 OF_MODULES = frozenset(nn.Module().__dict__)
 HOOKS = (("forward pre-hook", "_forward_pre_hooks"), ("forward hook", "_forward_hooks"))
@@ -82,7 +84,7 @@ class Reading:
     Attributes:
         parts: what is read, each once, in an order that is the same in every process.
         assigned: the names of attributes that the code assigns.
-        filled: the names of attributes whose lists and dicts the code changes.
+        filled: the names of attributes whose lists, dicts and arrays the code changes.
         complete: False where there was more than a reading follows.
 
     Args:
@@ -122,7 +124,7 @@ class Reading:
             for label, table in GLOBAL_HOOKS:
                 self._add_hooks("", label, table, None)
         self._follow_all()
-        changeable = {part.key for part in self._found if isinstance(part.value, (dict, list, set, deque))}
+        changeable = {part.key for part in self._found if isinstance(part.value, CHANGEABLE)}
         for code in self._codes:
             if not changeable.isdisjoint(names_in(code).read | names_in(code).globals):
                 self.filled |= filled_by(code)
