@@ -1,7 +1,8 @@
-"""Weights that change while a call is under way, after its head: no answer has an old head and a new tail."""
+"""Weights that change while a call is under way: no answer has an old head and a new tail, and no call changes them."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -92,4 +93,23 @@ def test_a_late_tail_on_the_device_does_not_finish_an_old_head_with_new_weights(
         double(model)
         assert torch.equal(answer.result(PATIENCE_S), model(X))
         ended.set()
+    registry.close()
+
+
+@pytest.mark.filterwarnings("ignore::torchsurgeon.MismatchWarning")
+def test_a_request_does_not_count_in_the_statistics_of_a_model_that_is_trained_on_the_server() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval().requires_grad_(False)
+    other, example = copy.deepcopy(model), torch.rand(4, 8)
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", other, example)
+    with (
+        Midway(create_app(registry)) as transport,
+        ts.SplitModule(model, example, server=transport, name="net", partition=1) as split,
+    ):
+        split(example)
+        before = copy.deepcopy(other.state_dict())
+        other.train()
+        assert torch.equal(split(example), model(example))
+        assert "training mode" in degraded(split)
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     registry.close()

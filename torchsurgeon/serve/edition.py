@@ -27,6 +27,7 @@ from torchsurgeon.tracing.reading import plain_tensors
 # The identity in answers that were computed with other weights or other code than the fingerprint tells of. Clients
 # then ask for the fingerprint again, which never has this identity itself.
 CHANGED = "changed"
+_TRAINING = operator.attrgetter("training")
 # How often digests are computed for one fingerprint, where the weights change meanwhile.
 _TRIES = 3
 
@@ -76,12 +77,25 @@ class Editions:
     def __init__(self, name: str, graph: LayerGraph, max_tails: int) -> None:
         self._name, self._graph, self._max_tails = name, graph, max_tails
         self.present = Edition(graph, max_tails)
+        self._modules = list(graph.model.modules())
         self._premises = Premises(graph.model, graph.reading)
         self._patrol = Patrol(self._weights_now)
         self._lock = threading.Lock()
 
     def _weights_now(self) -> WatchedWeights | None:
         return self.present.weights
+
+    def refuse_training(self) -> None:
+        """Raise while the program trains the model: a request would then count in its batch statistics.
+
+        Raises:
+            ModelNotReadyError: a part of the model is in training mode.
+        """
+        if any(map(_TRAINING, self._modules)):
+            raise ModelNotReadyError(
+                f"model {self._name!r} is in training mode, in which a request would change its batch statistics; call "
+                "its eval() on the server"
+            )
 
     def identity(self, edition: Edition) -> str | None:
         """Return the identity for an answer that was computed in this edition; None where nobody has asked for one."""

@@ -188,6 +188,7 @@ class ServedModel:
         Raises:
             ProtocolError: the body is no valid request, or its tensors do not fit the model.
             PartitionError: its tensors do not determine the model's output.
+            ModelNotReadyError: the model is in training mode.
             ModelFailedError: the model raised an error.
         """
         started_s = time.perf_counter()
@@ -200,6 +201,7 @@ class ServedModel:
 
     def _answer(self, request: Received, started_s: float) -> wire.Encoded:
         decoded = wire.decode_request(request.body, request.header_bytes, max_decoded_bytes=self.max_tensor_bytes)
+        self._editions.refuse_training()
         edition = self._editions.present
         plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)
         decoded_s = time.perf_counter()
