@@ -383,3 +383,18 @@ def test_arrays_that_are_written_to_in_place_are_found() -> None:
     del model.table[2:]
     assert premises.broken() is None
     assert premises.hold()
+
+
+def test_the_default_dtype_is_a_premise_where_the_code_asks_for_it() -> None:
+    class Cast(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).to(torch.get_default_dtype())
+
+    asks, does_not = Premises(Cast(8, 8).eval()), Premises(nn.Linear(8, 8).eval())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert "'default_dtype' of 'torch' was torch.float32" in str(asks.broken())
+        assert does_not.broken() is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert asks.hold()

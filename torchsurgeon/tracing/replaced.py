@@ -41,7 +41,13 @@ class _ModuleCall:
         return self._known
 
 
-_CALL = _ModuleCall()
+class _Settings:
+    @property
+    def default_dtype(self) -> torch.dtype:
+        return torch.get_default_dtype()
+
+
+_CALL, _SETTINGS = _ModuleCall(), _Settings()
 
 
 def functions_of_pytorch(classes: Iterable[type], reading: Reading) -> list[Part]:
@@ -58,6 +64,9 @@ def functions_of_pytorch(classes: Iterable[type], reading: Reading) -> list[Part
     parts += [
         Part(f"torch.nn.Module.{name}", vars(nn.Module), name, vars(nn.Module)[name], nn.Module) for name in _CALLING
     ]
+    if "get_default_dtype" in names:
+        # A trace holds what it returned.
+        parts.append(Part("torch.default_dtype", _SETTINGS, "default_dtype", _SETTINGS.default_dtype, torch))
     return parts + [
         Part(f"{_name_of(place)}.{name}", vars(place), name, vars(place)[name], place)
         for place in _PLACES
