@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.backends import opt_einsum
 
 from torchsurgeon.errors import short
@@ -154,7 +154,8 @@ class ArithmeticReader:
         return found
 
     def _read_all(self) -> Arithmetic:
-        tensors = (*self._model.parameters(), *self._model.buffers())
+        named = dict((*self._model.named_parameters(), *self._model.named_buffers()))
+        tensors, layout = named.values(), _layout(named)
         places = {tensor.device for tensor in tensors} or {torch.device("cpu")}
         settings = (*_SETTINGS, *_einsum(), *(_CUDA_SETTINGS if any(place.type == "cuda" for place in places) else ()))
         here = ThreadSettings.here()
@@ -165,6 +166,7 @@ class ArithmeticReader:
                 "devices": ", ".join(sorted({_device(place) for place in places})),
                 "threads": str(here.threads),
                 "flush_denormal": str(here.flush_denormal),
+                **({"layout": layout} if layout else {}),
                 **{name: str(value) for (name, _), value in zip(settings, values, strict=True)},
             }
         )
@@ -185,10 +187,21 @@ _NAMES = {
     "devices": "the model's device",
     "threads": "CPU threads",
     "flush_denormal": "torch.set_flush_denormal",
+    "layout": "the weights' layout in memory",
     "deterministic_algorithms": "torch.use_deterministic_algorithms",
     "default_dtype": "torch.set_default_dtype",
 }
 _STATIC = ("arithmetic", "processor", "cpu_capability", "cpu_features", "devices")
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of how weights lie in memory, by which kernels are chosen; empty where all are contiguous."""
+    strides = [
+        f"{name} {tensor.stride()}"
+        for name, tensor in tensors.items()
+        if tensor.layout is torch.strided and not tensor.is_contiguous()
+    ]
+    return hashlib.sha256("\n".join(strides).encode()).hexdigest()[:16] if strides else ""
 
 
 def _said(text: str | None) -> str:

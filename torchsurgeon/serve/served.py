@@ -152,6 +152,8 @@ class ServedModel:
         # The calling thread reads it, but it is the worker's settings that count.
         self.worker.follow()
         self.worker.settings.adopt()
+        # The weights may lie in memory otherwise than before.
+        self._arithmetic.forget()
         return {**known, "arithmetic": dict(self._arithmetic.now().facts)}
 
     def profile(self) -> dict[str, Any]:
