@@ -68,7 +68,7 @@ class Premises:
         named = list(model.named_modules(remove_duplicate=False))
         own = {module for _, module in named}
         # Modules in a plain list or dict, or that a closure holds, have hooks, children and a mode, too.
-        named += [(path, one) for path, one in self._reading.owners if isinstance(one, nn.Module) and one not in own]
+        named += [(path, one) for path, one in self._reading.modules if one not in own]
         self._own_modules = list(own)
         # Views, which follow the tables, and cost less than asking each table for its values.
         self._child_views = [module._modules.values() for _, module in named if module._modules]
@@ -81,7 +81,7 @@ class Premises:
         self._classes = list(map(type, self._modules))
         # A class, too, may get an attribute that hides an inherited one: a module's, or that of tensors. So may an
         # object that the code uses, whose class has the attribute so far.
-        objects = {id(one): (path, one) for path, one in self._reading.owners if _is_object(one)}
+        objects = {id(one): (path, one) for path, one in self._reading.objects}
         self._object_paths = {key: path for key, (path, _) in objects.items()}
         self._owners = [*self._modules, *_own_classes(self._classes), *(one for _, one in objects.values())]
         self._own: list[Mapping[str, Any]] = [vars(owner) for owner in self._owners]
@@ -302,12 +302,6 @@ def _forwards(classes: Iterable[type]) -> list[Part]:
     return [
         Part(f"{cls.__name__}.forward", cls, "forward", cls.forward, cls) for cls in ordered if hasattr(cls, "forward")
     ]
-
-
-def _is_object(value: Any) -> bool:
-    """Return whether a value is an object that the code uses: no module, class, function or imported file."""
-    kinds = (nn.Module, type, types.ModuleType, types.FunctionType)
-    return hasattr(value, "__dict__") and not isinstance(value, kinds)
 
 
 def _takes_children(module: nn.Module) -> bool:

@@ -131,9 +131,15 @@ class Reading:
         self.parts = [part for part in self._found if not self._is_result(part)]
 
     @property
-    def owners(self) -> list[tuple[str, Any]]:
-        """The modules, objects and functions whose attributes the code reads, with where they are."""
-        return list(self._owners)
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """All modules whose attributes the code reads, with where they are; also those in plain lists and closures."""
+        return [(path, owner) for path, owner in self._owners if isinstance(owner, nn.Module)]
+
+    @property
+    def objects(self) -> list[tuple[str, Any]]:
+        """The objects whose attributes the code reads, with where they are: no modules, classes and functions."""
+        others = (nn.Module, type, types.ModuleType, types.FunctionType)
+        return [(path, one) for path, one in self._owners if hasattr(one, "__dict__") and not isinstance(one, others)]
 
     @property
     def names(self) -> frozenset[str]:
