@@ -612,3 +612,15 @@ def test_after_attentions_were_asked_for_a_transformer_is_split_again(
         split(pixel_values=x, output_attentions=True)
         assert "unlike" in str(split.last.degraded)
     registry.close()
+
+
+def test_a_model_without_a_server_is_prepared_and_traced_anew_like_any_other() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval()
+    with ts.SplitModule(model, torch.rand(1, 3), partition="device") as split:
+        split.prepare()
+        model.append(nn.Linear(3, 2).eval())
+        split.prepare()
+        x = torch.rand(1, 3)
+        assert torch.equal(split(x), model(x))
+        assert split.last is not None
+        assert split.last.degraded is None

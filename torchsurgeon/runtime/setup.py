@@ -11,7 +11,7 @@ import torch
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import SURE
-from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning
+from torchsurgeon.errors import UnknownEnergyWarning
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceTimes
 from torchsurgeon.runtime.handshake import LocalModel
@@ -132,7 +132,7 @@ class Setup:
     def _prepare(self, wait_s: float | None) -> None:
         servers, falls_back = self._servers, self._options.falls_back
         if not servers.peers:
-            raise ServerUnavailableError('no server was given: SplitModule(…, server="http://host:port")')
+            return  # everything runs on the device
         if falls_back and (unlike := self._unlike()) is not None:
             for peer in servers.peers:
                 peer.failure = unlike
