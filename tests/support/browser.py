@@ -16,6 +16,23 @@ import requests
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
+def _started(driver: str) -> tuple[subprocess.Popen[str], str]:
+    """Start the driver, and return it with its port.
+
+    It takes a free port of IPv6 and then wants the same of IPv4, which another test may have: then it ends.
+    """
+    for _ in range(10):
+        process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "successfully" in line:
+                (port,) = re.findall(r"on port (\d+)", line)
+                return process, port
+        with process:
+            process.kill()
+    raise RuntimeError(f"{driver} found no free port in ten tries")
+
+
 class Browser:
     """A browser with one page. Skips the test where chromium or its driver is not installed."""
 
@@ -23,11 +40,8 @@ class Browser:
         chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
         if chromium is None or driver is None:
             pytest.skip("no browser: apt-get install chromium chromium-driver")
-        self._driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
+        self._driver, port = _started(driver)
         try:
-            assert self._driver.stdout is not None
-            said = next(line for line in self._driver.stdout if "successfully" in line)
-            (port,) = re.findall(r"on port (\d+)", said)
             self._url = f"http://127.0.0.1:{port}/session"
             # A sandbox inside a container, and as root, is refused.
             arguments = ["--headless", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"]
