@@ -108,6 +108,13 @@ def test_chunks_that_end_at_an_outage_do_not_wait_for_its_end(tmp_path: Path) ->
     assert trace.delivered_at(at_s, 1500) == pytest.approx(0.9)
 
 
+def test_a_trace_with_a_long_pause_says_how_long_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "paused.trace"
+    path.write_text("1\n90000000\n")
+    with pytest.raises(LinkError, match=r"mean rate must be .*; got 0.2\d* over 90000 s, .* pause takes 90000 s"):
+        BandwidthTrace.read(path)
+
+
 def test_seconds_and_mbit_s_hold_from_their_line_on(tmp_path: Path) -> None:
     trace = BandwidthTrace.read(write(tmp_path, "# recorded at noon\n100 8\n\n101.5 0\n102 4\n"))
     assert trace.duration_s == pytest.approx(2.5)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torchsurgeon.errors import LinkError, is_finite, short
 
-_LEAST_BIT_S, _MOST_BIT_S = 1e3, 1e12
+LEAST_BIT_S, MOST_BIT_S = 1e3, 1e12
 _MOST_ROUND_TRIP_S = 60.0
 # What a new TCP connection may send before the first acknowledgement (RFC 6928).
 _INITIAL_WINDOW_BYTES = 10 * 1460
@@ -25,12 +25,12 @@ def checked_rate(what: str, bit_s: float) -> None:
     """
     if not is_finite(bit_s) or bit_s <= 0:
         raise LinkError(f"{what} must be a positive number of bits per second; got {short(bit_s)}")
-    if bit_s < _LEAST_BIT_S:
+    if bit_s < LEAST_BIT_S:
         raise LinkError(
-            f"{what} must be at least {_LEAST_BIT_S:g} bit/s; got {bit_s:g}; for {bit_s:g} Mbit/s give {bit_s:g}e6"
+            f"{what} must be at least {LEAST_BIT_S:g} bit/s; got {bit_s:g}; for {bit_s:g} Mbit/s give {bit_s:g}e6"
         )
-    if bit_s > _MOST_BIT_S:
-        raise LinkError(f"{what} must be at most {_MOST_BIT_S:g} bit/s; got {bit_s:g}; the unit is bits per second")
+    if bit_s > MOST_BIT_S:
+        raise LinkError(f"{what} must be at most {MOST_BIT_S:g} bit/s; got {bit_s:g}; the unit is bits per second")
 
 
 def checked_round_trip(round_trip_s: float) -> None:
@@ -165,7 +165,7 @@ class Link:
         """
         checked_rate("an uplink's rate", uplink_bit_s)
         downlink_bit_s = uplink_bit_s * (self.downlink_bit_s / self.uplink_bit_s)
-        within = min(max(downlink_bit_s, _LEAST_BIT_S), _MOST_BIT_S)
+        within = min(max(downlink_bit_s, LEAST_BIT_S), MOST_BIT_S)
         return replace(self, uplink_bit_s=uplink_bit_s, downlink_bit_s=within)
 
     def downlink_s(self, size_bytes: float) -> float:

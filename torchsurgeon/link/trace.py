@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torchsurgeon.errors import LinkError, short
-from torchsurgeon.link.rates import Link, checked_rate, checked_round_trip, checked_size, seconds_of
+from torchsurgeon.link.rates import (
+    LEAST_BIT_S,
+    MOST_BIT_S,
+    Link,
+    checked_rate,
+    checked_round_trip,
+    checked_size,
+    seconds_of,
+)
 
 MAHIMAHI_OPPORTUNITY_BYTES = 1500
 
@@ -49,7 +57,13 @@ class BandwidthTrace:
             raise LinkError(f"{name}: a trace must deliver some bits, or a transfer over it would never end; got 0")
         self.name = name
         self._times, self._bits = times, total
-        checked_rate(f"{name}: the mean rate", self.mean_bit_s)
+        if not LEAST_BIT_S <= self.mean_bit_s <= MOST_BIT_S:
+            pause_s = float(np.diff(times)[np.diff(total) == 0].max(initial=0.0))
+            raise LinkError(
+                f"{name}: the mean rate must be from {LEAST_BIT_S:g} to {MOST_BIT_S:g} bit/s; got {self.mean_bit_s:g} "
+                f"over {self.duration_s:g} s, of which the longest pause takes {pause_s:g} s; check the units of times "
+                "and rates, or cut the trace where nothing was sent"
+            )
 
     def __repr__(self) -> str:
         return f"BandwidthTrace({self.name!r}, {self.duration_s:g} s, mean {self.mean_bit_s / 1e6:.3g} Mbit/s)"
