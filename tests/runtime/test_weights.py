@@ -203,6 +203,17 @@ def test_prepare_reads_all_weights_on_both_sides(side: str, fallback: Any) -> No
             assert not remote(split)
 
 
+def test_prepare_asks_a_server_again_that_held_other_weights() -> None:
+    mine, theirs = net(LARGE), net(LARGE)
+    with served(theirs) as server, ts.SplitModule(mine, X, server=server, name="net", partition=1) as split:
+        split(X)
+        for changed, used in ((mine, False), (theirs, True)):
+            changed.last.weight.data.mul_(2)
+            split.prepare()
+            assert torch.equal(split(X), mine(X))
+            assert (not degraded(split)) is used
+
+
 def test_running_the_whole_model_makes_no_new_epochs() -> None:
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval().requires_grad_(False)
     with served(model) as where, split_of(model, where) as split:

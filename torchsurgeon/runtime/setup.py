@@ -73,17 +73,17 @@ class Setup:
         Args:
             wait_s: wait no longer for servers, and not at all for those that failed before; by default the first
                 call's time.
-            again: whether to shake hands again with the servers that are ready, which then read all their weights.
+            again: whether to shake hands again with all servers, which then read all their weights.
 
         Raises:
             ServerError: no server could be made ready, and the module does not fall back to the device.
         """
         if self.done:
-            ready = [peer for peer in self._servers.peers if again and peer.ready_in == self._local.epoch]
-            for peer in ready:
+            peers = [*self._servers.peers] if again else []
+            for peer in peers:
                 peer.ready_in = -1
             if self._options.falls_back:
-                self._connect_all(ready, None)
+                self._connect_all(peers, None)
         if self.done:
             return
         try:

@@ -22,7 +22,7 @@ from torchsurgeon.errors import (
 from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.profiling import profile
 from torchsurgeon.serve.edition import Edition, Editions
-from torchsurgeon.serve.tails import RequestPlan, Tails
+from torchsurgeon.serve.tails import RequestPlan, Tails, place_of, run_at
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import TensorSpec
@@ -268,6 +268,9 @@ class ServedModel:
         if not usual:
             check_shapes(self.graph, tail, names, [request.tensors[name] for name in names])
         run = tail.forward if self._finish is None else functools.partial(self._finish, names)
+        place = place_of(self.graph.model)
+        if place.type != "cpu":
+            run = functools.partial(run_at, place, run)
         if request.outputs:
             outputs: tuple[str, ...] | None = tuple(output.name for output in request.outputs)
             as_json = tuple(output.name for output in request.outputs if not output.binary)

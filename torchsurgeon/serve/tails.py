@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.cutting.segment import Segment
@@ -52,6 +54,21 @@ class Tails:
             while len(self._tails) > self.capacity:
                 self._tails.popitem(last=False)
         return tail
+
+
+def place_of(model: nn.Module) -> torch.device:
+    """Return where a model's weights are; the CPU for a model without weights."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def run_at(place: torch.device, run: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
+    """Run a tail on tensors that came over the wire, where its weights are, and wait until it has computed."""
+    results = run(*[tensor.to(place, non_blocking=True) for tensor in tensors])
+    if place.type == "cuda":
+        # The time that an answer tells is that of the tail, and not that of launching its kernels.
+        torch.cuda.current_stream(place).synchronize()
+    return results
 
 
 @dataclass(frozen=True)
