@@ -3,6 +3,8 @@ were changed; and a server that holds the device's weights again is used again."
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -388,3 +390,26 @@ def test_a_tensor_on_the_server_that_decides_the_path_is_not_used_while_it_is_an
             fresh(X)
         (other.sign.data if uncounted else other.sign).neg_()
         until(lambda: remote(split), split, right)
+
+
+PROGRAM = """
+import atexit, threading
+def left():
+    print([one.name for one in threading.enumerate() if one.name == "torchsurgeon-weights"])
+atexit.register(left)  # runs after what is registered later
+import torch, torchsurgeon as ts
+from torchsurgeon.serve import ModelRegistry, create_app
+from torchsurgeon.transport import InProcessTransport
+model, registry, x = torch.nn.Linear(2000, 2000).eval(), ModelRegistry(profiler=None), torch.rand(1, 2000)
+registry.add("m", model, x)
+split = ts.SplitModule(model, x, server=InProcessTransport(create_app(registry)), name="m", partition="server")
+split(x)
+left()
+"""
+
+
+def test_a_program_that_closes_nothing_ends_without_a_thread_in_the_middle_of_an_operator() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert ended.stdout.splitlines() == ["['torchsurgeon-weights', 'torchsurgeon-weights']", "[]"], ended.stderr

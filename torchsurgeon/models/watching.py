@@ -5,6 +5,7 @@ Device and server both watch their model with this. A ``Patrol`` is the backgrou
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
@@ -190,4 +191,13 @@ def _reset_after_fork() -> None:
         patrol._reset()
 
 
+def _end_all() -> None:
+    # A thread that Python stops in the middle of an operator of PyTorch, while it ends, would abort the process.
+    for patrol in list(_all):
+        patrol.end()
+    for patrol in list(_all):
+        patrol.close()
+
+
 os.register_at_fork(after_in_child=_reset_after_fork)
+atexit.register(_end_all)
