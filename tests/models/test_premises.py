@@ -55,6 +55,8 @@ def module() -> Iterator[ts.SplitModule]:
 CHANGES: list[tuple[str, Any]] = [
     ("threshold", 0.99),
     ("scale", 3),
+    ("scale", 2.0),
+    ("softly", 1),
     ("size", (7, 6)),
     ("mode", "nearest-exact"),
     ("softly", False),

@@ -116,6 +116,11 @@ class Premises:
         self._plain = [part for part in attributes if _is_plain(part.value)]
         self._others = [part for part in attributes if not _is_plain(part.value)]
         self._plain_groups, self._other_groups = _groups(self._plain), _groups(self._others)
+        # 1, 1.0 and True are equal, and give tensors of different types. PyTorch's own layers do not tell them apart.
+        users = [part for part in self._plain if not type(part.holder).__module__.startswith("torch.nn.")]
+        users = [part for part in users if part.key != "training"]
+        self._typed_groups = _groups([part for part in users if isinstance(part.value, (int, float))])
+        self._types = list(self._types_now())
         # The values in one line, so that a single ``map`` compares them by identity.
         self._objects = list(self._objects_now())
         held = [part for part in self._reading.parts if isinstance(part.value, (*_CHANGEABLE, dict))]
@@ -148,6 +153,8 @@ class Premises:
             for read, _, owners, values in self._plain_groups:
                 if list(map(read, owners)) != values:
                     return False
+            if list(self._types_now()) != self._types:
+                return False
         except Exception as error:
             if by_signal_handler(error):
                 raise
@@ -168,6 +175,12 @@ class Premises:
                 raise
             # An attribute is gone, a cell is empty, or another thread changes a dict at this moment.
             return False
+
+    def _types_now(self) -> Iterable[type]:
+        return map(
+            type,
+            itertools.chain.from_iterable(group.flat(map(group.read, group.owners)) for group in self._typed_groups),
+        )
 
     def _objects_now(self) -> Iterable[Any]:
         return itertools.chain.from_iterable(group.flat(map(group.read, group.owners)) for group in self._other_groups)
@@ -343,7 +356,7 @@ def _alike(now: Any, was: Any) -> bool:
     if now is was:
         return True
     if type(now) is not type(was) or isinstance(was, Tensor):
-        return _is_plain(was) and _is_plain(now) and _equal([now], [was])
+        return False
     if isinstance(was, dict):
         return now.keys() == was.keys() and all(_alike(now[key], one) for key, one in was.items())
     if isinstance(was, (list, tuple, deque)):
