@@ -131,9 +131,18 @@ class Premises:
         self._elements = list(self._elements_now())
         self._arrays = Arrays(part for part in self._reading.parts if part.key not in self._reading.filled)
 
-    def broken(self) -> str | None:
-        """Return a sentence that says what has changed and what to do; None when nothing has."""
-        return None if self.hold() else self._changed()
+    def broken(self, remedy: str = _REMEDY) -> str | None:
+        """Return a sentence that says what has changed and what to do; None when nothing has.
+
+        Args:
+            remedy: what to do, other than to call ``model.eval()`` where that is all.
+        """
+        if self.hold():
+            return None
+        if any(module.training for module in self._own_modules):
+            return "the model must be in evaluation mode and has been put into training mode; call model.eval()"
+        changed = self._changed()
+        return None if changed is None else f"{changed}; {remedy}"
 
     def hold(self) -> bool:
         """Return whether everything is the very same. It is called at every inference."""
@@ -194,15 +203,13 @@ class Premises:
     # --- what has changed ---
 
     def _changed(self) -> str | None:
-        if any(module.training for module in self._own_modules):
-            return "the model must be in evaluation mode and has been put into training mode; call model.eval()"
         if self._children_now() != self._children or any(self._childless):
-            return f"submodule {self._replaced()} since it was traced; {_REMEDY}"
+            return f"submodule {self._replaced()} since it was traced"
         for row, functions in zip(self._hook_rows, self._hook_functions, strict=True):
             if not _equal(row.functions(), functions):
                 return (
                     f"forward hooks of {row.called} have been added or removed since it was traced; a model that is "
-                    f"cut does not run them as the whole model does: {_REMEDY}"
+                    f"cut does not run them as the whole model does"
                 )
         # The same hooks may have been removed and added again, which gives them other keys.
         self._keep_hook_keys()
@@ -210,7 +217,7 @@ class Premises:
             if type(module) is not was:
                 return (
                     f"{_called(self._paths[module])} was of class {short(was.__name__, 100)} when it was traced, and "
-                    f"is of class {short(type(module).__name__, 100)} now; {_REMEDY}"
+                    f"is of class {short(type(module).__name__, 100)} now"
                 )
         return self._new_attribute() or self._changed_part() or self._new_method()
 
@@ -221,7 +228,7 @@ class Premises:
                 now = vars(owner)[name]
                 if isinstance(owner, type):
                     if owner is not Tensor and name in self._reading.names:
-                        return f"{name} of class {short(owner)} has been added since it was traced; {_REMEDY}"
+                        return f"{name} of class {short(owner)} has been added since it was traced"
                     continue
                 if name != _COMPILED and not self._reading.reads(owner, name):
                     continue
@@ -234,7 +241,7 @@ class Premises:
         """Return the sentence for a method of tensors that a program has replaced since, and that the code names."""
         for part in functions_of_pytorch(self._classes, self._reading):
             if part.path not in self._of_pytorch:
-                return f"{short(part.path, 100, quote=False)} has been replaced since the model was traced; {_REMEDY}"
+                return f"{short(part.path, 100, quote=False)} has been replaced since the model was traced"
         return None
 
     def _changed_part(self) -> str | None:
@@ -248,19 +255,19 @@ class Premises:
             return None
         return (
             f"what {short(changed, 100)} of the model holds has changed since it was traced, and a model that is cut "
-            f"would use the old contents; {_REMEDY}"
+            f"would use the old contents"
         )
 
     def _sentence(self, name: Any, holder: str, was: Any, now: Any) -> str:
         if name in _OF_FUNCTIONS:
-            return f"the code of {holder} has been replaced since it was traced; {_REMEDY}"
+            return f"the code of {holder} has been replaced since it was traced"
         if name == _COMPILED:
-            return f"{holder} has been compiled, by its compile(), since it was traced; {_REMEDY}"
+            return f"{holder} has been compiled, by its compile(), since it was traced"
         if name in ("forward", "__call__"):
-            return f"{name} of {holder} has been replaced since it was traced; {_REMEDY}"
+            return f"{name} of {holder} has been replaced since it was traced"
         return (
             f"attribute {short(name, 100)} of {holder} was {_shown(was)} when it was traced, and is "
-            f"{_shown(now, again=was)} now, and a model that is cut would use the old value; {_REMEDY}"
+            f"{_shown(now, again=was)} now, and a model that is cut would use the old value"
         )
 
     def _holder(self, part: Part) -> str:

@@ -199,7 +199,7 @@ def across_branches(
         plain = [row for row in rows if row.codec == "raw"]
         known = np.concatenate([columns(plain)[:, :4], _limited(plain, limits)], axis=1)
         of_sets = np.concatenate([block.costs([mask]) for mask, block in small])
-        of_limits = _limited([_Limited.of(costs, units, mask, limits) for mask, _ in small], limits)
+        of_limits = _limited([_Limited(costs, units, mask) for mask, _ in small], limits)
         tried = np.concatenate([known, np.concatenate([of_sets, of_limits], axis=1)])
         kept = [i - len(known) for i in non_dominated(tried) if i >= len(known)]
         if len(kept) > _MOST_ROWS and on_hull:
@@ -223,17 +223,23 @@ def across_branches(
 
 @dataclasses.dataclass(frozen=True)
 class _Limited:
-    """What constraints ask about a set of layers; the fields are those of a ``Row``."""
+    """What constraints ask about a set of layers, under the names of a ``Row``, and computed only when it is asked."""
 
-    index: int
-    raw_input: bool
-    memory_bytes: int | None
+    costs: LayerCosts
+    units: Units
+    mask: int
 
-    @staticmethod
-    def of(costs: LayerCosts, units: Units, mask: int, limits: Constraints) -> _Limited:
-        layers = units.layers_of(mask)
-        memory = costs.memory_of(layers) if limits.memory_bytes is not None else None
-        return _Limited(len(layers), bool(units.reading_inputs & ~mask), memory)
+    @property
+    def index(self) -> int:
+        return len(self.units.layers_of(self.mask))
+
+    @property
+    def raw_input(self) -> bool:
+        return bool(self.units.reading_inputs & ~self.mask)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return self.costs.memory_of(self.units.layers_of(self.mask))
 
 
 def _limited(found: Sequence[Row | _Limited], limits: Constraints) -> Array:

@@ -113,7 +113,7 @@ class Engine:
         self._setup.again(change)
 
     def prepare(self) -> None:
-        """Do what the first call would do before its inference, and shake hands again with servers that are ready.
+        """Do what the first call would do before its inference, and shake hands again with all servers.
 
         Raises:
             ServerError: no server could be made ready, and the module does not fall back to the device.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from torchsurgeon.models.arithmetic import Arithmetic, ArithmeticReader
 from torchsurgeon.models.premises import Premises
 from torchsurgeon.models.watching import Patrol, WatchedWeights
 from torchsurgeon.models.weights import WeightDigests, weight_digests
-from torchsurgeon.tracing.digests import tensor_digest
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.reading import plain_tensors
 from torchsurgeon.transport import Transport
@@ -116,17 +114,13 @@ class LocalModel:
         return True
 
     def _path_changed(self) -> str | None:
-        for name, digest in self.graph.decided_by.items():
-            try:
-                same = tensor_digest(operator.attrgetter(name)(self.graph.model)) == digest
-            except AttributeError:
-                same = False
-            if not same:
-                return (
-                    f"{short(name)} has changed since the model was traced, and its elements decide which path the "
-                    "model takes; set it back, or call prepare() on the SplitModule, which traces the model anew"
-                )
-        return None
+        name = self.graph.decides_anew()
+        if name is None:
+            return None
+        return (
+            f"{short(name)} has changed since the model was traced, and its elements decide which path the model "
+            "takes; set it back, or call prepare() on the SplitModule, which traces the model anew"
+        )
 
     def again(self) -> None:
         """Begin another epoch, although the weights have not changed."""

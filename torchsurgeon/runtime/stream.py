@@ -56,20 +56,17 @@ class Answering(Future[Any]):
         Raises:
             CancelledError: it was cancelled; the message says why, if the runtime has done so.
         """
-        # Not by the method of the base class, which loses what a handler raises at some of its instructions.
-        self._ended.wait(threading.TIMEOUT_MAX if timeout is None else timeout)
-        try:
-            return super().result(0)
-        except CancelledError:
-            if self.cancelled_because is None:
-                raise
-            raise CancelledError(self.cancelled_because) from None
+        return self._outcome(super().result, timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what the call raised, or None; the rest is as for ``result()``."""
+        return self._outcome(super().exception, timeout)
+
+    def _outcome(self, outcome: Callable[[float], T], timeout: float | None) -> T:
+        # Not by the method of the base class, which loses what a handler raises at some of its instructions.
         self._ended.wait(threading.TIMEOUT_MAX if timeout is None else timeout)
         try:
-            return super().exception(0)
+            return outcome(0)
         except CancelledError:
             if self.cancelled_because is None:
                 raise

@@ -7,7 +7,6 @@ only if it was computed with the weights and the code that the fingerprint tells
 from __future__ import annotations
 
 import operator
-import re
 import sys
 import threading
 import time
@@ -20,7 +19,6 @@ from torchsurgeon.models.premises import Premises
 from torchsurgeon.models.watching import Patrol, WatchedWeights
 from torchsurgeon.models.weights import identity, weight_digests
 from torchsurgeon.serve.tails import RequestPlan, Tails
-from torchsurgeon.tracing.digests import tensor_digest
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.reading import plain_tensors
 
@@ -30,6 +28,7 @@ CHANGED = "changed"
 _TRAINING = operator.attrgetter("training")
 # How often digests are computed for one fingerprint, where the weights change meanwhile.
 _TRIES = 3
+_REMEDY = "take that back on the server, or serve the model anew"
 
 
 class Edition:
@@ -152,21 +151,12 @@ class Editions:
         """Return in a sentence what has changed since the model was traced, besides weights; None if nothing has."""
         graph = self._graph
         if not self._premises.hold():
-            broken = self._premises.broken()
+            broken = self._premises.broken(_REMEDY)
             if broken is not None:
-                return f"{_finding(broken)}. Take that back on the server, or serve the model anew"
+                return broken
             # Other objects of the same meaning, or attributes that compute nothing: from now on those are compared.
             self._premises = Premises(graph.model)
-        for name, digest in graph.decided_by.items():
-            if tensor_digest(operator.attrgetter(name)(graph.model)) != digest:
-                return (
-                    f"{short(name)} has other elements, and they decide which path the model takes. Take that back on "
-                    "the server, or serve the model anew"
-                )
-        return None
-
-
-def _finding(text: str) -> str:
-    """Return the sentence of ``Premises`` without what it advises to do on a device."""
-    clauses = re.split(r"(?<=[.;:]) ", text)
-    return " ".join(clause for clause in clauses if "SplitModule" not in clause).rstrip(".;: ")
+        name = graph.decides_anew()
+        if name is None:
+            return None
+        return f"{short(name)} has other elements, and they decide which path the model takes; {_REMEDY}"

@@ -218,6 +218,16 @@ class LayerGraph:
             self.check_values(tensors)
         return tensors
 
+    def decides_anew(self) -> str | None:
+        """Return the name of a tensor of ``decided_by`` that has changed or is gone; None if there is none."""
+        for name, digest in self.decided_by.items():
+            try:
+                if tensor_digest(operator.attrgetter(name)(self.model)) != digest:
+                    return name
+            except AttributeError:
+                return name
+        return None
+
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
         """Check that the model would follow the traced path for input tensors of these sizes and dtypes.
 
