@@ -7,30 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from classifier import EXAMPLE, net, right, split_of, truth
+from classifier import EXAMPLE, Frozen, right, split_of, top, truth
 from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.serve import Server
 
 INPUTS = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-
-
-class Own(nn.Module):
-    """The model itself without gradients: what a split is compared with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = net()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return truth(x, self.model)
-
-
-def top() -> nn.Linear:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return nn.Linear(5, 2)
 
 
 @pytest.fixture
@@ -42,7 +25,7 @@ def split(server: Server) -> Iterator[ts.SplitModule]:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_module_with_a_split_inside_is_compiled_around_it(split: ts.SplitModule, backend: str) -> None:
-    own, ours = nn.Sequential(Own(), top(), nn.ReLU()).eval(), nn.Sequential(split, top(), nn.ReLU()).eval()
+    own, ours = nn.Sequential(Frozen(), top(), nn.ReLU()).eval(), nn.Sequential(split, top(), nn.ReLU()).eval()
     ours.compile(backend=backend)
     for x in (INPUTS[:1], INPUTS[:2], INPUTS[:5], INPUTS):
         assert torch.equal(ours(x), own(x))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classifier import EXAMPLE, degraded, net, remote, right, split_of, truth, until
+from classifier import EXAMPLE, Frozen, degraded, remote, right, split_of, top, truth, until
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -21,27 +21,6 @@ from torchsurgeon.serve import Server
 INPUTS = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 LABELS = torch.arange(12) % 2
 BATCHES = DataLoader(TensorDataset(INPUTS, LABELS), batch_size=4)
-
-
-class Frozen(nn.Module):
-    """The model itself as a frozen part of another: what a split is compared with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = net()
-
-    def train(self, mode: bool = True) -> Frozen:
-        return super().train(False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return truth(x, self.model)
-
-
-def top() -> nn.Linear:
-    """The layer behind the frozen part, which is trained."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return nn.Linear(5, 2)
 
 
 @pytest.fixture

@@ -101,3 +101,24 @@ def profile(layer_s: float, layer_j: float | None = None) -> ts.LayerProfile:
     }  # fmt: skip
     times = {"samples_s": [[layer_s] * LAYERS] * 2, "whole_s": [layer_s * LAYERS] * 2}
     return ts.LayerProfile.from_json(measured | times | {"energy": energy})
+
+
+class Frozen(nn.Module):
+    """The model itself as a frozen part of another: what a split is compared with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = net()
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return truth(x, self.model)
+
+
+def top() -> nn.Linear:
+    """The layer behind the frozen part, which is trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Linear(5, 2)
