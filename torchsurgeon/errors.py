@@ -34,7 +34,7 @@
     ├── UnrepeatableWarning        the model draws random numbers, so its answers differ from run to run
     ├── NoisyProfileWarning        the measured times spread or drift too much to be relied on
     ├── ThrottledWarning           the device became slower while it was calibrated
-    ├── PredictionWarning          a layer's time is a bound, because no model was fitted for its type
+    ├── PredictionWarning          layers are unlike those of the calibration, so their times may be off
     ├── MismatchWarning            a server holds another model, so its answers are not used
     ├── ChangedModelWarning        the model is no longer as it was traced, so it answers as a whole on the device
     └── UnknownEnergyWarning       energy was to be saved but is unknown, so latency is saved instead
@@ -260,7 +260,7 @@ class ThrottledWarning(UserWarning):
 
 
 class PredictionWarning(UserWarning):
-    """No model was fitted for a layer's type, so its time is a bound from the device's roofline or a related type."""
+    """Layers are unlike those that the device was calibrated with, so their predicted times may be off by a factor."""
 
 
 class MismatchWarning(UserWarning):

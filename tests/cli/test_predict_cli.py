@@ -59,7 +59,7 @@ def test_calibrate_measures_this_machine_and_prints_what_its_models_are_worth(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "device.json"
-    assert cli.main(["calibrate", "--budget", "6", "--threads", "1", "--seed", "5", "--out", str(out)]) == 0
+    assert cli.main(["calibrate", "--budget", "12", "--threads", "1", "--seed", "5", "--out", str(out)]) == 0
     told = capsys.readouterr()
     assert "median error" in told.out
     predictor = ts.Predictor.load(out)
@@ -91,7 +91,7 @@ def test_predict_prints_every_layer_with_its_interval(device: Path, capsys: pyte
     assert "90 %" in told.out
     assert "whole model" in told.out
     assert told.out.count("roofline") >= 3
-    assert "warning: no model was fitted for linear" in told.err
+    assert "no model was fitted for linear" in told.err
 
 
 def test_predict_writes_a_profile_that_plan_reads(device: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def drawn(kind: str, rng: random.Random) -> Operation:
         side, kernel = log(4, 56), rng.choice((1, 3))
         return Operation(kind, "2d", (1, 16 * log(1, 16), 16 * log(1, 16), 1, side**2, side**2, kernel**2, 1, 1))
     if kind == "linear":
-        return Operation(kind, "linear", (log(1, 64), log(16, 2048), log(16, 2048)))
+        return Operation(kind, "linear", (log(1, 64), log(16, 32768), log(8, 2048)))
     if kind == "view":
         return Operation(kind, "view", ())
     return Operation("activation", rng.choice(("relu", "relu in place", "gelu")), (log(100, 1_000_000),))
@@ -165,7 +165,7 @@ def test_a_layer_nobody_describes_is_bounded_and_named(predictor: ts.Predictor) 
 
 def test_a_variant_without_samples_takes_its_nearest(predictor: ts.Predictor) -> None:
     graph = ts.trace(nn.Sequential(nn.Mish(), nn.GELU("tanh")).eval(), torch.rand(1, 1000))
-    with pytest.warns(ts.PredictionWarning, match="'mish': predicted as 'relu'"):
+    with pytest.warns(ts.PredictionWarning, match="'mish': predicted as 'relu'|'gelu tanh': predicted as 'gelu'"):
         profile = predictor.predict(graph)
     assert (profile.layer_s > 0).all()
 
@@ -209,13 +209,15 @@ def test_a_prediction_is_positive_and_finite_anywhere(
     assert model is not None
     table = SampleTable.of("activation", [Sample(Operation("activation", variant, (elements,), item_bytes), 1.0)])
     assert 0 < model.predict(table)[0] < 10
-    assert 0 <= model.stretch(table)[0] < 40
+    assert 0 <= model.sampled.outside(table)[0] < 40
 
 
 def test_far_outside_its_samples_a_prediction_is_less_certain(predictor: ts.Predictor) -> None:
     def width(side: int) -> float:
         graph = ts.trace(nn.Sequential(nn.ReLU()).eval(), torch.zeros(1).expand(1, side))
-        interval_s = predictor.predict(graph).interval_s
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            interval_s = predictor.predict(graph).interval_s
         assert interval_s is not None
         return float(interval_s[0, 1] / interval_s[0, 0])
 
@@ -228,6 +230,137 @@ def test_a_correction_scales_the_sum_of_layers(predictor: ts.Predictor, graph: t
     plain, scaled = predictor.predict(graph), corrected.predict(graph)
     assert scaled.total_s == pytest.approx(0.8 * plain.layer_s.sum())
     assert scaled.whole_interval_s == pytest.approx((0.9 * scaled.total_s, 1.2 * scaled.total_s))
+
+
+NETWORKS = BlockCorrection(low=0.9, high=1.2)
+
+
+def with_networks(predictor: ts.Predictor) -> ts.Predictor:
+    """The predictor after enough networks were timed, too."""
+    return ts.Predictor(predictor.provenance, predictor.samples, predictor.fitted, predictor.roofline, NETWORKS)
+
+
+def warned(predictor: ts.Predictor, *layers: nn.Module, shape: tuple[int, ...]) -> ts.LayerProfile:
+    graph = ts.trace(nn.Sequential(*layers).eval(), torch.zeros(shape))
+    with pytest.warns(ts.PredictionWarning):
+        return predictor.predict(graph)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.ReLU()],
+        [nn.Conv2d(16, 32, 9, padding=4)],
+        [nn.Conv2d(16, 32, 9, padding=4), nn.ReLU()],
+        [nn.Conv2d(16, 16, 9, padding=4), nn.GELU(), nn.Conv2d(16, 16, 11, padding=5), nn.Mish()],
+    ],
+)
+def test_a_whole_model_is_at_least_as_uncertain_as_each_of_its_layers(
+    predictor: ts.Predictor, layers: list[nn.Module]
+) -> None:
+    graph = ts.trace(nn.Sequential(*layers).eval(), torch.rand(1, 16, 32, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        profile = with_networks(predictor).predict(graph)
+    assert profile.interval_s is not None
+    assert profile.whole_interval_s is not None
+    low_s, high_s = profile.whole_interval_s
+    below_s, above_s = profile.layer_s - profile.interval_s[:, 0], profile.interval_s[:, 1] - profile.layer_s
+    # What falls below zero cannot be counted in full.
+    assert profile.total_s - low_s >= min(below_s.max(), 0.95 * profile.total_s) * 0.999
+    assert high_s - profile.total_s >= above_s.max() * 0.999
+
+
+def test_layers_unlike_the_samples_are_off_together(predictor: ts.Predictor) -> None:
+    def more(count: int) -> float:
+        profile = warned(
+            with_networks(predictor), *(nn.Conv2d(16, 16, 31 - 2 * i, padding="same") for i in range(count)),
+            shape=(1, 16, 32, 32),
+        )  # fmt: skip
+        assert profile.whole_interval_s is not None
+        return profile.whole_interval_s[1] / profile.total_s
+
+    # Errors of four independent layers would make the interval half as wide.
+    assert more(4) > 0.75 * more(1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "why"),
+    [
+        (nn.Conv2d(16, 32, 15, padding=7), (1, 16, 32, 32), "225 kernel, where samples have 1 to 9"),
+        (nn.Conv2d(2048, 16, 1), (1, 2048, 8, 8), "2,048 in channels"),
+        (nn.Conv2d(16, 32, 3), (64, 16, 32, 32), "64 batch"),
+        (nn.Linear(100_000, 16), (1, 100_000), "100,000 in features"),
+        (nn.Conv1d(16, 32, 3), (1, 16, 1000), "no samples of convolution '1d'"),
+        (nn.Conv3d(16, 32, 3), (1, 16, 8, 8, 8), "no samples of convolution '3d'"),
+        (nn.Linear(512, 512).bfloat16(), (64, 512), "elements of 2 bytes"),
+        (nn.Sigmoid(), (1, 100_000), "no samples of activation 'sigmoid'"),
+    ],
+)
+def test_a_layer_unlike_the_samples_is_named_with_the_reason(
+    predictor: ts.Predictor, layer: nn.Module, shape: tuple[int, ...], why: str
+) -> None:
+    dtype = next((tensor.dtype for tensor in layer.parameters()), torch.float32)
+    graph = ts.trace(nn.Sequential(layer).eval(), torch.zeros(shape, dtype=dtype))
+    with pytest.warns(ts.PredictionWarning, match=f"{graph.layers[0].name}: .*{why}"):
+        profile = predictor.predict(graph)
+    assert why in profile.warned[graph.layers[0].name]
+
+
+def test_a_combination_of_sizes_that_no_sample_comes_near_is_named() -> None:
+    rng = random.Random(0)
+
+    def along(one: int, other: int) -> Sample:
+        operation = Operation("linear", "linear", (1, one, other))
+        return Sample(operation, truth_s(operation) * rng.uniform(0.95, 1.05), group=rng.randrange(1000))
+
+    # Wide in one dimension or in the other, and never in both.
+    found = [along(round(16 * 512 ** rng.random()), 16) for _ in range(100)]
+    found += [along(16, round(16 * 512 ** rng.random())) for _ in range(100)]
+    predictor = ts.Predictor.fit(found, FACTS)
+    graph = ts.trace(nn.Linear(4096, 4096).eval(), torch.rand(1, 4096))
+    with pytest.warns(ts.PredictionWarning, match="linear has"):
+        predictor.predict(graph)
+
+
+def test_a_variant_with_few_samples_counts_as_one_without() -> None:
+    few = [Sample(Operation("activation", "tanh", (100_000,)), 1e-4, group=1)] * 3
+    predictor = ts.Predictor.fit([*samples(), *few], FACTS)
+    profile = warned(predictor, nn.Tanh(), shape=(1, 100_000))
+    assert "there are 3 samples of activation 'tanh'" in next(iter(profile.warned.values()))
+
+
+def test_layers_that_take_next_to_nothing_are_not_named(predictor: ts.Predictor) -> None:
+    graph = ts.trace(nn.Sequential(nn.Linear(2048, 2048), nn.Linear(2048, 8), nn.Tanh()).eval(), torch.rand(8, 2048))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert predictor.predict(graph).warned == {}
+
+
+def test_a_plan_says_which_layers_are_known_badly_and_where_they_run(predictor: ts.Predictor) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 15, padding=7), nn.ReLU(), nn.Conv2d(16, 16, 1)).eval()
+    graph = ts.trace(model, torch.rand(1, 16, 64, 64))
+    with pytest.warns(ts.PredictionWarning):
+        predicted = predictor.predict(graph)
+    name = graph.layers[0].name
+    here = ts.plan(graph, device=predicted, server=predicted, link="3g")
+    assert here.row.on_device
+    assert f"on the device the time of a layer may be off by a factor: {name}" in here.explain()
+    there = ts.plan(graph, device=predicted.scaled(1e6), server=predicted, link="wifi")
+    assert there.row.index == 0
+    assert f"on the server the time of a layer may be off by a factor: {name}" in there.explain()
+    assert here.interval_s is not None
+    assert predicted.whole_interval_s is not None
+    assert here.interval_s[0] <= predicted.whole_interval_s[0]
+    assert here.interval_s[1] >= predicted.whole_interval_s[1]
+
+
+def test_what_was_warned_of_is_kept_with_the_profile(predictor: ts.Predictor, tmp_path: Path) -> None:
+    profile = warned(predictor, nn.Conv2d(16, 32, 15), shape=(1, 16, 32, 32))
+    profile.save(tmp_path / "profile.json")
+    again = ts.LayerProfile.load(tmp_path / "profile.json")
+    assert again.warned == profile.warned
+    assert again.scaled(2.0).warned == profile.warned
 
 
 def test_a_whole_model_without_a_correction_is_as_uncertain_as_its_layers(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paths import ROOT
 
+from benchmarks import unlike_samples
 from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
 
@@ -19,6 +20,14 @@ def test_what_a_gpu_has_shown_is_what_its_files_hold() -> None:
 def test_the_table_of_models_is_what_its_file_holds() -> None:
     results = ROOT / "benchmarks" / "results" / "coverage.json"
     assert (ROOT / "docs" / "coverage.md").read_text() == coverage_page(json.loads(results.read_text()))
+
+
+def test_layers_unlike_the_samples_are_those_of_their_file_and_none_is_wrong_in_silence() -> None:
+    results = json.loads(unlike_samples.OUT.read_text())["results"]
+    shown = unlike_samples.PAGE.read_text().partition(unlike_samples.BEGIN)[2].partition(unlike_samples.END)[0]
+    assert shown == f"\n\n{unlike_samples.table(results)}\n\n"
+    assert len(results) >= 40
+    assert [name for name, row in results.items() if not (row["inside"] or row["warned"])] == []
 
 
 def test_a_kept_run_has_no_serial_number_and_every_outcome(tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def shown(thing: object, width: int) -> list[str]:
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
+@pytest.mark.filterwarnings("ignore::torchsurgeon.PredictionWarning")
 @pytest.mark.parametrize("name", TABLES)
 def test_at_any_width_a_row_is_a_line_and_headers_are_whole(name: str) -> None:
     make, counts = TABLES[name]

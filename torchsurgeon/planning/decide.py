@@ -161,6 +161,7 @@ def plan(
         prices=prices,
         crossovers=crossovers(frontier, link, load, slowdown, wanted, limits),
         interval_s=_interval(terms, device, server, load, slowdown),
+        warned=_warned(graph, terms, device, server),
         fresh_s=0.0 if terms.row.on_device else _fresh_s(link, terms.row.size_bytes, frontier.answer_bytes),
         frontier=frontier,
         rows=tuple(row for row in rows if limits.keeps(row)),
@@ -319,19 +320,32 @@ class _Chooser:
 def _interval(
     terms: Terms, device: LayerProfile, server: LayerProfile, load: float, slowdown: float
 ) -> tuple[float, float] | None:
-    """Return the latency with every layer at the low and at the high end of its interval; None without intervals."""
-    if device.interval_s is None or server.interval_s is None:
-        return None
+    """Return the interval of the latency that follows from those of head and tail; None without intervals."""
     on_device = np.zeros(len(device.layers), dtype=bool)
     on_device[list(terms.row.layers) if terms.row.layers is not None else slice(terms.row.index)] = True
-    ends = []
-    for end in (0, 1):
-        head_s, tail_s = float(device.interval_s[on_device, end].sum()), float(server.interval_s[~on_device, end].sum())
-        if terms.row.on_device:
-            ends.append(slowdown * head_s)
-        else:
-            ends.append(terms.latency_s - terms.head_s - terms.tail_s + slowdown * head_s + load * tail_s)
-    return ends[0], ends[1]
+    head, tail = device.interval_of(on_device), server.interval_of(~on_device)
+    if head is None or tail is None:
+        return None
+    if terms.row.on_device:
+        return slowdown * head[0], slowdown * head[1]
+    others_s = terms.latency_s - terms.head_s - terms.tail_s
+    return others_s + slowdown * head[0] + load * tail[0], others_s + slowdown * head[1] + load * tail[1]
+
+
+def _warned(graph: LayerGraph, terms: Terms, device: LayerProfile, server: LayerProfile) -> tuple[str, ...]:
+    """Return a sentence for device and server where layers that would run there are predicted badly."""
+    chosen = terms.row.layers if terms.row.layers is not None else range(terms.row.index)
+    head = {graph.layers[index].name for index in chosen}
+    sentences = []
+    for where, warned in (
+        ("device", {name: why for name, why in device.warned.items() if name in head}),
+        ("server", {name: why for name, why in server.warned.items() if name not in head}),
+    ):
+        if warned:
+            first, why = next(iter(warned.items()))
+            count = f"{len(warned)} layers" if len(warned) > 1 else "a layer"
+            sentences.append(f"on the {where} the time of {count} may be off by a factor: {first} ({why})")
+    return tuple(sentences)
 
 
 def _fresh_s(link: Link, up_bytes: float, down_bytes: float) -> float:

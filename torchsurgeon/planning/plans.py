@@ -50,6 +50,7 @@ class Plan:
         prices: for each constraint, the objective's value without it.
         crossovers: the uplink rates and loads at which the choice changes, all else equal.
         interval_s: the latency's interval that follows from both predictions' intervals; None without these.
+        warned: what is known badly of the times of the layers on device and server, a sentence each.
         fresh_s: how many seconds more a request takes on a new connection.
         frontier: the rows that keep the constraints on memory, layers and inputs, and can win.
         rows: all rows that keep them.
@@ -69,6 +70,7 @@ class Plan:
     prices: Mapping[str, float]
     crossovers: tuple[Crossover, ...]
     interval_s: tuple[float, float] | None
+    warned: tuple[str, ...]
     fresh_s: float
     frontier: Frontier
     rows: tuple[Row, ...]
@@ -139,6 +141,7 @@ def remarks(plan: Plan) -> list[str]:
     if plan.interval_s is not None:
         low_s, high_s = plan.interval_s
         lines.append(f"latency between {low_s * 1e3:.2f} and {high_s * 1e3:.2f} ms by the predictions' intervals")
+    lines += plan.warned
     if plan.fresh_s:
         lines.append(f"a request on a fresh connection takes {plan.fresh_s * 1e3:.1f} ms more")
     for name, value in plan.prices.items():

@@ -215,7 +215,8 @@ class ChannelsLastBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         """Return the block\'s output for a tensor."""
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        return x + self.down(self.activation(self.up(y))).permute(0, 3, 1, 2) * self.scale
+        # The branch comes first, as in ConvNeXt: the sum then has the branch's order in memory, with channels last.
+        return self.down(self.activation(self.up(y))).permute(0, 3, 1, 2) * self.scale + x
 
 
 class Recurrent(nn.Module):

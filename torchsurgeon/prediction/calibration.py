@@ -32,7 +32,7 @@ from torchsurgeon.prediction.predictor import FORMAT, BlockCorrection, Predictor
 from torchsurgeon.prediction.pulse import Pulse
 from torchsurgeon.prediction.regression import HeldOut, out_of_fold
 from torchsurgeon.prediction.samples import FEWEST_SAMPLES, Sample, SampleTable, tables
-from torchsurgeon.prediction.sweep import Candidate, candidates, sweep_kinds
+from torchsurgeon.prediction.sweep import RARE_KINDS, Candidate, candidates, sweep_kinds
 from torchsurgeon.profiling.joules import layer_energy
 from torchsurgeon.profiling.measure import ModelRun
 from torchsurgeon.profiling.origin import find_device, provenance
@@ -238,11 +238,14 @@ class _Calibration:
                 part = table.take(np.random.default_rng(0).permutation(len(table))[:1000])
                 held_out = HeldOut.of(part.seconds, out_of_fold(part, part.seconds, "log-linear"))
                 self._errors[kind] = held_out.median / math.sqrt(len(table))
+                for name, (of, chosen) in RARE_KINDS.items():
+                    if of == kind:
+                        self._errors[name] = held_out.median / math.sqrt(max(int(chosen(table).sum()), 1))
 
     def _worst(self) -> str:
         """Return a kind to sample next, drawn in proportion to how much more samples should lower its error."""
         kinds = list(self._candidates)
-        weights = [self._errors.get(_KIND_OF.get(kind, kind), 0.05) for kind in kinds]
+        weights = [self._errors.get(kind, 0.05) for kind in kinds]
         return self._rng.choices(kinds, weights)[0]
 
     def save(self, energy: _Energy) -> None:
@@ -307,9 +310,6 @@ class _Calibration:
                     f"{out} holds a calibration with {name} {short(facts.get(name), 100)}, and this machine's is "
                     f"{short(self._facts[name], 100)}; give another file, or delete it"
                 )
-
-
-_KIND_OF = {"convolution of other dimensions": "convolution"}
 
 
 class _SeparateLayers(nn.Module):

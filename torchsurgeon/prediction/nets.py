@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -280,7 +281,7 @@ def _channels_last(rng: random.Random) -> Net:
     width, side = _width(rng, 32, 128, 32), rng.choice((128, 192, 224))
     parts: list[nn.Module] = [nn.Conv2d(3, width, 4, 4)]
     for _ in range(rng.randint(2, 3)):
-        parts += [ChannelsLastBlock(width, rng.choice((3, 5, 7))) for _ in range(rng.randint(1, 2))]
+        parts += [ChannelsLastBlock(width, rng.choice((3, 5, 7, 7, 13, 31))) for _ in range(rng.randint(1, 2))]
         parts.append(nn.Conv2d(width, 2 * width, 2, 2))
         width *= 2
     return Net(
@@ -299,7 +300,31 @@ def _recurrent(rng: random.Random) -> Net:
         nn.Linear(hidden * (2 if both else 1), _width(rng, 16, 4096)),
         nn.LogSoftmax(-1),
     )
-    return Net(model, torch.zeros(rng.choice((1, 1, 2)), rng.randint(4, 64), dtype=torch.long))
+    steps = round(4 * 128 ** rng.random())
+    return Net(model, torch.zeros(rng.choice((1, 1, 2, 8)), steps, dtype=torch.long))
+
+
+def _volumes(rng: random.Random) -> Net:
+    """Return a network for videos, volumes or sounds: convolutions over three dimensions, or over one."""
+    dims = rng.choice((3, 3, 1))
+    conv: Any = nn.Conv3d if dims == 3 else nn.Conv1d
+    norm = nn.BatchNorm3d if dims == 3 else nn.BatchNorm1d
+    activation = rng.choice(_ACTIVATIONS)
+    side = rng.choice((32, 48, 64))
+    size = (rng.choice((4, 8)), side, side) if dims == 3 else (rng.choice((1000, 4000, 8000)),)
+    channels = rng.choice((1, 3)) if dims == 3 else rng.choice((1, 40, 80))
+    parts: list[nn.Module] = []
+    out, example = _width(rng, 16, 48), torch.rand(1, channels, *size)
+    for _ in range(rng.randint(2, 4)):
+        for stride in (2, 1):
+            kernel = rng.choice((3, 3, (1, 3, 3), (3, 1, 1))) if dims == 3 else rng.choice((3, 5, 7, 10))
+            padding = tuple(k // 2 for k in kernel) if isinstance(kernel, tuple) else kernel // 2
+            strides = (1, stride, stride) if dims == 3 else stride
+            parts += [conv(channels, out, kernel, strides, padding, bias=False), norm(out), activation()]
+            channels = out
+        out = min(2 * out, 256)
+    parts += [nn.AdaptiveAvgPool3d(1) if dims == 3 else nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(channels, 400)]
+    return Net(nn.Sequential(*parts), example)
 
 
 def _hourglass(rng: random.Random) -> Net:
@@ -321,7 +346,7 @@ def _hourglass(rng: random.Random) -> Net:
 
 _FAMILIES: tuple[Callable[[random.Random], Net], ...] = (
     *(_convolutional,) * 10, *(_densely,) * 2, *(_vision_transformer,) * 2, *(_text_transformer,) * 2,
-    *(_window_transformer,) * 2, _channels_last, _recurrent, _hourglass,
+    *(_window_transformer,) * 2, *(_channels_last,) * 2, *(_recurrent,) * 2, _volumes, _hourglass,
 )  # fmt: skip
 
 

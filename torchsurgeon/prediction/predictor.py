@@ -15,6 +15,14 @@ from numpy.typing import NDArray
 from torchsurgeon import _json_file
 from torchsurgeon.errors import CalibrationError, PredictionWarning, short
 from torchsurgeon.prediction.damage import DAMAGE, damaged, numbers
+from torchsurgeon.prediction.doubts import (
+    Predicted,
+    as_known_variant,
+    by_layer,
+    judged,
+    whole_interval,
+    without_model,
+)
 from torchsurgeon.prediction.kinds import KINDS, Array, Operation
 from torchsurgeon.prediction.operations import operations
 from torchsurgeon.prediction.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
@@ -25,9 +33,6 @@ from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import Layer
 
 FORMAT = "torchsurgeon.predictor/1"
-
-# For each octave that an operation lies outside of the samples, its interval is widened by this factor.
-_PER_OCTAVE = 1.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,39 +198,45 @@ class Predictor:
             graph: the traced model.
 
         Warns:
-            PredictionWarning: types of layers have no model, while others do; the message names them.
+            PredictionWarning: layers are unlike the samples, so that their times may be off by a factor; the message
+                names them and says why, and so does ``warned`` of the profile.
         """
         found = operations(graph)
         layers = np.array([index for index, operations_of in enumerate(found) for _ in operations_of], dtype=np.int64)
         flat = [operation for operations_of in found for operation in operations_of]
         moved = [moved_bytes(layer) for layer in graph.layers]
         before = [moved[index - 1] if index else 0 for index in layers.tolist()]
-        doubts: dict[str, None] = {}
-        value, low, high = self._predicted(flat, before, "seconds", doubts)
-        seconds, low_s, high_s = (_summed(part, layers, len(found)) for part in (value, low, high))
+        names = tuple(layer.name for layer in graph.layers)
+        predicted = self._predicted(flat, before, "seconds")
+        seconds, low_s, high_s = (
+            _summed(part, layers, len(found)) for part in (predicted.value, predicted.low, predicted.high)
+        )
         # A layer that computes nothing still takes the time of a call.
         seconds = np.maximum(seconds, self.roofline.overhead_s / 10)
         low_s, high_s = np.minimum(low_s, seconds), np.maximum(high_s, seconds)
-        for what in doubts:
-            warnings.warn(what, PredictionWarning, stacklevel=2)
         sum_s = float(seconds.sum())
         whole_s = sum_s * self.block.factor(sum_s, len(found))
-        whole_low_s, whole_high_s = self.block.low * whole_s, self.block.high * whole_s
-        if not self.block.is_fitted:
+        if self.block.is_fitted and flat:
+            whole_interval_s = whole_interval(flat, predicted, whole_s, self.block.low, self.block.high)
+        else:
             # How much layers' errors cancel is unknown, so the interval is that of all layers being off the same way.
-            whole_low_s, whole_high_s = float(low_s.sum()), float(high_s.sum())
+            whole_interval_s = float(low_s.sum()), float(high_s.sum())
+        warned, sentences = ({}, []) if self.is_bound else by_layer(names, layers.tolist(), predicted, whole_s)
+        for sentence in sentences:
+            warnings.warn(sentence, PredictionWarning, stacklevel=2)
         return LayerProfile(
             type(graph.model).__name__,
             graph.fingerprint,
             graph.batch,
-            tuple(layer.name for layer in graph.layers),
+            names,
             seconds[None, :],
             np.array([whole_s]),
             {**self.provenance, "predicted": True},
             _live_bytes(graph),
             self._energy(flat, before, layers, len(found), whole_s / sum_s),
             None if self.is_bound else np.stack([low_s, high_s], axis=1),
-            None if self.is_bound else (whole_low_s, whole_high_s),
+            None if self.is_bound else whole_interval_s,
+            warned,
         )
 
     @property
@@ -261,25 +272,25 @@ class Predictor:
     ) -> LayerEnergy | None:
         if not any(known.energy_form for known in self.fitted.values()):
             return None
-        value, low, high = self._predicted(flat, before, "joules", {})
-        layer_j, low_j, high_j = (_summed(part, layers, count) for part in (value, low, high))
+        predicted = self._predicted(flat, before, "joules")
+        layer_j, low_j, high_j = (
+            _summed(part, layers, count) for part in (predicted.value, predicted.low, predicted.high)
+        )
         whole_j = tuple(float(part.sum() * scale) for part in (layer_j, low_j, high_j))
         meter, idle_w = self.provenance.get("meter", "unknown"), self.provenance.get("idle_power_w", 0.0)
         intervals = np.stack([low_j, high_j], axis=1)
         return LayerEnergy(f"predicted from {meter}", idle_w, layer_j, intervals, (whole_j[0], whole_j[1], whole_j[2]))
 
-    def _predicted(
-        self, flat: list[Operation], before: list[int], what: str, doubts: dict[str, None]
-    ) -> tuple[Array, Array, Array]:
-        """Return the prediction and both ends of the interval of each operation, all of shape (operations,).
+    def _predicted(self, flat: list[Operation], before: list[int], what: str) -> Predicted:
+        """Return the predictions of operations.
 
         Args:
             flat: the operations.
             before: bytes that the layer before each read and wrote.
             what: "seconds" or "joules".
-            doubts: gets a sentence for each kind without a model and each variant without samples, in order.
         """
         result = np.zeros((3, len(flat)))
+        doubts = [""] * len(flat)
         rows_of: dict[str, list[int]] = {}
         for row, operation in enumerate(flat):
             rows_of.setdefault(operation.kind, []).append(row)
@@ -288,18 +299,19 @@ class Predictor:
             chosen = [flat[row] for row in rows]
             if model is None:
                 result[:, rows] = self._bounded(kind, chosen, what)
-                if not self.is_bound and what == "seconds":
-                    names = sorted({operation.variant for operation in chosen})
-                    doubts[_without_model(kind, names)] = None
-                continue
-            errors = model.held_out
-            placed = [_as_known_variant(operation, model.variants, doubts) for operation in chosen]
-            table = SampleTable.of(
-                kind, [Sample(op, 1.0, before_bytes=before[row]) for op, row in zip(placed, rows, strict=True)]
-            )
-            value, wider = model.predict(table), _PER_OCTAVE ** model.stretch(table)
-            result[:, rows] = value, value * errors.low / wider, value * errors.high * wider
-        return result[0], result[1], result[2]
+                why = [without_model(operation) for operation in chosen]
+            else:
+                errors = model.held_out
+                placed = [as_known_variant(operation, model.variants) for operation in chosen]
+                table = SampleTable.of(
+                    kind, [Sample(op, 1.0, before_bytes=before[row]) for op, row in zip(placed, rows, strict=True)]
+                )
+                octaves, why = judged(chosen, placed, model.sampled)
+                value, wider = model.predict(table), 2.0**octaves
+                result[:, rows] = value, value * min(errors.low, 1.0) / wider, value * max(errors.high, 1.0) * wider
+            for row, doubt in zip(rows, why, strict=True):
+                doubts[row] = doubt
+        return Predicted(result[0], result[1], result[2], doubts)
 
     def _bounded(self, kind: str, chosen: list[Operation], what: str) -> Array:
         """Return the roofline's prediction of operations of one kind, and both ends of its interval."""
@@ -406,29 +418,6 @@ class Predictor:
 def _summed(values: Array, layers: NDArray[np.int64], count: int) -> Array:
     """Return the sum of the operations' values in each layer, shape (layers,)."""
     return np.bincount(layers, values, count).astype(np.float64)
-
-
-def _without_model(kind: str, names: list[str]) -> str:
-    """Return the sentence that warns of a kind without a model."""
-    listed = ", ".join(names[:5])
-    what = f"{kind} ({listed})" if kind in KINDS else listed
-    return (
-        f"no model was fitted for {what}: predicted by the device's roofline, which may be off by a factor; "
-        "calibrate with more time, or import samples of it"
-    )
-
-
-def _as_known_variant(operation: Operation, known: frozenset[str], doubts: dict[str, None]) -> Operation:
-    """Return the operation as the variant that has samples and whose name shares most words with its own."""
-    if operation.variant in known:
-        return operation
-    words = set(operation.variant.split())
-    nearest = max(sorted(known), key=lambda name: (len(words & set(name.split())), -len(name)))
-    if not words & set(nearest.split()):
-        usual = KINDS[operation.kind].usual
-        nearest = usual if usual in known else nearest
-        doubts[f"no samples of {operation.kind} {operation.variant!r}: predicted as {nearest!r}"] = None
-    return dataclasses.replace(operation, variant=nearest)
 
 
 def moved_bytes(layer: Layer) -> int:

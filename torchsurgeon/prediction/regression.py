@@ -11,19 +11,22 @@ scikit-learn and scipy are imported where they are used, so that whoever only ru
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from torchsurgeon.prediction.kinds import Array, features
+from torchsurgeon.prediction.sampled import SampledRange
 from torchsurgeon.prediction.samples import SampleTable
 
 _FOLDS = 5
 # The quantiles between which 90 % of errors lie.
 _INTERVAL = (0.05, 0.95)
-# The most by which predictions are corrected to have the sum of the measured values.
-_MOST_SMEARING = 2.0
+# The most by which predictions are corrected to have the sum of the measured values, and the share of samples that are
+# predicted worst: a single long one among them would decide the sum.
+_MOST_SMEARING, _OUTLIERS = 2.0, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class HeldOut:
             predicted: the predictions, shape (samples,).
             smeared: whether the predictions are multiplied to have the sum of the measured values.
         """
-        ratio = float(np.clip(truth.sum() / predicted.sum(), 1 / _MOST_SMEARING, _MOST_SMEARING)) if smeared else 1.0
+        ratio = _sum_ratio(truth, predicted) if smeared else 1.0
         predicted = predicted * ratio
         errors, ratios = np.abs(predicted / truth - 1), truth / predicted
         low, high = np.quantile(ratios, _INTERVAL)
@@ -73,6 +76,12 @@ class HeldOut:
             float(high),
             ratio,
         )
+
+
+def _sum_ratio(truth: Array, predicted: Array) -> float:
+    errors = np.abs(np.log(truth / predicted))
+    usual = errors <= np.quantile(errors, 1 - _OUTLIERS)
+    return float(np.clip(truth[usual].sum() / predicted[usual].sum(), 1 / _MOST_SMEARING, _MOST_SMEARING))
 
 
 class KindModel:
@@ -95,6 +104,11 @@ class KindModel:
         """The variants of the kind that have samples."""
         return frozenset(self._fitted.variants)
 
+    @property
+    def sampled(self) -> SampledRange:
+        """The operations that the samples cover."""
+        return self._fitted.sampled
+
     def predict(self, table: SampleTable) -> Array:
         """Return a prediction for each operation, shape (operations,).
 
@@ -102,14 +116,6 @@ class KindModel:
             table: the operations; their seconds and joules are not read.
         """
         return self._fitted.predict(table) * self.held_out.sum_ratio
-
-    def stretch(self, table: SampleTable) -> Array:
-        """Return by how many octaves each operation lies outside of the samples, shape (operations,); 0 inside.
-
-        Args:
-            table: the operations; their seconds and joules are not read.
-        """
-        return np.asarray(self._fitted.outside(table) / np.log(2))
 
 
 def fit_kind(table: SampleTable, values: Array) -> KindModel:
@@ -170,7 +176,7 @@ class _Fitted:
     """A base and a learned factor on it; each subclass learns the factor in its own way."""
 
     def __init__(self, table: SampleTable, values: Array) -> None:
-        self.kind = table.kind
+        self.kind, self._table = table.kind, table
         self.variants = sorted(set(table.variants.tolist()))
         self._base = _fit_base(table, values)
         own = features(self.kind, table.sizes, table.item_bytes, table.before_bytes)
@@ -182,10 +188,9 @@ class _Fitted:
         own = features(self.kind, table.sizes, table.item_bytes, table.before_bytes)
         return np.asarray(self._base_of(table) * np.exp(self._factor(self._inputs(table, own))))
 
-    def outside(self, table: SampleTable) -> Array:
-        own = features(self.kind, table.sizes, table.item_bytes, table.before_bytes)[:, :-1]
-        over = np.maximum(own - self._high[:-1], 0) + np.maximum(self._low[:-1] - own, 0)
-        return np.asarray(over.max(axis=1))
+    @functools.cached_property
+    def sampled(self) -> SampledRange:
+        return SampledRange(self._table)
 
     def _inputs(self, table: SampleTable, own: Array) -> Array:
         inside = (np.clip(own, self._low, self._high) - self._mean) / self._scale
@@ -210,7 +215,12 @@ def _fit_base(table: SampleTable, values: Array) -> Array:
     terms = np.stack([np.ones(len(values)), flops, moved * table.item_bytes], axis=1) / values[:, None]
     scale = np.maximum(terms.max(axis=0), 1e-300)
     found: Array = nnls(terms / scale, np.ones(len(values)))[0] / scale
-    return found if found.any() else np.array([float(np.median(values)), 0.0, 0.0])
+    if found[1:].any() or not (flops.any() or moved.any()):
+        return found if found.any() else np.array([float(np.median(values)), 0.0, 0.0])
+    # Samples of alike sizes and unlike times would make a base that does not grow with the work at all.
+    work = 1 if flops.any() else 2
+    rate = float(np.median(1.0 / terms[terms[:, work] > 0, work]))
+    return np.array([0.0, rate, 0.0] if work == 1 else [0.0, 0.0, rate])
 
 
 class _ConstantFactor(_Fitted):

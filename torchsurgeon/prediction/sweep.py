@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
+
+from torchsurgeon.prediction.samples import SampleTable
 
 _MOST_FLOPS, _MOST_ELEMENTS, _MOST_WEIGHTS = 4e9, 4_000_000, 110_000_000
 _SIDES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 224)
@@ -107,7 +112,7 @@ def sweep_kinds() -> tuple[str, ...]:
     return tuple(_DRAWS)
 
 
-_DIMENSIONS = 14
+_DIMENSIONS = 18
 
 
 def _image(draws: Draws, channels: int) -> tuple[int, int, int]:
@@ -128,13 +133,18 @@ def _convolution(draws: Draws, grouped: str = "") -> Candidate | None:
     channels = into or channels
     out = draws.log(8, 2048, 8)
     kernel = draws.pick(
-        ((1, 1), (3, 3), (5, 5), (7, 7), (11, 11), (1, 7), (7, 1), (1, 3), (3, 1), (2, 2), (4, 4), (16, 16)),
-        (30, 30, 6, 5, 2, 1.5, 1.5, 1.5, 1.5, 2, 2, 0.5),
-    )
+        (
+            (1, 1), (3, 3), (5, 5), (7, 7), (11, 11), (1, 7), (7, 1), (1, 3), (3, 1), (2, 2), (4, 4), (16, 16),
+            (15, 15), (31, 31),
+        ),
+        (30, 30, 6, 5, 2, 1.5, 1.5, 1.5, 1.5, 2, 2, 0.5, 1, 1),
+    )  # fmt: skip
     groups = 1
-    if grouped == "depthwise":
+    if grouped.startswith("depthwise"):
         channels = draws.log(8, 2048, 8)
-        kernel = draws.pick(((3, 3), (5, 5), (7, 7), (9, 9)), (6, 4, 2, 0.5))
+        kernel = draws.pick(((3, 3), (5, 5), (7, 7), (9, 9)), (6, 4, 2, 1))
+        if grouped == "depthwise, large":
+            kernel = draws.pick(((11, 11), (13, 13), (21, 21), (31, 31), (51, 51)), (2, 2, 2, 2, 1))
         groups, out = channels, channels
     elif grouped:
         groups = draws.pick((2, 3, 4, 8, 16, 32, 64))
@@ -150,7 +160,9 @@ def _convolution(draws: Draws, grouped: str = "") -> Candidate | None:
     outside = (-(-height // stride)) * (-(-width // stride))
     weights = out * channels // groups * kernel[0] * kernel[1]
     flops = 2.0 * batch * outside * weights
-    if flops > _MOST_FLOPS or weights > 20_000_000 or batch * out * outside > _MOST_ELEMENTS:
+    # PyTorch computes depthwise convolutions of large kernels at a hundredth of the speed of others.
+    most_flops = _MOST_FLOPS / 10 if kernel[0] > 9 else _MOST_FLOPS
+    if flops > most_flops or weights > 20_000_000 or batch * out * outside > _MOST_ELEMENTS:
         return None
     bias = draws.number() < 0.3
     return Candidate(
@@ -164,21 +176,29 @@ def _convolution(draws: Draws, grouped: str = "") -> Candidate | None:
 
 def _other_convolution(draws: Draws) -> Candidate | None:
     """Draw a convolution over one or three dimensions."""
-    dims = draws.pick((1, 3))
-    channels, out = draws.log(8, 512, 8), draws.log(8, 512, 8)
-    kernel, stride = draws.pick((1, 3, 5, 7)), draws.pick((1, 2), (3, 1))
+    dims = draws.pick((1, 3), (1, 2))
+    channels, out = draws.log(4, 512, 8), draws.log(8, 512, 8)
+    batch, depthwise, stride = draws.pick((1, 2, 8), (8, 1, 1)), draws.number() < 0.2, draws.pick((1, 2), (3, 1))
     if dims == 1:
-        size: tuple[int, ...] = (draws.log(16, 4096),)
+        size: tuple[int, ...] = (draws.log(16, 32768),)
+        kernel: tuple[int, ...] = (draws.pick((1, 3, 5, 7, 10, 31, 128), (2, 4, 2, 2, 1, 1, 1)),)
     else:
-        side = draws.pick((4, 7, 14, 28, 56))
-        size = (draws.pick((2, 4, 8, 16)), side, side)
-    elements = functools.reduce(lambda a, b: a * b, size)
-    flops = 2.0 * elements * channels * out * kernel**dims / stride**dims
-    if flops > _MOST_FLOPS or channels * elements > _MOST_ELEMENTS or out * elements > _MOST_ELEMENTS:
+        side = draws.pick((4, 7, 14, 28, 56, 112))
+        size = (draws.pick((2, 4, 8, 16, 32)), side, side)
+        kernel = draws.pick(((1, 1, 1), (3, 3, 3), (1, 3, 3), (3, 1, 1), (5, 5, 5)), (2, 5, 2, 2, 1))
+    groups = 1
+    if depthwise:
+        groups, out = channels, channels
+    elements, taps = math.prod(size), math.prod(kernel)
+    flops = 2.0 * batch * elements * channels * out / groups * taps / stride**dims
+    if flops > _MOST_FLOPS / 2 or batch * max(channels, out) * elements > _MOST_ELEMENTS:
         return None
-    layer = nn.Conv1d if dims == 1 else nn.Conv3d
+    layer: Any = nn.Conv1d if dims == 1 else nn.Conv3d
+    padding = tuple(side // 2 for side in kernel)
     return Candidate(
-        functools.partial(layer, channels, out, kernel, stride, kernel // 2), ((1, channels, *size),), flops
+        functools.partial(layer, channels, out, kernel, stride, padding, groups=groups),
+        ((batch, channels, *size),),
+        flops,
     )
 
 
@@ -186,22 +206,25 @@ def _transposed(draws: Draws) -> Candidate | None:
     channels, out = draws.log(8, 1024, 8), draws.log(8, 512, 8)
     batch, height, width = _image(draws, channels)
     kernel, stride = draws.pick(((2, 2), (3, 2), (4, 2), (3, 1), (4, 4)))
-    flops = 2.0 * batch * height * width * channels * out * kernel**2
-    if flops > _MOST_FLOPS or batch * out * height * width * stride**2 > _MOST_ELEMENTS:
+    dims = draws.pick((2, 1, 3), (4, 1, 1))
+    size = {1: (height * width,), 2: (height, width), 3: (4, height, width)}[dims]
+    elements = batch * math.prod(size)
+    flops = 2.0 * elements * channels * out * kernel**dims
+    if flops > _MOST_FLOPS or elements * max(channels, out * stride**dims) > _MOST_ELEMENTS:
         return None
-    return Candidate(
-        functools.partial(nn.ConvTranspose2d, channels, out, kernel, stride), ((batch, channels, height, width),), flops
-    )
+    layer = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dims]
+    return Candidate(functools.partial(layer, channels, out, kernel, stride), ((batch, channels, *size),), flops)
 
 
 def _linear(draws: Draws) -> Candidate | None:
     single = draws.number() < 0.4
-    rows = 1 if single else draws.log(2, 4096)
-    inner, out = draws.log(16, 32768 if single else 4096, 8), draws.log(10, 8192 if single else 4096, 8)
+    rows = 1 if single else draws.log(2, 65536)
+    inner, out = draws.log(16, 32768 if single else 4096, 8), draws.log(10, 32768 if single else 4096, 8)
     flops = 2.0 * rows * inner * out
-    if flops > _MOST_FLOPS or inner * out > _MOST_WEIGHTS or rows * max(inner, out) > _MOST_ELEMENTS:
+    if flops > 2 * _MOST_FLOPS or inner * out > _MOST_WEIGHTS or rows * max(inner, out) > 4 * _MOST_ELEMENTS:
         return None
-    shape = (rows, inner) if draws.number() < 0.5 else (1, rows, inner)
+    batch = draws.pick((1, 2, 8, 32)) if rows % 32 == 0 else 1
+    shape = (rows, inner) if draws.number() < 0.5 else (batch, rows // batch, inner)
     return Candidate(functools.partial(nn.Linear, inner, out), (shape,), flops)
 
 
@@ -244,7 +267,8 @@ def _pooling(draws: Draws) -> Candidate | None:
     channels = draws.log(8, 2048, 8)
     batch, height, width = _image(draws, channels)
     form = draws.pick(("max", "avg", "adaptive avg", "adaptive max"), (4, 3, 4, 1))
-    size, shape = draws.pick((1, 1, 2, 6, 7)), ((batch, channels, height, width),)
+    size = draws.pick((1, 1, 2, 6, 7))
+    shape: tuple[tuple[int, ...], ...] = ((batch, channels, height, width),)
     kernel, stride = draws.pick(((2, 2), (3, 2), (3, 1), (5, 1)), (3, 3, 2, 1))
     flops = 1.0 * batch * channels * height * width
     if form.startswith("adaptive"):
@@ -252,7 +276,11 @@ def _pooling(draws: Draws) -> Candidate | None:
         return Candidate(functools.partial(adaptive, size), shape, flops)
     if min(height, width) < kernel:
         return None
-    layer = nn.MaxPool2d if form == "max" else nn.AvgPool2d
+    dims = draws.pick((2, 1, 3), (6, 1, 1))
+    shape = ((batch, channels, *{1: (height * width,), 2: (height, width), 3: (kernel, height, width)}[dims]),)
+    if flops * kernel > _MOST_ELEMENTS and dims == 3:
+        return None
+    layer = getattr(nn, f"{'Max' if form == 'max' else 'Avg'}Pool{dims}d")
     return Candidate(functools.partial(layer, kernel, stride, kernel // 2 if kernel > 2 else 0), shape, flops)
 
 
@@ -333,7 +361,7 @@ class _Strided(nn.Module):
 
 
 def _normalization(draws: Draws) -> Candidate | None:
-    form = draws.pick(("batch", "layer", "strided layer", "group", "rms"), (6, 5, 2, 1, 1))
+    form = draws.pick(("batch", "layer", "strided layer", "group", "rms", "instance"), (6, 5, 2, 1, 1, 1))
     if form in ("layer", "rms"):
         rows, width = draws.log(1, 4096), draws.log(16, 4096, 8)
         if rows * width > _MOST_ELEMENTS:
@@ -345,6 +373,10 @@ def _normalization(draws: Draws) -> Candidate | None:
     shape, flops = (batch, channels, height, width), float(batch * channels * height * width)
     if form == "batch":
         return Candidate(functools.partial(nn.BatchNorm2d, channels), (shape,), flops)
+    if form == "instance":
+        return (
+            Candidate(functools.partial(nn.InstanceNorm2d, channels), (shape,), flops) if height * width > 1 else None
+        )
     if form == "group":
         groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
         return Candidate(functools.partial(nn.GroupNorm, groups, channels), (shape,), flops)
@@ -400,7 +432,7 @@ def _taken(table: int, x: torch.Tensor) -> torch.Tensor:
 
 def _recurrent(draws: Draws) -> Candidate | None:
     inputs, hidden = draws.log(16, 1024, 8), draws.log(16, 1024, 8)
-    steps, batch = draws.log(1, 128), draws.pick((1, 2, 4), (6, 1, 1))
+    steps, batch = draws.log(1, 4096), draws.pick((1, 2, 4, 16, 64), (6, 1, 1, 1, 1))
     layer = draws.pick((nn.LSTM, nn.GRU, nn.RNN), (3, 2, 1))
     both = draws.number() < 0.3
     flops = 8.0 * steps * batch * hidden * (inputs + hidden) * (2 if both else 1)
@@ -479,6 +511,7 @@ _DRAWS: dict[str, Draw] = {
     "convolution": _convolution,
     "convolution of other dimensions": _other_convolution,
     "depthwise convolution": functools.partial(_convolution, grouped="depthwise"),
+    "depthwise convolution of large kernels": functools.partial(_convolution, grouped="depthwise, large"),
     "grouped convolution": functools.partial(_convolution, grouped="grouped"),
     "transposed convolution": _transposed,
     "linear": _linear,
@@ -495,3 +528,12 @@ _DRAWS: dict[str, Draw] = {
     "copy": _copy,
     "interpolation": _interpolation,
 }
+RARE_KINDS: dict[str, tuple[str, Callable[[SampleTable], NDArray[np.bool_]]]] = {
+    "convolution of other dimensions": ("convolution", lambda table: np.char.find(table.variants, "2d") < 0),
+    "depthwise convolution of large kernels": (
+        "depthwise convolution",
+        lambda table: table.kind.named(table.sizes).kernel > 81,
+    ),
+}
+"""Layers that are few among those of their kind, and whose speed the others tell little of: their kind, and which they
+are among its samples."""

@@ -44,6 +44,7 @@ class LayerProfile:
         energy: the energy of each layer; None where nothing was metered.
         interval_s: of a predicted profile, the 90 % interval of each layer's seconds, shape (layers, 2); else None.
         whole_interval_s: of a predicted profile, the 90 % interval of the whole model's seconds; else None.
+        warned: of a predicted profile, the layers whose times may be off by a factor, each with the reason.
 
     Raises:
         ProfileError: shapes do not fit the number of layers, or a value is no time, energy, memory or batch size; the
@@ -61,6 +62,7 @@ class LayerProfile:
     energy: LayerEnergy | None = None
     interval_s: Array | None = None
     whole_interval_s: tuple[float, float] | None = None
+    warned: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not is_whole(self.batch) or self.batch < 1:
@@ -96,6 +98,11 @@ class LayerProfile:
                     f"{what} must hold pairs of seconds, finite and not negative, the lower one first; got "
                     f"{short(interval.tolist(), 100)}; predict the profile again"
                 )
+        strangers = [name for name in self.warned if name not in set(self.layers)]
+        if strangers:
+            raise ProfileError(
+                f"warned must name layers of the profile; got {short(strangers[0], 100)}; predict the profile again"
+            )
         if self.energy is not None:
             self.energy.check()
 
@@ -227,6 +234,24 @@ class LayerProfile:
             lines.append(f"  energy   {mean_j:.3g} J{interval} above {idle}, by {self.energy.meter}")
         return "\n".join(lines)
 
+    def interval_of(self, chosen: Any) -> tuple[float, float] | None:
+        """Return the interval of the seconds that some layers take together; None where the profile has none.
+
+        It is that of all these layers being off in the same direction, and at least their share of the interval of the
+        whole model.
+
+        Args:
+            chosen: the layers, as a mask of shape (layers,) or as indices.
+        """
+        if self.interval_s is None:
+            return None
+        low_s, high_s = map(float, self.interval_s[chosen].sum(axis=0) * self._scale)
+        if self.whole_interval_s is None:
+            return low_s, high_s
+        share = float(self.layer_s[chosen].sum() / self.layer_s.sum())
+        whole_low_s, whole_high_s = self.whole_interval_s
+        return min(low_s, share * whole_low_s), max(high_s, share * whole_high_s)
+
     def scaled(self, factor: float) -> LayerProfile:
         """Return the profile of an emulated device that takes longer by the same factor for everything.
 
@@ -293,6 +318,7 @@ class LayerProfile:
             "energy": None if self.energy is None else self.energy.to_json(),
             "interval_s": None if self.interval_s is None else self.interval_s.tolist(),
             "whole_interval_s": self.whole_interval_s,
+            "warned": dict(self.warned),
             "provenance": dict(self.provenance),
         }
 
@@ -307,8 +333,8 @@ class LayerProfile:
             ProfileError: it is no profile of this version, or is damaged; the message names the field.
         """
         _json_file.check_format(data, FORMAT, ProfileError, "a profile", "measure the profile again")
-        # Files that were written before intervals existed have neither of the two fields.
-        data = {"interval_s": None, "whole_interval_s": None, **data}
+        # Files that were written before these fields existed have none of them.
+        data = {"interval_s": None, "whole_interval_s": None, "warned": {}, **data}
 
         def field(name: str, rule: str, make: Callable[[Any], T]) -> T:
             return _json_file.field(data, name, make, rule, ProfileError, "measure the profile again")
@@ -328,6 +354,7 @@ class LayerProfile:
             optional("energy", "an object with the joules of each layer", LayerEnergy.from_json),
             optional("interval_s", "a list of pairs of seconds", lambda value: floats(value).reshape(-1, 2)),
             optional("whole_interval_s", "a pair of seconds", _pair),
+            field("warned", "an object with a text for each layer that it names", _texts),
         )
 
     def save(self, path: str | Path) -> None:
@@ -358,6 +385,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
     return value
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return {_text(name): _text(why) for name, why in value.items()}
 
 
 def _batch(value: Any) -> int:

@@ -83,10 +83,14 @@ def prediction_table(
             Column("error", [f"{guess_s / truth_s - 1:+.0%}" if truth_s else "" for guess_s, truth_s in pairs])
         )
     bounded = predictor.bounded(graph)
-    if interval_s is not None and any(bounded):
-        note = "Layers marked roofline are of kinds without a model: a lower bound, which may be off by a factor."
-        marks = [*("roofline" if one else "" for one in bounded), ""]
-        columns.append(Column("model", marks, rank=5, left=True, note=note))
+    if interval_s is not None and (any(bounded) or predicted.warned):
+        note = (
+            "Layers marked roofline are of kinds without a model, and layers marked outside are unlike the samples; "
+            "their times may be off by a factor."
+        )
+        far = [layer.name in predicted.warned for layer in layers]
+        marks = ["roofline" if one else "outside" if other else "" for one, other in zip(bounded, far, strict=True)]
+        columns.append(Column("model", [*marks, ""], rank=5, left=True, note=note))
     device = predicted.provenance.get("device", "an unnamed device")
     return FittingTable(
         f"{predicted.model} on {device}: {_whole(predicted)}",

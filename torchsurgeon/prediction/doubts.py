@@ -1,0 +1,145 @@
+"""What is known badly of a prediction: operations unlike the samples, and how that widens a whole model's interval."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from torchsurgeon.prediction.kinds import KINDS, Array, Operation
+from torchsurgeon.prediction.sampled import FEWEST_OF_VARIANT, SampledRange
+from torchsurgeon.prediction.samples import Sample, SampleTable
+
+# From this many octaves outside of the samples on, an operation is named.
+_FAR = 1.0
+# An operation of another variant, or of elements of another size, may be this much slower or quicker.
+_OTHER_VARIANT, _OTHER_ITEMS = 1.0, 2.0
+# An operation that takes less than this share of the model is not named: it may be off, and the model is not.
+_NAMED_SHARE = 0.01
+_NAMES = 3
+_REMEDY = "so the time may be off by a factor; profile such layers, or calibrate with samples of them (--from-csv)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """The predictions of a model's operations.
+
+    Attributes:
+        value: what is predicted, shape (operations,).
+        low: the low ends of the intervals.
+        high: the high ends.
+        doubts: why an operation is known badly; empty where it is like the samples.
+    """
+
+    value: Array
+    low: Array
+    high: Array
+    doubts: Sequence[str]
+
+
+def judged(
+    operations: Sequence[Operation], placed: Sequence[Operation], sampled: SampledRange
+) -> tuple[Array, list[str]]:
+    """Return how far operations of one kind are from the samples, and why they are known badly.
+
+    Twice the work may take between as long and four times as long, so an interval becomes twice as wide to either side
+    for each octave.
+
+    Args:
+        operations: the operations.
+        placed: the same as the variants that they are predicted as.
+        sampled: what the samples cover.
+
+    Returns:
+        By how many octaves each is outside of the samples, and the reason; empty where it is like them.
+    """
+    table = SampleTable.of(operations[0].kind, [Sample(operation, 1.0) for operation in placed])
+    octaves, doubts = sampled.outside(table), []
+    for row, (operation, known) in enumerate(zip(operations, placed, strict=True)):
+        what = operation.kind if operation.variant == operation.kind else f"{operation.kind} {operation.variant!r}"
+        count, doubt = sampled.samples_of(operation.variant), ""
+        if octaves[row] >= _FAR:
+            doubt = f"{what} has {sampled.why(table, row)}"
+        if not sampled.has_items_of(operation.item_bytes):
+            octaves[row] += _OTHER_ITEMS
+            doubt = f"there are no samples of {what} with elements of {operation.item_bytes} bytes"
+        if count < FEWEST_OF_VARIANT:
+            octaves[row] += _OTHER_VARIANT
+            doubt = f"there are {count or 'no'} samples of {what}: predicted as {known.variant!r}"
+        doubts.append(doubt)
+    return octaves, doubts
+
+
+def without_model(operation: Operation) -> str:
+    """Return why an operation of a kind without a model is known badly."""
+    what = f"{operation.kind} ({operation.variant})" if operation.kind in KINDS else operation.variant
+    return f"no model was fitted for {what}: predicted by the device's roofline"
+
+
+def whole_interval(
+    operations: Sequence[Operation], found: Predicted, whole_s: float, low: float, high: float
+) -> tuple[float, float]:
+    """Return the interval of a whole model's seconds.
+
+    It is as wide as that of the networks of the calibration, and as that of its operations together. Operations of the
+    same configuration are off by the same factor, and so may be all operations of one kind that are unlike the samples;
+    errors of different ones are independent and partly cancel.
+
+    Args:
+        operations: the model's operations.
+        found: their predictions.
+        whole_s: the prediction of the whole model.
+        low: 90 % of the networks of the calibration took at least this many times their prediction.
+        high: and at most this many times.
+    """
+    scale = whole_s / float(found.value.sum())
+    below: dict[object, float] = {}
+    above: dict[object, float] = {}
+    for operation, doubt, value, least, most in zip(
+        operations, found.doubts, found.value, found.low, found.high, strict=True
+    ):
+        together = (operation.kind,) if doubt else operation
+        below[together] = below.get(together, 0.0) + value - least
+        above[together] = above.get(together, 0.0) + most - value
+    down_s = max(whole_s * (1 - low), scale * math.hypot(*below.values()))
+    up_s = max(whole_s * (high - 1), scale * math.hypot(*above.values()))
+    return max(whole_s - down_s, scale * low * float(found.low.sum())), whole_s + up_s
+
+
+def by_layer(
+    names: Sequence[str], layers: Sequence[int], found: Predicted, whole_s: float
+) -> tuple[dict[str, str], list[str]]:
+    """Return why layers are known badly, by name, and the same as sentences that warn.
+
+    Args:
+        names: the layers' names.
+        layers: the layer of each operation.
+        found: the operations' predictions.
+        whole_s: the prediction of the whole model.
+    """
+    doubts: dict[str, str] = {}
+    for layer, doubt, most in zip(layers, found.doubts, found.high, strict=True):
+        if doubt and (most >= _NAMED_SHARE * whole_s or doubt.startswith("no model")):
+            doubts.setdefault(names[layer], doubt)
+    together: dict[str, list[str]] = {}
+    for name, doubt in doubts.items():
+        together.setdefault(doubt, []).append(name)
+    return doubts, [f"{listed(named)}: {doubt}, {_REMEDY}" for doubt, named in together.items()]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names in a few words."""
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return ", ".join(names[:_NAMES]) + more
+
+
+def as_known_variant(operation: Operation, known: frozenset[str]) -> Operation:
+    """Return the operation as the variant that has samples and whose name shares most words with its own."""
+    if operation.variant in known:
+        return operation
+    words = set(operation.variant.split())
+    nearest = max(sorted(known), key=lambda name: (len(words & set(name.split())), -len(name)))
+    usual = KINDS[operation.kind].usual
+    if not words & set(nearest.split()) and usual in known:
+        nearest = usual
+    return dataclasses.replace(operation, variant=nearest)
