@@ -209,7 +209,7 @@ def test_a_prediction_is_positive_and_finite_anywhere(
     assert model is not None
     table = SampleTable.of("activation", [Sample(Operation("activation", variant, (elements,), item_bytes), 1.0)])
     assert 0 < model.predict(table)[0] < 10
-    assert 0 <= model.sampled.outside(table)[0] < 40
+    assert 0 <= model.sampled.outside(table)[0][0] < 40
 
 
 def test_far_outside_its_samples_a_prediction_is_less_certain(predictor: ts.Predictor) -> None:
@@ -323,6 +323,36 @@ def test_a_combination_of_sizes_that_no_sample_comes_near_is_named() -> None:
         predictor.predict(graph)
 
 
+def test_a_base_grows_with_the_work_even_where_samples_of_one_size_differ_in_time() -> None:
+    rng = random.Random(0)
+    found = [
+        Sample(Operation("matmul", "matmul", (16, 49, 49, 32)), 5e-5 * 40 ** (group % 2), group=group)
+        for group in range(60)
+    ]
+    found += [Sample(drawn("activation", rng), 1e-5, group=group) for group in range(20)]
+    model = ts.Predictor.fit(found, FACTS).model("matmul")
+    assert model is not None
+    small, large = (Sample(Operation("matmul", "matmul", (16, 49 * n, 49 * n, 32 * n)), 1.0) for n in (1, 16))
+    guess = model.predict(SampleTable.of("matmul", [small, large]))
+    assert guess[1] > 1000 * guess[0]
+
+
+def test_a_recurrent_layer_takes_time_for_each_step() -> None:
+    rng = random.Random(0)
+
+    def layer(steps: int) -> Operation:
+        return Operation("recurrent", "gru", (steps, 1, 16, 16, 3, 1))
+
+    found = []
+    for group in range(60):
+        steps = round(128 ** rng.random())
+        found.append(Sample(layer(steps), (50e-6 + 20e-6 * steps) * rng.uniform(0.95, 1.05), group=group))
+    model = ts.Predictor.fit(found, FACTS).model("recurrent")
+    assert model is not None
+    guess = model.predict(SampleTable.of("recurrent", [Sample(layer(2000), 1.0)]))
+    assert guess[0] == pytest.approx(2000 * 20e-6, rel=0.2)
+
+
 def test_a_variant_with_few_samples_counts_as_one_without() -> None:
     few = [Sample(Operation("activation", "tanh", (100_000,)), 1e-4, group=1)] * 3
     predictor = ts.Predictor.fit([*samples(), *few], FACTS)
@@ -335,6 +365,17 @@ def test_layers_that_take_next_to_nothing_are_not_named(predictor: ts.Predictor)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert predictor.predict(graph).warned == {}
+
+
+def test_a_layer_smaller_than_all_samples_may_take_less_and_no_longer(predictor: ts.Predictor) -> None:
+    graphs = [ts.trace(nn.Linear(size, 8).eval(), torch.rand(1, size)) for size in (2, 64)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small, known = (predictor.predict(graph) for graph in graphs)
+    assert small.interval_s is not None
+    assert known.interval_s is not None
+    assert small.interval_s[0, 0] < small.layer_s[0] / 8
+    assert small.interval_s[0, 1] / small.layer_s[0] <= 1.001 * known.interval_s[0, 1] / known.layer_s[0]
 
 
 def test_a_plan_says_which_layers_are_known_badly_and_where_they_run(predictor: ts.Predictor) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from torchsurgeon.prediction.kinds import KINDS, Array, Operation
 from torchsurgeon.prediction.sampled import FEWEST_OF_VARIANT, SampledRange
 from torchsurgeon.prediction.samples import Sample, SampleTable
@@ -39,11 +41,11 @@ class Predicted:
 
 def judged(
     operations: Sequence[Operation], placed: Sequence[Operation], sampled: SampledRange
-) -> tuple[Array, list[str]]:
+) -> tuple[Array, Array, list[str]]:
     """Return how far operations of one kind are from the samples, and why they are known badly.
 
     Twice the work may take between as long and four times as long, so an interval becomes twice as wide to either side
-    for each octave.
+    for each octave. An operation with less work than the samples takes no longer than these.
 
     Args:
         operations: the operations.
@@ -51,23 +53,27 @@ def judged(
         sampled: what the samples cover.
 
     Returns:
-        By how many octaves each is outside of the samples, and the reason; empty where it is like them.
+        The octaves by which the interval of each is widened downwards, and upwards, and the reason; empty where the
+        operation is like the samples.
     """
     table = SampleTable.of(operations[0].kind, [Sample(operation, 1.0) for operation in placed])
-    octaves, doubts = sampled.outside(table), []
+    below, slight = sampled.outside(table)
+    above, doubts = np.where(slight, 0.0, below), []
     for row, (operation, known) in enumerate(zip(operations, placed, strict=True)):
         what = operation.kind if operation.variant == operation.kind else f"{operation.kind} {operation.variant!r}"
-        count, doubt = sampled.samples_of(operation.variant), ""
-        if octaves[row] >= _FAR:
+        count, doubt, more = sampled.samples_of(operation.variant), "", 0.0
+        if above[row] >= _FAR:
             doubt = f"{what} has {sampled.why(table, row)}"
         if not sampled.has_items_of(operation.item_bytes):
-            octaves[row] += _OTHER_ITEMS
+            more += _OTHER_ITEMS
             doubt = f"there are no samples of {what} with elements of {operation.item_bytes} bytes"
         if count < FEWEST_OF_VARIANT:
-            octaves[row] += _OTHER_VARIANT
+            more += _OTHER_VARIANT
             doubt = f"there are {count or 'no'} samples of {what}: predicted as {known.variant!r}"
+        below[row] += more
+        above[row] += more
         doubts.append(doubt)
-    return octaves, doubts
+    return below, above, doubts
 
 
 def without_model(operation: Operation) -> str:

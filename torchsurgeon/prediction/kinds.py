@@ -52,6 +52,7 @@ class Kind:
         paper: computes the regressors of the paper's linear model.
         optional: the columns that are 1 where they are not given.
         more: computes further quantities that speed depends on.
+        calls: computes how many calls of the device's library an operation makes one after another.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Kind:
     paper: Callable[[Any], Sequence[Any]]
     optional: tuple[str, ...] = ()
     more: Callable[[Any], Sequence[Any]] = lambda c: ()
+    calls: Formula = lambda c: 1
 
     def named(self, sizes: Array) -> SimpleNamespace:
         """Return the columns of operations by name; ``sizes`` has shape (operations, columns)."""
@@ -75,6 +77,14 @@ class Kind:
         """
         columns, zero = self.named(sizes), np.zeros(len(sizes))
         return self.flops(columns) + zero, self.moved(columns) + zero
+
+    def calls_of(self, sizes: Array) -> Array:
+        """Return how many calls each operation makes, shape (operations,).
+
+        Args:
+            sizes: the operations' columns, shape (operations, columns).
+        """
+        return np.asarray(self.calls(self.named(sizes)) + np.zeros(len(sizes)))
 
 
 def features(kind: Kind, sizes: Array, item_bytes: Array, before_bytes: Array) -> Array:
@@ -230,6 +240,7 @@ _KINDS = (
         paper=lambda c: (c.steps * c.batch * c.inputs, c.steps * c.batch * c.hidden),
         optional=("batch", "passes"),
         more=lambda c: (c.steps * c.passes, _recurrent_weights(c)),
+        calls=lambda c: c.steps * c.passes,
     ),
     Kind(
         "copy",

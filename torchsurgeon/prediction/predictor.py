@@ -306,9 +306,11 @@ class Predictor:
                 table = SampleTable.of(
                     kind, [Sample(op, 1.0, before_bytes=before[row]) for op, row in zip(placed, rows, strict=True)]
                 )
-                octaves, why = judged(chosen, placed, model.sampled)
-                value, wider = model.predict(table), 2.0**octaves
-                result[:, rows] = value, value * min(errors.low, 1.0) / wider, value * max(errors.high, 1.0) * wider
+                below, above, why = judged(chosen, placed, model.sampled)
+                value = model.predict(table)
+                result[0, rows] = value
+                result[1, rows] = value * min(errors.low, 1.0) / 2.0**below
+                result[2, rows] = value * max(errors.high, 1.0) * 2.0**above
             for row, doubt in zip(rows, why, strict=True):
                 doubts[row] = doubt
         return Predicted(result[0], result[1], result[2], doubts)

@@ -1,9 +1,9 @@
 """Fit one prediction model per kind of layer: its form is chosen by cross-validation.
 
-Every form starts from the same base: seconds per call, plus seconds per flop, plus seconds per byte moved, none of them
-negative. The form then learns, on a logarithmic scale, by what factor real layers differ from the base. Outside the
-sampled range the factor stays what it is at the border, and the base keeps growing. So predictions grow with the work
-of a layer, and are never negative.
+Every form starts from the same base: seconds per operation, per call (a recurrent layer makes one for each step), per
+flop and per byte moved, none of them negative. The form then learns, on a logarithmic scale, by what factor real layers
+differ from the base. Outside the sampled range the factor stays what it is at the border, and the base keeps growing.
+So predictions grow with the work of a layer, and are never negative.
 
 scikit-learn and scipy are imported where they are used, so that whoever only runs a SplitModule does not wait for them.
 """
@@ -197,8 +197,7 @@ class _Fitted:
         return np.hstack([inside, table.variants[:, None] == np.array(self.variants)[None, :]])
 
     def _base_of(self, table: SampleTable) -> Array:
-        flops, moved = self.kind.work(table.sizes)
-        return np.asarray(self._base[0] + self._base[1] * flops + self._base[2] * moved * table.item_bytes)
+        return np.asarray(_terms(table) @ self._base)
 
     def _learn(self, inputs: Array, factors: Array) -> None:
         raise NotImplementedError
@@ -207,20 +206,28 @@ class _Fitted:
         raise NotImplementedError
 
 
+def _terms(table: SampleTable) -> Array:
+    """Return what the base is a sum of: one, calls, flops and bytes of each operation, shape (operations, 4)."""
+    flops, moved = table.kind.work(table.sizes)
+    calls = table.kind.calls_of(table.sizes)
+    return np.stack([np.ones(len(table)), calls, flops, moved * table.item_bytes], axis=1)
+
+
 def _fit_base(table: SampleTable, values: Array) -> Array:
-    """Return the non-negative seconds per call, per flop and per byte that have the least relative error."""
+    """Return the non-negative seconds per operation, call, flop and byte that have the least relative error."""
     from scipy.optimize import nnls
 
-    flops, moved = table.kind.work(table.sizes)
-    terms = np.stack([np.ones(len(values)), flops, moved * table.item_bytes], axis=1) / values[:, None]
+    terms = _terms(table) / values[:, None]
     scale = np.maximum(terms.max(axis=0), 1e-300)
     found: Array = nnls(terms / scale, np.ones(len(values)))[0] / scale
-    if found[1:].any() or not (flops.any() or moved.any()):
-        return found if found.any() else np.array([float(np.median(values)), 0.0, 0.0])
+    work = terms[:, 2:].max(axis=0) > 0
+    if found[2:].any() or not work.any():
+        return found if found.any() else np.array([float(np.median(values)), 0.0, 0.0, 0.0])
     # Samples of alike sizes and unlike times would make a base that does not grow with the work at all.
-    work = 1 if flops.any() else 2
-    rate = float(np.median(1.0 / terms[terms[:, work] > 0, work]))
-    return np.array([0.0, rate, 0.0] if work == 1 else [0.0, 0.0, rate])
+    at = 2 + int(work.argmax())
+    found = np.zeros(4)
+    found[at] = float(np.median(1.0 / terms[terms[:, at] > 0, at]))
+    return found
 
 
 class _ConstantFactor(_Fitted):

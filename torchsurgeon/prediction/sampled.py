@@ -50,20 +50,24 @@ class SampledRange:
         """Return whether there are samples of elements of so many bytes."""
         return item_bytes in self._item_bytes
 
-    def outside(self, table: SampleTable) -> Array:
-        """Return by how many octaves each operation lies outside of the samples, shape (operations,); 0 inside.
+    def outside(self, table: SampleTable) -> tuple[Array, NDArray[np.bool_]]:
+        """Return how far each operation lies outside of the samples.
 
         Args:
             table: the operations, of variants that have samples; their seconds and joules are not read.
+
+        Returns:
+            By how many octaves, shape (operations,), 0 inside; and which operations have less work than nearly all
+            samples, so that they take at most about as long as the shortest of these.
         """
-        octaves = np.zeros(len(table))
+        octaves, slight = np.zeros(len(table)), np.zeros(len(table), dtype=bool)
         if self._kind.columns:
             for variant in set(table.variants.tolist()):
                 rows = table.variants == variant
                 own, part = self._variants[variant], table.take(rows)
-                outside = np.maximum(own.beyond(part).max(axis=1), own.distance(part) - self._reach)
-                octaves[rows] = np.where(own.is_slight(part), 0.0, outside)
-        return np.maximum(octaves, 0.0)
+                octaves[rows] = np.maximum(own.beyond(part).max(axis=1), own.distance(part) - self._reach)
+                slight[rows] = own.is_slight(part)
+        return np.maximum(octaves, 0.0), slight
 
     def why(self, table: SampleTable, row: int) -> str:
         """Return in words why an operation is outside of the samples.
@@ -106,10 +110,7 @@ class _Variant:
         return np.asarray(np.maximum(measures - self.high, 0) + np.maximum(self.low - measures, 0))
 
     def is_slight(self, table: SampleTable) -> NDArray[np.bool_]:
-        """Return which operations have less work than nearly all samples: they take about as long as a call.
-
-        Shape (operations,).
-        """
+        """Return which operations have less work than nearly all samples, shape (operations,)."""
         work = slice(-2, None)
         return np.asarray((_measures(table)[:, work] <= self._slight[work]).all(axis=1))
 
