@@ -5,8 +5,13 @@
 ``zstd``                               the tensor's memory, compressed without loss
 ``float16``, ``bfloat16``,             fewer bits per value (``quantize``); each of these five
 ``int8``, ``int8-channel``, ``int4``   may be followed by ``+zstd``, which compresses the result
-``png``, ``jpeg-Q``, ``webp-Q``        ``uint8`` images (``images``), Q the quality from 1 to 100
+``png``, ``webp-lossless``             ``uint8`` images (``images``) without loss
+``jpeg-Q``, ``jpeg444-Q``, ``webp-Q``, ``uint8`` images, Q the quality from 1 to 100; ``jpeg444`` keeps the full
+``avif-Q``                             resolution of colours
 =====================================  ==============================================================================
+
+The name of an image codec may end in ``@0.5`` or another number below 1, by which width and height are scaled down on
+the device; behind the decoder the image is scaled up again.
 
 A tensor that a codec cannot represent is encoded without loss instead, compressed if the codec's name ends in ``zstd``:
 integers under ``int8``, NaN and infinities under every lossy codec, a feature map under ``jpeg``. The same holds for a
@@ -16,10 +21,11 @@ tensor that the codec would not make smaller. So every encoded tensor carries th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +61,7 @@ class Codec:
         packing: how values are stored in fewer bits, one of ``quantize.PACKINGS``; None where they are not.
         image: the image format; None where it is no image codec.
         quality: the image format's quality, from 1 to 100; None where it has none.
+        percent: width and height of the pictures that cross, in percent of the images'.
         zstd: whether the bytes are compressed.
     """
 
@@ -62,12 +69,31 @@ class Codec:
     packing: str | None = None
     image: str | None = None
     quality: int | None = None
+    percent: int = 100
     zstd: bool = False
 
     @property
     def lossless(self) -> bool:
         """Whether decoding gives back the same bits that were encoded."""
-        return self.packing is None and self.image in (None, "png")
+        exact_image = self.image is None or (images.FORMATS[self.image].quality is None and self.percent == 100)
+        return self.packing is None and exact_image
+
+    @property
+    def changes_as(self) -> str:
+        """The name of the codec that changes tensors in the same way: without "+zstd", which loses nothing."""
+        return self.name.removesuffix("+zstd")
+
+    @property
+    def kind(self) -> str:
+        """What its name has in common with codecs that differ only in how fine they are."""
+        return "packed" if self.image is None else f"{self.image}@{self.percent}"
+
+    @property
+    def coarseness(self) -> int:
+        """Orders codecs of the same kind: the finer one, which changes less, has the lower number."""
+        if self.image is not None:
+            return -(self.quality or 0)
+        return 0 if self.packing is None else quantize.FROM_FINE_TO_COARSE.index(self.packing)
 
     def suits(self, dtype: torch.dtype, shape: Sequence[int]) -> bool:
         """Return whether tensors of this dtype and shape are encoded by this codec, not by a lossless one instead."""
@@ -86,7 +112,7 @@ class Codec:
         tensor = tensor.detach()
         shape = tuple(tensor.shape)
         if self.image is not None and images.is_image(tensor.dtype, shape):
-            data = memoryview(images.encode(self.image, self.quality, tensor))
+            data = memoryview(images.encode(self.image, self.quality, self.percent, tensor))
             if len(data) < tensor.nbytes:
                 return EncodedTensor(self.name, data, dense(tensor, shape)[0])
         order, memory = dense(tensor, shape)
@@ -137,7 +163,7 @@ class Codec:
             raise CodecError(f"{self.name} does not encode {dtype} of shape {list(shape)}; encode it as raw or zstd")
         view = memoryview(data).cast("B")
         if self.image is not None:
-            pixels = images.decode(self.image, view, shape)
+            pixels = images.decode(self.image, self.percent, view, shape)
             stored = pixels if order is None else pixels.permute(tuple(order))
             return logical(stored.contiguous().to(device), order)
         stored_bytes = size if packing is None else quantize.packed_bytes(packing, shape)
@@ -175,28 +201,69 @@ def find_codec(name: str) -> Codec:
 @lru_cache(maxsize=1024)
 def _find_codec(name: str) -> Codec:
     base, plus, behind = name.partition("+")
-    kind, dash, quality = base.partition("-")
     if name in ("raw", "zstd"):
         return Codec(name, zstd=name == "zstd")
     if base in quantize.PACKINGS and (not plus or behind == "zstd"):
         return Codec(name, packing=base, zstd=bool(plus))
-    if kind in images.QUALITIES and not plus and images.available():
-        usual = images.QUALITIES[kind]
-        if not dash:
-            return Codec(kind if usual is None else f"{kind}-{usual}", image=kind, quality=usual)
-        if usual is not None and quality.isascii() and quality.isdigit() and 1 <= int(quality[:4]) <= 100:
-            return Codec(f"{kind}-{int(quality)}", image=kind, quality=int(quality))
-    raise CodecError(f"there is no codec {short(name, 60)}; there are {', '.join(codec_names())}")
+    codec = _image_codec(name)
+    if codec is None:
+        raise CodecError(f"there is no codec {short(name, 60)}; there are {', '.join(codec_names())}")
+    return codec
+
+
+# A format, perhaps a quality, and perhaps a scale of one or two decimals.
+_IMAGE_NAME = re.compile(r"(?P<kind>webp-lossless|[a-z0-9]+)(-(?P<quality>[0-9]{1,3}))?(@0\.(?P<scale>[0-9]{1,2}))?")
+
+
+def _image_codec(name: str) -> Codec | None:
+    found = _IMAGE_NAME.fullmatch(name)
+    if found is None or found["kind"] not in images.FORMATS or not images.available(found["kind"]):
+        return None
+    kind, usual = found["kind"], images.FORMATS[found["kind"]].quality
+    quality = usual if found["quality"] is None else int(found["quality"])
+    percent = 100 if found["scale"] is None else int(found["scale"].ljust(2, "0"))
+    if not percent or (quality is not None and (usual is None or not 1 <= quality <= 100)):
+        return None
+    full = (kind if quality is None else f"{kind}-{quality}") + ("" if percent == 100 else f"@{percent / 100:g}")
+    return Codec(full, image=kind, quality=quality, percent=percent)
 
 
 def codec_names() -> tuple[str, ...]:
     """Return the names of all codecs that work in this process. Image codecs need Pillow.
 
-    ``jpeg`` and ``webp`` are listed with their default quality; any other works as well (``jpeg-75``).
+    Image codecs are listed with their usual quality; any other works as well (``jpeg-75``), and at a smaller size
+    (``webp-80@0.5``).
     """
     packings = [name + behind for name in quantize.PACKINGS for behind in ("", "+zstd")]
-    pictures = [find_codec(kind).name for kind in images.QUALITIES] if images.available() else []
+    pictures = [find_codec(kind).name for kind in images.FORMATS if images.available(kind)]
     return ("raw", "zstd", *packings, *pictures)
+
+
+def measured_names() -> tuple[str, ...]:
+    """Return the names of the codecs that are measured by default: all, image codecs at several qualities and sizes."""
+    numeric = [name for name in codec_names() if find_codec(name).image is None]
+    pictures = [
+        f"{kind}{f'-{quality}' if quality else ''}{scale}"
+        for kind, scale, *qualities in _MEASURED_IMAGES
+        for quality in qualities or (0,)
+        if images.available(kind)
+    ]
+    return (*numeric, *pictures)
+
+
+# Format, scale, and qualities from the finest to the coarsest.
+_MEASURED_IMAGES: tuple[tuple[Any, ...], ...] = (
+    ("png", ""),
+    ("webp-lossless", ""),
+    ("jpeg444", "", 98, 95, 90, 80),
+    ("jpeg", "", 95, 90, 80, 60),
+    ("webp", "", 95, 90, 80, 60),
+    ("avif", "", 95, 90, 80, 65, 50),
+    ("webp", "@0.75", 95, 80),
+    ("avif", "@0.75", 90, 70),
+    ("webp", "@0.5", 95, 80),
+    ("avif", "@0.5", 90, 70),
+)
 
 
 def _in_memory(dim: int, order: Sequence[int] | None) -> int:

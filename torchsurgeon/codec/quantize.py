@@ -22,6 +22,7 @@ from torchsurgeon import _native
 from torchsurgeon.errors import CodecError
 
 PACKINGS = ("float16", "bfloat16", "int8", "int8-channel", "int4")
+FROM_FINE_TO_COARSE = ("float16", "bfloat16", "int8-channel", "int8", "int4")
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # The dtypes whose values are packed. Those of float8 have no more bits than a packing would leave them.
