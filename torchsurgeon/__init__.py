@@ -21,9 +21,10 @@ _NAMES_BY_ROOM = {
         "MismatchWarning",
         "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
         "NativeUnavailableError", "NoisyProfileWarning", "PartitionError", "PlanError", "PredictionWarning",
-        "ProfileError", "ProtocolError", "RequestRefusedError", "ServerError", "ServerUnavailableError",
+        "ProfileError", "ProtocolError", "RequestRefusedError", "SampleSizeError", "ServerError",
+        "ServerUnavailableError",
         "SpecError", "SplitAttributeError", "ThrottledWarning", "TorchSurgeonError", "TraceError",
-        "UnknownEnergyWarning", "UnrepeatableWarning",
+        "UnfinishedWarning", "UnknownEnergyWarning", "UnrepeatableWarning",
     ),
     "link": ("BandwidthTrace", "Link", "Radio"),
     "module": ("SplitModule",),
@@ -114,6 +115,7 @@ else:
     from torchsurgeon.errors import ProfileError as ProfileError
     from torchsurgeon.errors import ProtocolError as ProtocolError
     from torchsurgeon.errors import RequestRefusedError as RequestRefusedError
+    from torchsurgeon.errors import SampleSizeError as SampleSizeError
     from torchsurgeon.errors import ServerError as ServerError
     from torchsurgeon.errors import ServerUnavailableError as ServerUnavailableError
     from torchsurgeon.errors import SpecError as SpecError
@@ -121,6 +123,7 @@ else:
     from torchsurgeon.errors import ThrottledWarning as ThrottledWarning
     from torchsurgeon.errors import TorchSurgeonError as TorchSurgeonError
     from torchsurgeon.errors import TraceError as TraceError
+    from torchsurgeon.errors import UnfinishedWarning as UnfinishedWarning
     from torchsurgeon.errors import UnknownEnergyWarning as UnknownEnergyWarning
     from torchsurgeon.errors import UnrepeatableWarning as UnrepeatableWarning
     from torchsurgeon.link import BandwidthTrace as BandwidthTrace

@@ -7,6 +7,7 @@
     ├── SpecError                  a model SPEC, weights file or example input does not load (also a ValueError)
     ├── LinkError                  a link profile, rate, delay or bandwidth trace is not valid (also a ValueError)
     ├── CodecError                 an unknown codec, bytes it did not make, or a damaged table (also a ValueError)
+    │   └── SampleSizeError        a sample that is too small for its budget; ``needed`` is how many calls suffice
     ├── DeviceError                an unknown device, or a factor of its speed that is not valid (also a ValueError)
     ├── BackendError               a compiler that torch.compile does not have here (also a ValueError)
     ├── AdaptError                 a budget, row or list of servers that is not valid (also a ValueError)
@@ -37,7 +38,8 @@
     ├── PredictionWarning          layers are unlike those of the calibration, so their times may be off
     ├── MismatchWarning            a server holds another model, so its answers are not used
     ├── ChangedModelWarning        the model is no longer as it was traced, so it answers as a whole on the device
-    └── UnknownEnergyWarning       energy was to be saved but is unknown, so latency is saved instead
+    ├── UnknownEnergyWarning       energy was to be saved but is unknown, so latency is saved instead
+    └── UnfinishedWarning          a measurement was interrupted; it holds what was measured until then
 
 The message of an error names the value that is wrong, the rule that it breaks, and what to do. A value that the user
 gave is quoted with ``short()``.
@@ -119,6 +121,19 @@ class LinkError(TorchSurgeonError, ValueError):
 
 class CodecError(TorchSurgeonError, ValueError):
     """A codec does not exist or does not apply, bytes were not made by it, or a codec table is damaged."""
+
+
+class SampleSizeError(CodecError):
+    """A sample is too small to show that a codec keeps an accuracy budget.
+
+    Args:
+        message: the budget, the sample's size, and what to do.
+        needed: how many calls suffice where no answer changes; None where no number does.
+    """
+
+    def __init__(self, message: str, needed: int | None) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 class DeviceError(TorchSurgeonError, ValueError):
@@ -273,3 +288,7 @@ class ChangedModelWarning(UserWarning):
 
 class UnknownEnergyWarning(UserWarning):
     """Energy was to be saved, but what a cut takes is unknown, so latency is saved instead."""
+
+
+class UnfinishedWarning(UserWarning):
+    """A measurement was interrupted, so what it gives holds only what was measured until then."""

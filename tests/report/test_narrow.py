@@ -14,7 +14,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon import report
-from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
+from torchsurgeon.codec import CodecCost, CodecRow, CodecTable, Finding
 from torchsurgeon.codec.table import Difference
 from torchsurgeon.cutting.doctor import examine
 from torchsurgeon.link import WIRED
@@ -79,9 +79,11 @@ CODECS = CodecTable(
             point.size_bytes,
             CodecCost(codec, point.size_bytes / 5, 1.2345, 12e-3, False, True),
             Difference(0.1, 0.0123, 0.9999),
-            top1_change=0.0123,
-            output_cosine=0.99999,
-            accepted=0.95,
+            (
+                Finding("top-1 changed", 0.0123, 0.0234, 0.03, 200, True),
+                Finding("cosine", 0.99999, 0.99998, 0.9, 200, True),
+                Finding("accepted", 0.95, 0.92, 0.9, 200, True),
+            ),
         )
         for point in GRAPH.points[1:-1]
         for codec in ("int8+zstd", "jpeg-75")

@@ -361,7 +361,7 @@ def test_exact_refuses_tables_with_lossy_codecs_that_may_be_used() -> None:
     samples = [torch.rand(1, 64) for _ in range(2)]
     lossless = measure(graph, samples, codecs=["raw", "zstd", "int8"])
     split_of("http://127.0.0.1:9", exact=True, codecs=lossless, partition=0).close()
-    lossy = measure(graph, samples, codecs=["raw", "int8"], budget=Budget(min_cosine=0.5))
+    lossy = measure(graph, samples, codecs=["raw", "int8"], budget=Budget(min_cosine=0.5, decide_by="estimate"))
     with pytest.raises(ts.CodecError, match="int8"):
         split_of("http://127.0.0.1:9", exact=True, codecs=lossy, partition=0)
 

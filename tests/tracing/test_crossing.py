@@ -271,7 +271,7 @@ def test_codecs_are_measured_and_profiles_taken_of_complex_and_float8_boundaries
     model = Spectrum(torch.complex64).eval()
     x = torch.randn(8, 64)
     graph = ts.trace(model, x)
-    budget = codec.Budget(min_cosine=0.5)
+    budget = codec.Budget(min_cosine=0.5, decide_by="estimate")
     table = codec.measure(graph, [x], points=[p.index for p in graph.points[:-1]], budget=budget)
     for point in graph.points[:-1]:
         # Lossy codecs are offered only where they encode something.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +25,18 @@ from torchsurgeon.cli.arguments import (
 )
 from torchsurgeon.cli.completion import completed, one_of
 from torchsurgeon.cli.screen import console, loading, progress, warn
-from torchsurgeon.errors import NoisyProfileWarning, PredictionWarning, ThrottledWarning, TorchSurgeonError, short
+from torchsurgeon.errors import (
+    NoisyProfileWarning,
+    PredictionWarning,
+    ThrottledWarning,
+    TorchSurgeonError,
+    UnfinishedWarning,
+    short,
+)
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
+    from torchsurgeon.codec import Budget
 
 # How often a calibration says how far it is where there is no terminal to draw a bar on.
 _REPORT_EVERY_S = 20.0
@@ -265,12 +274,14 @@ def add_codecs(commands: Commands) -> None:
     parser.add_argument(
         "--most",
         type=whole_number(1),
-        default=32,
         metavar="N",
-        help="how many calls are made of the images, at most (default: %(default)s)",
+        help="how many calls are made of the images, at most (default: of all images)",
     )
     parser.add_argument(
-        "--codecs", metavar="NAMES", help="codecs separated by commas, such as zstd,int8+zstd,jpeg-75 (default: all)"
+        "--codecs",
+        metavar="NAMES",
+        help="codecs separated by commas, such as zstd,int8+zstd,jpeg-75,webp-80@0.5 (default: all, image codecs at "
+        "several qualities and sizes)",
     )
     parser.add_argument(
         "--point",
@@ -288,7 +299,26 @@ def add_codecs(commands: Commands) -> None:
         "--min-cosine",
         type=number,
         metavar="COSINE",
-        help="cosine similarity of the outputs that a lossy codec must keep (default: any)",
+        help="mean cosine similarity of the outputs that a lossy codec must keep (default: any)",
+    )
+    parser.add_argument(
+        "--min-boxes-matched",
+        type=number,
+        metavar="SHARE",
+        help="of a detector: mean share of boxes that a lossy codec must keep (default: any)",
+    )
+    parser.add_argument(
+        "--min-pixels-kept",
+        type=number,
+        metavar="SHARE",
+        help="of a segmentation: mean share of pixels whose class a lossy codec must keep (default: any)",
+    )
+    parser.add_argument(
+        "--decide-by",
+        choices=("bound", "estimate"),
+        default="bound",
+        help="bound: a codec may be used if, with 95 %% confidence, all calls keep these limits; estimate: if the "
+        "images do, which says little where they are few (default: %(default)s)",
     )
     device_argument(parser, "device to measure on")
     file_argument(parser, "--out", "write the table to this JSON file, which plan --codecs reads")
@@ -304,19 +334,56 @@ def _codecs(options: argparse.Namespace) -> None:
 
     device = find_device(options.device)
     graph = traced(options, device, options.weights)
-    budget = None
-    if options.max_top1_change is not None or options.min_cosine is not None:
-        budget = codec.Budget(max_top1_change=options.max_top1_change, min_cosine=options.min_cosine)
-    with progress("measuring codecs") as advance:
+    budget = _budget(options)
+    samples = codec.image_sample(graph, options.sample, options.most)
+    begin_s = reported_s = time.monotonic()
+
+    def report(done: float, total: float, what: str) -> None:
+        nonlocal reported_s
+        advance(done, total, f"measuring codecs: {what}")
+        now_s = time.monotonic()
+        if not sys.stderr.isatty() and now_s - reported_s >= _REPORT_EVERY_S:
+            reported_s = now_s
+            left_s = (now_s - begin_s) * (total - done) / done
+            print(f"{done / total:.0%} done, about {left_s:.0f} s left: {what}", file=sys.stderr, flush=True)
+
+    with progress("measuring codecs") as advance, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnfinishedWarning)
         measured = codec.measure(
             graph,
-            codec.image_sample(graph, options.sample, options.most),
+            samples,
             None if options.codecs is None else options.codecs.split(","),
             points=None if options.point is None else [index_or_name(point) for point in options.point],
             budget=budget,
             device=device,
-            progress=advance,
+            progress=report,
         )
     if options.out is not None:
         measured.save(options.out)
     console().print(codec_table(measured))
+    if measured.unfinished:
+        kept = "" if options.out is None else f"; what was measured until then is in {options.out}"
+        raise KeyboardInterrupt(f"{len(measured.unfinished)} points were not measured{kept}")
+    for warning in caught:
+        warn(warning.message)
+
+
+def _budget(options: argparse.Namespace) -> Budget | None:
+    from torchsurgeon import codec
+
+    scores = {"min_boxes_matched": codec.boxes_matched, "min_pixels_kept": codec.pixels_kept}
+    given = [
+        (function, getattr(options, name)) for name, function in scores.items() if getattr(options, name) is not None
+    ]
+    if len(given) > 1:
+        raise TorchSurgeonError("--min-boxes-matched is for detectors, --min-pixels-kept for segmentation; give one")
+    score, min_score = given[0] if given else (None, None)
+    if options.max_top1_change is None and options.min_cosine is None and score is None:
+        return None
+    return codec.Budget(
+        max_top1_change=options.max_top1_change,
+        min_cosine=options.min_cosine,
+        score=score,
+        min_score=min_score,
+        decide_by=options.decide_by,
+    )

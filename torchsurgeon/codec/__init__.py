@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torchsurgeon.codec.budget import Budget
-from torchsurgeon.codec.codec import Codec, EncodedTensor, codec_names, find_codec
-from torchsurgeon.codec.measuring import measure, promising
+from torchsurgeon.codec.bounds import least_count
+from torchsurgeon.codec.budget import Budget, Finding
+from torchsurgeon.codec.codec import Codec, EncodedTensor, codec_names, find_codec, measured_names
+from torchsurgeon.codec.measuring import halves, measure
+from torchsurgeon.codec.points import promising
 from torchsurgeon.codec.sample import image_call, image_sample
+from torchsurgeon.codec.scores import boxes_matched, pixels_kept
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 
 __all__ = [
@@ -16,10 +19,16 @@ __all__ = [
     "CodecTable",
     "Difference",
     "EncodedTensor",
+    "Finding",
+    "boxes_matched",
     "codec_names",
     "find_codec",
+    "halves",
     "image_call",
     "image_sample",
+    "least_count",
     "measure",
+    "measured_names",
+    "pixels_kept",
     "promising",
 ]

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import random
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchsurgeon.codec.budget import Budget, Verdict, as_real_numbers, likeness
-from torchsurgeon.codec.codec import Codec, codec_names, find_codec
-from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
-from torchsurgeon.cutting.partition import cut, tail_for
-from torchsurgeon.cutting.segment import Segment
-from torchsurgeon.errors import CodecError, short
+from torchsurgeon import _allocator
+from torchsurgeon.codec.boundaries import Tails, Walk
+from torchsurgeon.codec.budget import Budget, Verdict
+from torchsurgeon.codec.codec import Codec, find_codec, measured_names
+from torchsurgeon.codec.points import promising, work_before
+from torchsurgeon.codec.table import CodecRow, CodecTable
+from torchsurgeon.codec.trial import Trial
+from torchsurgeon.errors import CodecError, UnfinishedWarning, short
 from torchsurgeon.profiling.origin import device_of, provenance
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 
-# A median of fewer times is not worth much.
-_LEAST_TIMES = 5
-_MOST_POINTS = 24
+# Sizes and times are taken on so many calls, the same ones for every codec. More would hardly change a mean.
+_SIZED = 32
+# Of the work that the progress counts, what encoding and decoding take beside one run of the whole model for each call.
+_ENCODING = 0.05
+
+T = TypeVar("T")
 
 
 def measure(
@@ -33,71 +39,81 @@ def measure(
     points: Sequence[int | str] | None = None,
     budget: Budget | None = None,
     device: str | torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, float, str], object] | None = None,
 ) -> CodecTable:
     """Return size, time and error of every codec at the partition points where a cut can pay off.
 
-    With a ``budget``, the tail runs on the tensors that each lossy codec decoded, for every point and sample. Without
-    one, no lossy codec counts as within budget.
+    With a ``budget``, the tail runs on the tensors that each lossy codec decoded. Codecs of one kind are tested from
+    the finest to the coarsest; the first that breaks the budget ends the test of its kind at this point, so that no
+    codec keeps a budget only because many were tried. Without a budget, no lossy codec counts as within it.
+
+    Ctrl-C ends the measurement early: the table holds the points that were measured until then, ``unfinished`` names
+    the others, and an ``UnfinishedWarning`` says so.
 
     Args:
         graph: the traced model.
         samples: calls like the traced example. Each is a tensor, a tuple of positional arguments or a dict of keyword
-            arguments.
-        codecs: names of the codecs; all by default. ``raw`` is always measured. A codec that encodes no tensor at a
-            point (``int8`` on integers, ``jpeg`` on a feature map) has no row there.
-        points: indices or layer names; those of ``promising()`` by default.
+            arguments. All of them judge. Where a codec was set up on some, give the others: ``halves()`` makes the two.
+        codecs: names of the codecs; ``measured_names()`` by default. ``raw`` is always measured. A codec that encodes
+            no tensor at a point (``int8`` on integers, ``jpeg`` on a feature map) has no row there.
+        points: indices or layer names; those of ``promising()`` by default. By default, too, a lossy codec is judged
+            only where it makes the boundary smaller than finer codecs of its kind do there, and than lossless ones do
+            there or at an earlier point.
         budget: how much lossy codecs may change.
         device: where the model runs, and where values are packed and unpacked; the device of its parameters by default.
-        progress: called as ``progress(done, total)`` after each point.
+        progress: called as ``progress(done, total, what)`` now and then, with ``what`` the point that is measured.
 
     Raises:
-        CodecError: a codec is unknown, there are no samples, or a sample is not like the example.
+        CodecError: a codec is unknown, there are no samples, a sample is not like the example, or a point is the last,
+            at which nothing crosses.
+        SampleSizeError: the samples are too few to show that a codec keeps the budget.
         PartitionError: the graph has no such point.
     """
     if not samples:
         raise CodecError("codecs are measured on samples of your own, and samples is empty; give calls, [image, …]")
     target = device_of(graph, device)
-    known = [find_codec(name) for name in dict.fromkeys(("raw", *(codec_names() if codecs is None else codecs)))]
+    known = [find_codec(name) for name in dict.fromkeys(("raw", *(measured_names() if codecs is None else codecs)))]
     chosen = promising(graph) if points is None else [graph.point(ref) for ref in dict.fromkeys(points)]
-    names = [spec.name for spec in graph.inputs]
+    if any(point.index == len(graph.layers) for point in chosen):
+        raise CodecError(f"point {len(graph.layers)} is the last, at which nothing crosses; leave it out of points")
+    if budget is not None:
+        budget.check_sample(len(samples), graph.batch)
+    _allocator.keep_freed_memory()
+    calls = _inputs(graph, samples, target)
+    measuring = _Measuring(graph, calls, known, sorted(chosen, key=lambda point: point.index), budget, target, progress)
+    measuring.prunes = points is None
+    rows: list[CodecRow] = []
+    missing = [point.name for point in measuring.points]
     with torch.no_grad():
-        calls = _inputs(graph, samples, target)
-        whole = tail_for(graph, names, flat=True)
-        references = [_outputs(graph, whole, call) for call in calls] if budget is not None else []
-        rows: list[CodecRow] = []
-        for done, point in enumerate(chosen):
-            rows += _rows(graph, point, known, calls, references, budget, target)
-            if progress is not None:
-                progress(done + 1, len(chosen))
+        try:
+            for found in measuring.rows():
+                rows += found
+                missing.pop(0)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            warnings.warn(
+                f"measuring codecs was interrupted; {len(chosen) - len(missing)} of {len(chosen)} points were measured "
+                "before, and the table holds only these",
+                UnfinishedWarning,
+                stacklevel=2,
+            )
     measured = type(graph.model).__name__, graph.fingerprint, graph.batch, len(calls), str(budget or "")
-    return CodecTable(*measured, tuple(rows), provenance(target))
+    return CodecTable(*measured, tuple(rows), provenance(target), tuple(missing))
 
 
-def promising(graph: LayerGraph, most: int = _MOST_POINTS) -> list[PartitionPoint]:
-    """Return the partition points at which a codec can pay off.
+def halves(samples: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Return the samples in two halves: one to set up a codec with, and one to judge it with. Always the same ones.
 
-    These are the points at which no more bytes cross than at any point before. Where more bytes cross, an earlier cut
-    is better. The last point, with everything on the device, is left out.
+    A codec is made to do well on the samples that it was set up with, so these must not judge it. Samples are drawn at
+    random, because neighbours in a folder are often alike.
 
     Args:
-        graph: the traced model.
-        most: how many points of equal size to keep. Where a model keeps one size through many layers, as transformers
-            do, the first point of each size is kept, and the others are thinned out evenly.
+        samples: the samples; with an odd number, the second half has one more.
     """
-    smaller: list[PartitionPoint] = []
-    equal: list[PartitionPoint] = []
-    least = float("inf")
-    for point in graph.points[:-1]:
-        if point.size_bytes < least:
-            smaller.append(point)
-        elif point.size_bytes == least:
-            equal.append(point)
-        least = min(least, point.size_bytes)
-    room = max(0, most - len(smaller))
-    if len(equal) > room:
-        equal = [equal[(2 * k + 1) * len(equal) // (2 * room)] for k in range(room)]
-    return sorted([*smaller, *equal], key=lambda point: point.index)
+    order = list(samples)
+    random.Random(0).shuffle(order)
+    return order[: len(order) // 2], order[len(order) // 2 :]
 
 
 def _inputs(graph: LayerGraph, samples: Sequence[Any], device: torch.device) -> list[list[Tensor]]:
@@ -119,113 +135,117 @@ def _inputs(graph: LayerGraph, samples: Sequence[Any], device: torch.device) -> 
     return calls
 
 
-def _outputs(graph: LayerGraph, tail: Segment, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip((spec.name for spec in graph.outputs), tail(*tensors), strict=True))
+class _Measuring:
+    """Measures point after point."""
 
+    def __init__(
+        self,
+        graph: LayerGraph,
+        calls: list[list[Tensor]],
+        codecs: list[Codec],
+        points: list[PartitionPoint],
+        budget: Budget | None,
+        device: torch.device,
+        progress: Callable[[float, float, str], object] | None,
+    ) -> None:
+        self.graph, self.calls, self.codecs, self.points = graph, calls, codecs, points
+        self.budget, self.device = budget, device
+        self.prunes = True
+        self._progress = progress
+        self._work = work_before(graph)
+        self._expected = [self._work_of(point) for point in points]
+        self._answering = 0.0 if budget is None else 1.0
+        self._done = 0.0
+        # The smallest lossless boundary so far, and what and where it is.
+        self._least: tuple[float, str] = (float("inf"), "")
 
-class _Tried:
-    """Collects what one codec does at one point, sample after sample."""
+    def rows(self) -> Iterator[list[CodecRow]]:
+        """Give the rows of each point."""
+        walk = Walk(self.graph, self.calls)
+        answers: list[dict[str, Tensor]] = []
+        if self.budget is not None:
+            for answer in walk.answers():
+                answers.append(answer)
+                self._advance(self._answering / len(self.calls), "the model's own answers")
+        for point, expected in zip(self.points, self._expected, strict=True):
+            before = self._done
+            walk.to(point)
+            yield self._rows(walk, answers)
+            self._advance(before + expected - self._done, point.name)
 
-    def __init__(self, codec: Codec, verdict: Verdict | None) -> None:
-        self.codec, self.verdict = codec, verdict
-        self.sizes: list[int] = []
-        self.encode_s: list[float] = []
-        self.decode_s: list[float] = []
-        self.lossless = True
-        self._max_abs = self._squares = 0.0
-        self._count, self._cosine = 0, 1.0
+    def _work_of(self, point: PartitionPoint) -> float:
+        """Return about how much is to do at a point, in runs of the whole model for each call."""
+        lossy = {one.changes_as for one in self._suiting(point) if not one.lossless}
+        return _ENCODING * (1 + len(lossy)) + len(lossy) * (1 - self._work[point.index]) * (self.budget is not None)
 
-    def compare(self, boundary: Sequence[Tensor], decoded: Sequence[Tensor]) -> None:
-        """Add the differences between the boundary tensors and the decoded ones."""
-        for one, other in zip(boundary, decoded, strict=True):
-            difference = as_real_numbers(one) - as_real_numbers(other)
-            self._count += difference.numel()
-            if difference.any():
-                self._max_abs = max(self._max_abs, float(difference.abs().max()))
-                self._squares += float(difference @ difference)
-        self._cosine = min(self._cosine, likeness(list(boundary), list(decoded)))
+    def _suiting(self, point: PartitionPoint) -> list[Codec]:
+        return [one for one in self.codecs if any(one.suits(spec.dtype, spec.shape) for spec in point.tensors)]
 
-    def row(self, point: PartitionPoint, raw_bytes: float) -> CodecRow:
-        """Return the table's row."""
-        verdict = None if self.lossless else self.verdict
-        cost = CodecCost(
-            self.codec.name,
-            statistics.mean(self.sizes),
-            statistics.median(self.encode_s),
-            statistics.median(self.decode_s),
-            self.lossless,
-            self.lossless or (verdict is not None and verdict.kept),
-        )
-        rmse = (self._squares / max(1, self._count)) ** 0.5
-        return CodecRow(
-            point.index,
-            point.name,
-            raw_bytes,
-            cost,
-            None if self.lossless else Difference(self._max_abs, rmse, self._cosine),
-            None if verdict is None else verdict.top1_change,
-            None if verdict is None else verdict.cosine,
-            None if verdict is None else verdict.accepted,
-        )
+    def _advance(self, work: float, what: str) -> None:
+        self._done += work
+        if self._progress is not None:
+            self._progress(self._done, self._answering + sum(self._expected), what)
 
+    def _rows(self, walk: Walk, answers: list[dict[str, Tensor]]) -> list[CodecRow]:
+        point, boundaries = walk.point, walk.boundaries
+        trials = [Trial(one, self.device) for one in self._suiting(point)]
+        every = max(1, -(-len(boundaries) // _SIZED))
+        for index, boundary in enumerate(boundaries[::every]):
+            for trial in trials:
+                trial.measure(boundary, first=index == 0, calls=-(-len(boundaries) // every))
+        for trial in trials:
+            # A codec that lost nothing on these calls, because it encoded none of their tensors, may on others.
+            if trial.lossless and not trial.codec.lossless and every > 1:
+                trial.lossless = all(trial.exact(boundary) for boundary in boundaries)
+        self._advance(_ENCODING, point.name)
+        if self.budget is not None:
+            self._judge(walk, trials, answers)
+        raw_bytes = statistics.mean(sum(tensor.nbytes for tensor in one) for one in boundaries)
+        return [trial.row(point, raw_bytes) for trial in trials]
 
-def _rows(
-    graph: LayerGraph,
-    point: PartitionPoint,
-    codecs: Sequence[Codec],
-    calls: Sequence[Sequence[Tensor]],
-    references: Sequence[Mapping[str, Tensor]],
-    budget: Budget | None,
-    device: torch.device,
-) -> list[CodecRow]:
-    head = cut(graph, point).head.get_submodule("segment")
-    tail = tail_for(graph, [spec.name for spec in point.tensors], flat=True)
-    suiting = [c for c in codecs if any(c.suits(spec.dtype, spec.shape) for spec in point.tensors)]
-    tried = [_Tried(c, None if budget is None else Verdict(budget, graph.unflatten_output)) for c in suiting]
-    raw_bytes = []
-    for index, call in enumerate(calls):
-        boundary = head(*call)
-        raw_bytes.append(sum(tensor.nbytes for tensor in boundary))
-        # "+zstd" compresses without loss, so a codec with it and the same codec without it give the same outputs.
-        outputs: dict[str, dict[str, Tensor]] = {}
-        for one in tried:
-            # A codec's very first run is not timed, because it has to allocate memory that later runs reuse.
-            repeats = -(-_LEAST_TIMES // len(calls)) + (index == 0)
-            for repeat in range(repeats):
-                decoded, exact = _there_and_back(one, boundary, device, timed=index > 0 or repeat > 0)
-            if exact:
-                continue
-            one.lossless = False
-            one.compare(boundary, decoded)
-            if one.verdict is not None:
-                changed_by = one.codec.name.removesuffix("+zstd")
-                if changed_by not in outputs:
-                    outputs[changed_by] = _outputs(graph, tail, decoded)
-                one.verdict.add(references[index], outputs[changed_by])
-    return [one.row(point, statistics.mean(raw_bytes)) for one in tried]
+    def _judge(self, walk: Walk, trials: list[Trial], answers: list[dict[str, Tensor]]) -> None:
+        """Test the lossy codecs at a point, each kind from the finest to the coarsest."""
+        for trial in trials:
+            if trial.lossless:
+                self._least = min(self._least, (trial.size_bytes, f"{trial.codec.name} at {walk.point.name}"))
+        # "+zstd" compresses without loss, so a codec with it and the same codec without it give the same answers.
+        alike: dict[str, list[Trial]] = {}
+        for trial in trials:
+            if not trial.lossless:
+                alike.setdefault(trial.codec.changes_as, []).append(trial)
+        tails = Tails(walk, answers) if alike else None
+        failed: dict[str, str] = {}
+        finer: dict[str, tuple[float, str]] = {}
+        for some in sorted(alike.values(), key=lambda some: some[0].codec.coarseness):
+            kind = some[0].codec.kind
+            smallest = min((trial.size_bytes, trial.codec.name) for trial in some)
+            least, what = min(self._least, finer.get(kind, self._least))
+            finer[kind] = min(smallest, finer.get(kind, smallest))
+            judged = None
+            if self.prunes and smallest[0] >= least:
+                reason = f"not smaller than {what}"
+            elif kind in failed:
+                reason = f"after {failed[kind]}"
+            else:
+                assert tails is not None
+                reason, judged = "", self._verdict(walk, some[0], tails, answers)
+            for trial in some:
+                trial.untested, trial.findings = reason, () if judged is None else judged.findings()
+            if judged is not None and not some[0].kept:
+                failed[kind] = some[0].codec.changes_as
 
-
-def _there_and_back(
-    one: _Tried, boundary: Sequence[Tensor], device: torch.device, *, timed: bool
-) -> tuple[list[Tensor], bool]:
-    """Encode and decode a boundary; return the tensors as the server gets them, and whether they are exact."""
-    _settle(device)
-    begin_s = time.perf_counter()
-    encoded = [one.codec.encode(tensor) for tensor in boundary]
-    encoded_s = time.perf_counter()
-    openers = [find_codec(e.codec) for e in encoded]
-    decoded = [
-        opener.decode(e.data, tensor.dtype, tensor.shape, e.order, max_bytes=tensor.nbytes, device=device)
-        for opener, e, tensor in zip(openers, encoded, boundary, strict=True)
-    ]
-    _settle(device)
-    if timed:
-        one.encode_s.append(encoded_s - begin_s)
-        one.decode_s.append(time.perf_counter() - encoded_s)
-        one.sizes.append(sum(len(e.data) for e in encoded))
-    return decoded, all(opener.lossless for opener in openers)
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def _verdict(self, walk: Walk, trial: Trial, tails: Tails, answers: list[dict[str, Tensor]]) -> Verdict:
+        """Run tails until all calls have judged, or enough of them to break the budget for certain."""
+        assert self.budget is not None
+        point, boundaries = walk.point, walk.boundaries
+        verdict = Verdict(self.budget, self.graph.unflatten_output, len(boundaries))
+        work = _ENCODING + 1 - self._work[point.index]
+        for start in range(0, len(boundaries), tails.together):
+            some = boundaries[start : start + tails.together]
+            decoded = [trial.decoded(boundary) for boundary in some]
+            for answer, output in zip(answers[start:], tails(decoded), strict=False):
+                verdict.add(answer, output)
+            self._advance(work * len(some) / len(boundaries), point.name)
+            if verdict.hopeless:
+                break
+        return verdict

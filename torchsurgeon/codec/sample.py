@@ -12,12 +12,12 @@ from torch import Tensor
 from torchsurgeon.errors import CodecError, short
 from torchsurgeon.tracing.graph import LayerGraph
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp"}
 # ImageNet's mean and deviation, with which torchvision's and most other weights were trained.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def image_sample(graph: LayerGraph, folder: str | Path, most: int = 32) -> list[Tensor]:
+def image_sample(graph: LayerGraph, folder: str | Path, most: int | None = None) -> list[Tensor]:
     """Return the images of a folder as calls of the model, in the order of their names.
 
     Each image is cropped around its middle to the ratio of the model's input, and resized. A ``uint8`` input gets the
@@ -27,7 +27,7 @@ def image_sample(graph: LayerGraph, folder: str | Path, most: int = 32) -> list[
         graph: the traced model. Its only input must be (N, 3, H, W). With N above 1, N images make one call, and images
             that do not fill a call are left out.
         folder: where the images are.
-        most: the highest number of calls.
+        most: the highest number of calls; all images by default.
 
     Raises:
         CodecError: the model takes something else, or the folder or an image is not readable.
@@ -37,7 +37,7 @@ def image_sample(graph: LayerGraph, folder: str | Path, most: int = 32) -> list[
         paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _SUFFIXES)
     except OSError as error:
         raise CodecError(f"the folder {short(str(folder))} is not readable: {error.strerror}") from None
-    images = [_pixels(path, height, width) for path in paths[: most * batch]]
+    images = [_pixels(path, height, width) for path in paths[: None if most is None else most * batch]]
     calls = [torch.stack(images[k : k + batch]) for k in range(0, len(images) - batch + 1, batch)]
     if not calls:
         raise CodecError(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from torchsurgeon import _json_file
+from torchsurgeon.codec.budget import Finding
 from torchsurgeon.errors import CodecError, is_finite, short
 from torchsurgeon.tracing.graph import LayerGraph
 
-FORMAT = "torchsurgeon.codecs/1"
+FORMAT = "torchsurgeon.codecs/2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +77,9 @@ class CodecRow:
         raw_bytes: the boundary's size without a codec.
         cost: what the codec costs.
         boundary: how it changes the boundary tensors; None for a lossless codec.
-        top1_change: share of predictions that differ.
-        output_cosine: lowest cosine similarity of any sample's output.
-        accepted: share of samples that the budget's own function accepted. ``top1_change``, ``output_cosine`` and
-            ``accepted`` are None for a lossless codec, and where the budget does not limit them.
+        findings: what became of the model's answers, one finding for each limit of the budget; empty for a lossless
+            codec, without a budget, and where the codec was not tested.
+        untested: why the codec was not tested with the budget; empty where it was, and where there was nothing to test.
     """
 
     point: int
@@ -87,9 +87,12 @@ class CodecRow:
     raw_bytes: float
     cost: CodecCost
     boundary: Difference | None = None
-    top1_change: float | None = None
-    output_cosine: float | None = None
-    accepted: float | None = None
+    findings: tuple[Finding, ...] = ()
+    untested: str = ""
+
+    def finding(self, measure: str) -> Finding | None:
+        """Return the finding of this measure; None where the budget does not limit it, or the codec was not tested."""
+        return next((finding for finding in self.findings if finding.measure == measure), None)
 
     @property
     def ratio(self) -> float:
@@ -105,10 +108,11 @@ class CodecTable:
         model: name of the model's class.
         fingerprint: the traced graph's fingerprint.
         batch: batch size of the samples.
-        samples: how many calls were measured.
+        samples: how many calls judged. Sizes and times are of at most 32 of them.
         budget: the accuracy budget in words; empty without one.
         rows: one row for each codec and point. Points that were not measured have no rows.
         provenance: where and how it was measured.
+        unfinished: names of the points that were still to be measured when the measurement was interrupted.
     """
 
     model: str
@@ -118,6 +122,7 @@ class CodecTable:
     budget: str
     rows: tuple[CodecRow, ...]
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unfinished: tuple[str, ...] = ()
 
     def at(self, point: int) -> tuple[CodecRow, ...]:
         """Return the rows of the partition point with this index; empty where none were measured."""
@@ -179,7 +184,8 @@ class CodecTable:
             rows = tuple(_row(row) for row in data["rows"])
             model, fingerprint, budget = (str(data[key]) for key in ("model", "fingerprint", "budget"))
             batch, samples = (int(data[key]) for key in ("batch", "samples"))
-            return CodecTable(model, fingerprint, batch, samples, budget, rows, dict(data["provenance"]))
+            unfinished = tuple(str(name) for name in data["unfinished"])
+            return CodecTable(model, fingerprint, batch, samples, budget, rows, dict(data["provenance"]), unfinished)
         except CodecError:
             raise
         except KeyError as error:
@@ -213,5 +219,7 @@ def _row(data: Mapping[str, Any]) -> CodecRow:
             "point": int(data["point"]),
             "cost": CodecCost(**{**data["cost"], "codec": str(data["cost"]["codec"])}),
             "boundary": None if boundary is None else Difference(**boundary),
+            "findings": tuple(Finding(**finding) for finding in data["findings"]),
+            "untested": str(data["untested"]),
         }
     )

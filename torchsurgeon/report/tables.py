@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Group
@@ -68,12 +68,30 @@ def codec_table(measured: CodecTable) -> FittingTable:
     """Return what each codec costs and changes at the points where it was measured."""
     rows = measured.rows
     first = [i == 0 or rows[i - 1].point != row.point for i, row in enumerate(rows)]
-    changes: list[tuple[str, Callable[[CodecRow], float | None], str]] = [
-        ("top-1 changed", lambda row: row.top1_change, "{:.1%}"),
-        ("cosine", lambda row: row.output_cosine, "{:.5f}"),
-        ("accepted", lambda row: row.accepted, "{:.0%}"),
-    ]
+    measures = list(dict.fromkeys(finding.measure for row in rows for finding in row.findings))
+    texts = {"top-1 changed": "{:.1%}", "accepted": "{:.1%}", "cosine": "{:.5f}"}
+    untested = any(row.untested for row in rows)
+    left_out = measured.unfinished
+    interrupted = (
+        f" The measurement was interrupted before {left_out[0]}; {_count(len(left_out), 'point')} not measured."
+        if left_out
+        else ""
+    )
     budget = measured.budget or "none was given, so no lossy codec is used (give --min-cosine or --max-top1-change)"
+
+    def changed(row: CodecRow, measure: str) -> str:
+        finding = row.finding(measure)
+        if finding is None:
+            return ""
+        text = texts.get(measure, "{:.4f}")
+        sign = "≤" if measure == "top-1 changed" else "≥"
+        return f"{text.format(finding.estimate)} ({sign} {text.format(finding.bound)})"
+
+    def use(row: CodecRow) -> str:
+        if row.cost.lossless:
+            return "lossless"
+        return "not tested" if row.untested else "yes" if row.cost.within_budget else "no"
+
     return FittingTable(
         f"{measured.model}: what codecs save and change, on {_count(measured.samples, 'sample')}",
         [
@@ -101,16 +119,20 @@ def codec_table(measured: CodecTable) -> FittingTable:
                 note="Error: root mean square of the difference between what the tail receives and the head sent.",
             ),
             *(
-                Column(header, ["" if value(row) is None else text.format(value(row)) for row in rows], rank=7)
-                for header, value, text in changes
-                if any(value(row) is not None for row in rows)
+                Column(
+                    measure,
+                    [changed(row, measure) for row in rows],
+                    rank=7,
+                    note=""
+                    if i
+                    else f"{measure.capitalize()}: in brackets is the bound for all calls, not only these.",
+                )
+                for i, measure in enumerate(measures)
             ),
-            Column(
-                "use",
-                ["lossless" if row.cost.lossless else "yes" if row.cost.within_budget else "no" for row in rows],
-            ),
+            Column("use", [use(row) for row in rows], left=True),
+            *([Column("why not", [row.untested for row in rows], rank=1, left=True)] if untested else []),
         ],
-        f"Use: whether a plan may use the codec, by the accuracy budget: {budget}.",
+        f"Use: whether a plan may use the codec, by the accuracy budget: {budget}.{interrupted}",
     )
 
 

@@ -1,0 +1,126 @@
+"""One codec tried at one point: its sizes and times, and what it changes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchsurgeon.codec.budget import Finding
+from torchsurgeon.codec.codec import Codec, find_codec
+from torchsurgeon.codec.scores import as_real_numbers, likeness
+from torchsurgeon.codec.table import CodecCost, CodecRow, Difference
+from torchsurgeon.tracing.specs import PartitionPoint
+
+# A median of fewer times is not worth much.
+_LEAST_TIMES = 5
+
+
+class Trial:
+    """Collects what one codec does at one point.
+
+    Args:
+        codec: the codec.
+        device: where values are packed and unpacked.
+
+    Attributes:
+        lossless: whether the tail got the same bits so far.
+        findings: what became of the model's answers, once they were judged.
+        untested: why they were not judged; empty where they were.
+    """
+
+    def __init__(self, codec: Codec, device: torch.device) -> None:
+        self.codec, self._device = codec, device
+        self.lossless = True
+        self.findings: tuple[Finding, ...] = ()
+        self.untested = ""
+        self._sizes: list[int] = []
+        self._encode_s: list[float] = []
+        self._decode_s: list[float] = []
+        self._max_abs = self._squares = 0.0
+        self._count, self._cosine = 0, 1.0
+
+    @property
+    def size_bytes(self) -> float:
+        """What crosses, as the mean over the calls."""
+        return statistics.mean(self._sizes)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the answers were judged, and all limits of the budget are met."""
+        return bool(self.findings) and all(finding.kept for finding in self.findings)
+
+    def measure(self, boundary: Sequence[Tensor], *, first: bool, calls: int) -> None:
+        """Add the size, the times and the differences of one call.
+
+        Args:
+            boundary: the boundary tensors.
+            first: whether it is the first call.
+            calls: how many calls there will be; of few, each is timed several times.
+        """
+        # A codec's very first run is not timed, because it has to allocate memory that later runs reuse.
+        repeats = -(-_LEAST_TIMES // calls) + first
+        for repeat in range(repeats):
+            decoded, exact = self._there_and_back(boundary, timed=not first or repeat > 0)
+        if exact:
+            return
+        self.lossless = False
+        for one, other in zip(boundary, decoded, strict=True):
+            difference = as_real_numbers(one) - as_real_numbers(other)
+            self._count += difference.numel()
+            if difference.any():
+                self._max_abs = max(self._max_abs, float(difference.abs().max()))
+                self._squares += float(difference @ difference)
+        self._cosine = min(self._cosine, likeness(list(boundary), list(decoded)))
+
+    def decoded(self, boundary: Sequence[Tensor]) -> list[Tensor]:
+        """Return the boundary tensors of a call as the server gets them."""
+        return self._there_and_back(boundary, timed=False)[0]
+
+    def exact(self, boundary: Sequence[Tensor]) -> bool:
+        """Return whether the server gets the same bits in a call."""
+        return self._there_and_back(boundary, timed=False)[1]
+
+    def _there_and_back(self, boundary: Sequence[Tensor], *, timed: bool) -> tuple[list[Tensor], bool]:
+        """Encode and decode a boundary; return the tensors as the server gets them, and whether they are exact."""
+        self._settle()
+        begin_s = time.perf_counter()
+        encoded = [self.codec.encode(tensor) for tensor in boundary]
+        encoded_s = time.perf_counter()
+        openers = [find_codec(e.codec) for e in encoded]
+        decoded = [
+            opener.decode(e.data, tensor.dtype, tensor.shape, e.order, max_bytes=tensor.nbytes, device=self._device)
+            for opener, e, tensor in zip(openers, encoded, boundary, strict=True)
+        ]
+        self._settle()
+        if timed:
+            self._encode_s.append(encoded_s - begin_s)
+            self._decode_s.append(time.perf_counter() - encoded_s)
+            self._sizes.append(sum(len(e.data) for e in encoded))
+        return decoded, all(opener.lossless for opener in openers)
+
+    def _settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def row(self, point: PartitionPoint, raw_bytes: float) -> CodecRow:
+        """Return the table's row.
+
+        Args:
+            point: the partition point.
+            raw_bytes: the boundary's size without a codec.
+        """
+        cost = CodecCost(
+            self.codec.name,
+            self.size_bytes,
+            statistics.median(self._encode_s),
+            statistics.median(self._decode_s),
+            self.lossless,
+            self.lossless or self.kept,
+        )
+        rmse = (self._squares / max(1, self._count)) ** 0.5
+        difference = None if self.lossless else Difference(self._max_abs, rmse, self._cosine)
+        return CodecRow(point.index, point.name, raw_bytes, cost, difference, self.findings, self.untested)
