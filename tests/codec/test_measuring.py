@@ -66,7 +66,13 @@ def noise(*shape: int, count: int = 40) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("model", "shape", "together"),
-    [(Viewed(), (1, 3, 16, 16), 16), (Viewed(), (2, 3, 16, 16), 16), (Sequence(), (1, 20, 30), 16), (Windows(), (1, 1200), 0), (Fixed(), (1, 600), 1)],
+    [
+        (Viewed(), (1, 3, 16, 16), 16),
+        (Viewed(), (2, 3, 16, 16), 16),
+        (Sequence(), (1, 20, 30), 16),
+        (Windows(), (1, 1200), 0),
+        (Fixed(), (1, 600), 1),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_calls_run_together_where_that_gives_each_its_own_answer(
