@@ -321,6 +321,7 @@ def add_codecs(commands: Commands) -> None:
         "images do, which says little where they are few (default: %(default)s)",
     )
     device_argument(parser, "device to measure on")
+    threads_argument(parser)
     file_argument(parser, "--out", "write the table to this JSON file, which plan --codecs reads")
 
 
@@ -328,11 +329,15 @@ def _codecs(options: argparse.Namespace) -> None:
     if not options.sample.is_dir():
         raise TorchSurgeonError(f"--sample must be a folder of images; there is no folder {short(options.sample)}")
     with loading():
+        import torch
+
         from torchsurgeon import codec
         from torchsurgeon.profiling import find_device
         from torchsurgeon.report import codec_table
 
     device = find_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     graph = traced(options, device, options.weights)
     budget = _budget(options)
     samples = codec.image_sample(graph, options.sample, options.most)

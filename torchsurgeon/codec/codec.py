@@ -89,14 +89,20 @@ class Codec:
         return "packed" if self.image is None else f"{self.image}@{self.percent}"
 
     @property
-    def coarseness(self) -> int:
+    def coarseness(self) -> float:
         """Orders codecs of the same kind: the finer one, which changes less, has the lower number."""
         if self.image is not None:
             return -(self.quality or 0)
         return 0 if self.packing is None else quantize.FROM_FINE_TO_COARSE.index(self.packing)
 
-    def suits(self, dtype: torch.dtype, shape: Sequence[int]) -> bool:
-        """Return whether tensors of this dtype and shape are encoded by this codec, not by a lossless one instead."""
+    def suits(self, dtype: torch.dtype, shape: Sequence[int], name: str | None = None) -> bool:
+        """Return whether tensors of this dtype and shape are encoded by this codec, not by a lossless one instead.
+
+        Args:
+            dtype: the tensors' dtype.
+            shape: their shape.
+            name: their name in the graph, which matters to a codec that was fitted to certain tensors.
+        """
         if self.image is not None:
             return images.is_image(dtype, shape)
         if self.packing is None:
@@ -107,8 +113,13 @@ class Codec:
             and quantize.usual(self.packing, shape) == self.packing
         )
 
-    def encode(self, tensor: Tensor) -> EncodedTensor:
-        """Return ``tensor`` encoded. Values are packed on the tensor's own device, and only the result is copied."""
+    def encode(self, tensor: Tensor, name: str | None = None) -> EncodedTensor:
+        """Return ``tensor`` encoded. Values are packed on the tensor's own device, and only the result is copied.
+
+        Args:
+            tensor: the tensor.
+            name: its name in the graph, which matters to a codec that was fitted to certain tensors.
+        """
         tensor = tensor.detach()
         shape = tuple(tensor.shape)
         if self.image is not None and images.is_image(tensor.dtype, shape):

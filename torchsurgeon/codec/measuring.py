@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchsurgeon import _allocator
 from torchsurgeon.codec.boundaries import Tails, Walk
-from torchsurgeon.codec.budget import Budget, Verdict
+from torchsurgeon.codec.budget import Budget, Finding, Verdict
 from torchsurgeon.codec.codec import Codec, find_codec, measured_names
 from torchsurgeon.codec.points import promising, work_before
 from torchsurgeon.codec.table import CodecRow, CodecTable
@@ -79,7 +79,7 @@ def measure(
     if budget is not None:
         budget.check_sample(len(samples), graph.batch)
     _allocator.keep_freed_memory()
-    calls = _inputs(graph, samples, target)
+    calls = inputs_of(graph, samples, target)
     measuring = _Measuring(graph, calls, known, sorted(chosen, key=lambda point: point.index), budget, target, progress)
     measuring.prunes = points is None
     rows: list[CodecRow] = []
@@ -116,7 +116,8 @@ def halves(samples: Sequence[T]) -> tuple[list[T], list[T]]:
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
-def _inputs(graph: LayerGraph, samples: Sequence[Any], device: torch.device) -> list[list[Tensor]]:
+def inputs_of(graph: LayerGraph, samples: Sequence[Any], device: torch.device) -> list[list[Tensor]]:
+    """Return the input tensors of each sample, on the device. Raise ``CodecError`` for one unlike the example."""
     calls = []
     for index, sample in enumerate(samples):
         args, kwargs = ((), sample) if isinstance(sample, Mapping) else (sample, {})
@@ -179,7 +180,7 @@ class _Measuring:
         return _ENCODING * (1 + len(lossy)) + len(lossy) * (1 - self._work[point.index]) * (self.budget is not None)
 
     def _suiting(self, point: PartitionPoint) -> list[Codec]:
-        return [one for one in self.codecs if any(one.suits(spec.dtype, spec.shape) for spec in point.tensors)]
+        return [one for one in self.codecs if any(one.suits(s.dtype, s.shape, s.name) for s in point.tensors)]
 
     def _advance(self, work: float, what: str) -> None:
         self._done += work
@@ -188,7 +189,7 @@ class _Measuring:
 
     def _rows(self, walk: Walk, answers: list[dict[str, Tensor]]) -> list[CodecRow]:
         point, boundaries = walk.point, walk.boundaries
-        trials = [Trial(one, self.device) for one in self._suiting(point)]
+        trials = [Trial(one, [spec.name for spec in point.tensors], self.device) for one in self._suiting(point)]
         every = max(1, -(-len(boundaries) // _SIZED))
         for index, boundary in enumerate(boundaries[::every]):
             for trial in trials:
@@ -221,17 +222,18 @@ class _Measuring:
             smallest = min((trial.size_bytes, trial.codec.name) for trial in some)
             least, what = min(self._least, finer.get(kind, self._least))
             finer[kind] = min(smallest, finer.get(kind, smallest))
-            judged = None
+            reason = ""
+            findings: tuple[Finding, ...] = ()
             if self.prunes and smallest[0] >= least:
                 reason = f"not smaller than {what}"
             elif kind in failed:
                 reason = f"after {failed[kind]}"
             else:
                 assert tails is not None
-                reason, judged = "", self._verdict(walk, some[0], tails, answers)
+                findings = self._verdict(walk, some[0], tails, answers).findings()
             for trial in some:
-                trial.untested, trial.findings = reason, () if judged is None else judged.findings()
-            if judged is not None and not some[0].kept:
+                trial.untested, trial.findings = reason, findings
+            if findings and not some[0].kept:
                 failed[kind] = some[0].codec.changes_as
 
     def _verdict(self, walk: Walk, trial: Trial, tails: Tails, answers: list[dict[str, Tensor]]) -> Verdict:

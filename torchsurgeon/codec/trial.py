@@ -24,6 +24,7 @@ class Trial:
 
     Args:
         codec: the codec.
+        names: the names of the boundary tensors.
         device: where values are packed and unpacked.
 
     Attributes:
@@ -32,8 +33,8 @@ class Trial:
         untested: why they were not judged; empty where they were.
     """
 
-    def __init__(self, codec: Codec, device: torch.device) -> None:
-        self.codec, self._device = codec, device
+    def __init__(self, codec: Codec, names: Sequence[str], device: torch.device) -> None:
+        self.codec, self._names, self._device = codec, names, device
         self.lossless = True
         self.findings: tuple[Finding, ...] = ()
         self.untested = ""
@@ -88,7 +89,7 @@ class Trial:
         """Encode and decode a boundary; return the tensors as the server gets them, and whether they are exact."""
         self._settle()
         begin_s = time.perf_counter()
-        encoded = [self.codec.encode(tensor) for tensor in boundary]
+        encoded = [self.codec.encode(tensor, name) for tensor, name in zip(boundary, self._names, strict=True)]
         encoded_s = time.perf_counter()
         openers = [find_codec(e.codec) for e in encoded]
         decoded = [
