@@ -50,6 +50,10 @@ constexpr size_t kMostSymbols = 64;
 constexpr uint32_t kMostMagnitude = 31;
 constexpr uint32_t kMostSum = 4095;
 constexpr size_t kLanes = 16;
+// Where zero is as likely as this, a branch that the processor predicts is faster than the search, which it has to wait
+// for. It takes a quarter off the time where a quarter of the integers is not zero. Elsewhere, branching on rows in
+// which zero is less likely than this cost a seventh.
+constexpr uint32_t kLikely = 20000;
 // The longest Exp-Golomb code of a 32-bit integer has this many bits before its leading one.
 constexpr uint32_t kLongestPrefix = 32;
 constexpr uint32_t kMostEscapeBits = 16;
@@ -98,6 +102,10 @@ struct Tables {
   const uint16_t* table_of;
 };
 
+// Both compilers have such vectors on every processor. Left to find them in a loop, GCC did so in one function of three.
+typedef uint8_t Magnitudes __attribute__((vector_size(kLanes)));
+typedef uint16_t Sums __attribute__((vector_size(2 * kLanes)));
+
 // Magnitudes of all groups, each group's with a row of zeros above and a column of zeros at the right, which also is
 // the column at the left of the row below. So neighbours are read without asking where the group ends.
 class Planes {
@@ -117,23 +125,18 @@ class Planes {
 
   // Begins a group: adds up what its bias and its parents say.
   inline __attribute__((always_inline)) void begin(size_t group) {
-    const uint8_t* weights = contexts_.weights + group * (kNear + contexts_.parents);
+    const uint8_t* weights = contexts_.weights + group * (kNear + contexts_.parents) + kNear;
     const int32_t* parents = contexts_.parents_of + group * contexts_.parents;
-    uint16_t* __restrict sums = sums_.data();
     for (size_t i = 0; i < size_; i += kLanes) {
-      std::fill_n(sums + i, kLanes, contexts_.bias[group]);
-    }
-    for (size_t p = 0; p < contexts_.parents; ++p) {
-      const uint16_t weight = weights[kNear + p];
-      if (parents[p] < 0 || weight == 0) {
-        continue;
-      }
-      const uint8_t* __restrict parent = magnitudes_.data() + 1 + static_cast<size_t>(parents[p]) * size_;
-      for (size_t i = 0; i < size_; i += kLanes) {
-        for (size_t lane = 0; lane < kLanes; ++lane) {
-          sums[i + lane] = static_cast<uint16_t>(sums[i + lane] + weight * parent[i + lane]);
+      Sums sums = Sums{} + contexts_.bias[group];
+      for (size_t p = 0; p < contexts_.parents; ++p) {
+        if (parents[p] >= 0) {
+          Magnitudes parent;
+          std::memcpy(&parent, row(static_cast<size_t>(parents[p]), 0) - stride_ + i, kLanes);
+          sums += __builtin_convertvector(parent, Sums) * weights[p];
         }
       }
+      std::memcpy(sums_.data() + i, &sums, sizeof sums);
     }
   }
 
@@ -406,8 +409,17 @@ TORCHSURGEON_VECTOR bool decode(const Tables& tables, Decoder decoder, Planes& p
       uint32_t left = 0;
       for (size_t x = 0; x < planes.width(); ++x) {
         const size_t row = row_of[level(sums[x] + left_weight * left)];
-        const uint32_t slot = decoder.slot(), symbol = search.symbol(row, slot);
-        const uint16_t* start = tables.cumulative + row * (tables.symbols + 1) + symbol;
+        const uint32_t slot = decoder.slot();
+        const uint16_t* start = tables.cumulative + row * (tables.symbols + 1);
+        if ((start[1] >= kLikely) & (slot < start[1])) { // one branch, not two
+          decoder.take(slot, 0, start[1]);
+          *values++ = 0;
+          magnitudes[x] = 0;
+          left = 0;
+          continue;
+        }
+        const uint32_t symbol = search.symbol(row, slot);
+        start += symbol;
         decoder.take(slot, start[0], static_cast<uint32_t>(start[1] - start[0]));
         uint32_t folded = symbol;
         if (symbol == escape) {

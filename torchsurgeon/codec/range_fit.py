@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from torchsurgeon.codec import range_coder
-from torchsurgeon.codec.range_coder import LEVELS, MOST_MAGNITUDE, TOTAL, CoderTables
+from torchsurgeon.codec.range_coder import LEVELS, MOST_MAGNITUDE, MOST_SYMBOLS, NEIGHBOURS, TOTAL, CoderTables
 from torchsurgeon.errors import CodecError
 
 # A sum is the magnitude that is expected, in these parts of one.
 _UNIT = 64
-_MOST_WEIGHTS = (65535 - 4095) // MOST_MAGNITUDE
-_CHUNK = 128
+_MOST_BIAS = 4095
+_MOST_WEIGHTS = (65535 - _MOST_BIAS) // MOST_MAGNITUDE
+# So many groups are looked at together, which bounds the memory that is taken beside the samples.
+_TOGETHER = 128
+_MOST_ORDER = 12
 
 
 def fit_tables(
     samples: Tensor,
     parents: NDArray[numpy.int32] | None = None,
     *,
-    symbols: int = 16,
-    tables: int = 16,
+    symbols: int = 32,
+    tables: int = 8,
     rows: int = 128,
     smoothing: float = 16.0,
 ) -> CoderTables:
@@ -37,45 +42,43 @@ def fit_tables(
         symbols: S, how many symbols there are with the escape: magnitudes below S // 2 take no escape.
         tables: T, the most tables.
         rows: R, the most rows, up to 256.
-        smoothing: how many values' worth the average of all tables counts in a table's own probabilities.
+        smoothing: how many values' worth the average of all groups counts in a table's own probabilities.
 
     Raises:
         CodecError: the samples are not such integers, or the parents not such groups.
+        NativeUnavailableError: the compiled extension is missing.
     """
     if samples.dim() != 4 or samples.dtype.is_floating_point or 0 in samples.shape:
         raise CodecError(f"samples must be integers [N, K, H, W]; got {samples.dtype} {list(samples.shape)}")
+    if not (2 <= symbols <= MOST_SYMBOLS and tables >= 1 and 1 <= rows <= 256 and smoothing > 0):
+        raise CodecError(
+            f"tables need 2 to {MOST_SYMBOLS} symbols, at least one table, 1 to 256 rows and smoothing above 0; got "
+            f"{symbols}, {tables}, {rows} and {smoothing}"
+        )
     samples = samples.to("cpu", torch.int32)
     groups = samples.shape[1]
     if parents is None:
         parents = numpy.zeros((groups, 0), numpy.int32)
+    # It checks the parents, too.
+    plain = _without_contexts(groups, parents, symbols)
     weights, bias = _regress(samples, parents)
-    plain = CoderTables(
-        cumulative=numpy.array([[0, *range(TOTAL - symbols + 1, TOTAL + 1)]], numpy.uint16),
-        escape_bits=numpy.zeros(1, numpy.uint8),
-        row_of=numpy.zeros((1, LEVELS), numpy.uint8),
-        table_of=numpy.zeros(groups, numpy.uint16),
-        parents=parents,
-        weights=weights,
-        bias=bias,
-    )
-    folded, level = range_coder.fold(samples), range_coder.levels(samples, plain).long()
-    symbol = folded.clamp(max=symbols - 1)
-    group = torch.arange(groups).view(1, -1, 1, 1)
-    cells = ((group * LEVELS + level) * symbols + symbol).reshape(-1)
-    counts = torch.bincount(cells, minlength=groups * LEVELS * symbols).double().view(groups, LEVELS, symbols)
-    average = _averages(counts.sum(0))
-    table_of = _cluster(counts.flatten(1), (smoothing * average).reshape(-1), tables)
-    by_table = torch.zeros(int(table_of.max()) + 1, LEVELS, symbols, dtype=torch.float64)
-    by_table.index_add_(0, table_of, counts)
-    smoothed = (by_table + smoothing * average).flatten(0, 1)
-    row_of = _cluster(smoothed, torch.full((symbols,), 1e-3), rows)
-    by_row = torch.zeros(int(row_of.max()) + 1, symbols, dtype=torch.float64).index_add_(0, row_of, smoothed)
+    level = range_coder.levels(samples, replace(plain, weights=weights, bias=bias))
+    counts = torch.cat([_counts(samples[:, these], level[:, these], symbols) for these in _chunks(groups)])
+    average = _average(counts.sum(0))
+    table_of = _cluster(counts, smoothing * average, tables)
+    by_table = torch.zeros(int(table_of.max()) + 1, LEVELS, symbols).index_add_(0, table_of, counts)
+    cells = (by_table + smoothing * average).flatten(0, 1)[:, None]
+    row_of = _cluster(cells, torch.zeros(1, symbols), rows)
+    by_row = torch.zeros(int(row_of.max()) + 1, 1, symbols).index_add_(0, row_of, cells)[:, 0]
     row_of = row_of.view(-1, LEVELS)
-    escaped = symbol == symbols - 1
-    row = row_of[table_of.view(1, -1, 1, 1), level]
+    escaped = [
+        _escaped(samples[:, these], row_of[table_of[these].view(1, -1, 1, 1), level[:, these].long()], symbols)
+        for these in _chunks(groups)
+    ]
+    beyond, row = (torch.cat(parts) for parts in zip(*escaped, strict=True))
     return CoderTables(
-        cumulative=_cumulative(by_row.numpy()),
-        escape_bits=_escape_bits(folded[escaped] - symbols + 1, row[escaped], len(by_row)),
+        cumulative=_cumulative(by_row.double().numpy()),
+        escape_bits=_escape_bits(beyond, row, len(by_row)),
         row_of=row_of.numpy().astype(numpy.uint8),
         table_of=table_of.numpy().astype(numpy.uint16),
         parents=parents,
@@ -84,85 +87,113 @@ def fit_tables(
     )
 
 
+def _without_contexts(groups: int, parents: NDArray[numpy.int32], symbols: int) -> CoderTables:
+    return CoderTables(
+        cumulative=numpy.array([[0, *range(TOTAL - symbols + 1, TOTAL + 1)]], numpy.uint16),
+        escape_bits=numpy.zeros(1, numpy.uint8),
+        row_of=numpy.zeros((1, LEVELS), numpy.uint8),
+        table_of=numpy.zeros(groups, numpy.uint16),
+        parents=parents,
+        weights=numpy.zeros((groups, NEIGHBOURS + numpy.shape(parents)[-1]), numpy.uint8),
+        bias=numpy.zeros(groups, numpy.uint16),
+    )
+
+
+def _chunks(groups: int) -> list[slice]:
+    return [slice(begin, begin + _TOGETHER) for begin in range(0, groups, _TOGETHER)]
+
+
 def _regress(samples: Tensor, parents: NDArray[numpy.int32]) -> tuple[NDArray[numpy.uint8], NDArray[numpy.uint16]]:
-    """Return weights and bias of each group: what predicts its magnitudes best, in parts of ``_UNIT``."""
-    magnitudes = samples.abs().clamp(max=MOST_MAGNITUDE).float()
-    padded = torch.nn.functional.pad(magnitudes, (1, 1, 1, 0))
-    height, width = magnitudes.shape[2:]
-    near = [
-        padded[:, :, 1:, :width],
-        padded[:, :, :height, 1:-1],
-        padded[:, :, :height, :width],
-        padded[:, :, :height, 2:],
-    ]
-    found = []
-    for begin in range(0, magnitudes.shape[1], _CHUNK):
-        these = slice(begin, begin + _CHUNK)
-        of = torch.from_numpy(parents[these].astype(numpy.int64)).T
-        at_parents = [magnitudes[:, p.clamp(min=0)] * (p >= 0).view(1, -1, 1, 1) for p in of]
-        features = torch.stack([*(n[:, these] for n in near), *at_parents, torch.ones_like(magnitudes[:, these])])
-        features = features.permute(2, 0, 1, 3, 4).flatten(2).double()
-        found.append(_fit_scale(features, magnitudes[:, these].transpose(0, 1).flatten(1).double()))
-    solution = torch.cat(found) * _UNIT
-    weights = solution[:, :-1].round().clamp(0, 255)
-    weights = (weights * (_MOST_WEIGHTS / weights.sum(1, keepdim=True).clamp(min=1)).clamp(max=1)).floor()
-    bias = solution[:, -1].round().clamp(0, 4095)
-    return weights.numpy().astype(numpy.uint8), bias.numpy().astype(numpy.uint16)
-
-
-def _fit_scale(features: Tensor, targets: Tensor) -> Tensor:
-    """Return the weights [K, F], at least 0, with which features [K, F, n] predict targets [K, n].
+    """Return weights and bias of each group, in parts of ``_UNIT``: what predicts its magnitudes best.
 
     The spread of a magnitude grows with its expectation, so after the first round errors count in units of that.
     """
-    targets = targets[:, None]
-    importance = torch.ones_like(targets)
-    mean = targets.mean(2, keepdim=True)
-    weights = torch.zeros(features.shape[:2], dtype=torch.float64)
-    for _ in range(3):
-        weighted = features * importance
-        gram, right = weighted @ features.transpose(1, 2), (weighted @ targets.transpose(1, 2))[..., 0]
-        # As much doubt as a few samples: a weight that they hardly speak for stays small.
-        ridge = 2.0 * importance.mean(2) * torch.ones_like(right)
-        ridge[:, -1] = 0
-        gram = gram + torch.diag_embed(ridge + 1e-9)
-        for _ in range(40):
-            for f in range(weights.shape[1]):
-                rest = right[:, f] - (gram[:, f] * weights).sum(1) + gram[:, f, f] * weights[:, f]
-                weights[:, f] = (rest / gram[:, f, f]).clamp(min=0)
-        expected = (weights[:, None] @ features).clamp(min=1 / _UNIT)
-        importance = 1 / (expected * (1 + expected) + 0.01 * mean)
-    return weights
+    groups, features = samples.shape[1], NEIGHBOURS + parents.shape[1] + 1
+    solution = torch.zeros(groups, features)
+    for round in range(3):
+        gram, right = torch.zeros(groups, features, features), torch.zeros(groups, features)
+        for these in _chunks(groups):
+            seen, target = _features(samples, parents, these)
+            importance = torch.ones_like(target)
+            if round > 0:
+                expected = (solution[these, None] @ seen).clamp(min=1 / _UNIT)
+                importance = 1 / (expected * (1 + expected) + 0.01 * target.mean(2, keepdim=True))
+            weighted = seen * importance
+            gram[these], right[these] = weighted @ seen.mT, (weighted @ target.mT)[..., 0]
+            # As much doubt as a few samples: a weight that they hardly speak for stays small.
+            gram[these] += torch.diag_embed(2 * importance.mean(2) * (torch.arange(features) < features - 1) + 1e-6)
+        _solve(gram, right, solution)
+    weights = (solution[:, :-1] * _UNIT).round().clamp(0, 255)
+    weights = (weights * (_MOST_WEIGHTS / weights.sum(1, keepdim=True).clamp(min=1)).clamp(max=1)).floor()
+    bias = (solution[:, -1] * _UNIT).round().clamp(0, _MOST_BIAS)
+    return weights.numpy().astype(numpy.uint8), bias.numpy().astype(numpy.uint16)
 
 
-def _averages(counts: Tensor) -> Tensor:
-    """Return the probabilities [L, S] of all groups at each level, those of few values drawn towards levels nearby."""
+def _features(samples: Tensor, parents: NDArray[numpy.int32], these: slice) -> tuple[Tensor, Tensor]:
+    """Return what is known of each value [k, F, n], and its magnitude [k, 1, n]."""
+    own = _magnitudes(samples[:, these])
+    height, width = own.shape[2:]
+    padded = torch.nn.functional.pad(own, (1, 1, 1, 0))
+    left, above = padded[:, :, 1:, :width], padded[:, :, :height, 1:-1]
+    above_left, above_right = padded[:, :, :height, :width], padded[:, :, :height, 2:]
+    at_parents = [
+        _magnitudes(samples[:, parent.clamp(min=0)]) * (parent >= 0).view(1, -1, 1, 1)
+        for parent in torch.from_numpy(parents[these].astype(numpy.int64)).T
+    ]
+    seen = torch.stack([left, above, above_left, above_right, *at_parents, torch.ones_like(own)])
+    return seen.permute(2, 0, 1, 3, 4).flatten(2), own.transpose(0, 1).reshape(own.shape[1], 1, -1)
+
+
+def _magnitudes(values: Tensor) -> Tensor:
+    return values.clamp(-MOST_MAGNITUDE, MOST_MAGNITUDE).abs().float()
+
+
+def _solve(gram: Tensor, right: Tensor, solution: Tensor) -> None:
+    """Improve solutions [k, F] of ``gram @ solution = right`` by coordinate descent; none gets below 0."""
+    for _ in range(40):
+        for f in range(solution.shape[1]):
+            rest = right[:, f] - (gram[:, f] * solution).sum(1) + gram[:, f, f] * solution[:, f]
+            solution[:, f] = (rest / gram[:, f, f]).clamp(min=0)
+
+
+def _counts(values: Tensor, level: Tensor, symbols: int) -> Tensor:
+    """Return how often each symbol is found at each level of each group, [k, L, S]."""
+    groups = values.shape[1]
+    group = torch.arange(groups).view(1, -1, 1, 1)
+    cell = (group * LEVELS + level) * symbols + range_coder.fold(values).clamp(max=symbols - 1)
+    counts = torch.bincount(cell.reshape(-1), minlength=groups * LEVELS * symbols)
+    return counts.view(groups, LEVELS, symbols).float()
+
+
+def _average(counts: Tensor) -> Tensor:
+    """Return the probabilities [L, S] of all groups at each level; levels with few values are like those nearby."""
     steps = torch.arange(LEVELS)
-    near = torch.exp2(-2.0 * (steps[:, None] - steps).abs().double())
+    near = torch.exp2(-2.0 * (steps[:, None] - steps).abs())
     smooth = near @ counts + 1e-3 * counts.sum(0) / counts.sum() + 1e-6
     return smooth / smooth.sum(1, keepdim=True)
 
 
 def _cluster(counts: Tensor, prior: Tensor, most: int) -> Tensor:
-    """Return a cluster for each line of counts [n, m], so that they take few bits by their cluster's probabilities.
+    """Return a cluster for each of n items, so that they take few bits by the probabilities of their clusters.
 
-    Lines hold one or several distributions of the symbols one after another; sums over a line's distributions need not
-    be alike, since each is normalized by its own.
+    Args:
+        counts: how often each symbol is found in each of an item's distributions, [n, d, S].
+        prior: what is added to the counts of a cluster, [d, S].
+        most: the most clusters. The result numbers those that are used from 0.
     """
-    n, m = counts.shape
-    symbols = prior.shape[0] if m == prior.shape[0] and m <= range_coder.MOST_SYMBOLS else m // LEVELS
-    scale = torch.arange(symbols, dtype=torch.float64).repeat(m // symbols)
-    order = torch.argsort((counts @ scale) / counts.sum(1).clamp(min=1e-9))
-    found = torch.empty(n, dtype=torch.long)
-    found[order] = torch.arange(n) * min(most, n) // n
+    items, _, symbols = counts.shape
+    most = min(most, items)
+    flat = counts.flatten(1)
+    mean = (counts.sum(1) @ torch.arange(symbols).float()) / flat.sum(1).clamp(min=1e-9)
+    found = torch.empty(items, dtype=torch.long)
+    found[torch.argsort(mean)] = torch.arange(items) * most // items
     for _ in range(20):
-        sums = torch.zeros(min(most, n), m, dtype=torch.float64).index_add_(0, found, counts) + prior
-        spread = sums.view(len(sums), -1, symbols)
-        lengths = -torch.log2(spread / spread.sum(2, keepdim=True)).flatten(1)
-        better = (counts @ lengths.T).argmin(1)
-        if torch.equal(better, found):
+        shares = torch.zeros(most, *prior.shape).index_add_(0, found, counts) + prior + 1e-9
+        lengths = -torch.log2(shares / shares.sum(2, keepdim=True)).flatten(1)
+        nearest = (flat @ lengths.T).argmin(1)
+        if torch.equal(nearest, found):
             break
-        found = better
+        found = nearest
     used: Tensor = torch.unique(found, return_inverse=True)[1]
     return used
 
@@ -175,10 +206,18 @@ def _cumulative(counts: NDArray[numpy.float64]) -> NDArray[numpy.uint16]:
     return numpy.concatenate([numpy.zeros((len(counts), 1)), ends], axis=1).astype(numpy.uint16)
 
 
+def _escaped(values: Tensor, row: Tensor, symbols: int) -> tuple[Tensor, Tensor]:
+    """Return how far escaped values lie beyond the escape, and their rows."""
+    beyond = range_coder.fold(values) - (symbols - 1)
+    return beyond[beyond >= 0], row[beyond >= 0]
+
+
 def _escape_bits(beyond: Tensor, row: Tensor, rows: int) -> NDArray[numpy.uint8]:
     """Return for each row the order of the Exp-Golomb code that is shortest for what was escaped in it."""
     lengths = [
         torch.bincount(row, weights=range_coder.escape_length(beyond, order).double(), minlength=rows)
-        for order in range(13)
+        for order in range(_MOST_ORDER + 1)
     ]
-    return torch.stack(lengths).argmin(0).numpy().astype(numpy.uint8)
+    # Where hardly anything was escaped in a row, what all rows need decides.
+    total = torch.stack(lengths)
+    return (total + total.sum(1, keepdim=True) / max(len(row), 1)).argmin(0).numpy().astype(numpy.uint8)
