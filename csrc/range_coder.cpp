@@ -36,6 +36,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Words and the state lie in streams as they do in memory.
+static_assert(std::endian::native == std::endian::little);
+
 constexpr int kTotalBits = 15;
 constexpr uint32_t kTotal = 1U << kTotalBits;
 // While words are left, the state lies from here to below 2^32 times as much.
