@@ -47,7 +47,13 @@ constexpr uint64_t kLeastState = uint64_t{1} << 31;
 // bits; with a larger one, the stream would begin with more bits that say nothing.
 constexpr uint64_t kEmptyState = uint64_t{1} << 16;
 constexpr size_t kLevels = 48;
-constexpr size_t kNear = 4; // left, above, above to the left, above to the right
+// Weights that every group has before those of its parents: left, above, above to the left, above to the right, and the
+// two windows.
+constexpr size_t kOwnWeights = 6;
+// Windows of groups that were coded last, and by how many bits what they say is shifted.
+constexpr size_t kShort = 16, kLong = 128;
+constexpr int kShortShift = 4, kLongShift = 6;
+constexpr uint16_t kMostInWindow = 255;
 constexpr size_t kMostParents = 8;
 constexpr size_t kMostSymbols = 64;
 constexpr uint32_t kMostMagnitude = 31;
@@ -120,23 +126,30 @@ class Planes {
         stride_(width + 1),
         size_((height + 1) * stride_),
         magnitudes_(1 + contexts.groups * size_ + kLanes),
-        sums_(size_ + kLanes) {}
+        sums_(size_ + kLanes),
+        short_(size_ + kLanes),
+        long_(size_ + kLanes) {}
 
   uint8_t* row(size_t group, size_t y) {
     return magnitudes_.data() + 1 + group * size_ + (y + 1) * stride_;
   }
 
-  // Begins a group: adds up what its bias and its parents say.
+  // Begins a group, which is the first or follows the one that was begun before: adds up what its bias, the windows and
+  // its parents say.
   inline __attribute__((always_inline)) void begin(size_t group) {
-    const uint8_t* weights = contexts_.weights + group * (kNear + contexts_.parents) + kNear;
+    const uint8_t* weights = contexts_.weights + group * (kOwnWeights + contexts_.parents);
     const int32_t* parents = contexts_.parents_of + group * contexts_.parents;
     for (size_t i = 0; i < size_; i += kLanes) {
       Sums sums = Sums{} + contexts_.bias[group];
+      Sums seen;
+      move_window(short_, group, kShort, i, seen);
+      sums += seen * weights[4] >> kShortShift;
+      move_window(long_, group, kLong, i, seen);
+      sums += seen * weights[5] >> kLongShift;
       for (size_t p = 0; p < contexts_.parents; ++p) {
         if (parents[p] >= 0) {
-          Magnitudes parent;
-          std::memcpy(&parent, row(static_cast<size_t>(parents[p]), 0) - stride_ + i, kLanes);
-          sums += __builtin_convertvector(parent, Sums) * weights[p];
+          read(static_cast<size_t>(parents[p]), i, seen);
+          sums += seen * weights[kOwnWeights + p];
         }
       }
       std::memcpy(sums_.data() + i, &sums, sizeof sums);
@@ -147,7 +160,7 @@ class Planes {
   inline __attribute__((always_inline)) const uint16_t* sums(size_t group, size_t y) {
     uint16_t* __restrict sums = sums_.data() + (y + 1) * stride_;
     if (y > 0) {
-      const uint8_t* weights = contexts_.weights + group * (kNear + contexts_.parents);
+      const uint8_t* weights = contexts_.weights + group * (kOwnWeights + contexts_.parents);
       const uint16_t middle = weights[1], left = weights[2], right = weights[3];
       const uint8_t* __restrict above = row(group, y - 1);
       for (size_t x = 0; x < width_; ++x) {
@@ -167,7 +180,7 @@ class Planes {
   }
 
   uint32_t left_weight(size_t group) const {
-    return contexts_.weights[group * (kNear + contexts_.parents)];
+    return contexts_.weights[group * (kOwnWeights + contexts_.parents)];
   }
 
   void fill(const int32_t* values) {
@@ -182,14 +195,52 @@ class Planes {
   }
 
  private:
+  // What returned such a vector would depend on the processor that it is compiled for.
+  inline __attribute__((always_inline)) void read(size_t group, size_t i, Sums& found) {
+    Magnitudes magnitudes;
+    std::memcpy(&magnitudes, row(group, 0) - stride_ + i, kLanes);
+    found = __builtin_convertvector(magnitudes, Sums);
+  }
+
+  // Moves a window up to a group, and finds the sums of what is in it.
+  inline __attribute__((always_inline)) void move_window(
+      std::vector<uint16_t>& window, size_t group, size_t size, size_t i, Sums& found) {
+    Sums sums, changed;
+    std::memcpy(&sums, window.data() + i, sizeof sums);
+    if (group > 0) {
+      read(group - 1, i, changed);
+      sums += changed;
+    }
+    if (group > size) {
+      read(group - 1 - size, i, changed);
+      sums -= changed;
+    }
+    std::memcpy(window.data() + i, &sums, sizeof sums);
+    found = sums < kMostInWindow ? sums : Sums{} + kMostInWindow;
+  }
+
   const Contexts contexts_;
   const size_t height_, width_, stride_, size_;
   std::vector<uint8_t> magnitudes_;
-  std::vector<uint16_t> sums_;
+  std::vector<uint16_t> sums_, short_, long_;
 };
 
 inline uint8_t level(uint32_t sum) {
   return kLevelOf[std::min(sum, kMostSum)];
+}
+
+TORCHSURGEON_VECTOR void levels(const Contexts& contexts, Planes& planes, uint8_t* levels) {
+  for (size_t group = 0; group < contexts.groups; ++group) {
+    const uint32_t left_weight = planes.left_weight(group);
+    planes.begin(group);
+    for (size_t y = 0; y < planes.height(); ++y) {
+      const uint16_t* sums = planes.sums(group, y);
+      const uint8_t* left = planes.row(group, y) - 1;
+      for (size_t x = 0; x < planes.width(); ++x) {
+        *levels++ = level(sums[x] + left_weight * left[x]);
+      }
+    }
+  }
 }
 
 // --- encoding: from the last integer to the first, since decoding takes them from the state in the reverse order ---
@@ -257,25 +308,18 @@ class Encoder {
   uint8_t *begin_, *next_, *end_;
 };
 
-TORCHSURGEON_VECTOR int64_t encode(const Tables& tables, const int32_t* values, Planes& planes, Encoder& encoder) {
+int64_t encode(const Tables& tables, const int32_t* values, const uint8_t* levels, size_t in_group, Encoder& encoder) {
   const uint32_t escape = static_cast<uint32_t>(tables.symbols) - 1;
   for (size_t group = tables.contexts.groups; group-- > 0;) {
     const uint8_t* row_of = tables.row_of + tables.table_of[group] * kLevels;
-    const uint32_t left_weight = planes.left_weight(group);
-    planes.begin(group);
-    for (size_t y = planes.height(); y-- > 0;) {
-      const uint16_t* sums = planes.sums(group, y);
-      const uint8_t* left = planes.row(group, y) - 1;
-      const int32_t* in_row = values + (group * planes.height() + y) * planes.width();
-      for (size_t x = planes.width(); x-- > 0;) {
-        const uint32_t folded = zigzag(in_row[x]), symbol = std::min(folded, escape);
-        const size_t row = row_of[level(sums[x] + left_weight * left[x])];
-        if (symbol == escape) {
-          encoder.put_escaped(folded - escape, tables.escape_bits[row]);
-        }
-        const uint16_t* start = tables.cumulative + row * (tables.symbols + 1) + symbol;
-        encoder.put(start[0], static_cast<uint32_t>(start[1] - start[0]));
+    for (size_t i = (group + 1) * in_group; i-- > group * in_group;) {
+      const uint32_t folded = zigzag(values[i]), symbol = std::min(folded, escape);
+      const size_t row = row_of[levels[i]];
+      if (symbol == escape) {
+        encoder.put_escaped(folded - escape, tables.escape_bits[row]);
       }
+      const uint16_t* start = tables.cumulative + row * (tables.symbols + 1) + symbol;
+      encoder.put(start[0], static_cast<uint32_t>(start[1] - start[0]));
     }
   }
   return encoder.finish();
@@ -437,20 +481,6 @@ TORCHSURGEON_VECTOR bool decode(const Tables& tables, Decoder decoder, Planes& p
   return decoder.ended_well();
 }
 
-TORCHSURGEON_VECTOR void levels(const Contexts& contexts, Planes& planes, uint8_t* levels) {
-  for (size_t group = 0; group < contexts.groups; ++group) {
-    const uint32_t left_weight = planes.left_weight(group);
-    planes.begin(group);
-    for (size_t y = 0; y < planes.height(); ++y) {
-      const uint16_t* sums = planes.sums(group, y);
-      const uint8_t* left = planes.row(group, y) - 1;
-      for (size_t x = 0; x < planes.width(); ++x) {
-        *levels++ = level(sums[x] + left_weight * left[x]);
-      }
-    }
-  }
-}
-
 // --- what the operators are given: checked here, so that no caller can make the loops leave the tensors ---
 
 const void* memory(const Tensor& tensor, ScalarType type, int64_t dims, const char* name) {
@@ -474,7 +504,7 @@ Contexts checked_contexts(const Tensor& parents, const Tensor& weights, const Te
   contexts.parents = length(parents, 1);
   STD_TORCH_CHECK(
       contexts.parents <= kMostParents && length(weights, 0) == contexts.groups &&
-          length(weights, 1) == kNear + contexts.parents && length(bias, 0) == contexts.groups,
+          length(weights, 1) == kOwnWeights + contexts.parents && length(bias, 0) == contexts.groups,
       "parents, weights and bias are of different groups, or too many");
   for (size_t group = 0; group < contexts.groups; ++group) {
     const int32_t* of = contexts.parents_of + group * contexts.parents;
@@ -548,10 +578,13 @@ int64_t range_encode(
   memory(stream, ScalarType::Byte, 1, "stream");
   STD_TORCH_CHECK(length(stream, 0) >= 16, "a stream has room for at least 16 bytes");
   uint8_t* to = static_cast<uint8_t*>(stream.mutable_data_ptr());
-  Planes planes(tables.contexts, length(values, 1), length(values, 2));
+  const size_t height = length(values, 1), width = length(values, 2);
+  std::vector<uint8_t> found(tables.contexts.groups * height * width);
+  Planes planes(tables.contexts, height, width);
   planes.fill(from);
+  levels(tables.contexts, planes, found.data());
   Encoder encoder(to, to + length(stream, 0));
-  return encode(tables, from, planes, encoder);
+  return encode(tables, from, found.data(), height * width, encoder);
 }
 
 bool range_decode(

@@ -3,10 +3,12 @@
 It codes integers ``values[K, H, W]``: K groups, each on a grid of H×W positions. A group may be one frequency of one
 component of a transform, and a position a block of a picture or a token. Groups are coded one after another, row by
 row. What is likely for an integer follows from magnitudes that are coded before it: those of its neighbours in the
-group (left, above, above to the left, above to the right) and those at its position in up to eight earlier groups, its
-parents. All of it is arithmetic with integers, so two machines always agree.
+group (left, above, above to the left, above to the right) and those at its position, in the last 16 groups, in the last
+128, and in up to eight earlier groups, its parents. All of it is arithmetic with integers, so two machines agree.
 
-- ``sum = bias + Σ weight × min(magnitude, 31)``, with a bias and weights for each group.
+- Magnitudes above 31 count as 31. ``sum = bias + Σ weight × magnitude``, of neighbours and parents, with a bias and
+  weights for each group. It adds, rounded down, a sixteenth of weight × the sum over the last 16 groups, and a 64th of
+  weight × the sum over the last 128, where sums above 255 count as 255.
 - The sum's level is its logarithm in quarters: levels 0 to 4 are sums 0 to 4, and every doubling then has four levels.
 - The group's table and the level name a row, which holds the probabilities of the symbols in 32,768ths.
 - A symbol is the integer with its sign folded in (0, -1, 1, -2, … are symbols 0, 1, 2, 3, …). The last symbol is the
@@ -37,6 +39,11 @@ from torchsurgeon.errors import CodecError, short
 TOTAL = 1 << 15
 LEVELS = 48
 NEIGHBOURS = 4
+# How many groups a window holds, and what its weight is divided by.
+WINDOWS = ((16, 16), (128, 64))
+MOST_IN_WINDOW = 255
+OWN_WEIGHTS = NEIGHBOURS + len(WINDOWS)
+MOST_BY_WINDOWS = sum(255 * MOST_IN_WINDOW // divisor for _, divisor in WINDOWS)
 MOST_PARENTS = 8
 MOST_SYMBOLS = 64
 MOST_MAGNITUDE = 31
@@ -58,8 +65,8 @@ class CoderTables:
         row_of: ``uint8 [T, 48]``, the row for each level of a table.
         table_of: ``uint16 [K]``, the table of each group.
         parents: ``int32 [K, P]``, earlier groups whose magnitudes count; -1 for none. P is at most 8.
-        weights: ``uint8 [K, 4 + P]``, by which magnitudes count: left, above, above to the left, above to the right,
-            and then the parents.
+        weights: ``uint8 [K, 6 + P]``, by which magnitudes count: left, above, above to the left, above to the right,
+            the last 16 groups, the last 128 groups, and then the parents.
         bias: ``uint16 [K]``, what a group's sums begin with.
 
     Raises:
@@ -85,7 +92,7 @@ class CoderTables:
             "row_of": (numpy.uint8, (tables, LEVELS)),
             "table_of": (numpy.uint16, (groups,)),
             "parents": (numpy.int32, (groups, parents)),
-            "weights": (numpy.uint8, (groups, NEIGHBOURS + parents)),
+            "weights": (numpy.uint8, (groups, OWN_WEIGHTS + parents)),
             "bias": (numpy.uint16, (groups,)),
         }
         for name, (dtype, shape) in expected.items():
@@ -110,13 +117,18 @@ class CoderTables:
         if not ends or (numpy.diff(cumulative, axis=1) < 1).any():
             raise CodecError(f"each row of cumulative must rise from 0 to {TOTAL}, by at least 1 for each symbol")
         earlier = numpy.arange(groups)[:, None]
-        sums = self.bias + MOST_MAGNITUDE * self.weights.sum(axis=1, dtype=numpy.int64)
+        single = numpy.delete(self.weights.astype(numpy.int64), range(NEIGHBOURS, OWN_WEIGHTS), axis=1)
+        sums = self.bias + MOST_MAGNITUDE * single.sum(axis=1) + MOST_BY_WINDOWS
         for name, rule, kept in (
             ("escape_bits", f"at most {_MOST_ESCAPE_BITS}", (self.escape_bits <= _MOST_ESCAPE_BITS).all()),
             ("row_of", f"rows from 0 to {rows - 1}", (self.row_of < rows).all()),
             ("table_of", f"tables from 0 to {tables - 1}", (self.table_of < tables).all()),
             ("parents", "earlier groups, or -1", ((self.parents >= -1) & (self.parents < earlier)).all()),
-            ("weights", "so small that bias + 31 × their sum is at most 65535", (sums <= 65535).all()),
+            (
+                "weights",
+                f"so small that bias + 31 × their sum is at most {65535 - MOST_BY_WINDOWS}",
+                (sums <= 65535).all(),
+            ),
         ):
             if not kept:
                 raise CodecError(f"{name} of coder tables must be {rule}; the tables are damaged, so fit them again")

@@ -10,13 +10,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchsurgeon.codec import range_coder
-from torchsurgeon.codec.range_coder import LEVELS, MOST_MAGNITUDE, MOST_SYMBOLS, NEIGHBOURS, TOTAL, CoderTables
+from torchsurgeon.codec.range_coder import (
+    LEVELS,
+    MOST_BY_WINDOWS,
+    MOST_IN_WINDOW,
+    MOST_MAGNITUDE,
+    MOST_SYMBOLS,
+    NEIGHBOURS,
+    OWN_WEIGHTS,
+    TOTAL,
+    WINDOWS,
+    CoderTables,
+)
 from torchsurgeon.errors import CodecError
 
 # A sum is the magnitude that is expected, in these parts of one.
 _UNIT = 64
 _MOST_BIAS = 4095
-_MOST_WEIGHTS = (65535 - _MOST_BIAS) // MOST_MAGNITUDE
+_MOST_WEIGHTS = (65535 - MOST_BY_WINDOWS - _MOST_BIAS) // MOST_MAGNITUDE
 # So many groups are looked at together, which bounds the memory that is taken beside the samples.
 _TOGETHER = 128
 _MOST_ORDER = 12
@@ -94,7 +105,7 @@ def _without_contexts(groups: int, parents: NDArray[numpy.int32], symbols: int) 
         row_of=numpy.zeros((1, LEVELS), numpy.uint8),
         table_of=numpy.zeros(groups, numpy.uint16),
         parents=parents,
-        weights=numpy.zeros((groups, NEIGHBOURS + numpy.shape(parents)[-1]), numpy.uint8),
+        weights=numpy.zeros((groups, OWN_WEIGHTS + numpy.shape(parents)[-1]), numpy.uint8),
         bias=numpy.zeros(groups, numpy.uint16),
     )
 
@@ -108,7 +119,7 @@ def _regress(samples: Tensor, parents: NDArray[numpy.int32]) -> tuple[NDArray[nu
 
     The spread of a magnitude grows with its expectation, so after the first round errors count in units of that.
     """
-    groups, features = samples.shape[1], NEIGHBOURS + parents.shape[1] + 1
+    groups, features = samples.shape[1], OWN_WEIGHTS + parents.shape[1] + 1
     solution = torch.zeros(groups, features)
     for round in range(3):
         gram, right = torch.zeros(groups, features, features), torch.zeros(groups, features)
@@ -123,7 +134,9 @@ def _regress(samples: Tensor, parents: NDArray[numpy.int32]) -> tuple[NDArray[nu
             # As much doubt as a few samples: a weight that they hardly speak for stays small.
             gram[these] += torch.diag_embed(2 * importance.mean(2) * (torch.arange(features) < features - 1) + 1e-6)
         _solve(gram, right, solution)
-    weights = (solution[:, :-1] * _UNIT).round().clamp(0, 255)
+    weights = solution[:, :-1] * _UNIT
+    weights[:, NEIGHBOURS:OWN_WEIGHTS] *= torch.tensor([divisor for _, divisor in WINDOWS])
+    weights = weights.round().clamp(0, 255)
     weights = (weights * (_MOST_WEIGHTS / weights.sum(1, keepdim=True).clamp(min=1)).clamp(max=1)).floor()
     bias = (solution[:, -1] * _UNIT).round().clamp(0, _MOST_BIAS)
     return weights.numpy().astype(numpy.uint8), bias.numpy().astype(numpy.uint16)
@@ -140,8 +153,22 @@ def _features(samples: Tensor, parents: NDArray[numpy.int32], these: slice) -> t
         _magnitudes(samples[:, parent.clamp(min=0)]) * (parent >= 0).view(1, -1, 1, 1)
         for parent in torch.from_numpy(parents[these].astype(numpy.int64)).T
     ]
-    seen = torch.stack([left, above, above_left, above_right, *at_parents, torch.ones_like(own)])
+    near = left, above, above_left, above_right
+    seen = torch.stack([*near, *_windows(samples, these), *at_parents, torch.ones_like(own)])
     return seen.permute(2, 0, 1, 3, 4).flatten(2), own.transpose(0, 1).reshape(own.shape[1], 1, -1)
+
+
+def _windows(samples: Tensor, these: slice) -> list[Tensor]:
+    """Return for each window the sums of the magnitudes in it, [N, k, H, W]."""
+    begin = max(0, these.start - max(size for size, _ in WINDOWS))
+    found = []
+    # The sum of all groups before each, and zeros in front of the first.
+    before = torch.nn.functional.pad(_magnitudes(samples[:, begin : these.stop]).cumsum(1), (0, 0, 0, 0, 1, 0))[:, :-1]
+    group = torch.arange(these.start - begin, before.shape[1])
+    for size, _ in WINDOWS:
+        sums = before[:, group] - before[:, (group - size).clamp(min=0)]
+        found.append(sums.clamp(max=MOST_IN_WINDOW))
+    return found
 
 
 def _magnitudes(values: Tensor) -> Tensor:
