@@ -30,6 +30,10 @@ _MOST_BIAS = 4095
 _MOST_WEIGHTS = (65535 - MOST_BY_WINDOWS - _MOST_BIAS) // MOST_MAGNITUDE
 # So many groups are looked at together, which bounds the memory that is taken beside the samples.
 _TOGETHER = 128
+# So many values of a group tell its bias and weights as well as more do.
+_ENOUGH = 4096
+# More of either saved not one byte in a thousand.
+_ROUNDS, _SWEEPS = 2, 8
 _MOST_ORDER = 12
 
 
@@ -120,20 +124,19 @@ def _regress(samples: Tensor, parents: NDArray[numpy.int32]) -> tuple[NDArray[nu
     The spread of a magnitude grows with its expectation, so after the first round errors count in units of that.
     """
     groups, features = samples.shape[1], OWN_WEIGHTS + parents.shape[1] + 1
+    every = -(-samples[:, 0].numel() // _ENOUGH)
     solution = torch.zeros(groups, features)
-    for round in range(3):
-        gram, right = torch.zeros(groups, features, features), torch.zeros(groups, features)
-        for these in _chunks(groups):
-            seen, target = _features(samples, parents, these)
-            importance = torch.ones_like(target)
-            if round > 0:
-                expected = (solution[these, None] @ seen).clamp(min=1 / _UNIT)
-                importance = 1 / (expected * (1 + expected) + 0.01 * target.mean(2, keepdim=True))
+    for these in _chunks(groups):
+        seen, target = _features(samples[::every], parents, these)
+        importance = torch.ones_like(target)
+        for _ in range(_ROUNDS):
             weighted = seen * importance
-            gram[these], right[these] = weighted @ seen.mT, (weighted @ target.mT)[..., 0]
+            gram, right = weighted @ seen.mT, (weighted @ target.mT)[..., 0]
             # As much doubt as a few samples: a weight that they hardly speak for stays small.
-            gram[these] += torch.diag_embed(2 * importance.mean(2) * (torch.arange(features) < features - 1) + 1e-6)
-        _solve(gram, right, solution)
+            doubt = 2 * importance.mean(2) * (torch.arange(features) < features - 1)
+            _solve(gram + torch.diag_embed(doubt + 1e-6), right, solution[these])
+            expected = (solution[these, None] @ seen).clamp(min=1 / _UNIT)
+            importance = 1 / (expected * (1 + expected) + 0.01 * target.mean(2, keepdim=True))
     weights = solution[:, :-1] * _UNIT
     weights[:, NEIGHBOURS:OWN_WEIGHTS] *= torch.tensor([divisor for _, divisor in WINDOWS])
     weights = weights.round().clamp(0, 255)
@@ -177,7 +180,7 @@ def _magnitudes(values: Tensor) -> Tensor:
 
 def _solve(gram: Tensor, right: Tensor, solution: Tensor) -> None:
     """Improve solutions [k, F] of ``gram @ solution = right`` by coordinate descent; none gets below 0."""
-    for _ in range(40):
+    for _ in range(_SWEEPS):
         for f in range(solution.shape[1]):
             rest = right[:, f] - (gram[:, f] * solution).sum(1) + gram[:, f, f] * solution[:, f]
             solution[:, f] = (rest / gram[:, f, f]).clamp(min=0)
