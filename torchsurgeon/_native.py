@@ -1,6 +1,6 @@
 """The compiled extension ``torchsurgeon._C``: loaded at its first use, with errors that say what is missing.
 
-Importing this module does not load it. Only tracing CUDA kernels and fast int8 codecs need it.
+Importing this module does not load it. Only tracing CUDA kernels, fast int8 codecs and the entropy coder need it.
 """
 
 from __future__ import annotations
