@@ -1,15 +1,16 @@
-// Codes groups of integers into as few bits as tables of their probabilities say, and decodes them: an asymmetric
-// numeral system (Duda, arXiv 1311.2540) in its range variant, with a state of 64 bits that gives and takes words of 32.
+// Codes groups of integers into as few bits as tables of their probabilities say, and decodes them.
 //
 // What torchsurgeon/codec/range_coder.py says of the format holds here. Only integers decide, so every machine decodes
 // the same. The tables and the stream may be anybody's: whatever they hold, nothing outside of the tensors is read or
 // written, and decoding takes as many steps as there are integers to fill.
+#include "range_contexts.h"
+#include "range_stream.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -36,69 +37,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Words and the state lie in streams as they do in memory.
-static_assert(std::endian::native == std::endian::little);
-
-constexpr int kTotalBits = 15;
-constexpr uint32_t kTotal = 1U << kTotalBits;
-// While words are left, the state lies from here to below 2^32 times as much.
-constexpr uint64_t kLeastState = uint64_t{1} << 31;
-// The state before the first and after the last integer. With a smaller one, the first two integers would take more
-// bits; with a larger one, the stream would begin with more bits that say nothing.
-constexpr uint64_t kEmptyState = uint64_t{1} << 16;
-constexpr size_t kLevels = 48;
-// Weights that every group has before those of its parents: left, above, above to the left, above to the right, and the
-// two windows.
-constexpr size_t kOwnWeights = 6;
-// Windows of groups that were coded last, and by how many bits what they say is shifted.
-constexpr size_t kShort = 16, kLong = 128;
-constexpr int kShortShift = 4, kLongShift = 6;
-constexpr uint16_t kMostInWindow = 255;
-constexpr size_t kMostParents = 8;
 constexpr size_t kMostSymbols = 64;
-constexpr uint32_t kMostMagnitude = 31;
-constexpr uint32_t kMostSum = 4095;
-constexpr size_t kLanes = 16;
 // Where zero is as likely as this, a branch that the processor predicts is faster than the search, which it has to wait
 // for. It takes a quarter off the time where a quarter of the integers is not zero. Elsewhere, branching on rows in
 // which zero is less likely than this cost a seventh.
 constexpr uint32_t kLikely = 20000;
-// The longest Exp-Golomb code of a 32-bit integer has this many bits before its leading one.
-constexpr uint32_t kLongestPrefix = 32;
 constexpr uint32_t kMostEscapeBits = 16;
-
-// The level of a sum: sums to 4 have one each, and then there are four to every doubling.
-constexpr std::array<uint8_t, kMostSum + 1> levels_of_sums() {
-  std::array<uint8_t, kMostSum + 1> levels{};
-  for (uint32_t sum = 0; sum <= kMostSum; ++sum) {
-    const uint32_t exponent = static_cast<uint32_t>(std::bit_width(sum + 4)) - 1;
-    levels[sum] = static_cast<uint8_t>(4 * (exponent - 2) + (((sum + 4) >> (exponent - 2)) & 3));
-  }
-  return levels;
-}
-constexpr std::array<uint8_t, kMostSum + 1> kLevelOf = levels_of_sums();
-static_assert(kLevelOf[kMostSum] < kLevels);
-
-inline uint32_t zigzag(int32_t value) {
-  return (static_cast<uint32_t>(value) << 1) ^ (value < 0 ? ~uint32_t{0} : 0);
-}
-
-inline int32_t from_zigzag(uint32_t folded) {
-  return static_cast<int32_t>((folded >> 1) ^ (0 - (folded & 1)));
-}
-
-inline uint8_t magnitude(uint32_t folded) {
-  return static_cast<uint8_t>(std::min((folded >> 1) + (folded & 1), kMostMagnitude));
-}
-
-// Which levels the integers of a group have.
-struct Contexts {
-  size_t groups;
-  size_t parents;
-  const int32_t* parents_of;
-  const uint8_t* weights;
-  const uint16_t* bias;
-};
 
 struct Tables {
   Contexts contexts;
@@ -110,124 +54,6 @@ struct Tables {
   const uint8_t* row_of;
   const uint16_t* table_of;
 };
-
-// Both compilers have such vectors on every processor. Left to find them in a loop, GCC did so in one function of three.
-typedef uint8_t Magnitudes __attribute__((vector_size(kLanes)));
-typedef uint16_t Sums __attribute__((vector_size(2 * kLanes)));
-
-// Magnitudes of all groups, each group's with a row of zeros above and a column of zeros at the right, which also is
-// the column at the left of the row below. So neighbours are read without asking where the group ends.
-class Planes {
- public:
-  Planes(const Contexts& contexts, size_t height, size_t width)
-      : contexts_(contexts),
-        height_(height),
-        width_(width),
-        stride_(width + 1),
-        size_((height + 1) * stride_),
-        magnitudes_(1 + contexts.groups * size_ + kLanes),
-        sums_(size_ + kLanes),
-        short_(size_ + kLanes),
-        long_(size_ + kLanes) {}
-
-  uint8_t* row(size_t group, size_t y) {
-    return magnitudes_.data() + 1 + group * size_ + (y + 1) * stride_;
-  }
-
-  // Begins a group, which is the first or follows the one that was begun before: adds up what its bias, the windows and
-  // its parents say.
-  inline __attribute__((always_inline)) void begin(size_t group) {
-    const uint8_t* weights = contexts_.weights + group * (kOwnWeights + contexts_.parents);
-    const int32_t* parents = contexts_.parents_of + group * contexts_.parents;
-    for (size_t i = 0; i < size_; i += kLanes) {
-      Sums sums = Sums{} + contexts_.bias[group];
-      Sums seen;
-      move_window(short_, group, kShort, i, seen);
-      sums += seen * weights[4] >> kShortShift;
-      move_window(long_, group, kLong, i, seen);
-      sums += seen * weights[5] >> kLongShift;
-      for (size_t p = 0; p < contexts_.parents; ++p) {
-        if (parents[p] >= 0) {
-          read(static_cast<size_t>(parents[p]), i, seen);
-          sums += seen * weights[kOwnWeights + p];
-        }
-      }
-      std::memcpy(sums_.data() + i, &sums, sizeof sums);
-    }
-  }
-
-  // Adds what the row above says, and returns the row's sums, which lack what the left neighbour says.
-  inline __attribute__((always_inline)) const uint16_t* sums(size_t group, size_t y) {
-    uint16_t* __restrict sums = sums_.data() + (y + 1) * stride_;
-    if (y > 0) {
-      const uint8_t* weights = contexts_.weights + group * (kOwnWeights + contexts_.parents);
-      const uint16_t middle = weights[1], left = weights[2], right = weights[3];
-      const uint8_t* __restrict above = row(group, y - 1);
-      for (size_t x = 0; x < width_; ++x) {
-        const int sum = middle * above[x] + left * above[static_cast<ptrdiff_t>(x) - 1] + right * above[x + 1];
-        sums[x] = static_cast<uint16_t>(sums[x] + sum);
-      }
-    }
-    return sums;
-  }
-
-  size_t height() const {
-    return height_;
-  }
-
-  size_t width() const {
-    return width_;
-  }
-
-  uint32_t left_weight(size_t group) const {
-    return contexts_.weights[group * (kOwnWeights + contexts_.parents)];
-  }
-
-  void fill(const int32_t* values) {
-    for (size_t group = 0; group < contexts_.groups; ++group) {
-      for (size_t y = 0; y < height_; ++y) {
-        uint8_t* to = row(group, y);
-        for (size_t x = 0; x < width_; ++x) {
-          to[x] = magnitude(zigzag(*values++));
-        }
-      }
-    }
-  }
-
- private:
-  // What returned such a vector would depend on the processor that it is compiled for.
-  inline __attribute__((always_inline)) void read(size_t group, size_t i, Sums& found) {
-    Magnitudes magnitudes;
-    std::memcpy(&magnitudes, row(group, 0) - stride_ + i, kLanes);
-    found = __builtin_convertvector(magnitudes, Sums);
-  }
-
-  // Moves a window up to a group, and finds the sums of what is in it.
-  inline __attribute__((always_inline)) void move_window(
-      std::vector<uint16_t>& window, size_t group, size_t size, size_t i, Sums& found) {
-    Sums sums, changed;
-    std::memcpy(&sums, window.data() + i, sizeof sums);
-    if (group > 0) {
-      read(group - 1, i, changed);
-      sums += changed;
-    }
-    if (group > size) {
-      read(group - 1 - size, i, changed);
-      sums -= changed;
-    }
-    std::memcpy(window.data() + i, &sums, sizeof sums);
-    found = sums < kMostInWindow ? sums : Sums{} + kMostInWindow;
-  }
-
-  const Contexts contexts_;
-  const size_t height_, width_, stride_, size_;
-  std::vector<uint8_t> magnitudes_;
-  std::vector<uint16_t> sums_, short_, long_;
-};
-
-inline uint8_t level(uint32_t sum) {
-  return kLevelOf[std::min(sum, kMostSum)];
-}
 
 TORCHSURGEON_VECTOR void levels(const Contexts& contexts, Planes& planes, uint8_t* levels) {
   for (size_t group = 0; group < contexts.groups; ++group) {
@@ -242,71 +68,6 @@ TORCHSURGEON_VECTOR void levels(const Contexts& contexts, Planes& planes, uint8_
     }
   }
 }
-
-// --- encoding: from the last integer to the first, since decoding takes them from the state in the reverse order ---
-
-class Encoder {
- public:
-  // The memory holds at least the 11 bytes that a word and the state take.
-  Encoder(uint8_t* begin, uint8_t* end) : begin_(begin), next_(end), end_(end) {}
-
-  void put(uint32_t start, uint32_t frequency) {
-    make_room(uint64_t{frequency} << 48);
-    state_ = ((state_ / frequency) << kTotalBits) + state_ % frequency + start;
-  }
-
-  // At most 16 bits.
-  void put_bits(uint32_t value, uint32_t bits) {
-    make_room(uint64_t{1} << (63 - bits));
-    state_ = state_ << bits | value;
-  }
-
-  // Decoding reads as many zeros as there are bits above the least `least_bits`, a one, and then the bits.
-  void put_escaped(uint32_t beyond, uint32_t least_bits) {
-    const uint64_t code = beyond + (uint64_t{1} << least_bits);
-    const uint32_t bits = static_cast<uint32_t>(std::bit_width(code)) - 1;
-    put_bits(code & 0xFFFF & ((uint64_t{1} << bits) - 1), std::min(bits, 16U));
-    if (bits > 16) {
-      put_bits(static_cast<uint32_t>((code & ((uint64_t{1} << bits) - 1)) >> 16), bits - 16);
-    }
-    put_bits(1, 1);
-    for (uint32_t zeros = bits - least_bits; zeros > 0; --zeros) {
-      put_bits(0, 1);
-    }
-  }
-
-  // Writes the state in 4 to 7 bytes, so that the number of words follows from that of all bytes. Returns how many
-  // these are, or -1 where they do not fit.
-  int64_t finish() {
-    make_room(uint64_t{1} << 56);
-    const size_t bytes = std::max(size_t{4}, (static_cast<size_t>(std::bit_width(state_)) + 7) / 8);
-    if (!fits_ || static_cast<size_t>(next_ - begin_) < bytes) {
-      return -1;
-    }
-    next_ -= bytes;
-    std::memcpy(next_, &state_, bytes);
-    return end_ - next_;
-  }
-
- private:
-  void make_room(uint64_t limit) {
-    if (state_ < limit) {
-      return;
-    }
-    if (next_ - begin_ < 4) {
-      // The rest is encoded, too, so that there is one way out; it overwrites what nobody will read.
-      fits_ = false;
-      next_ = end_;
-    }
-    next_ -= 4;
-    std::memcpy(next_, &state_, 4);
-    state_ >>= 32;
-  }
-
-  uint64_t state_ = kEmptyState;
-  bool fits_ = true;
-  uint8_t *begin_, *next_, *end_;
-};
 
 int64_t encode(const Tables& tables, const int32_t* values, const uint8_t* levels, size_t in_group, Encoder& encoder) {
   const uint32_t escape = static_cast<uint32_t>(tables.symbols) - 1;
@@ -324,8 +85,6 @@ int64_t encode(const Tables& tables, const int32_t* values, const uint8_t* level
   }
   return encoder.finish();
 }
-
-// --- decoding ---
 
 // For each row of the tables, the last slot before each symbol but the first, as signed integers, which all processors
 // compare; what is left of the lanes is never before a slot.
@@ -382,65 +141,6 @@ class Search {
 
   const size_t stride_;
   std::vector<int16_t> bounds_;
-};
-
-class Decoder {
- public:
-  // Any number of bytes; with fewer than four there are no words.
-  Decoder(const uint8_t* data, size_t size) : next_(data), end_(data + size) {
-    const size_t bytes = size < 4 ? size : 4 + size % 4;
-    std::memcpy(&state_, data, bytes);
-    next_ += bytes;
-    refill();
-  }
-
-  uint32_t slot() const {
-    return static_cast<uint32_t>(state_) & (kTotal - 1);
-  }
-
-  void take(uint32_t slot, uint32_t start, uint32_t frequency) {
-    state_ = frequency * (state_ >> kTotalBits) + slot - start;
-    refill();
-  }
-
-  // At most 16 bits.
-  uint32_t take_bits(uint32_t bits) {
-    const uint32_t value = static_cast<uint32_t>(state_) & ((1U << bits) - 1);
-    state_ >>= bits;
-    refill();
-    return value;
-  }
-
-  uint32_t take_escaped(uint32_t least_bits) {
-    uint32_t bits = least_bits;
-    while (take_bits(1) == 0) {
-      if (++bits > kLongestPrefix) {
-        damaged_ = true;
-        return 0;
-      }
-    }
-    uint64_t code = bits > 16 ? take_bits(bits - 16) : 0;
-    code = code << std::min(bits, 16U) | take_bits(std::min(bits, 16U));
-    return static_cast<uint32_t>(code + (uint64_t{1} << bits) - (uint64_t{1} << least_bits));
-  }
-
-  bool ended_well() const {
-    return !damaged_ && next_ == end_ && state_ == kEmptyState;
-  }
-
- private:
-  void refill() {
-    if (state_ < kLeastState && next_ != end_) {
-      uint32_t word;
-      std::memcpy(&word, next_, 4);
-      state_ = state_ << 32 | word;
-      next_ += 4;
-    }
-  }
-
-  uint64_t state_ = 0;
-  bool damaged_ = false;
-  const uint8_t *next_, *end_;
 };
 
 TORCHSURGEON_VECTOR bool decode(const Tables& tables, Decoder decoder, Planes& planes, int32_t* values) {

@@ -9,7 +9,8 @@ group (left, above, above to the left, above to the right) and those at its posi
 - Magnitudes above 31 count as 31. ``sum = bias + Σ weight × magnitude``, of neighbours and parents, with a bias and
   weights for each group. It adds, rounded down, a sixteenth of weight × the sum over the last 16 groups, and a 64th of
   weight × the sum over the last 128, where sums above 255 count as 255.
-- The sum's level is its logarithm in quarters: levels 0 to 4 are sums 0 to 4, and every doubling then has four levels.
+- The sum, or 4,095 if it is more, has a level: the sums from 0 to 3 have one each, and as sum + 4 doubles from there,
+  four levels follow each time.
 - The group's table and the level name a row, which holds the probabilities of the symbols in 32,768ths.
 - A symbol is the integer with its sign folded in (0, -1, 1, -2, … are symbols 0, 1, 2, 3, …). The last symbol is the
   escape. How far the integer lies beyond it follows as an Exp-Golomb code, whose order the row says.
