@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 # Where each public name is defined. Type checkers and editors read the imports at the end of this file instead; a test
 # compares the two.
 _NAMES_BY_ROOM = {
-    "codec": ("CodecCost", "CodecTable"),
+    "codec": ("CodecCost", "CodecTable", "FittedCodec", "fit_codec", "load_codec"),
     "cutting": ("Partition", "cut", "tail_for"),
     "errors": (
         "AdaptError", "ArithmeticMismatchError", "BackendError", "BodyTooLargeError", "CalibrationError",
         "ChangedModelWarning", "CodecError",
         "DeadlineError", "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError",
-        "MismatchWarning",
+        "MismatchWarning", "MissingCodecWarning",
         "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
         "NativeUnavailableError", "NoisyProfileWarning", "PartitionError", "PlanError", "PredictionWarning",
         "ProfileError", "ProtocolError", "RequestRefusedError", "SampleSizeError", "ServerError",
@@ -85,6 +85,9 @@ else:
     from torchsurgeon import wire as wire
     from torchsurgeon.codec import CodecCost as CodecCost
     from torchsurgeon.codec import CodecTable as CodecTable
+    from torchsurgeon.codec import FittedCodec as FittedCodec
+    from torchsurgeon.codec import fit_codec as fit_codec
+    from torchsurgeon.codec import load_codec as load_codec
     from torchsurgeon.cutting import Partition as Partition
     from torchsurgeon.cutting import cut as cut
     from torchsurgeon.cutting import tail_for as tail_for
@@ -102,6 +105,7 @@ else:
     from torchsurgeon.errors import LinkError as LinkError
     from torchsurgeon.errors import MeterError as MeterError
     from torchsurgeon.errors import MismatchWarning as MismatchWarning
+    from torchsurgeon.errors import MissingCodecWarning as MissingCodecWarning
     from torchsurgeon.errors import ModelFailedError as ModelFailedError
     from torchsurgeon.errors import ModelMismatchError as ModelMismatchError
     from torchsurgeon.errors import ModelNotReadyError as ModelNotReadyError

@@ -37,6 +37,7 @@
     ├── ThrottledWarning           the device became slower while it was calibrated
     ├── PredictionWarning          layers are unlike those of the calibration, so their times may be off
     ├── MismatchWarning            a server holds another model, so its answers are not used
+    ├── MissingCodecWarning        a server lacks a fitted codec, so another is used in its place
     ├── ChangedModelWarning        the model is no longer as it was traced, so it answers as a whole on the device
     ├── UnknownEnergyWarning       energy was to be saved but is unknown, so latency is saved instead
     └── UnfinishedWarning          a measurement was interrupted; it holds what was measured until then
@@ -280,6 +281,10 @@ class PredictionWarning(UserWarning):
 
 class MismatchWarning(UserWarning):
     """A server holds another model than the device, so its answers are not used and every layer runs on the device."""
+
+
+class MissingCodecWarning(UserWarning):
+    """A server does not have the file of a fitted codec, so what crosses to it is encoded by another codec."""
 
 
 class ChangedModelWarning(UserWarning):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchsurgeon.codec.bounds import least_count
 from torchsurgeon.codec.budget import Budget, Finding
 from torchsurgeon.codec.codec import Codec, EncodedTensor, codec_names, find_codec, measured_names
+from torchsurgeon.codec.fitted import FittedCodec, RatedCodec, fit_codec, load_codec
 from torchsurgeon.codec.measuring import halves, measure
 from torchsurgeon.codec.points import promising
 from torchsurgeon.codec.sample import image_call, image_sample
@@ -20,13 +21,17 @@ __all__ = [
     "Difference",
     "EncodedTensor",
     "Finding",
+    "FittedCodec",
+    "RatedCodec",
     "boxes_matched",
     "codec_names",
     "find_codec",
+    "fit_codec",
     "halves",
     "image_call",
     "image_sample",
     "least_count",
+    "load_codec",
     "measure",
     "measured_names",
     "pixels_kept",

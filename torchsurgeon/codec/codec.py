@@ -8,6 +8,7 @@
 ``png``, ``webp-lossless``             ``uint8`` images (``images``) without loss
 ``jpeg-Q``, ``jpeg444-Q``, ``webp-Q``, ``uint8`` images, Q the quality from 1 to 100; ``jpeg444`` keeps the full
 ``avif-Q``                             resolution of colours
+``fitted:NAME@RATE``                   fitted to one cut of one model (``fitted``), RATE in bits per value
 =====================================  ==============================================================================
 
 The name of an image codec may end in ``@0.5`` or another number below 1, by which width and height are scaled down on
@@ -25,7 +26,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,29 @@ from torchsurgeon.errors import CodecError, short
 from torchsurgeon.tracing.layout import dense, logical
 
 Buffer = bytes | bytearray | memoryview
+
+FITTED = "fitted:"
+
+
+class AnyRate(Protocol):
+    """A codec that was fitted to a cut, without a rate yet: ``fitted.FittedCodec``."""
+
+    @property
+    def name(self) -> str:
+        """``fitted:NAME``."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of its file."""
+
+    def at(self, rate: float | str) -> Codec:
+        """Return the codec at a rate. Raise ``CodecError`` for a rate that it does not have."""
+
+    def stats(self) -> dict[str, int]:
+        """Return counts of what it has encoded in this process."""
+
+
+_fitted: dict[str, AnyRate] = {}
 
 
 class EncodedTensor(NamedTuple):
@@ -94,6 +118,11 @@ class Codec:
         if self.image is not None:
             return -(self.quality or 0)
         return 0 if self.packing is None else quantize.FROM_FINE_TO_COARSE.index(self.packing)
+
+    @property
+    def varies(self) -> bool:
+        """Whether tensors of one shape take different numbers of bytes."""
+        return self.zstd or self.image is not None
 
     def suits(self, dtype: torch.dtype, shape: Sequence[int], name: str | None = None) -> bool:
         """Return whether tensors of this dtype and shape are encoded by this codec, not by a lossless one instead.
@@ -206,7 +235,32 @@ def find_codec(name: str) -> Codec:
     """
     if not isinstance(name, str):
         raise CodecError(f'a codec is named by a text, such as "int8+zstd"; got {short(name)}')
-    return _find_codec(name)
+    return _find_fitted(name) if name.startswith(FITTED) else _find_codec(name)
+
+
+F = TypeVar("F", bound=AnyRate)
+
+
+def add_fitted(fitted: F) -> F:
+    """Make a fitted codec known to ``find_codec()``, and return it, or the same one if it is known already."""
+    return _fitted.setdefault(fitted.name, fitted)  # type: ignore[return-value]
+
+
+def fitted_codecs() -> tuple[AnyRate, ...]:
+    """Return the fitted codecs that this process knows."""
+    return tuple(_fitted.values())
+
+
+def _find_fitted(name: str) -> Codec:
+    whole, _, rate = name.partition("@")
+    fitted = _fitted.get(whole)
+    if fitted is None:
+        known = ", ".join(_fitted) or "none"
+        raise CodecError(
+            f"there is no fitted codec {short(whole, 80)} in this process; there is {known[:300]}. Load its file with "
+            "load_codec(), or give it to the server with --codec"
+        )
+    return fitted.at(rate)
 
 
 @lru_cache(maxsize=1024)

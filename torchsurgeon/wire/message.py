@@ -220,7 +220,7 @@ def decode_request(
         payload = _checked(body, payload)
     tensors = _tensors(head.entries, payload, max_decoded_bytes)
     # A compressed tensor has another size, so another header, in every request: nothing is gained by caching for it.
-    compressed = any(entry.codec is not None and entry.codec.zstd for entry in head.entries)
+    compressed = any(entry.codec is not None and entry.codec.varies for entry in head.entries)
     recurring = head if remembered and not compressed else None
     return InferRequest(
         tensors,
@@ -295,7 +295,7 @@ def _encode_tensors(
         if quantization is not None:
             tensor = tensor.int_repr()
         if codecs is not None and (codec := codecs.get(name)) is not None and codec.name != "raw":
-            encoded = codec.encode(tensor if dim_order else tensor.contiguous())
+            encoded = codec.encode(tensor if dim_order else tensor.contiguous(), name)
             if encoded.codec != "raw":
                 entries.append(_text(_described(name, tensor.dtype, shape, quantization, encoded)))
                 views.append(encoded.data)

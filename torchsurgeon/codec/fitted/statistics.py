@@ -1,0 +1,129 @@
+"""How a boundary tensor's values are spread, and how much the model's answer depends on them, from a sample.
+
+The metric is the Fisher matrix: the mean of g gᵀ, where g is the gradient of the log-likelihood of an answer that is
+drawn from the model's own output. Half of dᵀ F d is then how far the distribution of answers moves (in nats, as
+Kullback-Leibler divergence) when the tensor changes by a small d. For outputs that are no classes, each output value
+counts as normally distributed around the model's own with the deviation that this output has in the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchsurgeon.codec.fitted.transform import Grid
+
+# Answers surer than this are tempered: they have almost no gradient, and would leave the metric to a few unsure inputs.
+_MOST_CONFIDENCE = 0.9
+_TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+# As many elements of its second moments are kept for each frequency; larger ones are summed up over bands.
+_MOST_ELEMENTS = 1 << 20
+
+
+class Statistics:
+    """Sums up means, covariances and the Fisher matrix of one tensor's frequencies.
+
+    Attributes:
+        grid: how the tensor is seen.
+        band_of: the band of each frequency, whose matrices are summed up together.
+        bands: how many bands there are.
+        places: how many blocks have been added.
+        gradients: for how many blocks gradients have been added.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        channels, frequencies = grid.channels, grid.frequencies
+        self.band_of = _bands(grid)
+        self.bands = int(self.band_of.max()) + 1
+        self.places = self.gradients = 0
+        self._sum = torch.zeros(frequencies, channels, dtype=torch.float64)
+        self._squares = torch.zeros(self.bands, channels, channels, dtype=torch.float64)
+        self._fisher = torch.zeros_like(self._squares)
+        self._energy = torch.zeros(frequencies, dtype=torch.float64)
+
+    def add_values(self, tensor: Tensor) -> None:
+        """Add the values of a tensor."""
+        frequencies = self.grid.split(tensor).cpu()
+        self.places += frequencies.shape[2]
+        self._sum += frequencies.sum(2, dtype=torch.float64)
+        self._squares.index_add_(0, self.band_of, (frequencies @ frequencies.mT).double())
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add the gradient of one log-likelihood with respect to the tensor."""
+        frequencies = self.grid.split(gradient).cpu()
+        self.gradients += frequencies.shape[2]
+        self._energy += frequencies.square().sum((1, 2), dtype=torch.float64)
+        self._fisher.index_add_(0, self.band_of, (frequencies @ frequencies.mT).double())
+
+    def means(self) -> Tensor:
+        """Return the mean of each frequency of each channel [Q, C]."""
+        return self._sum / self.places
+
+    def covariances(self) -> Tensor:
+        """Return the covariance matrix of the channels in each band [M, C, C]."""
+        means = self.means()
+        outer = torch.zeros_like(self._squares).index_add_(0, self.band_of, means[:, :, None] * means[:, None])
+        return (self._squares / self.places - outer) / self._sizes()[:, None, None]
+
+    def fisher(self) -> Tensor:
+        """Return the Fisher matrix of the channels in each band [M, C, C]; zeros where no gradient was added."""
+        return self._fisher / max(1, self.gradients) / self._sizes()[:, None, None]
+
+    def shares(self) -> Tensor:
+        """Return how strongly each frequency [Q] counts in the metric, beside the mean of its band."""
+        if not self.gradients:
+            return torch.ones_like(self._energy)
+        mean = torch.zeros(self.bands, dtype=torch.float64).index_add_(0, self.band_of, self._energy) / self._sizes()
+        return (self._energy / mean[self.band_of].clamp(min=1e-300)).clamp(1e-3, 1e3)
+
+    def _sizes(self) -> Tensor:
+        return torch.bincount(self.band_of, minlength=self.bands).double()
+
+
+def _bands(grid: Grid) -> Tensor:
+    """Return the band of each frequency: one each, or the frequencies alike in height share one, or all do."""
+    each = torch.arange(grid.frequencies)
+    diagonals = torch.tensor([u + v for u, v in grid.order])
+    for bands in (each, diagonals):
+        if (int(bands.max()) + 1) * grid.channels**2 <= _MOST_ELEMENTS:
+            return bands
+    return torch.zeros_like(each)
+
+
+def class_scores(scores: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """Return the log-likelihood, summed up, of classes that are drawn from the model's own output.
+
+    Args:
+        scores: logits.
+        dim: the dimension of classes.
+        generator: what the draws come from.
+    """
+    scores = scores.movedim(dim, -1).float()
+    with torch.no_grad():
+        temperature = torch.full_like(scores[..., :1], _TEMPERATURES[-1])
+        for tried in reversed(_TEMPERATURES):
+            confidence = (scores / tried).softmax(-1).amax(-1, keepdim=True)
+            temperature = torch.where(confidence <= _MOST_CONFIDENCE, tried, temperature)
+        odds = (scores / temperature).softmax(-1).reshape(-1, scores.shape[-1])
+        drawn = torch.multinomial(odds.cpu(), 1, generator=generator).to(scores.device)
+    likelihoods = (scores / temperature).log_softmax(-1).reshape(-1, scores.shape[-1])
+    return likelihoods.gather(1, drawn).sum()
+
+
+def random_values(outputs: Sequence[Tensor], deviations: Sequence[float], generator: torch.Generator) -> Tensor:
+    """Return outputs summed up with random weights, whose gradient has the metric of normally distributed values.
+
+    Args:
+        outputs: the floating-point outputs.
+        deviations: the deviation of each in the sample.
+        generator: what the weights come from.
+    """
+    total = outputs[0].new_zeros((), dtype=torch.float32)
+    for output, deviation in zip(outputs, deviations, strict=True):
+        weights = torch.randn(output.shape, generator=generator).to(output.device)
+        # As a mean over an output's values, so that neither long outputs nor many count more.
+        total = total + (output.float() * weights).sum() / (deviation or 1.0) / (output[0].numel() or 1) ** 0.5
+    return total
