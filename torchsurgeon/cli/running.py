@@ -116,6 +116,14 @@ def add_serve(commands: Commands) -> None:
         "that the model comes with)",
     )
     leaf_argument(parser, "NAME=MODULE", "keep this submodule of a model whole, as the device does")
+    codec = parser.add_argument(
+        "--codec",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a codec that was fitted to a model (codecs --fit), as devices have it; may be repeated (default: none)",
+    )
+    completed(codec, named(one_of((), "fitted")))
     parser.add_argument(
         "--seed", type=whole_number(0), default=0, metavar="N", help="seed of random weights (default: %(default)s)"
     )
@@ -135,10 +143,14 @@ def _serve(options: argparse.Namespace) -> None:
     for text in options.leaf:
         for name, module in pairs([text]).items():
             leaves.setdefault(name, []).append(module)
-    for name in (*weights, *inputs, *leaves):
+    codecs: dict[str, list[str]] = {}
+    for text in options.codec:
+        for name, path in pairs([text]).items():
+            codecs.setdefault(name, []).append(path)
+    for name in (*weights, *inputs, *leaves, *codecs):
         if name not in models:
             raise TorchSurgeonError(
-                f"--weights, --input and --leaf take the name of a served model; got {short(name, 100)}, and "
+                f"--weights, --input, --leaf and --codec take the name of a served model; got {short(name, 100)}, and "
                 f"the served models are {short(list(models), 200)}"
             )
     with loading():
@@ -155,6 +167,7 @@ def _serve(options: argparse.Namespace) -> None:
         weights=weights,
         input_specs=inputs,
         leaf_modules=leaves,
+        codecs=codecs,
         verify=options.verify,
         seed=options.seed,
         max_batch=options.max_batch,

@@ -71,7 +71,7 @@ def check_options(
 
 
 def check_measured(link: object, device: object, server: object, codecs: object) -> None:
-    """Raise where an argument that was measured beforehand is of another type, such as the name of its file."""
+    """Raise where an argument that was measured beforehand is of another type, or names a codec that is not here."""
     if not isinstance(link, Link | None):
         raise LinkError(f'link must be a Link; got {short(link)}; Link.parse() makes one of a text such as "lte"')
     for name, profile in (("device_profile", device), ("server_profile", server)):
@@ -81,6 +81,10 @@ def check_measured(link: object, device: object, server: object, codecs: object)
             )
     if not isinstance(codecs, CodecTable | None):
         raise CodecError(f"codecs must be a measured CodecTable; got {short(codecs)}; codec= takes the name of a codec")
+    if isinstance(codecs, CodecTable):
+        # A table may name fitted codecs whose files this process has not loaded.
+        for name in {row.cost.codec for row in codecs.rows if row.cost.within_budget}:
+            find_codec(name)
 
 
 def check_exact(names: Sequence[str], table: CodecTable | None, *, compiled: bool) -> None:

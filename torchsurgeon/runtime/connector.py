@@ -76,7 +76,7 @@ class Connector:
             device = self.profile_device()
             if peer.link is None:
                 peer.adopt(measure_link(peer.transport))
-            frontier = Frontier.build(self._local.graph, device, server, self._options.codecs)
+            frontier = Frontier.build(self._local.graph, device, server, peer.decodable(self._options.codecs))
             # Kept only now that it has been found to fit: the profile of another model would spoil every later try.
             peer.profile = server
             return frontier

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchsurgeon._interrupts import by_signal_handler
+from torchsurgeon.codec.codec import fitted_codecs
 from torchsurgeon.errors import ArithmeticMismatchError, PartitionError, ServerUnavailableError, TraceError, short
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.runtime import bits
@@ -285,6 +286,7 @@ class Engine:
             **self.ledger.snapshot(),
             "slowdown": self.times.slowdown().value,
             "pings": self._keeper.pings,
+            "fitted_codecs": {fitted.name: fitted.stats() for fitted in fitted_codecs()},
             "servers": [peer.snapshot(self.local.epoch) for peer in self.servers.peers],
         }
 

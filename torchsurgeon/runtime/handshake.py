@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,20 @@ _LISTED = 5
 # What is asked at every inference, looked up once.
 _count_function_modes = torch._C._len_torch_function_stack
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+class Agreed(NamedTuple):
+    """What a server told at a handshake.
+
+    Attributes:
+        identity: the identity that its answers carry.
+        arithmetic: what it computes with; None where it does not tell.
+        fitted: the digests of the fitted codecs that it has for this model, by name.
+    """
+
+    identity: str | None
+    arithmetic: Arithmetic | None
+    fitted: Mapping[str, str]
 
 
 class LocalModel:
@@ -172,10 +186,8 @@ def mode_here() -> str | None:
 
 def shake_hands(
     transport: Transport, name: str, graph: LayerGraph, ours: WeightDigests, timeout_s: float | None = None
-) -> tuple[str | None, Arithmetic | None]:
-    """Check that the server's model is this model.
-
-    Returns the identity that its answers carry, and what the server computes with; None for what it does not tell.
+) -> Agreed:
+    """Check that the server's model is this model, and return what else the server told.
 
     Args:
         transport: how to reach the server.
@@ -214,7 +226,12 @@ def shake_hands(
             f"the server tells no digests of model {name!r} layer by layer: its torchsurgeon is older, and does not "
             "compare functions, hooks and packed weights. Install the same torchsurgeon on both sides"
         )
-    return theirs.get("identity"), Arithmetic.from_json(theirs.get("arithmetic"))
+    fitted = theirs.get("fitted_codecs")
+    return Agreed(
+        theirs.get("identity"),
+        Arithmetic.from_json(theirs.get("arithmetic")),
+        {str(k): str(v) for k, v in fitted.items()} if isinstance(fitted, dict) else {},
+    )
 
 
 def _differing_graph(name: str, graph: LayerGraph, theirs: Mapping[str, Any]) -> str:

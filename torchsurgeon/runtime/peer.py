@@ -16,7 +16,8 @@ from torchsurgeon.adapting import ServerState
 from torchsurgeon.adapting.link import LinkEstimator
 from torchsurgeon.adapting.sharing import Sharing
 from torchsurgeon.adapting.tracker import Quantity, Tracker
-from torchsurgeon.codec import Codec
+from torchsurgeon.codec import Codec, CodecTable, RatedCodec, find_codec
+from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import (
     CodecError,
     EncodingError,
@@ -123,6 +124,7 @@ class Peer:
         self.asked_s = -math.inf
         self.doubted = False
         self._identity: str | None = None
+        self._fitted: Mapping[str, str] = {}
         self.told: Arithmetic | None = None
         self._compared: set[str] = set()
         self._lock = threading.Lock()
@@ -146,7 +148,8 @@ class Peer:
     def _shake(self, timeout_s: float | None) -> int:
         self.ready_in = -1
         epoch, digests = self._local.digests()
-        self._identity, told = shake_hands(self.transport, self._name, self._local.graph, digests, timeout_s)
+        agreed = shake_hands(self.transport, self._name, self._local.graph, digests, timeout_s)
+        self._identity, told, self._fitted = agreed
         if told is None or self.told is None or told.digest != self.told.digest:
             self._compared.clear()
         self.told = told
@@ -233,6 +236,19 @@ class Peer:
         return answer
 
     # --- what is known ---
+
+    def has(self, codec: Codec) -> bool:
+        """Return whether it decodes what a codec encodes: a fitted codec only if it has the same file."""
+        return not isinstance(codec, RatedCodec) or self._fitted.get(codec.fitted.name) == codec.fitted.digest
+
+    def decodable(self, table: CodecTable | None) -> CodecTable | None:
+        """Return a table of measured codecs without the rows of fitted codecs that it does not have."""
+        if table is None:
+            return None
+        rows = [
+            row for row in table.rows if not row.cost.codec.startswith(FITTED) or self.has(find_codec(row.cost.codec))
+        ]
+        return dataclasses.replace(table, rows=tuple(rows))
 
     @property
     def under_way(self) -> int:

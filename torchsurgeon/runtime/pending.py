@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchsurgeon._interrupts import NoThreadError, by_signal_handler
 from torchsurgeon.adapting import Decision, patience, rescue
-from torchsurgeon.codec import Codec
+from torchsurgeon.codec import Codec, RatedCodec
 from torchsurgeon.errors import EncodingError, ModelMismatchError, ServerError, ServerUnavailableError
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.models.watching import WatchedWeights
@@ -203,7 +203,11 @@ class Pending:
         if isinstance(codec, Lossless):
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
             return codec.choose(self._way.point.index, size_bytes, self._peer.state.link.estimate().uplink.value)
-        return codec
+        if self._peer.has(codec):
+            return codec
+        other = self._shared.servers.next_best(self._way.point)
+        self._shared.servers.warn_of_codec(codec, other, self._peer)
+        return other
 
     # --- finishing ---
 
@@ -392,6 +396,9 @@ class Pending:
             return False
         if is_requests_fault(error) and self._unusual():
             return False
+        if is_requests_fault(error) and isinstance(self._codec, RatedCodec):
+            # It may have been started anew without the codec's file, which a handshake finds out.
+            self._peer.ready_in = -1
         self._peer.failed(failure)
         self._shared.keeper.wake()
         self._shared.servers.warn(failure)

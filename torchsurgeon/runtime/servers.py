@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torchsurgeon.adapting import SURE, Decision, Estimates, Refusals, check_deadline
-from torchsurgeon.errors import MismatchWarning
+from torchsurgeon.codec import Codec, find_codec
+from torchsurgeon.codec.codec import FITTED
+from torchsurgeon.errors import MismatchWarning, MissingCodecWarning
 from torchsurgeon.link import Link
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.planning import Row
@@ -92,6 +94,7 @@ class Servers:
         self._chosen: PartitionPoint | None = None
         self._preferred: Peer | None = None
         self._warned = False
+        self._warned_of: set[str] = set()
         self._refusals = Refusals()
 
     def reset_after_fork(self) -> None:
@@ -152,6 +155,24 @@ class Servers:
         if failure is not None and failure.kind == "mismatch" and self._options.falls_back and not self._warned:
             self._warned = True
             warn_caller(f"a server's answers are not used: {failure.text}", MismatchWarning)
+
+    def warn_of_codec(self, codec: Codec, other: Codec, peer: Peer) -> None:
+        """Warn the caller, once for each codec, that a server lacks it, so that tensors are sent otherwise."""
+        name = codec.name.partition("@")[0]
+        if name not in self._warned_of:
+            self._warned_of.add(name)
+            warn_caller(
+                f"{peer.label} does not have the codec {name}, so {other.name} is used in its place; start the "
+                f"server with --codec {self._options.name}=FILE",
+                MissingCodecWarning,
+            )
+
+    def next_best(self, point: PartitionPoint) -> Codec:
+        """Return the codec for a point where a server lacks the wanted one: the smallest within the budget, or zstd."""
+        table = self._options.codecs
+        rows = () if table is None else table.at(point.index)
+        known = [row.cost for row in rows if row.cost.within_budget and not row.cost.codec.startswith(FITTED)]
+        return find_codec(min(known, key=lambda cost: cost.size_bytes).codec if known else "zstd")
 
     # --- the choice ---
 

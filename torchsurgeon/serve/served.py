@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchsurgeon import wire
-from torchsurgeon.codec import codec_names
+from torchsurgeon.codec import FittedCodec, codec_names, load_codec
 from torchsurgeon.cutting.partition import check_shapes
 from torchsurgeon.errors import (
     ModelFailedError,
@@ -115,6 +116,7 @@ class ServedModel:
         self._profile: dict[str, Any] | None = None
         # Read and written by the event loop's thread and the worker's, one operation at a time.
         self._durations_s: dict[int, float] = {}
+        self._fitted: dict[str, str] = {}
 
     @property
     def tails(self) -> Tails:
@@ -137,8 +139,22 @@ class ServedModel:
             "platform": "torchsurgeon",
             "inputs": [_tensor_metadata(spec) for spec in self.graph.inputs],
             "outputs": [_tensor_metadata(spec) for spec in self.graph.outputs],
-            "parameters": {"codecs": list(codec_names())},
+            "parameters": {"codecs": [*codec_names(), *self._fitted]},
         }
+
+    def add_codec(self, path: str | Path) -> FittedCodec:
+        """Load the file of a codec that was fitted to this model, and decode what devices encode with it.
+
+        Args:
+            path: the file.
+
+        Raises:
+            CodecError: the file cannot be read, is damaged, or is of another version, graph, cut or weights.
+            NativeUnavailableError: the compiled extension is missing.
+        """
+        fitted = load_codec(path, self.graph)
+        self._fitted[fitted.name] = fitted.digest
+        return fitted
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the digests of graph, layers and weights, and what the server computes with now.
@@ -147,6 +163,8 @@ class ServedModel:
             ModelNotReadyError: the weights are being changed.
         """
         known = self._editions.fingerprint()
+        if self._fitted:
+            known = {**known, "fitted_codecs": dict(self._fitted)}
         if self._arithmetic is None:
             return known
         # The calling thread reads it, but it is the worker's settings that count.

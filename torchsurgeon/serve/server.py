@@ -109,6 +109,7 @@ def run(
     weights: Mapping[str, str] | None = None,
     input_specs: Mapping[str, str] | None = None,
     leaf_modules: Mapping[str, Collection[str]] | None = None,
+    codecs: Mapping[str, Collection[str]] | None = None,
     verify: bool = True,
     seed: int = 0,
     max_batch: int = 64,
@@ -127,6 +128,7 @@ def run(
         weights: weights files by model name, as in ``torchsurgeon.models.specs.load()``.
         input_specs: inputs by model name, as in ``torchsurgeon.models.specs.load()``.
         leaf_modules: modules to keep whole by model name, as in ``torchsurgeon.tracing.trace()``.
+        codecs: files of fitted codecs by model name.
         verify: whether to run each model and what was traced, and compare, as ``trace()`` does.
         seed: seed of random weights.
         max_batch: the largest batch of a request.
@@ -137,6 +139,7 @@ def run(
         ServerError: the address is not available.
         SpecError: a SPEC could not be loaded.
         TraceError: a model could not be traced.
+        CodecError: a codec's file is damaged, or is not of its model.
     """
     report = say or (lambda line: print(line, flush=True))
     if not is_loopback(host):
@@ -171,6 +174,9 @@ def run(
                     f"loaded {name} from {served.source} in {time.perf_counter() - started_s:.1f} s: "
                     f"{len(served.graph.layers)} layers, {len(served.graph.points)} partition points"
                 )
+                for path in (codecs or {}).get(name, ()):
+                    fitted = served.add_codec(path)
+                    report(f"loaded {fitted.name}, fitted to {name} after {fitted.point[1]}, from {path}")
             # The models stay for ever, so the garbage collector does not have to walk through them during requests.
             gc.collect()
             gc.freeze()
