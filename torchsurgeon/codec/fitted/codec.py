@@ -208,8 +208,8 @@ class FittedCodec:
         here = type(graph.model).__name__
         if self.graph != graph.fingerprint:
             raise CodecError(
-                f"{self.name} was fitted to {short(self.model, 100)} (fingerprint {self.graph[:12]}), not to {here} "
-                f"({graph.fingerprint[:12]}); fit a codec to this model"
+                f"{self.name} was fitted to {short(self.model, 100, quote=False)} (fingerprint {self.graph[:12]}), not "
+                f"to {here} ({graph.fingerprint[:12]}); fit a codec to this model"
             )
         if weight_digests(graph.model).combined != self.weights:
             raise CodecError(f"{self.name} was fitted to {here} with other weights; fit a codec to this model")

@@ -102,13 +102,17 @@ def fit_codec(
         )
     batches = list(_batches(graph, inputs_of(graph, sample, target)))
     total = 2 * len(batches) + _MOST_STEPS
-    step = iter(range(1, total + 1))
+    done = 0
 
-    def advance() -> None:
+    def advance(most: int = 1) -> None:
+        nonlocal done
+        done = min(done + most, total)
         if progress is not None:
-            progress(next(step), total)
+            progress(done, total)
 
     boundaries = _run(graph, place, batches, fitted, _Answers(graph, answers, classes_at, draws, seed), advance)
+    if not any(statistics.varies() for statistics in fitted.values()):
+        raise CodecError("the tensors at this point are the same for the whole sample; give varied inputs")
     transforms = {name: _transform(statistics) for name, statistics in fitted.items()}
     coefficients: dict[str, list[Tensor]] = {name: [] for name in fitted}
     squares, count = 0.0, 0
@@ -122,9 +126,9 @@ def fit_codec(
             count += found.numel()
         boundary.clear()
         advance()
-    if not squares > 0:
-        raise CodecError("the tensors at this point are the same for the whole sample; give varied inputs")
     tensors, steps, rates = _tables(transforms, coefficients, _COARSEST * (squares / count) ** 0.5, advance)
+    if done < total:
+        advance(total)
     origin = provenance(target)
     return FittedCodec(
         label,
@@ -247,7 +251,8 @@ def _gradients(
     tail: Segment, names: Sequence[str], boundary: Mapping[str, Tensor], wanted: Sequence[str], answers: _Answers
 ) -> Iterator[dict[str, Tensor]]:
     """Return the gradients of several draws with respect to the wanted tensors; none where the tail has none."""
-    with torch.enable_grad():
+    # Whatever mode the caller is in: inference mode would leave no gradients.
+    with torch.inference_mode(mode=False), torch.enable_grad():
         leaves = {name: boundary[name].detach().clone().requires_grad_(name in wanted) for name in names}
         # The tail may overwrite its inputs, and a leaf that needs a gradient must not be overwritten.
         outputs = tail(*[leaves[name] * 1 if name in wanted else leaves[name] for name in names])

@@ -20,6 +20,8 @@ _MOST_CONFIDENCE = 0.9
 _TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 # As many elements of its second moments are kept for each frequency; larger ones are summed up over bands.
 _MOST_ELEMENTS = 1 << 20
+# A variance below this share of the mean square is float32's rounding.
+_ROUNDING = 1e-11
 
 
 class Statistics:
@@ -57,6 +59,11 @@ class Statistics:
         self.gradients += frequencies.shape[2]
         self._energy += frequencies.square().sum((1, 2), dtype=torch.float64)
         self._fisher.index_add_(0, self.band_of, (frequencies @ frequencies.mT).double())
+
+    def varies(self) -> bool:
+        """Return whether the values differ by more than rounding."""
+        spread = self.covariances().diagonal(dim1=1, dim2=2).mean()
+        return bool(spread > _ROUNDING * self._squares.diagonal(dim1=1, dim2=2).sum() / self.places)
 
     def means(self) -> Tensor:
         """Return the mean of each frequency of each channel [Q, C]."""
