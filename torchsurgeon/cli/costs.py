@@ -267,6 +267,7 @@ def add_codecs(commands: Commands) -> None:
         "Measure what codecs save, and how they change the answers, at cuts that can pay.",
         "torchvision:resnet50 --sample photos --out codecs.json",
         "torchvision:resnet50 --weights default --sample photos --codecs int8,int8+zstd --min-cosine 0.999",
+        "torchvision:resnet50 --weights default --sample photos --point layer2 --fit layer2.fitted",
     )
     model_arguments(parser)
     weights_argument(parser)
@@ -288,6 +289,13 @@ def add_codecs(commands: Commands) -> None:
         action="append",
         metavar="POINT",
         help="a partition point by its index or its layer's name; may be repeated (default: those that can pay)",
+    )
+    file_argument(
+        parser,
+        "--fit",
+        "fit a codec to the only --point from half of the calls, write it to this file for serve --codec, and measure "
+        "it at several rates on the others",
+        "none is fitted",
     )
     parser.add_argument(
         "--max-top1-change",
@@ -328,6 +336,9 @@ def add_codecs(commands: Commands) -> None:
 def _codecs(options: argparse.Namespace) -> None:
     if not options.sample.is_dir():
         raise TorchSurgeonError(f"--sample must be a folder of images; there is no folder {short(options.sample)}")
+    points = None if options.point is None else [index_or_name(point) for point in options.point]
+    if options.fit is not None and (points is None or len(points) != 1):
+        raise TorchSurgeonError(f"--fit fits a codec to one --point; got {len(points or [])} of them")
     with loading():
         import torch
 
@@ -341,6 +352,15 @@ def _codecs(options: argparse.Namespace) -> None:
     graph = traced(options, device, options.weights)
     budget = _budget(options)
     samples = codec.image_sample(graph, options.sample, options.most)
+    names = None if options.codecs is None else options.codecs.split(",")
+    if options.fit is not None and points is not None:
+        # Judged on other calls than those that it is fitted to.
+        setup, samples = codec.halves(samples)
+        with progress("fitting a codec") as advance:
+            fitted = codec.fit_codec(graph, points[0], setup, device=device, progress=advance)
+        fitted.save(options.fit)
+        print(f"wrote {fitted.name} to {options.fit}: {fitted.rates[-1]:.2g} to {fitted.rates[0]:.2g} bits a value")
+        names = [*(names or codec.measured_names()), *(one.name for one in fitted.some())]
     begin_s = reported_s = time.monotonic()
 
     def report(done: float, total: float, what: str) -> None:
@@ -357,8 +377,8 @@ def _codecs(options: argparse.Namespace) -> None:
         measured = codec.measure(
             graph,
             samples,
-            None if options.codecs is None else options.codecs.split(","),
-            points=None if options.point is None else [index_or_name(point) for point in options.point],
+            names,
+            points=points,
             budget=budget,
             device=device,
             progress=report,

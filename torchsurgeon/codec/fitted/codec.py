@@ -45,6 +45,7 @@ _MOST_MAGNITUDE = float(1 << 24)
 _RANGE = 1.5
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 _KEPT_RATES = 64
+_SOME_RATES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 # The parents follow from the grid.
 _TABLE_ARRAYS = [field.name for field in dataclasses.fields(CoderTables) if field.name != "parents"]
 
@@ -250,6 +251,10 @@ class FittedCodec:
                     self._rated.clear()
                 self._rated[wanted] = RatedCodec(f"{self.name}@{wanted:g}", fitted=self, rate=wanted)
             return self._rated[wanted]
+
+    def some(self) -> tuple[RatedCodec, ...]:
+        """Return the codec at some of its rates, from 0.25 to 4 bits a value, each 1.4 times the one before."""
+        return tuple(self.at(rate) for rate in _SOME_RATES if self._lowest <= rate <= self._highest)
 
     @property
     def _lowest(self) -> float:
