@@ -97,12 +97,15 @@ def test_a_server_without_the_file_gets_another_codec_said_once(model: nn.Module
         ts.SplitModule(
             model, X, server=server.url, name="net", partition=CUT, codec=f"{fitted.name}@1", fallback="error"
         ) as split,
-        pytest.warns(MissingCodecWarning, match="so zstd is used in its place; start the server with --codec") as said,
+        warnings.catch_warnings(record=True) as said,
     ):
+        warnings.simplefilter("always")
         for rate in (1, 2, 2):
             split.codec = fitted.at(rate)
             assert torch.equal(split(X), model(X))
-        assert len(said) == 1
+        (warning,) = said
+        assert warning.category is MissingCodecWarning
+        assert "so zstd is used in its place; start the server with --codec net=FILE" in str(warning.message)
 
 
 def test_a_file_of_another_sample_counts_as_missing(model: nn.Module, fitted: FittedCodec, tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_a_file_of_another_sample_counts_as_missing(model: nn.Module, fitted: Fi
 def test_a_table_says_what_is_next_best(model: nn.Module, fitted: FittedCodec) -> None:
     graph = ts.trace(model, X)
     names = ["int8+zstd", f"{fitted.name}@2"]
-    table = measure(graph, pictures(3, 3), names, points=[CUT], budget=Budget(min_cosine=0.9))
+    table = measure(graph, pictures(3, 3), names, points=[CUT], budget=Budget(min_cosine=0.9, decide_by="estimate"))
     with (
         serving(model, None) as server,
         ts.SplitModule(
@@ -181,7 +184,7 @@ def test_a_server_refuses_a_file_of_another_model(path: Path) -> None:
 
 def test_a_table_that_names_a_codec_that_is_not_loaded(model: nn.Module, fitted: FittedCodec) -> None:
     table = measure(
-        ts.trace(model, X), [X], [f"{fitted.name}@2"], points=[CUT], budget=Budget(min_cosine=-1)
+        ts.trace(model, X), [X], [f"{fitted.name}@2"], points=[CUT], budget=Budget(min_cosine=-1, decide_by="estimate")
     ).to_json()
     for row in table["rows"]:
         row["cost"]["codec"] = row["cost"]["codec"].replace("pair", "absent")
