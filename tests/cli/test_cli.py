@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,3 +263,28 @@ def test_a_noisy_profile_advises_what_the_command_has(
     assert told.startswith("torchsurgeon: warning: the middle half of 4 runs")
     assert "start this command again" in told
     assert "repeats" not in told
+
+
+def test_a_codec_is_fitted_measured_and_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number in range(12):
+        pixels = torch.randint(256, (3, 3, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        image.fromarray(pixels.numpy()).resize((8, 8)).save(tmp_path / f"{number}.png")
+    path = tmp_path / "first.fitted"
+    line = ["codecs", SPEC, "--sample", str(tmp_path), "--codecs", "zstd", "--fit", str(path)]
+    assert cli.main([*line, "--point", "1", "--out", str(tmp_path / "codecs.json")]) == 0
+    written = capsys.readouterr().out
+    name = re.search(r"wrote (fitted:0-[0-9a-f]{8}) to ", written)
+    assert name is not None, written
+    table = ts.CodecTable.load(tmp_path / "codecs.json")
+    assert {row.cost.codec.partition("@")[0] for row in table.rows} == {"raw", "zstd", name[1]}
+    assert cli.main([*line, "--point", "1", "--point", "2"]) == 2
+    assert "--fit fits a codec to one --point; got 2 of them" in capsys.readouterr().err
+    with command("serve", f"tiny={SPEC}", "--codec", f"tiny={path}", "--port", "0") as server:
+        port = ready(server)
+        told = HttpTransport(f"http://127.0.0.1:{port}").get_json("/v2/models/tiny")
+        assert told["parameters"]["codecs"][-1] == name[1]
+    with command("serve", "small=factories:small", "--codec", f"small={path}", "--port", "0", stderr=-1) as server:
+        _, said = server.communicate()
+        assert "fit a codec to this model" in said
+        assert server.returncode == 2

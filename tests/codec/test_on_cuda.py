@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import torchsurgeon as ts
+from torchsurgeon import _native
 from torchsurgeon.codec import codec_names, find_codec
 from torchsurgeon.codec.host import on_host
 
@@ -54,3 +56,26 @@ def test_tensors_leave_the_gpu_as_they_are_when_the_callers_stream_has_made_them
         assert torch.equal(host, source)
         part = on_host(tensor[:, 1:, ::2])
         assert torch.equal(part, torch.zeros_like(part))
+
+
+@pytest.mark.cuda
+def test_a_codec_is_fitted_and_used_on_the_gpu() -> None:
+    if not _native.available():
+        pytest.skip("the extension is not built")
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 12, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(12 * 26 * 26, 10)
+    model = torch.nn.Sequential(*layers).eval().cuda()
+    sample = list(torch.randn(32, 3, 28, 28, device="cuda").split(1))
+    graph = ts.trace(model, sample[0])
+    codec = ts.fit_codec(graph, "1", sample).at(3)
+    with torch.no_grad():
+        (tensor,) = ts.cut(graph, "1").head(sample[0])
+    encoded = codec.encode(tensor)
+    assert encoded.codec == codec.name
+    there, here = (
+        codec.decode(encoded.data, tensor.dtype, tensor.shape, None, max_bytes=tensor.nbytes, device=device)
+        for device in ("cuda", "cpu")
+    )
+    assert there.is_cuda
+    assert torch.allclose(there.cpu(), here, atol=1e-4)
+    assert torch.cosine_similarity(there.flatten(), tensor.flatten(), dim=0) > 0.99

@@ -100,6 +100,16 @@ class Grid:
         whole = torch.kron(_cosines(self.block[0]), _cosines(self.block[1]))
         return whole[[u * self.block[1] + v for u, v in self.order]]
 
+    @cached_property
+    def _placed(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _cosines_on(self, device: torch.device) -> Tensor:
+        found = self._placed.get(device)
+        if found is None:
+            found = self._placed[device] = self.cosines.to(device, torch.float32)
+        return found
+
     def split(self, tensor: Tensor) -> Tensor:
         """Return the frequencies [Q, C, P] of a tensor's blocks, P of them, as ``float32``."""
         down, across = self.block
@@ -113,7 +123,7 @@ class Grid:
         cut = grid.reshape(batch, self.channels, rows, down, columns, across).permute(3, 5, 1, 0, 2, 4)
         if self.frequencies == 1:
             return cut.reshape(1, self.channels, -1)
-        cosines = self.cosines.to(tensor.device, torch.float32)
+        cosines = self._cosines_on(tensor.device)
         return (cosines @ cut.reshape(self.frequencies, -1)).view(self.frequencies, self.channels, -1)
 
     def join(self, frequencies: Tensor, shape: Sequence[int]) -> Tensor:
@@ -123,7 +133,7 @@ class Grid:
         rows, columns = -(-height // down), -(-width // across)
         flat = frequencies.reshape(self.frequencies, -1)
         if self.frequencies > 1:
-            flat = self.cosines.T.to(flat.device, torch.float32) @ flat
+            flat = self._cosines_on(flat.device).T @ flat
         cut = flat.view(down, across, self.channels, batch, rows, columns).permute(3, 2, 4, 0, 5, 1)
         grid = cut.reshape(batch, self.channels, rows * down, columns * across)[:, :, :height, :width]
         rest = [size for dim, size in enumerate(shape) if dim not in (0, self.channels_at)]
