@@ -126,7 +126,7 @@ def test_a_rate_is_about_the_bits_that_a_value_takes(graph: ts.LayerGraph, fitte
     for rate in (1.0, 2.5):
         taken = [there_and_back(f"{fitted.name}@{rate}", boundary(graph, x))[1] for x in pictures(12, 3)]
         values = boundary(graph, pictures(1, 3)[0]).numel()
-        assert sum(taken) / len(taken) * 8 / values == pytest.approx(rate, rel=0.25)
+        assert sum(taken) / len(taken) * 8 / values == pytest.approx(rate, rel=0.2)
 
 
 def test_it_changes_the_answer_less_than_int4_does_with_more_bytes(graph: ts.LayerGraph, fitted: FittedCodec) -> None:
@@ -315,7 +315,8 @@ def test_samples_that_cannot_be_fitted_to(graph: ts.LayerGraph) -> None:
 def test_progress_counts_up_to_the_end(graph: ts.LayerGraph) -> None:
     seen: list[tuple[int, int]] = []
     fit_codec(graph, CUT, pictures(20, 12), progress=lambda done, total: seen.append((done, total)))
-    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    done = [one for one, _ in seen]
+    assert done == sorted(set(done))
     assert seen[-1][0] == seen[-1][1]
 
 

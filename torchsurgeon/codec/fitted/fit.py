@@ -30,9 +30,11 @@ Answers = Literal["classes", "values"]
 
 # A few draws for each input say as much as many, since inputs differ more than draws do.
 DRAWS = 3
-# Each quantization step is this many times finer than the next. The coarsest takes about 0.1 to 0.2 bits a value; finer
-# ones follow until the highest rate is reached, at which a codec is hardly smaller than ``int8+zstd``.
-_COARSEST, _FINER, _MOST_STEPS, _HIGHEST_RATE = 2.6, 1.6, 14, 4.0
+# Each quantization step is this many times finer than the next. The coarsest is the first at which enough values do not
+# become 0; finer ones follow until the highest rate is reached, at which a codec is hardly smaller than ``int8+zstd``.
+_COARSEST, _FINER, _MOST_STEPS, _LEAST_NONZERO, _HIGHEST_RATE = 2.6, 1.6, 20, 0.01, 4.0
+# One input of so many is for the entropy coder's tables.
+_TABLES_EACH = 3
 # Inputs that run together, where the batch is free.
 _BATCH = 16
 # The metric of what hardly counts is raised to this share of the mean, and each band's matrices are drawn towards
@@ -100,8 +102,13 @@ def fit_codec(
             f"a codec is fitted to floating-point tensors with channels, before the model's output; at this point "
             f"cross {crossing}; choose another point"
         )
-    batches = list(_batches(graph, inputs_of(graph, sample, target)))
-    total = 2 * len(batches) + _MOST_STEPS
+    calls = inputs_of(graph, sample, target)
+    # The tables are fitted to other inputs than the transform, whose components are smaller on its own.
+    apart = len(calls) >= 2 * _TABLES_EACH
+    setup = [call for k, call in enumerate(calls) if not apart or (k + 1) % _TABLES_EACH]
+    others = list(_batches(graph, calls[_TABLES_EACH - 1 :: _TABLES_EACH] if apart else calls))
+    batches = list(_batches(graph, setup))
+    total = len(batches) + len(others) + _MOST_STEPS
     done = 0
 
     def advance(most: int = 1) -> None:
@@ -110,21 +117,22 @@ def fit_codec(
         if progress is not None:
             progress(done, total)
 
-    boundaries = _run(graph, place, batches, fitted, _Answers(graph, answers, classes_at, draws, seed), advance)
+    head = _Head(graph, place, list(fitted))
+    _add_up(graph, head, batches, fitted, _Answers(graph, answers, classes_at, draws, seed), advance)
     if not any(statistics.varies() for statistics in fitted.values()):
         raise CodecError("the tensors at this point are the same for the whole sample; give varied inputs")
     transforms = {name: _transform(statistics) for name, statistics in fitted.items()}
     coefficients: dict[str, list[Tensor]] = {name: [] for name in fitted}
     squares, count = 0.0, 0
-    for boundary in boundaries:
-        for tensor, transform in transforms.items():
-            found = transform.forward(boundary[tensor]).cpu()
+    for inputs in others:
+        boundary = head.wanted(inputs) if count < _MOST_KEPT else {}
+        for tensor, values in boundary.items():
+            grid = transforms[tensor].grid
+            found = transforms[tensor].forward(values).cpu()
             # As one input after the other, which is how they are encoded.
-            batch = transform.grid.sizes(boundary[tensor].shape)[0]
-            coefficients[tensor] += found.view(len(found), batch, -1, found.shape[2]).unbind(1)
+            coefficients[tensor] += found.view(len(found), grid.sizes(values.shape)[0], -1, found.shape[2]).unbind(1)
             squares += float(found.double().square().sum())
             count += found.numel()
-        boundary.clear()
         advance()
     tensors, steps, rates = _tables(transforms, coefficients, _COARSEST * (squares / count) ** 0.5, advance)
     if done < total:
@@ -139,7 +147,7 @@ def fit_codec(
         tensors,
         steps,
         rates,
-        {**origin, "inputs": sum(len(batch[0]) for batch in batches), "draws": draws, "seed": seed},
+        {**origin, "inputs": len(calls), "draws": draws, "seed": seed},
     ).use()
 
 
@@ -169,9 +177,20 @@ def _usual_channels(graph: LayerGraph, spec: TensorSpec) -> int:
     if rank == 4 and shape[1] == shape[2] != shape[3]:
         return 3
     if rank == 3:
-        near = [layer.type for layer in graph.layers if spec in (*layer.inputs, *layer.outputs)]
-        return 1 if any(kind.endswith("1d") for kind in near) else 2
+        return 1 if any(kind.endswith("1d") for kind in _kinds_near(graph, spec)) else 2
     return 1
+
+
+def _kinds_near(graph: LayerGraph, spec: TensorSpec) -> set[str]:
+    """Return the types of the layers that give a tensor or read it, also through others that keep its shape."""
+    same, kinds = {spec.name}, set()
+    for layers, reads in ((reversed(graph.layers), False), (graph.layers, True)):
+        for layer in layers:
+            near, far = (layer.inputs, layer.outputs) if reads else (layer.outputs, layer.inputs)
+            if any(tensor.name in same for tensor in near):
+                kinds.add(layer.type)
+                same |= {tensor.name for tensor in far if tensor.shape == spec.shape}
+    return kinds
 
 
 def _batches(graph: LayerGraph, calls: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
@@ -213,38 +232,57 @@ class _Answers:
         return random_values(real, self._deviations, self._generator)
 
 
-def _run(
+class _Head:
+    """Computes boundary tensors.
+
+    Args:
+        graph: the traced model.
+        place: the partition point.
+        fitted: the names of the tensors that are fitted.
+
+    Attributes:
+        names: the names of all boundary tensors.
+    """
+
+    def __init__(self, graph: LayerGraph, place: PartitionPoint, fitted: Sequence[str]) -> None:
+        self.names = [spec.name for spec in place.tensors]
+        self._head, self._fitted = cut(graph, place).head.get_submodule("segment"), fitted
+
+    def all(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return all boundary tensors of a call by name."""
+        with torch.no_grad():
+            return dict(zip(self.names, self._head(*inputs), strict=True))
+
+    def wanted(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return those of a call that are fitted. Raise ``CodecError`` where one is not finite."""
+        return self.fitted_of(self.all(inputs))
+
+    def fitted_of(self, boundary: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of a boundary that are fitted. Raise ``CodecError`` where one is not finite."""
+        found = {name: boundary[name].detach() for name in self._fitted}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values()):
+            raise CodecError("the sample must give finite values at this point; it gives NaN or infinity")
+        return found
+
+
+def _add_up(
     graph: LayerGraph,
-    place: PartitionPoint,
+    head: _Head,
     batches: Sequence[Sequence[Tensor]],
     fitted: Mapping[str, Statistics],
     answers: _Answers,
     advance: Callable[[], None],
-) -> list[dict[str, Tensor]]:
-    """Run the sample, add up its statistics, and return the boundary tensors of each batch that are kept."""
-    head = cut(graph, place).head.get_submodule("segment")
-    names = [spec.name for spec in place.tensors]
-    tail = tail_for(graph, names, flat=True)
-    kept: list[dict[str, Tensor]] = []
-    room = _MOST_KEPT
+) -> None:
+    """Run the model on a sample, and add up the statistics of its boundary tensors and their gradients."""
+    tail = tail_for(graph, head.names, flat=True)
     for inputs in batches:
-        with torch.no_grad():
-            boundary = dict(zip(names, head(*inputs), strict=True))
-        wanted = {name: boundary[name].detach() for name in fitted}
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in wanted.values()):
-            raise CodecError("the sample must give finite values at this point; it gives NaN or infinity")
-        for name, statistics in fitted.items():
-            statistics.add_values(wanted[name])
-        for gradients in _gradients(tail, names, boundary, list(fitted), answers):
+        boundary = head.all(inputs)
+        for name, tensor in head.fitted_of(boundary).items():
+            fitted[name].add_values(tensor)
+        for gradients in _gradients(tail, head.names, boundary, list(fitted), answers):
             for name, gradient in gradients.items():
                 fitted[name].add_gradient(gradient)
-        size = sum(tensor.numel() for tensor in wanted.values())
-        if size <= room or not kept:
-            room -= size
-            # Copies, since the model may overwrite the memory of what it returned at its next call.
-            kept.append({name: tensor.clone() for name, tensor in wanted.items()})
         advance()
-    return kept
 
 
 def _gradients(
@@ -319,8 +357,10 @@ def _tables(
     rates: list[float] = []
     for number in range(_MOST_STEPS):
         step = coarsest / _FINER**number
-        made, rate = _coded(transforms, coefficients, step)
         advance()
+        if not rates and _nonzero(coefficients, step) < _LEAST_NONZERO and number + 1 < _MOST_STEPS:
+            continue
+        made, rate = _coded(transforms, coefficients, step)
         # Where almost everything is 0, a finer step need not take more.
         if rate > (rates[0] if rates else 0.0):
             steps.insert(0, step)
@@ -334,6 +374,12 @@ def _tables(
         for name, transform in transforms.items()
     ]
     return fitted, steps, rates
+
+
+def _nonzero(coefficients: Mapping[str, Sequence[Tensor]], step: float) -> float:
+    """Return the share of coefficients that do not become 0."""
+    every = [one for some in coefficients.values() for one in some]
+    return sum(int((one.abs() >= ZERO_STEPS * step).sum()) for one in every) / sum(one.numel() for one in every)
 
 
 def _coded(
