@@ -34,7 +34,7 @@ DRAWS = 3
 # become 0; finer ones follow until the highest rate is reached, at which a codec is hardly smaller than ``int8+zstd``.
 _COARSEST, _FINER, _MOST_STEPS, _LEAST_NONZERO, _HIGHEST_RATE = 2.6, 1.6, 20, 0.01, 4.0
 # One input of so many is for the entropy coder's tables.
-_TABLES_EACH = 3
+_TABLES_EACH = 4
 # Inputs that run together, where the batch is free.
 _BATCH = 16
 # The metric of what hardly counts is raised to this share of the mean, and each band's matrices are drawn towards
