@@ -7,6 +7,7 @@ from typing import Any
 
 from torchsurgeon.adapting import check_deadline
 from torchsurgeon.codec import Codec, CodecTable, find_codec
+from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import (
     AdaptError,
     BackendError,
@@ -84,7 +85,8 @@ def check_measured(link: object, device: object, server: object, codecs: object)
     if isinstance(codecs, CodecTable):
         # A table may name fitted codecs whose files this process has not loaded.
         for name in {row.cost.codec for row in codecs.rows if row.cost.within_budget}:
-            find_codec(name)
+            if name.startswith(FITTED):
+                find_codec(name)
 
 
 def check_exact(names: Sequence[str], table: CodecTable | None, *, compiled: bool) -> None:

@@ -43,7 +43,6 @@ _BATCH = 16
 _FLOOR, _SHRINK = 1e-2, 0.1
 # As many coefficients are kept to fit the entropy coder to.
 _MOST_KEPT = 1 << 22
-_SYMBOLS = 18
 _UNLIKE_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -393,7 +392,7 @@ def _coded(
         # Where sizes differ from call to call, the tables are fitted to as far as all go.
         rows, columns = (min(one.shape[dim] for one in whole) for dim in (1, 2))
         alike = torch.stack([one[:, :rows, :columns] for one in whole])
-        made = tables[name] = fit_tables(alike, transforms[name].grid.parents(), symbols=_SYMBOLS)
+        made = tables[name] = fit_tables(alike, transforms[name].grid.parents())
         bits += sum(float(range_coder.bits(one, made).sum()) for one in whole)
         values += sum(one.numel() for one in whole)
     return tables, bits / values
