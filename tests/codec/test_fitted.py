@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -268,6 +269,17 @@ def test_values_out_of_range_are_coded_exactly_and_counted(graph: ts.LayerGraph)
     assert fitted.stats()["out_of_range"] - between["out_of_range"] > 10 * (few + 1)
     # Nothing is clipped: relative to its size, what is 50 times larger is as exact as it is large.
     assert torch.cosine_similarity(decoded.flatten(), usual.flatten(), dim=0) > 0.999
+
+
+def test_threads_share_a_codec(graph: ts.LayerGraph) -> None:
+    fitted = fit_codec(graph, CUT, pictures(48, 15), name="shared")
+    tensors = [boundary(graph, x) for x in pictures(8, 16)]
+    alone = [bytes(fitted.at(2).encode(one).data) for one in tensors]
+    before = fitted.stats()["values"]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda one: bytes(fitted.at(2).encode(one).data), tensors * 8))
+    assert together == alone * 8
+    assert fitted.stats()["values"] == before * 9
 
 
 @pytest.mark.parametrize("rate", [0, -1, 1e9, float("nan"), "", "two", "1e999", None])

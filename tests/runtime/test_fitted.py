@@ -134,6 +134,22 @@ def test_a_table_says_what_is_next_best(model: nn.Module, fitted: FittedCodec) -
         split(X)
 
 
+def test_a_plan_has_only_codecs_that_the_server_has(model: nn.Module, fitted: FittedCodec, path: Path) -> None:
+    names = ["int8+zstd", *(fitted.at(rate).name for rate in (1, 2))]
+    budget = Budget(min_cosine=-1, decide_by="estimate")
+    table = measure(ts.trace(model, X), pictures(3, 3), names, points=[CUT], budget=budget)
+    for given, expected in ((path, {"raw", *names}), (None, {"raw", "int8+zstd"})):
+        with (
+            serving(model, given) as server,
+            ts.SplitModule(model, X, server=server.url, name="net", partition=CUT, codecs=table) as split,
+        ):
+            split.prepare()
+            (peer,) = split._engine.servers.peers
+            left = peer.decodable(table)
+            assert left is not None
+            assert {row.cost.codec for row in left.rows} == expected
+
+
 def test_a_server_started_again_without_the_file(model: nn.Module, fitted: FittedCodec, path: Path) -> None:
     with serving(model, path) as server:
         port = int(server.url.rpartition(":")[2])

@@ -136,8 +136,8 @@ class FittedCodec:
         if not 1 <= len(self.tensors) <= 256:
             raise CodecError(f"a fitted codec is of 1 to 256 tensors; got {len(self.tensors)}")
         self._index = {one.name: index for index, one in enumerate(self.tensors)}
-        self._lock = threading.Lock()
-        self._values = self._out_of_range = 0
+        # Without a lock, which a thread of the parent may hold when a process forks: each thread writes only its own.
+        self._counts: dict[int, list[int]] = {}
         self._rated: dict[float, RatedCodec] = {}
 
     @cached_property
@@ -245,12 +245,12 @@ class FittedCodec:
                 f"the rate of {self.name} must be from {self._lowest:g} to {self._highest:g} bits a value; got "
                 f"{short(rate, 40)}"
             )
-        with self._lock:
-            if wanted not in self._rated:
-                if len(self._rated) >= _KEPT_RATES:
-                    self._rated.clear()
-                self._rated[wanted] = RatedCodec(f"{self.name}@{wanted:g}", fitted=self, rate=wanted)
-            return self._rated[wanted]
+        found = self._rated.get(wanted)
+        if found is None:
+            if len(self._rated) >= _KEPT_RATES:
+                self._rated.clear()
+            found = self._rated.setdefault(wanted, RatedCodec(f"{self.name}@{wanted:g}", fitted=self, rate=wanted))
+        return found
 
     def some(self) -> tuple[RatedCodec, ...]:
         """Return the codec at some of its rates, from 0.25 to 4 bits a value, each 1.4 times the one before."""
@@ -270,14 +270,14 @@ class FittedCodec:
         Out of range are those that are half as large again as any in the sample. They are coded as exactly as others.
         Many of them mean that the inputs are no longer like the sample, so that the codec should be fitted again.
         """
-        with self._lock:
-            return {"values": self._values, "out_of_range": self._out_of_range}
+        counts = list(self._counts.values())
+        return {"values": sum(one[0] for one in counts), "out_of_range": sum(one[1] for one in counts)}
 
     def count(self, values: int, out_of_range: int) -> None:
         """Add to what ``stats()`` returns."""
-        with self._lock:
-            self._values += values
-            self._out_of_range += out_of_range
+        own = self._counts.setdefault(threading.get_ident(), [0, 0])
+        own[0] += values
+        own[1] += out_of_range
 
     def find(self, name: str | None, dtype: torch.dtype, shape: Sequence[int]) -> int | None:
         """Return the number of the tensor that encodes one of this name, dtype and shape; None where none does.
