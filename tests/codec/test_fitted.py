@@ -127,7 +127,7 @@ def test_a_rate_is_about_the_bits_that_a_value_takes(graph: ts.LayerGraph, fitte
     for rate in (1.0, 2.5):
         taken = [there_and_back(f"{fitted.name}@{rate}", boundary(graph, x))[1] for x in pictures(12, 3)]
         values = boundary(graph, pictures(1, 3)[0]).numel()
-        assert sum(taken) / len(taken) * 8 / values == pytest.approx(rate, rel=0.2)
+        assert sum(taken) / len(taken) * 8 / values == pytest.approx(rate, rel=0.25)
 
 
 def test_it_changes_the_answer_less_than_int4_does_with_more_bytes(graph: ts.LayerGraph, fitted: FittedCodec) -> None:
@@ -185,6 +185,35 @@ def test_tokens_are_fitted_along_their_channels() -> None:
     decoded, taken = there_and_back(f"{fitted.name}@3", tensor)
     assert taken < tensor.numel() / 2
     assert torch.cosine_similarity(part.tail(decoded).flatten(), graph.model(x).flatten(), dim=0) > 0.99
+
+
+class Sink(nn.Module):
+    """As large transformers do: one token is 100,000 times larger than the others, and nothing depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.embed = nn.Linear(6, 20)
+        self.out = nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x)
+        sink = torch.zeros_like(tokens)
+        sink[:, :1, 3:4] = 1e5
+        return self.out(nn.functional.layer_norm(tokens + sink, (20,)))[:, 1:]
+
+
+def test_one_token_far_larger_than_the_others_costs_them_nothing() -> None:
+    def sentence(seed: int) -> Tensor:
+        return torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(seed))
+
+    graph = ts.trace(Sink().eval(), sentence(0))
+    fitted = fit_codec(graph, "add", [sentence(k) for k in range(1, 60)], answers="classes", classes_at=2)
+    (tensor,) = ts.cut(graph, "add").head(sentence(99))
+    decoded, taken = there_and_back(f"{fitted.name}@{min(3.5, fitted.rates[0]):.3g}", tensor)
+    assert taken < tensor.numel()
+    assert float((decoded - tensor).abs()[:, 0].max()) < 100
+    assert torch.cosine_similarity(decoded[:, 1:].flatten(), tensor[:, 1:].flatten(), dim=0) > 0.98
 
 
 def test_several_tensors_and_outputs_that_are_no_classes() -> None:

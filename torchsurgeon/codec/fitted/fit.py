@@ -30,9 +30,13 @@ Answers = Literal["classes", "values"]
 
 # A few draws for each input say as much as many, since inputs differ more than draws do.
 DRAWS = 3
-# Each quantization step is this many times finer than the next. The coarsest is the first at which enough values do not
-# become 0; finer ones follow until the highest rate is reached, at which a codec is hardly smaller than ``int8+zstd``.
-_COARSEST, _FINER, _MOST_STEPS, _LEAST_NONZERO, _HIGHEST_RATE = 2.6, 1.6, 20, 0.01, 4.0
+# Each quantization step is this many times finer than the next. At the coarsest, this share of values is not 0; finer
+# ones follow until the highest rate is reached, at which a codec is hardly smaller than ``int8+zstd``.
+_FINER, _MOST_STEPS, _LEAST_NONZERO, _HIGHEST_RATE = 1.6, 24, 0.01, 4.0
+# Where few values take almost all bits, steps that are much finer follow until the others count.
+_LEAST_GROWTH, _MUCH_FINER = 1.1, 4.0
+# A quantile is known well enough from so many values.
+_MOST_SORTED = 1 << 20
 # One input of so many is for the entropy coder's tables.
 _TABLES_EACH = 4
 # Inputs that run together, where the batch is free.
@@ -122,7 +126,7 @@ def fit_codec(
         raise CodecError("the tensors at this point are the same for the whole sample; give varied inputs")
     transforms = {name: _transform(statistics) for name, statistics in fitted.items()}
     coefficients: dict[str, list[Tensor]] = {name: [] for name in fitted}
-    squares, count = 0.0, 0
+    count = 0
     for inputs in others:
         boundary = head.wanted(inputs) if count < _MOST_KEPT else {}
         for tensor, values in boundary.items():
@@ -130,10 +134,9 @@ def fit_codec(
             found = transforms[tensor].forward(values).cpu()
             # As one input after the other, which is how they are encoded.
             coefficients[tensor] += found.view(len(found), grid.sizes(values.shape)[0], -1, found.shape[2]).unbind(1)
-            squares += float(found.double().square().sum())
             count += found.numel()
         advance()
-    tensors, steps, rates = _tables(transforms, coefficients, _COARSEST * (squares / count) ** 0.5, advance)
+    tensors, steps, rates = _tables(transforms, coefficients, _coarsest(coefficients), advance)
     if done < total:
         advance(total)
     origin = provenance(target)
@@ -354,20 +357,19 @@ def _tables(
     tables: dict[str, list[range_coder.CoderTables]] = {name: [] for name in transforms}
     steps: list[float] = []
     rates: list[float] = []
-    for number in range(_MOST_STEPS):
-        step = coarsest / _FINER**number
-        advance()
-        if not rates and _nonzero(coefficients, step) < _LEAST_NONZERO and number + 1 < _MOST_STEPS:
-            continue
+    step = coarsest
+    for _ in range(_MOST_STEPS):
         made, rate = _coded(transforms, coefficients, step)
-        # Where almost everything is 0, a finer step need not take more.
-        if rate > (rates[0] if rates else 0.0):
+        advance()
+        grown = not rates or rate > _LEAST_GROWTH * rates[0]
+        if grown:
             steps.insert(0, step)
             rates.insert(0, rate)
             for name, one in made.items():
                 tables[name].insert(0, one)
         if rate > _HIGHEST_RATE:
             break
+        step /= _FINER if grown else _MUCH_FINER
     fitted = [
         FittedTensor(name, transform, _largest(coefficients[name]), tuple(tables[name]))
         for name, transform in transforms.items()
@@ -375,10 +377,15 @@ def _tables(
     return fitted, steps, rates
 
 
-def _nonzero(coefficients: Mapping[str, Sequence[Tensor]], step: float) -> float:
-    """Return the share of coefficients that do not become 0."""
-    every = [one for some in coefficients.values() for one in some]
-    return sum(int((one.abs() >= ZERO_STEPS * step).sum()) for one in every) / sum(one.numel() for one in every)
+def _coarsest(coefficients: Mapping[str, Sequence[Tensor]]) -> float:
+    """Return the step at which few coefficients do not become 0.
+
+    The mean square says nothing of most of them where a few are 100,000 times larger.
+    """
+    magnitudes = torch.cat([one.abs().flatten() for some in coefficients.values() for one in some])
+    some = magnitudes[:: -(-magnitudes.numel() // _MOST_SORTED)]
+    rank = min(int((1 - _LEAST_NONZERO) * some.numel()) + 1, some.numel())
+    return max(float(some.kthvalue(rank).values) / ZERO_STEPS, 1e-30)
 
 
 def _coded(

@@ -48,17 +48,18 @@ class Statistics:
 
     def add_values(self, tensor: Tensor) -> None:
         """Add the values of a tensor."""
-        frequencies = self.grid.split(tensor).cpu()
+        # In float64: a token may be 100,000 times larger than the others, whose squares float32 would lose beside it.
+        frequencies = self.grid.split(tensor).cpu().double()
         self.places += frequencies.shape[2]
-        self._sum += frequencies.sum(2, dtype=torch.float64)
-        self._squares.index_add_(0, self.band_of, (frequencies @ frequencies.mT).double())
+        self._sum += frequencies.sum(2)
+        self._squares.index_add_(0, self.band_of, frequencies @ frequencies.mT)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add the gradient of one log-likelihood with respect to the tensor."""
-        frequencies = self.grid.split(gradient).cpu()
+        frequencies = self.grid.split(gradient).cpu().double()
         self.gradients += frequencies.shape[2]
-        self._energy += frequencies.square().sum((1, 2), dtype=torch.float64)
-        self._fisher.index_add_(0, self.band_of, (frequencies @ frequencies.mT).double())
+        self._energy += frequencies.square().sum((1, 2))
+        self._fisher.index_add_(0, self.band_of, frequencies @ frequencies.mT)
 
     def varies(self) -> bool:
         """Return whether the values differ by more than rounding."""
