@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -456,7 +457,7 @@ def test_a_header_that_declares_more_than_the_file_holds(fitted: FittedCodec, tm
     header = {"format": file.FORMAT, "arrays": [{"name": "x", "dtype": "float32", "shape": [1 << 40, 1 << 20]}]}
     text = json.dumps(header).encode()
     content = b"TSFITTED" + len(text).to_bytes(8, "little") + text
-    path.write_bytes(content + __import__("hashlib").sha256(content).digest())
+    path.write_bytes(content + hashlib.sha256(content).digest())
     with pytest.raises(CodecError, match="does not lie within the file"):
         FittedCodec.load(path)
 
