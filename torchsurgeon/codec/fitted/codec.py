@@ -27,9 +27,8 @@ from torchsurgeon import _native
 from torchsurgeon.codec import codec, quantize, range_coder
 from torchsurgeon.codec.codec import Buffer, Codec, EncodedTensor
 from torchsurgeon.codec.fitted import file
-from torchsurgeon.codec.fitted.transform import Grid, Transform
+from torchsurgeon.codec.fitted.tensor import FittedTensor
 from torchsurgeon.codec.host import on_host
-from torchsurgeon.codec.range_coder import CoderTables
 from torchsurgeon.errors import CodecError, is_finite, short
 from torchsurgeon.models.weights import weight_digests
 from torchsurgeon.tracing.graph import LayerGraph
@@ -41,47 +40,9 @@ from torchsurgeon.tracing.layout import dense, logical
 ZERO_STEPS = 0.58
 # Float32 tells whole numbers apart up to here. Beyond, a tensor is sent without loss.
 _MOST_MAGNITUDE = float(1 << 24)
-# A value counts as out of range where it is this many times larger than any in the sample.
-_RANGE = 1.5
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 _KEPT_RATES = 64
 _SOME_RATES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
-# The parents follow from the grid.
-_TABLE_ARRAYS = [field.name for field in dataclasses.fields(CoderTables) if field.name != "parents"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FittedTensor:
-    """What a fitted codec holds of one boundary tensor.
-
-    Attributes:
-        name: the tensor's name in the graph.
-        transform: its transform.
-        largest: ``float32 [K]``, the largest magnitude of each group's coefficients in the sample.
-        tables: the entropy coder's tables, for each step that the file has.
-    """
-
-    name: str
-    transform: Transform
-    largest: NDArray[numpy.float32]
-    tables: tuple[CoderTables, ...]
-
-    def __post_init__(self) -> None:
-        groups = self.transform.grid.groups
-        if self.largest.shape != (groups,) or not (self.largest >= 0).all() or not numpy.isfinite(self.largest).all():
-            raise CodecError(f"largest must be {groups} finite numbers, none negative; fit the codec again")
-        if any(tables.groups != groups for tables in self.tables):
-            raise CodecError(f"the tables of {short(self.name)} must be for {groups} groups; fit the codec again")
-
-    @cached_property
-    def _limits(self) -> dict[torch.device, Tensor]:
-        return {}
-
-    def limits(self, device: torch.device) -> Tensor:
-        """Return the magnitudes [K, 1, 1] beyond which coefficients count as out of range."""
-        if device not in self._limits:
-            self._limits[device] = (torch.from_numpy(self.largest.copy()) * _RANGE).view(-1, 1, 1).to(device)
-        return self._limits[device]
 
 
 class FittedCodec:
@@ -148,28 +109,14 @@ class FittedCodec:
             "graph": self.graph,
             "weights": self.weights,
             "point": list(self.point),
-            "tensors": [
-                {
-                    "name": one.name,
-                    "rank": one.transform.grid.rank,
-                    "channels_at": one.transform.grid.channels_at,
-                    "channels": one.transform.grid.channels,
-                    "block": list(one.transform.grid.block),
-                }
-                for one in self.tensors
-            ],
+            "tensors": [one.description() for one in self.tensors],
             "steps": list(self.steps),
             "rates": list(self.rates),
             "provenance": self.provenance,
         }
         arrays: dict[str, NDArray[Any]] = {}
         for index, one in enumerate(self.tensors):
-            transform = one.transform
-            for name in ("matrices", "band_of", "scales", "means"):
-                arrays[f"{index}.{name}"] = getattr(transform, name)
-            arrays[f"{index}.largest"] = one.largest
-            for row, tables in enumerate(one.tables):
-                arrays |= {f"{index}.{row}.{name}": getattr(tables, name) for name in _TABLE_ARRAYS}
+            arrays |= {f"{index}.{name}": array for name, array in one.arrays().items()}
         return file.pack(header, arrays)
 
     @cached_property
@@ -422,17 +369,9 @@ def _parsed(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Fi
         steps, rates = (tuple(map(float, header[key])) for key in ("steps", "rates"))
         tensors = []
         for index, one in enumerate(header["tensors"]):
-            down, across = map(int, one["block"])
-            grid = Grid(int(one["rank"]), int(one["channels_at"]), int(one["channels"]), (down, across))
-            transform = Transform(
-                grid, *(arrays[f"{index}.{name}"] for name in ("matrices", "band_of", "scales", "means"))
-            )
-            parents: NDArray[Any] = grid.parents()
-            tables = [
-                CoderTables(**{"parents": parents, **{name: arrays[f"{index}.{row}.{name}"] for name in _TABLE_ARRAYS}})
-                for row in range(len(steps))
-            ]
-            tensors.append(FittedTensor(str(one["name"]), transform, arrays[f"{index}.largest"], tuple(tables)))
+            prefix = f"{index}."
+            own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            tensors.append(FittedTensor.parsed(one, own, len(steps)))
         label, model, graph, weights = (str(header[key]) for key in ("label", "model", "graph", "weights"))
         point = int(header["point"][0]), str(header["point"][1])
         return FittedCodec(label, model, graph, weights, point, tensors, steps, rates, dict(header["provenance"]))

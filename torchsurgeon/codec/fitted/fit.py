@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from torchsurgeon import _native
 from torchsurgeon.codec import quantize, range_coder
-from torchsurgeon.codec.fitted.codec import ZERO_STEPS, FittedCodec, FittedTensor
-from torchsurgeon.codec.fitted.statistics import Statistics, class_scores, random_values
+from torchsurgeon.codec.fitted.answers import AnswerKind, Answers
+from torchsurgeon.codec.fitted.codec import ZERO_STEPS, FittedCodec
+from torchsurgeon.codec.fitted.statistics import Statistics
+from torchsurgeon.codec.fitted.tensor import FittedTensor
 from torchsurgeon.codec.fitted.transform import Grid, Transform, block_side
 from torchsurgeon.codec.measuring import inputs_of
 from torchsurgeon.codec.range_fit import fit_tables
@@ -25,8 +27,6 @@ from torchsurgeon.models.weights import weight_digests
 from torchsurgeon.profiling.origin import device_of, provenance
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
-
-Answers = Literal["classes", "values"]
 
 # A few draws for each input say as much as many, since inputs differ more than draws do.
 DRAWS = 3
@@ -56,7 +56,7 @@ def fit_codec(
     sample: Sequence[Any],
     *,
     name: str | None = None,
-    answers: Answers | None = None,
+    answers: AnswerKind | None = None,
     classes_at: int = 1,
     channels_at: Mapping[str, int] | None = None,
     draws: int = DRAWS,
@@ -121,7 +121,7 @@ def fit_codec(
             progress(done, total)
 
     head = _Head(graph, place, list(fitted))
-    _add_up(graph, head, batches, fitted, _Answers(graph, answers, classes_at, draws, seed), advance)
+    _add_up(graph, head, batches, fitted, Answers(graph, answers, classes_at, draws, seed), advance)
     if not any(statistics.varies() for statistics in fitted.values()):
         raise CodecError("the tensors at this point are the same for the whole sample; give varied inputs")
     transforms = {name: _transform(statistics) for name, statistics in fitted.items()}
@@ -204,36 +204,6 @@ def _batches(graph: LayerGraph, calls: Sequence[Sequence[Tensor]]) -> Iterator[l
         yield [torch.cat(list(parts)) if len(these) > 1 else parts[0] for parts in zip(*these, strict=True)]
 
 
-class _Answers:
-    """Makes the scalar whose gradient says how much the answer depends on a boundary."""
-
-    def __init__(self, graph: LayerGraph, answers: Answers | None, classes_at: int, draws: int, seed: int) -> None:
-        first = graph.outputs[0]
-        single = len(graph.outputs) == 1 and len(first.shape) == 2 and first.shape[1] > 1
-        if answers is None:
-            answers = "classes" if single and first.dtype.is_floating_point else "values"
-        rank = len(first.shape)
-        if answers == "classes" and not (-rank <= classes_at < rank and first.dtype.is_floating_point):
-            raise CodecError(
-                f"classes_at must be a dimension of the output {short(str(first), quote=False)}, which must be "
-                f'floating-point; got {short(classes_at)}; give answers="values" where there are no classes'
-            )
-        self.draws, self._classes_at = draws, classes_at if answers == "classes" else None
-        self._generator = torch.Generator().manual_seed(seed)
-        self._deviations: list[float] | None = None
-
-    def scalar(self, outputs: Sequence[Tensor]) -> Tensor | None:
-        """Return the scalar of another draw; None where no output can be differentiated."""
-        if self._classes_at is not None:
-            return class_scores(outputs[0], self._classes_at, self._generator) if outputs[0].requires_grad else None
-        real = [out for out in outputs if out.requires_grad and out.is_floating_point() and out.numel()]
-        if not real:
-            return None
-        if self._deviations is None or len(self._deviations) != len(real):
-            self._deviations = [float(out.detach().float().std(correction=0)) for out in real]
-        return random_values(real, self._deviations, self._generator)
-
-
 class _Head:
     """Computes boundary tensors.
 
@@ -272,7 +242,7 @@ def _add_up(
     head: _Head,
     batches: Sequence[Sequence[Tensor]],
     fitted: Mapping[str, Statistics],
-    answers: _Answers,
+    answers: Answers,
     advance: Callable[[], None],
 ) -> None:
     """Run the model on a sample, and add up the statistics of its boundary tensors and their gradients."""
@@ -288,7 +258,7 @@ def _add_up(
 
 
 def _gradients(
-    tail: Segment, names: Sequence[str], boundary: Mapping[str, Tensor], wanted: Sequence[str], answers: _Answers
+    tail: Segment, names: Sequence[str], boundary: Mapping[str, Tensor], wanted: Sequence[str], answers: Answers
 ) -> Iterator[dict[str, Tensor]]:
     """Return the gradients of several draws with respect to the wanted tensors; none where the tail has none."""
     # Whatever mode the caller is in: inference mode would leave no gradients.

@@ -1,23 +1,12 @@
-"""How a boundary tensor's values are spread, and how much the model's answer depends on them, from a sample.
-
-The metric is the Fisher matrix: the mean of g gᵀ, where g is the gradient of the log-likelihood of an answer that is
-drawn from the model's own output. Half of dᵀ F d is then how far the distribution of answers moves (in nats, as
-Kullback-Leibler divergence) when the tensor changes by a small d. For outputs that are no classes, each output value
-counts as normally distributed around the model's own with the deviation that this output has in the sample.
-"""
+"""How a boundary tensor's values are spread, and how much the model's answer depends on them, from a sample."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torchsurgeon.codec.fitted.transform import Grid
 
-# Answers surer than this are tempered: they have almost no gradient, and would leave the metric to a few unsure inputs.
-_MOST_CONFIDENCE = 0.9
-_TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 # As many elements of its second moments are kept for each frequency; larger ones are summed up over bands.
 _MOST_ELEMENTS = 1 << 20
 # A variance below this share of the mean square is float32's rounding.
@@ -99,39 +88,3 @@ def _bands(grid: Grid) -> Tensor:
         if (int(bands.max()) + 1) * grid.channels**2 <= _MOST_ELEMENTS:
             return bands
     return torch.zeros_like(each)
-
-
-def class_scores(scores: Tensor, dim: int, generator: torch.Generator) -> Tensor:
-    """Return the log-likelihood, summed up, of classes that are drawn from the model's own output.
-
-    Args:
-        scores: logits.
-        dim: the dimension of classes.
-        generator: what the draws come from.
-    """
-    scores = scores.movedim(dim, -1).float()
-    with torch.no_grad():
-        temperature = torch.full_like(scores[..., :1], _TEMPERATURES[-1])
-        for tried in reversed(_TEMPERATURES):
-            confidence = (scores / tried).softmax(-1).amax(-1, keepdim=True)
-            temperature = torch.where(confidence <= _MOST_CONFIDENCE, tried, temperature)
-        odds = (scores / temperature).softmax(-1).reshape(-1, scores.shape[-1])
-        drawn = torch.multinomial(odds.cpu(), 1, generator=generator).to(scores.device)
-    likelihoods = (scores / temperature).log_softmax(-1).reshape(-1, scores.shape[-1])
-    return likelihoods.gather(1, drawn).sum()
-
-
-def random_values(outputs: Sequence[Tensor], deviations: Sequence[float], generator: torch.Generator) -> Tensor:
-    """Return outputs summed up with random weights, whose gradient has the metric of normally distributed values.
-
-    Args:
-        outputs: the floating-point outputs.
-        deviations: the deviation of each in the sample.
-        generator: what the weights come from.
-    """
-    total = outputs[0].new_zeros((), dtype=torch.float32)
-    for output, deviation in zip(outputs, deviations, strict=True):
-        weights = torch.randn(output.shape, generator=generator).to(output.device)
-        # As a mean over an output's values, so that neither long outputs nor many count more.
-        total = total + (output.float() * weights).sum() / (deviation or 1.0) / (output[0].numel() or 1) ** 0.5
-    return total

@@ -25,8 +25,6 @@ from torchsurgeon.errors import CodecError
 _SIDES = (8, 7, 6, 5)
 _MOST_SIDE = 64
 _MOST_CHANNELS = 1 << 14
-# The most elements of the matrices of one tensor.
-MOST_ELEMENTS = 1 << 26
 # Of these earlier groups at the same place the entropy coder reads the magnitudes: components before, in steps.
 _COMPONENTS_BEFORE = (1, 2, 3)
 
