@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -53,18 +53,25 @@ _WHERE = ("device", "server", "split")
 class Photograph(nn.Module):
     """A classifier of photographs as a camera gives them: it takes ``uint8[N, 3, H, W]`` and returns class scores.
 
-    Scaling and normalization (ImageNet's mean and deviation) are part of the model, so that the input that a server
-    gets has one byte for each colour of a pixel, and not four.
+    Scaling and normalization are part of the model, so that the input that a server gets has one byte for each colour
+    of a pixel, and not four.
 
     Args:
         net: the classifier of normalized photographs.
+        mean: what is subtracted from each colour, which is scaled to 0 … 1 before; ImageNet's mean by default.
+        deviation: what it is divided by then; ImageNet's deviation by default.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: float | Sequence[float] = (0.485, 0.456, 0.406),
+        deviation: float | Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
         super().__init__()
         self.net = net
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation).view(1, -1, 1, 1))
 
     def forward(self, photo: torch.Tensor) -> torch.Tensor:
         return self.net((photo.float() / 255 - self.mean) / self.deviation)  # type: ignore[no-any-return, operator]
