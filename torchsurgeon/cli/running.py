@@ -38,9 +38,9 @@ def add_demo(commands: Commands) -> None:
         commands,
         _demo,
         "demo",
-        "Show the main job on this machine: two models, split over emulated links.",
+        "Show the main job on this machine: a classifier of photographs, split over emulated links.",
         "",
-        "--slow 20 --out results",
+        "--slow 40 --photos photos/ --out results",
     )
     parser.add_argument(
         "--out",
@@ -52,16 +52,22 @@ def add_demo(commands: Commands) -> None:
     parser.add_argument(
         "--slow",
         type=number,
-        default=10.0,
+        default=20.0,
         metavar="FACTOR",
         help="how many times slower than this machine the device is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="folder of photographs (default: the two that come with scikit-learn)",
     )
     parser.add_argument(
         "--repeats",
         type=whole_number(1),
         default=5,
         metavar="N",
-        help="inferences measured in each setting (default: %(default)s)",
+        help="photographs measured in each setting (default: %(default)s)",
     )
 
 
@@ -71,7 +77,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     # By default SIGTERM would end this process at once and leave its server and links running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    run(options.out, slow=options.slow, repeats=options.repeats)
+    run(options.out, slow=options.slow, repeats=options.repeats, photos=options.photos)
 
 
 def add_serve(commands: Commands) -> None:

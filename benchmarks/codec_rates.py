@@ -1,0 +1,387 @@
+"""Bytes that cross against the answers that stay the same: for pictures and for boundaries of EfficientNet-Lite.
+
+Each way encodes and decodes the photographs held out (``benchmarks/support/pictures.py``), or what a block computes
+from them, and the rest of the network answers. ``kept`` is the share of photographs whose top-1 answer is the one that
+the network gives without a codec. ``low`` and ``high`` are exact binomial bounds, each of which holds with 95 %.
+
+    python -m benchmarks.codec_rates                # all ways, about 15 minutes; codec-rates.json and codec-rates.png
+    python -m benchmarks.codec_rates --only avif    # measure these curves anew, and keep the others
+    python -m benchmarks.codec_rates --draw         # the figure alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+import torchsurgeon as ts
+from benchmarks.support import pictures, result_file
+from torchsurgeon.codec import find_codec
+from torchsurgeon.cutting.partition import cut, tail_for
+from torchsurgeon.tracing.graph import LayerGraph
+
+OUT = result_file.RESULTS / "codec-rates.json"
+MODELS = {"lite0": 2, "lite2": 1}
+"""Views of each object held out, by model."""
+BLOCKS = {"lite0": (2, 4, 5, 7, 8, 10, 11, 13, 14), "lite2": (3, 6, 7, 10, 11, 15)}
+"""The blocks after which the network is cut: those that end a stage, and some further on."""
+BUDGET = 0.03
+_BATCH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to encode what crosses, at one point of one model.
+
+    Attributes:
+        curve: the name of its family, a curve of the figure.
+        name: its own name: the codec, its quality, the picture's height and width where that is smaller.
+        point: the index of the partition point.
+        where: the point's name.
+        encode: one picture or boundary to bytes.
+        decode: the bytes to what goes into the rest of the network, and the shape and dtype that it has.
+        lossless: whether every bit is kept.
+    """
+
+    curve: str
+    name: str
+    point: int
+    where: str
+    encode: Callable[[Tensor], bytes | memoryview]
+    decode: Callable[[bytes | memoryview, Tensor], Tensor]
+    lossless: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """What one way was measured to do; the attributes are those of ``Way``, and these.
+
+    Attributes:
+        size_bytes: mean bytes that cross.
+        pictures: how many pictures were judged.
+        changed: how many top-1 answers changed.
+        kept: the share that did not.
+        low: the lower bound of that share.
+        high: its upper bound.
+        encode_s: median seconds of encoding, on one thread. They are the process's own, so that others that run beside
+            it do not count.
+        decode_s: likewise of decoding.
+    """
+
+    curve: str
+    name: str
+    point: int
+    where: str
+    lossless: bool
+    size_bytes: float
+    pictures: int
+    changed: int
+    kept: float
+    low: float
+    high: float
+    encode_s: float
+    decode_s: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of results; the figure lies beside it")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--only", nargs="+", default=[], metavar="CURVE", help="measure curves whose names hold this")
+    parser.add_argument("--views", type=int, help="pictures of each object held out (2 for Lite0, 1 for Lite2)")
+    parser.add_argument("--draw", action="store_true", help="draw the figure from the file of results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    known = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
+    if not options.draw:
+        for name in options.models:
+            before = known.get(name, {}).get("rates", []) if options.only else []
+            known[name] = _model(name, options.only, options.views or MODELS[name], before)
+            result_file.write(options.out, known, pillow=_pillow(), **pictures.packages())
+    draw(known, options.out.with_suffix(".png"))
+
+
+def _model(name: str, only: Sequence[str], views: int, before: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the rates of one model; of curves that ``only`` does not name those of ``before``."""
+    found = pictures.photographs(pictures.side(name), held_out_views=views)
+    model = pictures.classifier(name)
+    graph = ts.trace(model, found.held_out[:1])
+    rates = list(measure(graph, found.held_out, ways(name, graph, found.sample), only))
+    fresh = {rate.curve for rate in rates}
+    rows = [row for row in before if row["curve"] not in fresh] + [dataclasses.asdict(rate) for rate in rates]
+    with torch.no_grad():
+        confidence = _batched(model, found.held_out).softmax(1).amax(1).median()
+    return {
+        "pictures": len(found.held_out),
+        "median_confidence": round(float(confidence), 3),
+        "within_budget": within_budget(rows),
+        "rates": rows,
+    }
+
+
+def ways(name: str, graph: LayerGraph, sample: Tensor) -> Iterator[Way]:
+    """Yield every way of a model.
+
+    Args:
+        name: the model's name.
+        graph: the traced model.
+        sample: photographs to set a codec up with, for codecs that are made for a cut.
+    """
+    yield from _picture_ways()
+    for block in BLOCKS[name]:
+        point = after_block(graph, block)
+        for codec in ("int8+zstd", "int4+zstd"):
+            yield _boundary_way(codec, point, f"block {block}")
+
+
+def after_block(graph: LayerGraph, block: int) -> int:
+    """Return the index of the partition point after a block, with all of it on the device."""
+    return max(point.index for point in graph.points if point.name.startswith(f"net.blocks.{block}."))
+
+
+def _picture_ways() -> Iterator[Way]:
+    """Yield the picture formats, each in the settings near which it is used, at several resolutions."""
+    yield _picture_way("PNG", "png", "PNG", lossless=True)
+    yield _picture_way("WebP lossless", "webp-lossless", "WEBP", {"lossless": True, "quality": 100}, lossless=True)
+    for quality in (60, 75, 85, 90, 95, 98, 100):
+        yield _picture_way("JPEG 4:2:0", f"jpeg-{quality}", "JPEG", {"quality": quality, "subsampling": 2})
+    for quality in (75, 90, 95, 98, 100):
+        yield _picture_way("JPEG 4:4:4", f"jpeg444-{quality}", "JPEG", {"quality": quality, "subsampling": 0})
+    for quality in (60, 80, 90, 95, 100):
+        yield _picture_way("WebP", f"webp-{quality}", "WEBP", {"quality": quality})
+    for quality in (50, 65, 75, 85, 90, 95):
+        yield _picture_way("AVIF 4:2:0", f"avif-{quality}", "AVIF", {"quality": quality})
+    for quality in (65, 75, 85, 90, 95, 98):
+        yield _picture_way("AVIF 4:4:4", f"avif444-{quality}", "AVIF", {"quality": quality, "subsampling": "4:4:4"})
+    for quality in (85, 95):
+        fast = {"quality": quality, "subsampling": "4:4:4", "speed": 10}
+        yield _picture_way("AVIF 4:4:4, fastest", f"avif444-{quality}-fastest", "AVIF", fast)
+    for share in (7 / 8, 3 / 4, 1 / 2):
+        for quality in (75, 90):
+            options = {"quality": quality, "subsampling": "4:4:4"}
+            yield _picture_way("AVIF, smaller picture", f"avif444-{quality}", "AVIF", options, share=share)
+
+
+def _picture_way(
+    curve: str,
+    name: str,
+    kind: str,
+    options: dict[str, Any] | None = None,
+    *,
+    share: float = 1.0,
+    lossless: bool = False,
+) -> Way:
+    """Return the way that sends the picture itself.
+
+    Args:
+        curve: as in ``Way``.
+        name: as in ``Way``.
+        kind: Pillow's name of the format.
+        options: what Pillow is asked for.
+        share: height and width of what is sent, as a share of the picture's. The server enlarges it again.
+        lossless: as in ``Way``.
+    """
+    from PIL import Image
+
+    # Encoders of AVIF use all cores unless told otherwise.
+    asked = (options or {}) | ({"max_threads": 1} if kind == "AVIF" else {})
+
+    def encode(picture: Tensor) -> bytes:
+        image = Image.fromarray(picture[0].permute(1, 2, 0).contiguous().numpy())
+        if share < 1:
+            image = image.resize([round(length * share) for length in image.size], Image.Resampling.LANCZOS)
+        written = io.BytesIO()
+        image.save(written, kind, **asked)
+        return written.getvalue()
+
+    def decode(data: bytes | memoryview, like: Tensor) -> Tensor:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = image.convert("RGB")
+        if share < 1:
+            pixels = pixels.resize((like.shape[-1], like.shape[-2]), Image.Resampling.BICUBIC)
+        return torch.from_numpy(numpy.array(pixels)).permute(2, 0, 1)[None].contiguous()
+
+    smaller = f" at {share:.0%}" if share < 1 else ""
+    return Way(curve, name + smaller, 0, "input", encode, decode, lossless)
+
+
+def _boundary_way(name: str, point: int, where: str) -> Way:
+    """Return the way that sends what a block computes, with one of the package's codecs."""
+    codec = find_codec(name)
+
+    def encode(boundary: Tensor) -> memoryview:
+        return codec.encode(boundary).data
+
+    def decode(data: bytes | memoryview, like: Tensor) -> Tensor:
+        return codec.decode(data, like.dtype, like.shape, None, max_bytes=like.nbytes)
+
+    return Way(name, name, point, where, encode, decode)
+
+
+def measure(graph: LayerGraph, held_out: Tensor, known: Iterator[Way], only: Sequence[str] = ()) -> Iterator[Rate]:
+    """Yield what each way costs and keeps.
+
+    Args:
+        graph: the traced model.
+        held_out: the photographs, ``uint8[N, 3, side, side]``.
+        known: the ways, those of a point one after the other.
+        only: parts of the names of curves; others are left out. None are left out where it is empty.
+    """
+    head: nn.Module
+    own = _top1(graph.model, held_out)
+    at, boundaries, tail = -1, held_out, graph.model
+    for way in known:
+        if only and not any(part.lower() in way.curve.lower() for part in only):
+            continue
+        if way.point != at:
+            at, point = way.point, graph.point(way.point)
+            if at:
+                head = cut(graph, point).head.get_submodule("segment")
+                tail = tail_for(graph, [spec.name for spec in point.tensors], flat=True)
+                with torch.no_grad():
+                    boundaries = torch.cat([head(picture[None])[0] for picture in held_out])
+            else:
+                boundaries, tail = held_out, graph.model
+        yield _rate(way, boundaries, tail, own)
+
+
+def _rate(way: Way, boundaries: Tensor, tail: nn.Module, own: Tensor) -> Rate:
+    sizes, encode_s, decode_s, decoded = [], [], [], []
+    for boundary in boundaries.split(1):
+        begin_s = time.process_time()
+        data = way.encode(boundary)
+        encoded_s = time.process_time()
+        decoded.append(way.decode(data, boundary))
+        decode_s.append(time.process_time() - encoded_s)
+        encode_s.append(encoded_s - begin_s)
+        sizes.append(len(data))
+    there = torch.cat(decoded)
+    if way.lossless:
+        assert torch.equal(there, boundaries), f"{way.name} changed a picture"
+    changed = int((_top1(tail, there) != own).sum())
+    low, high = bounds(changed, len(own))
+    rate = Rate(
+        *(way.curve, way.name, way.point, way.where, way.lossless),
+        size_bytes=round(statistics.mean(sizes), 1),
+        pictures=len(own),
+        changed=changed,
+        kept=round(1 - changed / len(own), 4),
+        low=round(low, 4),
+        high=round(high, 4),
+        encode_s=round(statistics.median(encode_s), 6),
+        decode_s=round(statistics.median(decode_s), 6),
+    )
+    print(
+        f"{way.where:>8}  {way.name:22} {rate.size_bytes:9,.0f} bytes  kept {rate.kept:6.1%} "
+        f"({rate.low:.1%} … {rate.high:.1%})  {rate.encode_s * 1e3:.2f} + {rate.decode_s * 1e3:.2f} ms",
+        flush=True,
+    )
+    return rate
+
+
+def bounds(changed: int, pictures: int) -> tuple[float, float]:
+    """Return the exact binomial bounds (Clopper and Pearson) of the share that is kept; each holds with 95 %."""
+    from scipy.stats import beta
+
+    kept = pictures - changed
+    low = float(beta.ppf(0.05, kept, changed + 1)) if kept else 0.0
+    return low, float(beta.ppf(0.95, kept + 1, changed)) if changed else 1.0
+
+
+def within_budget(rows: Sequence[dict[str, Any]], budget: float = BUDGET) -> dict[str, Any]:
+    """Return the fewest bytes of each curve within the budget: as measured, and where the lower bound keeps it too."""
+    found: dict[str, Any] = {}
+    for key, kept in (("measured", "kept"), ("surely", "low")):
+        best: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if row[kept] >= 1 - budget or row["lossless"]:
+                curve = f"{row['curve']}, {row['where']}"
+                if curve not in best or row["size_bytes"] < best[curve]["size_bytes"]:
+                    best[curve] = {name: row[name] for name in ("name", "size_bytes", "kept", "low")}
+        found[key] = dict(sorted(best.items(), key=lambda item: item[1]["size_bytes"]))
+    return found
+
+
+def _batched(model: nn.Module, inputs: Tensor) -> Tensor:
+    answers = [model(part) for part in inputs.split(_BATCH)]
+    return torch.cat([answer if isinstance(answer, Tensor) else answer[0] for answer in answers])
+
+
+@torch.no_grad()
+def _top1(model: nn.Module, inputs: Tensor) -> Tensor:
+    return _batched(model, inputs).argmax(1)
+
+
+def _pillow() -> str:
+    from PIL import __version__, features
+
+    return f"{__version__}, libavif {features.version('avif')}, libwebp {features.version('webp')}"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw bytes against kept answers, a panel for each model."""
+    from torchsurgeon.report.pictures import new_figure, save_figure
+
+    figure = new_figure(7.5 * len(results), 6.5)
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axis, (name, found) in zip(panels, results.items(), strict=True):
+        _panel(axis, found["rates"])
+        axis.set_title(f"EfficientNet-{name.capitalize()}, {found['pictures']} photographs")
+    panels[0].set_ylabel("top-1 answers that stay the same (%)")
+    panels[-1].legend(fontsize=8, loc="lower right")
+    figure.suptitle("What crosses, and how many answers it keeps (bars: each bound holds with 95 %)")
+    save_figure(figure, path)
+
+
+def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib import colormaps
+
+    curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        # Cuts are drawn as one curve of each codec, from the largest boundary to the smallest.
+        cuts = row["curve"] in ("int8+zstd", "int4+zstd")
+        curves.setdefault((row["curve"], "" if row["where"] == "input" or cuts else row["where"]), []).append(row)
+    for k, ((curve, where), found) in enumerate(curves.items()):
+        found = sorted(found, key=lambda row: row["size_bytes"])
+        kilobytes = [row["size_bytes"] / 1e3 for row in found]
+        kept = numpy.array([row["kept"] for row in found]) * 100
+        errors = [kept - [row["low"] * 100 for row in found], [row["high"] * 100 for row in found] - kept]
+        is_picture = found[0]["where"] == "input"
+        axis.errorbar(
+            kilobytes,
+            kept,
+            yerr=errors,
+            fmt="o--" if is_picture else "s-",
+            markersize=4,
+            linewidth=1,
+            elinewidth=0.5,
+            color=colormaps["tab20"](k % 20),
+            label=f"{'picture' if is_picture else where or 'boundaries'}: {curve}",
+        )
+        if not is_picture and not where:
+            for row, x, y in zip(found, kilobytes, kept, strict=True):
+                axis.annotate(
+                    row["where"].removeprefix("block "), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points"
+                )
+    axis.axhline(100 * (1 - BUDGET), color="black", linewidth=0.8, linestyle=":")
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.set_xlabel("kilobytes that cross (logarithmic; numbers at boundaries are blocks)")
+    axis.set_ylim(60, 101)
+    axis.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    main()

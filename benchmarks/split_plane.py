@@ -1,0 +1,133 @@
+"""Where cutting EfficientNet-Lite0 in between beats running all of it on either side, within 3 % of the answers.
+
+From one profile of this machine, and the sizes, times and kept answers that ``benchmarks.codec_rates`` found, the
+package's own planner chooses the best way at each uplink from 0.1 to 100 Mbit/s and each slow-down of the device from 1
+to 100, both logarithmic, with a round trip of 30 ms. Both ends are there in their best form: all on the server with
+every picture format that keeps the budget, at every quality and size. A cut counts where it is at least 2 % better than
+both ends.
+
+    python -m benchmarks.split_plane              # from the profile in split-plane.json
+    python -m benchmarks.split_plane --measure    # from a new one
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchsurgeon as ts
+from benchmarks import codec_rates
+from benchmarks.support import pictures, result_file
+from torchsurgeon.codec import CodecTable
+from torchsurgeon.codec.table import CodecCost, CodecRow
+from torchsurgeon.demo.winners import Winners, winners, winners_picture
+from torchsurgeon.link import PRESETS, Link
+from torchsurgeon.planning import Frontier, Row
+from torchsurgeon.profiling import LayerProfile, profile
+from torchsurgeon.tracing.graph import LayerGraph
+
+OUT = result_file.RESULTS / "split-plane.json"
+MODEL = "lite0"
+ROUND_TRIP_S = 0.030
+DEVICE_W = 3.0
+"""An assumption, since this machine has no meter: what a small board takes above idle while one core computes."""
+OBJECTIVES = {"one picture at a time": "latency", "a stream": "throughput"}
+ENERGY = {"one picture, with LTE's tail": False, "a stream, without": True}
+_WAYS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "plain and int8+zstd": lambda row: row["where"] == "input" or row["curve"] in ("int8+zstd", "int4+zstd"),
+    "all": lambda row: True,
+}
+"""Which of the measured ways may be chosen."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of results; the picture lies beside it")
+    parser.add_argument("--rates", type=Path, default=codec_rates.OUT, help="what benchmarks.codec_rates wrote")
+    parser.add_argument("--measure", action="store_true", help="profile the model on this machine")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = pictures.photographs(pictures.side(MODEL))
+    graph = ts.trace(pictures.classifier(MODEL), found.held_out[:1])
+    if options.measure or not options.out.exists():
+        layers = profile(graph, inputs=[found.held_out[:1]], repeats=30, meter=None)
+    else:
+        layers = LayerProfile.from_json(json.loads(options.out.read_text())["results"]["profile"])
+    rows = json.loads(options.rates.read_text())["results"][MODEL]["rates"]
+    results: dict[str, Any] = {"round_trip_s": ROUND_TRIP_S, "device_w": DEVICE_W, "planes": {}}
+    drawn: list[tuple[str, Winners]] = []
+    for kept in ("kept", "low"):
+        for ways, may in _WAYS.items():
+            table = codec_table(graph, [row for row in rows if may(row)], kept)
+            planes = compute(Frontier.build(graph, layers, layers, table))
+            how = "as measured" if kept == "kept" else "surely"
+            results["planes"][f"{ways}, 3 % kept {how}"] = {name: described(plane) for name, plane in planes.items()}
+            if kept == "kept" and ways == "all":
+                drawn = [(name, planes[name]) for name in OBJECTIVES]
+    for name, planes in results["planes"].items():
+        for plane, described_ in planes.items():
+            print(f"{name}; {plane}: { ({k: v for k, v in described_.items() if k != 'winners'}) }")
+    results["profile"] = layers.to_json()
+    result_file.write(options.out, results)
+    title = "EfficientNet-Lite0, 97 % of its answers kept: the best way to run it (round trip 30 ms)"
+    winners_picture(drawn, title, options.out.with_suffix(".png"), name=words)
+
+
+def compute(frontier: Frontier) -> dict[str, Winners]:
+    """Return the planes of one set of ways: latency and throughput, and the device's joules in both cases."""
+    lte = PRESETS["lte"]
+    link = Link("varied", lte.uplink_bit_s, lte.downlink_bit_s, ROUND_TRIP_S, radio=lte.radio)
+    planes = {name: winners(frontier, link, objective) for name, objective in OBJECTIVES.items()}
+    for name, streams in ENERGY.items():
+        over = link.back_to_back() if streams else link
+        planes[f"energy: {name}"] = winners(frontier, over, "energy", device_w=DEVICE_W)
+    return planes
+
+
+def codec_table(graph: LayerGraph, rows: list[dict[str, Any]], kept: str) -> CodecTable:
+    """Return measured rates as the planner takes them.
+
+    Args:
+        graph: the traced model.
+        rows: the rates, as ``benchmarks.codec_rates`` wrote them.
+        kept: which figure has to keep the budget: ``"kept"``, the measured share, or ``"low"``, its lower bound.
+    """
+    lines = []
+    for row in rows:
+        point = graph.point(row["point"])
+        within = row["lossless"] or row[kept] >= 1 - codec_rates.BUDGET
+        cost = CodecCost(
+            row["name"], row["size_bytes"], row["encode_s"], row["decode_s"], row["lossless"], within_budget=within
+        )
+        lines.append(CodecRow(point.index, point.name, float(point.size_bytes), cost))
+    budget = f"at most {codec_rates.BUDGET:.0%} of predictions change"
+    return CodecTable(type(graph.model).__name__, graph.fingerprint, 1, rows[0]["pictures"], budget, tuple(lines))
+
+
+def described(plane: Winners) -> dict[str, Any]:
+    """Return what is said of a plane: its summary, and how much of it each way wins."""
+    shares: dict[str, float] = {}
+    for k, row in enumerate(plane.rows):
+        shares[words(row)] = shares.get(words(row), 0.0) + float((plane.chosen == k).mean())
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    return {**plane.summary(), "winners": {text: round(share, 4) for text, share in ordered}}
+
+
+def words(row: Row) -> str:
+    """Return a row in words, with blocks for layers."""
+    if row.on_device:
+        return "all on the device"
+    if row.index == 0:
+        return f"all on the server, {row.codec}"
+    block = re.search(r"blocks\.(\d+)", row.name)
+    return f"cut after {f'block {block[1]}' if block else row.name}, {row.codec}"
+
+
+if __name__ == "__main__":
+    main()
