@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import torchsurgeon as ts
 from benchmarks.support import pictures, result_file
-from torchsurgeon.codec import find_codec
+from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.tracing.graph import LayerGraph
 
@@ -36,6 +36,10 @@ MODELS = {"lite0": 2, "lite2": 1}
 """Views of each object held out, by model."""
 BLOCKS = {"lite0": (2, 4, 5, 7, 8, 10, 11, 13, 14), "lite2": (3, 6, 7, 10, 11, 15)}
 """The blocks after which the network is cut: those that end a stage, and some further on."""
+FITTED_BLOCKS = {"lite0": (2, 4, 5, 11), "lite2": (3, 6, 7)}
+"""Those of them after which a codec is fitted."""
+RATES = (3.0, 2.0, 1.5, 1.2, 1.0, 0.8, 0.6, 0.4, 0.25)
+"""Bits a value at which a fitted codec is measured, where it has them."""
 BUDGET = 0.03
 _BATCH = 16
 
@@ -117,7 +121,7 @@ def _model(name: str, only: Sequence[str], views: int, before: Sequence[dict[str
     found = pictures.photographs(pictures.side(name), held_out_views=views)
     model = pictures.classifier(name)
     graph = ts.trace(model, found.held_out[:1])
-    rates = list(measure(graph, found.held_out, ways(name, graph, found.sample), only))
+    rates = list(measure(graph, found.held_out, ways(name, graph, found.sample, only)))
     fresh = {rate.curve for rate in rates}
     rows = [row for row in before if row["curve"] not in fresh] + [dataclasses.asdict(rate) for rate in rates]
     with torch.no_grad():
@@ -130,19 +134,31 @@ def _model(name: str, only: Sequence[str], views: int, before: Sequence[dict[str
     }
 
 
-def ways(name: str, graph: LayerGraph, sample: Tensor) -> Iterator[Way]:
-    """Yield every way of a model.
+def ways(name: str, graph: LayerGraph, sample: Tensor, only: Sequence[str] = ()) -> Iterator[Way]:
+    """Yield the ways of a model, those of a point one after the other.
 
     Args:
         name: the model's name.
         graph: the traced model.
         sample: photographs to set a codec up with, for codecs that are made for a cut.
+        only: parts of the names of curves; others are left out. None are left out where it is empty.
     """
-    yield from _picture_ways()
+
+    def wanted(curve: str) -> bool:
+        return not only or any(part.lower() in curve.lower() for part in only)
+
+    yield from (way for way in _picture_ways() if wanted(way.curve))
     for block in BLOCKS[name]:
-        point = after_block(graph, block)
-        for codec in ("int8+zstd", "int4+zstd"):
-            yield _boundary_way(codec, point, f"block {block}")
+        point, where = after_block(graph, block), f"block {block}"
+        for codec in filter(wanted, ("zstd", "int8+zstd", "int4+zstd")):
+            yield _boundary_way(codec, find_codec(codec), point, where)
+        if hasattr(ts.codec, "fit_codec") and block in FITTED_BLOCKS[name] and wanted("fitted"):
+            begin_s = time.process_time()
+            fitted = ts.codec.fit_codec(graph, point, list(sample.split(1)), name=f"block-{block}")
+            print(f"fitting a codec after block {block} took {time.process_time() - begin_s:.0f} s")
+            for rate in RATES:
+                if fitted.rates[-1] <= rate <= fitted.rates[0]:
+                    yield _boundary_way("fitted", fitted.at(rate), point, where, f"{rate:g} bits a value")
 
 
 def after_block(graph: LayerGraph, block: int) -> int:
@@ -152,25 +168,29 @@ def after_block(graph: LayerGraph, block: int) -> int:
 
 def _picture_ways() -> Iterator[Way]:
     """Yield the picture formats, each in the settings near which it is used, at several resolutions."""
+    lossless = {"lossless": True, "quality": 100}
     yield _picture_way("PNG", "png", "PNG", lossless=True)
-    yield _picture_way("WebP lossless", "webp-lossless", "WEBP", {"lossless": True, "quality": 100}, lossless=True)
-    for quality in (60, 75, 85, 90, 95, 98, 100):
+    yield _picture_way("PNG", "png, fastest", "PNG", {"compress_level": 1}, lossless=True)
+    yield _picture_way("WebP lossless", "webp-lossless", "WEBP", lossless, lossless=True)
+    fastest = {"lossless": True, "quality": 20, "method": 0}
+    yield _picture_way("WebP lossless", "webp-lossless, fastest", "WEBP", fastest, lossless=True)
+    for quality in (60, 75, 90, 95, 98, 100):
         yield _picture_way("JPEG 4:2:0", f"jpeg-{quality}", "JPEG", {"quality": quality, "subsampling": 2})
     for quality in (75, 90, 95, 98, 100):
         yield _picture_way("JPEG 4:4:4", f"jpeg444-{quality}", "JPEG", {"quality": quality, "subsampling": 0})
     for quality in (60, 80, 90, 95, 100):
         yield _picture_way("WebP", f"webp-{quality}", "WEBP", {"quality": quality})
-    for quality in (50, 65, 75, 85, 90, 95):
+    for quality in (50, 75, 90):
         yield _picture_way("AVIF 4:2:0", f"avif-{quality}", "AVIF", {"quality": quality})
-    for quality in (65, 75, 85, 90, 95, 98):
+    for quality in (75, 90, 95, 98):
         yield _picture_way("AVIF 4:4:4", f"avif444-{quality}", "AVIF", {"quality": quality, "subsampling": "4:4:4"})
-    for quality in (85, 95):
+    for quality in (90, 99):
         fast = {"quality": quality, "subsampling": "4:4:4", "speed": 10}
-        yield _picture_way("AVIF 4:4:4, fastest", f"avif444-{quality}-fastest", "AVIF", fast)
-    for share in (7 / 8, 3 / 4, 1 / 2):
+        yield _picture_way("AVIF 4:4:4, fastest", f"avif444-{quality}, fastest", "AVIF", fast)
+    for share in (3 / 4, 1 / 2):
         for quality in (75, 90):
-            options = {"quality": quality, "subsampling": "4:4:4"}
-            yield _picture_way("AVIF, smaller picture", f"avif444-{quality}", "AVIF", options, share=share)
+            options = {"quality": quality, "subsampling": "4:4:4", "speed": 10}
+            yield _picture_way("AVIF, smaller picture", f"avif444-{quality}, fastest", "AVIF", options, share=share)
 
 
 def _picture_way(
@@ -216,9 +236,16 @@ def _picture_way(
     return Way(curve, name + smaller, 0, "input", encode, decode, lossless)
 
 
-def _boundary_way(name: str, point: int, where: str) -> Way:
-    """Return the way that sends what a block computes, with one of the package's codecs."""
-    codec = find_codec(name)
+def _boundary_way(curve: str, codec: Codec, point: int, where: str, name: str = "") -> Way:
+    """Return the way that sends what a block computes with a codec.
+
+    Args:
+        curve: as in ``Way``.
+        codec: the codec.
+        point: as in ``Way``.
+        where: as in ``Way``.
+        name: as in ``Way``; the codec's name by default.
+    """
 
     def encode(boundary: Tensor) -> memoryview:
         return codec.encode(boundary).data
@@ -226,24 +253,21 @@ def _boundary_way(name: str, point: int, where: str) -> Way:
     def decode(data: bytes | memoryview, like: Tensor) -> Tensor:
         return codec.decode(data, like.dtype, like.shape, None, max_bytes=like.nbytes)
 
-    return Way(name, name, point, where, encode, decode)
+    return Way(curve, name or codec.name, point, where, encode, decode, codec.lossless)
 
 
-def measure(graph: LayerGraph, held_out: Tensor, known: Iterator[Way], only: Sequence[str] = ()) -> Iterator[Rate]:
+def measure(graph: LayerGraph, held_out: Tensor, known: Iterator[Way]) -> Iterator[Rate]:
     """Yield what each way costs and keeps.
 
     Args:
         graph: the traced model.
         held_out: the photographs, ``uint8[N, 3, side, side]``.
         known: the ways, those of a point one after the other.
-        only: parts of the names of curves; others are left out. None are left out where it is empty.
     """
     head: nn.Module
     own = _top1(graph.model, held_out)
     at, boundaries, tail = -1, held_out, graph.model
     for way in known:
-        if only and not any(part.lower() in way.curve.lower() for part in only):
-            continue
         if way.point != at:
             at, point = way.point, graph.point(way.point)
             if at:
@@ -267,9 +291,8 @@ def _rate(way: Way, boundaries: Tensor, tail: nn.Module, own: Tensor) -> Rate:
         encode_s.append(encoded_s - begin_s)
         sizes.append(len(data))
     there = torch.cat(decoded)
-    if way.lossless:
-        assert torch.equal(there, boundaries), f"{way.name} changed a picture"
-    changed = int((_top1(tail, there) != own).sum())
+    assert not way.lossless or torch.equal(there, boundaries), f"{way.name} changed a tensor"
+    changed = 0 if way.lossless else int((_top1(tail, there) != own).sum())
     low, high = bounds(changed, len(own))
     rate = Rate(
         *(way.curve, way.name, way.point, way.where, way.lossless),

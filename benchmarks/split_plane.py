@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +38,15 @@ DEVICE_W = 3.0
 """An assumption, since this machine has no meter: what a small board takes above idle while one core computes."""
 OBJECTIVES = {"one picture at a time": "latency", "a stream": "throughput"}
 ENERGY = {"one picture, with LTE's tail": False, "a stream, without": True}
-_WAYS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "plain and int8+zstd": lambda row: row["where"] == "input" or row["curve"] in ("int8+zstd", "int4+zstd"),
-    "all": lambda row: True,
+SCENARIOS = {
+    "boundaries as they are": ("raw", "zstd"),
+    "int8+zstd": ("raw", "zstd", "int8+zstd", "int4+zstd"),
+    "fitted": ("raw", "zstd", "int8+zstd", "int4+zstd", "fitted"),
+    "student": ("raw", "zstd", "int8+zstd", "int4+zstd", "fitted", "student"),
 }
-"""Which of the measured ways may be chosen."""
+"""With which codecs boundaries may cross. Those that were not measured are left out."""
+PICTURES = {"pictures take what encoding them takes": 1.0, "pictures are encoded in no time": 0.0}
+"""What the seconds of encoding pictures are multiplied with: a camera may have an encoder of its own."""
 
 
 def main() -> None:
@@ -60,19 +63,24 @@ def main() -> None:
     else:
         layers = LayerProfile.from_json(json.loads(options.out.read_text())["results"]["profile"])
     rows = json.loads(options.rates.read_text())["results"][MODEL]["rates"]
+    measured = {row["curve"] for row in rows if row["where"] != "input"} | {"raw"}
     results: dict[str, Any] = {"round_trip_s": ROUND_TRIP_S, "device_w": DEVICE_W, "planes": {}}
     drawn: list[tuple[str, Winners]] = []
-    for kept in ("kept", "low"):
-        for ways, may in _WAYS.items():
-            table = codec_table(graph, [row for row in rows if may(row)], kept)
-            planes = compute(Frontier.build(graph, layers, layers, table))
-            how = "as measured" if kept == "kept" else "surely"
-            results["planes"][f"{ways}, 3 % kept {how}"] = {name: described(plane) for name, plane in planes.items()}
-            if kept == "kept" and ways == "all":
-                drawn = [(name, planes[name]) for name in OBJECTIVES]
-    for name, planes in results["planes"].items():
-        for plane, described_ in planes.items():
-            print(f"{name}; {plane}: { ({k: v for k, v in described_.items() if k != 'winners'}) }")
+    for scenario, codecs in SCENARIOS.items():
+        if codecs[-1] not in measured:
+            continue
+        chosen = [row for row in rows if row["where"] == "input" or row["curve"] in codecs]
+        for pictures_take, factor in PICTURES.items():
+            for how, kept in (("as measured", "kept"), ("surely", "low")):
+                table = codec_table(graph, chosen, kept, factor)
+                planes = compute(Frontier.build(graph, layers, layers, table))
+                name = f"{scenario}; 97 % kept {how}; {pictures_take}"
+                results["planes"][name] = {plane: described(found) for plane, found in planes.items()}
+                print(name)
+                for plane, found in planes.items():
+                    print(f"    {plane}: {found.summary()}")
+                if kept == "kept" and factor:
+                    drawn = [(plane, planes[plane]) for plane in OBJECTIVES]
     results["profile"] = layers.to_json()
     result_file.write(options.out, results)
     title = "EfficientNet-Lite0, 97 % of its answers kept: the best way to run it (round trip 30 ms)"
@@ -90,21 +98,24 @@ def compute(frontier: Frontier) -> dict[str, Winners]:
     return planes
 
 
-def codec_table(graph: LayerGraph, rows: list[dict[str, Any]], kept: str) -> CodecTable:
+def codec_table(graph: LayerGraph, rows: list[dict[str, Any]], kept: str, pictures_factor: float) -> CodecTable:
     """Return measured rates as the planner takes them.
 
     Args:
         graph: the traced model.
         rows: the rates, as ``benchmarks.codec_rates`` wrote them.
         kept: which figure has to keep the budget: ``"kept"``, the measured share, or ``"low"``, its lower bound.
+        pictures_factor: what the seconds of encoding pictures are multiplied with.
     """
     lines = []
     for row in rows:
         point = graph.point(row["point"])
         within = row["lossless"] or row[kept] >= 1 - codec_rates.BUDGET
-        cost = CodecCost(
-            row["name"], row["size_bytes"], row["encode_s"], row["decode_s"], row["lossless"], within_budget=within
+        name = (
+            row["name"] if row["name"].startswith(row["curve"]) or not point.index else f"{row['curve']}, {row['name']}"
         )
+        encode_s = row["encode_s"] * (1.0 if point.index else pictures_factor)
+        cost = CodecCost(name, row["size_bytes"], encode_s, row["decode_s"], row["lossless"], within_budget=within)
         lines.append(CodecRow(point.index, point.name, float(point.size_bytes), cost))
     budget = f"at most {codec_rates.BUDGET:.0%} of predictions change"
     return CodecTable(type(graph.model).__name__, graph.fingerprint, 1, rows[0]["pictures"], budget, tuple(lines))

@@ -100,8 +100,8 @@ class _SlowCodec:
     def __init__(self, codec: Codec, device: SlowDevice) -> None:
         self._codec, self._device = codec, device
 
-    def encode(self, tensor: Tensor) -> EncodedTensor:
-        return self._device.call(self._codec.encode, tensor)
+    def encode(self, *arguments: Any) -> EncodedTensor:
+        return self._device.call(self._codec.encode, *arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._codec, name)
