@@ -178,9 +178,10 @@ def test_a_key_on_a_slider_moves_it(page: Browser) -> None:
     assert chosen(page) != before
 
 
-def test_the_map_shows_the_choice_at_each_uplink_and_load(page: Browser) -> None:
-    at = move(page, {"objective": "latency", "codec": ANY_CODEC, **SETTINGS[0]})
-    link, _, slowdown = situation(at)
+@pytest.mark.parametrize("upwards", ["slowdown", "load"])
+def test_the_map_shows_the_choice_at_each_uplink_and_load_or_slowdown(page: Browser, upwards: str) -> None:
+    at = move(page, {"objective": "latency", "codec": ANY_CODEC, **SETTINGS[0], "upwards": upwards})
+    link, load, slowdown = situation(at)
     x, y, z, star, names = page.run(
         """
         const [map, star] = document.getElementById("map").data;
@@ -188,11 +189,12 @@ def test_the_map_shows_the_choice_at_each_uplink_and_load(page: Browser) -> None
         return [map.x, map.y, map.z, [star.x[0], star.y[0]], names];
         """
     )
-    assert star == pytest.approx([at["uplink_bit_s"], at["load"]])
+    assert star == pytest.approx([at["uplink_bit_s"], at[upwards]])
     frontier = Frontier.of(GRAPH, list(planned().rows))
     for i, j in itertools.product(range(0, len(y), 5), range(0, len(x), 5)):
         there = dataclasses.replace(link, uplink_bit_s=1e6 * 10 ** x[j])
-        assert names[z[i][j]] == place(frontier.best(there, 10 ** y[i], slowdown))
+        factors = (load, 10 ** y[i]) if upwards == "slowdown" else (10 ** y[i], slowdown)
+        assert names[z[i][j]] == place(frontier.best(there, *factors))
 
 
 def test_a_link_brings_its_rates_and_its_radio(page: Browser) -> None:

@@ -27,10 +27,10 @@
   const RED = "#D55E00", DEVICE = "#CC79A7", GREYS = ["#d5d5d5", "#999999"];
   const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#f0e51f"];
   const ACROSS = 61, UP = 41;
-  const [UPLINK, , , LOAD] = SLIDERS;
+  const [UPLINK, , , ...UPWARDS] = SLIDERS;
   const find = (id) => document.getElementById(id);
   const named = (list, name) => list.find((entry) => entry.name === name);
-  const settings = { ...data.start };
+  const settings = { ...data.start, upwards: UPWARDS[0].key };
 
   // ---- the decision, as Frontier.best makes it --------------------------------------------------------------------
 
@@ -195,7 +195,7 @@
     const [low, high] = [Math.log10(slider.low), Math.log10(slider.high)];
     return Array.from({ length: count }, (_, i) => low + ((high - low) * i) / (count - 1));
   }
-  const across = spread(UPLINK, ACROSS), upwards = spread(LOAD, UP);
+  const across = spread(UPLINK, ACROSS);
 
   // The color at a share of the way along some.
   function between(colors, share) {
@@ -219,8 +219,10 @@
   }
 
   function drawMap() {
-    const chosen = upwards.map((load) => across.map((rate) =>
-      decide(frontiers[settings.codec], { ...settings, load: 10 ** load, uplink_bit_s: 1e6 * 10 ** rate })));
+    const upward = UPWARDS.find(({ key }) => key === settings.upwards), upwards = spread(upward, UP);
+    const chosen = upwards.map((factor) => across.map((rate) =>
+      decide(frontiers[settings.codec],
+        { ...settings, [upward.key]: 10 ** factor, uplink_bit_s: 1e6 * 10 ** rate })));
     const used = [...new Set(chosen.flat())].filter((i) => i >= 0)
       .sort((a, b) => rows[a].index - rows[b].index || rows[b].size_bytes - rows[a].size_bytes);
     const colors = colorsOf(used);
@@ -237,12 +239,12 @@
         zmin: -0.5, zmax: used.length - 0.5, showscale: false, hoverinfo: "text",
         colorscale: colors.flatMap((c, k) => [[k / colors.length, c], [(k + 1) / colors.length, c]]),
         hovertext: chosen.map((line, k) => line.map((i, j) =>
-          `${digits(10 ** across[j])} Mbit/s, load ${digits(10 ** upwards[k])}<br>` +
+          `${digits(10 ** across[j])} Mbit/s, ${upward.label} ${digits(10 ** upwards[k])}<br>` +
           (i < 0 ? NOTHING : escape(cutText(rows[i]))))),
       },
       {
-        type: "scatter", mode: "markers", x: [Math.log10(settings.uplink_bit_s / 1e6)], y: [Math.log10(settings.load)],
-        marker: STAR, hoverinfo: "text", hovertext: ["the present settings"], showlegend: false,
+        type: "scatter", mode: "markers", x: [Math.log10(settings.uplink_bit_s / 1e6)],
+        y: [Math.log10(settings[upward.key])], marker: STAR, hoverinfo: "text", hovertext: ["the present settings"], showlegend: false,
       },
     ], {
       font: FONT, width: find("map").clientWidth, height: 400, margin: { l: 65, r: 30, t: 10, b: 50 },
@@ -250,7 +252,7 @@
         title: { text: "uplink (Mbit/s)" },
         ...ticks(UPLINK, narrow ? [0.01, 1, 100, 10000] : [0.01, 0.1, 1, 10, 100, 1000, 10000]),
       },
-      yaxis: { title: { text: "server load (×)" }, ...ticks(LOAD, [0.1, 0.3, 1, 3, 10, 30, 100]) },
+      yaxis: { title: { text: `${upward.label} (×)` }, ...ticks(upward, [0.1, 0.3, 1, 3, 10, 30, 100]) },
     }, CONFIG);
     const entries = used.map((i, k) => {
       // Two cuts across parallel branches can bear the same name; they differ in what they send.
@@ -382,6 +384,8 @@
   const links = same(data.links.map((link) => link.name));
   addSelect("link", "link", "sets the next three, and the radio's power", links, takeLink);
   SLIDERS.forEach(addSlider);
+  addSelect("upwards", "map upwards", "what the map below varies beside the uplink",
+    UPWARDS.map(({ key, label }) => [key, label]));
   find("note").textContent = [
     data.constraints.length ? `Limits: ${data.constraints.join(", ")}. Cuts that break one are not shown.` : "",
     data.has_energy ? "" : "Energy cannot be chosen or shown, since the device's profile holds no joules.",
@@ -391,7 +395,7 @@
   window.addEventListener("resize", show);
   find("map").on("plotly_click", ({ points: [point] }) => {
     settings.uplink_bit_s = 1e6 * 10 ** point.x;
-    settings.load = 10 ** point.y;
+    settings[settings.upwards] = 10 ** point.y;
     show();
   });
 })();
