@@ -32,13 +32,15 @@ from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.tracing.graph import LayerGraph
 
 OUT = result_file.RESULTS / "codec-rates.json"
+PAGE = result_file.RESULTS.parents[1] / "docs" / "codecs.md"
+BEGIN, END = "<!-- figures, by benchmarks.codec_rates -->", "<!-- end of figures -->"
 MODELS = {"lite0": 2, "lite2": 1}
 """Views of each object held out, by model."""
-BLOCKS = {"lite0": (2, 4, 5, 7, 8, 10, 11, 13, 14), "lite2": (3, 6, 7, 10, 11, 15)}
-"""The blocks after which the network is cut: those that end a stage, and some further on."""
-FITTED_BLOCKS = {"lite0": (2, 4, 5, 11), "lite2": (3, 6, 7)}
+BLOCKS = {"lite0": (1, 2, 3, 4, 5, 7, 8, 10, 11, 13, 14), "lite2": (3, 6, 7, 10, 11, 15)}
+"""The blocks after which the network is cut: those that begin or end a stage, and some further on."""
+FITTED_BLOCKS = {"lite0": (1, 2, 3, 4, 5, 11), "lite2": (7,)}
 """Those of them after which a codec is fitted."""
-RATES = (3.0, 2.0, 1.5, 1.2, 1.0, 0.8, 0.6, 0.4, 0.25)
+RATES = (4.5, 3.9, 3.5, 3.0, 2.0, 1.5, 1.2, 1.0, 0.8, 0.6, 0.4, 0.25)
 """Bits a value at which a fitted codec is measured, where it has them."""
 BUDGET = 0.03
 _BATCH = 16
@@ -114,6 +116,9 @@ def main() -> None:
             known[name] = _model(name, options.only, options.views or MODELS[name], before)
             result_file.write(options.out, known, pillow=_pillow(), **pictures.packages())
     draw(known, options.out.with_suffix(".png"))
+    if options.out == OUT:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{page(known)}\n{END}{rest.partition(END)[2]}")
 
 
 def _model(name: str, only: Sequence[str], views: int, before: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -352,6 +357,29 @@ def _pillow() -> str:
     return f"{__version__}, libavif {features.version('avif')}, libwebp {features.version('webp')}"
 
 
+def page(results: dict[str, Any]) -> str:
+    """Return a table of the fewest bytes within the budget, as Markdown: pictures, and each block's boundary."""
+    lines = ["| network | what crosses | as measured | surely |", "|---|---|---|---|"]
+    for name, found in results.items():
+        places = dict.fromkeys(row["where"] for row in found["rates"])
+        for where in places:
+            cells = [_fewest(found["rates"], where, kept) for kept in ("kept", "low")]
+            what = "picture" if where == "input" else f"boundary after {where}"
+            lines.append(f"| {name.capitalize()} | {what} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _fewest(rows: Sequence[dict[str, Any]], where: str, kept: str) -> str:
+    within = [row for row in rows if row["where"] == where and (row["lossless"] or row[kept] >= 1 - BUDGET)]
+    best = min(within, key=lambda row: row["size_bytes"])
+    name = (
+        best["name"]
+        if best["name"].startswith(best["curve"]) or where == "input"
+        else f"{best['curve']}, {best['name']}"
+    )
+    return f"{best['size_bytes'] / 1e3:.1f} kB, {name}"
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw bytes against kept answers, a panel for each model."""
     from torchsurgeon.report.pictures import new_figure, save_figure
@@ -373,7 +401,7 @@ def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         # Cuts are drawn as one curve of each codec, from the largest boundary to the smallest.
-        cuts = row["curve"] in ("int8+zstd", "int4+zstd")
+        cuts = row["curve"].endswith("zstd")
         curves.setdefault((row["curve"], "" if row["where"] == "input" or cuts else row["where"]), []).append(row)
     for k, ((curve, where), found) in enumerate(curves.items()):
         found = sorted(found, key=lambda row: row["size_bytes"])

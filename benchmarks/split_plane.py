@@ -4,7 +4,7 @@ From one profile of this machine, and the sizes, times and kept answers that ``b
 package's own planner chooses the best way at each uplink from 0.1 to 100 Mbit/s and each slow-down of the device from 1
 to 100, both logarithmic, with a round trip of 30 ms. Both ends are there in their best form: all on the server with
 every picture format that keeps the budget, at every quality and size. A cut counts where it is at least 2 % better than
-both ends.
+both ends. The table in docs/planning.md is written, too.
 
     python -m benchmarks.split_plane              # from the profile in split-plane.json
     python -m benchmarks.split_plane --measure    # from a new one
@@ -15,10 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import torchsurgeon as ts
 from benchmarks import codec_rates
@@ -32,6 +35,8 @@ from torchsurgeon.profiling import LayerProfile, profile
 from torchsurgeon.tracing.graph import LayerGraph
 
 OUT = result_file.RESULTS / "split-plane.json"
+PAGE = result_file.RESULTS.parents[1] / "docs" / "planning.md"
+BEGIN, END = "<!-- figures, by benchmarks.split_plane -->", "<!-- end of figures -->"
 MODEL = "lite0"
 ROUND_TRIP_S = 0.030
 DEVICE_W = 3.0
@@ -59,7 +64,7 @@ def main() -> None:
     found = pictures.photographs(pictures.side(MODEL))
     graph = ts.trace(pictures.classifier(MODEL), found.held_out[:1])
     if options.measure or not options.out.exists():
-        layers = profile(graph, inputs=[found.held_out[:1]], repeats=30, meter=None)
+        layers = measured_profile(graph, found.held_out[:1])
     else:
         layers = LayerProfile.from_json(json.loads(options.out.read_text())["results"]["profile"])
     rows = json.loads(options.rates.read_text())["results"][MODEL]["rates"]
@@ -85,6 +90,24 @@ def main() -> None:
     result_file.write(options.out, results)
     title = "EfficientNet-Lite0, 97 % of its answers kept: the best way to run it (round trip 30 ms)"
     winners_picture(drawn, title, options.out.with_suffix(".png"), name=words)
+    if options.out == OUT:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{page(results['planes'])}\n{END}{rest.partition(END)[2]}")
+
+
+def measured_profile(graph: LayerGraph, picture: Tensor) -> LayerProfile:
+    """Return a profile of this machine whose layers add up to the process's own seconds for the whole model.
+
+    Codecs are measured in the process's own seconds, too, so other programs that run meanwhile change neither.
+    """
+    layers = profile(graph, inputs=[picture], repeats=30, meter=None)
+    own_s = []
+    with torch.no_grad():
+        for _ in range(30):
+            begin_s = time.process_time()
+            graph.model(picture)
+            own_s.append(time.process_time() - begin_s)
+    return layers.scaled(statistics.median(own_s) / layers.total_s)
 
 
 def compute(frontier: Frontier) -> dict[str, Winners]:
@@ -119,6 +142,18 @@ def codec_table(graph: LayerGraph, rows: list[dict[str, Any]], kept: str, pictur
         lines.append(CodecRow(point.index, point.name, float(point.size_bytes), cost))
     budget = f"at most {codec_rates.BUDGET:.0%} of predictions change"
     return CodecTable(type(graph.model).__name__, graph.fingerprint, 1, rows[0]["pictures"], budget, tuple(lines))
+
+
+def page(planes: dict[str, dict[str, Any]]) -> str:
+    """Return the table for the page, as Markdown."""
+    names = list(next(iter(planes.values())))
+    lines = ["| boundaries cross as | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for scenario, found in planes.items():
+        cells = [
+            f"{plane['share']:.0%}, {plane['mean_gain']:.2f}×, {plane['most_gain']:.1f}×" for plane in found.values()
+        ]
+        lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def described(plane: Winners) -> dict[str, Any]:
