@@ -327,16 +327,35 @@ def bounds(changed: int, pictures: int) -> tuple[float, float]:
     return low, float(beta.ppf(0.95, kept + 1, changed)) if changed else 1.0
 
 
-def within_budget(rows: Sequence[dict[str, Any]], budget: float = BUDGET) -> dict[str, Any]:
+def allowed(rows: Sequence[dict[str, Any]], kept: str, budget: float = BUDGET) -> list[dict[str, Any]]:
+    """Return the ways that keep a budget; of each curve at each point from the most bytes on until the first does not.
+
+    So no way is taken because it did well by chance among many that were tried.
+
+    Args:
+        rows: the rates of one model.
+        kept: what has to keep the budget: ``"kept"``, the measured share, or ``"low"``, its lower bound.
+        budget: the share of answers that may change.
+    """
+    found, ended = [], set()
+    for row in sorted(rows, key=lambda row: -row["size_bytes"]):
+        family = row["curve"], row["where"]
+        if row["lossless"] or (family not in ended and row[kept] >= 1 - budget):
+            found.append(row)
+        else:
+            ended.add(family)
+    return found
+
+
+def within_budget(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the fewest bytes of each curve within the budget: as measured, and where the lower bound keeps it too."""
     found: dict[str, Any] = {}
     for key, kept in (("measured", "kept"), ("surely", "low")):
         best: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            if row[kept] >= 1 - budget or row["lossless"]:
-                curve = f"{row['curve']}, {row['where']}"
-                if curve not in best or row["size_bytes"] < best[curve]["size_bytes"]:
-                    best[curve] = {name: row[name] for name in ("name", "size_bytes", "kept", "low")}
+        for row in allowed(rows, kept):
+            best[f"{row['curve']}, {row['where']}"] = {
+                name: row[name] for name in ("name", "size_bytes", "kept", "low")
+            }
         found[key] = dict(sorted(best.items(), key=lambda item: item[1]["size_bytes"]))
     return found
 
@@ -370,8 +389,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def _fewest(rows: Sequence[dict[str, Any]], where: str, kept: str) -> str:
-    within = [row for row in rows if row["where"] == where and (row["lossless"] or row[kept] >= 1 - BUDGET)]
-    best = min(within, key=lambda row: row["size_bytes"])
+    best = min((row for row in allowed(rows, kept) if row["where"] == where), key=lambda row: row["size_bytes"])
     name = (
         best["name"]
         if best["name"].startswith(best["curve"]) or where == "input"

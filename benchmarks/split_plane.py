@@ -131,9 +131,10 @@ def codec_table(graph: LayerGraph, rows: list[dict[str, Any]], kept: str, pictur
         pictures_factor: what the seconds of encoding pictures are multiplied with.
     """
     lines = []
+    may = [(row["curve"], row["name"], row["where"]) for row in codec_rates.allowed(rows, kept)]
     for row in rows:
         point = graph.point(row["point"])
-        within = row["lossless"] or row[kept] >= 1 - codec_rates.BUDGET
+        within = (row["curve"], row["name"], row["where"]) in may
         name = (
             row["name"] if row["name"].startswith(row["curve"]) or not point.index else f"{row['curve']}, {row['name']}"
         )
