@@ -198,6 +198,19 @@ def _picture_ways() -> Iterator[Way]:
             yield _picture_way("AVIF, smaller picture", f"avif444-{quality}, fastest", "AVIF", options, share=share)
 
 
+_PICTURE_CURVES = (
+    "PNG",
+    "WebP lossless",
+    "JPEG 4:2:0",
+    "JPEG 4:4:4",
+    "WebP",
+    "AVIF, smaller picture",
+    "AVIF 4:2:0",
+    "AVIF 4:4:4",
+    "AVIF 4:4:4, fastest",
+)
+
+
 def _picture_way(
     curve: str,
     name: str,
@@ -406,22 +419,33 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axis, (name, found) in zip(panels, results.items(), strict=True):
         _panel(axis, found["rates"])
+        axis.legend(fontsize=7, loc="lower right")
         axis.set_title(f"EfficientNet-{name.capitalize()}, {found['pictures']} photographs")
     panels[0].set_ylabel("top-1 answers that stay the same (%)")
-    panels[-1].legend(fontsize=8, loc="lower right")
     figure.suptitle("What crosses, and how many answers it keeps (bars: each bound holds with 95 %)")
     save_figure(figure, path)
 
 
-def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+def _color(curve: str, depth: float) -> Any:
+    """Return the colour of a curve, the same for every network; ``depth`` is where it is cut, from 0 to 1."""
     from matplotlib import colormaps
 
+    codecs = {"zstd": "0.6", "int8+zstd": "tab:brown", "int4+zstd": "tab:olive"}
+    if curve in codecs:
+        return codecs[curve]
+    if curve not in _PICTURE_CURVES:
+        return colormaps["winter"](depth)
+    return colormaps["autumn"](_PICTURE_CURVES.index(curve) / len(_PICTURE_CURVES))
+
+
+def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         # Cuts are drawn as one curve of each codec, from the largest boundary to the smallest.
         cuts = row["curve"].endswith("zstd")
         curves.setdefault((row["curve"], "" if row["where"] == "input" or cuts else row["where"]), []).append(row)
-    for k, ((curve, where), found) in enumerate(curves.items()):
+    points = [row["point"] for row in rows]
+    for (curve, where), found in curves.items():
         found = sorted(found, key=lambda row: row["size_bytes"])
         kilobytes = [row["size_bytes"] / 1e3 for row in found]
         kept = numpy.array([row["kept"] for row in found]) * 100
@@ -435,9 +459,11 @@ def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
             markersize=4,
             linewidth=1,
             elinewidth=0.5,
-            color=colormaps["tab20"](k % 20),
+            color=_color(curve, found[0]["point"] / max(1, *points)),
             label=f"{'picture' if is_picture else where or 'boundaries'}: {curve}",
         )
+        if where:
+            axis.annotate(where, (kilobytes[-1], kept[-1]), fontsize=7, xytext=(3, 3), textcoords="offset points")
         if not is_picture and not where:
             for row, x, y in zip(found, kilobytes, kept, strict=True):
                 axis.annotate(
