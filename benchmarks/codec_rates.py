@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import torchsurgeon as ts
 from benchmarks.support import pictures, result_file
-from torchsurgeon.codec import Codec, find_codec
+from torchsurgeon.codec import Codec, find_codec, fit_codec
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.tracing.graph import LayerGraph
 
@@ -157,9 +157,9 @@ def ways(name: str, graph: LayerGraph, sample: Tensor, only: Sequence[str] = ())
         point, where = after_block(graph, block), f"block {block}"
         for codec in filter(wanted, ("zstd", "int8+zstd", "int4+zstd")):
             yield _boundary_way(codec, find_codec(codec), point, where)
-        if hasattr(ts.codec, "fit_codec") and block in FITTED_BLOCKS[name] and wanted("fitted"):
+        if block in FITTED_BLOCKS[name] and wanted("fitted"):
             begin_s = time.process_time()
-            fitted = ts.codec.fit_codec(graph, point, list(sample.split(1)), name=f"block-{block}")
+            fitted = fit_codec(graph, point, list(sample.split(1)), name=f"block-{block}")
             print(f"fitting a codec after block {block} took {time.process_time() - begin_s:.0f} s")
             for rate in RATES:
                 if fitted.rates[-1] <= rate <= fitted.rates[0]:

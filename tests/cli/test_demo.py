@@ -91,7 +91,7 @@ def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
 
 def test_the_demo_measures_every_setting(tmp_path: Path) -> None:
     said = io.StringIO()
-    rows = demo.run(tmp_path, slow=2, repeats=2, judging=100, console=Console(file=said, width=160))
+    rows = demo.run(tmp_path, slow=2, repeats=2, judging=100, fitting=32, console=Console(file=said, width=160))
     settings = {(row.mode, row.link, row.budget, row.way) for row in rows}
     links, budgets = ("3g", "lte", "wifi"), (ways.LOSSLESS, ways.BUDGET)
     assert settings == {(m, k, b, w) for m in ways.OBJECTIVES for k in links for b in budgets for w in ways.WAYS}
@@ -113,7 +113,10 @@ def test_the_demo_measures_every_setting(tmp_path: Path) -> None:
             alike = [r for r in rows if (r.mode, r.link, r.budget) == (row.mode, row.link, row.budget)]
             assert row.predicted_s == min(r.predicted_s for r in alike)
     assert len(json.loads((tmp_path / "results.json").read_text())) == len(rows)
-    assert ts.CodecTable.load(tmp_path / "codecs.json").samples == 100
+    table = ts.CodecTable.load(tmp_path / "codecs.json")
+    assert table.samples == 100
+    fitted = ts.codec.FittedCodec.load(tmp_path / "block-5.codec")
+    assert any(row.cost.codec.startswith(fitted.name) for row in table.rows)
     for name in ("winners", "layers"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     text = said.getvalue()

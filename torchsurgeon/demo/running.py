@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from torchsurgeon.codec import Budget, CodecTable, find_codec, measure
+from torchsurgeon.codec import Budget, CodecTable, FittedCodec, fit_codec, measure
 from torchsurgeon.demo import tables, ways
 from torchsurgeon.demo.models import is_trained, lite0
 from torchsurgeon.demo.photographs import middle, parts, photographs
@@ -23,7 +23,7 @@ from torchsurgeon.demo.processes import SlowTransport, command
 from torchsurgeon.demo.ways import Result, Setting
 from torchsurgeon.demo.winners import winners, winners_picture
 from torchsurgeon.emulate import SlowDevice
-from torchsurgeon.errors import CodecError, NoisyProfileWarning, TorchSurgeonError
+from torchsurgeon.errors import NoisyProfileWarning, TorchSurgeonError
 from torchsurgeon.link import PRESETS, Link
 from torchsurgeon.module import SplitModule
 from torchsurgeon.planning import Frontier, plan
@@ -37,11 +37,16 @@ from torchsurgeon.transport import HttpTransport, Transport
 NAME = "lite0"
 LINKS = ("3g", "lte", "wifi")
 MAX_CHANGE = 0.03
-JUDGING = 120
-"""Parts of photographs that judge the codecs: a budget of 3 % needs 99, or 157 where one answer changes."""
+JUDGING = 210
+"""Parts of photographs that judge the codecs: a budget of 3 % needs 99, or 208 where two answers change."""
+FITTING = 128
+"""Parts of photographs that codecs are fitted to, others than those that judge."""
 _PATIENCE_S = 60.0
 # Blocks that end where fewer values leave them than before, and some further on.
 _BLOCKS = (2, 4, 5, 7, 11, 14)
+_FITTED_BLOCKS = (5,)
+_RATES = (4.5, 4.0, 3.5, 3.0, 2.5, 2.0)
+"""Bits a value of the fitted codecs that are judged, the finest first."""
 _CODECS = ("zstd", "int8+zstd", "int4+zstd", "png", "webp-lossless", "jpeg444-98", "jpeg-95", "webp-95", "avif-90")
 _ROUND_TRIP_S = 0.030
 
@@ -53,6 +58,7 @@ def run(
     repeats: int = 5,
     photos: Path | None = None,
     judging: int = JUDGING,
+    fitting: int = FITTING,
     console: Console | None = None,
 ) -> list[Result]:
     """Run the demo, print its tables, and write its results and pictures.
@@ -63,6 +69,7 @@ def run(
         repeats: how many photographs are measured in each setting.
         photos: a folder of photographs; those that come with scikit-learn without it.
         judging: how many parts of the photographs judge which codecs keep the budget.
+        fitting: how many other parts codecs are fitted to.
         console: where to print; standard output by default.
 
     Returns:
@@ -90,13 +97,23 @@ def run(
     frames += parts(images, repeats + 1 - len(frames), seed=2)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with contextlib.ExitStack() as stack, Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting the server", total=None)
+        task = progress.add_task("tracing the model", total=None)
 
         def step(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
+        graph = trace(model, example)
+        fitted = []
+        for block in _FITTED_BLOCKS:
+            step(f"fitting a codec after block {block}")
+            fitted.append(fit_codec(graph, _after(graph, block), parts(images, fitting, seed=3), name=f"block-{block}"))
+        files = [out / f"{codec.label}.codec" for codec in fitted]
+        for codec, file in zip(fitted, files, strict=True):
+            codec.save(file)
+        step("starting the server")
+        held = [text for file in files for text in ("--codec", f"{NAME}={file}")]
         server = stack.enter_context(
-            command("serve", f"{NAME}=torchsurgeon.demo:{NAME}", "--port", "0", "--threads", "1")
+            command("serve", f"{NAME}=torchsurgeon.demo:{NAME}", "--port", "0", "--threads", "1", *held)
         )
         port = server(r"ready: .*:(\d+)")
         urls = {}
@@ -106,13 +123,12 @@ def run(
                 command("link", "--listen", "0", "--to", f"127.0.0.1:{port}", "--profile", link)
             )
             urls[link] = "http://127.0.0.1:" + found(r"listening on [^ ]*:(\d+)")
-        step("tracing and profiling the model")
-        graph = trace(model, example)
+        step("profiling the model")
         here = _profile(graph, frames[0], console)
         with HttpTransport(f"http://127.0.0.1:{port}", _PATIENCE_S) as direct:
             there = LayerProfile.from_json(direct.get_json(f"/v2/models/{NAME}/profile"))
         step("measuring the codecs")
-        table = measured_codecs(graph, parts(images, judging, seed=1))
+        table = measured_codecs(graph, fitted, parts(images, judging, seed=1))
         table.save(out / "codecs.json")
         results: list[Result] = []
         links: dict[str, Link] = {}
@@ -141,21 +157,23 @@ def weights_sentence() -> str:
     )
 
 
-def measured_codecs(graph: LayerGraph, sample: list[Tensor]) -> CodecTable:
+def measured_codecs(graph: LayerGraph, fitted: Sequence[FittedCodec], sample: list[Tensor]) -> CodecTable:
     """Return what each codec costs at the points that the demo looks at, and which keep the budget.
 
     Args:
         graph: the traced model.
+        fitted: the codecs that were fitted to its cuts.
         sample: the photographs that judge.
     """
-    names = []
-    for name in _CODECS:
-        with contextlib.suppress(CodecError):  # this version has no such codec
-            names.append(find_codec(name).name)
-    ends = [
-        max(point.index for point in graph.points if point.name.startswith(f"net.blocks.{block}.")) for block in _BLOCKS
-    ]
-    return measure(graph, sample, names, points=[0, *ends], budget=Budget(max_top1_change=MAX_CHANGE))
+    names = [*_CODECS]
+    for codec in fitted:
+        names += [codec.at(rate).name for rate in _RATES if codec.rates[-1] <= rate <= codec.rates[0]]
+    points = [0, *(_after(graph, block) for block in _BLOCKS)]
+    return measure(graph, sample, names, points=points, budget=Budget(max_top1_change=MAX_CHANGE))
+
+
+def _after(graph: LayerGraph, block: int) -> int:
+    return max(point.index for point in graph.points if point.name.startswith(f"net.blocks.{block}."))
 
 
 def _profile(graph: LayerGraph, image: Tensor, console: Console) -> LayerProfile:
