@@ -41,7 +41,8 @@ FORMATS = {
     "jpeg": Format("jpeg", 90, {"subsampling": "4:2:0", "optimize": True}),
     "jpeg444": Format("jpeg", 90, {"subsampling": "4:4:4", "optimize": True}),
     "webp": Format("webp", 80, {}),
-    "webp-lossless": Format("webp", None, {"lossless": True}),
+    # Method 0 takes 2 ms for a picture of 224×224 where the usual one takes 110, and a fifth more bytes.
+    "webp-lossless": Format("webp", None, {"lossless": True, "quality": 20, "method": 0}),
     # Speed 8 takes much less time than Pillow's own choice, 6, for a few more bytes.
     "avif": Format("avif", 75, {"speed": 8, "max_threads": 1}),
 }
