@@ -15,6 +15,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.prediction import costs_on, load_device
+from torchsurgeon.prediction.doubts import Predicted, whole_interval
 from torchsurgeon.prediction.kinds import KINDS, Operation
 from torchsurgeon.prediction.predictor import BlockCorrection
 from torchsurgeon.prediction.samples import Sample, SampleTable
@@ -269,6 +270,20 @@ def test_a_whole_model_is_at_least_as_uncertain_as_each_of_its_layers(
     # What falls below zero cannot be counted in full.
     assert profile.total_s - low_s >= min(below_s.max(), 0.95 * profile.total_s) * 0.999
     assert high_s - profile.total_s >= above_s.max() * 0.999
+
+
+def test_a_whole_model_is_as_uncertain_as_a_layer_of_several_operations() -> None:
+    operations = [Operation("linear", "linear", (1, 64, 8 * size)) for size in range(1, 9)]
+    ones = np.ones(8)
+    found = Predicted(ones, ones / 3, 3 * ones, [""] * 8)
+    low_s, high_s = whole_interval(operations, [0] * 8, found, 8.0, 0.9, 1.2)
+    assert high_s == pytest.approx(24.0)
+    assert low_s == pytest.approx(8 / 3)
+
+
+def test_many_layers_that_each_take_next_to_nothing_are_named(predictor: ts.Predictor) -> None:
+    profile = warned(predictor, *(nn.Sigmoid() for _ in range(300)), shape=(1, 10_000))
+    assert len(profile.warned) > 290
 
 
 def test_layers_unlike_the_samples_are_off_together(predictor: ts.Predictor) -> None:

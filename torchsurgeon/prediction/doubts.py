@@ -16,7 +16,7 @@ from torchsurgeon.prediction.samples import Sample, SampleTable
 _FAR = 1.0
 # An operation of another variant, or of elements of another size, may be this much slower or quicker.
 _OTHER_VARIANT, _OTHER_ITEMS = 1.0, 2.0
-# An operation that takes less than this share of the model is not named: it may be off, and the model is not.
+# Layers that together take less than this share of the model are not named: they may be off, and the model is not.
 _NAMED_SHARE = 0.01
 _NAMES = 3
 _REMEDY = "so the time may be off by a factor; profile such layers, or calibrate with samples of them (--from-csv)"
@@ -83,33 +83,38 @@ def without_model(operation: Operation) -> str:
 
 
 def whole_interval(
-    operations: Sequence[Operation], found: Predicted, whole_s: float, low: float, high: float
+    operations: Sequence[Operation], layers: Sequence[int], found: Predicted, whole_s: float, low: float, high: float
 ) -> tuple[float, float]:
     """Return the interval of a whole model's seconds.
 
-    It is as wide as that of the networks of the calibration, and as that of its operations together. Operations of the
-    same configuration are off by the same factor, and so may be all operations of one kind that are unlike the samples;
-    errors of different ones are independent and partly cancel.
+    It is as wide as that of the networks of the calibration, as that of each layer, and as that of the operations
+    together. Operations of the same configuration are off by the same factor, and so may be all operations of one kind
+    that are unlike the samples; errors of different ones are independent and partly cancel.
 
     Args:
         operations: the model's operations.
+        layers: the layer of each operation.
         found: their predictions.
         whole_s: the prediction of the whole model.
         low: 90 % of the networks of the calibration took at least this many times their prediction.
         high: and at most this many times.
     """
-    scale = whole_s / float(found.value.sum())
+    scale = max(whole_s / float(found.value.sum()), 1.0)
     below: dict[object, float] = {}
     above: dict[object, float] = {}
-    for operation, doubt, value, least, most in zip(
-        operations, found.doubts, found.value, found.low, found.high, strict=True
+    for operation, doubt, down, up in zip(
+        operations, found.doubts, found.value - found.low, found.high - found.value, strict=True
     ):
         together = (operation.kind,) if doubt else operation
-        below[together] = below.get(together, 0.0) + value - least
-        above[together] = above.get(together, 0.0) + most - value
-    down_s = max(whole_s * (1 - low), scale * math.hypot(*below.values()))
-    up_s = max(whole_s * (high - 1), scale * math.hypot(*above.values()))
-    return max(whole_s - down_s, scale * low * float(found.low.sum())), whole_s + up_s
+        below[together] = below.get(together, 0.0) + down
+        above[together] = above.get(together, 0.0) + up
+    widest_down, widest_up = (
+        float(np.bincount(layers, part).max()) for part in (found.value - found.low, found.high - found.value)
+    )
+    down_s = max(whole_s * (1 - low), scale * math.hypot(*below.values()), widest_down)
+    up_s = max(whole_s * (high - 1), scale * math.hypot(*above.values()), widest_up)
+    least_s = min(low, 1.0) * min(whole_s, float(found.low.sum()))
+    return max(whole_s - down_s, least_s), whole_s + up_s
 
 
 def by_layer(
@@ -123,14 +128,22 @@ def by_layer(
         found: the operations' predictions.
         whole_s: the prediction of the whole model.
     """
-    doubts: dict[str, str] = {}
+    doubts: dict[int, str] = {}
+    most_s: dict[int, float] = {}
     for layer, doubt, most in zip(layers, found.doubts, found.high, strict=True):
-        if doubt and (most >= _NAMED_SHARE * whole_s or doubt.startswith("no model")):
-            doubts.setdefault(names[layer], doubt)
+        if doubt:
+            doubts.setdefault(layer, doubt)
+            most_s[layer] = most_s.get(layer, 0.0) + most
+    spared_s = 0.0
+    for layer in sorted(most_s, key=lambda layer: most_s[layer]):
+        spared_s += most_s[layer]
+        if spared_s < _NAMED_SHARE * whole_s and not doubts[layer].startswith("no model"):
+            del doubts[layer]
     together: dict[str, list[str]] = {}
-    for name, doubt in doubts.items():
-        together.setdefault(doubt, []).append(name)
-    return doubts, [f"{listed(named)}: {doubt}, {_REMEDY}" for doubt, named in together.items()]
+    for layer, doubt in sorted(doubts.items()):
+        together.setdefault(doubt, []).append(names[layer])
+    sentences = [f"{listed(named)}: {doubt}, {_REMEDY}" for doubt, named in together.items()]
+    return {names[layer]: doubts[layer] for layer in sorted(doubts)}, sentences
 
 
 def listed(names: Sequence[str]) -> str:

@@ -217,7 +217,9 @@ class Predictor:
         sum_s = float(seconds.sum())
         whole_s = sum_s * self.block.factor(sum_s, len(found))
         if self.block.is_fitted and flat:
-            whole_interval_s = whole_interval(flat, predicted, whole_s, self.block.low, self.block.high)
+            whole_interval_s = whole_interval(
+                flat, layers.tolist(), predicted, whole_s, self.block.low, self.block.high
+            )
         else:
             # How much layers' errors cancel is unknown, so the interval is that of all layers being off the same way.
             whole_interval_s = float(low_s.sum()), float(high_s.sum())
