@@ -179,9 +179,21 @@ def test_a_score_that_is_no_number_is_refused() -> None:
         judged(Budget(score=wrong, min_score=0, decide_by="estimate"), [SAME], SAME)
 
 
-def test_predictions_need_classes() -> None:
-    with pytest.raises(CodecError, match="'y' is one number"):
-        judged(Budget(max_top1_change=1.0), [torch.tensor(1.0)], torch.tensor(1.0))
+@pytest.mark.parametrize("answer", [torch.tensor(1.0), torch.ones(4, 1), torch.ones(1), torch.ones(1, 3) * 1j])
+def test_predictions_need_classes(answer: Tensor) -> None:
+    with pytest.raises(CodecError, match="'y' is"):
+        judged(Budget(max_top1_change=1.0, decide_by="estimate"), [answer], answer)
+
+
+@pytest.mark.parametrize(
+    ("own", "changed"),
+    [(torch.tensor([3]), torch.tensor([4])), (torch.tensor([True]), torch.tensor([False]))],
+)
+def test_outputs_that_are_classes_are_compared_themselves(own: Tensor, changed: Tensor) -> None:
+    budget = Budget(max_top1_change=0.5, decide_by="estimate")
+    _, findings = judged(budget, [changed] * 3 + [own], own)
+    assert [finding.estimate for finding in findings] == [0.75]
+    assert not findings[0].kept
 
 
 # --- scores ---

@@ -37,18 +37,24 @@ def as_real_numbers(tensor: Tensor) -> Tensor:
 
 
 def predictions(output: Tensor, name: str) -> Tensor:
-    """Return the index of the largest value along dimension 1, or along the only dimension.
+    """Return the predicted classes: the index of the largest value along dimension 1, or along the only dimension.
+
+    An output of whole numbers or booleans holds the classes themselves.
 
     Raises:
-        CodecError: the output is a single number, or complex.
+        CodecError: the output is complex, or has fewer than two values along that dimension, of which the largest
+            would always be the same.
     """
-    if not output.dim() or output.is_complex():
-        what = "complex" if output.is_complex() else "one number"
+    if not output.is_floating_point() and not output.is_complex():
+        return output
+    along = 1 if output.dim() > 1 else 0
+    if output.is_complex() or not output.dim() or output.shape[along] < 2:
+        what = "complex" if output.is_complex() else f"of shape {list(output.shape)}"
         raise CodecError(
-            f"max_top1_change needs an output with classes; output {short(name)} is {what}. Give min_cosine, accept or "
-            "score in its place"
+            f"max_top1_change needs an output with two classes or more along dimension {along}; output {short(name)} "
+            f"is {what}. Give min_cosine, accept or score in its place"
         )
-    return output.argmax(1 if output.dim() > 1 else 0)
+    return output.argmax(along)
 
 
 def pixels_kept(reference: Any, output: Any) -> float:
