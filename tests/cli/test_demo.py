@@ -64,6 +64,12 @@ def test_without_trained_weights_the_model_is_random_and_one_sentence_says_so(mo
 
     monkeypatch.setattr("torchsurgeon.demo.models.weights_file", missing)
     assert "random" in running.weights_sentence()
+
+
+def test_the_demo_says_how_little_two_photographs_judge() -> None:
+    assert "210 parts of 2 photographs" in running.judging_sentence(210, 2)
+    assert "--photos" in running.judging_sentence(210, 2)
+    assert "--photos" not in running.judging_sentence(210, 500)
     model, example = demo.lite0()
     with torch.no_grad():
         assert model(example).shape == (1, 1000)

@@ -89,6 +89,7 @@ def run(
         torch.manual_seed(0)
         model, example = lite0()
     console.print(weights_sentence(), style="dim")
+    console.print(judging_sentence(judging, len(images)), style="dim")
     if is_trained():
         shown = list(images)[:6]
         answers = tables.own_answers(model, [middle(images[name]) for name in shown])
@@ -145,6 +146,14 @@ def run(
     console.print(tables.verdict(results))
     _write(out, results, graph, here, there, table, links, device, console)
     return results
+
+
+def judging_sentence(judging: int, photographs: int) -> str:
+    """Return what decides which codecs keep the budget."""
+    few = " These few say little of other photographs; --photos DIR takes yours." if photographs < JUDGING else ""
+    return (
+        f"{judging} parts of {photographs} photographs judge which codecs keep {1 - MAX_CHANGE:.0%} of the labels.{few}"
+    )
 
 
 def weights_sentence() -> str:
