@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -312,7 +313,10 @@ def test_threads_share_a_codec(graph: ts.LayerGraph) -> None:
     assert fitted.stats()["values"] == before * 9
 
 
-@pytest.mark.parametrize("rate", [0, -1, 1e9, float("nan"), "", "two", "1e999", None])
+@pytest.mark.parametrize(
+    "rate",
+    [0, -1, 1e9, float("nan"), "", "two", "1e-999", None, True, " 2 ", "+2", "1_0", "\u0662", b"2", "inf", 10**400],
+)
 def test_a_rate_that_the_file_does_not_have(fitted: FittedCodec, rate: object) -> None:
     with pytest.raises(CodecError, match=r"the rate of fitted:small-.* must be from"):
         fitted.at(rate)  # type: ignore[arg-type]
@@ -326,6 +330,19 @@ def test_a_name_without_a_codec_says_how_to_load_it() -> None:
 def test_the_same_rate_has_one_name(fitted: FittedCodec) -> None:
     assert fitted.at(2) is fitted.at("2.00001") is find_codec(f"{fitted.name}@2.0")
     assert fitted.at(2).name == f"{fitted.name}@2"
+
+
+def test_a_codec_takes_each_of_its_own_rates(graph: ts.LayerGraph, fitted: FittedCodec) -> None:
+    for highest, lowest in ((4.00004, 0.100004), (3.99996, 0.0999996), (4.00006, 0.0000123456)):
+        steps, tensors = (fitted.steps[0], fitted.steps[-1]), fitted.tensors[0]
+        ends = dataclasses.replace(tensors, tables=(tensors.tables[0], tensors.tables[-1]))
+        codec = FittedCodec("ends", "", graph.fingerprint, "", (3, CUT), [ends], steps, (highest, lowest)).use()
+        for rate in (highest, lowest):
+            rated = codec.at(rate)
+            assert find_codec(rated.name) is rated
+            assert rated.rate == pytest.approx(rate, rel=1e-3)
+            assert steps[0] <= rated.step <= steps[1]
+    assert [fitted.at(rate).step for rate in fitted.rates] == pytest.approx(list(fitted.steps), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ ZERO_STEPS = 0.58
 # Float32 tells whole numbers apart up to here. Beyond, a tensor is sent without loss.
 _MOST_MAGNITUDE = float(1 << 24)
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+# A rate in a name, without a sign or spaces; "1e-05" is how Python writes a low one.
+_DIGITS = re.compile(r"[0-9]+(\.[0-9]+)?(e-[0-9]+)?")
 _KEPT_RATES = 64
 _SOME_RATES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
@@ -178,19 +180,16 @@ class FittedCodec:
         """Return the codec at a rate in bits per value, between the lowest and the highest of ``rates``.
 
         Args:
-            rate: the rate; it is rounded to four digits.
+            rate: the rate, as a number or as the digits of one; it is rounded to four digits.
 
         Raises:
             CodecError: it is no such rate.
         """
-        try:
-            wanted = float(f"{float(rate):.4g}")
-        except (OverflowError, TypeError, ValueError):
-            wanted = math.nan
-        if not self.rates[-1] <= wanted <= self.rates[0]:
+        wanted, lowest, highest = _rounded(rate), _rounded(self.rates[-1]), _rounded(self.rates[0])
+        if not lowest <= wanted <= highest:
             raise CodecError(
-                f"the rate of {self.name} must be from {self._lowest:g} to {self._highest:g} bits a value; got "
-                f"{short(rate, 40)}"
+                f"the rate of {self.name} must be from {lowest:g} to {highest:g} bits a value, as a number or its "
+                f"digits; got {short(rate, 40)}"
             )
         found = self._rated.get(wanted)
         if found is None:
@@ -201,15 +200,7 @@ class FittedCodec:
 
     def some(self) -> tuple[RatedCodec, ...]:
         """Return the codec at some of its rates, from 0.25 to 4 bits a value, each 1.4 times the one before."""
-        return tuple(self.at(rate) for rate in _SOME_RATES if self._lowest <= rate <= self._highest)
-
-    @property
-    def _lowest(self) -> float:
-        return math.ceil(self.rates[-1] * 1e3) / 1e3
-
-    @property
-    def _highest(self) -> float:
-        return math.floor(self.rates[0] * 1e3) / 1e3
+        return tuple(self.at(rate) for rate in _SOME_RATES if self.rates[-1] <= rate <= self.rates[0])
 
     def stats(self) -> dict[str, int]:
         """Return how many coefficients it has encoded in this process, and how many of them were out of range.
@@ -362,6 +353,18 @@ def load_codec(path: str | Path, graph: LayerGraph) -> FittedCodec:
     loaded = FittedCodec.load(path)
     loaded.check(graph)
     return loaded.use()
+
+
+def _rounded(rate: float | str) -> float:
+    """Return a rate rounded to the digits that names have; NaN for what is no rate."""
+    if isinstance(rate, str):
+        valid = _DIGITS.fullmatch(rate) is not None
+    else:
+        valid = is_finite(rate) and not isinstance(rate, bool)
+    try:
+        return float(f"{float(rate):.4g}") if valid else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _parsed(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> FittedCodec:
