@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torchsurgeon as ts
 from torchsurgeon.codec import Budget, CodecTable, FittedCodec, fit_codec, measure
 from torchsurgeon.codec import codec as codecs
-from torchsurgeon.errors import MissingCodecWarning
+from torchsurgeon.errors import CodecError, MissingCodecWarning
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 CUT = "2"
@@ -89,6 +89,27 @@ def test_stats_tell_values_out_of_range(model: nn.Module, fitted: FittedCodec, p
         after = split.stats()["fitted_codecs"][fitted.name]
         assert after["values"] > before["values"]
         assert after["out_of_range"] - before["out_of_range"] > 100
+
+
+def test_a_codec_is_given_as_itself_or_by_its_name(model: nn.Module, fitted: FittedCodec) -> None:
+    rated = fitted.at(2)
+    with ts.SplitModule(model, X, partition="device", codec=rated, answer_codec=ts.codec.find_codec("zstd")) as split:
+        assert split.codec is rated
+        split.codec = "auto"
+        chosen = split.codec
+        split.codec = chosen
+        assert split.codec.name == "auto"
+        with pytest.raises(CodecError, match=rf"{fitted.name} must be given at a rate .* take \.at\(rate\)"):
+            split.codec = fitted  # type: ignore[assignment]
+    for codec in (fitted, fitted.name):
+        with pytest.raises(CodecError, match="rate"):
+            ts.SplitModule(model, X, partition="device", codec=codec)  # type: ignore[arg-type]
+    with pytest.raises(CodecError, match="named by a text"):
+        ts.SplitModule(model, X, partition="device", codec=8)  # type: ignore[arg-type]
+    with pytest.raises(CodecError, match=r"at\(2\)"):
+        ts.SplitModule(model, X, partition="device", answer_codec=fitted)  # type: ignore[arg-type]
+    with pytest.raises(CodecError, match="exact=True"):
+        ts.SplitModule(model, X, partition="device", codec=rated, exact=True)
 
 
 def test_a_server_without_the_file_gets_another_codec_said_once(model: nn.Module, fitted: FittedCodec) -> None:

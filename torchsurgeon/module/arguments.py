@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchsurgeon.adapting import check_deadline
-from torchsurgeon.codec import Codec, CodecTable, find_codec
+from torchsurgeon.codec import Codec, CodecTable, FittedCodec, find_codec
 from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import (
     AdaptError,
@@ -106,12 +106,27 @@ def check_exact(names: Sequence[str], table: CodecTable | None, *, compiled: boo
         )
 
 
+def codec_name(wanted: str | Codec | Lossless) -> str:
+    """Return the name of a codec that was given as itself or by its name, of which there may be no codec.
+
+    Raises:
+        CodecError: something else was given.
+    """
+    if isinstance(wanted, CodecTable):
+        raise CodecError('codec takes a name such as "int8+zstd"; give a measured table as codecs=')
+    if isinstance(wanted, FittedCodec):
+        raise CodecError(f"{wanted.name} must be given at a rate in bits per value; take .at(rate), such as .at(2)")
+    if isinstance(wanted, Codec | Lossless):
+        return wanted.name
+    if not isinstance(wanted, str):
+        raise CodecError(f'a codec is named by a text, such as "int8+zstd"; got {short(wanted)}')
+    return wanted
+
+
 def codec_of(name: str) -> Codec | Lossless:
     """Return the codec of a name.
 
     Raises:
         CodecError: there is none of this name.
     """
-    if isinstance(name, CodecTable):
-        raise CodecError('codec takes a name such as "int8+zstd"; give a measured table as codecs=')
     return Lossless() if name == Lossless.name else find_codec(name)

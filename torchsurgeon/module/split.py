@@ -19,6 +19,7 @@ from torchsurgeon.module.arguments import (
     check_exact,
     check_measured,
     check_options,
+    codec_name,
     codec_of,
 )
 from torchsurgeon.module.calls import Calls
@@ -71,9 +72,9 @@ class SplitModule(Calls):
         link: the link, if it is known. Otherwise ``"auto"`` measures it.
         device_profile: the layer times of this device, if they are known. Otherwise ``"auto"`` measures them.
         server_profile: the layer times of the server, if they are known. Otherwise ``"auto"`` asks the server.
-        codec: the codec of the boundary tensors: ``"raw"``, ``"zstd"``, or a lossy one such as ``"int8+zstd"``, with
-            which the answer is no longer the model's own. ``"auto"`` takes whichever of ``raw`` and ``zstd`` is quicker
-            from end to end. May be assigned later.
+        codec: the codec of the boundary tensors, or its name: ``"raw"``, ``"zstd"``, or a lossy one such as
+            ``"int8+zstd"``, with which the answer is no longer the model's own. ``"auto"`` takes whichever of ``raw``
+            and ``zstd`` is quicker from end to end. May be assigned later.
         answer_codec: the codec in which the server is asked to answer.
         compile: True to compile heads and tails with ``torch.compile``, or the name of one of its backends. Answers
             then equal the model's own to within rounding.
@@ -134,8 +135,8 @@ class SplitModule(Calls):
         link: Link | None = None,
         device_profile: LayerProfile | None = None,
         server_profile: LayerProfile | None = None,
-        codec: str = "raw",
-        answer_codec: str = "raw",
+        codec: str | Codec | Lossless = "raw",
+        answer_codec: str | Codec = "raw",
         compile: bool | str = False,
         backend: Backend | None = None,
         exact: bool = False,
@@ -146,8 +147,9 @@ class SplitModule(Calls):
         super().__init__()
         check_options(fallback, deadline_s, timeout_s, compile, backend)
         check_measured(link, device_profile, server_profile, codecs)
+        sent_as, answered_as = codec_name(codec), codec_name(answer_codec)
         if exact:
-            check_exact((codec, answer_codec), codecs, compiled=bool(compile) or backend is not None)
+            check_exact((sent_as, answered_as), codecs, compiled=bool(compile) or backend is not None)
         self.training = False
         args, kwargs = call_of(example)
         graph = trace(model, *args, leaf_modules=leaf_modules, verify=verify, **kwargs)
@@ -165,8 +167,8 @@ class SplitModule(Calls):
                 example=(args, kwargs),
                 falls_back=fallback == "local",
                 objective=objective if isinstance(objective, Battery) else Objective.of(objective),
-                codec=codec_of(codec),
-                answer_codec=find_codec(answer_codec),
+                codec=codec_of(sent_as),
+                answer_codec=find_codec(answered_as),
                 codecs=codecs,
                 backend=compiler(compile) if compile else backend,
                 link=link,
@@ -207,7 +209,7 @@ class SplitModule(Calls):
 
     @property
     def codec(self) -> Codec | Lossless:
-        """The codec of the boundary tensors. Assign its name.
+        """The codec of the boundary tensors. Assign it or its name.
 
         Raises:
             CodecError: there is no codec of the assigned name, or it is lossy and the module is exact.
@@ -216,9 +218,10 @@ class SplitModule(Calls):
 
     @codec.setter
     def codec(self, wanted: str | Codec | Lossless) -> None:
+        name = codec_name(wanted)
         if self.exact:
-            check_exact((str(wanted),), None, compiled=False)
-        self._engine.codec = codec_of(str(wanted))
+            check_exact((name,), None, compiled=False)
+        self._engine.codec = codec_of(name)
 
     @property
     def link(self) -> Link | None:
