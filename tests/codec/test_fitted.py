@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy
 import pytest
@@ -31,6 +32,9 @@ def pictures(count: int, seed: int, side: int = 28) -> list[Tensor]:
     """Smooth pictures, as photographs are."""
     coarse = torch.randn(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     return list(nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").split(1))
+
+
+X = pictures(1, 0)[0]
 
 
 def classifier(seed: int = 0) -> nn.Module:
@@ -350,6 +354,10 @@ def test_a_codec_takes_each_of_its_own_rates(graph: ts.LayerGraph, fitted: Fitte
     [
         (CUT, {"answers": "boxes"}, 'answers must be "classes" or "values"'),
         (CUT, {"draws": 0}, "draws must be from 1 to 64"),
+        (CUT, {"draws": 2.5}, r"draws must be from 1 to 64; got 2\.5"),
+        (CUT, {"draws": True}, "draws must be from 1 to 64; got True"),
+        (CUT, {"channels_at": {CUT: "1"}}, "channels_at of '2' must be from 1 to 3; got '1'"),
+        (CUT, {"channels_at": {"conv": 1}}, "channels_at names tensors of the point, of which there are 2; got 'conv'"),
         (CUT, {"answers": "classes", "classes_at": 5}, "classes_at must be a dimension"),
         (CUT, {"channels_at": {CUT: 4}}, "channels_at of '2' must be from 1 to 3"),
         ("device", {}, "choose another point"),
@@ -369,6 +377,68 @@ def test_samples_that_cannot_be_fitted_to(graph: ts.LayerGraph) -> None:
         fit_codec(graph, CUT, [torch.zeros(1, 3, 28, 28)] * 2)
     with pytest.raises(CodecError, match="NaN or infinity"):
         fit_codec(graph, CUT, [torch.full((1, 3, 28, 28), float("nan"))])
+
+
+@pytest.mark.parametrize("sample", [torch.zeros(4, 1, 3, 28, 28), numpy.zeros((4, 3)), {"x": X}, "photos", iter([X])])
+def test_a_sample_that_is_no_list_of_calls(graph: ts.LayerGraph, sample: object) -> None:
+    for use in (lambda: fit_codec(graph, CUT, sample), lambda: measure(graph, sample, ["int8"])):  # type: ignore[arg-type]
+        with pytest.raises(CodecError, match="samples must be a list of calls"):
+            use()
+
+
+def test_more_channels_than_can_be_fitted() -> None:
+    wide = ts.trace(nn.Sequential(nn.Linear(4, 4100), nn.Linear(4100, 3)).eval(), torch.zeros(1, 4))
+    with pytest.raises(CodecError, match="with at most 4096 channels"):
+        fit_codec(wide, 1, [torch.randn(1, 4)] * 4)
+
+
+class Answering(nn.Module):
+    """Gives what a function makes of its linear layer."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.answer = nn.Linear(8, 6), answer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(self.first(x))
+
+
+def test_one_number_is_an_answer_of_values() -> None:
+    graph = ts.trace(Answering(lambda x: (x[:, :2] * 9).sum()).eval(), torch.zeros(2, 8))
+    fitted = fit_codec(graph, 1, [torch.randn(2, 8) for _ in range(8)])
+    # Only the first two channels count.
+    weight = numpy.abs(fitted.tensors[0].transform.matrices[0]).sum(0)
+    assert weight[:2].min() > 2 * weight[2:].max()
+    with pytest.raises(CodecError, match="classes_at must be a dimension"):
+        fit_codec(graph, 1, [torch.randn(2, 8)], answers="classes")
+
+
+@pytest.mark.parametrize("answers", ["classes", "values"])
+@pytest.mark.parametrize("worst", [float("nan"), float("inf")])
+def test_answers_must_be_finite(answers: Literal["classes", "values"], worst: float) -> None:
+    graph = ts.trace(Answering(lambda x: torch.where(x > 0, x, worst * x.abs())).eval(), torch.zeros(2, 8))
+    with pytest.raises(CodecError, match="the model must give finite answers for the sample"):
+        fit_codec(graph, 1, [torch.randn(2, 8) for _ in range(8)], answers=answers)
+
+
+def test_single_classes_may_be_ruled_out() -> None:
+    ruled_out = torch.tensor([0, 0, -torch.inf, 0, 0, 0])
+    graph = ts.trace(Answering(lambda x: x + ruled_out).eval(), torch.zeros(2, 8))
+    assert fit_codec(graph, 1, [torch.randn(2, 8) for _ in range(8)]).rates[0] > 3
+
+
+def test_inference_mode_makes_no_difference(graph: ts.LayerGraph) -> None:
+    usual = fit_codec(graph, CUT, pictures(24, 17), name="usual")
+    with torch.inference_mode():
+        again = fit_codec(graph, CUT, pictures(24, 17), name="usual")
+        anew = fit_codec(ts.trace(classifier(), pictures(1, 0)[0]), CUT, pictures(24, 17), name="usual")
+        assert torch.is_inference_mode_enabled()
+        tensor = boundary(graph, X)
+        assert again.at(2).encode(tensor).codec == f"{again.name}@2"
+    # To rounding, which differs from run to run.
+    assert again.steps == pytest.approx(usual.steps, rel=1e-3)
+    assert anew.steps == pytest.approx(usual.steps, rel=1e-3)
 
 
 def test_progress_counts_up_to_the_end(graph: ts.LayerGraph) -> None:

@@ -69,6 +69,7 @@ def measure(
         SampleSizeError: the samples are too few to show that a codec keeps the budget.
         PartitionError: the graph has no such point.
     """
+    check_calls(samples)
     if not samples:
         raise CodecError("codecs are measured on samples of your own, and samples is empty; give calls, [image, …]")
     target = device_of(graph, device)
@@ -114,6 +115,15 @@ def halves(samples: Sequence[T]) -> tuple[list[T], list[T]]:
     order = list(samples)
     random.Random(0).shuffle(order)
     return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+def check_calls(samples: object) -> None:
+    """Raise ``CodecError`` where samples are no list of calls, such as one tensor."""
+    if not isinstance(samples, Sequence) or isinstance(samples, str | bytes):
+        raise CodecError(
+            f"samples must be a list of calls, each like the traced example, such as [image, …]; got "
+            f"{type(samples).__name__}; list(tensor.split(batch)) makes calls of one tensor"
+        )
 
 
 def inputs_of(graph: LayerGraph, samples: Sequence[Any], device: torch.device) -> list[list[Tensor]]:

@@ -22,6 +22,7 @@ AnswerKind = Literal["classes", "values"]
 # Answers surer than this are tempered: they have almost no gradient, and would leave the metric to a few unsure inputs.
 _MOST_CONFIDENCE = 0.9
 _TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+_NOT_FINITE = "the model must give finite answers for the sample; it gives NaN or infinity; leave such inputs out"
 
 
 class Answers:
@@ -43,12 +44,18 @@ class Answers:
         self._deviations: list[float] | None = None
 
     def scalar(self, outputs: Sequence[Tensor]) -> Tensor | None:
-        """Return the scalar of another draw; None where no output can be differentiated."""
+        """Return the scalar of another draw; None where no output can be differentiated.
+
+        Raises:
+            CodecError: an answer is not finite. Single classes may have logits of -inf.
+        """
         if self._classes_at is not None:
             return _class_scores(outputs[0], self._classes_at, self._generator) if outputs[0].requires_grad else None
         real = [out for out in outputs if out.requires_grad and out.is_floating_point() and out.numel()]
         if not real:
             return None
+        if not all(bool(torch.isfinite(out).all()) for out in real):
+            raise CodecError(_NOT_FINITE)
         if self._deviations is None or len(self._deviations) != len(real):
             self._deviations = [float(out.detach().float().std(correction=0)) for out in real]
         return _random_values(real, self._deviations, self._generator)
@@ -69,6 +76,9 @@ def _class_scores(scores: Tensor, dim: int, generator: torch.Generator) -> Tenso
             confidence = (scores / tried).softmax(-1).amax(-1, keepdim=True)
             temperature = torch.where(confidence <= _MOST_CONFIDENCE, tried, temperature)
         odds = (scores / temperature).softmax(-1).reshape(-1, scores.shape[-1])
+        # Not of logits with NaN or infinity. Single classes ruled out by -inf do no harm.
+        if not bool(torch.isfinite(odds).all()):
+            raise CodecError(_NOT_FINITE)
         drawn = torch.multinomial(odds.cpu(), 1, generator=generator).to(scores.device)
     likelihoods = (scores / temperature).log_softmax(-1).reshape(-1, scores.shape[-1])
     return likelihoods.gather(1, drawn).sum()
@@ -86,5 +96,6 @@ def _random_values(outputs: Sequence[Tensor], deviations: Sequence[float], gener
     for output, deviation in zip(outputs, deviations, strict=True):
         weights = torch.randn(output.shape, generator=generator).to(output.device)
         # As a mean over an output's values, so that neither long outputs nor many count more.
-        total = total + (output.float() * weights).sum() / (deviation or 1.0) / (output[0].numel() or 1) ** 0.5
+        each = output[:1].numel() if output.dim() else 1
+        total = total + (output.float() * weights).sum() / (deviation or 1.0) / each**0.5
     return total

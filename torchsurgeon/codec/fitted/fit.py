@@ -18,11 +18,11 @@ from torchsurgeon.codec.fitted.codec import ZERO_STEPS, FittedCodec
 from torchsurgeon.codec.fitted.statistics import Statistics
 from torchsurgeon.codec.fitted.tensor import FittedTensor
 from torchsurgeon.codec.fitted.transform import Grid, Transform, block_side
-from torchsurgeon.codec.measuring import inputs_of
+from torchsurgeon.codec.measuring import check_calls, inputs_of
 from torchsurgeon.codec.range_fit import fit_tables
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.cutting.segment import Segment
-from torchsurgeon.errors import CodecError, short
+from torchsurgeon.errors import CodecError, is_whole, short
 from torchsurgeon.models.weights import weight_digests
 from torchsurgeon.profiling.origin import device_of, provenance
 from torchsurgeon.tracing.graph import LayerGraph
@@ -45,11 +45,15 @@ _BATCH = 16
 # those of all bands by this share, or more where the sample is small. Measured on EfficientNet-Lite0: 0.02 to 0.3 of
 # the latter, and 0.001 to 0.1 of the former, give the same bytes to 2 %.
 _FLOOR, _SHRINK = 1e-2, 0.1
+# The time to fit grows with the cube of the channels.
+_MOST_CHANNELS = 4096
 # As many coefficients are kept to fit the entropy coder to.
 _MOST_KEPT = 1 << 22
 _UNLIKE_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
+# Whatever mode the caller is in: inference mode would leave no gradients.
+@torch.inference_mode(mode=False)
 def fit_codec(
     graph: LayerGraph,
     point: int | str | PartitionPoint,
@@ -89,12 +93,20 @@ def fit_codec(
     """
     _native.operators("fitting a codec")
     place = graph.point(point)
+    check_calls(sample)
     if not sample:
         raise CodecError("a codec is fitted to a sample of your own, and sample is empty; give calls, [image, …]")
     if answers not in (None, "classes", "values"):
         raise CodecError(f'answers must be "classes" or "values"; got {short(answers)}')
-    if not 1 <= draws <= 64:
+    if not (is_whole(draws) and 1 <= draws <= 64):
         raise CodecError(f"draws must be from 1 to 64; got {short(draws)}")
+    names = [spec.name for spec in place.tensors]
+    unknown = [name for name in channels_at or {} if name not in names]
+    if unknown:
+        raise CodecError(
+            f"channels_at names tensors of the point, of which there are {short(', '.join(names), quote=False)}; got "
+            f"{short(unknown[0])}"
+        )
     target = device_of(graph, device)
     label = _UNLIKE_NAME.sub("-", name or place.name).strip("-._")[:48] or "cut"
     grids = {spec.name: _grid(graph, spec, (channels_at or {}).get(spec.name)) for spec in place.tensors}
@@ -102,10 +114,11 @@ def fit_codec(
     if not fitted or place.index == len(graph.layers):
         crossing = short(", ".join(map(str, place.tensors)), quote=False)
         raise CodecError(
-            f"a codec is fitted to floating-point tensors with channels, before the model's output; at this point "
-            f"cross {crossing}; choose another point"
+            f"a codec is fitted to floating-point tensors with at most {_MOST_CHANNELS} channels, before the model's "
+            f"output; at this point cross {crossing}; choose another point"
         )
-    calls = inputs_of(graph, sample, target)
+    # Autograd refuses what was made in inference mode, but takes a copy of it.
+    calls = [[one.clone() if one.is_inference() else one for one in call] for call in inputs_of(graph, sample, target)]
     # The tables are fitted to other inputs than the transform, whose components are smaller on its own.
     apart = len(calls) >= 2 * _TABLES_EACH
     setup = [call for k, call in enumerate(calls) if not apart or (k + 1) % _TABLES_EACH]
@@ -149,14 +162,14 @@ def fit_codec(
         tensors,
         steps,
         rates,
-        {**origin, "inputs": len(calls), "draws": draws, "seed": seed},
+        {**origin, "inputs": len(calls), "draws": int(draws), "seed": seed},
     ).use()
 
 
 def _grid(graph: LayerGraph, spec: TensorSpec, channels_at: int | None) -> Grid | None:
     """Return how a boundary tensor is seen; None for one that is not fitted, which crosses without loss."""
     rank, shape = len(spec.shape), spec.shape
-    if channels_at is not None and not 1 <= channels_at < rank:
+    if channels_at is not None and not (is_whole(channels_at) and 1 <= channels_at < rank):
         raise CodecError(f"channels_at of {short(spec.name)} must be from 1 to {rank - 1}; got {short(channels_at)}")
     if rank < 2 or 0 in shape or not quantize.packs("int8", spec.dtype):
         return None
@@ -169,7 +182,7 @@ def _grid(graph: LayerGraph, spec: TensorSpec, channels_at: int | None) -> Grid 
     block = (1, 1)
     if images:
         block = (block_side(math.prod(rest[:-1])) if len(rest) > 1 else 1, block_side(rest[-1]))
-    if shape[channels_at] > 4096:
+    if shape[channels_at] > _MOST_CHANNELS:
         return None
     return Grid(rank, channels_at, shape[channels_at], block)
 
@@ -247,25 +260,28 @@ def _add_up(
 ) -> None:
     """Run the model on a sample, and add up the statistics of its boundary tensors and their gradients."""
     tail = tail_for(graph, head.names, flat=True)
+    # Autograd also refuses the weights of a model that was made in inference mode.
+    weights = [*tail.named_parameters(), *tail.named_buffers()]
+    copies = {name: one.detach().clone() for name, one in weights if one.is_inference()}
     for inputs in batches:
         boundary = head.all(inputs)
         for name, tensor in head.fitted_of(boundary).items():
             fitted[name].add_values(tensor)
-        for gradients in _gradients(tail, head.names, boundary, list(fitted), answers):
+        for gradients in _gradients(tail, copies, boundary, list(fitted), answers):
             for name, gradient in gradients.items():
                 fitted[name].add_gradient(gradient)
         advance()
 
 
 def _gradients(
-    tail: Segment, names: Sequence[str], boundary: Mapping[str, Tensor], wanted: Sequence[str], answers: Answers
+    tail: Segment, copies: dict[str, Tensor], boundary: Mapping[str, Tensor], wanted: Sequence[str], answers: Answers
 ) -> Iterator[dict[str, Tensor]]:
     """Return the gradients of several draws with respect to the wanted tensors; none where the tail has none."""
-    # Whatever mode the caller is in: inference mode would leave no gradients.
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        leaves = {name: boundary[name].detach().clone().requires_grad_(name in wanted) for name in names}
+    with torch.enable_grad():
+        leaves = {name: one.detach().clone().requires_grad_(name in wanted) for name, one in boundary.items()}
         # The tail may overwrite its inputs, and a leaf that needs a gradient must not be overwritten.
-        outputs = tail(*[leaves[name] * 1 if name in wanted else leaves[name] for name in names])
+        inputs = tuple(one * 1 if name in wanted else one for name, one in leaves.items())
+        outputs = torch.func.functional_call(tail, copies, inputs)
         for draw in range(answers.draws):
             scalar = answers.scalar(outputs)
             if scalar is None:
