@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ def check_writable(path: str | Path, error: ErrorClass) -> None:
     """Raise ``error`` where ``write()`` would raise it for ``path``. The content of the file stays."""
     with _beside(path, error) as new:
         new.touch()
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 @contextlib.contextmanager

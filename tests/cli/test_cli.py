@@ -288,3 +288,27 @@ def test_a_codec_is_fitted_measured_and_served(tmp_path: Path, capsys: pytest.Ca
         _, said = server.communicate()
         assert "fit a codec to this model" in said
         assert server.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--codecs", "zstd,int7"], "there is no codec 'int7'"),
+        (["--max-top1-change", "0.01"], "299 calls are needed"),
+        (["--fit", "."], "cannot be written"),
+        (["--fit", "missing/first.fitted"], "missing/first.fitted cannot be written"),
+        (["--out", "missing/table.json"], "missing/table.json cannot be written"),
+    ],
+)
+def test_nothing_is_fitted_where_the_rest_would_fail(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number in range(4):
+        image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(ts.codec, "fit_codec", lambda *args, **kwargs: pytest.fail("a codec was fitted"))
+    path = tmp_path / "first.fitted"
+    line = ["codecs", SPEC, "--sample", str(tmp_path), "--point", "1", "--fit", str(path), *options]
+    assert cli.main(line) == 2
+    assert said in capsys.readouterr().err
+    assert not path.exists()

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchsurgeon import _json_file
 from torchsurgeon.cli import completion
 from torchsurgeon.cli.arguments import (
     command,
@@ -26,6 +27,7 @@ from torchsurgeon.cli.arguments import (
 from torchsurgeon.cli.completion import completed, one_of
 from torchsurgeon.cli.screen import console, loading, progress, warn
 from torchsurgeon.errors import (
+    CodecError,
     NoisyProfileWarning,
     PredictionWarning,
     ThrottledWarning,
@@ -356,6 +358,13 @@ def _codecs(options: argparse.Namespace) -> None:
     if options.fit is not None and points is not None:
         # Judged on other calls than those that it is fitted to.
         setup, samples = codec.halves(samples)
+        # Fitting takes minutes, so what would end the command afterwards ends it now.
+        for file in filter(None, (options.fit, options.out)):
+            _json_file.check_writable(file, CodecError)
+        for name in names or ():
+            codec.find_codec(name)
+        if budget is not None:
+            budget.check_sample(len(samples), graph.batch)
         with progress("fitting a codec") as advance:
             fitted = codec.fit_codec(graph, points[0], setup, device=device, progress=advance)
         fitted.save(options.fit)
