@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import torchsurgeon as ts
+from torchsurgeon import wire
 from torchsurgeon.codec import Budget, CodecTable, FittedCodec, fit_codec, measure
 from torchsurgeon.codec import codec as codecs
 from torchsurgeon.errors import CodecError, MissingCodecWarning
 from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve.served import Received
 
 CUT = "2"
 
@@ -227,3 +230,28 @@ def test_a_table_that_names_a_codec_that_is_not_loaded(model: nn.Module, fitted:
         row["cost"]["codec"] = row["cost"]["codec"].replace("pair", "absent")
     with pytest.raises(ts.CodecError, match="Load its file with load_codec"):
         ts.SplitModule(model, X, partition="device", codecs=CodecTable.from_json(table))
+
+
+def request(model: nn.Module, fitted: FittedCodec, *, encoded: bool = True, output: bool = False) -> Received:
+    """Return a request that names a fitted codec."""
+    (tensor,) = ts.cut(ts.trace(model, X), CUT).head(X)
+    (spec,) = ts.trace(model, X).point(CUT).tensors
+    codec = fitted.at(2)
+    message = wire.encode_request(
+        {spec.name: tensor}, codecs={spec.name: codec} if encoded else None, output_codec=codec if output else None
+    )
+    assert message.header_bytes is not None
+    return Received(memoryview(bytearray(b"".join(message.buffers))), message.header_bytes, 0.0, time.perf_counter())
+
+
+@pytest.mark.parametrize("output", [False, True])
+def test_a_model_without_the_file_refuses_the_codec_of_another(
+    model: nn.Module, fitted: FittedCodec, path: Path, output: bool
+) -> None:
+    registry = ModelRegistry()
+    registry.add("other", model, X).add_codec(path)
+    asked = request(model, fitted, encoded=not output, output=output)
+    registry.get("other").answer(asked)
+    with pytest.raises(ts.ProtocolError, match=f"model 'net' does not have the fitted codec {fitted.name}"):
+        registry.add("net", model, X).answer(asked)
+    registry.close()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon import wire
-from torchsurgeon.codec import FittedCodec, codec_names, load_codec
+from torchsurgeon.codec import FittedCodec, codec_names
 from torchsurgeon.cutting.partition import check_shapes
 from torchsurgeon.errors import (
     ModelFailedError,
@@ -23,6 +23,7 @@ from torchsurgeon.errors import (
 from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.profiling import profile
 from torchsurgeon.serve.edition import Edition, Editions
+from torchsurgeon.serve.fitted import FittedCodecs
 from torchsurgeon.serve.tails import RequestPlan, Tails, place_of, run_at
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
@@ -116,7 +117,7 @@ class ServedModel:
         self._profile: dict[str, Any] | None = None
         # Read and written by the event loop's thread and the worker's, one operation at a time.
         self._durations_s: dict[int, float] = {}
-        self._fitted: dict[str, str] = {}
+        self._fitted = FittedCodecs(name, graph)
 
     @property
     def tails(self) -> Tails:
@@ -139,7 +140,7 @@ class ServedModel:
             "platform": "torchsurgeon",
             "inputs": [_tensor_metadata(spec) for spec in self.graph.inputs],
             "outputs": [_tensor_metadata(spec) for spec in self.graph.outputs],
-            "parameters": {"codecs": [*codec_names(), *self._fitted]},
+            "parameters": {"codecs": [*codec_names(), *self._fitted.digests()]},
         }
 
     def add_codec(self, path: str | Path) -> FittedCodec:
@@ -152,9 +153,7 @@ class ServedModel:
             CodecError: the file cannot be read, is damaged, or is of another version, graph, cut or weights.
             NativeUnavailableError: the compiled extension is missing.
         """
-        fitted = load_codec(path, self.graph)
-        self._fitted[fitted.name] = fitted.digest
-        return fitted
+        return self._fitted.add(path)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the digests of graph, layers and weights, and what the server computes with now.
@@ -163,8 +162,9 @@ class ServedModel:
             ModelNotReadyError: the weights are being changed.
         """
         known = self._editions.fingerprint()
-        if self._fitted:
-            known = {**known, "fitted_codecs": dict(self._fitted)}
+        fitted = self._fitted.digests()
+        if fitted:
+            known = {**known, "fitted_codecs": fitted}
         if self._arithmetic is None:
             return known
         # The calling thread reads it, but it is the worker's settings that count.
@@ -220,7 +220,12 @@ class ServedModel:
             self._durations_s[len(request.body)] = time.perf_counter() - started_s
 
     def _answer(self, request: Received, started_s: float) -> wire.Encoded:
-        decoded = wire.decode_request(request.body, request.header_bytes, max_decoded_bytes=self.max_tensor_bytes)
+        decoded = wire.decode_request(
+            request.body,
+            request.header_bytes,
+            max_decoded_bytes=self.max_tensor_bytes,
+            check_codec=self._fitted.check,
+        )
         self._editions.refuse_training()
         edition = self._editions.present
         plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -197,7 +197,11 @@ def encode_response(
 
 
 def decode_request(
-    body: Buffer, header_bytes: int | None = None, *, max_decoded_bytes: int = _MAX_DECODED_BYTES
+    body: Buffer,
+    header_bytes: int | None = None,
+    *,
+    max_decoded_bytes: int = _MAX_DECODED_BYTES,
+    check_codec: Callable[[Codec], None] | None = None,
 ) -> InferRequest:
     """Decode an inference request. Its tensors are views of ``body`` where that is writable and aligned.
 
@@ -205,6 +209,8 @@ def decode_request(
         body: the whole body.
         header_bytes: the value of ``Inference-Header-Content-Length``; None where it was not sent.
         max_decoded_bytes: the most bytes that tensors sent with a codec have together once they are decoded.
+        check_codec: called with every codec that the request names, before anything is decoded. It raises for a codec
+            that is not accepted.
 
     Raises:
         ProtocolError: the body is no valid request.
@@ -218,6 +224,10 @@ def decode_request(
         head = request_head(parsed_header(body, header_bytes))
     if head.crc32:
         payload = _checked(body, payload)
+    if check_codec is not None:
+        for codec in (*(entry.codec for entry in head.entries), head.output_codec):
+            if codec is not None:
+                check_codec(codec)
     tensors = _tensors(head.entries, payload, max_decoded_bytes)
     # A compressed tensor has another size, so another header, in every request: nothing is gained by caching for it.
     compressed = any(entry.codec is not None and entry.codec.varies for entry in head.entries)
