@@ -255,3 +255,53 @@ def test_a_model_without_the_file_refuses_the_codec_of_another(
     with pytest.raises(ts.ProtocolError, match=f"model 'net' does not have the fitted codec {fitted.name}"):
         registry.add("net", model, X).answer(asked)
     registry.close()
+
+
+def other_weights() -> dict[str, Tensor]:
+    return {name: value * 1.5 for name, value in classifier().state_dict().items()}
+
+
+def test_a_codec_fitted_to_the_weights_before_a_change_counts_as_missing(fitted: FittedCodec, path: Path) -> None:
+    model = classifier()
+    with (
+        serving(model, path) as server,
+        ts.SplitModule(model, X, server=server.url, name="net", partition=CUT, codec=f"{fitted.name}@1") as split,
+    ):
+        split(X)
+        lossy_bytes = split.last.sent_bytes
+        model.load_state_dict(other_weights())
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(400):
+                answer = split(X)
+                torch.testing.assert_close(answer, model(X))
+                if split.last.degraded is None:
+                    break
+        assert split.last.degraded is None
+        assert split.last.sent_bytes > lossy_bytes
+        (warning,) = said
+        assert warning.category is MissingCodecWarning
+        assert "other weights than the model has now, so zstd is used" in str(warning.message)
+        model.load_state_dict(classifier().state_dict())
+        split.prepare()
+        split(X)
+        assert split.last.sent_bytes == lossy_bytes
+
+
+def test_the_server_drops_a_codec_fitted_to_the_weights_before_a_change(fitted: FittedCodec, path: Path) -> None:
+    model = classifier()
+    registry = ModelRegistry()
+    served = registry.add("net", model, X)
+    served.add_codec(path)
+    asked = request(model, fitted)
+    served.answer(asked)
+    assert fitted.name in served.fingerprint()["fitted_codecs"]
+    model.load_state_dict(other_weights())
+    assert served.fingerprint()["fitted_codecs"] == {}
+    assert fitted.name not in served.metadata()["parameters"]["codecs"]
+    with pytest.raises(ts.ProtocolError, match="was fitted to other weights than model 'net' has now"):
+        served.answer(asked)
+    model.load_state_dict(classifier().state_dict())
+    assert fitted.name in served.fingerprint()["fitted_codecs"]
+    served.answer(asked)
+    registry.close()

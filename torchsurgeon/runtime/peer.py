@@ -125,6 +125,7 @@ class Peer:
         self.doubted = False
         self._identity: str | None = None
         self._fitted: Mapping[str, str] = {}
+        self._weights: str | None = None
         self.told: Arithmetic | None = None
         self._compared: set[str] = set()
         self._lock = threading.Lock()
@@ -150,6 +151,7 @@ class Peer:
         epoch, digests = self._local.digests()
         agreed = shake_hands(self.transport, self._name, self._local.graph, digests, timeout_s)
         self._identity, told, self._fitted = agreed
+        self._weights = digests.combined
         if told is None or self.told is None or told.digest != self.told.digest:
             self._compared.clear()
         self.told = told
@@ -238,8 +240,17 @@ class Peer:
     # --- what is known ---
 
     def has(self, codec: Codec) -> bool:
-        """Return whether it decodes what a codec encodes: a fitted codec only if it has the same file."""
-        return not isinstance(codec, RatedCodec) or self._fitted.get(codec.fitted.name) == codec.fitted.digest
+        """Return whether it decodes what a codec encodes: a fitted codec only if it has the same file.
+
+        A codec that was fitted to other weights than both sides have now counts as one that it does not have.
+        """
+        if not isinstance(codec, RatedCodec):
+            return True
+        return self._fitted.get(codec.fitted.name) == codec.fitted.digest and not self.outdated(codec)
+
+    def outdated(self, codec: Codec) -> bool:
+        """Return whether a codec was fitted to other weights than the model had at the last handshake."""
+        return isinstance(codec, RatedCodec) and self._weights not in (None, codec.fitted.weights)
 
     def decodable(self, table: CodecTable | None) -> CodecTable | None:
         """Return a table of measured codecs without the rows of fitted codecs that it does not have."""

@@ -157,13 +157,17 @@ class Servers:
             warn_caller(f"a server's answers are not used: {failure.text}", MismatchWarning)
 
     def warn_of_codec(self, codec: Codec, other: Codec, peer: Peer) -> None:
-        """Warn the caller, once for each codec, that a server lacks it, so that tensors are sent otherwise."""
+        """Warn the caller, once for each codec, that a server lacks it or that the weights are others."""
         name = codec.name.partition("@")[0]
         if name not in self._warned_of:
             self._warned_of.add(name)
+            instead = f"so {other.name} is used in its place"
             warn_caller(
-                f"{peer.label} does not have the codec {name}, so {other.name} is used in its place; start the "
-                f"server with --codec {self._options.name}=FILE",
+                f"the codec {name} was fitted to other weights than the model has now, {instead}; fit a codec to the "
+                "model as it is"
+                if peer.outdated(codec)
+                else f"{peer.label} does not have the codec {name}, {instead}; start the server with --codec "
+                f"{self._options.name}=FILE",
                 MissingCodecWarning,
             )
 

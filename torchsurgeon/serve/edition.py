@@ -50,6 +50,11 @@ class Edition:
         self.fingerprint: dict[str, Any] = {}
         self.compared_s = 0.0
 
+    @property
+    def known_weights(self) -> str | None:
+        """The digest of its weights; None before anybody has asked for the fingerprint."""
+        return self.fingerprint.get("weights")
+
     def holds(self, asked_s: float) -> bool:
         """Return whether its fingerprint still tells of the weights, as they were at ``asked_s`` or later."""
         if self.weights is None:

@@ -140,7 +140,7 @@ class ServedModel:
             "platform": "torchsurgeon",
             "inputs": [_tensor_metadata(spec) for spec in self.graph.inputs],
             "outputs": [_tensor_metadata(spec) for spec in self.graph.outputs],
-            "parameters": {"codecs": [*codec_names(), *self._fitted.digests()]},
+            "parameters": {"codecs": [*codec_names(), *self._fitted.digests(self._editions.present.known_weights)]},
         }
 
     def add_codec(self, path: str | Path) -> FittedCodec:
@@ -162,9 +162,8 @@ class ServedModel:
             ModelNotReadyError: the weights are being changed.
         """
         known = self._editions.fingerprint()
-        fitted = self._fitted.digests()
-        if fitted:
-            known = {**known, "fitted_codecs": fitted}
+        if self._fitted:
+            known = {**known, "fitted_codecs": self._fitted.digests(known["weights"])}
         if self._arithmetic is None:
             return known
         # The calling thread reads it, but it is the worker's settings that count.
@@ -220,14 +219,14 @@ class ServedModel:
             self._durations_s[len(request.body)] = time.perf_counter() - started_s
 
     def _answer(self, request: Received, started_s: float) -> wire.Encoded:
+        edition = self._editions.present
         decoded = wire.decode_request(
             request.body,
             request.header_bytes,
             max_decoded_bytes=self.max_tensor_bytes,
-            check_codec=self._fitted.check,
+            check_codec=functools.partial(self._fitted.check, edition.known_weights),
         )
         self._editions.refuse_training()
-        edition = self._editions.present
         plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)
         decoded_s = time.perf_counter()
         if plan.check is not None:
