@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 import pytest
@@ -16,11 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchsurgeon as ts
 from torchsurgeon.codec import FittedCodec, find_codec, fit_codec, measure
 from torchsurgeon.codec.fitted import file
-from torchsurgeon.codec.fitted.transform import Grid, Transform, block_side
+from torchsurgeon.codec.fitted.transform import SLICE, Grid, Transform, block_side
 from torchsurgeon.errors import CodecError
 
 torch.set_num_threads(1)
@@ -175,6 +177,31 @@ def test_images_of_other_sizes_are_encoded(graph: ts.LayerGraph, fitted: FittedC
         assert encoded.codec == f"{fitted.name}@3"
         decoded, _ = there_and_back(f"{fitted.name}@3", tensor)
         assert torch.allclose(decoded, tensor, atol=0.3)
+
+
+@pytest.mark.parametrize(("side", "batch"), [(8, 2000), (14, 1000), (500, 1)])
+def test_decoding_allocates_little_beside_the_coefficients(fitted: FittedCodec, side: int, batch: int) -> None:
+    """A client decides the shape, by which there are up to four times as many coefficients as values."""
+    codec, shape = fitted.at(1), (batch, 12, side, side)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    data = bytes(codec.encode(x).data)
+    grid = fitted.tensors[0].transform.grid
+    coefficients_bytes = 4 * grid.groups * math.prod(grid.blocks(shape))
+    large: list[int] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)}
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, Tensor) and found.untyped_storage().data_ptr() not in given:
+                size_bytes = found.untyped_storage().nbytes()
+                large.extend([size_bytes] if size_bytes > 4 * SLICE else [])
+            return found
+
+    with Noting():
+        decoded = codec.decode(data, x.dtype, shape, max_bytes=x.nbytes)
+    assert decoded.shape == shape
+    assert sum(large) <= coefficients_bytes + x.nbytes
 
 
 def test_tokens_are_fitted_along_their_channels() -> None:

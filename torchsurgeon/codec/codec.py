@@ -180,7 +180,9 @@ class Codec:
         max_bytes: int,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Return the tensor that was encoded, in memory of its own. Nothing larger than the tensor is allocated.
+        """Return the tensor that was encoded, in memory of its own.
+
+        Nothing larger than the tensor is allocated, except by a fitted codec, which needs its coefficients beside it.
 
         Args:
             data: the encoded bytes.

@@ -28,6 +28,7 @@ from torchsurgeon.codec import codec, quantize, range_coder
 from torchsurgeon.codec.codec import Buffer, Codec, EncodedTensor
 from torchsurgeon.codec.fitted import file
 from torchsurgeon.codec.fitted.tensor import FittedTensor
+from torchsurgeon.codec.fitted.transform import SLICE
 from torchsurgeon.codec.host import on_host
 from torchsurgeon.errors import CodecError, is_finite, short
 from torchsurgeon.models.weights import weight_digests
@@ -315,6 +316,11 @@ class RatedCodec(Codec):
         max_bytes: int,
         device: torch.device | str = "cpu",
     ) -> Tensor:
+        """Return the tensor that was encoded, as ``Codec.decode()`` does.
+
+        Beside the tensor, its coefficients are allocated, of four bytes each: one for each value, and less than four
+        for each where blocks at the border are filled up.
+        """
         shape = tuple(shape)
         size = math.prod(shape) * dtype.itemsize
         if size > max_bytes:
@@ -327,11 +333,15 @@ class RatedCodec(Codec):
             )
         grid = one.transform.grid
         whole = (grid.groups, *grid.blocks(shape))
-        quantized = range_coder.decode(view[1:], whole, one.tables[self._row])
-        # The middle of a value's interval; zero stays zero.
-        values = quantized.to(device).float()
-        values = values.add_(torch.sign(values), alpha=ZERO_STEPS - 0.5).mul_(self.step)
-        decoded = one.transform.inverse(values, shape).to(dtype)
+        quantized = range_coder.decode(view[1:], whole, one.tables[self._row]).to(device)
+        # In the same memory, since a client decides how large the grid is.
+        coefficients = quantized.view(torch.float32)
+        for integers, into in zip(quantized.view(-1).split(SLICE), coefficients.view(-1).split(SLICE), strict=True):
+            # The middle of a value's interval; zero stays zero.
+            values = integers.float()
+            into.copy_(values.add_(torch.sign(values), alpha=ZERO_STEPS - 0.5).mul_(self.step))
+        decoded = one.transform.inverse(coefficients, shape, dtype)
+        del quantized, coefficients, integers, into
         stored = decoded if order is None else decoded.permute(tuple(order))
         return logical(stored.contiguous(), order)
 

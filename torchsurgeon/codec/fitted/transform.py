@@ -27,6 +27,8 @@ _MOST_SIDE = 64
 _MOST_CHANNELS = 1 << 14
 # Of these earlier groups at the same place the entropy coder reads the magnitudes: components before, in steps.
 _COMPONENTS_BEFORE = (1, 2, 3)
+# So many coefficients, 4 MiB, are decoded at a time.
+SLICE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +126,28 @@ class Grid:
         cosines = self._cosines_on(tensor.device)
         return (cosines @ cut.reshape(self.frequencies, -1)).view(self.frequencies, self.channels, -1)
 
-    def join(self, frequencies: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the tensor of ``shape``, as ``float32``, whose blocks have these frequencies [Q, C, P]."""
+    def join(self, frequencies: Tensor) -> Tensor:
+        """Return the values [Q, C, P] of blocks that have these frequencies [Q, C, P], as ``float32``."""
+        if self.frequencies == 1:
+            return frequencies
+        flat = frequencies.reshape(self.frequencies, -1)
+        return (self._cosines_on(flat.device).T @ flat).view(frequencies.shape)
+
+    def laid_out(self, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the tensor of ``shape`` whose blocks have these values [Q, C, P], without what filled blocks up."""
         down, across = self.block
         batch, height, width = self.sizes(shape)
         rows, columns = -(-height // down), -(-width // across)
-        flat = frequencies.reshape(self.frequencies, -1)
-        if self.frequencies > 1:
-            flat = self._cosines_on(flat.device).T @ flat
-        cut = flat.view(down, across, self.channels, batch, rows, columns).permute(3, 2, 4, 0, 5, 1)
-        grid = cut.reshape(batch, self.channels, rows * down, columns * across)[:, :, :height, :width]
+        cut = values.view(down, across, self.channels, batch, rows, columns).permute(3, 2, 4, 0, 5, 1)
+        grid = torch.empty(batch, self.channels, height, width, dtype=dtype, device=values.device)
+        # Whole blocks and those at the border apart, so that nothing as large as the filled-up grid is allocated.
+        for row, below, high in _spans(height, down):
+            for column, beside, wide in _spans(width, across):
+                into = grid.narrow(2, row * down, below * high).narrow(3, column * across, beside * wide)
+                some = cut[:, :, row : row + below, :high, column : column + beside, :wide]
+                into.view(some.shape).copy_(some)
         rest = [size for dim, size in enumerate(shape) if dim not in (0, self.channels_at)]
-        return grid.reshape(batch, self.channels, *rest).movedim(1, self.channels_at)
+        return grid.view(batch, self.channels, *rest).movedim(1, self.channels_at)
 
     def parents(self) -> NDArray[numpy.int32]:
         """Return for each group the earlier groups whose magnitudes tell most about it; -1 for none."""
@@ -227,17 +239,26 @@ class Transform:
         mixed = torch.baddbmm(offsets, matrices, self.grid.split(tensor))
         return mixed.view(self.grid.groups, *self.grid.blocks(tensor.shape))
 
-    def inverse(self, coefficients: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the tensor of ``shape``, as ``float32``, that has these coefficients."""
+    def inverse(self, coefficients: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the tensor of ``shape`` that has these coefficients, which are overwritten."""
         matrices, offsets = self._back(coefficients.device)
         grid = self.grid
-        mixed = coefficients.view(grid.frequencies, grid.channels, -1)
-        return grid.join(torch.baddbmm(offsets, matrices, mixed), shape)
+        values = coefficients.view(grid.frequencies, grid.channels, -1)
+        # The results take the coefficients' place, some blocks after the other, so that they need little more memory.
+        for some in values.split(max(1, SLICE // grid.groups), dim=2):
+            some.copy_(grid.join(torch.baddbmm(offsets, matrices, some)))
+        return grid.laid_out(values, shape, dtype)
 
 
 def block_side(size: int) -> int:
     """Return the side of a block for a grid of this size: the largest of 5 to 8 that leaves least at the border."""
     return size if size <= max(_SIDES) else min(_SIDES, key=lambda side: (-size % side, -side))
+
+
+def _spans(size: int, side: int) -> list[tuple[int, int, int]]:
+    """Return the first block, how many there are, and their side, of whole blocks and of the rest of a size."""
+    whole, rest = divmod(size, side)
+    return [span for span in ((0, whole, side), (whole, 1, rest)) if span[1] and span[2]]
 
 
 def _cosines(side: int) -> Tensor:
