@@ -25,6 +25,8 @@ from torchsurgeon.errors import CodecError
 _SIDES = (8, 7, 6, 5)
 _MOST_SIDE = 64
 _MOST_CHANNELS = 1 << 14
+# Condition numbers of fitted matrices stay below 1000; those of singular ones, rounded to float32, are far above this.
+_MOST_CONDITION = 1e5
 # Of these earlier groups at the same place the entropy coder reads the magnitudes: components before, in steps.
 _COMPONENTS_BEFORE = (1, 2, 3)
 # So many coefficients, 4 MiB, are decoded at a time.
@@ -206,6 +208,32 @@ class Transform:
                 "a fitted codec must have a matrix for each band of frequencies and positive scales; it is damaged, "
                 "so fit it again"
             )
+        if not self._leads_back():
+            raise CodecError(
+                "the matrices of a fitted codec must have inverses, which with the scales fit float32; it is damaged, "
+                "so fit it again"
+            )
+
+    def _leads_back(self) -> bool:
+        """Return whether encoding and decoding multiply by finite numbers, with errors that stay small."""
+        try:
+            inverse = self._inverse
+        except RuntimeError:
+            return False
+        matrices, scales = torch.from_numpy(self.matrices.copy()), torch.from_numpy(self.scales.copy())
+        band_of = torch.from_numpy(self.band_of.astype(numpy.int64))
+        # With Frobenius norms, and divided by what an orthogonal matrix has. At most the usual condition number.
+        norm, inverse_norm = (torch.linalg.matrix_norm(one.double()) for one in (matrices, inverse))
+        conditions = norm * inverse_norm / self.grid.channels
+        there, back = matrices.abs().amax(2)[band_of] * scales, inverse.abs().amax(1)[band_of] / scales
+        finite = torch.isfinite(there).all() and torch.isfinite(back).all()
+        return bool(finite and (conditions < _MOST_CONDITION).all())
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """The inverses of the matrices [M, C, C]. Raise ``RuntimeError`` for a singular one."""
+        inverse: Tensor = torch.linalg.inv(torch.from_numpy(self.matrices.astype(numpy.float64)))
+        return inverse.float()
 
     @cached_property
     def _placed(self) -> dict[tuple[str, torch.device], tuple[Tensor, Tensor]]:
@@ -227,8 +255,7 @@ class Transform:
         found = self._placed.get(("back", device))
         if found is None:
             band_of = torch.from_numpy(self.band_of.astype(numpy.int64))
-            inverse = torch.linalg.inv(torch.from_numpy(self.matrices.astype(numpy.float64))).float()
-            matrices = inverse[band_of] / torch.from_numpy(self.scales.copy())[:, None]
+            matrices = self._inverse[band_of] / torch.from_numpy(self.scales.copy())[:, None]
             found = matrices.contiguous().to(device), torch.from_numpy(self.means.copy())[..., None].to(device)
             self._placed["back", device] = found
         return found
