@@ -314,9 +314,17 @@ def threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("torchsurgeon")}
 
 
-def test_closing_ends_every_thread_even_from_two_at_once(server: Server) -> None:
+@pytest.fixture
+def watched(server: Server) -> Server:
+    """The server, which is in this process, and begins to watch its weights at its first request."""
+    with split_of(server.url, partition=2) as split:
+        assert right(split)
+    return server
+
+
+def test_closing_ends_every_thread_even_from_two_at_once(watched: Server) -> None:
     before = threads()
-    split = split_of(server.url, partition=2)
+    split = split_of(watched.url, partition=2)
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda _: right(split), range(20)))
         assert threads() > before
@@ -328,9 +336,9 @@ def test_closing_ends_every_thread_even_from_two_at_once(server: Server) -> None
     assert right(split)
 
 
-def test_a_module_that_is_dropped_ends_its_threads_and_leaves_a_given_transport_open(server: Server) -> None:
+def test_a_module_that_is_dropped_ends_its_threads_and_leaves_a_given_transport_open(watched: Server) -> None:
     before = threads()
-    with HttpTransport(server.url) as transport:
+    with HttpTransport(watched.url) as transport:
         split = split_of(transport, partition=2)
         assert right(split)
         gone = weakref.ref(split)
