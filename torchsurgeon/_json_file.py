@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torchsurgeon import _whole_file
 from torchsurgeon.errors import TorchSurgeonError, short
 
 T = TypeVar("T")
@@ -24,30 +22,7 @@ def write(path: str | Path, data: Any, error: ErrorClass) -> None:
         data: what ``json.dumps`` accepts.
         error: the class that is raised where the file cannot be written.
     """
-    with _beside(path, error) as new:
-        new.write_text(json.dumps(data, separators=(",", ":"), allow_nan=False), encoding="utf-8")
-        os.replace(new, path)
-
-
-def check_writable(path: str | Path, error: ErrorClass) -> None:
-    """Raise ``error`` where ``write()`` would raise it for ``path``. The content of the file stays."""
-    with _beside(path, error) as new:
-        new.touch()
-        if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-
-
-@contextlib.contextmanager
-def _beside(path: str | Path, kind: ErrorClass) -> Iterator[Path]:
-    # The process number keeps two processes that write the same file apart.
-    new = Path(f"{path}.{os.getpid()}.new")
-    try:
-        try:
-            yield new
-        finally:
-            new.unlink(missing_ok=True)
-    except OSError as error:
-        raise kind(f"{short(Path(path))} cannot be written: {error.strerror}") from None
+    _whole_file.write(path, json.dumps(data, separators=(",", ":"), allow_nan=False).encode("utf-8"), error)
 
 
 def read(path: str | Path, error: ErrorClass, remedy: str) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,3 +311,24 @@ def test_no_bytes_raise_anything_else(tmp_path_factory: pytest.TempPathFactory, 
         read_csv("conv", path)
     with pytest.raises(ts.CalibrationError):
         ts.Predictor.load(path)
+
+
+def test_what_a_link_points_to_is_written_and_the_link_stays(valid: str, tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("{}")
+    link.symlink_to(target)
+    ts.Predictor.from_json(json.loads(valid)).save(link)
+    assert link.is_symlink()
+    assert ts.Predictor.load(target).fitted
+
+
+def test_a_pipe_is_written_to_and_not_replaced(valid: str, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    ts.Predictor.from_json(json.loads(valid)).save(pipe)
+    reader.join(30)
+    assert pipe.is_fifo()
+    assert json.loads(read[0])["format"] == json.loads(valid)["format"]

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchsurgeon import _json_file
+from torchsurgeon import _whole_file
 from torchsurgeon.cli import completion
 from torchsurgeon.cli.arguments import (
     command,
@@ -360,7 +360,7 @@ def _codecs(options: argparse.Namespace) -> None:
         setup, samples = codec.halves(samples)
         # Fitting takes minutes, so what would end the command afterwards ends it now.
         for file in filter(None, (options.fit, options.out)):
-            _json_file.check_writable(file, CodecError)
+            _whole_file.check_writable(file, CodecError)
         for name in names or ():
             codec.find_codec(name)
         if budget is not None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchsurgeon import _json_file
+from torchsurgeon import _json_file, _whole_file
 from torchsurgeon.errors import CalibrationError, ThrottledWarning, is_finite, short
 from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.prediction.damage import DAMAGE, numbers
@@ -140,7 +140,7 @@ class _Calibration:
         self._errors: dict[str, float] = {}
         self._keeps_finished = False
         if out is not None:
-            _json_file.check_writable(out, CalibrationError)
+            _whole_file.check_writable(out, CalibrationError)
             if out.exists():
                 self._resume(out, budget_s)
         self._rng = random.Random(seed * 1_000_003 + self._group)

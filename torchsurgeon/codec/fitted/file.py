@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from torchsurgeon import _whole_file
 from torchsurgeon.errors import CodecError, short
 
 FORMAT = "torchsurgeon.fitted/1"
@@ -88,15 +88,7 @@ def write(path: str | Path, data: bytes) -> None:
     Raises:
         CodecError: the file cannot be written.
     """
-    new = Path(f"{path}.{os.getpid()}.new")
-    try:
-        try:
-            new.write_bytes(data)
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
-    except OSError as error:
-        raise CodecError(f"{short(Path(path))} cannot be written: {error.strerror}") from None
+    _whole_file.write(path, data, CodecError)
 
 
 def read(path: str | Path) -> bytes:
