@@ -8,13 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// One wheel serves every x86-64, so the loops are compiled twice, and which to run is decided once, when the extension
-// is loaded.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define TORCHSURGEON_VECTOR __attribute__((target_clones("avx2", "default")))
-#else
-#define TORCHSURGEON_VECTOR
-#endif
+#include "vector.h"
 
 namespace torchsurgeon {
 namespace {

@@ -5,6 +5,7 @@
 // written, and decoding takes as many steps as there are integers to fill.
 #include "range_contexts.h"
 #include "range_stream.h"
+#include "vector.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,14 +22,6 @@
 #include <emmintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
-#endif
-
-// One wheel serves every x86-64, so the loops are compiled twice, and which to run is decided once, when the extension
-// is loaded.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define TORCHSURGEON_VECTOR __attribute__((target_clones("avx2", "default")))
-#else
-#define TORCHSURGEON_VECTOR
 #endif
 
 namespace torchsurgeon {
