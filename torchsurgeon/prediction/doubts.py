@@ -10,7 +10,7 @@ import numpy as np
 
 from torchsurgeon.prediction.kinds import KINDS, Array, Operation
 from torchsurgeon.prediction.sampled import FEWEST_OF_VARIANT, SampledRange
-from torchsurgeon.prediction.samples import Sample, SampleTable
+from torchsurgeon.prediction.samples import SampleTable
 
 # From this many octaves outside of the samples on, an operation is named.
 _FAR = 1.0
@@ -40,7 +40,7 @@ class Predicted:
 
 
 def judged(
-    operations: Sequence[Operation], placed: Sequence[Operation], sampled: SampledRange
+    operations: Sequence[Operation], placed: SampleTable, sampled: SampledRange
 ) -> tuple[Array, Array, list[str]]:
     """Return how far operations of one kind are from the samples, and why they are known badly.
 
@@ -56,20 +56,21 @@ def judged(
         The octaves by which the interval of each is widened downwards, and upwards, and the reason; empty where the
         operation is like the samples.
     """
-    table = SampleTable.of(operations[0].kind, [Sample(operation, 1.0) for operation in placed])
-    below, slight = sampled.outside(table)
+    below, slight = sampled.outside(placed)
     above, doubts = np.where(slight, 0.0, below), []
-    for row, (operation, known) in enumerate(zip(operations, placed, strict=True)):
+    for row, operation in enumerate(operations):
         what = operation.kind if operation.variant == operation.kind else f"{operation.kind} {operation.variant!r}"
         count, doubt, more = sampled.samples_of(operation.variant), "", 0.0
         if above[row] >= _FAR:
-            doubt = f"{what} has {sampled.why(table, row)}"
+            doubt = f"{what} has {sampled.why(placed, row)}"
         if not sampled.has_items_of(operation.item_bytes):
             more += _OTHER_ITEMS
             doubt = f"there are no samples of {what} with elements of {operation.item_bytes} bytes"
         if count < FEWEST_OF_VARIANT:
             more += _OTHER_VARIANT
-            doubt = f"there are {count or 'no'} samples of {what}: predicted as {known.variant!r}"
+            number = "is one sample" if count == 1 else f"are {count or 'no'} samples"
+            known = "" if count else f": predicted as {str(placed.variants[row])!r}"
+            doubt = f"there {number} of {what}{known}"
         below[row] += more
         above[row] += more
         doubts.append(doubt)

@@ -308,7 +308,7 @@ class Predictor:
                 table = SampleTable.of(
                     kind, [Sample(op, 1.0, before_bytes=before[row]) for op, row in zip(placed, rows, strict=True)]
                 )
-                below, above, why = judged(chosen, placed, model.sampled)
+                below, above, why = judged(chosen, table, model.sampled)
                 value = model.predict(table)
                 result[0, rows] = value
                 result[1, rows] = value * min(errors.low, 1.0) / 2.0**below
