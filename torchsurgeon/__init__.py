@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 # Where each public name is defined. Type checkers and editors read the imports at the end of this file instead; a test
 # compares the two.
 _NAMES_BY_ROOM = {
-    "codec": ("CodecCost", "CodecTable", "FittedCodec", "fit_codec", "load_codec"),
+    "codec": ("CodecCost", "CodecTable", "FittedCodec", "distill", "fit_codec", "load_codec"),
     "cutting": ("Partition", "cut", "tail_for"),
     "errors": (
         "AdaptError", "ArithmeticMismatchError", "BackendError", "BodyTooLargeError", "CalibrationError",
@@ -86,6 +86,7 @@ else:
     from torchsurgeon.codec import CodecCost as CodecCost
     from torchsurgeon.codec import CodecTable as CodecTable
     from torchsurgeon.codec import FittedCodec as FittedCodec
+    from torchsurgeon.codec import distill as distill
     from torchsurgeon.codec import fit_codec as fit_codec
     from torchsurgeon.codec import load_codec as load_codec
     from torchsurgeon.cutting import Partition as Partition

@@ -21,13 +21,14 @@ from torchsurgeon.cli.models import add_doctor, add_trace
 from torchsurgeon.cli.plans import add_plan, add_sweep
 from torchsurgeon.cli.running import add_demo, add_link, add_run, add_serve
 from torchsurgeon.cli.screen import advising
+from torchsurgeon.cli.students import add_distill
 from torchsurgeon.errors import TorchSurgeonError, short
 
 __all__ = ["main", "parser"]
 
 # In the order in which help lists them.
 _COMMANDS = (
-    add_demo, add_trace, add_doctor, add_profile, add_calibrate, add_predict, add_codecs, add_plan, add_sweep,
+    add_demo, add_trace, add_doctor, add_profile, add_calibrate, add_predict, add_codecs, add_distill, add_plan, add_sweep,
     add_serve, add_run, add_link,
 )  # fmt: skip
 
@@ -53,6 +54,7 @@ _INSTALLED_WITH = {
     "matplotlib": "torchsurgeon[plot]",
     "plotly": "torchsurgeon[explore]",
     "torch": "torch",
+    "torch_pruning": "torchsurgeon[distill]",
 }
 
 

@@ -300,6 +300,14 @@ def add_codecs(commands: Commands) -> None:
         "none is fitted",
     )
     parser.add_argument(
+        "--fitted",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="a codec that was fitted (--fit) or a student (distill), which is measured at several rates, too; may be "
+        "repeated",
+    )
+    parser.add_argument(
         "--max-top1-change",
         type=number,
         metavar="SHARE",
@@ -355,6 +363,9 @@ def _codecs(options: argparse.Namespace) -> None:
     budget = _budget(options)
     samples = codec.image_sample(graph, options.sample, options.most)
     names = None if options.codecs is None else options.codecs.split(",")
+    if options.fitted:
+        loaded = [codec.load_codec(file, graph) for file in options.fitted]
+        names = [*(names or codec.measured_names()), *(rated.name for one in loaded for rated in one.some())]
     if options.fit is not None and points is not None:
         # Judged on other calls than those that it is fitted to.
         setup, samples = codec.halves(samples)

@@ -10,6 +10,7 @@ from torchsurgeon.codec.measuring import halves, measure
 from torchsurgeon.codec.points import promising
 from torchsurgeon.codec.sample import image_call, image_sample
 from torchsurgeon.codec.scores import boxes_matched, pixels_kept
+from torchsurgeon.codec.student import Look, distill
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "EncodedTensor",
     "Finding",
     "FittedCodec",
+    "Look",
     "RatedCodec",
     "boxes_matched",
     "codec_names",
+    "distill",
     "find_codec",
     "fit_codec",
     "halves",

@@ -32,10 +32,11 @@ class Walk:
     Attributes:
         point: where it is; at first the point at which the inputs cross.
         boundaries: the boundary tensors of each call at that point.
+        calls: the input tensors of each call.
     """
 
     def __init__(self, graph: LayerGraph, calls: Sequence[Sequence[Tensor]]) -> None:
-        self.graph, self._calls = graph, calls
+        self.graph, self.calls = graph, calls
         self.point = graph.points[0]
         self.boundaries: list[list[Tensor]] = [list(call) for call in calls]
         self._whole = tail_for(graph, _names(self.point), flat=True)
@@ -44,15 +45,15 @@ class Walk:
 
     def answers(self) -> Iterator[dict[str, Tensor]]:
         """Give the model's own answer to each call, by name."""
-        for call in self._calls:
+        for call in self.calls:
             yield named(self.graph.outputs, self._whole(*call))
 
     def to(self, point: PartitionPoint) -> list[list[Tensor]]:
         """Go on to ``point``, which lies behind the last one, and return its boundary tensors for each call."""
         head = middle_for(self.graph, _names(self.graph.points[0]), point)
         middle = self._between(self.point, point)
-        if middle is None or not _same(middle, self.boundaries[0], head, self._calls[0]):
-            middle, self.boundaries = head, [list(call) for call in self._calls]
+        if middle is None or not _same(middle, self.boundaries[0], head, self.calls[0]):
+            middle, self.boundaries = head, [list(call) for call in self.calls]
         for i, tensors in enumerate(self.boundaries):
             self.boundaries[i] = list(middle(*tensors))
         self.point = point
@@ -64,7 +65,7 @@ class Walk:
         point, tensors = self._joined.get(count, (start, []))
         middle = self._between(point, self.point)
         if not tensors or middle is None:
-            pairs = zip(start.tensors, zip(*self._calls[:count], strict=True), strict=True)
+            pairs = zip(start.tensors, zip(*self.calls[:count], strict=True), strict=True)
             tensors = [some[0] if (dim := batch_dim(spec)) is None else torch.cat(some, dim) for spec, some in pairs]
             middle = middle_for(self.graph, _names(start), self.point)
         tensors = list(middle(*tensors))

@@ -15,9 +15,11 @@ from torchsurgeon import _allocator
 from torchsurgeon.codec.boundaries import Tails, Walk
 from torchsurgeon.codec.budget import Budget, Finding, Verdict
 from torchsurgeon.codec.codec import Codec, find_codec, measured_names
+from torchsurgeon.codec.fitted.codec import RatedCodec
 from torchsurgeon.codec.points import promising, work_before
 from torchsurgeon.codec.table import CodecRow, CodecTable
 from torchsurgeon.codec.trial import Trial
+from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import CodecError, UnfinishedWarning, short
 from torchsurgeon.profiling.origin import device_of, provenance
 from torchsurgeon.tracing.graph import LayerGraph
@@ -162,6 +164,7 @@ class _Measuring:
         self.graph, self.calls, self.codecs, self.points = graph, calls, codecs, points
         self.budget, self.device = budget, device
         self.prunes = True
+        self._students: dict[str, Segment] = {}
         self._progress = progress
         self._work = work_before(graph)
         self._expected = [self._work_of(point) for point in points]
@@ -190,7 +193,22 @@ class _Measuring:
         return _ENCODING * (1 + len(lossy)) + len(lossy) * (1 - self._work[point.index]) * (self.budget is not None)
 
     def _suiting(self, point: PartitionPoint) -> list[Codec]:
-        return [one for one in self.codecs if any(one.suits(s.dtype, s.shape, s.name) for s in point.tensors)]
+        """Return the codecs for a point; one whose student computes the tensors of another point is none."""
+        return [
+            one
+            for one in self.codecs
+            if any(one.suits(s.dtype, s.shape, s.name) for s in point.tensors)
+            and not (isinstance(one, RatedCodec) and one.fitted.student and not one.student_at(point))
+        ]
+
+    def _trial(self, codec: Codec, point: PartitionPoint) -> Trial:
+        fitted = codec.student_at(point) if isinstance(codec, RatedCodec) else None
+        student = None
+        if fitted is not None and fitted.student is not None:
+            if fitted.name not in self._students:
+                self._students[fitted.name] = fitted.student.segment(self.graph, point.index)
+            student = self._students[fitted.name]
+        return Trial(codec, [spec.name for spec in point.tensors], self.device, student)
 
     def _advance(self, work: float, what: str) -> None:
         self._done += work
@@ -199,15 +217,15 @@ class _Measuring:
 
     def _rows(self, walk: Walk, answers: list[dict[str, Tensor]]) -> list[CodecRow]:
         point, boundaries = walk.point, walk.boundaries
-        trials = [Trial(one, [spec.name for spec in point.tensors], self.device) for one in self._suiting(point)]
+        trials = [self._trial(one, point) for one in self._suiting(point)]
         every = max(1, -(-len(boundaries) // _SIZED))
-        for index, boundary in enumerate(boundaries[::every]):
+        for index, (boundary, inputs) in enumerate(zip(boundaries[::every], walk.calls[::every], strict=True)):
             for trial in trials:
-                trial.measure(boundary, first=index == 0, calls=-(-len(boundaries) // every))
+                trial.measure(boundary, inputs, first=index == 0, calls=-(-len(boundaries) // every))
         for trial in trials:
             # A codec that lost nothing on these calls, because it encoded none of their tensors, may on others.
             if trial.lossless and not trial.codec.lossless and every > 1:
-                trial.lossless = all(trial.exact(boundary) for boundary in boundaries)
+                trial.lossless = all(map(trial.exact, boundaries, walk.calls))
         self._advance(_ENCODING, point.name)
         if self.budget is not None:
             self._judge(walk, trials, answers)
@@ -234,7 +252,8 @@ class _Measuring:
             finer[kind] = min(smallest, finer.get(kind, smallest))
             reason = ""
             findings: tuple[Finding, ...] = ()
-            if self.prunes and smallest[0] >= least:
+            # A student leaves the device less to do than the layers before any of these points.
+            if self.prunes and smallest[0] >= least and some[0].student is None:
                 reason = f"not smaller than {what}"
             elif kind in failed:
                 reason = f"after {failed[kind]}"
@@ -254,7 +273,7 @@ class _Measuring:
         work = _ENCODING + 1 - self._work[point.index]
         for start in range(0, len(boundaries), tails.together):
             some = boundaries[start : start + tails.together]
-            decoded = [trial.decoded(boundary) for boundary in some]
+            decoded = list(map(trial.decoded, some, walk.calls[start:]))
             for answer, output in zip(answers[start:], tails(decoded), strict=False):
                 verdict.add(answer, output)
             self._advance(work * len(some) / len(boundaries), point.name)

@@ -26,6 +26,8 @@ class CodecCost:
         decode_s: median seconds of decoding.
         lossless: whether the tail gets the same bits that the head computed.
         within_budget: true for every lossless codec, and for a lossy one where an accuracy budget was given and met.
+        head_s: median seconds of the codec's student, which runs in place of the layers before the point; None for a
+            codec without one.
 
     Raises:
         CodecError: a number is negative or not finite, or a flag is not a bool.
@@ -37,10 +39,13 @@ class CodecCost:
     decode_s: float
     lossless: bool
     within_budget: bool
+    head_s: float | None = None
 
     def __post_init__(self) -> None:
-        for field in ("size_bytes", "encode_s", "decode_s"):
+        for field in ("size_bytes", "encode_s", "decode_s", "head_s"):
             value = getattr(self, field)
+            if field == "head_s" and value is None:
+                continue
             if not (is_finite(value) and value >= 0):
                 raise CodecError(
                     f"{field} of codec {short(self.codec)} must be finite and not negative; got {short(value, 100)}"

@@ -13,6 +13,7 @@ from torchsurgeon.codec.budget import Finding
 from torchsurgeon.codec.codec import Codec, find_codec
 from torchsurgeon.codec.scores import as_real_numbers, likeness
 from torchsurgeon.codec.table import CodecCost, CodecRow, Difference
+from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.tracing.specs import PartitionPoint
 
 # A median of fewer times is not worth much.
@@ -26,21 +27,27 @@ class Trial:
         codec: the codec.
         names: the names of the boundary tensors.
         device: where values are packed and unpacked.
+        student: computes the boundary tensors from a call's inputs in place of the model's own layers; None where
+            these do.
 
     Attributes:
         lossless: whether the tail got the same bits so far.
         findings: what became of the model's answers, once they were judged.
         untested: why they were not judged; empty where they were.
+        student: as given.
     """
 
-    def __init__(self, codec: Codec, names: Sequence[str], device: torch.device) -> None:
-        self.codec, self._names, self._device = codec, names, device
-        self.lossless = True
+    def __init__(
+        self, codec: Codec, names: Sequence[str], device: torch.device, student: Segment | None = None
+    ) -> None:
+        self.codec, self._names, self._device, self.student = codec, names, device, student
+        self.lossless = student is None
         self.findings: tuple[Finding, ...] = ()
         self.untested = ""
         self._sizes: list[int] = []
         self._encode_s: list[float] = []
         self._decode_s: list[float] = []
+        self._head_s: list[float] = []
         self._max_abs = self._squares = 0.0
         self._count, self._cosine = 0, 1.0
 
@@ -54,18 +61,19 @@ class Trial:
         """Whether the answers were judged, and all limits of the budget are met."""
         return bool(self.findings) and all(finding.kept for finding in self.findings)
 
-    def measure(self, boundary: Sequence[Tensor], *, first: bool, calls: int) -> None:
+    def measure(self, boundary: Sequence[Tensor], inputs: Sequence[Tensor], *, first: bool, calls: int) -> None:
         """Add the size, the times and the differences of one call.
 
         Args:
-            boundary: the boundary tensors.
+            boundary: the boundary tensors of the model's own layers.
+            inputs: the call's inputs.
             first: whether it is the first call.
             calls: how many calls there will be; of few, each is timed several times.
         """
         # A codec's very first run is not timed, because it has to allocate memory that later runs reuse.
         repeats = -(-_LEAST_TIMES // calls) + first
         for repeat in range(repeats):
-            decoded, exact = self._there_and_back(boundary, timed=not first or repeat > 0)
+            decoded, exact = self._there_and_back(boundary, inputs, timed=not first or repeat > 0)
         if exact:
             return
         self.lossless = False
@@ -77,16 +85,25 @@ class Trial:
                 self._squares += float(difference @ difference)
         self._cosine = min(self._cosine, likeness(list(boundary), list(decoded)))
 
-    def decoded(self, boundary: Sequence[Tensor]) -> list[Tensor]:
+    def decoded(self, boundary: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the boundary tensors of a call as the server gets them."""
-        return self._there_and_back(boundary, timed=False)[0]
+        return self._there_and_back(boundary, inputs, timed=False)[0]
 
-    def exact(self, boundary: Sequence[Tensor]) -> bool:
+    def exact(self, boundary: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
         """Return whether the server gets the same bits in a call."""
-        return self._there_and_back(boundary, timed=False)[1]
+        return self._there_and_back(boundary, inputs, timed=False)[1]
 
-    def _there_and_back(self, boundary: Sequence[Tensor], *, timed: bool) -> tuple[list[Tensor], bool]:
+    def _there_and_back(
+        self, boundary: Sequence[Tensor], inputs: Sequence[Tensor], *, timed: bool
+    ) -> tuple[list[Tensor], bool]:
         """Encode and decode a boundary; return the tensors as the server gets them, and whether they are exact."""
+        if self.student is not None:
+            self._settle()
+            begin_s = time.perf_counter()
+            boundary = self.student(*inputs)
+            self._settle()
+            if timed:
+                self._head_s.append(time.perf_counter() - begin_s)
         self._settle()
         begin_s = time.perf_counter()
         encoded = [self.codec.encode(tensor, name) for tensor, name in zip(boundary, self._names, strict=True)]
@@ -101,7 +118,7 @@ class Trial:
             self._encode_s.append(encoded_s - begin_s)
             self._decode_s.append(time.perf_counter() - encoded_s)
             self._sizes.append(sum(len(e.data) for e in encoded))
-        return decoded, all(opener.lossless for opener in openers)
+        return decoded, self.student is None and all(opener.lossless for opener in openers)
 
     def _settle(self) -> None:
         if self._device.type == "cuda":
@@ -121,6 +138,7 @@ class Trial:
             statistics.median(self._decode_s),
             self.lossless,
             self.lossless or self.kept,
+            statistics.median(self._head_s) if self._head_s else None,
         )
         rmse = (self._squares / max(1, self._count)) ** 0.5
         difference = None if self.lossless else Difference(self._max_abs, rmse, self._cosine)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import Decider, Decision, Estimates
 from torchsurgeon.codec import Codec, find_codec
+from torchsurgeon.codec.fitted import FittedCodec, RatedCodec
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
 from torchsurgeon.planning import Battery, Frontier, Objective, Row
@@ -48,6 +49,11 @@ class Way:
         if self.whole:
             return "device"
         return self.point.name if self.codec is None else f"{self.point.name}, {self.codec.name}"
+
+    @property
+    def student(self) -> FittedCodec | None:
+        """The codec whose student computes the boundary in place of the model's own layers; None where these do."""
+        return self.codec.student_at(self.point) if isinstance(self.codec, RatedCodec) else None
 
 
 class Expected(NamedTuple):

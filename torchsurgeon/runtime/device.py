@@ -35,7 +35,7 @@ class DeviceTimes:
     ) -> None:
         self.example, self.profile = plain_example(example), profile
         self._parts = parts
-        self._timed: dict[int, tuple[float, float]] = {}
+        self._timed: dict[tuple[int, str], tuple[float, float]] = {}
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
@@ -60,7 +60,9 @@ class DeviceTimes:
         if self.profile is not None:
             return self.profile.total_s
         # Head and tail add up to about the same at every cut.
-        return next((head_s + tail_s for head_s, tail_s in tuple(self._timed.values())), None)
+        for (_, student), (head_s, tail_s) in tuple(self._timed.items()):
+            return tail_s if student else head_s + tail_s
+        return None
 
     def expected_s(self, way: Way) -> tuple[float, float]:
         """Return the seconds of head and tail at the present slow-down; both are run and timed if they are unknown."""
@@ -70,7 +72,7 @@ class DeviceTimes:
 
     def known_tail_s(self, way: Way) -> float | None:
         """Return the seconds of the tail at the present slow-down; None if they are unknown."""
-        known = way.row is not None or way.point.index in self._timed
+        known = way.row is not None or _key(way) in self._timed
         return self.expected_s(way)[1] if known else None
 
     def record_tail(self, way: Way, scale: float, seconds: float) -> None:
@@ -79,7 +81,7 @@ class DeviceTimes:
         Where the whole model lies behind the cut, tails are the only evidence of how fast the device is. Without it, a
         call with a deadline would always start its tail at once.
         """
-        if way.row is not None or way.point.index in self._timed:
+        if way.row is not None or _key(way) in self._timed:
             self.record_duration(seconds, self._unhindered_s(way)[1] * scale)
 
     def _unhindered_s(self, way: Way) -> tuple[float, float]:
@@ -87,10 +89,11 @@ class DeviceTimes:
         if way.whole and self.whole_s is not None:
             return self.whole_s, 0.0
         if way.row is not None and self.profile is not None:
-            return way.row.head_s, max(self.profile.total_s - way.row.head_s, 0.0)
-        timed = self._timed.get(way.point.index)
+            done_s = 0.0 if way.student is not None else way.row.head_s
+            return way.row.head_s, max(self.profile.total_s - done_s, 0.0)
+        timed = self._timed.get(_key(way))
         if timed is None:
-            timed = self._timed[way.point.index] = self._time(way)
+            timed = self._timed[_key(way)] = self._time(way)
         return timed
 
     def _time(self, way: Way) -> tuple[float, float]:
@@ -108,13 +111,21 @@ class DeviceTimes:
                 work.whole()()
                 headed_s = time.perf_counter()
             else:
-                boundary = work.head(way.point)()
+                boundary = work.head(way.point, way.student)()
                 headed_s = time.perf_counter()
-                work.tail(tuple(spec.name for spec in way.point.tensors))(boundary)
+                tail, tensors = work.tail(tuple(spec.name for spec in way.point.tensors)), boundary
+                if way.student is not None:
+                    # Behind a student, the device runs the whole model itself.
+                    tail, tensors = work.anew()
+                tail(tensors)
             times.append((headed_s - begin_s, time.perf_counter() - headed_s))
         # The first run warms caches and allocates, so it does not count.
         heads, tails = zip(*times[1:], strict=True)
         return statistics.median(heads), statistics.median(tails)
+
+
+def _key(way: Way) -> tuple[int, str]:
+    return way.point.index, "" if way.student is None else way.student.name
 
 
 class DeviceRunner:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.codec.codec import fitted_codecs
+from torchsurgeon.codec.fitted import RatedCodec
 from torchsurgeon.errors import ArithmeticMismatchError, PartitionError, ServerUnavailableError, TraceError, short
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.changes import Changes
-from torchsurgeon.runtime.choice import Expected
+from torchsurgeon.runtime.choice import Expected, Way
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
 from torchsurgeon.runtime.ending import Ending
@@ -209,10 +210,11 @@ class Engine:
             begun_s = self._setup.prepare_for(work, deadline_s)
         self._keeper.used()
         choice = self.servers.choose(work, arithmetic, streamed=streamed)
+        choice = choice._replace(way=self._decoded(choice))
         if self._compiles and choice.why is None:
             # Compiling takes seconds, so it is not done in an emergency, and does not count as the call's time.
             compiling_s = time.perf_counter()
-            self.parts.compile(choice.way.point, self.times.example)
+            self.parts.compile(choice.way.point, self.times.example, choice.way.student)
             begun_s += time.perf_counter() - compiling_s
         if deadline_s is not None and falls_back:
             choice = choice._replace(way=self.servers.within(deadline_s, begun_s, work, choice))
@@ -223,6 +225,19 @@ class Engine:
                 self._connector.renew()
             return Done(self._device.run(work, begun_s, choice.why or self._astray, choice.decision))
         return self._headed(work, choice, arithmetic, begun_s, None if deadline_s is None else begun_s + deadline_s)
+
+    def _decoded(self, choice: Choice) -> Way:
+        """Return the way of a choice, with the module's codec in it where a student of that codec is its head.
+
+        A student computes what only its own codec was made for, so it is not used with a server that lacks the codec.
+        """
+        way = choice.way
+        if way.codec is None and isinstance(self.codec, RatedCodec):
+            own = dataclasses.replace(way, codec=self.codec)
+            way = way if own.student is None else own
+        if way.student is None or choice.peer is None or way.codec is None or choice.peer.has(way.codec):
+            return way
+        return dataclasses.replace(way, codec=None)
 
     def _uncut(self, work: Work, changed: str, *, hasty: bool) -> Done:
         """Have the model itself answer a call, as it is now that it is no longer as it was traced.
@@ -242,7 +257,7 @@ class Engine:
         """Run the head of a call that asks a server; ``due_s`` is when its answer is due (``time.perf_counter``)."""
         way, peer, decision, _ = choice
         assert peer is not None
-        head, weights = work.head(way.point), self.local.weights
+        head, weights = work.head(way.point, way.student), self.local.weights
         decided_s = time.perf_counter()
         try:
             boundary = head()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from torchsurgeon.codec.fitted import FittedCodec
 from torchsurgeon.cutting.partition import cut, middle_for, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import PartitionError
@@ -80,17 +82,30 @@ class Parts:
         """Return the whole model, as the backend runs it."""
         return self._get("whole", lambda: self._with_backend(self.graph.model))
 
-    def head(self, point: PartitionPoint) -> Run:
-        """Return the head, which is called like the model and returns the boundary tensors of ``point``."""
+    def head(self, point: PartitionPoint, student: FittedCodec | None = None) -> Run:
+        """Return the head, which is called like the model and returns the boundary tensors of ``point``.
+
+        Args:
+            point: where the model is cut.
+            student: the codec whose student is the head, in place of the model's own layers.
+        """
+        if student is not None and student.student is not None:
+            make = functools.partial(student.student.module, self.graph, point.index)
+            return self._get(("student", student.name), lambda: self._with_backend(make()))
         return self._get((point.index, point.layers), lambda: self._with_backend(cut(self.graph, point).head))
 
     def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
         """Return the rest of the model after the tensors ``names``; ``flat`` is that of ``tail_for()``."""
         return self._get(("tail", names, flat), lambda: Tail(tail_for(self.graph, names, flat=flat), self._backend))
 
-    def compile(self, point: PartitionPoint, example: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:
+    def compile(
+        self,
+        point: PartitionPoint,
+        example: tuple[tuple[Any, ...], Mapping[str, Any]],
+        student: FittedCodec | None = None,
+    ) -> None:
         """Compile head and tail of ``point`` for calls like ``example``, if the backend compiles and has not yet."""
-        head = self.whole() if point == self.graph.points[-1] else self.head(point)
+        head = self.whole() if point == self.graph.points[-1] else self.head(point, student)
         if isinstance(head, Compiled) and not head.tried:
             args, kwargs = example
             head.compile(*args, **kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchsurgeon._interrupts import NoThreadError, by_signal_handler
 from torchsurgeon.adapting import Decision, patience, rescue
-from torchsurgeon.codec import Codec, RatedCodec
+from torchsurgeon.codec import Codec, RatedCodec, find_codec
 from torchsurgeon.errors import EncodingError, ModelMismatchError, ServerError, ServerUnavailableError
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.models.watching import WatchedWeights
@@ -205,7 +205,9 @@ class Pending:
             return codec.choose(self._way.point.index, size_bytes, self._peer.state.link.estimate().uplink.value)
         if self._peer.has(codec):
             return codec
-        other = self._shared.servers.next_best(self._way.point)
+        # What a student computed is not coarsened a second time.
+        student = self._way.student is not None
+        other = find_codec("zstd") if student else self._shared.servers.next_best(self._way.point)
         self._shared.servers.warn_of_codec(codec, other, self._peer)
         return other
 
@@ -423,9 +425,13 @@ class Pending:
         """Run the tail on the device, and return its result, or the server's answer if that comes first."""
         begin_s = time.perf_counter()
         try:
+            tensors: Sequence[Tensor] = self._boundary
             tail = self._work.tail(tuple(spec.name for spec in self._specs))
+            if self._way.student is not None:
+                # What a student computed is near the model's own, which the device can give.
+                tail, tensors = self._work.anew()
             # A request that has failed already will not bring an answer that could stop the tail.
-            result = tail(self._boundary) if task.ended else tail.until(task.answered, self._boundary)
+            result = tail(tensors) if task.ended else tail.until(task.answered, tensors)
             if self._shared.local.changed(self._weights):
                 return self._with_new_weights(task)
             if result is None:
@@ -433,7 +439,7 @@ class Pending:
                 if error is None:
                     return result
                 self._failed(error)
-                result = tail(self._boundary)
+                result = tail(tensors)
         finally:
             if not task.ended:
                 task.give_up()

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from torchsurgeon.codec.fitted import FittedCodec
 from torchsurgeon.runtime.parts import Parts, Run, Tail
 from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 
@@ -14,14 +15,23 @@ from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 class Work(Protocol):
     """One call, which can be cut at any point."""
 
-    def head(self, point: PartitionPoint) -> Run:
-        """Return a function without arguments that computes the tensors crossing at ``point``."""
+    def head(self, point: PartitionPoint, student: FittedCodec | None = None) -> Run:
+        """Return a function without arguments that computes the tensors crossing at ``point``.
+
+        Args:
+            point: where the call is cut.
+            student: the codec whose student computes them in place of the model's own layers, where the call begins
+                with the model's inputs.
+        """
 
     def crossing(self, point: PartitionPoint) -> tuple[TensorSpec, ...]:
         """Return the specs of the tensors crossing at ``point``."""
 
     def tail(self, names: tuple[str, ...]) -> Tail:
         """Return what computes the result from the tensors ``names``."""
+
+    def anew(self) -> tuple[Tail, Sequence[Tensor]]:
+        """Return what computes the result from the tensors that the call began with, and these tensors."""
 
     def whole(self) -> Run:
         """Return a function without arguments that computes the result."""
@@ -42,8 +52,8 @@ class ModelCall:
     def __init__(self, parts: Parts, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._parts, self._args, self._kwargs = parts, args, kwargs
 
-    def head(self, point: PartitionPoint) -> Run:
-        run = self._parts.head(point)
+    def head(self, point: PartitionPoint, student: FittedCodec | None = None) -> Run:
+        run = self._parts.head(point, student)
         return lambda: run(*self._args, **self._kwargs)
 
     def crossing(self, point: PartitionPoint) -> tuple[TensorSpec, ...]:
@@ -51,6 +61,11 @@ class ModelCall:
 
     def tail(self, names: tuple[str, ...]) -> Tail:
         return self._parts.tail(names)
+
+    def anew(self) -> tuple[Tail, Sequence[Tensor]]:
+        graph = self._parts.graph
+        names = tuple(spec.name for spec in graph.inputs)
+        return self._parts.tail(names), graph.tensors_of_call(self._args, self._kwargs)
 
     def whole(self) -> Run:
         run = self._parts.whole()
@@ -77,7 +92,7 @@ class TailCall:
     def __init__(self, parts: Parts, names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
         self._parts, self._names, self._tensors = parts, names, tensors
 
-    def head(self, point: PartitionPoint) -> Run:
+    def head(self, point: PartitionPoint, student: FittedCodec | None = None) -> Run:
         run, _ = self._parts.middle(self._names, point)
         return lambda: run(*self._tensors)
 
@@ -86,6 +101,9 @@ class TailCall:
 
     def tail(self, names: tuple[str, ...]) -> Tail:
         return self._parts.tail(names, flat=True)
+
+    def anew(self) -> tuple[Tail, Sequence[Tensor]]:
+        return self._parts.tail(self._names, flat=True), self._tensors
 
     def whole(self) -> Run:
         run = self._parts.tail(self._names, flat=True)

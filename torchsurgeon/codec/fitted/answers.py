@@ -26,7 +26,12 @@ _NOT_FINITE = "the model must give finite answers for the sample; it gives NaN o
 
 
 class Answers:
-    """Makes the scalar whose gradient says how much the answer depends on a boundary."""
+    """Makes the scalar whose gradient says how much the answer depends on a boundary.
+
+    Attributes:
+        draws: how many scalars are drawn for each input.
+        classes_at: the dimension of classes in the first output; None where the outputs are values.
+    """
 
     def __init__(self, graph: LayerGraph, answers: AnswerKind | None, classes_at: int, draws: int, seed: int) -> None:
         first = graph.outputs[0]
@@ -39,7 +44,7 @@ class Answers:
                 f"classes_at must be a dimension of the output {short(str(first), quote=False)}, which must be "
                 f'floating-point; got {short(classes_at)}; give answers="values" where there are no classes'
             )
-        self.draws, self._classes_at = draws, classes_at if answers == "classes" else None
+        self.draws, self.classes_at = draws, classes_at if answers == "classes" else None
         self._generator = torch.Generator().manual_seed(seed)
         self._deviations: list[float] | None = None
 
@@ -49,8 +54,8 @@ class Answers:
         Raises:
             CodecError: an answer is not finite. Single classes may have logits of -inf.
         """
-        if self._classes_at is not None:
-            return _class_scores(outputs[0], self._classes_at, self._generator) if outputs[0].requires_grad else None
+        if self.classes_at is not None:
+            return _class_scores(outputs[0], self.classes_at, self._generator) if outputs[0].requires_grad else None
         real = [out for out in outputs if out.requires_grad and out.is_floating_point() and out.numel()]
         if not real:
             return None

@@ -27,6 +27,7 @@ from torchsurgeon import _native
 from torchsurgeon.codec import codec, quantize, range_coder
 from torchsurgeon.codec.codec import Buffer, Codec, EncodedTensor
 from torchsurgeon.codec.fitted import file
+from torchsurgeon.codec.fitted.student import Student
 from torchsurgeon.codec.fitted.tensor import FittedTensor
 from torchsurgeon.codec.fitted.transform import SLICE
 from torchsurgeon.codec.host import on_host
@@ -34,6 +35,7 @@ from torchsurgeon.errors import CodecError, is_finite, short
 from torchsurgeon.models.weights import weight_digests
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.layout import dense, logical
+from torchsurgeon.tracing.specs import PartitionPoint
 
 # A coefficient becomes 0 within this many steps; every other interval is one step wide, and what is decoded is its
 # middle. Measured on EfficientNet-Lite0: with the usual wider zone, or with what is decoded drawn towards 0, the answer
@@ -45,6 +47,8 @@ _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 # A rate in a name, without a sign or spaces; "1e-05" is how Python writes a low one.
 _DIGITS = re.compile(r"[0-9]+(\.[0-9]+)?(e-[0-9]+)?")
 _KEPT_RATES = 64
+# The names of a student's arrays in the file begin with this; those of tensors begin with a number.
+_STUDENT = "student."
 _SOME_RATES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
 
@@ -61,6 +65,7 @@ class FittedCodec:
         steps: the quantization steps that there are tables for, the finest first.
         rates: the bits per value that each step took on the sample.
         provenance: where and how it was fitted.
+        student: what the device runs in place of the model's own layers before the cut; None for these layers.
 
     Attributes:
         digest: SHA-256 of the file, in hex.
@@ -81,6 +86,7 @@ class FittedCodec:
         steps: Sequence[float],
         rates: Sequence[float],
         provenance: Mapping[str, Any] | None = None,
+        student: Student | None = None,
     ) -> None:
         if not _LABEL.fullmatch(label):
             raise CodecError(
@@ -89,7 +95,7 @@ class FittedCodec:
             )
         self.label, self.model, self.graph, self.weights, self.point = label, model, graph, weights, point
         self.tensors, self.steps, self.rates = tuple(tensors), tuple(steps), tuple(rates)
-        self.provenance = dict(provenance or {})
+        self.provenance, self.student = dict(provenance or {}), student
         rising = all(0 < a < b for a, b in zip(self.steps, self.steps[1:], strict=False))
         falling = all(a > b > 0 for a, b in zip(self.rates, self.rates[1:], strict=False))
         numbers = all(map(is_finite, (*self.steps, *self.rates)))
@@ -120,6 +126,9 @@ class FittedCodec:
         arrays: dict[str, NDArray[Any]] = {}
         for index, one in enumerate(self.tensors):
             arrays |= {f"{index}.{name}": array for name, array in one.arrays().items()}
+        if self.student is not None:
+            header["student"] = self.student.description()
+            arrays |= {f"{_STUDENT}{name}": array for name, array in self.student.tensors.items()}
         return file.pack(header, arrays)
 
     @cached_property
@@ -154,7 +163,7 @@ class FittedCodec:
         """Check that it was fitted to this model, with these weights.
 
         Raises:
-            CodecError: it was fitted to another graph, cut or weights.
+            CodecError: it was fitted to another graph, cut or weights, or its student does not fit.
         """
         here = type(graph.model).__name__
         if self.graph != graph.fingerprint:
@@ -167,6 +176,8 @@ class FittedCodec:
         point = graph.point(self.point[0])
         if not set(self._index) <= {spec.name for spec in point.tensors}:
             raise CodecError(f"{self.name} was fitted to another cut of {here} than {short(point.name)}; fit it again")
+        if self.student is not None:
+            self.student.module(graph, point.index)
 
     def use(self) -> FittedCodec:
         """Make its name known to ``find_codec()`` in this process, and return it, or the same one if it was known.
@@ -268,6 +279,12 @@ class RatedCodec(Codec):
     @property
     def coarseness(self) -> float:
         return -self.rate
+
+    def student_at(self, point: PartitionPoint) -> FittedCodec | None:
+        """Return the codec with its file if a student computes what crosses at this point, else None."""
+        fitted = self.fitted
+        own = point.layers is None and fitted.point == (point.index, point.name)
+        return fitted if own and fitted.student is not None else None
 
     @cached_property
     def step(self) -> float:
@@ -387,7 +404,10 @@ def _parsed(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Fi
             tensors.append(FittedTensor.parsed(one, own, len(steps)))
         label, model, graph, weights = (str(header[key]) for key in ("label", "model", "graph", "weights"))
         point = int(header["point"][0]), str(header["point"][1])
-        return FittedCodec(label, model, graph, weights, point, tensors, steps, rates, dict(header["provenance"]))
+        weights_of = {k.removeprefix(_STUDENT): v for k, v in arrays.items() if k.startswith(_STUDENT)}
+        student = Student.parsed(header["student"], weights_of) if header.get("student") is not None else None
+        provenance = dict(header["provenance"])
+        return FittedCodec(label, model, graph, weights, point, tensors, steps, rates, provenance, student)
     except CodecError:
         raise
     except KeyError as error:

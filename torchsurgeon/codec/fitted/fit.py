@@ -16,6 +16,7 @@ from torchsurgeon.codec import quantize, range_coder
 from torchsurgeon.codec.fitted.answers import AnswerKind, Answers
 from torchsurgeon.codec.fitted.codec import ZERO_STEPS, FittedCodec
 from torchsurgeon.codec.fitted.statistics import Statistics
+from torchsurgeon.codec.fitted.student import Student
 from torchsurgeon.codec.fitted.tensor import FittedTensor
 from torchsurgeon.codec.fitted.transform import Grid, Transform, block_side
 from torchsurgeon.codec.measuring import check_calls, inputs_of
@@ -66,6 +67,7 @@ def fit_codec(
     draws: int = DRAWS,
     seed: int = 0,
     device: str | torch.device | None = None,
+    student: Student | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FittedCodec:
     """Fit a codec to a cut, and make its name known to this process.
@@ -83,6 +85,7 @@ def fit_codec(
         draws: how many answers are drawn for each input.
         seed: of what is drawn.
         device: where the model runs; the device of its parameters by default.
+        student: what computes the boundary tensors in place of the model's own layers; ``distill()`` makes one.
         progress: called as ``progress(done, total)`` after each batch and after each rate.
 
     Raises:
@@ -122,8 +125,8 @@ def fit_codec(
     # The tables are fitted to other inputs than the transform, whose components are smaller on its own.
     apart = len(calls) >= 2 * _TABLES_EACH
     setup = [call for k, call in enumerate(calls) if not apart or (k + 1) % _TABLES_EACH]
-    others = list(_batches(graph, calls[_TABLES_EACH - 1 :: _TABLES_EACH] if apart else calls))
-    batches = list(_batches(graph, setup))
+    others = list(batches_of(graph, calls[_TABLES_EACH - 1 :: _TABLES_EACH] if apart else calls))
+    batches = list(batches_of(graph, setup))
     total = len(batches) + len(others) + _MOST_STEPS
     done = 0
 
@@ -133,7 +136,7 @@ def fit_codec(
         if progress is not None:
             progress(done, total)
 
-    head = _Head(graph, place, list(fitted))
+    head = _Head(graph, place, list(fitted), student)
     _add_up(graph, head, batches, fitted, Answers(graph, answers, classes_at, draws, seed), advance)
     if not any(statistics.varies() for statistics in fitted.values()):
         raise CodecError("the tensors at this point are the same for the whole sample; give varied inputs")
@@ -163,6 +166,7 @@ def fit_codec(
         steps,
         rates,
         {**origin, "inputs": len(calls), "draws": int(draws), "seed": seed},
+        student,
     ).use()
 
 
@@ -208,13 +212,17 @@ def _kinds_near(graph: LayerGraph, spec: TensorSpec) -> set[str]:
     return kinds
 
 
-def _batches(graph: LayerGraph, calls: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
+def batches_of(graph: LayerGraph, calls: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
     """Return the calls, several of them in one where the batch is free."""
-    joins = graph.batch_free and not graph.value_dependent and all(spec.batch_step[:1] == (1,) for spec in graph.inputs)
-    together = max(1, _BATCH // graph.batch) if joins else 1
+    together = max(1, _BATCH // graph.batch) if joined(graph) else 1
     for begin in range(0, len(calls), together):
         these = calls[begin : begin + together]
         yield [torch.cat(list(parts)) if len(these) > 1 else parts[0] for parts in zip(*these, strict=True)]
+
+
+def joined(graph: LayerGraph) -> bool:
+    """Return whether several calls of a model can be one call with a larger batch."""
+    return graph.batch_free and not graph.value_dependent and all(spec.batch_step[:1] == (1,) for spec in graph.inputs)
 
 
 class _Head:
@@ -224,14 +232,19 @@ class _Head:
         graph: the traced model.
         place: the partition point.
         fitted: the names of the tensors that are fitted.
+        student: what computes them; the model's own layers by default.
 
     Attributes:
         names: the names of all boundary tensors.
     """
 
-    def __init__(self, graph: LayerGraph, place: PartitionPoint, fitted: Sequence[str]) -> None:
+    def __init__(
+        self, graph: LayerGraph, place: PartitionPoint, fitted: Sequence[str], student: Student | None
+    ) -> None:
         self.names = [spec.name for spec in place.tensors]
-        self._head, self._fitted = cut(graph, place).head.get_submodule("segment"), fitted
+        own = cut(graph, place).head.get_submodule("segment")
+        self._head = own if student is None else student.segment(graph, place.index)
+        self._fitted = fitted
 
     def all(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return all boundary tensors of a call by name."""

@@ -266,6 +266,10 @@ class Transform:
         mixed = torch.baddbmm(offsets, matrices, self.grid.split(tensor))
         return mixed.view(self.grid.groups, *self.grid.blocks(tensor.shape))
 
+    def weigh(self, difference: Tensor) -> Tensor:
+        """Return how much the coefficients [Q, C, P] of two tensors differ, from the difference of the tensors."""
+        return self._there(difference.device)[0] @ self.grid.split(difference)
+
     def inverse(self, coefficients: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the tensor of ``shape`` that has these coefficients, which are overwritten."""
         matrices, offsets = self._back(coefficients.device)
