@@ -23,7 +23,7 @@ _NAMES_BY_ROOM = {
         "NativeUnavailableError", "NoisyProfileWarning", "PartitionError", "PlanError", "PredictionWarning",
         "ProfileError", "ProtocolError", "RequestRefusedError", "SampleSizeError", "ServerError",
         "ServerUnavailableError",
-        "SpecError", "SplitAttributeError", "ThrottledWarning", "TorchSurgeonError", "TraceError",
+        "SimulationError", "SpecError", "SplitAttributeError", "ThrottledWarning", "TorchSurgeonError", "TraceError",
         "UnfinishedWarning", "UnknownEnergyWarning", "UnrepeatableWarning",
     ),
     "link": ("BandwidthTrace", "Link", "Radio"),
@@ -42,7 +42,8 @@ _ROOM_OF = {name: room for room, names in _NAMES_BY_ROOM.items() for name in nam
 # Attributes of the package without being imported by the user. The other rooms need extras.
 _ROOMS = (
     "adapting", "codec", "cutting", "emulate", "errors", "hooks", "link", "meters", "models", "module",
-    "planning", "prediction", "profiling", "runtime", "tracing", "transport", "wire",
+    "planning", "prediction", "profiling", "runtime", "simulate", "tracing", "transport",
+    "wire",
 )  # fmt: skip
 
 __all__ = sorted(_ROOM_OF)
@@ -80,6 +81,7 @@ else:
     from torchsurgeon import prediction as prediction
     from torchsurgeon import profiling as profiling
     from torchsurgeon import runtime as runtime
+    from torchsurgeon import simulate as simulate
     from torchsurgeon import tracing as tracing
     from torchsurgeon import transport as transport
     from torchsurgeon import wire as wire
@@ -123,6 +125,7 @@ else:
     from torchsurgeon.errors import SampleSizeError as SampleSizeError
     from torchsurgeon.errors import ServerError as ServerError
     from torchsurgeon.errors import ServerUnavailableError as ServerUnavailableError
+    from torchsurgeon.errors import SimulationError as SimulationError
     from torchsurgeon.errors import SpecError as SpecError
     from torchsurgeon.errors import SplitAttributeError as SplitAttributeError
     from torchsurgeon.errors import ThrottledWarning as ThrottledWarning

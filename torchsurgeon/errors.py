@@ -16,6 +16,7 @@
     ├── CalibrationError           a damaged calibration, or samples that no model fits (also a ValueError)
     ├── PlanError                  an objective, limit, load or stage that is not valid (also a ValueError)
     │   └── InfeasibleError        no cut meets all constraints; ``least`` says how near one comes
+    ├── SimulationError            a rate, shape, number of servers or price that is not valid (also a ValueError)
     ├── NativeUnavailableError     the compiled extension, CUDA or CUPTI is needed and is missing
     ├── MeterError                 a clock or energy meter is missing, or reads something impossible
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
@@ -186,6 +187,10 @@ class InfeasibleError(PlanError):
     def __init__(self, message: str, least: dict[str, float | None]) -> None:
         super().__init__(message)
         self.least = least
+
+
+class SimulationError(TorchSurgeonError, ValueError):
+    """A simulated datacenter was given a rate, shape, number of servers, limit or price that is not valid."""
 
 
 class NativeUnavailableError(TorchSurgeonError):
