@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from frontiers import frontier
 from rich.console import Console
 from torch import nn
 
 import torchsurgeon as ts
-from torchsurgeon import report
+from torchsurgeon import report, simulate
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable, Finding
 from torchsurgeon.codec.table import Difference
 from torchsurgeon.cutting.doctor import examine
@@ -124,6 +125,14 @@ TABLES: dict[str, tuple[Callable[[], Any], list[int]]] = {
     ),
     "explanation": (lambda: report.plan_explanation(plan_of(codecs=CODECS)), [15]),
     "sweep": (lambda: report.sweep_table(SWEEP), [len(np.unique(SWEEP.chosen))]),
+    "simulation": (
+        lambda: report.simulation_table(
+            simulate.sustained(
+                frontier(), ts.Link.parse("8/8/0"), 2, rate_per_s=30.0, limit_s=0.5, queries=1_000, replications=2
+            )
+        ),
+        [2],
+    ),
     "doctor": (
         lambda: report.diagnosis_text(DIAGNOSIS),
         [len(DIAGNOSIS.points_per_block), len(DIAGNOSIS.worthwhile)],

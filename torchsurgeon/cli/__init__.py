@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from torchsurgeon import __version__
 from torchsurgeon.cli.arguments import Parser
+from torchsurgeon.cli.capacity import add_simulate
 from torchsurgeon.cli.costs import add_calibrate, add_codecs, add_predict, add_profile
 from torchsurgeon.cli.models import add_doctor, add_trace
 from torchsurgeon.cli.plans import add_plan, add_sweep
@@ -28,8 +29,8 @@ __all__ = ["main", "parser"]
 
 # In the order in which help lists them.
 _COMMANDS = (
-    add_demo, add_trace, add_doctor, add_profile, add_calibrate, add_predict, add_codecs, add_distill, add_plan, add_sweep,
-    add_serve, add_run, add_link,
+    add_demo, add_trace, add_doctor, add_profile, add_calibrate, add_predict, add_codecs, add_distill, add_plan,
+    add_sweep, add_simulate, add_serve, add_run, add_link,
 )  # fmt: skip
 
 _EXAMPLES = """\

@@ -15,6 +15,8 @@ REFERENCE_DEVICES = ("tegra-k1-cpu", "tegra-k1-gpu", "tesla-k40", "xeon-1-thread
 Completer = Callable[..., Iterable[str]]
 
 _REGISTERED = re.compile(r"@register_model\((?:name=\"(\w+)\")?\).*?\ndef (\w+)\(", re.DOTALL)
+# The names that torchsurgeon.simulate.SHAPES has; a test compares them.
+SHAPES = ("exponential", "constant", "web-search-arrivals", "web-search-service")
 
 
 def completed(action: argparse.Action, completer: Completer) -> None:

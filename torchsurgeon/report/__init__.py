@@ -10,6 +10,7 @@ from torchsurgeon.report.pictures import layer_picture, profile_picture
 from torchsurgeon.report.plan_pictures import plan_picture, sweep_picture
 from torchsurgeon.report.plans import plan_explanation, plan_table, sweep_table
 from torchsurgeon.report.predictions import calibration_table, prediction_picture, prediction_table
+from torchsurgeon.report.simulations import simulation_table
 from torchsurgeon.report.tables import (
     codec_table,
     diagnosis_text,
@@ -37,6 +38,7 @@ __all__ = [
     "profile_table",
     "rate_text",
     "seconds_text",
+    "simulation_table",
     "sweep_picture",
     "sweep_table",
 ]
