@@ -10,6 +10,7 @@ from paths import ROOT
 from benchmarks import unlike_samples
 from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
+from benchmarks.evaluate import datacenter_page
 
 
 def test_what_a_gpu_has_shown_is_what_its_files_hold() -> None:
@@ -28,6 +29,19 @@ def test_layers_unlike_the_samples_are_those_of_their_file_and_none_is_wrong_in_
     assert shown == f"\n\n{unlike_samples.table(results)}\n\n"
     assert len(results) >= 40
     assert [name for name, row in results.items() if not (row["inside"] or row["warned"])] == []
+
+
+def test_the_datacenter_is_the_one_of_its_file_and_agrees_with_queueing_theory() -> None:
+    results = json.loads(datacenter_page.RESULTS.read_text())["results"]
+    shown = datacenter_page.PAGE.read_text().partition(datacenter_page.BEGIN)[2].partition(datacenter_page.END)[0]
+    assert shown == f"\n\n{datacenter_page.section(results)}\n\n"
+    assert not results["quick"], "write the page from a full run"
+    assert all(row["within"] for row in results["validation"])
+    rows = [row for table in results["tables"].values() for row in table if row["gpu_share"] == 0.3]
+    for row in rows:
+        ours, device_only = row["unloaded"]["ours"], row["unloaded"]["device-only"]
+        assert ours["latency_s"] < device_only["latency_s"]
+        assert row["link"] != "wifi" or ours["device_j"] < device_only["device_j"] / 3
 
 
 def test_a_kept_run_has_no_serial_number_and_every_outcome(tmp_path: Path) -> None:
