@@ -134,6 +134,10 @@ def test_of_several_ways_to_send_the_input_the_quickest_stands_for_all_on_the_se
 @pytest.mark.parametrize(
     ("attempt", "message"),
     [
+        (
+            lambda: DeviceClass.of("mine", frontier(), LINK, 1.0, slowdown=0),
+            "slowdown must be a positive number; got 0",
+        ),
         (lambda: settle([one_class(1.0)], 0), "number of servers must be positive; got 0"),
         (lambda: settle([one_class(0.0)], 1), "must make inferences"),
         (lambda: settle([], 1), "must make inferences"),

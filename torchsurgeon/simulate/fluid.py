@@ -73,9 +73,11 @@ class DeviceClass:
             slowdown: the factor by which the devices are slower than the frontier says.
 
         Raises:
-            SimulationError: the rate is negative or not finite, or the frontier lacks one of its ends.
-            PlanError: the slowdown is not positive.
+            SimulationError: the rate is negative or not finite, the slowdown is not positive, or the frontier lacks one
+                of its ends.
         """
+        if not (is_finite(slowdown) and slowdown > 0):
+            raise SimulationError(f"a slowdown must be a positive number; got {short(slowdown)}")
         crossing = [row for row in frontier.rows if not row.on_device]
         inside = [row for row in frontier.rows if row.on_device]
         whole = [row for row in crossing if row.index == 0]
@@ -85,7 +87,8 @@ class DeviceClass:
                 f"got {len(frontier.rows)} rows"
             )
         whole.sort(key=lambda row: link.uplink_s(row.size_bytes) + slowdown * row.encode_s)
-        rows = [*whole[:1], *(row for row in crossing if row is not whole[0]), inside[-1]]
+        inside.sort(key=lambda row: -row.head_s)
+        rows = [whole[0], *(row for row in crossing if row is not whole[0]), *inside]
         terms = [frontier.terms(row, link, 1.0, slowdown) for row in rows]
         server_s = np.array([each.tail_s + each.decode_s for each in terms])
         latency_s = np.array([each.latency_s for each in terms]) - server_s
