@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchsurgeon as ts
-from torchsurgeon.codec import Budget, FittedCodec, Look, find_codec, measure
+from torchsurgeon.codec import Budget, FittedCodec, Look, measure
 from torchsurgeon.codec.fitted.student import Student
 from torchsurgeon.codec.student import thinning, views
 from torchsurgeon.cutting.partition import cut
@@ -132,7 +133,7 @@ def test_channels_that_count_most_stay(graph: ts.LayerGraph) -> None:
     scores = {name: torch.rand(len(layer.weight)) for name, layer in thinning.weighted_layers(own).items()}
     scores["2.wide"][7] = scores["2.each"][7] = 1e6
     flops = sum(thinning.count_flops(own, [X]).values())
-    thinned = thinning.thin(own, [X], scores, 0.3 * flops)
+    thinned = thinning.thin(own, [X], scores, 0.5 * flops)
     assert 7 in thinned.kept["2.wide"]
     assert torch.equal(thinned.kept["2.wide"], thinned.kept["2.each"])
     assert len(thinned.kept["4"]) == 8, "boundary tensors keep all channels"
@@ -154,17 +155,15 @@ def test_a_training_goes_on_where_it_was_interrupted(graph: ts.LayerGraph, tmp_p
     path = tmp_path / "going.training"
     sample = pictures(32, 1)
 
-    def interrupt(done: float, total: float, what: str) -> None:
-        if done > 0.5:
-            raise KeyboardInterrupt
-
     with pytest.warns(UnfinishedWarning, match="can go on"):
-        first = ts.distill(graph, CUT, sample, share=SHARE, training_s=60, checkpoint=path, progress=interrupt)
+        first = ts.distill(graph, CUT, sample, share=SHARE, training_s=60, checkpoint=path, progress=_interrupting(0.5))
     assert first.student is not None
     assert path.exists()
     steps = Look.of(first.student).steps
     with pytest.warns(UnfinishedWarning):
-        second = ts.distill(graph, CUT, sample, share=SHARE, training_s=60, checkpoint=path, progress=_once_more())
+        second = ts.distill(
+            graph, CUT, sample, share=SHARE, training_s=60, checkpoint=path, progress=_interrupting(1.0)
+        )
     assert second.student is not None
     assert Look.of(second.student).steps > steps
     with pytest.raises(CodecError, match=r"another model, point, sample or share; remove"):
@@ -174,15 +173,16 @@ def test_a_training_goes_on_where_it_was_interrupted(graph: ts.LayerGraph, tmp_p
         ts.distill(graph, CUT, sample, share=SHARE, training_s=1, checkpoint=path)
 
 
-def _once_more():  # type: ignore[no-untyped-def]
-    trained = []
+def _interrupting(after_s: float) -> Callable[[float, float, str], None]:
+    """Press Ctrl-C once, when so many seconds have been trained."""
+    pressed = []
 
-    def interrupt(done: float, total: float, what: str) -> None:
-        trained.append(done)
-        if done > 0 and len([one for one in trained if one > 0]) > 3:
+    def progress(done: float, total: float, what: str) -> None:
+        if done > after_s and not pressed:
+            pressed.append(done)
             raise KeyboardInterrupt
 
-    return interrupt
+    return progress
 
 
 def test_it_is_measured_as_a_codec_with_seconds_of_its_own(graph: ts.LayerGraph, student: FittedCodec) -> None:
@@ -218,7 +218,7 @@ def test_a_plan_counts_its_seconds_in_place_of_the_layers(graph: ts.LayerGraph, 
         ({"share": 1e-4}, "can be thinned to"),
         ({"training_s": -1.0}, "training_s must be seconds, 0 or more; got -1"),
         ({"batch": 0}, "batch must be from 1 to 4096; got 0"),
-        ({"point": "13"}, "no partition point"),
+        ({"point": "13"}, "there is no layer '13' to cut after"),
     ],
 )
 def test_bad_arguments_are_refused(graph: ts.LayerGraph, arguments: dict[str, object], says: str) -> None:
@@ -238,7 +238,7 @@ def test_a_student_of_another_model_or_with_wrong_sizes_is_refused(graph: ts.Lay
     with pytest.raises(CodecError, match="does not fit Sequential"):
         student.student.module(other, 1)
     sizes = {**student.student.sizes, "2.wide": {"out_channels": 1000}}
-    with pytest.raises(CodecError, match="out_channels of '2.wide' cannot be 1000"):
+    with pytest.raises(CodecError, match=r"out_channels of '2.wide' cannot be 1000"):
         Student(sizes, student.student.tensors, 0.1, {}).module(graph, student.point[0])
     with pytest.raises(CodecError, match="finite float32"):
         Student({}, {"a": numpy.array([numpy.nan], numpy.float32)}, 0.1, {})

@@ -42,7 +42,9 @@ def add_distill(commands: Commands) -> None:
     model_arguments(parser)
     weights_argument(parser)
     parser.add_argument("--point", metavar="POINT", required=True, help="a partition point, by index or layer name")
-    parser.add_argument("--data", type=Path, metavar="DIR", required=True, help="folder of your own images, 500 or more")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", required=True, help="folder of your own images, 500 or more"
+    )
     parser.add_argument(
         "--minutes",
         type=number,
@@ -114,8 +116,9 @@ def _distill(options: argparse.Namespace) -> None:
     assert made.student is not None
     print(
         f"wrote {made.name} to {options.out}: {made.student.flops_share:.1%} of the model's operations, "
-        f"{made.rates[-1]:.2g} to {made.rates[0]:.2g} bits a value. On images kept apart: {codec.Look.of(made.student)}. "
-        f"Judge it with other images: codecs --fitted {options.out} --point {options.point}"
+        f"{made.rates[-1]:.2g} to {made.rates[0]:.2g} bits a value. On images kept apart: "
+        f"{codec.Look.of(made.student)}. Judge it with other images: "
+        f"codecs --fitted {options.out} --point {options.point}"
     )
     for warning in caught:
         warn(warning.message)

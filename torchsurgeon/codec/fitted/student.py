@@ -76,7 +76,7 @@ class Student:
             if isinstance(module, THINNED)
         }
         tensors = {name: one.detach().cpu().numpy().copy() for name, one in floats_of(head).items()}
-        return Student(sizes, tensors, flops_share, dict(trained))
+        return Student(sizes, tensors, flops_share, {name: float(number) for name, number in trained.items()})
 
     def description(self) -> dict[str, Any]:
         """Return what a file's header says of it."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsurgeon import _native
+from torchsurgeon import _allocator, _native
 from torchsurgeon.codec.fitted.answers import AnswerKind, Answers
 from torchsurgeon.codec.fitted.codec import FittedCodec
 from torchsurgeon.codec.fitted.fit import batches_of, fit_codec, joined
@@ -98,6 +98,8 @@ def distill(
         NativeUnavailableError: the compiled extension is missing.
     """
     _native.operators("distilling a student")
+    # Training allocates the same large tensors at every step; page faults would take half of its time.
+    _allocator.keep_freed_memory()
     place = graph.point(point)
     check_calls(sample)
     if not (is_finite(share) and 0 < share < 1):
@@ -143,13 +145,16 @@ def distill(
         nonlocal look
         look = distilling.look(student, run)
 
+    def kept() -> Student:
+        return Student.of(student, flops_share, dataclasses.asdict(look))
+
     try:
         run.run(
             views(distilling.calls, distilling.together(batch), run.generator),
             training_s,
             report=lambda: say(min(run.elapsed_s, training_s), training_s, str(look)),
             looked=looked,
-            save=lambda: None if path is None else run.save(path, key, Student.of(student, flops_share, dataclasses.asdict(look))),
+            save=lambda: None if path is None else run.save(path, key, kept()),
         )
     except KeyboardInterrupt:
         warnings.warn(
@@ -160,8 +165,7 @@ def distill(
         )
     looked()
     say(training_s, training_s, f"{look}; fitting the codec to it")
-    kept = Student.of(student, flops_share, dataclasses.asdict(look))
-    return fit_codec(graph, place, sample, student=kept, **fit)
+    return fit_codec(graph, place, sample, student=kept(), **fit)
 
 
 class _Distilling:

@@ -103,9 +103,8 @@ def _rows(
 
     for inputs, (picks, wanted) in zip(batches, chosen, strict=True):
         seen.clear()
-        with watching({name: layer}, stop):
-            with contextlib.suppress(_Reached):
-                student(*inputs)
+        with watching({name: layer}, stop), contextlib.suppress(_Reached):
+            student(*inputs)
         yield _patches(seen[0], layer, picks), wanted
 
 
