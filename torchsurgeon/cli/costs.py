@@ -305,7 +305,7 @@ def add_codecs(commands: Commands) -> None:
         action="append",
         metavar="FILE",
         help="a codec that was fitted (--fit) or a student (distill), which is measured at several rates, too; may be "
-        "repeated",
+        "repeated (default: none)",
     )
     parser.add_argument(
         "--max-top1-change",

@@ -38,6 +38,7 @@ def add_distill(commands: Commands) -> None:
         "distill",
         "Make a small network that takes the place of the layers before a cut, from images without labels.",
         "torchvision:resnet50 --weights default --point layer2 --data photos --minutes 30 --out layer2.student",
+        "torchsurgeon.demo:lite0 --point blocks.5 --data photos --share 0.05 --out lite0.student",
     )
     model_arguments(parser)
     weights_argument(parser)

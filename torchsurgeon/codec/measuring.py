@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +17,11 @@ from torchsurgeon.codec.budget import Budget, Finding, Verdict
 from torchsurgeon.codec.codec import Codec, find_codec, measured_names
 from torchsurgeon.codec.fitted.codec import RatedCodec
 from torchsurgeon.codec.points import promising, work_before
+from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.codec.table import CodecRow, CodecTable
 from torchsurgeon.codec.trial import Trial
 from torchsurgeon.cutting.segment import Segment
-from torchsurgeon.errors import CodecError, UnfinishedWarning, short
+from torchsurgeon.errors import CodecError, UnfinishedWarning
 from torchsurgeon.profiling.origin import device_of, provenance
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
@@ -117,35 +118,6 @@ def halves(samples: Sequence[T]) -> tuple[list[T], list[T]]:
     order = list(samples)
     random.Random(0).shuffle(order)
     return order[: len(order) // 2], order[len(order) // 2 :]
-
-
-def check_calls(samples: object) -> None:
-    """Raise ``CodecError`` where samples are no list of calls, such as one tensor."""
-    if not isinstance(samples, Sequence) or isinstance(samples, str | bytes):
-        raise CodecError(
-            f"samples must be a list of calls, each like the traced example, such as [image, …]; got "
-            f"{type(samples).__name__}; list(tensor.split(batch)) makes calls of one tensor"
-        )
-
-
-def inputs_of(graph: LayerGraph, samples: Sequence[Any], device: torch.device) -> list[list[Tensor]]:
-    """Return the input tensors of each sample, on the device. Raise ``CodecError`` for one unlike the example."""
-    calls = []
-    for index, sample in enumerate(samples):
-        args, kwargs = ((), sample) if isinstance(sample, Mapping) else (sample, {})
-        args = args if isinstance(args, tuple) else (args,)
-        try:
-            tensors = graph.tensors_of_call(args, kwargs)
-        except TypeError as error:
-            raise CodecError(f"sample {index} is not a call like the traced example: {short(error)}") from None
-        for spec, tensor in zip(graph.inputs, tensors, strict=True):
-            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                raise CodecError(
-                    f"sample {index} has {tensor.dtype} of shape {list(tensor.shape)} as {short(spec.name, 100)}; the "
-                    f"traced example has {spec.dtype} of shape {list(spec.shape)}. Give samples like the example"
-                )
-        calls.append([tensor.detach().to(device) for tensor in tensors])
-    return calls
 
 
 class _Measuring:

@@ -1,7 +1,8 @@
-"""Turning a user's own image files into calls of a model that takes one image tensor."""
+"""Samples of a user's own: calls of a model, checked, and image files as calls of a model that takes one image."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,35 @@ from torchsurgeon.tracing.graph import LayerGraph
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp"}
 # ImageNet's mean and deviation, with which torchvision's and most other weights were trained.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def check_calls(samples: object) -> None:
+    """Raise ``CodecError`` where samples are no list of calls, such as one tensor."""
+    if not isinstance(samples, Sequence) or isinstance(samples, str | bytes):
+        raise CodecError(
+            f"samples must be a list of calls, each like the traced example, such as [image, …]; got "
+            f"{type(samples).__name__}; list(tensor.split(batch)) makes calls of one tensor"
+        )
+
+
+def inputs_of(graph: LayerGraph, samples: Sequence[Any], device: torch.device) -> list[list[Tensor]]:
+    """Return the input tensors of each sample, on the device. Raise ``CodecError`` for one unlike the example."""
+    calls = []
+    for index, sample in enumerate(samples):
+        args, kwargs = ((), sample) if isinstance(sample, Mapping) else (sample, {})
+        args = args if isinstance(args, tuple) else (args,)
+        try:
+            tensors = graph.tensors_of_call(args, kwargs)
+        except TypeError as error:
+            raise CodecError(f"sample {index} is not a call like the traced example: {short(error)}") from None
+        for spec, tensor in zip(graph.inputs, tensors, strict=True):
+            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                raise CodecError(
+                    f"sample {index} has {tensor.dtype} of shape {list(tensor.shape)} as {short(spec.name, 100)}; the "
+                    f"traced example has {spec.dtype} of shape {list(spec.shape)}. Give samples like the example"
+                )
+        calls.append([tensor.detach().to(device) for tensor in tensors])
+    return calls
 
 
 def image_sample(graph: LayerGraph, folder: str | Path, most: int | None = None) -> list[Tensor]:

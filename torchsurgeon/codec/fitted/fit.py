@@ -19,8 +19,8 @@ from torchsurgeon.codec.fitted.statistics import Statistics
 from torchsurgeon.codec.fitted.student import Student
 from torchsurgeon.codec.fitted.tensor import FittedTensor
 from torchsurgeon.codec.fitted.transform import Grid, Transform, block_side
-from torchsurgeon.codec.measuring import check_calls, inputs_of
 from torchsurgeon.codec.range_fit import fit_tables
+from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import CodecError, is_whole, short

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchsurgeon.codec.student.distill import distill
+from torchsurgeon.codec.student.distilling import distill
 from torchsurgeon.codec.student.training import Look
 
 __all__ = ["Look", "distill"]

@@ -18,7 +18,7 @@ from torchsurgeon.codec.fitted.answers import AnswerKind, Answers
 from torchsurgeon.codec.fitted.codec import FittedCodec
 from torchsurgeon.codec.fitted.fit import batches_of, fit_codec, joined
 from torchsurgeon.codec.fitted.student import Student
-from torchsurgeon.codec.measuring import check_calls, inputs_of
+from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.codec.scores import likeness
 from torchsurgeon.codec.student import training
 from torchsurgeon.codec.student.refit import refit
