@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Iterator
@@ -102,6 +103,7 @@ class Problem:
         model = RandomBranches(chance, chance.randint(1, most_layers)).eval()
         self.graph = ts.trace(model, torch.rand(chance.choice([1, 3]), model.width), verify=False)
         self.device, self.server = self._profile(chance.choice([1, 10]), True), self._profile(chance.choice([0.1, 1]))
+        self.across = dict(self._across())
         self.codecs = self._codecs() if chance.random() < 0.7 else None
         radio = ts.Radio(
             chance.random() * 1e-6, chance.random() * 1e-6, chance.random(), chance.choice([0, 0.1]), chance.random()
@@ -170,7 +172,8 @@ class Problem:
 
     def _codecs(self) -> CodecTable:
         chance, rows = self.chance, []
-        for point in self.graph.points[:-1]:
+        measured = [point for point in self.across.values() if chance.random() < 0.3]
+        for point in (*self.graph.points[:-1], *measured):
             for codec, share in (("raw", 1), ("zstd", 0.7), ("int8", 0.3)):
                 if chance.random() < 0.5:
                     lossless = codec != "int8"
@@ -182,33 +185,30 @@ class Problem:
                         lossless,
                         lossless or chance.random() < 0.6,
                     )
-                    rows.append(CodecRow(point.index, point.name, point.size_bytes, cost))
+                    rows.append(CodecRow(point.index, point.name, point.size_bytes, cost, layers=point.layers))
         name = type(self.graph.model).__name__
         return CodecTable(name, self.graph.fingerprint, self.graph.batch, 1, "", tuple(rows))
 
-    def _ways(self) -> Iterator[Way]:
-        graph = self.graph
-        prefixes = {tuple(range(point.index)): point for point in graph.points}
-        for mask in range(1 << len(graph.layers)):
-            layers = tuple(i for i in range(len(graph.layers)) if mask >> i & 1)
-            point = prefixes.get(layers)
-            if point is not None:
-                yield from (
-                    self._way(layers, point, *codec) for codec in self._codecs_at(point.index, point.size_bytes)
-                )
-                continue
-            try:
-                point = graph.point_of(layers)
-            except ts.PartitionError:
-                continue
-            yield self._way(layers, point, "raw", point.size_bytes, 0.0, 0.0)
+    def _across(self) -> Iterator[tuple[tuple[int, ...], ts.PartitionPoint]]:
+        """Give the closed sets of layers that are not simply the first ones, with their cuts."""
+        prefixes = {tuple(range(point.index)) for point in self.graph.points}
+        for mask in range(1 << len(self.graph.layers)):
+            layers = tuple(i for i in range(len(self.graph.layers)) if mask >> i & 1)
+            if layers not in prefixes:
+                with contextlib.suppress(ts.PartitionError):
+                    yield layers, self.graph.point_of(layers)
 
-    def _codecs_at(self, index: int, size_bytes: int) -> list[tuple[str, float, float, float]]:
-        if index == len(self.graph.layers):
+    def _ways(self) -> Iterator[Way]:
+        prefixes = {tuple(range(point.index)): point for point in self.graph.points}
+        for layers, point in (prefixes | self.across).items():
+            yield from (self._way(layers, point, *codec) for codec in self._codecs_at(point))
+
+    def _codecs_at(self, point: ts.PartitionPoint) -> list[tuple[str, float, float, float]]:
+        if point.index == len(self.graph.layers):
             return [("raw", 0.0, 0.0, 0.0)]
-        costs = [] if self.codecs is None else [cost for cost in self.codecs.costs(index) if cost.within_budget]
+        costs = [] if self.codecs is None else [cost for cost in self.codecs.costs(point) if cost.within_budget]
         found = [(cost.codec, cost.size_bytes, cost.encode_s, cost.decode_s) for cost in costs]
-        return found if any(codec == "raw" for codec, *_ in found) else [("raw", size_bytes, 0.0, 0.0), *found]
+        return found if any(codec == "raw" for codec, *_ in found) else [("raw", point.size_bytes, 0.0, 0.0), *found]
 
     def _way(
         self, layers: tuple[int, ...], point: Any, codec: str, size_bytes: float, encode_s: float, decode_s: float

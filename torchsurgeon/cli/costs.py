@@ -294,6 +294,12 @@ def add_codecs(commands: Commands) -> None:
     )
     file_argument(
         parser,
+        "--frontier",
+        "a file that plan --frontier wrote, whose cuts across parallel branches are measured, too",
+        "only cuts between layers",
+    )
+    file_argument(
+        parser,
         "--fit",
         "fit a codec to the only --point from half of the calls, write it to this file for serve --codec, and measure "
         "it at several rates on the others",
@@ -353,13 +359,17 @@ def _codecs(options: argparse.Namespace) -> None:
         import torch
 
         from torchsurgeon import codec
+        from torchsurgeon.planning import Frontier
         from torchsurgeon.profiling import find_device
         from torchsurgeon.report import codec_table
+
+    frontier = None if options.frontier is None else Frontier.load(options.frontier)
 
     device = find_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     graph = traced(options, device, options.weights)
+    across = () if frontier is None else frontier.across(graph)
     budget = _budget(options)
     samples = codec.image_sample(graph, options.sample, options.most)
     names = None if options.codecs is None else options.codecs.split(",")
@@ -399,6 +409,7 @@ def _codecs(options: argparse.Namespace) -> None:
             samples,
             names,
             points=points,
+            across=across,
             budget=budget,
             device=device,
             progress=report,

@@ -39,7 +39,8 @@ def measure(
     samples: Sequence[Any],
     codecs: Sequence[str] | None = None,
     *,
-    points: Sequence[int | str] | None = None,
+    points: Sequence[int | str | PartitionPoint] | None = None,
+    across: Sequence[PartitionPoint] = (),
     budget: Budget | None = None,
     device: str | torch.device | None = None,
     progress: Callable[[float, float, str], object] | None = None,
@@ -62,6 +63,7 @@ def measure(
         points: indices or layer names; those of ``promising()`` by default. By default, too, a lossy codec is judged
             only where it makes the boundary smaller than finer codecs of its kind do there, and than lossless ones do
             there or at an earlier point.
+        across: cuts across branches that are measured as well: ``row.point(graph)`` of a frontier's rows.
         budget: how much lossy codecs may change.
         device: where the model runs, and where values are packed and unpacked; the device of its parameters by default.
         progress: called as ``progress(done, total, what)`` now and then, with ``what`` the point that is measured.
@@ -78,6 +80,7 @@ def measure(
     target = device_of(graph, device)
     known = [find_codec(name) for name in dict.fromkeys(("raw", *(measured_names() if codecs is None else codecs)))]
     chosen = promising(graph) if points is None else [graph.point(ref) for ref in dict.fromkeys(points)]
+    chosen = list(dict.fromkeys([*chosen, *map(graph.point, across)]))
     if any(point.index == len(graph.layers) for point in chosen):
         raise CodecError(f"point {len(graph.layers)} is the last, at which nothing crosses; leave it out of points")
     if budget is not None:
@@ -206,8 +209,10 @@ class _Measuring:
 
     def _judge(self, walk: Walk, trials: list[Trial], answers: list[dict[str, Tensor]]) -> None:
         """Test the lossy codecs at a point, each kind from the finest to the coarsest."""
+        # Another point's cut across branches may leave the device less to do, so neither is compared with the other.
+        prunes = self.prunes and walk.point.layers is None
         for trial in trials:
-            if trial.lossless:
+            if trial.lossless and walk.point.layers is None:
                 self._least = min(self._least, (trial.size_bytes, f"{trial.codec.name} at {walk.point.name}"))
         # "+zstd" compresses without loss, so a codec with it and the same codec without it give the same answers.
         alike: dict[str, list[Trial]] = {}
@@ -225,7 +230,7 @@ class _Measuring:
             reason = ""
             findings: tuple[Finding, ...] = ()
             # A student leaves the device less to do than the layers before any of these points.
-            if self.prunes and smallest[0] >= least and some[0].student is None:
+            if prunes and smallest[0] >= least and some[0].student is None:
                 reason = f"not smaller than {what}"
             elif kind in failed:
                 reason = f"after {failed[kind]}"

@@ -11,8 +11,9 @@ from torchsurgeon import _json_file
 from torchsurgeon.codec.budget import Finding
 from torchsurgeon.errors import CodecError, is_finite, short
 from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
 
-FORMAT = "torchsurgeon.codecs/2"
+FORMAT = "torchsurgeon.codecs/3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ class CodecRow:
         findings: what became of the model's answers, one finding for each limit of the budget; empty for a lossless
             codec, without a budget, and where the codec was not tested.
         untested: why the codec was not tested with the budget; empty where it was, and where there was nothing to test.
+        layers: the device's layers where the cut goes across branches; None where they are the first ``point``.
     """
 
     point: int
@@ -94,6 +96,7 @@ class CodecRow:
     boundary: Difference | None = None
     findings: tuple[Finding, ...] = ()
     untested: str = ""
+    layers: tuple[int, ...] | None = None
 
     def finding(self, measure: str) -> Finding | None:
         """Return the finding of this measure; None where the budget does not limit it, or the codec was not tested."""
@@ -129,19 +132,20 @@ class CodecTable:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unfinished: tuple[str, ...] = ()
 
-    def at(self, point: int) -> tuple[CodecRow, ...]:
-        """Return the rows of the partition point with this index; empty where none were measured."""
-        return tuple(row for row in self.rows if row.point == point)
+    def at(self, point: int | PartitionPoint) -> tuple[CodecRow, ...]:
+        """Return the rows of a partition point, or of the one with this index; empty where none were measured."""
+        place = (point, None) if isinstance(point, int) else (point.index, point.layers)
+        return tuple(row for row in self.rows if (row.point, row.layers) == place)
 
-    def costs(self, point: int) -> tuple[CodecCost, ...]:
-        """Return what each codec costs at the partition point with this index; empty where none were measured."""
+    def costs(self, point: int | PartitionPoint) -> tuple[CodecCost, ...]:
+        """Return what each codec costs at a partition point, or at the one with this index."""
         return tuple(row.cost for row in self.at(point))
 
-    def allowed(self, point: int, codec: str) -> bool:
+    def allowed(self, point: int | PartitionPoint, codec: str) -> bool:
         """Return whether a codec may be used at a point: it is lossless, or was measured within the budget.
 
         Args:
-            point: index of the partition point.
+            point: the partition point or its index.
             codec: the codec's name.
 
         Raises:
@@ -151,8 +155,9 @@ class CodecTable:
             if row.cost.codec == codec:
                 return row.cost.within_budget
         known = ", ".join(row.cost.codec for row in self.at(point)) or "none"
+        where = point if isinstance(point, int) else short(point.name, 100)
         raise CodecError(
-            f"codec {short(codec)} was not measured at point {point}; measured are: {known}. Measure the codecs again"
+            f"codec {short(codec)} was not measured at point {where}; measured are: {known}. Measure the codecs again"
         )
 
     def check(self, graph: LayerGraph) -> None:
@@ -226,5 +231,6 @@ def _row(data: Mapping[str, Any]) -> CodecRow:
             "boundary": None if boundary is None else Difference(**boundary),
             "findings": tuple(Finding(**finding) for finding in data["findings"]),
             "untested": str(data["untested"]),
+            "layers": None if data["layers"] is None else tuple(map(int, data["layers"])),
         }
     )

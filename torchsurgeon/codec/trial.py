@@ -142,4 +142,5 @@ class Trial:
         )
         rmse = (self._squares / max(1, self._count)) ** 0.5
         difference = None if self.lossless else Difference(self._max_abs, rmse, self._cosine)
-        return CodecRow(point.index, point.name, raw_bytes, cost, difference, self.findings, self.untested)
+        place = point.index, point.name
+        return CodecRow(*place, raw_bytes, cost, difference, self.findings, self.untested, point.layers)

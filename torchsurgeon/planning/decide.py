@@ -15,7 +15,7 @@ from torchsurgeon.planning.chain import ChainPlan, plan_chain
 from torchsurgeon.planning.frontier import Frontier, Terms
 from torchsurgeon.planning.objective import Constraints, Objective
 from torchsurgeon.planning.plans import Crossover, Plan
-from torchsurgeon.planning.rows import LayerCosts, Row
+from torchsurgeon.planning.rows import HeadCosts, LayerCosts, Row
 from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
@@ -36,6 +36,7 @@ def plan(
     link: Link | str,
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
+    heads: Sequence[HeadCosts] = (),
     load: float = 1.0,
     slowdown: float = 1.0,
     **constraints: Any,
@@ -61,6 +62,7 @@ def plan(
     link: Link | str | None = None,
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
+    heads: Sequence[HeadCosts] = (),
     load: float = 1.0,
     slowdown: float = 1.0,
     stages: Sequence[LayerProfile] | None = None,
@@ -79,6 +81,7 @@ def plan(
         link: the link between them, or what ``Link.parse()`` understands, such as ``"lte"``.
         objective: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, or weights by these names.
         codecs: measured codecs; without them, tensors are sent as they are.
+        heads: networks that may run on the device in place of the model's first layers.
         load: the factor by which the server is slower than its profile says.
         slowdown: the factor by which the device is slower than its profile says.
         stages: what each layer costs on each machine of a row, in place of device, server, link, codecs and load.
@@ -130,14 +133,15 @@ def plan(
     rows = costs.rows(codecs)
     branches, exact = across_branches(costs, rows, limits, summed=not wanted.throughput)
     rows += branches
+    rows += [row for head in heads for row in costs.rows_behind(head)]
     chooser = _Chooser(graph, rows, exact, wanted, link, load, slowdown)
     frontier = chooser.feasible(limits)
     terms = chooser.best(frontier, limits)
     if frontier is None or terms is None:
         raise chooser.infeasible(limits)
     value = chooser.value(terms.row)
-    chosen = (terms.row.index, terms.row.layers)
-    others = [row for row in rows if limits.keeps(row) and (row.index, row.layers) != chosen]
+    chosen = _place(terms.row)
+    others = [row for row in rows if limits.keeps(row) and _place(row) != chosen]
     ends = [Frontier.of(graph, [row for row in rows if row.index == k]) for k in (len(graph.layers), 0)]
     device_only, server_only = (chooser.best(end, Constraints()) for end in ends)
     assert device_only is not None
@@ -165,7 +169,12 @@ def plan(
         fresh_s=0.0 if terms.row.on_device else _fresh_s(link, terms.row.size_bytes, frontier.answer_bytes),
         frontier=frontier,
         rows=tuple(row for row in rows if limits.keeps(row)),
+        budget="" if codecs is None else codecs.budget,
     )
+
+
+def _place(row: Row) -> tuple[int, tuple[int, ...] | None, str]:
+    return row.index, row.layers, row.head
 
 
 def crossovers(
@@ -210,17 +219,19 @@ def choose(
 ) -> Terms | None:
     """Return the terms of the best row that keeps the limits on latency and energy; None if no row does.
 
-    The frontier's rows must keep all other limits already.
+    Of rows that cost the same it is the one that uses least of the accuracy budget. The frontier's rows must keep all
+    other limits already.
     """
-    if limits.latency_s is None and limits.energy_j is None:
-        return frontier.terms(frontier.best(link, load, slowdown, objective), link, load, slowdown)
     costs = frontier.costs(link, load, slowdown, objective)
     if limits.latency_s is not None:
         costs = np.where(frontier.costs(link, load, slowdown, "latency") <= limits.latency_s, costs, np.inf)
     if limits.energy_j is not None:
         costs = np.where(frontier.costs(link, load, slowdown, "energy") <= limits.energy_j, costs, np.inf)
-    least = int(costs.argmin())
-    return frontier.terms(frontier.rows[least], link, load, slowdown) if np.isfinite(costs[least]) else None
+    least = float(costs.min())
+    if not np.isfinite(least):
+        return None
+    alike = [frontier.rows[i] for i in np.flatnonzero(costs <= least + abs(least) * 1e-12)]
+    return frontier.terms(min(alike, key=lambda row: row.budget_used), link, load, slowdown)
 
 
 def _changes(quantity: str, choice: Callable[[float], Row | None], low: float, high: float) -> list[Crossover]:
@@ -324,6 +335,8 @@ def _interval(
     on_device = np.zeros(len(device.layers), dtype=bool)
     on_device[list(terms.row.layers) if terms.row.layers is not None else slice(terms.row.index)] = True
     head, tail = device.interval_of(on_device), server.interval_of(~on_device)
+    if terms.row.head:
+        head = (terms.row.head_s, terms.row.head_s)
     if head is None or tail is None:
         return None
     if terms.row.on_device:
@@ -338,7 +351,7 @@ def _warned(graph: LayerGraph, terms: Terms, device: LayerProfile, server: Layer
     head = {graph.layers[index].name for index in chosen}
     sentences = []
     for where, warned in (
-        ("device", {name: why for name, why in device.warned.items() if name in head}),
+        ("device", {name: why for name, why in device.warned.items() if name in head and not terms.row.head}),
         ("server", {name: why for name, why in server.warned.items() if name not in head}),
     ):
         if warned:

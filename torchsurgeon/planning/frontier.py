@@ -1,16 +1,16 @@
 """The cuts that can be the best under some link and load, and the choice among them in microseconds.
 
 Every cost of an inference is a sum of device seconds, bytes, server seconds and joules, each multiplied by something
-that is not negative. So a cut never wins if another one is better in all four. The cuts that remain are the frontier.
-It is computed once, from a model, the profiles of both sides and the measured codecs. A decision then only multiplies
-the small matrix of their costs by weights that follow from link and load.
+that is not negative. So a cut never wins if another one is better in all four, and uses no more of the accuracy budget.
+The cuts that remain are the frontier. It is computed once, from a model, the profiles of both sides and the measured
+codecs. A decision then only multiplies the small matrix of their costs by weights that follow from link and load.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,23 @@ from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import PlanError, is_finite, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.objective import Objective
-from torchsurgeon.planning.rows import Array, LayerCosts, Row, columns, lower_hull, non_dominated
+from torchsurgeon.planning.rows import (
+    Array,
+    HeadCosts,
+    LayerCosts,
+    Row,
+    columns,
+    columns_and_losses,
+    lower_hull,
+    non_dominated,
+)
 from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.cached import cached_property
 from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
 
-FORMAT = "torchsurgeon.frontier/1"
+FORMAT = "torchsurgeon.frontier/2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,9 @@ class Terms:
 class Frontier:
     """The rows that can win under some link and load, from the least work on the device to the most.
 
+    Of a codec at several rates each rate is a row, unless another row costs no more and uses no more of the budget.
+    Rows of the same cut stand in the order of what they use of it.
+
     Attributes:
         model: the model's class name.
         fingerprint: the graph's fingerprint.
@@ -98,10 +111,15 @@ class Frontier:
             raise PlanError("a frontier without rows leaves nothing to choose from")
         # Computed now, so that the first decision is as quick as all others.
         assert len(self._linear[1])
+        assert len(self._cheapest[1])
 
     @staticmethod
     def build(
-        graph: LayerGraph, device: LayerProfile, server: LayerProfile, codecs: CodecTable | None = None
+        graph: LayerGraph,
+        device: LayerProfile,
+        server: LayerProfile,
+        codecs: CodecTable | None = None,
+        heads: Sequence[HeadCosts] = (),
     ) -> Frontier:
         """Return the frontier of a model.
 
@@ -110,15 +128,19 @@ class Frontier:
             device: what each layer costs on the device.
             server: what each layer costs on the server.
             codecs: measured codecs; without them, tensors are sent as they are.
+            heads: networks in place of the model's first layers.
 
         Raises:
             ProfileError: a profile is of another graph or batch size.
             CodecError: ``codecs`` is of another graph.
+            PlanError: a head ends at one of the model's ends.
+            PartitionError: the graph has no point at which a head ends.
         """
         costs = LayerCosts(graph, device, server)
         rows = costs.rows(codecs)
         branches, exact = across_branches(costs, rows)
-        return Frontier.of(graph, rows + branches, exact=exact)
+        behind = [row for head in heads for row in costs.rows_behind(head)]
+        return Frontier.of(graph, rows + branches + behind, exact=exact)
 
     @staticmethod
     def of(graph: LayerGraph, rows: list[Row], *, exact: bool = True) -> Frontier:
@@ -132,10 +154,27 @@ class Frontier:
         answer_bytes = sum(spec.size_bytes for spec in graph.outputs)
         ends = [i for i, row in enumerate(rows) if row.on_device or row.index == 0]
         # Both ends stay even if a cut undercuts them, since every choice is compared with them.
-        best_ends = {ends[i] for i in non_dominated(columns(rows[i] for i in ends))}
-        kept = [rows[i] for i in sorted({*non_dominated(columns(rows)), *best_ends}, key=lambda i: rows[i].index)]
+        best_ends = {ends[i] for i in non_dominated(columns_and_losses(rows[i] for i in ends))}
+        places = {*non_dominated(columns_and_losses(rows)), *best_ends}
+        kept = [rows[i] for i in sorted(places, key=lambda i: (rows[i].index, rows[i].budget_used, i))]
         name = type(graph.model).__name__
         return Frontier(name, graph.fingerprint, graph.batch, len(graph.layers), answer_bytes, tuple(kept), exact)
+
+    def across(self, graph: LayerGraph) -> list[PartitionPoint]:
+        """Return its cuts across parallel branches, for ``measure(…, across=…)``.
+
+        Args:
+            graph: the model that it is of.
+
+        Raises:
+            PlanError: it is of another model.
+        """
+        if self.fingerprint != graph.fingerprint:
+            raise PlanError(
+                f"this frontier is of {self.model[:100]} (fingerprint {self.fingerprint[:12]}), not of "
+                f"{type(graph.model).__name__} ({graph.fingerprint[:12]}); build it for that model"
+            )
+        return list(dict.fromkeys(row.point(graph) for row in self.rows if row.layers is not None))
 
     @property
     def has_energy(self) -> bool:
@@ -145,6 +184,13 @@ class Frontier:
     @cached_property
     def _columns(self) -> Array:
         return np.asfortranarray(columns(self.rows))
+
+    @cached_property
+    def _cheapest(self) -> tuple[Array, list[Row]]:
+        """The rows that no other one undercuts in costs alone, as a matrix and as rows. Only they can cost least."""
+        # The rows of a cut stand in the order of what they use of the budget, and of equal ones the first is kept.
+        places = non_dominated(self._columns)
+        return np.asfortranarray(self._columns[places]), [self.rows[i] for i in places]
 
     @cached_property
     def _linear(self) -> tuple[Array, list[Row]]:
@@ -175,7 +221,7 @@ class Frontier:
         """
         wanted = objective if objective == "latency" else Objective.of(objective)
         # A throughput objective takes the maximum of several stages, so a row off the lower hull can win it.
-        table, rows = (self._columns, self.rows) if _has_stages(wanted) else self._linear
+        table, rows = self._cheapest if _has_stages(wanted) else self._linear
         return rows[self._costs(table, link, load, slowdown, wanted).argmin()]
 
     def costs(
@@ -209,6 +255,7 @@ class Frontier:
             # Latency has a short way, since it is asked for before every inference.
             return table @ (slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s)
         weights = np.zeros(5)
+        sums = bool(wanted.latency or wanted.energy or wanted.server_time)
         if wanted.latency:
             weights += np.array([slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s]) * wanted.latency
         if wanted.energy:
@@ -223,7 +270,7 @@ class Frontier:
         for stage_s in (size_bytes * up_s_per_byte, server_s * load, crosses * downlink_s):
             np.maximum(slowest, stage_s, out=slowest)
         slowest *= wanted.throughput
-        return slowest + table @ weights if weights.any() else slowest
+        return slowest + table @ weights if sums else slowest
 
     def _joules(self, link: Link) -> tuple[float, float, float, float, float]:
         if not self.has_energy:

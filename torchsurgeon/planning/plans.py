@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from torchsurgeon.codec import Finding
 from torchsurgeon.link import Link
 from torchsurgeon.planning.frontier import Frontier, Terms
 from torchsurgeon.planning.objective import Constraints, Objective
@@ -54,6 +55,7 @@ class Plan:
         fresh_s: how many seconds more a request takes on a new connection.
         frontier: the rows that keep the constraints on memory, layers and inputs, and can win.
         rows: all rows that keep them.
+        budget: the accuracy budget that the codecs were measured with, in words; empty without one.
     """
 
     point: PartitionPoint
@@ -74,6 +76,7 @@ class Plan:
     fresh_s: float
     frontier: Frontier
     rows: tuple[Row, ...]
+    budget: str = ""
 
     @property
     def row(self) -> Row:
@@ -124,6 +127,10 @@ def comparison(plan: Plan) -> list[list[str]]:
     table = [["", *(name for name, _ in columns)], ["cut", *(_short(terms.row) for _, terms in columns)]]
     table.append(["codec", *("–" if terms.row.on_device else terms.row.codec for _, terms in columns)])
     table.append(["sent, kB", *(f"{terms.row.size_bytes / 1e3:.1f}" for _, terms in columns)])
+    measures = dict.fromkeys(finding.measure for _, terms in columns for finding in terms.row.findings)
+    table += [[measure, *(_found(terms.row, measure) for _, terms in columns)] for measure in measures]
+    if any(terms.row.budget_used for _, terms in columns):
+        table.append(["budget used", *(f"{terms.row.budget_used:.0%}" for _, terms in columns)])
     table += [[f"{part}, ms", *(f"{getattr(terms, part + '_s') * 1e3:.2f}" for _, terms in columns)] for part in _PARTS]
     if any(terms.device_j is not None or terms.radio_j for _, terms in columns):
         for part in ("device", "radio", "energy"):
@@ -137,7 +144,11 @@ def comparison(plan: Plan) -> list[list[str]]:
 
 def remarks(plan: Plan) -> list[str]:
     """Return what else is known of the choice, a sentence each: its interval, its prices, and what would change it."""
-    lines = []
+    lines = [_surely(plan.row, finding) for finding in plan.row.findings]
+    if plan.row.budget_used and not plan.row.findings:
+        lines.append("what the codec changes was not measured, only that it is within the budget")
+    if plan.budget and plan.row.budget_used:
+        lines.append(f"the budget: {plan.budget}")
     if plan.interval_s is not None:
         low_s, high_s = plan.interval_s
         lines.append(f"latency between {low_s * 1e3:.2f} and {high_s * 1e3:.2f} ms by the predictions' intervals")
@@ -159,7 +170,27 @@ def place(row: Row) -> str:
     if row.on_device:
         return "all on the device"
     where = "all on the server" if row.index == 0 else f"cut after {_short(row)}"
+    if row.head:
+        where = f"{row.head} in place of the layers up to {_short(row)}"
     return where if row.codec == "raw" else f"{where} as {row.codec}"
+
+
+def _found(row: Row, measure: str) -> str:
+    """Return what a sample showed of a measure, with the bound for all calls in brackets."""
+    if not row.budget_used:
+        return "–"
+    return next((str(finding) for finding in row.findings if finding.measure == measure), "?")
+
+
+def _surely(row: Row, finding: Finding) -> str:
+    """Return what a finding says of the measured calls and of all, and how much of the budget that uses."""
+    estimate, bound, limit = (finding.text(value) for value in (finding.estimate, finding.bound, finding.limit))
+    words = {"≤": "at most", "≥": "at least"}
+    used = "" if finding.used is None else f", of which {finding.used:.0%} is used"
+    return (
+        f"{row.codec}: {finding.measure} was {estimate} in {finding.count} measured, so it is surely "
+        f"{words[finding.sign]} {bound} in all; the limit is {limit}{used}"
+    )
 
 
 def _short(row: Row) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchsurgeon.codec import CodecTable
-from torchsurgeon.errors import ProfileError, short
+from torchsurgeon.codec import CodecRow, CodecTable, Finding
+from torchsurgeon.errors import PlanError, ProfileError, is_finite, short
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.held import Holdings, layer_holdings
@@ -45,6 +45,9 @@ class Row:
         lossless: whether the codec keeps every bit.
         on_device: whether everything runs on the device, and nothing crosses.
         layers: the device's layers where these are not simply the first ``index``; None where they are.
+        findings: what a sample showed of the model's answers behind the codec; empty where that was not measured.
+        head: what computes the boundary tensors on the device in place of the model's first layers, by its name in
+            ``HeadCosts``; empty where these layers do.
     """
 
     index: int
@@ -61,6 +64,16 @@ class Row:
     lossless: bool = True
     on_device: bool = False
     layers: tuple[int, ...] | None = None
+    findings: tuple[Finding, ...] = ()
+    head: str = ""
+
+    @property
+    def budget_used(self) -> float:
+        """How much of the accuracy budget is used: 0 where nothing is lost, 1 at its limit or where it is not known."""
+        if self.lossless and not self.head:
+            return 0.0
+        used = [finding.used for finding in self.findings]
+        return max((1.0 if one is None else one for one in used), default=1.0)
 
     def point(self, graph: LayerGraph) -> PartitionPoint:
         """Return where to cut ``graph``, for ``cut()``."""
@@ -80,13 +93,48 @@ class Row:
             TypeError: there is a field too many.
         """
         layers = data["layers"]
-        row = Row(**{**data, "layers": None if layers is None else tuple(layers)})
+        findings = tuple(Finding(**finding) for finding in data["findings"])
+        row = Row(**{**data, "layers": None if layers is None else tuple(layers), "findings": findings})
         for name in ("index", "head_s", "encode_s", "size_bytes", "tail_s", "decode_s"):
             if not 0 <= getattr(row, name) < _MOST:
                 raise ValueError(f"{name} must be from 0 to {_MOST:g}; got {getattr(row, name)}")
         if row.device_j is not None and not abs(row.device_j) < _MOST:
             raise ValueError(f"device_j must be within ±{_MOST:g}; got {row.device_j}")
         return row
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadCosts:
+    """What a network costs that takes a model's input to the tensors of a point in place of the model's first layers.
+
+    Such a network computes something else than the layers do, so every codec behind it changes answers, ``raw`` too.
+
+    Attributes:
+        name: its name.
+        point: the index of the partition point whose tensors it computes.
+        head_s: its seconds on the device, as the device's profile counts them.
+        codecs: what each codec costs behind it, and what became of the model's answers. Only those are used that kept
+            the budget, ``raw`` among them.
+        device_j: its joules on the device; None where no meter measured them.
+        memory_bytes: what its weights and the tensors that it computes take; None where that was not measured.
+    """
+
+    name: str
+    point: int
+    head_s: float
+    codecs: tuple[CodecRow, ...]
+    device_j: float | None = None
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise PlanError("a head needs a name, since an empty one stands for the model's own layers; give name=")
+        for name in ("head_s", "device_j", "memory_bytes"):
+            value = getattr(self, name)
+            if value is None and name != "head_s":
+                continue
+            if not (is_finite(value) and value >= 0):
+                raise PlanError(f"{name} of head {short(self.name)} must be zero or positive; got {short(value)}")
 
 
 class LayerCosts:
@@ -134,7 +182,10 @@ class LayerCosts:
                 self._inputs.add(tensor.name)
 
     def rows(self, codecs: CodecTable | None = None) -> list[Row]:
-        """Return a row for every partition point and every codec that may be used there, in the points' order.
+        """Return a row for every cut and every codec, and rate of a codec, that may be used there.
+
+        The graph's own points come first, in their order, and then the cuts across branches at which codecs were
+        measured.
 
         Args:
             codecs: measured codecs. A lossy one is used only where it was measured to keep an accuracy budget; ``raw``
@@ -142,24 +193,66 @@ class LayerCosts:
 
         Raises:
             CodecError: ``codecs`` is of another graph.
+            PartitionError: a cut of ``codecs`` is none of the graph.
         """
-        measured: dict[int, list[tuple[str, float, float, float, bool]]] = {}
+        measured: dict[tuple[int, tuple[int, ...] | None], list[CodecRow]] = {}
         if codecs is not None:
             codecs.check(self.graph)
             for entry in codecs.rows:
-                cost = entry.cost
-                if cost.within_budget:
-                    way = (cost.codec, cost.size_bytes, cost.encode_s, cost.decode_s, cost.lossless)
-                    measured.setdefault(entry.point, []).append(way)
+                if entry.cost.within_budget:
+                    measured.setdefault((entry.point, entry.layers), []).append(entry)
+        across = [self.graph.point_of(layers) for _, layers in measured if layers is not None]
         rows = []
-        for point in self.graph.points:
-            ways = measured.get(point.index, [])
+        for point in (*self.graph.points, *across):
+            entries = measured.get((point.index, point.layers), [])
             if point.index == len(self.graph.layers):
-                ways = [("raw", 0.0, 0.0, 0.0, True)]
-            elif all(way[0] != "raw" for way in ways):
-                ways = [("raw", float(point.size_bytes), 0.0, 0.0, True), *ways]
-            rows += [self._row(point, *way) for way in ways]
+                rows.append(self._row(point, "raw", 0.0, 0.0, 0.0, True))
+                continue
+            if all(entry.cost.codec != "raw" for entry in entries):
+                rows.append(self._row(point, "raw", float(point.size_bytes), 0.0, 0.0, True))
+            rows += [self._measured_row(point, entry) for entry in entries]
         return rows
+
+    def rows_at(self, point: PartitionPoint, codecs: CodecTable | None = None) -> list[Row]:
+        """Return the rows of one cut, as ``rows()`` does."""
+        found = [row for row in self.rows(codecs) if (row.index, row.layers) == (point.index, point.layers)]
+        return found or [self._row(point, "raw", float(point.size_bytes), 0.0, 0.0, True)]
+
+    def rows_behind(self, head: HeadCosts) -> list[Row]:
+        """Return a row for every codec that may be used behind a network in place of the model's first layers.
+
+        Raises:
+            PlanError: the network ends at one of the model's ends.
+            PartitionError: the graph has no such point.
+        """
+        point = self.graph.point(head.point)
+        if not 0 < point.index < len(self.graph.layers):
+            raise PlanError(
+                f"head {short(head.name)} must end between the model's layers, at a point from 1 to "
+                f"{len(self.graph.layers) - 1}; got {head.point}"
+            )
+        rows = []
+        for entry in head.codecs:
+            if entry.cost.within_budget:
+                joules = head.device_j
+                if joules is not None:
+                    joules += (self.power_w or 0.0) * entry.cost.encode_s
+                row = dataclasses.replace(
+                    self._measured_row(point, entry),
+                    head=head.name,
+                    head_s=head.head_s,
+                    device_j=joules,
+                    memory_bytes=head.memory_bytes,
+                    raw_input=False,
+                    lossless=False,
+                )
+                rows.append(row)
+        return rows
+
+    def _measured_row(self, point: PartitionPoint, entry: CodecRow) -> Row:
+        cost = entry.cost
+        row = self._row(point, cost.codec, cost.size_bytes, cost.encode_s, cost.decode_s, cost.lossless)
+        return dataclasses.replace(row, findings=entry.findings) if entry.findings else row
 
     def row_of(self, layers: Collection[int]) -> Row:
         """Return the row of the cut that runs exactly ``layers`` on the device, with its tensors sent as they are.
@@ -232,6 +325,12 @@ def columns(rows: Iterable[Row]) -> Array:
         for r in rows
     ]
     return np.array(table, dtype=np.float64).reshape(-1, 5)
+
+
+def columns_and_losses(rows: Iterable[Row]) -> Array:
+    """Return ``columns()``, and how much of the accuracy budget each row uses, shape (rows, 6)."""
+    known = list(rows)
+    return np.column_stack([columns(known), [row.budget_used for row in known]])
 
 
 def non_dominated(costs: Array) -> list[int]:

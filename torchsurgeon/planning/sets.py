@@ -173,7 +173,7 @@ def across_branches(
 
     Args:
         costs: what the layers cost.
-        rows: the graph's own points.
+        rows: the graph's own points, and cuts across branches at which codecs were measured. These are not returned.
         limits: constraints. The rows returned hold the best that keeps them, and the best that keeps all but one.
         summed: whether the objective is a weighted sum, and counts no slowest stage. The best then lies on the hull.
 
@@ -184,6 +184,7 @@ def across_branches(
     if closure.prefixes_only or len(closure.constants) == len(costs.graph.layers):
         return [], True
     units = Units(costs)
+    measured = {row.layers for row in rows if row.layers is not None}
     masks: list[int] = []
     small: list[tuple[int, Block]] = []
     large: list[Block] = []
@@ -192,7 +193,10 @@ def across_branches(
         if found is None:
             large.append(block)
         else:
-            small += [(mask, block) for mask in found if mask & (mask + 1)]
+            across = [mask for mask in found if mask & (mask + 1)]
+            if measured:
+                across = [mask for mask in across if tuple(units.layers_of(mask)) not in measured]
+            small += [(mask, block) for mask in across]
     on_hull = summed and not set(limits.given()) - {"server_allowed", "raw_input"}
     if small:
         # Codecs are left out of the comparison, so that what remains holds the best without them, too.
@@ -218,7 +222,8 @@ def across_branches(
                 found, complete = _on_the_hull(costs, block, used, inside)
                 masks += found
                 exact &= complete
-    return [costs.row_of(units.layers_of(mask)) for mask in dict.fromkeys(masks)], exact
+    sets = [tuple(units.layers_of(mask)) for mask in dict.fromkeys(masks)]
+    return [costs.row_of(layers) for layers in sets if layers not in measured], exact
 
 
 @dataclasses.dataclass(frozen=True)

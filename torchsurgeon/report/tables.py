@@ -67,9 +67,9 @@ def graph_table(graph: LayerGraph) -> FittingTable:
 def codec_table(measured: CodecTable) -> FittingTable:
     """Return what each codec costs and changes at the points where it was measured."""
     rows = measured.rows
-    first = [i == 0 or rows[i - 1].point != row.point for i, row in enumerate(rows)]
+    places = [(row.point, row.layers) for row in rows]
+    first = [i == 0 or places[i - 1] != place for i, place in enumerate(places)]
     measures = list(dict.fromkeys(finding.measure for row in rows for finding in row.findings))
-    texts = {"top-1 changed": "{:.1%}", "accepted": "{:.1%}", "cosine": "{:.5f}"}
     untested = any(row.untested for row in rows)
     left_out = measured.unfinished
     interrupted = (
@@ -81,11 +81,7 @@ def codec_table(measured: CodecTable) -> FittingTable:
 
     def changed(row: CodecRow, measure: str) -> str:
         finding = row.finding(measure)
-        if finding is None:
-            return ""
-        text = texts.get(measure, "{:.4f}")
-        sign = "≤" if measure == "top-1 changed" else "≥"
-        return f"{text.format(finding.estimate)} ({sign} {text.format(finding.bound)})"
+        return "" if finding is None else str(finding)
 
     def use(row: CodecRow) -> str:
         if row.cost.lossless:

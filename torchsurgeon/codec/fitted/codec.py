@@ -174,7 +174,9 @@ class FittedCodec:
         if weight_digests(graph.model).combined != self.weights:
             raise CodecError(f"{self.name} was fitted to {here} with other weights; fit a codec to this model")
         point = graph.point(self.point[0])
-        if not set(self._index) <= {spec.name for spec in point.tensors}:
+        # A cut across branches has the index of another point and a name of its own.
+        crossing = {spec.name for spec in point.tensors} if point.name == self.point[1] else set(graph.values)
+        if not set(self._index) <= crossing:
             raise CodecError(f"{self.name} was fitted to another cut of {here} than {short(point.name)}; fit it again")
         if self.student is not None:
             self.student.module(graph, point.index)
