@@ -282,3 +282,62 @@ def test_of_what_is_known_exactly_it_takes_the_best_to_within_7_percent_at_once(
         waits = [(cost(row, link, load, slowdown) + (queue_s if row.up_bytes else 0)) for row in ROWS]
         assert decision.cost == pytest.approx(waits[ROWS.index(decision.row)])
         assert decision.cost * 0.929 <= min(waits)
+
+
+# --- rows that lose something ---
+
+COARSE, FINE, EXACT = Row(0.06, 8_000, 0.003), Row(0.06, 16_000, 0.003), Row(0.06, 120_000, 0.003)
+LOSSES = (0.9, 0.4, 0.0)
+
+
+def rated(link: Link, load: float, slowdown: float) -> list[float]:
+    return [cost(row, link, load, slowdown) for row in (COARSE, FINE, EXACT)]
+
+
+def over(uplink_bit_s: float, seen: float = 0.1) -> Estimates:
+    link, sure = Link("estimated", uplink_bit_s, 5e7, 0.06), Quantity(1.0, 0.1, 0.1, 0.0)
+    quantities = (Quantity(value, seen, seen, 0.0) for value in (uplink_bit_s, 5e7, link.round_trip_s))
+    return Estimates(LinkEstimate(*quantities), LoadEstimate(sure, 0.0, 0.0), sure)
+
+
+@pytest.mark.parametrize(("bit_s", "row"), [(1e6, COARSE), (4e6, COARSE), (3e7, FINE), (1e9, EXACT)])
+def test_of_rows_that_cost_about_the_same_the_one_that_loses_least_is_taken(bit_s: float, row: Row) -> None:
+    decider: Decider[Row] = Decider((COARSE, FINE, EXACT), rated, losses=LOSSES)
+    assert decider.decide(over(bit_s)).row == row
+    least = min(rated(Link("estimated", bit_s, 5e7, 0.06), 1.0, 1.0))
+    assert decider.decisions[-1].cost <= 1.02 * least
+
+
+def test_the_row_becomes_finer_on_a_quicker_link_and_coarser_on_a_slower_one() -> None:
+    decider: Decider[Row] = Decider((COARSE, FINE, EXACT), rated, losses=LOSSES)
+    rows = [decider.decide(over(bit_s)) for bit_s in (1e6, 3e7, 1e9, 3e7, 1e6)]
+    assert [decision.row for decision in rows] == [COARSE, FINE, EXACT, FINE, COARSE]
+    assert [decision.reason for decision in rows] == [
+        "the best",
+        "changes less, and another is hardly better",
+        "changes less, and another is hardly better",
+        "better",
+        "better",
+    ]
+
+
+def test_noise_does_not_make_the_rate_flap() -> None:
+    chance = random.Random(0)
+    for bit_s in (1e6, 8e6, 2e7, 1e8):
+        decider: Decider[Row] = Decider((COARSE, FINE, EXACT), rated, losses=LOSSES)
+        for _ in range(300):
+            # The estimates move by 5 %, as those of a tracker do that follows noise of 30 %.
+            decider.decide(over(bit_s * chance.uniform(0.95, 1.05)))
+        assert decider.changes <= 2
+
+
+def test_rows_that_lose_alike_are_chosen_by_their_costs_alone() -> None:
+    plain: Decider[Row] = Decider(ROWS, costs)
+    alike: Decider[Row] = Decider(ROWS, costs, losses=[0.5] * len(ROWS))
+    for bit_s in (5e5, 2e6, 6e6, 3e7, 1e6):
+        assert plain.decide(over(bit_s)).row == alike.decide(over(bit_s)).row
+
+
+def test_losses_must_be_those_of_the_rows() -> None:
+    with pytest.raises(AdaptError, match="as many losses as rows; got 1 for 4 rows"):
+        Decider(ROWS, costs, losses=[0.5])

@@ -64,8 +64,9 @@ class SplitModule(Calls):
         objective: what ``"auto"`` minimizes: ``"latency"``, ``"energy"``, …, an ``Objective``, or
             ``Objective.battery(level)``. Energy needs a device profile with joules, given or metered, and a ``link``
             with a radio. If these turn out to be missing, latency is minimized, with one ``UnknownEnergyWarning``.
-        codecs: measured codecs, for ``"auto"`` to choose among. Lossy ones are used only where they kept an accuracy
-            budget. Without this argument everything is sent under ``codec``.
+        codecs: measured codecs, for ``"auto"`` to choose among, at every call. Lossy ones are used only where they kept
+            an accuracy budget. Of those that are about as quick as the quickest, it takes the one that changes answers
+            least. Without this argument everything is sent under ``codec``.
         fallback: ``"local"`` to let the device answer when no server does, ``"error"`` to raise.
         deadline_s: the seconds after a call within which its answer is due; see ``deadline()``.
         on_replan: a function that is called with the ``Decision`` when ``"auto"`` changes the cut.
@@ -74,7 +75,8 @@ class SplitModule(Calls):
         server_profile: the layer times of the server, if they are known. Otherwise ``"auto"`` asks the server.
         codec: the codec of the boundary tensors, or its name: ``"raw"``, ``"zstd"``, or a lossy one such as
             ``"int8+zstd"``, with which the answer is no longer the model's own. ``"auto"`` takes whichever of ``raw``
-            and ``zstd`` is quicker from end to end. May be assigned later.
+            and ``zstd`` is quicker from end to end; at a fixed cut at which ``codecs`` were measured, it chooses among
+            these, and at which rate. May be assigned later.
         answer_codec: the codec in which the server is asked to answer.
         compile: True to compile heads and tails with ``torch.compile``, or the name of one of its backends. Answers
             then equal the model's own to within rounding.

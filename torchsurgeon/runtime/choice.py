@@ -201,14 +201,18 @@ class Adaptive:
         self.tail_s = [float(value) for value in server.tail_s]
         self.goal = goal
         self._on_change = on_change
-        self.decider: Decider[Row] = Decider(frontier.rows, self._costs, on_change=on_change)
+        self.decider = self._new_decider()
 
     def toward(self, goal: Goal) -> Adaptive:
         """Return a choice among the same rows for another goal, with a history of its own."""
         other = copy.copy(self)
         other.goal = goal
-        other.decider = Decider(self.frontier.rows, other._costs, on_change=self._on_change)
+        other.decider = other._new_decider()
         return other
+
+    def _new_decider(self) -> Decider[Row]:
+        rows = self.frontier.rows
+        return Decider(rows, self._costs, losses=[row.budget_used for row in rows], on_change=self._on_change)
 
     def _costs(self, link: Link, load: float, slowdown: float) -> list[float]:
         return self.frontier.costs(link, load, slowdown, self.goal.now()).tolist()  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchsurgeon.cutting import cut
 from torchsurgeon.planning import Frontier, Objective
+from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.profiling import LayerProfile, profile
 from torchsurgeon.runtime.choice import Adaptive, Goal
 from torchsurgeon.runtime.device import DeviceTimes
@@ -16,6 +17,7 @@ from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.parts import Parts
 from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.servers import Servers
+from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport.link_probe import measure_link
 
 _THROUGHPUT = Goal(Objective(throughput=1.0))
@@ -48,8 +50,9 @@ class Connector:
             ProtocolError: it answers something else than the protocol says.
         """
         epoch = peer.shake(timeout_s)
-        if self._servers.adapts and peer.plan is None:
-            frontier = self.frontier(peer)
+        only = self._servers.planned_for
+        if self._servers.chooses and not peer.plans(only):
+            frontier = self.frontier(peer, only)
             assert peer.profile is not None
             goal = self._servers.goal
             plan = Adaptive(
@@ -62,12 +65,17 @@ class Connector:
             )
             # Only a latency objective switches to throughput in streams; other objectives stay.
             peer.stream_plan = plan.toward(_THROUGHPUT) if goal.wanted == Objective(latency=1.0) else plan
-            peer.plan = plan
+            peer.plan, peer.planned_for = plan, only
         peer.answered()
         peer.ready_in = epoch
 
-    def frontier(self, peer: Peer) -> Frontier:
-        """Measure what is not known yet of device, server and link, and return the rows to choose from."""
+    def frontier(self, peer: Peer, only: PartitionPoint | None = None) -> Frontier:
+        """Measure what is not known yet of device, server and link, and return the rows to choose from.
+
+        Args:
+            peer: the server.
+            only: the cut whose codecs are to be chosen among; None for all cuts.
+        """
         with self._measuring:
             server = peer.profile
             if server is None:
@@ -76,7 +84,11 @@ class Connector:
             device = self.profile_device()
             if peer.link is None:
                 peer.adopt(measure_link(peer.transport))
-            frontier = Frontier.build(self._local.graph, device, server, peer.decodable(self._options.codecs))
+            graph, codecs = self._local.graph, peer.decodable(self._options.codecs)
+            if only is None:
+                frontier = Frontier.build(graph, device, server, codecs)
+            else:
+                frontier = Frontier.of(graph, LayerCosts(graph, device, server).rows_at(only, codecs))
             # Kept only now that it has been found to fit: the profile of another model would spoil every later try.
             peer.profile = server
             return frontier

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchsurgeon._interrupts import by_signal_handler
+from torchsurgeon.codec import Codec
 from torchsurgeon.codec.codec import fitted_codecs
 from torchsurgeon.codec.fitted import RatedCodec
 from torchsurgeon.errors import ArithmeticMismatchError, PartitionError, ServerUnavailableError, TraceError, short
@@ -67,11 +68,12 @@ class Engine:
         options: Options,
         earlier: Engine | None = None,
     ) -> None:
-        self.graph, self.options, self.codec = graph, options, options.codec
+        self.graph, self.options, self._codec = graph, options, options.codec
         self.local = LocalModel(graph)
         self.parts = Parts(graph, options.backend)
         self.times = DeviceTimes(self.parts, options.example, options.device_profile)
         self.servers = Servers(servers, options, self.local, self.times)
+        self.servers.free_codec = isinstance(options.codec, Lossless)
         self.ledger: Ledger = Ledger(options.name) if earlier is None else earlier.ledger
         self.changes: Changes = Changes() if earlier is None else earlier.changes
         self._device = DeviceRunner(self.times, self.ledger, self.servers.whole, options.rounded_because)
@@ -104,6 +106,17 @@ class Engine:
         _open.add(self)
 
     # --- before a call ---
+
+    @property
+    def codec(self) -> Codec | Lossless:
+        return self._codec
+
+    @codec.setter
+    def codec(self, wanted: Codec | Lossless) -> None:
+        self._codec = wanted
+        free = isinstance(wanted, Lossless)
+        if free != self.servers.free_codec:
+            self._setup.again(functools.partial(self.servers.free, codec=free))
 
     def fix(self, point: PartitionPoint | None) -> None:
         """Cut every call at ``point`` from now on. With None, choose where to cut at each call."""

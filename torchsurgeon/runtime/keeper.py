@@ -198,7 +198,7 @@ class Keeper:
             unfit = any(not errand.trial for errand in errands) or len(errands) >= _MOST_ERRANDS
             if not unfit and (breaker.state != "closed" or not errands) and breaker.allow():
                 self._send(Errand(peer, trial=True), self._try)
-        elif not errands and self._servers.adapts:
+        elif not errands and self._servers.chooses:
             quiet = not 0 <= time.monotonic() - peer.asked_s <= _QUIET_S
             rate = peer.state.link.estimate().uplink
             if peer.doubted:

@@ -33,6 +33,7 @@ from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Adaptive
 from torchsurgeon.runtime.handshake import LocalModel, shake_hands
 from torchsurgeon.runtime.inference import seconds
+from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import Answer, Transport
 from torchsurgeon.transport.base import Deadline
 
@@ -88,6 +89,7 @@ class Peer:
         ready_in: the epoch of the local weights with which the handshake succeeded; -1 where the server has to be made
             ready again. The epoch changes when the local weights do.
         plan: the choice among the cuts with this server; None until it has been measured.
+        planned_for: the only cut that ``plan`` is among; None where it is among all.
         doubted: whether an answer is overdue, and it is open whether the link is slow or the server is down.
         told: what it said at the last handshake that it computes with; None where it did not say.
     """
@@ -120,6 +122,7 @@ class Peer:
         )
         self.plan: Adaptive | None = None
         self.stream_plan: Adaptive | None = None
+        self.planned_for: PartitionPoint | None = None
         self.ready_in = -1
         self.asked_s = -math.inf
         self.doubted = False
@@ -260,6 +263,10 @@ class Peer:
             row for row in table.rows if not row.cost.codec.startswith(FITTED) or self.has(find_codec(row.cost.codec))
         ]
         return dataclasses.replace(table, rows=tuple(rows))
+
+    def plans(self, point: PartitionPoint | None) -> bool:
+        """Return whether it has a plan for a fixed cut, or with None for choosing the cut."""
+        return self.plan is not None and self.planned_for == point
 
     @property
     def under_way(self) -> int:

@@ -90,6 +90,8 @@ class Servers:
         """The way that runs all layers on the device."""
         self.fixed: Way | None = None
         """Where every call cuts the model; None where each call chooses."""
+        self.free_codec = False
+        """Whether each call may choose among the codecs that were measured at a fixed cut."""
         self.decisions: deque[Decision[Row]] = deque(maxlen=_KEPT_DECISIONS)
         self._chosen: PartitionPoint | None = None
         self._preferred: Peer | None = None
@@ -124,6 +126,21 @@ class Servers:
         return self.fixed is None
 
     @property
+    def chooses(self) -> bool:
+        """Whether each call chooses: its cut, or at a fixed cut among the codecs that were measured there."""
+        fixed, table = self.fixed, self._options.codecs
+        if fixed is None:
+            return True
+        if fixed.whole or not self.free_codec or table is None:
+            return False
+        return any(cost.within_budget and cost.codec != "raw" for cost in table.costs(fixed.point))
+
+    @property
+    def planned_for(self) -> PartitionPoint | None:
+        """The only cut that the choice is among; None for all."""
+        return None if self.fixed is None else self.fixed.point
+
+    @property
     def point(self) -> PartitionPoint | None:
         """Where the model is cut now; None before the first choice."""
         return self._chosen if self.fixed is None else self.fixed.point
@@ -141,13 +158,18 @@ class Servers:
 
     def fix(self, point: PartitionPoint | None) -> None:
         """Cut every call at ``point`` from now on; None to choose at each call."""
-        if point is not None:
-            self.fixed = Way(point, whole=point.index == len(self._graph.layers))
-            return
-        self.fixed = None
+        self.fixed = None if point is None else Way(point, whole=point.index == len(self._graph.layers))
+        self._plan_again()
+
+    def free(self, *, codec: bool) -> None:
+        """From now on, each call may choose among the codecs that were measured at a fixed cut, or may not."""
+        self.free_codec = codec
+        self._plan_again()
+
+    def _plan_again(self) -> None:
+        """Have those servers made ready again that have no plan for what is to be chosen among."""
         for peer in self.peers:
-            # A server that was only asked at fixed cuts has no plan. To get one, it has to be made ready again.
-            if peer.plan is None:
+            if self.chooses and not peer.plans(self.planned_for):
                 peer.ready_in = -1
 
     def warn(self, failure: Failure | None) -> None:
@@ -174,7 +196,7 @@ class Servers:
     def next_best(self, point: PartitionPoint) -> Codec:
         """Return the codec for a point where a server lacks the wanted one: the smallest within the budget, or zstd."""
         table = self._options.codecs
-        rows = () if table is None else table.at(point.index)
+        rows = () if table is None else table.at(point)
         known = [row.cost for row in rows if row.cost.within_budget and not row.cost.codec.startswith(FITTED)]
         return find_codec(min(known, key=lambda cost: cost.size_bytes).codec if known else "zstd")
 
@@ -204,7 +226,7 @@ class Servers:
             # Running on the device is worth reporting only where a server would have been asked.
             wanted = self._chosen != self.whole.point or fixed is not None
             return Choice(self.whole, None, why=self._why_nobody(ours) if wanted else None)
-        if fixed is not None or peer.plan is None:
+        if peer.plan is None or not self.chooses or not peer.plans(self.planned_for):
             return Choice(fixed or self.whole, peer)
         plan = peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan
         way, decision = plan.decide(
@@ -274,7 +296,7 @@ class Servers:
         usable = [peer for peer in peers if peer.usable(epoch)]
         if not usable and not self._options.falls_back:
             usable = [peer for peer in peers if peer.ready_in == epoch]
-        if len(usable) < 2 or not self.adapts:
+        if len(usable) < 2 or not self.chooses:
             return usable[0] if usable else None
         slowdown, scale = self._times.slowdown(), work.scale()
         costs = [

@@ -114,7 +114,7 @@ class Setup:
         if not self._waited:
             self.prepare()
             return time.perf_counter()
-        measures = self._servers.adapts and self._times.profile is None
+        measures = self._servers.chooses and self._times.profile is None
         self.prepare(self._spare_s(work, deadline_s))
         return time.perf_counter() if measures else begun_s
 
@@ -137,7 +137,7 @@ class Setup:
             for peer in servers.peers:
                 peer.failure = unlike
             return
-        if servers.adapts:
+        if servers.chooses:
             text = servers.goal.settle(self._connector.profile_device(), servers.link, yields=falls_back)
             if text is not None:
                 warn_caller(text, UnknownEnergyWarning)
