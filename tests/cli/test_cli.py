@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import tiny
+from factories import parallel, tiny
 from paths import environment
 
 import torchsurgeon as ts
@@ -288,6 +288,25 @@ def test_a_codec_is_fitted_measured_and_served(tmp_path: Path, capsys: pytest.Ca
         _, said = server.communicate()
         assert "fit a codec to this model" in said
         assert server.returncode == 2
+
+
+def test_codecs_are_measured_at_the_cuts_of_a_frontier_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number in range(3):
+        image.new("RGB", (8, 8), (number, 90, 200)).save(tmp_path / f"{number}.png")
+    model, x = parallel()
+    graph = ts.trace(model, x)
+    device = ts.profile(graph, repeats=3, meter=None)
+    frontier = ts.Frontier.build(graph, device, device.scaled(0.1))
+    assert frontier.across(graph)
+    frontier.save(tmp_path / "frontier.json")
+    line = ["--sample", str(tmp_path), "--codecs", "int8", "--frontier", str(tmp_path / "frontier.json")]
+    assert cli.main(["codecs", "factories:parallel", *line, "--out", str(tmp_path / "codecs.json")]) == 0
+    table = ts.CodecTable.load(tmp_path / "codecs.json")
+    assert {row.layers for row in table.rows if row.layers} == {point.layers for point in frontier.across(graph)}
+    capsys.readouterr()
+    assert cli.main(["codecs", SPEC, *line]) == 2
+    assert "this frontier is of Parallel" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

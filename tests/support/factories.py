@@ -19,6 +19,23 @@ def nested() -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(block, nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)), torch.rand(1, 4)
 
 
+class Parallel(nn.Module):
+    """Two branches of pictures, of which the second shrinks its input more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.thin = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 2, 3, stride=2)
+        self.last = nn.Linear(8 * 36 + 2 * 9, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.cat([self.wide(x).flatten(1), self.thin(x).flatten(1)], 1))
+
+
+def parallel() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests, of a model that can be cut across parallel branches."""
+    return Parallel().eval(), torch.rand(1, 3, 8, 8)
+
+
 def nap(x: torch.Tensor) -> torch.Tensor:
     """Negative inputs make a server that is slow on request."""
     if float(x.min()) < 0:
