@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchsurgeon as ts
+from torchsurgeon.codec import CodecCost, CodecRow, CodecTable, Finding
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
@@ -99,6 +101,134 @@ def test_the_plan_is_the_best_of_all_chains(stages, links, loads, wanted) -> Non
     assert sum(w * costs(cuts, stages, links, loads)[n] for n, w in weights.items()) == pytest.approx(plan.value)
     assert plan.latency_s == pytest.approx(costs(cuts, stages, links, loads)["latency"])
     assert plan.interval_s == pytest.approx(costs(cuts, stages, links, loads)["throughput"])
+
+
+def table_of(drawn: list[tuple[int, str, float, float, float, float | None]], measure: str) -> CodecTable:
+    """A table of codecs: point, name, share of the bytes, seconds of encoding and decoding, and what surely changes."""
+    rows = []
+    for index, name, share, encode_s, decode_s, bound in drawn:
+        size_bytes = GRAPH.points[index].size_bytes * share
+        cost = CodecCost(name, size_bytes, encode_s, decode_s, bound is None, within_budget=True)
+        found = () if bound is None else (Finding(measure, bound / 2, bound, 0.03, 300, True),)
+        rows.append(CodecRow(index, GRAPH.points[index].name, 1.0, cost, None, found))
+    return CodecTable("Sequential", GRAPH.fingerprint, 1, 300, "", tuple(rows))
+
+
+CODECS = st.lists(
+    st.tuples(
+        st.integers(0, COUNT - 1),
+        st.sampled_from(["int8", "int4", "fitted:x@2", "fitted:x@1"]),
+        st.floats(0.05, 1.0),
+        st.floats(0.0, 0.5),
+        st.floats(0.0, 0.5),
+        # Of whole parts of the budget, since the plan rounds what is used up to these.
+        st.none() | st.integers(1, 10).map(lambda tenths: tenths * 0.003),
+    ),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda row: row[:2],
+)
+
+
+def every_chain(
+    stages: list[LayerProfile],
+    links: list[ts.Link],
+    loads: list[float],
+    table: CodecTable,
+    weights: dict[str, float],
+    adds: bool,
+) -> Iterator[tuple[float, list[tuple[int, str]]]]:
+    """Give each chain that keeps the budget, added up plainly: its value, and the cut and codec of each link."""
+    answer = GRAPH.outputs[0].size_bytes
+    ways = [(k, "raw", float(GRAPH.points[k].size_bytes), 0.0, 0.0, 0.0) for k in range(COUNT)]
+    for row in table.rows:
+        cost, used = row.cost, row.findings[0].bound / 0.03 if row.findings else 0.0
+        ways.append((row.point, cost.codec, cost.size_bytes, cost.encode_s, cost.decode_s, used))
+    for crossed in range(len(stages)):
+        for chosen in itertools.product(ways, repeat=crossed):
+            cuts = [way[0] for way in chosen]
+            used = [way[5] for way in chosen if way[5]]
+            if cuts != sorted(cuts) or (sum(used) > 1 + 1e-9 if adds else len(used) > 1):
+                continue
+            stage_s = []
+            for i, (begin, end) in enumerate(itertools.pairwise([0, *cuts, COUNT])):
+                seconds = float(stages[i].samples_s[0][begin:end].sum())
+                seconds += chosen[i][3] if i < crossed else 0.0
+                stage_s.append(seconds + (chosen[i - 1][4] if i else 0.0))
+            loaded_s = [seconds * load for seconds, load in zip(stage_s, loads, strict=False)]
+            sizes = [way[2] for way in chosen]
+            requests = list(zip(links, sizes, strict=False))
+            transfers = [s for link, size in requests for s in (link.uplink_s(size), link.downlink_s(answer))]
+            found = {
+                "latency": sum(loaded_s) + sum(link.request_s(size, answer) for link, size in requests),
+                "throughput": max([*loaded_s, *transfers]),
+                "server_time": sum(stage_s[1:]),
+            }
+            yield sum(weight * found[name] for name, weight in weights.items()), [way[:2] for way in chosen]
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.lists(PROFILES, min_size=1, max_size=3),
+    st.lists(LINKS, min_size=2, max_size=2),
+    st.lists(st.floats(0.2, 5.0), min_size=3, max_size=3),
+    CODECS,
+    st.sampled_from([{"latency": 1.0}, {"throughput": 1.0}, {"latency": 1.0, "server_time": 0.5}]),
+    st.sampled_from(["top-1 changed", "cosine"]),
+)
+def test_with_codecs_it_is_the_best_of_all_chains_that_keep_the_budget(
+    stages, links, loads, drawn, weights, measure
+) -> None:
+    links, loads = links[: len(stages) - 1], loads[: len(stages)]
+    if measure == "cosine":
+        drawn = [(*row[:5], None if row[5] is None else 0.9) for row in drawn]
+    table = table_of(drawn, measure)
+    if measure == "cosine":
+        findings = (Finding("cosine", 0.9995, 0.9995, 0.999, 300, True),)
+        rows = [dataclasses.replace(row, findings=findings if row.findings else ()) for row in table.rows]
+        table = dataclasses.replace(table, rows=tuple(rows))
+    every = list(every_chain(stages, links, loads, table, weights, measure != "cosine"))
+    plan = ts.plan(GRAPH, stages=stages, links=links, objective=weights, loads=loads, codecs=table)
+    assert plan.value == pytest.approx(min(value for value, _ in every), rel=1e-9, abs=1e-12)
+    used = [row.budget_used for row in plan.rows if row.budget_used]
+    assert plan.budget_used == pytest.approx(sum(used))
+    assert sum(used) <= 1 + 1e-9 if measure != "cosine" else len(used) <= 1
+    own = list(zip((point.index for point in plan.points), plan.codecs, strict=True))
+    assert plan.value == pytest.approx(next(value for value, chosen in every if chosen == own))
+
+
+def test_two_codecs_share_the_budget_and_the_plan_says_so() -> None:
+    stages = [profile_of([1e-3, 1e-3, 5.0, 5.0, 5.0, 5.0]), profile_of([1e-3, 1e-3, 1e-3, 1e-3, 5.0, 5.0])]
+    stages.append(profile_of([1e-3] * COUNT))
+    links = [ts.Link("narrow", 1e3, 1e5, 0.01)] * 2
+    halves = [(2, "int8", 0.25, 0.0, 0.0, 0.015), (4, "int8", 0.25, 0.0, 0.0, 0.0147)]
+    both = ts.plan(GRAPH, stages=stages, links=links, codecs=table_of(halves, "top-1 changed"))
+    assert [(point.index, codec) for point, codec in zip(both.points, both.codecs, strict=True)] == [
+        (2, "int8"), (4, "int8")
+    ]  # fmt: skip
+    assert both.budget_used == pytest.approx(0.99)
+    text = both.explain()
+    assert "cut after 1 as int8, 5 bytes up" in text
+    assert "top-1 changed: 0.8% (≤ 1.5%)" in text
+    assert "the codecs use 99% of the accuracy budget" in text
+    assert "the sum of what each uses alone; codec.measure_together()" in text
+    more = [(2, "int8", 0.25, 0.0, 0.0, 0.018), (4, "int8", 0.25, 0.0, 0.0, 0.015)]
+    one = ts.plan(GRAPH, stages=stages, links=links, codecs=table_of(more, "top-1 changed"))
+    assert sorted(one.codecs) == ["int8", "raw"]
+    # What two means lose cannot be added.
+    means = ts.plan(GRAPH, stages=stages, links=links, codecs=table_of(halves, "a score of mine"))
+    assert sorted(means.codecs) == ["int8", "raw"]
+    assert "measure_together" not in means.explain()
+
+
+def test_a_chain_takes_no_other_head_and_no_constraints() -> None:
+    one, link = profile_of([1.0] * COUNT), ts.Link("some", 2e4, 1e5, 0.01)
+    head = ts.planning.HeadCosts("small", 2, 1e-3, ())
+    for options in ({"heads": [head]}, {"raw_input": False}):
+        with pytest.raises(ts.PlanError, match="takes no device=, server=, link=, heads= or constraints"):
+            ts.plan(GRAPH, stages=[one, one], links=[link], **options)
+    with pytest.raises(ts.PlanError, match="must be a measured CodecTable"):
+        ts.plan(GRAPH, stages=[one, one], links=[link], codecs="codecs.json")
 
 
 def test_a_chain_of_two_machines_is_the_ordinary_plan() -> None:

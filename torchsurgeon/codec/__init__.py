@@ -12,6 +12,7 @@ from torchsurgeon.codec.sample import image_call, image_sample
 from torchsurgeon.codec.scores import boxes_matched, pixels_kept
 from torchsurgeon.codec.student import Look, distill
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
+from torchsurgeon.codec.together import measure_together
 
 __all__ = [
     "Budget",
@@ -36,6 +37,7 @@ __all__ = [
     "least_count",
     "load_codec",
     "measure",
+    "measure_together",
     "measured_names",
     "pixels_kept",
     "promising",

@@ -50,6 +50,7 @@ def plan(
     stages: Sequence[LayerProfile],
     links: Sequence[Link],
     objective: Wanted = "latency",
+    codecs: CodecTable | None = None,
     loads: Sequence[float] | None = None,
 ) -> ChainPlan: ...
 
@@ -80,11 +81,12 @@ def plan(
         server: what each layer costs on the server, measured or predicted.
         link: the link between them, or what ``Link.parse()`` understands, such as ``"lte"``.
         objective: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, or weights by these names.
-        codecs: measured codecs; without them, tensors are sent as they are.
+        codecs: measured codecs; without them, tensors are sent as they are. Over several machines, those of all links
+            together keep the accuracy budget.
         heads: networks that may run on the device in place of the model's first layers.
         load: the factor by which the server is slower than its profile says.
         slowdown: the factor by which the device is slower than its profile says.
-        stages: what each layer costs on each machine of a row, in place of device, server, link, codecs and load.
+        stages: what each layer costs on each machine of a row, in place of device, server, link and load.
         links: the links between the machines of ``stages``.
         loads: for each machine of ``stages``, the factor by which it is slower than its profile says.
         **constraints: as in ``Constraints``.
@@ -98,12 +100,14 @@ def plan(
         ProfileError: a profile is of another graph or batch size.
         CodecError: ``codecs`` is of another graph.
     """
+    if codecs is not None and not isinstance(codecs, CodecTable):
+        raise PlanError(f"codecs must be a measured CodecTable; got {short(codecs)}; CodecTable.load() reads one")
     if stages is not None:
-        if device is not None or server is not None or link is not None or codecs is not None or constraints:
+        if device is not None or server is not None or link is not None or heads or constraints:
             raise PlanError(
-                "a plan for stages= and links= takes no device=, server=, link=, codecs= or constraints; leave them out"
+                "a plan for stages= and links= takes no device=, server=, link=, heads= or constraints; leave them out"
             )
-        return plan_chain(graph, stages, links or (), objective, loads)
+        return plan_chain(graph, stages, links or (), objective, loads, codecs)
     if not isinstance(graph, LayerGraph):
         raise PlanError(f"plan takes a traced model; got {type(graph).__name__}; call plan(trace(model, example), …)")
     if device is None or server is None or link is None:
@@ -117,8 +121,6 @@ def plan(
         )
     if not isinstance(link, Link):
         raise PlanError(f'link must be a Link, or a text such as "lte"; got {short(link)}')
-    if codecs is not None and not isinstance(codecs, CodecTable):
-        raise PlanError(f"codecs must be a measured CodecTable; got {short(codecs)}; CodecTable.load() reads one")
     for name, factor in (("load", load), ("slowdown", slowdown)):
         if not (is_finite(factor) and factor > 0):
             raise PlanError(f"{name} must be a positive number; got {short(factor)}")
