@@ -28,9 +28,9 @@ from benchmarks import codec_rates
 from benchmarks.support import pictures, result_file
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.codec.table import CodecCost, CodecRow
-from torchsurgeon.demo.winners import Winners, winners, winners_picture
+from torchsurgeon.demo.winners import winners, winners_picture
 from torchsurgeon.link import PRESETS, Link
-from torchsurgeon.planning import Frontier, Row
+from torchsurgeon.planning import Frontier, Row, Sweep
 from torchsurgeon.profiling import LayerProfile, profile
 from torchsurgeon.tracing.graph import LayerGraph
 
@@ -70,7 +70,7 @@ def main() -> None:
     rows = json.loads(options.rates.read_text())["results"][MODEL]["rates"]
     measured = {row["curve"] for row in rows if row["where"] != "input"} | {"raw"}
     results: dict[str, Any] = {"round_trip_s": ROUND_TRIP_S, "device_w": DEVICE_W, "planes": {}}
-    drawn: list[tuple[str, Winners]] = []
+    drawn: list[tuple[str, Sweep]] = []
     for scenario, codecs in SCENARIOS.items():
         if codecs[-1] not in measured:
             continue
@@ -110,7 +110,7 @@ def measured_profile(graph: LayerGraph, picture: Tensor) -> LayerProfile:
     return layers.scaled(statistics.median(own_s) / layers.total_s)
 
 
-def compute(frontier: Frontier) -> dict[str, Winners]:
+def compute(frontier: Frontier) -> dict[str, Sweep]:
     """Return the planes of one set of ways: latency and throughput, and the device's joules in both cases."""
     lte = PRESETS["lte"]
     link = Link("varied", lte.uplink_bit_s, lte.downlink_bit_s, ROUND_TRIP_S, radio=lte.radio)
@@ -157,11 +157,11 @@ def page(planes: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def described(plane: Winners) -> dict[str, Any]:
+def described(plane: Sweep) -> dict[str, Any]:
     """Return what is said of a plane: its summary, and how much of it each way wins."""
     shares: dict[str, float] = {}
-    for k, row in enumerate(plane.rows):
-        shares[words(row)] = shares.get(words(row), 0.0) + float((plane.chosen == k).mean())
+    for row in plane.winners:
+        shares[words(row)] = shares.get(words(row), 0.0) + float((plane.chosen == plane.rows.index(row)).mean())
     ordered = sorted(shares.items(), key=lambda item: -item[1])
     return {**plane.summary(), "winners": {text: round(share, 4) for text, share in ordered}}
 

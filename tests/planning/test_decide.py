@@ -193,6 +193,15 @@ def test_a_sweep_gains_over_the_better_end(tmp_path: Path) -> None:
     assert float(lines[1]["gain"]) == pytest.approx(found.gain[0, 1])
     with pytest.raises(ts.PlanError):
         sweep(frontier, LINK, [], loads)
+    with pytest.raises(ts.PlanError, match="varied must be one of load, slowdown; got 'speed'"):
+        sweep(frontier, LINK, rates, loads, varied="speed")
+
+
+def test_a_sweep_over_slow_downs_is_that_over_a_slower_device() -> None:
+    frontier = ts.Frontier.build(GRAPH, DEVICE, SERVER)
+    found = sweep(frontier, LINK, [1e4, 1e6], [1.0, 3.0], slowdown=2.0, varied="slowdown")
+    for factor, value in zip(found.factors, found.value, strict=True):
+        assert value == pytest.approx(sweep(frontier, LINK, [1e4, 1e6], [1.0], slowdown=2.0 * factor).value[0])
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ def sweep_picture(sweep: Sweep, path: str | Path) -> None:
     edges = np.arange(len(used) + 1) - 0.5
     mesh = left.pcolormesh(
         rates,
-        sweep.loads,
+        sweep.factors,
         where.reshape(sweep.chosen.shape),
         cmap=ListedColormap(colors),
         norm=BoundaryNorm(edges, len(used)),
@@ -218,7 +218,7 @@ def sweep_picture(sweep: Sweep, path: str | Path) -> None:
     # A range of at least a tenth, so that colours tell gains apart and not rounding.
     gains = right.pcolormesh(
         rates,
-        sweep.loads,
+        sweep.factors,
         sweep.gain,
         cmap="magma",
         shading="nearest",

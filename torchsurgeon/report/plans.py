@@ -91,7 +91,7 @@ def sweep_table(sweep: Sweep) -> FittingTable:
             *_codecs(rows, rank=4),
             Column("pairs", [str(int(at.sum())) for at in here], rank=2, note="Pairs: how many these are."),
             Column("uplink, Mbit/s", [_range(sweep.uplink_bit_s[at.any(axis=0)] / 1e6) for at in here]),
-            Column("load", [_range(sweep.loads[at.any(axis=1)]) for at in here], rank=5),
+            Column(sweep.varied, [_range(sweep.factors[at.any(axis=1)]) for at in here], rank=5),
             Column(
                 "largest gain",
                 [f"{sweep.gain[at].max():.2f}×" for at in here],
