@@ -95,6 +95,16 @@ def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
         photographs.photographs(tmp_path / "nowhere")
 
 
+def test_the_time_between_answers_is_that_of_the_link_however_many_calls_share_it() -> None:
+    each_s, late_s = 0.5, 0.1  # what a call takes the link, and what it takes besides
+    shared = [4 * each_s + late_s] * 4 + [6 * each_s + late_s] * 2  # four calls at a time, which end together
+    alternating = [(k + 1) * each_s + late_s for k in range(6)]  # one after the other
+    for arrived_s in (shared, alternating):
+        assert ways.between_s(arrived_s, each_s + late_s) == pytest.approx(each_s)
+    # A first call that happened to take long does not make a stream quicker than its answers came.
+    assert ways.between_s(alternating, 10.0) == pytest.approx(each_s)
+
+
 def test_the_demo_measures_every_setting(tmp_path: Path) -> None:
     said = io.StringIO()
     rows = demo.run(tmp_path, slow=2, repeats=2, judging=100, fitting=32, console=Console(file=said, width=160))

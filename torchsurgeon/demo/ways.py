@@ -59,7 +59,7 @@ class Result:
         codec: how what crosses is encoded; empty where nothing does.
         index: the index of the partition point.
         predicted_s: as in ``Setting``.
-        measured_s: the median latency; of a stream, the mean seconds between answers.
+        measured_s: the median latency; of a stream, the mean seconds between answers, as ``between_s()`` has them.
         low_s: the latency's lower quartile; of a stream, the same as ``measured_s``.
         high_s: its upper quartile, likewise.
         sent_bytes: mean bytes sent for one photograph.
@@ -131,7 +131,7 @@ def measured(
         split: the split model, over the setting's link.
         link: the link.
         frames: the photographs. The first one opens the connection and makes the server build the tail, so it is not
-            timed.
+            timed; before a stream it is classified once more for that.
         own: the model's own answer for each.
         step: called after each photograph.
     """
@@ -148,14 +148,18 @@ def measured(
             step()
         low_s, middle_s, high_s = statistics.quantiles(times[1:], n=4) if len(times) > 2 else (times[-1],) * 3
     else:
-        arrived = []
+        for _ in range(2):
+            split(frames[0])
+        assert split.last is not None
+        alone_s, begin_s = split.last.total_s, time.perf_counter()
+        arrived_s = []
         for answer in split.map(frames, depth=_DEPTH):
-            arrived.append(time.perf_counter())
+            arrived_s.append(time.perf_counter() - begin_s)
             answers.append(answer)
             assert split.last is not None
             sent.append(split.last.sent_bytes)
             step()
-        low_s = middle_s = high_s = (arrived[-1] - arrived[0]) / (len(arrived) - 1)
+        low_s = middle_s = high_s = between_s(arrived_s, alone_s)
     over = link if setting.mode == "one" else link.back_to_back()
     sent_bytes = statistics.mean(sent)
     answer_bytes = sum(spec.size_bytes for spec in split.graph.outputs)
@@ -168,6 +172,21 @@ def measured(
         same_bits=sum(torch.equal(a, b) for a, b in zip(answers, own, strict=True)),
         same_label=sum(torch.equal(a.argmax(1), b.argmax(1)) for a, b in zip(answers, own, strict=True)),
     )
+
+
+def between_s(arrived_s: Sequence[float], alone_s: float) -> float:
+    """Return the mean seconds between the answers of a stream.
+
+    Calls under way share the link, so the first answers come late and almost at once. The pauses between answers alone
+    would leave out what had crossed until the first of them. So the time is taken from the beginning, less what the
+    first photograph would have taken alone.
+
+    Args:
+        arrived_s: when each answer came, since the first call began.
+        alone_s: the seconds that one call takes by itself.
+    """
+    pauses = max(len(arrived_s) - 1, 1)
+    return max(arrived_s[-1] - alone_s, arrived_s[-1] - arrived_s[0]) / pauses
 
 
 def words(row: Row) -> str:
