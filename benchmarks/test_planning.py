@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import networkx
@@ -18,7 +18,7 @@ import pytest
 import torchsurgeon as ts
 from benchmarks.support.networks import Network
 from benchmarks.support.side_by_side import SideBySide
-from torchsurgeon.codec import CodecRow
+from torchsurgeon.codec import CodecRow, Finding
 from torchsurgeon.planning.mincut import MinimumCut
 from torchsurgeon.planning.rows import LayerCosts, columns
 from torchsurgeon.planning.sets import Units
@@ -36,13 +36,32 @@ Choice = Callable[[ts.Link, float], Any]
 
 
 def codecs_for(graph: ts.LayerGraph) -> ts.CodecTable:
+    return table_of(graph, [(*codec, 0.5) for codec in CODECS])
+
+
+def table_of(graph: ts.LayerGraph, codecs: Sequence[tuple[str, float, float, bool, float]]) -> ts.CodecTable:
     rows = [
-        CodecRow(p.index, p.name, size, ts.CodecCost(name, size / ratio, size / rate, size / rate / 3, lossless, True))
-        for p in graph.points
+        CodecRow(
+            p.index,
+            p.name,
+            size,
+            ts.CodecCost(name, size / ratio, size / rate, size / rate / 3, lossless, True),
+            findings=() if lossless else (Finding("top-1 changed", used * 0.02, used * 0.03, 0.03, 210, True),),
+        )
+        for p in graph.points[:-1]
         for size in [p.size_bytes]
-        for name, ratio, rate, lossless in CODECS
+        for name, ratio, rate, lossless, used in codecs
     ]
-    return ts.CodecTable(type(graph.model).__name__, graph.fingerprint, graph.batch, 1, "made up", tuple(rows))
+    return ts.CodecTable(type(graph.model).__name__, graph.fingerprint, graph.batch, 210, "made up", tuple(rows))
+
+
+def many_codecs() -> list[tuple[str, float, float, bool, float]]:
+    """Return the codecs above, and two fitted codecs at ten rates each; the coarser, the more of the budget is used."""
+    rates = [(label, 4 * 0.8**k, k) for label in ("one", "two") for k in range(10)]
+    fitted = [
+        (f"fitted:{label}@{rate:.3g}", 32 / rate, 1e8 * (1 + k / 20), False, 0.1 + 0.09 * k) for label, rate, k in rates
+    ]
+    return [*((*codec, 0.05 + codec[1] / 10) for codec in CODECS), *fitted]
 
 
 def costs_of(name: str, network: Network) -> tuple[ts.LayerGraph, ts.LayerProfile, ts.LayerProfile, ts.CodecTable]:
@@ -122,6 +141,22 @@ def test_choosing(name: str, side_by_side: SideBySide, network: Network) -> None
         "torchsurgeon, for throughput": lambda link, load: frontier.best(link, load, 1.0, "throughput"),
     }
     side_by_side({how: over_time(choose) for how, choose in choices.items()})
+
+
+@pytest.mark.benchmark(group="choosing among many codecs and rates", min_time=1e-3)
+@pytest.mark.parametrize("name", ["alexnet", "googlenet", "maxvit_t"])
+def test_choosing_a_rate(name: str, side_by_side: SideBySide, network: Network) -> None:
+    graph, device, server, _ = costs_of(name, network)
+    costs, table = LayerCosts(graph, device, server), table_of(graph, many_codecs())
+    frontier = ts.Frontier.build(graph, device, server, table)
+    choices: dict[str, Choice] = {
+        "adding up, NumPy": scan_rows(graph, costs, table),
+        "torchsurgeon": frontier.best,
+        "torchsurgeon, for throughput": lambda link, load: frontier.best(link, load, 1.0, "throughput"),
+        "torchsurgeon, the cost of every row": frontier.costs,
+    }
+    for stats in side_by_side({how: over_time(choose) for how, choose in choices.items()}).values():
+        stats.extra_info |= {"points_and_codecs": len(costs.rows(table)), "frontier": len(frontier.rows)}
 
 
 @pytest.mark.benchmark(group="finding the cuts worth considering")

@@ -269,7 +269,8 @@ class Frontier:
         slowest: Array = device_s * slowdown
         for stage_s in (size_bytes * up_s_per_byte, server_s * load, crosses * downlink_s):
             np.maximum(slowest, stage_s, out=slowest)
-        slowest *= wanted.throughput
+        if wanted.throughput != 1.0:
+            slowest *= wanted.throughput
         return slowest + table @ weights if sums else slowest
 
     def _joules(self, link: Link) -> tuple[float, float, float, float, float]:
