@@ -7,10 +7,11 @@ from pathlib import Path
 
 from paths import ROOT
 
-from benchmarks import unlike_samples
+from benchmarks import planning_page, unlike_samples
 from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
 from benchmarks.evaluate import datacenter_page
+from benchmarks.support import result_file
 
 
 def test_what_a_gpu_has_shown_is_what_its_files_hold() -> None:
@@ -42,6 +43,12 @@ def test_the_datacenter_is_the_one_of_its_file_and_agrees_with_queueing_theory()
         ours, device_only = row["unloaded"]["ours"], row["unloaded"]["device-only"]
         assert ours["latency_s"] < device_only["latency_s"]
         assert row["link"] != "wifi" or ours["device_j"] < device_only["device_j"] / 3
+
+
+def test_how_long_a_choice_takes_is_what_its_file_holds() -> None:
+    shown = planning_page.PAGE.read_text().partition(planning_page.BEGIN)[2].partition(planning_page.END)[0]
+    assert shown == f"\n\n{planning_page.table(result_file.suite('choosing_a_rate'))}\n"
+    assert shown.count("µs") >= 9
 
 
 def test_a_kept_run_has_no_serial_number_and_every_outcome(tmp_path: Path) -> None:
