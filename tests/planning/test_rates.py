@@ -12,7 +12,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable, Finding
-from torchsurgeon.planning import Frontier, HeadCosts
+from torchsurgeon.planning import Frontier
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
 
 torch.set_num_threads(1)
@@ -155,61 +155,51 @@ def test_what_is_used_of_a_limit(finding: Finding, used: float | None) -> None:
     assert finding.used == (used if used is None else pytest.approx(used))
 
 
-# --- another head ---
+# --- students ---
 
 
-def student(**options: float) -> HeadCosts:
-    costs = {"head_s": 1e-3, **options}
-    behind = (
-        row("raw", 160.0, changed(0.005, 0.0224)),
+def students(head_s: float = 1e-3) -> list[CodecRow]:
+    """A student at two rates, of which the lower one breaks the budget."""
+    rows = [
         row("fitted:small-01234567@2", 40.0, changed(0.01, 0.0298)),
         row("fitted:small-01234567@1", 20.0, changed(0.06, 0.09)),
-    )
-    return HeadCosts("small", CUT, costs.pop("head_s"), behind, **costs)
+    ]
+    return [dataclasses.replace(one, cost=dataclasses.replace(one.cost, head_s=head_s)) for one in rows]
 
 
-def test_another_head_is_a_row_with_costs_of_its_own_beside_the_models() -> None:
-    frontier = Frontier.build(GRAPH, DEVICE, SERVER, table(*RATES), heads=[student()])
-    behind = {r.codec: r for r in frontier.rows if r.head}
-    assert set(behind) == {"raw", "fitted:small-01234567@2"}
-    for found in behind.values():
-        assert (found.index, found.head, found.head_s, found.lossless) == (CUT, "small", 1e-3, False)
-        assert found.tail_s == pytest.approx(2e-3)
-        assert not found.raw_input
-    assert behind["raw"].budget_used == pytest.approx(0.0224 / 0.03)
-    assert {r.codec for r in frontier.rows if r.index == CUT and not r.head} >= {"raw", "fitted:cut-01234567@1"}
+def test_a_student_is_a_row_with_seconds_of_its_own_beside_the_models() -> None:
+    frontier = Frontier.build(GRAPH, DEVICE, SERVER, table(*RATES, *students()))
+    (found,) = [r for r in frontier.rows if r.student]
+    assert (found.index, found.codec, found.head_s, found.lossless) == (CUT, "fitted:small-01234567@2", 1e-3, False)
+    assert found.tail_s == pytest.approx(2e-3)
+    assert not found.raw_input
+    assert found.budget_used == pytest.approx(0.0298 / 0.03)
+    own = [r for r in frontier.rows if r.index == CUT and not r.student]
+    assert {r.codec for r in own} >= {"raw", "fitted:cut-01234567@1"}
+    assert [r.head_s for r in own] == [pytest.approx(0.02)] * len(own)
     assert Frontier.from_json(frontier.to_json()).rows == frontier.rows
 
 
-def test_a_plan_takes_another_head_where_it_is_the_quickest_and_says_so() -> None:
+def test_a_plan_takes_a_student_where_it_is_the_quickest_and_says_so() -> None:
     link = ts.Link("slow", 1e5, 1e6, 0.01)
-    plan = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, codecs=table(*RATES), heads=[student()])
-    assert (plan.row.head, plan.codec) == ("small", "fitted:small-01234567@2")
+    plan = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, codecs=table(*RATES, *students()))
+    assert plan.row.student
     assert plan.terms.head_s == 1e-3
-    assert plan.explain().startswith("Sequential: small in place of the layers up to 1 as fitted:small-01234567@2")
+    assert plan.explain().startswith("Sequential: a student in place of the layers up to 1 as fitted:small-01234567@2")
     assert plan.runner_up is not None
-    assert plan.runner_up.row.head == ""
-    late = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, codecs=table(*RATES), heads=[student(head_s=1.0)])
-    assert late.row.head == ""
+    assert not plan.runner_up.row.student
+    late = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, codecs=table(*RATES, *students(head_s=1.0)))
+    assert not late.row.student
 
 
-def test_the_energy_and_memory_of_another_head_count() -> None:
+def test_the_energy_of_a_student_is_that_of_its_seconds() -> None:
     metered = profile_of([0.02, 0.0, 0.3, 0.3], [0.2, 0.0, 3.0, 3.0])
-    link = ts.Link("slow", 1e5, 1e6, 0.01, radio=ts.Radio(1e-7, 1e-7, 0.1))
-    plan = ts.plan(GRAPH, device=metered, server=SERVER, link=link, objective="energy", heads=[student(device_j=1e-3)])
+    (found,) = [r for r in Frontier.build(GRAPH, metered, SERVER, table(*students())).rows if r.student]
     watts = 6.2 / 0.62
-    assert plan.row.head == "small"
-    assert plan.row.device_j == pytest.approx(1e-3 + watts * 1e-4)
-    unmetered = Frontier.build(GRAPH, metered, SERVER, heads=[student()])
-    assert not unmetered.has_energy
+    assert found.device_j == pytest.approx(watts * (1e-3 + 1e-4))
 
 
-def test_heads_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ts.PlanError, match="needs a name"):
-        HeadCosts("", CUT, 1e-3, ())
-    with pytest.raises(ts.PlanError, match="head_s of head 'small' must be zero or positive; got -1"):
-        student(head_s=-1.0)
-    with pytest.raises(ts.PlanError, match="between the model's layers, at a point from 1 to 3; got 0"):
-        Frontier.build(GRAPH, DEVICE, SERVER, heads=[dataclasses.replace(student(), point=0)])
-    with pytest.raises(ts.PartitionError, match="no partition point"):
-        Frontier.build(GRAPH, DEVICE, SERVER, heads=[dataclasses.replace(student(), point=77)])
+def test_a_chain_uses_no_student() -> None:
+    link = ts.Link("slow", 1e5, 1e6, 0.01)
+    plan = ts.plan(GRAPH, stages=[DEVICE, SERVER], links=[link], codecs=table(*students()))
+    assert not any(r.student for r in plan.rows)

@@ -10,7 +10,7 @@ import torch
 from torchsurgeon.codec.boundaries import named
 from torchsurgeon.codec.budget import Budget, Finding, Verdict
 from torchsurgeon.codec.codec import find_codec
-from torchsurgeon.codec.measuring import check_calls, inputs_of
+from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.codec.trial import Trial
 from torchsurgeon.cutting.partition import middle_for, tail_for
 from torchsurgeon.errors import CodecError, short
@@ -72,6 +72,6 @@ def measure_together(
         for call in calls:
             tensors = call
             for middle, trial in parts:
-                tensors = trial.decoded(tensors if middle is None else list(middle(*tensors)))
+                tensors = trial.decoded(tensors if middle is None else list(middle(*tensors)), call)
             verdict.add(named(graph.outputs, whole(*call)), named(graph.outputs, tail(*tensors)))
     return verdict.findings()

@@ -8,7 +8,7 @@ from torchsurgeon.planning.frontier import Frontier, Terms
 from torchsurgeon.planning.grid import Sweep, sweep
 from torchsurgeon.planning.objective import Battery, Constraints, Objective
 from torchsurgeon.planning.plans import Crossover, Plan
-from torchsurgeon.planning.rows import HeadCosts, Row
+from torchsurgeon.planning.rows import Row
 
 __all__ = [
     "Battery",
@@ -16,7 +16,6 @@ __all__ = [
     "Constraints",
     "Crossover",
     "Frontier",
-    "HeadCosts",
     "Objective",
     "Plan",
     "Row",

@@ -154,7 +154,8 @@ class _Chain:
     ) -> None:
         self.graph, self.links, self.objective, self.loads = graph, links, objective, loads
         costs = [LayerCosts(graph, profile, profile) for profile in stages]
-        self.rows = _ways(costs[0].rows(codecs))
+        # A student takes the model's input, which only the first machine has, so none is among the ways.
+        self.rows = _ways([row for row in costs[0].rows(codecs) if not row.student])
         self.at = np.array([row.index for row in self.rows])
         # Seconds of each machine up to the cut of each way, at a load of 1.
         self.reached = [c.head_s[self.at] if i == 0 else (c.tail_s[0] - c.tail_s)[self.at] for i, c in enumerate(costs)]

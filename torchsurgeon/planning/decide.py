@@ -15,7 +15,7 @@ from torchsurgeon.planning.chain import ChainPlan, plan_chain
 from torchsurgeon.planning.frontier import Frontier, Terms
 from torchsurgeon.planning.objective import Constraints, Objective
 from torchsurgeon.planning.plans import Crossover, Plan
-from torchsurgeon.planning.rows import HeadCosts, LayerCosts, Row
+from torchsurgeon.planning.rows import LayerCosts, Row
 from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
@@ -36,7 +36,6 @@ def plan(
     link: Link | str,
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
-    heads: Sequence[HeadCosts] = (),
     load: float = 1.0,
     slowdown: float = 1.0,
     **constraints: Any,
@@ -63,7 +62,6 @@ def plan(
     link: Link | str | None = None,
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
-    heads: Sequence[HeadCosts] = (),
     load: float = 1.0,
     slowdown: float = 1.0,
     stages: Sequence[LayerProfile] | None = None,
@@ -83,7 +81,6 @@ def plan(
         objective: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, or weights by these names.
         codecs: measured codecs; without them, tensors are sent as they are. Over several machines, those of all links
             together keep the accuracy budget.
-        heads: networks that may run on the device in place of the model's first layers.
         load: the factor by which the server is slower than its profile says.
         slowdown: the factor by which the device is slower than its profile says.
         stages: what each layer costs on each machine of a row, in place of device, server, link and load.
@@ -103,9 +100,9 @@ def plan(
     if codecs is not None and not isinstance(codecs, CodecTable):
         raise PlanError(f"codecs must be a measured CodecTable; got {short(codecs)}; CodecTable.load() reads one")
     if stages is not None:
-        if device is not None or server is not None or link is not None or heads or constraints:
+        if device is not None or server is not None or link is not None or constraints:
             raise PlanError(
-                "a plan for stages= and links= takes no device=, server=, link=, heads= or constraints; leave them out"
+                "a plan for stages= and links= takes no device=, server=, link= or constraints; leave them out"
             )
         return plan_chain(graph, stages, links or (), objective, loads, codecs)
     if not isinstance(graph, LayerGraph):
@@ -135,7 +132,6 @@ def plan(
     rows = costs.rows(codecs)
     branches, exact = across_branches(costs, rows, limits, summed=not wanted.throughput)
     rows += branches
-    rows += [row for head in heads for row in costs.rows_behind(head)]
     chooser = _Chooser(graph, rows, exact, wanted, link, load, slowdown)
     frontier = chooser.feasible(limits)
     terms = chooser.best(frontier, limits)
@@ -175,8 +171,8 @@ def plan(
     )
 
 
-def _place(row: Row) -> tuple[int, tuple[int, ...] | None, str]:
-    return row.index, row.layers, row.head
+def _place(row: Row) -> tuple[int, tuple[int, ...] | None, bool]:
+    return row.index, row.layers, row.student
 
 
 def crossovers(
@@ -337,7 +333,7 @@ def _interval(
     on_device = np.zeros(len(device.layers), dtype=bool)
     on_device[list(terms.row.layers) if terms.row.layers is not None else slice(terms.row.index)] = True
     head, tail = device.interval_of(on_device), server.interval_of(~on_device)
-    if terms.row.head:
+    if terms.row.student:
         head = (terms.row.head_s, terms.row.head_s)
     if head is None or tail is None:
         return None
@@ -353,7 +349,7 @@ def _warned(graph: LayerGraph, terms: Terms, device: LayerProfile, server: Layer
     head = {graph.layers[index].name for index in chosen}
     sentences = []
     for where, warned in (
-        ("device", {name: why for name, why in device.warned.items() if name in head and not terms.row.head}),
+        ("device", {name: why for name, why in device.warned.items() if name in head and not terms.row.student}),
         ("server", {name: why for name, why in server.warned.items() if name not in head}),
     ):
         if warned:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from torchsurgeon.link import Link
 from torchsurgeon.planning.objective import Objective
 from torchsurgeon.planning.rows import (
     Array,
-    HeadCosts,
     LayerCosts,
     Row,
     columns,
@@ -119,7 +118,6 @@ class Frontier:
         device: LayerProfile,
         server: LayerProfile,
         codecs: CodecTable | None = None,
-        heads: Sequence[HeadCosts] = (),
     ) -> Frontier:
         """Return the frontier of a model.
 
@@ -128,19 +126,15 @@ class Frontier:
             device: what each layer costs on the device.
             server: what each layer costs on the server.
             codecs: measured codecs; without them, tensors are sent as they are.
-            heads: networks in place of the model's first layers.
 
         Raises:
             ProfileError: a profile is of another graph or batch size.
             CodecError: ``codecs`` is of another graph.
-            PlanError: a head ends at one of the model's ends.
-            PartitionError: the graph has no point at which a head ends.
         """
         costs = LayerCosts(graph, device, server)
         rows = costs.rows(codecs)
         branches, exact = across_branches(costs, rows)
-        behind = [row for head in heads for row in costs.rows_behind(head)]
-        return Frontier.of(graph, rows + branches + behind, exact=exact)
+        return Frontier.of(graph, rows + branches, exact=exact)
 
     @staticmethod
     def of(graph: LayerGraph, rows: list[Row], *, exact: bool = True) -> Frontier:

@@ -170,8 +170,8 @@ def place(row: Row) -> str:
     if row.on_device:
         return "all on the device"
     where = "all on the server" if row.index == 0 else f"cut after {_short(row)}"
-    if row.head:
-        where = f"{row.head} in place of the layers up to {_short(row)}"
+    if row.student:
+        where = f"a student in place of the layers up to {_short(row)}"
     return where if row.codec == "raw" else f"{where} as {row.codec}"
 
 

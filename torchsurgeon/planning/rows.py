@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon.codec import CodecRow, CodecTable, Finding
-from torchsurgeon.errors import PlanError, ProfileError, is_finite, short
+from torchsurgeon.errors import ProfileError, short
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.held import Holdings, layer_holdings
@@ -46,8 +46,7 @@ class Row:
         on_device: whether everything runs on the device, and nothing crosses.
         layers: the device's layers where these are not simply the first ``index``; None where they are.
         findings: what a sample showed of the model's answers behind the codec; empty where that was not measured.
-        head: what computes the boundary tensors on the device in place of the model's first layers, by its name in
-            ``HeadCosts``; empty where these layers do.
+        student: whether the codec's student computes the boundary tensors in place of the model's first layers.
     """
 
     index: int
@@ -65,12 +64,12 @@ class Row:
     on_device: bool = False
     layers: tuple[int, ...] | None = None
     findings: tuple[Finding, ...] = ()
-    head: str = ""
+    student: bool = False
 
     @property
     def budget_used(self) -> float:
         """How much of the accuracy budget is used: 0 where nothing is lost, 1 at its limit or where it is not known."""
-        if self.lossless and not self.head:
+        if self.lossless:
             return 0.0
         used = [finding.used for finding in self.findings]
         return max((1.0 if one is None else one for one in used), default=1.0)
@@ -101,40 +100,6 @@ class Row:
         if row.device_j is not None and not abs(row.device_j) < _MOST:
             raise ValueError(f"device_j must be within ±{_MOST:g}; got {row.device_j}")
         return row
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadCosts:
-    """What a network costs that takes a model's input to the tensors of a point in place of the model's first layers.
-
-    Such a network computes something else than the layers do, so every codec behind it changes answers, ``raw`` too.
-
-    Attributes:
-        name: its name.
-        point: the index of the partition point whose tensors it computes.
-        head_s: its seconds on the device, as the device's profile counts them.
-        codecs: what each codec costs behind it, and what became of the model's answers. Only those are used that kept
-            the budget, ``raw`` among them.
-        device_j: its joules on the device; None where no meter measured them.
-        memory_bytes: what its weights and the tensors that it computes take; None where that was not measured.
-    """
-
-    name: str
-    point: int
-    head_s: float
-    codecs: tuple[CodecRow, ...]
-    device_j: float | None = None
-    memory_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            raise PlanError("a head needs a name, since an empty one stands for the model's own layers; give name=")
-        for name in ("head_s", "device_j", "memory_bytes"):
-            value = getattr(self, name)
-            if value is None and name != "head_s":
-                continue
-            if not (is_finite(value) and value >= 0):
-                raise PlanError(f"{name} of head {short(self.name)} must be zero or positive; got {short(value)}")
 
 
 class LayerCosts:
@@ -218,40 +183,13 @@ class LayerCosts:
         found = [row for row in self.rows(codecs) if (row.index, row.layers) == (point.index, point.layers)]
         return found or [self._row(point, "raw", float(point.size_bytes), 0.0, 0.0, True)]
 
-    def rows_behind(self, head: HeadCosts) -> list[Row]:
-        """Return a row for every codec that may be used behind a network in place of the model's first layers.
-
-        Raises:
-            PlanError: the network ends at one of the model's ends.
-            PartitionError: the graph has no such point.
-        """
-        point = self.graph.point(head.point)
-        if not 0 < point.index < len(self.graph.layers):
-            raise PlanError(
-                f"head {short(head.name)} must end between the model's layers, at a point from 1 to "
-                f"{len(self.graph.layers) - 1}; got {head.point}"
-            )
-        rows = []
-        for entry in head.codecs:
-            if entry.cost.within_budget:
-                joules = head.device_j
-                if joules is not None:
-                    joules += (self.power_w or 0.0) * entry.cost.encode_s
-                row = dataclasses.replace(
-                    self._measured_row(point, entry),
-                    head=head.name,
-                    head_s=head.head_s,
-                    device_j=joules,
-                    memory_bytes=head.memory_bytes,
-                    raw_input=False,
-                    lossless=False,
-                )
-                rows.append(row)
-        return rows
-
     def _measured_row(self, point: PartitionPoint, entry: CodecRow) -> Row:
         cost = entry.cost
         row = self._row(point, cost.codec, cost.size_bytes, cost.encode_s, cost.decode_s, cost.lossless)
+        if cost.head_s is not None:
+            joules = None if self.power_w is None else self.power_w * (cost.head_s + cost.encode_s)
+            # Of memory, the model's own layers count, since the device falls back to them.
+            row = dataclasses.replace(row, student=True, head_s=cost.head_s, device_j=joules)
         return dataclasses.replace(row, findings=entry.findings) if entry.findings else row
 
     def row_of(self, layers: Collection[int]) -> Row:
