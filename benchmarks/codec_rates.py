@@ -58,6 +58,7 @@ class Way:
         encode: one picture or boundary to bytes.
         decode: the bytes to what goes into the rest of the network, and the shape and dtype that it has.
         lossless: whether every bit is kept.
+        head: what computes the boundary in place of the model's own layers; None where these do.
     """
 
     curve: str
@@ -67,6 +68,7 @@ class Way:
     encode: Callable[[Tensor], bytes | memoryview]
     decode: Callable[[bytes | memoryview, Tensor], Tensor]
     lossless: bool = False
+    head: nn.Module | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +166,17 @@ def ways(name: str, graph: LayerGraph, sample: Tensor, only: Sequence[str] = ())
             for rate in RATES:
                 if fitted.rates[-1] <= rate <= fitted.rates[0]:
                     yield _boundary_way("fitted", fitted.at(rate), point, where, f"{rate:g} bits a value")
+    file = pictures.CACHE.parent / "students" / f"{name}.student"
+    if file.exists() and wanted("student"):
+        # Made by benchmarks.student_training.
+        codec = ts.load_codec(file, graph)
+        assert codec.student is not None
+        head, point = codec.student.segment(graph, codec.point[0]), codec.point[0]
+        where = f"block {codec.point[1].split('.')[2]}"
+        for rate in RATES:
+            if codec.rates[-1] <= rate <= codec.rates[0]:
+                way = _boundary_way("student", codec.at(rate), point, where, f"{rate:g} bits a value")
+                yield dataclasses.replace(way, head=head)
 
 
 def after_block(graph: LayerGraph, block: int) -> int:
@@ -282,14 +295,14 @@ def measure(graph: LayerGraph, held_out: Tensor, known: Iterator[Way]) -> Iterat
         held_out: the photographs, ``uint8[N, 3, side, side]``.
         known: the ways, those of a point one after the other.
     """
-    head: nn.Module
     own = _top1(graph.model, held_out)
-    at, boundaries, tail = -1, held_out, graph.model
+    at: tuple[int, nn.Module | None] = (-1, None)
+    boundaries, tail = held_out, graph.model
     for way in known:
-        if way.point != at:
-            at, point = way.point, graph.point(way.point)
-            if at:
-                head = cut(graph, point).head.get_submodule("segment")
+        if (way.point, way.head) != at:
+            at, point = (way.point, way.head), graph.point(way.point)
+            if way.point:
+                head = way.head or cut(graph, point).head.get_submodule("segment")
                 tail = tail_for(graph, [spec.name for spec in point.tensors], flat=True)
                 with torch.no_grad():
                     boundaries = torch.cat([head(picture[None])[0] for picture in held_out])
