@@ -34,6 +34,8 @@ from torchsurgeon.tracing.graph import LayerGraph
 OUT = result_file.RESULTS / "codec-rates.json"
 PAGE = result_file.RESULTS.parents[1] / "docs" / "codecs.md"
 BEGIN, END = "<!-- figures, by benchmarks.codec_rates -->", "<!-- end of figures -->"
+BEGIN_STUDENTS, END_STUDENTS = "<!-- students, by benchmarks.codec_rates -->", "<!-- end of students -->"
+TRAINING = result_file.RESULTS / "student-training.json"
 MODELS = {"lite0": 2, "lite2": 1}
 """Views of each object held out, by model."""
 BLOCKS = {"lite0": (1, 2, 3, 4, 5, 7, 8, 10, 11, 13, 14), "lite2": (3, 6, 7, 10, 11, 15)}
@@ -120,7 +122,10 @@ def main() -> None:
     draw(known, options.out.with_suffix(".png"))
     if options.out == OUT:
         before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{page(known)}\n{END}{rest.partition(END)[2]}")
+        text = f"{before}{BEGIN}\n\n{page(known)}\n{END}{rest.partition(END)[2]}"
+        before, _, rest = text.partition(BEGIN_STUDENTS)
+        shown = students_page(known, json.loads(TRAINING.read_text())["results"])
+        PAGE.write_text(f"{before}{BEGIN_STUDENTS}\n\n{shown}\n{END_STUDENTS}{rest.partition(END_STUDENTS)[2]}")
 
 
 def _model(name: str, only: Sequence[str], views: int, before: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -412,6 +417,35 @@ def page(results: dict[str, Any]) -> str:
             what = "picture" if where == "input" else f"boundary after {where}"
             lines.append(f"| {name.capitalize()} | {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def students_page(results: dict[str, Any], training: dict[str, Any]) -> str:
+    """Return a table of what students keep at each rate, as Markdown, beside what else keeps as many answers."""
+    lines = [
+        "| network | student | answers kept | its bytes | a picture that keeps as many | own layers, fitted codec |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, trained in training.items():
+        rows = results[name]["rates"]
+        about = (
+            f"{trained['flops_share']:.1%} of the operations (own layers: {trained['own_flops_share']:.1%}), "
+            f"{trained['training_s'] / 60:.0f} min on {trained['threads']} core"
+        )
+        for row in sorted((row for row in rows if row["curve"] == "student"), key=lambda row: -row["size_bytes"]):
+            fitted = [one for one in rows if one["curve"] == "fitted" and one["where"] == row["where"]]
+            cells = [_smallest(some, row["kept"]) for some in ([r for r in rows if r["where"] == "input"], fitted)]
+            size = f"{row['size_bytes'] / 1e3:.1f} kB"
+            lines.append(f"| {name.capitalize()} | {about} | {row['kept']:.1%} | {size} | {' | '.join(cells)} |")
+            about = ""
+    return "\n".join(lines) + "\n"
+
+
+def _smallest(rows: Sequence[dict[str, Any]], kept: float) -> str:
+    found = [row for row in rows if row["kept"] >= kept]
+    if not found:
+        return "–"
+    best = min(found, key=lambda row: row["size_bytes"])
+    return f"{best['size_bytes'] / 1e3:.1f} kB, {best['name']}"
 
 
 def _fewest(rows: Sequence[dict[str, Any]], where: str, kept: str) -> str:
