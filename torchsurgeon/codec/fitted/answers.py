@@ -65,6 +65,32 @@ class Answers:
             self._deviations = [float(out.detach().float().std(correction=0)) for out in real]
         return _random_values(real, self._deviations, self._generator)
 
+    def divergence(self, own: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor | None:
+        """Return how far answers are from the model's own, in nats for each input; None where nothing can be learned.
+
+        Of classes it is the Kullback-Leibler divergence. Values count as normally distributed, with the deviation that
+        the own ones have here.
+
+        Args:
+            own: the model's own outputs.
+            others: the outputs whose distance is asked for, of which at least one must need a gradient.
+        """
+        if self.classes_at is not None:
+            if not others[0].requires_grad:
+                return None
+            pair = [one.movedim(self.classes_at, -1).float().log_softmax(-1) for one in (own[0], others[0])]
+            odds = pair[0].exp()
+            # Classes ruled out by -inf cannot differ.
+            terms = torch.where(odds > 0, odds * (pair[0] - pair[1]), 0.0)
+            return terms.sum(-1).mean()
+        pairs = [
+            (a, b) for a, b in zip(own, others, strict=True) if b.requires_grad and a.shape == b.shape and a.numel()
+        ]
+        if not pairs:
+            return None
+        errors = [(a.float() - b.float()).square().mean() / (a.float().var(correction=0) + 1e-12) for a, b in pairs]
+        return torch.stack(errors).sum() / 2
+
 
 def _class_scores(scores: Tensor, dim: int, generator: torch.Generator) -> Tensor:
     """Return the log-likelihood, summed up, of classes that are drawn from the model's own output.

@@ -64,7 +64,7 @@ def distill(
 
     The student is the model's own head with fewer channels. Its layers are fitted to the model's by least squares, and
     then trained on the sample, which needs no labels, to give the boundary tensors that the model's own head gives,
-    in the metric of the model's answer. The model's own weights stay as they are: the server runs the same tail as for
+    in the metric of the model's answer, and to have the model's own tail give the same answer. The model's own weights stay as they are: the server runs the same tail as for
     any other cut, and the device can still run the model itself. The result changes answers, as a lossy codec does, so
     ``codec.measure()`` has to judge it with other inputs than these.
 
@@ -136,7 +136,16 @@ def distill(
     else:
         student = saved["student"].segment(graph, place.index)
         flops_share = saved["student"].flops_share
-    run = Training(student, distilling.own, distilling.names, distilling.transforms, distilling.variance, seed)
+    run = Training(
+        student,
+        distilling.own,
+        distilling.names,
+        distilling.transforms,
+        distilling.variance,
+        distilling.tail,
+        distilling.answers,
+        seed,
+    )
     if saved is not None:
         run.resume(saved)
     look = distilling.look(student, run)

@@ -1,7 +1,10 @@
 """Training a thinned head to give what the model's own head gives, where that matters to the answer.
 
-The error is measured in the coordinates of a fitted codec's transform, in which an error counts alike in each of them,
-so its square is about what it does to the answer, and the rest of the model need not run. Images need no labels.
+Two things are made small. The first is the error of the boundary in the coordinates of a fitted codec's transform, in
+which an error counts alike in each of them. The second is the divergence of the answer behind the model's own tail from
+the model's own answer. The first alone takes half the time for each step, but it knows nothing of errors that point the
+same way at all places of a picture, which add up in the answer: on EfficientNet-Lite0, with 14 % of the boundary
+unexplained, it kept 37 % of the answers, and 80 steps with both, from there, 50 %. Images need no labels.
 
 Normalizations keep the model's own statistics. With those of each batch, as training usually has them, the error of
 EfficientNet-Lite0's student grew from 22 to 74 % in 25 steps, since the layers were fitted with the model's own.
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon import _whole_file
+from torchsurgeon.codec.fitted.answers import Answers
 from torchsurgeon.codec.fitted.student import Student
 from torchsurgeon.codec.fitted.transform import Transform
 from torchsurgeon.cutting.segment import Segment
@@ -79,6 +83,8 @@ class Training:
         names: the names of the boundary tensors.
         transforms: the transforms of those that count.
         variance: the mean square of the coefficients, without their means.
+        tail: the rest of the model.
+        answers: what the outputs are.
         seed: of what is drawn.
     """
 
@@ -89,11 +95,15 @@ class Training:
         names: Sequence[str],
         transforms: Mapping[str, Transform],
         variance: float,
+        tail: Segment,
+        answers: Answers,
         seed: int,
     ) -> None:
         # On a CPU, convolutions take half the time with channels last (measured on EfficientNet-Lite0).
         self.student = student.to(memory_format=torch.channels_last)
-        self._own, self._names = copy.deepcopy(own).to(memory_format=torch.channels_last), tuple(names)
+        self._own, self._tail = (copy.deepcopy(one).to(memory_format=torch.channels_last) for one in (own, tail))
+        self._tail.requires_grad_(False)
+        self._answers, self._names = answers, tuple(names)
         self._transforms, self._variance = transforms, variance
         self.steps, self.elapsed_s = 0, 0.0
         self.generator = torch.Generator().manual_seed(seed)
@@ -141,9 +151,14 @@ class Training:
             )
         with torch.no_grad():
             wanted = dict(zip(self._names, self._own(*inputs), strict=True))
+            answers = self._tail(*(one.clone() for one in wanted.values()))
         with torch.enable_grad():
             found = dict(zip(self._names, self.student(*inputs), strict=True))
             loss = squared_error(self._transforms, found, wanted) / self._variance
+            # The tail may overwrite what it is given.
+            divergence = self._answers.divergence(answers, self._tail(*(one * 1 for one in found.values())))
+            if divergence is not None:
+                loss = loss + divergence
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
         if bool(torch.isfinite(loss)):
