@@ -290,6 +290,32 @@ def test_a_codec_is_fitted_measured_and_served(tmp_path: Path, capsys: pytest.Ca
         assert server.returncode == 2
 
 
+def test_a_student_is_distilled_from_images_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number in range(20):
+        pixels = torch.randint(256, (5, 5, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        image.fromarray(pixels.numpy()).resize((16, 16)).save(tmp_path / f"{number}.png")
+    path, spec = tmp_path / "first.student", "factories:thick"
+    line = ["distill", spec, "--point", "3", "--data", str(tmp_path), "--minutes", "0.01", "--out", str(path)]
+    assert cli.main([*line, "--share", "0.3"]) == 0
+    written = " ".join(capsys.readouterr().out.split())
+    name = re.search(r"wrote (fitted:2-[0-9a-f]{8}) to ", written)
+    assert name is not None, written
+    assert "of answers kept" in written
+    assert not path.with_name("first.student.training").exists()
+    line = ["codecs", spec, "--sample", str(tmp_path), "--codecs", "zstd", "--fitted", str(path), "--point", "3"]
+    assert cli.main([*line, "--out", str(tmp_path / "codecs.json")]) == 0
+    rows = {row.cost.codec.partition("@")[0]: row.cost for row in ts.CodecTable.load(tmp_path / "codecs.json").rows}
+    assert rows[name[1]].head_s
+    assert rows["zstd"].head_s is None
+
+
+def test_a_student_without_a_folder_of_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["distill", SPEC, "--point", "1", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "one.student")]
+    assert cli.main(line) == 2
+    assert "--data must be a folder of images" in capsys.readouterr().err
+
+
 def test_codecs_are_measured_at_the_cuts_of_a_frontier_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = pytest.importorskip("PIL.Image")
     for number in range(3):

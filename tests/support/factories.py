@@ -73,6 +73,14 @@ def wide() -> tuple[nn.Module, torch.Tensor]:
         return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.rand(1, 64)
 
 
+def thick() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests, of a model whose first layers can be thinned."""
+    torch.manual_seed(0)
+    head = nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 8, 3, stride=2), nn.ReLU()
+    rest = nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10)
+    return nn.Sequential(*head, *rest).eval(), torch.rand(1, 3, 16, 16)
+
+
 def scores() -> tuple[nn.Module, torch.Tensor]:
     """A factory for SPECs in these tests."""
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 7))

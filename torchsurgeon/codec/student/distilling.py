@@ -63,10 +63,10 @@ def distill(
     """Make a student head for a cut, with a codec that is fitted to what it gives.
 
     The student is the model's own head with fewer channels. Its layers are fitted to the model's by least squares. Then
-    it is trained on the sample, which needs no labels, to give the boundary tensors that the model's own head gives, and
-    so that the model's own tail gives the same answer behind it. The model's own weights stay as they are: the server
-    runs the same tail as for any other cut, and the device can still run the model itself. The result changes answers,
-    as a lossy codec does, so ``codec.measure()`` has to judge it with other inputs than these.
+    it is trained on the sample, which needs no labels, to give the boundary tensors that the model's own head gives,
+    and so that the model's own tail gives the same answer behind it. The model's own weights stay as they are: the
+    server runs the same tail as for any other cut, and the device can still run the model itself. The result changes
+    answers, as a lossy codec does, so ``codec.measure()`` has to judge it with other inputs than these.
 
     Ctrl-C ends the training early, with an ``UnfinishedWarning``; the student is what it was by then.
 
