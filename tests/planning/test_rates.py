@@ -190,6 +190,17 @@ def test_a_plan_takes_a_student_where_it_is_the_quickest_and_says_so() -> None:
     assert not plan.runner_up.row.student
     late = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, codecs=table(*RATES, *students(head_s=1.0)))
     assert not late.row.student
+    slowed = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, slowdown=2.0, codecs=table(*students()))
+    assert slowed.terms.head_s == 2e-3
+
+
+def test_another_student_at_the_same_cut_is_another_way() -> None:
+    link = ts.Link("slow", 1e5, 1e6, 0.01)
+    second = row("fitted:second-89abcdef@2", 60.0, changed(0.01, 0.0224))
+    second = dataclasses.replace(second, cost=dataclasses.replace(second.cost, head_s=2e-3))
+    plan = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, codecs=table(*students(), second))
+    assert plan.runner_up is not None
+    assert (plan.codec, plan.runner_up.row.codec) == ("fitted:small-01234567@2", "fitted:second-89abcdef@2")
 
 
 def test_the_energy_of_a_student_is_that_of_its_seconds() -> None:

@@ -171,8 +171,9 @@ def plan(
     )
 
 
-def _place(row: Row) -> tuple[int, tuple[int, ...] | None, bool]:
-    return row.index, row.layers, row.student
+def _place(row: Row) -> tuple[int, tuple[int, ...] | None, str]:
+    # Two students at one cut are two ways, while two rates of one student are not.
+    return row.index, row.layers, row.codec.partition("@")[0] if row.student else ""
 
 
 def crossovers(

@@ -130,6 +130,7 @@ class Frontier:
         Raises:
             ProfileError: a profile is of another graph or batch size.
             CodecError: ``codecs`` is of another graph.
+            PartitionError: ``codecs`` were measured at a cut that the graph does not have.
         """
         costs = LayerCosts(graph, device, server)
         rows = costs.rows(codecs)

@@ -48,6 +48,9 @@ def plan_table(plan: Plan, most: int = 12) -> FittingTable:
         Column("downlink", [_seconds(t.downlink_s) for t in terms], rank=2),
         Column("latency", [seconds_text(t.latency_s) for t in terms]),
     ]
+    if any(row.budget_used for row in rows):
+        used = ["" if row.on_device else f"{row.budget_used:.0%}" for row in rows]
+        columns.append(Column("budget", used, rank=1, note="Budget: how much of the accuracy budget the codec uses."))
     if plan.objective != Objective(latency=1.0):
         unit = plan.objective.unit
         values = [seconds_text(costs[i]) if unit == "s" else f"{costs[i]:.4g} {unit}".rstrip() for i in best]
