@@ -167,12 +167,24 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.strip() == f"torchsurgeon {metadata.version('torchsurgeon')}"
 
 
-def test_plan_says_that_a_reference_device_is_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--device", "tegra-k1-cpu", "--server", "tesla-k40", "--link", "lte"]
-    assert cli.main(["plan", "torchvision:squeezenet1_1", *options]) == 0
+@pytest.mark.parametrize("command", ["plan", "sweep"])
+def test_a_plan_with_a_bound_is_refused_unless_it_is_allowed(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spec = "torchvision:squeezenet1_1"
+    line = [command, spec, "--device", "jetson-orin-nano", "--server", "k40-gpu", "--link", "lte"]
+    assert cli.main(line) == 2
     told = capsys.readouterr().err
-    for name in ("tegra-k1-cpu", "tesla-k40"):
-        assert f"{name}: a bound from data sheets" in told
+    assert "jetson-orin-nano: a bound from data sheets" in told
+    assert "--allow-bounds" in told
+    assert cli.main([*line, "--allow-bounds"]) == 0
+    assert "jetson-orin-nano: a bound from data sheets" in capsys.readouterr().err
+    # A bound stays one when its prediction comes from a file.
+    profile = str(tmp_path / "profile.json")
+    assert cli.main(["predict", spec, "--device", "jetson-orin-nano", "--json", profile]) == 0
+    capsys.readouterr()
+    assert cli.main([command, spec, "--device", profile, "--server", "k40-gpu"]) == 2
+    assert "profile.json: a bound from data sheets" in capsys.readouterr().err
 
 
 def test_tables_in_a_pipe_are_not_cut_short(
@@ -186,16 +198,16 @@ def test_tables_in_a_pipe_are_not_cut_short(
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("plan absent:f --device absent.json --server tesla-k40", "absent.json"),
-        ("plan absent:f --device tesla-k40 --server absent.json", "absent.json"),
-        ("plan absent:f --device tesla-k40 --server tesla-k40 --codecs absent.json", "absent.json"),
-        ("plan absent:f --device tesla-k40 --server tesla-k40 --link 6g", "'6g'"),
-        ("plan absent:f --device tesla-k40 --server tesla-k40 --objective latency=x", "'x'"),
-        ("plan absent:f --device tesla-k40 --server tesla-k40 --objective speed", "'speed'"),
-        ("sweep absent:f --device absent.json --server tesla-k40", "absent.json"),
-        ("sweep absent:f --device tesla-k40 --server tesla-k40 --uplinks 5:1:3", "'5:1:3'"),
+        ("plan absent:f --device absent.json --server k40-gpu", "absent.json"),
+        ("plan absent:f --device k40-gpu --server absent.json", "absent.json"),
+        ("plan absent:f --device k40-gpu --server k40-gpu --codecs absent.json", "absent.json"),
+        ("plan absent:f --device k40-gpu --server k40-gpu --link 6g", "'6g'"),
+        ("plan absent:f --device k40-gpu --server k40-gpu --objective latency=x", "'x'"),
+        ("plan absent:f --device k40-gpu --server k40-gpu --objective speed", "'speed'"),
+        ("sweep absent:f --device absent.json --server k40-gpu", "absent.json"),
+        ("sweep absent:f --device k40-gpu --server k40-gpu --uplinks 5:1:3", "'5:1:3'"),
         ("predict absent:f --device absent.json", "absent.json"),
-        ("predict absent:f --device tesla-k40 --profile absent.json", "absent.json"),
+        ("predict absent:f --device k40-gpu --profile absent.json", "absent.json"),
         ("codecs absent:f --sample absent-folder", "absent-folder"),
         ("run absent:f --server http://127.0.0.1:9 --input absent.png", "'absent.png'"),
         ("run absent:f --server http://127.0.0.1:9 --weights absent.pt", "'absent.pt'"),
@@ -222,13 +234,13 @@ def test_a_missing_file_or_a_wrong_number_is_told_before_the_model_is_loaded(
         "calibrate --out x.json --device {}",
         "profile factories:tiny --device {}",
         "profile factories:tiny --leaf {}",
-        "plan a:f --device tesla-k40 --server tesla-k40 --link {}",
-        "plan a:f --device tesla-k40 --server tesla-k40 --objective {}",
+        "plan a:f --device k40-gpu --server k40-gpu --link {}",
+        "plan a:f --device k40-gpu --server k40-gpu --objective {}",
         "predict factories:tiny --device {}",
         "run factories:tiny --server http://127.0.0.1:9 --partition {}",
         "demo --slow {}",
-        "plan a:f --device {} --server tesla-k40",
-        "sweep a:f --device tesla-k40 --server tesla-k40 --loads {}",
+        "plan a:f --device {} --server k40-gpu",
+        "sweep a:f --device k40-gpu --server k40-gpu --loads {}",
         "trace {}",
         "trace {}.pt2",
         "trace torchvision:{}",

@@ -95,7 +95,7 @@ def completions(line: str, folder: Path) -> set[str]:
         ("torchsurgeon serve r18=torchvision:resnet18", {"r18=torchvision:resnet18"}),
         ("torchsurgeon serve a=torchvision:alexnet --weights a=d", {"a=default"}),
         ("torchsurgeon profile x:y --device c", {"cpu", "cuda"}),
-        ("torchsurgeon predict x:y --device te", {"tegra-k1-cpu", "tegra-k1-gpu", "tesla-k40"}),
+        ("torchsurgeon predict x:y --device te", {"tegra-k1-cpu", "tegra-k1-gpu"}),
         ("torchsurgeon plan x:y --server d", {"device.json"}),
         ("torchsurgeon plan x:y --link lte", {"lte", "lte-2021"}),
         ("torchsurgeon plan x:y --objective th", {"throughput"}),
@@ -112,6 +112,7 @@ def test_completion_offers_what_fits(line: str, words: set[str], tmp_path: Path)
 def test_completion_knows_the_names_there_are() -> None:
     assert tuple(PRESETS) == completion.LINKS
     assert ts.reference_devices() == completion.REFERENCE_DEVICES
+    assert tuple(name for name in ts.reference_devices() if ts.reference_device(name).is_bound) == completion.BOUNDS
     assert completion.torchvision_models() == torchvision.models.list_models()
 
 

@@ -119,7 +119,7 @@ def test_predict_compares_with_a_measured_profile_and_says_where_it_cannot(
 
 
 def test_predict_takes_a_reference_device_and_says_that_all_is_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["predict", SPEC, "--device", "tegra-k1-gpu"]) == 0
+    assert cli.main(["predict", SPEC, "--device", "jetson-orin-nano"]) == 0
     told = capsys.readouterr()
     assert "at least" in told.out
     # A caption is folded to its table's width.
@@ -131,9 +131,9 @@ def test_predict_takes_a_reference_device_and_says_that_all_is_a_bound(capsys: p
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["predict", SPEC, "--device", "tegra-k2"], "tegra-k1-cpu"),
-        (["predict", SPEC, "--device", "tesla-k40", "--plot", "a.png"], "--profile"),
-        (["predict", SPEC, "--device", "tesla-k40", "--profile", "absent.json"], "absent.json"),
+        (["predict", SPEC, "--device", "tegra-k2"], "jetson-orin-nano (a bound from data sheets), k40-gpu"),
+        (["predict", SPEC, "--device", "k40-gpu", "--plot", "a.png"], "--profile"),
+        (["predict", SPEC, "--device", "k40-gpu", "--profile", "absent.json"], "absent.json"),
         (["predict", SPEC, "--device", __file__], "not JSON"),
         (["calibrate", "--out", "x.json", "--from-csv", "conv"], "NAME=VALUE"),
         (["calibrate", "--out", "x.json", "--from-csv", "conv=absent.csv"], "absent.csv cannot be read"),
@@ -180,7 +180,8 @@ def test_the_documentation_names_every_reference_device_and_its_sources() -> Non
     text = " ".join(DOCS.read_text().split())
     for name in ts.reference_devices():
         assert f"`{name}`" in text
-    assert "BD-06902-001" in text
+    assert "DS-11105-001" in text
+    assert "claritylab/djinn" in text
 
 
 def test_the_documented_csv_file_is_read(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_the_beginning_for_other_threads_or_another_device_is_refused(
 
 def test_another_devices_finished_calibration_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "k40.json"
-    ts.reference_device("tesla-k40").save(path)
+    ts.reference_device("k40-gpu").save(path)
     before = path.read_bytes()
     with pytest.raises(ts.CalibrationError, match="Tesla K40"):
         ts.calibrate("cpu", budget_s=1.0, out=path, meter=None)

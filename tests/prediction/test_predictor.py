@@ -444,9 +444,8 @@ def test_a_profile_of_another_device_is_told_apart(predictor: ts.Predictor, grap
     assert two.mismatches(measured) == ("its threads is 1, this device's is 2",)
 
 
-@pytest.mark.parametrize("name", ["tegra-k1-cpu", "tegra-k1-gpu", "tesla-k40"])
-def test_the_papers_devices_are_bounds_with_their_sources(name: str, graph: ts.LayerGraph) -> None:
-    device = ts.reference_device(name)
+def test_a_bound_names_its_sources_and_no_plan_takes_it_unasked(graph: ts.LayerGraph) -> None:
+    device = ts.reference_device("jetson-orin-nano")
     assert device.is_bound
     assert all(device.bounded(graph))
     sources = device.provenance["reconstructed_from"]
@@ -455,11 +454,22 @@ def test_the_papers_devices_are_bounds_with_their_sources(name: str, graph: ts.L
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         profile = device.predict(graph)
+    assert profile.is_bound
     assert profile.interval_s is None
     assert profile.whole_interval_s is None
     assert profile.energy is None
     weights = graph.layers[-1].parameter_bytes
     assert profile.layer_s[-1] >= weights / device.roofline.bandwidth_byte_s
+    measured = ts.profile(graph, repeats=2, warmup=1, meter=None)
+    assert not measured.is_bound
+    for sides in ({"device": profile, "server": measured}, {"device": measured, "server": profile}):
+        with pytest.raises(ts.PlanError, match="allow_bounds=True"):
+            ts.plan(graph, **sides, link="lte")
+        assert ts.plan(graph, **sides, link="lte", allow_bounds=True).value > 0
+    links = [ts.Link.parse("wifi")]
+    with pytest.raises(ts.PlanError, match="Orin Nano"):
+        ts.plan(graph, stages=[profile, measured], links=links)
+    assert ts.plan(graph, stages=[profile, measured], links=links, allow_bounds=True).latency_s > 0
 
 
 def test_reference_devices_that_were_measured_have_models() -> None:
@@ -469,9 +479,29 @@ def test_reference_devices_that_were_measured_have_models() -> None:
         assert device.provenance["device"]
 
 
+@pytest.mark.parametrize(
+    ("name", "gflop_s", "gbyte_s"),
+    [
+        ("tegra-k1-cpu", 73.6, 14.9),
+        ("tegra-k1-gpu", 327, 14.9),
+        ("k40-gpu", 4291, 288),
+    ],
+)
+def test_the_papers_machines_are_measured_and_stay_below_their_data_sheets(
+    name: str, gflop_s: float, gbyte_s: float
+) -> None:
+    device = ts.reference_device(name)
+    assert "claritylab/djinn" in device.provenance["measured_by"]
+    assert {"convolution", "linear", "matmul", "pooling", "activation", "normalization"} <= set(device.fitted)
+    assert 0.05 * gflop_s < device.roofline.peak_flop_s / 1e9 <= gflop_s
+    assert 0.05 * gbyte_s < device.roofline.bandwidth_byte_s / 1e9 <= gbyte_s
+    metered = any(known.energy_form is not None for known in device.fitted.values())
+    assert metered == name.startswith("tegra")
+
+
 def test_a_device_is_a_file_or_a_name(tmp_path: Path) -> None:
-    ts.reference_device("tesla-k40").save(tmp_path / "mine.json")
-    assert load_device(tmp_path / "mine.json").provenance == load_device("tesla-k40").provenance
+    ts.reference_device("k40-gpu").save(tmp_path / "mine.json")
+    assert load_device(tmp_path / "mine.json").provenance == load_device("k40-gpu").provenance
     with pytest.raises(ts.CalibrationError, match="tegra-k1-gpu"):
         load_device("tesla-k80")
     with pytest.raises(ts.CalibrationError, match="tegra-k1-gpu"):
@@ -486,7 +516,7 @@ def test_costs_come_from_a_profile_a_calibration_or_a_name(
     predictor.save(tmp_path / "device.json")
     for where in (tmp_path / "profile.json", tmp_path / "device.json"):
         assert costs_on(graph, where).layer_s == pytest.approx(predicted.layer_s)
-    assert costs_on(graph, "tesla-k40").total_s > 0
+    assert costs_on(graph, "jetson-orin-nano").total_s > 0
     other = ts.trace(nn.Sequential(nn.Linear(3, 3)).eval(), torch.rand(1, 3))
     with pytest.raises(ts.ProfileError, match="not of Sequential"):
         costs_on(other, tmp_path / "profile.json")

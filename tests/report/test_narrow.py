@@ -117,7 +117,7 @@ TABLES: dict[str, tuple[Callable[[], Any], list[int]]] = {
     "calibration": (lambda: report.calibration_table(DESKTOP), [len(DESKTOP.fitted)]),
     "prediction": (lambda: predicted(DESKTOP), [COUNT]),
     "prediction beside a profile": (lambda: predicted(DESKTOP, DEVICE), [COUNT]),
-    "bound": (lambda: predicted(load_device("tegra-k1-cpu")), [COUNT]),
+    "bound": (lambda: predicted(load_device("jetson-orin-nano")), [COUNT]),
     "plan": (lambda: report.plan_table(plan_of()), [12]),
     "plan with codecs": (
         lambda: report.plan_table(plan_of(codecs=CODECS, objective={"latency": 1, "energy": 0.5})),

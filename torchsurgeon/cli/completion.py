@@ -8,15 +8,23 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# The names that torchsurgeon.link.PRESETS and torchsurgeon.reference_devices() have; a test compares them.
+# The names that torchsurgeon.link.PRESETS and torchsurgeon.reference_devices() have, and those of them that are bounds
+# from data sheets; a test compares them.
 LINKS = ("3g", "lte", "wifi", "lte-2021", "5g-low", "5g-mmwave")
-REFERENCE_DEVICES = ("tegra-k1-cpu", "tegra-k1-gpu", "tesla-k40", "xeon-1-thread")
+REFERENCE_DEVICES = ("jetson-orin-nano", "k40-gpu", "k40-server-cpu", "tegra-k1-cpu", "tegra-k1-gpu", "xeon-1-thread")
+BOUNDS = ("jetson-orin-nano",)
+
 
 Completer = Callable[..., Iterable[str]]
 
 _REGISTERED = re.compile(r"@register_model\((?:name=\"(\w+)\")?\).*?\ndef (\w+)\(", re.DOTALL)
 # The names that torchsurgeon.simulate.SHAPES has; a test compares them.
 SHAPES = ("exponential", "constant", "web-search-arrivals", "web-search-service")
+
+
+def marked_devices() -> str:
+    """Return the names of the reference devices as a text lists them, with a mark at those that are bounds."""
+    return ", ".join(f"{name} (a bound)" if name in BOUNDS else name for name in REFERENCE_DEVICES)
 
 
 def completed(action: argparse.Action, completer: Completer) -> None:

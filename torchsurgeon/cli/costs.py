@@ -226,7 +226,7 @@ def add_predict(commands: Commands) -> None:
         "--device",
         required=True,
         metavar="DEVICE",
-        help=f"a file written by torchsurgeon calibrate, or {', '.join(completion.REFERENCE_DEVICES)}",
+        help=f"a file written by torchsurgeon calibrate, or {completion.marked_devices()}",
     )
     completed(device, one_of(completion.REFERENCE_DEVICES, "json"))
     file_argument(parser, "--profile", "a measured profile to compare with", "no comparison")

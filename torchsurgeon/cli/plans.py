@@ -20,7 +20,7 @@ from torchsurgeon.cli.arguments import (
 )
 from torchsurgeon.cli.completion import completed, one_of
 from torchsurgeon.cli.screen import console, loading, warn
-from torchsurgeon.errors import PredictionWarning, TorchSurgeonError, short
+from torchsurgeon.errors import PlanError, PredictionWarning, TorchSurgeonError, short
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
@@ -34,8 +34,8 @@ def add_plan(commands: Commands) -> None:
         _plan,
         "plan",
         "Find the best cut and codec for a link and an objective, and say why.",
-        "torchvision:resnet50 --device jetson.json --server tesla-k40 --link lte",
-        "torchvision:resnet50 --device jetson.json --server tesla-k40 --objective energy --html plan.html",
+        "torchvision:resnet50 --device jetson.json --server k40-gpu --link lte",
+        "torchvision:resnet50 --device jetson.json --server k40-gpu --objective energy --html plan.html",
     )
     _plan_arguments(parser)
     parser.add_argument(
@@ -92,6 +92,7 @@ def _plan(options: argparse.Namespace) -> None:
         min_layers=options.min_layers,
         raw_input=not options.no_raw_input,
         server_allowed=not options.no_server,
+        allow_bounds=options.allow_bounds,
     )
     screen = console()
     screen.print(report.plan_table(found))
@@ -111,8 +112,8 @@ def add_sweep(commands: Commands) -> None:
         _sweep,
         "sweep",
         "Find the best cut, and what it gains, over a grid of uplink rates and server loads.",
-        "torchvision:resnet50 --device jetson.json --server tesla-k40 --plot sweep.png",
-        "torchvision:resnet50 --device jetson.json --server tesla-k40 --uplinks 1:100:21 --csv sweep.csv",
+        "torchvision:resnet50 --device jetson.json --server k40-gpu --plot sweep.png",
+        "torchvision:resnet50 --device jetson.json --server k40-gpu --uplinks 1:100:21 --csv sweep.csv",
     )
     _plan_arguments(parser)
     parser.add_argument(
@@ -155,7 +156,8 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{side}",
             required=True,
             metavar="FILE",
-            help=f"the {side}: a measured profile of this model, or the calibration or name of a device to predict for",
+            help=f"the {side}: a measured profile of this model, the calibration of a device to predict for, or "
+            f"{completion.marked_devices()}",
         )
         completed(where, one_of(completion.REFERENCE_DEVICES, "json"))
     link = parser.add_argument(
@@ -175,6 +177,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     completed(objective, one_of(("latency", "energy", "throughput", "server_time")))
     file_argument(parser, "--codecs", "codecs measured by torchsurgeon codecs --out", "only raw tensors are sent")
+    parser.add_argument(
+        "--allow-bounds",
+        action="store_true",
+        help="plan with a device of which only the data sheet is known, although real times are longer by factors that "
+        "differ from layer to layer (default: such a device is refused)",
+    )
     parser.add_argument(
         "--slowdown",
         type=number,
@@ -203,17 +211,19 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], Objective]:
     if options.uplink is not None:
         link = dataclasses.replace(link, uplink_bit_s=options.uplink * 1e6)
     known = [load_costs(name) for name in (options.device, options.server)]
+    bounds = [name for name, costs in zip((options.device, options.server), known, strict=True) if costs.is_bound]
+    if bounds and not options.allow_bounds:
+        raise PlanError(
+            f"{bounds[0]}: a bound from data sheets, not a measured device, and a plan needs measured costs; profile "
+            "the model or calibrate the device there, or plan with the bound by --allow-bounds"
+        )
     codecs = None if options.codecs is None else CodecTable.load(options.codecs)
     graph = traced(options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PredictionWarning)
         device, server = (costs_on(graph, costs) for costs in known)
     notes = list(dict.fromkeys(str(warning.message) for warning in caught))
-    notes += [
-        f"{name}: a bound from data sheets, not a measured device; real times are longer"
-        for name, costs in dict(zip((options.device, options.server), (device, server), strict=True)).items()
-        if costs.provenance.get("predicted") and costs.interval_s is None
-    ]
+    notes += [f"{name}: a bound from data sheets, not a measured device; real times are longer" for name in set(bounds)]
     for note in notes:
         warn(note)
     return {"graph": graph, "device": device, "server": server, "link": link, "codecs": codecs}, objective

@@ -38,6 +38,7 @@ def plan(
     codecs: CodecTable | None = None,
     load: float = 1.0,
     slowdown: float = 1.0,
+    allow_bounds: bool = False,
     **constraints: Any,
 ) -> Plan: ...
 
@@ -51,6 +52,7 @@ def plan(
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
     loads: Sequence[float] | None = None,
+    allow_bounds: bool = False,
 ) -> ChainPlan: ...
 
 
@@ -67,6 +69,7 @@ def plan(
     stages: Sequence[LayerProfile] | None = None,
     links: Sequence[Link] | None = None,
     loads: Sequence[float] | None = None,
+    allow_bounds: bool = False,
     **constraints: Any,
 ) -> Plan | ChainPlan:
     """Return the best way to run a model between a device and a server, or along a row of machines.
@@ -86,6 +89,8 @@ def plan(
         stages: what each layer costs on each machine of a row, in place of device, server, link and load.
         links: the links between the machines of ``stages``.
         loads: for each machine of ``stages``, the factor by which it is slower than its profile says.
+        allow_bounds: whether a profile may be one that was predicted from a data sheet. Its times are lower bounds, and
+            real ones are longer by factors that differ from layer to layer, so the plan may be far from the best.
         **constraints: as in ``Constraints``.
 
     Returns:
@@ -93,12 +98,15 @@ def plan(
 
     Raises:
         InfeasibleError: nothing keeps all constraints; the message says how near to each one can come.
-        PlanError: an objective, constraint or load is wrong, or needs energy or memory that was not measured.
+        PlanError: an objective, constraint or load is wrong, or needs energy or memory that was not measured; or a
+            profile is a bound and ``allow_bounds`` is false.
         ProfileError: a profile is of another graph or batch size.
         CodecError: ``codecs`` is of another graph.
     """
     if codecs is not None and not isinstance(codecs, CodecTable):
         raise PlanError(f"codecs must be a measured CodecTable; got {short(codecs)}; CodecTable.load() reads one")
+    if not allow_bounds:
+        _refuse_bounds([device, server, *(stages or ())])
     if stages is not None:
         if device is not None or server is not None or link is not None or constraints:
             raise PlanError(
@@ -325,6 +333,15 @@ class _Chooser:
     @property
     def answer_bytes(self) -> int:
         return sum(spec.size_bytes for spec in self.graph.outputs)
+
+
+def _refuse_bounds(profiles: Sequence[LayerProfile | None]) -> None:
+    for profile in profiles:
+        if isinstance(profile, LayerProfile) and profile.is_bound:
+            raise PlanError(
+                f"a plan needs measured costs, and those of {short(profile.provenance.get('device'), 100)} are a bound "
+                "from data sheets; profile the model or calibrate the device there, or give allow_bounds=True"
+            )
 
 
 def _interval(

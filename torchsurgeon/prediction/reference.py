@@ -1,7 +1,9 @@
-"""Devices that come with the package: some measured, and those of the Neurosurgeon paper, which were not.
+"""Devices that come with the package: most were measured; of the others only a bound is known.
 
-Every ``devices/NAME.json`` is a calibration file. Where no such device was at hand, its roofline was reconstructed from
-data sheets, which ``provenance["reconstructed_from"]`` lists; what it predicts is a lower bound.
+Every ``devices/NAME.json`` is a calibration file. Those of the Neurosurgeon paper's machines hold what the paper's
+authors measured there, as ``provenance["samples"]`` says (``benchmarks/evaluate/devices.py`` writes them). Where there
+are no measurements, the roofline was reconstructed from data sheets, which ``provenance["reconstructed_from"]`` lists;
+what such a device predicts is a lower bound, and ``plan()`` refuses it unless told to allow bounds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,14 @@ def reference_devices() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
 
 
+def listed_devices() -> str:
+    """Return the names of the reference devices as a message lists them, with a mark at those that are bounds."""
+    return ", ".join(
+        f"{name} (a bound from data sheets)" if reference_device(name).is_bound else name
+        for name in reference_devices()
+    )
+
+
 def reference_device(name: str) -> Predictor:
     """Return the predictor of a device that comes with the package.
 
@@ -34,7 +44,7 @@ def reference_device(name: str) -> Predictor:
     """
     names = reference_devices()
     if name not in names:
-        raise CalibrationError(f"there is no reference device {short(name)}; there are {', '.join(names)}")
+        raise CalibrationError(f"there is no reference device {short(name)}; there are {listed_devices()}")
     with resources.as_file(resources.files("torchsurgeon.prediction").joinpath("devices", f"{name}.json")) as path:
         return Predictor.load(path)
 
@@ -56,7 +66,7 @@ def load_device(name_or_path: str | Path) -> Predictor:
         return reference_device(str(name_or_path))
     raise CalibrationError(
         f"there is no file {short(Path(name_or_path))}, and no reference device of that name; there are "
-        f"{', '.join(names)}"
+        f"{listed_devices()}"
     )
 
 

@@ -120,6 +120,11 @@ class LayerProfile:
                 )
 
     @property
+    def is_bound(self) -> bool:
+        """Whether it was predicted from a data sheet, so that all its times are lower bounds."""
+        return bool(self.provenance.get("predicted")) and self.interval_s is None
+
+    @property
     def layer_s(self) -> Array:
         """Median seconds of each layer, shape (layers,)."""
         return np.asarray(np.median(self.samples_s, axis=0))
