@@ -2,6 +2,8 @@
 # make demo    set up, then the main job on this machine (PHOTOS=DIR for photographs of your own)
 # make test    set up, then the tests
 # make bench   set up, then time everything beside the simplest other way (DEVICE=cuda for a GPU)
+# make evaluate   set up, then the paper's experiments: docs/evaluation.md (half an hour; DJINN=DIRECTORY reads the
+#                 authors' files anew); make evaluate-quick does a part of them in five minutes, into build/evaluation
 # make coverage   try every model there is and write docs/coverage.md (hours; goes on where it was stopped)
 # make docs    set up, then the documentation as a site: open build/site/index.html
 # make lint    set up, then ruff, mypy and who may import whom
@@ -16,7 +18,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # The other PyTorch that stands for a device in tests; its own dependencies are its own.
 INTEROP_PACKAGES := torch==2.13.0 numpy scikit-learn requests zstandard starlette uvicorn httptools
 
-.PHONY: setup demo test bench coverage docs lint format interop cross-check wheel clean
+.PHONY: setup demo test bench evaluate evaluate-quick coverage docs lint format interop cross-check wheel clean
 
 setup: $(VENV)/.set-up
 
@@ -29,6 +31,12 @@ test: setup interop
 DEVICE ?= cpu
 bench: setup
 	$(BIN)/pytest benchmarks/ --device $(DEVICE)
+
+evaluate: setup
+	$(BIN)/python -m benchmarks.evaluate $(if $(DJINN),--djinn '$(DJINN)')
+
+evaluate-quick: setup
+	$(BIN)/python -m benchmarks.evaluate --quick
 
 coverage: $(COVERAGE)/.set-up
 	$(COVERAGE)/bin/python -m benchmarks.coverage.sweep --jobs 2

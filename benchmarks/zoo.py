@@ -233,10 +233,11 @@ PARAMETERS = {"imc": 60.95e6, "vgg": 143.65e6, "face": 102.7e6}
 """The paper's counts of parameters, to which ours are compared."""
 
 
-def _torchvision(name: str, **more: Any) -> Made:
+def classifier(name: str) -> Made:
+    """Return one of torchvision's classifiers with random weights, which takes a picture as bytes."""
     from torchvision.models import get_model
 
-    return get_model(name, weights=None, **more).eval(), torch.rand(1, 3, 224, 224)
+    return named(("pixels", Pixels()), ("model", get_model(name, weights=None))), picture(3, 224)
 
 
 def lite0() -> Made:
@@ -250,9 +251,8 @@ def ssdlite() -> Made:
     """Return SSDlite on MobileNetV3, a detector of objects for phones."""
     from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
-    return ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, score_thresh=0.3).eval(), torch.rand(
-        1, 3, 320, 320
-    )
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, score_thresh=0.3)
+    return model.eval(), torch.rand(1, 3, 320, 320)
 
 
 def bert() -> Made:
@@ -272,10 +272,10 @@ def whisper() -> Made:
 
 TODAY: dict[str, Callable[[], Made]] = {
     "EfficientNet-Lite0": lite0,
-    "MobileNetV3": functools.partial(_torchvision, "mobilenet_v3_large"),
-    "ResNet-50": functools.partial(_torchvision, "resnet50"),
-    "ViT-B/16": functools.partial(_torchvision, "vit_b_16"),
-    "Swin-T": functools.partial(_torchvision, "swin_t"),
+    "MobileNetV3": functools.partial(classifier, "mobilenet_v3_large"),
+    "ResNet-50": functools.partial(classifier, "resnet50"),
+    "ViT-B/16": functools.partial(classifier, "vit_b_16"),
+    "Swin-T": functools.partial(classifier, "swin_t"),
     "SSDlite": ssdlite,
     "BERT": bert,
     "Whisper encoder": whisper,

@@ -1,0 +1,109 @@
+"""Run the evaluation and write its page: docs/evaluation.md, with its tables, its figures and the files behind them.
+
+python -m benchmarks.evaluate                  # all of it, within half an hour
+python -m benchmarks.evaluate --quick          # a part, within five minutes, into build/evaluation
+python -m benchmarks.evaluate --djinn DIRECTORY   # first read the authors' files anew
+python -m benchmarks.evaluate --page           # only the page, from the files that there are
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import zoo
+from benchmarks.evaluate import configurations, page, pictures, today
+from benchmarks.evaluate.applications import APPLICATIONS
+from benchmarks.support import result_file
+
+QUICK_APPLICATIONS = ("imc", "dig", "pos")
+QUICK_FOLDER = result_file.RESULTS.parents[1] / "build" / "evaluation"
+_APPLICATION_S, _TODAY_S, _DATACENTER_S, _SLOW_S = 40.0, 20.0, 240.0, {"SSDlite": 240.0}
+
+
+class Progress:
+    """Says on standard error what is done, how long it took, and how long the rest will take.
+
+    Args:
+        expected_s: what each step is expected to take, in seconds; only their ratios matter once steps are done.
+    """
+
+    def __init__(self, expected_s: list[float]) -> None:
+        self._expected_s, self._done = expected_s, 0
+        self._begun_s = time.monotonic()
+
+    def step(self, what: str) -> None:
+        """Say that a step is done."""
+        self._done += 1
+        spent_s = time.monotonic() - self._begun_s
+        left_s = spent_s * sum(self._expected_s[self._done :]) / sum(self._expected_s[: self._done])
+        count = f"[{self._done}/{len(self._expected_s)}]"
+        print(f"{count} {what}; {_clock(spent_s)} spent, about {_clock(left_s)} left", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"a part of it, into {QUICK_FOLDER}")
+    parser.add_argument("--page", action="store_true", help="only write the page anew")
+    parser.add_argument("--djinn", type=Path, metavar="DIRECTORY", help="graph-gen/offloading of the authors' files")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.djinn is not None:
+        for script in ("applications", "devices"):
+            _run(script, str(options.djinn))
+    if not options.page:
+        _evaluate(quick=options.quick)
+    written = QUICK_FOLDER / "evaluation.md" if options.quick else page.PAGE
+    written.write_text(page.page(QUICK_FOLDER if options.quick else page.FOLDER))
+    print(f"written to {written}")
+
+
+def _evaluate(*, quick: bool) -> None:
+    folder = QUICK_FOLDER if quick else page.FOLDER
+    names = QUICK_APPLICATIONS if quick else APPLICATIONS
+    networks = today.QUICK if quick else tuple(zoo.TODAY)
+    with_datacenter = importlib.util.find_spec("benchmarks.evaluate.datacenter") is not None
+    expected = [_APPLICATION_S] * len(names) + [_SLOW_S.get(name, _TODAY_S) for name in networks]
+    progress = Progress([*expected, *([_DATACENTER_S] if with_datacenter else [])])
+    result_file.write(folder / page.CONFIGURATIONS, _planned(names, progress))
+    result_file.write(folder / page.TODAY, today.run(networks, told=progress.step))
+    if with_datacenter:
+        _run("datacenter", *(["--quick"] if quick else []))
+        progress.step("datacenter: simulated")
+    pictures.draw(page.read(folder, page.CONFIGURATIONS)["results"], folder)
+
+
+def _planned(names: tuple[str, ...], progress: Progress) -> dict[str, Any]:
+    results = configurations.run(names, progress.step)
+    results["variants"] = configurations.variants(results["layers"])
+    results["networks"] = {name: _described(name) for name in names}
+    results["lenet_right"] = zoo.trained_lenet()[1]
+    return results
+
+
+def _described(name: str) -> dict[str, int]:
+    model, example = zoo.make(name)
+    return {
+        "layers": len(configurations.Application.read(name).layers),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "input_bytes": example.numel() * example.element_size(),
+    }
+
+
+def _run(script: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", f"benchmarks.evaluate.{script}", *arguments], check=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+if __name__ == "__main__":
+    main()
