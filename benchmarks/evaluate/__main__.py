@@ -9,7 +9,6 @@ python -m benchmarks.evaluate --page           # only the page, from the files t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from benchmarks.support import result_file
 
 QUICK_APPLICATIONS = ("imc", "dig", "pos")
 QUICK_FOLDER = result_file.RESULTS.parents[1] / "build" / "evaluation"
-_APPLICATION_S, _TODAY_S, _DATACENTER_S, _SLOW_S = 40.0, 20.0, 240.0, {"SSDlite": 240.0}
+_APPLICATION_S, _TODAY_S, _DATACENTER_S, _SLOW_S = 40.0, 20.0, 240.0, {"SSDlite": 400.0}
 
 
 class Progress:
@@ -69,14 +68,14 @@ def _evaluate(*, quick: bool) -> None:
     folder = QUICK_FOLDER if quick else page.FOLDER
     names = QUICK_APPLICATIONS if quick else APPLICATIONS
     networks = today.QUICK if quick else tuple(zoo.TODAY)
-    with_datacenter = importlib.util.find_spec("benchmarks.evaluate.datacenter") is not None
     expected = [_APPLICATION_S] * len(names) + [_SLOW_S.get(name, _TODAY_S) for name in networks]
-    progress = Progress([*expected, *([_DATACENTER_S] if with_datacenter else [])])
+    progress = Progress([*expected, _DATACENTER_S])
     result_file.write(folder / page.CONFIGURATIONS, _planned(names, progress))
     result_file.write(folder / page.TODAY, today.run(networks, told=progress.step))
-    if with_datacenter:
-        _run("datacenter", *(["--quick"] if quick else []))
-        progress.step("datacenter: simulated")
+    _run("datacenter", *(["--quick"] if quick else []))
+    if not quick:
+        _run("datacenter_page")
+    progress.step("datacenter: simulated")
     pictures.draw(page.read(folder, page.CONFIGURATIONS)["results"], folder)
 
 

@@ -139,13 +139,14 @@ def fitted(name: str, found: list[Sample], made_of: list[str]) -> Predictor:
 
 
 def held_out(name: str, application: str) -> Predictor:
-    """Return a reference device as it would be had an application never been timed on it.
+    """Return a reference device as it would be had an application never been timed on it, without its joules.
 
     Args:
         name: the device.
         application: one of the paper's applications.
     """
-    without = [sample for sample in all_samples(name) if sample.group != APPLICATIONS.index(application)]
+    known = [dataclasses.replace(sample, joules=float("nan")) for sample in all_samples(name)]
+    without = [sample for sample in known if sample.group != APPLICATIONS.index(application)]
     if not name.endswith("cpu"):
         return Predictor.fit(without, {"device": f"{WHAT[name]}, but for {application}"})
     gpu = {"tegra-k1-cpu": "tegra-k1-gpu", "k40-server-cpu": "k40-gpu"}[name]

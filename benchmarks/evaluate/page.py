@@ -115,7 +115,8 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> str:
                 configurations. The status quo runs all of a network on the server's Tesla K40. “Ours” is the cut that
                 `plan()` chooses at measured costs. What is gained is the ratio of the status quo's latency or energy to
                 ours. The energy is the device's: its measured power while it computes, and its radio's while it sends,
-                by the model of Huang et al. (MobiSys 2012) that the presets of `torchsurgeon.link` hold.
+                by the model of Huang et al. (MobiSys 2012) that the presets of `torchsurgeon.link` hold. The authors
+                give no power for LeNet (dig); the mean of the others stands in.
                 """
             ),
             table(
@@ -255,12 +256,12 @@ def _goals(rows: Sequence[Mapping[str, Any]]) -> str:
             table(("what", "aim", "here", ""), lines),
             text(
                 """
-                The speed-up that was aimed at is that of GPU layers as they stand in the authors' files. They were
-                timed without waiting for the GPU, so that AlexNet's convolutions seem to take next to nothing, and a
-                cut behind them seems to be had for nothing. Once the totals are spread over the layers, the best cut
-                there is gains less. The energy is that of the best cuts there are, too: no planner could save more at
-                these costs, and what the radio takes decides it. With the application held out, LeNet's layers on the
-                CPU are predicted from much larger pictures, and AlexNet's normalization from no layer of its kind.
+                With the application held out, AlexNet's normalization is predicted from no layer of its kind, and
+                LeNet's layers from much larger pictures. What is gained is that of the best cuts there are, so no
+                planner could gain more at these costs. The speed-up depends on how a GPU's total is spread over the
+                layers: the authors timed layers without waiting for the GPU, and if these times were taken as they
+                stand, AlexNet's convolutions would seem to cost next to nothing. What energy is saved is decided by the
+                radio and by the form in which pictures are sent.
                 """
             ),
         ]

@@ -167,8 +167,6 @@ def networks_of_today(results: Mapping[str, Mapping[str, Any]], machine: str) ->
 
 
 def datacenter(path: Path) -> str:
-    if not path.exists():
-        return "Nothing is recorded here yet: `python -m benchmarks.evaluate.datacenter` writes it."
     results = json.loads(path.read_text())["results"]
     published = results["published"]
     parts = [
@@ -177,7 +175,8 @@ def datacenter(path: Path) -> str:
             Simulated: {results["simulated"]["servers"]} servers, and the eight applications in equal shares at measured
             costs. How many times as many inferences the servers can take as with the status quo, with 95 % intervals;
             published: {published["wifi"]}× over Wi-Fi, {published["lte"]}× over LTE, {published["3g"]}× over 3G,
-            {published["most"]}× at most.
+            {published["most"]}× at most. “Any” means that every application runs on the device, so that no query
+            reaches a server. [Planning a datacenter](simulation.md) has the rest.
             """
         )
     ]

@@ -33,7 +33,7 @@ from benchmarks import zoo
 from benchmarks.evaluate.applications import APPLICATIONS
 from torchsurgeon.prediction.kinds import KINDS, Operation
 from torchsurgeon.prediction.operations import operations
-from torchsurgeon.prediction.regression import FORMS
+from torchsurgeon.prediction.regression import fit_kind
 from torchsurgeon.prediction.samples import FEWEST_SAMPLES, Sample, SampleTable
 
 SWEEPS = ("conv", "fc", "local", "pool", "norm", "relu", "sig", "htanh", "softmax", "argmax")
@@ -224,7 +224,7 @@ def with_stand_ins(rows: list[Sample], sweeps: list[Sample]) -> tuple[list[Sampl
         table = SampleTable.of(kind, of_kind)
         own = [sample for sample in rows if sample.operation.kind == kind]
         if own:
-            predicted = FORMS["log-linear"](table, table.seconds).predict(SampleTable.of(kind, own))
+            predicted = fit_kind(table, table.seconds).predict(SampleTable.of(kind, own))
             ratios[kind] = [sample.seconds / value for sample, value in zip(own, predicted.tolist(), strict=True)]
     anywhere = float(np.median([ratio for some in ratios.values() for ratio in some]))
     for kind in KINDS:

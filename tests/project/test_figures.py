@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from paths import ROOT
 
 from benchmarks import planning_page, unlike_samples
 from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
-from benchmarks.evaluate import datacenter_page
+from benchmarks.evaluate import configurations, datacenter_page
+from benchmarks.evaluate import page as evaluation
 from benchmarks.support import result_file
 
 
@@ -49,6 +51,31 @@ def test_how_long_a_choice_takes_is_what_its_file_holds() -> None:
     shown = planning_page.PAGE.read_text().partition(planning_page.BEGIN)[2].partition(planning_page.END)[0]
     assert shown == f"\n\n{planning_page.table(result_file.suite('choosing_a_rate'))}\n"
     assert shown.count("µs") >= 9
+
+
+def test_the_evaluation_is_what_its_files_hold() -> None:
+    assert evaluation.PAGE.read_text() == evaluation.page()
+
+
+def test_every_cost_of_the_evaluation_follows_from_what_was_measured() -> None:
+    rows = evaluation.read(evaluation.FOLDER, evaluation.CONFIGURATIONS)["results"]["configurations"]
+    assert len(rows) == 48
+    for row in rows:
+        application = configurations.Application.read(row["application"])
+        costs = application.costs(row["device"], configurations.paper_link(row["link"]))
+        cuts = [configurations.cut_name(application, cut) for cut in range(len(application.layers) + 1)]
+        for goal, own in costs.items():
+            shown = row[goal]
+            found = [shown["server_only"], shown["device_only"], shown["best"]]
+            assert found == pytest.approx([own[0], own[-1], own.min()])
+            for chosen in shown["chosen"].values():
+                assert chosen["costs"] == pytest.approx(own[cuts.index(chosen["cut"])])
+
+
+def test_the_readme_claims_what_the_evaluation_found() -> None:
+    results = evaluation.read(evaluation.FOLDER, evaluation.CONFIGURATIONS)["results"]
+    found = configurations.summary(results["configurations"], configurations.MEASURED)
+    assert found["latency_optimal"] == found["configurations"] == 48
 
 
 def test_a_kept_run_has_no_serial_number_and_every_outcome(tmp_path: Path) -> None:
