@@ -318,8 +318,8 @@ def test_a_student_is_distilled_from_images_and_measured(tmp_path: Path, capsys:
     line = ["codecs", spec, "--sample", str(tmp_path), "--codecs", "zstd", "--fitted", str(path), "--point", "3"]
     assert cli.main([*line, "--out", str(tmp_path / "codecs.json")]) == 0
     rows = {row.cost.codec.partition("@")[0]: row.cost for row in ts.CodecTable.load(tmp_path / "codecs.json").rows}
-    assert rows[name[1]].head_s
-    assert rows["zstd"].head_s is None
+    assert rows[name[1]].head_share
+    assert rows["zstd"].head_share is None
 
 
 def test_a_student_without_a_folder_of_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,13 +164,14 @@ def students(head_s: float = 1e-3) -> list[CodecRow]:
         row("fitted:small-01234567@2", 40.0, changed(0.01, 0.0298)),
         row("fitted:small-01234567@1", 20.0, changed(0.06, 0.09)),
     ]
-    return [dataclasses.replace(one, cost=dataclasses.replace(one.cost, head_s=head_s)) for one in rows]
+    return [dataclasses.replace(one, cost=dataclasses.replace(one.cost, head_share=head_s / 0.62)) for one in rows]
 
 
 def test_a_student_is_a_row_with_seconds_of_its_own_beside_the_models() -> None:
     frontier = Frontier.build(GRAPH, DEVICE, SERVER, table(*RATES, *students()))
     (found,) = [r for r in frontier.rows if r.student]
-    assert (found.index, found.codec, found.head_s, found.lossless) == (CUT, "fitted:small-01234567@2", 1e-3, False)
+    assert (found.index, found.codec, found.lossless) == (CUT, "fitted:small-01234567@2", False)
+    assert found.head_s == pytest.approx(1e-3), "its share of the whole model's seconds on the device"
     assert found.tail_s == pytest.approx(2e-3)
     assert not found.raw_input
     assert found.budget_used == pytest.approx(0.0298 / 0.03)
@@ -184,20 +185,20 @@ def test_a_plan_takes_a_student_where_it_is_the_quickest_and_says_so() -> None:
     link = ts.Link("slow", 1e5, 1e6, 0.01)
     plan = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, codecs=table(*RATES, *students()))
     assert plan.row.student
-    assert plan.terms.head_s == 1e-3
+    assert plan.terms.head_s == pytest.approx(1e-3)
     assert plan.explain().startswith("Sequential: a student in place of the layers up to 1 as fitted:small-01234567@2")
     assert plan.runner_up is not None
     assert not plan.runner_up.row.student
     late = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, codecs=table(*RATES, *students(head_s=1.0)))
     assert not late.row.student
     slowed = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, slowdown=2.0, codecs=table(*students()))
-    assert slowed.terms.head_s == 2e-3
+    assert slowed.terms.head_s == pytest.approx(2e-3)
 
 
 def test_another_student_at_the_same_cut_is_another_way() -> None:
     link = ts.Link("slow", 1e5, 1e6, 0.01)
     second = row("fitted:second-89abcdef@2", 60.0, changed(0.01, 0.0224))
-    second = dataclasses.replace(second, cost=dataclasses.replace(second.cost, head_s=2e-3))
+    second = dataclasses.replace(second, cost=dataclasses.replace(second.cost, head_share=2e-3 / 0.62))
     plan = ts.plan(GRAPH, device=DEVICE, server=SERVER, link=link, codecs=table(*students(), second))
     assert plan.runner_up is not None
     assert (plan.codec, plan.runner_up.row.codec) == ("fitted:small-01234567@2", "fitted:second-89abcdef@2")

@@ -19,8 +19,8 @@ from torchsurgeon.codec.fitted.codec import RatedCodec
 from torchsurgeon.codec.points import promising, work_before
 from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.codec.table import CodecRow, CodecTable
-from torchsurgeon.codec.trial import Trial
-from torchsurgeon.cutting.segment import Segment
+from torchsurgeon.codec.trial import StudentRun, Trial
+from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.errors import CodecError, UnfinishedWarning
 from torchsurgeon.profiling.origin import device_of, provenance
 from torchsurgeon.tracing.graph import LayerGraph
@@ -139,7 +139,7 @@ class _Measuring:
         self.graph, self.calls, self.codecs, self.points = graph, calls, codecs, points
         self.budget, self.device = budget, device
         self.prunes = True
-        self._students: dict[str, Segment] = {}
+        self._students: dict[str, StudentRun] = {}
         self._progress = progress
         self._work = work_before(graph)
         self._expected = [self._work_of(point) for point in points]
@@ -181,7 +181,9 @@ class _Measuring:
         student = None
         if fitted is not None and fitted.student is not None:
             if fitted.name not in self._students:
-                self._students[fitted.name] = fitted.student.segment(self.graph, point.index)
+                segment = fitted.student.segment(self.graph, point.index)
+                whole = tail_for(self.graph, [spec.name for spec in self.graph.inputs], flat=True)
+                self._students[fitted.name] = StudentRun(segment, whole, self.device)
             student = self._students[fitted.name]
         return Trial(codec, [spec.name for spec in point.tensors], self.device, student)
 

@@ -27,8 +27,8 @@ class CodecCost:
         decode_s: median seconds of decoding.
         lossless: whether the tail gets the same bits that the head computed.
         within_budget: true for every lossless codec, and for a lossy one where an accuracy budget was given and met.
-        head_s: median seconds of the codec's student, which runs in place of the layers before the point; None for a
-            codec without one.
+        head_share: seconds of the codec's student, which runs in place of the layers before the point, over those of
+            the whole model on the same machine; None for a codec without one.
 
     Raises:
         CodecError: a number is negative or not finite, or a flag is not a bool.
@@ -40,12 +40,12 @@ class CodecCost:
     decode_s: float
     lossless: bool
     within_budget: bool
-    head_s: float | None = None
+    head_share: float | None = None
 
     def __post_init__(self) -> None:
-        for field in ("size_bytes", "encode_s", "decode_s", "head_s"):
+        for field in ("size_bytes", "encode_s", "decode_s", "head_share"):
             value = getattr(self, field)
-            if field == "head_s" and value is None:
+            if field == "head_share" and value is None:
                 continue
             if not (is_finite(value) and value >= 0):
                 raise CodecError(

@@ -18,6 +18,48 @@ from torchsurgeon.tracing.specs import PartitionPoint
 
 # A median of fewer times is not worth much.
 _LEAST_TIMES = 5
+# A student is timed so many times, for all rates of its codec together.
+_TIMED_STUDENTS = 12
+
+
+class StudentRun:
+    """Runs a student, and tells how long it takes beside the whole model.
+
+    Args:
+        student: computes the boundary tensors from a call's inputs.
+        whole: the whole model, from the same inputs.
+        device: where both run.
+    """
+
+    def __init__(self, student: Segment, whole: Segment, device: torch.device) -> None:
+        self._student, self._whole, self._device = student, whole, device
+        self._shares: list[float] = []
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the boundary tensors of a call; the first calls are timed."""
+        if len(self._shares) < _TIMED_STUDENTS:
+            # One after the other, so that whatever slows the machine slows both.
+            student_s, whole_s = self._seconds(self._student, inputs), self._seconds(self._whole, inputs)
+            self._shares.append(student_s / max(whole_s, 1e-9))
+        return self._student(*inputs)  # type: ignore[no-any-return]
+
+    def share(self) -> float | None:
+        """Return the student's seconds over those of the whole model; None before it has run."""
+        # The very first run allocates memory that later ones use again.
+        return statistics.median(self._shares[1:] or self._shares) if self._shares else None
+
+    def _seconds(self, run: Segment, inputs: Sequence[Tensor]) -> float:
+        settle(self._device)
+        begin_s = time.perf_counter()
+        run(*inputs)
+        settle(self._device)
+        return time.perf_counter() - begin_s
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Trial:
@@ -38,7 +80,7 @@ class Trial:
     """
 
     def __init__(
-        self, codec: Codec, names: Sequence[str], device: torch.device, student: Segment | None = None
+        self, codec: Codec, names: Sequence[str], device: torch.device, student: StudentRun | None = None
     ) -> None:
         self.codec, self._names, self._device, self.student = codec, names, device, student
         self.lossless = student is None
@@ -47,7 +89,6 @@ class Trial:
         self._sizes: list[int] = []
         self._encode_s: list[float] = []
         self._decode_s: list[float] = []
-        self._head_s: list[float] = []
         self._max_abs = self._squares = 0.0
         self._count, self._cosine = 0, 1.0
 
@@ -98,13 +139,8 @@ class Trial:
     ) -> tuple[list[Tensor], bool]:
         """Encode and decode a boundary; return the tensors as the server gets them, and whether they are exact."""
         if self.student is not None:
-            self._settle()
-            begin_s = time.perf_counter()
-            boundary = self.student(*inputs)
-            self._settle()
-            if timed:
-                self._head_s.append(time.perf_counter() - begin_s)
-        self._settle()
+            boundary = self.student(inputs)
+        settle(self._device)
         begin_s = time.perf_counter()
         encoded = [self.codec.encode(tensor, name) for tensor, name in zip(boundary, self._names, strict=True)]
         encoded_s = time.perf_counter()
@@ -113,16 +149,12 @@ class Trial:
             opener.decode(e.data, tensor.dtype, tensor.shape, e.order, max_bytes=tensor.nbytes, device=self._device)
             for opener, e, tensor in zip(openers, encoded, boundary, strict=True)
         ]
-        self._settle()
+        settle(self._device)
         if timed:
             self._encode_s.append(encoded_s - begin_s)
             self._decode_s.append(time.perf_counter() - encoded_s)
             self._sizes.append(sum(len(e.data) for e in encoded))
         return decoded, self.student is None and all(opener.lossless for opener in openers)
-
-    def _settle(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     def row(self, point: PartitionPoint, raw_bytes: float) -> CodecRow:
         """Return the table's row.
@@ -138,7 +170,7 @@ class Trial:
             statistics.median(self._decode_s),
             self.lossless,
             self.lossless or self.kept,
-            statistics.median(self._head_s) if self._head_s else None,
+            None if self.student is None else self.student.share(),
         )
         rmse = (self._squares / max(1, self._count)) ** 0.5
         difference = None if self.lossless else Difference(self._max_abs, rmse, self._cosine)

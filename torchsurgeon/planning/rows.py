@@ -186,10 +186,11 @@ class LayerCosts:
     def _measured_row(self, point: PartitionPoint, entry: CodecRow) -> Row:
         cost = entry.cost
         row = self._row(point, cost.codec, cost.size_bytes, cost.encode_s, cost.decode_s, cost.lossless)
-        if cost.head_s is not None:
-            joules = None if self.power_w is None else self.power_w * (cost.head_s + cost.encode_s)
+        if cost.head_share is not None:
+            head_s = cost.head_share * float(self.head_s[-1])
+            joules = None if self.power_w is None else self.power_w * (head_s + cost.encode_s)
             # Of memory, the model's own layers count, since the device falls back to them.
-            row = dataclasses.replace(row, student=True, head_s=cost.head_s, device_j=joules)
+            row = dataclasses.replace(row, student=True, head_s=head_s, device_j=joules)
         return dataclasses.replace(row, findings=entry.findings) if entry.findings else row
 
     def row_of(self, layers: Collection[int]) -> Row:
