@@ -136,7 +136,7 @@ def test_the_rate_follows_the_link(
         until(lambda: remote(split) and sent_as(split) != coarse and split.last.sent_bytes > 1.5 * slow_bytes, split)
         assert split.last.decision.row.budget_used < 0.9
         emulator.set_link(SLOW)
-        until(lambda: sent_as(split) == fitted.at(1.0).name, split)
+        until(lambda: remote(split) and sent_as(split) == coarse, split)
         assert split.partition.name == CUT
         used = {decision.row.codec for decision in split.decisions}
         assert fitted.at(0.5).name not in used
