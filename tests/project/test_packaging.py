@@ -17,7 +17,7 @@ from paths import ROOT
 def test_core_needs_only_what_an_edge_device_has() -> None:
     requirements = importlib.metadata.requires("torchsurgeon") or []
     core = {re.split(r"[ <>=;\[]", line)[0] for line in requirements if "extra ==" not in line}
-    assert core == {"torch", "numpy", "scikit-learn", "scipy", "requests", "urllib3", "zstandard"}
+    assert core == {"torch", "numpy", "scikit-learn", "scipy", "threadpoolctl", "requests", "urllib3", "zstandard"}
 
 
 def users_requirements() -> list[Requirement]:

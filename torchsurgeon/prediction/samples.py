@@ -213,7 +213,9 @@ def read_csv(kind: str, path: str | Path) -> list[Sample]:
             f"{path}: a model of {known.name} and its error need at least {FEWEST_SAMPLES} samples; the file holds "
             f"{len(found)} samples"
         )
-    return [dataclasses.replace(sample, group=group) for group, sample in enumerate(found)]
+    # Two rows of the same operation are alike, so a validation has both among those fitted on or both among the others.
+    groups: dict[Operation, int] = {}
+    return [dataclasses.replace(sample, group=groups.setdefault(sample.operation, len(groups))) for sample in found]
 
 
 def _wrong_columns(kind: Kind, names: Sequence[str]) -> str:
