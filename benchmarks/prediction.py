@@ -133,10 +133,11 @@ def layer_errors(
     """Errors on the real models' layers that are one operation each, of ours and of the rivals."""
     samples: dict[str, list[Sample]] = {}
     for name, graph in graphs.items():
-        before = 0
+        before, network = 0, sum(moved_bytes(layer) for layer in graph.layers)
         for layer, found, seconds in zip(graph.layers, operations(graph), truths[name].layer_s, strict=True):
             if len(found) == 1 and found[0].kind in predictor.fitted and KINDS[found[0].kind].columns:
-                samples.setdefault(found[0].kind, []).append(Sample(found[0], float(seconds), before_bytes=before))
+                sample = Sample(found[0], float(seconds), before_bytes=before, network_bytes=network)
+                samples.setdefault(found[0].kind, []).append(sample)
             before = moved_bytes(layer)
     rows: dict[str, dict[str, Any]] = {}
     for kind, chosen in sorted(samples.items()):

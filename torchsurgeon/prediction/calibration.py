@@ -225,11 +225,12 @@ class _Calibration:
         self._group += 1
 
     def _add_samples(self, graph: LayerGraph, layer_s: Array, joules: Array) -> None:
-        before = 0
-        for layer, found, seconds, energy_j in zip(graph.layers, operations(graph), layer_s, joules, strict=True):
+        before, moved = 0, [moved_bytes(layer) for layer in graph.layers]
+        for found, seconds, energy_j, own in zip(operations(graph), layer_s, joules, moved, strict=True):
             if len(found) == 1 and found[0].kind in KINDS and seconds > 0:
-                self._samples.append(Sample(found[0], float(seconds), float(energy_j), before, self._group))
-            before = moved_bytes(layer)
+                sample = Sample(found[0], float(seconds), float(energy_j), before, self._group, sum(moved))
+                self._samples.append(sample)
+            before = own
 
     def _review(self) -> None:
         """Find out how well each kind is predicted so far."""

@@ -53,6 +53,7 @@ class Kind:
         optional: the columns that are 1 where they are not given.
         more: computes further quantities that speed depends on.
         calls: computes how many calls of the device's library an operation makes one after another.
+        has_weights: whether an operation reads weights, which may still be in the caches from the call before.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Kind:
     optional: tuple[str, ...] = ()
     more: Callable[[Any], Sequence[Any]] = lambda c: ()
     calls: Formula = lambda c: 1
+    has_weights: bool = False
 
     def named(self, sizes: Array) -> SimpleNamespace:
         """Return the columns of operations by name; ``sizes`` has shape (operations, columns)."""
@@ -87,17 +89,19 @@ class Kind:
         return np.asarray(self.calls(self.named(sizes)) + np.zeros(len(sizes)))
 
 
-def features(kind: Kind, sizes: Array, item_bytes: Array, before_bytes: Array) -> Array:
+def features(kind: Kind, sizes: Array, item_bytes: Array, before_bytes: Array, network_bytes: Array) -> Array:
     """Return the features of operations of one kind.
 
     They are natural logarithms: of the columns; of flops, bytes moved and their ratio; of the kind's own quantities
-    (the paper's among them); and of the bytes that the layer before moved, since these are in the caches.
+    (the paper's among them); of the bytes that the layer before moved, since these are in the caches; and, where there
+    are weights, of the bytes that the whole network moves, since these put the weights out of the caches.
 
     Args:
         kind: the kind.
         sizes: the operations' columns, shape (operations, columns).
         item_bytes: bytes of one element, shape (operations,).
         before_bytes: bytes that the layer before each operation read and wrote, shape (operations,).
+        network_bytes: bytes that all layers of each operation's network read and write, shape (operations,).
 
     Returns:
         An array of shape (operations, features).
@@ -108,6 +112,8 @@ def features(kind: Kind, sizes: Array, item_bytes: Array, before_bytes: Array) -
     own = [sizes[:, i] for i in range(len(kind.columns))]
     parts = [*own, *kind.paper(columns), *kind.more(columns), flops, moved_bytes, flops / moved_bytes]
     parts += [item_bytes, np.maximum(before_bytes, 1024.0)]
+    if kind.has_weights:
+        parts.append(np.maximum(network_bytes, 1024.0))
     logarithms: Array = np.log(np.stack([np.maximum(part, 1e-9) for part in parts], axis=1))
     return logarithms
 
@@ -138,6 +144,7 @@ def _convolution(name: str) -> Kind:
         paper=lambda c: (_input_maps(c), c.kernel / c.stride * c.out_channels),
         optional=("batch", "groups", "stride", "dilation"),
         more=lambda c: (_padded(c), _weights(c), c.batch * c.out_channels * c.out_size),
+        has_weights=True,
     )
 
 
@@ -156,6 +163,7 @@ _KINDS = (
         paper=lambda c: (c.rows * c.in_features, c.rows * c.out_features),
         optional=("rows",),
         more=lambda c: (c.in_features * c.out_features,),
+        has_weights=True,
     ),
     Kind(
         "matmul",
@@ -230,6 +238,7 @@ _KINDS = (
         flops=lambda c: 0,
         moved=lambda c: 2 * c.rows * c.width,
         paper=lambda c: (c.rows * c.width,),
+        has_weights=True,
     ),
     Kind(
         "recurrent",
@@ -241,6 +250,7 @@ _KINDS = (
         optional=("batch", "passes"),
         more=lambda c: (c.steps * c.passes, _recurrent_weights(c)),
         calls=lambda c: c.steps * c.passes,
+        has_weights=True,
     ),
     Kind(
         "copy",

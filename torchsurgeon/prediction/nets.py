@@ -304,6 +304,19 @@ def _recurrent(rng: random.Random) -> Net:
     return Net(model, torch.zeros(rng.choice((1, 1, 2, 8)), steps, dtype=torch.long))
 
 
+def _perceptron(rng: random.Random) -> Net:
+    """Return a network of linear layers that all stay in the caches, as in controllers and recommenders."""
+    width, activation = _width(rng, 8, 512), rng.choice(_ACTIVATIONS)
+    parts: list[nn.Module] = []
+    into = inputs = _width(rng, 4, 512, 4)
+    for _ in range(round(4 * 12 ** rng.random())):
+        out = rng.choice((width, width, _width(rng, 8, 512)))
+        parts += [nn.Linear(into, out), activation()] if rng.random() < 0.8 else [nn.Linear(into, out)]
+        into = out
+    rows = rng.choice((1, 1, 1, 8, 32, 128))
+    return Net(nn.Sequential(*parts, nn.Linear(into, _width(rng, 8, 64))), torch.rand(rows, inputs))
+
+
 def _volumes(rng: random.Random) -> Net:
     """Return a network for videos, volumes or sounds: convolutions over three dimensions, or over one."""
     dims = rng.choice((3, 3, 1))
@@ -347,6 +360,7 @@ def _hourglass(rng: random.Random) -> Net:
 _FAMILIES: tuple[Callable[[random.Random], Net], ...] = (
     *(_convolutional,) * 10, *(_densely,) * 2, *(_vision_transformer,) * 2, *(_text_transformer,) * 2,
     *(_window_transformer,) * 2, *(_channels_last,) * 2, *(_recurrent,) * 2, _volumes, _hourglass,
+    _perceptron,
 )  # fmt: skip
 
 

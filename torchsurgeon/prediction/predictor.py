@@ -206,8 +206,9 @@ class Predictor:
         flat = [operation for operations_of in found for operation in operations_of]
         moved = [moved_bytes(layer) for layer in graph.layers]
         before = [moved[index - 1] if index else 0 for index in layers.tolist()]
+        contexts = [(bytes_before, sum(moved)) for bytes_before in before]
         names = tuple(layer.name for layer in graph.layers)
-        predicted = self._predicted(flat, before, "seconds")
+        predicted = self._predicted(flat, contexts, "seconds")
         seconds, low_s, high_s = (
             _summed(part, layers, len(found)) for part in (predicted.value, predicted.low, predicted.high)
         )
@@ -235,7 +236,7 @@ class Predictor:
             np.array([whole_s]),
             {**self.provenance, "predicted": True},
             _live_bytes(graph),
-            self._energy(flat, before, layers, len(found), whole_s / sum_s),
+            self._energy(flat, contexts, layers, len(found), whole_s / sum_s),
             None if self.is_bound else np.stack([low_s, high_s], axis=1),
             None if self.is_bound else whole_interval_s,
             warned,
@@ -270,11 +271,16 @@ class Predictor:
         return tuple(found)
 
     def _energy(
-        self, flat: list[Operation], before: list[int], layers: NDArray[np.int64], count: int, scale: float
+        self,
+        flat: list[Operation],
+        contexts: list[tuple[int, int]],
+        layers: NDArray[np.int64],
+        count: int,
+        scale: float,
     ) -> LayerEnergy | None:
         if not any(known.energy_form for known in self.fitted.values()):
             return None
-        predicted = self._predicted(flat, before, "joules")
+        predicted = self._predicted(flat, contexts, "joules")
         layer_j, low_j, high_j = (
             _summed(part, layers, count) for part in (predicted.value, predicted.low, predicted.high)
         )
@@ -283,12 +289,12 @@ class Predictor:
         intervals = np.stack([low_j, high_j], axis=1)
         return LayerEnergy(f"predicted from {meter}", idle_w, layer_j, intervals, (whole_j[0], whole_j[1], whole_j[2]))
 
-    def _predicted(self, flat: list[Operation], before: list[int], what: str) -> Predicted:
+    def _predicted(self, flat: list[Operation], contexts: list[tuple[int, int]], what: str) -> Predicted:
         """Return the predictions of operations.
 
         Args:
             flat: the operations.
-            before: bytes that the layer before each read and wrote.
+            contexts: of each, the bytes that the layer before it moved, and those that all layers of the model move.
             what: "seconds" or "joules".
         """
         result = np.zeros((3, len(flat)))
@@ -305,8 +311,13 @@ class Predictor:
             else:
                 errors = model.held_out
                 placed = [as_known_variant(operation, model.variants) for operation in chosen]
+                around = [contexts[row] for row in rows]
                 table = SampleTable.of(
-                    kind, [Sample(op, 1.0, before_bytes=before[row]) for op, row in zip(placed, rows, strict=True)]
+                    kind,
+                    [
+                        Sample(op, 1.0, before_bytes=before, network_bytes=network)
+                        for op, (before, network) in zip(placed, around, strict=True)
+                    ],
                 )
                 below, above, why = judged(chosen, table, model.sampled)
                 value = model.predict(table)

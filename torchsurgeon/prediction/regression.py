@@ -31,7 +31,7 @@ from torchsurgeon.prediction.samples import SampleTable
 # A table of more samples than the second number is fitted in fewer folds, so that 12,000 rows take a few seconds.
 _FOLDS, _MANY, _FOLDS_OF_MANY = 5, 2000, 3
 # The first fold of a table of at least so many samples shows which forms are worth trying on the other folds.
-_ENOUGH, _WORTH = 500, 2
+_ENOUGH, _WORTH = 150, 2
 # The quantiles between which 90 % of errors lie.
 _INTERVAL = (0.05, 0.95)
 # The most by which predictions are corrected to have the sum of the measured values, and the share of samples that are
@@ -227,7 +227,7 @@ class _Fitted:
     def _features(self, table: SampleTable) -> Array:
         if self._learner.columns_only:
             return np.asarray(np.log(np.column_stack([np.maximum(table.sizes, 1e-9), table.item_bytes])))
-        return features(self.kind, table.sizes, table.item_bytes, table.before_bytes)
+        return features(self.kind, table.sizes, table.item_bytes, table.before_bytes, table.network_bytes)
 
     def _inputs(self, table: SampleTable, own: Array) -> Array:
         inside = (np.clip(own, self._low, self._high) - self._mean) / self._scale

@@ -32,6 +32,8 @@ class Sample:
         before_bytes: bytes that the layer before it read and wrote, which fill the caches.
         group: the number of the network in which it was timed. Samples of one network are alike, so a validation
             never has some of them among those fitted on and others among those predicted.
+        network_bytes: bytes that all layers of its network read and write; 0 where that is unknown. Weights are still
+            in the caches from the call before, if this is little.
     """
 
     operation: Operation
@@ -39,6 +41,7 @@ class Sample:
     joules: float = math.nan
     before_bytes: float = 0.0
     group: int = 0
+    network_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +57,7 @@ class SampleTable:
         seconds: how long each took.
         joules: the energy of each; NaN where nothing was metered.
         groups: the number of the network in which each was timed.
+        network_bytes: bytes that all layers of its network read and write; 0 where that is unknown.
     """
 
     kind: Kind
@@ -64,6 +68,7 @@ class SampleTable:
     seconds: Array
     joules: Array
     groups: NDArray[np.int64]
+    network_bytes: Array
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -86,14 +91,15 @@ class SampleTable:
             np.array([s.seconds for s in samples], dtype=np.float64),
             np.array([s.joules for s in samples], dtype=np.float64),
             np.array([s.group for s in samples], dtype=np.int64),
+            np.array([s.network_bytes for s in samples], dtype=np.float64),
         )
 
     def samples(self) -> list[Sample]:
         """Return the rows as samples."""
         sizes = self.sizes.astype(int).tolist()
         return [
-            Sample(Operation(self.kind.name, variant, tuple(size), int(item)), second, joule, before, group)
-            for variant, size, item, second, joule, before, group in zip(
+            Sample(Operation(self.kind.name, variant, tuple(size), int(item)), second, joule, before, group, network)
+            for variant, size, item, second, joule, before, group, network in zip(
                 self.variants.tolist(),
                 sizes,
                 self.item_bytes.tolist(),
@@ -101,6 +107,7 @@ class SampleTable:
                 self.joules.tolist(),
                 self.before_bytes.tolist(),
                 self.groups.tolist(),
+                self.network_bytes.tolist(),
                 strict=True,
             )
         ]
@@ -114,7 +121,7 @@ class SampleTable:
         return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the table as plain data; joules that were not metered are null."""
+        """Return the table as plain data; joules that were not metered are null, unknown bytes of networks left out."""
         return {
             "variants": self.variants.tolist(),
             **{name: self.sizes[:, i].astype(int).tolist() for i, name in enumerate(self.kind.columns)},
@@ -123,6 +130,7 @@ class SampleTable:
             "seconds": self.seconds.tolist(),
             "joules": None if np.isnan(self.joules).all() else [None if j != j else j for j in self.joules.tolist()],
             "network": self.groups.tolist(),
+            **({"network_bytes": self.network_bytes.astype(int).tolist()} if self.network_bytes.any() else {}),
         }
 
     @staticmethod
@@ -151,6 +159,8 @@ class SampleTable:
             seconds,
             np.full(len(seconds), np.nan) if joules is None else np.asarray(joules, dtype=np.float64),
             np.asarray(data["network"], dtype=np.int64),
+            # CSV files and calibrations of earlier versions do not say it.
+            np.asarray(data.get("network_bytes", np.zeros(len(seconds))), dtype=np.float64),
         )
         if len({len(getattr(table, name)) for name in _ARRAYS}) != 1:
             raise ValueError(f"the columns of {kind} differ in length")
@@ -160,6 +170,7 @@ class SampleTable:
             ("sizes", table.sizes, 1.0, _MOST_SIZE),
             ("item_bytes", table.item_bytes, 1.0, _MOST_ITEM_BYTES),
             ("before_bytes", table.before_bytes, 0.0, _MOST_SIZE),
+            ("network_bytes", table.network_bytes, 0.0, _MOST_SIZE),
         ):
             wrong = values[~((values >= least) & (values <= most))]
             if wrong.size:

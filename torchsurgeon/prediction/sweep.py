@@ -21,6 +21,8 @@ from torch import nn
 from torchsurgeon.prediction.samples import SampleTable
 
 _MOST_FLOPS, _MOST_ELEMENTS, _MOST_WEIGHTS = 4e9, 4_000_000, 110_000_000
+# Weights of so many elements fit into few caches, so that a linear layer of one row reads them from memory.
+_LARGE_WEIGHTS = 4_000_000
 _SIDES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 224)
 
 
@@ -214,6 +216,12 @@ def _transposed(draws: Draws) -> Candidate | None:
         return None
     layer = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dims]
     return Candidate(functools.partial(layer, channels, out, kernel, stride), ((batch, channels, *size),), flops)
+
+
+def _large_linear(draws: Draws) -> Candidate:
+    inner, out = draws.log(1024, 32768, 8), draws.log(512, 8192, 8)
+    out = min(max(out, _LARGE_WEIGHTS // inner + 1), _MOST_WEIGHTS // inner)
+    return Candidate(functools.partial(nn.Linear, inner, out), ((1, inner),), 2.0 * inner * out)
 
 
 def _linear(draws: Draws) -> Candidate | None:
@@ -515,6 +523,7 @@ _DRAWS: dict[str, Draw] = {
     "grouped convolution": functools.partial(_convolution, grouped="grouped"),
     "transposed convolution": _transposed,
     "linear": _linear,
+    "linear of large weights": _large_linear,
     "matmul": _matmul,
     "attention": _attention,
     "pooling": _pooling,
@@ -533,6 +542,10 @@ RARE_KINDS: dict[str, tuple[str, Callable[[SampleTable], NDArray[np.bool_]]]] = 
     "depthwise convolution of large kernels": (
         "depthwise convolution",
         lambda table: table.kind.named(table.sizes).kernel > 81,
+    ),
+    "linear of large weights": (
+        "linear",
+        lambda table: (table.sizes[:, 0] == 1) & (table.sizes[:, 1] * table.sizes[:, 2] > _LARGE_WEIGHTS),
     ),
 }
 """Layers that are few among those of their kind, and whose speed the others tell little of: their kind, and which they
