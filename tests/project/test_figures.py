@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from benchmarks import planning_page, unlike_samples
+from benchmarks import csv_import, planning_page, unlike_samples
 from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
 from benchmarks.evaluate import configurations, datacenter_page
@@ -76,6 +76,15 @@ def test_the_readme_claims_what_the_evaluation_found() -> None:
     results = evaluation.read(evaluation.FOLDER, evaluation.CONFIGURATIONS)["results"]
     found = configurations.summary(results["configurations"], configurations.MEASURED)
     assert found["latency_optimal"] == found["configurations"] == 48
+
+
+def test_tables_are_fitted_as_well_as_their_file_says() -> None:
+    results = json.loads(csv_import.OUT.read_text())["results"]
+    shown = csv_import.PAGE.read_text().partition(csv_import.BEGIN)[2].partition(csv_import.END)[0]
+    assert shown == f"\n\n{csv_import.page(results)}\n\n"
+    for row in results.values():
+        best = max(row["errors"][rival][2] for rival in csv_import.RIVALS)
+        assert row["errors"]["ours"][2] >= best - 0.01
 
 
 def test_a_kept_run_has_no_serial_number_and_every_outcome(tmp_path: Path) -> None:
