@@ -124,7 +124,7 @@ def until(what: Callable[[], bool], split: ts.SplitModule) -> None:
 def test_the_rate_follows_the_link(
     model: nn.Module, fitted: FittedCodec, table: CodecTable, known: dict[str, Any]
 ) -> None:
-    # At a fixed cut: where the cut is free, too, a tail that ran here once would show how quick this device is in truth.
+    # At a fixed cut: where the cut is free, too, a tail that ran here once would show how quick it is in truth.
     with over(model, fitted, SLOW, partition=CUT, codec="auto", codecs=table, **known) as (split, emulator):
         # The coarsest of those within the budget. The device itself may be the first to answer.
         until(lambda: remote(split) and sent_as(split) == fitted.at(1.0).name, split)
