@@ -203,7 +203,7 @@ def _picture_ways() -> Iterator[Way]:
         yield _picture_way("JPEG 4:4:4", f"jpeg444-{quality}", "JPEG", {"quality": quality, "subsampling": 0})
     for quality in (60, 80, 90, 95, 100):
         yield _picture_way("WebP", f"webp-{quality}", "WEBP", {"quality": quality})
-    for quality in (50, 75, 90):
+    for quality in (15, 25, 35, 50, 65, 75, 85, 90, 95):
         yield _picture_way("AVIF 4:2:0", f"avif-{quality}", "AVIF", {"quality": quality})
     for quality in (75, 90, 95, 98):
         yield _picture_way("AVIF 4:4:4", f"avif444-{quality}", "AVIF", {"quality": quality, "subsampling": "4:4:4"})

@@ -284,3 +284,85 @@ def test_a_transformers_hidden_layers_are_thinned() -> None:
         made = ts.distill(graph, point, [torch.rand(1, 7, 6) for _ in range(20)], share=share, training_s=0.5)
     assert made.student is not None
     assert made.student.flops_share <= share
+
+
+# --- what a breaker found ---
+
+
+class Tied(nn.Module):
+    """Two convolutions that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.one, self.other = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 1), nn.Conv2d(24, 24, 1)
+        self.other.weight = self.one.weight
+        self.last, self.out = nn.Conv2d(24, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(torch.relu(self.other(torch.relu(self.one(torch.relu(self.first(x)))))))
+        return self.out(x.mean((2, 3)))
+
+
+class Masked(nn.Module):
+    """A head that hands on a mask of booleans beside its values, and has a buffer that is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.narrow, self.out = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 6, 1), nn.Linear(6, 4)
+        self.register_buffer("ruled_out", torch.tensor(-float("inf")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.narrow(input=torch.relu(self.wide(x)))
+        mask = x[:, :1, 1:-1, 1:-1] > 10
+        return self.out(torch.where(~mask, y, self.ruled_out).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Tied, Masked])
+def test_unusual_heads_are_kept_as_they_were_trained(kind: type[nn.Module], tmp_path: Path) -> None:
+    model = kind().eval()
+    graph = ts.trace(model, X)
+    place = next(one for one in graph.points if {spec.shape[1] for spec in one.tensors if spec.shape[1] == 6})
+    made = ts.distill(graph, place, pictures(24, 2), share=0.5, training_s=0.3)
+    made.save(tmp_path / "unusual.student")
+    loaded = ts.load_codec(tmp_path / "unusual.student", graph)
+    assert made.student is not None
+    assert loaded.student is not None
+    one, other = (each.module(graph, place.index)(X) for each in (made.student, loaded.student))
+    assert all(map(torch.equal, one, other))
+    assert Look.of(made.student).unexplained < 1
+
+
+def test_measured_together_the_student_computes_what_crosses(graph: ts.LayerGraph, student: FittedCodec) -> None:
+    from torchsurgeon.codec import measure_together
+
+    rated = student.at(student.rates[0])
+    budget = Budget(min_cosine=0.1, decide_by="estimate")
+    sample = pictures(30, 6)
+    alone = measure(graph, sample, ["raw", rated.name], points=[CUT], budget=budget)
+    (row,) = [row for row in alone.rows if row.cost.codec == rated.name]
+    (together,) = measure_together(graph, sample, [(CUT, rated.name)], budget)
+    assert together.estimate == pytest.approx(row.findings[0].estimate)
+    with pytest.raises(CodecError, match="used at the first cut only"):
+        measure_together(graph, sample, [("0", "raw"), (CUT, rated.name)], budget)
+
+
+def test_a_checkpoint_of_another_sample_is_refused_and_one_that_cannot_be_written_too(
+    graph: ts.LayerGraph, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.training"
+    ts.distill(graph, CUT, pictures(20, 1), share=SHARE, training_s=0.2, checkpoint=path)
+    with pytest.raises(CodecError, match="another model, point, sample or share"):
+        ts.distill(graph, CUT, pictures(20, 2), share=SHARE, training_s=0.2, checkpoint=path)
+    with pytest.raises(CodecError, match="cannot be written"):
+        ts.distill(graph, CUT, pictures(20, 1), share=SHARE, training_s=0.2, checkpoint=tmp_path / "none" / "a")
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "optimizer": {}}, path)
+    with pytest.raises(CodecError, match="holds no training that can go on"):
+        ts.distill(graph, CUT, pictures(20, 1), share=SHARE, training_s=0.2, checkpoint=path)
+
+
+def test_a_student_at_a_point_that_is_not_measured_is_refused(graph: ts.LayerGraph, student: FittedCodec) -> None:
+    with pytest.raises(CodecError, match="which is not measured; add this point"):
+        measure(graph, pictures(3, 5), [student.at(2).name], points=["0"])

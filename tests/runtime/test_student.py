@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,3 +132,20 @@ def test_elsewhere_the_models_own_layers_run(model: nn.Module, student: FittedCo
         ) as split,
     ):
         assert torch.allclose(split(X), model(X))
+
+
+def test_a_second_server_without_the_file_gets_what_the_models_own_layers_compute(
+    model: nn.Module, student: FittedCodec, path: Path
+) -> None:
+    with serving(model, None) as second:
+        with serving(model, path) as first:
+            split = ts.SplitModule(
+                model, X, server=[first.url, second.url], name="net", partition=CUT, codec=student.at(2)
+            )
+            split(X)
+            assert split.last.bits == "changed by a lossy codec"
+        with split, warnings.catch_warnings():
+            warnings.simplefilter("ignore", MissingCodecWarning)
+            for _ in range(3):
+                assert torch.allclose(split(X), model(X), atol=1e-6)
+                assert split.last.bits != "changed by a lossy codec"

@@ -21,7 +21,7 @@ from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.codec.table import CodecRow, CodecTable
 from torchsurgeon.codec.trial import StudentRun, Trial
 from torchsurgeon.cutting.partition import tail_for
-from torchsurgeon.errors import CodecError, UnfinishedWarning
+from torchsurgeon.errors import CodecError, UnfinishedWarning, short
 from torchsurgeon.profiling.origin import device_of, provenance
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
@@ -80,7 +80,18 @@ def measure(
     target = device_of(graph, device)
     known = [find_codec(name) for name in dict.fromkeys(("raw", *(measured_names() if codecs is None else codecs)))]
     chosen = promising(graph) if points is None else [graph.point(ref) for ref in dict.fromkeys(points)]
+    rated = [one.fitted for one in known if isinstance(one, RatedCodec)]
+    made_for = {fitted.point[0]: fitted for fitted in rated if fitted.student is not None}
+    if points is None:
+        across = [*across, *map(graph.point, made_for)]
     chosen = list(dict.fromkeys([*chosen, *map(graph.point, across)]))
+    missed = made_for.keys() - {point.index for point in chosen}
+    if missed:
+        fitted = made_for[min(missed)]
+        raise CodecError(
+            f"the student of {fitted.name} computes what crosses at {short(fitted.point[1])}, which is not measured; "
+            "add this point, or leave the codec out"
+        )
     if any(point.index == len(graph.layers) for point in chosen):
         raise CodecError(f"point {len(graph.layers)} is the last, at which nothing crosses; leave it out of points")
     if budget is not None:

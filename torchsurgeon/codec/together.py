@@ -10,8 +10,9 @@ import torch
 from torchsurgeon.codec.boundaries import named
 from torchsurgeon.codec.budget import Budget, Finding, Verdict
 from torchsurgeon.codec.codec import find_codec
+from torchsurgeon.codec.fitted.codec import RatedCodec
 from torchsurgeon.codec.sample import check_calls, inputs_of
-from torchsurgeon.codec.trial import Trial
+from torchsurgeon.codec.trial import StudentRun, Trial
 from torchsurgeon.cutting.partition import middle_for, tail_for
 from torchsurgeon.errors import CodecError, short
 from torchsurgeon.profiling.origin import device_of
@@ -55,7 +56,7 @@ def measure_together(
     budget.check_sample(len(samples), graph.batch)
     crossing = [spec.name for spec in graph.points[0].tensors]
     whole = tail_for(graph, crossing, flat=True)
-    parts = []
+    parts: list[tuple[Any, Trial]] = []
     for ref, name in ways:
         point = graph.point(ref)
         if point.index == len(graph.layers):
@@ -63,7 +64,16 @@ def measure_together(
         names = [spec.name for spec in point.tensors]
         # A machine that runs no layer passes on what it has decoded.
         middle = None if names == crossing else middle_for(graph, crossing, point)
-        parts.append((middle, Trial(find_codec(name), names, target)))
+        codec, student = find_codec(name), None
+        fitted = codec.student_at(point) if isinstance(codec, RatedCodec) else None
+        if fitted is not None and fitted.student is not None:
+            if parts:
+                raise CodecError(
+                    f"the student of {short(name)} takes the model's input, so it is used at the first cut only; name "
+                    f"another codec at {short(point.name)}"
+                )
+            student = StudentRun(fitted.student.segment(graph, point.index), whole, target)
+        parts.append((middle, Trial(codec, names, target, student)))
         crossing = names
     tail = tail_for(graph, crossing, flat=True)
     calls = inputs_of(graph, samples, target)

@@ -7,6 +7,7 @@ different threads.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from torchsurgeon._interrupts import NoThreadError, by_signal_handler
 from torchsurgeon.adapting import Decision, patience, rescue
-from torchsurgeon.codec import Codec, RatedCodec, find_codec
+from torchsurgeon.codec import Codec, RatedCodec
 from torchsurgeon.errors import EncodingError, ModelMismatchError, ServerError, ServerUnavailableError
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.models.watching import WatchedWeights
@@ -144,7 +145,7 @@ class Pending:
         self._shared, self._work, self._way, self._peer, self._boundary = shared, work, way, peer, boundary
         self._moments, self._expected, self._decision, self._deadline_s = moments, expected, decision, deadline_s
         self._arithmetic, self._weights, self._rounded_because = arithmetic, weights, rounded_because
-        self._wanted_codec = way.codec or codec
+        self._wanted_codec, self._own_codec = way.codec or codec, codec
         self._specs = work.crossing(way.point)
         example = sum(spec.size_bytes for spec in self._specs)
         self.scale = sum(tensor.nbytes for tensor in boundary) / example if example else 1.0
@@ -164,6 +165,8 @@ class Pending:
     def send(self, *, in_caller: bool = False) -> None:
         """Send the boundary tensors to the server; with ``in_caller``, wait for the answer in this thread."""
         shared = self._shared
+        if self._way.student is not None and self._way.codec is not None and not self._peer.has(self._way.codec):
+            self._compute_without_student()
         self._sent_s = time.perf_counter()
         limit_s = self._peer.transport.timeout_s
         if self._deadline_s is not None and not shared.options.falls_back:
@@ -189,6 +192,12 @@ class Pending:
         self._task = Task(ask, None)
         self._task.run_in_caller()
 
+    def _compute_without_student(self) -> None:
+        """Have the model's own layers compute the boundary, for a server that does not decode what a student gives."""
+        self._way = dataclasses.replace(self._way, codec=None)
+        self._wanted_codec = self._own_codec
+        self._boundary = self._work.head(self._way.point)()
+
     def cancel(self) -> None:
         """Give the request up: nobody wants the answer any more."""
         self._unwanted = True
@@ -205,9 +214,7 @@ class Pending:
             return codec.choose(self._way.point.index, size_bytes, self._peer.state.link.estimate().uplink.value)
         if self._peer.has(codec):
             return codec
-        # What a student computed is not coarsened a second time.
-        student = self._way.student is not None
-        other = find_codec("zstd") if student else self._shared.servers.next_best(self._way.point)
+        other = self._shared.servers.next_best(self._way.point)
         self._shared.servers.warn_of_codec(codec, other, self._peer)
         return other
 

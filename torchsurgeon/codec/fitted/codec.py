@@ -179,6 +179,10 @@ class FittedCodec:
         if not set(self._index) <= crossing:
             raise CodecError(f"{self.name} was fitted to another cut of {here} than {short(point.name)}; fit it again")
         if self.student is not None:
+            if point.name != self.point[1]:
+                raise CodecError(
+                    f"the student of {self.name} is for another cut than {short(point.name)}; distill it again"
+                )
             self.student.module(graph, point.index)
 
     def use(self) -> FittedCodec:

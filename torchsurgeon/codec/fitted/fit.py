@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -272,29 +273,32 @@ def _add_up(
     advance: Callable[[], None],
 ) -> None:
     """Run the model on a sample, and add up the statistics of its boundary tensors and their gradients."""
-    tail = tail_for(graph, head.names, flat=True)
-    # Autograd also refuses the weights of a model that was made in inference mode.
-    weights = [*tail.named_parameters(), *tail.named_buffers()]
-    copies = {name: one.detach().clone() for name, one in weights if one.is_inference()}
+    tail = differentiable(tail_for(graph, head.names, flat=True))
     for inputs in batches:
         boundary = head.all(inputs)
         for name, tensor in head.fitted_of(boundary).items():
             fitted[name].add_values(tensor)
-        for gradients in _gradients(tail, copies, boundary, list(fitted), answers):
+        for gradients in _gradients(tail, boundary, list(fitted), answers):
             for name, gradient in gradients.items():
                 fitted[name].add_gradient(gradient)
         advance()
 
 
+def differentiable(segment: Segment) -> Segment:
+    """Return a part of a model, or a copy of it where the model was made in inference mode, which autograd refuses."""
+    weights = (*segment.parameters(), *segment.buffers())
+    return copy.deepcopy(segment) if any(one.is_inference() for one in weights) else segment
+
+
 def _gradients(
-    tail: Segment, copies: dict[str, Tensor], boundary: Mapping[str, Tensor], wanted: Sequence[str], answers: Answers
+    tail: Segment, boundary: Mapping[str, Tensor], wanted: Sequence[str], answers: Answers
 ) -> Iterator[dict[str, Tensor]]:
     """Return the gradients of several draws with respect to the wanted tensors; none where the tail has none."""
     with torch.enable_grad():
         leaves = {name: one.detach().clone().requires_grad_(name in wanted) for name, one in boundary.items()}
         # The tail may overwrite its inputs, and a leaf that needs a gradient must not be overwritten.
         inputs = tuple(one * 1 if name in wanted else one for name, one in leaves.items())
-        outputs = torch.func.functional_call(tail, copies, inputs)
+        outputs = tail(*inputs)
         for draw in range(answers.draws):
             scalar = answers.scalar(outputs)
             if scalar is None:

@@ -152,6 +152,8 @@ class Student:
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise self._misfit(graph, short(error)) from None
         expected = [(spec.dtype, spec.shape) for spec in graph.point(point).tensors]
+        if not all(bool(torch.isfinite(one).all()) for one in found if one.is_floating_point()):
+            raise self._misfit(graph, "it gives values that are not finite")
         if [(one.dtype, tuple(one.shape)) for one in found] != expected:
             raise self._misfit(graph, "its boundary tensors have other shapes or dtypes")
 
@@ -160,8 +162,11 @@ class Student:
 
 
 def floats_of(head: nn.Module) -> dict[str, Tensor]:
-    """Return the floating-point parameters and buffers of a head by name."""
-    named = [*head.named_parameters(), *head.named_buffers()]
+    """Return by name the floating-point parameters of a head, and buffers that have another size in a thinned one."""
+    named: list[tuple[str, Tensor]] = [*head.named_parameters(remove_duplicate=False)]
+    for path, module in head.named_modules():
+        if isinstance(module, THINNED):
+            named += [(f"{path}.{name}", one) for name, one in module.named_buffers(recurse=False)]
     return {name: one for name, one in named if one.is_floating_point()}
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsurgeon import _allocator, _native
+from torchsurgeon import _allocator, _native, _whole_file
 from torchsurgeon.codec.fitted.answers import AnswerKind, Answers
 from torchsurgeon.codec.fitted.codec import FittedCodec
-from torchsurgeon.codec.fitted.fit import batches_of, fit_codec, joined
+from torchsurgeon.codec.fitted.fit import batches_of, differentiable, fit_codec, joined
 from torchsurgeon.codec.fitted.student import Student
 from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.codec.scores import likeness
@@ -122,17 +122,22 @@ def distill(
         "seed": seed,
         "device": target,
     }
+    path, key, saved = None if checkpoint is None else Path(checkpoint), "", None
+    calls = inputs_of(graph, sample, target)
+    if path is not None:
+        _whole_file.check_writable(path, CodecError)
+        key = _key(graph, place, share, calls, fit)
+        saved = training.load(path, key) if path.exists() else None
+    if torch.is_autocast_enabled(target.type):
+        raise CodecError("a student is distilled in float32; call distill() outside of torch.autocast")
     say = progress or _silent
     say(0, training_s, "fitting the codec's transform")
     codec = fit_codec(graph, place, sample, **fit)
-    distilling = _Distilling(
-        graph, place, codec, inputs_of(graph, sample, target), Answers(graph, answers, classes_at, draws, seed)
-    )
-    path = None if checkpoint is None else Path(checkpoint)
-    key = _key(graph, place, share, sample, seed) if path is not None else ""
-    saved = training.load(path, key) if path is not None and path.exists() else None
+    distilling = _Distilling(graph, place, codec, calls, Answers(graph, answers, classes_at, draws, seed))
     if saved is None:
         student, flops_share = distilling.thinned(share, lambda what: say(0, training_s, what))
+        # What a file cannot hold ends it now, and not after the training.
+        Student.of(student, flops_share, {}).segment(graph, place.index)
     else:
         student = saved["student"].segment(graph, place.index)
         flops_share = saved["student"].flops_share
@@ -154,6 +159,14 @@ def distill(
         nonlocal look
         look = distilling.look(student, run)
 
+    def save() -> None:
+        if path is None:
+            return
+        try:
+            run.save(path, key, kept())
+        except CodecError as error:
+            warnings.warn(f"{error}; the training goes on without a checkpoint", UnfinishedWarning, stacklevel=2)
+
     def kept() -> Student:
         return Student.of(student, flops_share, dataclasses.asdict(look))
 
@@ -163,7 +176,7 @@ def distill(
             training_s,
             report=lambda: say(min(run.elapsed_s, training_s), training_s, str(look)),
             looked=looked,
-            save=lambda: None if path is None else run.save(path, key, kept()),
+            save=save,
         )
     except KeyboardInterrupt:
         warnings.warn(
@@ -185,8 +198,9 @@ class _Distilling:
     ) -> None:
         self.graph, self.place, self.answers = graph, place, answers
         self.names = [spec.name for spec in place.tensors]
-        self.own: Segment = cut(graph, place).head.get_submodule("segment")  # type: ignore[assignment]
-        self.tail = tail_for(graph, self.names, flat=True)
+        # Copies, since layers are watched here, and the model may be at work in other threads.
+        self.own: Segment = copy.deepcopy(cut(graph, place).head.get_submodule("segment"))  # type: ignore[assignment]
+        self.tail = differentiable(tail_for(graph, self.names, flat=True))
         self.transforms = {one.name: one.transform for one in codec.tensors}
         self.calls = [call for k, call in enumerate(calls) if (k + 1) % _APART_EACH]
         # Autograd refuses what was made in inference mode, but takes a copy of it.
@@ -272,7 +286,15 @@ def _silent(done: float, total: float, what: str) -> None:
     """Take notice of nothing."""
 
 
-def _key(graph: LayerGraph, place: PartitionPoint, share: float, sample: Sequence[Any], seed: int) -> str:
+def _key(
+    graph: LayerGraph, place: PartitionPoint, share: float, calls: Sequence[Sequence[Tensor]], fit: Mapping[str, Any]
+) -> str:
     """Return a digest of what a training is for."""
-    parts = (graph.fingerprint, weight_digests(graph.model).combined, place.index, float(share), len(sample), seed)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    others = {name: value for name, value in fit.items() if name not in ("name", "device")}
+    digest = hashlib.sha256()
+    parts = (graph.fingerprint, weight_digests(graph.model).combined, place.index, float(share), others)
+    digest.update(repr(parts).encode())
+    for call in calls:
+        for one in call:
+            digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

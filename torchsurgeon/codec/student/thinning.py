@@ -66,9 +66,9 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor
     """
 
     def hook(name: str) -> Any:
-        return lambda _, inputs, output: see(name, inputs[0], output)
+        return lambda _, args, kwargs, output: see(name, (*args, *kwargs.values())[0], output)
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield
     finally:

@@ -99,9 +99,8 @@ class Training:
         answers: Answers,
         seed: int,
     ) -> None:
-        # On a CPU, convolutions take half the time with channels last (measured on EfficientNet-Lite0).
-        self.student = student.to(memory_format=torch.channels_last)
-        self._own, self._tail = (copy.deepcopy(one).to(memory_format=torch.channels_last) for one in (own, tail))
+        self.student = _channels_last(student)
+        self._own, self._tail = (_channels_last(copy.deepcopy(one)) for one in (own, tail))
         self._tail.requires_grad_(False)
         self._answers, self._names = answers, tuple(names)
         self._transforms, self._variance = transforms, variance
@@ -156,7 +155,8 @@ class Training:
             found = dict(zip(self._names, self.student(*inputs), strict=True))
             loss = squared_error(self._transforms, found, wanted) / self._variance
             # The tail may overwrite what it is given.
-            divergence = self._answers.divergence(answers, self._tail(*(one * 1 for one in found.values())))
+            given = [one * 1 if one.requires_grad else one.clone() for one in found.values()]
+            divergence = self._answers.divergence(answers, self._tail(*given))
             if divergence is not None:
                 loss = loss + divergence
             self._optimizer.zero_grad(set_to_none=True)
@@ -198,10 +198,32 @@ class Training:
         _whole_file.write(path, buffer.getvalue(), CodecError)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what was saved, with the student that was made of it."""
-        self._optimizer.load_state_dict(saved["optimizer"])
-        self.steps, self.elapsed_s = int(saved["steps"]), float(saved["elapsed_s"])
-        self.generator.set_state(saved["generator"])
+        """Go on from what was saved, with the student that was made of it.
+
+        Raises:
+            CodecError: it is damaged.
+        """
+        try:
+            self._optimizer.load_state_dict(saved["optimizer"])
+            for parameter, state in self._optimizer.state.items():
+                for one in state.values():
+                    if torch.is_tensor(one) and one.dim() and one.shape != parameter.shape:
+                        raise ValueError(f"a state of shape {list(one.shape)} for {list(parameter.shape)}")
+                    if torch.is_tensor(one) and not bool(torch.isfinite(one).all()):
+                        raise ValueError("a state that is not finite")
+            self.steps, self.elapsed_s = int(saved["steps"]), float(saved["elapsed_s"])
+            self.generator.set_state(saved["generator"])
+        except Exception as error:
+            # PyTorch does not document which errors a damaged state raises.
+            raise CodecError(
+                f"the checkpoint holds no training that can go on: {short(error)}; remove it to begin anew"
+            ) from None
+
+
+def _channels_last(segment: Segment) -> Segment:
+    """Return a segment in the order in which a CPU's convolutions take half the time, where it has that order."""
+    images = all(one.dim() <= 4 for one in (*segment.parameters(), *segment.buffers()))
+    return segment.to(memory_format=torch.channels_last) if images else segment
 
 
 def load(path: Path, key: str) -> dict[str, Any]:
