@@ -12,7 +12,7 @@
 
 An error is answered with ``{"error": "…"}`` and one of these statuses: 400 for a request that is not valid, 404 for a
 model that is not served, 408 for a body that does not arrive in time, 413 for a body larger than any request to the
-model (it is refused before it is read), 500 when the model fails, 503 while it loads.
+model (it is refused before it is read), 431 for too large a head, 500 when the model fails, 503 while it loads.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from torchsurgeon import wire
 from torchsurgeon.errors import ProtocolError
 from torchsurgeon.serve.body import (
     JOIN_BYTES,
+    LINGER_BYTES,
+    LINGER_S,
     DisconnectedError,
     Incoming,
     Receive,
@@ -52,8 +54,6 @@ Scope = Mapping[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 MAX_PROBE_BYTES = 4 << 20
-_LINGER_BYTES = 16 << 20
-LINGER_S = 2.0
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 
 
@@ -184,7 +184,7 @@ async def _refuse(status: int, body: bytes, incoming: Incoming, send: Send) -> N
         return
     try:
         await _json(status, body, send, close=True)
-        await discard(incoming, _LINGER_BYTES, LINGER_S)
+        await discard(incoming, LINGER_BYTES, LINGER_S)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
     except (OSError, RuntimeError):
         # The client has left without waiting for its error.

@@ -17,6 +17,9 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 MIN_UPLINK_BYTE_S = 16_384
 # An answer of at most this size is joined to one buffer before it is written.
 JOIN_BYTES = 64 << 10
+# After an error, so many bytes are read and dropped, for so long, from a client that still sends.
+LINGER_BYTES = 16 << 20
+LINGER_S = 2.0
 
 
 class Incoming:

@@ -20,10 +20,15 @@ class BodyTimeoutError(Exception):
     """A request's body did not arrive in time."""
 
 
+class HeadTooLargeError(Exception):
+    """A request's head has more lines or bytes than any request needs."""
+
+
 STATUS: dict[type[Exception], int] = {
     ModelNotServedError: 404,
     BodyTimeoutError: 408,
     BodyTooLargeError: 413,
+    HeadTooLargeError: 431,
     ProtocolError: 400,
     PartitionError: 400,
     ModelFailedError: 500,

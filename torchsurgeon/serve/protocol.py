@@ -11,7 +11,7 @@ parsed and nothing is copied. If not, the head is parsed, and the part of the bo
 Every other request, and every request that has to be refused, takes uvicorn's ordinary way to the ASGI application,
 which gives the same answers.
 
-A request's head has to arrive within ``HEAD_TIMEOUT_S``; uvicorn itself does not limit that.
+A request's head has to arrive within ``HEAD_TIMEOUT_S``, and ``heads`` limits its size; uvicorn itself limits neither.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from torchsurgeon.serve.body import JOIN_BYTES, timeout_for
+from torchsurgeon.errors import ProtocolError, short
+from torchsurgeon.serve.body import JOIN_BYTES, LINGER_BYTES, LINGER_S, timeout_for
 from torchsurgeon.serve.direct import Direct, Job, Plain, Reply, reply_head
+from torchsurgeon.serve.failure import HeadTooLargeError, error_body, status_of
+from torchsurgeon.serve.heads import HeadMeter
 
 HEAD_TIMEOUT_S = 10.0
 _SCRATCH_BYTES = 16 << 10
@@ -97,6 +100,9 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._in_head = False
         self._in_message = False
         self._fed = _Fed()
+        self._head = HeadMeter()
+        # Bytes that are still read and dropped after an error, before the connection is closed; None before an error.
+        self._dropping: int | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Start the connection; called by asyncio."""
@@ -117,7 +123,13 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         """Return the memory for the data that arrives next; called by asyncio."""
         if self._job is not None:
             return self._job.missing
-        if self._repeat is None or self._direct is None or self._in_message or not self._may_begin():
+        if (
+            self._dropping is not None
+            or self._repeat is None
+            or self._direct is None
+            or self._in_message
+            or not self._may_begin()
+        ):
             return self._scratch
         # asyncio asks only once there is something to read, so an idle connection holds no buffer.
         self._ahead = self._direct.buffers.take(self._repeat.plain.size, before=len(self._repeat.head))
@@ -125,7 +137,9 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Handle the data that arrived in the last buffer; called by asyncio."""
-        if self._job is not None:
+        if self._dropping is not None:
+            self._drop(nbytes)
+        elif self._job is not None:
             self._arrived(self._job, nbytes)
         elif self._ahead is None:
             self._feed(self._scratch[:nbytes])
@@ -150,6 +164,8 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         from_start = not self._in_message
         self._fed = fed = _Fed()
         self.data_received(data)  # type: ignore[arg-type]
+        if self._dropping is not None or self.transport.is_closing():
+            return
         if self._in_head and self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
         if fed.admitted is not None:
@@ -180,12 +196,71 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
                 self._in_message = False
             self._body_arrived()
 
+    def data_received(self, data: bytes) -> None:
+        """Parse a piece of data, and refuse what is no request, or has too large a head."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+            if self._fed.body_bytes:
+                self._head.body()
+            elif self._in_message and not self._fed.begun:
+                self._head.piece(len(data))
+        except HeadTooLargeError as error:
+            self._refuse(error)
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, HeadTooLargeError):
+                self._refuse(error.__context__)
+            else:
+                self._refuse(ProtocolError(f"the request is not valid HTTP/1.1: {short(error)}"))
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer with an error, and close the connection.
+
+        The client may still be sending. If the connection were closed at once, the client's system would drop the
+        answer. So what arrives is read on for a while, and dropped.
+        """
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if self._in_head or getattr(cycle, "response_started", True):
+                # An answer to an earlier request is under way, which this one must not be taken for.
+                self.transport.close()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+        body = error_body(error)
+        self.transport.write(reply_head(status_of(error), None, len(body), False) + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._stop_timers()
+        self._repeat = None
+        self._dropping = LINGER_BYTES
+        self._head_timer = self.loop.call_later(LINGER_S, self._late)
+        self.flow.resume_reading()
+
+    def _drop(self, count: int) -> None:
+        self._dropping = (self._dropping or 0) - count
+        if self._dropping <= 0:
+            self.transport.close()
+
     def on_message_begin(self) -> None:
         """Note that a request begins; called by the parser."""
         super().on_message_begin()
+        self._head.begin()
         self._in_head = self._in_message = True
         self._fed.begun += 1
         self._idle_since_s = self.loop.time()
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the request's target; called by the parser."""
+        self._head.target(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header line, or a line of the trailer; called by the parser."""
+        self._head.line(name, value)
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Answer a plain request without ASGI, or leave the request to uvicorn; called by the parser."""
@@ -204,11 +279,11 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body; called by the parser."""
+        self._fed.body_bytes += len(body)
         if self._job is None:
             super().on_body(body)
         else:
             self._job.take(body)
-            self._fed.body_bytes += len(body)
 
     def on_message_complete(self) -> None:
         """Note that a request is complete; called by the parser."""
