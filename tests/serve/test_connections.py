@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import re
 import socket
@@ -9,13 +11,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from serving import serving
 from torch import nn
 
-from torchsurgeon.serve import Server
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve.connections import Connections
+from torchsurgeon.serve.served import ServedModel
 from torchsurgeon.transport import HttpTransport
 
 X = torch.zeros(1, 4)
@@ -125,3 +130,153 @@ def test_header_lines_without_end_do_not_grow_the_process(server: Server) -> Non
     for thread in threads:
         thread.join()
     assert resident_kib() - before_kib < 16 << 10
+
+
+# --- many connections ---
+
+
+@pytest.fixture
+def small() -> Iterator[Server]:
+    """A server that takes four connections."""
+    registry = ModelRegistry()
+    registry.add("net", nn.Linear(4, 2).eval(), X)
+    with contextlib.closing(registry), Server(create_app(registry), max_connections=4) as server:
+        yield server
+
+
+def ask(link: socket.socket, path: str = "/v2/models/net") -> tuple[int, dict[str, str], Any]:
+    """The status, headers and JSON of an answer on a connection that is kept."""
+    link.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    return answer_on(link)
+
+
+def answer_on(link: socket.socket) -> tuple[int, dict[str, str], Any]:
+    with contextlib.closing(http.client.HTTPResponse(link)) as response:
+        response.begin()
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, json.load(response)
+
+
+def is_closed(link: socket.socket) -> bool:
+    with suppress(ConnectionResetError):
+        return link.recv(1) == b""
+    return True
+
+
+def test_silent_connections_make_room_and_established_clients_keep_theirs(small: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        established = stack.enter_context(connect(small))
+        assert ask(established)[0] == 200
+        silent = [stack.enter_context(connect(small)) for _ in range(40)]
+        with connect(small) as prober:
+            for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/net"):
+                assert ask(prober, path)[0] == 200
+            assert ask(established)[0] == 200
+        assert all(is_closed(link) for link in silent[:36])
+
+
+def test_of_the_connections_that_were_served_the_longest_idle_is_closed(small: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(connect(small)) for _ in range(4)]
+        for link in (*links, links[0]):
+            assert ask(link)[0] == 200
+        assert ask(stack.enter_context(connect(small)))[0] == 200
+        assert is_closed(links[1])
+        for link in (links[0], links[2], links[3]):
+            assert ask(link)[0] == 200
+
+
+def test_with_every_connection_busy_health_is_answered_and_the_rest_refused_in_json(small: Server) -> None:
+    half = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            busy = stack.enter_context(connect(small))
+            busy.sendall(half.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+            assert busy.recv(100).startswith(b"HTTP/1.1 100 ")
+        link = stack.enter_context(connect(small))
+        for _ in range(2):
+            status, _, told = ask(link, "/v2/health/live")
+            assert (status, told) == (200, {"live": True})
+        status, headers, told = ask(link)
+        assert status == 503
+        assert "all are busy" in told["error"]
+        assert headers["retry-after"] == "1"
+        assert headers["content-type"] == "application/json"
+        assert headers["connection"] == "close"
+        assert is_closed(link)
+        with connect(small) as other:
+            other.sendall(half.replace(b"{", b"{" + b" " * 99))
+            assert answer_on(other)[0] == 503
+        # Nor do silent connections above the limit keep a health check out.
+        for _ in range(100):
+            stack.enter_context(connect(small))
+        assert ask(stack.enter_context(connect(small)), "/v2/health/ready")[0] == 200
+
+
+def test_one_address_gets_its_share_and_others_are_not_closed_for_it() -> None:
+    class Fake:
+        spare = answered = closed = False
+        idle_since_s: float | None = 0.0
+
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        def close(self) -> None:
+            self.closed = True
+
+    connections = Connections(8)
+    others, greedy = [Fake("192.0.2.1") for _ in range(3)], [Fake("192.0.2.2") for _ in range(20)]
+    for fake in (*others, *greedy):
+        connections.add(fake)
+    assert not any(fake.closed for fake in others)
+    assert [fake.closed for fake in greedy] == [True] * 16 + [False] * 4
+    for fake in greedy:
+        fake.idle_since_s = None
+    late = Fake("192.0.2.2")
+    connections.add(late)
+    assert late.spare
+    assert not any(fake.closed for fake in (*others, late))
+    for fake in (*others, *greedy, late):
+        connections.remove(fake)
+    assert len(connections) == 0
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET / FTP/1.1\r\n\r\n",
+    ],
+    ids=["TLS", "SSH", "HTTP/2", "FTP"],
+)
+def test_what_is_no_request_is_refused_in_json(server: Server, request_bytes: bytes) -> None:
+    with connect(server) as link:
+        link.sendall(request_bytes)
+        answer = read_all(link)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert "not valid HTTP/1.1" in error_in(answer)
+
+
+def test_an_unexpected_error_is_json_and_the_connection_stays(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ServedModel) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(ServedModel, "metadata", fail)
+    with connect(server) as link:
+        for _ in range(2):
+            status, _, told = ask(link)
+            assert status == 500
+            assert "secret" not in told["error"]
+
+
+@pytest.mark.parametrize("path", ["/v2/models/net/", "/v2/health/live/", "//evil.example/v2/models/net/"])
+def test_nothing_is_redirected(server: Server, path: str) -> None:
+    with connect(server) as link:
+        status, headers, told = ask(link, path)
+        assert status == 404
+        assert told["error"]
+        assert "location" not in headers

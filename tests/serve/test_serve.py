@@ -27,8 +27,8 @@ import torch
 from messages import joined
 from torch import Tensor, nn
 
-import torchsurgeon.serve.app
 import torchsurgeon.serve.protocol
+import torchsurgeon.serve.replies
 from torchsurgeon import serve, wire
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import RequestRefusedError, ServerError, ServerUnavailableError, SpecError, TraceError
@@ -405,7 +405,7 @@ def exchange(server: serve.Server, data: bytes, timeout_s: float = 5.0) -> bytes
 def test_a_body_over_the_boundary_is_refused_before_it_is_sent(
     server: serve.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchsurgeon.serve.app, "LINGER_S", 0.1)
+    monkeypatch.setattr(torchsurgeon.serve.replies, "LINGER_S", 0.1)
     head = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
     start = time.monotonic()
     answer = exchange(server, head)
@@ -531,7 +531,7 @@ def test_a_repeated_request_whose_body_does_not_come_is_cut_off(talk: Talk) -> N
 @pytest.mark.parametrize("pause", ["head", "body"])
 def test_a_client_that_dribbles_is_cut_off(server: serve.Server, monkeypatch: pytest.MonkeyPatch, pause: str) -> None:
     monkeypatch.setattr(torchsurgeon.serve.protocol, "HEAD_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(torchsurgeon.serve.app, "LINGER_S", 0.1)
+    monkeypatch.setattr(torchsurgeon.serve.replies, "LINGER_S", 0.1)
     data = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\n"
     if pause == "body":
         data += b"Content-Length: 1000\r\n\r\n{"

@@ -141,6 +141,21 @@ def add_serve(commands: Commands) -> None:
         metavar="N",
         help="largest batch that a request may have (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-connections",
+        type=whole_number(1),
+        default=512,
+        metavar="N",
+        help="most connections; for another one, the one that has been idle the longest is closed (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--max-connections-per-address",
+        type=whole_number(1),
+        metavar="N",
+        help="most connections from one address (default: half of --max-connections, and no limit for this machine's "
+        "own address)",
+    )
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -177,6 +192,8 @@ def _serve(options: argparse.Namespace) -> None:
         verify=options.verify,
         seed=options.seed,
         max_batch=options.max_batch,
+        max_connections=options.max_connections,
+        max_connections_per_address=options.max_connections_per_address,
     )
 
 

@@ -20,40 +20,36 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ProtocolError
 from torchsurgeon.serve.body import (
     JOIN_BYTES,
-    LINGER_BYTES,
-    LINGER_S,
     DisconnectedError,
     Incoming,
     Receive,
     check_length,
     content_length,
-    discard,
     inflate,
     read_body,
 )
 from torchsurgeon.serve.direct import Direct
-from torchsurgeon.serve.failure import STATUS, error_body, status_of
+from torchsurgeon.serve.failure import error_body, status_of
 from torchsurgeon.serve.registry import ModelRegistry
+from torchsurgeon.serve.replies import RETRY_AFTER_S, Scope, Send, refuse, send_json
 from torchsurgeon.serve.served import Received, ServedModel
 
-Scope = Mapping[str, Any]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-
 MAX_PROBE_BYTES = 4 << 20
+_RETRY = {"retry-after": str(RETRY_AFTER_S)}
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 
 
@@ -68,13 +64,15 @@ class TailApp:
         registry: as given.
         body_timeout_s: as given.
         direct: answers plain inference requests without ASGI; torchsurgeon's own server uses it.
+        draining: whether the server is about to stop. It is then not ready, and answers all the same.
     """
 
     def __init__(self, registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> None:
         self.registry = registry
         self.body_timeout_s = body_timeout_s
         self.direct = Direct(registry, body_timeout_s)
-        self._rest = _control_plane(registry)
+        self.draining = False
+        self._rest = _control_plane(registry, lambda: self.draining)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, as ASGI 3 calls an application."""
@@ -90,7 +88,8 @@ class TailApp:
                 incoming = Incoming(receive)
                 await self._guarded(self._probe(scope, incoming, send), incoming, send)
                 return
-        await self._rest(scope, receive, send)  # type: ignore[arg-type]
+        # By "app", the router knows that an error it raises is answered.
+        await self._rest({**scope, "app": self}, receive, send)  # type: ignore[arg-type]
 
     async def _guarded(self, handling: Awaitable[None], incoming: Incoming, send: Send) -> None:
         try:
@@ -98,7 +97,7 @@ class TailApp:
         except DisconnectedError:
             pass
         except Exception as error:
-            await _refuse(status_of(error), error_body(error), incoming, send)
+            await refuse(status_of(error), error_body(error), incoming, send)
 
     async def _infer(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.perf_counter()
@@ -131,7 +130,7 @@ class TailApp:
         received = len(await read_body(receive, size, MAX_PROBE_BYTES, self.body_timeout_s))
         answer = {"received_bytes": received, "receive_s": round(time.perf_counter() - started_s, 6)}
         # JSON may end in spaces, so the answer has the length that was asked for and still is JSON.
-        await _json(200, json.dumps(answer).encode().ljust(down), send)
+        await send_json(200, json.dumps(answer).encode().ljust(down), send)
 
 
 def create_app(registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> TailApp:
@@ -169,29 +168,7 @@ async def _answer(encoded: wire.Encoded, send: Send) -> None:
         await send({"type": "http.response.body", "body": buffer, "more_body": index + 1 < len(buffers)})
 
 
-async def _json(status: int, body: bytes, send: Send, *, close: bool = False) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if close:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": close})
-
-
-async def _refuse(status: int, body: bytes, incoming: Incoming, send: Send) -> None:
-    """Answer with an error. If the client still sends its body, read on for a while, so that it gets the error."""
-    if incoming.complete:
-        await _json(status, body, send)
-        return
-    try:
-        await _json(status, body, send, close=True)
-        await discard(incoming, LINGER_BYTES, LINGER_S)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-    except (OSError, RuntimeError):
-        # The client has left without waiting for its error.
-        return
-
-
-def _control_plane(registry: ModelRegistry) -> Starlette:
+def _control_plane(registry: ModelRegistry, draining: Callable[[], bool]) -> ExceptionMiddleware:
     def find(request: Request) -> ServedModel:
         return registry.get(request.path_params["name"], request.path_params.get("version"))
 
@@ -204,7 +181,8 @@ def _control_plane(registry: ModelRegistry) -> Starlette:
         return JSONResponse({"live": True})
 
     async def ready(request: Request) -> JSONResponse:
-        return JSONResponse({"ready": registry.ready()}, 200 if registry.ready() else 503)
+        is_ready = registry.ready() and not draining()
+        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503, None if is_ready else _RETRY)
 
     async def model(request: Request) -> JSONResponse:
         return JSONResponse(find(request).metadata())
@@ -225,8 +203,9 @@ def _control_plane(registry: ModelRegistry) -> Starlette:
     async def failure(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             asked = f"{request.method} {request.url.path[:300]}"
-            return JSONResponse({"error": f"{error.detail}: {asked}"}, error.status_code)
-        return Response(error_body(error), status_of(error), media_type="application/json")
+            return JSONResponse({"error": f"{error.detail}: {asked}"}, error.status_code, error.headers)
+        status = status_of(error)
+        return Response(error_body(error), status, _RETRY if status == 503 else None, "application/json")
 
     routes = [
         Route("/v2", server),
@@ -243,8 +222,10 @@ def _control_plane(registry: ModelRegistry) -> Starlette:
             Route(f"{prefix}/fingerprint", fingerprint),
             Route(f"{prefix}/profile", profile),
         ]
-    handlers: dict[Any, Any] = {HTTPException: failure, **dict.fromkeys(STATUS, failure)}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    # Not a Starlette, which answers an unexpected error in plain text. And a redirect would go to whatever host the
+    # request names.
+    handlers: dict[Any, Any] = {HTTPException: failure, Exception: failure}
+    return ExceptionMiddleware(Router(routes, redirect_slashes=False), handlers)
 
 
 def _version() -> str:

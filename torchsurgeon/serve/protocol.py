@@ -27,9 +27,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from torchsurgeon.errors import ProtocolError, short
 from torchsurgeon.serve.body import JOIN_BYTES, LINGER_BYTES, LINGER_S, timeout_for
+from torchsurgeon.serve.connections import Connections
 from torchsurgeon.serve.direct import Direct, Job, Plain, Reply, reply_head
 from torchsurgeon.serve.failure import HeadTooLargeError, error_body, status_of
 from torchsurgeon.serve.heads import HeadMeter
+from torchsurgeon.serve.replies import only_health
 
 HEAD_TIMEOUT_S = 10.0
 _SCRATCH_BYTES = 16 << 10
@@ -81,13 +83,17 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     Args:
         direct: decides which requests are answered without ASGI; None to answer none that way.
+        connections: all connections of the server.
         *args: passed on to uvicorn's protocol.
         **kwargs: passed on to uvicorn's protocol.
     """
 
-    def __init__(self, direct: Direct | None, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, direct: Direct | None, connections: Connections, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._direct = direct
+        self._all = connections
+        self.address = ""
+        self.spare = self.answered = False
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._job: Job | None = None
         self._turn = _Turn()
@@ -108,16 +114,40 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         """Start the connection; called by asyncio."""
         super().connection_made(transport)
         self._fd: int = transport.get_extra_info("socket").fileno()
+        self._idle_since_s = self.loop.time()
+        self.address = self.client[0] if self.client else ""
+        self._all.add(self)
+        if self.spare:
+            self._direct = None
+            self.app = only_health(self.app, self._all.why_full)
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release timers and buffers; called by asyncio."""
         super().connection_lost(exc)
+        self._all.remove(self)
         self._stop_timers()
         self._job = self._repeat = self._ahead = None
         # By this, asyncio's transport refers to itself. Without it, the transport is freed here, in the loop's thread,
         # and not by a garbage collection in any thread, where Python drops what a signal handler raises meanwhile.
         vars(self.transport).pop("_read_ready_cb", None)
+
+    @property
+    def idle_since_s(self) -> float | None:
+        """Since when the connection waits for a whole head; None while a body arrives, or a request is answered."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        in_body = self._job is not None or (self._in_message and not self._in_head)
+        return None if answering or in_body else self._idle_since_s
+
+    def close(self) -> None:
+        """Close the connection once what was written is sent."""
+        self.transport.close()
+
+    def on_response_complete(self) -> None:
+        """Note that a request was answered; called by uvicorn."""
+        self.answered = True
+        self._idle_since_s = self.loop.time()
+        super().on_response_complete()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the memory for the data that arrives next; called by asyncio."""
@@ -294,8 +324,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._body_arrived()
 
     def _may_begin(self) -> bool:
-        idle = self.cycle is None or self.cycle.response_complete
-        return idle and (self.limit_concurrency is None or len(self.connections) < self.limit_concurrency)
+        return self.cycle is None or self.cycle.response_complete
 
     def _may_be_direct(self) -> bool:
         plain = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
@@ -326,7 +355,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.transport.write(head + reply.buffers[0])
             for buffer in reply.buffers[1:]:
                 self.transport.write(buffer)
-        turn.response_complete = True
+        turn.response_complete = self.answered = True
         if not turn.keep_alive:
             self.transport.close()
         if self.pipeline:

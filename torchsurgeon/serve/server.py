@@ -19,12 +19,12 @@ import uvicorn
 from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.errors import ServerError, TorchSurgeonError, short
 from torchsurgeon.serve.app import create_app
+from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
 from torchsurgeon.serve.protocol import ServeProtocol
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import Profiler, measured_profile
 
 _KEEP_ALIVE_S = 75
-_MAX_CONNECTIONS = 512
 _START_S = 10.0
 
 
@@ -40,6 +40,9 @@ class Server:
         ssl_certfile: the certificate, for HTTPS.
         ssl_keyfile: the certificate's key.
         direct: whether plain inference requests bypass ASGI.
+        max_connections: the most connections; for another one, the one that has been idle the longest is closed.
+        max_connections_per_address: the most connections from one address; by default half of ``max_connections``, and
+            no limit for this machine's own.
 
     Raises:
         ServerError: the address is not available.
@@ -59,12 +62,15 @@ class Server:
         ssl_certfile: str | None = None,
         ssl_keyfile: str | None = None,
         direct: bool = True,
+        max_connections: int = MAX_CONNECTIONS,
+        max_connections_per_address: int | None = None,
     ) -> None:
         self.host = host
         self._socket = listen(host, port)
         self.port: int = self._socket.getsockname()[1]
         self.url = _url("https" if ssl_certfile else "http", host, self.port)
-        config = _config(app, direct=direct, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
+        connections = Connections(max_connections, max_connections_per_address)
+        config = _config(app, connections, direct=direct, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
 
@@ -113,6 +119,8 @@ def run(
     verify: bool = True,
     seed: int = 0,
     max_batch: int = 64,
+    max_connections: int = MAX_CONNECTIONS,
+    max_connections_per_address: int | None = None,
     profiler: Profiler | None = measured_profile,
     say: Callable[[str], None] | None = None,
 ) -> None:
@@ -132,6 +140,8 @@ def run(
         verify: whether to run each model and what was traced, and compare, as ``trace()`` does.
         seed: seed of random weights.
         max_batch: the largest batch of a request.
+        max_connections: as in ``Server``.
+        max_connections_per_address: as in ``Server``.
         profiler: as in ``ModelRegistry``.
         say: called with each line about the server's progress; prints it by default.
 
@@ -154,7 +164,8 @@ def run(
         registry.announce(name)
     bound = listen(host, port)
     url = _url("http", host, bound.getsockname()[1])
-    server = uvicorn.Server(_config(create_app(registry), direct=True))
+    connections = Connections(max_connections, max_connections_per_address)
+    server = uvicorn.Server(_config(create_app(registry), connections, direct=True))
     failures: list[TorchSurgeonError] = []
 
     def load() -> None:
@@ -245,11 +256,16 @@ def _url(scheme: str, host: str, port: int) -> str:
 
 
 def _config(
-    app: Any, *, direct: bool, ssl_certfile: str | None = None, ssl_keyfile: str | None = None
+    app: Any,
+    connections: Connections,
+    *,
+    direct: bool,
+    ssl_certfile: str | None = None,
+    ssl_keyfile: str | None = None,
 ) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=cast(Any, partial(ServeProtocol, getattr(app, "direct", None) if direct else None)),
+        http=cast(Any, partial(ServeProtocol, getattr(app, "direct", None) if direct else None, connections)),
         # Not uvloop, which took half as long again for what ServeProtocol does.
         loop="asyncio",
         ws="none",
@@ -260,7 +276,6 @@ def _config(
         server_header=False,
         date_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        limit_concurrency=_MAX_CONNECTIONS,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
     )
