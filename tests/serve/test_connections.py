@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -280,3 +281,35 @@ def test_nothing_is_redirected(server: Server, path: str) -> None:
         assert status == 404
         assert told["error"]
         assert "location" not in headers
+
+
+# --- upgrades ---
+
+UPGRADE = (
+    b"Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+)
+
+
+@pytest.mark.parametrize("offer", [UPGRADE, b"Host: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"])
+def test_an_offered_upgrade_is_ignored(server: Server, offer: bytes) -> None:
+    body = json.dumps({"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}]})
+    head = b"POST /v2/models/net/infer HTTP/1.1\r\n" + offer + b"Content-Length: %d\r\n\r\n" % len(body)
+    with connect(server) as link:
+        for split_at in (0, 40, len(head), len(head) + 10):
+            data = head + body.encode()
+            for piece in (data[:split_at], data[split_at:]):
+                link.sendall(piece)
+                time.sleep(0.02)
+            status, _, told = answer_on(link)
+            assert (status, told["outputs"][0]["name"]) == (200, "output")
+        link.sendall(b"GET /v2/health/live HTTP/1.1\r\n" + offer + b"\r\n")
+        assert answer_on(link)[2] == {"live": True}
+        assert ask(link)[0] == 200
+
+
+def test_a_request_for_a_tunnel_is_refused(server: Server) -> None:
+    with connect(server) as link:
+        link.sendall(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n")
+        answer = read_all(link)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert "no proxy" in error_in(answer)

@@ -27,7 +27,7 @@ import torch
 from messages import joined
 from torch import Tensor, nn
 
-import torchsurgeon.serve.protocol
+import torchsurgeon.serve.guarded
 import torchsurgeon.serve.replies
 from torchsurgeon import serve, wire
 from torchsurgeon.cutting.partition import cut
@@ -530,7 +530,7 @@ def test_a_repeated_request_whose_body_does_not_come_is_cut_off(talk: Talk) -> N
 
 @pytest.mark.parametrize("pause", ["head", "body"])
 def test_a_client_that_dribbles_is_cut_off(server: serve.Server, monkeypatch: pytest.MonkeyPatch, pause: str) -> None:
-    monkeypatch.setattr(torchsurgeon.serve.protocol, "HEAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(torchsurgeon.serve.guarded, "HEAD_TIMEOUT_S", 0.5)
     monkeypatch.setattr(torchsurgeon.serve.replies, "LINGER_S", 0.1)
     data = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\n"
     if pause == "body":

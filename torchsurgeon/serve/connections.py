@@ -31,7 +31,13 @@ class Connection(Protocol):
         """Whether a request has ever been answered on it."""
 
     def close(self) -> None:
-        """Close it."""
+        """Close it once what was written is sent."""
+
+    def abort(self) -> None:
+        """Close it at once."""
+
+    def drain(self) -> None:
+        """Close it after the next answer."""
 
 
 class Connections:
@@ -42,6 +48,9 @@ class Connections:
     say nothing are closed, and not those of clients that are served. Where all are busy, the new one is a spare:
     nothing but health is answered on it.
 
+    Attributes:
+        draining: whether the server is about to stop.
+
     Args:
         limit: the most connections, without spare ones.
         limit_per_address: the most connections from one address; None for half of ``limit``, where those from this
@@ -51,6 +60,7 @@ class Connections:
     def __init__(self, limit: int = MAX_CONNECTIONS, limit_per_address: int | None = None) -> None:
         self.limit = limit
         self.limit_per_address = limit_per_address
+        self.draining = False
         self._open: dict[Connection, None] = {}
         self._per_address: dict[str, dict[Connection, None]] = {}
 
@@ -62,15 +72,42 @@ class Connections:
         peers = self._per_address.get(connection.address, {})
         crowded = len(peers) >= self._limit_of(connection.address) and not self._close_one(peers)
         full = len(self._open) >= self.limit and not self._close_one(one for one in self._open if not one.spare)
-        connection.spare = crowded or full
+        connection.spare = crowded or full or self.draining
         if connection.spare:
             spare = [one for one in self._open if one.spare]
             if len(spare) >= SPARE_CONNECTIONS and not self._close_one(spare):
                 self._close(spare[0])
         self._open[connection] = self._per_address.setdefault(connection.address, {})[connection] = None
 
-    def why_full(self) -> str:
+    def drain(self) -> int:
+        """Close every connection after its next answer, and take new ones as spare ones only.
+
+        Returns:
+            How many connections have a request under way.
+        """
+        self.draining = True
+        for connection in self._open:
+            connection.drain()
+        return sum(one.idle_since_s is None for one in self._open)
+
+    def close_idle(self, since_s: float) -> None:
+        """Close every connection that has waited for a request since ``since_s`` or longer."""
+        for connection in list(self._open):
+            idle_since_s = connection.idle_since_s
+            if idle_since_s is not None and idle_since_s <= since_s:
+                self._close(connection)
+
+    def abort(self) -> int:
+        """Close every connection at once, and return how many had a request under way."""
+        cut_off = [one for one in self._open if one.idle_since_s is None]
+        for connection in list(self._open):
+            connection.abort()
+        return len(cut_off)
+
+    def why_spare(self) -> str:
         """Return why a spare connection is refused, in a sentence."""
+        if self.draining:
+            return "the server is stopping; ask another one, or try again in a moment"
         return (
             f"the server has as many connections as it takes ({self.limit}, of which {self._limit_of('')} from one "
             "address), and all are busy; try again in a moment"

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, with a shortcut for inference that bypasses ASGI.
+"""The server's HTTP protocol, with a shortcut for inference that bypasses ASGI.
 
 A plain inference request is a POST to …/infer with a Content-Length, on a connection that is kept alive, for a model
 that is ready. This protocol answers it without ASGI: the body is read from the socket straight into the buffer that it
@@ -9,9 +9,7 @@ one is read into a buffer that is laid out for the same head followed by a body:
 parsed and nothing is copied. If not, the head is parsed, and the part of the body that came with it is copied.
 
 Every other request, and every request that has to be refused, takes uvicorn's ordinary way to the ASGI application,
-which gives the same answers.
-
-A request's head has to arrive within ``HEAD_TIMEOUT_S``, and ``heads`` limits its size; uvicorn itself limits neither.
+which gives the same answers. What both ways have in common is in ``guarded``.
 """
 
 from __future__ import annotations
@@ -23,17 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from torchsurgeon.errors import ProtocolError, short
-from torchsurgeon.serve.body import JOIN_BYTES, LINGER_BYTES, LINGER_S, timeout_for
+from torchsurgeon.serve.body import JOIN_BYTES, timeout_for
 from torchsurgeon.serve.connections import Connections
 from torchsurgeon.serve.direct import Direct, Job, Plain, Reply, reply_head
-from torchsurgeon.serve.failure import HeadTooLargeError, error_body, status_of
-from torchsurgeon.serve.heads import HeadMeter
-from torchsurgeon.serve.replies import only_health
+from torchsurgeon.serve.guarded import GuardedProtocol
 
-HEAD_TIMEOUT_S = 10.0
 _SCRATCH_BYTES = 16 << 10
 _MAX_REPEATED_BYTES = 4096
 
@@ -63,16 +56,7 @@ class _Repeat:
         return data[: len(self.head)] == self.head
 
 
-@dataclass
-class _Fed:
-    """What the parser found in one piece of data: requests that began, bytes of bodies, and a plain request."""
-
-    begun: int = 0
-    body_bytes: int = 0
-    admitted: Plain | None = None
-
-
-class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
+class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
     """One connection. asyncio asks ``get_buffer()`` where to put data, and then calls ``buffer_updated()``.
 
     Data goes to one of three places:
@@ -89,65 +73,31 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
     """
 
     def __init__(self, direct: Direct | None, connections: Connections, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(connections, *args, **kwargs)
         self._direct = direct
-        self._all = connections
-        self.address = ""
-        self.spare = self.answered = False
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._job: Job | None = None
         self._turn = _Turn()
         self._repeat: _Repeat | None = None
         self._ahead: memoryview | None = None
         self._body_timer: asyncio.TimerHandle | None = None
-        self._head_timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._idle_since_s = 0.0
-        self._in_head = False
-        self._in_message = False
-        self._fed = _Fed()
-        self._head = HeadMeter()
-        # Bytes that are still read and dropped after an error, before the connection is closed; None before an error.
-        self._dropping: int | None = None
+        self._admitted: Plain | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Start the connection; called by asyncio."""
         super().connection_made(transport)
         self._fd: int = transport.get_extra_info("socket").fileno()
-        self._idle_since_s = self.loop.time()
-        self.address = self.client[0] if self.client else ""
-        self._all.add(self)
         if self.spare:
             self._direct = None
-            self.app = only_health(self.app, self._all.why_full)
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release timers and buffers; called by asyncio."""
         super().connection_lost(exc)
-        self._all.remove(self)
-        self._stop_timers()
         self._job = self._repeat = self._ahead = None
         # By this, asyncio's transport refers to itself. Without it, the transport is freed here, in the loop's thread,
         # and not by a garbage collection in any thread, where Python drops what a signal handler raises meanwhile.
         vars(self.transport).pop("_read_ready_cb", None)
-
-    @property
-    def idle_since_s(self) -> float | None:
-        """Since when the connection waits for a whole head; None while a body arrives, or a request is answered."""
-        answering = self.cycle is not None and not self.cycle.response_complete
-        in_body = self._job is not None or (self._in_message and not self._in_head)
-        return None if answering or in_body else self._idle_since_s
-
-    def close(self) -> None:
-        """Close the connection once what was written is sent."""
-        self.transport.close()
-
-    def on_response_complete(self) -> None:
-        """Note that a request was answered; called by uvicorn."""
-        self.answered = True
-        self._idle_since_s = self.loop.time()
-        super().on_response_complete()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the memory for the data that arrives next; called by asyncio."""
@@ -192,19 +142,18 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
     def _feed(self, data: memoryview) -> None:
         """Parse ``data``. Where it holds the whole head of a plain request, remember the head for the next request."""
         from_start = not self._in_message
-        self._fed = fed = _Fed()
-        self.data_received(data)  # type: ignore[arg-type]
-        if self._dropping is not None or self.transport.is_closing():
-            return
-        if self._in_head and self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
-        if fed.admitted is not None:
+        goes_on = self.feed(data)
+        admitted, self._admitted = self._admitted, None
+        if not goes_on:
             self._repeat = None
-            head = bytes(data[: len(data) - fed.body_bytes])
+            return
+        if admitted is not None:
+            self._repeat = None
+            head = bytes(data[: len(data) - self._fed.body_bytes])
             # A head is remembered only if the parser and a plain search agree on where it begins and ends.
-            whole = from_start and fed.begun == 1 and head.find(b"\r\n\r\n") == len(head) - 4
+            whole = from_start and self._fed.begun == 1 and head.find(b"\r\n\r\n") == len(head) - 4
             if whole and len(head) <= _MAX_REPEATED_BYTES:
-                self._repeat = _Repeat(head, fed.admitted)
+                self._repeat = _Repeat(head, admitted)
         if self._job is not None:
             self._read_on(self._job)
 
@@ -226,100 +175,26 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
                 self._in_message = False
             self._body_arrived()
 
-    def data_received(self, data: bytes) -> None:
-        """Parse a piece of data, and refuse what is no request, or has too large a head."""
-        self._unset_keepalive_if_required()
-        try:
-            self.parser.feed_data(data)
-            if self._fed.body_bytes:
-                self._head.body()
-            elif self._in_message and not self._fed.begun:
-                self._head.piece(len(data))
-        except HeadTooLargeError as error:
-            self._refuse(error)
-        except httptools.HttpParserError as error:
-            if isinstance(error.__context__, HeadTooLargeError):
-                self._refuse(error.__context__)
-            else:
-                self._refuse(ProtocolError(f"the request is not valid HTTP/1.1: {short(error)}"))
-        except httptools.HttpParserUpgrade:
-            self._unsupported_upgrade_warning()
-
-    def _refuse(self, error: Exception) -> None:
-        """Answer with an error, and close the connection.
-
-        The client may still be sending. If the connection were closed at once, the client's system would drop the
-        answer. So what arrives is read on for a while, and dropped.
-        """
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            if self._in_head or getattr(cycle, "response_started", True):
-                # An answer to an earlier request is under way, which this one must not be taken for.
-                self.transport.close()
-                return
-            cycle.disconnected = True
-            cycle.message_event.set()
-        body = error_body(error)
-        self.transport.write(reply_head(status_of(error), None, len(body), False) + body)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self._stop_timers()
-        self._repeat = None
-        self._dropping = LINGER_BYTES
-        self._head_timer = self.loop.call_later(LINGER_S, self._late)
-        self.flow.resume_reading()
-
-    def _drop(self, count: int) -> None:
-        self._dropping = (self._dropping or 0) - count
-        if self._dropping <= 0:
-            self.transport.close()
-
-    def on_message_begin(self) -> None:
-        """Note that a request begins; called by the parser."""
-        super().on_message_begin()
-        self._head.begin()
-        self._in_head = self._in_message = True
-        self._fed.begun += 1
-        self._idle_since_s = self.loop.time()
-
-    def on_url(self, url: bytes) -> None:
-        """Take a piece of the request's target; called by the parser."""
-        self._head.target(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header line, or a line of the trailer; called by the parser."""
-        self._head.line(name, value)
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """Answer a plain request without ASGI, or leave the request to uvicorn; called by the parser."""
-        self._in_head = False
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _begin_request(self) -> None:
+        """Answer a plain request without ASGI, or leave the request to uvicorn."""
         if self._direct is not None and self._may_be_direct():
             admitted = self._direct.admit(self.url, self.headers)
             if admitted is not None:
-                self._fed.admitted = admitted
+                self._admitted = admitted
                 self._take_turn(Job(admitted, self._direct.buffers.take(admitted.size)))
                 return
         self._repeat = None
-        super().on_headers_complete()
+        super()._begin_request()
 
-    def on_body(self, body: bytes) -> None:
-        """Take a piece of a body; called by the parser."""
-        self._fed.body_bytes += len(body)
+    def _take_body(self, body: bytes) -> None:
         if self._job is None:
-            super().on_body(body)
+            super()._take_body(body)
         else:
             self._job.take(body)
 
-    def on_message_complete(self) -> None:
-        """Note that a request is complete; called by the parser."""
-        self._in_message = False
+    def _end_request(self) -> None:
         if self._job is None:
-            super().on_message_complete()
+            super()._end_request()
         else:
             self._body_arrived()
 
@@ -333,6 +208,7 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
     def _take_turn(self, job: Job) -> None:
         self._job = job
         self._turn.response_complete = False
+        self._turn.keep_alive = not self._draining
         self.cycle = self._turn  # type: ignore[assignment]
 
     def _body_arrived(self) -> None:
@@ -379,12 +255,12 @@ class ServeProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.transport.close()
 
     def _late(self) -> None:
-        """Close the connection: a head or a body did not arrive in time."""
-        self._head_timer = self._body_timer = None
-        self.transport.close()
+        self._body_timer = None
+        super()._late()
 
     def _stop_timers(self) -> None:
-        for timer in (self._head_timer, self._body_timer, self._idle_timer):
+        super()._stop_timers()
+        for timer in (self._body_timer, self._idle_timer):
             if timer is not None:
                 timer.cancel()
-        self._head_timer = self._body_timer = self._idle_timer = None
+        self._body_timer = self._idle_timer = None

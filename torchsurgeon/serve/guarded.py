@@ -1,0 +1,239 @@
+"""uvicorn's HTTP protocol, guarded against what a client may do to it.
+
+* A request's head has to arrive within ``HEAD_TIMEOUT_S``, and ``heads`` limits its size.
+* ``connections`` decides which connection is closed where there are too many.
+* What is no request is answered in JSON, and an upgrade that a client offers is ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from torchsurgeon.errors import ProtocolError, short
+from torchsurgeon.serve.body import LINGER_BYTES, LINGER_S
+from torchsurgeon.serve.connections import Connections
+from torchsurgeon.serve.direct import reply_head
+from torchsurgeon.serve.failure import HeadTooLargeError, error_body, status_of
+from torchsurgeon.serve.heads import HeadMeter
+from torchsurgeon.serve.replies import only_health
+
+HEAD_TIMEOUT_S = 10.0
+_UPGRADE = (b"upgrade", b"http2-settings")
+
+
+@dataclass
+class Fed:
+    """What the parser found in one piece of data: requests that began, and bytes of bodies."""
+
+    begun: int = 0
+    body_bytes: int = 0
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection. A subclass hands every piece of data to ``feed()``, or to ``_drop()`` after an error.
+
+    Args:
+        connections: all connections of the server.
+        *args: passed on to uvicorn's protocol.
+        **kwargs: passed on to uvicorn's protocol.
+
+    Attributes:
+        address: the client's address; empty where it has none.
+        spare: whether it is above the limit, so that nothing but health is answered.
+        answered: whether a request was ever answered.
+    """
+
+    def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._all = connections
+        self.address = ""
+        self.spare = self.answered = False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._idle_since_s = 0.0
+        self._in_head = self._in_message = self._draining = False
+        self._fed = Fed()
+        self._head = HeadMeter()
+        # Bytes that are still read and dropped after an error, before the connection is closed; None before an error.
+        self._dropping: int | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Start the connection; called by asyncio."""
+        super().connection_made(transport)
+        self._idle_since_s = self.loop.time()
+        self.address = self.client[0] if self.client else ""
+        self._all.add(self)
+        if self.spare:
+            self.app = only_health(self.app, self._all.why_spare)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Release timers; called by asyncio."""
+        super().connection_lost(exc)
+        self._all.remove(self)
+        self._stop_timers()
+
+    @property
+    def idle_since_s(self) -> float | None:
+        """Since when the connection waits for a whole head; None while a body arrives, or a request is answered."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        return None if answering or (self._in_message and not self._in_head) else self._idle_since_s
+
+    def close(self) -> None:
+        """Close the connection once what was written is sent."""
+        self.transport.close()
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self.transport.abort()
+
+    def drain(self) -> None:
+        """Close the connection after its next answer, which says so."""
+        self._draining = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+
+    def on_response_complete(self) -> None:
+        """Note that a request was answered; called by uvicorn."""
+        self.answered = True
+        self._idle_since_s = self.loop.time()
+        super().on_response_complete()
+
+    def feed(self, data: memoryview) -> bool:
+        """Parse a piece of data, and return whether the connection goes on."""
+        self._fed = Fed()
+        self.data_received(data)  # type: ignore[arg-type]
+        if self._dropping is not None or self.transport.is_closing():
+            return False
+        if self._in_head and self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
+        return True
+
+    def data_received(self, data: bytes) -> None:
+        """Parse a piece of data, and refuse what is no request, or has too large a head."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+            if self._fed.body_bytes:
+                self._head.body()
+            elif self._in_message and not self._fed.begun:
+                self._head.piece(len(data))
+        except HeadTooLargeError as error:
+            self._refuse(error)
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, HeadTooLargeError):
+                self._refuse(error.__context__)
+            else:
+                self._refuse(ProtocolError(f"the request is not valid HTTP/1.1: {short(error)}"))
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(bytes(data[upgrade.args[0] :]))
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Parse a request again without the upgrade that its client offers.
+
+        The parser stops at an upgrade, and a server may ignore one (RFC 9110, section 7.8).
+
+        Args:
+            rest: what arrived after the request's head.
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        if method == b"CONNECT":
+            self._refuse(ProtocolError("the method must be GET or POST; got CONNECT, and this server is no proxy"))
+            return
+        lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
+        lines += [b"%s: %s" % (name, value) for name, value in self.headers if name not in _UPGRADE]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join([*lines, b"", rest]))
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer with an error, and close the connection.
+
+        The client may still be sending. If the connection were closed at once, the client's system would drop the
+        answer. So what arrives is read on for a while, and dropped.
+        """
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if self._in_head or getattr(cycle, "response_started", True):
+                # An answer to an earlier request is under way, which this one must not be taken for.
+                self.transport.close()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+        body = error_body(error)
+        self.transport.write(reply_head(status_of(error), None, len(body), False) + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._stop_timers()
+        self._dropping = LINGER_BYTES
+        self._head_timer = self.loop.call_later(LINGER_S, self._late)
+        self.flow.resume_reading()
+
+    def _drop(self, count: int) -> None:
+        self._dropping = (self._dropping or 0) - count
+        if self._dropping <= 0:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """Note that a request begins; called by the parser."""
+        super().on_message_begin()
+        self._head.begin()
+        self._in_head = self._in_message = True
+        self._fed.begun += 1
+        self._idle_since_s = self.loop.time()
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the request's target; called by the parser."""
+        self._head.target(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header line, or a line of the trailer; called by the parser."""
+        self._head.line(name, value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer a request; called by the parser."""
+        if self.parser.should_upgrade():
+            return
+        self._in_head = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        self._begin_request()
+
+    def _begin_request(self) -> None:
+        """Leave a request to the ASGI application. Subclasses may answer it otherwise."""
+        super().on_headers_complete()
+        if self._draining:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body; called by the parser."""
+        self._fed.body_bytes += len(body)
+        self._take_body(body)
+
+    def _take_body(self, body: bytes) -> None:
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Note that a request is complete; called by the parser."""
+        if not self.parser.should_upgrade():
+            self._in_message = False
+            self._end_request()
+
+    def _end_request(self) -> None:
+        super().on_message_complete()
+
+    def _late(self) -> None:
+        """Close the connection: a head or a body did not arrive in time, or what is dropped after an error."""
+        self._head_timer = None
+        self.transport.close()
+
+    def _stop_timers(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
