@@ -156,6 +156,13 @@ def add_serve(commands: Commands) -> None:
         help="most connections from one address (default: half of --max-connections, and no limit for this machine's "
         "own address)",
     )
+    parser.add_argument(
+        "--grace-s",
+        type=number,
+        default=10.0,
+        metavar="SECONDS",
+        help="after SIGTERM or Ctrl-C, longest time for the requests that are under way (default: %(default)s)",
+    )
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -194,6 +201,7 @@ def _serve(options: argparse.Namespace) -> None:
         max_batch=options.max_batch,
         max_connections=options.max_connections,
         max_connections_per_address=options.max_connections_per_address,
+        grace_s=options.grace_s,
     )
 
 

@@ -74,6 +74,10 @@ class TailApp:
         self.draining = False
         self._rest = _control_plane(registry, lambda: self.draining)
 
+    def drain(self) -> None:
+        """Say from now on that the server is not ready."""
+        self.draining = True
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, as ASGI 3 calls an application."""
         if scope["type"] == "http" and scope["method"] == "POST":

@@ -17,6 +17,7 @@ from torchsurgeon import wire
 from torchsurgeon.errors import ModelServingError, ProtocolError
 from torchsurgeon.serve.failure import error_body, status_of
 from torchsurgeon.serve.registry import ModelRegistry
+from torchsurgeon.serve.replies import RETRY_AFTER_S
 from torchsurgeon.serve.served import Received, ServedModel
 from torchsurgeon.wire.buffers import Buffers
 
@@ -183,6 +184,8 @@ def reply_head(status: int, header_bytes: int | None, size_bytes: int, keep_aliv
     lines = [STATUS_LINE[status], b"content-length: %d\r\ncontent-type: %s\r\n" % (size_bytes, kind)]
     if header_bytes is not None:
         lines.append(b"%s: %d\r\n" % (_HEADER_LENGTH, header_bytes))
+    if status == 503:
+        lines.append(b"retry-after: %d\r\n" % RETRY_AFTER_S)
     if not keep_alive:
         lines.append(b"connection: close\r\n")
     return b"".join([*lines, b"\r\n"])

@@ -20,6 +20,7 @@ from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.errors import ServerError, TorchSurgeonError, short
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
+from torchsurgeon.serve.draining import DrainingServer
 from torchsurgeon.serve.protocol import ServeProtocol
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import Profiler, measured_profile
@@ -121,6 +122,7 @@ def run(
     max_batch: int = 64,
     max_connections: int = MAX_CONNECTIONS,
     max_connections_per_address: int | None = None,
+    grace_s: float = 10.0,
     profiler: Profiler | None = measured_profile,
     say: Callable[[str], None] | None = None,
 ) -> None:
@@ -142,6 +144,7 @@ def run(
         max_batch: the largest batch of a request.
         max_connections: as in ``Server``.
         max_connections_per_address: as in ``Server``.
+        grace_s: after SIGTERM or SIGINT, the most seconds that requests under way are waited for.
         profiler: as in ``ModelRegistry``.
         say: called with each line about the server's progress; prints it by default.
 
@@ -165,7 +168,10 @@ def run(
     bound = listen(host, port)
     url = _url("http", host, bound.getsockname()[1])
     connections = Connections(max_connections, max_connections_per_address)
-    server = uvicorn.Server(_config(create_app(registry), connections, direct=True))
+    app = create_app(registry)
+    server = DrainingServer(
+        _config(app, connections, direct=True), connections, grace_s=grace_s, on_drain=app.drain, say=report
+    )
     failures: list[TorchSurgeonError] = []
 
     def load() -> None:
@@ -194,7 +200,7 @@ def run(
             report(f"ready: serving {', '.join(models)} at {url}")
         except TorchSurgeonError as error:
             failures.append(error)
-            server.should_exit = True
+            server.should_exit = server.force_exit = True
 
     # Whoever reads "ready" connects at once, and a small model can be loaded before uvicorn takes connections.
     bound.listen()
