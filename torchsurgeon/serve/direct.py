@@ -99,7 +99,8 @@ class Job:
         model = self.plain.model
         received = Received(self._body, self.plain.header_bytes, arrived_s - self._started_s, arrived_s)
         answer = partial(_answer, model, received)
-        now = model.worker.now(answer) if model.quick(self.plain.size) else None
+        quick = model.quick(self.plain.size)
+        now = model.worker.now(answer) if quick else None
         if now is not None:
             reply(now)
             return
@@ -111,7 +112,7 @@ class Job:
                 # The event loop is closed, so nobody waits for the answer.
                 _log.debug("the server stopped before a request was answered")
 
-        model.worker.submit(answer).add_done_callback(done)
+        model.worker.submit(answer, quick=quick).add_done_callback(done)
 
 
 class Direct:

@@ -24,6 +24,7 @@ from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.profiling import profile
 from torchsurgeon.serve.edition import Edition, Editions
 from torchsurgeon.serve.fitted import FittedCodecs
+from torchsurgeon.serve.quick import QuickRequests
 from torchsurgeon.serve.tails import RequestPlan, Tails, place_of, run_at
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
@@ -36,9 +37,6 @@ Profiler = Callable[[LayerGraph], dict[str, Any]]
 
 # JSON numbers take up to eight times the bytes of the value that they stand for ("255, " for a uint8).
 JSON_FACTOR = 8
-# Handing a request to another thread and back would take a noticeable part of a time as short as this.
-_QUICK_S = 5e-4
-_MAX_REMEMBERED = 256
 # The server's times in the parameters of an answer, which begin before them: seconds, to the microsecond.
 _TIMES = '"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
 
@@ -115,8 +113,7 @@ class ServedModel:
         self._profiler = profiler
         self._arithmetic = ArithmeticReader(graph.model) if same_bits else None
         self._profile: dict[str, Any] | None = None
-        # Read and written by the event loop's thread and the worker's, one operation at a time.
-        self._durations_s: dict[int, float] = {}
+        self._quick = QuickRequests()
         self._fitted = FittedCodecs(name, graph)
 
     @property
@@ -193,10 +190,10 @@ class ServedModel:
         """Return whether a request is so quick that the worker's thread is not worth switching to.
 
         Args:
-            body_bytes: length of the request's body. The last request of this length, which most likely had the same
-                cut, says how long this one takes.
+            body_bytes: length of the request's body. Earlier requests of this length, which most likely had the same
+                cut, say how long this one takes.
         """
-        return self._finish is None and self._durations_s.get(body_bytes, 1.0) < _QUICK_S
+        return self._finish is None and self._quick.expects(body_bytes)
 
     def answer(self, request: Received) -> wire.Encoded:
         """Decode one request, run the tail, and encode the answer. To be called by the worker.
@@ -214,9 +211,7 @@ class ServedModel:
         try:
             return self._answer(request, started_s)
         finally:
-            if len(self._durations_s) >= _MAX_REMEMBERED:
-                self._durations_s.clear()
-            self._durations_s[len(request.body)] = time.perf_counter() - started_s
+            self._quick.took(len(request.body), time.perf_counter() - started_s)
 
     def _answer(self, request: Received, started_s: float) -> wire.Encoded:
         edition = self._editions.present

@@ -1,0 +1,48 @@
+"""Which requests are so quick that handing them to another thread would take a noticeable part of their time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Handing a request to another thread and back would take a noticeable part of a time as short as this.
+_QUICK_S = 5e-4
+# One slow request among quick ones is the scheduler's doing. So a kind of request loses its place only after several:
+# a slow one counts two, a quick one takes back one, and the place is lost at this count and won again at zero.
+_LOST_AT = 8
+_SLOW_COUNTS = 2
+_MAX_REMEMBERED = 256
+
+
+@dataclass
+class _Kind:
+    quick: bool = False
+    count: int = 1
+
+
+class QuickRequests:
+    """Remembers how long requests took, by the length of their bodies, since those of one cut have the same length.
+
+    It is used by the event loop's thread and the worker's, and an update that is lost between them does no harm.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[int, _Kind] = {}
+
+    def expects(self, body_bytes: int) -> bool:
+        """Return whether a request with a body of this length is expected to be quick; not before one was."""
+        kind = self._kinds.get(body_bytes)
+        return kind is not None and kind.quick
+
+    def took(self, body_bytes: int, duration_s: float) -> None:
+        """Take notice of how long a request took."""
+        kind = self._kinds.get(body_bytes)
+        if kind is None:
+            if len(self._kinds) >= _MAX_REMEMBERED:
+                self._kinds.clear()
+            kind = self._kinds[body_bytes] = _Kind()
+        if duration_s < _QUICK_S:
+            kind.count = max(0, kind.count - 1)
+        else:
+            kind.count = min(_LOST_AT, kind.count + _SLOW_COUNTS)
+        if kind.count in (0, _LOST_AT):
+            kind.quick = kind.count == 0
