@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
+from torchsurgeon.tracing.layout import Layout
 from torchsurgeon.tracing.step import Constant, Environment, Step, clone, number_to_tensor
 from torchsurgeon.tracing.structure import LeafPath, flatten
 
@@ -162,6 +163,26 @@ class Segment(nn.Module):
         )
         return copied
 
+    def apart(self, fixed: Mapping[int, torch.Tensor]) -> Segment:
+        """Return a copy for tools that change modules while they follow them, as ``torch.export`` does.
+
+        Its modules are its own, under names without dots, and hold this segment's parameters and buffers. It takes
+        tensors as they lie in memory, since the graphs that such tools make know no strides.
+
+        Args:
+            fixed: the tensors of some feeds, by their place; whatever is given there, the copy uses these.
+        """
+        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        copied = copy.deepcopy(self, dict(shared))
+        copied._modules = {f"part{i}": module for i, module in enumerate(copied._modules.values())}
+        copied._feeds = tuple(
+            dataclasses.replace(feed, restore=_always(feed.restore, fixed[i]))
+            if i in fixed
+            else dataclasses.replace(feed, restore=None if isinstance(feed.restore, Layout) else feed.restore)
+            for i, feed in enumerate(self._feeds)
+        )
+        return copied
+
     def load(self, tensors: Sequence[torch.Tensor]) -> Environment:
         """Return a new environment that holds the given tensors.
 
@@ -204,7 +225,7 @@ class Segment(nn.Module):
                 environment[i] = call(environment)
                 for j in dead:
                     environment[j] = None
-        return self._result(environment)
+        return self.result(environment)
 
     def until(self, stopped: Callable[[], bool], tensors: Sequence[torch.Tensor]) -> Any:
         """Run like ``forward()``, but stop early when asked to.
@@ -225,9 +246,10 @@ class Segment(nn.Module):
             environment[i] = call(environment)
             for j in dead:
                 environment[j] = None
-        return self._result(environment)
+        return self.result(environment)
 
-    def _result(self, environment: Environment) -> Any:
+    def result(self, environment: Environment) -> Any:
+        """Return what ``forward()`` returns, from the environment at the end of a run."""
         if self._picks is None:
             return environment[-1]
         return tuple(pick(environment) for pick in self._picks)
@@ -301,6 +323,11 @@ def _read_attribute(segment: nn.Module, target: str | Constant) -> Callable[[Env
         return lambda _: target.tensor
     owner, name = _owner(segment, target)
     return lambda _: getattr(owner, name)
+
+
+def _always(restore: Callable[[torch.Tensor], Any] | None, tensor: torch.Tensor) -> Callable[[Any], Any]:
+    value = tensor if restore is None else restore(tensor)
+    return lambda _: value
 
 
 def _owner(segment: nn.Module, target: str) -> tuple[Any, str]:
