@@ -15,8 +15,8 @@ _NAMES_BY_ROOM = {
     "codec": ("CodecCost", "CodecTable", "FittedCodec", "distill", "fit_codec", "load_codec"),
     "cutting": ("Partition", "cut", "tail_for"),
     "errors": (
-        "AdaptError", "ArithmeticMismatchError", "BackendError", "BodyTooLargeError", "CalibrationError",
-        "ChangedModelWarning", "CodecError",
+        "AdaptError", "ArithmeticMismatchError", "BackendError", "BackendWarning", "BodyTooLargeError",
+        "CalibrationError", "ChangedModelWarning", "CodecError",
         "DeadlineError", "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError",
         "MismatchWarning", "MissingCodecWarning",
         "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
@@ -41,7 +41,7 @@ _NAMES_BY_ROOM = {
 _ROOM_OF = {name: room for room, names in _NAMES_BY_ROOM.items() for name in names}
 # Attributes of the package without being imported by the user. The other rooms need extras.
 _ROOMS = (
-    "adapting", "codec", "cutting", "emulate", "errors", "hooks", "link", "meters", "models", "module",
+    "adapting", "backends", "codec", "cutting", "emulate", "errors", "hooks", "link", "meters", "models", "module",
     "planning", "prediction", "profiling", "runtime", "simulate", "tracing", "transport",
     "wire",
 )  # fmt: skip
@@ -68,6 +68,7 @@ if not TYPE_CHECKING:
 
 else:
     from torchsurgeon import adapting as adapting
+    from torchsurgeon import backends as backends
     from torchsurgeon import codec as codec
     from torchsurgeon import cutting as cutting
     from torchsurgeon import emulate as emulate
@@ -97,6 +98,7 @@ else:
     from torchsurgeon.errors import AdaptError as AdaptError
     from torchsurgeon.errors import ArithmeticMismatchError as ArithmeticMismatchError
     from torchsurgeon.errors import BackendError as BackendError
+    from torchsurgeon.errors import BackendWarning as BackendWarning
     from torchsurgeon.errors import BodyTooLargeError as BodyTooLargeError
     from torchsurgeon.errors import CalibrationError as CalibrationError
     from torchsurgeon.errors import ChangedModelWarning as ChangedModelWarning

@@ -9,7 +9,7 @@
     ├── CodecError                 an unknown codec, bytes it did not make, or a damaged table (also a ValueError)
     │   └── SampleSizeError        a sample that is too small for its budget; ``needed`` is how many calls suffice
     ├── DeviceError                an unknown device, or a factor of its speed that is not valid (also a ValueError)
-    ├── BackendError               a compiler that torch.compile does not have here (also a ValueError)
+    ├── BackendError               a backend or compiler is not here, or does not take a layer (also a ValueError)
     ├── AdaptError                 a budget, row or list of servers that is not valid (also a ValueError)
     │   └── DeadlineError          a deadline that no answer can meet; ``best_s`` is the shortest possible time
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
@@ -39,6 +39,7 @@
     ├── PredictionWarning          layers are unlike those of the calibration, so their times may be off
     ├── MismatchWarning            a server holds another model, so its answers are not used
     ├── MissingCodecWarning        a server lacks a fitted codec, so another is used in its place
+    ├── BackendWarning             a backend does not take a part of the model, so that part runs in eager PyTorch
     ├── ChangedModelWarning        the model is no longer as it was traced, so it answers as a whole on the device
     ├── UnknownEnergyWarning       energy was to be saved but is unknown, so latency is saved instead
     └── UnfinishedWarning          a measurement was interrupted; it holds what was measured until then
@@ -143,7 +144,7 @@ class DeviceError(TorchSurgeonError, ValueError):
 
 
 class BackendError(TorchSurgeonError, ValueError):
-    """A compiler does not exist here, or its package is missing."""
+    """A backend or a compiler does not exist here, lacks a package or a provider, or does not take a layer."""
 
 
 class AdaptError(TorchSurgeonError, ValueError):
@@ -290,6 +291,10 @@ class MismatchWarning(UserWarning):
 
 class MissingCodecWarning(UserWarning):
     """A server does not have the file of a fitted codec, so what crosses to it is encoded by another codec."""
+
+
+class BackendWarning(UserWarning):
+    """A backend does not take a part of the model, or computes it otherwise, so that part runs in eager PyTorch."""
 
 
 class ChangedModelWarning(UserWarning):

@@ -1,0 +1,84 @@
+"""What runs a part of a model in place of eager PyTorch."""
+
+from __future__ import annotations
+
+import abc
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from torchsurgeon.backends.part import Part
+from torchsurgeon.errors import BackendError
+
+Run = Callable[..., Sequence[Tensor]]
+"""Takes the tensors of a part, without its numbers, and returns the part's results."""
+
+
+class Backend(abc.ABC):
+    """One way to run heads and tails. A subclass defines ``build()`` and these attributes.
+
+    Attributes:
+        name: the name under which it is asked for.
+        device: where it computes, in words.
+        keeps_bits: whether its results are those of eager PyTorch bit for bit.
+        tolerance: how far a result may be from that of eager PyTorch, as a share of the largest magnitude in the
+            tensor. A part that deviates more on the example runs in eager PyTorch.
+        free_batch: whether what it builds may take other batch sizes than the example's.
+        copies_weights: whether what it builds holds the weights as they were then, and so must not be used once they
+            have changed.
+        packages: the modules that it imports.
+        extra: the extra of torchsurgeon that installs these.
+    """
+
+    name: str
+    device: str = "cpu"
+    keeps_bits: bool = False
+    tolerance: float = 1e-4
+    free_batch: bool = True
+    copies_weights: bool = True
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
+
+    def __init__(self) -> None:
+        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        if missing:
+            raise BackendError(
+                f"backend {self.name!r} needs {', '.join(self.packages)}, and not installed are: {', '.join(missing)}; "
+                + (f"pip install 'torchsurgeon[{self.extra}]'" if self.extra else f"pip install {' '.join(missing)}")
+                + ", or choose another backend"
+            )
+
+    @abc.abstractmethod
+    def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:
+        """Return what runs a part of a model. This may take seconds to minutes.
+
+        Args:
+            part: the head, the tail or the whole model.
+            example: the part's tensors, numbers included.
+            free_batch: whether the result must take any batch size; if not, it takes the example's shapes only.
+
+        Raises:
+            Exception: it does not take this part; a ``BackendError`` names the layer where that is known.
+        """
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name} on {self.device}>"
+
+
+def parse_option(backend: str, option: str, known: dict[str, Any]) -> Any:
+    """Return the value of the text behind the colon of a backend's name, such as ``bf16`` in ``openvino:bf16``.
+
+    Args:
+        backend: the backend's name.
+        option: the text; empty where there is no colon.
+        known: the values by text.
+
+    Raises:
+        BackendError: the backend has no such option.
+    """
+    if option not in known:
+        names = [f"{backend}:{one}" if one else backend for one in known]
+        raise BackendError(f"backend {backend!r} is asked for as {', '.join(names)}; got {backend}:{option}")
+    return known[option]

@@ -1,0 +1,173 @@
+"""A part of a model that a backend runs, and eager PyTorch where the backend does not."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchsurgeon._interrupts import by_signal_handler
+from torchsurgeon.backends.backend import Backend, Run
+from torchsurgeon.backends.part import Part
+from torchsurgeon.errors import BackendError, BackendWarning, short
+from torchsurgeon.models.watching import WatchedWeights
+
+
+class BuiltPart:
+    """A part that runs by a backend once ``build()`` was called, and in eager PyTorch before that.
+
+    It also runs in eager PyTorch for calls that what was built does not take: other shapes, other numbers, and any call
+    after the weights have changed. So no call waits for a compiler without having asked for it. Thread-safe.
+
+    Args:
+        part: the part.
+        backend: what runs it.
+        said: the reasons of which the user has been told, for all parts of one model together.
+
+    Attributes:
+        tried: whether building was tried.
+        reason: why the backend does not run it; None if it does, or has not been tried.
+        free_batch: whether what was built takes any batch size.
+    """
+
+    def __init__(self, part: Part, backend: Backend, said: set[str]) -> None:
+        self.part, self.backend = part, backend
+        self.tried = self.free_batch = False
+        self.reason: str | None = None
+        self._said = said
+        self._run: Run | None = None
+        self._example: Sequence[Tensor] = ()
+        self._weights: WatchedWeights | None = None
+        self._building = threading.Lock()
+
+    def build(self, *tensors: Tensor) -> None:
+        """Build it for tensors like these, once, which takes seconds to minutes, and compare it with eager PyTorch.
+
+        If the backend does not take it, or its answers deviate, a ``BackendWarning`` says why. What the model itself
+        raises for these tensors is raised.
+        """
+        with self._building:
+            if self.tried:
+                return
+            if self.part.segment.steps:
+                try:
+                    self._try(tensors)
+                except BackendError as error:
+                    self.reason = str(error)
+            self.tried = True
+        if self.reason is not None and self.reason not in self._said:
+            self._said.add(self.reason)
+            warnings.warn(
+                f"backend {self.backend.name!r} does not run a part of the model, which runs in eager PyTorch: "
+                f"{self.reason}",
+                BackendWarning,
+                stacklevel=2,
+            )
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        run = self._run
+        if run is not None and self._takes(tensors):
+            return run(*(self.part.computed(tensors) if self.part.numbers else tensors))
+        return self.part.segment(*tensors)  # type: ignore[no-any-return]
+
+    def _try(self, tensors: Sequence[Tensor]) -> None:
+        part, backend = self.part, self.backend
+        tensors = [tensor.detach().clone() for tensor in tensors]
+        # Before the weights are read, so that a write during the build is noticed.
+        weights = WatchedWeights(part.segment) if backend.copies_weights else None
+        expected = part.segment(*tensors)
+        run: Run | None = None
+        if part.batch_free and backend.free_batch and any(any(spec.batch_step) for spec in part.inputs):
+            # Exporters take a batch of one for a size that is always one, so they are given another.
+            try:
+                more = part.with_another_sample(tensors)
+                run = backend.build(part, more, free_batch=True)
+                check(part, backend, run, more, part.segment(*more))
+                check(part, backend, run, tensors, expected)
+                self.free_batch = True
+            except Exception as error:
+                if by_signal_handler(error):
+                    raise
+                run = None
+        if run is None:
+            try:
+                run = backend.build(part, tensors, free_batch=False)
+                check(part, backend, run, tensors, expected)
+            except BackendError:
+                raise
+            except Exception as error:
+                if by_signal_handler(error):
+                    raise
+                raise BackendError(f"{type(error).__name__}: {first_line(error)}") from error
+        self._example, self._weights, self._run = tensors, weights, run
+
+    def _takes(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether what was built takes these tensors."""
+        if self._weights is not None and not self._weights.same(quickly=True):
+            return False
+        batch: int | None = None
+        for i, (spec, example, tensor) in enumerate(zip(self.part.inputs, self._example, tensors, strict=True)):
+            if tensor.dtype != example.dtype or tensor.device != example.device:
+                return False
+            if i in self.part.numbers:
+                if not torch.equal(tensor, example):
+                    return False
+                continue
+            if tensor.shape == example.shape and not (self.free_batch and any(spec.batch_step)):
+                continue
+            if not self.free_batch or tensor.dim() != example.dim():
+                return False
+            if batch is None:
+                dim = next((dim for dim, step in enumerate(spec.batch_step) if step), None)
+                if dim is None:
+                    return False
+                batch = spec.example_batch + (tensor.shape[dim] - spec.shape[dim]) // spec.batch_step[dim]
+            if batch < 1 or tuple(tensor.shape) != spec.at_batch(batch):
+                return False
+        return True
+
+
+def check(part: Part, backend: Backend, run: Run, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Run what was built and compare it with eager PyTorch.
+
+    Raises:
+        BackendError: a result deviates by more than the backend's tolerance.
+    """
+    for spec, found, wanted in zip(part.outputs, run(*part.computed(tensors)), expected, strict=True):
+        far = deviation(found, wanted)
+        if not far <= backend.tolerance:
+            raise BackendError(
+                f"its tensor {short(spec.name, 100)} deviates from eager PyTorch by {far:.1e} of the largest value; "
+                f"{backend.tolerance:.0e} is allowed"
+            )
+
+
+def deviation(found: Tensor, wanted: Tensor) -> float:
+    """Return how far one tensor is from another, as a share of the largest finite magnitude in ``wanted``.
+
+    It is infinite where shapes, dtypes, whole numbers, truth values or non-finite elements differ.
+    """
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return float("inf")
+    if not wanted.numel() or torch.equal(found, wanted):
+        return 0.0
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return float("inf")
+    found, wanted = found.to(wanted.device), wanted.detach()
+    finite = torch.isfinite(wanted)
+    same = torch.isfinite(found) == finite
+    if not bool(same.all()) or not torch.equal(found[~finite].nan_to_num(), wanted[~finite].nan_to_num()):
+        return float("inf")
+    wide = torch.complex128 if wanted.is_complex() else torch.float64
+    there = wanted[finite].to(wide)
+    scale = float(there.abs().max()) if there.numel() else 0.0
+    far = float((found[finite].to(wide) - there).abs().max()) if there.numel() else 0.0
+    return far / scale if scale else far
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]

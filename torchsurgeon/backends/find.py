@@ -1,0 +1,42 @@
+"""Backends by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torchsurgeon.backends.aot import Aot
+from torchsurgeon.backends.backend import Backend, parse_option
+from torchsurgeon.backends.eager import Eager
+from torchsurgeon.backends.inductor import Inductor
+from torchsurgeon.backends.onnxruntime import OnnxRuntime
+from torchsurgeon.backends.openvino import OpenVino
+from torchsurgeon.backends.tensorrt import TensorRT
+from torchsurgeon.errors import BackendError, short
+
+_WITH_OPTION: dict[str, Callable[[str], Backend]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
+_PLAIN: dict[str, Callable[[], Backend]] = {"eager": Eager, "inductor": Inductor, "aot": Aot, "tensorrt": TensorRT}
+NAMES = (
+    *("eager", "inductor", "aot", "onnxruntime", "onnxruntime:cuda", "onnxruntime:tensorrt"),
+    *("openvino", "openvino:bf16", "tensorrt"),
+)
+"""The names by which backends are asked for."""
+
+
+def find_backend(wanted: str | Backend) -> Backend:
+    """Return a backend by its name, or itself.
+
+    Args:
+        wanted: the backend, or its name, such as ``"onnxruntime"`` or ``"openvino:bf16"``.
+
+    Raises:
+        BackendError: there is no backend of this name, or it cannot run here.
+    """
+    if isinstance(wanted, Backend):
+        return wanted
+    name, _, option = wanted.partition(":") if isinstance(wanted, str) else ("", "", "")
+    if name in _WITH_OPTION:
+        return _WITH_OPTION[name](option)
+    if name in _PLAIN:
+        parse_option(name, option, {"": None})
+        return _PLAIN[name]()
+    raise BackendError(f"a backend is one of {', '.join(NAMES)}, or a Backend; got {short(wanted)}")

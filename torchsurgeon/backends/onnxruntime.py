@@ -1,0 +1,187 @@
+"""ONNX Runtime, on the CPU, and on a GPU where its package brings the provider."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchsurgeon._interrupts import by_signal_handler
+from torchsurgeon.backends.backend import Backend, Run, parse_option
+from torchsurgeon.backends.exporting import export, layer_of
+from torchsurgeon.backends.part import Part
+from torchsurgeon.errors import BackendError, short
+
+OPSET = 18
+# The first release that reads what torch.onnx writes: IR version 10, and with it every opset up to 21.
+_OLDEST = (1, 18)
+_PROVIDERS = {"": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# What a GPU cannot run goes to the next provider.
+_NEXT = {"cuda": ("cuda", ""), "tensorrt": ("tensorrt", "cuda", ""), "": ("",)}
+
+
+class OnnxRuntime(Backend):
+    """ONNX Runtime. A part is exported by ``torch.onnx`` with its named boundary tensors.
+
+    It uses as many threads as PyTorch has when a part is built. With a provider for GPUs, tensors are handed over
+    through the main memory.
+
+    Args:
+        option: ``""`` for the CPU, ``"cuda"`` or ``"tensorrt"`` for that provider.
+
+    Raises:
+        BackendError: a package is missing, ONNX Runtime is older than the opset, or has no such provider here.
+    """
+
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    extra = "onnxruntime"
+
+    def __init__(self, option: str = "") -> None:
+        wanted = parse_option("onnxruntime", option, _PROVIDERS)
+        self.name = f"onnxruntime:{option}" if option else "onnxruntime"
+        super().__init__()
+        import onnxruntime
+
+        check_version(onnxruntime.__version__)
+        known = onnxruntime.get_available_providers()
+        if wanted not in known:
+            raise BackendError(
+                f"backend {self.name!r} needs ONNX Runtime's {wanted}, and the installed ONNX Runtime has only "
+                f"{', '.join(known)}; install onnxruntime-gpu in place of onnxruntime, or choose another backend"
+            )
+        self._providers = [_PROVIDERS[one] for one in _NEXT[option] if _PROVIDERS[one] in known]
+        self.device = "cuda" if option else "cpu"
+        # GPUs multiply in TF32, with 10 bits of mantissa.
+        self.tolerance = 1e-2 if option else 1e-4
+
+    def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:
+        """Export the part to ONNX, and load it into a session."""
+        with tempfile.TemporaryDirectory(prefix="torchsurgeon-") as folder:
+            path = Path(folder) / "part.onnx"
+            write_onnx(part, example, path, free_batch=free_batch)
+            session = open_session(path, self._providers)
+        # The exporter drops inputs that nothing reads, if any.
+        places = {spec.name: i for i, spec in enumerate(part.computed_inputs)}
+        given = [(one.name, places[one.name]) for one in session.get_inputs()]
+        names = list(part.output_names)
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            found = session.run(names, {name: as_array(tensors[i]) for name, i in given})
+            return [as_tensor(array).to(tensors[0].device) for array in found]
+
+        return run
+
+
+def check_version(version: str) -> None:
+    """Raise where a version of ONNX Runtime is too old for what is exported.
+
+    Raises:
+        BackendError: it is.
+    """
+    found = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if found < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise BackendError(
+            f"onnxruntime {version} is older than the format of exported parts (opset {OPSET}, IR version 10), which "
+            f"needs {oldest}; pip install 'onnxruntime>={oldest}'"
+        )
+
+
+def write_onnx(part: Part, example: Sequence[Tensor], path: Path, *, free_batch: bool) -> None:
+    """Write a part as an ONNX model, whose inputs and outputs have the names of the part's tensors.
+
+    Weights stand in a file beside it, since the format holds no more than 2 GB in one.
+
+    Args:
+        part: the part.
+        example: its tensors, numbers included.
+        path: the file to write.
+        free_batch: whether the model takes any batch size.
+
+    Raises:
+        BackendError: a layer cannot be exported; the message names it.
+    """
+    program = export(part, example, free_batch=free_batch)
+    try:
+        made = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in part.computed_inputs],
+            output_names=list(part.output_names),
+            verbose=False,
+        )
+    except Exception as error:
+        if by_signal_handler(error):
+            raise
+        raise BackendError(_why(program, error)) from error
+    assert made is not None
+    _name_apart(made.model.graph)
+    made.save(path, external_data=True)
+
+
+def _name_apart(graph: Any) -> None:
+    """Rename the values inside a graph of ``onnx_ir``, of which some may have the name of a boundary tensor."""
+    outer = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    for i, node in enumerate(graph.all_nodes()):
+        for j, value in enumerate(node.outputs):
+            if id(value) not in outer:
+                value.name = f"value:{i}:{j}"
+
+
+def open_session(path: Path, providers: Sequence[str]) -> Any:
+    """Return ONNX Runtime's session of a model.
+
+    Raises:
+        BackendError: ONNX Runtime does not take the model; the message says so where its opset is too new.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors; its warnings are of nodes that it leaves on the CPU
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:
+        if by_signal_handler(error):
+            raise
+        old = re.search(r"opset|IR version", str(error))
+        remedy = f"; onnxruntime {onnxruntime.__version__} is older than the model: install a newer one" if old else ""
+        raise BackendError(f"ONNX Runtime does not take it: {short(error, quote=False)}{remedy}") from error
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return a tensor's elements in the main memory, without a copy where they lie there one after the other."""
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def as_tensor(array: Any) -> Tensor:
+    """Return a runtime's result as a tensor, without a copy."""
+    return torch.from_numpy(array if isinstance(array, np.ndarray) and array.flags.writeable else np.array(array))
+
+
+def _why(program: torch.export.ExportedProgram, error: BaseException) -> str:
+    """Return in a sentence which layer ``torch.onnx`` does not convert, and why."""
+    messages: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(messages) < 10:
+        messages.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(messages)
+    layer = layer_of(program, text)
+    operator = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
+    where = "a layer" if layer is None else f"layer {layer!r}"
+    what = f"{operator[1]} has no counterpart in ONNX" if operator else f"{type(error).__name__}: {_last(text)}"
+    return f"{where} cannot be exported to ONNX: {what}"
+
+
+def _last(text: str) -> str:
+    return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "no reason given")
