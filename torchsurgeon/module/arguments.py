@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchsurgeon.adapting import check_deadline
+from torchsurgeon.backends import NAMES, find_backend
+from torchsurgeon.backends import Backend as NamedBackend
+from torchsurgeon.backends.eager import Eager
 from torchsurgeon.codec import Codec, CodecTable, FittedCodec, find_codec
 from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import (
@@ -21,6 +24,8 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.link import Link
 from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.runtime import Backend
+from torchsurgeon.runtime.compiled import compiler
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.transport import Transport
 
@@ -64,11 +69,32 @@ def check_options(
         check_deadline(deadline_s, 0.0, "")
     if not (is_finite(timeout_s) and timeout_s > 0):
         raise AdaptError(f"timeout_s must be a positive number of seconds; got {short(timeout_s)}")
-    if backend is not None and not callable(backend):
-        raise BackendError(
-            f"backend must be a function from a module to what runs it; got {short(backend)}; compile= takes the "
-            "name of a backend of torch.compile"
-        )
+
+
+def backend_of(wanted: str | Backend | None, compile: bool | str) -> Backend | None:
+    """Return what runs heads and tails: a function, or a backend of torchsurgeon that was given or named.
+
+    Args:
+        wanted: what was given as ``backend=``.
+        compile: what was given as ``compile=``.
+
+    Returns:
+        None for eager PyTorch.
+
+    Raises:
+        BackendError: there is no such backend here.
+    """
+    if compile:
+        return compiler(compile)
+    if isinstance(wanted, str | NamedBackend):
+        found = find_backend(wanted)
+        return None if isinstance(found, Eager) else found
+    if wanted is None or callable(wanted):
+        return wanted
+    raise BackendError(
+        f"backend must be one of {', '.join(NAMES)}, a Backend, or a function from a module to what runs it; got "
+        f"{short(wanted)}; compile= takes the name of a backend of torch.compile"
+    )
 
 
 def check_measured(link: object, device: object, server: object, codecs: object) -> None:

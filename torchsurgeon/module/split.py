@@ -10,12 +10,14 @@ from typing import Any, Literal
 from torch import nn
 
 from torchsurgeon.adapting import Decision
+from torchsurgeon.backends import Backend as NamedBackend
 from torchsurgeon.codec import Codec, CodecTable, find_codec
 from torchsurgeon.errors import ServerUnavailableError, short
 from torchsurgeon.link import Link
 from torchsurgeon.module.arguments import (
     ServerAddress,
     addresses_of,
+    backend_of,
     check_exact,
     check_measured,
     check_options,
@@ -27,7 +29,6 @@ from torchsurgeon.module.deadlines import Deadlines
 from torchsurgeon.planning import Battery, Objective, Row
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime import Backend, Engine, Options
-from torchsurgeon.runtime.compiled import compiler
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.graph import LayerGraph
@@ -80,8 +81,10 @@ class SplitModule(Calls):
         answer_codec: the codec in which the server is asked to answer.
         compile: True to compile heads and tails with ``torch.compile``, or the name of one of its backends. Answers
             then equal the model's own to within rounding.
-        backend: instead of ``compile``, a function from a module (a head, or a tail that runs on the device) to the
-            callable that runs it. By default, modules run in eager PyTorch.
+        backend: what runs heads, and tails that run on the device, in place of eager PyTorch: the name of a backend
+            (``"onnxruntime"``, ``"openvino"``, ``"openvino:bf16"``, ``"inductor"``, ``"aot"``, …; docs/backends.md), a
+            ``torchsurgeon.backends.Backend``, or a function from a module to the callable that runs it. What a backend
+            does not take runs in eager PyTorch, with one ``BackendWarning``.
         exact: True to use only answers that have the model's own bits for certain. A server whose processor, number of
             threads, PyTorch or settings differ from this device's is then not asked, as if it held another model.
             docs/runtime.md lists what is compared. By default such answers, which are the same to rounding, are used,
@@ -106,8 +109,8 @@ class SplitModule(Calls):
         TypeError: the SplitModule is copied, pickled or saved, or an example has keys that are no texts.
         PlanError: ``fallback`` is neither ``"local"`` nor ``"error"``, or energy is to be saved with a given profile or
             link that does not tell it.
-        BackendError: both ``compile`` and ``backend`` are given, ``torch.compile`` has no such backend,
-            ``backend`` is no function, or one of them is given with ``exact``.
+        BackendError: both ``compile`` and ``backend`` are given, there is no such backend here (a package or a provider
+            is missing; the message says which), or one of them is given with ``exact`` and changes bits.
         CodecError: there is no such codec, ``codecs`` is no measured table, or a codec is lossy and ``exact`` is given.
         LinkError: ``link`` is no ``Link``.
         ProfileError: a profile is no ``LayerProfile``.
@@ -140,7 +143,7 @@ class SplitModule(Calls):
         codec: str | Codec | Lossless = "raw",
         answer_codec: str | Codec = "raw",
         compile: bool | str = False,
-        backend: Backend | None = None,
+        backend: str | Backend | None = None,
         exact: bool = False,
         timeout_s: float = 30.0,
         leaf_modules: Sequence[str | type[nn.Module]] = (),
@@ -150,8 +153,10 @@ class SplitModule(Calls):
         check_options(fallback, deadline_s, timeout_s, compile, backend)
         check_measured(link, device_profile, server_profile, codecs)
         sent_as, answered_as = codec_name(codec), codec_name(answer_codec)
+        runs = backend_of(backend, compile)
         if exact:
-            check_exact((sent_as, answered_as), codecs, compiled=bool(compile) or backend is not None)
+            keeps_bits = isinstance(runs, NamedBackend) and runs.keeps_bits
+            check_exact((sent_as, answered_as), codecs, compiled=runs is not None and not keeps_bits)
         self.training = False
         args, kwargs = call_of(example)
         graph = trace(model, *args, leaf_modules=leaf_modules, verify=verify, **kwargs)
@@ -172,7 +177,7 @@ class SplitModule(Calls):
                 codec=codec_of(sent_as),
                 answer_codec=find_codec(answered_as),
                 codecs=codecs,
-                backend=compiler(compile) if compile else backend,
+                backend=runs,
                 link=link,
                 device_profile=device_profile,
                 server_profile=server_profile,

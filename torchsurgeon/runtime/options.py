@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from torchsurgeon.adapting import Decision
+from torchsurgeon.backends import Backend as NamedBackend
 from torchsurgeon.codec import Codec, CodecTable
 from torchsurgeon.link import Link
 from torchsurgeon.planning import Battery, Objective, Row
@@ -49,4 +50,8 @@ class Options:
 
     @property
     def rounded_because(self) -> tuple[str, ...]:
+        if isinstance(self.backend, NamedBackend):
+            if self.backend.keeps_bits:
+                return ()
+            return (f"backend {self.backend.name} computes heads and tails in another way",)
         return () if self.backend is None else ("compile= or backend= runs the heads and tails in another way",)

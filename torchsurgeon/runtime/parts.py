@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from torchsurgeon.backends import Backend as NamedBackend
+from torchsurgeon.backends import BuiltPart, Part
 from torchsurgeon.codec.fitted import FittedCodec
 from torchsurgeon.cutting.partition import cut, middle_for, tail_for
 from torchsurgeon.cutting.segment import Segment
@@ -19,7 +20,7 @@ from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 # Parts hold no weights of their own, so this only bounds what a long run over many cuts leaves behind.
 _MOST_PARTS = 512
 
-Backend = Callable[[nn.Module], Callable[..., Any]]
+Backend = Callable[[nn.Module], Callable[..., Any]] | NamedBackend
 Run = Callable[..., Any]
 T = TypeVar("T")
 
@@ -29,12 +30,11 @@ class Tail:
 
     Args:
         segment: the part.
-        backend: what makes the callable that runs it; None for eager PyTorch.
+        run: what runs it; None for eager PyTorch.
     """
 
-    def __init__(self, segment: Segment, backend: Backend | None) -> None:
-        self._segment = segment
-        self._run: Run | None = None if backend is None else backend(segment)
+    def __init__(self, segment: Segment, run: Run | None) -> None:
+        self._segment, self._run = segment, run
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         """Return what the model returns."""
@@ -51,8 +51,35 @@ class Tail:
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Compile it for tensors like these, if its backend compiles."""
-        if isinstance(self._run, Compiled):
+        if isinstance(self._run, Compiled | _Built):
             self._run.compile(*tensors)
+
+
+class _Built:
+    """A head, a tail or the whole model that a backend runs, called as PyTorch's part of the model is called.
+
+    Args:
+        built: the part as the backend runs it.
+        flatten: turns the arguments of a call into the part's tensors; None where these are the arguments.
+        result: turns the part's results into what the call returns; None where these are returned, as a tuple.
+    """
+
+    def __init__(
+        self, built: BuiltPart, flatten: Callable[..., Sequence[Tensor]] | None, result: Run | None = None
+    ) -> None:
+        self._built, self._flatten, self._result = built, flatten, result
+
+    @property
+    def tried(self) -> bool:
+        return self._built.tried
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Have the backend build it for calls like this one, if that has not been tried."""
+        self._built.build(*(args if self._flatten is None else self._flatten(args, kwargs)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self._built(*(args if self._flatten is None else self._flatten(args, kwargs)))
+        return tuple(found) if self._result is None else self._result(*found)
 
 
 class Parts:
@@ -68,6 +95,8 @@ class Parts:
         self.input_bytes = sum(spec.size_bytes for spec in graph.inputs)
         self._backend = backend
         self._known: dict[Any, Any] = {}
+        # Which reasons of the backend the user has been told, for all parts together.
+        self._said: set[str] = set()
 
     @property
     def stoppable(self) -> bool:
@@ -80,23 +109,53 @@ class Parts:
 
     def whole(self) -> Run:
         """Return the whole model, as the backend runs it."""
-        return self._get("whole", lambda: self._with_backend(self.graph.model))
+
+        def make() -> Run:
+            if isinstance(self._backend, NamedBackend):
+                part = Part.head(self.graph, self.graph.points[-1])
+                return self._built(part, self.graph.tensors_of_call, self._build_output)
+            return self.graph.model if self._backend is None else self._backend(self.graph.model)
+
+        return self._get("whole", make)
 
     def head(self, point: PartitionPoint, student: FittedCodec | None = None) -> Run:
         """Return the head, which is called like the model and returns the boundary tensors of ``point``.
 
         Args:
             point: where the model is cut.
-            student: the codec whose student is the head, in place of the model's own layers.
+            student: the codec whose student is the head, in place of the model's own layers. It runs in eager PyTorch
+                where the backend is one of torchsurgeon's.
         """
+
+        def make() -> Run:
+            if isinstance(self._backend, NamedBackend):
+                return self._built(Part.head(self.graph, point), self.graph.tensors_of_call)
+            head = cut(self.graph, point).head
+            return head if self._backend is None else self._backend(head)
+
+        def make_student() -> Run:
+            assert student is not None
+            assert student.student is not None
+            module = student.student.module(self.graph, point.index)
+            return module if self._backend is None or isinstance(self._backend, NamedBackend) else self._backend(module)
+
         if student is not None and student.student is not None:
-            make = functools.partial(student.student.module, self.graph, point.index)
-            return self._get(("student", student.name), lambda: self._with_backend(make()))
-        return self._get((point.index, point.layers), lambda: self._with_backend(cut(self.graph, point).head))
+            return self._get(("student", student.name), make_student)
+        return self._get((point.index, point.layers), make)
 
     def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
         """Return the rest of the model after the tensors ``names``; ``flat`` is that of ``tail_for()``."""
-        return self._get(("tail", names, flat), lambda: Tail(tail_for(self.graph, names, flat=flat), self._backend))
+
+        def make() -> Tail:
+            segment = tail_for(self.graph, names, flat=flat)
+            if isinstance(self._backend, NamedBackend):
+                return Tail(
+                    segment,
+                    self._built(Part.tail(self.graph, names), None, None if flat else self._build_output),
+                )
+            return Tail(segment, None if self._backend is None else self._backend(segment))
+
+        return self._get(("tail", names, flat), make)
 
     def compile(
         self,
@@ -106,7 +165,7 @@ class Parts:
     ) -> None:
         """Compile head and tail of ``point`` for calls like ``example``, if the backend compiles and has not yet."""
         head = self.whole() if point == self.graph.points[-1] else self.head(point, student)
-        if isinstance(head, Compiled) and not head.tried:
+        if isinstance(head, Compiled | _Built) and not head.tried:
             args, kwargs = example
             head.compile(*args, **kwargs)
             if head is not self._known.get("whole"):
@@ -126,8 +185,13 @@ class Parts:
 
         return self._get(("middle", names, point.index, point.layers), make)
 
-    def _with_backend(self, module: nn.Module) -> Run:
-        return module if self._backend is None else self._backend(module)
+    def _built(self, part: Part, flatten: Callable[..., Sequence[Tensor]] | None, result: Run | None = None) -> _Built:
+        assert isinstance(self._backend, NamedBackend)
+        return _Built(BuiltPart(part, self._backend, self._said), flatten, result)
+
+    def _build_output(self, *tensors: Tensor) -> Any:
+        """Return the model's result from its output tensors."""
+        return self.graph.steps[-1].target.build(*tensors)
 
     def _get(self, key: Any, make: Callable[[], T]) -> T:
         found = self._known.get(key)
