@@ -13,6 +13,8 @@ from pathlib import Path
 LINKS = ("3g", "lte", "wifi", "lte-2021", "5g-low", "5g-mmwave")
 REFERENCE_DEVICES = ("jetson-orin-nano", "k40-gpu", "k40-server-cpu", "tegra-k1-cpu", "tegra-k1-gpu", "xeon-1-thread")
 BOUNDS = ("jetson-orin-nano",)
+# Names of torchsurgeon.backends.NAMES; a test compares them.
+BACKENDS = ("eager", "inductor", "aot", "onnxruntime", "openvino", "openvino:bf16", "tensorrt")
 
 
 Completer = Callable[..., Iterable[str]]

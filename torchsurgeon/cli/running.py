@@ -130,6 +130,15 @@ def add_serve(commands: Commands) -> None:
         help="a codec that was fitted to a model (codecs --fit), as devices have it; may be repeated (default: none)",
     )
     completed(codec, named(one_of((), "fitted")))
+    backend = parser.add_argument(
+        "--backend",
+        action="append",
+        default=[],
+        metavar="NAME=BACKEND",
+        help="what runs a model's layers in place of eager PyTorch: onnxruntime, openvino, openvino:bf16, inductor or "
+        "aot; may be repeated (default: eager)",
+    )
+    completed(backend, named(one_of(completion.BACKENDS)))
     parser.add_argument(
         "--seed", type=whole_number(0), default=0, metavar="N", help="seed of random weights (default: %(default)s)"
     )
@@ -167,6 +176,7 @@ def add_serve(commands: Commands) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     models, weights, inputs = pairs(options.models), pairs(options.weights), pairs(options.input)
+    backends = pairs(options.backend)
     leaves: dict[str, list[str]] = {}
     for text in options.leaf:
         for name, module in pairs([text]).items():
@@ -175,11 +185,11 @@ def _serve(options: argparse.Namespace) -> None:
     for text in options.codec:
         for name, path in pairs([text]).items():
             codecs.setdefault(name, []).append(path)
-    for name in (*weights, *inputs, *leaves, *codecs):
+    for name in (*weights, *inputs, *leaves, *codecs, *backends):
         if name not in models:
             raise TorchSurgeonError(
-                f"--weights, --input, --leaf and --codec take the name of a served model; got {short(name, 100)}, and "
-                f"the served models are {short(list(models), 200)}"
+                f"--weights, --input, --leaf, --codec and --backend take the name of a served model; got "
+                f"{short(name, 100)}, and the served models are {short(list(models), 200)}"
             )
     with loading():
         import torch
@@ -196,6 +206,7 @@ def _serve(options: argparse.Namespace) -> None:
         input_specs=inputs,
         leaf_modules=leaves,
         codecs=codecs,
+        backends=backends,
         verify=options.verify,
         seed=options.seed,
         max_batch=options.max_batch,

@@ -11,7 +11,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from torchsurgeon.backends import Backend, find_backend
+from torchsurgeon.backends.eager import Eager
 from torchsurgeon.errors import (
+    BackendError,
     ModelNotReadyError,
     ModelNotServedError,
     SpecError,
@@ -80,6 +83,7 @@ class ModelRegistry:
         leaf_modules: Collection[str | type[nn.Module]] = (),
         verify: bool = True,
         source: str = "",
+        backend: str | Backend | None = None,
     ) -> ServedModel:
         """Trace a model and serve it.
 
@@ -93,14 +97,22 @@ class ModelRegistry:
             leaf_modules: modules to keep whole, as the device names them too.
             verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
             source: where the model comes from, in words.
+            backend: what runs its tails in place of eager PyTorch: a ``torchsurgeon.backends.Backend`` or its name. A
+                tail runs in eager PyTorch until the backend has built it in the background.
 
         Raises:
             SpecError: the name is not valid, or is taken.
             TraceError: the model could not be traced.
+            BackendError: there is no such backend here, or one is given for a ``SplitModule``.
         """
         self.announce(name)
         try:
             remote = model if isinstance(model, SplitModule) else None
+            if remote is not None and backend is not None:
+                raise BackendError(
+                    f"model {short(name)} is a SplitModule, whose parts run as it was made; give backend= to it"
+                )
+            runs = None if backend is None else find_backend(backend)
             args, named = call_of(example)
             named = {**named, **(kwargs or {})}
             graph = (
@@ -117,6 +129,7 @@ class ModelRegistry:
                 source=source,
                 finish=None if remote is None else functools.partial(_finish, remote, graph),
                 same_bits=remote is None or remote.exact,
+                backend=None if isinstance(runs, Eager) else runs,
             )
         except TorchSurgeonError as error:
             self._fail(name, error)
@@ -132,6 +145,7 @@ class ModelRegistry:
         *,
         leaf_modules: Collection[str | type[nn.Module]] = (),
         verify: bool = True,
+        backend: str | Backend | None = None,
         **options: Any,
     ) -> ServedModel:
         """Load a model by its SPEC and serve it.
@@ -141,6 +155,7 @@ class ModelRegistry:
             spec: the SPEC, such as ``torchvision:resnet18``.
             leaf_modules: modules to keep whole, as the device names them too.
             verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
+            backend: what runs its tails, as in ``add()``.
             **options: passed on to ``torchsurgeon.models.specs.load()``.
 
         Raises:
@@ -161,6 +176,7 @@ class ModelRegistry:
             leaf_modules=leaf_modules,
             verify=verify,
             source=loaded.source,
+            backend=backend,
         )
 
     def names(self) -> list[str]:

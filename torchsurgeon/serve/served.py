@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon import wire
+from torchsurgeon.backends import Backend
 from torchsurgeon.codec import FittedCodec, codec_names
 from torchsurgeon.cutting.partition import check_shapes
 from torchsurgeon.errors import (
@@ -22,6 +23,7 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.profiling import profile
+from torchsurgeon.serve.builder import TailBuilder
 from torchsurgeon.serve.edition import Edition, Editions
 from torchsurgeon.serve.fitted import FittedCodecs
 from torchsurgeon.serve.quick import QuickRequests
@@ -75,6 +77,7 @@ class ServedModel:
         finish: computes the output in place of a tail of the graph, where another server runs the rest of the model.
         same_bits: whether ``finish`` gives the bits that this server would compute. If not, it does not tell devices
             what it computes with.
+        backend: what runs tails in place of eager PyTorch; None for eager PyTorch.
 
     Attributes:
         versions: the versions that are served.
@@ -82,6 +85,7 @@ class ServedModel:
         max_times: the most times the example's bytes that one tensor has.
         worker: the thread that runs the requests.
         open: whether requests are accepted.
+        builder: what has a backend build the tails; None without a backend.
     """
 
     versions = ("1",)
@@ -97,6 +101,7 @@ class ServedModel:
         source: str = "",
         finish: Finish | None = None,
         same_bits: bool = True,
+        backend: Backend | None = None,
     ) -> None:
         self.name = name
         self.graph = graph
@@ -111,6 +116,8 @@ class ServedModel:
         self.worker = Worker(f"torchsurgeon-{name}")
         self.open = True
         self._profiler = profiler
+        self.builder = None if backend is None else TailBuilder(name, graph, backend, max_tails)
+        same_bits = same_bits and (backend is None or backend.keeps_bits)
         self._arithmetic = ArithmeticReader(graph.model) if same_bits else None
         self._profile: dict[str, Any] | None = None
         self._quick = QuickRequests()
@@ -264,6 +271,8 @@ class ServedModel:
         """Accept no more requests, and end the thread after those that are queued."""
         self.open = False
         self.worker.close()
+        if self.builder is not None:
+            self.builder.close()
         self._editions.close()
 
     def _plan(self, edition: Edition, request: wire.InferRequest) -> RequestPlan:
@@ -285,6 +294,8 @@ class ServedModel:
         if not usual:
             check_shapes(self.graph, tail, names, [request.tensors[name] for name in names])
         run = tail.forward if self._finish is None else functools.partial(self._finish, names)
+        if self.builder is not None:
+            run = self.builder.run(names, tail)
         place = place_of(self.graph.model)
         if place.type != "cpu":
             run = functools.partial(run_at, place, run)

@@ -17,6 +17,7 @@ import torch
 import uvicorn
 
 from torchsurgeon._allocator import keep_freed_memory
+from torchsurgeon.backends import find_backend
 from torchsurgeon.errors import ServerError, TorchSurgeonError, short
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
@@ -117,6 +118,7 @@ def run(
     input_specs: Mapping[str, str] | None = None,
     leaf_modules: Mapping[str, Collection[str]] | None = None,
     codecs: Mapping[str, Collection[str]] | None = None,
+    backends: Mapping[str, str] | None = None,
     verify: bool = True,
     seed: int = 0,
     max_batch: int = 64,
@@ -139,6 +141,7 @@ def run(
         input_specs: inputs by model name, as in ``torchsurgeon.models.specs.load()``.
         leaf_modules: modules to keep whole by model name, as in ``torchsurgeon.tracing.trace()``.
         codecs: files of fitted codecs by model name.
+        backends: what runs the tails by model name, as in ``ModelRegistry.add()``; eager PyTorch by default.
         verify: whether to run each model and what was traced, and compare, as ``trace()`` does.
         seed: seed of random weights.
         max_batch: the largest batch of a request.
@@ -153,6 +156,7 @@ def run(
         SpecError: a SPEC could not be loaded.
         TraceError: a model could not be traced.
         CodecError: a codec's file is damaged, or is not of its model.
+        BackendError: there is no such backend here.
     """
     report = say or (lambda line: print(line, flush=True))
     if not is_loopback(host):
@@ -161,6 +165,8 @@ def run(
             "digests; nothing is encrypted or authenticated",
             stacklevel=2,
         )
+    for backend in (backends or {}).values():
+        find_backend(backend)
     keep_freed_memory()
     registry = ModelRegistry(max_batch=max_batch, profiler=profiler)
     for name in models:
@@ -185,6 +191,7 @@ def run(
                     input_spec=(input_specs or {}).get(name),
                     leaf_modules=(leaf_modules or {}).get(name, ()),
                     verify=verify,
+                    backend=(backends or {}).get(name),
                     seed=seed,
                 )
                 report(

@@ -1,0 +1,201 @@
+"""A SplitModule and a server whose parts another runtime runs, the answer of the device's own tail included."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from serving import serving
+from torch import Tensor, nn
+
+import torchsurgeon as ts
+from torchsurgeon.backends import NAMES, Backend, Part, deviation, find_backend
+from torchsurgeon.cli.completion import BACKENDS
+from torchsurgeon.serve import ModelRegistry
+
+X = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.relu(self.stem(x))
+        y = self.relu(self.body(y) + y)
+        return {"scores": self.head(y.mean((2, 3))).softmax(1), "map": y.amax(1)}
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net().eval()
+
+
+class Spy(Backend):
+    """Runs parts in eager PyTorch, counts what it builds and runs, and gives bits of its own."""
+
+    name = "spy"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.built: list[Part] = []
+        self.runs = 0
+
+    def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Callable[..., Sequence[Tensor]]:
+        assert not part.numbers
+        self.built.append(part)
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            self.runs += 1
+            return [tensor * (1 + 1e-6) if tensor.is_floating_point() else tensor for tensor in part.segment(*tensors)]
+
+        return run
+
+
+def assert_close(answer: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 3e-4) -> None:
+    assert list(answer) == list(wanted)
+    for name, tensor in wanted.items():
+        assert deviation(answer[name], tensor) <= tolerance, name
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_head_tail_and_fallback_run_by_a_named_backend(name: str, net: nn.Module) -> None:
+    with (
+        serving(net, X) as server,
+        ts.SplitModule(net, X, server=server.url, name="net", partition="relu", backend=name) as split,
+    ):
+        for x in (X, X[:1], torch.rand(3, 3, 12, 12)):
+            assert_close(split(x), net(x))
+            assert split.last is not None
+            assert split.last.bits == "same to rounding"
+            assert any(name in reason for reason in split.last.inexact_because)
+        server.stop()
+        for x in (X, X[:1]):
+            assert_close(split(x), net(x))
+            assert split.last is not None
+            assert split.last.degraded
+
+
+def test_nothing_is_built_while_an_answer_is_waited_for(net: nn.Module) -> None:
+    spy = Spy()
+    with (
+        serving(net, X) as server,
+        ts.SplitModule(net, X, server=server.url, name="net", partition="relu", backend=spy) as split,
+    ):
+        assert_close(split(X), net(X))
+        assert len(spy.built) == 2, "head and tail"
+        split.partition = "body"
+        assert_close(split(X), net(X))
+        assert len(spy.built) == 4
+        server.stop()
+        runs = spy.runs
+        assert_close(split(X), net(X))
+        assert spy.runs == runs + 2
+        assert len(spy.built) == 4
+
+
+def test_a_whole_model_on_the_device_has_the_models_own_structure(net: nn.Module) -> None:
+    spy = Spy()
+    with ts.SplitModule(net, X, partition="device", backend=spy) as split:
+        assert_close(split(X), net(X))
+    assert len(spy.built) == 1
+
+
+def test_what_a_backend_does_not_take_is_said_once_and_answered(net: nn.Module) -> None:
+    class Refusing(Spy):
+        def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Callable[..., Sequence[Tensor]]:
+            raise ts.BackendError("layer 'stem' has no counterpart")
+
+    with ts.SplitModule(net, X, partition="device", backend=Refusing()) as split:
+        with pytest.warns(ts.BackendWarning, match="layer 'stem'"):
+            answer = split(X)
+        assert all(torch.equal(answer[name], tensor) for name, tensor in net(X).items())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            split(X)
+
+
+def test_exact_takes_only_backends_that_keep_bits(net: nn.Module) -> None:
+    for backend in ("onnxruntime", "openvino", Spy()):
+        with pytest.raises(ts.BackendError, match="exact=True"):
+            ts.SplitModule(net, X, partition="device", backend=backend, exact=True)
+    with ts.SplitModule(net, X, partition="device", backend="eager", exact=True) as split:
+        assert torch.equal(split(X)["scores"], net(X)["scores"])
+        assert split.last is not None
+        assert split.last.bits == "same bits"
+
+
+def test_a_backend_that_does_not_exist_is_refused_at_once(net: nn.Module) -> None:
+    with pytest.raises(ts.BackendError, match="onnxruntime"):
+        ts.SplitModule(net, X, partition="device", backend="no-such")
+    with pytest.raises(ts.BackendError, match="got 3"):
+        ts.SplitModule(net, X, partition="device", backend=3)  # type: ignore[arg-type]
+
+
+def test_a_server_runs_tails_by_a_backend_once_they_are_built(net: nn.Module) -> None:
+    registry, spy = ModelRegistry(), Spy()
+    served = registry.add("net", net, X, backend=spy)
+    try:
+        from torchsurgeon.serve import Server, create_app
+
+        with (
+            Server(create_app(registry)) as server,
+            ts.SplitModule(net, X, server=server.url, name="net", partition="relu") as split,
+        ):
+            end_s = time.monotonic() + 60
+            while not spy.runs > 2 and time.monotonic() < end_s:
+                assert_close(split(X), net(X))
+            assert len(spy.built) == 1
+            assert served.builder is not None
+            (built,) = served.builder.built()
+            assert built.free_batch
+            assert_close(split(X[:1]), net(X[:1]))
+            assert split.last is not None
+            assert split.last.bits == "same to rounding"
+            assert not split.last.degraded
+    finally:
+        registry.close()
+
+
+def test_an_exact_device_does_not_use_a_server_whose_backend_changes_bits(net: nn.Module) -> None:
+    registry = ModelRegistry()
+    registry.add("net", net, X, backend=Spy())
+    try:
+        from torchsurgeon.serve import Server, create_app
+
+        with (
+            Server(create_app(registry)) as server,
+            ts.SplitModule(
+                net, X, server=server.url, name="net", partition="relu", exact=True, fallback="error"
+            ) as split,
+            pytest.raises(ts.ArithmeticMismatchError),
+        ):
+            split(X)
+    finally:
+        registry.close()
+
+
+def test_a_served_split_module_has_a_backend_of_its_own(net: nn.Module) -> None:
+    with ts.SplitModule(net, X, partition="device") as split, pytest.raises(ts.BackendError, match="give backend= to"):
+        ModelRegistry().add("net", split, backend="onnxruntime")
+
+
+def test_a_shell_offers_backends_that_there_are() -> None:
+    assert set(BACKENDS) <= set(NAMES)
+    assert {"onnxruntime", "openvino"} <= set(BACKENDS)
+    assert find_backend("eager").keeps_bits
