@@ -90,10 +90,10 @@ def head_and_tail(graph: ts.LayerGraph, point: ts.PartitionPoint) -> tuple[Part,
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_every_cut_answers_within_the_tolerance_at_every_batch_size(name: str, net: nn.Module) -> None:
+def test_cuts_answer_within_the_tolerance_at_every_batch_size(name: str, net: nn.Module) -> None:
     graph = ts.trace(net, X)
-    # Converting for OpenVINO takes seconds, so it gets every third cut.
-    for point in graph.points[1:-1] if name in ("eager", "onnxruntime") else graph.points[1:-1:3]:
+    # Building takes seconds, so most backends get a spread of cuts.
+    for point in graph.points[1:-1] if name == "eager" else graph.points[2:-1:4]:
         head, tail = head_and_tail(graph, point)
         first = built(head, name, [X])
         second = built(tail, name, head.segment(X))
@@ -146,7 +146,8 @@ def test_networks_of_torchvision_answer_within_the_tolerance(name: str) -> None:
     first, second = built(head, "onnxruntime", [x]), built(tail, "onnxruntime", head.segment(x))
     assert first.reason is second.reason is None
     assert first.free_batch
-    assert second.free_batch
+    # A batch size that crosses as a number is fixed in what is built.
+    assert second.free_batch or tail.numbers
     for call in (x, torch.cat([x, x + 0.5, x - 0.5])):
         assert_close(first, [call])
         assert_close(second, head.segment(call))
@@ -171,7 +172,7 @@ HARD = (
 def cases() -> list[str]:
     """Small models of every sort, spread over the list, and those named above."""
     names = list(small_models.CASES)
-    return sorted({*HARD, *names[::6]} & set(names))
+    return sorted({*HARD, *names[::8]} & set(names))
 
 
 @pytest.mark.parametrize("case", cases())

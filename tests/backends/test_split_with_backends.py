@@ -116,6 +116,21 @@ def test_a_whole_model_on_the_device_has_the_models_own_structure(net: nn.Module
     assert len(spy.built) == 1
 
 
+def test_a_model_that_changed_or_runs_under_autocast_answers_itself(net: nn.Module) -> None:
+    spy = Spy()
+    with ts.SplitModule(net, X, partition="device", backend=spy) as split:
+        split(X)
+        runs = spy.runs
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(split(X)["scores"], net(X)["scores"])
+        hook = net.get_submodule("head").register_forward_hook(lambda module, args, output: output * 3)
+        assert torch.equal(split(X)["scores"], net(X)["scores"])
+        hook.remove()
+        assert spy.runs == runs
+        split(X)
+        assert spy.runs == runs + 1
+
+
 def test_what_a_backend_does_not_take_is_said_once_and_answered(net: nn.Module) -> None:
     class Refusing(Spy):
         def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Callable[..., Sequence[Tensor]]:

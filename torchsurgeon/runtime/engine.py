@@ -194,9 +194,10 @@ class Engine:
         """Choose a cut and run the head; or run the whole call on the device, where no server is to be asked."""
         fixed, falls_back = self.servers.fixed, self.options.falls_back
         if fixed is not None and fixed.whole and deadline_s is None:
-            if self._compiles:
+            uncut = work.uncut() if self.parts.exported and self._unlike_trace() else None
+            if self._compiles and uncut is None:
                 self.parts.compile(fixed.point, self.times.example)
-            return Done(self._device.run(work, time.perf_counter(), self._astray))
+            return Done(self._device.run(work, time.perf_counter(), self._astray, uncut=uncut))
         if self._closed:
             raise ServerUnavailableError("the SplitModule has been closed")
         if not falls_back:
@@ -209,7 +210,8 @@ class Engine:
         if mismatch is not None:
             if not falls_back:
                 raise mismatch
-            return Done(self._device.run(work, time.perf_counter(), Failure("autocast", str(mismatch))))
+            uncut = work.uncut() if self.parts.exported else None
+            return Done(self._device.run(work, time.perf_counter(), Failure("autocast", str(mismatch)), uncut=uncut))
         mode = mode_here()
         if mode is not None:
             if not falls_back:
@@ -238,6 +240,10 @@ class Engine:
                 self._connector.renew()
             return Done(self._device.run(work, begun_s, choice.why or self._astray, choice.decision))
         return self._headed(work, choice, arithmetic, begun_s, None if deadline_s is None else begun_s + deadline_s)
+
+    def _unlike_trace(self) -> bool:
+        """Return whether the model itself may answer a call otherwise than as it was traced, with which it is built."""
+        return self.local.departed() is not None or autocast_mismatch() is not None or mode_here() is not None
 
     def _decoded(self, choice: Choice) -> Way:
         """Return the way of a choice, with the module's codec in it where a student of that codec is its head.

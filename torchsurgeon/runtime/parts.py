@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends import Backend as NamedBackend
 from torchsurgeon.backends import BuiltPart, Part
 from torchsurgeon.codec.fitted import FittedCodec
@@ -62,12 +63,17 @@ class _Built:
         built: the part as the backend runs it.
         flatten: turns the arguments of a call into the part's tensors; None where these are the arguments.
         result: turns the part's results into what the call returns; None where these are returned, as a tuple.
+        otherwise: answers calls for which the trace does not hold; where it is None, these raise ``TypeError``.
     """
 
     def __init__(
-        self, built: BuiltPart, flatten: Callable[..., Sequence[Tensor]] | None, result: Run | None = None
+        self,
+        built: BuiltPart,
+        flatten: Callable[..., Sequence[Tensor]] | None = None,
+        result: Run | None = None,
+        otherwise: Run | None = None,
     ) -> None:
-        self._built, self._flatten, self._result = built, flatten, result
+        self._built, self._flatten, self._result, self._otherwise = built, flatten, result, otherwise
 
     @property
     def tried(self) -> bool:
@@ -78,7 +84,13 @@ class _Built:
         self._built.build(*(args if self._flatten is None else self._flatten(args, kwargs)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self._built(*(args if self._flatten is None else self._flatten(args, kwargs)))
+        try:
+            tensors = args if self._flatten is None else self._flatten(args, kwargs)
+        except TypeError as error:
+            if self._otherwise is None or by_signal_handler(error):
+                raise
+            return self._otherwise(*args, **kwargs)
+        found = self._built(*tensors)
         return tuple(found) if self._result is None else self._result(*found)
 
 
@@ -103,6 +115,11 @@ class Parts:
         """Whether a tail can be stopped midway, when its answer is no longer wanted."""
         return self._backend is None
 
+    @property
+    def exported(self) -> bool:
+        """Whether even the whole model runs as it was traced, and not by the model's own code."""
+        return isinstance(self._backend, NamedBackend)
+
     def clear(self) -> None:
         """Forget all parts, so that they are cut again; for a model whose tensors were replaced."""
         self._known.clear()
@@ -112,8 +129,9 @@ class Parts:
 
         def make() -> Run:
             if isinstance(self._backend, NamedBackend):
-                part = Part.head(self.graph, self.graph.points[-1])
-                return self._built(part, self.graph.tensors_of_call, self._build_output)
+                graph = self.graph
+                part = self._part(Part.head(graph, graph.points[-1]))
+                return _Built(part, graph.tensors_of_call, self._build_output, otherwise=graph.model)
             return self.graph.model if self._backend is None else self._backend(self.graph.model)
 
         return self._get("whole", make)
@@ -129,7 +147,7 @@ class Parts:
 
         def make() -> Run:
             if isinstance(self._backend, NamedBackend):
-                return self._built(Part.head(self.graph, point), self.graph.tensors_of_call)
+                return _Built(self._part(Part.head(self.graph, point)), self.graph.tensors_of_call)
             head = cut(self.graph, point).head
             return head if self._backend is None else self._backend(head)
 
@@ -149,10 +167,8 @@ class Parts:
         def make() -> Tail:
             segment = tail_for(self.graph, names, flat=flat)
             if isinstance(self._backend, NamedBackend):
-                return Tail(
-                    segment,
-                    self._built(Part.tail(self.graph, names), None, None if flat else self._build_output),
-                )
+                part = self._part(Part.tail(self.graph, names))
+                return Tail(segment, _Built(part, result=None if flat else self._build_output))
             return Tail(segment, None if self._backend is None else self._backend(segment))
 
         return self._get(("tail", names, flat), make)
@@ -185,9 +201,9 @@ class Parts:
 
         return self._get(("middle", names, point.index, point.layers), make)
 
-    def _built(self, part: Part, flatten: Callable[..., Sequence[Tensor]] | None, result: Run | None = None) -> _Built:
+    def _part(self, part: Part) -> BuiltPart:
         assert isinstance(self._backend, NamedBackend)
-        return _Built(BuiltPart(part, self._backend, self._said), flatten, result)
+        return BuiltPart(part, self._backend, self._said)
 
     def _build_output(self, *tensors: Tensor) -> Any:
         """Return the model's result from its output tensors."""
