@@ -431,7 +431,10 @@ def students_page(results: dict[str, Any], training: dict[str, Any]) -> str:
             f"{trained['flops_share']:.1%} of the operations (own layers: {trained['own_flops_share']:.1%}), "
             f"{trained['training_s'] / 60:.0f} min on {trained['threads']} core"
         )
-        for row in sorted((row for row in rows if row["curve"] == "student"), key=lambda row: -row["size_bytes"]):
+        students = sorted((row for row in rows if row["curve"] == "student"), key=lambda row: row["size_bytes"])
+        # Only rates that keep more than every lower one.
+        worth = [row for k, row in enumerate(students) if all(row["kept"] > one["kept"] for one in students[:k])]
+        for row in reversed(worth):
             fitted = [one for one in rows if one["curve"] == "fitted" and one["where"] == row["where"]]
             cells = [_smallest(some, row["kept"]) for some in ([r for r in rows if r["where"] == "input"], fitted)]
             size = f"{row['size_bytes'] / 1e3:.1f} kB"
@@ -480,6 +483,8 @@ def _color(curve: str, depth: float) -> Any:
     codecs = {"zstd": "0.6", "int8+zstd": "tab:brown", "int4+zstd": "tab:olive"}
     if curve in codecs:
         return codecs[curve]
+    if curve == "student":
+        return "magenta"
     if curve not in _PICTURE_CURVES:
         return colormaps["winter"](depth)
     return colormaps["autumn"](_PICTURE_CURVES.index(curve) / len(_PICTURE_CURVES))
@@ -521,7 +526,7 @@ def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("kilobytes that cross (logarithmic; numbers at boundaries are blocks)")
-    axis.set_ylim(60, 101)
+    axis.set_ylim(35, 101)
     axis.grid(alpha=0.3)
 
 

@@ -47,6 +47,16 @@ def test_the_datacenter_is_the_one_of_its_file_and_agrees_with_queueing_theory()
         assert row["link"] != "wifi" or ours["device_j"] < device_only["device_j"] / 3
 
 
+def test_what_students_and_codecs_keep_is_what_their_files_hold() -> None:
+    text = codec_rates.PAGE.read_text()
+    rates = json.loads(codec_rates.OUT.read_text())["results"]
+    training = json.loads(codec_rates.TRAINING.read_text())["results"]
+    students = text.partition(codec_rates.BEGIN_STUDENTS)[2].partition(codec_rates.END_STUDENTS)[0]
+    assert students == f"\n\n{codec_rates.students_page(rates, training)}\n"
+    assert text.partition(codec_rates.BEGIN)[2].partition(codec_rates.END)[0] == f"\n\n{codec_rates.page(rates)}\n"
+    assert any(row["curve"] == "student" for row in rates["lite0"]["rates"])
+
+
 def test_how_long_a_choice_takes_is_what_its_file_holds() -> None:
     shown = planning_page.PAGE.read_text().partition(planning_page.BEGIN)[2].partition(planning_page.END)[0]
     assert shown == f"\n\n{planning_page.table(result_file.suite('choosing_a_rate'))}\n"
