@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from benchmarks import csv_import, planning_page, unlike_samples
+from benchmarks import codec_rates, csv_import, planning_page, unlike_samples
 from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
 from benchmarks.evaluate import configurations, datacenter_page
