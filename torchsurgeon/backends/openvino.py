@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from collections.abc import Sequence
@@ -18,6 +19,19 @@ from torchsurgeon.backends.part import Part
 from torchsurgeon.errors import BackendError
 
 _TOLERANCES = {"": 1e-4, "f32": 1e-4, "bf16": 0.1}
+
+
+@functools.cache
+def _core() -> Any:
+    """Return OpenVINO itself, one for the whole process, kept for the rest of its life.
+
+    Each gives the thread another stack for signal handlers, and at its end frees it and puts back the one before. Where
+    two live at once and the first ends first, the one put back is free already, and the next signal, such as that of
+    Ctrl-C, ends the process with a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVino(Backend):
@@ -45,7 +59,7 @@ class OpenVino(Backend):
 
         program = export(part, example, free_batch=free_batch)
         try:
-            compiled = openvino.Core().compile_model(
+            compiled = _core().compile_model(
                 openvino.convert_model(program),
                 "CPU",
                 {
