@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 CODE = """
-    import gc, os, signal
+    import gc, signal, time
     import torch
     import torchsurgeon as ts
 
@@ -27,9 +27,8 @@ CODE = """
             splits.pop(0).close()
             gc.collect()
     try:
-        os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(10**6):
-            pass
+        signal.raise_signal(signal.SIGINT)  # to this thread
+        time.sleep(60)
     except KeyboardInterrupt:
         print("interrupted")
 """
