@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from benchmarks import codec_rates, csv_import, planning_page, unlike_samples
+from benchmarks import codec_kinds, codec_rates, csv_import, planning_page, unlike_samples
 from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
 from benchmarks.evaluate import configurations, datacenter_page
@@ -55,6 +55,9 @@ def test_what_students_and_codecs_keep_is_what_their_files_hold() -> None:
     assert students == f"\n\n{codec_rates.students_page(rates, training)}\n"
     assert text.partition(codec_rates.BEGIN)[2].partition(codec_rates.END)[0] == f"\n\n{codec_rates.page(rates)}\n"
     assert any(row["curve"] == "student" for row in rates["lite0"]["rates"])
+    kinds = json.loads(codec_kinds.OUT.read_text())["results"]
+    shown = text.partition(codec_kinds.BEGIN)[2].partition(codec_kinds.END)[0]
+    assert shown == f"\n\n{codec_kinds.page(kinds)}\n"
 
 
 def test_how_long_a_choice_takes_is_what_its_file_holds() -> None:
