@@ -60,9 +60,9 @@ class DeviceTimes:
         if self.profile is not None:
             return self.profile.total_s
         # Head and tail add up to about the same at every cut.
-        for (_, student), (head_s, tail_s) in tuple(self._timed.items()):
-            return tail_s if student else head_s + tail_s
-        return None
+        known = tuple(self._timed.items())
+        # Behind a student, the device runs the whole model, so its tail is all of it.
+        return next((tail_s if student else head_s + tail_s for (_, student), (head_s, tail_s) in known), None)
 
     def expected_s(self, way: Way) -> tuple[float, float]:
         """Return the seconds of head and tail at the present slow-down; both are run and timed if they are unknown."""
