@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from torchsurgeon import __version__
 from torchsurgeon.cli.arguments import Parser
 from torchsurgeon.cli.capacity import add_simulate
-from torchsurgeon.cli.costs import add_calibrate, add_codecs, add_predict, add_profile
+from torchsurgeon.cli.codecs import add_codecs, add_distill
+from torchsurgeon.cli.costs import add_calibrate, add_predict, add_profile
 from torchsurgeon.cli.models import add_doctor, add_trace
 from torchsurgeon.cli.plans import add_plan, add_sweep
 from torchsurgeon.cli.running import add_demo, add_link, add_run, add_serve
 from torchsurgeon.cli.screen import advising
-from torchsurgeon.cli.students import add_distill
 from torchsurgeon.errors import TorchSurgeonError, short
 
 __all__ = ["main", "parser"]

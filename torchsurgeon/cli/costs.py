@@ -1,44 +1,36 @@
-"""``torchsurgeon profile``, ``calibrate``, ``predict`` and ``codecs``: what layers and boundaries cost."""
+"""``torchsurgeon profile``, ``calibrate`` and ``predict``: what layers cost."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchsurgeon import _whole_file
 from torchsurgeon.cli import completion
 from torchsurgeon.cli.arguments import (
     command,
     device_argument,
     file_argument,
-    index_or_name,
     model_arguments,
     number,
     pairs,
     threads_argument,
     traced,
-    weights_argument,
     whole_number,
 )
 from torchsurgeon.cli.completion import completed, one_of
 from torchsurgeon.cli.screen import console, loading, progress, warn
 from torchsurgeon.errors import (
-    CodecError,
     NoisyProfileWarning,
     PredictionWarning,
     ThrottledWarning,
     TorchSurgeonError,
-    UnfinishedWarning,
-    short,
 )
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
-    from torchsurgeon.codec import Budget
 
 # How often a calibration says how far it is where there is no terminal to draw a bar on.
 _REPORT_EVERY_S = 20.0
@@ -258,188 +250,3 @@ def _predict(options: argparse.Namespace) -> None:
         warn(note)
     if measured is not None and options.plot is not None:
         report.prediction_picture(graph, predicted, measured, options.plot)
-
-
-def add_codecs(commands: Commands) -> None:
-    """Declare ``torchsurgeon codecs``."""
-    parser = command(
-        commands,
-        _codecs,
-        "codecs",
-        "Measure what codecs save, and how they change the answers, at cuts that can pay.",
-        "torchvision:resnet50 --sample photos --out codecs.json",
-        "torchvision:resnet50 --weights default --sample photos --codecs int8,int8+zstd --min-cosine 0.999",
-        "torchvision:resnet50 --weights default --sample photos --point layer2 --fit layer2.fitted",
-    )
-    model_arguments(parser)
-    weights_argument(parser)
-    parser.add_argument("--sample", type=Path, metavar="DIR", required=True, help="folder of your own images")
-    parser.add_argument(
-        "--most",
-        type=whole_number(1),
-        metavar="N",
-        help="how many calls are made of the images, at most (default: of all images)",
-    )
-    parser.add_argument(
-        "--codecs",
-        metavar="NAMES",
-        help="codecs separated by commas, such as zstd,int8+zstd,jpeg-75,webp-80@0.5 (default: all, image codecs at "
-        "several qualities and sizes)",
-    )
-    parser.add_argument(
-        "--point",
-        action="append",
-        metavar="POINT",
-        help="a partition point by its index or its layer's name; may be repeated (default: those that can pay)",
-    )
-    file_argument(
-        parser,
-        "--frontier",
-        "a file that plan --frontier wrote, whose cuts across parallel branches are measured, too",
-        "only cuts between layers",
-    )
-    file_argument(
-        parser,
-        "--fit",
-        "fit a codec to the only --point from half of the calls, write it to this file for serve --codec, and measure "
-        "it at several rates on the others",
-        "none is fitted",
-    )
-    parser.add_argument(
-        "--fitted",
-        type=Path,
-        action="append",
-        metavar="FILE",
-        help="a codec that was fitted (--fit) or a student (distill), which is measured at several rates, too; may be "
-        "repeated (default: none)",
-    )
-    parser.add_argument(
-        "--max-top1-change",
-        type=number,
-        metavar="SHARE",
-        help="share of predicted classes that a lossy codec may change (default: any)",
-    )
-    parser.add_argument(
-        "--min-cosine",
-        type=number,
-        metavar="COSINE",
-        help="mean cosine similarity of the outputs that a lossy codec must keep (default: any)",
-    )
-    parser.add_argument(
-        "--min-boxes-matched",
-        type=number,
-        metavar="SHARE",
-        help="of a detector: mean share of boxes that a lossy codec must keep (default: any)",
-    )
-    parser.add_argument(
-        "--min-pixels-kept",
-        type=number,
-        metavar="SHARE",
-        help="of a segmentation: mean share of pixels whose class a lossy codec must keep (default: any)",
-    )
-    parser.add_argument(
-        "--decide-by",
-        choices=("bound", "estimate"),
-        default="bound",
-        help="bound: a codec may be used if, with 95 %% confidence, all calls keep these limits; estimate: if the "
-        "images do, which says little where they are few (default: %(default)s)",
-    )
-    device_argument(parser, "device to measure on")
-    threads_argument(parser)
-    file_argument(parser, "--out", "write the table to this JSON file, which plan --codecs reads")
-
-
-def _codecs(options: argparse.Namespace) -> None:
-    if not options.sample.is_dir():
-        raise TorchSurgeonError(f"--sample must be a folder of images; there is no folder {short(options.sample)}")
-    points = None if options.point is None else [index_or_name(point) for point in options.point]
-    if options.fit is not None and (points is None or len(points) != 1):
-        raise TorchSurgeonError(f"--fit fits a codec to one --point; got {len(points or [])} of them")
-    with loading():
-        import torch
-
-        from torchsurgeon import codec
-        from torchsurgeon.planning import Frontier
-        from torchsurgeon.profiling import find_device
-        from torchsurgeon.report import codec_table
-
-    frontier = None if options.frontier is None else Frontier.load(options.frontier)
-
-    device = find_device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    graph = traced(options, device, options.weights)
-    across = () if frontier is None else frontier.across(graph)
-    budget = _budget(options)
-    samples = codec.image_sample(graph, options.sample, options.most)
-    names = None if options.codecs is None else options.codecs.split(",")
-    if options.fitted:
-        loaded = [codec.load_codec(file, graph) for file in options.fitted]
-        names = [*(names or codec.measured_names()), *(rated.name for one in loaded for rated in one.some())]
-    if options.fit is not None and points is not None:
-        # Judged on other calls than those that it is fitted to.
-        setup, samples = codec.halves(samples)
-        # Fitting takes minutes, so what would end the command afterwards ends it now.
-        for file in filter(None, (options.fit, options.out)):
-            _whole_file.check_writable(file, CodecError)
-        for name in names or ():
-            codec.find_codec(name)
-        if budget is not None:
-            budget.check_sample(len(samples), graph.batch)
-        with progress("fitting a codec") as advance:
-            fitted = codec.fit_codec(graph, points[0], setup, device=device, progress=advance)
-        fitted.save(options.fit)
-        print(f"wrote {fitted.name} to {options.fit}: {fitted.rates[-1]:.2g} to {fitted.rates[0]:.2g} bits a value")
-        names = [*(names or codec.measured_names()), *(one.name for one in fitted.some())]
-    begin_s = reported_s = time.monotonic()
-
-    def report(done: float, total: float, what: str) -> None:
-        nonlocal reported_s
-        advance(done, total, f"measuring codecs: {what}")
-        now_s = time.monotonic()
-        if not sys.stderr.isatty() and now_s - reported_s >= _REPORT_EVERY_S:
-            reported_s = now_s
-            left_s = (now_s - begin_s) * (total - done) / done
-            print(f"{done / total:.0%} done, about {left_s:.0f} s left: {what}", file=sys.stderr, flush=True)
-
-    with progress("measuring codecs") as advance, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UnfinishedWarning)
-        measured = codec.measure(
-            graph,
-            samples,
-            names,
-            points=points,
-            across=across,
-            budget=budget,
-            device=device,
-            progress=report,
-        )
-    if options.out is not None:
-        measured.save(options.out)
-    console().print(codec_table(measured))
-    if measured.unfinished:
-        kept = "" if options.out is None else f"; what was measured until then is in {options.out}"
-        raise KeyboardInterrupt(f"{len(measured.unfinished)} points were not measured{kept}")
-    for warning in caught:
-        warn(warning.message)
-
-
-def _budget(options: argparse.Namespace) -> Budget | None:
-    from torchsurgeon import codec
-
-    scores = {"min_boxes_matched": codec.boxes_matched, "min_pixels_kept": codec.pixels_kept}
-    given = [
-        (function, getattr(options, name)) for name, function in scores.items() if getattr(options, name) is not None
-    ]
-    if len(given) > 1:
-        raise TorchSurgeonError("--min-boxes-matched is for detectors, --min-pixels-kept for segmentation; give one")
-    score, min_score = given[0] if given else (None, None)
-    if options.max_top1_change is None and options.min_cosine is None and score is None:
-        return None
-    return codec.Budget(
-        max_top1_change=options.max_top1_change,
-        min_cosine=options.min_cosine,
-        score=score,
-        min_score=min_score,
-        decide_by=options.decide_by,
-    )
