@@ -121,7 +121,7 @@ def fitted(name: str, found: list[Sample], made_of: list[str]) -> Predictor:
     origin: dict[str, Any] = {
         "device": WHAT[name],
         "device_type": "cpu" if name.endswith("cpu") else "cuda",
-        "backend": "Caffe, 2015",
+        "framework": "Caffe, 2015",
         "measured_by": SOURCE,
         "samples": made_of,
         "applications": list(APPLICATIONS),

@@ -176,8 +176,8 @@ def test_a_server_runs_tails_by_a_backend_once_they_are_built(net: nn.Module) ->
             while not spy.runs > 2 and time.monotonic() < end_s:
                 assert_close(split(X), net(X))
             assert len(spy.built) == 1
-            assert served.builder is not None
-            (built,) = served.builder.built()
+            (builder,) = served.backends.builders.values()
+            (built,) = builder.built()
             assert built.free_batch
             assert_close(split(X[:1]), net(X[:1]))
             assert split.last is not None

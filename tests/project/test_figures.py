@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from benchmarks import codec_kinds, codec_rates, csv_import, planning_page, unlike_samples
+from benchmarks import (
+    backend_profiles,
+    codec_kinds,
+    codec_rates,
+    csv_import,
+    planning_page,
+    prediction_page,
+    unlike_samples,
+)
 from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
 from benchmarks.evaluate import configurations, datacenter_page
@@ -24,6 +32,19 @@ def test_what_a_gpu_has_shown_is_what_its_files_hold() -> None:
 def test_the_table_of_models_is_what_its_file_holds() -> None:
     results = ROOT / "benchmarks" / "results" / "coverage.json"
     assert (ROOT / "docs" / "coverage.md").read_text() == coverage_page(json.loads(results.read_text()))
+
+
+def test_errors_of_predictions_are_those_of_their_file() -> None:
+    runs = json.loads(prediction_page.OUT.read_text())["runs"]
+    shown = prediction_page.PAGE.read_text().partition(prediction_page.BEGIN)[2].partition(prediction_page.END)[0]
+    assert shown == f"\n\n{prediction_page.section(runs)}\n\n"
+    assert len(runs) == 3
+
+
+def test_profiles_of_backends_are_those_of_their_file() -> None:
+    rows = json.loads(backend_profiles.OUT.read_text())["results"]
+    shown = backend_profiles.PAGE.read_text().partition(backend_profiles.BEGIN)[2].partition(backend_profiles.END)[0]
+    assert shown == f"\n\n{backend_profiles.table(rows)}\n\n"
 
 
 def test_layers_unlike_the_samples_are_those_of_their_file_and_none_is_wrong_in_silence() -> None:

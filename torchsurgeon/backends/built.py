@@ -25,7 +25,7 @@ class BuiltPart:
     Args:
         part: the part.
         backend: what runs it.
-        said: the reasons of which the user has been told, for all parts of one model together.
+        said: the reasons of which the user has been told, for all parts of one model together; None to tell none.
 
     Attributes:
         tried: whether building was tried.
@@ -33,7 +33,7 @@ class BuiltPart:
         free_batch: whether what was built takes any batch size.
     """
 
-    def __init__(self, part: Part, backend: Backend, said: set[str]) -> None:
+    def __init__(self, part: Part, backend: Backend, said: set[str] | None) -> None:
         self.part, self.backend = part, backend
         self.tried = self.free_batch = False
         self.reason: str | None = None
@@ -58,7 +58,7 @@ class BuiltPart:
                 except BackendError as error:
                     self.reason = str(error)
             self.tried = True
-        if self.reason is not None and self.reason not in self._said:
+        if self.reason is not None and self._said is not None and self.reason not in self._said:
             self._said.add(self.reason)
             warnings.warn(
                 f"backend {self.backend.name!r} does not run a part of the model, which runs in eager PyTorch: "

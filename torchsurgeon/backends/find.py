@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from torchsurgeon.backends.aot import Aot
@@ -20,6 +21,8 @@ NAMES = (
     *("openvino", "openvino:bf16", "tensorrt"),
 )
 """The names by which backends are asked for."""
+# TorchInductor takes tens of seconds for a part, and its packages no less, so these are taken only where asked for.
+_CHOSEN_AMONG = ("onnxruntime", "onnxruntime:cuda", "onnxruntime:tensorrt", "openvino", "openvino:bf16", "tensorrt")
 
 
 def find_backend(wanted: str | Backend) -> Backend:
@@ -40,3 +43,12 @@ def find_backend(wanted: str | Backend) -> Backend:
         parse_option(name, option, {"": None})
         return _PLAIN[name]()
     raise BackendError(f"a backend is one of {', '.join(NAMES)}, or a Backend; got {short(wanted)}")
+
+
+def installed_backends() -> list[Backend]:
+    """Return the backends that can run here and are not eager PyTorch, one for each name that needs nothing else."""
+    found = []
+    for name in _CHOSEN_AMONG:
+        with contextlib.suppress(BackendError):
+            found.append(find_backend(name))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,7 @@ from torchsurgeon.cli.arguments import (
 from torchsurgeon.cli.completion import completed, one_of
 from torchsurgeon.cli.screen import console, loading, progress, warn
 from torchsurgeon.errors import (
+    CalibrationError,
     NoisyProfileWarning,
     PredictionWarning,
     ThrottledWarning,
@@ -45,6 +47,7 @@ def add_profile(commands: Commands) -> None:
         "Measure each layer's time, memory and energy on this machine.",
         "torchvision:resnet50 --out laptop.json",
         "torchvision:resnet50 --device cuda --repeats 50 --no-energy",
+        "torchvision:resnet50 --backend onnxruntime --out laptop-onnxruntime.json",
     )
     model_arguments(parser)
     device_argument(parser, "device to measure on")
@@ -76,8 +79,28 @@ def add_profile(commands: Commands) -> None:
         action="store_true",
         help="do not measure energy, which takes time (default: measure it where there is a meter)",
     )
+    backend_arguments(parser)
     file_argument(parser, "--plot", "draw the layers as bars, for example in profile.png", "not drawn")
     file_argument(parser, "--trace", "write one run as a trace that ui.perfetto.dev shows")
+
+
+def backend_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what runs the model in place of eager PyTorch, and for how long its parts are measured."""
+    backend = parser.add_argument(
+        "--backend",
+        default="eager",
+        metavar="NAME",
+        help="what runs the model; a backend other than eager fuses layers, so heads and tails are measured at a few "
+        "points and interpolated between these (default: %(default)s)",
+    )
+    completed(backend, one_of(completion.BACKENDS))
+    parser.add_argument(
+        "--backend-budget",
+        type=number,
+        default=10.0,
+        metavar="SECONDS",
+        help="with --backend, how long points are measured (default: %(default)s)",
+    )
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -101,6 +124,8 @@ def _profile(options: argparse.Namespace) -> None:
             meter=None if options.no_energy else "auto",
             cooldown_s=options.cooldown,
             progress=advance,
+            backend=options.backend,
+            budget_s=options.backend_budget,
         )
     if options.out is not None:
         measured.save(options.out)
@@ -126,6 +151,7 @@ def add_calibrate(commands: Commands) -> None:
         "calibrate",
         "Time layers of every kind on this machine, so that models can be predicted.",
         "--out jetson.json",
+        "--out jetson.json --backend onnxruntime",
         "--out board.json --from-csv conv=conv.csv --name 'my board'",
     )
     parser.add_argument(
@@ -142,6 +168,22 @@ def add_calibrate(commands: Commands) -> None:
         default=300.0,
         metavar="SECONDS",
         help="time to spend (default: %(default)s)",
+    )
+    backend = parser.add_argument(
+        "--backend",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="add what networks take by this backend to the calibration in --out, which is made first unless there is "
+        "one; may be repeated (default: eager PyTorch alone)",
+    )
+    completed(backend, one_of(completion.BACKENDS))
+    parser.add_argument(
+        "--backend-budget",
+        type=number,
+        default=100.0,
+        metavar="SECONDS",
+        help="time to spend on each --backend (default: %(default)s)",
     )
     threads_argument(parser)
     parser.add_argument(
@@ -170,13 +212,13 @@ def _calibrate(options: argparse.Namespace) -> None:
     with loading():
         import torch
 
-        from torchsurgeon.prediction import Predictor, calibrate
+        from torchsurgeon.prediction import Predictor, calibrate, calibrate_backend
         from torchsurgeon.report import calibration_table
 
     if options.from_csv:
-        predictor = Predictor.from_csv(pairs(options.from_csv), options.name)
-        predictor.save(options.out)
-        console().print(calibration_table(predictor))
+        imported = Predictor.from_csv(pairs(options.from_csv), options.name)
+        imported.save(options.out)
+        console().print(calibration_table(imported))
         return
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -192,9 +234,21 @@ def _calibrate(options: argparse.Namespace) -> None:
     try:
         with progress("calibrating") as advance, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ThrottledWarning)
-            predictor = calibrate(
-                options.device, budget_s=options.budget, out=options.out, seed=options.seed, progress=report
-            )
+            predictor: Predictor | None = None
+            if options.backend and options.out.exists():
+                # An unfinished one goes on, and what is no calibration is refused there.
+                with contextlib.suppress(CalibrationError):
+                    predictor = Predictor.load(options.out)
+            if predictor is None:
+                predictor = calibrate(
+                    options.device, budget_s=options.budget, out=options.out, seed=options.seed, progress=report
+                )
+            for name in options.backend:
+                reported_s = 0.0
+                predictor = calibrate_backend(
+                    predictor, name, options.device, budget_s=options.backend_budget, seed=options.seed, progress=report
+                )
+                predictor.save(options.out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the same command goes on with {options.out}") from None
     console().print(calibration_table(predictor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -155,9 +156,10 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         where = parser.add_argument(
             f"--{side}",
             required=True,
+            action="append",
             metavar="FILE",
             help=f"the {side}: a measured profile of this model, the calibration of a device to predict for, or "
-            f"{completion.marked_devices()}",
+            f"{completion.marked_devices()}; given again, the same by another backend, which is chosen with the cut",
         )
         completed(where, one_of(completion.REFERENCE_DEVICES, "json"))
     link = parser.add_argument(
@@ -201,7 +203,7 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], Objective]:
         from torchsurgeon.codec import CodecTable
         from torchsurgeon.link import Link
         from torchsurgeon.planning import Objective
-        from torchsurgeon.prediction import costs_on, load_costs
+        from torchsurgeon.prediction import all_costs_on, load_costs
 
     weights: str | dict[str, float] = options.objective
     if "=" in options.objective:
@@ -210,8 +212,9 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], Objective]:
     link = Link.parse(options.link)
     if options.uplink is not None:
         link = dataclasses.replace(link, uplink_bit_s=options.uplink * 1e6)
-    known = [load_costs(name) for name in (options.device, options.server)]
-    bounds = [name for name, costs in zip((options.device, options.server), known, strict=True) if costs.is_bound]
+    names = [*options.device, *options.server]
+    known = [load_costs(name) for name in names]
+    bounds = [name for name, costs in zip(names, known, strict=True) if costs.is_bound]
     if bounds and not options.allow_bounds:
         raise PlanError(
             f"{bounds[0]}: a bound from data sheets, not a measured device, and a plan needs measured costs; profile "
@@ -221,7 +224,9 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], Objective]:
     graph = traced(options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PredictionWarning)
-        device, server = (costs_on(graph, costs) for costs in known)
+        profiles = [all_costs_on(graph, costs) for costs in known]
+    count = len(options.device)
+    device, server = (list(itertools.chain(*some)) for some in (profiles[:count], profiles[count:]))
     notes = list(dict.fromkeys(str(warning.message) for warning in caught))
     notes += [f"{name}: a bound from data sheets, not a measured device; real times are longer" for name in set(bounds)]
     for note in notes:

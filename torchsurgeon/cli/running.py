@@ -136,7 +136,7 @@ def add_serve(commands: Commands) -> None:
         default=[],
         metavar="NAME=BACKEND",
         help="what runs a model's layers in place of eager PyTorch: onnxruntime, openvino, openvino:bf16, inductor or "
-        "aot; may be repeated (default: eager)",
+        "aot; of several with commas between, devices may choose; may be repeated (default: eager)",
     )
     completed(backend, named(one_of(completion.BACKENDS)))
     parser.add_argument(

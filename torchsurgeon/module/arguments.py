@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchsurgeon.adapting import check_deadline
-from torchsurgeon.backends import NAMES, find_backend
+from torchsurgeon.backends import NAMES, find_backend, installed_backends
 from torchsurgeon.backends import Backend as NamedBackend
 from torchsurgeon.backends.eager import Eager
 from torchsurgeon.codec import Codec, CodecTable, FittedCodec, find_codec
@@ -17,14 +17,13 @@ from torchsurgeon.errors import (
     CodecError,
     LinkError,
     PlanError,
-    ProfileError,
     ServerUnavailableError,
     is_finite,
     short,
 )
 from torchsurgeon.link import Link
-from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime import Backend
+from torchsurgeon.runtime.auto import AutoBackend
 from torchsurgeon.runtime.compiled import compiler
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.transport import Transport
@@ -71,12 +70,15 @@ def check_options(
         raise AdaptError(f"timeout_s must be a positive number of seconds; got {short(timeout_s)}")
 
 
-def backend_of(wanted: str | Backend | None, compile: bool | str) -> Backend | None:
+def backend_of(
+    wanted: str | Backend | Sequence[str | Backend] | None, compile: bool | str, tolerance: float
+) -> Backend | None:
     """Return what runs heads and tails: a function, or a backend of torchsurgeon that was given or named.
 
     Args:
         wanted: what was given as ``backend=``.
         compile: what was given as ``compile=``.
+        tolerance: how far the backends that ``"auto"`` may choose deviate at most.
 
     Returns:
         None for eager PyTorch.
@@ -86,26 +88,36 @@ def backend_of(wanted: str | Backend | None, compile: bool | str) -> Backend | N
     """
     if compile:
         return compiler(compile)
+    if wanted == "auto":
+        return AutoBackend([one for one in installed_backends() if one.tolerance <= tolerance])
+    if isinstance(wanted, list | tuple):
+        named = [find_backend(one) for one in wanted]
+        return AutoBackend([one for one in named if not isinstance(one, Eager)])
     if isinstance(wanted, str | NamedBackend):
         found = find_backend(wanted)
         return None if isinstance(found, Eager) else found
     if wanted is None or callable(wanted):
         return wanted
     raise BackendError(
-        f"backend must be one of {', '.join(NAMES)}, a Backend, or a function from a module to what runs it; got "
-        f"{short(wanted)}; compile= takes the name of a backend of torch.compile"
+        f"backend must be one of {', '.join(NAMES)}, auto, a Backend, several of these, or a function from a module to "
+        f"what runs it; got {short(wanted)}; compile= takes the name of a backend of torch.compile"
     )
 
 
-def check_measured(link: object, device: object, server: object, codecs: object) -> None:
+def check_server_backend(wanted: object, tolerance: float) -> None:
+    """Raise where the backend to ask servers for is not named by a text, or the tolerance is no share."""
+    if not isinstance(wanted, str | None):
+        raise BackendError(
+            f'server_backend must be the name of a backend, or "auto"; got {short(wanted)}; the server runs it'
+        )
+    if not (is_finite(tolerance) and tolerance >= 0):
+        raise BackendError(f"tolerance must be a share of the largest magnitude, from 0 on; got {short(tolerance)}")
+
+
+def check_measured(link: object, codecs: object) -> None:
     """Raise where an argument that was measured beforehand is of another type, or names a codec that is not here."""
     if not isinstance(link, Link | None):
         raise LinkError(f'link must be a Link; got {short(link)}; Link.parse() makes one of a text such as "lte"')
-    for name, profile in (("device_profile", device), ("server_profile", server)):
-        if not isinstance(profile, LayerProfile | None):
-            raise ProfileError(
-                f"{name} must be a LayerProfile; got {short(profile)}; LayerProfile.load() reads one from a file"
-            )
     if not isinstance(codecs, CodecTable | None):
         raise CodecError(f"codecs must be a measured CodecTable; got {short(codecs)}; codec= takes the name of a codec")
     if isinstance(codecs, CodecTable):

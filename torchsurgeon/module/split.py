@@ -21,14 +21,17 @@ from torchsurgeon.module.arguments import (
     check_exact,
     check_measured,
     check_options,
+    check_server_backend,
     codec_name,
     codec_of,
 )
 from torchsurgeon.module.calls import Calls
 from torchsurgeon.module.deadlines import Deadlines
 from torchsurgeon.planning import Battery, Objective, Row
+from torchsurgeon.planning.sides import as_profiles
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime import Backend, Engine, Options
+from torchsurgeon.runtime.auto import AutoBackend
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.graph import LayerGraph
@@ -72,8 +75,10 @@ class SplitModule(Calls):
         deadline_s: the seconds after a call within which its answer is due; see ``deadline()``.
         on_replan: a function that is called with the ``Decision`` when ``"auto"`` changes the cut.
         link: the link, if it is known. Otherwise ``"auto"`` measures it.
-        device_profile: the layer times of this device, if they are known. Otherwise ``"auto"`` measures them.
-        server_profile: the layer times of the server, if they are known. Otherwise ``"auto"`` asks the server.
+        device_profile: the layer times of this device, if they are known; several where each is of another backend.
+            Otherwise ``"auto"`` measures them.
+        server_profile: the layer times of the server, if they are known; likewise. Otherwise ``"auto"`` asks the
+            server.
         codec: the codec of the boundary tensors, or its name: ``"raw"``, ``"zstd"``, or a lossy one such as
             ``"int8+zstd"``, with which the answer is no longer the model's own. ``"auto"`` takes whichever of ``raw``
             and ``zstd`` is quicker from end to end; at a fixed cut at which ``codecs`` were measured, it chooses among
@@ -84,7 +89,15 @@ class SplitModule(Calls):
         backend: what runs heads, and tails that run on the device, in place of eager PyTorch: the name of a backend
             (``"onnxruntime"``, ``"openvino"``, ``"openvino:bf16"``, ``"inductor"``, ``"aot"``, …; docs/backends.md), a
             ``torchsurgeon.backends.Backend``, or a function from a module to the callable that runs it. What a backend
-            does not take runs in eager PyTorch, with one ``BackendWarning``.
+            does not take runs in eager PyTorch, with one ``BackendWarning``. ``"auto"`` takes for each part the backend
+            installed here that runs it quickest and whose answers deviate by at most ``tolerance``. It finds out in the
+            background, and no call waits for it; ``prepare()`` does. Several names or backends: likewise, among these
+            and eager PyTorch.
+        server_backend: the backend that runs tails on the server, one of those that it was started with, or
+            ``"eager"``. ``"auto"`` chooses it together with the cut. Without it, the server's own choice runs them.
+        tolerance: how far the answers of backends that ``"auto"`` chooses may be from eager PyTorch's, as a share of
+            the largest magnitude in a tensor: 0 for the same bits, 1e-4 for other runtimes in float32, 0.1 for
+            bfloat16.
         exact: True to use only answers that have the model's own bits for certain. A server whose processor, number of
             threads, PyTorch or settings differ from this device's is then not asked, as if it held another model.
             docs/runtime.md lists what is compared. By default such answers, which are the same to rounding, are used,
@@ -110,7 +123,8 @@ class SplitModule(Calls):
         PlanError: ``fallback`` is neither ``"local"`` nor ``"error"``, or energy is to be saved with a given profile or
             link that does not tell it.
         BackendError: both ``compile`` and ``backend`` are given, there is no such backend here (a package or a provider
-            is missing; the message says which), or one of them is given with ``exact`` and changes bits.
+            is missing; the message says which), one of them is given with ``exact`` and changes bits, or ``tolerance``
+            is negative. With ``fallback="error"``, calls raise it where the server does not have ``server_backend``.
         CodecError: there is no such codec, ``codecs`` is no measured table, or a codec is lossy and ``exact`` is given.
         LinkError: ``link`` is no ``Link``.
         ProfileError: a profile is no ``LayerProfile``.
@@ -138,12 +152,14 @@ class SplitModule(Calls):
         deadline_s: float | None = None,
         on_replan: Callable[[Decision[Row]], object] | None = None,
         link: Link | None = None,
-        device_profile: LayerProfile | None = None,
-        server_profile: LayerProfile | None = None,
+        device_profile: LayerProfile | Sequence[LayerProfile] | None = None,
+        server_profile: LayerProfile | Sequence[LayerProfile] | None = None,
         codec: str | Codec | Lossless = "raw",
         answer_codec: str | Codec = "raw",
         compile: bool | str = False,
-        backend: str | Backend | None = None,
+        backend: str | Backend | Sequence[str | Backend] | None = None,
+        server_backend: str | None = None,
+        tolerance: float = 0.0,
         exact: bool = False,
         timeout_s: float = 30.0,
         leaf_modules: Sequence[str | type[nn.Module]] = (),
@@ -151,12 +167,13 @@ class SplitModule(Calls):
     ) -> None:
         super().__init__()
         check_options(fallback, deadline_s, timeout_s, compile, backend)
-        check_measured(link, device_profile, server_profile, codecs)
+        check_measured(link, codecs)
+        check_server_backend(server_backend, tolerance)
         sent_as, answered_as = codec_name(codec), codec_name(answer_codec)
-        runs = backend_of(backend, compile)
+        runs = backend_of(backend, compile, tolerance)
         if exact:
-            keeps_bits = isinstance(runs, NamedBackend) and runs.keeps_bits
-            check_exact((sent_as, answered_as), codecs, compiled=runs is not None and not keeps_bits)
+            keeps_bits = runs is None or (isinstance(runs, AutoBackend | NamedBackend) and runs.keeps_bits)
+            check_exact((sent_as, answered_as), codecs, compiled=not keeps_bits)
         self.training = False
         args, kwargs = call_of(example)
         graph = trace(model, *args, leaf_modules=leaf_modules, verify=verify, **kwargs)
@@ -179,11 +196,13 @@ class SplitModule(Calls):
                 codecs=codecs,
                 backend=runs,
                 link=link,
-                device_profile=device_profile,
-                server_profile=server_profile,
+                device_profiles=() if device_profile is None else as_profiles(device_profile, "device"),
+                server_profiles=() if server_profile is None else as_profiles(server_profile, "server"),
                 timeout_s=timeout_s,
                 on_replan=None if on_replan is None else functools.partial(_tell, weakref.ref(self)),
                 exact=exact,
+                server_backend=server_backend,
+                tolerance=tolerance,
                 leaf_modules=leaf_modules,
                 verify=verify,
             ),
@@ -243,7 +262,8 @@ class SplitModule(Calls):
     @property
     def server_profile(self) -> LayerProfile | None:
         """Layer times of the first server, as given or as it sent them; None before that."""
-        return next((peer.profile for peer in self._engine.servers.peers), None)
+        peers = self._engine.servers.peers
+        return next(iter(peers[0].profiles.usable), None) if peers else None
 
     def extra_repr(self) -> str:
         """Return the model's name and the cut, for ``repr``."""

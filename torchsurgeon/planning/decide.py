@@ -17,6 +17,8 @@ from torchsurgeon.planning.objective import Constraints, Objective
 from torchsurgeon.planning.plans import Crossover, Plan
 from torchsurgeon.planning.rows import LayerCosts, Row
 from torchsurgeon.planning.sets import across_branches
+from torchsurgeon.planning.sides import Profiles, as_profiles, with_joules
+from torchsurgeon.planning.sureness import interval_of, used_profiles, warnings_of
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 
@@ -31,8 +33,8 @@ Wanted = str | Mapping[str, float] | Objective
 def plan(
     graph: LayerGraph,
     *,
-    device: LayerProfile,
-    server: LayerProfile,
+    device: Profiles,
+    server: Profiles,
     link: Link | str,
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
@@ -59,8 +61,8 @@ def plan(
 def plan(
     graph: LayerGraph,
     *,
-    device: LayerProfile | None = None,
-    server: LayerProfile | None = None,
+    device: Profiles | None = None,
+    server: Profiles | None = None,
     link: Link | str | None = None,
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
@@ -78,8 +80,10 @@ def plan(
 
     Args:
         graph: the traced model.
-        device: what each layer costs on the device, measured or predicted.
-        server: what each layer costs on the server, measured or predicted.
+        device: what each layer costs on the device, measured or predicted. With several profiles, each of another
+            backend, the backend of the head is chosen together with the cut. Where energy counts, backends whose joules
+            are unknown are left out.
+        server: what each layer costs on the server, likewise.
         link: the link between them, or what ``Link.parse()`` understands, such as ``"lte"``.
         objective: ``"latency"``, ``"energy"``, ``"throughput"``, ``"server_time"``, or weights by these names.
         codecs: measured codecs; without them, tensors are sent as they are. Over several machines, those of all links
@@ -106,7 +110,7 @@ def plan(
     if codecs is not None and not isinstance(codecs, CodecTable):
         raise PlanError(f"codecs must be a measured CodecTable; got {short(codecs)}; CodecTable.load() reads one")
     if not allow_bounds:
-        _refuse_bounds([device, server, *(stages or ())])
+        _refuse_bounds(device, server, stages)
     if stages is not None:
         if device is not None or server is not None or link is not None or constraints:
             raise PlanError(
@@ -130,11 +134,14 @@ def plan(
         if not (is_finite(factor) and factor > 0):
             raise PlanError(f"{name} must be a positive number; got {short(factor)}")
     limits, wanted = Constraints(**constraints), Objective.of(objective)
-    costs = LayerCosts(graph, device, server)
-    if limits.memory_bytes is not None and device.memory_bytes is None:
+    devices, servers = list(as_profiles(device, "device")), as_profiles(server, "server")
+    if wanted.energy or limits.energy_j is not None:
+        devices = with_joules(devices)
+    costs = LayerCosts(graph, devices, servers)
+    if limits.memory_bytes is not None and any(profile.memory_bytes is None for profile in devices):
         raise PlanError(
-            "memory_bytes needs a device profile that holds memory, and this one does not; profile the device again, "
-            "or leave memory_bytes out"
+            "memory_bytes needs a device profile that holds memory, and one that was given does not; give a profile in "
+            "eager PyTorch, which holds it, or leave memory_bytes out"
         )
     # Constraints come before the frontier, since a row that another one undercuts may be the best that keeps them.
     rows = costs.rows(codecs)
@@ -145,6 +152,7 @@ def plan(
     terms = chooser.best(frontier, limits)
     if frontier is None or terms is None:
         raise chooser.infeasible(limits)
+    used = used_profiles(terms, devices, servers)
     value = chooser.value(terms.row)
     chosen = _place(terms.row)
     others = [row for row in rows if limits.keeps(row) and _place(row) != chosen]
@@ -170,8 +178,8 @@ def plan(
         runner_up=chooser.best(Frontier.of(graph, others), limits) if others else None,
         prices=prices,
         crossovers=crossovers(frontier, link, load, slowdown, wanted, limits),
-        interval_s=_interval(terms, device, server, load, slowdown),
-        warned=_warned(graph, terms, device, server),
+        interval_s=interval_of(terms, *used, load, slowdown),
+        warned=warnings_of(graph, terms, *used),
         fresh_s=0.0 if terms.row.on_device else _fresh_s(link, terms.row.size_bytes, frontier.answer_bytes),
         frontier=frontier,
         rows=tuple(row for row in rows if limits.keeps(row)),
@@ -335,46 +343,14 @@ class _Chooser:
         return sum(spec.size_bytes for spec in self.graph.outputs)
 
 
-def _refuse_bounds(profiles: Sequence[LayerProfile | None]) -> None:
-    for profile in profiles:
-        if isinstance(profile, LayerProfile) and profile.is_bound:
-            raise PlanError(
-                f"a plan needs measured costs, and those of {short(profile.provenance.get('device'), 100)} are a bound "
-                "from data sheets; profile the model or calibrate the device there, or give allow_bounds=True"
-            )
-
-
-def _interval(
-    terms: Terms, device: LayerProfile, server: LayerProfile, load: float, slowdown: float
-) -> tuple[float, float] | None:
-    """Return the interval of the latency that follows from those of head and tail; None without intervals."""
-    on_device = np.zeros(len(device.layers), dtype=bool)
-    on_device[list(terms.row.layers) if terms.row.layers is not None else slice(terms.row.index)] = True
-    head, tail = device.interval_of(on_device), server.interval_of(~on_device)
-    if terms.row.student:
-        head = (terms.row.head_s, terms.row.head_s)
-    if head is None or tail is None:
-        return None
-    if terms.row.on_device:
-        return slowdown * head[0], slowdown * head[1]
-    others_s = terms.latency_s - terms.head_s - terms.tail_s
-    return others_s + slowdown * head[0] + load * tail[0], others_s + slowdown * head[1] + load * tail[1]
-
-
-def _warned(graph: LayerGraph, terms: Terms, device: LayerProfile, server: LayerProfile) -> tuple[str, ...]:
-    """Return a sentence for device and server where layers that would run there are predicted badly."""
-    chosen = terms.row.layers if terms.row.layers is not None else range(terms.row.index)
-    head = {graph.layers[index].name for index in chosen}
-    sentences = []
-    for where, warned in (
-        ("device", {name: why for name, why in device.warned.items() if name in head and not terms.row.student}),
-        ("server", {name: why for name, why in server.warned.items() if name not in head}),
-    ):
-        if warned:
-            first, why = next(iter(warned.items()))
-            count = f"{len(warned)} layers" if len(warned) > 1 else "a layer"
-            sentences.append(f"on the {where} the time of {count} may be off by a factor: {first} ({why})")
-    return tuple(sentences)
+def _refuse_bounds(*given: Profiles | None) -> None:
+    for one in given:
+        for profile in [one] if isinstance(one, LayerProfile) else one if isinstance(one, Sequence) else ():
+            if isinstance(profile, LayerProfile) and profile.is_bound:
+                raise PlanError(
+                    f"a plan needs measured costs, and those of {short(profile.provenance.get('device'), 100)} are a "
+                    "bound from data sheets; profile the model or calibrate the device there, or give allow_bounds=True"
+                )
 
 
 def _fresh_s(link: Link, up_bytes: float, down_bytes: float) -> float:

@@ -31,12 +31,12 @@ from torchsurgeon.planning.rows import (
     non_dominated,
 )
 from torchsurgeon.planning.sets import across_branches
-from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.planning.sides import Profiles
 from torchsurgeon.tracing.cached import cached_property
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 
-FORMAT = "torchsurgeon.frontier/2"
+FORMAT = "torchsurgeon.frontier/3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,20 +115,21 @@ class Frontier:
     @staticmethod
     def build(
         graph: LayerGraph,
-        device: LayerProfile,
-        server: LayerProfile,
+        device: Profiles,
+        server: Profiles,
         codecs: CodecTable | None = None,
     ) -> Frontier:
         """Return the frontier of a model.
 
         Args:
             graph: the traced model.
-            device: what each layer costs on the device.
-            server: what each layer costs on the server.
+            device: what each layer costs on the device. With several profiles, each of another backend, every head
+                counts with the backend that runs it quickest.
+            server: what each layer costs on the server, likewise.
             codecs: measured codecs; without them, tensors are sent as they are.
 
         Raises:
-            ProfileError: a profile is of another graph or batch size.
+            ProfileError: a profile is of another graph or batch size, or two of one machine are of the same backend.
             CodecError: ``codecs`` is of another graph.
             PartitionError: ``codecs`` were measured at a cut that the graph does not have.
         """

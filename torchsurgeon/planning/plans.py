@@ -125,6 +125,11 @@ def comparison(plan: Plan) -> list[list[str]]:
     if plan.runner_up is not None:
         columns.append(("runner-up", plan.runner_up))
     table = [["", *(name for name, _ in columns)], ["cut", *(_short(terms.row) for _, terms in columns)]]
+    if any(terms.row.backend != "eager" or terms.row.server_backend != "eager" for _, terms in columns):
+        table.append(["device's backend", *("–" if not terms.head_s else terms.row.backend for _, terms in columns)])
+        table.append(
+            ["server's backend", *("–" if terms.row.on_device else terms.row.server_backend for _, terms in columns)]
+        )
     table.append(["codec", *("–" if terms.row.on_device else terms.row.codec for _, terms in columns)])
     table.append(["sent, kB", *(f"{terms.row.size_bytes / 1e3:.1f}" for _, terms in columns)])
     measures = dict.fromkeys(finding.measure for _, terms in columns for finding in terms.row.findings)

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon.codec import CodecRow, CodecTable, Finding
-from torchsurgeon.errors import ProfileError, short
-from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.planning.sides import Cost, Profiles, Side
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.held import Holdings, layer_holdings
 from torchsurgeon.tracing.specs import PartitionPoint
@@ -47,6 +46,8 @@ class Row:
         layers: the device's layers where these are not simply the first ``index``; None where they are.
         findings: what a sample showed of the model's answers behind the codec; empty where that was not measured.
         student: whether the codec's student computes the boundary tensors in place of the model's first layers.
+        backend: what runs the head.
+        server_backend: what runs the tail.
     """
 
     index: int
@@ -65,6 +66,8 @@ class Row:
     layers: tuple[int, ...] | None = None
     findings: tuple[Finding, ...] = ()
     student: bool = False
+    backend: str = "eager"
+    server_backend: str = "eager"
 
     @property
     def budget_used(self) -> float:
@@ -109,35 +112,28 @@ class LayerCosts:
 
     Args:
         graph: the traced model.
-        device: what each layer costs on the device.
-        server: what each layer costs on the server.
+        device: what each layer costs on the device; with several profiles, by each of its backends.
+        server: what each layer costs on the server, likewise.
+
+    Each head and each tail counts with the backend that runs it quickest.
 
     Raises:
-        ProfileError: a profile is of another graph or batch size.
+        ProfileError: a profile is of another graph or batch size, or two of one machine are of the same backend.
     """
 
-    def __init__(self, graph: LayerGraph, device: LayerProfile, server: LayerProfile) -> None:
-        for what, profile in (("device", device), ("server", server)):
-            if not isinstance(profile, LayerProfile):
-                raise ProfileError(
-                    f"the {what}'s profile must be a LayerProfile; got {short(profile)}; LayerProfile.load() reads one"
-                )
-            profile.check(graph)
-            if profile.batch != graph.batch:
-                raise ProfileError(
-                    f"the {what}'s profile must be of the graph's batch size {graph.batch}; got {profile.batch}; "
-                    "profile the graph that you plan for"
-                )
+    def __init__(self, graph: LayerGraph, device: Profiles, server: Profiles) -> None:
         self.graph = graph
-        self.head_s, self.tail_s = device.head_s, server.tail_s
-        self.device_s, self.server_s = np.diff(self.head_s), -np.diff(self.tail_s)
-        self.head_j = device.head_j
-        if self.head_j is not None and not np.isfinite(self.head_j).all():
-            self.head_j = None
-        self.device_j = None if self.head_j is None else np.diff(self.head_j)
-        self.power_w = None if self.head_j is None else float(self.head_j[-1]) / device.total_s
-        self._memory = device.head_memory_bytes
-        self._layer_memory = device.memory_bytes
+        self._device = heads = Side(graph, device, "device", tails=False)
+        self._server = tails = Side(graph, server, "server", tails=True)
+        # Where layers are added up, as for cuts across branches, they are those of the usual backends.
+        self.head_s, self.device_s = heads.reach_s[heads.usual], heads.layer_s[heads.usual]
+        self.tail_s, self.server_s = tails.reach_s[tails.usual], tails.layer_s[tails.usual]
+        self._joules = [_known(profile.head_j) for profile in heads.profiles]
+        self.head_j = joules = self._joules[heads.usual]
+        self.device_j = None if joules is None else np.diff(joules)
+        profile = heads.profiles[heads.usual]
+        self._memory = profile.head_memory_bytes
+        self._layer_memory = profile.memory_bytes
         self._held = layer_holdings(graph.flow, graph.model)
         self._weights = _running_bytes(self._held)
         # A view of an input shows the same values, so it is an input, too.
@@ -187,10 +183,13 @@ class LayerCosts:
         cost = entry.cost
         row = self._row(point, cost.codec, cost.size_bytes, cost.encode_s, cost.decode_s, cost.lossless)
         if cost.head_share is not None:
-            head_s = cost.head_share * float(self.head_s[-1])
-            joules = None if self.power_w is None else self.power_w * (head_s + cost.encode_s)
+            # A student runs in eager PyTorch.
+            backends = [profile.backend for profile in self._device.profiles]
+            place = backends.index("eager") if "eager" in backends else self._device.usual
+            head_s, power_w = cost.head_share * float(self._device.reach_s[place, -1]), self._power_w(place)
+            joules = None if power_w is None else power_w * (head_s + cost.encode_s)
             # Of memory, the model's own layers count, since the device falls back to them.
-            row = dataclasses.replace(row, student=True, head_s=head_s, device_j=joules)
+            row = dataclasses.replace(row, student=True, head_s=head_s, device_j=joules, backend="eager")
         return dataclasses.replace(row, findings=entry.findings) if entry.findings else row
 
     def row_of(self, layers: Collection[int]) -> Row:
@@ -214,34 +213,49 @@ class LayerCosts:
     ) -> Row:
         k = point.index
         on_device = k == len(self.graph.layers)
-        chosen = None if point.layers is None else np.array(point.layers, dtype=np.intp)
-        if chosen is None:
-            head_s, tail_s = float(self.head_s[k]), float(self.tail_s[k])
-            joules = None if self.head_j is None else float(self.head_j[k])
-            memory = None if self._memory is None else int(self._memory[k] + self._weights[k])
+        if point.layers is None:
+            head, tail = self._device.at(k), self._server.at(k)
         else:
-            head_s = float(self.device_s[chosen].sum())
-            tail_s = float(self.tail_s[0] - self.server_s[chosen].sum())
-            joules = None if self.device_j is None else float(self.device_j[chosen].sum())
-            memory = self.memory_of(point.layers or ())
-        if joules is not None and self.power_w is not None:
-            joules += self.power_w * encode_s
+            head, tail = self._device.of(point.layers), self._server.of(point.layers)
         return Row(
             k,
             point.name,
             codec,
-            head_s,
+            head.seconds,
             encode_s,
             size_bytes,
-            tail_s,
+            tail.seconds,
             decode_s,
-            device_j=joules,
-            memory_bytes=memory,
+            device_j=self._joules_of(point, head, encode_s),
+            memory_bytes=self._memory_of(point),
             raw_input=not on_device and any(spec.name in self._inputs for spec in point.tensors),
             lossless=lossless,
             on_device=on_device,
             layers=point.layers,
+            backend=self._device.backend(head.place) if k else "eager",
+            server_backend="eager" if on_device else self._server.backend(tail.place),
         )
+
+    def _joules_of(self, point: PartitionPoint, head: Cost, encode_s: float) -> float | None:
+        reached, power_w = self._joules[head.place], self._power_w(head.place)
+        if reached is None or power_w is None:
+            return None
+        chosen = point.layers
+        joules = reached[point.index] if chosen is None else np.diff(reached)[np.array(chosen, dtype=np.intp)].sum()
+        return float(joules) + power_w * encode_s
+
+    def _power_w(self, place: int) -> float | None:
+        reached = self._joules[place]
+        return None if reached is None else float(reached[-1]) / self._device.profiles[place].total_s
+
+    def _memory_of(self, point: PartitionPoint) -> int | None:
+        if point.layers is not None:
+            return self.memory_of(point.layers)
+        return None if self._memory is None else int(self._memory[point.index] + self._weights[point.index])
+
+
+def _known(joules: Array | None) -> Array | None:
+    return joules if joules is not None and np.isfinite(joules).all() else None
 
 
 def _running_bytes(held: Iterable[Holdings]) -> list[int]:

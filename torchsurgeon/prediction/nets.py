@@ -145,7 +145,7 @@ def _basic_block(rng: random.Random, c: int, out: int, stride: int, norm: bool, 
 
 
 def _inverted_block(rng: random.Random, c: int, out: int, stride: int, norm: bool, act: Activation) -> list[nn.Module]:
-    inner, kernel = c * rng.choice((1, 2, 3, 4, 6, 6)), rng.choice((3, 3, 5, 7))
+    inner, kernel = c * rng.choice((1, 2, 3, 4, 6, 6)), rng.choice((3, 3, 3, 5, 5, 7))
     parts: list[nn.Module] = [_conv(rng, c, inner, 1, 1, norm, act)] if inner != c else []
     parts.append(_conv(rng, inner, inner, kernel, stride, norm, act, inner))
     if rng.random() < 0.4:
@@ -182,7 +182,8 @@ def _branch_block(rng: random.Random, c: int, out: int, stride: int, norm: bool,
     return [*parts, nn.MaxPool2d(3, 2, ceil_mode=rng.random() < 0.5)] if stride > 1 else parts
 
 
-_BLOCKS = (_plain_block, _basic_block, _basic_block, _inverted_block, _inverted_block, _branch_block)
+# Networks for phones are the most often split, and their layers are small, so that they need the most samples.
+_BLOCKS = (_plain_block, *(_basic_block,) * 2, *(_inverted_block,) * 4, _branch_block)
 
 
 def _convolutional(rng: random.Random) -> Net:

@@ -23,6 +23,7 @@ from torchsurgeon.prediction.doubts import (
     whole_interval,
     without_model,
 )
+from torchsurgeon.prediction.factors import BackendFactors
 from torchsurgeon.prediction.kinds import KINDS, Array, Operation
 from torchsurgeon.prediction.operations import operations
 from torchsurgeon.prediction.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
@@ -101,6 +102,7 @@ class Predictor:
         fitted: by kind, the form of the model and its held-out errors.
         roofline: the bound for operations without a model.
         block: the correction from a sum of layers to a whole model.
+        backends: for each backend that was calibrated besides eager PyTorch, how its times follow from that's.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class Predictor:
         fitted: Mapping[str, FittedKind],
         roofline: Roofline,
         block: BlockCorrection | None = None,
+        backends: Mapping[str, BackendFactors] | None = None,
     ) -> None:
+        self.backends = dict(backends or {})
         self.provenance, self.samples, self.fitted = dict(provenance), dict(samples), dict(fitted)
         self.roofline, self.block = roofline, block or BlockCorrection()
         self._models: dict[tuple[str, str], KindModel] = {}
@@ -188,7 +192,7 @@ class Predictor:
             self._models[kind, what] = refit_kind(table, getattr(table, what), form, held_out)
         return self._models[kind, what]
 
-    def predict(self, graph: LayerGraph) -> LayerProfile:
+    def predict(self, graph: LayerGraph, backend: str = "eager") -> LayerProfile:
         """Predict the profile of a model: seconds of each layer and of the whole, with 90 % intervals.
 
         It has energies where the device was metered. Its memory is that of the tensors that are alive at each layer.
@@ -196,11 +200,24 @@ class Predictor:
 
         Args:
             graph: the traced model.
+            backend: what runs it, one of ``backends`` or ``"eager"``. By another than the latter, no joules and no
+                memory are known.
+
+        Raises:
+            CalibrationError: the device was not calibrated by this backend.
 
         Warns:
             PredictionWarning: layers are unlike the samples, so that their times may be off by a factor; the message
                 names them and says why, and so does ``warned`` of the profile.
         """
+        if backend != "eager":
+            factors = self.backends.get(backend)
+            if factors is None:
+                raise CalibrationError(
+                    f"this device was not calibrated by backend {short(backend, 100)}, but by "
+                    f"{', '.join(['eager', *self.backends])}; calibrate it with backend={short(backend, 100)}"
+                )
+            return factors.applied(graph, self.predict(graph), backend)
         found = operations(graph)
         layers = np.array([index for index, operations_of in enumerate(found) for _ in operations_of], dtype=np.int64)
         flat = [operation for operations_of in found for operation in operations_of]
@@ -357,6 +374,7 @@ class Predictor:
             "block": dataclasses.asdict(self.block),
             "fitted": {kind: dataclasses.asdict(known) for kind, known in self.fitted.items()},
             "samples": {kind: table.to_json() for kind, table in self.samples.items()},
+            "backends": {name: factors.to_json() for name, factors in self.backends.items()},
         }
 
     @staticmethod
@@ -381,6 +399,8 @@ class Predictor:
             roofline = numbers(Roofline, data["roofline"], least=1e-15)
             block = _block_from(data["block"])
             provenance = dict(data["provenance"])
+            # Files that were written before backends were calibrated have none.
+            backends = {str(name): BackendFactors.from_json(one) for name, one in data.get("backends", {}).items()}
         except DAMAGE as error:
             raise damaged(error) from None
         for kind, known in fitted.items():
@@ -392,7 +412,7 @@ class Predictor:
                     f"the models of {short(kind, 100)} need at least {FEWEST_SAMPLES} samples; the calibration holds "
                     f"{seconds} samples of {short(kind, 100)[1:-1]}, {joules} of them with joules; calibrate again"
                 )
-        return Predictor(provenance, samples, fitted, roofline, block)
+        return Predictor(provenance, samples, fitted, roofline, block, backends)
 
     def save(self, path: str | Path) -> None:
         """Write the predictor to a file, as JSON.
@@ -427,6 +447,7 @@ class Predictor:
             for kind, known in sorted(self.fitted.items())
             for own in [known.held_out]
         ]
+        lines += [f"  by {name}: {factors}" for name, factors in self.backends.items()]
         return "\n".join(lines)
 
 

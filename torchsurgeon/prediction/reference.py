@@ -108,3 +108,19 @@ def costs_on(graph: LayerGraph, where: str | Path | LayerProfile | Predictor) ->
         known.check(graph)
         return known
     return known.predict(graph)
+
+
+def all_costs_on(graph: LayerGraph, where: str | Path | LayerProfile | Predictor) -> list[LayerProfile]:
+    """Return what a model costs on a device by each backend that is known there, in eager PyTorch first.
+
+    Args:
+        graph: the traced model.
+        where: as ``costs_on()`` takes it.
+
+    Raises:
+        ProfileError, CalibrationError: as ``costs_on()`` raises them.
+    """
+    known = load_costs(where) if isinstance(where, str | Path) else where
+    if isinstance(known, LayerProfile):
+        return [costs_on(graph, known)]
+    return [known.predict(graph, backend) for backend in ("eager", *known.backends)]

@@ -20,11 +20,22 @@ import torch
 
 from torchsurgeon import hooks
 from torchsurgeon._allocator import keep_freed_memory
+from torchsurgeon.backends import Backend, find_backend
+from torchsurgeon.backends.eager import Eager
 from torchsurgeon.cutting.partition import tail_for
-from torchsurgeon.errors import MeterError, NoisyProfileWarning, ProfileError, is_finite, is_whole, short
+from torchsurgeon.errors import (
+    BackendWarning,
+    MeterError,
+    NoisyProfileWarning,
+    ProfileError,
+    is_finite,
+    is_whole,
+    short,
+)
 from torchsurgeon.hooks.attribution import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.profiling.energy import Array, LayerEnergy
+from torchsurgeon.profiling.fused import fused_profile
 from torchsurgeon.profiling.joules import layer_energy
 from torchsurgeon.profiling.memory import layer_memory
 from torchsurgeon.profiling.origin import device_of, provenance
@@ -66,11 +77,18 @@ def profile(
     meter: EnergyMeter | str | None = "auto",
     cooldown_s: float = 0.0,
     progress: Progress | None = None,
+    backend: str | Backend = "eager",
+    budget_s: float = 10.0,
+    points: Sequence[int] | None = None,
+    eager: LayerProfile | None = None,
 ) -> LayerProfile:
     """Measure every layer of a model on the device that the model is on.
 
     Passes with a clock between the layers alternate with passes of the model as it is. On CUDA, the times are those
     between events on the current stream, and nothing is synchronised inside a pass.
+
+    A backend other than eager PyTorch fuses layers, so none has a time of its own. Heads and tails are then measured
+    at a few partition points, and interpolated between these by the layers' times in eager PyTorch.
 
     Args:
         graph: the traced model.
@@ -81,18 +99,27 @@ def profile(
         meter: an energy meter, "auto" for the best one of the machine, or None. Metering takes about thirteen of the
             meter's periods a layer, a quarter of a second on a Jetson.
         cooldown_s: seconds that the device rests before every ten repeats; it is warmed up again after each rest.
-        progress: is called with the number of passes and metered layers that are done, and of all, after each.
+        progress: is called with the number of passes and metered layers that are done, and of all, after each; with a
+            backend, with the numbers of points.
+        backend: what runs the model, as ``SplitModule`` takes it.
+        budget_s: with a backend, the seconds within which points are measured; one more may be under way at their end.
+        points: with a backend, the indices of the partition points to measure, whatever that takes. By default they are
+            chosen.
+        eager: with a backend, the profile in eager PyTorch on this device, if there is one; it is measured otherwise.
 
     Returns:
-        The profile. Where no meter gave a reading its ``energy`` is None, and ``provenance["meter"]`` says why.
+        The profile. Where no meter gave a reading its ``energy`` is None, and ``provenance["meter"]`` says why. By a
+        backend it has neither joules nor memory.
 
     Raises:
         DeviceError: the device does not exist, or the model is not on it.
         ProfileError: an argument is out of its range.
         MeterError: the clock jumped back during a pass.
+        BackendError: there is no such backend here.
 
     Warns:
         NoisyProfileWarning: the machine was not quiet, or became slower.
+        BackendWarning: the backend does not take a part of the model, which was measured in eager PyTorch.
     """
     if not isinstance(graph, LayerGraph):
         raise ProfileError(
@@ -103,7 +130,30 @@ def profile(
             raise ProfileError(f"{name} must be a whole number from {least} on; got {short(count)}")
     if not (is_finite(cooldown_s) and cooldown_s >= 0):
         raise ProfileError(f"cooldown_s must be 0 or more seconds; got {short(cooldown_s)}")
+    if not (is_finite(budget_s) and budget_s >= 0):
+        raise ProfileError(f"budget_s must be 0 or more seconds; got {short(budget_s)}")
     target = device_of(graph, device)
+    runs = find_backend(backend)
+    if not isinstance(runs, Eager):
+        if eager is None:
+            eager = profile(
+                graph, device, repeats=repeats, warmup=warmup, inputs=inputs, meter=None, cooldown_s=cooldown_s
+            )
+        eager.check(graph)
+        given = example_inputs(graph) if inputs is None else inputs
+        tensors = [tensor.detach().to(target) for tensor in given]
+        fused = fused_profile(
+            graph, runs, eager, tensors, repeats=repeats, budget_s=budget_s, points=points, progress=progress
+        )
+        if fused.provenance["not_by_backend"]:
+            where = short(", ".join(fused.provenance["not_by_backend"]), 300, quote=False)
+            warnings.warn(
+                f"backend {runs.name!r} does not run all parts of the model, and the others were measured in eager "
+                f"PyTorch; they begin or end at: {where}",
+                BackendWarning,
+                stacklevel=2,
+            )
+        return fused
     origin = provenance(target)
     with contextlib.ExitStack() as exit_stack:
         exit_stack.enter_context(torch.no_grad())

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torchsurgeon import _json_file
 from torchsurgeon.errors import ProfileError, is_finite, is_whole, short
 from torchsurgeon.profiling.energy import Array, LayerEnergy, floats
+from torchsurgeon.profiling.parts import PartTimes
 from torchsurgeon.tracing.graph import LayerGraph
 
 T = TypeVar("T")
@@ -45,6 +46,8 @@ class LayerProfile:
         interval_s: of a predicted profile, the 90 % interval of each layer's seconds, shape (layers, 2); else None.
         whole_interval_s: of a predicted profile, the 90 % interval of the whole model's seconds; else None.
         warned: of a predicted profile, the layers whose times may be off by a factor, each with the reason.
+        parts: what heads and tails take, where the backend fuses layers. The samples are then one row of what each
+            layer counts for in the whole. None where heads and tails take what their layers take together.
 
     Raises:
         ProfileError: shapes do not fit the number of layers, or a value is no time, energy, memory or batch size; the
@@ -63,6 +66,7 @@ class LayerProfile:
     interval_s: Array | None = None
     whole_interval_s: tuple[float, float] | None = None
     warned: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    parts: PartTimes | None = None
 
     def __post_init__(self) -> None:
         if not is_whole(self.batch) or self.batch < 1:
@@ -118,6 +122,16 @@ class LayerProfile:
                     f"{what} must have shape {(len(self.layers), *shape)}, for the {len(self.layers)} layers; got "
                     f"{values.shape}; measure again"
                 )
+        if self.parts is not None and self.parts.head_s.shape != (len(self.layers) + 1,):
+            raise ProfileError(
+                f"parts must hold {len(self.layers) + 1} heads, for the {len(self.layers)} layers; got "
+                f"{len(self.parts.head_s)}; measure again"
+            )
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that it is of."""
+        return str(self.provenance.get("backend", "eager"))
 
     @property
     def is_bound(self) -> bool:
@@ -137,12 +151,16 @@ class LayerProfile:
     @property
     def head_s(self) -> Array:
         """Median seconds from the start until each partition index is reached, shape (layers + 1,), from 0."""
+        if self.parts is not None:
+            return self.parts.head_s
         reached = np.concatenate([np.zeros((len(self.samples_s), 1)), np.cumsum(self.samples_s, axis=1)], axis=1)
         return np.asarray(np.median(reached, axis=0)) * self._scale
 
     @property
     def tail_s(self) -> Array:
         """Median seconds from each partition index to the end, shape (layers + 1,), 0 at the last."""
+        if self.parts is not None:
+            return self.parts.tail_s
         rest = np.cumsum(self.samples_s[:, ::-1], axis=1)[:, ::-1]
         rest = np.concatenate([rest, np.zeros((len(rest), 1))], axis=1)
         return np.asarray(np.median(rest, axis=0)) * self._scale
@@ -225,8 +243,15 @@ class LayerProfile:
         lines = [
             f"{self.model}, {len(self.layers)} layers, batch {self.batch}, on {device}",
             f"  whole    {_ms(self.total_s)} (quartiles {_ms(low_s)} … {_ms(high_s)}) over {len(self.whole_s)} runs",
-            f"  layers   sum to {self.sum_to_whole:.3f} of it; the slowest is {name}, {_ms(slowest_s)}",
         ]
+        if self.parts is None:
+            lines.append(f"  layers   sum to {self.sum_to_whole:.3f} of it; the slowest is {name}, {_ms(slowest_s)}")
+        else:
+            lines[0] += f" by {self.backend}"
+            lines.append(
+                f"  parts    heads and tails measured at {len(self.parts.points)} points, and interpolated between; "
+                f"before they were measured, these were foreseen to {self.parts.error:.0%} in the median"
+            )
         if self.memory_bytes is not None:
             most = int(self.memory_bytes.argmax())
             lines.append(f"  memory   {self.memory_bytes[most] / 1e6:.3g} MB at most, in {self.layers[most]}")
@@ -280,6 +305,7 @@ class LayerProfile:
             energy=None,
             interval_s=None if self.interval_s is None else self.interval_s * factor,
             whole_interval_s=None if whole is None else (whole[0] * factor, whole[1] * factor),
+            parts=None if self.parts is None else self.parts.scaled(factor),
         )
 
     def check(self, graph: LayerGraph) -> None:
@@ -324,6 +350,7 @@ class LayerProfile:
             "interval_s": None if self.interval_s is None else self.interval_s.tolist(),
             "whole_interval_s": self.whole_interval_s,
             "warned": dict(self.warned),
+            "parts": None if self.parts is None else self.parts.to_json(),
             "provenance": dict(self.provenance),
         }
 
@@ -339,7 +366,7 @@ class LayerProfile:
         """
         _json_file.check_format(data, FORMAT, ProfileError, "a profile", "measure the profile again")
         # Files that were written before these fields existed have none of them.
-        data = {"interval_s": None, "whole_interval_s": None, "warned": {}, **data}
+        data = {"interval_s": None, "whole_interval_s": None, "warned": {}, "parts": None, **data}
 
         def field(name: str, rule: str, make: Callable[[Any], T]) -> T:
             return _json_file.field(data, name, make, rule, ProfileError, "measure the profile again")
@@ -360,6 +387,7 @@ class LayerProfile:
             optional("interval_s", "a list of pairs of seconds", lambda value: floats(value).reshape(-1, 2)),
             optional("whole_interval_s", "a pair of seconds", _pair),
             field("warned", "an object with a text for each layer that it names", _texts),
+            optional("parts", "an object with the seconds of heads and tails", PartTimes.from_json),
         )
 
     def save(self, path: str | Path) -> None:

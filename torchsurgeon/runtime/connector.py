@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from torchsurgeon.cutting import cut
 from torchsurgeon.planning import Frontier, Objective
 from torchsurgeon.planning.rows import LayerCosts
+from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.profiling import LayerProfile, profile
 from torchsurgeon.runtime.choice import Adaptive, Goal
 from torchsurgeon.runtime.device import DeviceTimes
@@ -50,24 +52,31 @@ class Connector:
             ProtocolError: it answers something else than the protocol says.
         """
         epoch = peer.shake(timeout_s)
-        only = self._servers.planned_for
-        if self._servers.chooses and not peer.plans(only):
-            frontier = self.frontier(peer, only)
-            assert peer.profile is not None
-            goal = self._servers.goal
-            plan = Adaptive(
-                self._local.graph,
-                frontier,
-                peer.profile,
-                goal,
-                own_codec=self._options.codecs is not None,
-                on_change=self._options.on_replan,
-            )
-            # Only a latency objective switches to throughput in streams; other objectives stay.
-            peer.stream_plan = plan.toward(_THROUGHPUT) if goal.wanted == Objective(latency=1.0) else plan
-            peer.plan, peer.planned_for = plan, only
+        if self._servers.chooses and not peer.plans(self._servers.planned_for):
+            self._plan(peer)
         peer.answered()
         peer.ready_in = epoch
+
+    def plan_again(self, peer: Peer) -> None:
+        """Choose among the cuts by what is known now of backends, if there is a choice with this server already."""
+        if self._servers.chooses and peer.plans(self._servers.planned_for):
+            self._plan(peer)
+
+    def _plan(self, peer: Peer) -> None:
+        only = self._servers.planned_for
+        frontier = self.frontier(peer, only)
+        goal = self._servers.goal
+        plan = Adaptive(
+            self._local.graph,
+            frontier,
+            peer.profiles.usable[0],
+            goal,
+            own_codec=self._options.codecs is not None,
+            on_change=self._options.on_replan,
+        )
+        # Only a latency objective switches to throughput in streams; other objectives stay.
+        peer.stream_plan = plan.toward(_THROUGHPUT) if goal.wanted == Objective(latency=1.0) else plan
+        peer.plan, peer.planned_for = plan, only
 
     def frontier(self, peer: Peer, only: PartitionPoint | None = None) -> Frontier:
         """Measure what is not known yet of device, server and link, and return the rows to choose from.
@@ -77,29 +86,32 @@ class Connector:
             only: the cut whose codecs are to be chosen among; None for all cuts.
         """
         with self._measuring:
-            server = peer.profile
-            if server is None:
-                path = f"/v2/models/{self._options.name}/profile"
-                server = LayerProfile.from_json(peer.transport.get_json(path))
-            device = self.profile_device()
+            # Of a server whose backend's profile is not known yet, the one in eager PyTorch does at first.
+            fetched = None if peer.profiles.by_backend else peer.profiles.fetch()
+            servers = peer.profiles.usable if fetched is None else (fetched,)
+            self.profile_device()
+            devices: Sequence[LayerProfile] = self._times.usable
+            if self._servers.goal.needs_joules:
+                devices = with_joules(devices)
             if peer.link is None:
                 peer.adopt(measure_link(peer.transport))
             graph, codecs = self._local.graph, peer.decodable(self._options.codecs)
             if only is None:
-                frontier = Frontier.build(graph, device, server, codecs)
+                frontier = Frontier.build(graph, devices, servers, codecs)
             else:
-                frontier = Frontier.of(graph, LayerCosts(graph, device, server).rows_at(only, codecs))
+                frontier = Frontier.of(graph, LayerCosts(graph, devices, servers).rows_at(only, codecs))
             # Kept only now that it has been found to fit: the profile of another model would spoil every later try.
-            peer.profile = server
+            if fetched is not None:
+                peer.profiles.by_backend[fetched.backend] = fetched
             return frontier
 
     def profile_device(self) -> LayerProfile:
-        """Return the layer times of this device, and measure them first where they are unknown."""
+        """Return the layer times of this device in eager PyTorch, or as given; they are measured first if unknown."""
         times, graph = self._times, self._local.graph
         if times.profile is None:
             meter = "auto" if self._servers.goal.needs_joules else None
-            times.profile = profile(graph, inputs=graph.tensors_of_call(*times.example), meter=meter)
-        return times.profile
+            times.profiles = (profile(graph, inputs=graph.tensors_of_call(*times.example), meter=meter),)
+        return next((known for known in times.profiles if known.backend == "eager"), times.profiles[0])
 
     def prepare_ping(self) -> None:
         """Choose the point in the second half of the model that sends least, and compute its boundary tensors once.

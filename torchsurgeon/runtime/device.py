@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ class DeviceTimes:
     """
 
     def __init__(
-        self, parts: Parts, example: tuple[tuple[Any, ...], Mapping[str, Any]], profile: LayerProfile | None
+        self, parts: Parts, example: tuple[tuple[Any, ...], Mapping[str, Any]], profiles: Sequence[LayerProfile]
     ) -> None:
-        self.example, self.profile = plain_example(example), profile
+        self.example, self.profiles = plain_example(example), tuple(profiles)
         self._parts = parts
         self._timed: dict[tuple[int, str], tuple[float, float]] = {}
         self.reset_after_fork()
@@ -50,15 +50,32 @@ class DeviceTimes:
         """Return by what factor the device is slower now than predicted."""
         return self._slowdown.estimate()
 
+    def built(self, way: Way) -> bool:
+        """Return whether a way's head runs by the backend that it is predicted for, and not by another until then."""
+        return way.student is not None or self._parts.ready(way.point)
+
     def record_duration(self, seconds: float, predicted_s: float) -> None:
         """Update the slow-down from measured against predicted seconds (predicted for a slow-down of 1)."""
         self._slowdown.observe(seconds, predicted_s)
 
     @property
+    def profile(self) -> LayerProfile | None:
+        """What the layers take here, by the first backend of which that is known; None until it is known of one."""
+        return self.profiles[0] if self.profiles else None
+
+    @property
+    def usable(self) -> tuple[LayerProfile, ...]:
+        """The profiles of the backends that run parts here; all of them until one of these is known."""
+        names = {backend.name for backend in self._parts.backends}
+        if self._parts.auto is not None or not names:
+            names.add("eager")
+        return tuple(profile for profile in self.profiles if profile.backend in names) or self.profiles
+
+    @property
     def whole_s(self) -> float | None:
         """Seconds of the whole model at a slow-down of 1; None until they are known."""
-        if self.profile is not None:
-            return self.profile.total_s
+        if self.profiles:
+            return min(profile.total_s for profile in self.usable)
         # Head and tail add up to about the same at every cut.
         known = tuple(self._timed.items())
         # Behind a student, the device runs the whole model, so its tail is all of it.
@@ -90,7 +107,7 @@ class DeviceTimes:
             return self.whole_s, 0.0
         if way.row is not None and self.profile is not None:
             done_s = 0.0 if way.student is not None else way.row.head_s
-            return way.row.head_s, max(self.profile.total_s - done_s, 0.0)
+            return way.row.head_s, max((self.whole_s or 0.0) - done_s, 0.0)
         timed = self._timed.get(_key(way))
         if timed is None:
             timed = self._timed[_key(way)] = self._time(way)
@@ -164,7 +181,8 @@ class DeviceRunner:
         result = run()
         end_s = time.perf_counter()
         known_s = self._times.whole_s
-        if known_s is not None and uncut is None:
+        # Until its backend has built it, the model runs slower than predicted, which says nothing of the device.
+        if known_s is not None and uncut is None and self._times.built(self._whole):
             self._times.record_duration(end_s - decided_s, known_s * work.scale())
         inference = Inference(
             partition=self._whole.point,

@@ -29,6 +29,7 @@ from torchsurgeon.runtime.ending import Ending
 from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch, mode_here
 from torchsurgeon.runtime.inference import Moments
 from torchsurgeon.runtime.keeper import Bell, Keeper
+from torchsurgeon.runtime.learner import Learner
 from torchsurgeon.runtime.ledger import Ledger
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.options import Options
@@ -71,7 +72,7 @@ class Engine:
         self.graph, self.options, self._codec = graph, options, options.codec
         self.local = LocalModel(graph)
         self.parts = Parts(graph, options.backend)
-        self.times = DeviceTimes(self.parts, options.example, options.device_profile)
+        self.times = DeviceTimes(self.parts, options.example, options.device_profiles)
         self.servers = Servers(servers, options, self.local, self.times)
         self.servers.free_codec = isinstance(options.codec, Lossless)
         self.ledger: Ledger = Ledger(options.name) if earlier is None else earlier.ledger
@@ -82,6 +83,7 @@ class Engine:
         bell = Bell()
         self._keeper = Keeper(self.local, self.servers, self._connector, self._pool, bell)
         self._setup = Setup(options, self.local, self.times, self.servers, self._connector, self._keeper)
+        self._learner = Learner(graph, self.parts, self.times, self.servers, self._connector, self._pool)
         self.ending: Ending = Ending(self._pool, bell, self.servers.own) if earlier is None else earlier.ending
         self._bell = bell
         self._shared = Shared(
@@ -135,6 +137,7 @@ class Engine:
         """
         self.local.arithmetic.now()  # servers are compared with what this thread computes with
         self._setup.prepare(again=True)
+        self._learner.learn()
 
     def renew_in_full(self) -> None:
         """Notice weights that have changed in any way, by reading all of them."""
@@ -196,7 +199,7 @@ class Engine:
         if fixed is not None and fixed.whole and deadline_s is None:
             uncut = work.uncut() if self.parts.exported and self._unlike_trace() else None
             if self._compiles and uncut is None:
-                self.parts.compile(fixed.point, self.times.example)
+                self._compile(fixed)
             return Done(self._device.run(work, time.perf_counter(), self._astray, uncut=uncut))
         if self._closed:
             raise ServerUnavailableError("the SplitModule has been closed")
@@ -223,13 +226,14 @@ class Engine:
         begun_s = time.perf_counter()
         if (fixed is None or not fixed.whole) and not self._setup.done:
             begun_s = self._setup.prepare_for(work, deadline_s)
+        self._learner.start()
         self._keeper.used()
         choice = self.servers.choose(work, arithmetic, streamed=streamed)
         choice = choice._replace(way=self._decoded(choice))
         if self._compiles and choice.why is None:
             # Compiling takes seconds, so it is not done in an emergency, and does not count as the call's time.
             compiling_s = time.perf_counter()
-            self.parts.compile(choice.way.point, self.times.example, choice.way.student)
+            self._compile(choice.way)
             begun_s += time.perf_counter() - compiling_s
         if deadline_s is not None and falls_back:
             choice = choice._replace(way=self.servers.within(deadline_s, begun_s, work, choice))
@@ -240,6 +244,13 @@ class Engine:
                 self._connector.renew()
             return Done(self._device.run(work, begun_s, choice.why or self._astray, choice.decision))
         return self._headed(work, choice, arithmetic, begun_s, None if deadline_s is None else begun_s + deadline_s)
+
+    def _compile(self, way: Way) -> None:
+        """Have the parts of a way compiled, if that is due: now, or in the background where backends are chosen."""
+        if self.parts.auto is None:
+            self.parts.compile(way.point, self.times.example, way.student)
+        else:
+            self._learner.build(way)
 
     def _unlike_trace(self) -> bool:
         """Return whether the model itself may answer a call otherwise than as it was traced, with which it is built."""
@@ -310,7 +321,7 @@ class Engine:
             weights=weights,
             rounded_because=rounded,
         )
-        if row is not None:
+        if row is not None and self.times.built(way):
             self.times.record_duration(headed_s - decided_s, row.head_s * pending.scale)
         return pending
 
@@ -343,8 +354,8 @@ class Engine:
         options = dataclasses.replace(
             self.options,
             example=example,
-            device_profile=self.times.profile if same else None,
-            server_profile=peers[0].profile if same and peers else None,
+            device_profiles=self.times.profiles if same else (),
+            server_profiles=tuple(peers[0].profiles.by_backend.values()) if same and peers else (),
         )
         point, astray = self._point_in(graph)
         new = Engine(graph, [peer.transport for peer in peers], options, earlier=self)
@@ -422,6 +433,7 @@ class Engine:
             self._connector,
             self._keeper,
             self._setup,
+            self._learner,
             self.changes,
         ):
             part.reset_after_fork()

@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, short
+from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, is_finite, short
 from torchsurgeon.models.arithmetic import Arithmetic, ArithmeticReader
 from torchsurgeon.models.premises import Premises
 from torchsurgeon.models.watching import Patrol, WatchedWeights
@@ -35,11 +35,14 @@ class Agreed(NamedTuple):
         identity: the identity that its answers carry.
         arithmetic: what it computes with; None where it does not tell.
         fitted: the digests of the fitted codecs that it has for this model, by name.
+        backends: what may run tails there, its own choice first, each with how far its answers may be from eager
+            PyTorch's; empty where it does not tell.
     """
 
     identity: str | None
     arithmetic: Arithmetic | None
     fitted: Mapping[str, str]
+    backends: Mapping[str, float]
 
 
 class LocalModel:
@@ -231,7 +234,18 @@ def shake_hands(
         theirs.get("identity"),
         Arithmetic.from_json(theirs.get("arithmetic")),
         {str(k): str(v) for k, v in fitted.items()} if isinstance(fitted, dict) else {},
+        _backends(theirs.get("backends")),
     )
+
+
+def _backends(told: object) -> dict[str, float]:
+    """Return the backends that a server has told of, by name, in its order; those that make no sense are left out."""
+    found: dict[str, float] = {}
+    for one in told if isinstance(told, list) else []:
+        name, far = (one.get("name"), one.get("tolerance")) if isinstance(one, dict) else (None, None)
+        if isinstance(name, str) and isinstance(far, int | float) and is_finite(far) and far >= 0:
+            found[name] = float(far)
+    return found
 
 
 def _differing_graph(name: str, graph: LayerGraph, theirs: Mapping[str, Any]) -> str:

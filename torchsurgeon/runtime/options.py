@@ -14,6 +14,7 @@ from torchsurgeon.codec import Codec, CodecTable
 from torchsurgeon.link import Link
 from torchsurgeon.planning import Battery, Objective, Row
 from torchsurgeon.profiling import LayerProfile
+from torchsurgeon.runtime.auto import AutoBackend
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.parts import Backend
 
@@ -28,6 +29,8 @@ class Options:
         falls_back: whether the device answers a call when no server does (``fallback="local"``).
         leaf_modules: the modules that are kept whole, as ``trace()`` takes them.
         verify: whether what is traced is compared with the model.
+        server_backend: the backend by which servers are asked to run tails; ``"auto"`` to choose; None for their own.
+        tolerance: how far a backend that is chosen may deviate from eager PyTorch, as ``Backend.tolerance`` counts.
         rounded_because: why even what this device computes has not the model's own bits; empty where it has.
     """
 
@@ -40,16 +43,21 @@ class Options:
     codecs: CodecTable | None
     backend: Backend | None
     link: Link | None
-    device_profile: LayerProfile | None
-    server_profile: LayerProfile | None
+    device_profiles: tuple[LayerProfile, ...]
+    server_profiles: tuple[LayerProfile, ...]
     timeout_s: float
     on_replan: Callable[[Decision[Row]], object] | None
     exact: bool
+    server_backend: str | None = None
+    tolerance: float = 0.0
     leaf_modules: Sequence[str | type[nn.Module]] = ()
     verify: bool = True
 
     @property
     def rounded_because(self) -> tuple[str, ...]:
+        if isinstance(self.backend, AutoBackend):
+            changing = [name for name, backend in self.backend.candidates.items() if not backend.keeps_bits]
+            return (f"heads and tails may run by {', '.join(changing)}",) if changing else ()
         if isinstance(self.backend, NamedBackend):
             if self.backend.keeps_bits:
                 return ()

@@ -14,6 +14,7 @@ from torchsurgeon.codec.fitted import FittedCodec
 from torchsurgeon.cutting.partition import cut, middle_for, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import PartitionError
+from torchsurgeon.runtime.auto import AutoBackend
 from torchsurgeon.runtime.compiled import Compiled
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
@@ -21,7 +22,7 @@ from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 # Parts hold no weights of their own, so this only bounds what a long run over many cuts leaves behind.
 _MOST_PARTS = 512
 
-Backend = Callable[[nn.Module], Callable[..., Any]] | NamedBackend
+Backend = Callable[[nn.Module], Callable[..., Any]] | NamedBackend | AutoBackend
 Run = Callable[..., Any]
 T = TypeVar("T")
 
@@ -49,6 +50,11 @@ class Tail:
         if self._run is None:
             return self._segment.until(stopped, tensors)
         return None if stopped() else self._run(*tensors)
+
+    @property
+    def tried(self) -> bool:
+        """Whether nothing is left to compile."""
+        return not isinstance(self._run, Compiled | _Built) or self._run.tried
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Compile it for tensors like these, if its backend compiles."""
@@ -100,11 +106,13 @@ class Parts:
     Attributes:
         graph: the traced model.
         input_bytes: the bytes of the example's inputs.
+        generation: is another number once parts may have to be built anew.
     """
 
     def __init__(self, graph: LayerGraph, backend: Backend | None) -> None:
         self.graph = graph
         self.input_bytes = sum(spec.size_bytes for spec in graph.inputs)
+        self.generation = 0
         self._backend = backend
         self._known: dict[Any, Any] = {}
         # Which reasons of the backend the user has been told, for all parts together.
@@ -118,23 +126,38 @@ class Parts:
     @property
     def exported(self) -> bool:
         """Whether even the whole model runs as it was traced, and not by the model's own code."""
-        return isinstance(self._backend, NamedBackend)
+        return isinstance(self._backend, NamedBackend | AutoBackend)
+
+    @property
+    def auto(self) -> AutoBackend | None:
+        """What chooses the backend of each part; None where there is no choice."""
+        return self._backend if isinstance(self._backend, AutoBackend) else None
+
+    @property
+    def backends(self) -> tuple[NamedBackend, ...]:
+        """The backends of torchsurgeon that may run parts, besides eager PyTorch."""
+        if isinstance(self._backend, AutoBackend):
+            return tuple(self._backend.candidates.values())
+        return (self._backend,) if isinstance(self._backend, NamedBackend) else ()
 
     def clear(self) -> None:
         """Forget all parts, so that they are cut again; for a model whose tensors were replaced."""
         self._known.clear()
+        self.generation += 1
 
     def whole(self) -> Run:
         """Return the whole model, as the backend runs it."""
+        graph = self.graph
+        named = self._of_head(graph.points[-1])
 
         def make() -> Run:
-            if isinstance(self._backend, NamedBackend):
-                graph = self.graph
-                part = self._part(Part.head(graph, graph.points[-1]))
+            if named is not None:
+                part = BuiltPart(Part.head(graph, graph.points[-1]), named, self._said)
                 return _Built(part, graph.tensors_of_call, self._build_output, otherwise=graph.model)
-            return self.graph.model if self._backend is None else self._backend(self.graph.model)
+            own = self._own
+            return graph.model if own is None else own(graph.model)
 
-        return self._get("whole", make)
+        return self._get(("whole", _name(named)), make)
 
     def head(self, point: PartitionPoint, student: FittedCodec | None = None) -> Run:
         """Return the head, which is called like the model and returns the boundary tensors of ``point``.
@@ -144,34 +167,42 @@ class Parts:
             student: the codec whose student is the head, in place of the model's own layers. It runs in eager PyTorch
                 where the backend is one of torchsurgeon's.
         """
+        named, own = self._of_head(point), self._own
 
         def make() -> Run:
-            if isinstance(self._backend, NamedBackend):
-                return _Built(self._part(Part.head(self.graph, point)), self.graph.tensors_of_call)
+            if named is not None:
+                part = BuiltPart(Part.head(self.graph, point), named, self._said)
+                return _Built(part, self.graph.tensors_of_call)
             head = cut(self.graph, point).head
-            return head if self._backend is None else self._backend(head)
+            return head if own is None else own(head)
 
         def make_student() -> Run:
             assert student is not None
             assert student.student is not None
             module = student.student.module(self.graph, point.index)
-            return module if self._backend is None or isinstance(self._backend, NamedBackend) else self._backend(module)
+            return module if own is None else own(module)
 
         if student is not None and student.student is not None:
             return self._get(("student", student.name), make_student)
-        return self._get((point.index, point.layers), make)
+        return self._get((point.index, point.layers, _name(named)), make)
 
     def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
         """Return the rest of the model after the tensors ``names``; ``flat`` is that of ``tail_for()``."""
+        named, own = self._of_tail(names), self._own
 
         def make() -> Tail:
             segment = tail_for(self.graph, names, flat=flat)
-            if isinstance(self._backend, NamedBackend):
-                part = self._part(Part.tail(self.graph, names))
+            if named is not None:
+                part = BuiltPart(Part.tail(self.graph, names), named, self._said)
                 return Tail(segment, _Built(part, result=None if flat else self._build_output))
-            return Tail(segment, None if self._backend is None else self._backend(segment))
+            return Tail(segment, None if own is None else own(segment))
 
-        return self._get(("tail", names, flat), make)
+        return self._get(("tail", names, flat, _name(named)), make)
+
+    def ready(self, point: PartitionPoint) -> bool:
+        """Return whether the head of a point, or the whole model at the last one, runs by its backend already."""
+        head = self.whole() if point == self.graph.points[-1] else self.head(point)
+        return not isinstance(head, Compiled | _Built) or head.tried
 
     def compile(
         self,
@@ -180,12 +211,16 @@ class Parts:
         student: FittedCodec | None = None,
     ) -> None:
         """Compile head and tail of ``point`` for calls like ``example``, if the backend compiles and has not yet."""
-        head = self.whole() if point == self.graph.points[-1] else self.head(point, student)
+        if student is not None and self.exported:
+            return  # it runs in eager PyTorch, and so does the model behind it
+        whole = point == self.graph.points[-1]
+        head = self.whole() if whole else self.head(point, student)
+        tail = None if whole else self.tail(tuple(spec.name for spec in point.tensors))
+        args, kwargs = example
         if isinstance(head, Compiled | _Built) and not head.tried:
-            args, kwargs = example
             head.compile(*args, **kwargs)
-            if head is not self._known.get("whole"):
-                self.tail(tuple(spec.name for spec in point.tensors)).compile(head(*args, **kwargs))
+        if tail is not None and not tail.tried:
+            tail.compile(head(*args, **kwargs))
 
     def middle(self, names: tuple[str, ...], point: PartitionPoint) -> tuple[Run, tuple[TensorSpec, ...]]:
         """Return what turns the tensors ``names`` into those of ``point``, and the specs of its results.
@@ -201,9 +236,20 @@ class Parts:
 
         return self._get(("middle", names, point.index, point.layers), make)
 
-    def _part(self, part: Part) -> BuiltPart:
-        assert isinstance(self._backend, NamedBackend)
-        return BuiltPart(part, self._backend, self._said)
+    @property
+    def _own(self) -> Callable[[nn.Module], Callable[..., Any]] | None:
+        """The function of the user, or the compiler, that turns a module into what runs it; None without one."""
+        return None if isinstance(self._backend, NamedBackend | AutoBackend) else self._backend
+
+    def _of_head(self, point: PartitionPoint) -> NamedBackend | None:
+        if isinstance(self._backend, AutoBackend):
+            return self._backend.of_head(point)
+        return self._backend if isinstance(self._backend, NamedBackend) else None
+
+    def _of_tail(self, names: tuple[str, ...]) -> NamedBackend | None:
+        if isinstance(self._backend, AutoBackend):
+            return self._backend.of_tail(names)
+        return self._backend if isinstance(self._backend, NamedBackend) else None
 
     def _build_output(self, *tensors: Tensor) -> Any:
         """Return the model's result from its output tensors."""
@@ -216,6 +262,10 @@ class Parts:
                 self._known.clear()
             found = self._known[key] = make()
         return found
+
+
+def _name(backend: NamedBackend | None) -> str:
+    return "" if backend is None else backend.name
 
 
 def _passed_on(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -28,11 +28,11 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.link import Link
 from torchsurgeon.models.arithmetic import Arithmetic, Difference
-from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Adaptive
 from torchsurgeon.runtime.handshake import LocalModel, shake_hands
 from torchsurgeon.runtime.inference import seconds
+from torchsurgeon.runtime.server_profiles import ServerProfiles
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import Answer, Transport
 from torchsurgeon.transport.base import Deadline
@@ -84,7 +84,7 @@ class Peer:
     Attributes:
         label: its URL, or its transport's class.
         link: the link as given, or as measured before the first request; None before either.
-        profile: its layer times as given, or as it has sent them; None before either.
+        profiles: its backends, and their layer times as given or as it has sent them.
         failure: why its last answer could not be used; None after an answer that could.
         ready_in: the epoch of the local weights with which the handshake succeeded; -1 where the server has to be made
             ready again. The epoch changes when the local weights do.
@@ -101,14 +101,14 @@ class Peer:
         local: LocalModel,
         *,
         link: Link | None,
-        profile: LayerProfile | None,
+        profiles: ServerProfiles,
         output_codec: Codec,
         max_bytes: int,
         exact: bool,
     ) -> None:
         self.transport = transport
         self.label: str = getattr(transport, "url", type(transport).__name__)
-        self.link, self.profile = link, profile
+        self.link, self.profiles = link, profiles
         self.failure: Failure | None = None
         self.sent_bytes = self.received_bytes = self.answers = 0
         self._name, self._local = name, local
@@ -153,7 +153,8 @@ class Peer:
         self.ready_in = -1
         epoch, digests = self._local.digests()
         agreed = shake_hands(self.transport, self._name, self._local.graph, digests, timeout_s)
-        self._identity, told, self._fitted = agreed
+        self._identity, told, self._fitted, backends = agreed
+        self.profiles.agree(backends, self.label)
         self._weights = digests.combined
         if told is None or self.told is None or told.digest != self.told.digest:
             self._compared.clear()
@@ -185,6 +186,7 @@ class Peer:
         codecs: Mapping[str, Codec],
         deadline: Deadline,
         exact: Arithmetic | None = None,
+        backend: str | None = None,
     ) -> Answer:
         """Return the server's answer to named tensors.
 
@@ -195,6 +197,7 @@ class Peer:
             codecs: how to encode each.
             deadline: when to give up.
             exact: what the server has to compute with; None for anything.
+            backend: by which backend; None for the server's own.
 
         Raises:
             ModelMismatchError: the server holds another model now, or computes with something else than ``exact``.
@@ -206,6 +209,7 @@ class Peer:
                 self._name,
                 tensors,
                 max_answer_bytes=self._max_bytes,
+                parameters=None if backend is None else {"backend": backend},
                 codecs=codecs,
                 output_codec=self._output_codec,
                 deadline=deadline,

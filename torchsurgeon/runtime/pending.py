@@ -175,7 +175,9 @@ class Pending:
         tensors = dict(zip((spec.name for spec in self._specs), self._boundary, strict=True))
         self._codec = self._codec_now()
         exact = self._arithmetic if shared.options.exact else None
-        ask = functools.partial(self._peer.ask, tensors, dict.fromkeys(tensors, self._codec), deadline, exact)
+        backend = self._peer.profiles.to_name(None if self._way.row is None else self._way.row.server_backend)
+        codecs = dict.fromkeys(tensors, self._codec)
+        ask = functools.partial(self._peer.ask, tensors, codecs, deadline, exact, backend)
         if self._boundary[0].is_cuda:
             # The thread that sends them has to wait for the CUDA stream on which this thread computes them.
             ask = functools.partial(_on_stream, torch.cuda.current_stream(self._boundary[0].device), ask)

@@ -16,12 +16,14 @@ from torchsurgeon.errors import MismatchWarning, MissingCodecWarning
 from torchsurgeon.link import Link
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.planning import Row
+from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Goal, Way
 from torchsurgeon.runtime.device import DeviceTimes
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.peer import Failure, Peer
+from torchsurgeon.runtime.server_profiles import ServerProfiles
 from torchsurgeon.runtime.warn import warn_caller
 from torchsurgeon.runtime.work import Work
 from torchsurgeon.tracing.specs import PartitionPoint
@@ -66,7 +68,8 @@ class Servers:
     ) -> None:
         self._options, self._local, self._times = options, local, times
         self.goal = Goal(options.objective)
-        self.goal.check(options.device_profile, options.link)
+        devices = with_joules(options.device_profiles)
+        self.goal.check(devices[0] if devices else None, options.link)
         self._graph = graph = local.graph
         limit = max(_LEAST_ANSWER_LIMIT_BYTES, _ANSWER_FACTOR * graph.points[-1].size_bytes)
         transports = [
@@ -79,7 +82,9 @@ class Servers:
                 options.name,
                 local,
                 link=options.link,
-                profile=options.server_profile,
+                profiles=ServerProfiles(
+                    transport, options.name, options.server_profiles, options.server_backend, options.tolerance
+                ),
                 output_codec=options.answer_codec,
                 max_bytes=limit,
                 exact=options.exact,

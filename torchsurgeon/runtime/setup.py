@@ -12,6 +12,7 @@ import torch
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import SURE
 from torchsurgeon.errors import UnknownEnergyWarning
+from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceTimes
 from torchsurgeon.runtime.handshake import LocalModel
@@ -138,7 +139,9 @@ class Setup:
                 peer.failure = unlike
             return
         if servers.chooses:
-            text = servers.goal.settle(self._connector.profile_device(), servers.link, yields=falls_back)
+            self._connector.profile_device()
+            device = with_joules(self._times.usable)[0]
+            text = servers.goal.settle(device, servers.link, yields=falls_back)
             if text is not None:
                 warn_caller(text, UnknownEnergyWarning)
         if falls_back or len(servers.peers) > 1:

@@ -18,6 +18,7 @@ model (it is refused before it is read), 431 for too large a head, 500 when the 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -199,7 +200,8 @@ def _control_plane(registry: ModelRegistry, draining: Callable[[], bool]) -> Exc
 
     async def profile(request: Request) -> JSONResponse:
         served = find(request)
-        return JSONResponse(await asyncio.wrap_future(served.worker.submit(served.profile)))
+        measured = functools.partial(served.profile, request.query_params.get("backend"))
+        return JSONResponse(await asyncio.wrap_future(served.worker.submit(measured)))
 
     async def post_only(request: Request) -> JSONResponse:
         raise HTTPException(404)

@@ -6,15 +6,22 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchsurgeon.backends import Backend, BuiltPart, Part
 from torchsurgeon.cutting.segment import Segment
+from torchsurgeon.profiling import LayerProfile, example_inputs
+from torchsurgeon.profiling.fused import fused_profile
+from torchsurgeon.serve.tails import place_of
 from torchsurgeon.tracing.graph import LayerGraph
 
-_Wanted = tuple[BuiltPart, Sequence[Tensor], int]
+# How long the parts of a model are measured, and how often each.
+_BUDGET_S, _REPEATS = 10.0, 7
+
+_Job = Callable[[], object]
 
 
 class TailBuilder:
@@ -25,13 +32,18 @@ class TailBuilder:
         graph: the traced model.
         backend: what runs its tails.
         capacity: how many built tails to keep.
+
+    Attributes:
+        profile: the JSON of what heads and tails take by the backend; None until it has been measured.
     """
 
     def __init__(self, name: str, graph: LayerGraph, backend: Backend, capacity: int) -> None:
         self._name, self._graph, self._backend, self._capacity = name, graph, backend, capacity
         self._said: set[str] = set()
         self._built: dict[tuple[str, ...], BuiltPart] = {}
-        self._wanted: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
+        self.profile: dict[str, Any] | None = None
+        self._measuring = False
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -69,20 +81,46 @@ class TailBuilder:
 
     def close(self) -> None:
         """End the thread after what it builds now."""
-        self._wanted.put(None)
+        self._jobs.put(None)
+
+    def measure(self, eager: LayerProfile) -> None:
+        """Begin to measure what heads and tails take, unless that has begun already.
+
+        Args:
+            eager: what the layers take in eager PyTorch here.
+        """
+        if self._measuring:
+            return
+        self._measuring = True
+
+        def job() -> None:
+            inputs = example_inputs(self._graph, place_of(self._graph.model))
+            self.profile = fused_profile(
+                self._graph, self._backend, eager, inputs, repeats=_REPEATS, budget_s=_BUDGET_S
+            ).to_json()
+
+        self._put(job)
 
     def _ask(self, built: BuiltPart, tensors: Sequence[Tensor]) -> None:
-        # The tensors lie in a buffer that the next request overwrites. The number of threads is that of this thread.
-        self._wanted.put((built, [tensor.clone() for tensor in tensors], torch.get_num_threads()))
+        # The tensors lie in a buffer that the next request overwrites.
+        copies = [tensor.clone() for tensor in tensors]
+        self._put(lambda: built.build(*copies))
+
+    def _put(self, job: _Job) -> None:
+        threads = torch.get_num_threads()  # of the thread that runs requests
+
+        def run() -> None:
+            torch.set_num_threads(threads)
+            job()
+
+        self._jobs.put(run)
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"torchsurgeon-{self._name}-build", daemon=True)
                 self._thread.start()
 
     def _work(self) -> None:
-        while (wanted := self._wanted.get()) is not None:
-            built, tensors, threads = wanted
-            torch.set_num_threads(threads)
+        while (job := self._jobs.get()) is not None:
             # What the model raises for these tensors was told to whoever sent them; it is built for others later.
             with torch.no_grad(), contextlib.suppress(Exception):
-                built.build(*tensors)
+                job()

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torchsurgeon.backends import Backend, find_backend
-from torchsurgeon.backends.eager import Eager
 from torchsurgeon.errors import (
     BackendError,
     ModelNotReadyError,
@@ -83,7 +82,7 @@ class ModelRegistry:
         leaf_modules: Collection[str | type[nn.Module]] = (),
         verify: bool = True,
         source: str = "",
-        backend: str | Backend | None = None,
+        backend: str | Backend | Sequence[str | Backend] | None = None,
     ) -> ServedModel:
         """Trace a model and serve it.
 
@@ -97,8 +96,10 @@ class ModelRegistry:
             leaf_modules: modules to keep whole, as the device names them too.
             verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
             source: where the model comes from, in words.
-            backend: what runs its tails in place of eager PyTorch: a ``torchsurgeon.backends.Backend`` or its name. A
-                tail runs in eager PyTorch until the backend has built it in the background.
+            backend: what runs its tails in place of eager PyTorch: a ``torchsurgeon.backends.Backend`` or its name. Of
+                several, a text with commas or a sequence, the first is the server's own choice, and devices may ask for
+                the others; for eager PyTorch they always may. A tail runs in eager PyTorch until the backend has built
+                it in the background.
 
         Raises:
             SpecError: the name is not valid, or is taken.
@@ -112,7 +113,7 @@ class ModelRegistry:
                 raise BackendError(
                     f"model {short(name)} is a SplitModule, whose parts run as it was made; give backend= to it"
                 )
-            runs = None if backend is None else find_backend(backend)
+            runs = _found(backend)
             args, named = call_of(example)
             named = {**named, **(kwargs or {})}
             graph = (
@@ -129,7 +130,7 @@ class ModelRegistry:
                 source=source,
                 finish=None if remote is None else functools.partial(_finish, remote, graph),
                 same_bits=remote is None or remote.exact,
-                backend=None if isinstance(runs, Eager) else runs,
+                backends=runs,
             )
         except TorchSurgeonError as error:
             self._fail(name, error)
@@ -145,7 +146,7 @@ class ModelRegistry:
         *,
         leaf_modules: Collection[str | type[nn.Module]] = (),
         verify: bool = True,
-        backend: str | Backend | None = None,
+        backend: str | Backend | Sequence[str | Backend] | None = None,
         **options: Any,
     ) -> ServedModel:
         """Load a model by its SPEC and serve it.
@@ -235,3 +236,10 @@ def _finish(remote: SplitModule, graph: LayerGraph, names: tuple[str, ...], *ten
             "was added; add it to a new ModelRegistry"
         )
     return remote.finish(names, *tensors)
+
+
+def _found(wanted: str | Backend | Sequence[str | Backend] | None) -> list[Backend]:
+    """Return the backends that were given or named."""
+    if isinstance(wanted, str):
+        wanted = [name.strip() for name in wanted.split(",")]
+    return [find_backend(one) for one in ([wanted] if isinstance(wanted, Backend) else wanted or ())]

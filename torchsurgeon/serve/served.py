@@ -23,7 +23,7 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.profiling import profile
-from torchsurgeon.serve.builder import TailBuilder
+from torchsurgeon.serve.backends import TailBackends
 from torchsurgeon.serve.edition import Edition, Editions
 from torchsurgeon.serve.fitted import FittedCodecs
 from torchsurgeon.serve.quick import QuickRequests
@@ -77,7 +77,7 @@ class ServedModel:
         finish: computes the output in place of a tail of the graph, where another server runs the rest of the model.
         same_bits: whether ``finish`` gives the bits that this server would compute. If not, it does not tell devices
             what it computes with.
-        backend: what runs tails in place of eager PyTorch; None for eager PyTorch.
+        backends: what may run tails besides eager PyTorch, this server's own choice first; none for eager PyTorch.
 
     Attributes:
         versions: the versions that are served.
@@ -85,7 +85,7 @@ class ServedModel:
         max_times: the most times the example's bytes that one tensor has.
         worker: the thread that runs the requests.
         open: whether requests are accepted.
-        builder: what has a backend build the tails; None without a backend.
+        backends: what runs the tails.
     """
 
     versions = ("1",)
@@ -101,7 +101,7 @@ class ServedModel:
         source: str = "",
         finish: Finish | None = None,
         same_bits: bool = True,
-        backend: Backend | None = None,
+        backends: Sequence[Backend] = (),
     ) -> None:
         self.name = name
         self.graph = graph
@@ -116,8 +116,8 @@ class ServedModel:
         self.worker = Worker(f"torchsurgeon-{name}")
         self.open = True
         self._profiler = profiler
-        self.builder = None if backend is None else TailBuilder(name, graph, backend, max_tails)
-        same_bits = same_bits and (backend is None or backend.keeps_bits)
+        self.backends = TailBackends(name, graph, backends, max_tails)
+        same_bits = same_bits and self.backends.keeps_bits
         self._arithmetic = ArithmeticReader(graph.model) if same_bits else None
         self._profile: dict[str, Any] | None = None
         self._quick = QuickRequests()
@@ -165,7 +165,7 @@ class ServedModel:
         Raises:
             ModelNotReadyError: the weights are being changed.
         """
-        known = self._editions.fingerprint()
+        known = {**self._editions.fingerprint(), "backends": self.backends.told()}
         if self._fitted:
             known = {**known, "fitted_codecs": self._fitted.digests(known["weights"])}
         if self._arithmetic is None:
@@ -177,12 +177,20 @@ class ServedModel:
         self._arithmetic.forget()
         return {**known, "arithmetic": dict(self._arithmetic.now().facts)}
 
-    def profile(self) -> dict[str, Any]:
+    def profile(self, backend: str | None = None) -> dict[str, Any]:
         """Return the layer profile, measured at the first call. To be called in the worker's thread.
+
+        Args:
+            backend: by which backend; None for eager PyTorch.
 
         Raises:
             ModelNotServedError: the server has no profiler.
+            ProtocolError: the model is not served by this backend.
+            ModelNotReadyError: what it takes by this backend is being measured, in the background.
         """
+        return self.backends.profile(backend, self._eager_profile)
+
+    def _eager_profile(self) -> dict[str, Any]:
         if self._profiler is None:
             raise ModelNotServedError(
                 f"this server does not profile model {self.name!r}, because its ModelRegistry has profiler=None. Leave "
@@ -271,8 +279,7 @@ class ServedModel:
         """Accept no more requests, and end the thread after those that are queued."""
         self.open = False
         self.worker.close()
-        if self.builder is not None:
-            self.builder.close()
+        self.backends.close()
         self._editions.close()
 
     def _plan(self, edition: Edition, request: wire.InferRequest) -> RequestPlan:
@@ -293,9 +300,9 @@ class ServedModel:
                 raise ProtocolError(f"model {self.name!r}: {error}") from None
         if not usual:
             check_shapes(self.graph, tail, names, [request.tensors[name] for name in names])
-        run = tail.forward if self._finish is None else functools.partial(self._finish, names)
-        if self.builder is not None:
-            run = self.builder.run(names, tail)
+        run = self.backends.run(request.parameters.get("backend"), names, tail)
+        if self._finish is not None:
+            run = functools.partial(self._finish, names)
         place = place_of(self.graph.model)
         if place.type != "cpu":
             run = functools.partial(run_at, place, run)
