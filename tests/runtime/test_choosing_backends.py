@@ -235,12 +235,13 @@ def test_the_server_measures_its_backend_in_the_background(
 
         def known() -> bool:
             split(X)
-            return split.server_profile is not None and split.server_profile.backend == "first"
+            plan = split._engine.servers.peers[0].plan
+            assert plan is not None
+            return {row.server_backend for row in plan.frontier.rows if not row.on_device} == {"first"}
 
         until(known)
-        plan = split._engine.servers.peers[0].plan
-        assert plan is not None
-        assert {row.server_backend for row in plan.frontier.rows if not row.on_device} == {"first"}
+        assert split.server_profile is not None
+        assert split.server_profile.backend == "first"
 
 
 def test_requests_for_an_unknown_backend_get_an_error(served: tuple[str, Counting, Counting]) -> None:

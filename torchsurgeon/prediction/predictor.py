@@ -367,6 +367,7 @@ class Predictor:
 
     def to_json(self) -> dict[str, Any]:
         """Return samples, forms and errors as plain data, with the version of the format."""
+        by_backend = {name: factors.to_json() for name, factors in self.backends.items()}
         return {
             "format": FORMAT,
             "provenance": self.provenance,
@@ -374,7 +375,7 @@ class Predictor:
             "block": dataclasses.asdict(self.block),
             "fitted": {kind: dataclasses.asdict(known) for kind, known in self.fitted.items()},
             "samples": {kind: table.to_json() for kind, table in self.samples.items()},
-            "backends": {name: factors.to_json() for name, factors in self.backends.items()},
+            **({"backends": by_backend} if by_backend else {}),
         }
 
     @staticmethod
@@ -399,7 +400,7 @@ class Predictor:
             roofline = numbers(Roofline, data["roofline"], least=1e-15)
             block = _block_from(data["block"])
             provenance = dict(data["provenance"])
-            # Files that were written before backends were calibrated have none.
+            # Only there where the device was calibrated by any.
             backends = {str(name): BackendFactors.from_json(one) for name, one in data.get("backends", {}).items()}
         except DAMAGE as error:
             raise damaged(error) from None
