@@ -172,6 +172,20 @@ def add_serve(commands: Commands) -> None:
         metavar="SECONDS",
         help="after SIGTERM or Ctrl-C, longest time for the requests that are under way (default: %(default)s)",
     )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="how the log is written to standard error; with json, what is printed otherwise is part of it (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--access-log",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write a line for each request: client, id, model, cut, status and milliseconds (default: "
+        "--no-access-log)",
+    )
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -213,6 +227,8 @@ def _serve(options: argparse.Namespace) -> None:
         max_connections=options.max_connections,
         max_connections_per_address=options.max_connections_per_address,
         grace_s=options.grace_s,
+        log_format=options.log_format,
+        access_log=options.access_log,
     )
 
 

@@ -44,10 +44,13 @@ from torchsurgeon.serve.body import (
     read_body,
 )
 from torchsurgeon.serve.direct import Direct
+from torchsurgeon.serve.exchange import Exchange
 from torchsurgeon.serve.failure import error_body, status_of
+from torchsurgeon.serve.outcome import Listener
+from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.replies import RETRY_AFTER_S, Scope, Send, refuse, send_json
-from torchsurgeon.serve.served import Received, ServedModel
+from torchsurgeon.serve.served import ServedModel
 
 MAX_PROBE_BYTES = 4 << 20
 _RETRY = {"retry-after": str(RETRY_AFTER_S)}
@@ -65,6 +68,7 @@ class TailApp:
         registry: as given.
         body_timeout_s: as given.
         direct: answers plain inference requests without ASGI; torchsurgeon's own server uses it.
+        listeners: who is told what became of each request.
         draining: whether the server is about to stop. It is then not ready, and answers all the same.
     """
 
@@ -72,6 +76,7 @@ class TailApp:
         self.registry = registry
         self.body_timeout_s = body_timeout_s
         self.direct = Direct(registry, body_timeout_s)
+        self.listeners: list[Listener] = []
         self.draining = False
         self._rest = _control_plane(registry, lambda: self.draining)
 
@@ -81,33 +86,46 @@ class TailApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, as ASGI 3 calls an application."""
-        if scope["type"] == "http" and scope["method"] == "POST":
+        if scope["type"] != "http":
+            await self._rest({**scope, "app": self}, receive, send)  # type: ignore[arg-type]
+            return
+        exchange = Exchange(scope, send)
+        try:
+            await self._answer(scope, receive, exchange)
+        finally:
+            if self.listeners:
+                exchange.end(self.listeners)
+
+    async def _answer(self, scope: Scope, receive: Receive, exchange: Exchange) -> None:
+        if scope["method"] == "POST":
             parts = scope["path"].split("/")
             versioned = len(parts) == 7 and parts[4] == "versions"
             if parts[-1] == "infer" and parts[1:3] == ["v2", "models"] and (versioned or len(parts) == 5):
                 version = parts[5] if versioned else None
                 incoming = Incoming(receive)
-                await self._guarded(self._infer(parts[3], version, scope, incoming, send), incoming, send)
+                exchange.model = parts[3]
+                await self._guarded(self._infer(parts[3], version, exchange, incoming), incoming, exchange)
                 return
             if scope["path"] == "/v2/probe":
                 incoming = Incoming(receive)
-                await self._guarded(self._probe(scope, incoming, send), incoming, send)
+                await self._guarded(self._probe(scope, incoming, exchange.send), incoming, exchange)
                 return
         # By "app", the router knows that an error it raises is answered.
-        await self._rest({**scope, "app": self}, receive, send)  # type: ignore[arg-type]
+        told = {**scope, "app": self, "exchange": exchange}
+        await self._rest(told, receive, exchange.send)  # type: ignore[arg-type]
 
-    async def _guarded(self, handling: Awaitable[None], incoming: Incoming, send: Send) -> None:
+    async def _guarded(self, handling: Awaitable[None], incoming: Incoming, exchange: Exchange) -> None:
         try:
             await handling
         except DisconnectedError:
             pass
         except Exception as error:
-            await refuse(status_of(error), error_body(error), incoming, send)
+            await refuse(status_of(error), error_body(error, exchange.about()), incoming, exchange.send)
 
-    async def _infer(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _infer(self, name: str, version: str | None, exchange: Exchange, receive: Receive) -> None:
         started_s = time.perf_counter()
         model = self.registry.get(name, version)
-        headers = dict(scope["headers"])
+        headers = exchange.headers
         size = content_length(headers)
         encoding = headers.get(b"content-encoding", b"identity").strip().lower()
         compressed = encoding not in (b"", b"identity")
@@ -117,14 +135,18 @@ class TailApp:
         check_length(size, limit)
         body = await read_body(receive, size, limit, self.body_timeout_s)
         arrived_s = time.perf_counter()
-        request = Received(body, header_bytes, arrived_s - started_s, arrived_s)
+        receive_s, own_id = arrived_s - started_s, exchange.given_id
+        request = Received(body, header_bytes, receive_s, arrived_s, exchange.client, own_id, name)
+        exchange.received = request
         del body  # Only the request keeps it alive, so its memory is free as soon as the request is answered.
 
         def run() -> wire.Encoded:
-            return model.answer(_inflated(request, encoding, limit) if compressed else request)
+            if compressed:
+                request.body = inflate(request.body, encoding, limit)
+            return model.answer(request)
 
         encoded = await asyncio.wrap_future(model.worker.submit(run))
-        await _answer(encoded, send)
+        await _send_encoded(encoded, exchange.send)
 
     async def _probe(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.perf_counter()
@@ -148,10 +170,6 @@ def create_app(registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> Tail
     return TailApp(registry, body_timeout_s=body_timeout_s)
 
 
-def _inflated(request: Received, encoding: bytes, limit: int) -> Received:
-    return Received(inflate(request.body, encoding, limit), request.header_bytes, request.receive_s, request.arrived_s)
-
-
 def _down_bytes(query: bytes) -> int:
     if not query:
         return 0
@@ -161,7 +179,7 @@ def _down_bytes(query: bytes) -> int:
     return int(value)
 
 
-async def _answer(encoded: wire.Encoded, send: Send) -> None:
+async def _send_encoded(encoded: wire.Encoded, send: Send) -> None:
     kind = b"application/json" if encoded.header_bytes is None else b"application/octet-stream"
     headers = [(b"content-type", kind), (b"content-length", b"%d" % encoded.size_bytes)]
     if encoded.header_bytes is not None:
@@ -211,7 +229,8 @@ def _control_plane(registry: ModelRegistry, draining: Callable[[], bool]) -> Exc
             asked = f"{request.method} {request.url.path[:300]}"
             return JSONResponse({"error": f"{error.detail}: {asked}"}, error.status_code, error.headers)
         status = status_of(error)
-        return Response(error_body(error), status, _RETRY if status == 503 else None, "application/json")
+        body = error_body(error, request.scope["exchange"].about())
+        return Response(body, status, _RETRY if status == 503 else None, "application/json")
 
     routes = [
         Route("/v2", server),

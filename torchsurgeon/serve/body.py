@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError, short
-from torchsurgeon.serve.failure import BodyTimeoutError
+from torchsurgeon.serve.failure import LateError
 from torchsurgeon.wire.buffers import aligned_buffer
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
@@ -92,16 +92,21 @@ async def read_body(receive: Receive, size: int | None, limit_bytes: int, timeou
     Raises:
         BodyTooLargeError: the body is larger than ``limit_bytes``.
         ProtocolError: the body is longer or shorter than declared.
-        BodyTimeoutError: the body did not arrive in time.
+        LateError: the body did not arrive in time.
         DisconnectedError: the client left.
     """
     reading = _read_chunked(receive, limit_bytes) if size is None else _read_sized(receive, aligned_buffer(size))
     try:
         return await asyncio.wait_for(reading, timeout_for(timeout_s, limit_bytes if size is None else size))
     except (TimeoutError, asyncio.TimeoutError):
-        raise BodyTimeoutError(
-            f"a body must arrive within {timeout_s:g} s and its time at {MIN_UPLINK_BYTE_S >> 10} KiB/s; it did not"
-        ) from None
+        raise late(timeout_s) from None
+
+
+def late(timeout_s: float) -> LateError:
+    """Return the error for a body that did not arrive in ``timeout_s`` and its time at 16 KiB/s."""
+    return LateError(
+        f"a body must arrive within {timeout_s:g} s and its time at {MIN_UPLINK_BYTE_S >> 10} KiB/s; it did not"
+    )
 
 
 async def discard(receive: Receive, limit_bytes: int, timeout_s: float) -> int:

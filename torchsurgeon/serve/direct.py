@@ -16,9 +16,11 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from torchsurgeon import wire
 from torchsurgeon.errors import ModelServingError, ProtocolError
 from torchsurgeon.serve.failure import error_body, status_of
+from torchsurgeon.serve.outcome import Outcome
+from torchsurgeon.serve.received import REQUEST_ID, Received, given_id
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.replies import RETRY_AFTER_S
-from torchsurgeon.serve.served import Received, ServedModel
+from torchsurgeon.serve.served import ServedModel
 from torchsurgeon.wire.buffers import Buffers
 
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
@@ -37,12 +39,16 @@ class Plain:
         size: length of the body.
         header_bytes: length of the body's JSON header; None where the whole body is JSON.
         timeout_s: seconds that the client may take to send the body, in addition to the body's time at 16 KiB/s.
+        path: the path that is asked for.
+        given_id: the id that the client gave the request; None where it gave none.
     """
 
     model: ServedModel
     size: int
     header_bytes: int | None
     timeout_s: float
+    path: str
+    given_id: str | None
 
 
 class Reply(NamedTuple):
@@ -67,16 +73,20 @@ class Job:
     Args:
         plain: the request's head.
         body: memory for the whole body.
+        client: the client's address and port.
 
     Attributes:
         plain: as given.
         missing: the part of the body that has not arrived.
+        started_s: when the head arrived, in seconds of ``time.perf_counter``.
+        received: the request, once its body has arrived.
     """
 
-    def __init__(self, plain: Plain, body: memoryview) -> None:
+    def __init__(self, plain: Plain, body: memoryview, client: str) -> None:
         self.plain = plain
-        self.missing = self._body = body
-        self._started_s = time.perf_counter()
+        self.missing = body
+        self.started_s = time.perf_counter()
+        self.received = Received(body, plain.header_bytes, 0.0, 0.0, client, plain.given_id, plain.model.name)
 
     def arrived(self, count: int) -> None:
         """Record that the first ``count`` of the missing bytes have arrived."""
@@ -87,6 +97,22 @@ class Job:
         self.missing[: len(data)] = data
         self.arrived(len(data))
 
+    def outcome(self, status: int, sent_bytes: int) -> Outcome:
+        """Return what became of the request: its status, and the bytes of the answer."""
+        received, duration_s = self.received, time.perf_counter() - self.started_s
+        asked = f"POST {self.plain.path}"
+        return Outcome(
+            received.client,
+            received.request_id,
+            asked,
+            received.model,
+            received.cut,
+            status,
+            duration_s,
+            self.plain.size,
+            sent_bytes,
+        )
+
     def run(self, loop: asyncio.AbstractEventLoop, reply: Callable[[Reply], None]) -> None:
         """Compute the answer to the request.
 
@@ -95,9 +121,9 @@ class Job:
             reply: called with the answer in the loop's thread: at once where the model is quick and idle, or else once
                 the model's worker thread has computed it.
         """
-        arrived_s = time.perf_counter()
-        model = self.plain.model
-        received = Received(self._body, self.plain.header_bytes, arrived_s - self._started_s, arrived_s)
+        model, received = self.plain.model, self.received
+        received.arrived_s = arrived_s = time.perf_counter()
+        received.receive_s = arrived_s - self.started_s
         answer = partial(_answer, model, received)
         quick = model.quick(self.plain.size)
         now = model.worker.now(answer) if quick else None
@@ -159,14 +185,15 @@ class Direct:
             return None
         if int(size) == 0 or int(size) > model.max_body_bytes(binary=length is not None):
             return None
-        return Plain(model, int(size), header_bytes, self._timeout_s)
+        path, own_id = url.decode("latin-1"), given_id(fields.get(REQUEST_ID))
+        return Plain(model, int(size), header_bytes, self._timeout_s, path, own_id)
 
 
 def _answer(model: ServedModel, received: Received) -> Reply:
     try:
         encoded = model.answer(received)
     except Exception as error:
-        body = error_body(error)
+        body = error_body(error, received.about())
         return Reply(status_of(error), None, [body], len(body))
     return Reply(200, encoded.header_bytes, encoded.buffers, encoded.size_bytes)
 
@@ -190,3 +217,8 @@ def reply_head(status: int, header_bytes: int | None, size_bytes: int, keep_aliv
     if not keep_alive:
         lines.append(b"connection: close\r\n")
     return b"".join([*lines, b"\r\n"])
+
+
+def with_id(head: bytes, request_id: str) -> bytes:
+    """Return the head of an answer with the id of its request."""
+    return b"%s%s: %s\r\n\r\n" % (head[:-2], REQUEST_ID, request_id.encode())

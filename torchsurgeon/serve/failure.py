@@ -1,9 +1,12 @@
-"""The HTTP status and the body with which an error is answered."""
+"""The HTTP status and the body with which an error is answered, and what the operator's log says of it."""
 
 from __future__ import annotations
 
 import json
 import logging
+import threading
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from torchsurgeon.errors import (
     BodyTooLargeError,
@@ -16,8 +19,8 @@ from torchsurgeon.errors import (
 )
 
 
-class BodyTimeoutError(Exception):
-    """A request's body did not arrive in time."""
+class LateError(Exception):
+    """A request's head or body did not arrive in time."""
 
 
 class HeadTooLargeError(Exception):
@@ -26,7 +29,7 @@ class HeadTooLargeError(Exception):
 
 STATUS: dict[type[Exception], int] = {
     ModelNotServedError: 404,
-    BodyTimeoutError: 408,
+    LateError: 408,
     BodyTooLargeError: 413,
     HeadTooLargeError: 431,
     ProtocolError: 400,
@@ -35,7 +38,76 @@ STATUS: dict[type[Exception], int] = {
     ModelNotReadyError: 503,
 }
 
+# The same complaint is written once in this time.
+COMPLAINT_PERIOD_S = 10.0
+# Of so many kinds at a time. What comes beyond them counts as one more kind.
+_MOST_KINDS = 64
+
+
+class OncePerPeriod(logging.Filter):
+    """Lets the same complaint through once in a period. At the period's end it says how many more there were.
+
+    Complaints are the same if they have the same ``complaint``, an attribute of the record, or else the same text
+    before its arguments are put in. A filter belongs to a logger, so it holds whatever handlers the program has.
+
+    Args:
+        period_s: the period.
+    """
+
+    def __init__(self, period_s: float = COMPLAINT_PERIOD_S) -> None:
+        super().__init__()
+        self.period_s = period_s
+        self._more: dict[object, int] = {}
+        self._lock = threading.Lock()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is written; called by ``logging``."""
+        if getattr(record, "counts_more", False):
+            return True
+        key: object = (record.levelno, getattr(record, "complaint", record.msg))
+        with self._lock:
+            if key not in self._more and len(self._more) >= _MOST_KINDS:
+                key = "others"
+            if key in self._more:
+                self._more[key] += 1
+                return False
+            self._more[key] = 0
+        timer = threading.Timer(self.period_s, self._end, (key, record))
+        timer.daemon = True
+        timer.start()
+        return True
+
+    def _end(self, key: object, record: logging.LogRecord) -> None:
+        with self._lock:
+            more = self._more.pop(key)
+        if more:
+            said = "others that were not written" if key == "others" else record.getMessage()
+            logging.getLogger(record.name).log(
+                record.levelno, "%s: %d more in %g s", said, more, self.period_s, extra={"counts_more": True}
+            )
+
+
 _log = logging.getLogger(__name__)
+_log.addFilter(OncePerPeriod())
+
+
+def complain(
+    kind: str,
+    message: str,
+    about: Mapping[str, str],
+    error: BaseException | None = None,
+    level: int = logging.ERROR,
+) -> None:
+    """Tell the operator of something, unless the same was told a moment ago.
+
+    Args:
+        kind: what makes two complaints the same.
+        message: what is told.
+        about: of which request or connection, as ``Received.about()`` returns it.
+        error: what is written with its traceback; None for nothing.
+        level: the level, as ``logging`` counts it.
+    """
+    _log.log(level, "%s", message, extra={**about, "complaint": kind}, exc_info=error)
 
 
 def status_of(error: Exception) -> int:
@@ -43,17 +115,22 @@ def status_of(error: Exception) -> int:
     return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
 
 
-def error_body(error: Exception) -> bytes:
+def error_body(error: Exception, about: Mapping[str, str] = MappingProxyType({})) -> bytes:
     """Return the body of an error's answer, ``{"error": "…"}``, in at most 1,000 characters of text.
 
     The client gets the message of an expected error. A model that failed, and an unexpected error, are also logged for
     the operator; of an unexpected error the client gets no more than its type.
+
+    Args:
+        error: the error.
+        about: what the log says of the request, as ``Received.about()`` returns it.
     """
+    kind = f"{type(error).__name__} {about.get('model', '')}"
     if not isinstance(error, tuple(STATUS)):
-        _log.error("a request failed", exc_info=error)
+        complain(kind, "a request failed", about, error)
         text = f"{type(error).__name__} in the server; its log has the details"
     else:
         text = short(error, 1000)
         if isinstance(error, ModelFailedError):
-            _log.error("%s", error, exc_info=error.__cause__)
+            complain(kind, str(error), about, error.__cause__)
     return json.dumps({"error": text}).encode()

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from torchsurgeon.errors import ProtocolError, short
 from torchsurgeon.serve.body import LINGER_BYTES, LINGER_S
 from torchsurgeon.serve.connections import Connections
-from torchsurgeon.serve.direct import reply_head
-from torchsurgeon.serve.failure import HeadTooLargeError, error_body, status_of
+from torchsurgeon.serve.direct import reply_head, with_id
+from torchsurgeon.serve.failure import HeadTooLargeError, LateError, complain, error_body, status_of
 from torchsurgeon.serve.heads import HeadMeter
+from torchsurgeon.serve.outcome import Listener, Outcome
+from torchsurgeon.serve.received import address_text, new_id
 from torchsurgeon.serve.replies import only_health
 
 HEAD_TIMEOUT_S = 10.0
@@ -39,19 +42,22 @@ class GuardedProtocol(HttpToolsProtocol):
 
     Args:
         connections: all connections of the server.
+        listeners: who is told what became of each request.
         *args: passed on to uvicorn's protocol.
         **kwargs: passed on to uvicorn's protocol.
 
     Attributes:
         address: the client's address; empty where it has none.
+        peer: the client's address and port.
         spare: whether it is above the limit, so that nothing but health is answered.
         answered: whether a request was ever answered.
     """
 
-    def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, connections: Connections, listeners: list[Listener], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._all = connections
-        self.address = ""
+        self._listeners = listeners
+        self.address = self.peer = ""
         self.spare = self.answered = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._idle_since_s = 0.0
@@ -65,7 +71,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Start the connection; called by asyncio."""
         super().connection_made(transport)
         self._idle_since_s = self.loop.time()
-        self.address = self.client[0] if self.client else ""
+        if self.client:
+            self.address, self.peer = self.client[0], address_text(self.client)
         self._all.add(self)
         if self.spare:
             self.app = only_health(self.app, self._all.why_spare)
@@ -149,11 +156,15 @@ class GuardedProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"\r\n".join([*lines, b"", rest]))
 
-    def _refuse(self, error: Exception) -> None:
+    def _refuse(self, error: Exception, model: str = "") -> None:
         """Answer with an error, and close the connection.
 
         The client may still be sending. If the connection were closed at once, the client's system would drop the
         answer. So what arrives is read on for a while, and dropped.
+
+        Args:
+            error: the error.
+            model: the name of the model that was asked; empty where that is not known.
         """
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
@@ -163,8 +174,13 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             cycle.disconnected = True
             cycle.message_event.set()
-        body = error_body(error)
-        self.transport.write(reply_head(status_of(error), None, len(body), False) + body)
+        status, request_id = status_of(error), new_id()
+        about = {"client": self.peer, "request_id": request_id, "model": model}
+        body = error_body(error, about)
+        complain(f"refused {status}", f"closing a connection: {short(error)}", about, None, logging.WARNING)
+        self.transport.write(with_id(reply_head(status, None, len(body), False), request_id) + body)
+        for listener in self._listeners:
+            listener(Outcome(self.peer, request_id, "", model, "", status, 0.0, 0, len(body)))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._stop_timers()
@@ -229,9 +245,12 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def _late(self) -> None:
-        """Close the connection: a head or a body did not arrive in time, or what is dropped after an error."""
+        """Close the connection: a head did not arrive in time, or not all that is dropped after an error."""
         self._head_timer = None
-        self.transport.close()
+        if self._in_head and self._dropping is None:
+            self._refuse(LateError(f"the head of a request must arrive within {HEAD_TIMEOUT_S:g} s; it did not"))
+        else:
+            self.transport.close()
 
     def _stop_timers(self) -> None:
         if self._head_timer is not None:

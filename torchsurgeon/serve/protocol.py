@@ -22,10 +22,11 @@ from typing import Any
 
 import httptools
 
-from torchsurgeon.serve.body import JOIN_BYTES, timeout_for
+from torchsurgeon.serve.body import JOIN_BYTES, late, timeout_for
 from torchsurgeon.serve.connections import Connections
-from torchsurgeon.serve.direct import Direct, Job, Plain, Reply, reply_head
+from torchsurgeon.serve.direct import Direct, Job, Plain, Reply, reply_head, with_id
 from torchsurgeon.serve.guarded import GuardedProtocol
+from torchsurgeon.serve.outcome import CLIENT_GONE, Listener
 
 _SCRATCH_BYTES = 16 << 10
 _MAX_REPEATED_BYTES = 4096
@@ -40,6 +41,7 @@ class _Turn:
     def __init__(self) -> None:
         self.response_complete = False
         self.disconnected = False
+        self.response_started = False
         self.keep_alive = True
         self.message_event = asyncio.Event()
 
@@ -68,13 +70,17 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
     Args:
         direct: decides which requests are answered without ASGI; None to answer none that way.
         connections: all connections of the server.
+        listeners: who is told what became of each request.
         *args: passed on to uvicorn's protocol.
         **kwargs: passed on to uvicorn's protocol.
     """
 
-    def __init__(self, direct: Direct | None, connections: Connections, *args: Any, **kwargs: Any) -> None:
-        super().__init__(connections, *args, **kwargs)
+    def __init__(
+        self, direct: Direct | None, connections: Connections, listeners: list[Listener], *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(connections, listeners, *args, **kwargs)
         self._direct = direct
+        self._asked: Job | None = None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._job: Job | None = None
         self._turn = _Turn()
@@ -128,7 +134,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
             repeat = self._repeat
             if repeat is not None and repeat.begins(read[:nbytes]) and repeat.plain.model.open:
                 # The same head again: its content is known, and the body already lies where it is decoded.
-                self._begin(Job(repeat.plain, read[len(repeat.head) :]), nbytes - len(repeat.head))
+                self._begin(Job(repeat.plain, read[len(repeat.head) :], self.peer), nbytes - len(repeat.head))
             else:
                 self._feed(read[:nbytes])
 
@@ -164,7 +170,8 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
             with suppress(BlockingIOError, ConnectionError):
                 self._arrived(job, os.readv(self._fd, [job.missing]))
         if self._job is not None and self._body_timer is None:
-            self._body_timer = self.loop.call_later(timeout_for(job.plain.timeout_s, job.plain.size), self._late)
+            patience_s = timeout_for(job.plain.timeout_s, job.plain.size)
+            self._body_timer = self.loop.call_later(patience_s, self._body_late)
 
     def _arrived(self, job: Job, nbytes: int) -> None:
         job.arrived(nbytes)
@@ -181,7 +188,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
             admitted = self._direct.admit(self.url, self.headers)
             if admitted is not None:
                 self._admitted = admitted
-                self._take_turn(Job(admitted, self._direct.buffers.take(admitted.size)))
+                self._take_turn(Job(admitted, self._direct.buffers.take(admitted.size), self.peer))
                 return
         self._repeat = None
         super()._begin_request()
@@ -207,7 +214,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
 
     def _take_turn(self, job: Job) -> None:
         self._job = job
-        self._turn.response_complete = False
+        self._turn.response_complete = self._turn.response_started = False
         self._turn.keep_alive = not self._draining
         self.cycle = self._turn  # type: ignore[assignment]
 
@@ -217,14 +224,20 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
             self._body_timer = None
         job, self._job = self._job, None
         if job is not None:
+            self._asked = job
+            self._turn.response_started = True
             job.run(self.loop, self._reply)
 
     def _reply(self, reply: Reply) -> None:
+        job, self._asked = self._asked, None
         # Not self.cycle, which may be a pipelined request that waits for this answer.
         turn = self._turn
         if turn.disconnected or self.transport.is_closing():
+            self._tell_of(job, CLIENT_GONE, 0)
             return
         head = reply_head(reply.status, reply.header_bytes, reply.size_bytes, turn.keep_alive)
+        if job is not None and (job.plain.given_id is not None or reply.status >= 400):
+            head = with_id(head, job.received.request_id)
         if reply.size_bytes <= JOIN_BYTES:
             self.transport.write(b"".join([head, *reply.buffers]))
         else:
@@ -232,6 +245,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
             for buffer in reply.buffers[1:]:
                 self.transport.write(buffer)
         turn.response_complete = self.answered = True
+        self._tell_of(job, reply.status, reply.size_bytes)
         if not turn.keep_alive:
             self.transport.close()
         if self.pipeline:
@@ -241,6 +255,12 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         self._idle_since_s = self.loop.time()
         if self._idle_timer is None:
             self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._maybe_idle)
+
+    def _tell_of(self, job: Job | None, status: int, sent_bytes: int) -> None:
+        if self._listeners and job is not None:
+            outcome = job.outcome(status, sent_bytes)
+            for listener in self._listeners:
+                listener(outcome)
 
     def _maybe_idle(self) -> None:
         """Close the connection if nothing has happened on it for the keep-alive time; else look again later."""
@@ -254,9 +274,12 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         else:
             self.transport.close()
 
-    def _late(self) -> None:
+    def _body_late(self) -> None:
+        """Answer that a body did not arrive in time, and close the connection."""
         self._body_timer = None
-        super()._late()
+        job, self._job = self._job, None
+        if job is not None:
+            self._refuse(late(job.plain.timeout_s), job.plain.model.name)
 
     def _stop_timers(self) -> None:
         super()._stop_timers()

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torchsurgeon.serve.backends import TailBackends
 from torchsurgeon.serve.edition import Edition, Editions
 from torchsurgeon.serve.fitted import FittedCodecs
 from torchsurgeon.serve.quick import QuickRequests
+from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.tails import RequestPlan, Tails, place_of, run_at
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
@@ -46,22 +47,6 @@ _TIMES = '"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
 def measured_profile(graph: LayerGraph) -> dict[str, Any]:
     """Measure the layers of a graph on this machine, without joules, and return the profile's JSON."""
     return profile(graph, meter=None).to_json()
-
-
-class Received(NamedTuple):
-    """A request's body as it arrived.
-
-    Attributes:
-        body: the body.
-        header_bytes: length of its JSON header; None where the whole body is JSON.
-        receive_s: seconds from the request's head to the end of its body.
-        arrived_s: when the body was complete, in seconds of ``time.perf_counter``.
-    """
-
-    body: memoryview
-    header_bytes: int | None
-    receive_s: float
-    arrived_s: float
 
 
 class ServedModel:
@@ -238,6 +223,7 @@ class ServedModel:
         )
         self._editions.refuse_training()
         plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)
+        request.cut = plan.cut
         decoded_s = time.perf_counter()
         if plan.check is not None:
             plan.check(decoded.tensors)

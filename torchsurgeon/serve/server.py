@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import ipaddress
+import logging
 import socket
 import threading
 import time
@@ -22,9 +23,14 @@ from torchsurgeon.errors import ServerError, TorchSurgeonError, short
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
 from torchsurgeon.serve.draining import DrainingServer
+from torchsurgeon.serve.failure import OncePerPeriod
+from torchsurgeon.serve.logs import AccessLog, LogFormat, configure
 from torchsurgeon.serve.protocol import ServeProtocol
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import Profiler, measured_profile
+
+_log = logging.getLogger("torchsurgeon.serve")
+_uvicorns = logging.getLogger("uvicorn.error")
 
 _KEEP_ALIVE_S = 75
 _START_S = 10.0
@@ -50,6 +56,7 @@ class Server:
         ServerError: the address is not available.
 
     Attributes:
+        app: as given.
         host: as given.
         port: the port that is listened on.
         url: the server's URL.
@@ -67,6 +74,7 @@ class Server:
         max_connections: int = MAX_CONNECTIONS,
         max_connections_per_address: int | None = None,
     ) -> None:
+        self.app = app
         self.host = host
         self._socket = listen(host, port)
         self.port: int = self._socket.getsockname()[1]
@@ -126,6 +134,8 @@ def run(
     max_connections_per_address: int | None = None,
     grace_s: float = 10.0,
     profiler: Profiler | None = measured_profile,
+    log_format: LogFormat = "text",
+    access_log: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Serve models until the process is interrupted. The process is meant to do nothing else.
@@ -149,7 +159,11 @@ def run(
         max_connections_per_address: as in ``Server``.
         grace_s: after SIGTERM or SIGINT, the most seconds that requests under way are waited for.
         profiler: as in ``ModelRegistry``.
-        say: called with each line about the server's progress; prints it by default.
+        log_format: how the log is written to standard error, unless the program has set up ``logging`` itself:
+            ``"text"`` or ``"json"``.
+        access_log: whether a line is written for each request.
+        say: called with each line about the server's progress. By default the lines are printed, and with
+            ``log_format="json"`` they are part of the log.
 
     Raises:
         ServerError: the address is not available.
@@ -158,7 +172,10 @@ def run(
         CodecError: a codec's file is damaged, or is not of its model.
         BackendError: there is no such backend here.
     """
-    report = say or (lambda line: print(line, flush=True))
+    configure(log_format)
+    report = say or (_log_progress if log_format == "json" else _print_progress)
+    in_turn = OncePerPeriod()
+    _uvicorns.addFilter(in_turn)
     if not is_loopback(host):
         warnings.warn(
             f"listening on {host}: everyone who can reach this address can run the models and read their weights' "
@@ -175,6 +192,9 @@ def run(
     url = _url("http", host, bound.getsockname()[1])
     connections = Connections(max_connections, max_connections_per_address)
     app = create_app(registry)
+    log = AccessLog() if access_log else None
+    if log is not None:
+        app.listeners.append(log)
     server = DrainingServer(
         _config(app, connections, direct=True), connections, grace_s=grace_s, on_drain=app.drain, say=report
     )
@@ -217,9 +237,20 @@ def run(
     finally:
         bound.close()
         registry.close()
+        if log is not None:
+            log.close()
+        _uvicorns.removeFilter(in_turn)
         gc.unfreeze()  # or libraries report what was left out of garbage collection as leaks when the process ends
     if failures:
         raise failures[0]
+
+
+def _print_progress(line: str) -> None:
+    print(line, flush=True)
+
+
+def _log_progress(line: str) -> None:
+    _log.info("%s", line)
 
 
 def _serve(server: uvicorn.Server, bound: socket.socket) -> None:
@@ -276,9 +307,10 @@ def _config(
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
 ) -> uvicorn.Config:
+    taken = getattr(app, "direct", None) if direct else None
     return uvicorn.Config(
         app,
-        http=cast(Any, partial(ServeProtocol, getattr(app, "direct", None) if direct else None, connections)),
+        http=cast(Any, partial(ServeProtocol, taken, connections, getattr(app, "listeners", []))),
         # Not uvloop, which took half as long again for what ServeProtocol does.
         loop="asyncio",
         ws="none",

@@ -6,14 +6,17 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.cutting.segment import Segment
+from torchsurgeon.errors import short
 from torchsurgeon.tracing.graph import LayerGraph
+
+_CUT_CHARACTERS = 200
 
 
 class Tails:
@@ -73,10 +76,18 @@ def run_at(place: torch.device, run: Callable[..., Sequence[Tensor]], *tensors: 
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """How requests with one header are run: ``run`` with the tensors in the order of ``names``, after ``check``."""
+    """How requests with one header are run: ``run`` with the tensors in the order of ``names``, after ``check``.
+
+    Attributes:
+        cut: the names as the log tells them.
+    """
 
     names: tuple[str, ...]
     run: Callable[..., Sequence[Tensor]]
     outputs: tuple[str, ...] | None
     as_json: tuple[str, ...]
     check: Callable[[Mapping[str, Tensor]], None] | None = None
+    cut: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cut", short(",".join(self.names), _CUT_CHARACTERS, quote=False))

@@ -1,0 +1,331 @@
+"""What the operator of a server reads: a line for each request, and complaints that do not fill the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import logging
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import environment
+from torch import Tensor, nn
+
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve.failure import OncePerPeriod, complain
+from torchsurgeon.serve.logs import AccessLog, JsonFormatter, TextFormatter, access
+from torchsurgeon.serve.outcome import CLIENT_GONE, Outcome
+from torchsurgeon.serve.received import given_id
+
+X = torch.ones(1, 4)
+BODY = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1.0] * 4}]}).encode()
+
+
+class Failing(nn.Module):
+    """Fails for negative inputs, which its example has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x.long())
+
+
+@pytest.fixture(scope="module", params=["direct", "asgi"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", Failing().eval(), X)
+    with Server(create_app(registry, body_timeout_s=0.3), direct=request.param == "direct") as server:
+        yield server
+    registry.close()
+
+
+@pytest.fixture
+def outcomes(server: Server) -> Iterator[list[Outcome]]:
+    found: list[Outcome] = []
+    server.app.listeners.append(found.append)
+    yield found
+    server.app.listeners.clear()
+
+
+def ask(port: int, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], Any]:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.request("GET" if body is None else "POST", path, body, headers)
+        response = connection.getresponse()
+        told = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, told, json.loads(response.read())
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def test_every_request_is_noted_with_what_an_operator_asks_for(server: Server, outcomes: list[Outcome]) -> None:
+    infer = "/v2/models/net/infer"
+    for path, body, status in [
+        (infer, BODY, 200),
+        (infer, BODY.replace(b"1.0", b"-1.0"), 500),
+        (infer, b"{}", 400),
+        ("/v2/models/other/infer", BODY, 404),
+        ("/v2/health/live", None, 200),
+        ("/v2/probe?down=9", b"12345", 200),
+        ("/nothing", None, 404),
+    ]:
+        headers = {"X-Request-Id": f"{path}-{status}".replace("?", "_")}
+        found, told, _ = ask(server.port, path, body, **headers)
+        assert (found, told["x-request-id"]) == (status, headers["X-Request-Id"])
+        wait_for(lambda: outcomes)
+        outcome = outcomes.pop()
+        method = "GET" if body is None else "POST"
+        assert outcome.asked == f"{method} {path.partition('?')[0]}"
+        assert (outcome.status, outcome.request_id) == (status, headers["X-Request-Id"])
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", outcome.client)
+        assert outcome.model == (path.split("/")[3] if path.endswith("infer") else "")
+        assert outcome.cut == ("x" if path == infer and body != b"{}" else "")
+        assert 0 < outcome.duration_s < 20
+        assert outcome.sent_bytes > 0
+        assert not outcomes
+
+
+def test_a_request_without_an_id_is_given_one_and_an_error_tells_it(server: Server, outcomes: list[Outcome]) -> None:
+    _, told, _ = ask(server.port, "/v2/models/net/infer", BODY)
+    assert "x-request-id" not in told
+    status, told, _ = ask(server.port, "/v2/models/net/infer", b"{}")
+    wait_for(lambda: len(outcomes) == 2)
+    assert status == 400
+    assert told["x-request-id"] == outcomes[1].request_id != outcomes[0].request_id != ""
+
+
+@pytest.mark.parametrize("forged", ["two words", "a" * 129, "", "x\tlevel=INFO", "ü", '"}'])
+def test_an_id_that_could_forge_a_line_is_replaced(server: Server, outcomes: list[Outcome], forged: str) -> None:
+    assert given_id(forged.encode("latin-1")) is None
+    status, told, _ = ask(server.port, "/v2/models/net/infer", BODY, **{"X-Request-Id": forged})
+    assert status == 200
+    assert "x-request-id" not in told
+    wait_for(lambda: outcomes)
+    assert given_id(outcomes[0].request_id.encode()) == outcomes[0].request_id
+
+
+def test_what_is_no_request_and_who_leaves_early_are_noted_too(server: Server, outcomes: list[Outcome]) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
+        link.sendall(b"nonsense\r\n\r\n")
+        answer = link.recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    wait_for(lambda: outcomes)
+    refused = outcomes.pop()
+    assert (refused.status, refused.asked, refused.model) == (400, "", "")
+    assert f"x-request-id: {refused.request_id}\r\n".encode() in answer
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
+        link.sendall(b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    time.sleep(0.1)
+    assert all(one.status == CLIENT_GONE for one in outcomes)
+
+
+@pytest.mark.parametrize("missing", ["head", "body"])
+def test_what_comes_too_late_is_answered_in_json(
+    server: Server, outcomes: list[Outcome], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchsurgeon.serve.guarded.HEAD_TIMEOUT_S", 0.3)
+    head = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
+        link.sendall(head if missing == "head" else head + b"\r\n{")
+        answer = b""
+        while piece := link.recv(10_000):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert f"the {missing}" in json.loads(body)["error"] or f"a {missing}" in json.loads(body)["error"]
+    wait_for(lambda: outcomes)
+    assert [one.status for one in outcomes] == [408]
+    assert outcomes[0].model == ("" if missing == "head" else "net")
+
+
+def test_the_same_complaint_is_written_once_in_a_period_and_then_how_many_more_there_were(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logger = logging.getLogger("test.complaints")
+    once = OncePerPeriod(0.3)
+    logger.addFilter(once)
+    for i in range(1000):
+        logger.warning("invalid request %d", i)
+        logger.error("the disk is full")
+    assert [record.getMessage() for record in caplog.records] == ["invalid request 0", "the disk is full"]
+    wait_for(lambda: len(caplog.records) >= 4)
+    said = sorted(record.getMessage() for record in caplog.records[2:])
+    assert said == ["invalid request 0: 999 more in 0.3 s", "the disk is full: 999 more in 0.3 s"]
+    caplog.clear()
+    logger.warning("invalid request %d", 7)
+    assert [record.getMessage() for record in caplog.records] == ["invalid request 7"]
+    logger.removeFilter(once)
+
+
+def test_the_kinds_of_complaints_that_are_remembered_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("test.complaints")
+    once = OncePerPeriod(0.3)
+    logger.addFilter(once)
+    for i in range(1000):
+        logger.warning(f"complaint {i}")
+    assert len(caplog.records) == 65
+    wait_for(lambda: len(caplog.records) == 66)
+    assert caplog.records[-1].getMessage() == "others that were not written: 935 more in 0.3 s"
+    logger.removeFilter(once)
+
+
+def test_a_model_that_fails_at_every_request_is_complained_of_once(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("torchsurgeon.serve.failure")
+    monkeypatch.setattr(log, "filters", [OncePerPeriod()])
+    for i in range(20):
+        status, _, _ = ask(
+            server.port, "/v2/models/net/infer", BODY.replace(b"1.0", b"-1.0"), **{"X-Request-Id": f"r{i}"}
+        )
+        assert status == 500
+    (record,) = [one for one in caplog.records if one.name == log.name]
+    assert record.exc_info is not None
+    text = json.loads(JsonFormatter().format(record))
+    assert (text["level"], text["model"], text["cut"], text["request_id"]) == ("ERROR", "net", "x", "r0")
+    assert "IndexError" in text["exception"]
+    assert text["client"].startswith("127.0.0.1:")
+    assert "request_id=r0" in TextFormatter().format(record)
+
+
+def test_a_message_cannot_begin_a_line_of_its_own() -> None:
+    record = logging.LogRecord("x", logging.ERROR, "", 0, "one\ntwo\rthree", (), None)
+    assert len(TextFormatter().format(record).splitlines()) == 1
+    assert json.loads(JsonFormatter().format(record))["message"] == "one\ntwo\rthree"
+
+
+class Blocked(logging.Handler):
+    """A handler whose disk does not answer until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = threading.Event()
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.free.wait(20)
+        self.count += 1
+
+
+def test_an_access_log_that_cannot_be_written_delays_no_answer(server: Server) -> None:
+    blocked = Blocked()
+    access.addHandler(blocked)
+    log = AccessLog()
+    server.app.listeners.append(log)
+    try:
+        start_s = time.monotonic()
+        for _ in range(20):
+            assert ask(server.port, "/v2/health/live")[0] == 200
+        assert time.monotonic() - start_s < 10
+        blocked.free.set()
+    finally:
+        server.app.listeners.clear()
+        log.close()
+        access.removeHandler(blocked)
+    assert blocked.count == 20
+
+
+def test_lines_that_come_faster_than_they_are_written_are_dropped_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torchsurgeon.serve.logs._MOST_WAITING", 10)
+    monkeypatch.setattr("torchsurgeon.serve.logs._EVERY_S", 60.0)
+    log = AccessLog()
+    for i in range(25):
+        log(Outcome("", str(i), "", "", "", 200, 0.0, 0, 0))
+    log.close()
+    assert [record.__dict__.get("request_id") for record in caplog.records] == [*map(str, range(15, 25)), None]
+    assert caplog.records[-1].getMessage().startswith("15 requests are missing here")
+
+
+@contextlib.contextmanager
+def command(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int, Path, Path]]:
+    """``torchsurgeon serve`` of two models, with what it writes in files; it is stopped at the end of the block."""
+    out, err = tmp_path / "out", tmp_path / "err"
+    arguments = [sys.executable, "-m", "torchsurgeon", "serve", "net=factories:small", "slow=factories:slow"]
+    with out.open("wb") as one, err.open("wb") as other:
+        child = subprocess.Popen([*arguments, "--port", "0", *options], stdout=one, stderr=other, env=environment())
+    try:
+        wait_for(lambda: "ready" in out.read_text() + err.read_text() or child.poll() is not None)
+        found = re.search(r"ready: .*:(\d+)", out.read_text() + err.read_text())
+        assert found is not None, err.read_text()
+        yield child, int(found[1]), out, err
+    finally:
+        child.send_signal(signal.SIGTERM)
+        child.wait(30)
+
+
+def test_the_command_writes_everything_as_json(tmp_path: Path) -> None:
+    with command(tmp_path, "--log-format", "json", "--access-log") as (_, port, out, err):
+        body = BODY.replace(b'"x"', b'"input"')
+        assert ask(port, "/v2/models/net/infer", body, **{"X-Request-Id": "abc"})[0] == 200
+        for _ in range(30):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
+                link.sendall(b"\x16\x03\x01 this is TLS\r\n\r\n")
+                link.recv(1000)
+    lines = [json.loads(line) for line in err.read_text().splitlines()]
+    assert out.read_text() == ""
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line["time"]) for line in lines)
+    (line,) = [line for line in lines if line.get("request_id") == "abc"]
+    assert line["logger"] == "torchsurgeon.serve.access"
+    assert (line["asked"], line["model"], line["cut"]) == ("POST /v2/models/net/infer", "net", "input")
+    assert line["status"] == 200
+    assert line["duration_ms"] > 0
+    assert [line["message"] for line in lines].count("request") == 31
+    assert sum("not valid HTTP" in line["message"] and line["level"] == "WARNING" for line in lines) == 1
+    assert any(line["message"].startswith("stopped after") for line in lines)
+
+
+def test_the_command_prints_its_progress_and_no_line_for_a_request_by_default(tmp_path: Path) -> None:
+    with command(tmp_path) as (_, port, out, err):
+        assert ask(port, "/v2/models/slow/infer", BODY)[0] == 200
+        assert "ready: serving net, slow at" in out.read_text()
+    assert "request" not in err.read_text()
+    assert "request under way" in out.read_text()
+
+
+def test_a_program_that_has_set_up_logging_keeps_its_own_handlers() -> None:
+    script = (
+        "import logging, threading, os, signal\n"
+        "from torchsurgeon import serve\n"
+        "logging.basicConfig(format='MINE %(message)s', level=logging.INFO)\n"
+        "def say(line):\n"
+        "    if line.startswith('ready'):\n"
+        "        logging.getLogger('torchsurgeon.serve').warning('a line')\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "serve.run({'net': 'factories:small'}, port=0, log_format='json', say=say)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+    lines = [line for line in done.stderr.splitlines() if "a line" in line]
+    assert lines == ["MINE a line"], done.stderr
+
+
+def test_complaints_reach_a_handler_of_the_operators() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    log = logging.getLogger("torchsurgeon.serve.failure")
+    log.addHandler(handler)
+    try:
+        complain("only in this test", "a complaint", {"client": "c"})
+    finally:
+        log.removeHandler(handler)
+    assert stream.getvalue() == "a complaint\n"

@@ -1,0 +1,71 @@
+"""An inference request whose body has arrived, and the id by which logs and answers name it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from dataclasses import dataclass, field
+
+REQUEST_ID = b"x-request-id"
+
+# What a client may name its request. Anything else could break a line of the log, or forge one.
+_VALID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+# Two processes, or one that was started again, must not give the same ids.
+_PREFIX = os.urandom(4).hex()
+_numbers = itertools.count(1)
+
+
+def given_id(value: bytes | None) -> str | None:
+    """Return the id that a client gave its request in ``X-Request-Id``; None where there is none, or no valid one."""
+    return value.decode() if value is not None and _VALID.fullmatch(value) else None
+
+
+def new_id() -> str:
+    """Return an id for a request whose client gave none."""
+    return f"{_PREFIX}-{next(_numbers)}"
+
+
+def address_text(client: tuple[str, int]) -> str:
+    """Return a client's address and port as the log writes them."""
+    host, port = client
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass(eq=False)
+class Received:
+    """A request's body as it arrived, and what is to be said of the request.
+
+    Attributes:
+        body: the body.
+        header_bytes: length of its JSON header; None where the whole body is JSON.
+        receive_s: seconds from the request's head to the end of its body.
+        arrived_s: when the body was complete, in seconds of ``time.perf_counter``.
+        client: the client's address and port; empty where they are not known.
+        given_id: the id that the client gave it; None where it gave none.
+        model: the name of the model that is asked for.
+        cut: the names of the tensors that were sent; empty before they have been read.
+    """
+
+    body: memoryview
+    header_bytes: int | None
+    receive_s: float
+    arrived_s: float
+    client: str = ""
+    given_id: str | None = None
+    model: str = ""
+    cut: str = ""
+    _made_id: str | None = field(default=None, init=False)
+
+    @property
+    def request_id(self) -> str:
+        """The id that the client gave the request, or one that is made at the first use."""
+        if self.given_id is not None:
+            return self.given_id
+        if self._made_id is None:
+            self._made_id = new_id()
+        return self._made_id
+
+    def about(self) -> dict[str, str]:
+        """Return what a line of the log says of the request besides its message."""
+        return {"client": self.client, "request_id": self.request_id, "model": self.model, "cut": self.cut}
