@@ -12,7 +12,7 @@ from torchsurgeon.models.arithmetic import Difference
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.layout import dense, restores
 from torchsurgeon.tracing.specs import TensorSpec
-from torchsurgeon.wire.tensors import ALIGNMENT_BYTES
+from torchsurgeon.wire.fields import ALIGNMENT_BYTES
 
 SAME, ROUNDED, LOSSY = "same bits", "same to rounding", "changed by a lossy codec"
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, is_finite, short
+from torchsurgeon.errors import ModelMismatchError, is_finite, short
 from torchsurgeon.models.arithmetic import Arithmetic, ArithmeticReader
 from torchsurgeon.models.premises import Premises
 from torchsurgeon.models.watching import Patrol, WatchedWeights
@@ -21,8 +20,8 @@ from torchsurgeon.models.weights import WeightDigests, weight_digests
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.reading import plain_tensors
 from torchsurgeon.transport import Transport
+from torchsurgeon.transport.fingerprint import Fingerprint, fetch
 
-_LISTED = 5
 # What is asked at every inference, looked up once.
 _count_function_modes = torch._C._len_torch_function_stack
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -205,30 +204,8 @@ def shake_hands(
         ServerError: the server does not answer, or refuses.
         ProtocolError: its fingerprint is not one of torchsurgeon's.
     """
-    try:
-        theirs = transport.get_json(f"/v2/models/{name}/fingerprint", timeout_s=timeout_s)
-    except RequestRefusedError as error:
-        if error.status != 404:
-            raise
-        raise ModelMismatchError(
-            f"the server cannot tell fingerprints of a model {name!r} ({error}); "
-            f"start it with: torchsurgeon serve {name}=SPEC"
-        ) from None
-    if not isinstance(theirs, dict) or not isinstance(theirs.get("tensors"), dict):
-        raise ProtocolError("the server's fingerprint is not what torchsurgeon's servers answer")
-    if theirs.get("changed") is not None:
-        changed = short(str(theirs["changed"]), 1000, quote=False)
-        raise ModelMismatchError(f"model {name!r} has changed on the server since it was traced there: {changed}")
-    if theirs.get("weights") != ours.combined:
-        raise ModelMismatchError(_differing_weights(name, graph.model, ours, theirs["tensors"]))
-    layers = theirs.get("layers")
-    if theirs.get("graph") != graph.fingerprint:
-        raise ModelMismatchError(_differing_graph(name, graph, theirs))
-    if not isinstance(layers, dict):
-        raise ModelMismatchError(
-            f"the server tells no digests of model {name!r} layer by layer: its torchsurgeon is older, and does not "
-            "compare functions, hooks and packed weights. Install the same torchsurgeon on both sides"
-        )
+    fingerprint = functools.partial(fingerprint_of, graph, ours)
+    theirs = fetch(transport, name, ours.combined, graph.fingerprint, fingerprint, timeout_s)
     fitted = theirs.get("fitted_codecs")
     return Agreed(
         theirs.get("identity"),
@@ -248,67 +225,20 @@ def _backends(told: object) -> dict[str, float]:
     return found
 
 
-def _differing_graph(name: str, graph: LayerGraph, theirs: Mapping[str, Any]) -> str:
-    whole = ", ".join([*graph.opaque][:_LISTED]) or "none"
-    return (
-        f"model {name!r} has the same weights on both sides, but another graph: {graph.fingerprint[:12]} here, "
-        f"{str(theirs.get('graph'))[:12]} on the server. {_differing_layer(graph, theirs)}. Trace both with the same "
-        f"example ({', '.join(map(str, graph.inputs))} here), the same leaf_modules (kept whole here: {whole}) and the "
-        "same source of the model, with the same hooks"
+def fingerprint_of(graph: LayerGraph, weights: WeightDigests) -> Fingerprint:
+    """Return what identifies a model and its weights.
+
+    Args:
+        graph: the traced model.
+        weights: the digests of its weights.
+    """
+    digests = {name: one.to_json() for name, one in weights.tensors.items()}
+    order = [name for name in graph.model.state_dict(keep_vars=True) if name in digests]
+    return Fingerprint(
+        graph=graph.fingerprint,
+        weights=weights.combined,
+        tensors={name: digests[name] for name in dict.fromkeys([*order, *digests])},
+        layers=graph.configuration.layers(),
+        inputs=tuple(map(str, graph.inputs)),
+        whole=tuple(graph.opaque),
     )
-
-
-def _differing_layer(graph: LayerGraph, theirs: Mapping[str, Any]) -> str:
-    """Return in words which layer differs first, and in what."""
-    ours, there = graph.configuration.layers(), theirs.get("layers")
-    if not isinstance(there, dict):
-        return "Which layer differs the server's older torchsurgeon does not say"
-    for layer, mine in ours.items():
-        other = there.get(layer)
-        called = f"The first that differs is {short(layer)} ({mine['type']})"
-        if not isinstance(other, dict) or not isinstance(other.get("aspects"), dict):
-            return f"{called}, which the server's model does not have"
-        if other.get("type") != mine["type"]:
-            return f"{called}, which is {short(str(other.get('type')), 100)} on the server"
-        aspects = {**mine["aspects"], **other["aspects"]}
-        names = [key for key in aspects if mine["aspects"].get(key) != other["aspects"].get(key)]
-        if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            return (
-                f"{called}, in: {', '.join(short(key, 100) for key in names[:_LISTED])}{more}{_python(names, theirs)}"
-            )
-    missing = next((layer for layer in there if layer not in ours), None)
-    if missing is not None:
-        return f"The first that differs is {short(missing)} of the server, which the model here does not have"
-    return "All layers are alike, but they are in another order, or differ after the first 10,000"
-
-
-def _python(names: Sequence[str], theirs: Mapping[str, Any]) -> str:
-    """Return the remark that functions without source differ between two versions of Python; mostly nothing."""
-    here, there = sys.implementation.cache_tag, theirs.get("python")
-    if here == there or not any(name.startswith("function") for name in names):
-        return ""
-    return f" (Python is {here} here and {short(str(there), 40)} there; functions without source differ between them)"
-
-
-def _differing_weights(name: str, model: nn.Module, ours: WeightDigests, theirs: Mapping[str, Any]) -> str:
-    rows = []
-    order = [*model.state_dict(keep_vars=True), *ours.tensors, *theirs]
-    for tensor in dict.fromkeys(order):
-        here = ours.tensors[tensor].to_json() if tensor in ours.tensors else None
-        there = theirs.get(tensor)
-        if here != there:
-            rows.append(f"{tensor} ({_described(here)} here, {_described(there)} on the server)")
-    more = f", and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
-    return (
-        f"model {name!r} has other weights on the server: {', '.join(rows[:_LISTED])}{more}. "
-        "Serve the weights this model was loaded with"
-    )
-
-
-def _described(tensor: Any) -> str:
-    if not isinstance(tensor, dict):
-        return "absent"
-    shape = tensor.get("shape")
-    sizes = "×".join(map(str, shape)) if isinstance(shape, list) else str(shape)
-    return f"{str(tensor.get('dtype'))[:16]}[{sizes[:64]}] {str(tensor.get('digest'))[:8]}"

@@ -11,8 +11,26 @@ byte cannot extend it.
 
 from __future__ import annotations
 
-from torchsurgeon.transport.base import Answer, RawAnswer, Timing, Transport
-from torchsurgeon.transport.in_process import InProcessTransport
-from torchsurgeon.transport.over_http import HttpTransport
+from typing import TYPE_CHECKING
+
+from torchsurgeon._lazy import names_of
 
 __all__ = ["Answer", "HttpTransport", "InProcessTransport", "RawAnswer", "Timing", "Transport"]
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of(
+        __name__,
+        {
+            "base": ("RawAnswer", "Timing"),
+            "tensors": ("Answer", "Transport"),
+            "in_process": ("InProcessTransport",),
+            "over_http": ("HttpTransport",),
+        },
+    )
+else:
+    from torchsurgeon.transport.base import RawAnswer as RawAnswer
+    from torchsurgeon.transport.base import Timing as Timing
+    from torchsurgeon.transport.in_process import InProcessTransport as InProcessTransport
+    from torchsurgeon.transport.over_http import HttpTransport as HttpTransport
+    from torchsurgeon.transport.tensors import Answer as Answer
+    from torchsurgeon.transport.tensors import Transport as Transport

@@ -1,4 +1,4 @@
-"""The base class of transports, what they return, and the deadline of a call."""
+"""The base class of what carries bytes to a server and back, and the deadline of a call; without a tensor library."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from torch import Tensor
-
-from torchsurgeon import wire
 from torchsurgeon._interrupts import by_signal_handler
-from torchsurgeon.codec import Codec
 from torchsurgeon.errors import BodyTooLargeError, EncodingError, RequestRefusedError, short
+from torchsurgeon.wire.body import Encoded
+from torchsurgeon.wire.header import MAX_HEADER_BYTES, Buffer, header_length
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CONTROL_LIMIT_BYTES = 64 << 20
 ERROR_LIMIT_BYTES = 64 << 10
@@ -47,20 +48,6 @@ class Timing(NamedTuple):
     end_s: float
 
 
-class Answer(NamedTuple):
-    """The answer to one inference.
-
-    Attributes:
-        tensors: the outputs by name.
-        parameters: the answer's parameters, such as the server's times ``queue_s`` and ``compute_s``.
-        timing: when it happened.
-    """
-
-    tensors: dict[str, Tensor]
-    parameters: Mapping[str, Any]
-    timing: Timing
-
-
 class RawAnswer(NamedTuple):
     """One HTTP answer.
 
@@ -77,8 +64,8 @@ class RawAnswer(NamedTuple):
     timing: Timing
 
 
-class Transport(ABC):
-    """The way to one tail server. Thread-safe, and a context manager that closes it; closing twice is harmless.
+class ByteTransport(ABC):
+    """The way of bytes to one tail server. Thread-safe; a context manager that closes it. Closing twice is harmless.
 
     Args:
         timeout_s: seconds that each call as a whole may take, unless the call says otherwise.
@@ -103,7 +90,7 @@ class Transport(ABC):
 
     @abstractmethod
     def _post(
-        self, path: str, header_bytes: int | None, buffers: list[wire.Buffer], limit_bytes: int, deadline: Deadline
+        self, path: str, header_bytes: int | None, buffers: list[Buffer], limit_bytes: int, deadline: Deadline
     ) -> RawAnswer:
         """Post buffers as one binary body. An answer of more than ``limit_bytes`` is refused before it is read."""
 
@@ -111,73 +98,46 @@ class Transport(ABC):
     def close(self) -> None:
         """Close every connection. Calls after that raise ServerUnavailableError."""
 
-    def infer(
+    def _ask(
         self,
         model: str,
-        tensors: Mapping[str, Tensor],
-        *,
+        version: str | None,
+        named: Iterable[str],
+        encode: Callable[[], Encoded],
         max_answer_bytes: int,
-        version: str | None = None,
-        outputs: Collection[str] = (),
-        request_id: str | None = None,
-        parameters: Mapping[str, Any] | None = None,
-        codecs: Mapping[str, Codec] | None = None,
-        output_codec: Codec | None = None,
-        timeout_s: float | None = None,
-        deadline: Deadline | None = None,
-        crc32: bool = False,
-    ) -> Answer:
-        """Send named tensors and return the outputs of the rest of the model.
+        deadline: Deadline,
+    ) -> tuple[RawAnswer, int | None]:
+        """Send an inference request, and return the answer with the length of its header.
 
         Args:
             model: the model's name at the server.
-            tensors: the tensors by name.
-            max_answer_bytes: the most bytes that the output tensors have together. A longer answer is not read.
             version: the model's version; the server's default without one.
-            outputs: names of the outputs to return; all of them by default.
-            request_id: an id that the answer repeats.
-            parameters: further parameters of the request.
-            codecs: the codec of each tensor that is not sent as it lies in memory.
-            output_codec: the codec to ask for in the answer.
-            timeout_s: seconds that the call may take; the transport's by default.
-            deadline: in place of ``timeout_s``: a deadline that another thread can cancel.
-            crc32: whether both messages carry a checksum. torchsurgeon's servers understand that; others may not.
+            named: the names of the tensors that are sent, for the message of an error.
+            encode: makes the request.
+            max_answer_bytes: the most bytes that the output tensors have together. A longer answer is not read.
+            deadline: when the call has to be over.
 
         Raises:
-            EncodingError: the tensors could not be encoded; nothing was sent.
+            EncodingError: the request could not be made; nothing was sent.
             ServerUnavailableError: no complete answer came in time.
             RequestRefusedError: the server answered with an error.
-            ProtocolError: the answer is not one of this protocol, or larger than ``max_answer_bytes`` allows.
         """
-        deadline = deadline or Deadline(self.timeout_s if timeout_s is None else timeout_s)
         try:
-            message = wire.encode_request(
-                tensors,
-                outputs=outputs,
-                request_id=request_id,
-                parameters=parameters,
-                codecs=codecs,
-                output_codec=output_codec,
-                crc32=crc32,
-            )
+            message = encode()
         except EncodingError:
             raise
         except Exception as error:
             if by_signal_handler(error):
                 raise
             # Whatever it is (no memory, a codec's missing package), it happened here: nothing has been sent.
-            named = short(", ".join(tensors), 200, quote=False)
+            tensors = short(", ".join(named), 200, quote=False)
             raise EncodingError(
-                f"the tensors {named} could not be encoded on this side: {type(error).__name__}: {short(error)}"
+                f"the tensors {tensors} could not be encoded on this side: {type(error).__name__}: {short(error)}"
             ) from error
         path = _infer_path(model, version)
-        raw = self._post(
-            path, message.header_bytes, message.buffers, max_answer_bytes + wire.MAX_HEADER_BYTES, deadline
-        )
+        raw = self._post(path, message.header_bytes, message.buffers, max_answer_bytes + MAX_HEADER_BYTES, deadline)
         check_status(raw.status, raw.body, path)
-        length = None if raw.header_bytes is None else wire.header_length(raw.header_bytes, len(raw.body))
-        response = wire.decode_response(raw.body, length, max_decoded_bytes=max_answer_bytes)
-        return Answer(response.tensors, response.parameters, raw.timing)
+        return raw, None if raw.header_bytes is None else header_length(raw.header_bytes, len(raw.body))
 
     def probe(
         self, up_bytes: int, down_bytes: int, *, timeout_s: float | None = None, deadline: Deadline | None = None
@@ -200,7 +160,7 @@ class Transport(ABC):
         check_status(raw.status, raw.body, path)
         return raw.timing
 
-    def __enter__(self) -> Transport:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -21,18 +21,18 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from torchsurgeon import wire
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import ProtocolError, short
 from torchsurgeon.transport.base import ERROR_LIMIT_BYTES, Deadline, RawAnswer, Timing, check_size
 from torchsurgeon.transport.route import Route
 from torchsurgeon.wire.buffers import Buffers, aligned_buffer
+from torchsurgeon.wire.header import HEADER_LENGTH, Buffer
 
 _IOV_MAX = 512
 _MAX_HEAD_BYTES = 16 << 10
 # A connection that was used this recently is assumed to be open, since checking costs a system call.
 _FRESH_S = 1.0
-_HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
+_HEADER_LENGTH = HEADER_LENGTH.lower().encode()
 
 
 class StaleError(Exception):
@@ -95,7 +95,7 @@ class Connection:
         poller.register(self._socket, select.POLLIN)
         return not poller.poll(0)
 
-    def exchange(self, parts: list[wire.Buffer], size: int, limit_bytes: int, deadline: Deadline) -> RawAnswer:
+    def exchange(self, parts: list[Buffer], size: int, limit_bytes: int, deadline: Deadline) -> RawAnswer:
         """Send one request and return the answer.
 
         Args:
@@ -127,7 +127,7 @@ class Connection:
         return answer
 
     def _exchange(
-        self, link: socket.socket, parts: list[wire.Buffer], size: int, limit_bytes: int, deadline: Deadline
+        self, link: socket.socket, parts: list[Buffer], size: int, limit_bytes: int, deadline: Deadline
     ) -> RawAnswer:
         start = time.perf_counter()
         self._first_byte_s = 0.0
@@ -169,7 +169,7 @@ class Connection:
             response = CheckedResponse(source, method="POST")  # type: ignore[arg-type]
             response.begin()
             body = _read_body(response, limit_bytes if response.status < 300 else ERROR_LIMIT_BYTES)
-            status, header_bytes = response.status, response.headers.get(wire.HEADER_LENGTH)
+            status, header_bytes = response.status, response.headers.get(HEADER_LENGTH)
             # http.client may have read beyond the answer, and what it read is lost, so the connection is not reused.
             closing = True
         end = time.perf_counter()
@@ -225,7 +225,7 @@ class Connection:
                 failure = error
         raise failure or OSError(f"{short(name)} has no address")
 
-    def _send(self, link: socket.socket, parts: list[wire.Buffer], deadline: Deadline) -> bool:
+    def _send(self, link: socket.socket, parts: list[Buffer], deadline: Deadline) -> bool:
         """Write all parts; return False where the server began to answer before it had read them."""
         if self._context is not None:
             for part in parts:

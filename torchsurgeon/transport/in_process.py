@@ -20,10 +20,10 @@ from torchsurgeon.transport.base import (
     Deadline,
     RawAnswer,
     Timing,
-    Transport,
     check_size,
     check_status,
 )
+from torchsurgeon.transport.tensors import Transport
 from torchsurgeon.wire.buffers import aligned_buffer
 
 

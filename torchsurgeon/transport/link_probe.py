@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from torchsurgeon.link import Link
-from torchsurgeon.transport import Transport
+from torchsurgeon.transport.base import ByteTransport
 
 _PROBE_BYTES = (16 << 10, 128 << 10, 1 << 20)
 _PROBE_ENOUGH_S = 0.05
 
 
-def measure_link(transport: Transport, *, name: str = "measured", repeats: int = 5) -> Link:
+def measure_link(transport: ByteTransport, *, name: str = "measured", repeats: int = 5) -> Link:
     """Measure the link to a tail server with a few small exchanges.
 
     The round trip is the shortest of ``repeats`` empty exchanges. Each rate is that of a transfer of 16 KiB; where that
@@ -36,6 +36,6 @@ def measure_link(transport: Transport, *, name: str = "measured", repeats: int =
     return Link(name, rates[0], rates[1], round_trip_s, source="probes of this connection")
 
 
-def _exchange_s(transport: Transport, up_bytes: int, down_bytes: int) -> float:
+def _exchange_s(transport: ByteTransport, up_bytes: int, down_bytes: int) -> float:
     timing = transport.probe(up_bytes, down_bytes)
     return timing.end_s - timing.send_start_s

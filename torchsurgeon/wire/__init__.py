@@ -25,17 +25,9 @@ message raises ``ProtocolError``, which says what is wrong with the message.
 
 from __future__ import annotations
 
-from torchsurgeon.wire.header import HEADER_LENGTH, MAX_HEADER_BYTES, Buffer, RequestedOutput, header_length, parse_json
-from torchsurgeon.wire.message import (
-    Encoded,
-    InferRequest,
-    InferResponse,
-    decode_request,
-    decode_response,
-    encode_request,
-    encode_response,
-)
-from torchsurgeon.wire.tensors import datatype_of
+from typing import TYPE_CHECKING
+
+from torchsurgeon._lazy import names_of
 
 __all__ = [
     "HEADER_LENGTH",
@@ -53,3 +45,43 @@ __all__ = [
     "header_length",
     "parse_json",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of(
+        __name__,
+        {
+            "header": (
+                "HEADER_LENGTH",
+                "MAX_HEADER_BYTES",
+                "Buffer",
+                "RequestedOutput",
+                "header_length",
+                "parse_json",
+            ),
+            "body": ("Encoded",),
+            "message": (
+                "InferRequest",
+                "InferResponse",
+                "decode_request",
+                "decode_response",
+                "encode_request",
+                "encode_response",
+            ),
+            "tensors": ("datatype_of",),
+        },
+    )
+else:
+    from torchsurgeon.wire.body import Encoded as Encoded
+    from torchsurgeon.wire.header import HEADER_LENGTH as HEADER_LENGTH
+    from torchsurgeon.wire.header import MAX_HEADER_BYTES as MAX_HEADER_BYTES
+    from torchsurgeon.wire.header import Buffer as Buffer
+    from torchsurgeon.wire.header import RequestedOutput as RequestedOutput
+    from torchsurgeon.wire.header import header_length as header_length
+    from torchsurgeon.wire.header import parse_json as parse_json
+    from torchsurgeon.wire.message import InferRequest as InferRequest
+    from torchsurgeon.wire.message import InferResponse as InferResponse
+    from torchsurgeon.wire.message import decode_request as decode_request
+    from torchsurgeon.wire.message import decode_response as decode_response
+    from torchsurgeon.wire.message import encode_request as encode_request
+    from torchsurgeon.wire.message import encode_response as encode_response
+    from torchsurgeon.wire.tensors import datatype_of as datatype_of

@@ -5,15 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
+import numpy as np
 
-from torchsurgeon.wire.tensors import ALIGNMENT_BYTES
+from torchsurgeon.wire.fields import ALIGNMENT_BYTES
 
 
 def aligned_buffer(size: int) -> memoryview:
     """Return new memory of ``size`` bytes for a body, aligned to 64 bytes. Its contents are undefined."""
-    buffer: memoryview = _array(size).data
-    return buffer
+    return _aligned(_array(size), size)
 
 
 class Buffers:
@@ -45,18 +44,29 @@ class Buffers:
         needed = padding + before + size
         arrays = self._arrays
         for index in range(len(arrays)):
-            if arrays[index].nbytes == needed and _references(arrays, index) == _UNUSED:
-                return arrays[index].data[padding:]  # type: ignore[no-any-return]
+            if arrays[index].nbytes == needed + ALIGNMENT_BYTES and _references(arrays, index) == _UNUSED:
+                return _aligned(arrays[index], needed)[padding:]
         arrays.insert(0, _array(needed))
-        buffer: memoryview = arrays[0].data[padding:]
+        buffer = _aligned(arrays[0], needed)[padding:]
         while len(arrays) > self._capacity or sum(array.nbytes for array in arrays) > self._limit_bytes:
             arrays.pop()
         return buffer
 
 
 def _array(size: int) -> Any:
-    # torch aligns its memory to 64 bytes and does not clear it, so a page is touched only as data arrives.
-    return torch.empty(size, dtype=torch.uint8).numpy()
+    # numpy does not clear it, so a page is touched only as data arrives.
+    return np.empty(size + ALIGNMENT_BYTES, np.uint8)
+
+
+def _aligned(array: Any, size: int) -> memoryview:
+    """Return the aligned part of an array.
+
+    It is no view that NumPy makes: what is made of such a view's memory refers to the whole array, and not to the view,
+    so the view's references would not tell whether its memory is in use.
+    """
+    begin = -array.__array_interface__["data"][0] % ALIGNMENT_BYTES
+    buffer: memoryview = array.data[begin : begin + size]
+    return buffer
 
 
 def _references(items: list[Any], index: int) -> int:

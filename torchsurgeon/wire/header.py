@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-import torch
-
-from torchsurgeon.codec import Codec, find_codec
-from torchsurgeon.errors import BodyTooLargeError, CodecError, ProtocolError, short
-from torchsurgeon.wire.tensors import (
+from torchsurgeon.errors import BodyTooLargeError, ProtocolError, short
+from torchsurgeon.wire.fields import (
+    ITEM_BYTES,
     Quantization,
+    checked_datatype,
     checked_dim_order,
     checked_quantization,
     checked_shape,
-    datatype_of,
-    dtype_of,
     quoted,
     shortened,
 )
@@ -131,29 +128,29 @@ class Entry:
     Attributes:
         name: the tensor's name.
         where: the tensor as errors name it, such as ``input 'x'``; a long name is shortened.
-        dtype: its dtype.
+        datatype: its datatype.
         shape: its shape.
         size_bytes: bytes that carry it; None where it is given as JSON numbers.
         order: the order of its dimensions in memory, outermost first; None for row-major.
         data: the JSON numbers.
         quantization: scale and zero point; None for a tensor that is not quantized.
-        codec: the codec of its bytes; None for ``raw``.
+        codec: the name of the codec of its bytes; None for ``raw``.
     """
 
     name: str
     where: str
-    dtype: torch.dtype
+    datatype: str
     shape: tuple[int, ...]
     size_bytes: int | None = None
     order: list[int] | None = None
     data: Any = None
     quantization: Quantization | None = None
-    codec: Codec | None = None
+    codec: str | None = None
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of the tensor itself, which a codec may carry in fewer."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.datatype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +164,7 @@ class RequestHead:
         dim_order: whether the client understands the tensor parameter ``dim_order``.
         request_id: the request's id.
         parameters: the request's parameters.
-        output_codec: the codec that the outputs are asked for in; None for ``raw``.
+        output_codec: the name of the codec that the outputs are asked for in; None for ``raw``.
         crc32: whether the body ends in a checksum.
     """
 
@@ -177,7 +174,7 @@ class RequestHead:
     dim_order: bool
     request_id: str | None
     parameters: Mapping[str, Any]
-    output_codec: Codec | None = None
+    output_codec: str | None = None
     crc32: bool = False
 
 
@@ -293,7 +290,7 @@ def _tensor_entries(entries: list[dict[str, Any]], kind: str) -> list[Entry]:
 def _tensor_entry(entry: dict[str, Any], kind: str) -> Entry:
     name = _name(entry, f"{kind}s")
     where = f"{kind} {quoted(name)}"
-    dtype = dtype_of(entry.get("datatype"))
+    datatype = checked_datatype(entry.get("datatype"))
     shape = checked_shape(entry.get("shape"), where)
     parameters = parameters_of(entry, where)
     if "shared_memory_region" in parameters:
@@ -303,32 +300,29 @@ def _tensor_entry(entry: dict[str, Any], kind: str) -> Entry:
         if "data" in entry:
             raise ProtocolError(f"{where} has both data and binary_data_size; send one of them")
         size = parameters["binary_data_size"]
-        needed = math.prod(shape) * dtype.itemsize
+        needed = math.prod(shape) * ITEM_BYTES[datatype]
         if type(size) is not int or (size != needed if codec is None else not 0 <= size <= needed):
             raise ProtocolError(
-                f"{datatype_of(dtype)} of shape {list(shape)} takes {needed} bytes; {where} declares binary_data_size "
+                f"{datatype} of shape {list(shape)} takes {needed} bytes; {where} declares binary_data_size "
                 f"{shortened(size)}"
             )
         order = checked_dim_order(parameters.get("dim_order"), len(shape), where)
-        quantization = checked_quantization(parameters.get("quantized"), dtype, where)
-        return Entry(name, where, dtype, shape, size, order, quantization=quantization, codec=codec)
+        quantization = checked_quantization(parameters.get("quantized"), datatype, where)
+        return Entry(name, where, datatype, shape, size, order, quantization=quantization, codec=codec)
     if codec is not None:
         raise ProtocolError(f"{where} has a codec but no binary_data_size; numbers in JSON are never encoded")
     if "data" not in entry:
         raise ProtocolError(f"{where} has neither data nor binary_data_size; send one of them")
-    return Entry(name, where, dtype, shape, data=entry["data"])
+    return Entry(name, where, datatype, shape, data=entry["data"])
 
 
-def _codec(name: Any, where: str) -> Codec | None:
-    """Return the codec of this name; None for ``raw``, and where no codec is named."""
+def _codec(name: Any, where: str) -> str | None:
+    """Return the name of a codec; None for ``raw``, and where no codec is named."""
     if name is None or name == "raw":
         return None
     if not isinstance(name, str):
         raise ProtocolError(f"the codec of {where} must be a codec's name; got {shortened(name)}")
-    try:
-        return find_codec(name)
-    except CodecError as error:
-        raise ProtocolError(f"{where}: {error}") from None
+    return name
 
 
 def _entries(header: dict[str, Any], key: str, *, required: bool) -> list[dict[str, Any]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,31 +11,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchsurgeon.codec import Codec, EncodedTensor
+from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.errors import BodyTooLargeError, CodecError, EncodingError, ProtocolError
 from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES
+from torchsurgeon.wire.body import (
+    Encoded,
+    assembled,
+    described,
+    json_text,
+    payload_of,
+    places,
+    read_answer,
+    request_header,
+    without_checksum,
+)
+from torchsurgeon.wire.fields import Quantization, quoted
 from torchsurgeon.wire.header import (
-    HEADER_LENGTH,
     MAX_REMEMBERED_BYTES,
     Buffer,
     Entry,
     RequestedOutput,
-    check_header_length,
-    flag,
-    parameters_of,
     parsed_header,
     remembered_request_head,
     request_head,
-    response_head,
-    split_response_head,
 )
 from torchsurgeon.wire.tensors import (
-    ALIGNMENT_BYTES,
-    Quantization,
     datatype_of,
+    dtype_of,
     physical_order,
     quantization_of,
-    quoted,
     tensor_from_json,
     tensor_view,
     with_quantization,
@@ -45,10 +47,6 @@ from torchsurgeon.wire.tensors import (
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _MAX_DECODED_BYTES = 1 << 30
-# The start of almost every request's header, ready made.
-_PLAIN_REQUEST = '{"parameters":{"binary_data_output":true,"dim_order":true}'
-_CHECKED_REQUEST = '{"parameters":{"crc32":true,"binary_data_output":true,"dim_order":true}'
-_CRC_BYTES = 4
 
 
 class InferRequest(NamedTuple):
@@ -96,22 +94,6 @@ class InferResponse(NamedTuple):
     parameters: Mapping[str, Any] = _NONE
 
 
-class Encoded(NamedTuple):
-    """An encoded message.
-
-    Attributes:
-        buffers: the body in parts, to be written one after the other. Those after the first are views of the tensors'
-            memory, which they keep alive: a tensor must not change before its view has been written.
-        header_bytes: the value of ``Inference-Header-Content-Length``; None for a message of JSON only, with which that
-            HTTP header must not be sent.
-        size_bytes: length of the whole body.
-    """
-
-    buffers: list[Buffer]
-    header_bytes: int | None
-    size_bytes: int
-
-
 def encode_request(
     tensors: Mapping[str, Tensor],
     *,
@@ -136,19 +118,16 @@ def encode_request(
     Raises:
         EncodingError: a tensor has a dtype without a name in messages, or is quantized per channel.
     """
-    described, views = _encode_tensors(tensors, (), True, codecs)
-    header = _CHECKED_REQUEST if crc32 else _PLAIN_REQUEST
-    if output_codec is not None and output_codec.name != "raw":
-        parameters = {**(parameters or {}), "output_codec": output_codec.name}
-    if parameters:
-        own = {"binary_data_output": True, "dim_order": True, **({"crc32": True} if crc32 else {})}
-        header = '{"parameters":' + _text({**parameters, **own})
-    if request_id is not None:
-        header += ',"id":' + _text(request_id)
-    if outputs:
-        wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
-        header += ',"outputs":' + _text(wanted)
-    return _message(f'{header},"inputs":[{described}]}}', views, True, crc32)
+    entries, views = _encode_tensors(tensors, (), True, codecs)
+    header = request_header(
+        entries,
+        outputs=outputs,
+        request_id=request_id,
+        parameters=parameters,
+        output_codec="raw" if output_codec is None else output_codec.name,
+        crc32=crc32,
+    )
+    return assembled(header, views, True, crc32)
 
 
 def encode_response(
@@ -181,19 +160,19 @@ def encode_response(
             or an output has a dtype without a name in messages.
     """
     codecs = None if codec is None else dict.fromkeys(tensors, codec)
-    described, views = _encode_tensors(tensors, as_json, dim_order, codecs)
+    entries, views = _encode_tensors(tensors, as_json, dim_order, codecs)
     header = f'{{"model_name":{_json_string(model_name)},"model_version":{_json_string(model_version)}'
     if request_id is not None:
-        header += ',"id":' + _text(request_id)
-    header += f',"outputs":[{described}]'
+        header += ',"id":' + json_text(request_id)
+    header += f',"outputs":[{entries}]'
     binary = any(name not in as_json for name in tensors)
-    added = parameters if isinstance(parameters, str) else _text(parameters) if parameters else ""
+    added = parameters if isinstance(parameters, str) else json_text(parameters) if parameters else ""
     if crc32 and binary:
         added = '{"crc32":true' + (f",{added[1:]}" if added else "}")
     if added:
         # Last, so that split_response_head can cut them off: they change with every answer, and nothing else does.
         header += f',"parameters":{added}'
-    return _message(header + "}", views, binary, crc32)
+    return assembled(header + "}", views, binary, crc32)
 
 
 def decode_request(
@@ -216,21 +195,24 @@ def decode_request(
         ProtocolError: the body is no valid request.
         BodyTooLargeError: the header, or the decoded tensors, are larger than allowed.
     """
-    payload = _payload(body, header_bytes)
+    payload = payload_of(body, header_bytes)
     remembered = header_bytes is not None and header_bytes <= MAX_REMEMBERED_BYTES
     if remembered:
         head = remembered_request_head(bytes(body[:header_bytes]))
     else:
         head = request_head(parsed_header(body, header_bytes))
     if head.crc32:
-        payload = _checked(body, payload)
+        payload = without_checksum(body, payload)
+    codecs = [_codec_of(entry.codec, entry.where) for entry in head.entries if entry.codec is not None]
+    output_codec = None
+    if head.output_codec is not None:
+        output_codec = _codec_of(head.output_codec, "output_codec of the request")
     if check_codec is not None:
-        for codec in (*(entry.codec for entry in head.entries), head.output_codec):
-            if codec is not None:
-                check_codec(codec)
+        for codec in codecs if output_codec is None else (*codecs, output_codec):
+            check_codec(codec)
     tensors = _tensors(head.entries, payload, max_decoded_bytes)
     # A compressed tensor has another size, so another header, in every request: nothing is gained by caching for it.
-    compressed = any(entry.codec is not None and entry.codec.varies for entry in head.entries)
+    compressed = any(codec.varies for codec in codecs)
     recurring = head if remembered and not compressed else None
     return InferRequest(
         tensors,
@@ -240,7 +222,7 @@ def decode_request(
         head.request_id,
         head.parameters,
         recurring,
-        head.output_codec,
+        output_codec,
         head.crc32,
     )
 
@@ -259,35 +241,9 @@ def decode_response(
         ProtocolError: the body is no valid answer.
         BodyTooLargeError: the header, or the decoded tensors, are larger than allowed.
     """
-    payload = _payload(body, header_bytes)
-    parts = None
-    if header_bytes is not None and header_bytes <= MAX_REMEMBERED_BYTES:
-        parts = split_response_head(bytes(body[:header_bytes]))
-    if parts is None:
-        header = parsed_header(body, header_bytes)
-        head = response_head(header)
-    else:
-        head, header = parts
-    parameters = parameters_of(header, "the answer")
-    if flag(parameters, "crc32", "the answer", False):
-        payload = _checked(body, payload)
+    head, parameters, payload = read_answer(body, header_bytes)
     tensors = _tensors(head.entries, payload, max_decoded_bytes)
     return InferResponse(tensors, head.model_name, head.model_version, head.request_id, parameters)
-
-
-def _message(header: str, views: list[memoryview], binary: bool, crc32: bool = False) -> Encoded:
-    text = header.encode()
-    if not binary:
-        return Encoded([text], None, len(text))
-    text += b" " * (-len(text) % ALIGNMENT_BYTES)
-    check_header_length(len(text), None)
-    buffers: list[Buffer] = [text, *views]
-    if crc32:
-        found = 0
-        for buffer in buffers:
-            found = zlib.crc32(buffer, found)
-        buffers.append(found.to_bytes(_CRC_BYTES, "little"))
-    return Encoded(buffers, len(text), sum(map(len, buffers)))
 
 
 def _encode_tensors(
@@ -307,7 +263,16 @@ def _encode_tensors(
         if codecs is not None and (codec := codecs.get(name)) is not None and codec.name != "raw":
             encoded = codec.encode(tensor if dim_order else tensor.contiguous(), name)
             if encoded.codec != "raw":
-                entries.append(_text(_described(name, tensor.dtype, shape, quantization, encoded)))
+                entry = described(
+                    name,
+                    datatype_of(tensor.dtype),
+                    shape,
+                    len(encoded.data),
+                    codec=encoded.codec,
+                    order=encoded.order,
+                    quantization=quantization,
+                )
+                entries.append(json_text(entry))
                 views.append(encoded.data)
                 continue
         order, physical = physical_order(tensor if dim_order else tensor.contiguous(), shape)
@@ -327,26 +292,8 @@ def _entry(
     quantization: Quantization | None,
 ) -> str:
     """Return the entry of a tensor that is sent as it lies in memory."""
-    return _text(_described(name, dtype, shape, quantization, None, order))
-
-
-def _described(
-    name: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    quantization: Quantization | None,
-    encoded: EncodedTensor | None,
-    order: tuple[int, ...] | None = None,
-) -> dict[str, Any]:
-    parameters: dict[str, Any] = {"binary_data_size": math.prod(shape) * dtype.itemsize}
-    if encoded is not None:
-        parameters = {"binary_data_size": len(encoded.data), "codec": encoded.codec}
-        order = encoded.order
-    if order is not None:
-        parameters["dim_order"] = order
-    if quantization is not None:
-        parameters["quantized"] = dict(zip(("scale", "zero_point"), quantization, strict=True))
-    return {"name": name, "datatype": datatype_of(dtype), "shape": shape, "parameters": parameters}
+    size_bytes = math.prod(shape) * dtype.itemsize
+    return json_text(described(name, datatype_of(dtype), shape, size_bytes, order=order, quantization=quantization))
 
 
 def _entry_with_data(name: str, tensor: Tensor) -> str:
@@ -356,65 +303,48 @@ def _entry_with_data(name: str, tensor: Tensor) -> str:
         )
     data = tensor.detach().reshape(-1).tolist()
     try:
-        return _text({"name": name, "datatype": datatype_of(tensor.dtype), "shape": tuple(tensor.shape), "data": data})
+        return json_text(
+            {"name": name, "datatype": datatype_of(tensor.dtype), "shape": tuple(tensor.shape), "data": data}
+        )
     except ValueError:
         raise EncodingError(
             f"JSON has no NaN and no infinity, but output {quoted(name)} holds one; ask for binary outputs"
         ) from None
 
 
-def _payload(body: Buffer, header_bytes: int | None) -> memoryview | None:
-    """Return the bytes after the header, as writable memory; None for a message of JSON only."""
-    if header_bytes is None:
-        return None
-    if isinstance(header_bytes, bool) or header_bytes < 0:
-        raise ProtocolError(f"{HEADER_LENGTH} must be a number of bytes; got {header_bytes}")
-    check_header_length(header_bytes, len(body))
-    payload = memoryview(body)[header_bytes:]
-    # PyTorch has no read-only tensors, and writing to a view of immutable bytes would be undefined behaviour.
-    return memoryview(bytearray(payload)) if payload.readonly else payload
+def _codec_of(name: str, where: str) -> Codec:
+    """Return the codec that a message names.
+
+    Raises:
+        ProtocolError: there is none of this name here.
+    """
+    try:
+        return find_codec(name)
+    except CodecError as error:
+        raise ProtocolError(f"{where}: {error}") from None
 
 
-def _checked(body: Buffer, payload: memoryview | None) -> memoryview:
-    """Check the checksum at the end of the payload, and return the payload without it."""
-    if payload is None or len(payload) < _CRC_BYTES:
-        raise ProtocolError('a message with "crc32" must end in four bytes of checksum; this one is cut short')
-    sent, found = int.from_bytes(payload[-_CRC_BYTES:], "little"), zlib.crc32(memoryview(body)[:-_CRC_BYTES])
-    if sent != found:
-        raise ProtocolError(
-            f"the message must have the CRC-32 {sent:08x} that its sender computed; got {found:08x}. It was damaged on "
-            "its way, so send it again"
-        )
-    return payload[:-_CRC_BYTES]
-
-
-def _tensors(entries: list[Entry], payload: memoryview | None, max_decoded_bytes: int) -> dict[str, Tensor]:
+def _tensors(entries: Sequence[Entry], payload: memoryview | None, max_decoded_bytes: int) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    offset = 0
-    available = 0 if payload is None else len(payload)
-    for entry in entries:
+    for entry, offset in places(entries, payload):
+        dtype = dtype_of(entry.datatype)
         if entry.size_bytes is None:
-            tensors[entry.name] = tensor_from_json(entry.data, entry.dtype, entry.shape, entry.where)
+            tensors[entry.name] = tensor_from_json(entry.data, dtype, entry.shape, entry.where)
             continue
-        if entry.size_bytes > available - offset:
-            raise ProtocolError(
-                f"{entry.where} declares {entry.size_bytes} bytes of binary data, but {available - offset} are left in "
-                f"the body{f'; send {HEADER_LENGTH} with binary data' if payload is None else ''}"
-            )
         if entry.codec is None:
-            tensor = tensor_view(payload, offset, entry.dtype, entry.shape, entry.order, entry.where)
+            tensor = tensor_view(payload, offset, dtype, entry.shape, entry.order, entry.where)
         else:
-            tensor = _decoded(entry, entry.codec, payload, offset, max_decoded_bytes)
+            codec = _codec_of(entry.codec, entry.where)
+            tensor = _decoded(entry, codec, dtype, payload, offset, max_decoded_bytes)
             # One budget for all tensors, or a message of many small bombs would be a large one.
             max_decoded_bytes -= entry.tensor_bytes
         tensors[entry.name] = tensor if entry.quantization is None else with_quantization(tensor, entry.quantization)
-        offset += entry.size_bytes
-    if offset != available:
-        raise ProtocolError(f"{available - offset} bytes are left over after the tensors that the header declares")
     return tensors
 
 
-def _decoded(entry: Entry, codec: Codec, payload: memoryview | None, offset: int, max_bytes: int) -> Tensor:
+def _decoded(
+    entry: Entry, codec: Codec, dtype: torch.dtype, payload: memoryview | None, offset: int, max_bytes: int
+) -> Tensor:
     if entry.tensor_bytes > max_bytes:
         raise BodyTooLargeError(
             f"{entry.where} has {entry.tensor_bytes} bytes once {codec.name} is decoded; at most {max_bytes} are "
@@ -422,14 +352,11 @@ def _decoded(entry: Entry, codec: Codec, payload: memoryview | None, offset: int
         )
     data = memoryview(b"" if payload is None else payload)[offset : offset + (entry.size_bytes or 0)]
     try:
-        return codec.decode(data, entry.dtype, entry.shape, entry.order, max_bytes=max_bytes)
+        return codec.decode(data, dtype, entry.shape, entry.order, max_bytes=max_bytes)
     except CodecError as error:
         raise ProtocolError(f"{entry.where} does not decode as {codec.name}: {error}") from None
 
 
-_text = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-
-
 @lru_cache(maxsize=256)
 def _json_string(name: str) -> str:
-    return _text(name)
+    return json_text(name)

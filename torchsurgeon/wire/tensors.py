@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from array import array
 from itertools import chain
 from typing import Any
@@ -13,13 +12,11 @@ import torch
 from torch import Tensor
 
 from torchsurgeon.codec.host import on_host
-from torchsurgeon.errors import EncodingError, ProtocolError, short
+from torchsurgeon.errors import EncodingError, ProtocolError
 from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES, INTEGERS_OF_QUANTIZED, PROTOCOL_DATATYPES
 from torchsurgeon.tracing.layout import dense, logical
+from torchsurgeon.wire.fields import ALIGNMENT_BYTES, Quantization, shortened
 
-ALIGNMENT_BYTES = 64
-MAX_RANK = 16
-MAX_ELEMENTS = 1 << 40
 _DATATYPES = {**PROTOCOL_DATATYPES, **EXTENSION_DATATYPES}
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
 # NumPy has neither bfloat16 nor float8 nor half-precision complex numbers. An integer of the same size stands in for
@@ -31,12 +28,6 @@ _NUMPY = {dtype: torch.empty(0, dtype=_STAND_INS.get(dtype, dtype)).numpy().dtyp
 # A quantized tensor travels as its integers, with scale and zero point as tensor parameters.
 _QUANTIZED = {integers: kind for kind, integers in INTEGERS_OF_QUANTIZED.items()}
 _DATATYPES.update({kind: _DATATYPES[integers] for kind, integers in INTEGERS_OF_QUANTIZED.items()})
-
-Quantization = tuple[float, int]
-
-_NAME_CHARACTERS, _VALUE_CHARACTERS = 100, 200
-_SHALLOW = reprlib.Repr()
-_SHALLOW.maxlevel = 2
 
 
 def datatype_of(dtype: torch.dtype) -> str:
@@ -76,29 +67,6 @@ def quantization_of(tensor: Tensor) -> Quantization | None:
     if tensor.qscheme() != torch.per_tensor_affine:
         raise EncodingError(f"a quantized tensor must be quantized per tensor to be sent; got {tensor.qscheme()}")
     return tensor.q_scale(), tensor.q_zero_point()
-
-
-def checked_quantization(value: Any, dtype: torch.dtype, where: str) -> Quantization | None:
-    """Return scale and zero point out of the JSON parameter ``quantized``; None where it is missing.
-
-    Args:
-        value: the parameter.
-        dtype: the dtype of the tensor's integers.
-        where: the tensor, for the message of an error.
-
-    Raises:
-        ProtocolError: scale or zero point is missing or out of its range, or the dtype is not one of quantized tensors.
-    """
-    if value is None:
-        return None
-    scale, zero_point = (value.get(key) for key in ("scale", "zero_point")) if isinstance(value, dict) else (None, None)
-    known = dtype in _QUANTIZED and isinstance(scale, float) and 0 < scale < math.inf and type(zero_point) is int
-    if not known or not torch.iinfo(dtype).min <= zero_point <= torch.iinfo(dtype).max:  # type: ignore[operator]
-        raise ProtocolError(
-            f"the parameter quantized of {where} must have a positive scale, and a zero_point in the range of the "
-            f"tensor's datatype, which must be UINT8, INT8 or INT32; got {shortened(value)}"
-        )
-    return scale, zero_point  # type: ignore[return-value]
 
 
 def with_quantization(tensor: Tensor, quantization: Quantization) -> Tensor:
@@ -217,56 +185,3 @@ def _flatten(data: Any, shape: tuple[int, ...], where: str) -> list[Any]:
         rows = list(chain.from_iterable(rows))
         depth += 1
     return rows
-
-
-def checked_shape(value: Any, where: str) -> tuple[int, ...]:
-    """Return a shape out of JSON.
-
-    Args:
-        value: the shape.
-        where: the tensor, for the message of an error.
-
-    Raises:
-        ProtocolError: it is no list of non-negative integers, or has too many dimensions or elements.
-    """
-    if not isinstance(value, list) or not all(type(dim) is int and dim >= 0 for dim in value):
-        raise ProtocolError(f"the shape of {where} must be a list of non-negative integers; got {shortened(value)}")
-    if len(value) > MAX_RANK:
-        raise ProtocolError(f"a tensor may have at most {MAX_RANK} dimensions; {where} has {len(value)}")
-    if math.prod(dim for dim in value if dim) > MAX_ELEMENTS:
-        raise ProtocolError(
-            f"a tensor may have at most {MAX_ELEMENTS} elements; {where} has shape {shortened(value)}, which has more"
-        )
-    return tuple(value)
-
-
-def checked_dim_order(value: Any, rank: int, where: str) -> list[int] | None:
-    """Return the order of a tensor's dimensions out of JSON; None where it is missing.
-
-    Args:
-        value: the order.
-        rank: how many dimensions the tensor has.
-        where: the tensor, for the message of an error.
-
-    Raises:
-        ProtocolError: it is no permutation of the tensor's dimensions.
-    """
-    if value is None:
-        return None
-    permutation = isinstance(value, list) and all(type(dim) is int for dim in value)
-    if not permutation or sorted(value) != list(range(rank)):
-        raise ProtocolError(
-            f"dim_order of {where} must be a permutation of its {rank} dimensions; got {shortened(value)}"
-        )
-    return list(value)
-
-
-def shortened(value: object) -> str:
-    """Return a JSON value as errors quote it, in at most 200 characters, without walking through all of it."""
-    return _SHALLOW.repr(value)[:_VALUE_CHARACTERS]
-
-
-def quoted(name: str) -> str:
-    """Return a tensor's name as errors quote it, in at most 100 characters."""
-    text = repr(name)
-    return text if len(text) <= _NAME_CHARACTERS else short(name, _NAME_CHARACTERS)
