@@ -21,7 +21,8 @@ from benchmarks.support.networks import Network
 from benchmarks.support.side_by_side import SideBySide
 from torchsurgeon.codec import CodecRow, Finding
 from torchsurgeon.planning.mincut import MinimumCut
-from torchsurgeon.planning.rows import LayerCosts, columns
+from torchsurgeon.planning.row import columns
+from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.planning.sets import Units
 
 CODECS = (

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon.planning import Frontier, Row
-from torchsurgeon.planning.rows import columns, non_dominated
+from torchsurgeon.planning.row import columns, non_dominated
 
 FILE = Path(__file__).parent / "applications.json"
 APPLICATIONS = ("imc", "vgg", "face", "dig", "asr", "pos", "ner", "chk")

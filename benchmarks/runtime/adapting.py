@@ -27,7 +27,7 @@ from benchmarks.support.result_file import RESULTS, write
 from torchsurgeon.adapting import Decider, Estimates, ServerState, SlowdownEstimator, rescue
 from torchsurgeon.link import BandwidthTrace, Link
 from torchsurgeon.planning.frontier import Frontier
-from torchsurgeon.planning.rows import Row
+from torchsurgeon.planning.row import Row
 
 BLOCK = 200
 ANSWER_BYTES = 4000

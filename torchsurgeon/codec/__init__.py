@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from torchsurgeon.codec.bounds import least_count
-from torchsurgeon.codec.budget import Budget, Finding
-from torchsurgeon.codec.codec import Codec, EncodedTensor, codec_names, find_codec, measured_names
-from torchsurgeon.codec.fitted import FittedCodec, RatedCodec, fit_codec, load_codec
-from torchsurgeon.codec.measuring import halves, measure
-from torchsurgeon.codec.points import promising
-from torchsurgeon.codec.sample import image_call, image_sample
-from torchsurgeon.codec.scores import boxes_matched, pixels_kept
-from torchsurgeon.codec.student import Look, distill
-from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable, Difference
-from torchsurgeon.codec.together import measure_together
+from typing import TYPE_CHECKING
+
+from torchsurgeon._lazy import names_of
 
 __all__ = [
     "Budget",
@@ -42,3 +34,77 @@ __all__ = [
     "pixels_kept",
     "promising",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of(
+        __name__,
+        {
+            "bounds": ("least_count",),
+            "budget": ("Budget",),
+            "finding": ("Finding",),
+            "codec": (
+                "Codec",
+                "EncodedTensor",
+                "codec_names",
+                "find_codec",
+                "measured_names",
+            ),
+            "fitted": (
+                "FittedCodec",
+                "RatedCodec",
+                "fit_codec",
+                "load_codec",
+            ),
+            "measuring": (
+                "halves",
+                "measure",
+            ),
+            "points": ("promising",),
+            "sample": (
+                "image_call",
+                "image_sample",
+            ),
+            "scores": (
+                "boxes_matched",
+                "pixels_kept",
+            ),
+            "student": (
+                "Look",
+                "distill",
+            ),
+            "table": (
+                "CodecCost",
+                "CodecRow",
+                "CodecTable",
+                "Difference",
+            ),
+            "together": ("measure_together",),
+        },
+    )
+else:
+    from torchsurgeon.codec.bounds import least_count as least_count
+    from torchsurgeon.codec.budget import Budget as Budget
+    from torchsurgeon.codec.codec import Codec as Codec
+    from torchsurgeon.codec.codec import EncodedTensor as EncodedTensor
+    from torchsurgeon.codec.codec import codec_names as codec_names
+    from torchsurgeon.codec.codec import find_codec as find_codec
+    from torchsurgeon.codec.codec import measured_names as measured_names
+    from torchsurgeon.codec.finding import Finding as Finding
+    from torchsurgeon.codec.fitted import FittedCodec as FittedCodec
+    from torchsurgeon.codec.fitted import RatedCodec as RatedCodec
+    from torchsurgeon.codec.fitted import fit_codec as fit_codec
+    from torchsurgeon.codec.fitted import load_codec as load_codec
+    from torchsurgeon.codec.measuring import halves as halves
+    from torchsurgeon.codec.measuring import measure as measure
+    from torchsurgeon.codec.points import promising as promising
+    from torchsurgeon.codec.sample import image_call as image_call
+    from torchsurgeon.codec.sample import image_sample as image_sample
+    from torchsurgeon.codec.scores import boxes_matched as boxes_matched
+    from torchsurgeon.codec.scores import pixels_kept as pixels_kept
+    from torchsurgeon.codec.student import Look as Look
+    from torchsurgeon.codec.student import distill as distill
+    from torchsurgeon.codec.table import CodecCost as CodecCost
+    from torchsurgeon.codec.table import CodecRow as CodecRow
+    from torchsurgeon.codec.table import CodecTable as CodecTable
+    from torchsurgeon.codec.table import Difference as Difference
+    from torchsurgeon.codec.together import measure_together as measure_together

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from torchsurgeon.codec import images, quantize, zstd
+from torchsurgeon.codec import images, packings, quantize, zstd
 from torchsurgeon.codec.host import on_host
 from torchsurgeon.errors import CodecError, short
 from torchsurgeon.tracing.layout import dense, logical
@@ -82,7 +82,7 @@ class Codec:
 
     Attributes:
         name: the name under which both sides know it.
-        packing: how values are stored in fewer bits, one of ``quantize.PACKINGS``; None where they are not.
+        packing: how values are stored in fewer bits, one of ``packings.PACKINGS``; None where they are not.
         image: the image format; None where it is no image codec.
         quality: the image format's quality, from 1 to 100; None where it has none.
         percent: width and height of the pictures that cross, in percent of the images'.
@@ -117,7 +117,7 @@ class Codec:
         """Orders codecs of the same kind: the finer one, which changes less, has the lower number."""
         if self.image is not None:
             return -(self.quality or 0)
-        return 0 if self.packing is None else quantize.FROM_FINE_TO_COARSE.index(self.packing)
+        return 0 if self.packing is None else packings.FROM_FINE_TO_COARSE.index(self.packing)
 
     @property
     def varies(self) -> bool:
@@ -139,7 +139,7 @@ class Codec:
         return (
             0 not in shape
             and quantize.packs(self.packing, dtype)
-            and quantize.usual(self.packing, shape) == self.packing
+            and packings.usual(self.packing, shape) == self.packing
         )
 
     def encode(self, tensor: Tensor, name: str | None = None) -> EncodedTensor:
@@ -158,8 +158,8 @@ class Codec:
         order, memory = dense(tensor, shape)
         packing, packed = None, None
         if self.packing is not None and quantize.packs(self.packing, tensor.dtype) and memory.numel():
-            packing = quantize.usual(self.packing, shape)
-            packed = quantize.pack(packing, memory, _in_memory(quantize.channel_dim(shape), order))
+            packing = packings.usual(self.packing, shape)
+            packed = quantize.pack(packing, memory, _in_memory(packings.channel_dim(shape), order))
         if packed is None or len(packed) >= memory.nbytes:
             # It does not fit the packing, or would not get smaller: the tensor's own memory is sent, without a copy.
             packing, packed = None, quantize.as_bytes(memory)
@@ -208,18 +208,17 @@ class Codec:
             pixels = images.decode(self.image, self.percent, view, shape)
             stored = pixels if order is None else pixels.permute(tuple(order))
             return logical(stored.contiguous().to(device), order)
-        stored_bytes = size if packing is None else quantize.packed_bytes(packing, shape)
+        stored_bytes = size if packing is None else packings.packed_bytes(packing, shape)
         if self.zstd:
-            packed = zstd.decompress(view, stored_bytes)
-        elif len(view) == stored_bytes:
-            packed = torch.empty(stored_bytes, dtype=torch.uint8)
-            packed.numpy().data[:] = view
-        else:
+            view = memoryview(zstd.decompress(view, stored_bytes))
+        elif len(view) != stored_bytes:
             raise CodecError(f"{self.name} of shape {list(shape)} takes {stored_bytes} bytes; got {len(view)} bytes")
+        packed = torch.empty(stored_bytes, dtype=torch.uint8)
+        packed.numpy().data[:] = view
         in_memory = shape if order is None else tuple(shape[dim] for dim in order)
         packed = packed.to(device, non_blocking=True)
         if packing is not None:
-            channels_at = _in_memory(quantize.channel_dim(shape), order)
+            channels_at = _in_memory(packings.channel_dim(shape), order)
             return logical(quantize.unpack(packing, packed, dtype, in_memory, channels_at), order)
         if dtype == torch.bool and size and int(packed.max()) > 1:
             raise CodecError("the bytes of a BOOL tensor must be 0 or 1; got another")
@@ -270,7 +269,7 @@ def _find_codec(name: str) -> Codec:
     base, plus, behind = name.partition("+")
     if name in ("raw", "zstd"):
         return Codec(name, zstd=name == "zstd")
-    if base in quantize.PACKINGS and (not plus or behind == "zstd"):
+    if base in packings.PACKINGS and (not plus or behind == "zstd"):
         return Codec(name, packing=base, zstd=bool(plus))
     codec = _image_codec(name)
     if codec is None:
@@ -301,9 +300,9 @@ def codec_names() -> tuple[str, ...]:
     Image codecs are listed with their usual quality; any other works as well (``jpeg-75``), and at a smaller size
     (``webp-80@0.5``).
     """
-    packings = [name + behind for name in quantize.PACKINGS for behind in ("", "+zstd")]
+    numeric = [name + behind for name in packings.PACKINGS for behind in ("", "+zstd")]
     pictures = [find_codec(kind).name for kind in images.FORMATS if images.available(kind)]
-    return ("raw", "zstd", *packings, *pictures)
+    return ("raw", "zstd", *numeric, *pictures)
 
 
 def measured_names() -> tuple[str, ...]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from torchsurgeon import _allocator
 from torchsurgeon.codec.boundaries import Tails, Walk
-from torchsurgeon.codec.budget import Budget, Finding, Verdict
+from torchsurgeon.codec.budget import Budget, Verdict
 from torchsurgeon.codec.codec import Codec, find_codec, measured_names
+from torchsurgeon.codec.finding import Finding
 from torchsurgeon.codec.fitted.codec import RatedCodec
 from torchsurgeon.codec.points import promising, work_before
 from torchsurgeon.codec.sample import check_calls, inputs_of

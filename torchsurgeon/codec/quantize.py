@@ -19,51 +19,27 @@ import torch
 from torch import Tensor
 
 from torchsurgeon import _native
+from torchsurgeon.codec.packings import (
+    BITS,
+    DAMAGED,
+    LEVELS,
+    NARROWEST,
+    WIDEST,
+    blurs,
+    describable,
+    packed_bytes,
+)
 from torchsurgeon.errors import CodecError
-
-PACKINGS = ("float16", "bfloat16", "int8", "int8-channel", "int4")
-FROM_FINE_TO_COARSE = ("float16", "bfloat16", "int8-channel", "int8", "int4")
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # The dtypes whose values are packed. Those of float8 have no more bits than a packing would leave them.
 _PACKED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-_BITS = {"int8": 8, "int4": 4}
-_LEVELS = {"int8": 255, "int8-channel": 255, "int4": 15}
-# The inverse of a narrower range, or the width of a wider one, is not representable in float32.
-_NARROWEST, _WIDEST = 1e-30, 1e38
-_DAMAGED = f"its low must be finite, and its scale from 0 to below {_WIDEST:g}; it is damaged, so send it again"
-# With fewer values per channel, the channel's low and scale would take more than an eighth of the values' bytes.
-_LEAST_PER_CHANNEL = 64
 
 
 def packs(packing: str, dtype: torch.dtype) -> bool:
     """Return whether ``packing`` applies to ``dtype`` and makes it smaller."""
     half = _HALVES.get(packing)
     return dtype in _PACKED and dtype.itemsize > (half.itemsize if half else 1)
-
-
-def usual(packing: str, shape: Sequence[int]) -> str:
-    """Return ``packing``, or ``int8`` in place of ``int8-channel`` where the shape has too few values per channel."""
-    if packing != "int8-channel":
-        return packing
-    channels = shape[channel_dim(shape)] if len(shape) > 1 else 0
-    worth = channels and math.prod(shape) // channels >= _LEAST_PER_CHANNEL
-    return packing if worth else "int8"
-
-
-def channel_dim(shape: Sequence[int]) -> int:
-    """Return the dimension that counts as channels: the second of images and volumes, else the last."""
-    return 1 if len(shape) >= 4 else len(shape) - 1
-
-
-def packed_bytes(packing: str, shape: Sequence[int]) -> int:
-    """Return how many bytes a packed tensor of this shape takes. ``int8-channel`` needs a rank of at least 1."""
-    count = math.prod(shape)
-    if packing in _HALVES:
-        return 2 * count
-    if packing == "int4":
-        return 8 + (count + 1) // 2
-    return 8 * (shape[channel_dim(shape)] if packing == "int8-channel" else 1) + count
 
 
 def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
@@ -86,15 +62,15 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
         values = tensor.to(torch.float32).reshape(-1)
         if values.dtype != tensor.dtype:
             low, high = torch.stack(torch.aminmax(values)).tolist()
-        scale = (high - low) / _LEVELS[packing]
-        if not _describable(low, high) or (tensor.dtype == torch.float64 and _blurs(low, high, scale)):
+        scale = (high - low) / LEVELS[packing]
+        if not describable(low, high) or (tensor.dtype == torch.float64 and blurs(low, high, scale)):
             return None
         inverse = 1 / scale if scale else 0.0
         described = torch.tensor([low, scale], dtype=torch.float32)
         if values.is_cpu and _native.available():
             packed = torch.empty(packed_bytes(packing, values.shape), dtype=torch.uint8)
             packed[:8] = described.view(torch.uint8)
-            torch.ops.torchsurgeon.quantize(values, low, inverse, _BITS[packing], packed[8:])
+            torch.ops.torchsurgeon.quantize(values, low, inverse, BITS[packing], packed[8:])
             return packed
         codes = _codes(values, low, inverse)
         described = described.to(tensor.device, non_blocking=True).view(torch.uint8)
@@ -103,10 +79,10 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
     values = values.flatten(2) if values.dim() > 2 else values[..., None]
     lows, highs = values.amin((0, 2)), values.amax((0, 2))
     ranges = highs.double() - lows.double()
-    if not bool((torch.isfinite(ranges) & ((ranges == 0) | (ranges > _NARROWEST)) & (ranges < _WIDEST)).all()):
+    if not bool((torch.isfinite(ranges) & ((ranges == 0) | (ranges > NARROWEST)) & (ranges < WIDEST)).all()):
         return None
-    scales = ranges / _LEVELS[packing]
-    if tensor.dtype == torch.float64 and any(map(_blurs, lows.tolist(), highs.tolist(), scales.tolist())):
+    scales = ranges / LEVELS[packing]
+    if tensor.dtype == torch.float64 and any(map(blurs, lows.tolist(), highs.tolist(), scales.tolist())):
         return None
     inverse = torch.where(ranges > 0, 1 / scales, 0).float()
     codes = _codes(values, lows[:, None], inverse[:, None])
@@ -132,18 +108,18 @@ def unpack(packing: str, data: Tensor, dtype: torch.dtype, shape: Sequence[int],
     if packing == "int8-channel":
         channels = shape[channels_at]
         lows, scales = data[: 8 * channels].clone().view(torch.float32).view(2, channels)
-        if not bool((torch.isfinite(lows) & (scales >= 0) & (scales < _WIDEST)).all()):
-            raise CodecError(_DAMAGED)
+        if not bool((torch.isfinite(lows) & (scales >= 0) & (scales < WIDEST)).all()):
+            raise CodecError(DAMAGED)
         spread = [channels if dim == channels_at else 1 for dim in range(len(shape))]
         values = data[8 * channels :].reshape(shape).to(torch.float32)
         return values.mul_(scales.view(spread)).add_(lows.view(spread)).to(dtype)
     low, scale = data[:8].clone().view(torch.float32).tolist()
-    if not (math.isfinite(low) and 0 <= scale < _WIDEST):
-        raise CodecError(_DAMAGED)
+    if not (math.isfinite(low) and 0 <= scale < WIDEST):
+        raise CodecError(DAMAGED)
     codes = data[8:]
     if codes.is_cpu and _native.available():
         values = torch.empty(count)
-        torch.ops.torchsurgeon.dequantize(codes, low, scale, _BITS[packing], values)
+        torch.ops.torchsurgeon.dequantize(codes, low, scale, BITS[packing], values)
         return values.reshape(shape).to(dtype)
     if packing == "int4":
         codes = torch.cat([codes & 15, codes >> 4])[:count]
@@ -154,15 +130,6 @@ def as_bytes(tensor: Tensor) -> Tensor:
     """Return the memory of a contiguous tensor, as a ``uint8`` tensor of rank 1."""
     # view() alone would refuse a contiguous tensor whose dimension of size one has an unusual stride.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def _describable(low: float, high: float) -> bool:
-    return math.isfinite(low) and (low == high or _NARROWEST < high - low < _WIDEST)
-
-
-def _blurs(low: float, high: float, scale: float) -> bool:
-    """Return whether float32, in which values are packed, rounds float64 by more than a hundredth of a step."""
-    return max(abs(low), abs(high)) * 2.0**-24 > scale / 100
 
 
 def _codes(values: Tensor, low: float | Tensor, inverse: float | Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from torchsurgeon.codec.boundaries import named
-from torchsurgeon.codec.budget import Budget, Finding, Verdict
+from torchsurgeon.codec.budget import Budget, Verdict
 from torchsurgeon.codec.codec import find_codec
+from torchsurgeon.codec.finding import Finding
 from torchsurgeon.codec.fitted.codec import RatedCodec
 from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.codec.trial import StudentRun, Trial

@@ -9,10 +9,6 @@ from __future__ import annotations
 import threading
 from types import ModuleType
 
-import numpy
-import torch
-from torch import Tensor
-
 from torchsurgeon.errors import CodecError, short
 
 # Higher levels take longer, and make boundary tensors no smaller.
@@ -53,8 +49,8 @@ def compress(data: memoryview) -> bytes:
     return compressed
 
 
-def decompress(frame: memoryview, size: int) -> Tensor:
-    """Return the content of ``frame`` as a ``uint8`` tensor of shape (size,).
+def decompress(frame: memoryview, size: int) -> bytes:
+    """Return the content of ``frame``.
 
     Args:
         frame: exactly one frame, with a checksum.
@@ -75,9 +71,7 @@ def decompress(frame: memoryview, size: int) -> Tensor:
                 "its zstd frame must have a checksum, and a window no larger than its content; got has_checksum "
                 f"{parameters.has_checksum} and a window of {parameters.window_size} bytes"
             )
-        content = contexts.decompressor.decompress(frame, allow_extra_data=False)
+        content: bytes = contexts.decompressor.decompress(frame, allow_extra_data=False)
+        return content
     except contexts.zstandard.ZstdError as error:
         raise CodecError(f"its zstd frame is damaged: {short(error)}") from None
-    data = torch.empty(size, dtype=torch.uint8)
-    data.numpy()[:] = numpy.frombuffer(content, numpy.uint8)
-    return data

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from torchsurgeon.planning.chain import ChainPlan
-from torchsurgeon.planning.decide import crossovers, plan
-from torchsurgeon.planning.frontier import Frontier, Terms
-from torchsurgeon.planning.grid import Sweep, sweep
-from torchsurgeon.planning.objective import Battery, Constraints, Objective
-from torchsurgeon.planning.plans import Crossover, Plan
-from torchsurgeon.planning.rows import Row
+from typing import TYPE_CHECKING
+
+from torchsurgeon._lazy import names_of
 
 __all__ = [
     "Battery",
@@ -25,3 +21,45 @@ __all__ = [
     "plan",
     "sweep",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of(
+        __name__,
+        {
+            "chain": ("ChainPlan",),
+            "decide": (
+                "crossovers",
+                "plan",
+            ),
+            "costs": ("Terms",),
+            "frontier": ("Frontier",),
+            "grid": (
+                "Sweep",
+                "sweep",
+            ),
+            "objective": (
+                "Battery",
+                "Constraints",
+                "Objective",
+            ),
+            "plans": (
+                "Crossover",
+                "Plan",
+            ),
+            "row": ("Row",),
+        },
+    )
+else:
+    from torchsurgeon.planning.chain import ChainPlan as ChainPlan
+    from torchsurgeon.planning.costs import Terms as Terms
+    from torchsurgeon.planning.decide import crossovers as crossovers
+    from torchsurgeon.planning.decide import plan as plan
+    from torchsurgeon.planning.frontier import Frontier as Frontier
+    from torchsurgeon.planning.grid import Sweep as Sweep
+    from torchsurgeon.planning.grid import sweep as sweep
+    from torchsurgeon.planning.objective import Battery as Battery
+    from torchsurgeon.planning.objective import Constraints as Constraints
+    from torchsurgeon.planning.objective import Objective as Objective
+    from torchsurgeon.planning.plans import Crossover as Crossover
+    from torchsurgeon.planning.plans import Plan as Plan
+    from torchsurgeon.planning.row import Row as Row

@@ -23,7 +23,8 @@ from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
 from torchsurgeon.planning.objective import Objective
-from torchsurgeon.planning.rows import Array, LayerCosts, Row, non_dominated
+from torchsurgeon.planning.row import Array, Row, non_dominated
+from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint

@@ -12,10 +12,12 @@ from torchsurgeon.codec import CodecTable
 from torchsurgeon.errors import InfeasibleError, PlanError, is_finite, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.chain import ChainPlan, plan_chain
-from torchsurgeon.planning.frontier import Frontier, Terms
+from torchsurgeon.planning.costs import Terms
+from torchsurgeon.planning.frontier import Frontier
 from torchsurgeon.planning.objective import Constraints, Objective
 from torchsurgeon.planning.plans import Crossover, Plan
-from torchsurgeon.planning.rows import LayerCosts, Row
+from torchsurgeon.planning.row import Row
+from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.planning.sides import Profiles, as_profiles, with_joules
 from torchsurgeon.planning.sureness import interval_of, used_profiles, warnings_of

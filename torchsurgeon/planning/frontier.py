@@ -9,106 +9,34 @@ codecs. A decision then only multiplies the small matrix of their costs by weigh
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from torchsurgeon import _json_file
+from torchsurgeon._cached import cached_property
 from torchsurgeon.codec import CodecTable
-from torchsurgeon.errors import PlanError, is_finite, short
+from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
+from torchsurgeon.planning.costs import CostTable
 from torchsurgeon.planning.objective import Objective
-from torchsurgeon.planning.rows import (
-    Array,
-    LayerCosts,
-    Row,
-    columns,
-    columns_and_losses,
-    lower_hull,
-    non_dominated,
-)
+from torchsurgeon.planning.row import Array, Row, columns_and_losses, non_dominated
+from torchsurgeon.planning.rows import LayerCosts, lower_hull
 from torchsurgeon.planning.sets import across_branches
 from torchsurgeon.planning.sides import Profiles
-from torchsurgeon.tracing.cached import cached_property
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 
-FORMAT = "torchsurgeon.frontier/3"
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-    """What one inference costs when it is run as ``row`` says, under one link and load, term by term.
-
-    Every term except ``head_s`` is 0 when everything runs on the device.
-
-    Attributes:
-        row: where the model is cut, and how what crosses is encoded.
-        head_s: seconds of the head on the device.
-        encode_s: seconds of encoding on the device.
-        uplink_s: seconds of sending, with half the round trip.
-        tail_s: seconds of the tail on the server.
-        decode_s: seconds of decoding on the server.
-        downlink_s: seconds of receiving the answer, with half the round trip.
-        interval_s: seconds between the answers of a stream of inferences.
-        device_j: the device's joules for head and encoding; None where they are unknown.
-        radio_j: the joules of its radio; None where they are unknown.
-    """
-
-    row: Row
-    head_s: float
-    encode_s: float
-    uplink_s: float
-    tail_s: float
-    decode_s: float
-    downlink_s: float
-    interval_s: float
-    device_j: float | None
-    radio_j: float | None
-
-    @property
-    def latency_s(self) -> float:
-        """Seconds from call to answer."""
-        return self.head_s + self.encode_s + self.uplink_s + self.decode_s + self.tail_s + self.downlink_s
-
-    @property
-    def energy_j(self) -> float | None:
-        """The device's joules, including its radio's; None where either is unknown."""
-        return None if self.device_j is None or self.radio_j is None else self.device_j + self.radio_j
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Frontier:
+class Frontier(CostTable):
     """The rows that can win under some link and load, from the least work on the device to the most.
 
     Of a codec at several rates each rate is a row, unless another row costs no more and uses no more of the budget.
     Rows of the same cut stand in the order of what they use of it.
-
-    Attributes:
-        model: the model's class name.
-        fingerprint: the graph's fingerprint.
-        batch: the batch size that the costs are for.
-        layers: how many layers the model has.
-        answer_bytes: what crosses the downlink when anything crosses.
-        rows: the rows.
-        exact: whether no cut across parallel branches is missing that could win with its tensors sent as they are.
     """
 
-    model: str
-    fingerprint: str
-    batch: int
-    layers: int
-    answer_bytes: int
-    rows: tuple[Row, ...]
-    exact: bool = True
-
     def __post_init__(self) -> None:
-        if not self.rows:
-            raise PlanError("a frontier without rows leaves nothing to choose from")
-        # Computed now, so that the first decision is as quick as all others.
+        super().__post_init__()
         assert len(self._linear[1])
         assert len(self._cheapest[1])
 
@@ -172,15 +100,6 @@ class Frontier:
             )
         return list(dict.fromkeys(row.point(graph) for row in self.rows if row.layers is not None))
 
-    @property
-    def has_energy(self) -> bool:
-        """Whether the joules of all rows are known."""
-        return all(row.device_j is not None for row in self.rows)
-
-    @cached_property
-    def _columns(self) -> Array:
-        return np.asfortranarray(columns(self.rows))
-
     @cached_property
     def _cheapest(self) -> tuple[Array, list[Row]]:
         """The rows that no other one undercuts in costs alone, as a matrix and as rows. Only they can cost least."""
@@ -219,133 +138,6 @@ class Frontier:
         # A throughput objective takes the maximum of several stages, so a row off the lower hull can win it.
         table, rows = self._cheapest if _has_stages(wanted) else self._linear
         return rows[self._costs(table, link, load, slowdown, wanted).argmin()]
-
-    def costs(
-        self,
-        link: Link,
-        load: float = 1.0,
-        slowdown: float = 1.0,
-        objective: str | Mapping[str, float] | Objective = "latency",
-    ) -> Array:
-        """Return what each row costs, shape (rows,), in the objective's unit.
-
-        Args:
-            link: as ``best()`` takes it.
-            load: as ``best()`` takes it.
-            slowdown: as ``best()`` takes it.
-            objective: as ``best()`` takes it.
-
-        Raises:
-            PlanError: as ``best()`` raises it.
-        """
-        wanted = objective if objective == "latency" else Objective.of(objective)
-        return self._costs(self._columns, link, load, slowdown, wanted)
-
-    def _costs(
-        self, table: Array, link: Link, load: float, slowdown: float, wanted: str | Mapping[str, float] | Objective
-    ) -> Array:
-        if not (0.0 < load < math.inf and 0.0 < slowdown < math.inf):
-            raise PlanError(f"load and slowdown must be positive numbers; got {load} and {slowdown}")
-        up_s_per_byte, downlink_s = 8.0 / link.uplink_bit_s, self.answer_bytes * 8.0 / link.downlink_bit_s
-        if not isinstance(wanted, Objective):
-            # Latency has a short way, since it is asked for before every inference.
-            return table @ (slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s)
-        weights = np.zeros(5)
-        sums = bool(wanted.latency or wanted.energy or wanted.server_time)
-        if wanted.latency:
-            weights += np.array([slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s]) * wanted.latency
-        if wanted.energy:
-            weights += np.array(self._joules(link)) * wanted.energy
-        if wanted.server_time:
-            weights[2] += wanted.server_time
-        if not wanted.throughput:
-            found: Array = table @ weights
-            return found
-        device_s, size_bytes, server_s, _, crosses = table.T
-        slowest: Array = device_s * slowdown
-        for stage_s in (size_bytes * up_s_per_byte, server_s * load, crosses * downlink_s):
-            np.maximum(slowest, stage_s, out=slowest)
-        if wanted.throughput != 1.0:
-            slowest *= wanted.throughput
-        return slowest + table @ weights if sums else slowest
-
-    def _joules(self, link: Link) -> tuple[float, float, float, float, float]:
-        if not self.has_energy:
-            raise PlanError(
-                f"the energy of {self.model} on the device is unknown: its profile has no joules for some layers; "
-                "profile it where a meter exists (docs/profiling.md), or choose another objective"
-            )
-        fixed_j = link.request_j(0, self.answer_bytes)
-        return 0.0, link.request_j(1, self.answer_bytes) - fixed_j, 0.0, 1.0, fixed_j
-
-    def terms(self, row: Row, link: Link, load: float = 1.0, slowdown: float = 1.0) -> Terms:
-        """Return what ``row`` costs under a link, a load and a slowdown, term by term."""
-        up_s, down_s = link.uplink_s(row.size_bytes), link.downlink_s(self.answer_bytes)
-        half_s = link.round_trip_s / 2
-        device_s, server_s = slowdown * (row.head_s + row.encode_s), load * (row.tail_s + row.decode_s)
-        if row.on_device:
-            return Terms(row, device_s, 0.0, 0.0, 0.0, 0.0, 0.0, device_s, row.device_j, 0.0)
-        return Terms(
-            row,
-            head_s=slowdown * row.head_s,
-            encode_s=slowdown * row.encode_s,
-            uplink_s=half_s + up_s,
-            tail_s=load * row.tail_s,
-            decode_s=load * row.decode_s,
-            downlink_s=half_s + down_s,
-            interval_s=max(device_s, up_s, server_s, down_s),
-            device_j=row.device_j,
-            radio_j=None if link.radio is None else link.request_j(row.size_bytes, self.answer_bytes),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the frontier as plain data, with its format's version; ``docs/planning.md`` says what to compute."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
-        return {"format": FORMAT, **fields, "rows": [row.to_json() for row in self.rows]}
-
-    @staticmethod
-    def from_json(data: Any) -> Frontier:
-        """Return the frontier in ``data``.
-
-        Raises:
-            PlanError: it is of another version, cut short or edited; the message names what is wrong.
-        """
-        _json_file.check_format(data, FORMAT, PlanError, "a frontier", "build the frontier again")
-        try:
-            fields = {f.name: data[f.name] for f in dataclasses.fields(Frontier) if f.name != "rows"}
-            for name, kind in (("model", str), ("fingerprint", str), ("batch", int), ("layers", int), ("exact", bool)):
-                if type(fields[name]) is not kind:
-                    raise ValueError(f"{name} must be of type {kind.__name__}; got {short(fields[name], 100)}")
-            if not (is_finite(fields["answer_bytes"]) and 0 <= fields["answer_bytes"] < 1e18):
-                raise ValueError(f"answer_bytes must be from 0 to 1e18; got {short(fields['answer_bytes'], 100)}")
-            if not (isinstance(data["rows"], list) and all(isinstance(row, dict) for row in data["rows"])):
-                raise ValueError("rows must be a list of objects")
-            return Frontier(**fields, rows=tuple(Row.from_json(row) for row in data["rows"]))
-        except PlanError:
-            raise
-        except KeyError as error:
-            raise PlanError(
-                f"the frontier has no field {short(error)}; it was cut short or edited: build it again"
-            ) from None
-        except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            raise PlanError(f"the frontier holds a wrong value: {short(error)}; build it again") from None
-
-    def save(self, path: str | Path) -> None:
-        """Write the frontier to ``path`` as JSON.
-
-        Raises:
-            PlanError: the file cannot be written.
-        """
-        _json_file.write(path, self.to_json(), PlanError)
-
-    @staticmethod
-    def load(path: str | Path) -> Frontier:
-        """Read a frontier from a file.
-
-        Raises:
-            PlanError: the file is not a frontier; the message says what is wrong with it.
-        """
-        return _json_file.load(path, Frontier.from_json, PlanError, "build it again")
 
 
 def _has_stages(objective: str | Mapping[str, float] | Objective) -> bool:

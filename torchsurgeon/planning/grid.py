@@ -15,7 +15,7 @@ from torchsurgeon.errors import PlanError, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.frontier import Frontier
 from torchsurgeon.planning.objective import Objective
-from torchsurgeon.planning.rows import Array, Row
+from torchsurgeon.planning.row import Array, Row
 
 LEAST_GAIN = 1.02
 """A cut in between counts as the best where it is by this factor better than the better of both ends."""

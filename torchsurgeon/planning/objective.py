@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from torchsurgeon.errors import PlanError, is_finite, short
-from torchsurgeon.planning.rows import Row
+from torchsurgeon.planning.row import Row
 
 _UNITS = {"latency": "s", "energy": "J", "throughput": "s", "server_time": "s"}
 

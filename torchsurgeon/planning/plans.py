@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from torchsurgeon.codec import Finding
 from torchsurgeon.link import Link
-from torchsurgeon.planning.frontier import Frontier, Terms
+from torchsurgeon.planning.costs import Terms
+from torchsurgeon.planning.frontier import Frontier
 from torchsurgeon.planning.objective import Constraints, Objective
-from torchsurgeon.planning.rows import Row
+from torchsurgeon.planning.row import Row
 from torchsurgeon.tracing.specs import PartitionPoint
 
 _PARTS = ("head", "encode", "uplink", "decode", "tail", "downlink", "latency", "interval")

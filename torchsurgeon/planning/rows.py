@@ -4,105 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from torchsurgeon.codec import CodecRow, CodecTable, Finding
+from torchsurgeon.codec import CodecRow, CodecTable
+from torchsurgeon.planning.row import Array, Row
 from torchsurgeon.planning.sides import Cost, Profiles, Side
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.held import Holdings, layer_holdings
 from torchsurgeon.tracing.specs import PartitionPoint
 
-Array = NDArray[np.float64]
 # How far out the points lie that bound the hull, with costs scaled to 0 … 1.
 _FAR = 1e3
 # Facets looked at together, which bounds memory.
 _FACETS = 1024
-# Larger values in a file are mistakes: seconds, bytes and joules of one inference are far below.
-_MOST = 1e18
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One way to run a model: where it is cut and how what crosses is encoded, with its cost at load and slowdown 1.
-
-    Attributes:
-        index: the partition point's index.
-        name: the partition point's name.
-        codec: how the boundary tensors are encoded.
-        head_s: the device's seconds for the head.
-        encode_s: the device's seconds for encoding.
-        size_bytes: what crosses the uplink.
-        tail_s: the server's seconds for the tail.
-        decode_s: the server's seconds for decoding.
-        device_j: the device's joules for head and encoding; None where no meter measured them.
-        memory_bytes: the most that the head's weights (buffers and other tensors of its modules included) and the
-            tensors that it computes take; None where it was not measured.
-        raw_input: whether an input of the model crosses, or a view of one.
-        lossless: whether the codec keeps every bit.
-        on_device: whether everything runs on the device, and nothing crosses.
-        layers: the device's layers where these are not simply the first ``index``; None where they are.
-        findings: what a sample showed of the model's answers behind the codec; empty where that was not measured.
-        student: whether the codec's student computes the boundary tensors in place of the model's first layers.
-        backend: what runs the head.
-        server_backend: what runs the tail.
-    """
-
-    index: int
-    name: str
-    codec: str
-    head_s: float
-    encode_s: float
-    size_bytes: float
-    tail_s: float
-    decode_s: float
-    device_j: float | None = None
-    memory_bytes: int | None = None
-    raw_input: bool = False
-    lossless: bool = True
-    on_device: bool = False
-    layers: tuple[int, ...] | None = None
-    findings: tuple[Finding, ...] = ()
-    student: bool = False
-    backend: str = "eager"
-    server_backend: str = "eager"
-
-    @property
-    def budget_used(self) -> float:
-        """How much of the accuracy budget is used: 0 where nothing is lost, 1 at its limit or where it is not known."""
-        if self.lossless:
-            return 0.0
-        used = [finding.used for finding in self.findings]
-        return max((1.0 if one is None else one for one in used), default=1.0)
-
-    def point(self, graph: LayerGraph) -> PartitionPoint:
-        """Return where to cut ``graph``, for ``cut()``."""
-        return graph.point(self.index) if self.layers is None else graph.point_of(self.layers)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as plain data."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Row:
-        """Return the row in ``data``.
-
-        Raises:
-            ValueError: a number is negative or far too large.
-            KeyError: a field is missing.
-            TypeError: there is a field too many.
-        """
-        layers = data["layers"]
-        findings = tuple(Finding(**finding) for finding in data["findings"])
-        row = Row(**{**data, "layers": None if layers is None else tuple(layers), "findings": findings})
-        for name in ("index", "head_s", "encode_s", "size_bytes", "tail_s", "decode_s"):
-            if not 0 <= getattr(row, name) < _MOST:
-                raise ValueError(f"{name} must be from 0 to {_MOST:g}; got {getattr(row, name)}")
-        if row.device_j is not None and not abs(row.device_j) < _MOST:
-            raise ValueError(f"device_j must be within ±{_MOST:g}; got {row.device_j}")
-        return row
 
 
 class LayerCosts:
@@ -266,51 +181,6 @@ def _running_bytes(held: Iterable[Holdings]) -> list[int]:
         sums.append(sums[-1] + sum(size for key, size in one.items() if key not in known))
         known |= one
     return sums
-
-
-def columns(rows: Iterable[Row]) -> Array:
-    """Return the rows as numbers, shape (rows, 5).
-
-    The columns are device seconds, bytes sent, server seconds, joules (0 where unknown), and 1 where anything crosses.
-    """
-    table = [
-        (r.head_s + r.encode_s, r.size_bytes, r.tail_s + r.decode_s, r.device_j or 0.0, 0.0 if r.on_device else 1.0)
-        for r in rows
-    ]
-    return np.array(table, dtype=np.float64).reshape(-1, 5)
-
-
-def columns_and_losses(rows: Iterable[Row]) -> Array:
-    """Return ``columns()``, and how much of the accuracy budget each row uses, shape (rows, 6)."""
-    known = list(rows)
-    return np.column_stack([columns(known), [row.budget_used for row in known]])
-
-
-def non_dominated(costs: Array) -> list[int]:
-    """Return the indices of the rows of ``costs`` that no other row undercuts, in order.
-
-    One row undercuts another if it is at most as large in every column. Of equal rows the first is kept.
-
-    Args:
-        costs: shape (rows, columns).
-    """
-    if not len(costs):
-        return []
-    order = np.lexsort(costs.T[::-1])
-    # Sorted by the first column, a row can be undercut only by one before it, so the first need not be compared.
-    rest = [column for column in costs.T[1:] if np.ptp(column) > 0]
-    kept = [np.empty_like(column) for column in rest]
-    indices: list[int] = []
-    for i in order:
-        count = len(indices)
-        below = np.ones(count, dtype=bool)
-        for column, known in zip(rest, kept, strict=True):
-            below &= known[:count] <= column[i]
-        if not below.any():
-            for column, known in zip(rest, kept, strict=True):
-                known[count] = column[i]
-            indices.append(int(i))
-    return sorted(indices)
 
 
 def lower_hull(costs: Array) -> tuple[list[int], Array]:

@@ -26,7 +26,8 @@ import numpy as np
 
 from torchsurgeon.planning.mincut import CrossingTensor, MinimumCut, bits
 from torchsurgeon.planning.objective import NO_LIMITS, Constraints
-from torchsurgeon.planning.rows import Array, LayerCosts, Row, columns, lower_hull, non_dominated
+from torchsurgeon.planning.row import Array, Row, columns, non_dominated
+from torchsurgeon.planning.rows import LayerCosts, lower_hull
 
 # A block with more closed sets than this is searched by minimum cuts.
 _MOST_SETS = 2000

@@ -12,7 +12,7 @@ from rich.text import Text
 from torchsurgeon.planning import Constraints, Objective, Plan
 from torchsurgeon.planning.grid import Sweep
 from torchsurgeon.planning.plans import comparison, headline, remarks, situation
-from torchsurgeon.planning.rows import Row
+from torchsurgeon.planning.row import Row
 from torchsurgeon.report.narrow import CHOSEN, Column, FittingTable, names
 from torchsurgeon.report.units import bytes_text, joules_text, number_text, seconds_text
 

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import Decider, Decision, Estimates
@@ -17,6 +16,7 @@ from torchsurgeon.codec.fitted import FittedCodec, RatedCodec
 from torchsurgeon.errors import PlanError
 from torchsurgeon.link import Link
 from torchsurgeon.planning import Battery, Frontier, Objective, Row
+from torchsurgeon.planning.costs import Expected
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
@@ -54,20 +54,6 @@ class Way:
     def student(self) -> FittedCodec | None:
         """The codec whose student computes the boundary in place of the model's own layers; None where these do."""
         return self.codec.student_at(self.point) if isinstance(self.codec, RatedCodec) else None
-
-
-class Expected(NamedTuple):
-    """How long the server's part should take.
-
-    Attributes:
-        remote_s: seconds from the end of the head to the answer.
-        spread: their relative deviation.
-        round_trip_s: one round trip of the link and the wait in the server's queue, which are part of them.
-    """
-
-    remote_s: float
-    spread: float
-    round_trip_s: float
 
 
 def _unmetered(device: LayerProfile) -> str | None:
@@ -230,20 +216,7 @@ class Adaptive:
     def expected(self, row: Row, estimates: Estimates) -> Expected:
         """Return how long the server's part of a row should take, for a call of the example's size."""
         link, load, slowdown, _ = estimates
-        round_trip_s = link.round_trip.value + load.queue_s
-        up_s = row.size_bytes * 8 / link.uplink.value
-        tail_s = (row.tail_s + row.decode_s) * load.compute.value
-        down_s = self.frontier.answer_bytes * 8 / link.downlink.value
-        encode_s = row.encode_s * slowdown.value
-        remote_s = up_s + tail_s + down_s + encode_s + round_trip_s
-        spread = math.hypot(
-            up_s * link.uplink.spread,
-            tail_s * load.compute.spread,
-            down_s * link.downlink.spread,
-            link.round_trip.value * link.round_trip.spread,
-            load.queue_spread_s,
-        )
-        return Expected(remote_s, spread / remote_s if remote_s > 0 else 0.0, round_trip_s)
+        return self.frontier.expected(row, link, load, slowdown.value)
 
     def latencies(self, estimates: Estimates) -> list[float]:
         """Return the predicted latency of every row, in the order of the frontier's rows."""

@@ -20,9 +20,10 @@ from torchsurgeon.codec.codec import fitted_codecs
 from torchsurgeon.codec.fitted import RatedCodec
 from torchsurgeon.errors import ArithmeticMismatchError, PartitionError, ServerUnavailableError, TraceError, short
 from torchsurgeon.models.arithmetic import Arithmetic
+from torchsurgeon.planning.costs import Expected
 from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.changes import Changes
-from torchsurgeon.runtime.choice import Expected, Way
+from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
 from torchsurgeon.runtime.ending import Ending

@@ -24,9 +24,10 @@ from torchsurgeon.errors import EncodingError, ModelMismatchError, ServerError, 
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.models.watching import WatchedWeights
 from torchsurgeon.planning import Row
+from torchsurgeon.planning.costs import Expected
 from torchsurgeon.runtime import bits, inference
 from torchsurgeon.runtime.answers import check_answer
-from torchsurgeon.runtime.choice import Expected, Way
+from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
 from torchsurgeon.runtime.handshake import LocalModel

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 
-from torchsurgeon.tracing.cached import cached_property
+from torchsurgeon._cached import cached_property
 from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.step import Key
 

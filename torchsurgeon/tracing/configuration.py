@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchsurgeon.tracing.cached import cached_property
+from torchsurgeon._cached import cached_property
 from torchsurgeon.tracing.digests import part_digest, part_label, tensor_digest
 from torchsurgeon.tracing.reading import PLAIN, Part, Reading
 from torchsurgeon.tracing.source import code_of, function_of, is_library_code, is_library_module

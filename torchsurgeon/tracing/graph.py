@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsurgeon._cached import cached_property
 from torchsurgeon.errors import PartitionError, short
-from torchsurgeon.tracing.cached import cached_property
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture import Captured
 from torchsurgeon.tracing.closure import Closure
