@@ -16,6 +16,7 @@ _NAMES_BY_ROOM = {
     "cutting": ("Partition", "cut", "tail_for"),
     "errors": (
         "AdaptError", "ArithmeticMismatchError", "BackendError", "BackendWarning", "BodyTooLargeError",
+        "BundleError",
         "CalibrationError", "ChangedModelWarning", "CodecError",
         "DeadlineError", "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError",
         "MismatchWarning", "MissingCodecWarning",
@@ -41,9 +42,8 @@ _NAMES_BY_ROOM = {
 _ROOM_OF = {name: room for room, names in _NAMES_BY_ROOM.items() for name in names}
 # Attributes of the package without being imported by the user. The other rooms need extras.
 _ROOMS = (
-    "adapting", "backends", "codec", "cutting", "emulate", "errors", "hooks", "link", "meters", "models", "module",
-    "planning", "prediction", "profiling", "runtime", "simulate", "tracing", "transport",
-    "wire",
+    "adapting", "backends", "codec", "cutting", "edge", "emulate", "errors", "export", "hooks", "link", "meters",
+    "models", "module", "planning", "prediction", "profiling", "runtime", "simulate", "tracing", "transport", "wire",
 )  # fmt: skip
 
 __all__ = sorted(_ROOM_OF)
@@ -71,8 +71,10 @@ else:
     from torchsurgeon import backends as backends
     from torchsurgeon import codec as codec
     from torchsurgeon import cutting as cutting
+    from torchsurgeon import edge as edge
     from torchsurgeon import emulate as emulate
     from torchsurgeon import errors as errors
+    from torchsurgeon import export as export
     from torchsurgeon import hooks as hooks
     from torchsurgeon import link as link
     from torchsurgeon import meters as meters
@@ -100,6 +102,7 @@ else:
     from torchsurgeon.errors import BackendError as BackendError
     from torchsurgeon.errors import BackendWarning as BackendWarning
     from torchsurgeon.errors import BodyTooLargeError as BodyTooLargeError
+    from torchsurgeon.errors import BundleError as BundleError
     from torchsurgeon.errors import CalibrationError as CalibrationError
     from torchsurgeon.errors import ChangedModelWarning as ChangedModelWarning
     from torchsurgeon.errors import CodecError as CodecError

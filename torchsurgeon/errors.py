@@ -10,6 +10,7 @@
     │   └── SampleSizeError        a sample that is too small for its budget; ``needed`` is how many calls suffice
     ├── DeviceError                an unknown device, or a factor of its speed that is not valid (also a ValueError)
     ├── BackendError               a backend or compiler is not here, or does not take a layer (also a ValueError)
+    ├── BundleError                a bundle of an edge device is damaged or of another version (also a ValueError)
     ├── AdaptError                 a budget, row or list of servers that is not valid (also a ValueError)
     │   └── DeadlineError          a deadline that no answer can meet; ``best_s`` is the shortest possible time
     ├── ProfileError               a damaged profile, or one of another version or graph (also a ValueError)
@@ -145,6 +146,10 @@ class DeviceError(TorchSurgeonError, ValueError):
 
 class BackendError(TorchSurgeonError, ValueError):
     """A backend or a compiler does not exist here, lacks a package or a provider, or does not take a layer."""
+
+
+class BundleError(TorchSurgeonError, ValueError):
+    """A bundle for a device without PyTorch is missing, damaged, of another version, or lacks what is asked for."""
 
 
 class AdaptError(TorchSurgeonError, ValueError):

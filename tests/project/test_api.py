@@ -85,6 +85,7 @@ WITHOUT_TORCH = {
     "emulate": "from torchsurgeon.emulate import LinkEmulator, SlowDevice, parse_profile; SlowDevice(2).call(int)",
     "meters": "from torchsurgeon import meters; meters.find_meter('cpu').close(); meters.find_meter('cuda:1').close()",
     "cli": "from torchsurgeon import cli; cli.parser().format_help()",
+    "edge": "from torchsurgeon import edge; edge.open; from torchsurgeon.planning.costs import CostTable",
 }
 
 
@@ -101,3 +102,22 @@ def test_importing_the_package_imports_no_torch_and_all_its_names_no_server_and_
     listed = set(run("import sys; from torchsurgeon import *; print(*sys.modules)").stdout.split())
     assert "torchsurgeon.module" in listed
     assert not {"uvicorn", "starlette", "matplotlib", "rich", "torchvision", "torchsurgeon.serve"} & listed
+
+
+@pytest.mark.parametrize("package", ["codec", "planning", "transport", "wire"])
+def test_packages_that_load_names_later_load_those_that_type_checkers_read(package: str) -> None:
+    module = importlib.import_module(f"torchsurgeon.{package}")
+    (condition,) = (
+        node for node in ast.parse(Path(module.__file__ or "").read_text()).body if isinstance(node, ast.If)
+    )
+    read = [
+        (alias.name, node.module or "")
+        for node in condition.orelse
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert sorted(name for name, _ in read) == sorted(module.__all__)
+    for name, place in read:
+        assert getattr(module, name) is getattr(importlib.import_module(place), name)
+    with pytest.raises(AttributeError, match=f"'torchsurgeon.{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018

@@ -19,6 +19,7 @@ from torchsurgeon.cli.arguments import Parser
 from torchsurgeon.cli.capacity import add_simulate
 from torchsurgeon.cli.codecs import add_codecs, add_distill
 from torchsurgeon.cli.costs import add_calibrate, add_predict, add_profile
+from torchsurgeon.cli.export import add_export
 from torchsurgeon.cli.models import add_doctor, add_trace
 from torchsurgeon.cli.plans import add_plan, add_sweep
 from torchsurgeon.cli.running import add_demo, add_link, add_run, add_serve
@@ -30,7 +31,7 @@ __all__ = ["main", "parser"]
 # In the order in which help lists them.
 _COMMANDS = (
     add_demo, add_trace, add_doctor, add_profile, add_calibrate, add_predict, add_codecs, add_distill, add_plan,
-    add_sweep, add_simulate, add_serve, add_run, add_link,
+    add_sweep, add_simulate, add_serve, add_run, add_export, add_link,
 )  # fmt: skip
 
 _EXAMPLES = """\
@@ -55,6 +56,7 @@ _INSTALLED_WITH = {
     "matplotlib": "torchsurgeon[plot]",
     "plotly": "torchsurgeon[explore]",
     "torch": "torch",
+    "onnx": "torchsurgeon[onnxruntime]",
     "torch_pruning": "torchsurgeon[distill]",
 }
 

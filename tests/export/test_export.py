@@ -1,0 +1,223 @@
+"""What is written for devices without PyTorch and for other servers, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from bundles import flat_profile
+from classifier import EXAMPLE, GRAPH, truth
+from torch import Tensor, nn
+
+import torchsurgeon as ts
+from torchsurgeon import cli, edge
+from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
+from torchsurgeon.export import best_points, export_bundle, export_openvino, export_triton
+
+COSTS = {"device": flat_profile(GRAPH, 2e-3), "server": flat_profile(GRAPH, 1e-5)}
+
+
+class Odd(nn.Module):
+    """A model with a layer that ONNX does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.odd, self.last = nn.Linear(4, 4), Bessel(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.odd(self.first(x)))
+
+
+class Bessel(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.modified_bessel_i1(x)
+
+
+def traced(model: nn.Module, *example: Tensor) -> tuple[ts.LayerGraph, dict[str, Any]]:
+    graph = ts.trace(model.eval(), *example)
+    return graph, {"device": flat_profile(graph, 1e-4), "server": flat_profile(graph, 1e-4)}
+
+
+def test_a_layer_that_onnx_does_not_have_is_named(tmp_path: Path) -> None:
+    graph, costs = traced(Odd(), torch.rand(2, 4))
+    with pytest.raises(ts.BackendError, match=r"layer 'odd\.special_\w+' cannot be exported to ONNX: aten\.special"):
+        export_bundle(graph, tmp_path / "whole", points=["first"], **costs)
+    assert not list(tmp_path.iterdir())
+    export_bundle(graph, tmp_path / "head", points=["first"], whole=False, **costs)
+    with pytest.raises(ts.BackendError, match=r"layer 'odd\."):
+        export_triton(graph, tmp_path / "triton", point="first")
+    assert not list((tmp_path / "triton").iterdir())
+    export_triton(graph, tmp_path / "triton", point=2)
+
+
+def test_what_numpy_does_not_have_is_refused(tmp_path: Path) -> None:
+    graph, costs = traced(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).bfloat16(), torch.rand(2, 4).bfloat16())
+    with pytest.raises(ts.BackendError, match="is BF16, which NumPy does not have"):
+        export_bundle(graph, tmp_path / "bundle", points=[1], **costs)
+
+
+def test_a_folder_that_holds_something_and_a_point_without_a_tail_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ts.BundleError, match="holds something already"):
+        export_bundle(GRAPH, tmp_path, points=["stem"], **COSTS)
+    with pytest.raises(ts.BundleError, match="needs at least one point where something crosses"):
+        export_bundle(GRAPH, tmp_path / "new", points=["device"], **COSTS)
+    with pytest.raises(ts.PartitionError, match="stam"):
+        export_bundle(GRAPH, tmp_path / "new", points=["stam"], **COSTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_codecs_that_a_device_without_pytorch_does_not_have_are_left_out(tmp_path: Path) -> None:
+    point = GRAPH.point("act")
+    rows = tuple(
+        CodecRow(point.index, point.name, point.size_bytes, CodecCost(name, 100.0, 1e-5, 1e-5, True, True), None, ())
+        for name in ("raw", "zstd", "png")
+    )
+    table = CodecTable("Net", GRAPH.fingerprint, 1, 10, "", rows)
+    written = export_bundle(GRAPH, tmp_path / "bundle", points=["act"], codecs=table, **COSTS)
+    assert written.left_out == ("png",)
+    assert {row.codec for row in edge.read(tmp_path / "bundle").costs.rows if not row.on_device} == {"raw", "zstd"}
+    with edge.open(tmp_path / "bundle") as model:
+        assert np.allclose(model(EXAMPLE.numpy()), truth(EXAMPLE).numpy(), atol=1e-4)
+
+
+def test_the_best_points_are_those_of_links_that_have_names() -> None:
+    slow = {"device": flat_profile(GRAPH, 10.0), "server": flat_profile(GRAPH, 1e-6)}
+    assert [point.name for point in best_points(GRAPH, **slow)] == ["input"]
+    assert best_points(GRAPH, **COSTS)
+
+
+# --- other servers ---
+
+
+def boundary_of(point: str) -> dict[str, np.ndarray[Any, Any]]:
+    head = ts.cut(GRAPH, point).head
+    with torch.no_grad():
+        tensors = head(EXAMPLE)
+    return {spec.name: tensor.numpy() for spec, tensor in zip(GRAPH.point(point).tensors, tensors, strict=True)}
+
+
+@pytest.mark.parametrize("point", ["input", "stem", "act"])
+def test_triton_gets_a_tail_with_the_same_names_and_answer(point: str, tmp_path: Path) -> None:
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    where = "server" if point == "input" else point
+    model = export_triton(GRAPH, tmp_path, point=where, name="tail", inputs=[EXAMPLE])
+    assert model == tmp_path / "tail"
+    boundary = {"x": EXAMPLE.numpy()} if point == "input" else boundary_of(point)
+    session = onnxruntime.InferenceSession(str(model / "1" / "model.onnx"))
+    found = session.run(["output"], boundary)[0]
+    assert np.allclose(found, truth(EXAMPLE).numpy(), atol=1e-4)
+    # The text is read by the schema that NVIDIA publishes, as Triton reads it.
+    config = text_format.Parse((model / "config.pbtxt").read_text(), schema.ModelConfig())
+    assert (config.name, config.platform, config.max_batch_size) == ("tail", "onnxruntime_onnx", 0)
+    for kind, ends in (("input", session.get_inputs()), ("output", session.get_outputs())):
+        told = {one.name: one for one in getattr(config, kind)}
+        assert set(told) == {one.name for one in ends}
+        for one in ends:
+            assert schema.DataType.Name(told[one.name].data_type) == "TYPE_FP32"
+            assert list(told[one.name].dims) == [-1 if isinstance(dim, str) else dim for dim in one.shape]
+
+
+def test_a_name_that_needs_escaping_is_a_string_of_the_text_format() -> None:
+    from torchsurgeon.export.servers import _quoted
+
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    for text in ('a"b\\c', "weights µ", "line\nbreak", "features.12"):
+        assert text_format.Parse(f"name: {_quoted(text)}", schema.ModelConfig()).name == text
+
+
+def test_openvinos_server_gets_a_tail_with_the_same_names_and_answer(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    for name in ("first", "second"):
+        assert export_openvino(GRAPH, tmp_path, point="act", name=name, inputs=[EXAMPLE]) == tmp_path / name
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "model_config_list": [
+            {"config": {"name": "first", "base_path": "/models/first"}},
+            {"config": {"name": "second", "base_path": "/models/second"}},
+        ]
+    }
+    compiled = openvino.compile_model(str(tmp_path / "first" / "1" / "model.onnx"), "CPU")
+    boundary = boundary_of("act")
+    assert {one.get_any_name() for one in compiled.inputs} == set(boundary)
+    assert {one.get_any_name() for one in compiled.outputs} == {"output"}
+    assert np.allclose(compiled(boundary)["output"], truth(EXAMPLE).numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("write", [export_triton, export_openvino])
+def test_what_other_servers_cannot_take_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ts.BundleError, match="there is no tail"):
+        write(GRAPH, tmp_path, point="device")
+    for name in ("a/b", "..", "", "a b"):
+        with pytest.raises(ts.BundleError, match="a model's name is a folder of letters"):
+            write(GRAPH, tmp_path, point="act", name=name)
+    (tmp_path / "net").mkdir()
+    with pytest.raises(ts.BundleError, match="exists already"):
+        write(GRAPH, tmp_path, point="act")
+
+
+def test_numbers_that_cross_are_refused(tmp_path: Path) -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 2, 3), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last(y.mean((2, 3))) * x.shape[2]
+
+    graph, _ = traced(Sized(), torch.rand(1, 1, 8, 8))
+    point = next((one for one in graph.points if any(graph.value(spec.name).restore for spec in one.tensors)), None)
+    if point is None:
+        pytest.skip("this PyTorch's trace has no number that crosses")
+    with pytest.raises(ts.BackendError, match="numbers of the model's code cross"):
+        export_triton(graph, tmp_path, point=point)
+
+
+def test_a_config_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ts.BundleError, match="has no model_config_list"):
+        export_openvino(GRAPH, tmp_path, point="act")
+    assert (tmp_path / "config.json").read_text() == "[]"
+
+
+# --- the command ---
+
+
+def test_the_command_writes_a_bundle_and_tails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, triton, ovms = (str(tmp_path / name) for name in ("bundle", "triton", "ovms"))
+    spec = ["export", "factories:tiny", "--point", "1", "--name", "tiny"]
+    assert cli.main([*spec, "--out", out, "--triton", triton, "--ovms", ovms]) == 0
+    said = capsys.readouterr().out
+    assert f"{out}: " in said
+    assert (tmp_path / "triton" / "tiny" / "config.pbtxt").exists()
+    assert (tmp_path / "ovms" / "config.json").exists()
+    with edge.open(out) as model:
+        assert model.bundle.name == "tiny"
+        assert model(np.zeros((2, 3, 8, 8), np.float32)).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give --out DIR, --triton DIR or --ovms DIR"),
+        (["--triton", "x"], "give --point POINT"),
+        (["--points", "1", "2", "--ovms", "x"], "give --point POINT"),
+        (["--out", "x", "--backend", "openvino"], "run by onnxruntime; got --backend openvino"),
+        (["--out", "x", "--points", "nowhere"], "nowhere"),
+    ],
+)
+def test_the_command_says_what_is_missing(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", "factories:tiny", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,140 @@
+"""``torchsurgeon export``: parts of a model as files, for devices without PyTorch and for other servers."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchsurgeon.cli import completion
+from torchsurgeon.cli.arguments import (
+    command,
+    file_argument,
+    index_or_name,
+    model_arguments,
+    traced,
+    weights_argument,
+)
+from torchsurgeon.cli.completion import completed, one_of
+from torchsurgeon.cli.screen import loading, warn
+from torchsurgeon.errors import NoisyProfileWarning, PredictionWarning, TorchSurgeonError, short
+
+if TYPE_CHECKING:
+    from torchsurgeon.cli.arguments import Commands
+    from torchsurgeon.profiling import LayerProfile
+    from torchsurgeon.tracing import LayerGraph
+
+
+def add_export(commands: Commands) -> None:
+    """Declare ``torchsurgeon export``."""
+    parser = command(
+        commands,
+        _export,
+        "export",
+        "Write heads for a device without PyTorch, or a tail for another inference server.",
+        "torchvision:mobilenet_v3_large --points features.4 features.13 --out bundle --name mobile",
+        "torchvision:resnet50 --device pi.json --server k40-gpu --out bundle",
+        "torchvision:resnet50 --points layer2.3.relu_2 --triton repository --name resnet_tail",
+    )
+    model_arguments(parser)
+    weights_argument(parser)
+    parser.add_argument(
+        "--points",
+        "--point",
+        nargs="+",
+        type=index_or_name,
+        metavar="POINT",
+        help="where the device may cut: indices or names of layers, or server (default: the points that are the best "
+        "over one of the links that plan knows)",
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", help="the model's name at its servers (default: the last part of SPEC)"
+    )
+    backend = parser.add_argument(
+        "--backend", default="onnxruntime", help="what runs the heads on the device (default: %(default)s)"
+    )
+    completed(backend, one_of(("onnxruntime",)))
+    for side in ("device", "server"):
+        where = parser.add_argument(
+            f"--{side}",
+            metavar="FILE",
+            help=f"what layers cost on the {side}: a measured profile of this model, the calibration of a device to "
+            f"predict for, or {completion.marked_devices()} (default: they are measured on this machine)",
+        )
+        completed(where, one_of(completion.REFERENCE_DEVICES, "json"))
+    file_argument(parser, "--codecs", "codecs measured by torchsurgeon codecs --out", "only raw tensors are sent")
+    parser.add_argument(
+        "--no-whole",
+        dest="whole",
+        action="store_false",
+        help="leave out the whole model, without which the device cannot answer alone (default: it is written)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write a bundle to this new folder (default: none)")
+    parser.add_argument(
+        "--triton",
+        type=Path,
+        metavar="DIR",
+        help="write the tail behind the one point into this model repository of NVIDIA Triton (default: not written)",
+    )
+    parser.add_argument(
+        "--ovms",
+        type=Path,
+        metavar="DIR",
+        help="write the tail behind the one point into this folder of the OpenVINO Model Server, which sees it as "
+        "/models (default: not written)",
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    if options.out is None and options.triton is None and options.ovms is None:
+        raise TorchSurgeonError("export writes files: give --out DIR, --triton DIR or --ovms DIR")
+    tails = options.triton is not None or options.ovms is not None
+    if tails and len(options.points or ()) != 1:
+        raise TorchSurgeonError("--triton and --ovms write the tail behind one point; give --point POINT")
+    if options.backend != "onnxruntime":
+        raise TorchSurgeonError(
+            f"a bundle's heads are run by onnxruntime; got --backend {short(options.backend, 60, quote=False)}"
+        )
+    with loading():
+        from torchsurgeon.codec import CodecTable
+        from torchsurgeon.export import best_points, export_bundle, export_openvino, export_triton
+        from torchsurgeon.models.specs import short_name
+
+    codecs = None if options.codecs is None else CodecTable.load(options.codecs)
+    name = options.name or short_name(options.spec)
+    graph = traced(options, weights=options.weights)
+    if options.out is not None:
+        device, server = (_costs(graph, getattr(options, side)) for side in ("device", "server"))
+        points = options.points or best_points(graph, device, server)
+        written = export_bundle(
+            graph,
+            options.out,
+            points=points,
+            device=device,
+            server=server,
+            codecs=codecs,
+            name=name,
+            whole=options.whole,
+        )
+        named = ", ".join(point.name for point in written.points)
+        print(f"{options.out}: {written.size_bytes / 1e6:.1f} MB, heads up to {short(named, 300, quote=False)}")
+        if written.left_out:
+            warn(f"left out, since a device without PyTorch does not have these codecs: {', '.join(written.left_out)}")
+    for write, folder in ((export_triton, options.triton), (export_openvino, options.ovms)):
+        if folder is not None:
+            print(f"written to {write(graph, folder, point=options.points[0], name=name)}")
+
+
+def _costs(graph: LayerGraph, where: str | None) -> LayerProfile:
+    """Return what a model costs on one side: as a file says, or measured here."""
+    from torchsurgeon.prediction import costs_on
+    from torchsurgeon.profiling import profile
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PredictionWarning)
+        warnings.simplefilter("always", NoisyProfileWarning)
+        found = profile(graph, meter=None) if where is None else costs_on(graph, where)
+    for warning in caught:
+        warn(warning.message)
+    return found

@@ -1,0 +1,201 @@
+"""Where a device without PyTorch cuts the model at one call, and how long it waits for the answer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+from torchsurgeon.adapting import (
+    SURE,
+    Decider,
+    Decision,
+    Estimates,
+    Refusals,
+    SlowdownEstimator,
+    check_deadline,
+    patience,
+    rescue,
+)
+from torchsurgeon.edge.bundle import Bundle, BundlePoint
+from torchsurgeon.edge.codec import ArrayCodec, find_codec
+from torchsurgeon.edge.server import EdgeServer
+from torchsurgeon.errors import BundleError, is_finite
+from torchsurgeon.link import Link
+from torchsurgeon.planning.costs import Expected
+from torchsurgeon.planning.objective import Objective
+from torchsurgeon.planning.row import Row
+
+
+class Choices:
+    """The rows of a bundle that one model chooses among, by the arithmetic by which a ``SplitModule`` chooses.
+
+    Args:
+        bundle: what the device has of the model.
+        server: the server; None to run everything on the device.
+        partition: as ``open()`` takes it, like all that follow.
+        objective: what to minimize.
+        codec: how to encode boundary arrays, in place of the rows' codecs; None for these.
+
+    Raises:
+        BundleError: the bundle has no row for the partition.
+        PartitionError: it has no such point.
+        CodecError: a device without PyTorch has no such codec.
+
+    Attributes:
+        rows: the rows.
+        device: the row that runs everything on the device.
+        fixed: the row of every call; None where each call chooses.
+        slowdown: how much slower than predicted the device is.
+        decider: chooses a row before a call.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        server: EdgeServer | None,
+        *,
+        partition: int | str,
+        objective: str | Mapping[str, float] | Objective,
+        codec: str | None,
+    ) -> None:
+        self._bundle, self._server = bundle, server
+        self._codec = None if codec is None else find_codec(codec)
+        self._objective = objective if objective == "latency" else Objective.of(objective)
+        self._points = {(point.index, point.layers): point for point in bundle.points}
+        self._refusals = Refusals()
+        self.slowdown = SlowdownEstimator()
+        device = next((row for row in bundle.costs.rows if row.on_device), None)
+        if device is None:
+            raise BundleError("the bundle's frontier has no row for the device alone; export it again")
+        self.device = device
+        self.fixed = self._fixed_row(partition)
+        self.rows = [self.fixed] if self.fixed is not None else self._all_rows()
+        for row in self.rows:
+            self.codec_of(row)
+        place = {id(row): i for i, row in enumerate(bundle.costs.rows)}
+        self._places = [place[id(row)] for row in self.rows]
+        self.decider = Decider(self.rows, self._costs, losses=[row.budget_used for row in self.rows])
+
+    def point_of(self, row: Row) -> BundlePoint:
+        """Return where a row cuts the model."""
+        return self._points[row.index, row.layers]
+
+    def codec_of(self, row: Row) -> ArrayCodec:
+        """Return how a row encodes what crosses."""
+        return self._codec or find_codec(row.codec)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether every call runs on the device as a whole."""
+        return self._server is None or (self.fixed is not None and self.fixed.on_device)
+
+    def choose(self, scale: float) -> tuple[Row, Decision[Row] | None]:
+        """Return how to run a call with a server, and what that was chosen on; None where the cut is fixed.
+
+        Args:
+            scale: how many times as large as the traced example the call is.
+        """
+        if self.fixed is not None:
+            return self.fixed, None
+        assert self._server is not None
+        state = self._server.state
+        decision = self.decider.decide(
+            Estimates(state.link.estimate(), state.load.estimate(), self.slowdown.estimate(), scale)
+        )
+        return decision.row, decision
+
+    def whole_s(self, scale: float) -> float:
+        """Return the seconds that the whole model takes on the device now, for a call of this scale."""
+        return self.device.head_s * scale * self.slowdown.estimate().value
+
+    def within(self, deadline_s: float, row: Row, scale: float, *, split: bool) -> Row:
+        """Return the chosen row if its predicted latency keeps the deadline, or else the quickest.
+
+        Args:
+            deadline_s: seconds within which the answer is due.
+            row: what was chosen without regard to the deadline.
+            scale: how many times as large as the traced example the call is.
+            split: whether the server may be asked.
+
+        Raises:
+            DeadlineError: every way of answering would miss the deadline with 99 % confidence.
+        """
+        slowdown = self.slowdown.estimate()
+        ways: list[tuple[float, float, Row]] = []
+        if self._bundle.whole is not None:
+            ways.append((self.device.head_s * scale * slowdown.value, slowdown.error, self.device))
+        if split and self._server is not None and not self.on_device:
+            for one in self.rows:
+                if not one.on_device:
+                    after = self.expected(one, scale)
+                    taken_s = one.head_s * scale * slowdown.value + after.remote_s
+                    ways.append((taken_s, max(slowdown.error, after.spread), one))
+        best_s, _, quickest = min(ways, key=lambda way: way[0])
+        taken_s = next((way[0] for way in ways if way[2] is row), best_s)
+        if is_finite(deadline_s) and any(deadline_s >= likely * math.exp(-SURE * error) for likely, error, _ in ways):
+            self._refusals.end()
+        elif not is_finite(deadline_s) or self._refusals.refuse(best_s):
+            how = "on the device" if quickest.on_device else f"cut after {quickest.name}"
+            check_deadline(deadline_s, best_s, how)
+        return row if taken_s <= deadline_s else quickest
+
+    def expected(self, row: Row, scale: float) -> Expected:
+        """Return how long the server's part of a row should take for a call of this scale."""
+        assert self._server is not None
+        state = self._server.state
+        found = self._bundle.costs.expected(
+            row, state.link.estimate(), state.load.estimate(), self.slowdown.estimate().value
+        )
+        return found._replace(remote_s=found.remote_s * max(scale, 1.0))
+
+    def patience(self, row: Row, scale: float, due_s: float | None) -> tuple[float, str, Expected]:
+        """Return how long to wait for an answer, what to say if none has come then, and what is expected."""
+        assert self._server is not None
+        expected, slowdown = self.expected(row, scale), self.slowdown.estimate()
+        whole_s = self.whole_s(scale)
+        wait_s = patience(expected.remote_s, expected.spread, expected.round_trip_s, stoppable=False, tail_s=whole_s)
+        late = (
+            f"late: {self._server.url} gave no answer within {wait_s * 1e3:.3g} ms, expected after "
+            f"{expected.remote_s * 1e3:.3g} ms"
+        )
+        if due_s is None:
+            return wait_s, late, expected
+        plan = rescue(
+            due_s - time.perf_counter(),
+            remote_s=expected.remote_s,
+            remote_spread=expected.spread,
+            tail_s=whole_s,
+            tail_spread=slowdown.spread,
+        )
+        if plan.start_s >= wait_s:
+            return wait_s, late, expected
+        why = "will probably be late" if plan.hedged else f"had not come {plan.start_s * 1e3:.3g} ms after the head"
+        return plan.start_s, f"deadline: the answer of {self._server.url} {why}", expected
+
+    def _costs(self, link: Link, load: float, slowdown: float) -> list[float]:
+        costs = self._bundle.costs.costs(link, load, slowdown, self._objective)
+        return [float(costs[place]) for place in self._places]
+
+    def _fixed_row(self, partition: int | str) -> Row | None:
+        """Return the row of a fixed partition; None where each call chooses."""
+        if partition == "auto":
+            return None
+        if partition == "device":
+            return self.device
+        point = self._bundle.point(partition)
+        rows = [row for row in self._bundle.costs.rows if (row.index, row.layers) == (point.index, point.layers)]
+        wanted = [row for row in rows if row.codec == ("raw" if self._codec is None else self._codec.name)]
+        if not rows:
+            raise BundleError(f"the bundle's frontier says nothing of the point {point.name}; export it again")
+        return (wanted or rows)[0]
+
+    def _all_rows(self) -> list[Row]:
+        rows = [
+            row
+            for row in self._bundle.costs.rows
+            if (self._bundle.whole is not None if row.on_device else (row.index, row.layers) in self._points)
+        ]
+        if not rows:
+            raise BundleError("the bundle's frontier has no row for its points; export it again")
+        return rows

@@ -1,0 +1,396 @@
+"""A model of a bundle, split between a device without PyTorch and a server."""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from torchsurgeon._interrupts import NoThreadError
+from torchsurgeon.adapting import Decision
+from torchsurgeon.edge.bundle import DATATYPES, ArraySpec, Bundle, BundlePoint
+from torchsurgeon.edge.choice import Choices
+from torchsurgeon.edge.inference import EdgeInference, times_of
+from torchsurgeon.edge.message import ArrayAnswer
+from torchsurgeon.edge.server import EdgeServer, Task, in_words
+from torchsurgeon.edge.session import Sessions
+from torchsurgeon.errors import (
+    BundleError,
+    MismatchWarning,
+    ModelMismatchError,
+    ProtocolError,
+    ServerError,
+    TorchSurgeonError,
+)
+from torchsurgeon.planning.costs import Expected
+from torchsurgeon.planning.objective import Objective
+from torchsurgeon.planning.row import Row
+from torchsurgeon.transport.base import Deadline
+
+Array = np.ndarray[Any, Any]
+# How long the first call waits for the server to be made ready.
+_SETUP_S = 5.0
+# The device may be finished before the answer comes. The server then counts as failed only if the answer has already
+# taken this many times what was expected of it, and at least this long.
+_SLOW_FACTOR, _LEAST_SLOW_S = 2.0, 0.05
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call: its inputs, and when its stages ended (``time.perf_counter``)."""
+
+    inputs: Mapping[str, Array]
+    batch: int
+    scale: float
+    begun_s: float
+    deadline_s: float | None
+    decision: Decision[Row] | None = None
+    decided_s: float = 0.0
+    headed_s: float = 0.0
+
+    @property
+    def due_s(self) -> float | None:
+        """When its answer is due; None without a deadline."""
+        return None if self.deadline_s is None else self.begun_s + self.deadline_s
+
+    def account(self, end_s: float, partition: str, codec: str | None, **known: Any) -> EdgeInference:
+        """Return the account of the call, which ended at ``end_s``."""
+        known = {"head_s": self.headed_s - self.decided_s, **known}
+        return EdgeInference(
+            partition,
+            codec,
+            end_s - self.begun_s,
+            decide_s=self.decided_s - self.begun_s,
+            decision=self.decision,
+            **known,
+        )
+
+
+class EdgeModel:
+    """A model that is called with NumPy arrays and returns NumPy arrays; ``open()`` makes it. A context manager.
+
+    One thread at a time may call it.
+
+    Args:
+        bundle: what the device has of the model.
+        server: the server; None to run everything on the device.
+        sessions: what runs the bundle's parts.
+        partition: as ``open()`` takes it, like all that follow.
+        fallback: whether the device answers a call when the server does not.
+        objective: what to minimize.
+        codec: how to encode boundary arrays.
+        timeout_s: the longest wait for an answer.
+
+    Raises:
+        BundleError: the bundle lacks what these arguments ask for.
+
+    Attributes:
+        bundle: what the device has of the model.
+        last: what happened at the last call; None before the first.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        server: EdgeServer | None,
+        sessions: Sessions,
+        *,
+        partition: int | str,
+        fallback: Literal["local", "error"],
+        objective: str | Mapping[str, float] | Objective,
+        codec: str | None,
+        timeout_s: float,
+    ) -> None:
+        self.bundle = bundle
+        self.last: EdgeInference | None = None
+        self._server, self._sessions, self._timeout_s = server, sessions, timeout_s
+        self._falls_back = fallback == "local"
+        if bundle.whole is None and (server is None or partition == "device" or self._falls_back):
+            raise BundleError(
+                "this bundle holds no whole model, so the device cannot answer alone; give server= with a partition of "
+                "the bundle and fallback='error', or export it without --no-whole"
+            )
+        self._choices = Choices(bundle, server, partition=partition, objective=objective, codec=codec)
+        self._prepared = self._warned = False
+        self._load()
+
+    def __enter__(self) -> EdgeModel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections to the server. Closing twice is harmless."""
+        if self._server is not None:
+            self._server.close()
+
+    def prepare(self) -> EdgeModel:
+        """Do what the first call would do before its inference: compare the models and measure the link.
+
+        Raises:
+            ServerError: the server could not be made ready, and the device does not answer in its place.
+        """
+        self._prepared = True
+        server = self._server
+        if server is None or self._choices.on_device:
+            return self
+        if not self._falls_back:
+            try:
+                server.connect()
+            except TorchSurgeonError as error:
+                server.failed(error)
+                raise
+            return self
+        try:
+            task = Task(server.connect)
+        except NoThreadError as error:
+            server.failed(error)
+            return self
+        if not task.wait(_SETUP_S):
+            server.failed(f"unready: {server.url} is still loading the model, or does not answer")
+        elif task.error is not None:
+            self._failed(task.error)
+        return self
+
+    @property
+    def server_failure(self) -> str | None:
+        """Why the server's last answer could not be used; None after one that could."""
+        return None if self._server is None else self._server.failure
+
+    @property
+    def decisions(self) -> Sequence[Decision[Row]]:
+        """The last choices of where to cut, the newest at the end; empty where the cut is fixed."""
+        return self._choices.decider.decisions
+
+    # --- one call ---
+
+    def __call__(self, *arrays: Array, deadline_s: float | None = None, **named: Array) -> Any:
+        """Return the model's result for NumPy arrays.
+
+        Args:
+            *arrays: the inputs in their order.
+            deadline_s: seconds from now within which the answer is due.
+            **named: inputs by name.
+
+        Returns:
+            An array, a tuple of arrays, or a dict of arrays by name, as the model returns them.
+
+        Raises:
+            TypeError: an input is missing, unknown, of another dtype or of a shape that the model does not take.
+            DeadlineError: no way of running the call can keep the deadline.
+            ServerError: the server did not answer, and the device does not answer in its place.
+        """
+        inputs, batch = self._checked(arrays, named)
+        if not self._prepared:
+            self.prepare()
+        call = _Call(inputs, batch, batch / self.bundle.example_batch, time.perf_counter(), deadline_s)
+        row, call.decision, why = self._choose(call.scale)
+        if deadline_s is not None:
+            row = self._choices.within(deadline_s, row, call.scale, split=why is None)
+        call.decided_s = time.perf_counter()
+        return self._on_device(call, why) if row.on_device else self._split(call, row)
+
+    def _on_device(self, call: _Call, why: str | None) -> Any:
+        """Run a call on the device as a whole; ``why`` says why it was not split as planned."""
+        result = self._whole(call)
+        end_s = time.perf_counter()
+        self.last = call.account(end_s, "device", None, head_s=end_s - call.decided_s, degraded=why)
+        if self._server is not None and not self._choices.on_device:
+            self._server.attend()
+        return result
+
+    def _split(self, call: _Call, row: Row) -> Any:
+        """Run the head of a call and ask the server for the rest."""
+        server, point, codec = self._server, self._choices.point_of(row), self._choices.codec_of(row)
+        assert server is not None
+        boundary = self._head(point, call.inputs)
+        call.headed_s = time.perf_counter()
+        if point.head is not None:
+            self._choices.slowdown.observe(call.headed_s - call.decided_s, row.head_s * call.scale)
+        limit_s = self._timeout_s
+        if call.due_s is not None and not self._falls_back:
+            limit_s = max(min(limit_s, call.due_s - call.headed_s), 1e-6)
+        deadline = Deadline(limit_s)
+        ask = functools.partial(server.ask, boundary, codec, deadline)
+        try:
+            if self._falls_back:
+                task = Task(ask)
+                wait_s, late, expected = self._choices.patience(row, call.scale, call.due_s)
+                if not task.wait(wait_s):
+                    return self._rescued(call, row, point, task, deadline, late, expected)
+                answer = task.result()
+            else:
+                answer = ask()
+            self._check_answer(answer, call.batch)
+        except (ServerError, ProtocolError) as error:
+            self._failed(error)
+            if not self._falls_back:
+                raise
+            return self._finished_here(call, point, in_words(error))
+        end_s = time.perf_counter()
+        server.answered()
+        server.observe(answer, row.tail_s * call.scale)
+        round_trip_s = server.state.link.estimate().round_trip.value
+        self.last = call.account(
+            end_s, point.name, codec.name, server=server.url, **times_of(answer, call.headed_s, end_s, round_trip_s)
+        )
+        return self._result(answer.arrays)
+
+    def _rescued(
+        self,
+        call: _Call,
+        row: Row,
+        point: BundlePoint,
+        task: Task[ArrayAnswer],
+        deadline: Deadline,
+        late: str,
+        expected: Expected,
+    ) -> Any:
+        """Run the whole model here, since the answer is late, and find out whether the server has failed."""
+        server = self._server
+        assert server is not None
+        result = self._finished_here(call, point, late)
+        taken_s = time.perf_counter() - call.headed_s
+        if task.ended:
+            if task.error is not None:
+                self._failed(task.error)
+            return result
+        deadline.cancel()
+        if taken_s > expected.remote_s:
+            waited_s = taken_s - row.tail_s * call.scale
+            server.state.link.missed(up_bytes=int(row.size_bytes * call.scale), waited_s=waited_s)
+        if taken_s > max(_SLOW_FACTOR * expected.remote_s, _LEAST_SLOW_S):
+            server.failed(late)
+        return result
+
+    def _finished_here(self, call: _Call, point: BundlePoint, why: str) -> Any:
+        """Run the whole model here, since the server's answer was not used."""
+        begin_s = time.perf_counter()
+        result = self._whole(call)
+        end_s = time.perf_counter()
+        self.last = call.account(
+            end_s,
+            point.name,
+            None,
+            head_s=call.headed_s - call.decided_s,
+            wait_s=begin_s - call.headed_s,
+            local_s=end_s - begin_s,
+            degraded=why,
+        )
+        return result
+
+    def _failed(self, error: BaseException) -> None:
+        """Record that the server failed, and warn once if it holds another model."""
+        assert self._server is not None
+        self._server.failed(error)
+        if isinstance(error, ModelMismatchError) and self._falls_back and not self._warned:
+            self._warned = True
+            warnings.warn(f"the server's answers are not used: {error}", MismatchWarning, stacklevel=2)
+
+    # --- the choice ---
+
+    def _choose(self, scale: float) -> tuple[Row, Decision[Row] | None, str | None]:
+        """Return how to run a call, what that was chosen on, and why it is not split as planned."""
+        server = self._server
+        if server is None or self._choices.on_device:
+            return self._choices.device, None, None
+        if self._falls_back:
+            if not server.usable:
+                return self._choices.device, None, f"nobody: no server to ask, after: {server.failure}"
+        elif not server.ready:
+            self.prepare()
+        return *self._choices.choose(scale), None
+
+    # --- the parts ---
+
+    def _load(self) -> None:
+        """Load the parts that calls may need, so that none waits for it."""
+        rows = [] if self._server is None else self._choices.rows
+        heads = [self._choices.point_of(row).head for row in rows if not row.on_device]
+        whole = [self.bundle.whole] if self._falls_back or any(row.on_device for row in self._choices.rows) else []
+        for part in (*heads, *whole):
+            if part is not None:
+                self._sessions.load(part)
+
+    def _head(self, point: BundlePoint, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if point.head is None:
+            return {spec.name: inputs[spec.name] for spec in point.tensors}
+        found = self._sessions.run(point.head, inputs, [spec.onnx for spec in point.tensors])
+        return dict(zip((spec.name for spec in point.tensors), found, strict=True))
+
+    def _whole(self, call: _Call) -> Any:
+        whole, outputs = self.bundle.whole, self.bundle.outputs
+        assert whole is not None
+        begin_s = time.perf_counter()
+        found = self._sessions.run(whole, call.inputs, [spec.onnx for spec in outputs])
+        self._choices.slowdown.observe(time.perf_counter() - begin_s, self._choices.device.head_s * call.scale)
+        return self._result(dict(zip((spec.name for spec in outputs), found, strict=True)))
+
+    def _checked(self, arrays: Sequence[Array], named: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+        """Return the inputs by name, and their batch size."""
+        specs = self.bundle.inputs
+        wanted = ", ".join(map(str, specs))
+        names = [spec.name for spec in specs]
+        given = {**dict(zip(names, arrays, strict=False)), **named}
+        if len(arrays) > len(specs) or len(given) != len(arrays) + len(named) or set(given) != set(names):
+            got = [*(["1 array" if len(arrays) == 1 else f"{len(arrays)} arrays"] if arrays else []), *named]
+            raise TypeError(f"the model takes {wanted}; got {', '.join(got) or 'nothing'}")
+        batches = set()
+        for spec in specs:
+            array = given[spec.name]
+            dtype = DATATYPES[spec.datatype]
+            if not isinstance(array, np.ndarray) or array.dtype != dtype:
+                kind = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+                raise TypeError(f"input {spec.name!r} must be a NumPy array of dtype {dtype}; got {kind}")
+            batch = _batch_of(spec, array.shape)
+            if batch is None:
+                raise TypeError(f"the model takes {spec}; got an array of shape {list(array.shape)} as {spec.name!r}")
+            if any(spec.batch_step):
+                batches.add(batch)
+        if len(batches) > 1:
+            raise TypeError(f"all inputs must have the same batch size; got {sorted(batches)}")
+        batch = batches.pop() if batches else self.bundle.example_batch
+        if batch != self.bundle.example_batch:
+            parts = [self.bundle.whole, *(point.head for point in self.bundle.points)]
+            stuck = next((part.file for part in parts if part is not None and not part.free_batch), None)
+            if stuck is not None:
+                raise TypeError(f"{stuck} of the bundle takes a batch of {self.bundle.example_batch} only; got {batch}")
+        return given, batch
+
+    def _check_answer(self, answer: ArrayAnswer, batch: int) -> None:
+        outputs = self.bundle.outputs
+        if set(answer.arrays) != {spec.name for spec in outputs}:
+            raise ProtocolError(
+                f"the server answered with tensors {sorted(answer.arrays)}, expected {[spec.name for spec in outputs]}"
+            )
+        for spec in outputs:
+            array, wanted = answer.arrays[spec.name], spec.at_batch(batch)
+            fits = array.ndim == len(wanted) if self.bundle.valued else array.shape == wanted
+            if array.dtype != DATATYPES[spec.datatype] or not fits:
+                raise ProtocolError(
+                    f"the server answered with {array.dtype} {list(array.shape)} as {spec.name!r}, expected {spec} at "
+                    f"batch {batch}"
+                )
+
+    def _result(self, arrays: Mapping[str, Array]) -> Any:
+        names = [spec.name for spec in self.bundle.outputs]
+        if names == ["output"]:
+            return arrays["output"]
+        if names == [f"output.{i}" for i in range(len(names))]:
+            return tuple(arrays[name] for name in names)
+        return {name: arrays[name] for name in names}
+
+
+def _batch_of(spec: ArraySpec, shape: tuple[int, ...]) -> int | None:
+    """Return the batch size that explains a shape; None where none does."""
+    dim = next((dim for dim, step in enumerate(spec.batch_step) if step), None)
+    batch = spec.example_batch
+    if dim is not None and len(shape) == len(spec.shape):
+        batch += (shape[dim] - spec.shape[dim]) // spec.batch_step[dim]
+    return batch if batch > 0 and shape == spec.at_batch(batch) else None

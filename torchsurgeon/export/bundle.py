@@ -1,0 +1,186 @@
+"""Writing a bundle: heads of a model, what they cost, and what identifies the model, for a device without PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from torchsurgeon import __version__, _json_file
+from torchsurgeon.backends.part import Part
+from torchsurgeon.codec import CodecTable
+from torchsurgeon.edge.bundle import (
+    FINGERPRINT,
+    FORMAT,
+    FRONTIER,
+    MANIFEST,
+    BundlePoint,
+    OnnxPart,
+    digest_of,
+    read,
+    to_json,
+)
+from torchsurgeon.edge.codec import NAMES
+from torchsurgeon.errors import BundleError, short
+from torchsurgeon.export.parts import array_specs, write_part
+from torchsurgeon.link.rates import PRESETS
+from torchsurgeon.models.weights import weight_digests
+from torchsurgeon.planning import Frontier
+from torchsurgeon.planning.costs import CostTable
+from torchsurgeon.planning.row import Row
+from torchsurgeon.planning.rows import LayerCosts
+from torchsurgeon.profiling import LayerProfile, example_inputs
+from torchsurgeon.runtime.handshake import fingerprint_of
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import PartitionPoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: the bundle.
+        points: the points at which it can cut the model.
+        size_bytes: bytes of all its files.
+        left_out: the codecs that were measured, but that a device without PyTorch does not have.
+    """
+
+    folder: Path
+    points: tuple[PartitionPoint, ...]
+    size_bytes: int
+    left_out: tuple[str, ...]
+
+
+def best_points(graph: LayerGraph, device: LayerProfile, server: LayerProfile) -> list[PartitionPoint]:
+    """Return the points that are the best over one of the links that torchsurgeon knows by name.
+
+    Args:
+        graph: the traced model.
+        device: what each layer costs on the device.
+        server: what each layer costs on the server.
+    """
+    frontier = Frontier.build(graph, device, server)
+    rows = [frontier.best(link) for link in PRESETS.values()]
+    found = {row.index: row.point(graph) for row in rows if not row.on_device}
+    return [found[index] for index in sorted(found)] or [graph.points[0]]
+
+
+def export_bundle(
+    graph: LayerGraph,
+    folder: str | Path,
+    *,
+    points: Sequence[int | str | PartitionPoint],
+    device: LayerProfile,
+    server: LayerProfile,
+    codecs: CodecTable | None = None,
+    name: str = "net",
+    whole: bool = True,
+    inputs: Sequence[Tensor] | None = None,
+) -> Exported:
+    """Write a bundle, which ``torchsurgeon.edge.open()`` opens on a device without PyTorch.
+
+    Args:
+        graph: the traced model, with the weights that its servers have.
+        folder: an empty or new folder.
+        points: where the device may cut the model.
+        device: what each layer costs on the device.
+        server: what each layer costs on the server.
+        codecs: measured codecs; without them, tensors are sent as they are.
+        name: the name under which servers have the model.
+        whole: whether the whole model belongs to it, so that the device can answer alone.
+        inputs: the model's input tensors, with which every part is compared with the model; by default random ones.
+
+    Raises:
+        BundleError: the folder holds something else, or there are no points.
+        BackendError: a layer cannot be exported to ONNX, which the message names.
+        PartitionError: the graph has no such point.
+    """
+    folder = Path(folder)
+    chosen = list(dict.fromkeys(graph.point(point) for point in points))
+    chosen = [point for point in chosen if point.index != len(graph.layers)]
+    if not chosen:
+        raise BundleError(
+            "a bundle needs at least one point where something crosses to a server; give points other than 'device'"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BundleError(f"a bundle is written to a new or empty folder; {short(folder)} holds something already")
+    example = example_inputs(graph) if inputs is None else [tensor.detach().cpu() for tensor in inputs]
+    taken = array_specs(graph.inputs, [spec.name for spec in graph.inputs])
+    every = Part.head(graph, graph.points[-1])
+    outputs = array_specs(graph.outputs, every.output_names)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own until it is whole, so that an export that fails or is interrupted leaves nothing behind.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        made = Path(temporary) / "bundle"
+        made.mkdir()
+        listed = []
+        for point in chosen:
+            part = Part.head(graph, point)
+            tensors = array_specs(point.tensors, part.output_names)
+            head = None
+            if point.index:
+                file = f"heads/{point.index}.onnx"
+                head = OnnxPart(file, write_part(part, example, made / file))
+            listed.append(BundlePoint(point.index, point.name, point.layers, tuple(tensors), head))
+        alone = OnnxPart("whole.onnx", write_part(every, example, made / "whole.onnx")) if whole else None
+        costs, left_out = _costs(graph, chosen, device, server, codecs)
+        _json_file.write(made / FRONTIER, costs.to_json(), BundleError)
+        fingerprint = fingerprint_of(graph, weight_digests(graph.model, graph.reading))
+        _json_file.write(made / FINGERPRINT, to_json(fingerprint), BundleError)
+        files: dict[str, dict[str, Any]] = {
+            path.relative_to(made).as_posix(): {"size_bytes": path.stat().st_size, "sha256": digest_of(path)}
+            for path in sorted(made.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {
+            "format": FORMAT,
+            "torchsurgeon": __version__,
+            "name": name,
+            "model": type(graph.model).__name__,
+            "example_batch": graph.batch,
+            "valued": graph.value_dependent,
+            "inputs": list(map(to_json, taken)),
+            "outputs": list(map(to_json, outputs)),
+            "points": list(map(to_json, listed)),
+            "whole": None if alone is None else to_json(alone),
+            "files": files,
+        }
+        _json_file.write(made / MANIFEST, manifest, BundleError)
+        read(made)
+        os.replace(made, folder)
+    size = sum(file["size_bytes"] for file in files.values())
+    return Exported(folder, tuple(chosen), size, left_out)
+
+
+def _costs(
+    graph: LayerGraph,
+    points: Sequence[PartitionPoint],
+    device: LayerProfile,
+    server: LayerProfile,
+    codecs: CodecTable | None,
+) -> tuple[CostTable, tuple[str, ...]]:
+    """Return the rows of the chosen points and of the device alone, and the codecs that are left out."""
+    wanted = {(point.index, point.layers) for point in points}
+    rows: list[Row] = []
+    left_out: dict[str, None] = {}
+    costs = LayerCosts(graph, device, server)
+    known = costs.rows(codecs)
+    there = {(row.index, row.layers) for row in known}
+    known += [costs.row_of(layers) for index, layers in wanted - there if layers is not None]
+    for row in known:
+        if not row.on_device and (row.index, row.layers) not in wanted:
+            continue
+        if row.student or row.codec not in NAMES:
+            left_out[row.codec] = None
+        else:
+            rows.append(row)
+    answer_bytes = sum(spec.size_bytes for spec in graph.outputs)
+    name = type(graph.model).__name__
+    table = CostTable(name, graph.fingerprint, graph.batch, len(graph.layers), answer_bytes, tuple(rows), False)
+    return table, tuple(left_out)

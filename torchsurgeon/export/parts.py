@@ -1,0 +1,110 @@
+"""A part of a model as an ONNX file that was compared with the part itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchsurgeon._interrupts import by_signal_handler
+from torchsurgeon.backends.built import check, first_line
+from torchsurgeon.backends.onnxruntime import OnnxRuntime, as_array, as_tensor, open_session, write_onnx
+from torchsurgeon.backends.part import Part
+from torchsurgeon.edge.bundle import DATATYPES, ArraySpec
+from torchsurgeon.errors import BackendError, short
+from torchsurgeon.tracing.specs import TensorSpec
+from torchsurgeon.wire.tensors import datatype_of
+
+
+def write_part(part: Part, tensors: Sequence[Tensor], path: Path) -> bool:
+    """Write a part, run it by ONNX Runtime, and compare that with the part itself.
+
+    Args:
+        part: the part.
+        tensors: its tensors, numbers included.
+        path: the file; its weights stand in another beside it.
+
+    Returns:
+        Whether it takes any batch size; if not, only that of ``tensors``.
+
+    Raises:
+        BackendError: a layer cannot be exported, which the message names; ONNX Runtime does not take the part, or its
+            results deviate.
+    """
+    backend = OnnxRuntime()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode(False), torch.no_grad():
+        tensors = [tensor.detach().clone() for tensor in tensors]
+        expected = part.segment(*tensors)
+        if part.batch_free and any(any(spec.batch_step) for spec in part.inputs):
+            # An exporter takes a batch of one for a size that is always one, so it is given another.
+            more = part.with_another_sample(tensors)
+            try:
+                write_onnx(part, more, path, free_batch=True)
+                run = _runs(part, path)
+                check(part, backend, run, more, part.segment(*more))
+                check(part, backend, run, tensors, expected)
+                return True
+            except Exception as error:
+                if by_signal_handler(error):
+                    raise
+                _remove(path)
+        try:
+            write_onnx(part, tensors, path, free_batch=False)
+            check(part, backend, _runs(part, path), tensors, expected)
+            return False
+        except BackendError:
+            _remove(path)
+            raise
+        except Exception as error:
+            _remove(path)
+            if by_signal_handler(error):
+                raise
+            raise BackendError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that ``write_part()`` has written for a path."""
+    return sorted(path.parent.glob(f"{path.name}*"))
+
+
+def array_specs(specs: Sequence[TensorSpec], names: Sequence[str]) -> list[ArraySpec]:
+    """Return tensors as a device without PyTorch knows them.
+
+    Args:
+        specs: the tensors.
+        names: their names in the ONNX file.
+
+    Raises:
+        BackendError: a tensor has a dtype that NumPy does not have.
+    """
+    found = []
+    for spec, name in zip(specs, names, strict=True):
+        datatype = datatype_of(spec.dtype)
+        if datatype not in DATATYPES:
+            raise BackendError(
+                f"tensor {short(spec.name, 100)} is {datatype}, which NumPy does not have, so a device without PyTorch "
+                "cannot send it; cut elsewhere, or convert it in the model"
+            )
+        found.append(ArraySpec(spec.name, datatype, spec.shape, spec.batch_step, spec.example_batch, name))
+    return found
+
+
+def _runs(part: Part, path: Path) -> Any:
+    session = open_session(path, ["CPUExecutionProvider"])
+    places = {spec.name: i for i, spec in enumerate(part.computed_inputs)}
+    names = list(part.output_names)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        given = {one.name: as_array(tensors[places[one.name]]) for one in session.get_inputs()}
+        return [as_tensor(array) for array in session.run(names, given)]
+
+    return run
+
+
+def _remove(path: Path) -> None:
+    for file in files_of(path):
+        file.unlink()
