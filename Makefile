@@ -8,7 +8,7 @@
 # make docs    set up, then the documentation as a site: open build/site/index.html
 # make lint    set up, then ruff, mypy and who may import whom
 # make cross-check   compile the extension for aarch64, as a Jetson would
-# make wheel   set up, then a wheel in dist/, audited to use the limited Python API only
+# make wheel   set up, then a wheel in dist/, audited to use the limited Python API only, and one of the device part
 PYTHON ?= python3
 VENV := .venv
 INTEROP := .venv-interop
@@ -68,6 +68,7 @@ cross-check: setup
 wheel: setup
 	TORCHSURGEON_BUILD_EXT=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 	$(BIN)/abi3audit --strict --assume-minimum-abi3 3.10 --report dist/torchsurgeon-*.whl
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist packages/edge
 
 clean:
 	rm -rf build dist *.egg-info torchsurgeon/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -13,6 +13,7 @@ from benchmarks import (
     codec_kinds,
     codec_rates,
     csv_import,
+    edge,
     planning_page,
     prediction_page,
     unlike_samples,
@@ -85,6 +86,16 @@ def test_how_long_a_choice_takes_is_what_its_file_holds() -> None:
     shown = planning_page.PAGE.read_text().partition(planning_page.BEGIN)[2].partition(planning_page.END)[0]
     assert shown == f"\n\n{planning_page.table(result_file.suite('choosing_a_rate'))}\n"
     assert shown.count("µs") >= 9
+
+
+def test_what_a_device_without_pytorch_takes_is_what_its_file_holds() -> None:
+    results = json.loads(edge.OUT.read_text())["results"]
+    shown = edge.PAGE.read_text().partition(edge.BEGIN)[2].partition(edge.END)[0]
+    assert shown == f"\n\n{edge.section(results)}\n"
+    assert results["installed"]["all"] <= 200e6
+    assert results["import_s"] <= 0.3
+    for row in results["heads"]:
+        assert row["edge"]["opened_bytes"] < row["edge"]["called_bytes"] < row["pytorch"]["without_bytes"]
 
 
 def test_the_evaluation_is_what_its_files_hold() -> None:

@@ -117,6 +117,8 @@ class EdgeModel:
             )
         self._choices = Choices(bundle, server, partition=partition, objective=objective, codec=codec)
         self._prepared = self._warned = False
+        if server is not None and self._choices.fixed is not None and not self._falls_back:
+            server.measures = False  # nothing is chosen by it
         self._load()
 
     def __enter__(self) -> EdgeModel:

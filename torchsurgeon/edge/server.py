@@ -84,6 +84,7 @@ class EdgeServer:
         url: its URL.
         state: estimates of link and load, and whether to ask it.
         ready: whether the last handshake succeeded.
+        measures: whether a link that was not given is measured; requests show it too, only later.
         failure: why its last answer could not be used, in words; None after an answer that could.
     """
 
@@ -91,7 +92,7 @@ class EdgeServer:
         self, transport: ArrayTransport, name: str, ours: Fingerprint, link: Link | None, max_bytes: int
     ) -> None:
         self.url = transport.url
-        self.ready = False
+        self.ready, self.measures = False, True
         self.failure: str | None = None
         self._transport, self._name, self._ours, self._max_bytes = transport, name, ours, max_bytes
         self._known_link = link
@@ -115,7 +116,7 @@ class EdgeServer:
         """
         with self._shaking:
             self._shake(timeout_s)
-            if self._known_link is None:
+            if self._known_link is None and self.measures:
                 self._known_link = link = measure_link(self._transport)
                 self.state = replace(self.state, link=LinkEstimator(link, now_s=time.monotonic))
             self.ready = True

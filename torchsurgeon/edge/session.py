@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -80,14 +82,22 @@ def open_session(path: Path, threads: int | None) -> Any:
         options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
-    # The arena asks for more memory than the tensors need, and a device that holds only a head has little.
-    options.enable_cpu_mem_arena = False
+    # With the pattern, memory is taken for all tensors of a run at once, and a device that holds a head has little.
+    options.enable_mem_pattern = False
     try:
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _errors() as error:
         old = re.search(r"opset|IR version", str(error))
         remedy = f"; onnxruntime {runtime.__version__} is older than the file: install a newer one" if old else ""
         raise BackendError(f"ONNX Runtime does not take {path.name}: {short(error, quote=False)}{remedy}") from error
+    _give_back()
+    return session
+
+
+def _give_back() -> None:
+    """Give back to the system what the C library keeps of memory that loading a part has freed, where it can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def runtime_of_device() -> Any:

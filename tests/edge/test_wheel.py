@@ -1,0 +1,76 @@
+"""The wheel of the device part, in an environment that has neither PyTorch nor the checkout."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from classifier import EXAMPLE, truth
+from paths import ROOT
+
+from benchmarks import edge as weighed
+from torchsurgeon.serve import Server
+
+_RUNS = """
+import json, sys, time
+begin = time.perf_counter()
+import torchsurgeon.edge
+took_s = time.perf_counter() - begin
+import numpy as np
+from importlib.util import find_spec
+
+folder, url, given, found = sys.argv[1:]
+x = np.load(given)
+with torchsurgeon.edge.open(folder, url, partition="act", codec="int8+zstd") as model:
+    split = model(x)
+    assert model.last.server == url, model.last
+with torchsurgeon.edge.open(folder) as model:
+    alone = model(x)
+np.save(found, np.concatenate([split, alone]))
+print(json.dumps({"import_s": took_s, "from": torchsurgeon.__file__, "torch": find_spec("torch") is not None}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return weighed.build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def test_it_holds_what_a_device_imports_and_nothing_else(wheel: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    needed = runpy.run_path(str(ROOT / "packages" / "edge" / "setup.py"))["needed"]()
+    assert sorted(names) == sorted([*(path.as_posix() for path in needed), "torchsurgeon/py.typed"])
+    assert "torchsurgeon/edge/model.py" in names
+    assert not [name for name in names if name.startswith(("torchsurgeon/tracing", "torchsurgeon/cli"))]
+    assert [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("LICENSE")]
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_it_runs_a_bundle_in_an_environment_without_pytorch(
+    wheel: Path, bundle: Path, server: Server, tmp_path: Path
+) -> None:
+    try:
+        python = weighed.environment(tmp_path / "venv", wheel)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"pip cannot install NumPy and ONNX Runtime here: {str(error.stderr).strip()[-300:]}")
+    given, found = tmp_path / "x.npy", tmp_path / "found.npy"
+    np.save(given, EXAMPLE.numpy())
+    # -I: neither the folder it is run from nor PYTHONPATH is searched, so the package is the wheel's.
+    command = [str(python), "-I", "-c", _RUNS, str(bundle), server.url, str(given), str(found)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert Path(told["from"]).is_relative_to(tmp_path / "venv")
+    assert not told["torch"]
+    split, alone = np.load(found)
+    expected = truth(EXAMPLE).numpy()[0]
+    assert np.allclose(split, expected, atol=0.05)
+    assert np.allclose(alone, expected, atol=1e-4)
+    sizes = weighed.installed(python)
+    assert sizes["all"] <= 200e6, sizes
+    print(f"wheel {wheel.stat().st_size} bytes, installed {sizes['all']} bytes, import {told['import_s']:.3f} s")
