@@ -136,7 +136,7 @@ def section(found: dict[str, Any]) -> str:
     return f"""\
 The wheel has {found["wheel_bytes"] / 1e3:.0f} kB. Installed with all that it needs it takes {all_of_it}: ONNX Runtime
 {onnxruntime}, NumPy {numpy}, Zstandard {zstandard}. The folder of PyTorch alone takes {torch_gb:.1f} GB. Importing
-`torchsurgeon.edge` takes {found["import_s"]:.2f} s, and importing PyTorch {rival["import_s"]:.1f} s.
+`torchsurgeon.edge` takes {found["import_s"]:.2f} s of processor time, importing PyTorch {rival["import_s"]:.1f} s.
 
 {table}
 
@@ -188,10 +188,17 @@ def installed(python: Path) -> dict[str, int]:
 
 
 def import_s(python: Path, module: str) -> float:
-    """Return the median of the seconds that importing a module takes in a new process, not counting Python's start."""
-    program = f"import time; begin = time.perf_counter(); import {module}; print(time.perf_counter() - begin)"
+    """Return the median of the processor seconds that importing a module takes in a new process.
+
+    Other programs on the machine disturb them less than those of the wall clock.
+    """
+    program = f"import time; begin = time.process_time(); import {module}; print(time.process_time() - begin)"
     times = [
-        float(subprocess.run([python, "-c", program], check=True, capture_output=True, text=True, timeout=120).stdout)
+        float(
+            subprocess.run(
+                [python, "-I", "-c", program], check=True, capture_output=True, text=True, timeout=120
+            ).stdout
+        )
         for _ in range(1 + _IMPORTS)
     ]
     return statistics.median(times[1:])  # the first reads the files from the disk
@@ -213,7 +220,9 @@ def head(name: str, share: float, python: Path, folder: Path) -> dict[str, Any]:
         registry.add("small", small, least)
         with Server(create_app(registry)) as server:
             given = [f"{folder}.npy" for folder in (smallest, bundle)]
-            device = run([python, "-c", _DEVICE, smallest, given[0], bundle, server.url, given[1], str(point.index)])
+            device = run(
+                [python, "-I", "-c", _DEVICE, smallest, given[0], bundle, server.url, given[1], str(point.index)]
+            )
             pytorch = run([sys.executable, "-c", _PYTORCH, name, str(point.index), server.url, given[1]])
     finally:
         registry.close()

@@ -105,7 +105,8 @@ def _export(options: argparse.Namespace) -> None:
     name = options.name or short_name(options.spec)
     graph = traced(options, weights=options.weights)
     if options.out is not None:
-        device, server = (_costs(graph, getattr(options, side)) for side in ("device", "server"))
+        server = _costs(graph, options.server)
+        device = _costs(graph, options.device, eager=server if options.server is None else None, backend="onnxruntime")
         points = options.points or best_points(graph, device, server)
         written = export_bundle(
             graph,
@@ -126,15 +127,27 @@ def _export(options: argparse.Namespace) -> None:
             print(f"written to {write(graph, folder, point=options.points[0], name=name)}")
 
 
-def _costs(graph: LayerGraph, where: str | None) -> LayerProfile:
-    """Return what a model costs on one side: as a file says, or measured here."""
+def _costs(
+    graph: LayerGraph, where: str | None, *, eager: LayerProfile | None = None, backend: str = "eager"
+) -> LayerProfile:
+    """Return what a model costs on one side: as a file says, or measured here.
+
+    Args:
+        graph: the traced model.
+        where: the file; None to measure.
+        eager: what it costs here in eager PyTorch, if that is known.
+        backend: what runs the model on that side.
+    """
     from torchsurgeon.prediction import costs_on
     from torchsurgeon.profiling import profile
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PredictionWarning)
         warnings.simplefilter("always", NoisyProfileWarning)
-        found = profile(graph, meter=None) if where is None else costs_on(graph, where)
+        if where is not None:
+            found = costs_on(graph, where)
+        else:
+            found = profile(graph, meter=None, backend=backend, eager=None if backend == "eager" else eager)
     for warning in caught:
         warn(warning.message)
     return found
