@@ -120,6 +120,21 @@ def tail_for(graph: LayerGraph, names: Sequence[str], *, flat: bool = False) -> 
     return _segment(graph, _given(graph, names), picks, to_output=True)
 
 
+def with_inner(graph: LayerGraph, names: Sequence[str]) -> Segment:
+    """Return the whole model as a module that also returns tensors inside it, before the output's tensors.
+
+    Args:
+        graph: the traced model.
+        names: the names of the tensors.
+
+    Raises:
+        PartitionError: the graph has no tensor of one of the names, or a name is given twice.
+    """
+    inner = [Pick(value.step, value.path) for value in _given(graph, names)]
+    outputs = [Pick(ref.step) for ref in graph.steps[-1].args]
+    return _segment(graph, [graph.value(spec.name) for spec in graph.inputs], [*inner, *outputs])
+
+
 def middle_for(graph: LayerGraph, names: Sequence[str], point: PartitionPoint) -> Segment:
     """Return the module that turns named tensors into the boundary tensors of a point, as a tuple.
 
