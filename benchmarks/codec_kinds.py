@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import torchsurgeon as ts
 from benchmarks.support import pictures, result_file
+from torchsurgeon.accuracy.scores import likeness
 from torchsurgeon.codec import Codec, find_codec, fit_codec, halves
-from torchsurgeon.codec.scores import likeness
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint

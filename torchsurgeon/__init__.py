@@ -42,8 +42,9 @@ _NAMES_BY_ROOM = {
 _ROOM_OF = {name: room for room, names in _NAMES_BY_ROOM.items() for name in names}
 # Attributes of the package without being imported by the user. The other rooms need extras.
 _ROOMS = (
-    "adapting", "backends", "codec", "cutting", "edge", "emulate", "errors", "export", "hooks", "link", "meters",
-    "models", "module", "planning", "prediction", "profiling", "runtime", "simulate", "tracing", "transport", "wire",
+    "accuracy", "adapting", "backends", "codec", "cutting", "edge", "emulate", "errors", "export", "hooks", "link",
+    "meters", "models", "module", "planning", "prediction", "profiling", "runtime", "simulate", "tracing", "transport",
+    "wire",
 )  # fmt: skip
 
 __all__ = sorted(_ROOM_OF)
@@ -67,6 +68,7 @@ if not TYPE_CHECKING:
         return sorted({*globals(), *_ROOM_OF, *_ROOMS})
 
 else:
+    from torchsurgeon import accuracy as accuracy
     from torchsurgeon import adapting as adapting
     from torchsurgeon import backends as backends
     from torchsurgeon import codec as codec

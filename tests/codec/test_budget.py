@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchsurgeon.accuracy.bounds import mean_bound, most_events, share_bound
+from torchsurgeon.accuracy.budget import Verdict
+from torchsurgeon.accuracy.scores import likeness
 from torchsurgeon.codec import Budget, Finding, boxes_matched, least_count, pixels_kept
-from torchsurgeon.codec.bounds import mean_bound, most_events, share_bound
-from torchsurgeon.codec.budget import Verdict
-from torchsurgeon.codec.scores import likeness
 from torchsurgeon.errors import CodecError, SampleSizeError
 
 # --- bounds ---

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torchsurgeon._lazy import names_of
 
@@ -36,12 +37,19 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__ = names_of(
+    _accuracy = (
+        "Budget",
+        "Finding",
+        "boxes_matched",
+        "halves",
+        "image_call",
+        "image_sample",
+        "least_count",
+        "pixels_kept",
+    )
+    _own = names_of(
         __name__,
         {
-            "bounds": ("least_count",),
-            "budget": ("Budget",),
-            "finding": ("Finding",),
             "codec": (
                 "Codec",
                 "EncodedTensor",
@@ -55,19 +63,8 @@ if not TYPE_CHECKING:
                 "fit_codec",
                 "load_codec",
             ),
-            "measuring": (
-                "halves",
-                "measure",
-            ),
+            "measuring": ("measure",),
             "points": ("promising",),
-            "sample": (
-                "image_call",
-                "image_sample",
-            ),
-            "scores": (
-                "boxes_matched",
-                "pixels_kept",
-            ),
             "student": (
                 "Look",
                 "distill",
@@ -81,26 +78,31 @@ if not TYPE_CHECKING:
             "together": ("measure_together",),
         },
     )
+
+    def __getattr__(name: str) -> Any:
+        """Load a name when it is first used; some are those of the room of accuracy budgets."""
+        return getattr(import_module("torchsurgeon.accuracy"), name) if name in _accuracy else _own(name)
+
 else:
-    from torchsurgeon.codec.bounds import least_count as least_count
-    from torchsurgeon.codec.budget import Budget as Budget
+    from torchsurgeon.accuracy.bounds import least_count as least_count
+    from torchsurgeon.accuracy.budget import Budget as Budget
+    from torchsurgeon.accuracy.finding import Finding as Finding
+    from torchsurgeon.accuracy.sample import halves as halves
+    from torchsurgeon.accuracy.sample import image_call as image_call
+    from torchsurgeon.accuracy.sample import image_sample as image_sample
+    from torchsurgeon.accuracy.scores import boxes_matched as boxes_matched
+    from torchsurgeon.accuracy.scores import pixels_kept as pixels_kept
     from torchsurgeon.codec.codec import Codec as Codec
     from torchsurgeon.codec.codec import EncodedTensor as EncodedTensor
     from torchsurgeon.codec.codec import codec_names as codec_names
     from torchsurgeon.codec.codec import find_codec as find_codec
     from torchsurgeon.codec.codec import measured_names as measured_names
-    from torchsurgeon.codec.finding import Finding as Finding
     from torchsurgeon.codec.fitted import FittedCodec as FittedCodec
     from torchsurgeon.codec.fitted import RatedCodec as RatedCodec
     from torchsurgeon.codec.fitted import fit_codec as fit_codec
     from torchsurgeon.codec.fitted import load_codec as load_codec
-    from torchsurgeon.codec.measuring import halves as halves
     from torchsurgeon.codec.measuring import measure as measure
     from torchsurgeon.codec.points import promising as promising
-    from torchsurgeon.codec.sample import image_call as image_call
-    from torchsurgeon.codec.sample import image_sample as image_sample
-    from torchsurgeon.codec.scores import boxes_matched as boxes_matched
-    from torchsurgeon.codec.scores import pixels_kept as pixels_kept
     from torchsurgeon.codec.student import Look as Look
     from torchsurgeon.codec.student import distill as distill
     from torchsurgeon.codec.table import CodecCost as CodecCost

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchsurgeon.codec.scores import likeness
+from torchsurgeon.accuracy.scores import likeness
 from torchsurgeon.cutting.partition import middle_for, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import PartitionError

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchsurgeon import _allocator
+from torchsurgeon.accuracy.budget import Budget, Verdict
+from torchsurgeon.accuracy.finding import Finding
+from torchsurgeon.accuracy.sample import check_calls, inputs_of
 from torchsurgeon.codec.boundaries import Tails, Walk
-from torchsurgeon.codec.budget import Budget, Verdict
 from torchsurgeon.codec.codec import Codec, find_codec, measured_names
-from torchsurgeon.codec.finding import Finding
 from torchsurgeon.codec.fitted.codec import RatedCodec
 from torchsurgeon.codec.points import promising, work_before
-from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.codec.table import CodecRow, CodecTable
 from torchsurgeon.codec.trial import StudentRun, Trial
 from torchsurgeon.cutting.partition import tail_for
@@ -31,8 +30,6 @@ from torchsurgeon.tracing.specs import PartitionPoint
 _SIZED = 32
 # Of the work that the progress counts, what encoding and decoding take beside one run of the whole model for each call.
 _ENCODING = 0.05
-
-T = TypeVar("T")
 
 
 def measure(
@@ -119,20 +116,6 @@ def measure(
             )
     measured = type(graph.model).__name__, graph.fingerprint, graph.batch, len(calls), str(budget or "")
     return CodecTable(*measured, tuple(rows), provenance(target), tuple(missing))
-
-
-def halves(samples: Sequence[T]) -> tuple[list[T], list[T]]:
-    """Return the samples in two halves: one to set up a codec with, and one to judge it with. Always the same ones.
-
-    A codec is made to do well on the samples that it was set up with, so these must not judge it. Samples are drawn at
-    random, because neighbours in a folder are often alike.
-
-    Args:
-        samples: the samples; with an odd number, the second half has one more.
-    """
-    order = list(samples)
-    random.Random(0).shuffle(order)
-    return order[: len(order) // 2], order[len(order) // 2 :]
 
 
 class _Measuring:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchsurgeon import _json_file
-from torchsurgeon.codec.finding import Finding
+from torchsurgeon.accuracy.finding import Finding
 from torchsurgeon.errors import CodecError, is_finite, short
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint

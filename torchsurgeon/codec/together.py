@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from torchsurgeon.accuracy.budget import Budget, Verdict
+from torchsurgeon.accuracy.finding import Finding
+from torchsurgeon.accuracy.sample import check_calls, inputs_of
 from torchsurgeon.codec.boundaries import named
-from torchsurgeon.codec.budget import Budget, Verdict
 from torchsurgeon.codec.codec import find_codec
-from torchsurgeon.codec.finding import Finding
 from torchsurgeon.codec.fitted.codec import RatedCodec
-from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.codec.trial import StudentRun, Trial
 from torchsurgeon.cutting.partition import middle_for, tail_for
 from torchsurgeon.errors import CodecError, short

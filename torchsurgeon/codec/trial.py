@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchsurgeon.accuracy.finding import Finding
+from torchsurgeon.accuracy.scores import as_real_numbers, likeness
 from torchsurgeon.codec.codec import Codec, find_codec
-from torchsurgeon.codec.finding import Finding
-from torchsurgeon.codec.scores import as_real_numbers, likeness
 from torchsurgeon.codec.table import CodecCost, CodecRow, Difference
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.tracing.specs import PartitionPoint

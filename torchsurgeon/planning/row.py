@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from torchsurgeon.codec.finding import Finding
+from torchsurgeon.accuracy.finding import Finding
 
 Array = NDArray[np.float64]
 # Larger values in a file are mistakes: seconds, bytes and joules of one inference are far below.

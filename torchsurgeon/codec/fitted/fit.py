@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon import _native
+from torchsurgeon.accuracy.sample import check_calls, inputs_of
 from torchsurgeon.codec import quantize, range_coder
 from torchsurgeon.codec.fitted.answers import AnswerKind, Answers
 from torchsurgeon.codec.fitted.codec import ZERO_STEPS, FittedCodec
@@ -21,7 +22,6 @@ from torchsurgeon.codec.fitted.student import Student
 from torchsurgeon.codec.fitted.tensor import FittedTensor
 from torchsurgeon.codec.fitted.transform import Grid, Transform, block_side
 from torchsurgeon.codec.range_fit import fit_tables
-from torchsurgeon.codec.sample import check_calls, inputs_of
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import CodecError, is_whole, short

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from torchsurgeon import _allocator, _native, _whole_file
+from torchsurgeon.accuracy.sample import check_calls, inputs_of
+from torchsurgeon.accuracy.scores import likeness
 from torchsurgeon.codec.fitted.answers import AnswerKind, Answers
 from torchsurgeon.codec.fitted.codec import FittedCodec
 from torchsurgeon.codec.fitted.fit import batches_of, differentiable, fit_codec, joined
 from torchsurgeon.codec.fitted.student import Student
-from torchsurgeon.codec.sample import check_calls, inputs_of
-from torchsurgeon.codec.scores import likeness
 from torchsurgeon.codec.student import training
 from torchsurgeon.codec.student.refit import refit
 from torchsurgeon.codec.student.thinning import count_flops, importances, thin, weighted_layers

@@ -1,4 +1,4 @@
-"""Accuracy budgets: how much a lossy codec may change a model's answers, and whether a sample shows that it does not.
+"""Accuracy budgets: how much a codec or a backend may change a model's answers, and whether a sample shows its extent.
 
 A sample is some of all the calls that the model will get. So a budget holds for a codec when the *bound* of what was
 measured keeps the limit, not only the measured value: with the budget's confidence, all calls together keep it, too.
@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from torchsurgeon.codec.bounds import LEAST_FOR_BOOTSTRAP, least_count, mean_bound, most_events, share_bound
-from torchsurgeon.codec.finding import Finding
-from torchsurgeon.codec.scores import likeness, predictions
+from torchsurgeon.accuracy.bounds import LEAST_FOR_BOOTSTRAP, least_count, mean_bound, most_events, share_bound
+from torchsurgeon.accuracy.finding import Finding
+from torchsurgeon.accuracy.scores import likeness, predictions
 from torchsurgeon.errors import CodecError, SampleSizeError, short
 
 _BY_ESTIMATE = "let these calls alone decide (decide_by='estimate', --decide-by estimate)"
@@ -24,14 +24,14 @@ DecideBy = Literal["bound", "estimate"]
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Limits on what a lossy codec changes in a model's answers. None means no such limit.
+    """Limits on what a lossy codec or a backend changes in a model's answers. None means no such limit.
 
     Args:
         max_top1_change: highest share of predictions that differ, from 0 to 1. A prediction is the index of the largest
             value along dimension 1 of the first output.
         min_cosine: lowest mean, from -1 to 1, of the cosine similarity of a call's outputs with the model's own.
-        accept: a function of the model's own output and of the output behind the codec, both as the model returns them.
-            It returns whether the call is acceptable.
+        accept: a function of the model's own output and of the changed one, both as the model returns them. It
+            returns whether the call is acceptable.
         min_accepted: lowest share of calls, from 0 to 1, that ``accept`` accepts.
         score: a function of the same two outputs that returns a number; the higher, the better. ``boxes_matched`` is
             one for detectors, ``pixels_kept`` one for segmentation.

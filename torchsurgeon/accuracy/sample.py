@@ -1,10 +1,11 @@
-"""Samples of a user's own: calls of a model, checked, and image files as calls of a model that takes one image."""
+"""Samples of a user's own: calls of a model, checked, in two halves, and image files as calls of a model."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -16,6 +17,8 @@ from torchsurgeon.tracing.graph import LayerGraph
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp"}
 # ImageNet's mean and deviation, with which torchvision's and most other weights were trained.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+T = TypeVar("T")
 
 
 def check_calls(samples: object) -> None:
@@ -45,6 +48,20 @@ def inputs_of(graph: LayerGraph, samples: Sequence[Any], device: torch.device) -
                 )
         calls.append([tensor.detach().to(device) for tensor in tensors])
     return calls
+
+
+def halves(samples: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Return the samples in two halves: one to set something up with, and one to judge it with. Always the same ones.
+
+    What is set up on samples, such as a codec, is made to do well on them, so these must not judge it. Samples are
+    drawn at random, because neighbours in a folder are often alike.
+
+    Args:
+        samples: the samples; with an odd number, the second half has one more.
+    """
+    order = list(samples)
+    random.Random(0).shuffle(order)
+    return order[: len(order) // 2], order[len(order) // 2 :]
 
 
 def image_sample(graph: LayerGraph, folder: str | Path, most: int | None = None) -> list[Tensor]:
