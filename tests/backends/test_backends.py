@@ -336,7 +336,7 @@ def test_the_onnx_model_has_the_names_of_the_boundary_tensors(net: nn.Module, tm
 def test_an_unknown_backend_lists_those_that_there_are() -> None:
     with pytest.raises(ts.BackendError, match=r"onnxruntime.*openvino.*got 'no-such'"):
         find_backend("no-such")
-    with pytest.raises(ts.BackendError, match="openvino:bf16; got openvino:fp4"):
+    with pytest.raises(ts.BackendError, match="openvino:bf16, openvino:int8; got openvino:fp4"):
         find_backend("openvino:fp4")
     assert set(HERE) <= set(NAMES)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import abc
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
+from torchsurgeon.accuracy.budget import Budget
+from torchsurgeon.backends.judging import Judge, Sample
 from torchsurgeon.backends.part import Part
 from torchsurgeon.errors import BackendError
+from torchsurgeon.tracing.graph import LayerGraph
 
 Run = Callable[..., Sequence[Tensor]]
 """Takes the tensors of a part, without its numbers, and returns the part's results."""
@@ -29,7 +32,19 @@ class Backend(abc.ABC):
         copies_weights: whether what it builds holds the weights as they were then, and so must not be used once they
             have changed.
         packages: the modules that it imports.
-        extra: the extra of torchsurgeon that installs these.
+        extra: the extra of torchsurgeon that installs these, or several with commas between them.
+        calibrates: whether what it builds is set up on a sample of the user's, and so needs one.
+        judge: decides in place of ``tolerance``, by an accuracy budget and a sample; None where neither was given.
+
+    Args:
+        sample: calls of your own, each like the traced example, or a folder of images. They judge what it builds; where
+            ``calibrates`` is true, one half sets it up, and the other half judges.
+        budget: how much the model's answers may change where this backend runs one of its parts. A part that changes
+            them more runs in eager PyTorch.
+
+    Raises:
+        BackendError: a package is missing, or one of ``sample`` and ``budget`` is.
+        CodecError: the sample is no list of calls, and no folder.
     """
 
     name: str
@@ -38,10 +53,12 @@ class Backend(abc.ABC):
     tolerance: float = 1e-4
     free_batch: bool = True
     copies_weights: bool = True
-    packages: ClassVar[tuple[str, ...]] = ()
-    extra: ClassVar[str] = ""
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    calibrates: bool = False
+    judge: Judge | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, sample: Sample | None = None, budget: Budget | None = None) -> None:
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
             raise BackendError(
@@ -49,6 +66,15 @@ class Backend(abc.ABC):
                 + (f"pip install 'torchsurgeon[{self.extra}]'" if self.extra else f"pip install {' '.join(missing)}")
                 + ", or choose another backend"
             )
+        if (sample is None or budget is None) and (self.calibrates or sample is not None or budget is not None):
+            what = "is calibrated and judged" if self.calibrates else "is judged, where you ask for it,"
+            lacking = " and ".join(name for name, one in (("sample", sample), ("budget", budget)) if one is None)
+            raise BackendError(
+                f"backend {self.name!r} {what} on a sample of your own inputs under an accuracy budget; missing: "
+                f"{lacking}. Give find_backend({self.name!r}, sample=[x, …], budget=Budget(max_top1_change=0.01)) as "
+                "backend=, with Budget from torchsurgeon.accuracy (docs/backends.md), or choose another backend"
+            )
+        self.judge = None if sample is None or budget is None else Judge(sample, budget, self.calibrates)
 
     @abc.abstractmethod
     def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:
@@ -62,6 +88,17 @@ class Backend(abc.ABC):
         Raises:
             Exception: it does not take this part; a ``BackendError`` names the layer where that is known.
         """
+
+    def check(self, graph: LayerGraph) -> None:
+        """Check that the sample fits a traced model, and is large enough for the budget.
+
+        Raises:
+            CodecError: it does not fit, or an image of its folder is not readable.
+            SampleSizeError: it is too small for the budget.
+            BackendError: there is nothing in it to calibrate or judge with.
+        """
+        if self.judge is not None:
+            self.judge.check(graph)
 
     def __repr__(self) -> str:
         return f"<backend {self.name} on {self.device}>"

@@ -8,22 +8,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchsurgeon._interrupts import by_signal_handler
+from torchsurgeon.accuracy.budget import Budget
+from torchsurgeon.backends.arrays import as_array, as_tensors
 from torchsurgeon.backends.backend import Backend, Run, parse_option
 from torchsurgeon.backends.exporting import export, layer_of
+from torchsurgeon.backends.judging import Sample
 from torchsurgeon.backends.part import Part
+from torchsurgeon.backends.quantizing import quantized
 from torchsurgeon.errors import BackendError, short
 
 OPSET = 18
 # The first release that reads what torch.onnx writes: IR version 10, and with it every opset up to 21.
 _OLDEST = (1, 18)
-_PROVIDERS = {"": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_PROVIDERS = {
+    "": "CPUExecutionProvider",
+    "int8": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 # What a GPU cannot run goes to the next provider.
-_NEXT = {"cuda": ("cuda", ""), "tensorrt": ("tensorrt", "cuda", ""), "": ("",)}
+_NEXT = {"cuda": ("cuda", ""), "tensorrt": ("tensorrt", "cuda", "")}
 
 
 class OnnxRuntime(Backend):
@@ -33,19 +41,25 @@ class OnnxRuntime(Backend):
     through the main memory.
 
     Args:
-        option: ``""`` for the CPU, ``"cuda"`` or ``"tensorrt"`` for that provider.
+        option: ``""`` for the CPU, ``"int8"`` to compute in whole numbers of 8 bits there, ``"cuda"`` or
+            ``"tensorrt"`` for that provider.
+        sample: as in ``Backend``.
+        budget: as in ``Backend``.
 
     Raises:
-        BackendError: a package is missing, ONNX Runtime is older than the opset, or has no such provider here.
+        BackendError: a package is missing, ONNX Runtime is older than the opset, or has no such provider here; or a
+            sample or budget is missing.
+        CodecError: the sample is no list of calls, and no folder.
     """
 
     packages = ("onnx", "onnxscript", "onnxruntime")
     extra = "onnxruntime"
 
-    def __init__(self, option: str = "") -> None:
+    def __init__(self, option: str = "", *, sample: Sample | None = None, budget: Budget | None = None) -> None:
         wanted = parse_option("onnxruntime", option, _PROVIDERS)
         self.name = f"onnxruntime:{option}" if option else "onnxruntime"
-        super().__init__()
+        self.calibrates = option == "int8"
+        super().__init__(sample=sample, budget=budget)
         import onnxruntime
 
         check_version(onnxruntime.__version__)
@@ -55,16 +69,20 @@ class OnnxRuntime(Backend):
                 f"backend {self.name!r} needs ONNX Runtime's {wanted}, and the installed ONNX Runtime has only "
                 f"{', '.join(known)}; install onnxruntime-gpu in place of onnxruntime, or choose another backend"
             )
-        self._providers = [_PROVIDERS[one] for one in _NEXT[option] if _PROVIDERS[one] in known]
-        self.device = "cuda" if option else "cpu"
-        # GPUs multiply in TF32, with 10 bits of mantissa.
-        self.tolerance = 1e-2 if option else 1e-4
+        on_gpu = option in _NEXT
+        self._providers = [_PROVIDERS[one] for one in _NEXT.get(option, ("",)) if _PROVIDERS[one] in known]
+        self.device = "cuda" if on_gpu else "cpu"
+        # GPUs multiply in TF32, with 10 bits of mantissa. In whole numbers, only the budget decides.
+        self.tolerance = 1e-2 if on_gpu else 1.0 if self.calibrates else 1e-4
 
     def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:
         """Export the part to ONNX, and load it into a session."""
         with tempfile.TemporaryDirectory(prefix="torchsurgeon-") as folder:
             path = Path(folder) / "part.onnx"
-            write_onnx(part, example, path, free_batch=free_batch)
+            write_onnx(part, example, path, free_batch=free_batch, one_file=self.calibrates)
+            if self.calibrates:
+                assert self.judge is not None
+                path = quantized(path, part, example, self.judge.calibrating(part))
             session = open_session(path, self._providers)
         # The exporter drops inputs that nothing reads, if any.
         places = {spec.name: i for i, spec in enumerate(part.computed_inputs)}
@@ -73,7 +91,7 @@ class OnnxRuntime(Backend):
 
         def run(*tensors: Tensor) -> Sequence[Tensor]:
             found = session.run(names, {name: as_array(tensors[i]) for name, i in given})
-            return [as_tensor(array).to(tensors[0].device) for array in found]
+            return as_tensors(found, tensors)
 
         return run
 
@@ -93,16 +111,15 @@ def check_version(version: str) -> None:
         )
 
 
-def write_onnx(part: Part, example: Sequence[Tensor], path: Path, *, free_batch: bool) -> None:
+def write_onnx(part: Part, example: Sequence[Tensor], path: Path, *, free_batch: bool, one_file: bool = False) -> None:
     """Write a part as an ONNX model, whose inputs and outputs have the names of the part's tensors.
-
-    Weights stand in a file beside it, since the format holds no more than 2 GB in one.
 
     Args:
         part: the part.
         example: its tensors, numbers included.
         path: the file to write.
         free_batch: whether the model takes any batch size.
+        one_file: whether the weights stand in the same file. The format holds no more than 2 GB in one.
 
     Raises:
         BackendError: a layer cannot be exported; the message names it.
@@ -124,7 +141,7 @@ def write_onnx(part: Part, example: Sequence[Tensor], path: Path, *, free_batch:
         raise BackendError(_why(program, error)) from error
     assert made is not None
     _name_apart(made.model.graph)
-    made.save(path, external_data=True)
+    made.save(path, external_data=not one_file)
 
 
 def _name_apart(graph: Any) -> None:
@@ -156,16 +173,6 @@ def open_session(path: Path, providers: Sequence[str]) -> Any:
         old = re.search(r"opset|IR version", str(error))
         remedy = f"; onnxruntime {onnxruntime.__version__} is older than the model: install a newer one" if old else ""
         raise BackendError(f"ONNX Runtime does not take it: {short(error, quote=False)}{remedy}") from error
-
-
-def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Return a tensor's elements in the main memory, without a copy where they lie there one after the other."""
-    return tensor.detach().cpu().contiguous().numpy()
-
-
-def as_tensor(array: Any) -> Tensor:
-    """Return a runtime's result as a tensor, without a copy."""
-    return torch.from_numpy(array if isinstance(array, np.ndarray) and array.flags.writeable else np.array(array))
 
 
 def _why(program: torch.export.ExportedProgram, error: BaseException) -> str:

@@ -1,28 +1,35 @@
-"""OpenVINO on the CPU, in float32 or in bfloat16."""
+"""OpenVINO on the CPU, in float32, in bfloat16, or in whole numbers of 8 bits."""
 
 from __future__ import annotations
 
 import functools
 import re
+import tempfile
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchsurgeon._interrupts import by_signal_handler
+from torchsurgeon.accuracy.budget import Budget
+from torchsurgeon.backends.arrays import as_array, as_tensors
 from torchsurgeon.backends.backend import Backend, Run, parse_option
 from torchsurgeon.backends.exporting import export, layer_of
-from torchsurgeon.backends.onnxruntime import as_array, as_tensor
+from torchsurgeon.backends.judging import Sample
+from torchsurgeon.backends.onnxruntime import OnnxRuntime, write_onnx
 from torchsurgeon.backends.part import Part
+from torchsurgeon.backends.quantizing import quantized
 from torchsurgeon.errors import BackendError
 
-_TOLERANCES = {"": 1e-4, "f32": 1e-4, "bf16": 0.1}
+# In whole numbers, only the budget decides.
+_TOLERANCES = {"": 1e-4, "f32": 1e-4, "bf16": 0.1, "int8": 1.0}
 
 
 @functools.cache
-def _core() -> Any:
+def core() -> Any:
     """Return OpenVINO itself, one for the whole process, kept for the rest of its life.
 
     Each gives the thread another stack for signal handlers, and at its end frees it and puts back the one before. Where
@@ -38,54 +45,87 @@ class OpenVino(Backend):
     """OpenVINO. It takes parts as PyTorch exports them, and uses as many threads as PyTorch has when one is built.
 
     Args:
-        option: ``"bf16"`` to compute in bfloat16, which has 8 bits of mantissa; ``"f32"`` or ``""`` for float32.
+        option: ``"bf16"`` to compute in bfloat16, which has 8 bits of mantissa; ``"int8"`` to compute in whole numbers
+            of 8 bits, which ONNX Runtime calibrates; ``"f32"`` or ``""`` for float32.
+        sample: as in ``Backend``.
+        budget: as in ``Backend``.
 
     Raises:
-        BackendError: the package is missing.
+        BackendError: a package is missing, or a sample or budget is.
+        CodecError: the sample is no list of calls, and no folder.
     """
 
-    packages = ("openvino",)
+    packages: tuple[str, ...] = ("openvino",)
     extra = "openvino"
 
-    def __init__(self, option: str = "") -> None:
+    def __init__(self, option: str = "", *, sample: Sample | None = None, budget: Budget | None = None) -> None:
         self.tolerance = parse_option("openvino", option, _TOLERANCES)
-        self._precision = option or "f32"
         self.name = f"openvino:{option}" if option else "openvino"
-        super().__init__()
+        self.calibrates = option == "int8"
+        if self.calibrates:
+            self.packages, self.extra = (*OpenVino.packages, *OnnxRuntime.packages), "openvino,onnxruntime"
+        self._precision = "bf16" if option == "bf16" else "f32"
+        super().__init__(sample=sample, budget=budget)
 
     def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:
         """Export the part, and compile it with OpenVINO."""
         import openvino
 
-        program = export(part, example, free_batch=free_batch)
-        try:
-            compiled = _core().compile_model(
-                openvino.convert_model(program),
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": self._precision,
-                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                    "PERFORMANCE_HINT": "LATENCY",
-                },
-            )
-        except Exception as error:
-            if by_signal_handler(error):
-                raise
-            text = str(error)
-            layer = layer_of(program, text)
-            where = "a layer" if layer is None else f"layer {layer!r}"
-            raise BackendError(f"{where} cannot be converted by OpenVINO: {_reason(text)}") from error
+        if self.calibrates:
+            model, given = self._quantized(part, example, free_batch)
+        else:
+            model, given = converted(part, example, free_batch), list(range(len(part.computed_inputs)))
+        settings = {
+            "INFERENCE_PRECISION_HINT": self._precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = core().compile_model(model, "CPU", settings)
+        wrap = openvino.Tensor
         requests = threading.local()  # a request holds the tensors of one call
-        size = len(part.outputs)
 
         def run(*tensors: Tensor) -> Sequence[Tensor]:
             request: Any = getattr(requests, "request", None)
             if request is None:
                 request = requests.request = compiled.create_infer_request()
-            found = request.infer([as_array(tensor) for tensor in tensors], share_inputs=True)
-            return [as_tensor(found[i]).to(tensors[0].device) for i in range(size)]
+            arrays = [as_array(tensors[i]) for i in given]
+            # Arrays that are wrapped here spare OpenVINO's own inspection of them, which takes several times as long.
+            wrapped = {i: one if not one.ndim or not one.size else wrap(one, True) for i, one in enumerate(arrays)}
+            return as_tensors(request.infer(wrapped, share_inputs=True).values(), tensors)
 
         return run
+
+    def _quantized(self, part: Part, example: Sequence[Tensor], free_batch: bool) -> tuple[Any, list[int]]:
+        """Return the part in whole numbers as OpenVINO's model, and the places of the tensors that it takes."""
+        assert self.judge is not None
+        with tempfile.TemporaryDirectory(prefix="torchsurgeon-") as folder:
+            path = Path(folder) / "part.onnx"
+            write_onnx(part, example, path, free_batch=free_batch, one_file=True)
+            path = quantized(path, part, example, self.judge.calibrating(part))
+            model = core().read_model(str(path))
+        places = {spec.name: i for i, spec in enumerate(part.computed_inputs)}
+        # Inputs that nothing reads are left out of what is read from ONNX.
+        return model, [next(places[name] for name in one.get_names() if name in places) for one in model.inputs]
+
+
+def converted(part: Part, example: Sequence[Tensor], free_batch: bool) -> Any:
+    """Return a part as OpenVINO's model.
+
+    Raises:
+        BackendError: OpenVINO does not take a layer; the message names it.
+    """
+    import openvino
+
+    program = export(part, example, free_batch=free_batch)
+    try:
+        return openvino.convert_model(program)
+    except Exception as error:
+        if by_signal_handler(error):
+            raise
+        text = str(error)
+        layer = layer_of(program, text)
+        where = "a layer" if layer is None else f"layer {layer!r}"
+        raise BackendError(f"{where} cannot be converted by OpenVINO: {_reason(text)}") from error
 
 
 def _reason(text: str) -> str:

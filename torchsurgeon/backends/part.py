@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchsurgeon.cutting.partition import Head, cut, tail_for
+from torchsurgeon.cutting.partition import Head, between, cut, middle_for, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
@@ -16,9 +16,10 @@ from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """A head, a tail or a whole model.
+    """A head, a tail, what lies between two cuts, or a whole model.
 
     Attributes:
+        graph: the traced model.
         segment: the part as a module, which takes ``inputs`` and returns the tuple of ``outputs``.
         inputs: the tensors that it takes.
         outputs: the tensors that it returns.
@@ -27,6 +28,7 @@ class Part:
         batch_free: whether the model takes other batch sizes than the example's.
     """
 
+    graph: LayerGraph
     segment: Segment
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -43,7 +45,7 @@ class Part:
         """
         head = cut(graph, point).head
         assert isinstance(head, Head)
-        return cls(head.segment, graph.inputs, point.tensors, frozenset(), graph.batch_free)
+        return cls(graph, head.segment, graph.inputs, point.tensors, frozenset(), graph.batch_free)
 
     @classmethod
     def tail(cls, graph: LayerGraph, names: Sequence[str]) -> Part:
@@ -67,9 +69,32 @@ class Part:
             names: the names of the tensors, in the order in which the tail takes them.
             segment: the tail.
         """
-        inputs = tuple(graph.values[name] for name in names)
-        numbers = frozenset(i for i, name in enumerate(names) if graph.value(name).restore is not None)
-        return cls(segment, inputs, graph.outputs, numbers, graph.batch_free)
+        return cls(graph, segment, _specs(graph, names), graph.outputs, _numbers(graph, names), graph.batch_free)
+
+    @classmethod
+    def middle(cls, graph: LayerGraph, names: Sequence[str], point: PartitionPoint) -> Part:
+        """Return the part from named tensors to the boundary tensors of a point.
+
+        Args:
+            graph: the traced model.
+            names: the names of the tensors, in the order in which the part takes them.
+            point: where the part ends.
+
+        Raises:
+            PartitionError: as ``middle_for()`` raises it.
+        """
+        segment = middle_for(graph, names, point)
+        return cls(graph, segment, _specs(graph, names), point.tensors, _numbers(graph, names), graph.batch_free)
+
+    def before(self) -> Segment:
+        """Return what computes this part's inputs from the model's inputs."""
+        return between(self.graph, [spec.name for spec in self.graph.inputs], [spec.name for spec in self.inputs])
+
+    def after(self) -> Segment | None:
+        """Return what computes the model's output tensors from this part's outputs; None where these are the same."""
+        if self.outputs == self.graph.outputs:
+            return None
+        return tail_for(self.graph, [spec.name for spec in self.outputs], flat=True)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -98,3 +123,11 @@ class Part:
                 places = torch.arange(size + step, device=tensor.device) % size
                 tensor = tensor.index_select(dim, places)
         return tensor
+
+
+def _specs(graph: LayerGraph, names: Sequence[str]) -> tuple[TensorSpec, ...]:
+    return tuple(graph.values[name] for name in names)
+
+
+def _numbers(graph: LayerGraph, names: Sequence[str]) -> frozenset[int]:
+    return frozenset(i for i, name in enumerate(names) if graph.value(name).restore is not None)

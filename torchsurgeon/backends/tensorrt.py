@@ -6,7 +6,9 @@ import importlib
 
 import torch
 
+from torchsurgeon.accuracy.budget import Budget
 from torchsurgeon.backends.inductor import Inductor
+from torchsurgeon.backends.judging import Sample
 from torchsurgeon.errors import BackendError, short
 
 
@@ -24,8 +26,8 @@ class TensorRT(Inductor):
     packages = ("torch_tensorrt",)
     compiler = "torch_tensorrt"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, sample: Sample | None = None, budget: Budget | None = None) -> None:
+        super().__init__(sample=sample, budget=budget)
         if not torch.cuda.is_available():
             raise BackendError("backend 'tensorrt' needs an NVIDIA GPU, and PyTorch finds none; choose another backend")
         try:

@@ -146,7 +146,21 @@ def middle_for(graph: LayerGraph, names: Sequence[str], point: PartitionPoint) -
     Raises:
         PartitionError: as ``tail_for()`` raises it, or the tensors lie beyond the point.
     """
-    picks = [Pick(value.step, value.path) for value in (graph.value(spec.name) for spec in point.tensors)]
+    return between(graph, names, [spec.name for spec in point.tensors])
+
+
+def between(graph: LayerGraph, names: Sequence[str], wanted: Sequence[str]) -> Segment:
+    """Return the module that turns named tensors into other named tensors, as a tuple.
+
+    Args:
+        graph: the traced model.
+        names: the names of the tensors, in the order in which the module takes them.
+        wanted: the names of the tensors that it returns. Those that are given are passed on.
+
+    Raises:
+        PartitionError: as ``tail_for()`` raises it.
+    """
+    picks = [Pick(value.step, value.path) for value in map(graph.value, wanted)]
     return _segment(graph, _given(graph, names), picks)
 
 

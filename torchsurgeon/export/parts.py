@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from torchsurgeon._interrupts import by_signal_handler
+from torchsurgeon.backends.arrays import as_array, as_tensors
 from torchsurgeon.backends.built import check, first_line
-from torchsurgeon.backends.onnxruntime import OnnxRuntime, as_array, as_tensor, open_session, write_onnx
+from torchsurgeon.backends.onnxruntime import OnnxRuntime, open_session, write_onnx
 from torchsurgeon.backends.part import Part
 from torchsurgeon.edge.bundle import DATATYPES, ArraySpec
 from torchsurgeon.errors import BackendError, short
@@ -100,7 +101,7 @@ def _runs(part: Part, path: Path) -> Any:
 
     def run(*tensors: Tensor) -> list[Tensor]:
         given = {one.name: as_array(tensors[places[one.name]]) for one in session.get_inputs()}
-        return [as_tensor(array) for array in session.run(names, given)]
+        return as_tensors(session.run(names, given), tensors)
 
     return run
 

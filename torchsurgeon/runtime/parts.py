@@ -110,6 +110,8 @@ class Parts:
     """
 
     def __init__(self, graph: LayerGraph, backend: Backend | None) -> None:
+        if isinstance(backend, NamedBackend):
+            backend.check(graph)
         self.graph = graph
         self.input_bytes = sum(spec.size_bytes for spec in graph.inputs)
         self.generation = 0

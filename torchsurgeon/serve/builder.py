@@ -38,6 +38,7 @@ class TailBuilder:
     """
 
     def __init__(self, name: str, graph: LayerGraph, backend: Backend, capacity: int) -> None:
+        backend.check(graph)
         self._name, self._graph, self._backend, self._capacity = name, graph, backend, capacity
         self._said: set[str] = set()
         self._built: dict[tuple[str, ...], BuiltPart] = {}
