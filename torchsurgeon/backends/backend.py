@@ -89,6 +89,18 @@ class Backend(abc.ABC):
             Exception: it does not take this part; a ``BackendError`` names the layer where that is known.
         """
 
+    def load_onnx(self, model: bytes, part: Part) -> Run | None:
+        """Return what runs a part that stands in ONNX, as ``build()`` does; None where this backend reads no ONNX.
+
+        Args:
+            model: the part, for the example's shapes. Its inputs and outputs have the names of the part's tensors.
+            part: the part, which takes no numbers.
+
+        Raises:
+            Exception: it does not take this part.
+        """
+        return None
+
     def check(self, graph: LayerGraph) -> None:
         """Check that the sample fits a traced model, and is large enough for the budget.
 

@@ -84,16 +84,25 @@ class OnnxRuntime(Backend):
                 assert self.judge is not None
                 path = quantized(path, part, example, self.judge.calibrating(part))
             session = open_session(path, self._providers)
-        # The exporter drops inputs that nothing reads, if any.
-        places = {spec.name: i for i, spec in enumerate(part.computed_inputs)}
-        given = [(one.name, places[one.name]) for one in session.get_inputs()]
-        names = list(part.output_names)
+        return _runs(session, part)
 
-        def run(*tensors: Tensor) -> Sequence[Tensor]:
-            found = session.run(names, {name: as_array(tensors[i]) for name, i in given})
-            return as_tensors(found, tensors)
+    def load_onnx(self, model: bytes, part: Part) -> Run | None:
+        """Load a part into a session; None for whole numbers, for which ``build()`` calibrates each part."""
+        return None if self.calibrates else _runs(open_session(model, self._providers), part)
 
-        return run
+
+def _runs(session: Any, part: Part) -> Run:
+    """Return what runs a part in a session of it."""
+    # The exporter drops inputs that nothing reads, if any.
+    places = {spec.name: i for i, spec in enumerate(part.computed_inputs)}
+    given = [(one.name, places[one.name]) for one in session.get_inputs()]
+    names = list(part.output_names)
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        found = session.run(names, {name: as_array(tensors[i]) for name, i in given})
+        return as_tensors(found, tensors)
+
+    return run
 
 
 def check_version(version: str) -> None:
@@ -153,8 +162,12 @@ def _name_apart(graph: Any) -> None:
                 value.name = f"value:{i}:{j}"
 
 
-def open_session(path: Path, providers: Sequence[str]) -> Any:
+def open_session(model: Path | bytes, providers: Sequence[str]) -> Any:
     """Return ONNX Runtime's session of a model.
+
+    Args:
+        model: the model's file, or its bytes.
+        providers: what runs it, the preferred one first.
 
     Raises:
         BackendError: ONNX Runtime does not take the model; the message says so where its opset is too new.
@@ -166,7 +179,8 @@ def open_session(path: Path, providers: Sequence[str]) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; its warnings are of nodes that it leaves on the CPU
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        given = model if isinstance(model, bytes) else str(model)
+        return onnxruntime.InferenceSession(given, options, providers=list(providers))
     except Exception as error:
         if by_signal_handler(error):
             raise

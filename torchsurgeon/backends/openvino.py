@@ -69,12 +69,28 @@ class OpenVino(Backend):
 
     def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:
         """Export the part, and compile it with OpenVINO."""
-        import openvino
-
         if self.calibrates:
             model, given = self._quantized(part, example, free_batch)
         else:
             model, given = converted(part, example, free_batch), list(range(len(part.computed_inputs)))
+        return self._compiled(model, given)
+
+    def load_onnx(self, model: bytes, part: Part) -> Run | None:
+        """Compile a part; None for whole numbers, for which ``build()`` calibrates each part."""
+        if self.calibrates:
+            return None
+        read = core().read_model(model)
+        return self._compiled(read, _places(read, part))
+
+    def _compiled(self, model: Any, given: Sequence[int]) -> Run:
+        """Return what runs a model.
+
+        Args:
+            model: the model.
+            given: for each of its inputs, which of the part's tensors it is.
+        """
+        import openvino
+
         settings = {
             "INFERENCE_PRECISION_HINT": self._precision,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -103,9 +119,14 @@ class OpenVino(Backend):
             write_onnx(part, example, path, free_batch=free_batch, one_file=True)
             path = quantized(path, part, example, self.judge.calibrating(part))
             model = core().read_model(str(path))
-        places = {spec.name: i for i, spec in enumerate(part.computed_inputs)}
-        # Inputs that nothing reads are left out of what is read from ONNX.
-        return model, [next(places[name] for name in one.get_names() if name in places) for one in model.inputs]
+        return model, _places(model, part)
+
+
+def _places(model: Any, part: Part) -> list[int]:
+    """Return for each input of a model that was read from ONNX which of the part's tensors it is."""
+    places = {spec.name: i for i, spec in enumerate(part.computed_inputs)}
+    # Inputs that nothing reads are left out.
+    return [next(places[name] for name in one.get_names() if name in places) for one in model.inputs]
 
 
 def converted(part: Part, example: Sequence[Tensor], free_batch: bool) -> Any:

@@ -45,6 +45,7 @@ class Slices:
         inner = dict.fromkeys(spec.name for point in points for spec in point.tensors if spec.name not in known)
         names = [name for name in inner if self._stays(graph, name)]
         whole = Part(
+            graph,
             with_inner(graph, names),
             graph.inputs,
             (*(graph.values[name] for name in names), *graph.outputs),
@@ -57,6 +58,7 @@ class Slices:
             model = onnx.load(str(path))
         if model.ByteSize() > _MOST_BYTES:
             raise BackendError(f"the model takes {model.ByteSize() / 1e9:.1f} GB in ONNX, which is too much to cut up")
+        self._names = set(names)
         self._extractor: Any = onnx.utils.Extractor(model)
         # Where a tensor has two names, as before and behind a flattening of one element, what follows reads the first.
         self._same = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Identity"}
@@ -67,6 +69,10 @@ class Slices:
         value = graph.value(name)
         later = (step.index for step in graph.steps if step.index > value.step)
         return value.restore is None and not overwrites(graph.flow, later, value)
+
+    def has(self, point: PartitionPoint) -> bool:
+        """Return whether head and tail of a point can be cut out."""
+        return all(spec.name in self._names for spec in point.tensors)
 
     def cut(self, part: Part) -> bytes | None:
         """Return a part as the bytes of an ONNX model; None where it cannot be cut out."""

@@ -14,6 +14,7 @@ from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends import Backend, Part
 from torchsurgeon.backends.backend import Run
+from torchsurgeon.backends.slicing import Slices
 from torchsurgeon.profiling.parts import Curve, PartTimes
 from torchsurgeon.profiling.record import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
@@ -60,7 +61,8 @@ def fused_profile(
     begun_s = time.perf_counter()
     measuring = _Measuring(graph, backend, tensors, repeats, eager.total_s)
     curve = Curve(graph, eager.layer_s, measuring.measure_whole())
-    among = [point for point in graph.points if 0 < point.index < len(graph.layers)]
+    inside = [point for point in graph.points if 0 < point.index < len(graph.layers)]
+    among = [point for point in inside if measuring.has(point)] if points is None else inside
     chosen = None if points is None else {point.index: point for point in among if point.index in set(points)}
     errors: dict[int, tuple[float, float]] = {}
     longest_s = 0.0
@@ -138,11 +140,29 @@ class _Measuring:
         self._tensors = [tensor.detach() for tensor in tensors]
         self.whole_s: list[float] = []
         self.not_built: list[str] = []
+        self._slices = self._sliced()
         whole = Part.head(graph, graph.points[-1])
         self._always: list[tuple[Run, Sequence[Tensor]]] = [
             (whole.segment, self._tensors),
             (self._built(whole, self._tensors, "the whole model"), self._tensors),
         ]
+
+    def _sliced(self) -> Slices | None:
+        """Return what parts are cut out of; None where the backend builds each part by itself."""
+        if type(self._backend).load_onnx is Backend.load_onnx:
+            return None
+        inside = [point for point in self._graph.points if 0 < point.index < len(self._graph.layers)]
+        try:
+            with torch.no_grad():
+                return Slices(self._graph, inside, self._tensors)
+        except Exception as error:  # a package is missing, a layer has no counterpart, another project's exporter fails
+            if by_signal_handler(error):
+                raise
+            return None
+
+    def has(self, point: PartitionPoint) -> bool:
+        """Return whether head and tail of a point are quickly there."""
+        return self._slices is None or self._slices.has(point)
 
     def measure_whole(self) -> float:
         """Return the median seconds of the whole model."""
@@ -174,9 +194,12 @@ class _Measuring:
         if not part.segment.steps:
             return part.segment
         try:
-            # For these shapes only, which takes half the time, and is as quick to run.
-            with torch.no_grad():
-                run = self._backend.build(part, tensors, free_batch=False)
+            model = None if self._slices is None else self._slices.cut(part)
+            run = None if model is None else self._backend.load_onnx(model, part)
+            if run is None:
+                # For these shapes only, which takes half the time, and is as quick to run.
+                with torch.no_grad():
+                    run = self._backend.build(part, tensors, free_batch=False)
         except Exception as error:  # another project's compiler may fail in any way
             if by_signal_handler(error):
                 raise
