@@ -151,6 +151,13 @@ def add_serve(commands: Commands) -> None:
         help="largest batch that a request may have (default: %(default)s)",
     )
     parser.add_argument(
+        "--concurrency",
+        type=whole_number(1),
+        metavar="N",
+        help="requests of one model that run at once, each on --threads threads (default: so many that they use each "
+        "core once)",
+    )
+    parser.add_argument(
         "--max-connections",
         type=whole_number(1),
         default=512,
@@ -224,6 +231,7 @@ def _serve(options: argparse.Namespace) -> None:
         verify=options.verify,
         seed=options.seed,
         max_batch=options.max_batch,
+        concurrency=options.concurrency,
         max_connections=options.max_connections,
         max_connections_per_address=options.max_connections_per_address,
         grace_s=options.grace_s,

@@ -219,7 +219,7 @@ def _control_plane(registry: ModelRegistry, draining: Callable[[], bool]) -> Exc
     async def profile(request: Request) -> JSONResponse:
         served = find(request)
         measured = functools.partial(served.profile, request.query_params.get("backend"))
-        return JSONResponse(await asyncio.wrap_future(served.worker.submit(measured)))
+        return JSONResponse(await asyncio.wrap_future(served.worker.submit_alone(measured)))
 
     async def post_only(request: Request) -> JSONResponse:
         raise HTTPException(404)

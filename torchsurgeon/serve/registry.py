@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.models import specs
 from torchsurgeon.module import SplitModule
+from torchsurgeon.serve.concurrency import default_concurrency, why_in_turn
 from torchsurgeon.serve.served import Profiler, ServedModel, measured_profile
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.graph import LayerGraph
@@ -30,6 +32,8 @@ from torchsurgeon.tracing.tracer import trace
 
 LoadingState = Literal["loading", "ready", "failed"]
 
+_NOT_OURS = "another server or a backend runs its parts, and not PyTorch here"
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -39,15 +43,23 @@ class ModelRegistry:
     Args:
         max_batch: the largest batch of a request. It also limits how much larger than the example other sizes are.
         max_tails: how many tails to keep for each model.
+        concurrency: how many requests of a model run at once; by default so many that their threads together use each
+            core once. A model that must run them one after the other does so whatever this says.
         profiler: returns the JSON of a graph's layer profile, for which devices with ``partition="auto"`` ask. It is
             called at the first request for it. By default it measures the layers; with None there is no profile.
     """
 
     def __init__(
-        self, *, max_batch: int = 64, max_tails: int = 64, profiler: Profiler | None = measured_profile
+        self,
+        *,
+        max_batch: int = 64,
+        max_tails: int = 64,
+        concurrency: int | None = None,
+        profiler: Profiler | None = measured_profile,
     ) -> None:
         self.max_batch = max_batch
         self.max_tails = max_tails
+        self.concurrency = concurrency
         self._profiler = profiler
         self._models: dict[str, ServedModel | LoadingState] = {}
         self._reasons: dict[str, str] = {}
@@ -121,6 +133,9 @@ class ModelRegistry:
                 if remote is None
                 else remote.graph
             )
+            why = (
+                why_in_turn(graph, graph.tensors_of_call(args, named)) if remote is None and runs is None else _NOT_OURS
+            )
             served = ServedModel(
                 name,
                 graph,
@@ -131,10 +146,13 @@ class ModelRegistry:
                 finish=None if remote is None else functools.partial(_finish, remote, graph),
                 same_bits=remote is None or remote.exact,
                 backends=runs,
+                concurrency=1 if why is not None else self.concurrency or default_concurrency(),
             )
         except TorchSurgeonError as error:
             self._fail(name, error)
             raise
+        if why is not None:
+            _log.info("requests of model %s run one after the other: %s", name, why)
         with self._lock:
             self._models[name] = served
         return served

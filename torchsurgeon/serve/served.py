@@ -50,7 +50,7 @@ def measured_profile(graph: LayerGraph) -> dict[str, Any]:
 
 
 class ServedModel:
-    """A loaded model, with its tails and the thread that runs its requests.
+    """A loaded model, with its tails and the threads that run its requests.
 
     Args:
         name: the name that it is served under.
@@ -63,12 +63,14 @@ class ServedModel:
         same_bits: whether ``finish`` gives the bits that this server would compute. If not, it does not tell devices
             what it computes with.
         backends: what may run tails besides eager PyTorch, this server's own choice first; none for eager PyTorch.
+        concurrency: how many requests run at once. More than one asks for a model that ``serve.concurrency`` has found
+            fit for it.
 
     Attributes:
         versions: the versions that are served.
         max_tensor_bytes: the most bytes that the tensors of a request have together.
         max_times: the most times the example's bytes that one tensor has.
-        worker: the thread that runs the requests.
+        worker: the threads that run the requests.
         open: whether requests are accepted.
         backends: what runs the tails.
     """
@@ -87,6 +89,7 @@ class ServedModel:
         finish: Finish | None = None,
         same_bits: bool = True,
         backends: Sequence[Backend] = (),
+        concurrency: int = 1,
     ) -> None:
         self.name = name
         self.graph = graph
@@ -98,7 +101,7 @@ class ServedModel:
         self._editions = Editions(name, graph, max_tails)
         self._finish = finish
         self._output_names = [spec.name for spec in graph.outputs]
-        self.worker = Worker(f"torchsurgeon-{name}")
+        self.worker = Worker(f"torchsurgeon-{name}", concurrency)
         self.open = True
         self._profiler = profiler
         self.backends = TailBackends(name, graph, backends, max_tails)
@@ -163,7 +166,7 @@ class ServedModel:
         return {**known, "arithmetic": dict(self._arithmetic.now().facts)}
 
     def profile(self, backend: str | None = None) -> dict[str, Any]:
-        """Return the layer profile, measured at the first call. To be called in the worker's thread.
+        """Return the layer profile, measured at the first call. To be called in one of the worker's threads, alone.
 
         Args:
             backend: by which backend; None for eager PyTorch.
@@ -262,7 +265,7 @@ class ServedModel:
         return f'{{"identity":"{identity}",{arithmetic}'
 
     def close(self) -> None:
-        """Accept no more requests, and end the thread after those that are queued."""
+        """Accept no more requests, and end the threads after those that are queued."""
         self.open = False
         self.worker.close()
         self.backends.close()

@@ -130,6 +130,7 @@ def run(
     verify: bool = True,
     seed: int = 0,
     max_batch: int = 64,
+    concurrency: int | None = None,
     max_connections: int = MAX_CONNECTIONS,
     max_connections_per_address: int | None = None,
     grace_s: float = 10.0,
@@ -155,6 +156,7 @@ def run(
         verify: whether to run each model and what was traced, and compare, as ``trace()`` does.
         seed: seed of random weights.
         max_batch: the largest batch of a request.
+        concurrency: how many requests of a model run at once, as in ``ModelRegistry``.
         max_connections: as in ``Server``.
         max_connections_per_address: as in ``Server``.
         grace_s: after SIGTERM or SIGINT, the most seconds that requests under way are waited for.
@@ -185,7 +187,7 @@ def run(
     for backend in (backends or {}).values():
         find_backend(backend)
     keep_freed_memory()
-    registry = ModelRegistry(max_batch=max_batch, profiler=profiler)
+    registry = ModelRegistry(max_batch=max_batch, concurrency=concurrency, profiler=profiler)
     for name in models:
         registry.announce(name)
     bound = listen(host, port)

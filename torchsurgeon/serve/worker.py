@@ -1,4 +1,4 @@
-"""The thread that runs a model's requests, one after the other."""
+"""The threads that run a model's requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -18,29 +20,41 @@ T = TypeVar("T")
 _WAIT_S = 5e-3
 
 
-class Worker:
-    """One thread that runs jobs in order and without gradients.
+class _Item(NamedTuple):
+    future: Future[Any]
+    job: Callable[[], Any]
+    quick: bool
 
-    A model has one worker, so its layers never compete with each other for the processor. ``_running`` is held while a
-    job runs, so that ``now()`` never runs a job in another thread at the same time.
+
+class Worker:
+    """Threads that run jobs in the order in which they came, without gradients.
+
+    With one thread, which is the default, jobs never run at the same time: ``_running`` is held while a job runs, and
+    ``now()`` takes it too.
 
     Args:
-        name: the thread's name.
+        name: the threads' name.
+        concurrency: how many threads there are.
 
     Attributes:
         settings: with how many CPU threads jobs run, and whether they flush denormal numbers: as the thread does that
             makes the worker. ``follow()`` takes a number over that the process has set since.
+        concurrency: as given.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, concurrency: int = 1) -> None:
         self.settings = ThreadSettings.here()
         self.follow()
-        self._running = threading.Lock()
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any], bool] | None] = queue.SimpleQueue()
+        self.concurrency = concurrency
+        self._running = threading.Lock() if concurrency == 1 else None
+        self._turn: AbstractContextManager[object] = self._running or nullcontext()
+        self._jobs: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._counting = threading.Lock()
         self._slow = 0
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        names = [name] if concurrency == 1 else [f"{name}-{i}" for i in range(concurrency)]
+        self._threads = [threading.Thread(target=self._run, name=one, daemon=True) for one in names]
+        for thread in self._threads:
+            thread.start()
 
     def follow(self) -> None:
         """Run later jobs with as many CPU threads as the process is set to now."""
@@ -56,7 +70,34 @@ class Worker:
         future: Future[T] = Future()
         if not quick:
             self._count_slow(1)
-        self._jobs.put((future, job, quick))
+        self._jobs.put(_Item(future, job, quick))
+        return future
+
+    def submit_alone(self, job: Callable[[], T]) -> Future[T]:
+        """Queue a job that measures, during which no other job runs."""
+        if self.concurrency == 1:
+            return self.submit(job)
+        future: Future[T] = Future()
+        together = threading.Barrier(self.concurrency)
+        over = threading.Event()
+
+        def measure() -> None:
+            together.wait()
+            try:
+                _fulfil(future, job)
+            finally:
+                over.set()
+
+        def pause() -> None:
+            together.wait()
+            over.wait()
+
+        with self._counting:
+            # In one piece: were those of two such jobs mixed, each would wait for threads that wait for the other. Each
+            # has a future of its own, since all would wait for ever for one that a caller has cancelled.
+            self._slow += self.concurrency
+            for part in (measure, *[pause] * (self.concurrency - 1)):
+                self._jobs.put(_Item(Future(), part, False))
         return future
 
     def _count_slow(self, change: int) -> None:
@@ -67,12 +108,17 @@ class Worker:
         """Run a quick job in the calling thread and return its result; None where a slow job runs or waits.
 
         Quick jobs that run or wait are no reason to queue this one too. Under load the queue would never be empty, and
-        every job would be handed to the thread, which doubles the processor time of a small request.
+        every job would be handed to a thread, which doubles the processor time of a small request.
 
         It is also None where the calling thread records gradients: to turn that off and on again would take a tenth of
         a small request's time.
         """
-        if torch.is_grad_enabled() or self._slow or not self._running.acquire(timeout=_WAIT_S):
+        if torch.is_grad_enabled() or self._slow:
+            return None
+        if self._running is None:
+            self.settings.adopt()
+            return job()
+        if not self._running.acquire(timeout=_WAIT_S):
             return None
         try:
             self.settings.adopt()
@@ -81,8 +127,9 @@ class Worker:
             self._running.release()
 
     def close(self) -> None:
-        """End the thread after the jobs that are queued."""
-        self._jobs.put(None)
+        """End the threads after the jobs that are queued."""
+        for _ in self._threads:
+            self._jobs.put(None)
 
     def _ended(self, quick: bool) -> None:
         if not quick:
@@ -91,19 +138,26 @@ class Worker:
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
             future, job, quick = item
-            if not future.set_running_or_notify_cancel():
-                self._ended(quick)
-                continue
-            try:
-                with self._running, torch.no_grad():
-                    self.settings.adopt()
-                    result = job()
-            except BaseException as error:
-                self._ended(quick)
-                future.set_exception(error)
-            else:
-                self._ended(quick)
-                future.set_result(result)
+            _fulfil(future, partial(self._in_turn, job), partial(self._ended, quick))
             # While it waits for the next job, the thread must not keep the buffers of the last one alive.
             del item, future, job
-            result = None
+
+    def _in_turn(self, job: Callable[[], T]) -> T:
+        with self._turn, torch.no_grad():
+            self.settings.adopt()
+            return job()
+
+
+def _fulfil(future: Future[T], job: Callable[[], T], ended: Callable[[], None] = lambda: None) -> None:
+    """Run a job unless its future is cancelled, and give the future its result, after a call of ``ended``."""
+    if not future.set_running_or_notify_cancel():
+        ended()
+        return
+    try:
+        result = job()
+    except BaseException as error:
+        ended()
+        future.set_exception(error)
+    else:
+        ended()
+        future.set_result(result)
