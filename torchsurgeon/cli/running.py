@@ -158,6 +158,18 @@ def add_serve(commands: Commands) -> None:
         "core once)",
     )
     parser.add_argument(
+        "--batching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run requests together that wait and are alike, where a model allows it (default: --batching)",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="run them together only as far as each answer keeps the bits that it has alone (default: also where it "
+        "is the same to rounding, which devices are told)",
+    )
+    parser.add_argument(
         "--max-connections",
         type=whole_number(1),
         default=512,
@@ -232,6 +244,7 @@ def _serve(options: argparse.Namespace) -> None:
         seed=options.seed,
         max_batch=options.max_batch,
         concurrency=options.concurrency,
+        batching="off" if not options.batching else "exact" if options.exact else "rounded",
         max_connections=options.max_connections,
         max_connections_per_address=options.max_connections_per_address,
         grace_s=options.grace_s,

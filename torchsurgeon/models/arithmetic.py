@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,8 @@ class Difference(NamedTuple):
             )
         if self.fact in ("torch", "build"):
             return "install the same PyTorch on both sides"
+        if self.fact == "batching":
+            return "start the server with --exact or --no-batching"
         if self.fact in _STATIC:
             return None
         return f"set {_NAMES.get(self.fact, self.fact)} to the same on both sides"
@@ -126,13 +129,14 @@ class ArithmeticReader:
 
     Args:
         model: the model.
+        also: further facts, by name.
 
     Attributes:
         last: what ``now()`` returned last, in any thread; None before that.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, also: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._model, self._also = model, also
         self.last: Arithmetic | None = None
         self.forget()
 
@@ -168,6 +172,7 @@ class ArithmeticReader:
                 "flush_denormal": str(here.flush_denormal),
                 **({"layout": layout} if layout else {}),
                 **{name: str(value) for (name, _), value in zip(settings, values, strict=True)},
+                **self._also,
             }
         )
         if len(self._known) >= _MOST_KEPT:
@@ -190,6 +195,7 @@ _NAMES = {
     "layout": "the weights' layout in memory",
     "deterministic_algorithms": "torch.use_deterministic_algorithms",
     "default_dtype": "torch.set_default_dtype",
+    "batching": "running requests together in batches",
 }
 _STATIC = ("arithmetic", "processor", "cpu_capability", "cpu_features", "devices")
 

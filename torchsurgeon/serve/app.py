@@ -139,13 +139,9 @@ class TailApp:
         request = Received(body, header_bytes, receive_s, arrived_s, exchange.client, own_id, name)
         exchange.received = request
         del body  # Only the request keeps it alive, so its memory is free as soon as the request is answered.
-
-        def run() -> wire.Encoded:
-            if compressed:
-                request.body = inflate(request.body, encoding, limit)
-            return model.answer(request)
-
-        encoded = await asyncio.wrap_future(model.worker.submit(run))
+        if compressed:
+            request.body = await asyncio.to_thread(inflate, request.body, encoding, limit)
+        encoded = await asyncio.wrap_future(model.intake.submit(request))
         await _send_encoded(encoded, exchange.send)
 
     async def _probe(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -56,14 +56,14 @@ class Reply(NamedTuple):
 
     Attributes:
         status: the HTTP status.
-        header_bytes: as in ``torchsurgeon.wire.Encoded``.
         buffers: the body, in buffers to be written one after the other.
+        header_bytes: as in ``torchsurgeon.wire.Encoded``.
         size_bytes: length of the body.
     """
 
     status: int
-    header_bytes: int | None
     buffers: list[wire.Buffer]
+    header_bytes: int | None
     size_bytes: int
 
 
@@ -124,21 +124,29 @@ class Job:
         model, received = self.plain.model, self.received
         received.arrived_s = arrived_s = time.perf_counter()
         received.receive_s = arrived_s - self.started_s
-        answer = partial(_answer, model, received)
         quick = model.quick(self.plain.size)
-        now = model.worker.now(answer) if quick else None
-        if now is not None:
-            reply(now)
-            return
-
-        def done(future: Future[Reply]) -> None:
+        if quick:
             try:
-                loop.call_soon_threadsafe(reply, future.result())
+                encoded = model.worker.now(partial(model.answer, received))
+            except Exception as error:
+                reply(_refusal(error, received))
+                return
+            if encoded is not None:
+                reply(Reply(200, *encoded))
+                return
+
+        def done(future: Future[wire.Encoded]) -> None:
+            error = future.exception()
+            try:
+                if error is None:
+                    loop.call_soon_threadsafe(reply, Reply(200, *future.result()))
+                else:
+                    loop.call_soon_threadsafe(reply, _refusal(error, received))
             except RuntimeError:
                 # The event loop is closed, so nobody waits for the answer.
                 _log.debug("the server stopped before a request was answered")
 
-        model.worker.submit(answer, quick=quick).add_done_callback(done)
+        model.intake.submit(received, quick=quick).add_done_callback(done)
 
 
 class Direct:
@@ -189,13 +197,9 @@ class Direct:
         return Plain(model, int(size), header_bytes, self._timeout_s, path, own_id)
 
 
-def _answer(model: ServedModel, received: Received) -> Reply:
-    try:
-        encoded = model.answer(received)
-    except Exception as error:
-        body = error_body(error, received.about())
-        return Reply(status_of(error), None, [body], len(body))
-    return Reply(200, encoded.header_bytes, encoded.buffers, encoded.size_bytes)
+def _refusal(error: BaseException, received: Received) -> Reply:
+    body = error_body(error, received.about())
+    return Reply(status_of(error), [body], None, len(body))
 
 
 @lru_cache(maxsize=256)

@@ -110,12 +110,12 @@ def complain(
     _log.log(level, "%s", message, extra={**about, "complaint": kind}, exc_info=error)
 
 
-def status_of(error: Exception) -> int:
+def status_of(error: BaseException) -> int:
     """Return the HTTP status of an error; 500 for an unexpected one."""
     return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
 
 
-def error_body(error: Exception, about: Mapping[str, str] = MappingProxyType({})) -> bytes:
+def error_body(error: BaseException, about: Mapping[str, str] = MappingProxyType({})) -> bytes:
     """Return the body of an error's answer, ``{"error": "…"}``, in at most 1,000 characters of text.
 
     The client gets the message of an expected error. A model that failed, and an unexpected error, are also logged for

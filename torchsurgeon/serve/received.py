@@ -45,6 +45,7 @@ class Received:
         given_id: the id that the client gave it; None where it gave none.
         model: the name of the model that is asked for.
         cut: the names of the tensors that were sent; empty before they have been read.
+        kind: what requests have in common that can run together; None for one that runs alone.
     """
 
     body: memoryview
@@ -55,6 +56,7 @@ class Received:
     given_id: str | None = None
     model: str = ""
     cut: str = ""
+    kind: bytes | None = None
     _made_id: str | None = field(default=None, init=False)
 
     @property

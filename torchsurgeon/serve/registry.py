@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torchsurgeon.backends import Backend, find_backend
+from torchsurgeon.backends.eager import Eager
 from torchsurgeon.errors import (
     BackendError,
     ModelNotReadyError,
@@ -24,7 +25,9 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.models import specs
 from torchsurgeon.module import SplitModule
+from torchsurgeon.serve.batching import Batching
 from torchsurgeon.serve.concurrency import default_concurrency, why_in_turn
+from torchsurgeon.serve.independence import MOST_EXACT, most_exact, why_alone
 from torchsurgeon.serve.served import Profiler, ServedModel, measured_profile
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.graph import LayerGraph
@@ -45,6 +48,9 @@ class ModelRegistry:
         max_tails: how many tails to keep for each model.
         concurrency: how many requests of a model run at once; by default so many that their threads together use each
             core once. A model that must run them one after the other does so whatever this says.
+        batching: whether requests that wait are joined and run as one: ``"off"``, ``"exact"`` (only as far as answers
+            keep the bits that they have alone, which is found out when a model is added), or ``"rounded"`` (also where
+            they are the same to rounding only, which devices are told).
         profiler: returns the JSON of a graph's layer profile, for which devices with ``partition="auto"`` ask. It is
             called at the first request for it. By default it measures the layers; with None there is no profile.
     """
@@ -55,11 +61,13 @@ class ModelRegistry:
         max_batch: int = 64,
         max_tails: int = 64,
         concurrency: int | None = None,
+        batching: Batching = "off",
         profiler: Profiler | None = measured_profile,
     ) -> None:
         self.max_batch = max_batch
         self.max_tails = max_tails
         self.concurrency = concurrency
+        self.batching = batching
         self._profiler = profiler
         self._models: dict[str, ServedModel | LoadingState] = {}
         self._reasons: dict[str, str] = {}
@@ -133,9 +141,11 @@ class ModelRegistry:
                 if remote is None
                 else remote.graph
             )
-            why = (
-                why_in_turn(graph, graph.tensors_of_call(args, named)) if remote is None and runs is None else _NOT_OURS
-            )
+            # What may not be run here is not run to find out how it could be served faster.
+            tensors = graph.tensors_of_call(args, named) if remote is None and verify else None
+            ours = remote is None and all(isinstance(one, Eager) for one in runs)
+            why = why_in_turn(graph, tensors) if ours else _NOT_OURS
+            together, rounded = self._together(name, graph, tensors if ours else None)
             served = ServedModel(
                 name,
                 graph,
@@ -147,6 +157,8 @@ class ModelRegistry:
                 same_bits=remote is None or remote.exact,
                 backends=runs,
                 concurrency=1 if why is not None else self.concurrency or default_concurrency(),
+                together=together,
+                rounded=rounded,
             )
         except TorchSurgeonError as error:
             self._fail(name, error)
@@ -156,6 +168,19 @@ class ModelRegistry:
         with self._lock:
             self._models[name] = served
         return served
+
+    def _together(self, name: str, graph: LayerGraph, tensors: Sequence[Tensor] | None) -> tuple[int, bool]:
+        """Return how many samples may be run together, and whether answers may then be the same to rounding only."""
+        if self.batching == "off" or tensors is None:
+            return 1, False
+        why = why_alone(graph, tensors)
+        if why is not None:
+            _log.info("requests of model %s are not joined to batches: %s", name, why)
+            return 1, False
+        exact = most_exact(graph, tensors)
+        if self.batching == "exact" or exact == MOST_EXACT:
+            return exact, False
+        return self.max_batch, True
 
     def load(
         self,

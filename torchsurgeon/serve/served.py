@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,15 @@ from torchsurgeon.errors import (
 from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.profiling import profile
 from torchsurgeon.serve.backends import TailBackends
+from torchsurgeon.serve.batching import Seam
+from torchsurgeon.serve.checks import check_tensors, tensor_metadata, value_check
 from torchsurgeon.serve.edition import Edition, Editions
 from torchsurgeon.serve.fitted import FittedCodecs
-from torchsurgeon.serve.quick import QuickRequests
+from torchsurgeon.serve.intake import Intake
 from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.tails import RequestPlan, Tails, place_of, run_at
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
-from torchsurgeon.tracing.specs import TensorSpec
 
 Finish = Callable[..., Sequence[Tensor]]
 """Called with the sorted names of the boundary tensors and with the tensors; returns the model's output tensors."""
@@ -47,6 +48,18 @@ _TIMES = '"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
 def measured_profile(graph: LayerGraph) -> dict[str, Any]:
     """Measure the layers of a graph on this machine, without joules, and return the profile's JSON."""
     return profile(graph, meter=None).to_json()
+
+
+class _Ready(NamedTuple):
+    """A request that has been decoded and checked."""
+
+    request: Received
+    edition: Edition
+    decoded: wire.InferRequest
+    plan: RequestPlan
+    given: list[Tensor]
+    started_s: float
+    decoded_s: float
 
 
 class ServedModel:
@@ -65,14 +78,18 @@ class ServedModel:
         backends: what may run tails besides eager PyTorch, this server's own choice first; none for eager PyTorch.
         concurrency: how many requests run at once. More than one asks for a model that ``serve.concurrency`` has found
             fit for it.
+        together: how many samples of requests that wait may be joined and run as one; more than one asks for a model
+            that ``serve.independence`` has found fit for it.
+        rounded: whether such answers may be the same to rounding only, which devices are told.
 
     Attributes:
         versions: the versions that are served.
         max_tensor_bytes: the most bytes that the tensors of a request have together.
         max_times: the most times the example's bytes that one tensor has.
-        worker: the threads that run the requests.
+        intake: hands requests to the threads that run them.
         open: whether requests are accepted.
         backends: what runs the tails.
+        together: how many samples of requests that wait are joined at most.
     """
 
     versions = ("1",)
@@ -90,6 +107,8 @@ class ServedModel:
         same_bits: bool = True,
         backends: Sequence[Backend] = (),
         concurrency: int = 1,
+        together: int = 1,
+        rounded: bool = False,
     ) -> None:
         self.name = name
         self.graph = graph
@@ -101,15 +120,21 @@ class ServedModel:
         self._editions = Editions(name, graph, max_tails)
         self._finish = finish
         self._output_names = [spec.name for spec in graph.outputs]
-        self.worker = Worker(f"torchsurgeon-{name}", concurrency)
+        self.together = min(together, self.max_batch)
+        self.intake = Intake(name, self.answer, self.answer_together, concurrency, self.together)
         self.open = True
         self._profiler = profiler
         self.backends = TailBackends(name, graph, backends, max_tails)
         same_bits = same_bits and self.backends.keeps_bits
-        self._arithmetic = ArithmeticReader(graph.model) if same_bits else None
+        batched = {"batching": f"up to {self.together} samples"} if rounded and self.together > 1 else {}
+        self._arithmetic = ArithmeticReader(graph.model, batched) if same_bits else None
         self._profile: dict[str, Any] | None = None
-        self._quick = QuickRequests()
         self._fitted = FittedCodecs(name, graph)
+
+    @property
+    def worker(self) -> Worker:
+        """The threads that run the requests."""
+        return self.intake.worker
 
     @property
     def tails(self) -> Tails:
@@ -130,8 +155,8 @@ class ServedModel:
             "name": self.name,
             "versions": list(self.versions),
             "platform": "torchsurgeon",
-            "inputs": [_tensor_metadata(spec) for spec in self.graph.inputs],
-            "outputs": [_tensor_metadata(spec) for spec in self.graph.outputs],
+            "inputs": [tensor_metadata(spec) for spec in self.graph.inputs],
+            "outputs": [tensor_metadata(spec) for spec in self.graph.outputs],
             "parameters": {"codecs": [*codec_names(), *self._fitted.digests(self._editions.present.known_weights)]},
         }
 
@@ -196,7 +221,7 @@ class ServedModel:
             body_bytes: length of the request's body. Earlier requests of this length, which most likely had the same
                 cut, say how long this one takes.
         """
-        return self._finish is None and self._quick.expects(body_bytes)
+        return self._finish is None and self.intake.quick(body_bytes)
 
     def answer(self, request: Received) -> wire.Encoded:
         """Decode one request, run the tail, and encode the answer. To be called by the worker.
@@ -212,11 +237,49 @@ class ServedModel:
         """
         started_s = time.perf_counter()
         try:
-            return self._answer(request, started_s)
+            ready = self._ready(request, started_s)
+            results = self._run(ready.plan, ready.given)
+            return self._encoded(ready, results, ready.decoded_s, time.perf_counter())
         finally:
-            self._quick.took(len(request.body), time.perf_counter() - started_s)
+            self.intake.took(request, time.perf_counter() - started_s)
 
-    def _answer(self, request: Received, started_s: float) -> wire.Encoded:
+    def answer_together(self, requests: Sequence[Received]) -> list[wire.Encoded | Exception]:
+        """Answer requests of one kind, and run the tail once for all of them. To be called by the worker.
+
+        Each gets the answer, or the error, that it would have got alone. Where they cannot be joined after all, or the
+        model fails for all of them, each runs alone.
+        """
+        started_s = time.perf_counter()
+        ready: list[_Ready] = []
+        for request in requests:
+            try:
+                ready.append(self._ready(request, started_s))
+            except Exception:
+                return [self._tried(one) for one in requests]
+        plan = ready[0].plan
+        joined = None
+        if plan.seam is not None and all(one.plan is plan for one in ready):
+            sizes = [plan.seam.size(one.given) for one in ready]
+            joined = plan.seam.join([one.given for one in ready]) if sum(sizes) <= self.together else None
+        if joined is None or plan.seam is None:
+            return [self._tried(one) for one in requests]
+        joined_s = time.perf_counter()
+        try:
+            parts = plan.seam.part(self._run(plan, joined), sizes)
+            computed_s = time.perf_counter()
+            encoded = [self._encoded(*pair, joined_s, computed_s) for pair in zip(ready, parts, strict=True)]
+        except Exception:
+            return [self._tried(one) for one in requests]
+        self.intake.took(requests[0], time.perf_counter() - started_s, len(requests))
+        return list(encoded)
+
+    def _tried(self, request: Received) -> wire.Encoded | Exception:
+        try:
+            return self.answer(request)
+        except Exception as error:
+            return error
+
+    def _ready(self, request: Received, started_s: float) -> _Ready:
         edition = self._editions.present
         decoded = wire.decode_request(
             request.body,
@@ -230,16 +293,24 @@ class ServedModel:
         decoded_s = time.perf_counter()
         if plan.check is not None:
             plan.check(decoded.tensors)
+        given = [decoded.tensors[name] for name in plan.names]
+        return _Ready(request, edition, decoded, plan, given, started_s, decoded_s)
+
+    def _run(self, plan: RequestPlan, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         try:
             # The tail's forward, without the overhead of nn.Module's call: a tail has no hooks.
-            results = plan.run(*[decoded.tensors[name] for name in plan.names])
+            return plan.run(*tensors)
         except Exception as error:
             raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {short(error)}") from error
-        computed_s = time.perf_counter()
+
+    def _encoded(self, ready: _Ready, results: Sequence[Tensor], begun_s: float, computed_s: float) -> wire.Encoded:
+        """Return the answer, for results that were computed from ``begun_s`` to ``computed_s``."""
+        request, plan, decoded = ready.request, ready.plan, ready.decoded
         outputs = dict(zip(self._output_names, results, strict=True))
         if plan.outputs is not None:
             outputs = {name: outputs[name] for name in plan.outputs}
-        times_s = (request.receive_s, started_s - request.arrived_s, decoded_s - started_s, computed_s - decoded_s)
+        decode_s = ready.decoded_s - ready.started_s
+        times_s = (request.receive_s, begun_s - decode_s - request.arrived_s, decode_s, computed_s - begun_s)
         return wire.encode_response(
             self.name,
             self.versions[0],
@@ -247,7 +318,7 @@ class ServedModel:
             as_json=plan.as_json,
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
-            parameters=self._told(edition) + _TIMES % times_s,
+            parameters=self._told(ready.edition) + _TIMES % times_s,
             codec=decoded.output_codec,
             crc32=decoded.crc32,
         )
@@ -300,97 +371,11 @@ class ServedModel:
             as_json = tuple(output.name for output in request.outputs if not output.binary)
         else:
             outputs, as_json = None, () if request.binary_output else tuple(known)
-        plan = RequestPlan(names, run, outputs, as_json, _value_check(self.graph, self.name, names))
+        seam = Seam.of(self.graph, names) if usual and self.together > 1 else None
+        plan = RequestPlan(names, run, outputs, as_json, value_check(self.graph, self.name, names), seam)
         if request.recurring is not None:
             # A plan keeps its tail alive, so there must not be more plans than tails.
             if len(edition.plans) >= edition.tails.capacity:
                 edition.plans.clear()
             edition.plans[request.recurring] = plan
         return plan
-
-
-def _value_check(graph: LayerGraph, name: str, names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], None] | None:
-    """Return what refuses inputs whose values take another path than the traced one; None where values decide nothing.
-
-    Args:
-        graph: the traced model.
-        name: the model's name.
-        names: the names of the tensors in a request.
-    """
-    inputs, check = [spec.name for spec in graph.inputs], graph.check_values
-    if check is None or not set(inputs) <= set(names):
-        return None
-
-    def check_inputs(tensors: Mapping[str, Tensor]) -> None:
-        try:
-            check([tensors[one] for one in inputs])
-        except TypeError as error:
-            raise ProtocolError(f"model {name!r}: {error}") from None
-
-    return check_inputs
-
-
-def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: int, max_times: float) -> bool:
-    """Check the dtypes and the shapes of tensors against a graph. Names that the graph does not have are left out.
-
-    Args:
-        graph: the traced model.
-        tensors: the tensors by name.
-        max_batch: the largest batch.
-        max_times: the most times the example's bytes that a tensor may have.
-
-    Returns:
-        Whether all shapes are those of the example at some batch size. If not (an image of another size), they have to
-        be checked by ``check_shapes()``.
-
-    Raises:
-        ProtocolError: a dtype, rank or size is not possible in this graph, or the tensors differ in their batch size.
-    """
-    usual = True
-    batch: int | None = None
-    decided_by = ""
-    for name, tensor in tensors.items():
-        spec = graph.values.get(name)
-        if spec is None:
-            continue
-        if tensor.dtype != spec.dtype:
-            raise ProtocolError(
-                f"tensor {short(name)} must be {wire.datatype_of(spec.dtype)}; got {wire.datatype_of(tensor.dtype)}"
-            )
-        shape = tuple(tensor.shape)
-        own = _batch_of(spec, shape)
-        samples = all(size or not step for size, step in zip(shape, spec.batch_step, strict=False))
-        fits = len(shape) == len(spec.shape) and tensor.nbytes <= spec.size_bytes * max_times
-        if own is None and samples and fits:
-            usual = False
-            continue
-        if own is None or own > max_batch:
-            problem = f" in a batch of at most {max_batch}" if any(spec.batch_step) else ""
-            raise ProtocolError(
-                f"tensor {short(name)} must have shape {list(spec.wire_shape)}{problem}, or another size of at most "
-                f"{max_times:g} times the example's bytes (a larger --max-batch raises that); got shape {list(shape)}"
-            )
-        if any(spec.batch_step):
-            if batch is not None and own != batch:
-                raise ProtocolError(
-                    f"all tensors must have the same batch size; {short(decided_by, 100)} is a batch of {batch}, and "
-                    f"{short(name, 100)} is a batch of {own}"
-                )
-            batch, decided_by = own, name
-    return usual
-
-
-def _batch_of(spec: TensorSpec, shape: tuple[int, ...]) -> int | None:
-    """Return the batch size of a shape (the example's, where the shape does not depend on it); None if it fits none."""
-    if len(shape) != len(spec.shape):
-        return None
-    batch = spec.example_batch
-    for size, example, step in zip(shape, spec.shape, spec.batch_step, strict=True):
-        if step:
-            batch = spec.example_batch + (size - example) // step
-            break
-    return batch if batch >= 1 and spec.at_batch(batch) == shape else None
-
-
-def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": wire.datatype_of(spec.dtype), "shape": list(spec.wire_shape)}

@@ -21,6 +21,7 @@ from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.backends import find_backend
 from torchsurgeon.errors import ServerError, TorchSurgeonError, short
 from torchsurgeon.serve.app import create_app
+from torchsurgeon.serve.batching import Batching
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
 from torchsurgeon.serve.draining import DrainingServer
 from torchsurgeon.serve.failure import OncePerPeriod
@@ -131,6 +132,7 @@ def run(
     seed: int = 0,
     max_batch: int = 64,
     concurrency: int | None = None,
+    batching: Batching = "rounded",
     max_connections: int = MAX_CONNECTIONS,
     max_connections_per_address: int | None = None,
     grace_s: float = 10.0,
@@ -157,6 +159,7 @@ def run(
         seed: seed of random weights.
         max_batch: the largest batch of a request.
         concurrency: how many requests of a model run at once, as in ``ModelRegistry``.
+        batching: whether requests that wait are joined and run as one, as in ``ModelRegistry``.
         max_connections: as in ``Server``.
         max_connections_per_address: as in ``Server``.
         grace_s: after SIGTERM or SIGINT, the most seconds that requests under way are waited for.
@@ -187,7 +190,7 @@ def run(
     for backend in (backends or {}).values():
         find_backend(backend)
     keep_freed_memory()
-    registry = ModelRegistry(max_batch=max_batch, concurrency=concurrency, profiler=profiler)
+    registry = ModelRegistry(max_batch=max_batch, concurrency=concurrency, batching=batching, profiler=profiler)
     for name in models:
         registry.announce(name)
     bound = listen(host, port)

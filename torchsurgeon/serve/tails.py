@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import short
+from torchsurgeon.serve.batching import Seam
 from torchsurgeon.tracing.graph import LayerGraph
 
 _CUT_CHARACTERS = 200
@@ -79,6 +80,7 @@ class RequestPlan:
     """How requests with one header are run: ``run`` with the tensors in the order of ``names``, after ``check``.
 
     Attributes:
+        seam: how such requests are joined to run as one; None where they are not.
         cut: the names as the log tells them.
     """
 
@@ -87,6 +89,7 @@ class RequestPlan:
     outputs: tuple[str, ...] | None
     as_json: tuple[str, ...]
     check: Callable[[Mapping[str, Tensor]], None] | None = None
+    seam: Seam | None = None
     cut: str = field(init=False)
 
     def __post_init__(self) -> None:

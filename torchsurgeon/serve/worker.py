@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -20,10 +21,22 @@ T = TypeVar("T")
 _WAIT_S = 5e-3
 
 
+class Group(Protocol):
+    """Runs jobs of one kind together."""
+
+    def limit(self, kind: object) -> int:
+        """Return how many waiting jobs of a kind to run together at most."""
+
+    def answer_together(self, requests: Sequence[Any]) -> Sequence[Any]:
+        """Return the result of each job, or the exception that it raises."""
+
+
 class _Item(NamedTuple):
     future: Future[Any]
     job: Callable[[], Any]
     quick: bool
+    kind: object = None
+    load: Any = None
 
 
 class Worker:
@@ -35,6 +48,7 @@ class Worker:
     Args:
         name: the threads' name.
         concurrency: how many threads there are.
+        group: runs jobs of one kind together; None to run each alone.
 
     Attributes:
         settings: with how many CPU threads jobs run, and whether they flush denormal numbers: as the thread does that
@@ -42,13 +56,17 @@ class Worker:
         concurrency: as given.
     """
 
-    def __init__(self, name: str, concurrency: int = 1) -> None:
+    def __init__(self, name: str, concurrency: int = 1, group: Group | None = None) -> None:
         self.settings = ThreadSettings.here()
         self.follow()
         self.concurrency = concurrency
         self._running = threading.Lock() if concurrency == 1 else None
         self._turn: AbstractContextManager[object] = self._running or nullcontext()
-        self._jobs: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._group = group
+        # What waits, and a token for each of them: True, or None for a thread that is to end. Of several that are taken
+        # at once, the tokens stay and are found to be used.
+        self._waiting: deque[_Item] = deque()
+        self._tokens: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         self._counting = threading.Lock()
         self._slow = 0
         names = [name] if concurrency == 1 else [f"{name}-{i}" for i in range(concurrency)]
@@ -60,17 +78,22 @@ class Worker:
         """Run later jobs with as many CPU threads as the process is set to now."""
         self.settings = self.settings._replace(threads=process_threads())
 
-    def submit(self, job: Callable[[], T], *, quick: bool = False) -> Future[T]:
+    def submit(
+        self, job: Callable[[], T], *, quick: bool = False, kind: object = None, load: object = None
+    ) -> Future[T]:
         """Queue a job, and return the future of its result.
 
         Args:
             job: the job.
             quick: whether it is expected to be quick, so that ``now()`` may wait for it.
+            kind: what it has in common with jobs that it may run together with; None to run alone.
+            load: what the group needs for it.
         """
         future: Future[T] = Future()
-        if not quick:
-            self._count_slow(1)
-        self._jobs.put(_Item(future, job, quick))
+        with self._counting:
+            self._slow += not quick
+            self._waiting.append(_Item(future, job, quick, kind, load))
+        self._tokens.put(True)
         return future
 
     def submit_alone(self, job: Callable[[], T]) -> Future[T]:
@@ -97,12 +120,14 @@ class Worker:
             # has a future of its own, since all would wait for ever for one that a caller has cancelled.
             self._slow += self.concurrency
             for part in (measure, *[pause] * (self.concurrency - 1)):
-                self._jobs.put(_Item(Future(), part, False))
+                self._waiting.append(_Item(Future(), part, False))
+                self._tokens.put(True)
         return future
 
-    def _count_slow(self, change: int) -> None:
-        with self._counting:
-            self._slow += change
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait."""
+        return len(self._waiting)
 
     def now(self, job: Callable[[], T]) -> T | None:
         """Run a quick job in the calling thread and return its result; None where a slow job runs or waits.
@@ -129,18 +154,56 @@ class Worker:
     def close(self) -> None:
         """End the threads after the jobs that are queued."""
         for _ in self._threads:
-            self._jobs.put(None)
+            self._tokens.put(None)
 
     def _ended(self, quick: bool) -> None:
         if not quick:
-            self._count_slow(-1)
+            with self._counting:
+                self._slow -= 1
 
     def _run(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            future, job, quick = item
-            _fulfil(future, partial(self._in_turn, job), partial(self._ended, quick))
+        while self._tokens.get() is not None:
+            items = self._take()
+            if len(items) == 1:
+                _fulfil(items[0].future, partial(self._in_turn, items[0].job), partial(self._ended, items[0].quick))
+            elif items and self._group is not None:
+                self._run_together(items, self._group)
             # While it waits for the next job, the thread must not keep the buffers of the last one alive.
-            del item, future, job
+            del items
+
+    def _take(self) -> list[_Item]:
+        """Return the job that has waited the longest, with those that are to run together with it."""
+        with self._counting:
+            if not self._waiting:
+                return []
+            first = self._waiting.popleft()
+            if first.kind is None or self._group is None:
+                return [first]
+            mates = [item for item in self._waiting if item.kind == first.kind]
+            # The other threads get their share of those that wait.
+            share = -(-(len(mates) + 1) // self.concurrency)
+            count = min(share, self._group.limit(first.kind)) - 1
+            if count > 0:
+                taken = set(map(id, mates[:count]))
+                self._waiting = deque(item for item in self._waiting if id(item) not in taken)
+            return [first, *mates[: max(0, count)]]
+
+    def _run_together(self, items: Sequence[_Item], group: Group) -> None:
+        live = [item for item in items if item.future.set_running_or_notify_cancel()]
+        error: BaseException | None = None
+        results: Sequence[Any] = ()
+        try:
+            if live:
+                results = self._in_turn(partial(group.answer_together, [item.load for item in live]))
+        except BaseException as raised:
+            error = raised
+        for item in items:
+            self._ended(item.quick)
+        for item, result in zip(live, results or [error] * len(live), strict=True):
+            if isinstance(result, BaseException):
+                item.future.set_exception(result)
+            else:
+                item.future.set_result(result)
 
     def _in_turn(self, job: Callable[[], T]) -> T:
         with self._turn, torch.no_grad():

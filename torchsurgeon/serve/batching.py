@@ -1,0 +1,148 @@
+"""Requests that wait together run together: how their tensors are joined, and whether and how far that pays."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import TensorSpec
+
+Batching = Literal["off", "exact", "rounded"]
+"""Never; only as far as answers keep the bits that they have alone; also where they are the same to rounding only."""
+
+# Twice as many samples have to take so much less time a sample before so many are taken together.
+_WORTH = 0.95
+# So many runs of one size before its time is relied on, and after so many runs another size is tried again.
+_FEW, _MANY = 3, 64
+_SMOOTHING = 0.2
+_MOST_KINDS = 256
+
+
+def batch_dimension(spec: TensorSpec) -> int | None:
+    """Return the dimension of a tensor along which samples lie one after the other; None where there is none."""
+    found = [i for i, step in enumerate(spec.batch_step) if step]
+    if len(found) != 1 or spec.batch_step[found[0]] != 1 or spec.shape[found[0]] != spec.example_batch:
+        return None
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Where the tensors of several requests are joined, and where the outputs are taken apart again.
+
+    Attributes:
+        inputs: for each tensor of a request, in their order, the dimension along which samples lie.
+        outputs: the same for each output of the model.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @staticmethod
+    def of(graph: LayerGraph, names: Sequence[str]) -> Seam | None:
+        """Return how requests with these tensors are joined; None where a tensor does not allow it."""
+        if any(name in graph.layouts for name in names):
+            return None
+        inputs = [batch_dimension(graph.values[name]) for name in names]
+        outputs = [batch_dimension(spec) for spec in graph.outputs]
+        if None in (*inputs, *outputs):
+            return None
+        return Seam(tuple(one for one in inputs if one is not None), tuple(one for one in outputs if one is not None))
+
+    def join(self, requests: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
+        """Return the tensors of all requests as those of one; None where they lie in memory in an unusual way."""
+        joined = []
+        for dim, *tensors in zip(self.inputs, *requests, strict=True):
+            if not all(map(_is_usual, tensors)):
+                return None
+            joined.append(torch.cat(tensors, dim))
+        return joined
+
+    def part(self, results: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+        """Return the outputs of each request.
+
+        Args:
+            results: the outputs of all together.
+            sizes: how many samples each request has.
+        """
+        parts = [result.split(list(sizes), dim) for dim, result in zip(self.outputs, results, strict=True)]
+        return [list(one) for one in zip(*parts, strict=True)]
+
+    def size(self, tensors: Sequence[Tensor]) -> int:
+        """Return how many samples a request has."""
+        return tensors[0].shape[self.inputs[0]]
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    # Tensors that lie otherwise, torch.cat would give another order in memory, and kernels are chosen by that.
+    if tensor.is_contiguous():
+        return True
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@dataclass
+class _Kind:
+    """How long a sample took in runs of 1, 2, 4, 8, … samples, with how often that was measured."""
+
+    each_s: dict[int, float] = field(default_factory=dict)
+    count: dict[int, int] = field(default_factory=dict)
+    runs: int = 0
+
+    def known(self, size: int) -> bool:
+        return self.count.get(size, 0) >= _FEW
+
+
+class Gain:
+    """How many requests are worth running together, found out while they run. Thread-safe.
+
+    It begins with one. Twice as many are tried once so many wait, and kept if each then takes less time. A size that
+    did not pay is tried again after a while, because what pays depends on the load.
+
+    Args:
+        most: the most samples in one run.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kinds: dict[object, _Kind] = {}
+        self._lock = threading.Lock()
+
+    def limit(self, kind: object) -> int:
+        """Return how many samples of a kind of request to run together at most."""
+        with self._lock:
+            found = self._kinds.get(kind)
+            if found is None:
+                return 1
+            found.runs += 1
+            best = 1
+            while best < self._most and found.known(best) and found.known(2 * best):
+                if found.each_s[2 * best] > _WORTH * found.each_s[best]:
+                    break
+                best *= 2
+            if not found.known(best):
+                return best
+            if not found.known(2 * best) or found.runs % _MANY == 0:
+                return min(2 * best, self._most)
+            if found.runs % _MANY == _MANY // 2:
+                return max(1, best // 2)
+            return best
+
+    def took(self, kind: object, size: int, duration_s: float) -> None:
+        """Take notice of how long a run of ``size`` samples took."""
+        rounded = 1 << (size.bit_length() - 1)
+        with self._lock:
+            found = self._kinds.get(kind)
+            if found is None:
+                if len(self._kinds) >= _MOST_KINDS:
+                    self._kinds.clear()
+                found = self._kinds[kind] = _Kind()
+            each_s = duration_s / size
+            before = found.each_s.get(rounded, each_s)
+            found.each_s[rounded] = before + _SMOOTHING * (each_s - before)
+            found.count[rounded] = found.count.get(rounded, 0) + 1

@@ -1,0 +1,173 @@
+"""Whether the samples of a batch leave each other alone, and whether a batch keeps the bits that each has alone.
+
+A traced model may take any batch, and still mix its samples: it may subtract their mean, or scale them by the largest
+of all. And a kernel may add up in another order for eight samples than for one. Both show when samples are run alone
+and together, and the results of all layers are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchsurgeon.cutting.partition import tail_for
+from torchsurgeon.cutting.segment import Segment
+from torchsurgeon.errors import short
+from torchsurgeon.serve.batching import batch_dimension
+from torchsurgeon.serve.tails import place_of
+from torchsurgeon.tracing.flow import Value
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.state import left_as_it_was
+from torchsurgeon.tracing.step import Environment, Step
+
+# Rounding moves a value by less than this part of the largest in its tensor, and another sample by more.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
+_COARSE_ROUNDING = 5e-2
+# Batches of up to so many samples are compared bit for bit.
+MOST_EXACT = 8
+
+
+def why_alone(graph: LayerGraph, tensors: Sequence[Tensor]) -> str | None:
+    """Return why requests of a model must not be joined to a batch, in words; None where they may.
+
+    Args:
+        graph: the traced model.
+        tensors: the example's tensors, in the order of ``graph.inputs``.
+    """
+    if not graph.batch_free:
+        return "it takes the example's batch size only"
+    if graph.check_values is not None or graph.value_dependent:
+        return "the path that it takes depends on values"
+    for spec in (*graph.inputs, *graph.outputs):
+        if batch_dimension(spec) is None:
+            return f"its tensor {short(spec.name)} has no dimension for samples"
+    samples = _samples(graph, tensors, 2)
+    alone = [_Kept(graph).of(one) for one in samples]
+    together = _Kept(graph).of(_joined(graph, samples))
+    for name, whole in together.items():
+        for index, kept in enumerate(alone):
+            own = _sample_of(graph, name, whole, index, len(samples))
+            if own is not None and not _close(own, kept[name]):
+                return f"its samples do not leave each other alone: in a batch, {short(name)} is another"
+    return None
+
+
+def most_exact(graph: LayerGraph, tensors: Sequence[Tensor], most: int = MOST_EXACT) -> int:
+    """Return how many samples may run together so that each result of each layer keeps its bits; 1 if none may.
+
+    Args:
+        graph: a traced model whose samples leave each other alone.
+        tensors: the example's tensors, in the order of ``graph.inputs``.
+        most: how many to try at most.
+    """
+    samples = _samples(graph, tensors, most)
+    alone = [_Kept(graph).of(one) for one in samples]
+    for size in range(2, most + 1):
+        together = _Kept(graph).of(_joined(graph, samples[:size]))
+        for name, whole in together.items():
+            for index in range(size):
+                own = _sample_of(graph, name, whole, index, size)
+                if own is None or not _same(own, alone[index][name]):
+                    return size - 1
+    return most
+
+
+class _Kept:
+    """Keeps what each layer gives, as it is before a later layer overwrites it."""
+
+    def __init__(self, graph: LayerGraph) -> None:
+        self._graph = graph
+        self._values: dict[int, list[Value]] = {}
+        for name in graph.values:
+            value = graph.value(name)
+            self._values.setdefault(value.step, []).append(value)
+        self.found: dict[str, Tensor] = {}
+
+    def of(self, tensors: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """Run the model on tensors, and return what its layers and the model itself give, by name."""
+        graph = self._graph
+        whole: Segment = tail_for(graph, tuple(sorted(spec.name for spec in graph.inputs)), flat=True)
+        place = place_of(graph.model)
+        given = {spec.name: one.to(place) for spec, one in zip(graph.inputs, tensors, strict=True)}
+        with left_as_it_was(graph.model), torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            environment = whole.watched([given[name] for name in sorted(given)], self)
+            results = whole.result(environment)
+        outputs = [spec.name for spec in graph.outputs]
+        return {**self.found, **{f"output {name}": one for name, one in zip(outputs, results, strict=True)}}
+
+    def before(self, step: Step, environment: Environment) -> None:
+        """Nothing is looked at before a step."""
+
+    def after(self, step: Step, environment: Environment, token: Any) -> None:
+        """Keep what a step has given."""
+        for value in self._values.get(step.index, ()):
+            if environment[step.index] is not None:
+                self.found[value.name] = value.leaf(environment).clone()
+
+
+def _samples(graph: LayerGraph, tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+    """Return examples of one sample each: the example's first sample, and others of the same kind."""
+    pairs = zip(graph.inputs, tensors, strict=True)
+    first = [_narrow(tensor.cpu(), batch_dimension(spec), 0) for spec, tensor in pairs]
+    noise = torch.Generator().manual_seed(0)
+    return [first, *([_another(tensor, noise) for tensor in first] for _ in range(count - 1))]
+
+
+def _another(tensor: Tensor, noise: torch.Generator) -> Tensor:
+    """Return a tensor with other values in the range of this one's."""
+    if not tensor.numel():
+        return tensor.clone()
+    mixed = tensor.reshape(-1)[torch.randperm(tensor.numel(), generator=noise)].reshape(tensor.shape)
+    if not tensor.dtype.is_floating_point:
+        return mixed
+    low, high = float(tensor.min()), float(tensor.max())
+    spread = (high - low) or 1.0
+    added = torch.rand(tensor.shape, generator=noise, dtype=torch.float32) * spread
+    # Of another size too, so that a scale that is taken of all samples shows.
+    return ((mixed.float() + added) * (0.3 + float(torch.rand((), generator=noise)))).to(tensor.dtype)
+
+
+def _joined(graph: LayerGraph, samples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    dims = [batch_dimension(spec) or 0 for spec in graph.inputs]
+    return [torch.cat(list(parts), dim) for dim, parts in zip(dims, zip(*samples, strict=True), strict=True)]
+
+
+def _sample_of(graph: LayerGraph, name: str, whole: Tensor, index: int, count: int) -> Tensor | None:
+    """Return the part of a tensor that belongs to one sample of a batch; the whole where it does not grow with it."""
+    spec = graph.values.get(name) or next(one for one in graph.outputs if f"output {one.name}" == name)
+    dim = batch_dimension(spec)
+    if dim is not None:
+        return _narrow(whole, dim, index)
+    growing = [i for i, step in enumerate(spec.batch_step) if step]
+    if not growing:
+        return whole
+    size = whole.shape[growing[0]] // count
+    # Several rows a sample, one sample after the other.
+    return whole.narrow(growing[0], index * size, size) if len(growing) == 1 else None
+
+
+def _narrow(tensor: Tensor, dim: int | None, index: int) -> Tensor:
+    return tensor if dim is None else tensor.narrow(dim, index, 1)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if not one.dtype.is_floating_point or one.is_quantized:
+        # Rounding may move a value over an edge, so what follows from floating-point numbers says more.
+        return True
+    limit = _ROUNDING.get(one.dtype, _COARSE_ROUNDING)
+    one, other = one.double(), other.double()
+    both = one.isfinite() & other.isfinite()
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return False
+    size = float(other[both].abs().max()) if bool(both.any()) else 0.0
+    return bool(((one - other)[both].abs() <= limit * size + 1e-30).all())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)

@@ -1,0 +1,77 @@
+"""The requests of one model on their way to its threads: which run at once, which wait, and which run together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from torchsurgeon import wire
+from torchsurgeon.serve.batching import Gain
+from torchsurgeon.serve.quick import QuickRequests
+from torchsurgeon.serve.received import Received
+from torchsurgeon.serve.worker import Worker
+
+Answer = Callable[[Received], wire.Encoded]
+AnswerTogether = Callable[[Sequence[Received]], Sequence["wire.Encoded | Exception"]]
+
+# Of longer headers it is not found out whether others wait that have the same.
+_MOST_KIND_BYTES = 4096
+
+
+class Intake:
+    """The requests of one model.
+
+    Args:
+        name: the model's name.
+        answer: answers one request.
+        answer_together: answers several of one kind.
+        concurrency: how many requests run at once.
+        together: how many samples of requests that wait are run as one at most.
+
+    Attributes:
+        together: as given.
+        worker: the threads that run the requests.
+    """
+
+    def __init__(
+        self, name: str, answer: Answer, answer_together: AnswerTogether, concurrency: int, together: int
+    ) -> None:
+        self.together = together
+        self.answer_together = answer_together
+        self._answer = answer
+        self._gain = Gain(together)
+        self._quick = QuickRequests()
+        self.worker = Worker(f"torchsurgeon-{name}", concurrency, self if together > 1 else None)
+
+    def quick(self, body_bytes: int) -> bool:
+        """Return whether a request is so quick that a thread is not worth switching to.
+
+        Args:
+            body_bytes: length of the request's body. Earlier requests of this length, which most likely had the same
+                cut, say how long this one takes.
+        """
+        return self._quick.expects(body_bytes)
+
+    def submit(self, request: Received, *, quick: bool = False) -> Future[wire.Encoded]:
+        """Have a thread answer a request, perhaps together with others that wait.
+
+        Args:
+            request: the request.
+            quick: as ``quick()`` says.
+        """
+        if self.together > 1 and request.header_bytes is not None and request.header_bytes <= _MOST_KIND_BYTES:
+            # Requests with the same header have the same tensors, of the same shapes, under the same codecs.
+            request.kind = bytes(request.body[: request.header_bytes])
+        job = functools.partial(self._answer, request)
+        return self.worker.submit(job, quick=quick, kind=request.kind, load=request)
+
+    def limit(self, kind: object) -> int:
+        """Return how many waiting requests of a kind to run together at most; called by the worker."""
+        return self._gain.limit(kind)
+
+    def took(self, request: Received, duration_s: float, together: int = 1) -> None:
+        """Take notice of how long a request took, or so many together of which it is the first."""
+        self._quick.took(len(request.body), duration_s)
+        if request.kind is not None:
+            self._gain.took(request.kind, together, duration_s)
