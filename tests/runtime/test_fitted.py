@@ -18,7 +18,7 @@ from torchsurgeon.codec import Budget, CodecTable, FittedCodec, fit_codec, measu
 from torchsurgeon.codec import codec as codecs
 from torchsurgeon.errors import CodecError, MissingCodecWarning
 from torchsurgeon.serve import ModelRegistry, Server, create_app
-from torchsurgeon.serve.served import Received
+from torchsurgeon.serve.received import Received
 
 CUT = "2"
 

@@ -24,8 +24,9 @@ from paths import environment
 from torch import Tensor, nn
 
 from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve.access import AccessLog, access
 from torchsurgeon.serve.failure import OncePerPeriod, complain
-from torchsurgeon.serve.logs import AccessLog, JsonFormatter, TextFormatter, access
+from torchsurgeon.serve.logs import JsonFormatter, TextFormatter
 from torchsurgeon.serve.outcome import CLIENT_GONE, Outcome
 from torchsurgeon.serve.received import given_id
 
@@ -227,14 +228,16 @@ class Blocked(logging.Handler):
 
 def test_an_access_log_that_cannot_be_written_delays_no_answer(server: Server) -> None:
     blocked = Blocked()
+    noted: list[Outcome]
     access.addHandler(blocked)
-    log = AccessLog()
-    server.app.listeners.append(log)
+    log, noted = AccessLog(), []
+    server.app.listeners += [log, noted.append]
     try:
         start_s = time.monotonic()
         for _ in range(20):
             assert ask(server.port, "/v2/health/live")[0] == 200
         assert time.monotonic() - start_s < 10
+        wait_for(lambda: len(noted) == 20)
         blocked.free.set()
     finally:
         server.app.listeners.clear()
@@ -246,8 +249,8 @@ def test_an_access_log_that_cannot_be_written_delays_no_answer(server: Server) -
 def test_lines_that_come_faster_than_they_are_written_are_dropped_and_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("torchsurgeon.serve.logs._MOST_WAITING", 10)
-    monkeypatch.setattr("torchsurgeon.serve.logs._EVERY_S", 60.0)
+    monkeypatch.setattr("torchsurgeon.serve.access._MOST_WAITING", 10)
+    monkeypatch.setattr("torchsurgeon.serve.access._EVERY_S", 60.0)
     log = AccessLog()
     for i in range(25):
         log(Outcome("", str(i), "", "", "", 200, 0.0, 0, 0))

@@ -53,7 +53,7 @@ def serving(
 
 @contextmanager
 def process(name: str, spec: str, port: int, *, seed: int = 0) -> Iterator[BaseProcess]:
-    """A process that serves as ``torchsurgeon serve NAME=SPEC --port PORT --seed SEED`` does, once it is ready.
+    """A process that serves as ``torchsurgeon serve NAME=SPEC --port PORT --seed SEED --exact`` does, once it is ready.
 
     It is forked from a process that has imported PyTorch, which takes most of the time that starting a server does.
     """
@@ -77,7 +77,7 @@ def process(name: str, spec: str, port: int, *, seed: int = 0) -> Iterator[BaseP
 
 def _serve(name: str, spec: str, port: int, seed: int, said: Connection) -> None:
     torch.set_num_threads(1)
-    run({name: spec}, port=port, seed=seed, say=said.send)
+    run({name: spec}, port=port, seed=seed, batching="exact", say=said.send)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import dis
 import os
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def _written_by(step: Step) -> list[str]:
     if isinstance(step.target, nn.Module):
         target = step.target
         reading = Reading({step.module_path: target}, unhooked=target if step.bare else None)
-        inside = {type(module) for _, module in reading.modules}
+        inside: set[Any] = {type(module) for _, module in reading.modules}
         library = set().union(*(of_library_class(kind).assigned for kind in inside))
         functions: Iterable[types.FunctionType] = functions_of(target)
     elif isinstance(step.target, types.FunctionType) and not is_library_module(step.target.__module__ or ""):

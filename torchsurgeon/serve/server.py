@@ -20,12 +20,13 @@ import uvicorn
 from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.backends import find_backend
 from torchsurgeon.errors import ServerError, TorchSurgeonError, short
+from torchsurgeon.serve.access import AccessLog
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.batching import Batching
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
 from torchsurgeon.serve.draining import DrainingServer
 from torchsurgeon.serve.failure import OncePerPeriod
-from torchsurgeon.serve.logs import AccessLog, LogFormat, configure
+from torchsurgeon.serve.logs import LogFormat, configure
 from torchsurgeon.serve.protocol import ServeProtocol
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import Profiler, measured_profile
