@@ -170,6 +170,13 @@ def add_serve(commands: Commands) -> None:
         "is the same to rounding, which devices are told)",
     )
     parser.add_argument(
+        "--max-queue",
+        type=whole_number(1),
+        default=256,
+        metavar="N",
+        help="requests of one model that may wait; another one is answered with 503 (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max-connections",
         type=whole_number(1),
         default=512,
@@ -244,6 +251,7 @@ def _serve(options: argparse.Namespace) -> None:
         seed=options.seed,
         max_batch=options.max_batch,
         concurrency=options.concurrency,
+        max_queue=options.max_queue,
         batching="off" if not options.batching else "exact" if options.exact else "rounded",
         max_connections=options.max_connections,
         max_connections_per_address=options.max_connections_per_address,

@@ -22,6 +22,7 @@ import functools
 import json
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from importlib import metadata
 from typing import Any
 
@@ -33,6 +34,7 @@ from starlette.routing import Route, Router
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ProtocolError
+from torchsurgeon.serve.admission import DEADLINE, deadline_in
 from torchsurgeon.serve.body import (
     JOIN_BYTES,
     DisconnectedError,
@@ -45,11 +47,11 @@ from torchsurgeon.serve.body import (
 )
 from torchsurgeon.serve.direct import Direct
 from torchsurgeon.serve.exchange import Exchange
-from torchsurgeon.serve.failure import error_body, status_of
+from torchsurgeon.serve.failure import RETRY_AFTER_S, error_body, retry_after_s, status_of
 from torchsurgeon.serve.outcome import Listener
 from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.registry import ModelRegistry
-from torchsurgeon.serve.replies import RETRY_AFTER_S, Scope, Send, refuse, send_json
+from torchsurgeon.serve.replies import Scope, Send, refuse, send_json
 from torchsurgeon.serve.served import ServedModel
 
 MAX_PROBE_BYTES = 4 << 20
@@ -120,7 +122,8 @@ class TailApp:
         except DisconnectedError:
             pass
         except Exception as error:
-            await refuse(status_of(error), error_body(error, exchange.about()), incoming, exchange.send)
+            body = error_body(error, exchange.about())
+            await refuse(status_of(error), body, incoming, exchange.send, retry_after_s(error))
 
     async def _infer(self, name: str, version: str | None, exchange: Exchange, receive: Receive) -> None:
         started_s = time.perf_counter()
@@ -131,17 +134,19 @@ class TailApp:
         compressed = encoding not in (b"", b"identity")
         length = headers.get(_HEADER_LENGTH)
         header_bytes = None if length is None else wire.header_length(length, None if compressed else size)
+        deadline_s = deadline_in(headers.get(DEADLINE))
         limit = model.max_body_bytes(binary=header_bytes is not None)
         check_length(size, limit)
         body = await read_body(receive, size, limit, self.body_timeout_s)
         arrived_s = time.perf_counter()
         receive_s, own_id = arrived_s - started_s, exchange.given_id
         request = Received(body, header_bytes, receive_s, arrived_s, exchange.client, own_id, name)
+        request.due_s = started_s + deadline_s
         exchange.received = request
         del body  # Only the request keeps it alive, so its memory is free as soon as the request is answered.
         if compressed:
             request.body = await asyncio.to_thread(inflate, request.body, encoding, limit)
-        encoded = await asyncio.wrap_future(model.intake.submit(request))
+        encoded = await _answered(model.intake.submit(request), request, receive)
         await _send_encoded(encoded, exchange.send)
 
     async def _probe(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -164,6 +169,26 @@ def create_app(registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> Tail
         body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
     """
     return TailApp(registry, body_timeout_s=body_timeout_s)
+
+
+async def _answered(future: Future[wire.Encoded], request: Received, receive: Receive) -> wire.Encoded:
+    """Wait for an answer, and have the model stop where the client leaves before it."""
+    answer, leaving = asyncio.wrap_future(future), asyncio.ensure_future(_left(receive))
+    try:
+        first: set[asyncio.Future[Any]] = {answer, leaving}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise DisconnectedError
+        return answer.result()
+    finally:
+        request.gone = not answer.done()
+        answer.cancel()
+        leaving.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _down_bytes(query: bytes) -> int:

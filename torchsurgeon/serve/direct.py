@@ -15,11 +15,11 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ModelServingError, ProtocolError
-from torchsurgeon.serve.failure import error_body, status_of
+from torchsurgeon.serve.admission import DEADLINE, deadline_in
+from torchsurgeon.serve.failure import RETRY_AFTER_S, BusyError, error_body, retry_after_s, status_of
 from torchsurgeon.serve.outcome import Outcome
 from torchsurgeon.serve.received import REQUEST_ID, Received, given_id
 from torchsurgeon.serve.registry import ModelRegistry
-from torchsurgeon.serve.replies import RETRY_AFTER_S
 from torchsurgeon.serve.served import ServedModel
 from torchsurgeon.wire.buffers import Buffers
 
@@ -41,6 +41,7 @@ class Plain:
         timeout_s: seconds that the client may take to send the body, in addition to the body's time at 16 KiB/s.
         path: the path that is asked for.
         given_id: the id that the client gave the request; None where it gave none.
+        deadline_s: seconds from the head to when the answer is due; infinity where the client gave none.
     """
 
     model: ServedModel
@@ -49,6 +50,7 @@ class Plain:
     timeout_s: float
     path: str
     given_id: str | None
+    deadline_s: float
 
 
 class Reply(NamedTuple):
@@ -59,12 +61,14 @@ class Reply(NamedTuple):
         buffers: the body, in buffers to be written one after the other.
         header_bytes: as in ``torchsurgeon.wire.Encoded``.
         size_bytes: length of the body.
+        retry_after_s: with status 503, in how many seconds to ask again.
     """
 
     status: int
     buffers: list[wire.Buffer]
     header_bytes: int | None
     size_bytes: int
+    retry_after_s: int = RETRY_AFTER_S
 
 
 class Job:
@@ -87,6 +91,7 @@ class Job:
         self.missing = body
         self.started_s = time.perf_counter()
         self.received = Received(body, plain.header_bytes, 0.0, 0.0, client, plain.given_id, plain.model.name)
+        self.received.due_s = self.started_s + plain.deadline_s
 
     def arrived(self, count: int) -> None:
         """Record that the first ``count`` of the missing bytes have arrived."""
@@ -146,7 +151,10 @@ class Job:
                 # The event loop is closed, so nobody waits for the answer.
                 _log.debug("the server stopped before a request was answered")
 
-        model.intake.submit(received, quick=quick).add_done_callback(done)
+        try:
+            model.intake.submit(received, quick=quick).add_done_callback(done)
+        except BusyError as error:
+            reply(_refusal(error, received))
 
 
 class Direct:
@@ -189,21 +197,24 @@ class Direct:
         try:
             model = self._registry.get(parts[3].decode("latin-1"), parts[5].decode("latin-1") if versioned else None)
             header_bytes = None if length is None else wire.header_length(length, int(size))
+            deadline_s = deadline_in(fields.get(DEADLINE))
         except (ModelServingError, ProtocolError):
             return None
         if int(size) == 0 or int(size) > model.max_body_bytes(binary=length is not None):
             return None
         path, own_id = url.decode("latin-1"), given_id(fields.get(REQUEST_ID))
-        return Plain(model, int(size), header_bytes, self._timeout_s, path, own_id)
+        return Plain(model, int(size), header_bytes, self._timeout_s, path, own_id, deadline_s)
 
 
 def _refusal(error: BaseException, received: Received) -> Reply:
     body = error_body(error, received.about())
-    return Reply(status_of(error), [body], None, len(body))
+    return Reply(status_of(error), [body], None, len(body), retry_after_s(error))
 
 
 @lru_cache(maxsize=256)
-def reply_head(status: int, header_bytes: int | None, size_bytes: int, keep_alive: bool) -> bytes:
+def reply_head(
+    status: int, header_bytes: int | None, size_bytes: int, keep_alive: bool, retry_after_s: int = RETRY_AFTER_S
+) -> bytes:
     """Return the status line and the headers of an answer. Cached, since answers of one cut have the same.
 
     Args:
@@ -211,13 +222,14 @@ def reply_head(status: int, header_bytes: int | None, size_bytes: int, keep_aliv
         header_bytes: the value of ``Inference-Header-Content-Length``; None for a body of JSON only.
         size_bytes: length of the body.
         keep_alive: whether the connection stays open.
+        retry_after_s: with status 503, in how many seconds to ask again.
     """
     kind = b"application/json" if header_bytes is None else b"application/octet-stream"
     lines = [STATUS_LINE[status], b"content-length: %d\r\ncontent-type: %s\r\n" % (size_bytes, kind)]
     if header_bytes is not None:
         lines.append(b"%s: %d\r\n" % (_HEADER_LENGTH, header_bytes))
     if status == 503:
-        lines.append(b"retry-after: %d\r\n" % RETRY_AFTER_S)
+        lines.append(b"retry-after: %d\r\n" % retry_after_s)
     if not keep_alive:
         lines.append(b"connection: close\r\n")
     return b"".join([*lines, b"\r\n"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -17,6 +18,10 @@ from torchsurgeon.errors import (
     ProtocolError,
     short,
 )
+from torchsurgeon.serve.outcome import CLIENT_GONE
+
+# For how many seconds a client that was answered with 503 should wait at least before it asks again.
+RETRY_AFTER_S = 1
 
 
 class LateError(Exception):
@@ -25,6 +30,27 @@ class LateError(Exception):
 
 class HeadTooLargeError(Exception):
     """A request's head has more lines or bytes than any request needs."""
+
+
+class BusyError(Exception):
+    """A request is refused because too many wait, or because it could not be answered in time.
+
+    Args:
+        message: why, in a sentence.
+        wait_s: how long those take that wait.
+    """
+
+    def __init__(self, message: str, wait_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class ExpiredError(Exception):
+    """A request's deadline passed before it was answered."""
+
+
+class GoneError(Exception):
+    """The client of a request has left, so nobody waits for its answer."""
 
 
 STATUS: dict[type[Exception], int] = {
@@ -36,6 +62,9 @@ STATUS: dict[type[Exception], int] = {
     PartitionError: 400,
     ModelFailedError: 500,
     ModelNotReadyError: 503,
+    BusyError: 503,
+    ExpiredError: 503,
+    GoneError: CLIENT_GONE,
 }
 
 # The same complaint is written once in this time.
@@ -108,6 +137,11 @@ def complain(
         level: the level, as ``logging`` counts it.
     """
     _log.log(level, "%s", message, extra={**about, "complaint": kind}, exc_info=error)
+
+
+def retry_after_s(error: BaseException) -> int:
+    """Return for how many seconds a client that is answered with 503 should wait before it asks again."""
+    return max(RETRY_AFTER_S, math.ceil(error.wait_s)) if isinstance(error, BusyError) else RETRY_AFTER_S
 
 
 def status_of(error: BaseException) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from torchsurgeon import wire
+from torchsurgeon.serve.admission import MAX_QUEUE, Admission
 from torchsurgeon.serve.batching import Gain
 from torchsurgeon.serve.quick import QuickRequests
 from torchsurgeon.serve.received import Received
@@ -28,6 +29,7 @@ class Intake:
         answer_together: answers several of one kind.
         concurrency: how many requests run at once.
         together: how many samples of requests that wait are run as one at most.
+        max_queue: how many requests may wait.
 
     Attributes:
         together: as given.
@@ -35,13 +37,21 @@ class Intake:
     """
 
     def __init__(
-        self, name: str, answer: Answer, answer_together: AnswerTogether, concurrency: int, together: int
+        self,
+        name: str,
+        answer: Answer,
+        answer_together: AnswerTogether,
+        *,
+        concurrency: int = 1,
+        together: int = 1,
+        max_queue: int = MAX_QUEUE,
     ) -> None:
         self.together = together
         self.answer_together = answer_together
         self._answer = answer
         self._gain = Gain(together)
         self._quick = QuickRequests()
+        self._admission = Admission(name, max_queue, concurrency)
         self.worker = Worker(f"torchsurgeon-{name}", concurrency, self if together > 1 else None)
 
     def quick(self, body_bytes: int) -> bool:
@@ -59,10 +69,15 @@ class Intake:
         Args:
             request: the request.
             quick: as ``quick()`` says.
+
+        Raises:
+            BusyError: too many requests wait, or this one would be answered after its deadline.
         """
+        self._admission.check(request, self.worker.waiting, self._quick.expected_s(len(request.body)))
         if self.together > 1 and request.header_bytes is not None and request.header_bytes <= _MOST_KIND_BYTES:
             # Requests with the same header have the same tensors, of the same shapes, under the same codecs.
             request.kind = bytes(request.body[: request.header_bytes])
+        request.queued = True
         job = functools.partial(self._answer, request)
         return self.worker.submit(job, quick=quick, kind=request.kind, load=request)
 
@@ -73,5 +88,6 @@ class Intake:
     def took(self, request: Received, duration_s: float, together: int = 1) -> None:
         """Take notice of how long a request took, or so many together of which it is the first."""
         self._quick.took(len(request.body), duration_s)
+        self._admission.took(duration_s, together)
         if request.kind is not None:
             self._gain.took(request.kind, together, duration_s)

@@ -100,6 +100,8 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Release timers and buffers; called by asyncio."""
         super().connection_lost(exc)
+        if self._asked is not None:
+            self._asked.received.gone = True
         self._job = self._repeat = self._ahead = None
         # By this, asyncio's transport refers to itself. Without it, the transport is freed here, in the loop's thread,
         # and not by a garbage collection in any thread, where Python drops what a signal handler raises meanwhile.
@@ -235,7 +237,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         if turn.disconnected or self.transport.is_closing():
             self._tell_of(job, CLIENT_GONE, 0)
             return
-        head = reply_head(reply.status, reply.header_bytes, reply.size_bytes, turn.keep_alive)
+        head = reply_head(reply.status, reply.header_bytes, reply.size_bytes, turn.keep_alive, reply.retry_after_s)
         if job is not None and (job.plain.given_id is not None or reply.status >= 400):
             head = with_id(head, job.received.request_id)
         if reply.size_bytes <= JOIN_BYTES:

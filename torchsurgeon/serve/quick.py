@@ -11,12 +11,14 @@ _QUICK_S = 5e-4
 _LOST_AT = 8
 _SLOW_COUNTS = 2
 _MAX_REMEMBERED = 256
+_SMOOTHING = 0.1
 
 
 @dataclass
 class _Kind:
     quick: bool = False
     count: int = 1
+    mean_s: float = 0.0
 
 
 class QuickRequests:
@@ -33,6 +35,11 @@ class QuickRequests:
         kind = self._kinds.get(body_bytes)
         return kind is not None and kind.quick
 
+    def expected_s(self, body_bytes: int) -> float:
+        """Return how long a request with a body of this length is expected to take; 0 before there was one."""
+        kind = self._kinds.get(body_bytes)
+        return 0.0 if kind is None else kind.mean_s
+
     def took(self, body_bytes: int, duration_s: float) -> None:
         """Take notice of how long a request took."""
         kind = self._kinds.get(body_bytes)
@@ -40,6 +47,7 @@ class QuickRequests:
             if len(self._kinds) >= _MAX_REMEMBERED:
                 self._kinds.clear()
             kind = self._kinds[body_bytes] = _Kind()
+        kind.mean_s += (_SMOOTHING if kind.mean_s else 1.0) * (duration_s - kind.mean_s)
         if duration_s < _QUICK_S:
             kind.count = max(0, kind.count - 1)
         else:

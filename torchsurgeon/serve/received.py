@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
+import time
 from dataclasses import dataclass, field
+
+from torchsurgeon.serve.failure import ExpiredError, GoneError
 
 REQUEST_ID = b"x-request-id"
 
@@ -45,6 +49,9 @@ class Received:
         given_id: the id that the client gave it; None where it gave none.
         model: the name of the model that is asked for.
         cut: the names of the tensors that were sent; empty before they have been read.
+        due_s: when the answer is due, in seconds of ``time.perf_counter``; infinity where the client gave no deadline.
+        gone: whether the client has left.
+        queued: whether it was handed to a thread, so that its client can leave while it runs.
         kind: what requests have in common that can run together; None for one that runs alone.
     """
 
@@ -56,6 +63,9 @@ class Received:
     given_id: str | None = None
     model: str = ""
     cut: str = ""
+    due_s: float = math.inf
+    gone: bool = False
+    queued: bool = False
     kind: bytes | None = None
     _made_id: str | None = field(default=None, init=False)
 
@@ -67,6 +77,26 @@ class Received:
         if self._made_id is None:
             self._made_id = new_id()
         return self._made_id
+
+    def over(self) -> bool:
+        """Return whether nobody waits for the answer any more. It is called before each layer."""
+        return self.gone or time.perf_counter() > self.due_s
+
+    def check(self) -> None:
+        """Check that somebody still waits for the answer.
+
+        Raises:
+            GoneError: the client has left.
+            ExpiredError: the deadline has passed.
+        """
+        if self.gone:
+            raise GoneError("the client left before its answer")
+        late_s = time.perf_counter() - self.due_s
+        if late_s > 0:
+            raise ExpiredError(
+                f"the request's deadline passed {late_s:.3g} s ago, before it was answered; ask with a later one, or "
+                "ask another server"
+            )
 
     def about(self) -> dict[str, str]:
         """Return what a line of the log says of the request besides its message."""

@@ -25,6 +25,7 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.models import specs
 from torchsurgeon.module import SplitModule
+from torchsurgeon.serve.admission import MAX_QUEUE
 from torchsurgeon.serve.batching import Batching
 from torchsurgeon.serve.concurrency import default_concurrency, why_in_turn
 from torchsurgeon.serve.independence import MOST_EXACT, most_exact, why_alone
@@ -48,6 +49,7 @@ class ModelRegistry:
         max_tails: how many tails to keep for each model.
         concurrency: how many requests of a model run at once; by default so many that their threads together use each
             core once. A model that must run them one after the other does so whatever this says.
+        max_queue: how many requests of a model may wait; another one is refused with 503.
         batching: whether requests that wait are joined and run as one: ``"off"``, ``"exact"`` (only as far as answers
             keep the bits that they have alone, which is found out when a model is added), or ``"rounded"`` (also where
             they are the same to rounding only, which devices are told).
@@ -61,12 +63,14 @@ class ModelRegistry:
         max_batch: int = 64,
         max_tails: int = 64,
         concurrency: int | None = None,
+        max_queue: int = MAX_QUEUE,
         batching: Batching = "off",
         profiler: Profiler | None = measured_profile,
     ) -> None:
         self.max_batch = max_batch
         self.max_tails = max_tails
         self.concurrency = concurrency
+        self.max_queue = max_queue
         self.batching = batching
         self._profiler = profiler
         self._models: dict[str, ServedModel | LoadingState] = {}
@@ -158,6 +162,7 @@ class ModelRegistry:
                 backends=runs,
                 concurrency=1 if why is not None else self.concurrency or default_concurrency(),
                 together=together,
+                max_queue=self.max_queue,
                 rounded=rounded,
             )
         except TorchSurgeonError as error:

@@ -7,17 +7,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from torchsurgeon.serve.body import LINGER_BYTES, LINGER_S, Incoming, Receive, discard
+from torchsurgeon.serve.failure import RETRY_AFTER_S
 
 Scope = Mapping[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
-# For how many seconds a client that was answered with 503 should wait before it asks again.
-RETRY_AFTER_S = 1
 _HEALTH = ("/v2/health/live", "/v2/health/ready")
 
 
-async def send_json(status: int, body: bytes, send: Send, *, close: bool = False) -> None:
+async def send_json(
+    status: int, body: bytes, send: Send, *, close: bool = False, retry_after_s: int = RETRY_AFTER_S
+) -> None:
     """Answer with JSON.
 
     Args:
@@ -25,23 +26,24 @@ async def send_json(status: int, body: bytes, send: Send, *, close: bool = False
         body: the JSON.
         send: the ASGI ``send``.
         close: whether the connection will be closed; the answer is then left without its end.
+        retry_after_s: in how many seconds to ask again.
     """
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if status == 503:
-        headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+        headers.append((b"retry-after", b"%d" % retry_after_s))
     if close:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": close})
 
 
-async def refuse(status: int, body: bytes, incoming: Incoming, send: Send) -> None:
+async def refuse(status: int, body: bytes, incoming: Incoming, send: Send, retry_after_s: int = RETRY_AFTER_S) -> None:
     """Answer with an error. If the client still sends its body, read on for a while, so that it gets the error."""
     if incoming.complete:
-        await send_json(status, body, send)
+        await send_json(status, body, send, retry_after_s=retry_after_s)
         return
     try:
-        await send_json(status, body, send, close=True)
+        await send_json(status, body, send, close=True, retry_after_s=retry_after_s)
         await discard(incoming, LINGER_BYTES, LINGER_S)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
     except (OSError, RuntimeError):

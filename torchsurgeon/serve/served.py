@@ -23,6 +23,7 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.profiling import profile
+from torchsurgeon.serve.admission import MAX_QUEUE
 from torchsurgeon.serve.backends import TailBackends
 from torchsurgeon.serve.batching import Seam
 from torchsurgeon.serve.checks import check_tensors, tensor_metadata, value_check
@@ -80,6 +81,7 @@ class ServedModel:
             fit for it.
         together: how many samples of requests that wait may be joined and run as one; more than one asks for a model
             that ``serve.independence`` has found fit for it.
+        max_queue: how many requests may wait.
         rounded: whether such answers may be the same to rounding only, which devices are told.
 
     Attributes:
@@ -108,6 +110,7 @@ class ServedModel:
         backends: Sequence[Backend] = (),
         concurrency: int = 1,
         together: int = 1,
+        max_queue: int = MAX_QUEUE,
         rounded: bool = False,
     ) -> None:
         self.name = name
@@ -121,7 +124,14 @@ class ServedModel:
         self._finish = finish
         self._output_names = [spec.name for spec in graph.outputs]
         self.together = min(together, self.max_batch)
-        self.intake = Intake(name, self.answer, self.answer_together, concurrency, self.together)
+        self.intake = Intake(
+            name,
+            self.answer,
+            self.answer_together,
+            concurrency=concurrency,
+            together=self.together,
+            max_queue=max_queue,
+        )
         self.open = True
         self._profiler = profiler
         self.backends = TailBackends(name, graph, backends, max_tails)
@@ -238,7 +248,10 @@ class ServedModel:
         started_s = time.perf_counter()
         try:
             ready = self._ready(request, started_s)
-            results = self._run(ready.plan, ready.given)
+            results = self._run(ready.plan, ready.given, request.over if request.queued else None)
+            if results is None:
+                request.check()
+            assert results is not None
             return self._encoded(ready, results, ready.decoded_s, time.perf_counter())
         finally:
             self.intake.took(request, time.perf_counter() - started_s)
@@ -265,7 +278,10 @@ class ServedModel:
             return [self._tried(one) for one in requests]
         joined_s = time.perf_counter()
         try:
-            parts = plan.seam.part(self._run(plan, joined), sizes)
+            results = self._run(plan, joined, lambda: all(request.over() for request in requests))
+            if results is None:
+                return [self._tried(one) for one in requests]
+            parts = plan.seam.part(results, sizes)
             computed_s = time.perf_counter()
             encoded = [self._encoded(*pair, joined_s, computed_s) for pair in zip(ready, parts, strict=True)]
         except Exception:
@@ -280,6 +296,7 @@ class ServedModel:
             return error
 
     def _ready(self, request: Received, started_s: float) -> _Ready:
+        request.check()
         edition = self._editions.present
         decoded = wire.decode_request(
             request.body,
@@ -296,8 +313,13 @@ class ServedModel:
         given = [decoded.tensors[name] for name in plan.names]
         return _Ready(request, edition, decoded, plan, given, started_s, decoded_s)
 
-    def _run(self, plan: RequestPlan, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _run(
+        self, plan: RequestPlan, tensors: Sequence[Tensor], over: Callable[[], bool] | None = None
+    ) -> Sequence[Tensor] | None:
+        """Return the model's output tensors; None where ``over()``, which is asked before each layer, has said so."""
         try:
+            if over is not None and plan.until is not None:
+                return plan.until(over, tensors)
             # The tail's forward, without the overhead of nn.Module's call: a tail has no hooks.
             return plan.run(*tensors)
         except Exception as error:
@@ -372,7 +394,8 @@ class ServedModel:
         else:
             outputs, as_json = None, () if request.binary_output else tuple(known)
         seam = Seam.of(self.graph, names) if usual and self.together > 1 else None
-        plan = RequestPlan(names, run, outputs, as_json, value_check(self.graph, self.name, names), seam)
+        until = tail.until if run == tail.forward else None
+        plan = RequestPlan(names, run, outputs, as_json, value_check(self.graph, self.name, names), seam, until)
         if request.recurring is not None:
             # A plan keeps its tail alive, so there must not be more plans than tails.
             if len(edition.plans) >= edition.tails.capacity:

@@ -21,6 +21,7 @@ from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.backends import find_backend
 from torchsurgeon.errors import ServerError, TorchSurgeonError, short
 from torchsurgeon.serve.access import AccessLog
+from torchsurgeon.serve.admission import MAX_QUEUE
 from torchsurgeon.serve.app import create_app
 from torchsurgeon.serve.batching import Batching
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
@@ -134,6 +135,7 @@ def run(
     max_batch: int = 64,
     concurrency: int | None = None,
     batching: Batching = "rounded",
+    max_queue: int = MAX_QUEUE,
     max_connections: int = MAX_CONNECTIONS,
     max_connections_per_address: int | None = None,
     grace_s: float = 10.0,
@@ -160,6 +162,7 @@ def run(
         seed: seed of random weights.
         max_batch: the largest batch of a request.
         concurrency: how many requests of a model run at once, as in ``ModelRegistry``.
+        max_queue: how many requests of a model may wait, as in ``ModelRegistry``.
         batching: whether requests that wait are joined and run as one, as in ``ModelRegistry``.
         max_connections: as in ``Server``.
         max_connections_per_address: as in ``Server``.
@@ -191,7 +194,9 @@ def run(
     for backend in (backends or {}).values():
         find_backend(backend)
     keep_freed_memory()
-    registry = ModelRegistry(max_batch=max_batch, concurrency=concurrency, batching=batching, profiler=profiler)
+    registry = ModelRegistry(
+        max_batch=max_batch, concurrency=concurrency, batching=batching, max_queue=max_queue, profiler=profiler
+    )
     for name in models:
         registry.announce(name)
     bound = listen(host, port)

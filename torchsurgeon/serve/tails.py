@@ -81,6 +81,7 @@ class RequestPlan:
 
     Attributes:
         seam: how such requests are joined to run as one; None where they are not.
+        until: runs it until a function says that nobody waits for it any more; None where that is not possible.
         cut: the names as the log tells them.
     """
 
@@ -90,6 +91,7 @@ class RequestPlan:
     as_json: tuple[str, ...]
     check: Callable[[Mapping[str, Tensor]], None] | None = None
     seam: Seam | None = None
+    until: Callable[[Callable[[], bool], Sequence[Tensor]], Sequence[Tensor] | None] | None = None
     cut: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from torchsurgeon._lazy import names_of
 
 __all__ = [
+    "DEADLINE",
     "HEADER_LENGTH",
     "MAX_HEADER_BYTES",
     "Buffer",
@@ -51,6 +52,7 @@ if not TYPE_CHECKING:
         __name__,
         {
             "header": (
+                "DEADLINE",
                 "HEADER_LENGTH",
                 "MAX_HEADER_BYTES",
                 "Buffer",
@@ -72,6 +74,7 @@ if not TYPE_CHECKING:
     )
 else:
     from torchsurgeon.wire.body import Encoded as Encoded
+    from torchsurgeon.wire.header import DEADLINE as DEADLINE
     from torchsurgeon.wire.header import HEADER_LENGTH as HEADER_LENGTH
     from torchsurgeon.wire.header import MAX_HEADER_BYTES as MAX_HEADER_BYTES
     from torchsurgeon.wire.header import Buffer as Buffer

@@ -27,6 +27,7 @@ from torchsurgeon.wire.fields import (
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 
+DEADLINE = "Torchsurgeon-Deadline-S"
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_HEADER_BYTES = 1 << 20
 MAX_REMEMBERED_BYTES = 4096
