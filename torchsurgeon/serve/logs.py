@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Literal
 
 LogFormat = Literal["text", "json"]
@@ -17,6 +18,7 @@ LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 
 # The attributes of a record that are written besides its message, in this order.
 _FIELDS = ("client", "request_id", "asked", "model", "cut", "status", "duration_ms")
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 _LOGGERS = ("torchsurgeon", "uvicorn", "py.warnings")
 
 
@@ -25,12 +27,12 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line; that of an error is followed by its traceback."""
-        message = record.getMessage().replace("\n", "\\n").replace("\r", "\\r")
-        parts = [_time_of(record), record.levelname, message]
-        parts += [f"{name}={value}" for name, value in _known(record).items()]
-        if record.exc_info:
-            parts[-1] += "\n" + self.formatException(record.exc_info)
-        return " ".join(parts)
+        message = record.getMessage()
+        if "\n" in message or "\r" in message:
+            message = message.replace("\n", "\\n").replace("\r", "\\r")
+        known = "".join([f" {name}={value}" for name, value in _known(record).items()])
+        trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
+        return f"{_time_of(record)} {record.levelname} {message}{known}{trace}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -51,7 +53,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             found["exception"] = self.formatException(record.exc_info)
-        return json.dumps(found, ensure_ascii=False)
+        return _encode(found)
 
 
 def configure(log_format: LogFormat) -> None:
@@ -75,7 +77,14 @@ def configure(log_format: LogFormat) -> None:
 
 
 def _time_of(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+    seconds, part_s = divmod(record.created, 1.0)
+    return f"{_second(int(seconds))}.{int(part_s * 1000):03d}+00:00"
+
+
+# Many lines are written in the same second.
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _known(record: logging.LogRecord) -> dict[str, object]:
