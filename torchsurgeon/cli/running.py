@@ -212,6 +212,11 @@ def add_serve(commands: Commands) -> None:
         help="write a line for each request: client, id, model, cut, status and milliseconds (default: "
         "--no-access-log)",
     )
+    parser.add_argument(
+        "--metrics",
+        action="store_true",
+        help="answer GET /metrics with what the server does, for Prometheus (default: no such path)",
+    )
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -258,6 +263,7 @@ def _serve(options: argparse.Namespace) -> None:
         grace_s=options.grace_s,
         log_format=options.log_format,
         access_log=options.access_log,
+        metrics=options.metrics,
     )
 
 

@@ -72,6 +72,7 @@ def _record(ended_s: float, outcome: Outcome) -> logging.LogRecord:
         model=outcome.model,
         cut=outcome.cut,
         status=outcome.status,
+        error=outcome.error,
         duration_ms=round(outcome.duration_s * 1e3, 3),
     )
     return record

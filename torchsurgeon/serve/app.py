@@ -7,6 +7,7 @@
 ``POST /v2/models/NAME[/versions/V]/infer``    inference; the tensors' names decide which part of the model runs
 ``GET /v2/models/NAME/fingerprint``            graph and weight digests
 ``GET /v2/models/NAME/profile``                the profile of the model's layers on the server
+``GET /metrics``                               counts, in Prometheus' text format, where the operator wants them
 ``POST /v2/probe[?down=BYTES]``                takes a body, answers with as many bytes as asked, to measure a link
 =============================================  =====================================================================
 
@@ -71,6 +72,7 @@ class TailApp:
         body_timeout_s: as given.
         direct: answers plain inference requests without ASGI; torchsurgeon's own server uses it.
         listeners: who is told what became of each request.
+        metrics: returns what ``/metrics`` answers, and its media type; None for no such path.
         draining: whether the server is about to stop. It is then not ready, and answers all the same.
     """
 
@@ -79,8 +81,9 @@ class TailApp:
         self.body_timeout_s = body_timeout_s
         self.direct = Direct(registry, body_timeout_s)
         self.listeners: list[Listener] = []
+        self.metrics: Callable[[], tuple[bytes, str]] | None = None
         self.draining = False
-        self._rest = _control_plane(registry, lambda: self.draining)
+        self._rest = _control_plane(registry, lambda: self.draining, lambda: self.metrics)
 
     def drain(self) -> None:
         """Say from now on that the server is not ready."""
@@ -123,6 +126,7 @@ class TailApp:
             pass
         except Exception as error:
             body = error_body(error, exchange.about())
+            exchange.error = type(error).__name__
             await refuse(status_of(error), body, incoming, exchange.send, retry_after_s(error))
 
     async def _infer(self, name: str, version: str | None, exchange: Exchange, receive: Receive) -> None:
@@ -212,7 +216,11 @@ async def _send_encoded(encoded: wire.Encoded, send: Send) -> None:
         await send({"type": "http.response.body", "body": buffer, "more_body": index + 1 < len(buffers)})
 
 
-def _control_plane(registry: ModelRegistry, draining: Callable[[], bool]) -> ExceptionMiddleware:
+def _control_plane(
+    registry: ModelRegistry,
+    draining: Callable[[], bool],
+    metrics: Callable[[], Callable[[], tuple[bytes, str]] | None],
+) -> ExceptionMiddleware:
     def find(request: Request) -> ServedModel:
         return registry.get(request.path_params["name"], request.path_params.get("version"))
 
@@ -242,15 +250,24 @@ def _control_plane(registry: ModelRegistry, draining: Callable[[], bool]) -> Exc
         measured = functools.partial(served.profile, request.query_params.get("backend"))
         return JSONResponse(await asyncio.wrap_future(served.worker.submit_alone(measured)))
 
+    async def tell_metrics(request: Request) -> Response:
+        tell = metrics()
+        if tell is None:
+            raise HTTPException(404)
+        text, kind = await asyncio.to_thread(tell)
+        return Response(text, headers={"content-type": kind})
+
     async def post_only(request: Request) -> JSONResponse:
         raise HTTPException(404)
 
     async def failure(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             asked = f"{request.method} {request.url.path[:300]}"
+            request.scope["exchange"].error = type(error).__name__
             return JSONResponse({"error": f"{error.detail}: {asked}"}, error.status_code, error.headers)
         status = status_of(error)
         body = error_body(error, request.scope["exchange"].about())
+        request.scope["exchange"].error = type(error).__name__
         return Response(body, status, _RETRY if status == 503 else None, "application/json")
 
     routes = [
@@ -259,6 +276,7 @@ def _control_plane(registry: ModelRegistry, draining: Callable[[], bool]) -> Exc
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
         Route("/v2/probe", post_only, methods=["POST"]),
+        Route("/metrics", tell_metrics),
     ]
     for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
         routes += [

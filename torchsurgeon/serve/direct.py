@@ -62,6 +62,7 @@ class Reply(NamedTuple):
         header_bytes: as in ``torchsurgeon.wire.Encoded``.
         size_bytes: length of the body.
         retry_after_s: with status 503, in how many seconds to ask again.
+        error: the kind of error that it tells; empty for none.
     """
 
     status: int
@@ -69,6 +70,7 @@ class Reply(NamedTuple):
     header_bytes: int | None
     size_bytes: int
     retry_after_s: int = RETRY_AFTER_S
+    error: str = ""
 
 
 class Job:
@@ -102,8 +104,8 @@ class Job:
         self.missing[: len(data)] = data
         self.arrived(len(data))
 
-    def outcome(self, status: int, sent_bytes: int) -> Outcome:
-        """Return what became of the request: its status, and the bytes of the answer."""
+    def outcome(self, status: int, sent_bytes: int, error: str) -> Outcome:
+        """Return what became of the request: its status, the bytes of the answer, and the kind of its error."""
         received, duration_s = self.received, time.perf_counter() - self.started_s
         asked = f"POST {self.plain.path}"
         return Outcome(
@@ -116,6 +118,7 @@ class Job:
             duration_s,
             self.plain.size,
             sent_bytes,
+            error,
         )
 
     def run(self, loop: asyncio.AbstractEventLoop, reply: Callable[[Reply], None]) -> None:
@@ -208,7 +211,7 @@ class Direct:
 
 def _refusal(error: BaseException, received: Received) -> Reply:
     body = error_body(error, received.about())
-    return Reply(status_of(error), [body], None, len(body), retry_after_s(error))
+    return Reply(status_of(error), [body], None, len(body), retry_after_s(error), type(error).__name__)
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from torchsurgeon.serve.failure import GoneError
 from torchsurgeon.serve.outcome import CLIENT_GONE, Listener, Outcome
 from torchsurgeon.serve.received import REQUEST_ID, Received, address_text, given_id, new_id
 from torchsurgeon.serve.replies import Scope, Send
@@ -21,6 +22,7 @@ class Exchange:
     Attributes:
         headers: the request's headers.
         received: the inference request, once its body has arrived; None before, and for every other request.
+        error: the kind of error that is answered; empty for none.
         model: the name of the model that an inference is asked of; empty for every other request.
         client: the client's address and port; empty where they are not known.
         given_id: the id that the client gave the request; None where it gave none.
@@ -29,7 +31,7 @@ class Exchange:
     def __init__(self, scope: Scope, send: Send) -> None:
         self.headers = dict(scope["headers"])
         self.received: Received | None = None
-        self.model = ""
+        self.model = self.error = ""
         self.client = address_text(scope["client"]) if scope.get("client") else ""
         self.given_id = given_id(self.headers.get(REQUEST_ID))
         self._asked = f"{scope['method']} {scope['path']}"
@@ -76,6 +78,7 @@ class Exchange:
             time.perf_counter() - self._started_s,
             0 if received is None else len(received.body),
             self._sent_bytes,
+            self.error if self._complete else GoneError.__name__,
         )
         for listener in listeners:
             listener(outcome)

@@ -180,7 +180,7 @@ class GuardedProtocol(HttpToolsProtocol):
         complain(f"refused {status}", f"closing a connection: {short(error)}", about, None, logging.WARNING)
         self.transport.write(with_id(reply_head(status, None, len(body), False), request_id) + body)
         for listener in self._listeners:
-            listener(Outcome(self.peer, request_id, "", model, "", status, 0.0, 0, len(body)))
+            listener(Outcome(self.peer, request_id, "", model, "", status, 0.0, 0, len(body), type(error).__name__))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._stop_timers()

@@ -34,6 +34,7 @@ class Intake:
     Attributes:
         together: as given.
         worker: the threads that run the requests.
+        sizes: how often so many requests ran together.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Intake:
         self._answer = answer
         self._gain = Gain(together)
         self._quick = QuickRequests()
+        self.sizes: dict[int, int] = {}
         self._admission = Admission(name, max_queue, concurrency)
         self.worker = Worker(f"torchsurgeon-{name}", concurrency, self if together > 1 else None)
 
@@ -81,6 +83,11 @@ class Intake:
         job = functools.partial(self._answer, request)
         return self.worker.submit(job, quick=quick, kind=request.kind, load=request)
 
+    @property
+    def slowdown(self) -> float:
+        """How many times as long as without load requests have taken lately (K)."""
+        return self._quick.slowdown
+
     def limit(self, kind: object) -> int:
         """Return how many waiting requests of a kind to run together at most; called by the worker."""
         return self._gain.limit(kind)
@@ -89,5 +96,6 @@ class Intake:
         """Take notice of how long a request took, or so many together of which it is the first."""
         self._quick.took(len(request.body), duration_s)
         self._admission.took(duration_s, together)
+        self.sizes[together] = self.sizes.get(together, 0) + 1
         if request.kind is not None:
             self._gain.took(request.kind, together, duration_s)

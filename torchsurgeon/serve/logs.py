@@ -17,7 +17,7 @@ LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 
 # The attributes of a record that are written besides its message, in this order.
-_FIELDS = ("client", "request_id", "asked", "model", "cut", "status", "duration_ms")
+_FIELDS = ("client", "request_id", "asked", "model", "cut", "status", "error", "duration_ms")
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 _LOGGERS = ("torchsurgeon", "uvicorn", "py.warnings")
 

@@ -22,6 +22,7 @@ class Outcome(NamedTuple):
         duration_s: seconds from the request's head to its answer.
         received_bytes: length of the body; 0 where it was not read as a whole.
         sent_bytes: length of the answer's body.
+        error: the kind of error that was answered, as the name of its class; empty for none.
     """
 
     client: str
@@ -33,6 +34,7 @@ class Outcome(NamedTuple):
     duration_s: float
     received_bytes: int
     sent_bytes: int
+    error: str = ""
 
 
 Listener = Callable[[Outcome], None]

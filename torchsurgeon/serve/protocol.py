@@ -25,6 +25,7 @@ import httptools
 from torchsurgeon.serve.body import JOIN_BYTES, late, timeout_for
 from torchsurgeon.serve.connections import Connections
 from torchsurgeon.serve.direct import Direct, Job, Plain, Reply, reply_head, with_id
+from torchsurgeon.serve.failure import GoneError
 from torchsurgeon.serve.guarded import GuardedProtocol
 from torchsurgeon.serve.outcome import CLIENT_GONE, Listener
 
@@ -235,7 +236,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         # Not self.cycle, which may be a pipelined request that waits for this answer.
         turn = self._turn
         if turn.disconnected or self.transport.is_closing():
-            self._tell_of(job, CLIENT_GONE, 0)
+            self._tell_of(job, CLIENT_GONE, 0, GoneError.__name__)
             return
         head = reply_head(reply.status, reply.header_bytes, reply.size_bytes, turn.keep_alive, reply.retry_after_s)
         if job is not None and (job.plain.given_id is not None or reply.status >= 400):
@@ -247,7 +248,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
             for buffer in reply.buffers[1:]:
                 self.transport.write(buffer)
         turn.response_complete = self.answered = True
-        self._tell_of(job, reply.status, reply.size_bytes)
+        self._tell_of(job, reply.status, reply.size_bytes, reply.error)
         if not turn.keep_alive:
             self.transport.close()
         if self.pipeline:
@@ -258,9 +259,9 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         if self._idle_timer is None:
             self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._maybe_idle)
 
-    def _tell_of(self, job: Job | None, status: int, sent_bytes: int) -> None:
+    def _tell_of(self, job: Job | None, status: int, sent_bytes: int, error: str) -> None:
         if self._listeners and job is not None:
-            outcome = job.outcome(status, sent_bytes)
+            outcome = job.outcome(status, sent_bytes, error)
             for listener in self._listeners:
                 listener(outcome)
 

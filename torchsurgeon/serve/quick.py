@@ -19,15 +19,20 @@ class _Kind:
     quick: bool = False
     count: int = 1
     mean_s: float = 0.0
+    least_s: float = 0.0
 
 
 class QuickRequests:
     """Remembers how long requests took, by the length of their bodies, since those of one cut have the same length.
 
     It is used by the event loop's thread and the worker's, and an update that is lost between them does no harm.
+
+    Attributes:
+        slowdown: how many times as long as the quickest of their kind requests have taken lately.
     """
 
     def __init__(self) -> None:
+        self.slowdown = 1.0
         self._kinds: dict[int, _Kind] = {}
 
     def expects(self, body_bytes: int) -> bool:
@@ -48,6 +53,9 @@ class QuickRequests:
                 self._kinds.clear()
             kind = self._kinds[body_bytes] = _Kind()
         kind.mean_s += (_SMOOTHING if kind.mean_s else 1.0) * (duration_s - kind.mean_s)
+        kind.least_s = min(kind.least_s or duration_s, duration_s)
+        if kind.least_s:
+            self.slowdown += _SMOOTHING * (duration_s / kind.least_s - self.slowdown)
         if duration_s < _QUICK_S:
             kind.count = max(0, kind.count - 1)
         else:

@@ -232,6 +232,11 @@ class ModelRegistry:
         """Return the names of all models, sorted."""
         return sorted(self._models)
 
+    def loaded(self) -> dict[str, ServedModel | None]:
+        """Return the models by name; None for one that is still loading, or could not be loaded."""
+        models = list(self._models.items())
+        return {name: model if isinstance(model, ServedModel) else None for name, model in models}
+
     def ready(self) -> bool:
         """Return whether every announced model is loaded."""
         return all(isinstance(model, ServedModel) for model in list(self._models.values()))

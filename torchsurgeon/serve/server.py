@@ -63,6 +63,7 @@ class Server:
         host: as given.
         port: the port that is listened on.
         url: the server's URL.
+        connections: the open connections.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Server:
         self.url = _url("https" if ssl_certfile else "http", host, self.port)
         connections = Connections(max_connections, max_connections_per_address)
         config = _config(app, connections, direct=direct, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
+        self.connections = connections
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
 
@@ -142,6 +144,7 @@ def run(
     profiler: Profiler | None = measured_profile,
     log_format: LogFormat = "text",
     access_log: bool = False,
+    metrics: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Serve models until the process is interrupted. The process is meant to do nothing else.
@@ -171,6 +174,7 @@ def run(
         log_format: how the log is written to standard error, unless the program has set up ``logging`` itself:
             ``"text"`` or ``"json"``.
         access_log: whether a line is written for each request.
+        metrics: whether ``/metrics`` tells what the server does. It needs prometheus-client.
         say: called with each line about the server's progress. By default the lines are printed, and with
             ``log_format="json"`` they are part of the log.
 
@@ -206,6 +210,12 @@ def run(
     log = AccessLog() if access_log else None
     if log is not None:
         app.listeners.append(log)
+    if metrics:
+        from torchsurgeon.serve.metrics import Metrics
+
+        counts = Metrics(registry, lambda: len(connections))
+        app.listeners.append(counts)
+        app.metrics = counts.text
     server = DrainingServer(
         _config(app, connections, direct=True), connections, grace_s=grace_s, on_drain=app.drain, say=report
     )
