@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import ipaddress
 import logging
 import socket
@@ -195,6 +196,8 @@ def run(
             "digests; nothing is encrypted or authenticated",
             stacklevel=2,
         )
+    # Before anything is opened, since the package may be missing.
+    counting = importlib.import_module("torchsurgeon.serve.metrics") if metrics else None
     for backend in (backends or {}).values():
         find_backend(backend)
     keep_freed_memory()
@@ -210,10 +213,8 @@ def run(
     log = AccessLog() if access_log else None
     if log is not None:
         app.listeners.append(log)
-    if metrics:
-        from torchsurgeon.serve.metrics import Metrics
-
-        counts = Metrics(registry, lambda: len(connections))
+    if counting is not None:
+        counts = counting.Metrics(registry, lambda: len(connections))
         app.listeners.append(counts)
         app.metrics = counts.text
     server = DrainingServer(
