@@ -1,14 +1,16 @@
 """A server under load from many connections, beside the application of Starlette that one writes by hand.
 
-Each server runs in a process of its own, all with one thread per inference, and all are up the whole time. A round asks
-each of them in a new random order, for a few seconds, with a fixed number of connections that each send the next
-request once they have the answer. The client is one process that does nothing but read and write sockets. Server and
-client share the machine's cores.
+All servers of a network run in one process, with one thread per inference, and are up the whole time. A round asks one
+after the other in a new random order, for a few seconds, with a fixed number of connections that each send the next
+request once they have the answer. The client is another process, which does nothing but read and write sockets. Server
+and client share the machine's cores.
 
     python -m benchmarks.server_load [--rounds 5] [--seconds 3] [--connections 20] [--network NAME]
 
 Printed and written are, for each network and server, the medians and quartiles over rounds of requests a second and of
-the 50th and 99th percentile of the time to an answer, and the ratio of requests a second to the first server's.
+the 50th and 99th percentile of the time to an answer, and of the server's processor time a request, with the ratios of
+the first and the last to the first server's. Where other programs use the cores too, a server with more threads gets a
+larger share of them, so only the processor time can be compared then.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def serve(name: str, told: Any) -> None:
         logged = create_app(registry)
         logged.listeners.append(AccessLog())
         ports["the last, with an access log"] = (stack.enter_context(Server(logged)).port, request)
-        told.send(ports)
+        told.send((os.getpid(), ports))
         signal.pause()
 
 
@@ -140,9 +142,16 @@ class Client:
         return time.perf_counter() - self.begun_s if len(self.received) >= self.missing else None
 
 
-def load(port: int, request: bytes, connections: int, seconds: float) -> dict[str, float]:
-    """Return requests a second, and percentiles of the time to an answer."""
+def processor_s(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def load(pid: int, port: int, request: bytes, connections: int, seconds: float) -> dict[str, float]:
+    """Return requests a second, percentiles of the time to an answer, and the server's processor time a request."""
     taken: list[float] = []
+    used_s = -processor_s(pid)
     with selectors.DefaultSelector() as selector, ExitStack() as stack:
         clients = [Client(port, request) for _ in range(connections)]
         for client in clients:
@@ -158,7 +167,9 @@ def load(port: int, request: bytes, connections: int, seconds: float) -> dict[st
                     taken.append(duration_s)
                     key.data.send()
     cuts = statistics.quantiles(taken, n=100)
-    return {"rate_s": len(taken) / (now_s - begun_s), "median_s": cuts[49], "p99_s": cuts[98]}
+    used_s += processor_s(pid)
+    rate_s = len(taken) / (now_s - begun_s)
+    return {"rate_s": rate_s, "median_s": cuts[49], "p99_s": cuts[98], "processor_s": used_s / len(taken)}
 
 
 def drive(told: Any) -> None:
@@ -169,24 +180,28 @@ def drive(told: Any) -> None:
 
 def compare(name: str, rounds: int, seconds: float, connections: int) -> dict[str, Any]:
     with apart(serve, name) as server, apart(drive) as client:
-        ports = server.recv()
+        pid, ports = server.recv()
         samples: dict[str, list[dict[str, float]]] = {label: [] for label in ports}
         order = list(ports)
         for index in range(rounds + 1):
             random.Random(index).shuffle(order)
             for label in order:
-                client.send((*ports[label], connections, seconds if index else 1.0))
+                client.send((pid, *ports[label], connections, seconds if index else 1.0))
                 found = client.recv()
                 if index:  # the first round is the warm-up
                     samples[label].append(found)
     rows = {}
     for label, found in samples.items():
-        ratio = median_ratio([one["rate_s"] for one in found], [one["rate_s"] for one in samples[BASELINE]])
-        rows[label] = {key: spread([one[key] for one in found]) for key in found[0]} | {"ratio": ratio}
-        rate, p99 = rows[label]["rate_s"], rows[label]["p99_s"]
+        row: dict[str, Any] = {key: spread([one[key] for one in found]) for key in found[0]}
+        for key in ("rate_s", "processor_s"):
+            row[f"{key}_ratio"] = median_ratio([one[key] for one in found], [one[key] for one in samples[BASELINE]])
+        rows[label] = row
+        rate = row["rate_s"]
         print(
-            f"{name:34}{label:46}{rate['median']:8.1f} /s [{rate['q1']:.1f} … {rate['q3']:.1f}] {ratio:6.3f} ×  "
-            f"p50 {rows[label]['median_s']['median'] * 1e3:7.2f} ms  p99 {p99['median'] * 1e3:7.2f} ms",
+            f"{name:34}{label:46}{rate['median']:8.1f} /s [{rate['q1']:.1f} … {rate['q3']:.1f}] "
+            f"{row['rate_s_ratio']:6.3f} ×  p50 {row['median_s']['median'] * 1e3:7.2f} ms  "
+            f"p99 {row['p99_s']['median'] * 1e3:7.2f} ms  processor {row['processor_s']['median'] * 1e3:7.3f} ms "
+            f"{row['processor_s_ratio']:6.3f} ×",
             flush=True,
         )
     return rows

@@ -645,4 +645,4 @@ def test_a_process_of_its_own_serves_until_it_is_interrupted(tmp_path: Path) -> 
 
 def test_listening_beyond_this_machine_warns() -> None:
     with pytest.warns(UserWarning, match="everyone who can reach"), pytest.raises(SpecError):
-        serve.run({"a b": "torchvision:resnet18"}, host="0.0.0.0", port=0)
+        serve.run({"a b": "torchvision:resnet18"}, host="0.0.0.0", port=0, insecure=True)

@@ -22,8 +22,9 @@ from torchsurgeon.cli.costs import add_calibrate, add_predict, add_profile
 from torchsurgeon.cli.export import add_export
 from torchsurgeon.cli.models import add_doctor, add_trace
 from torchsurgeon.cli.plans import add_plan, add_sweep
-from torchsurgeon.cli.running import add_demo, add_link, add_run, add_serve
+from torchsurgeon.cli.running import add_demo, add_link, add_run
 from torchsurgeon.cli.screen import advising
+from torchsurgeon.cli.serving import add_serve
 from torchsurgeon.errors import TorchSurgeonError, short
 
 __all__ = ["main", "parser"]

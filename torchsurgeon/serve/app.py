@@ -48,12 +48,13 @@ from torchsurgeon.serve.body import (
 )
 from torchsurgeon.serve.direct import Direct
 from torchsurgeon.serve.exchange import Exchange
-from torchsurgeon.serve.failure import RETRY_AFTER_S, error_body, retry_after_s, status_of
+from torchsurgeon.serve.failure import RETRY_AFTER_S, UnauthorizedError, error_body, retry_after_s, status_of
 from torchsurgeon.serve.outcome import Listener
 from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.registry import ModelRegistry
-from torchsurgeon.serve.replies import Scope, Send, refuse, send_json
+from torchsurgeon.serve.replies import HEALTH, Scope, Send, refuse, send_json
 from torchsurgeon.serve.served import ServedModel
+from torchsurgeon.serve.tokens import Tokens
 
 MAX_PROBE_BYTES = 4 << 20
 _RETRY = {"retry-after": str(RETRY_AFTER_S)}
@@ -71,6 +72,7 @@ class TailApp:
         registry: as given.
         body_timeout_s: as given.
         direct: answers plain inference requests without ASGI; torchsurgeon's own server uses it.
+        tokens: the tokens of which every request must have one, except those for health; None to ask for none.
         listeners: who is told what became of each request.
         metrics: returns what ``/metrics`` answers, and its media type; None for no such path.
         draining: whether the server is about to stop. It is then not ready, and answers all the same.
@@ -79,7 +81,8 @@ class TailApp:
     def __init__(self, registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> None:
         self.registry = registry
         self.body_timeout_s = body_timeout_s
-        self.direct = Direct(registry, body_timeout_s)
+        self.direct = Direct(registry, body_timeout_s, lambda: self.tokens)
+        self.tokens: Tokens | None = None
         self.listeners: list[Listener] = []
         self.metrics: Callable[[], tuple[bytes, str]] | None = None
         self.draining = False
@@ -102,6 +105,11 @@ class TailApp:
                 exchange.end(self.listeners)
 
     async def _answer(self, scope: Scope, receive: Receive, exchange: Exchange) -> None:
+        tokens = None if scope["path"] in HEALTH else self.tokens
+        if tokens is not None and not tokens.allow(exchange.headers.get(b"authorization")):
+            incoming = Incoming(receive)
+            await self._guarded(_refuse_unauthorized(), incoming, exchange)
+            return
         if scope["method"] == "POST":
             parts = scope["path"].split("/")
             versioned = len(parts) == 7 and parts[4] == "versions"
@@ -173,6 +181,12 @@ def create_app(registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> Tail
         body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
     """
     return TailApp(registry, body_timeout_s=body_timeout_s)
+
+
+async def _refuse_unauthorized() -> None:
+    raise UnauthorizedError(
+        "this server asks for a token: send it as Authorization: Bearer TOKEN, or give it to SplitModule(token=…)"
+    )
 
 
 async def _answered(future: Future[wire.Encoded], request: Received, receive: Receive) -> wire.Encoded:

@@ -21,6 +21,7 @@ from torchsurgeon.serve.outcome import Outcome
 from torchsurgeon.serve.received import REQUEST_ID, Received, given_id
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import ServedModel
+from torchsurgeon.serve.tokens import Allowed, Tokens
 from torchsurgeon.wire.buffers import Buffers
 
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
@@ -41,6 +42,7 @@ class Plain:
         timeout_s: seconds that the client may take to send the body, in addition to the body's time at 16 KiB/s.
         path: the path that is asked for.
         given_id: the id that the client gave the request; None where it gave none.
+        allowed: by which tokens the request was allowed.
         deadline_s: seconds from the head to when the answer is due; infinity where the client gave none.
     """
 
@@ -51,6 +53,11 @@ class Plain:
     path: str
     given_id: str | None
     deadline_s: float
+    allowed: Allowed
+
+    def open(self) -> bool:
+        """Return whether a request with the same head may still be answered."""
+        return self.model.open and self.allowed.holds()
 
 
 class Reply(NamedTuple):
@@ -166,14 +173,18 @@ class Direct:
     Args:
         registry: the models.
         body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
+        tokens: returns the tokens of which a request must have one; None for requests without.
 
     Attributes:
         buffers: the memory for bodies, used by the event loop's thread only.
     """
 
-    def __init__(self, registry: ModelRegistry, body_timeout_s: float) -> None:
+    def __init__(
+        self, registry: ModelRegistry, body_timeout_s: float, tokens: Callable[[], Tokens | None] = lambda: None
+    ) -> None:
         self._registry = registry
         self._timeout_s = body_timeout_s
+        self._tokens = tokens
         self.buffers = Buffers()
 
     def admit(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Plain | None:
@@ -193,6 +204,9 @@ class Direct:
         fields = dict(headers)
         if not _NOT_DIRECT.isdisjoint(fields) or len(fields) != len(headers):
             return None
+        tokens = self._tokens()
+        if tokens is not None and not tokens.allow(fields.get(b"authorization")):
+            return None
         size = fields.get(b"content-length", b"")
         length = fields.get(_HEADER_LENGTH)
         if not size.isdigit() or len(size) > 15:
@@ -206,7 +220,8 @@ class Direct:
         if int(size) == 0 or int(size) > model.max_body_bytes(binary=length is not None):
             return None
         path, own_id = url.decode("latin-1"), given_id(fields.get(REQUEST_ID))
-        return Plain(model, int(size), header_bytes, self._timeout_s, path, own_id, deadline_s)
+        allowed = Allowed(tokens, 0 if tokens is None else tokens.generation)
+        return Plain(model, int(size), header_bytes, self._timeout_s, path, own_id, deadline_s, allowed)
 
 
 def _refusal(error: BaseException, received: Received) -> Reply:

@@ -32,6 +32,10 @@ class HeadTooLargeError(Exception):
     """A request's head has more lines or bytes than any request needs."""
 
 
+class UnauthorizedError(Exception):
+    """A request has no token, or one that the server does not know."""
+
+
 class BusyError(Exception):
     """A request is refused because too many wait, or because it could not be answered in time.
 
@@ -55,6 +59,7 @@ class GoneError(Exception):
 
 STATUS: dict[type[Exception], int] = {
     ModelNotServedError: 404,
+    UnauthorizedError: 401,
     LateError: 408,
     BodyTooLargeError: 413,
     HeadTooLargeError: 431,

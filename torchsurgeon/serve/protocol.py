@@ -135,7 +135,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         else:
             read, self._ahead = self._ahead, None
             repeat = self._repeat
-            if repeat is not None and repeat.begins(read[:nbytes]) and repeat.plain.model.open:
+            if repeat is not None and repeat.begins(read[:nbytes]) and repeat.plain.open():
                 # The same head again: its content is known, and the body already lies where it is decoded.
                 self._begin(Job(repeat.plain, read[len(repeat.head) :], self.peer), nbytes - len(repeat.head))
             else:

@@ -13,7 +13,7 @@ Scope = Mapping[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
-_HEALTH = ("/v2/health/live", "/v2/health/ready")
+HEALTH = ("/v2/health/live", "/v2/health/ready")
 
 
 async def send_json(
@@ -29,6 +29,8 @@ async def send_json(
         retry_after_s: in how many seconds to ask again.
     """
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
     if status == 503:
         headers.append((b"retry-after", b"%d" % retry_after_s))
     if close:
@@ -60,7 +62,7 @@ def only_health(app: Application, reason: Callable[[], str]) -> Application:
     """
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in _HEALTH:
+        if scope["path"] in HEALTH:
             await app(scope, receive, send)
             return
         await refuse(503, json.dumps({"error": reason()}).encode(), Incoming(receive), send)

@@ -7,11 +7,13 @@ import importlib
 import ipaddress
 import logging
 import socket
+import ssl
 import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -32,6 +34,7 @@ from torchsurgeon.serve.logs import LogFormat, configure
 from torchsurgeon.serve.protocol import ServeProtocol
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import Profiler, measured_profile
+from torchsurgeon.serve.tokens import Tokens, check_certificates, reload_on_hangup
 
 _log = logging.getLogger("torchsurgeon.serve")
 _uvicorns = logging.getLogger("uvicorn.error")
@@ -143,6 +146,11 @@ def run(
     max_connections_per_address: int | None = None,
     grace_s: float = 10.0,
     profiler: Profiler | None = measured_profile,
+    token_file: str | Path | None = None,
+    insecure: bool = False,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+    tls_client_ca: str | None = None,
     log_format: LogFormat = "text",
     access_log: bool = False,
     metrics: bool = False,
@@ -155,7 +163,7 @@ def run(
 
     Args:
         models: the SPEC of each model by its name.
-        host: the address to listen on. A warning is given where other machines can reach it.
+        host: the address to listen on. One that other machines can reach needs ``token_file``, or ``insecure``.
         port: the port to listen on; 0 for any free one.
         weights: weights files by model name, as in ``torchsurgeon.models.specs.load()``.
         input_specs: inputs by model name, as in ``torchsurgeon.models.specs.load()``.
@@ -172,6 +180,12 @@ def run(
         max_connections_per_address: as in ``Server``.
         grace_s: after SIGTERM or SIGINT, the most seconds that requests under way are waited for.
         profiler: as in ``ModelRegistry``.
+        token_file: a file with tokens, one a line, of which every request must have one as ``Authorization: Bearer``,
+            except those for health. On SIGHUP it is read again.
+        insecure: whether other machines may reach a server that asks for no token. A warning is given then.
+        tls_cert: the certificate, for HTTPS.
+        tls_key: the certificate's key.
+        tls_client_ca: the certificates of those whose clients are let in; None to ask clients for no certificate.
         log_format: how the log is written to standard error, unless the program has set up ``logging`` itself:
             ``"text"`` or ``"json"``.
         access_log: whether a line is written for each request.
@@ -190,12 +204,19 @@ def run(
     report = say or (_log_progress if log_format == "json" else _print_progress)
     in_turn = OncePerPeriod()
     _uvicorns.addFilter(in_turn)
-    if not is_loopback(host):
+    if not is_loopback(host) and token_file is None:
+        if not insecure:
+            raise ServerError(
+                f"an address that other machines can reach needs a token: give --token-file FILE for {host[:300]}, or "
+                "--insecure to let everyone who can reach it run the models and read digests of their weights"
+            )
         warnings.warn(
             f"listening on {host}: everyone who can reach this address can run the models and read their weights' "
-            "digests; nothing is encrypted or authenticated",
+            "digests",
             stacklevel=2,
         )
+    tokens = None if token_file is None else Tokens(token_file)
+    check_certificates(tls_cert, tls_key, tls_client_ca)
     # Before anything is opened, since the package may be missing.
     counting = importlib.import_module("torchsurgeon.serve.metrics") if metrics else None
     for backend in (backends or {}).values():
@@ -207,9 +228,10 @@ def run(
     for name in models:
         registry.announce(name)
     bound = listen(host, port)
-    url = _url("http", host, bound.getsockname()[1])
+    url = _url("http" if tls_cert is None else "https", host, bound.getsockname()[1])
     connections = Connections(max_connections, max_connections_per_address)
     app = create_app(registry)
+    app.tokens = tokens
     log = AccessLog() if access_log else None
     if log is not None:
         app.listeners.append(log)
@@ -218,7 +240,11 @@ def run(
         app.listeners.append(counts)
         app.metrics = counts.text
     server = DrainingServer(
-        _config(app, connections, direct=True), connections, grace_s=grace_s, on_drain=app.drain, say=report
+        _config(app, connections, direct=True, ssl_certfile=tls_cert, ssl_keyfile=tls_key, ssl_ca_certs=tls_client_ca),
+        connections,
+        grace_s=grace_s,
+        on_drain=app.drain,
+        say=report,
     )
     failures: list[TorchSurgeonError] = []
 
@@ -254,6 +280,8 @@ def run(
     # Whoever reads "ready" connects at once, and a small model can be loaded before uvicorn takes connections.
     bound.listen()
     threading.Thread(target=load, name="torchsurgeon-load", daemon=True).start()
+    if tokens is not None:
+        reload_on_hangup(tokens, report)
     try:
         _serve(server, bound)
     finally:
@@ -328,6 +356,7 @@ def _config(
     direct: bool,
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
+    ssl_ca_certs: str | None = None,
 ) -> uvicorn.Config:
     taken = getattr(app, "direct", None) if direct else None
     return uvicorn.Config(
@@ -345,4 +374,6 @@ def _config(
         timeout_keep_alive=_KEEP_ALIVE_S,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
+        ssl_ca_certs=ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_NONE if ssl_ca_certs is None else ssl.CERT_REQUIRED,
     )

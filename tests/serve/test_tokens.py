@@ -1,0 +1,236 @@
+"""Who is let in: tokens, certificates, and addresses that other machines reach."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import environment
+from torch import nn
+
+from torchsurgeon import serve
+from torchsurgeon.errors import RequestRefusedError, ServerError
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve.tokens import Tokens, check_certificates
+from torchsurgeon.transport import HttpTransport
+
+X = torch.ones(1, 4)
+BODY = json.dumps({"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 4], "data": [1.0] * 4}]}).encode()
+INFER = "/v2/models/net/infer"
+ONE, OTHER, THIRD = "first-token-0123456789", "second-token-0123456789", "third-token-0123456789"
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(f"# devices\n{ONE}\n\n  {OTHER}  \n")
+    return path
+
+
+@pytest.fixture(params=["direct", "asgi"])
+def server(request: pytest.FixtureRequest, file: Path) -> Iterator[Server]:
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", nn.Linear(4, 2).eval(), X)
+    app = create_app(registry)
+    app.tokens = Tokens(file)
+    with Server(app, direct=request.param == "direct") as server:
+        yield server
+    registry.close()
+
+
+def ask(port: int, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], Any]:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.request("GET" if body is None else "POST", path, body, headers)
+        response = connection.getresponse()
+        told = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, told, json.loads(response.read())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(INFER, BODY), ("/v2", None), ("/v2/models/net/fingerprint", None), ("/v2/probe", b"1"), ("/x", None)],
+)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        bearer("wrong-token-0123456789"),
+        bearer(ONE[:-1]),
+        bearer(ONE + "0"),
+        {"Authorization": f"Basic {ONE}"},
+        bearer(""),
+    ],
+)
+def test_a_request_without_one_of_the_tokens_is_refused(
+    server: Server, path: str, body: bytes | None, headers: dict[str, str]
+) -> None:
+    status, told, answer = ask(server.port, path, body, **headers)
+    assert status == 401
+    assert told["www-authenticate"] == "Bearer"
+    assert "asks for a token" in answer["error"]
+    assert ONE not in json.dumps(answer)
+
+
+@pytest.mark.parametrize("token", [ONE, OTHER])
+def test_each_of_the_tokens_lets_its_client_in(server: Server, token: str) -> None:
+    assert ask(server.port, INFER, BODY, **bearer(token))[0] == 200
+    assert ask(server.port, INFER, BODY, Authorization=f"bearer   {token}")[0] == 200
+    assert ask(server.port, "/x", None, **bearer(token))[0] == 404
+
+
+def test_health_needs_no_token(server: Server) -> None:
+    assert ask(server.port, "/v2/health/live")[0] == 200
+    assert ask(server.port, "/v2/health/ready")[0] == 200
+
+
+def test_a_body_that_is_not_let_in_is_not_read(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
+        link.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{" % INFER.encode())
+        assert link.recv(1000).startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_token_that_is_taken_back_counts_no_more_on_an_open_connection(server: Server, file: Path) -> None:
+    with HttpTransport(server.url, 10, headers=bearer(ONE)) as transport:
+        for _ in range(3):
+            transport.infer("net", {"input": X}, max_answer_bytes=1000)
+        file.write_text(f"{OTHER}\n{THIRD}\n")
+        assert server.app.tokens.reload() == 2
+        for _ in range(2):
+            with pytest.raises(RequestRefusedError) as refused:
+                transport.infer("net", {"input": X}, max_answer_bytes=1000)
+            assert refused.value.status == 401
+    with HttpTransport(server.url, 10, headers=bearer(THIRD)) as transport:
+        transport.infer("net", {"input": X}, max_answer_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "at least one token"),
+        ("# nobody\n", "at least one token"),
+        (f"{ONE}\nshort\n", "that in line 2"),
+        ("two words 0123456789", "that in line 1"),
+        ("ümläut-0123456789abc", "that in line 1"),
+    ],
+)
+def test_a_file_without_proper_tokens_is_refused_and_the_old_ones_stay(file: Path, text: str, message: str) -> None:
+    tokens = Tokens(file)
+    file.write_text(text)
+    with pytest.raises(ServerError, match=message) as refused:
+        tokens.reload()
+    assert text.strip() == "" or text.strip() not in str(refused.value)
+    assert tokens.allow(f"Bearer {ONE}".encode())
+    with pytest.raises(ServerError, match=message):
+        Tokens(file)
+    file.unlink()
+    with pytest.raises(ServerError, match="cannot be read"):
+        tokens.reload()
+
+
+# --- the command ---
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_address_that_others_reach_needs_a_token_or_to_be_called_insecure() -> None:
+    with pytest.raises(ServerError, match=r"--token-file FILE for 0\.0\.0\.0, or --insecure"):
+        serve.run({"net": "factories:small"}, host="0.0.0.0", port=0)
+    with pytest.raises(UserWarning, match="everyone who can reach this address"):
+        serve.run({"net": "factories:small"}, host="0.0.0.0", port=0, insecure=True)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl: apt-get install openssl")
+    folder = tmp_path_factory.mktemp("tls")
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key.pem")]
+    subprocess.run([*command, "-out", str(folder / "cert.pem")], check=True, capture_output=True)
+    return folder
+
+
+@contextlib.contextmanager
+def command(*options: str) -> Iterator[tuple[subprocess.Popen[str], int, Callable[[], str]]]:
+    arguments = [sys.executable, "-m", "torchsurgeon", "serve", "net=factories:small", "--port", "0", *options]
+    with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            line = ""
+            while not line.startswith("ready"):
+                line = child.stdout.readline()
+                assert line
+            yield child, int(line.rpartition(":")[2]), child.stdout.readline
+        finally:
+            child.kill()
+
+
+def test_the_command_reads_its_tokens_again_on_sighup(file: Path) -> None:
+    with command("--token-file", str(file)) as (child, port, said):
+        assert ask(port, INFER, BODY)[0] == 401
+        assert ask(port, INFER, BODY, **bearer(ONE))[0] == 200
+        file.write_text(f"{THIRD}\n")
+        child.send_signal(signal.SIGHUP)
+        assert said() == "reloaded 1 tokens\n"
+        assert ask(port, INFER, BODY, **bearer(ONE))[0] == 401
+        assert ask(port, INFER, BODY, **bearer(THIRD))[0] == 200
+        file.write_text("")
+        child.send_signal(signal.SIGHUP)
+        assert said().startswith("the tokens stay as they were: ")
+        assert ask(port, INFER, BODY, **bearer(THIRD))[0] == 200
+
+
+def test_the_command_serves_https_and_asks_clients_for_certificates(certificate: Path) -> None:
+    cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
+    with command("--tls-cert", cert, "--tls-key", key, "--tls-client-ca", cert) as (_, port, _said):
+        known = ssl.create_default_context(cafile=cert)
+        stranger = ssl.create_default_context(cafile=cert)
+        known.load_cert_chain(cert, key)
+        url = f"https://127.0.0.1:{port}"
+        with HttpTransport(url, 10, ssl_context=known) as transport:
+            transport.infer("net", {"input": X}, max_answer_bytes=1000)
+        with HttpTransport(url, 5, ssl_context=stranger) as transport, pytest.raises(ServerError):
+            transport.infer("net", {"input": X}, max_answer_bytes=1000)
+
+
+def test_files_that_are_no_certificates_are_refused_before_a_model_is_loaded(certificate: Path, file: Path) -> None:
+    cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
+    check_certificates(cert, key, cert)
+    check_certificates(None, None, None)
+    for given in ((str(file), None, None), (cert, None, None), (cert, key, str(file)), ("/nowhere", key, None)):
+        with pytest.raises(ServerError, match="cannot be used"):
+            check_certificates(*given)
+    with pytest.raises(ServerError, match="give --tls-cert"):
+        check_certificates(None, key, None)
+
+
+def test_how_long_a_wrong_token_takes_does_not_depend_on_how_wrong_it_is(file: Path) -> None:
+    """Every token is compared, and by a function whose time does not depend on what differs."""
+    compared: list[bytes] = []
+    tokens = Tokens(file)
+
+    def compare(given: bytes, token: bytes) -> bool:
+        compared.append(token)
+        return given == token
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchsurgeon.serve.tokens.hmac.compare_digest", compare)
+        for token in (ONE, OTHER, "x"):
+            tokens.allow(f"Bearer {token}".encode())
+    assert len(compared) == 6
