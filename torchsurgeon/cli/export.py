@@ -33,9 +33,9 @@ def add_export(commands: Commands) -> None:
         _export,
         "export",
         "Write heads for a device without PyTorch, or a tail for another inference server.",
-        "torchvision:mobilenet_v3_large --points features.4 features.13 --out bundle --name mobile",
+        "torchvision:mobilenet_v3_large --points features.3.add features.8.add --out bundle --name mobile",
         "torchvision:resnet50 --device pi.json --server k40-gpu --out bundle",
-        "torchvision:resnet50 --points layer2.3.relu_2 --triton repository --name resnet_tail",
+        "torchvision:resnet50 --point layer3.5.relu_2 --triton repository --name resnet_tail",
     )
     model_arguments(parser)
     weights_argument(parser)
