@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from torchsurgeon import wire
 from torchsurgeon.codec import Codec
 from torchsurgeon.transport.base import ByteTransport, Deadline, Timing
-from torchsurgeon.wire.message import decode_response, encode_request
 
 
 class Answer(NamedTuple):
@@ -74,7 +74,7 @@ class Transport(ByteTransport):
         """
         deadline = deadline or Deadline(self.timeout_s if timeout_s is None else timeout_s)
         encode = functools.partial(
-            encode_request,
+            wire.encode_request,
             tensors,
             outputs=outputs,
             request_id=request_id,
@@ -84,5 +84,5 @@ class Transport(ByteTransport):
             crc32=crc32,
         )
         raw, header_bytes = self._ask(model, version, tensors, encode, max_answer_bytes, deadline)
-        response = decode_response(raw.body, header_bytes, max_decoded_bytes=max_answer_bytes)
+        response = wire.decode_response(raw.body, header_bytes, max_decoded_bytes=max_answer_bytes)
         return Answer(response.tensors, response.parameters, raw.timing)
