@@ -73,7 +73,7 @@ def open(
     known = Link.parse(link) if isinstance(link, str) else link
     asked = None
     if transport is not None:
-        asked = EdgeServer(transport, name or bundle.name, bundle.fingerprint, known, limit)
+        asked = EdgeServer(transport, name or bundle.name, bundle, known, limit)
     return EdgeModel(
         bundle,
         asked,

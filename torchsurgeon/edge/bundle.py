@@ -117,7 +117,8 @@ class Bundle:
         points: where it can be cut.
         whole: the whole model; None where the device holds only heads.
         costs: what each cut costs.
-        fingerprint: what is compared with the server.
+        graph: the graph's fingerprint.
+        weights: the digest of all weights.
     """
 
     folder: Path
@@ -130,7 +131,30 @@ class Bundle:
     points: tuple[BundlePoint, ...]
     whole: OnnxPart | None
     costs: CostTable
-    fingerprint: Fingerprint
+    graph: str
+    weights: str
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what tells a model that differs on the server from this one.
+
+        It is read when a difference is to be named, since it takes more memory than all else that a bundle tells.
+
+        Raises:
+            BundleError: its file has been damaged since the bundle was opened.
+        """
+        path = self.folder / FINGERPRINT
+        data = _json_file.read(path, BundleError, _AGAIN)
+        try:
+            return Fingerprint(
+                graph=self.graph,
+                weights=self.weights,
+                tensors=dict(data["tensors"]),
+                layers=dict(data["layers"]),
+                inputs=tuple(map(_text, data["inputs"])),
+                whole=tuple(map(_text, data["whole"])),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{short(path)} does not describe a model ({short(error)}); {_AGAIN}") from None
 
     def point(self, ref: int | str) -> BundlePoint:
         """Return a point of the bundle.
@@ -192,7 +216,8 @@ def read(folder: str | Path) -> Bundle:
             points=tuple(map(_point, data["points"])),
             whole=_part(data["whole"]),
             costs=costs,
-            fingerprint=_fingerprint(_json_file.read(folder / FINGERPRINT, BundleError, _AGAIN)),
+            graph=_text(data["graph"]),
+            weights=_text(data["weights"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, BundleError):
@@ -203,7 +228,7 @@ def read(folder: str | Path) -> Bundle:
     missing = next((part.file for part in parts if part is not None and part.file not in files), None)
     if missing is not None:
         raise BundleError(f"{short(path)} does not list the file {short(missing)} that it uses; {_AGAIN}")
-    if costs.fingerprint != found.fingerprint.graph:
+    if costs.fingerprint != found.graph:
         raise BundleError(f"the frontier in {short(folder)} is of another model than its heads; {_AGAIN}")
     return found
 
@@ -273,17 +298,6 @@ def _point(data: Mapping[str, Any]) -> BundlePoint:
         None if layers is None else tuple(map(_whole, layers)),
         tuple(map(_spec, data["tensors"])),
         _part(data["head"]),
-    )
-
-
-def _fingerprint(data: Mapping[str, Any]) -> Fingerprint:
-    return Fingerprint(
-        graph=_text(data["graph"]),
-        weights=_text(data["weights"]),
-        tensors=dict(data["tensors"]),
-        layers=dict(data["layers"]),
-        inputs=tuple(map(_text, data["inputs"])),
-        whole=tuple(map(_text, data["whole"])),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from torchsurgeon._interrupts import start_thread
 from torchsurgeon.adapting import LinkEstimator, ServerState
+from torchsurgeon.edge.bundle import Bundle
 from torchsurgeon.edge.codec import ArrayCodec
 from torchsurgeon.edge.inference import seconds
 from torchsurgeon.edge.message import ArrayAnswer, ArrayTransport
@@ -25,7 +26,7 @@ from torchsurgeon.errors import (
 )
 from torchsurgeon.link import Link
 from torchsurgeon.transport.base import Deadline
-from torchsurgeon.transport.fingerprint import Fingerprint, fetch
+from torchsurgeon.transport.fingerprint import fetch
 from torchsurgeon.transport.link_probe import measure_link
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ class EdgeServer:
     Args:
         transport: the way to it.
         name: the model's name there.
-        ours: what identifies the model on this side.
+        bundle: what the device has of the model.
         link: the link to it; None to measure it at the handshake.
         max_bytes: the most bytes that an answer's arrays have together.
 
@@ -88,13 +89,11 @@ class EdgeServer:
         failure: why its last answer could not be used, in words; None after an answer that could.
     """
 
-    def __init__(
-        self, transport: ArrayTransport, name: str, ours: Fingerprint, link: Link | None, max_bytes: int
-    ) -> None:
+    def __init__(self, transport: ArrayTransport, name: str, bundle: Bundle, link: Link | None, max_bytes: int) -> None:
         self.url = transport.url
         self.ready, self.measures = False, True
         self.failure: str | None = None
-        self._transport, self._name, self._ours, self._max_bytes = transport, name, ours, max_bytes
+        self._transport, self._name, self._bundle, self._max_bytes = transport, name, bundle, max_bytes
         self._known_link = link
         self.state: ServerState[ArrayTransport] = ServerState.new(
             transport, link or _UNKNOWN_LINK, now_s=time.monotonic
@@ -123,7 +122,8 @@ class EdgeServer:
 
     def _shake(self, timeout_s: float) -> None:
         self.ready = False
-        theirs = fetch(self._transport, self._name, self._ours.weights, self._ours.graph, lambda: self._ours, timeout_s)
+        ours = self._bundle
+        theirs = fetch(self._transport, self._name, ours.weights, ours.graph, ours.fingerprint, timeout_s)
         self._identity = theirs.get("identity")
 
     def ask(self, arrays: Mapping[str, np.ndarray[Any, Any]], codec: ArrayCodec, deadline: Deadline) -> ArrayAnswer:

@@ -143,6 +143,8 @@ def export_bundle(
             "torchsurgeon": __version__,
             "name": name,
             "model": type(graph.model).__name__,
+            "graph": fingerprint.graph,
+            "weights": fingerprint.weights,
             "example_batch": graph.batch,
             "valued": graph.value_dependent,
             "inputs": list(map(to_json, taken)),
