@@ -54,6 +54,8 @@ class BuildFiles(build_py):
     """Copies the needed files from the package."""
 
     def run(self) -> None:
+        # What an earlier build has left there may belong to the package no more.
+        shutil.rmtree(Path(self.build_lib) / "torchsurgeon", ignore_errors=True)
         for path in self.copied():
             target = Path(self.build_lib) / path
             target.parent.mkdir(parents=True, exist_ok=True)
