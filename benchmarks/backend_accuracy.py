@@ -52,8 +52,7 @@ def main() -> None:
         results = measured(graph, list(found.sample.split(1)), judging, options.rounds)
     result_file.write(options.out, results, **pictures.packages())
     if options.out == OUT:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{page(results)}\n{END}{rest.partition(END)[2]}")
+        result_file.show(PAGE, BEGIN, END, page(result_file.known(OUT)))
 
 
 def measured(graph: ts.LayerGraph, sample: list[Tensor], judging: list[Tensor], rounds: int) -> dict[str, Any]:
@@ -117,6 +116,8 @@ def _seconds(
 
 def page(results: dict[str, Any]) -> str:
     """Return a table of what backends keep, and how long they take, as Markdown."""
+    if not results:
+        return "Not measured yet.\n"
     lines = [
         "| `backend=` | runs | answers kept | at least | cosine | time of eager's |",
         "|---|---|---|---|---|---|",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import torchsurgeon as ts
-from benchmarks.support import result_file
+from benchmarks.support import exports, result_file
 from torchsurgeon.backends import BuiltPart, Part, deviation, find_backend
 
 OUT = result_file.RESULTS / "backend-answers.json"
@@ -32,8 +31,8 @@ BEGIN, END = "<!-- answers, by benchmarks.backend_answers -->", "<!-- end of ans
 BATCHES = (1, 2, 5)
 BACKENDS = ("onnxruntime", "openvino", "openvino:bf16")
 COMPILED = ("mobilenet_v3_small", "resnet18", "BERT")
-"""The networks that inductor compiles, too, which takes the longest."""
-POINTS = 3
+"""The networks whose whole model and heads inductor compiles, too, which takes the longest."""
+POINTS = 2
 """How many points of each network are tried, besides the whole model."""
 
 Made = tuple[nn.Module, Callable[[int], Tensor]]
@@ -128,7 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
+    found = result_file.known(options.out)
     begun_s = time.monotonic()
     for name in options.networks or [name for name in NETWORKS if name not in found]:
         if time.monotonic() - begun_s > 60 * options.minutes:
@@ -137,8 +136,7 @@ def main() -> None:
         print(name, json.dumps(found[name]), flush=True)
         result_file.write(options.out, {name: found[name] for name in NETWORKS if name in found})
     if options.out == OUT:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{page(found)}\n{END}{rest.partition(END)[2]}")
+        result_file.show(PAGE, BEGIN, END, page(result_file.known(OUT)))
 
 
 @torch.no_grad()
@@ -153,12 +151,25 @@ def tried(name: str) -> dict[str, Any]:
     last = len(graph.points) - 1
     chosen = sorted({round(last * (k + 1) / (POINTS + 1)) for k in range(POINTS)} - {0, last})
     points = [graph.points[k] for k in chosen]
-    found: dict[str, Any] = {"points": [point.name for point in points], "of": len(graph.points), "backends": {}}
-    for backend in (*BACKENDS, *(("inductor",) if name in COMPILED else ())):
-        parts = list(_parts(graph, points if backend != "inductor" else points[:1]))
-        found["backends"][backend] = _compared(backend, parts, graph, inputs)
-    found["seconds"] = round(time.monotonic() - begun_s)
-    return found
+    names = (*BACKENDS, *(("inductor",) if name in COMPILED else ()))
+    rows = {backend: _Row(backend) for backend in names}
+    for what, part, before in _parts(graph, points):
+        calls = [_given(graph, x, before) for x in inputs]
+        with exports.made_once():
+            for backend, row in rows.items():
+                if backend != "inductor" or before is None:
+                    row.compare(what, part, calls)
+    return {
+        "points": [point.name for point in points],
+        "of": len(graph.points),
+        "backends": {backend: row.found for backend, row in rows.items()},
+        "seconds": round(time.monotonic() - begun_s),
+    }
+
+
+def _given(graph: ts.LayerGraph, x: Tensor, before: Part | None) -> Sequence[Tensor]:
+    tensors = graph.tensors_of_call((x,), {})
+    return tensors if before is None else before.segment(*tensors)
 
 
 def _parts(graph: ts.LayerGraph, points: Sequence[ts.PartitionPoint]) -> Iterable[tuple[str, Part, Part | None]]:
@@ -170,46 +181,44 @@ def _parts(graph: ts.LayerGraph, points: Sequence[ts.PartitionPoint]) -> Iterabl
         yield f"tail at {point.name}", Part.tail(graph, [spec.name for spec in point.tensors]), head
 
 
-def _compared(
-    name: str, parts: Sequence[tuple[str, Part, Part | None]], graph: ts.LayerGraph, inputs: Sequence[Tensor]
-) -> dict[str, Any]:
-    backend = find_backend(name)
-    refused: dict[str, str] = {}
-    farthest, runs, eager, built_for_all = 0.0, 0, 0, 0
-    for what, part, before in parts:
-        made = BuiltPart(part, backend, set())
+class _Row:
+    """What one backend does with the parts of one network."""
 
-        def given(x: Tensor, before: Part | None = before) -> Sequence[Tensor]:
-            tensors = graph.tensors_of_call((x,), {})
-            return tensors if before is None else before.segment(*tensors)
+    def __init__(self, name: str) -> None:
+        self._backend = find_backend(name)
+        self.found: dict[str, Any] = {
+            "tolerance": self._backend.tolerance,
+            "deviation": 0.0,
+            "parts": 0,
+            "any_batch": 0,
+            "runs": 0,
+            "in_eager": 0,
+            "refused": {},
+        }
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ts.BackendWarning)
-            made.build(*given(inputs[0]))
+    def compare(self, what: str, part: Part, calls: Sequence[Sequence[Tensor]]) -> None:
+        """Build a part for the first call, and compare all calls with eager PyTorch."""
+        found = self.found
+        found["parts"] += 1
+        made = BuiltPart(part, self._backend, None)
+        made.build(*calls[0])
         if made.reason is not None:
-            refused[what] = made.reason
-            continue
-        built_for_all += made.free_batch
-        for x in inputs:
-            tensors = given(x)
+            found["refused"][what] = made.reason
+            return
+        found["any_batch"] += made.free_batch
+        for tensors in calls:
             if not made.takes(tensors):
-                eager += 1
+                found["in_eager"] += 1
                 continue
             far = max(deviation(a, b) for a, b in zip(made(*tensors), part.segment(*tensors), strict=True))
-            farthest, runs = max(farthest, far), runs + 1
-    return {
-        "tolerance": backend.tolerance,
-        "deviation": float(f"{farthest:.2g}"),
-        "runs": runs,
-        "in_eager": eager,
-        "parts": len(parts),
-        "any_batch": built_for_all,
-        "refused": refused,
-    }
+            found["deviation"] = max(found["deviation"], float(f"{far:.2g}"))
+            found["runs"] += 1
 
 
 def page(found: dict[str, Any]) -> str:
     """Return a table of how far answers are from those of eager PyTorch, as Markdown."""
+    if not found:
+        return "Not measured yet.\n"
     names = (*BACKENDS, "inductor")
     lines = [f"| network | points | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
     for name, row in found.items():

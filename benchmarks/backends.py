@@ -18,10 +18,8 @@ live, by where their weights happen to lie.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib.metadata
-import json
 import os
 import statistics
 import sys
@@ -30,14 +28,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import torchsurgeon as ts
 from benchmarks import zoo
-from benchmarks.support import networks, result_file
+from benchmarks.support import exports, networks, result_file
 from torchsurgeon.backends import BuiltPart, Part, deviation, find_backend, openvino
 from torchsurgeon.backends import onnxruntime as ort
 
@@ -91,9 +88,7 @@ def main() -> None:
         _in_huge_pages()
         _time(out, options)
     if out == OUT:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        found = json.loads(OUT.read_text())["results"]
-        PAGE.write_text(f"{before}{BEGIN}\n\n{page(found)}\n{END}{rest.partition(END)[2]}")
+        result_file.show(PAGE, BEGIN, END, page(result_file.known(OUT)))
 
 
 def _in_huge_pages() -> None:
@@ -105,8 +100,7 @@ def _in_huge_pages() -> None:
 
 
 def _time(out: Path, options: argparse.Namespace) -> None:
-    known = json.loads(out.read_text())["results"] if out.exists() and not options.quick else {}
-    found: dict[str, Any] = known if isinstance(known, dict) else {}
+    found = {} if options.quick else result_file.known(out)
     wanted = options.networks or [name for name in NETWORKS if name not in found]
     wanted = wanted[:2] if options.quick else wanted
     begun_s = time.monotonic()
@@ -136,54 +130,13 @@ def rows(model: nn.Module, x: Tensor, options: argparse.Namespace) -> Iterator[d
         tail = Part.tail(graph, [spec.name for spec in point.tensors])
         parts += [("head", point.name, head, tensors), ("tail", point.name, tail, boundary)]
     for what, at, part, given in parts:
-        with _exported_once():
+        with exports.made_once():
             for threads in options.threads:
                 torch.set_num_threads(threads)
                 inductor = what == "whole" and threads == 1 and not options.no_inductor
                 names = (*BACKENDS, "inductor") if inductor else BACKENDS
                 row = {"part": what, "point": at, "threads": threads}
                 yield row | {"rivals": timed(part, given, names, options.part_s)}
-
-
-@contextlib.contextmanager
-def _exported_once() -> Iterator[None]:
-    """Have what a part is exported to kept, and given to all who export it with the same freedom of the batch."""
-    write, convert = ort.write_onnx, functools.cache(_by_freedom(openvino.converted))
-    with tempfile.TemporaryDirectory() as folder:
-
-        def written(
-            part: Part, example: Sequence[Tensor], path: Path, *, free_batch: bool, one_file: bool = False
-        ) -> None:
-            assert not one_file
-            kept = Path(folder, str(free_batch))
-            if not kept.exists():
-                kept.mkdir()
-                write(part, example, kept / path.name, free_batch=free_batch)
-            for file in kept.iterdir():
-                os.link(file, path.parent / file.name)
-
-        def converted(part: Part, example: Sequence[Tensor], free_batch: bool) -> Any:
-            return convert(_Example(part, example), free_batch)
-
-        with mock.patch.object(ort, "write_onnx", written), mock.patch.object(openvino, "converted", converted):
-            yield
-
-
-class _Example:
-    """A part with an example, which is taken for equal to any other of the part."""
-
-    def __init__(self, part: Part, tensors: Sequence[Tensor]) -> None:
-        self.part, self.tensors = part, tensors
-
-    def __hash__(self) -> int:
-        return hash(self.part)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Example) and other.part is self.part
-
-
-def _by_freedom(convert: Callable[[Part, Sequence[Tensor], bool], Any]) -> Callable[[_Example, bool], Any]:
-    return lambda example, free_batch: convert(example.part, example.tensors, free_batch)
 
 
 def timed(part: Part, tensors: Sequence[Tensor], backends: Sequence[str], part_s: float) -> dict[str, Any]:
@@ -305,6 +258,8 @@ def line(row: dict[str, Any]) -> str:
 
 def page(found: dict[str, list[dict[str, Any]]]) -> str:
     """Return a table of whole models by each backend, and how many parts are near to the bare runtime, as Markdown."""
+    if not found:
+        return "Not measured yet.\n"
     names = (*BACKENDS, "inductor")
     columns = ("network", "threads", "eager", *names, f"parts at most {WITHIN - 1:.0%} over the bare runtime", "worst")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]

@@ -20,6 +20,23 @@ def write(out: Path, results: Any, **more: Any) -> None:
     print(f"written to {out}", flush=True)
 
 
+def known(out: Path) -> dict[str, Any]:
+    """Return the results in a file that ``write()`` has written; empty where there is no such file."""
+    found: dict[str, Any] = json.loads(out.read_text())["results"] if out.exists() else {}
+    return found
+
+
+def show(page: Path, begin: str, end: str, text: str) -> None:
+    """Put text between two marks of a page, as ``shown()`` finds it."""
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def shown(page: Path, begin: str, end: str) -> str:
+    """Return the text between two marks of a page."""
+    return page.read_text().partition(begin)[2].partition(end)[0][2:-1]
+
+
 def suite(name: str) -> dict[str, dict[str, Any]]:
     """Return the rows of a suite's file by group and rival; empty where there is no such file."""
     path = SUITES / f"{name}.json"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
 
 from benchmarks import (
+    backend_accuracy,
+    backend_answers,
     backend_profiles,
+    backends,
     codec_kinds,
     codec_rates,
     csv_import,
@@ -67,6 +71,18 @@ def test_the_datacenter_is_the_one_of_its_file_and_agrees_with_queueing_theory()
         ours, device_only = row["unloaded"]["ours"], row["unloaded"]["device-only"]
         assert ours["latency_s"] < device_only["latency_s"]
         assert row["link"] != "wifi" or ours["device_j"] < device_only["device_j"] / 3
+
+
+@pytest.mark.parametrize("study", [backends, backend_answers, backend_accuracy])
+def test_what_backends_take_and_keep_is_what_their_files_hold(study: Any) -> None:
+    found = result_file.known(study.OUT)
+    assert result_file.shown(study.PAGE, study.BEGIN, study.END) == study.page(found)
+
+
+def test_answers_by_backends_are_within_their_tolerance_on_every_network() -> None:
+    for name, row in result_file.known(backend_answers.OUT).items():
+        for backend, found in row["backends"].items():
+            assert found["deviation"] <= found["tolerance"], (name, backend)
 
 
 def test_what_students_and_codecs_keep_is_what_their_files_hold() -> None:

@@ -1,0 +1,61 @@
+"""Exports of parts of a model, of which each is made once for all backends, since that takes most of building."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from torchsurgeon.backends import Part, openvino
+from torchsurgeon.backends import onnxruntime as ort
+
+
+@contextlib.contextmanager
+def made_once() -> Iterator[None]:
+    """Export a part once for all backends; to be entered anew for each part.
+
+    What it is exported to is kept, and given to all who export it with the same freedom of the batch.
+    """
+    write, convert = ort.write_onnx, functools.cache(_by_freedom(openvino.converted))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def written(
+            part: Part, example: Sequence[Tensor], path: Path, *, free_batch: bool, one_file: bool = False
+        ) -> None:
+            assert not one_file
+            kept = Path(folder, str(free_batch))
+            if not kept.exists():
+                kept.mkdir()
+                write(part, example, kept / path.name, free_batch=free_batch)
+            for file in kept.iterdir():
+                os.link(file, path.parent / file.name)
+
+        def converted(part: Part, example: Sequence[Tensor], free_batch: bool) -> Any:
+            return convert(_Example(part, example), free_batch)
+
+        with mock.patch.object(ort, "write_onnx", written), mock.patch.object(openvino, "converted", converted):
+            yield
+
+
+class _Example:
+    """A part with an example, which is taken for equal to any other of the part."""
+
+    def __init__(self, part: Part, tensors: Sequence[Tensor]) -> None:
+        self.part, self.tensors = part, tensors
+
+    def __hash__(self) -> int:
+        return hash(self.part)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Example) and other.part is self.part
+
+
+def _by_freedom(convert: Callable[[Part, Sequence[Tensor], bool], Any]) -> Callable[[_Example, bool], Any]:
+    return lambda example, free_batch: convert(example.part, example.tensors, free_batch)
