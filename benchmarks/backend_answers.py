@@ -147,7 +147,7 @@ def tried(name: str) -> dict[str, Any]:
     model, make = NETWORKS[name]()
     model.eval()
     graph = ts.trace(model, make(1))
-    inputs = [make(batch) for batch in BATCHES]
+    inputs = [x for x in map(make, BATCHES) if _is_taken(graph, x)]
     last = len(graph.points) - 1
     chosen = sorted({round(last * (k + 1) / (POINTS + 1)) for k in range(POINTS)} - {0, last})
     points = [graph.points[k] for k in chosen]
@@ -162,9 +162,19 @@ def tried(name: str) -> dict[str, Any]:
     return {
         "points": [point.name for point in points],
         "of": len(graph.points),
+        "batches": [len(x) for x in inputs],
         "backends": {backend: row.found for backend, row in rows.items()},
         "seconds": round(time.monotonic() - begun_s),
     }
+
+
+def _is_taken(graph: ts.LayerGraph, x: Tensor) -> bool:
+    """Return whether the traced model takes a batch; some models take another path for a batch of one."""
+    try:
+        graph.tensors_of_call((x,), {})
+    except TypeError:
+        return False
+    return True
 
 
 def _given(graph: ts.LayerGraph, x: Tensor, before: Part | None) -> Sequence[Tensor]:
@@ -220,10 +230,11 @@ def page(found: dict[str, Any]) -> str:
     if not found:
         return "Not measured yet.\n"
     names = (*BACKENDS, "inductor")
-    lines = [f"| network | points | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    lines = [f"| network | points | batches | {' | '.join(names)} |", f"|---|---|---|{'---|' * len(names)}"]
     for name, row in found.items():
         cells = [_cell(row["backends"].get(backend)) for backend in names]
-        lines.append(f"| {name} | {len(row['points'])} of {row['of']} | {' | '.join(cells)} |")
+        batches = ", ".join(map(str, row["batches"]))
+        lines.append(f"| {name} | {len(row['points'])} of {row['of']} | {batches} | {' | '.join(cells)} |")
     allowed = ", ".join(f"{name} {find_backend(name).tolerance:.0e}" for name in names)
     return "\n".join(lines) + f"\n\nThe largest deviation of any element is given; allowed are {allowed}.\n"
 
