@@ -20,8 +20,10 @@ import torch
 from paths import environment
 from torch import nn
 
+import torchsurgeon as ts
 from torchsurgeon import serve
-from torchsurgeon.errors import RequestRefusedError, ServerError
+from torchsurgeon.errors import ProtocolError, RequestRefusedError, ServerError, ServerUnavailableError
+from torchsurgeon.models import specs
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.tokens import Tokens, check_certificates
 from torchsurgeon.transport import HttpTransport
@@ -207,6 +209,33 @@ def test_the_command_serves_https_and_asks_clients_for_certificates(certificate:
             transport.infer("net", {"input": X}, max_answer_bytes=1000)
         with HttpTransport(url, 5, ssl_context=stranger) as transport, pytest.raises(ServerError):
             transport.infer("net", {"input": X}, max_answer_bytes=1000)
+
+
+def test_a_split_model_shows_its_token_and_its_certificate(certificate: Path, file: Path) -> None:
+    cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
+    loaded = specs.load("factories:small")
+    options = "--token-file", str(file), "--tls-cert", cert, "--tls-key", key, "--tls-client-ca", cert
+    way: dict[str, Any] = {"token": ONE, "ca": cert, "cert": (cert, key)}
+    with command(*options) as (_, port, _said), torch.no_grad():
+        given = {"server": f"https://127.0.0.1:{port}", "name": "net", "partition": 0, "fallback": "error"}
+        with ts.SplitModule(loaded.model, X, **given, **way) as split:
+            torch.testing.assert_close(split(X), loaded.model(X))
+        for wrong, error in (
+            ({"token": THIRD}, RequestRefusedError),
+            ({"token": None}, RequestRefusedError),
+            ({"ca": True}, ServerError),
+            ({"cert": None}, ServerError),
+        ):
+            with ts.SplitModule(loaded.model, X, **given, **(way | wrong)) as split, pytest.raises(error):
+                split(X)
+
+
+def test_a_device_says_which_certificate_it_cannot_use(file: Path) -> None:
+    for wrong in ({"verify": str(file)}, {"cert": str(file)}, {"cert": ("/nowhere", "/nowhere")}):
+        with pytest.raises(ServerUnavailableError, match="cannot be used"):
+            HttpTransport("https://127.0.0.1:1", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ProtocolError, match="line break"):
+        HttpTransport("http://127.0.0.1:1", token="a\r\nb: c")
 
 
 def test_files_that_are_no_certificates_are_refused_before_a_model_is_loaded(certificate: Path, file: Path) -> None:

@@ -105,6 +105,10 @@ class SplitModule(Calls):
         timeout_s: the longest that a server may take for one inference.
         leaf_modules: modules to keep whole, as ``trace()`` takes them.
         verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
+        token: sent to servers that are given by their URLs, as ``Authorization: Bearer``.
+        ca: how their certificates are checked: True for as the system does, a file with those that are trusted, or
+            False for not at all.
+        cert: this device's certificate, for servers that ask for one: a file that holds its key too, or both files.
 
     Attributes:
         model: the model. Another may be assigned: it is traced at once, and answers from then on.
@@ -164,6 +168,9 @@ class SplitModule(Calls):
         timeout_s: float = 30.0,
         leaf_modules: Sequence[str | type[nn.Module]] = (),
         verify: bool = True,
+        token: str | None = None,
+        ca: bool | str = True,
+        cert: str | tuple[str, str] | None = None,
     ) -> None:
         super().__init__()
         check_options(fallback, deadline_s, timeout_s, compile, backend)
@@ -205,6 +212,9 @@ class SplitModule(Calls):
                 tolerance=tolerance,
                 leaf_modules=leaf_modules,
                 verify=verify,
+                token=token,
+                ca=ca,
+                cert=cert,
             ),
         )
         # Ends the threads of a module that is collected without having been closed.

@@ -73,7 +73,10 @@ class Servers:
         self._graph = graph = local.graph
         limit = max(_LEAST_ANSWER_LIMIT_BYTES, _ANSWER_FACTOR * graph.points[-1].size_bytes)
         transports = [
-            HttpTransport(server, options.timeout_s) if isinstance(server, str) else server for server in servers
+            HttpTransport(server, options.timeout_s, token=options.token, verify=options.ca, cert=options.cert)
+            if isinstance(server, str)
+            else server
+            for server in servers
         ]
         self.own = [made for made, given in zip(transports, servers, strict=True) if made is not given]
         self.peers = [

@@ -103,10 +103,18 @@ class ControlSession(requests.Session):
         headers: sent with every request.
         verify: how certificates are checked, as ``requests`` takes it.
         proxy: the URL of the proxy that is used; None to connect directly.
+        cert: this side's certificate, as ``requests`` takes it; None for none.
     """
 
-    def __init__(self, headers: Mapping[str, str], verify: bool | str, proxy: str | None) -> None:
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        verify: bool | str,
+        proxy: str | None,
+        cert: str | tuple[str, str] | None = None,
+    ) -> None:
         super().__init__()
+        self.cert = cert
         self.headers.update({**headers, "Accept-Encoding": "identity"})
         # The environment is not asked again: what it named when the transport was made holds for inference, too.
         self.trust_env = False

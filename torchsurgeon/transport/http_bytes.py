@@ -46,10 +46,12 @@ class HttpBytes(ByteTransport):
         timeout_s: seconds that each call as a whole may take, unless the call says otherwise.
         headers: sent with every request.
         ssl_context: how the inference path checks certificates.
-        verify: how the control plane checks certificates.
+        verify: how certificates are checked.
+        token: sent with every request.
+        cert: this side's certificate.
 
     Raises:
-        ServerUnavailableError: ``url`` is not the URL of a server.
+        ServerUnavailableError: ``url`` is not the URL of a server, or a certificate's file cannot be used.
         ProtocolError: a header holds a line break.
 
     Attributes:
@@ -64,17 +66,21 @@ class HttpBytes(ByteTransport):
         headers: Mapping[str, str] | None = None,
         ssl_context: ssl.SSLContext | None = None,
         verify: bool | str = True,
+        token: str | None = None,
+        cert: str | tuple[str, str] | None = None,
     ) -> None:
         super().__init__(timeout_s)
+        if token is not None:
+            headers = {**(headers or {}), "Authorization": f"Bearer {token}"}
         self._route = route = route_to(url)
         self.url = url.strip().rstrip("/")
-        self._context = route.context(ssl_context)
+        self._context = route.context(ssl_context or _context_for(verify, cert))
         fixed = {"Host": route.netloc, "Content-Type": "application/octet-stream", **(headers or {})}
         if any("\r" in text or "\n" in text for pair in fixed.items() for text in pair):
             # A header may hold a secret, so its value is not quoted.
             raise ProtocolError("a header must not hold a line break; remove it from headers or url")
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed.items()) + route.headers
-        self._new_session = functools.partial(ControlSession, headers or {}, verify, route.proxy_url)
+        self._new_session = functools.partial(ControlSession, headers or {}, verify, route.proxy_url, cert)
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._controls: set[Deadline] = set()
@@ -252,6 +258,23 @@ class HttpBytes(ByteTransport):
         return ServerUnavailableError(
             f"{self.url[:300]} does not answer, or broke off ({_reason(error)}); is the server running?"
         )
+
+
+def _context_for(verify: bool | str, cert: str | tuple[str, str] | None) -> ssl.SSLContext | None:
+    """Return how certificates are checked; None for as the system does, without a certificate of this side."""
+    if verify is True and cert is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
+        if verify is False:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if cert is not None:
+            context.load_cert_chain(*((cert,) if isinstance(cert, str) else cert))
+    except (OSError, ssl.SSLError) as error:
+        raise ServerUnavailableError(
+            f"the certificates in {short((verify, cert))} cannot be used: {short(error)}; give files in PEM format"
+        ) from error
+    return context
 
 
 def _rounded_up(seconds: float) -> str:

@@ -17,11 +17,14 @@ class HttpTransport(HttpBytes, Transport):
         url: ``http://host:port`` or ``https://host:port``; a path may follow, which precedes every path of the server.
         timeout_s: seconds that each call as a whole may take, unless the call says otherwise.
         headers: sent with every request, such as a token.
-        ssl_context: how the inference path checks certificates; as the system does by default.
-        verify: how the control plane checks certificates, as ``requests`` takes it.
+        ssl_context: how the inference path checks certificates; by default as ``verify`` and ``cert`` say.
+        verify: how certificates are checked: True for as the system does, a file with those that are trusted, or False
+            for not at all. With ``ssl_context`` it holds for the control plane only, and so does ``cert``.
+        token: sent with every request as ``Authorization: Bearer``; None for none.
+        cert: this side's certificate, for servers that ask for one: a file that holds its key too, or both files.
 
     Raises:
-        ServerUnavailableError: ``url`` is not the URL of a server.
+        ServerUnavailableError: ``url`` is not the URL of a server, or a certificate's file cannot be used.
         ProtocolError: a header holds a line break.
 
     Attributes:
