@@ -16,10 +16,10 @@ from torchsurgeon.tracing.specs import TensorSpec
 Batching = Literal["off", "exact", "rounded"]
 """Never; only as far as answers keep the bits that they have alone; also where they are the same to rounding only."""
 
-# Twice as many samples have to take so much less time a sample before so many are taken together.
+# A larger number of samples has to take so much less time a sample before so many are taken together.
 _WORTH = 0.95
-# So many runs of one size before its time is relied on, and after so many runs another size is tried again.
-_FEW, _MANY = 3, 64
+# So often each number is tried at first, and after so many runs another number is tried again.
+_FEW, _MANY = 3, 32
 _SMOOTHING = 0.2
 _MOST_KINDS = 256
 
@@ -88,21 +88,27 @@ def _is_usual(tensor: Tensor) -> bool:
 
 @dataclass
 class _Kind:
-    """How long a sample took in runs of 1, 2, 4, 8, … samples, with how often that was measured."""
+    """How long a sample took in runs of 1, 2, 4, 8, … samples, and how often each number was tried."""
 
     each_s: dict[int, float] = field(default_factory=dict)
-    count: dict[int, int] = field(default_factory=dict)
+    tried: dict[int, int] = field(default_factory=dict)
     runs: int = 0
 
-    def known(self, size: int) -> bool:
-        return self.count.get(size, 0) >= _FEW
+    def best(self) -> int:
+        """Return the number with which a sample takes the least time, the smaller of two that are nearly the same."""
+        best = 1
+        for size in sorted(self.each_s):
+            if 1 in self.each_s and self.each_s[size] < _WORTH * self.each_s[best]:
+                best = size
+        return best
 
 
 class Gain:
     """How many requests are worth running together, found out while they run. Thread-safe.
 
-    It begins with one. Twice as many are tried once so many wait, and kept if each then takes less time. A size that
-    did not pay is tried again after a while, because what pays depends on the load.
+    It begins with one. Then each power of two is tried a few times, once so many wait: two may take as long as one did
+    each, and eight half of it. After that the best is taken, and now and then another one is tried again, because what
+    pays depends on the load.
 
     Args:
         most: the most samples in one run.
@@ -110,6 +116,7 @@ class Gain:
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._sizes = [1 << power for power in range(most.bit_length())]
         self._kinds: dict[object, _Kind] = {}
         self._lock = threading.Lock()
 
@@ -120,18 +127,17 @@ class Gain:
             if found is None:
                 return 1
             found.runs += 1
-            best = 1
-            while best < self._most and found.known(best) and found.known(2 * best):
-                if found.each_s[2 * best] > _WORTH * found.each_s[best]:
-                    break
-                best *= 2
-            if not found.known(best):
-                return best
-            if not found.known(2 * best) or found.runs % _MANY == 0:
-                return min(2 * best, self._most)
-            if found.runs % _MANY == _MANY // 2:
-                return max(1, best // 2)
-            return best
+            for size in self._sizes:
+                tried = found.tried.get(size, 0)
+                if tried < _FEW:
+                    # Counted here, since so many may never wait.
+                    found.tried[size] = tried + 1
+                    return size
+            if found.runs % _MANY == 0:
+                return self._sizes[found.runs // _MANY % len(self._sizes)]
+            # Of the last power of two, the runs that were measured may have been larger.
+            best = found.best()
+            return self._most if best == self._sizes[-1] else best
 
     def took(self, kind: object, size: int, duration_s: float) -> None:
         """Take notice of how long a run of ``size`` samples took."""
@@ -145,4 +151,3 @@ class Gain:
             each_s = duration_s / size
             before = found.each_s.get(rounded, each_s)
             found.each_s[rounded] = before + _SMOOTHING * (each_s - before)
-            found.count[rounded] = found.count.get(rounded, 0) + 1
