@@ -42,6 +42,11 @@ class DeviceTimes:
         """Replace the lock, which a thread of the parent may hold, and forget how slow the device was."""
         self._slowdown = SlowdownEstimator()
 
+    def learn(self, profile: LayerProfile) -> None:
+        """Predict by another backend, too, from now on. What was seen of the old predictions says nothing of these."""
+        self.profiles = (*self.profiles, profile)
+        self._slowdown = SlowdownEstimator()
+
     def forget(self) -> None:
         """Forget measured times: the model's tensors have another type or another device now."""
         self._timed.clear()

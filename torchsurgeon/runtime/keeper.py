@@ -248,7 +248,10 @@ class Keeper:
         tensors = self._connector.ping_tensors
         if not tensors:
             return None
-        return errand.peer.ask(tensors, dict.fromkeys(tensors, find_codec("raw")), errand.deadline())
+        peer = errand.peer
+        # Its tail is predicted by the first of the usable backends, so that is the one to ask for.
+        backend = peer.profiles.to_name(next((profile.backend for profile in peer.profiles.usable), None))
+        return peer.ask(tensors, dict.fromkeys(tensors, find_codec("raw")), errand.deadline(), backend=backend)
 
     def _probe(self, size: int, errand: Errand) -> None:
         """Send ``size`` bytes that nobody needs, to measure the link's rate."""

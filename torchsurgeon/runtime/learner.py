@@ -134,7 +134,7 @@ class Learner:
                 _logger.exception("what heads and tails take by backend %s is not known", backend.name)
                 self._failed.add(backend.name)
                 continue
-            self._times.profiles = (*self._times.profiles, measured)
+            self._times.learn(measured)
             if self._parts.auto is not None:
                 self._parts.auto.learn(self._graph, self._times.usable)
                 self._parts.generation += 1
@@ -147,4 +147,5 @@ class Learner:
                 except ServerError:
                     continue  # It measures, or does not answer; it is asked again later.
                 if more:
+                    peer.forget_load()
                     self._connector.plan_again(peer)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchsurgeon._interrupts import NoThreadError
 from torchsurgeon.adapting import ServerState
 from torchsurgeon.adapting.link import LinkEstimator
+from torchsurgeon.adapting.load import LoadEstimator
 from torchsurgeon.adapting.sharing import Sharing
 from torchsurgeon.adapting.tracker import Quantity, Tracker
 from torchsurgeon.codec import Codec, CodecTable, RatedCodec, find_codec
@@ -285,6 +286,10 @@ class Peer:
         """Begin the estimates anew from a measured link."""
         self.link = link
         self.state = dataclasses.replace(self.state, link=LinkEstimator(link, now_s=time.monotonic))
+
+    def forget_load(self) -> None:
+        """Forget by what factor it is slower than predicted, since it is predicted otherwise from now on."""
+        self.state = dataclasses.replace(self.state, load=LoadEstimator(now_s=time.monotonic))
 
     def observe(self, answer: Answer, predicted_s: float) -> None:
         """Update the estimates of link and load from an answer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from torchsurgeon.profiling import LayerProfile, example_inputs
 from torchsurgeon.profiling.fused import fused_profile
 from torchsurgeon.serve.tails import place_of
 from torchsurgeon.tracing.graph import LayerGraph
+
+_logger = logging.getLogger(__name__)
 
 # How long the parts of a model are measured, and how often each.
 _BUDGET_S, _REPEATS = 10.0, 7
@@ -95,10 +98,18 @@ class TailBuilder:
         self._measuring = True
 
         def job() -> None:
-            inputs = example_inputs(self._graph, place_of(self._graph.model))
-            self.profile = fused_profile(
-                self._graph, self._backend, eager, inputs, repeats=_REPEATS, budget_s=_BUDGET_S
-            ).to_json()
+            try:
+                inputs = example_inputs(self._graph, place_of(self._graph.model))
+                self.profile = fused_profile(
+                    self._graph, self._backend, eager, inputs, repeats=_REPEATS, budget_s=_BUDGET_S
+                ).to_json()
+            except Exception:
+                _logger.exception(
+                    "what model %s takes by backend %s could not be measured; it is tried again when a device asks",
+                    self._name,
+                    self._backend.name,
+                )
+                self._measuring = False
 
         self._put(job)
 
