@@ -102,7 +102,7 @@ class Connector:
                 frontier = Frontier.of(graph, LayerCosts(graph, devices, servers).rows_at(only, codecs))
             # Kept only now that it has been found to fit: the profile of another model would spoil every later try.
             if fetched is not None:
-                peer.profiles.by_backend[fetched.backend] = fetched
+                peer.profiles.keep(fetched)
             return frontier
 
     def profile_device(self) -> LayerProfile:

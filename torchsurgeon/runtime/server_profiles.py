@@ -80,6 +80,11 @@ class ServerProfiles:
         query = "" if backend is None else f"?backend={quote(backend, safe='')}"
         return LayerProfile.from_json(self._transport.get_json(f"/v2/models/{self._name}/profile{query}"))
 
+    def keep(self, eager: LayerProfile) -> None:
+        """Keep the layer times in eager PyTorch, which ``fetch()`` returned."""
+        self.by_backend["eager"] = eager
+        self._look()
+
     def complete(self) -> bool:
         """Ask for the layer times of the wanted backends that are not known yet, and return whether any is now.
 
