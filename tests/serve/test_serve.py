@@ -31,7 +31,14 @@ import torchsurgeon.serve.guarded
 import torchsurgeon.serve.replies
 from torchsurgeon import serve, wire
 from torchsurgeon.cutting.partition import cut
-from torchsurgeon.errors import RequestRefusedError, ServerError, ServerUnavailableError, SpecError, TraceError
+from torchsurgeon.errors import (
+    BackendError,
+    RequestRefusedError,
+    ServerError,
+    ServerUnavailableError,
+    SpecError,
+    TraceError,
+)
 from torchsurgeon.models.weights import weight_digests
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
@@ -582,6 +589,13 @@ def test_the_server_process_says_when_it_is_ready_and_stops_when_a_model_cannot_
     with pytest.raises(SpecError, match="alexnot"):
         serve.run({"a": "torchvision:alexnot"}, port=0, say=said.append)
     assert not said
+
+
+def test_the_server_process_takes_several_backends_of_a_model() -> None:
+    with pytest.raises(SpecError, match="alexnot"):
+        serve.run({"a": "torchvision:alexnot"}, port=0, backends={"a": "eager, eager"}, say=print)
+    with pytest.raises(BackendError, match="'nothing'"):
+        serve.run({"a": "torchvision:alexnot"}, port=0, backends={"a": "eager,nothing"}, say=print)
 
 
 @pytest.fixture(scope="module")

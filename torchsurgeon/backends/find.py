@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torchsurgeon.accuracy.budget import Budget
 from torchsurgeon.backends.aot import Aot
@@ -55,6 +55,20 @@ def find_backend(wanted: str | Backend, *, sample: Sample | None = None, budget:
         parse_option(name, option, {"": None})
         return _PLAIN[name](sample=sample, budget=budget)
     raise BackendError(f"a backend is one of {', '.join(NAMES)}, or a Backend; got {short(wanted)}")
+
+
+def find_backends(wanted: str | Backend | Sequence[str | Backend] | None) -> list[Backend]:
+    """Return several backends.
+
+    Args:
+        wanted: backends or their names; a text may hold several names with commas between them; None for no backend.
+
+    Raises:
+        BackendError: there is no backend of one of the names, or it cannot run here.
+    """
+    if isinstance(wanted, str):
+        wanted = [name.strip() for name in wanted.split(",")]
+    return [find_backend(one) for one in ([wanted] if isinstance(wanted, Backend) else wanted or ())]
 
 
 def installed_backends() -> list[Backend]:

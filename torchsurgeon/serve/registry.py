@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from torchsurgeon.backends import Backend, find_backend
+from torchsurgeon.backends import Backend, find_backends
 from torchsurgeon.backends.eager import Eager
 from torchsurgeon.errors import (
     BackendError,
@@ -137,7 +137,7 @@ class ModelRegistry:
                 raise BackendError(
                     f"model {short(name)} is a SplitModule, whose parts run as it was made; give backend= to it"
                 )
-            runs = _found(backend)
+            runs = find_backends(backend)
             args, named = call_of(example)
             named = {**named, **(kwargs or {})}
             graph = (
@@ -289,10 +289,3 @@ def _finish(remote: SplitModule, graph: LayerGraph, names: tuple[str, ...], *ten
             "was added; add it to a new ModelRegistry"
         )
     return remote.finish(names, *tensors)
-
-
-def _found(wanted: str | Backend | Sequence[str | Backend] | None) -> list[Backend]:
-    """Return the backends that were given or named."""
-    if isinstance(wanted, str):
-        wanted = [name.strip() for name in wanted.split(",")]
-    return [find_backend(one) for one in ([wanted] if isinstance(wanted, Backend) else wanted or ())]

@@ -21,7 +21,7 @@ import torch
 import uvicorn
 
 from torchsurgeon._allocator import keep_freed_memory
-from torchsurgeon.backends import find_backend
+from torchsurgeon.backends import find_backends
 from torchsurgeon.errors import ServerError, TorchSurgeonError, short
 from torchsurgeon.serve.access import AccessLog
 from torchsurgeon.serve.admission import MAX_QUEUE
@@ -220,7 +220,7 @@ def run(
     # Before anything is opened, since the package may be missing.
     counting = importlib.import_module("torchsurgeon.serve.metrics") if metrics else None
     for backend in (backends or {}).values():
-        find_backend(backend)
+        find_backends(backend)
     keep_freed_memory()
     registry = ModelRegistry(
         max_batch=max_batch, concurrency=concurrency, batching=batching, max_queue=max_queue, profiler=profiler
