@@ -12,6 +12,7 @@ import pytest
 import torch
 from serving import split
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 import torchsurgeon as ts
@@ -357,6 +358,22 @@ def test_a_model_that_is_traced_in_another_thread_breaks_no_premise(monkeypatch:
     of_tracer = {"__name__": "torchsurgeon.tracing.recorder", "called": nn.Module.__call__}
     following = types.FunctionType((lambda *args: called(*args)).__code__, of_tracer)  # type: ignore[name-defined]  # noqa: F821
     monkeypatch.setattr(nn.Module, "__call__", following)
+    assert premises.hold()
+
+
+def test_a_model_that_is_exported_in_another_thread_breaks_no_premise() -> None:
+    linear = nn.Linear(8, 8).eval()
+    premises = Premises(linear)
+    found: list[tuple[bool, str | None]] = []
+
+    def look(x: Tensor) -> Tensor:
+        found.append((premises.hold(), Premises(linear).broken()))
+        return x * 2
+
+    before = nn.Module.__getattr__
+    make_fx(look)(torch.rand(2))
+    assert found == [(True, None)]
+    assert nn.Module.__getattr__ is before
     assert premises.hold()
 
 

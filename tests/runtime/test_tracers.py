@@ -180,3 +180,20 @@ def test_compiled_itself_it_runs_as_it_is(split: ts.SplitModule) -> None:
     compiled = torch.compile(split, backend=lambda graph, inputs: pytest.fail("compiled a part of the runtime"))
     assert torch.equal(compiled(EXAMPLE * 3), split.model(EXAMPLE * 3))
     assert torch.equal(torch.compile(split.forward, backend="eager")(EXAMPLE), split.model(EXAMPLE))
+
+
+def test_a_call_is_answered_while_another_thread_exports_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo  # an export imports it
+    from torch.fx import traceback
+
+    def build(module: nn.Module) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            # An export that ends in another thread puts back what it has found.
+            monkeypatch.setattr(traceback, "current_meta", {})
+            return module(*args)
+
+        return run
+
+    with ts.SplitModule(make(), EXAMPLE, partition="device", backend=build) as split:
+        monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
+        assert torch.equal(split(EXAMPLE), split.model(EXAMPLE))

@@ -43,17 +43,34 @@ def _not_compiled(function: Any) -> Any:
     return function
 
 
+def _in_compiled_code() -> bool:
+    """Return whether the calling thread runs a function that torch.compile has compiled, or is compiling."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    compiler = sys.modules.get("torch._C._dynamo.eval_frame")
+    return compiler is not None and compiler.get_eval_frame_callback() is not None
+
+
 class _Forward:
-    """``module.forward`` of one module: a method as it was written, with the signature of the model's own."""
+    """``module.forward`` of one module: a method as it was written, with the signature of the model's own.
 
-    __slots__ = ("__func__", "__self__")
+    Args:
+        function: the method, as torch.compile is to see it.
+        written: the method as it was written.
+        module: the module.
+    """
 
-    def __init__(self, function: FunctionType, module: Wrapped) -> None:
-        self.__func__, self.__self__ = function, module
+    __slots__ = ("__func__", "__self__", "_written")
+
+    def __init__(self, function: FunctionType, written: FunctionType, module: Wrapped) -> None:
+        self.__func__, self.__self__, self._written = function, module, written
 
     @_not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__func__(self.__self__, *args, **kwargs)
+        # What torch.compiler.disable() returns is called only where it is needed: while another thread exports a part
+        # for a backend, it writes into a dict of PyTorch's that all threads share, and may raise a KeyError.
+        function = self.__func__ if _in_compiled_code() else self._written
+        return function(self.__self__, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -78,7 +95,7 @@ class _AsModel:
             return self._written
         if not self._disabled and "torch._dynamo" in sys.modules:
             self._disabled, self._called = True, torch.compiler.disable(self._written, reason=_NOT_COMPILED)
-        return _Forward(self._called, module)
+        return _Forward(self._called, self._written, module)
 
 
 def signature_of_model(run: Any) -> Any:

@@ -18,8 +18,9 @@ from torchsurgeon.tracing.reading import Part, Reading, is_own_method
 from torchsurgeon.tracing.source import code_of, is_library_code
 
 # What every module's call goes through, besides ``__call__``.
-_CALLING = ("_wrapped_call_impl", "_call_impl", "__getattr__")
-# While a model is traced in any thread, ``nn.Module.__call__`` is a function of these.
+_CALLING = ("_wrapped_call_impl", "_call_impl")
+# While a model is traced or exported in any thread, these are functions of those packages. The model has not changed.
+_EXCHANGED = ("__call__", "__getattr__")
 _TRACERS = ("torchsurgeon.", "torch.fx.")
 # Attention is often exchanged by replacing this one. Libraries call it by way of tables of functions, so that the
 # model's own code does not name it.
@@ -27,18 +28,17 @@ _BY_TABLES = {"scaled_dot_product_attention"}
 _PLACES: tuple[Any, ...] = (torch.nn.functional, torch, torch.linalg, torch.special, torch.fft, torch.Tensor)
 
 
-class _ModuleCall:
-    """``nn.Module.__call__`` as the program has it, also while it is another function because a model is traced."""
+class _AsWritten(dict[str, Any]):
+    """Methods of ``nn.Module`` as the program has them, also while they are others because a model is traced."""
 
-    def __init__(self) -> None:
-        self._known: Any = nn.Module.__call__
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name]
 
-    @property
-    def __call__(self) -> Any:
-        now: Any = nn.Module.__call__
+    def __getitem__(self, name: str) -> Any:
+        now = vars(nn.Module)[name]
         if not getattr(now, "__globals__", {}).get("__name__", "").startswith(_TRACERS):
-            self._known = now
-        return self._known
+            self.__setitem__(name, now)
+        return super().__getitem__(name)
 
 
 class _Settings:
@@ -47,7 +47,7 @@ class _Settings:
         return torch.get_default_dtype()
 
 
-_CALL, _SETTINGS = _ModuleCall(), _Settings()
+_AS_WRITTEN, _SETTINGS = _AsWritten({name: vars(nn.Module)[name] for name in _EXCHANGED}), _Settings()
 
 
 def functions_of_pytorch(classes: Iterable[type], reading: Reading) -> list[Part]:
@@ -60,7 +60,7 @@ def functions_of_pytorch(classes: Iterable[type], reading: Reading) -> list[Part
         reading: what the model's call reads.
     """
     names = reading.names.union(_BY_TABLES, *(of_library_class(cls).read for cls in set(classes)))
-    parts = [Part("torch.nn.Module.__call__", _CALL, "__call__", _CALL.__call__, nn.Module)]
+    parts = [Part(f"torch.nn.Module.{name}", _AS_WRITTEN, name, _AS_WRITTEN[name], nn.Module) for name in _EXCHANGED]
     parts += [
         Part(f"torch.nn.Module.{name}", vars(nn.Module), name, vars(nn.Module)[name], nn.Module) for name in _CALLING
     ]
