@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import warnings
@@ -383,3 +384,32 @@ def test_an_onnxruntime_older_than_the_opset_is_refused(tmp_path: Path, net: nn.
     onnx.save(model, str(tmp_path / "newer.onnx"))
     with pytest.raises(ts.BackendError, match="older than the model: install a newer one"):
         open_session(tmp_path / "newer.onnx", ["CPUExecutionProvider"])
+
+
+class _Alone(Backend):
+    """Notes whether so many threads build at once."""
+
+    name = "alone"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self._together = threading.Barrier(threads)
+        self.met = False
+
+    def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Callable[..., Sequence[Tensor]]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self._together.wait(0.2)
+            self.met = True
+        return part.segment
+
+
+def test_two_threads_build_one_after_the_other_since_exporters_share_their_state(net: nn.Module) -> None:
+    graph, backend = ts.trace(net, X), _Alone(2)
+    parts = [BuiltPart(Part.head(graph, graph.points[-1]), backend, None) for _ in range(2)]
+    threads = [threading.Thread(target=part.build, args=(X,)) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [part.reason for part in parts] == [None, None]
+    assert not backend.met

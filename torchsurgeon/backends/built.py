@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends.backend import Backend, Run
+from torchsurgeon.backends.exporting import in_turn
 from torchsurgeon.backends.part import Part
 from torchsurgeon.errors import BackendError, BackendWarning, short
 from torchsurgeon.models.watching import WatchedWeights
@@ -92,7 +93,8 @@ class BuiltPart:
             # Exporters take a batch of one for a size that is always one, so they are given another.
             try:
                 more = part.with_another_sample(tensors)
-                run = backend.build(part, more, free_batch=True)
+                with in_turn():
+                    run = backend.build(part, more, free_batch=True)
                 check(part, backend, run, more, part.segment(*more))
                 check(part, backend, run, tensors, expected)
                 self.free_batch = True
@@ -102,7 +104,8 @@ class BuiltPart:
                 run = None
         if run is None:
             try:
-                run = backend.build(part, tensors, free_batch=False)
+                with in_turn():
+                    run = backend.build(part, tensors, free_batch=False)
                 check(part, backend, run, tensors, expected)
             except BackendError:
                 raise

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,25 @@ from torchsurgeon.errors import BackendError, short
 from torchsurgeon.tracing.step import Environment, Step
 
 _LAYER = "torchsurgeon_layer"
+_turn = threading.RLock()
+
+
+def _reset_after_fork() -> None:
+    global _turn
+    _turn = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Wait until no other thread builds a part, and keep others from it in the block.
+
+    What exports and converts keeps its state in PyTorch's global variables, so two threads would spoil each other's.
+    """
+    with _turn:
+        yield
 
 
 def export(part: Part, example: Sequence[Tensor], *, free_batch: bool) -> ExportedProgram:

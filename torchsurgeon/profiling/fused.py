@@ -14,6 +14,7 @@ from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends import Backend, Part
 from torchsurgeon.backends.backend import Run
+from torchsurgeon.backends.exporting import in_turn
 from torchsurgeon.backends.slicing import Slices
 from torchsurgeon.profiling.parts import Curve, PartTimes
 from torchsurgeon.profiling.record import LayerProfile
@@ -153,7 +154,7 @@ class _Measuring:
             return None
         inside = [point for point in self._graph.points if 0 < point.index < len(self._graph.layers)]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), in_turn():
                 return Slices(self._graph, inside, self._tensors)
         except Exception as error:  # a package is missing, a layer has no counterpart, another project's exporter fails
             if by_signal_handler(error):
@@ -198,7 +199,7 @@ class _Measuring:
             run = None if model is None else self._backend.load_onnx(model, part)
             if run is None:
                 # For these shapes only, which takes half the time, and is as quick to run.
-                with torch.no_grad():
+                with torch.no_grad(), in_turn():
                     run = self._backend.build(part, tensors, free_batch=False)
         except Exception as error:  # another project's compiler may fail in any way
             if by_signal_handler(error):
