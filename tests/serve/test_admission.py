@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torchsurgeon.errors import ProtocolError, RequestRefusedError
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.admission import Admission, deadline_in
-from torchsurgeon.serve.failure import BusyError
+from torchsurgeon.serve.failure import BusyError, GoneError
 from torchsurgeon.serve.outcome import Outcome
 from torchsurgeon.serve.received import Received
 from torchsurgeon.transport import HttpTransport
@@ -274,3 +274,21 @@ def test_a_device_learns_that_the_server_is_busy(server: Server, held: threading
     assert told.value.status == 503
     held.set()
     assert [end(one)[0] for one in waiting] == [200] * 4
+
+
+def test_requests_that_were_not_answered_do_not_say_how_long_answers_take() -> None:
+    registry = ModelRegistry(profiler=None)
+    served = registry.add("slow", Held().eval(), X)
+    bad = BODY.replace(b"1.0", b"[]1", 1)
+    with torch.no_grad():
+        served.answer(Received(memoryview(BODY), None, 0.0, time.perf_counter()))
+        for _ in range(20):
+            with pytest.raises(GoneError):
+                served.answer(Received(memoryview(BODY), None, 0.0, time.perf_counter(), gone=True))
+            with pytest.raises(ProtocolError):
+                served.answer(Received(memoryview(bad), None, 0.0, time.perf_counter()))
+        served.answer(Received(memoryview(BODY), None, 0.0, time.perf_counter()))
+    registry.close()
+    # Otherwise the slow model would run in the thread that receives all requests.
+    assert not served.quick(len(BODY))
+    assert served.intake.slowdown < 100
