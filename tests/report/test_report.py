@@ -222,3 +222,16 @@ def test_nothing_in_a_picture_overlaps_or_is_squeezed(monkeypatch: pytest.Monkey
     bars = [bar.get_window_extent() for bar in drawn[2].axes[0].patches if bar.get_x() == at]
     assert len(bars) >= 3
     assert star.get_window_extent().y0 > max(bar.y1 for bar in bars) - 1, "the star hides the chosen bar"
+
+
+@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
+def test_layers_of_a_profile_by_a_backend_are_called_estimates() -> None:
+    graph = ts.trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.rand(1, 8))
+    profile = ts.profile(graph, meter=None, backend="onnxruntime", budget_s=0.0)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report.profile_table(graph, profile))
+    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "by onnxruntime" in shown
+    assert "estimate" in shown
+    assert "quartiles" not in shown
+    assert "No layer was" in shown

@@ -142,12 +142,13 @@ def profile_table(graph: LayerGraph, profile: LayerProfile) -> FittingTable:
     layers, medians_s, energy = graph.layers, profile.layer_s, profile.energy
     low_s, high_s = profile.quartiles_s()
     device = profile.provenance.get("device", "an unnamed device")
+    fused = profile.parts is not None
     columns = [
         Column("#", [str(layer.index + 1) for layer in layers], rank=6),
         names("layer", [layer.name for layer in layers]),
         Column("type", [layer.type for layer in layers], rank=BEFORE_NAMES, left=True),
-        Column("median", [seconds_text(s) for s in medians_s]),
-        Column("quartiles", [_interval(ends) for ends in zip(low_s, high_s, strict=True)], rank=2),
+        Column("estimate" if fused else "median", [seconds_text(s) for s in medians_s]),
+        *([] if fused else [Column("quartiles", [_interval(e) for e in zip(low_s, high_s, strict=True)], rank=2)]),
         Column(
             "share",
             [f"{share:.1%}" for share in medians_s / medians_s.sum()],
@@ -163,6 +164,12 @@ def profile_table(graph: LayerGraph, profile: LayerProfile) -> FittingTable:
         f"Medians of {_count(len(profile.whole_s), 'run')}. The whole model was timed by itself: its layers add up to "
         f"{profile.sum_to_whole:.3f} of its time."
     )
+    if fused:
+        device += f" by {profile.backend}"
+        caption = (
+            f"The whole model was measured in {_count(len(profile.whole_s), 'run')}. No layer was: this backend fuses "
+            "layers. An estimate is the layer's time in eager PyTorch times a factor for its kind of work."
+        )
     return FittingTable(f"{profile.model} on {device}: {seconds_text(profile.total_s)}", columns, caption)
 
 
