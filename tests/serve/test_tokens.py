@@ -86,7 +86,7 @@ def test_a_request_without_one_of_the_tokens_is_refused(
     assert status == 401
     assert told["www-authenticate"] == "Bearer"
     assert "asks for a token" in answer["error"]
-    assert "HttpTransport(url, headers=" in answer["error"]
+    assert "SplitModule and HttpTransport take token=" in answer["error"]
     assert ONE not in json.dumps(answer)
 
 

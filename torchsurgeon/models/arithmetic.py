@@ -64,6 +64,8 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         here, there = self.here, self.there
+        if self.fact == "backend":
+            return f"the server runs the model by {_said(there)}"
         if self.fact == "cpu_features" and here is not None and there is not None:
             ours, theirs = set(here.split()), set(there.split())
             here, there = _listed(ours - theirs), _listed(theirs - ours)
@@ -81,6 +83,8 @@ class Difference(NamedTuple):
             return "install the same PyTorch on both sides"
         if self.fact == "batching":
             return "start the server with --exact or --no-batching"
+        if self.fact == "backend":
+            return "start the server without --backend"
         if self.fact in _STATIC:
             return None
         return f"set {_NAMES.get(self.fact, self.fact)} to the same on both sides"

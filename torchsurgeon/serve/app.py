@@ -185,8 +185,8 @@ def create_app(registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> Tail
 
 async def _refuse_unauthorized() -> None:
     raise UnauthorizedError(
-        "this server asks for a token: send it as Authorization: Bearer TOKEN; a SplitModule takes "
-        'server=HttpTransport(url, headers={"Authorization": "Bearer TOKEN"})'
+        "this server asks for a token: send it as Authorization: Bearer TOKEN; "
+        "SplitModule and HttpTransport take token="
     )
 
 

@@ -135,9 +135,9 @@ class ServedModel:
         self.open = True
         self._profiler = profiler
         self.backends = TailBackends(name, graph, backends, max_tails)
-        same_bits = same_bits and self.backends.keeps_bits
+        by_backend = {} if self.backends.keeps_bits else {"backend": self.backends.own}
         batched = {"batching": f"up to {self.together} samples"} if rounded and self.together > 1 else {}
-        self._arithmetic = ArithmeticReader(graph.model, batched) if same_bits else None
+        self._arithmetic = ArithmeticReader(graph.model, {**batched, **by_backend}) if same_bits else None
         self._profile: dict[str, Any] | None = None
         self._fitted = FittedCodecs(name, graph)
 
