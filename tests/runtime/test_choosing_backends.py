@@ -80,6 +80,9 @@ def test_the_quickest_backend_is_built_in_the_background_and_then_runs(net: nn.M
             return quick.runs > 3
 
         until(runs)
+        assert split.last is not None
+        assert split.last.backend == "quick"
+        assert "by quick" in str(split.last)
     assert not slow.built
     assert len(quick.built) == 1
 
@@ -277,6 +280,8 @@ def test_requests_for_an_unknown_backend_get_an_error(served: tuple[str, Countin
         ({"server_backend": 3}, "server_backend"),
         ({"tolerance": -1.0}, "tolerance"),
         ({"tolerance": float("nan")}, "tolerance"),
+        ({"tolerance": 1e-3}, "neither backend nor server_backend"),
+        ({"tolerance": 1e-3, "backend": "onnxruntime"}, "neither backend nor server_backend"),
         ({"backend": ["no-such"]}, "no-such"),
     ],
 )

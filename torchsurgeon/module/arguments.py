@@ -104,14 +104,19 @@ def backend_of(
     )
 
 
-def check_server_backend(wanted: object, tolerance: float) -> None:
-    """Raise where the backend to ask servers for is not named by a text, or the tolerance is no share."""
+def check_server_backend(wanted: object, tolerance: float, backend: object) -> None:
+    """Raise where the backend to ask servers for is not named by a text, or the tolerance is none, or of no use."""
     if not isinstance(wanted, str | None):
         raise BackendError(
             f'server_backend must be the name of a backend, or "auto"; got {short(wanted)}; the server runs it'
         )
     if not (is_finite(tolerance) and tolerance >= 0):
         raise BackendError(f"tolerance must be a share of the largest magnitude, from 0 on; got {short(tolerance)}")
+    if tolerance and "auto" not in (wanted, backend if isinstance(backend, str) else None):
+        raise BackendError(
+            'tolerance= says which backends "auto" may choose, and neither backend nor server_backend is "auto"; leave '
+            'it out, or give one of them as "auto"'
+        )
 
 
 def check_measured(link: object, codecs: object) -> None:

@@ -128,7 +128,8 @@ class SplitModule(Calls):
             link that does not tell it.
         BackendError: both ``compile`` and ``backend`` are given, there is no such backend here (a package or a provider
             is missing; the message says which), one of them is given with ``exact`` and changes bits, or ``tolerance``
-            is negative. With ``fallback="error"``, calls raise it where the server does not have ``server_backend``.
+            is negative, or nothing is chosen by it. With ``fallback="error"``, calls raise it where the server does not
+            have ``server_backend``.
         CodecError: there is no such codec, ``codecs`` is no measured table, or a codec is lossy and ``exact`` is given.
         LinkError: ``link`` is no ``Link``.
         ProfileError: a profile is no ``LayerProfile``.
@@ -175,7 +176,7 @@ class SplitModule(Calls):
         super().__init__()
         check_options(fallback, deadline_s, timeout_s, compile, backend)
         check_measured(link, codecs)
-        check_server_backend(server_backend, tolerance)
+        check_server_backend(server_backend, tolerance, backend)
         sent_as, answered_as = codec_name(codec), codec_name(answer_codec)
         runs = backend_of(backend, compile, tolerance)
         if exact:

@@ -59,6 +59,10 @@ class DeviceTimes:
         """Return whether a way's head runs by the backend that it is predicted for, and not by another until then."""
         return way.student is not None or self._parts.ready(way.point)
 
+    def backend(self, way: Way) -> str:
+        """Return what runs the head of a way, as ``Inference.backend`` says it."""
+        return "eager" if way.student is not None else self._parts.backend_of(way.point)
+
     def record_duration(self, seconds: float, predicted_s: float) -> None:
         """Update the slow-down from measured against predicted seconds (predicted for a slow-down of 1)."""
         self._slowdown.observe(seconds, predicted_s)
@@ -198,6 +202,7 @@ class DeviceRunner:
             decision=decision,
             bits=self._bits,
             inexact_because=self._because,
+            backend="eager" if uncut is not None else self._times.backend(self._whole),
         )
         self._ledger.record(self._whole.name, inference, None if why is None else why.kind)
         return result

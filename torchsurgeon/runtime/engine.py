@@ -313,7 +313,7 @@ class Engine:
             way,
             peer,
             boundary,
-            Moments(begun_s, decided_s, headed_s),
+            Moments(begun_s, decided_s, headed_s, self.times.backend(way)),
             codec=self.codec,
             expected=expected,
             decision=decision,

@@ -39,6 +39,8 @@ class Inference:
         bits: ``"same bits"`` if the answer is the model's own on this device, bit for bit; ``"same to rounding"``; or
             ``"changed by a lossy codec"``.
         inexact_because: why it is not ``"same bits"``; empty if it is.
+        backend: what ran the head, or the whole model where nothing crossed: ``"eager"``, the name of a backend, or
+            ``"own"`` for ``compile=`` and a function.
     """
 
     partition: PartitionPoint
@@ -60,11 +62,13 @@ class Inference:
     decision: Decision[Row] | None = None
     bits: str = SAME
     inexact_because: tuple[str, ...] = ()
+    backend: str = "eager"
 
     def __str__(self) -> str:
         parts = [f"{name} {getattr(self, name + '_s') * 1e3:.2f}" for name in _PARTS if getattr(self, name + "_s")]
         crossed = self.sent_bytes or self.wait_s or self.local_s
         where = f"cut after {self.partition.name}" if crossed else "all on the device"
+        where += "" if self.backend == "eager" else f", by {self.backend}"
         why = "" if self.bits == SAME else f"; {self.bits}"
         why += f"; {self.degraded}" if self.degraded else ""
         return f"{self.total_s * 1e3:.2f} ms ({where}; ms: {', '.join(parts)}; {self.sent_bytes} bytes sent{why})"
@@ -72,11 +76,12 @@ class Inference:
 
 @dataclass(frozen=True)
 class Moments:
-    """When a call began, its cut was decided and its head had run (``time.perf_counter``)."""
+    """When a call began, its cut was decided and its head had run (``time.perf_counter``), and what ran that."""
 
     begun_s: float
     decided_s: float
     headed_s: float
+    backend: str = "eager"
 
 
 def of_answer(
@@ -109,6 +114,7 @@ def of_answer(
         decode_s=end_s - timing.end_s,
         sent_bytes=timing.sent_bytes,
         received_bytes=timing.received_bytes,
+        backend=moments.backend,
         **known,
     )
 

@@ -85,6 +85,11 @@ class _Built:
     def tried(self) -> bool:
         return self._built.tried
 
+    @property
+    def runs_by(self) -> str:
+        """The name of the backend that runs it now."""
+        return self._built.backend.name if self._built.tried and self._built.reason is None else "eager"
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Have the backend build it for calls like this one, if that has not been tried."""
         self._built.build(*(args if self._flatten is None else self._flatten(args, kwargs)))
@@ -205,6 +210,16 @@ class Parts:
         """Return whether the head of a point, or the whole model at the last one, runs by its backend already."""
         head = self.whole() if point == self.graph.points[-1] else self.head(point)
         return not isinstance(head, Compiled | _Built) or head.tried
+
+    def backend_of(self, point: PartitionPoint) -> str:
+        """Return what runs the head of a point, or the whole model at the last one, as ``Inference.backend`` says it.
+
+        A part that its backend has not built yet, or does not take, runs in eager PyTorch.
+        """
+        if not self.exported:
+            return "eager" if self._backend is None else "own"
+        head = self.whole() if point == self.graph.points[-1] else self.head(point)
+        return head.runs_by if isinstance(head, _Built) else "eager"
 
     def compile(
         self,

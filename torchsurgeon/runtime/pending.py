@@ -470,6 +470,7 @@ class Pending:
                 decision=self._decision,
                 bits=verdict,
                 inexact_because=because,
+                backend=moments.backend,
             )
         )
         return result
