@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -204,3 +205,15 @@ def test_head_tail_and_fallback_run_in_whole_numbers(net: nn.Module) -> None:
         assert split.last.degraded
         assert cosine([answer], [net(SAMPLE[0])]) > 0.95
         assert not torch.equal(answer, net(SAMPLE[0]))
+
+
+def test_what_others_log_while_a_part_is_quantized_is_not_lost(caplog: pytest.LogCaptureFixture) -> None:
+    from torchsurgeon.backends.quantizing import _quiet
+
+    with _quiet(), _quiet():
+        logging.getLogger().warning("mine")
+        logging.getLogger("another").warning("and mine")
+        advice = logging.LogRecord("root", logging.WARNING, "/lib/onnxruntime/quantization/x.py", 1, "advice", (), None)
+        logging.getLogger().handle(advice)
+    logging.getLogger().warning("afterwards")
+    assert [record.getMessage() for record in caplog.records] == ["mine", "and mine", "afterwards"]

@@ -26,6 +26,8 @@ CODE = """
         while splits:  # the first one first
             splits.pop(0).close()
             gc.collect()
+    # A shell has its background jobs ignore this signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         signal.raise_signal(signal.SIGINT)  # to this thread
         time.sleep(60)

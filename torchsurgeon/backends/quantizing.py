@@ -92,9 +92,17 @@ def _inputs_of(path: Path) -> list[str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep ONNX Runtime's tools from advising what is done already."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    # They write to the root logger. What others write there meanwhile stays.
+    advice = _NotFrom("onnxruntime")
+    logging.getLogger().addFilter(advice)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.getLogger().removeFilter(advice)
+
+
+class _NotFrom(logging.Filter):
+    """Leaves out what the code of one package writes to a logger, below the level of errors."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or self.name not in Path(record.pathname).parts
