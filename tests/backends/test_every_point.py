@@ -1,4 +1,4 @@
-"""Heads, middles and tails of small models answer as in eager PyTorch at every cut, for batches of 1, 2 and 5."""
+"""Heads, middles and tails of small models answer as in eager PyTorch, for batches of 1, 2 and 5."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torchsurgeon as ts
 from torchsurgeon.backends import Backend, BuiltPart, Part, deviation, find_backend
 
 BATCHES = (1, 2, 5)
-# Building a part takes a second or two, so most backends get a spread of the cuts.
-EVERY = {"onnxruntime": 1, "openvino": 3, "openvino:bf16": 6}
+# Building a part takes a second or two, so each backend gets a spread of the cuts. With 1 for all of them it gets every
+# cut, which takes about ten minutes.
+EVERY = {"onnxruntime": 2, "openvino": 4, "openvino:bf16": 8}
 
 
 class Convolutions(nn.Module):
@@ -120,7 +121,7 @@ def compare(part: Part, backend: Backend, calls: Sequence[Sequence[Tensor]]) -> 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("backend", EVERY)
-def test_every_head_and_tail_answers_within_the_tolerance(backend: str, name: str) -> None:
+def test_heads_and_tails_answer_within_the_tolerance(backend: str, name: str) -> None:
     model, inputs = made(name)
     graph, found = ts.trace(model, inputs[0]), find_backend(backend)
     runs = taken = 0
