@@ -396,7 +396,8 @@ def test_a_server_process_is_stopped_killed_and_restarted_under_a_live_module() 
             after = footprint(os.getpid()), footprint(child.pid)
             for (old_kib, *old), (new_kib, *new) in zip(before, after, strict=True):
                 assert new_kib - old_kib < 16 << 10
-                assert new == old
+                # A thread that was only there for the beginning may have ended meanwhile.
+                assert all(now <= then for now, then in zip(new, old, strict=True)), (old, new)
 
             os.kill(child.pid, signal.SIGSTOP)
             with split_within(0.5) as hasty, pytest.raises(ts.ServerUnavailableError, match=r"0\.5 s"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import tempfile
 import threading
@@ -138,6 +139,8 @@ def converted(part: Part, example: Sequence[Tensor], free_batch: bool) -> Any:
     import openvino
 
     program = export(part, example, free_batch=free_batch)
+    root = logging.getLogger()
+    level = root.level
     try:
         return openvino.convert_model(program)
     except Exception as error:
@@ -147,6 +150,9 @@ def converted(part: Part, example: Sequence[Tensor], free_batch: bool) -> Any:
         layer = layer_of(program, text)
         where = "a layer" if layer is None else f"layer {layer!r}"
         raise BackendError(f"{where} cannot be converted by OpenVINO: {_reason(text)}") from error
+    finally:
+        # OpenVINO's converter has the whole program's log keep errors only.
+        root.setLevel(level)
 
 
 def _reason(text: str) -> str:
