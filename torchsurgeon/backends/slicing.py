@@ -60,7 +60,7 @@ class Slices:
             raise BackendError(f"the model takes {model.ByteSize() / 1e9:.1f} GB in ONNX, which is too much to cut up")
         self._names = set(names)
         self._extractor: Any = onnx.utils.Extractor(model)
-        # Where a tensor has two names, as before and behind a flattening of one element, what follows reads the first.
+        # Where two names stand for one tensor, the exporter copies it by this operator; later layers read the first.
         self._same = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Identity"}
 
     @staticmethod

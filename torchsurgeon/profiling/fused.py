@@ -198,7 +198,7 @@ class _Measuring:
             model = None if self._slices is None else self._slices.cut(part)
             run = None if model is None else self._backend.load_onnx(model, part)
             if run is None:
-                # For these shapes only, which takes half the time, and is as quick to run.
+                # For these shapes only: for a free batch it may have to be exported twice.
                 with torch.no_grad(), in_turn():
                     run = self._backend.build(part, tensors, free_batch=False)
         except Exception as error:  # another project's compiler may fail in any way

@@ -9,7 +9,7 @@ import time
 
 from torchsurgeon._interrupts import NoThreadError
 from torchsurgeon.backends import Backend
-from torchsurgeon.errors import ServerError, ServerUnavailableError
+from torchsurgeon.errors import ServerUnavailableError, TorchSurgeonError
 from torchsurgeon.profiling.fused import fused_profile
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.connector import Connector
@@ -144,8 +144,8 @@ class Learner:
             if self._servers.chooses and peer.profiles.lacking:
                 try:
                     more = peer.profiles.complete()
-                except ServerError:
-                    continue  # It measures, or does not answer; it is asked again later.
+                except TorchSurgeonError:
+                    continue  # It measures, or answers nothing of use; it is asked again later.
                 if more:
                     peer.forget_load()
                     self._connector.plan_again(peer)
