@@ -26,7 +26,6 @@ from torchsurgeon.tracing import tracer
 from torchsurgeon.transport import HttpTransport
 
 SPEC = "factories:tiny"
-pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 
 
 @contextmanager

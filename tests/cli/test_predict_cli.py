@@ -17,7 +17,6 @@ from torchsurgeon.prediction.kinds import KINDS
 from torchsurgeon.prediction.samples import read_csv
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning"),
     pytest.mark.filterwarnings("ignore::torchsurgeon.ThrottledWarning"),
 ]
 

@@ -23,8 +23,6 @@ from torchsurgeon.cli import watch
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
-pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
-
 SPEC = "factories:scores"
 
 

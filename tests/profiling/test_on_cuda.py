@@ -9,8 +9,6 @@ from torch import nn
 import torchsurgeon as ts
 from torchsurgeon.profiling import layer_trace
 
-pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
-
 
 @pytest.mark.cuda
 def test_a_gpu_is_profiled_with_its_memory() -> None:

@@ -23,8 +23,6 @@ from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.profiling import find_device, joules, layer_trace, measure
 from torchsurgeon.tracing.step import Environment, Step
 
-pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
-
 
 class Uneven(nn.Module):
     """A cheap layer, an expensive one, and a cheap one."""

@@ -224,7 +224,6 @@ def test_nothing_in_a_picture_overlaps_or_is_squeezed(monkeypatch: pytest.Monkey
     assert star.get_window_extent().y0 > max(bar.y1 for bar in bars) - 1, "the star hides the chosen bar"
 
 
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 def test_layers_of_a_profile_by_a_backend_are_called_estimates() -> None:
     graph = ts.trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.rand(1, 8))
     profile = ts.profile(graph, meter=None, backend="onnxruntime", budget_s=0.0)

@@ -80,7 +80,6 @@ def test_a_module_that_is_moved_still_answers(server: Server, known: dict[str, A
         assert right(split)
 
 
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 @pytest.mark.parametrize("partition", ["auto", 2])
 @pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16])
 def test_a_module_that_is_moved_to_another_dtype_before_its_first_call_answers(

@@ -137,7 +137,6 @@ WAYS = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_an_owner_that_its_split_refers_to_goes_with_its_threads(
     server: Server, way: Callable[[Owner, str], ts.SplitModule]
@@ -159,7 +158,6 @@ def test_an_owner_that_its_split_refers_to_goes_with_its_threads(
         time.sleep(0.01)
 
 
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 def test_an_owner_goes_while_a_server_does_not_answer_the_handshake() -> None:
     def swallow(link: Any) -> None:
         while link.recv(1 << 16):

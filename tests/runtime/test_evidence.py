@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from paths import ROOT
 from serving import serving
@@ -18,8 +17,6 @@ from tries import least_of
 
 import torchsurgeon as ts
 from benchmarks.support.paced_device import paced
-
-pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 
 
 def results_of(script: str, out: Path, *arguments: str) -> dict[str, Any]:

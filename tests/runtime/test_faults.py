@@ -8,7 +8,6 @@ import signal
 import socket
 import struct
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -141,10 +140,9 @@ def test_every_fault_is_answered_named_and_left_behind(server: Server, fault: st
 @pytest.mark.parametrize("url", ["refused", "http://no-such-host.invalid:8000"])
 def test_a_server_that_was_never_there_is_no_reason_not_to_answer(url: str) -> None:
     for partition in ("stem", "auto"):
-        with reserved_port() as port, warnings.catch_warnings():
+        with reserved_port() as port:
             where = f"http://127.0.0.1:{port}" if url == "refused" else url
             split = split_of(where, partition=partition)
-            warnings.simplefilter("ignore", ts.NoisyProfileWarning)
             answers(split, 3)
             assert "unavailable" in degraded(split)
             assert split.stats()["degraded"] == {"nobody": 3}

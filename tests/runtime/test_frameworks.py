@@ -236,7 +236,6 @@ MODES = [torch.no_grad, torch.inference_mode, torch.enable_grad]
 
 @pytest.mark.parametrize("partition", ["auto", "device", 2])
 @pytest.mark.parametrize("first", MODES)
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 def test_answers_under_every_mode_of_gradients_are_right_whatever_the_first_was(
     server: Server, first: Any, partition: Any
 ) -> None:

@@ -23,8 +23,6 @@ from torchsurgeon.transport import HttpTransport, InProcessTransport
 
 _PARTS = ("decide_s", "head_s", "encode_s", "uplink_s", "queue_s", "tail_s", "downlink_s", "decode_s")
 
-pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
-
 
 class Net(nn.Module):
     """A residual model with two inputs and a dict for an answer."""

@@ -162,7 +162,6 @@ def held_up(monkeypatch: pytest.MonkeyPatch, where: str) -> Once:
     ("where", "partition"),
     [("runtime.lossless._Cut", 2), ("tracing.graph.Configuration", "auto"), ("planning.frontier.lower_hull", "auto")],
 )
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 def test_a_fork_while_another_thread_computes_what_is_computed_once(
     server: Server, monkeypatch: pytest.MonkeyPatch, where: str, partition: Any
 ) -> None:

@@ -39,7 +39,6 @@ def refusing(server: Server, monkeypatch: pytest.MonkeyPatch) -> Refusing:
     return Refusing(monkeypatch)
 
 
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 @pytest.mark.parametrize("partition", [1, "auto"])
 def test_the_device_answers_from_the_first_call_on_and_servers_are_asked_once_threads_are_there(
     server: Server, refusing: Refusing, partition: Any

@@ -25,8 +25,6 @@ import torchsurgeon as ts
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.serve import Server
 
-pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
-
 SOON_S = 20.0
 """Longer than anything here takes unless it never comes."""
 

@@ -18,8 +18,6 @@ from torchsurgeon.link import WIRED
 from torchsurgeon.serve import Server
 from torchsurgeon.transport import HttpTransport
 
-pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
-
 PLAIN = ts.Link("plain", 1e7, 1e7, 1e-3)
 RADIO = ts.Link.parse("wifi")
 

@@ -262,7 +262,6 @@ def test_a_model_that_loads_answers_503_until_it_is_there() -> None:
         registry.add("a/b", make(Residual), (X,))
 
 
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 def test_layers_are_profiled_unless_that_is_switched_off() -> None:
     registry, silent = serve.ModelRegistry(), serve.ModelRegistry(profiler=None)
     served = registry.add("net", make(Residual), X)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -92,9 +91,7 @@ def degraded(split: ts.SplitModule) -> str:
 
 def profile(layer_s: float, layer_j: float | None = None) -> ts.LayerProfile:
     """A profile of a machine that takes so long, and so much, for each layer."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ts.NoisyProfileWarning)
-        measured = ts.profile(GRAPH, repeats=2, warmup=1, meter=None).to_json()
+    measured = ts.profile(GRAPH, repeats=2, warmup=1, meter=None).to_json()
     energy = None if layer_j is None else {
         "meter": "known", "idle_power_w": 1.0,
         "layer_j": [layer_j] * LAYERS, "interval_j": [[layer_j, layer_j]] * LAYERS, "whole_j": [layer_j * LAYERS] * 3,

@@ -170,7 +170,6 @@ class _End(nn.Module):
         return self.way(y, None)
 
 
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 def test_nothing_that_is_chosen_from_holds_a_point_that_is_not_offered() -> None:
     graph = ts.trace(Between(coo).eval(), X)
     missing = withheld(graph)
@@ -266,7 +265,6 @@ def test_inputs_and_outputs_may_be_complex_or_float8(dtype: torch.dtype) -> None
         assert not SPOILT & set(module.stats()["degraded"])
 
 
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 def test_codecs_are_measured_and_profiles_taken_of_complex_and_float8_boundaries() -> None:
     model = Spectrum(torch.complex64).eval()
     x = torch.randn(8, 64)

@@ -170,7 +170,6 @@ class Scaled(nn.Module):
         return self.norm(self.linear(x)) + self.table["own"][0].mean()
 
 
-@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
 def test_memory_is_what_the_head_holds_and_each_tensor_counts_once() -> None:
     graph = ts.trace(Holding().eval(), torch.randn(2, 8), leaf_modules=[Scaled])
     assert [layer.name for layer in graph.layers] == ["first", "add", "mul", "last"]
