@@ -21,6 +21,7 @@ import argparse
 import functools
 import importlib.metadata
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -51,6 +52,7 @@ _CUTS = (0.25, 0.5, 0.75)
 _WARMUP = 2
 # A turn of less than this begins with a run that is not timed, since the rivals before it have emptied the caches.
 _SHORT_S = 0.02
+_SPINS_S = 0.03
 
 Rivals = dict[str, Callable[[], Any]]
 
@@ -206,8 +208,13 @@ def measured(rivals: Rivals, facts: dict[str, dict[str, Any]], part_s: float) ->
     rounds = max(9, min(60, round(part_s / sum(once_s.values()))))
     wall: dict[str, list[float]] = {name: [] for name in rivals}
     cpu: dict[str, list[float]] = {name: [] for name in rivals}
+    order, shuffle = list(rivals.items()), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, run in rivals.items():
+        shuffle(order)
+        for name, run in order:
+            if torch.get_num_threads() > 1:
+                # Until then, the threads of the rival before spin, and wait for more to do.
+                time.sleep(_SPINS_S)
             if once_s["eager"] < _SHORT_S:
                 run()
             cpu_s, wall_s = time.process_time(), time.perf_counter()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import zoo
-from benchmarks.evaluate import page_sections, pictures
+from benchmarks.evaluate import end_to_end_page, page_sections, pictures
 from benchmarks.evaluate.configurations import (
     BOUNDS,
     GOALS,
@@ -65,7 +65,7 @@ def page(folder: Path = FOLDER) -> str:
         "## Servers and devices by the thousand",
         page_sections.datacenter(folder / DATACENTER),
         "## End to end",
-        "Nothing is recorded here yet: the same comparison with a device, a server and a link that really run.",
+        end_to_end_page.section(folder),
         "## Beside the alternatives",
         "Nothing is recorded here yet: the same tasks with other ways to divide a model between two machines.",
     ]
