@@ -121,7 +121,13 @@ def compute(frontier: Frontier) -> dict[str, Sweep]:
     return planes
 
 
-def codec_table(graph: LayerGraph, rows: list[dict[str, Any]], kept: str, pictures_factor: float) -> CodecTable:
+def codec_table(
+    graph: LayerGraph,
+    rows: list[dict[str, Any]],
+    kept: str,
+    pictures_factor: float,
+    budget: float = codec_rates.BUDGET,
+) -> CodecTable:
     """Return measured rates as the planner takes them.
 
     Args:
@@ -129,9 +135,10 @@ def codec_table(graph: LayerGraph, rows: list[dict[str, Any]], kept: str, pictur
         rows: the rates, as ``benchmarks.codec_rates`` wrote them.
         kept: which figure has to keep the budget: ``"kept"``, the measured share, or ``"low"``, its lower bound.
         pictures_factor: what the seconds of encoding pictures are multiplied with.
+        budget: the share of answers that may change.
     """
     lines = []
-    may = [(row["curve"], row["name"], row["where"]) for row in codec_rates.allowed(rows, kept)]
+    may = [(row["curve"], row["name"], row["where"]) for row in codec_rates.allowed(rows, kept, budget)]
     for row in rows:
         point = graph.point(row["point"])
         within = (row["curve"], row["name"], row["where"]) in may
@@ -141,8 +148,8 @@ def codec_table(graph: LayerGraph, rows: list[dict[str, Any]], kept: str, pictur
         encode_s = row["encode_s"] * (1.0 if point.index else pictures_factor)
         cost = CodecCost(name, row["size_bytes"], encode_s, row["decode_s"], row["lossless"], within_budget=within)
         lines.append(CodecRow(point.index, point.name, float(point.size_bytes), cost))
-    budget = f"at most {codec_rates.BUDGET:.0%} of predictions change"
-    return CodecTable(type(graph.model).__name__, graph.fingerprint, 1, rows[0]["pictures"], budget, tuple(lines))
+    words = f"at most {budget:.0%} of predictions change"
+    return CodecTable(type(graph.model).__name__, graph.fingerprint, 1, rows[0]["pictures"], words, tuple(lines))
 
 
 def page(planes: dict[str, dict[str, Any]]) -> str:

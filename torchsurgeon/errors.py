@@ -145,7 +145,16 @@ class DeviceError(TorchSurgeonError, ValueError):
 
 
 class BackendError(TorchSurgeonError, ValueError):
-    """A backend or a compiler does not exist here, lacks a package or a provider, or does not take a layer."""
+    """A backend or a compiler does not exist here, lacks a package or a provider, or does not take a layer.
+
+    Args:
+        message: what is the matter, and what to do.
+        layer: the name of the layer that it does not take; None where that is not known, or not the matter.
+    """
+
+    def __init__(self, message: str, layer: str | None = None) -> None:
+        super().__init__(message)
+        self.layer = layer
 
 
 class BundleError(TorchSurgeonError, ValueError):

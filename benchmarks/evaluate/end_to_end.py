@@ -1,9 +1,10 @@
 """Networks of today, split between two processes over an emulated link, with every way that counts really run.
 
-The device is this process, on one core, where everything that a backend runs takes ten times as long; what codecs do is
-not slowed down. The server is another process, on the other core, where there are two. Between them is an emulated
-link. Each side may run its part by eager PyTorch, by ONNX Runtime, or by OpenVINO in bfloat16, and the boundary may
-cross as it is, or compressed without loss; pictures also as PNG.
+The device is this process, on one core, where everything that a backend or a codec computes takes ten times as long.
+The server is another process, on the other core, where there are two. Between them is an emulated link. Each side may
+run its part by eager PyTorch, by ONNX Runtime, or by OpenVINO in bfloat16, and the boundary may cross as it is, or
+compressed without loss; pictures also as PNG. EfficientNet-Lite0, whose weights are trained, may also change some of
+its answers, by codecs that benchmarks.codec_rates has judged.
 
 From profiles of the backends, the planner foretells what every way takes. Run over each link are: everything on the
 device and everything on the server, by each backend and in the best form of the input; the way that the planner chooses
@@ -17,23 +18,27 @@ longer than the best. So it is known how much longer the planner's choice takes 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import json
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import torchsurgeon as ts
-from benchmarks import zoo
+from benchmarks import codec_rates, split_plane, zoo
 from benchmarks.support import result_file, tail_process
 from benchmarks.support.slow_backend import SlowBackend
 from torchsurgeon.backends import find_backend
-from torchsurgeon.codec import CodecTable, measure
+from torchsurgeon.codec import Codec, CodecTable, measure
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS
 from torchsurgeon.planning import Frontier, Row
@@ -46,8 +51,10 @@ NETWORKS = ("EfficientNet-Lite0", "MobileNetV3", "AlexNet", "ResNet-50", "SSDlit
 QUICK = ("MobileNetV3",)
 LINKS = ("3g", "lte", "wifi")
 BACKENDS = ("eager", "onnxruntime", "openvino:bf16")
-LOSSLESS = ("zstd", "png")
-_NEAR, _MOST_NEAR = 1.5, 8
+FLOAT32, LOSSLESS = BACKENDS[:2], ("zstd", "png")
+TRAINED, CURVES = "EfficientNet-Lite0", ("raw", "zstd", "int8+zstd", "int4+zstd")
+"""The network with trained weights, and what may cross in between, besides every form of pictures."""
+_NEAR, _MOST_NEAR = 1.5, 6
 """Ways that are foretold to take at most so many times as long as the best are run, at most so many."""
 _BUDGET_S = 10.0
 _PATIENCE_S = 120.0
@@ -102,6 +109,19 @@ def run(
     return found
 
 
+class _Mode(NamedTuple):
+    """What may be done to a model: by which backends its parts may run, and how boundaries may cross."""
+
+    backends: tuple[str, ...]
+    codecs: CodecTable
+    frontier: Frontier
+
+    def allows(self, key: str, lossless: bool) -> bool:
+        """Return whether a way is allowed, going by its backends, and by whether it crosses without loss."""
+        where, *sides = key.split("|")
+        return set(sides[:2] if where != "device" else sides) <= set(self.backends) and (lossless or where == "device")
+
+
 class _Study:
     """One network, with its profiles, and with what has been run of it."""
 
@@ -114,10 +134,19 @@ class _Study:
         for backend in BACKENDS[1:]:
             self.server[backend] = ts.profile(self.graph, backend=backend, eager=eager, budget_s=_BUDGET_S, meter=None)
         self.device = {backend: profile.scaled(SLOWER) for backend, profile in self.server.items()}
-        self.codecs = _codecs(self.graph, self.example)
-        self.frontier = Frontier.build(
-            self.graph, list(self.device.values()), list(self.server.values()), codecs=self.codecs
-        )
+        lossless = _slowed(_lossless(self.graph, self.example))
+        self.modes = {
+            "float32": self._mode(FLOAT32, lossless),
+            "bfloat16": self._mode(BACKENDS, lossless),
+        }
+        if name == TRAINED:
+            for budget in (0.01, 0.03):
+                self.modes[f"{budget:.0%} may change"] = self._mode(FLOAT32, _slowed(_judged(self.graph, budget)))
+        self.answer_bytes = sum(spec.size_bytes for spec in self.graph.outputs)
+
+    def _mode(self, backends: tuple[str, ...], codecs: CodecTable) -> _Mode:
+        device, server = ([side[one] for one in backends] for side in (self.device, self.server))
+        return _Mode(backends, codecs, Frontier.build(self.graph, device, server, codecs))
 
     def over(self, links: tuple[str, ...], core: int | None) -> dict[str, Any]:
         """Return what every way takes over each of the links, with the server on a core."""
@@ -131,69 +160,69 @@ class _Study:
             served = stack.enter_context(tail_process.apart(_serve, self.name, core))
             port = served.recv()
             emulator = stack.enter_context(LinkEmulator(0, "127.0.0.1", port, PRESETS[links[0]]))
+            stack.enter_context(_slow_codecs())
             runs = _Runs(self, f"http://127.0.0.1:{emulator.port}", served, stack)
-            local = [self._timed(runs, end, None) for end in self._ends(len(self.graph.layers))]
+            local = {key: self._timed(runs, way, None) for key, way in self._device_only().items()}
             for link in links:
                 emulator.set_link(PRESETS[link])
                 row["links"][link] = self._over(runs, link, local)
         return row
 
-    def _over(self, runs: _Runs, link: str, local: list[dict[str, Any]]) -> dict[str, Any]:
+    def _over(self, runs: _Runs, link: str, local: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Return what every way takes over one link."""
-        pairs = []
+        first = next(iter(self.modes.values()))
+        pairs, modes = [], {}
         ways: dict[str, Row] = {}
-        for device, server in self.pairs():
-            planned = self._planned(link, (device,), (server,))
-            assert planned.server_only is not None
-            pairs.append({"device": device, "server": server, "chosen": _key(planned.terms.row)})
-            ways |= {_key(row): row for row in (planned.terms.row, planned.server_only.row)}
-        chosen = self._planned(link, BACKENDS, BACKENDS).terms
-        near = sorted(((self._foretold_s(row, link), row) for row in self.frontier.rows), key=lambda one: one[0])
-        ways |= {_key(row): row for value, row in near[:_MOST_NEAR] if value <= _NEAR * near[0][0]}
-        ways[_key(chosen.row)] = chosen.row
-        crossing = [row for row in ways.values() if not row.on_device]
-        return {
-            "chosen": _key(chosen.row),
-            "pairs": pairs,
-            "ways": local + [self._timed(runs, row, link) for row in crossing],
-        }
-
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield the backends of device and server, each with each."""
         for device in BACKENDS:
             for server in BACKENDS:
-                yield device, server
+                planned = self._planned(link, (device,), (server,), first.codecs)
+                assert planned.server_only is not None
+                pairs.append({"device": device, "server": server, "chosen": _key(planned.terms.row)})
+                ways |= {_key(row): row for row in (planned.terms.row, planned.server_only.row)}
+        for name, mode in self.modes.items():
+            planned = self._planned(link, mode.backends, mode.backends, mode.codecs)
+            assert planned.server_only is not None
+            near = sorted(((self._foretold_s(row, link), row) for row in mode.frontier.rows), key=lambda one: one[0])
+            rows = [row for value, row in near[:_MOST_NEAR] if value <= _NEAR * near[0][0]]
+            rows += [planned.terms.row, planned.server_only.row]
+            ways |= {_key(row): row for row in rows}
+            modes[name] = {"chosen": _key(planned.terms.row), "ways": sorted({_key(row) for row in rows})}
+        timed = local | {key: self._timed(runs, row, link) for key, row in ways.items() if not row.on_device}
+        for name, mode in self.modes.items():
+            # Ends and pairs count in every mode that allows their backends and keeps as many answers.
+            modes[name]["ways"] = sorted(
+                key
+                for key in timed
+                if key in modes[name]["ways"] or mode.allows(key, key in ways and ways[key].lossless)
+            )
+        return {"modes": modes, "pairs": pairs, "ways": timed}
 
-    def _ends(self, index: int) -> list[Row]:
-        """Return the row of a point by each backend of the device."""
-        return [
-            next(row for row in self._planned("wifi", (backend,), ("eager",)).rows if row.index == index)
-            for backend in BACKENDS
-        ]
+    def _device_only(self) -> dict[str, Row]:
+        """Return everything on the device, by each backend."""
+        rows = [self._planned("wifi", (one,), ("eager",), None).device_only.row for one in BACKENDS]
+        return {_key(row): row for row in rows}
 
-    def _planned(self, link: str, devices: Iterable[str], servers: Iterable[str]) -> ts.Plan:
+    def _planned(self, link: str, devices: Iterable[str], servers: Iterable[str], codecs: CodecTable | None) -> ts.Plan:
         return ts.plan(
             self.graph,
             device=[self.device[one] for one in devices],
             server=[self.server[one] for one in servers],
             link=PRESETS[link],
-            codecs=self.codecs,
+            codecs=codecs,
         )
 
     def _foretold_s(self, row: Row, link: str) -> float:
         if row.on_device:
             return row.head_s
-        crossing_s = PRESETS[link].request_s(row.size_bytes, self.frontier.answer_bytes)
+        crossing_s = PRESETS[link].request_s(row.size_bytes, self.answer_bytes)
         return row.head_s + row.encode_s + crossing_s + row.decode_s + row.tail_s
 
     def _timed(self, runs: _Runs, row: Row, link: str | None) -> dict[str, Any]:
         """Return what one way was foretold to take, and took."""
-        taken = runs.timed(row)
         return {
-            "way": _key(row),
             "cut": "device" if row.on_device else "server" if row.index == 0 and row.layers is None else row.name,
             "foretold_s": row.head_s if link is None else self._foretold_s(row, link),
-            **taken,
+            **runs.timed(row),
         }
 
 
@@ -267,15 +296,45 @@ def _key(row: Row) -> str:
     """Return a way in one text: where it is cut, what runs the parts, and how the boundary crosses."""
     if row.on_device:
         return f"device|{row.backend}"
+    if row.index == 0 and row.layers is None:
+        return f"server|eager|{row.server_backend}|{row.codec}"
     layers = "" if row.layers is None else f" {','.join(map(str, row.layers))}"
     return f"{row.name}{layers}|{row.backend}|{row.server_backend}|{row.codec}"
 
 
-def _codecs(graph: ts.LayerGraph, example: Tensor) -> CodecTable:
+def _lossless(graph: ts.LayerGraph, example: Tensor) -> CodecTable:
     """Return what the codecs without loss make of every point."""
-    points = list(range(len(graph.layers)))
     names = [name for name in LOSSLESS if name != "png" or example.dtype == torch.uint8]
-    return measure(graph, [example], names, points=points)
+    return measure(graph, [example], names, points=list(range(len(graph.layers))))
+
+
+def _judged(graph: ts.LayerGraph, budget: float) -> CodecTable:
+    """Return the codecs that change at most such a share of the answers, as benchmarks.codec_rates has measured."""
+    rows = json.loads(codec_rates.OUT.read_text())["results"]["lite0"]["rates"]
+    runnable = [row for row in rows if row["where"] == "input" or row["curve"] in CURVES]
+    return split_plane.codec_table(graph, runnable, "kept", 1.0, budget)
+
+
+def _slowed(codecs: CodecTable) -> CodecTable:
+    """Return what codecs take where the device is slower."""
+    slower = (
+        dataclasses.replace(row, cost=dataclasses.replace(row.cost, encode_s=SLOWER * row.cost.encode_s))
+        for row in codecs.rows
+    )
+    return dataclasses.replace(codecs, rows=tuple(slower))
+
+
+@contextmanager
+def _slow_codecs() -> Iterator[None]:
+    """Have all codecs of this process take as long to encode as on the slow device."""
+    device, encode = SlowDevice(SLOWER), Codec.encode
+
+    @functools.wraps(encode)
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        return device.call(encode, *args, **kwargs)
+
+    with mock.patch.object(Codec, "encode", slowly):
+        yield
 
 
 def _serve(name: str, core: int | None, told: Any) -> None:

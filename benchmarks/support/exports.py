@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,10 +32,13 @@ def made_once() -> Iterator[None]:
             part: Part, example: Sequence[Tensor], path: Path, *, free_batch: bool, one_file: bool = False
         ) -> None:
             assert not one_file
-            kept = Path(folder, str(free_batch))
+            # Of a part in which a layer is refused, what comes before is exported, too.
+            ends = hashlib.sha256(repr(part.output_names).encode()).hexdigest()
+            kept = Path(folder, f"{free_batch}-{ends}")
             if not kept.exists():
-                kept.mkdir()
-                write(part, example, kept / path.name, free_batch=free_batch)
+                with tempfile.TemporaryDirectory(dir=folder) as made:
+                    write(part, example, Path(made) / path.name, free_batch=free_batch)
+                    shutil.copytree(made, kept)
             for file in kept.iterdir():
                 os.link(file, path.parent / file.name)
 

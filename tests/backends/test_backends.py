@@ -58,6 +58,10 @@ class _Odd(nn.Module):
         return torch.special.modified_bessel_i1(x)
 
 
+ODD = "odd.special_modified_bessel_i1"
+"""The layer of ``Spectral`` for which there is no operator."""
+
+
 @pytest.fixture(autouse=True)
 def _without_gradients() -> Iterator[None]:
     with torch.no_grad():
@@ -221,22 +225,41 @@ def test_numbers_that_cross_are_fixed_and_other_numbers_run_in_eager() -> None:
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_a_layer_that_a_backend_does_not_take_is_named_and_runs_in_eager(name: str) -> None:
+def test_from_a_layer_on_that_a_backend_does_not_take_eager_pytorch_runs(name: str) -> None:
     model, x = seeded(Spectral), torch.rand(2, 6)
     graph = ts.trace(model, x)
     said: set[str] = set()
     whole = BuiltPart(Part.head(graph, graph.points[-1]), find_backend(name), said)
-    with pytest.warns(ts.BackendWarning, match=r"layer '?odd") as told:
+    with pytest.warns(ts.BackendWarning, match=r"up to the layer .* layer '?odd") as told:
         whole.build(x)
     assert len(told) == 1
-    assert torch.equal(whole(x)[0], model(x))
+    assert (whole.reason, whole.rest, whole.free_batch) == (None, ODD, True)
+    for given in (x, torch.rand(3, 6)):
+        assert whole.takes([given])
+        torch.testing.assert_close(whole(given)[0], model(given))
     tail = BuiltPart(Part.tail(graph, [spec.name for spec in graph.points[1].tensors]), find_backend(name), said)
+    boundary = Part.head(graph, graph.points[1]).segment(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tail.build(*Part.head(graph, graph.points[1]).segment(x))
+        tail.build(*boundary)
+    assert (tail.reason, tail.rest) == (None, ODD)
+    torch.testing.assert_close(tail(*boundary)[0], model(x))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_part_that_begins_with_a_layer_that_a_backend_does_not_take_runs_in_eager(name: str) -> None:
+    model, x = seeded(Spectral), torch.rand(2, 6)
+    graph = ts.trace(model, x)
+    before = graph.point(graph.layers[[layer.name for layer in graph.layers].index(ODD) - 1].name)
+    part = Part.tail(graph, [spec.name for spec in before.tensors])
+    boundary = Part.head(graph, before).segment(x)
+    with pytest.warns(ts.BackendWarning, match=r"does not run a part .* layer '?odd"):
+        tail = built(part, name, boundary)
     assert tail.reason is not None
+    assert torch.equal(tail(*boundary)[0], model(x))
+    whole = Part.head(graph, graph.points[-1])
     with pytest.raises(ts.BackendError, match="odd"):
-        find_backend(name).build(whole.part, [x], free_batch=False)
+        find_backend(name).build(whole, [x], free_batch=False)
 
 
 def test_a_layer_that_torch_export_does_not_follow_is_named() -> None:

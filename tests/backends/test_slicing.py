@@ -86,3 +86,24 @@ def test_a_profile_by_onnxruntime_takes_its_parts_from_one_export(
     assert measured.parts.points
     assert not built
     assert measured.provenance["not_by_backend"] == []
+
+
+def test_parts_before_a_layer_without_an_operator_are_cut_out_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchsurgeon.backends.onnxruntime import OnnxRuntime
+
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.modified_bessel_i1(x)
+
+    wide = [module for _ in range(3) for module in (nn.Linear(512, 512), nn.ReLU())]
+    net = nn.Sequential(*wide, Odd(), nn.Linear(512, 8)).eval()
+    graph = ts.trace(net, torch.rand(1, 512))
+    odd = next(layer.index for layer in graph.layers if layer.name.startswith("6"))
+    built: list[Part] = []
+    monkeypatch.setattr(OnnxRuntime, "build", lambda self, part, example, *, free_batch: built.append(part))
+    with pytest.warns(ts.BackendWarning, match="does not take"):
+        measured = ts.profile(graph, backend="onnxruntime", budget_s=60, repeats=3, meter=None)
+    assert measured.parts is not None
+    assert measured.parts.points
+    assert all(index <= odd for index in measured.parts.points)
+    assert not built

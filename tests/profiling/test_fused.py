@@ -169,3 +169,23 @@ def test_what_makes_no_sense_is_refused(graph: ts.LayerGraph) -> None:
         ts.profile(graph, backend="no-such")
     with pytest.raises(ts.ProfileError, match="budget_s"):
         ts.profile(graph, backend=Plain(), budget_s=-1)
+
+
+def test_up_to_a_layer_that_the_backend_does_not_take_parts_are_measured_by_it(graph: ts.LayerGraph) -> None:
+    refused = graph.layers[3].name
+
+    class NoPooling(Plain):
+        """Does not take the pooling layer."""
+
+        def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Callable[..., Sequence[Tensor]]:
+            if any(graph.steps[step].name == refused for step in part.segment.steps):
+                raise ts.BackendError("it does not pool", refused)
+            return super().build(part, example, free_batch=free_batch)
+
+    backend = NoPooling()
+    with pytest.warns(ts.BackendWarning, match="does not take"):
+        measured = ts.profile(graph, backend=backend, points=[2, 4], repeats=2, meter=None)
+    ends = {part.outputs for part in backend.built}
+    # The whole model, the head and the tail of point 2, the head of point 4; its tail needs no pooling.
+    assert ends == {graph.point(3).tensors, graph.point(2).tensors, graph.outputs}
+    assert measured.provenance["not_by_backend"] == ["the whole model", graph.point(2).name, graph.point(4).name]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends.backend import Backend, Run
 from torchsurgeon.backends.exporting import in_turn
+from torchsurgeon.backends.leading import Leading
 from torchsurgeon.backends.part import Part
 from torchsurgeon.errors import BackendError, BackendWarning, short
 from torchsurgeon.models.watching import WatchedWeights
@@ -35,6 +36,8 @@ class BuiltPart:
     Attributes:
         tried: whether building was tried.
         reason: why the backend does not run it; None if it does, or has not been tried.
+        rest: the layer from which on eager PyTorch runs it, since the backend refuses that layer; None where it runs
+            all or nothing.
         free_batch: whether what was built takes any batch size.
     """
 
@@ -42,6 +45,7 @@ class BuiltPart:
         self.part, self.backend = part, backend
         self.tried = self.free_batch = False
         self.reason: str | None = None
+        self.rest: str | None = None
         self._said = said
         self._run: Run | None = None
         self._example: Sequence[Tensor] = ()
@@ -59,20 +63,25 @@ class BuiltPart:
         with self._building:
             if self.tried:
                 return
+            said = None
             if self.part.segment.steps:
                 try:
-                    self._try(tensors)
+                    refused = self._try(tensors)
+                    if refused is not None:
+                        said = (
+                            f"backend {self.backend.name!r} runs a part of the model up to the layer that it does not "
+                            f"take, and eager PyTorch the rest: {refused}"
+                        )
                 except BackendError as error:
                     self.reason = str(error)
+                    said = (
+                        f"backend {self.backend.name!r} does not run a part of the model, which runs in eager PyTorch: "
+                        f"{self.reason}"
+                    )
             self.tried = True
-        if self.reason is not None and self._said is not None and self.reason not in self._said:
-            self._said.add(self.reason)
-            warnings.warn(
-                f"backend {self.backend.name!r} does not run a part of the model, which runs in eager PyTorch: "
-                f"{self.reason}",
-                BackendWarning,
-                stacklevel=2,
-            )
+        if said is not None and self._said is not None and said not in self._said:
+            self._said.add(said)
+            warnings.warn(said, BackendWarning, stacklevel=2)
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         run = self._run
@@ -80,7 +89,12 @@ class BuiltPart:
             return run(*(self.part.computed(tensors) if self.part.numbers else tensors))
         return self.part.segment(*tensors)  # type: ignore[no-any-return]
 
-    def _try(self, tensors: Sequence[Tensor]) -> None:
+    def _try(self, tensors: Sequence[Tensor]) -> BackendError | None:
+        """Build it, all of it or up to a layer that the backend refuses; return the refusal, or None.
+
+        Raises:
+            BackendError: the backend takes nothing of it, or its answers deviate.
+        """
         part, backend = self.part, self.backend
         # What is judged on a sample takes calls like these.
         tensors = tensors if backend.judge is None else backend.judge.example(part)
@@ -88,34 +102,50 @@ class BuiltPart:
         # Before the weights are read, so that a write during the build is noticed.
         weights = WatchedWeights(part.segment) if backend.copies_weights else None
         expected = part.segment(*tensors)
-        run: Run | None = None
+        leading, refusal = Leading(part, part), None
+        while True:
+            try:
+                run = self._built(leading, tensors, expected)
+                break
+            except BackendError as error:
+                refusal = refusal or error
+                shorter = leading.before(error.layer)
+                if shorter is None:
+                    raise refusal from None
+                leading = shorter
+        if backend.judge is not None:
+            backend.judge.judge(part, run, tensors)
+        self.rest = leading.layer
+        self._example, self._weights, self._run = tensors, weights, run
+        return refusal
+
+    def _built(self, leading: Leading, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> Run:
+        """Return what runs the part: for any batch, where that is possible, or else for these shapes."""
+        part, backend = self.part, self.backend
         if part.batch_free and backend.free_batch and any(any(spec.batch_step) for spec in part.inputs):
             # Exporters take a batch of one for a size that is always one, so they are given another.
             try:
                 more = part.with_another_sample(tensors)
                 with in_turn():
-                    run = backend.build(part, more, free_batch=True)
+                    run = leading.build(backend, more, free_batch=True)
                 check(part, backend, run, more, part.segment(*more))
                 check(part, backend, run, tensors, expected)
                 self.free_batch = True
+                return run
             except Exception as error:
                 if by_signal_handler(error):
                     raise
-                run = None
-        if run is None:
-            try:
-                with in_turn():
-                    run = backend.build(part, tensors, free_batch=False)
-                check(part, backend, run, tensors, expected)
-            except BackendError:
+        try:
+            with in_turn():
+                run = leading.build(backend, tensors, free_batch=False)
+            check(part, backend, run, tensors, expected)
+        except BackendError:
+            raise
+        except Exception as error:
+            if by_signal_handler(error):
                 raise
-            except Exception as error:
-                if by_signal_handler(error):
-                    raise
-                raise BackendError(f"{type(error).__name__}: {first_line(error)}") from error
-        if backend.judge is not None:
-            backend.judge.judge(part, run, tensors)
-        self._example, self._weights, self._run = tensors, weights, run
+            raise BackendError(f"{type(error).__name__}: {first_line(error)}") from error
+        return run
 
     def takes(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether the backend runs a call with these tensors, once it has built the part."""

@@ -72,7 +72,8 @@ def export(part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Export
                 raise
             where = "" if follower.layer is None else f"layer {short(follower.layer, 100)} "
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-            raise BackendError(f"{where}cannot be exported: {type(error).__name__}: {lines[0][:200]}") from error
+            message = f"{where}cannot be exported: {type(error).__name__}: {lines[0][:200]}"
+            raise BackendError(message, follower.layer) from error
 
 
 def layer_of(program: ExportedProgram, message: str) -> str | None:

@@ -147,7 +147,7 @@ def write_onnx(part: Part, example: Sequence[Tensor], path: Path, *, free_batch:
     except Exception as error:
         if by_signal_handler(error):
             raise
-        raise BackendError(_why(program, error)) from error
+        raise _refusal(program, error) from error
     assert made is not None
     _name_apart(made.model.graph)
     made.save(path, external_data=not one_file)
@@ -189,8 +189,8 @@ def open_session(model: Path | bytes, providers: Sequence[str]) -> Any:
         raise BackendError(f"ONNX Runtime does not take it: {short(error, quote=False)}{remedy}") from error
 
 
-def _why(program: torch.export.ExportedProgram, error: BaseException) -> str:
-    """Return in a sentence which layer ``torch.onnx`` does not convert, and why."""
+def _refusal(program: torch.export.ExportedProgram, error: BaseException) -> BackendError:
+    """Return an error that says which layer ``torch.onnx`` does not convert, and why."""
     messages: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(messages) < 10:
@@ -201,7 +201,7 @@ def _why(program: torch.export.ExportedProgram, error: BaseException) -> str:
     operator = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
     where = "a layer" if layer is None else f"layer {layer!r}"
     what = f"{operator[1]} has no counterpart in ONNX" if operator else f"{type(error).__name__}: {_last(text)}"
-    return f"{where} cannot be exported to ONNX: {what}"
+    return BackendError(f"{where} cannot be exported to ONNX: {what}", layer)
 
 
 def _last(text: str) -> str:

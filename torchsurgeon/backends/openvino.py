@@ -149,7 +149,7 @@ def converted(part: Part, example: Sequence[Tensor], free_batch: bool) -> Any:
         text = str(error)
         layer = layer_of(program, text)
         where = "a layer" if layer is None else f"layer {layer!r}"
-        raise BackendError(f"{where} cannot be converted by OpenVINO: {_reason(text)}") from error
+        raise BackendError(f"{where} cannot be converted by OpenVINO: {_reason(text)}", layer) from error
     finally:
         # OpenVINO's converter has the whole program's log keep errors only.
         root.setLevel(level)

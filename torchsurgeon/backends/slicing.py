@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchsurgeon.backends.onnxruntime import write_onnx
 from torchsurgeon.backends.part import Part
-from torchsurgeon.cutting.partition import with_inner
+from torchsurgeon.cutting.partition import between, with_inner
 from torchsurgeon.cutting.reach import overwrites
 from torchsurgeon.errors import BackendError
 from torchsurgeon.tracing.graph import LayerGraph
@@ -32,25 +32,39 @@ class Slices:
         graph: the traced model.
         points: the points.
         tensors: the model's input tensors.
+        until: the layer before which the export ends; None for the whole model.
 
     Raises:
         BackendError: the model cannot be exported, or is too large.
     """
 
-    def __init__(self, graph: LayerGraph, points: Sequence[PartitionPoint], tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        graph: LayerGraph,
+        points: Sequence[PartitionPoint],
+        tensors: Sequence[Tensor],
+        until: PartitionPoint | None = None,
+    ) -> None:
         import onnx
         import onnx.utils
 
+        if until is not None:
+            points = [*(point for point in points if point.index < until.index), until]
         known = {spec.name for spec in (*graph.inputs, *graph.outputs)}
         inner = dict.fromkeys(spec.name for point in points for spec in point.tensors if spec.name not in known)
         names = [name for name in inner if self._stays(graph, name)]
-        whole = Part(
-            graph,
-            with_inner(graph, names),
-            graph.inputs,
-            (*(graph.values[name] for name in names), *graph.outputs),
-            frozenset(),
-            graph.batch_free,
+        specs = tuple(graph.values[name] for name in names)
+        whole = (
+            Part(graph, with_inner(graph, names), graph.inputs, (*specs, *graph.outputs), frozenset(), graph.batch_free)
+            if until is None
+            else Part(
+                graph,
+                between(graph, [spec.name for spec in graph.inputs], names),
+                graph.inputs,
+                specs,
+                frozenset(),
+                graph.batch_free,
+            )
         )
         with tempfile.TemporaryDirectory(prefix="torchsurgeon-") as folder:
             path = Path(folder) / "whole.onnx"

@@ -15,7 +15,9 @@ from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends import Backend, Part
 from torchsurgeon.backends.backend import Run
 from torchsurgeon.backends.exporting import in_turn
+from torchsurgeon.backends.leading import Leading
 from torchsurgeon.backends.slicing import Slices
+from torchsurgeon.errors import BackendError
 from torchsurgeon.profiling.parts import Curve, PartTimes
 from torchsurgeon.profiling.record import LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
@@ -131,7 +133,8 @@ class _Measuring:
 
     Attributes:
         whole_s: seconds of all runs of the whole model.
-        not_built: the names of the measured points of which a part is not run by the backend but in eager PyTorch.
+        not_built: the names of the measured points of which a part is not run by the backend, or not to its end, but in
+            eager PyTorch.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class _Measuring:
         self._tensors = [tensor.detach() for tensor in tensors]
         self.whole_s: list[float] = []
         self.not_built: list[str] = []
+        self._refused: list[str] = []  # layers that the backend does not take
         self._slices = self._sliced()
         whole = Part.head(graph, graph.points[-1])
         self._always: list[tuple[Run, Sequence[Tensor]]] = [
@@ -152,14 +156,25 @@ class _Measuring:
         """Return what parts are cut out of; None where the backend builds each part by itself."""
         if type(self._backend).load_onnx is Backend.load_onnx:
             return None
-        inside = [point for point in self._graph.points if 0 < point.index < len(self._graph.layers)]
-        try:
-            with torch.no_grad(), in_turn():
-                return Slices(self._graph, inside, self._tensors)
-        except Exception as error:  # a package is missing, a layer has no counterpart, another project's exporter fails
-            if by_signal_handler(error):
-                raise
-            return None
+        graph = self._graph
+        inside = [point for point in graph.points if 0 < point.index < len(graph.layers)]
+        leading = Leading.of(Part.head(graph, graph.points[-1]))
+        until: PartitionPoint | None = None
+        while leading is not None:
+            try:
+                with torch.no_grad(), in_turn():
+                    return Slices(graph, inside, self._tensors, until)
+            except Exception as error:  # a package is missing, another project's exporter fails
+                if by_signal_handler(error):
+                    raise
+                layer = error.layer if isinstance(error, BackendError) else None
+                leading = leading.before(layer)
+                if leading is not None and layer is not None:
+                    self._refused.append(layer)
+                    until = next((point for point in inside if point.tensors == leading.part.outputs), None)
+                    if until is None:
+                        return None
+        return None
 
     def has(self, point: PartitionPoint) -> bool:
         """Return whether head and tail of a point are quickly there."""
@@ -191,23 +206,36 @@ class _Measuring:
         return [float(seconds) for seconds in np.median(relations[:, 1:], axis=0)]
 
     def _built(self, part: Part, tensors: Sequence[Tensor], name: str) -> Run:
-        """Return what runs a part: the backend, or eager PyTorch where the backend does not take it."""
+        """Return what runs a part: the backend, and eager PyTorch from the layer on that the backend does not take."""
         if not part.segment.steps:
             return part.segment
-        try:
-            model = None if self._slices is None else self._slices.cut(part)
-            run = None if model is None else self._backend.load_onnx(model, part)
-            if run is None:
-                # For these shapes only: for a free batch it may have to be exported twice.
-                with torch.no_grad(), in_turn():
-                    run = self._backend.build(part, tensors, free_batch=False)
-        except Exception as error:  # another project's compiler may fail in any way
-            if by_signal_handler(error):
-                raise
-            if name not in self.not_built:
-                self.not_built.append(name)
-            return part.segment
-        return lambda *given: run(*part.computed(given))
+        leading = Leading.of(part, self._refused)
+        while leading is not None:
+            try:
+                run = self._run_of(leading, tensors)
+            except Exception as error:  # another project's compiler may fail in any way
+                if by_signal_handler(error):
+                    raise
+                leading = leading.before(error.layer if isinstance(error, BackendError) else None)
+                continue
+            if leading.rest is not None:
+                self._note(name)
+            return lambda *given: run(*part.computed(given))
+        self._note(name)
+        return part.segment
+
+    def _run_of(self, leading: Leading, tensors: Sequence[Tensor]) -> Run:
+        model = None if self._slices is None else self._slices.cut(leading.part)
+        run = None if model is None else self._backend.load_onnx(model, leading.part)
+        if run is not None:
+            return leading.followed(run)
+        # For these shapes only: for a free batch it may have to be exported twice.
+        with torch.no_grad(), in_turn():
+            return leading.build(self._backend, tensors, free_batch=False)
+
+    def _note(self, name: str) -> None:
+        if name not in self.not_built:
+            self.not_built.append(name)
 
     def _runs(self, parts: Sequence[tuple[Run, Sequence[Tensor]]]) -> list[list[float]]:
         """Run the parts in turns, and return their seconds, run by run."""

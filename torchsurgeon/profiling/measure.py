@@ -148,8 +148,8 @@ def profile(
         if fused.provenance["not_by_backend"]:
             where = short(", ".join(fused.provenance["not_by_backend"]), 300, quote=False)
             warnings.warn(
-                f"backend {runs.name!r} does not run all parts of the model, and the others were measured in eager "
-                f"PyTorch; they begin or end at: {where}",
+                f"backend {runs.name!r} does not run all parts of the model, and what it does not take of them was "
+                f"measured in eager PyTorch; these parts begin or end at: {where}",
                 BackendWarning,
                 stacklevel=2,
             )
