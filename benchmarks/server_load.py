@@ -5,24 +5,27 @@ after the other in a new random order, for a few seconds, with a fixed number of
 request once they have the answer. The client is another process, which does nothing but read and write sockets. Server
 and client share the machine's cores.
 
-    python -m benchmarks.server_load [--rounds 5] [--seconds 3] [--connections 20] [--network NAME]
+    python -m benchmarks.server_load [--rounds 5] [--seconds 3] [--connections 20] [--network NAME] [--extras]
 
 Printed and written are, for each network and server, the medians and quartiles over rounds of requests a second and of
 the 50th and 99th percentile of the time to an answer, and of the server's processor time a request, with the ratios of
 the first and the last to the first server's. Where other programs use the cores too, a server with more threads gets a
 larger share of them, so only the processor time can be compared then.
+
+The last server is also timed with an access log, and with metrics and a token, which each row compares with the last
+server itself (``beside``). With ``--extras`` nothing else is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import selectors
 import signal
 import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -41,7 +44,9 @@ from torchsurgeon import wire
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.access import AccessLog, access
-from torchsurgeon.serve.logs import TextFormatter
+from torchsurgeon.serve.logs import log_handler
+from torchsurgeon.serve.metrics import Metrics
+from torchsurgeon.serve.tokens import Tokens
 from torchsurgeon.tracing.tracer import trace
 
 BASELINE = "Starlette by hand, with a thread pool"
@@ -50,6 +55,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "torchsurgeon, several at once": {"batching": "off"},
     "torchsurgeon, several at once, and together": {"batching": "rounded"},
 }
+PLAIN = list(OPTIONS)[-1]
+LOGGED, WATCHED = "the last, with an access log", "the last, with metrics and a token"
+TOKEN = "a-token-of-this-benchmark"
 
 
 def mlp() -> nn.Module:
@@ -98,12 +106,16 @@ def serve(name: str, told: Any) -> None:
             registry = ModelRegistry(profiler=None, **options)
             registry.add("net", model, x)
             ports[label] = (stack.enter_context(Server(create_app(registry))).port, request)
-        handler = logging.StreamHandler(stack.enter_context(open(os.devnull, "w")))
-        handler.setFormatter(TextFormatter())
-        access.addHandler(handler)
-        logged = create_app(registry)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        access.addHandler(log_handler(stack.enter_context(open(folder / "log", "w")), "text"))
+        logged, watched = create_app(registry), create_app(registry)
         logged.listeners.append(AccessLog())
-        ports["the last, with an access log"] = (stack.enter_context(Server(logged)).port, request)
+        ports[LOGGED] = (stack.enter_context(Server(logged)).port, request)
+        (folder / "tokens").write_text(TOKEN)
+        watched.tokens = Tokens(folder / "tokens")
+        watched.listeners.append(Metrics(registry, lambda: 0))
+        bearer = request.replace(b"\r\n", f"\r\nAuthorization: Bearer {TOKEN}\r\n".encode(), 1)
+        ports[WATCHED] = (stack.enter_context(Server(watched)).port, bearer)
         told.send((os.getpid(), ports))
         signal.pause()
 
@@ -178,9 +190,11 @@ def drive(told: Any) -> None:
         told.send(load(*told.recv()))
 
 
-def compare(name: str, rounds: int, seconds: float, connections: int) -> dict[str, Any]:
+def compare(name: str, rounds: int, seconds: float, connections: int, extras: bool) -> dict[str, Any]:
     with apart(serve, name) as server, apart(drive) as client:
         pid, ports = server.recv()
+        if extras:
+            ports = {label: ports[label] for label in (PLAIN, LOGGED, WATCHED)}
         samples: dict[str, list[dict[str, float]]] = {label: [] for label in ports}
         order = list(ports)
         for index in range(rounds + 1):
@@ -193,8 +207,10 @@ def compare(name: str, rounds: int, seconds: float, connections: int) -> dict[st
     rows = {}
     for label, found in samples.items():
         row: dict[str, Any] = {key: spread([one[key] for one in found]) for key in found[0]}
+        row["beside"] = PLAIN if extras or label in (LOGGED, WATCHED) else BASELINE
         for key in ("rate_s", "processor_s"):
-            row[f"{key}_ratio"] = median_ratio([one[key] for one in found], [one[key] for one in samples[BASELINE]])
+            others = [one[key] for one in samples[row["beside"]]]
+            row[f"{key}_ratio"] = median_ratio([one[key] for one in found], others)
         rows[label] = row
         rate = row["rate_s"]
         print(
@@ -213,10 +229,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--connections", type=int, default=20)
     parser.add_argument("--network", action="append", choices=list(NETWORKS), help="by default all")
+    parser.add_argument("--extras", action="store_true", help="time only what access log, metrics and token cost")
     parser.add_argument("--out", type=Path, default=RESULTS / "server_load.json")
     options = parser.parse_args()
     rows = {
-        name: compare(name, options.rounds, options.seconds, options.connections)
+        name: compare(name, options.rounds, options.seconds, options.connections, options.extras)
         for name in options.network or NETWORKS
     }
     write(options.out, rows, connections=options.connections, seconds=options.seconds, rounds=options.rounds)

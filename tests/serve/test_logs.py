@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.access import AccessLog, access
 from torchsurgeon.serve.failure import OncePerPeriod, complain
-from torchsurgeon.serve.logs import JsonFormatter, TextFormatter
+from torchsurgeon.serve.logs import JsonFormatter, LogFormat, LogHandler, TextFormatter, log_handler
 from torchsurgeon.serve.outcome import CLIENT_GONE, Outcome
 from torchsurgeon.serve.received import given_id
 
@@ -213,6 +213,76 @@ def test_a_message_cannot_begin_a_line_of_its_own() -> None:
     assert json.loads(JsonFormatter().format(record))["message"] == "one\ntwo\rthree"
 
 
+OUTCOMES = [
+    Outcome("127.0.0.1:1", "id-1", "POST /v2/models/net/infer", "net", "x", 200, 0.0012345, 10, 20),
+    Outcome("", "id-2", "", "", "", 400, 0.0, 0, 0, "ProtocolError"),
+    Outcome("[::1]:2", "id-3", "GET /ü", "two\nlines\x1b[31m", 'a"b\\', 499, 1e3, 0, 0, "GoneError"),
+]
+
+
+def written(handlers: list[logging.Handler], monkeypatch: pytest.MonkeyPatch, outcomes: list[Outcome]) -> None:
+    """Have an access log write to these handlers, and to none of the program's."""
+    monkeypatch.setattr(access, "handlers", handlers)
+    monkeypatch.setattr(access, "propagate", False)
+    monkeypatch.setattr("torchsurgeon.serve.access.time.time", lambda: 1234567890.12345)
+    log = AccessLog()
+    for one in outcomes:
+        log(one)
+    log.close()
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_many_lines_at_once_are_those_that_are_written_one_by_one(
+    log_format: LogFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, single = io.StringIO(), io.StringIO()
+    written([log_handler(many, log_format)], monkeypatch, OUTCOMES * 200)
+    calls: list[int] = []
+    one_by_one = log_handler(single, log_format)
+    one_by_one.addFilter(lambda record: not calls.append(1))
+    written([one_by_one], monkeypatch, OUTCOMES * 200)
+    assert len(calls) == len(many.getvalue().splitlines()) == 600
+    assert many.getvalue() == single.getvalue()
+    assert "two\nlines" not in many.getvalue()
+
+
+def test_another_handler_is_told_of_each_request_beside_the_servers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, other = io.StringIO(), Blocked()
+    other.free.set()
+    written([log_handler(stream, "text"), other], monkeypatch, OUTCOMES)
+    assert other.count == len(stream.getvalue().splitlines()) == 3
+
+
+def test_a_stream_that_fails_once_does_not_end_the_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        tries = 0
+
+        def write(self, text: str) -> int:
+            Full.tries += 1
+            if Full.tries == 1:
+                raise OSError("no space left on device")
+            return super().write(text)
+
+    stream = Full()
+    handler = log_handler(stream, "text")
+    assert isinstance(handler, LogHandler)
+    written([handler], monkeypatch, OUTCOMES * 200)
+    assert len(stream.getvalue().splitlines()) == 400
+    assert "no space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/a%0ab", "/v2/models/ne%0At/infer", "/a%20status=200"])
+def test_a_path_cannot_forge_a_line(server: Server, outcomes: list[Outcome], path: str) -> None:
+    body = BODY if path.endswith("infer") else None
+    assert ask(server.port, path, body)[0] == 404
+    wait_for(lambda: outcomes)
+    assert outcomes[0].asked == f"{'POST' if body else 'GET'} {path}"
+    (line,) = TextFormatter().lines("", [(0.0, outcomes[0])])
+    assert len(line.splitlines()) == 1
+
+
 class Blocked(logging.Handler):
     """A handler whose disk does not answer until it is released."""
 
@@ -296,6 +366,25 @@ def test_the_command_writes_everything_as_json(tmp_path: Path) -> None:
     assert [line["message"] for line in lines].count("request") == 31
     assert sum("not valid HTTP" in line["message"] and line["level"] == "WARNING" for line in lines) == 1
     assert any(line["message"].startswith("stopped after") for line in lines)
+
+
+def test_no_line_is_lost_where_the_server_is_told_to_stop(tmp_path: Path) -> None:
+    script = (
+        "import signal, urllib.request, threading\n"
+        "from torchsurgeon import serve\n"
+        "serve.access._EVERY_S = 60\n"
+        "def ask(url):\n"
+        "    for _ in range(20):\n"
+        "        urllib.request.urlopen(url + '/v2/health/live').close()\n"
+        "    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)\n"
+        "def say(line):\n"
+        "    if line.startswith('ready'):\n"
+        "        threading.Thread(target=ask, args=(line.split()[-1],), daemon=True).start()\n"
+        "serve.run({'net': 'factories:small'}, port=0, access_log=True, say=say)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr.count("asked=GET /v2/health/live status=200") == 20, done.stderr
 
 
 def test_the_command_prints_its_progress_and_no_line_for_a_request_by_default(tmp_path: Path) -> None:

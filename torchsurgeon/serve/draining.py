@@ -30,6 +30,8 @@ class DrainingServer(uvicorn.Server):
         grace_s: the most seconds that draining takes.
         on_drain: called when draining begins.
         say: called with lines about what happens.
+        on_end: called when all connections are closed. What is done after the server's ``run()`` is too late: uvicorn
+            sends itself the signal again that stopped it, and SIGTERM then ends the process.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class DrainingServer(uvicorn.Server):
         grace_s: float,
         on_drain: Callable[[], None],
         say: Callable[[str], None],
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         config.timeout_graceful_shutdown = _CANCEL_S
         super().__init__(config)
@@ -47,12 +50,16 @@ class DrainingServer(uvicorn.Server):
         self._grace_s = grace_s
         self._on_drain = on_drain
         self._say = say
+        self._on_end = on_end
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, and then stop; called by uvicorn."""
-        if not self.force_exit:
-            await self._drain()
-        await super().shutdown(sockets)
+        try:
+            if not self.force_exit:
+                await self._drain()
+            await super().shutdown(sockets)
+        finally:
+            self._on_end()
 
     async def _drain(self) -> None:
         clock = asyncio.get_running_loop().time

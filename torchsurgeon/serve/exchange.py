@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from torchsurgeon.serve.failure import GoneError
 from torchsurgeon.serve.outcome import CLIENT_GONE, Listener, Outcome
@@ -34,7 +35,9 @@ class Exchange:
         self.model = self.error = ""
         self.client = address_text(scope["client"]) if scope.get("client") else ""
         self.given_id = given_id(self.headers.get(REQUEST_ID))
-        self._asked = f"{scope['method']} {scope['path']}"
+        # As it was sent: decoded, it may hold spaces and line breaks.
+        sent_path = scope.get("raw_path") or quote(scope["path"]).encode()
+        self._asked = f"{scope['method']} {sent_path.decode('latin-1')}"
         self._send = send
         self._made_id: str | None = None
         self._started_s = time.perf_counter()

@@ -9,12 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
+
+from torchsurgeon.serve.outcome import Outcome
 
 LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
+
+# The message of a request's entry in the access log, whose level is INFO.
+REQUEST = "request"
+Ended = tuple[float, Outcome]
+"""When a request ended, in seconds since the epoch, and what became of it."""
 
 # The attributes of a record that are written besides its message, in this order.
 _FIELDS = ("client", "request_id", "asked", "model", "cut", "status", "error", "duration_ms")
@@ -22,7 +30,15 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 _LOGGERS = ("torchsurgeon", "uvicorn", "py.warnings")
 
 
-class TextFormatter(logging.Formatter):
+class LineFormatter(logging.Formatter):
+    """Formats records as lines. Those of requests it also formats many at a time, in a quarter of the time."""
+
+    def lines(self, logger: str, requests: Sequence[Ended]) -> list[str]:
+        """Return the lines that ``format()`` would return for records of requests by a logger of this name."""
+        raise NotImplementedError
+
+
+class TextFormatter(LineFormatter):
     """One line: the time, the level, the message, and then what is known of the request as ``name=value``."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -30,12 +46,23 @@ class TextFormatter(logging.Formatter):
         message = record.getMessage()
         if "\n" in message or "\r" in message:
             message = message.replace("\n", "\\n").replace("\r", "\\r")
-        known = "".join([f" {name}={value}" for name, value in _known(record).items()])
         trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
-        return f"{_time_of(record)} {record.levelname} {message}{known}{trace}"
+        return f"{_time(record.created)} {record.levelname} {message}{_text(_known(record.__dict__))}{trace}"
+
+    def lines(self, logger: str, requests: Sequence[Ended]) -> list[str]:
+        """Return the lines that ``format()`` would return for records of requests by a logger of this name."""
+        found = []
+        for ended_s, one in requests:
+            client = f" client={one.client}" if one.client else ""
+            rest = _cached(_text, one.asked, one.model, one.cut, one.status, one.error)
+            found.append(
+                f"{_time(ended_s)} INFO {REQUEST}{client} request_id={one.request_id}{rest} "
+                f"duration_ms={milliseconds(one.duration_s)}"
+            )
+        return found
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(LineFormatter):
     """One JSON object a line, with the keys ``time``, ``level``, ``logger`` and ``message``.
 
     A record of a request has the keys ``client``, ``request_id``, ``asked``, ``model``, ``cut``, ``status`` and
@@ -45,15 +72,58 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the object as text."""
         found = {
-            "time": _time_of(record),
+            "time": _time(record.created),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
-            **_known(record),
+            **_known(record.__dict__),
         }
         if record.exc_info:
             found["exception"] = self.formatException(record.exc_info)
         return _encode(found)
+
+    def lines(self, logger: str, requests: Sequence[Ended]) -> list[str]:
+        """Return the lines that ``format()`` would return for records of requests by a logger of this name."""
+        alike = f'"level": "INFO", "logger": {_encode(logger)}, "message": "{REQUEST}"'
+        found = []
+        for ended_s, one in requests:
+            client = f', "client": {_encode(one.client)}' if one.client else ""
+            rest = _cached(_json, one.asked, one.model, one.cut, one.status, one.error)
+            found.append(
+                f'{{"time": "{_time(ended_s)}", {alike}{client}, "request_id": {_encode(one.request_id)}{rest}, '
+                f'"duration_ms": {milliseconds(one.duration_s)}}}'
+            )
+        return found
+
+
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes the log to a stream. It takes the lines of many requests in one write."""
+
+    def write(self, logger: str, requests: Sequence[Ended]) -> None:
+        """Write the lines of requests, which a logger of this name tells of; a failure is dealt with as in emit()."""
+        formatter = self.formatter
+        assert isinstance(formatter, LineFormatter)
+        self.acquire()
+        try:
+            self.stream.write("".join([f"{line}{self.terminator}" for line in formatter.lines(logger, requests)]))
+            self.flush()
+        except Exception:
+            told = {"name": logger, "msg": f"the log lost {len(requests)} lines", "levelno": logging.INFO}
+            self.handleError(logging.makeLogRecord(told))
+        finally:
+            self.release()
+
+
+def log_handler(stream: Any, log_format: LogFormat) -> LogHandler:
+    """Return a handler that writes the log to a stream.
+
+    Args:
+        stream: the stream.
+        log_format: ``"text"`` or ``"json"``.
+    """
+    handler = LogHandler(stream)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    return handler
 
 
 def configure(log_format: LogFormat) -> None:
@@ -64,8 +134,7 @@ def configure(log_format: LogFormat) -> None:
     Args:
         log_format: ``"text"`` or ``"json"``.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler = log_handler(sys.stderr, log_format)
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         if not logger.hasHandlers():
@@ -76,9 +145,14 @@ def configure(log_format: LogFormat) -> None:
         logging.captureWarnings(True)
 
 
-def _time_of(record: logging.LogRecord) -> str:
-    seconds, part_s = divmod(record.created, 1.0)
-    return f"{_second(int(seconds))}.{int(part_s * 1000):03d}+00:00"
+def milliseconds(duration_s: float) -> float:
+    """Return seconds as the log tells them."""
+    return round(duration_s * 1e3, 3)
+
+
+def _time(created_s: float) -> str:
+    second = int(created_s)
+    return f"{_second(second)}.{int((created_s - second) * 1000):03d}+00:00"
 
 
 # Many lines are written in the same second.
@@ -87,6 +161,26 @@ def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def _known(record: logging.LogRecord) -> dict[str, object]:
-    own = record.__dict__
-    return {name: own[name] for name in _FIELDS if own.get(name) not in (None, "")}
+def _known(found: Mapping[str, Any]) -> dict[str, object]:
+    return {name: found[name] for name in _FIELDS if found.get(name) not in (None, "")}
+
+
+def _text(known: Mapping[str, object]) -> str:
+    return "".join([f" {name}={_printable(value)}" for name, value in known.items()])
+
+
+def _printable(value: object) -> object:
+    # A client chooses the path and the name of the model. A line break in them would begin a line of the client's own.
+    return value.encode("unicode_escape").decode() if isinstance(value, str) and not value.isprintable() else value
+
+
+def _json(known: Mapping[str, object]) -> str:
+    return f", {_encode(known)[1:-1]}" if known else ""
+
+
+# Requests for one cut of a model have all this in common.
+@lru_cache(maxsize=512)
+def _cached(
+    how: Callable[[Mapping[str, object]], str], asked: str, model: str, cut: str, status: int, error: str
+) -> str:
+    return how(_known({"asked": asked, "model": model, "cut": cut, "status": status, "error": error}))

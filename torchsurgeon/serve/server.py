@@ -245,6 +245,7 @@ def run(
         grace_s=grace_s,
         on_drain=app.drain,
         say=report,
+        on_end=lambda: None if log is None else log.close(),
     )
     failures: list[TorchSurgeonError] = []
 
