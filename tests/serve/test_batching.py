@@ -116,13 +116,13 @@ class Runs:
 
     def __init__(self, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
-        run = served._run
+        run = served.answers._run
 
         def counted(plan: Any, tensors: Any, over: Any = None) -> Any:
             self.sizes.append(max(tensors, key=Tensor.dim).shape[0])
             return run(plan, tensors, over)
 
-        monkeypatch.setattr(served, "_run", counted)
+        monkeypatch.setattr(served.answers, "_run", counted)
         # Whether it pays is another matter.
         monkeypatch.setattr(served.intake._gain, "limit", lambda kind: served.together)
 
@@ -202,14 +202,14 @@ def test_one_bad_request_spoils_nobody_elses(served: ServedModel, monkeypatch: p
 
 def test_a_batch_that_fails_runs_again_one_by_one(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs(served, monkeypatch)
-    counted = served._run
+    counted = served.answers._run
 
     def fails_together(plan: Any, tensors: Any, over: Any = None) -> Any:
         if tensors[0].shape[0] > 1:
             raise RuntimeError("out of memory")
         return counted(plan, tensors, over)
 
-    monkeypatch.setattr(served, "_run", fails_together)
+    monkeypatch.setattr(served.answers, "_run", fails_together)
     with held(served):
         asked = [served.intake.submit(request({"x": X})) for _ in range(3)]
     assert all(one.result(20).size_bytes for one in asked)

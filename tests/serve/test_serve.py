@@ -260,6 +260,8 @@ def test_a_model_that_loads_answers_503_until_it_is_there() -> None:
         registry.add("late", make(Residual), (X,))
     with pytest.raises(SpecError, match="a model's name must consist of"):
         registry.add("a/b", make(Residual), (X,))
+    with pytest.raises(SpecError, match="must not be named 'stats'"):
+        registry.add("stats", make(Residual), (X,))
 
 
 def test_layers_are_profiled_unless_that_is_switched_off() -> None:

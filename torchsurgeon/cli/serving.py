@@ -181,6 +181,11 @@ def add_serve(commands: Commands) -> None:
         action="store_true",
         help="answer GET /metrics with what the server does, for Prometheus (default: no such path)",
     )
+    parser.add_argument(
+        "--allow-load",
+        action="store_true",
+        help="let clients have models unloaded, and loaded again (default: refuse that with 403)",
+    )
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -233,4 +238,5 @@ def _serve(options: argparse.Namespace) -> None:
         log_format=options.log_format,
         access_log=options.access_log,
         metrics=options.metrics,
+        allow_load=options.allow_load,
     )

@@ -1,10 +1,14 @@
-"""The ASGI application: Open Inference Protocol v2 over HTTP, and three extensions.
+"""The ASGI application: Open Inference Protocol v2 over HTTP, extensions of Triton's, and some of its own.
 
 =============================================  =====================================================================
 ``GET /v2``                                    server metadata
 ``GET /v2/health/live``, ``/v2/health/ready``  200, or 503 while a model loads
 ``GET /v2/models/NAME[/versions/V]``           model metadata; ``…/ready`` likewise
 ``POST /v2/models/NAME[/versions/V]/infer``    inference; the tensors' names decide which part of the model runs
+``GET /v2/models/NAME/config``, ``…/stats``    Triton's model configuration and statistics; ``/v2/models/stats`` of all
+``POST /v2/repository/index``                  Triton's list of models
+``POST /v2/repository/models/NAME/load``       loads a model anew; ``…/unload`` likewise; where the operator allows it
+``GET /v2/load``                               how busy the server is
 ``GET /v2/models/NAME/fingerprint``            graph and weight digests
 ``GET /v2/models/NAME/profile``                the profile of the model's layers on the server
 ``GET /metrics``                               counts, in Prometheus' text format, where the operator wants them
@@ -19,22 +23,14 @@ model (it is refused before it is read), 431 for too large a head, 500 when the 
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from importlib import metadata
 from typing import Any
 
-from starlette.exceptions import HTTPException
-from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route, Router
-
 from torchsurgeon import wire
-from torchsurgeon.errors import ProtocolError
+from torchsurgeon.errors import ModelNotServedError, ProtocolError
 from torchsurgeon.serve.admission import DEADLINE, deadline_in
 from torchsurgeon.serve.body import (
     JOIN_BYTES,
@@ -46,18 +42,19 @@ from torchsurgeon.serve.body import (
     inflate,
     read_body,
 )
+from torchsurgeon.serve.control import control_plane
 from torchsurgeon.serve.direct import Direct
 from torchsurgeon.serve.exchange import Exchange
-from torchsurgeon.serve.failure import RETRY_AFTER_S, UnauthorizedError, error_body, retry_after_s, status_of
+from torchsurgeon.serve.failure import UnauthorizedError, error_body, retry_after_s, status_of
 from torchsurgeon.serve.outcome import Listener
 from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.replies import HEALTH, Scope, Send, refuse, send_json
-from torchsurgeon.serve.served import ServedModel
+from torchsurgeon.serve.repository import MAX_BODY_BYTES, Loading, answer
 from torchsurgeon.serve.tokens import Tokens
 
 MAX_PROBE_BYTES = 4 << 20
-_RETRY = {"retry-after": str(RETRY_AFTER_S)}
+_REPOSITORY = "/v2/repository/"
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 
 
@@ -76,6 +73,9 @@ class TailApp:
         listeners: who is told what became of each request.
         metrics: returns what ``/metrics`` answers, and its media type; None for no such path.
         draining: whether the server is about to stop. It is then not ready, and answers all the same.
+        loading: what the operator allows clients to load and unload; None for nothing.
+        connections: returns how many connections are open.
+        started_s: when the application was made, in seconds of ``time.monotonic``.
     """
 
     def __init__(self, registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> None:
@@ -86,7 +86,10 @@ class TailApp:
         self.listeners: list[Listener] = []
         self.metrics: Callable[[], tuple[bytes, str]] | None = None
         self.draining = False
-        self._rest = _control_plane(registry, lambda: self.draining, lambda: self.metrics)
+        self.loading: Loading | None = None
+        self.connections: Callable[[], int] = lambda: 0
+        self.started_s = time.monotonic()
+        self._rest = control_plane(self)
 
     def drain(self) -> None:
         """Say from now on that the server is not ready."""
@@ -123,6 +126,10 @@ class TailApp:
                 incoming = Incoming(receive)
                 await self._guarded(self._probe(scope, incoming, exchange.send), incoming, exchange)
                 return
+            if scope["path"].startswith(_REPOSITORY):
+                incoming = Incoming(receive)
+                await self._guarded(self._repository(scope, incoming, exchange), incoming, exchange)
+                return
         # By "app", the router knows that an error it raises is answered.
         told = {**scope, "app": self, "exchange": exchange}
         await self._rest(told, receive, exchange.send)  # type: ignore[arg-type]
@@ -158,8 +165,17 @@ class TailApp:
         del body  # Only the request keeps it alive, so its memory is free as soon as the request is answered.
         if compressed:
             request.body = await asyncio.to_thread(inflate, request.body, encoding, limit)
-        encoded = await _answered(model.intake.submit(request), request, receive)
+        encoded = await _answered(self.registry.submit(model, request), request, receive)
         await _send_encoded(encoded, exchange.send)
+
+    async def _repository(self, scope: Scope, receive: Incoming, exchange: Exchange) -> None:
+        size = content_length(exchange.headers)
+        check_length(size, MAX_BODY_BYTES)
+        body = await read_body(receive, size, MAX_BODY_BYTES, self.body_timeout_s)
+        told = await answer(scope["path"][len(_REPOSITORY) :], body, self.registry, self.loading)
+        if told is None:
+            raise ModelNotServedError(f"Not Found: POST {scope['path'][:300]}")
+        await send_json(200, json.dumps(told).encode(), exchange.send)
 
     async def _probe(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.perf_counter()
@@ -229,86 +245,3 @@ async def _send_encoded(encoded: wire.Encoded, send: Send) -> None:
     buffers = [b"".join(encoded.buffers)] if encoded.size_bytes <= JOIN_BYTES else encoded.buffers
     for index, buffer in enumerate(buffers):
         await send({"type": "http.response.body", "body": buffer, "more_body": index + 1 < len(buffers)})
-
-
-def _control_plane(
-    registry: ModelRegistry,
-    draining: Callable[[], bool],
-    metrics: Callable[[], Callable[[], tuple[bytes, str]] | None],
-) -> ExceptionMiddleware:
-    def find(request: Request) -> ServedModel:
-        return registry.get(request.path_params["name"], request.path_params.get("version"))
-
-    async def server(request: Request) -> JSONResponse:
-        own = ("partition", "dim_order", "codec", "datatypes")
-        extensions = ["binary_tensor_data", *(f"torchsurgeon_{name}" for name in own)]
-        return JSONResponse({"name": "torchsurgeon", "version": _version(), "extensions": extensions})
-
-    async def live(request: Request) -> JSONResponse:
-        return JSONResponse({"live": True})
-
-    async def ready(request: Request) -> JSONResponse:
-        is_ready = registry.ready() and not draining()
-        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503, None if is_ready else _RETRY)
-
-    async def model(request: Request) -> JSONResponse:
-        return JSONResponse(find(request).metadata())
-
-    async def model_ready(request: Request) -> JSONResponse:
-        return JSONResponse({"name": find(request).name, "ready": True})
-
-    async def fingerprint(request: Request) -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(find(request).fingerprint))
-
-    async def profile(request: Request) -> JSONResponse:
-        served = find(request)
-        measured = functools.partial(served.profile, request.query_params.get("backend"))
-        return JSONResponse(await asyncio.wrap_future(served.worker.submit_alone(measured)))
-
-    async def tell_metrics(request: Request) -> Response:
-        tell = metrics()
-        if tell is None:
-            raise HTTPException(404)
-        text, kind = await asyncio.to_thread(tell)
-        return Response(text, headers={"content-type": kind})
-
-    async def post_only(request: Request) -> JSONResponse:
-        raise HTTPException(404)
-
-    async def failure(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            asked = f"{request.method} {request.url.path[:300]}"
-            request.scope["exchange"].error = type(error).__name__
-            return JSONResponse({"error": f"{error.detail}: {asked}"}, error.status_code, error.headers)
-        status = status_of(error)
-        body = error_body(error, request.scope["exchange"].about())
-        request.scope["exchange"].error = type(error).__name__
-        return Response(body, status, _RETRY if status == 503 else None, "application/json")
-
-    routes = [
-        Route("/v2", server),
-        Route("/v2/", server),
-        Route("/v2/health/live", live),
-        Route("/v2/health/ready", ready),
-        Route("/v2/probe", post_only, methods=["POST"]),
-        Route("/metrics", tell_metrics),
-    ]
-    for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
-        routes += [
-            Route(prefix, model),
-            Route(f"{prefix}/ready", model_ready),
-            Route(f"{prefix}/infer", post_only, methods=["POST"]),
-            Route(f"{prefix}/fingerprint", fingerprint),
-            Route(f"{prefix}/profile", profile),
-        ]
-    # Not a Starlette, which answers an unexpected error in plain text. And a redirect would go to whatever host the
-    # request names.
-    handlers: dict[Any, Any] = {HTTPException: failure, Exception: failure}
-    return ExceptionMiddleware(Router(routes, redirect_slashes=False), handlers)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("torchsurgeon")
-    except metadata.PackageNotFoundError:
-        return "0"

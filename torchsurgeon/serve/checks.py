@@ -84,6 +84,15 @@ def check_tensors(graph: LayerGraph, tensors: Mapping[str, Tensor], max_batch: i
     return usual
 
 
+def samples_in(graph: LayerGraph, tensors: Mapping[str, Tensor]) -> int:
+    """Return how many samples a request has, of tensors that were checked; the example's number where none tells it."""
+    for name, tensor in tensors.items():
+        spec = graph.values.get(name)
+        if spec is not None and any(spec.batch_step):
+            return _batch_of(spec, tuple(tensor.shape)) or graph.batch
+    return graph.batch
+
+
 def _batch_of(spec: TensorSpec, shape: tuple[int, ...]) -> int | None:
     """Return the batch size of a shape (the example's, where the shape does not depend on it); None if it fits none."""
     if len(shape) != len(spec.shape):

@@ -36,6 +36,7 @@ class Plain:
     """The content of a plain inference request's head.
 
     Attributes:
+        registry: the models.
         model: the model that is asked for.
         size: length of the body.
         header_bytes: length of the body's JSON header; None where the whole body is JSON.
@@ -46,6 +47,7 @@ class Plain:
         deadline_s: seconds from the head to when the answer is due; infinity where the client gave none.
     """
 
+    registry: ModelRegistry
     model: ServedModel
     size: int
     header_bytes: int | None
@@ -162,8 +164,8 @@ class Job:
                 _log.debug("the server stopped before a request was answered")
 
         try:
-            model.intake.submit(received, quick=quick).add_done_callback(done)
-        except BusyError as error:
+            self.plain.registry.submit(model, received, quick=quick).add_done_callback(done)
+        except (BusyError, ModelServingError) as error:
             reply(_refusal(error, received))
 
 
@@ -221,7 +223,7 @@ class Direct:
             return None
         path, own_id = url.decode("latin-1"), given_id(fields.get(REQUEST_ID))
         allowed = Allowed(tokens, 0 if tokens is None else tokens.generation)
-        return Plain(model, int(size), header_bytes, self._timeout_s, path, own_id, deadline_s, allowed)
+        return Plain(self._registry, model, int(size), header_bytes, self._timeout_s, path, own_id, deadline_s, allowed)
 
 
 def _refusal(error: BaseException, received: Received) -> Reply:

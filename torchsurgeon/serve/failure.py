@@ -36,6 +36,10 @@ class UnauthorizedError(Exception):
     """A request has no token, or one that the server does not know."""
 
 
+class ForbiddenError(Exception):
+    """A request asks for what the operator has not allowed."""
+
+
 class BusyError(Exception):
     """A request is refused because too many wait, or because it could not be answered in time.
 
@@ -60,6 +64,7 @@ class GoneError(Exception):
 STATUS: dict[type[Exception], int] = {
     ModelNotServedError: 404,
     UnauthorizedError: 401,
+    ForbiddenError: 403,
     LateError: 408,
     BodyTooLargeError: 413,
     HeadTooLargeError: 431,

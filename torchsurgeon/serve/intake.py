@@ -33,8 +33,8 @@ class Intake:
 
     Attributes:
         together: as given.
+        max_queue: as given.
         worker: the threads that run the requests.
-        sizes: how often so many requests ran together.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Intake:
         max_queue: int = MAX_QUEUE,
     ) -> None:
         self.together = together
+        self.max_queue = max_queue
         self.answer_together = answer_together
         self._answer = answer
         self._gain = Gain(together)
         self._quick = QuickRequests()
-        self.sizes: dict[int, int] = {}
         self._admission = Admission(name, max_queue, concurrency)
         self.worker = Worker(f"torchsurgeon-{name}", concurrency, self if together > 1 else None)
 
@@ -74,6 +74,7 @@ class Intake:
 
         Raises:
             BusyError: too many requests wait, or this one would be answered after its deadline.
+            ClosedError: the model is served no more.
         """
         self._admission.check(request, self.worker.waiting, self._quick.expected_s(len(request.body)))
         if self.together > 1 and request.header_bytes is not None and request.header_bytes <= _MOST_KIND_BYTES:
@@ -92,10 +93,14 @@ class Intake:
         """Return how many waiting requests of a kind to run together at most; called by the worker."""
         return self._gain.limit(kind)
 
-    def took(self, request: Received, duration_s: float, together: int = 1) -> None:
-        """Take notice of how long a request took, or so many together of which it is the first."""
-        self._quick.took(len(request.body), duration_s)
+    def took(self, request: Received, duration_s: float, together: int = 1) -> float:
+        """Take notice of how long a request took, or so many together of which it is the first.
+
+        Returns:
+            The least that a request of its kind has taken so far.
+        """
+        least_s = self._quick.took(len(request.body), duration_s)
         self._admission.took(duration_s, together)
-        self.sizes[together] = self.sizes.get(together, 0) + 1
         if request.kind is not None:
             self._gain.took(request.kind, together, duration_s)
+        return least_s

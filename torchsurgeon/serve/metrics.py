@@ -22,11 +22,10 @@ from prometheus_client.registry import Collector
 
 from torchsurgeon.serve.outcome import Outcome
 from torchsurgeon.serve.registry import ModelRegistry
+from torchsurgeon.serve.statistics import MOST_CUTS
 
 LATENCY_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 BATCH_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-# A client decides what it cuts and asks, so what has a label of its own is bounded. The rest counts as "other".
-_MOST_CUTS = 100
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Metrics(Collector):
         if outcome.error:
             counts.errors[outcome.error] = counts.errors.get(outcome.error, 0) + 1
         if outcome.cut:
-            cut = outcome.cut if outcome.cut in counts.cuts or len(counts.cuts) < _MOST_CUTS else "other"
+            cut = outcome.cut if outcome.cut in counts.cuts or len(counts.cuts) < MOST_CUTS else "other"
             counts.cuts[cut] = counts.cuts.get(cut, 0) + 1
         counts.below[bisect_left(LATENCY_BOUNDS_S, outcome.duration_s)] += 1
         counts.sum_s += outcome.duration_s
@@ -129,9 +128,10 @@ class Metrics(Collector):
             slowdown.add_metric([name], intake.slowdown)
             tails.add_metric([name], len(served.tails))
             below = [0] * (len(BATCH_BOUNDS) + 1)
-            for size, count in list(intake.sizes.items()):
+            sizes = list(served.statistics.by_requests.items())
+            for size, count in sizes:
                 below[bisect_left(BATCH_BOUNDS, size)] += count
-            batches.add_metric([name], _buckets(BATCH_BOUNDS, below), sum(k * n for k, n in list(intake.sizes.items())))
+            batches.add_metric([name], _buckets(BATCH_BOUNDS, below), sum(size * count for size, count in sizes))
         yield from (ready, waiting, slowdown, tails, batches)
 
 

@@ -45,8 +45,8 @@ class QuickRequests:
         kind = self._kinds.get(body_bytes)
         return 0.0 if kind is None else kind.mean_s
 
-    def took(self, body_bytes: int, duration_s: float) -> None:
-        """Take notice of how long a request took."""
+    def took(self, body_bytes: int, duration_s: float) -> float:
+        """Take notice of how long a request took, and return the least that one of its kind has taken so far."""
         kind = self._kinds.get(body_bytes)
         if kind is None:
             if len(self._kinds) >= _MAX_REMEMBERED:
@@ -62,3 +62,4 @@ class QuickRequests:
             kind.count = min(_LOST_AT, kind.count + _SLOW_COUNTS)
         if kind.count in (0, _LOST_AT):
             kind.quick = kind.count == 0
+        return kind.least_s

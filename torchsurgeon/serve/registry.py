@@ -8,10 +8,12 @@ import logging
 import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from torchsurgeon import wire
 from torchsurgeon.backends import Backend, find_backends
 from torchsurgeon.backends.eager import Eager
 from torchsurgeon.errors import (
@@ -29,15 +31,19 @@ from torchsurgeon.serve.admission import MAX_QUEUE
 from torchsurgeon.serve.batching import Batching
 from torchsurgeon.serve.concurrency import default_concurrency, why_in_turn
 from torchsurgeon.serve.independence import MOST_EXACT, most_exact, why_alone
+from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.served import Profiler, ServedModel, measured_profile
+from torchsurgeon.serve.worker import ClosedError
 from torchsurgeon.tracing.call import call_of
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.tracer import trace
 
-LoadingState = Literal["loading", "ready", "failed"]
+LoadingState = Literal["loading", "reloading", "failed", "unloaded"]
+"""What a model is that cannot be asked: "reloading" and "unloaded" only where a client has had it unloaded."""
 
 _NOT_OURS = "another server or a backend runs its parts, and not PyTorch here"
 _log = logging.getLogger(__name__)
+_RESERVED = ("stats",)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -77,11 +83,12 @@ class ModelRegistry:
         self._reasons: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def announce(self, name: str) -> None:
+    def announce(self, name: str, *, replace: bool = False) -> None:
         """Announce a model that will be loaded. Until it is, requests for it are answered with "not ready".
 
         Args:
             name: the model's name.
+            replace: whether it may take the place of a model that is served, which goes on until then.
 
         Raises:
             SpecError: the name is not valid, or is taken.
@@ -91,10 +98,16 @@ class ModelRegistry:
                 f"a model's name must consist of letters, digits, '.', '_' and '-', and begin with a letter or digit; "
                 f"got {short(name)}"
             )
+        if name in _RESERVED:
+            raise SpecError(
+                f"a model must not be named {name!r}, since GET /v2/models/{name} asks for all; choose another"
+            )
         with self._lock:
-            if isinstance(self._models.get(name), ServedModel):
+            known = self._models.get(name)
+            if not isinstance(known, ServedModel):
+                self._models[name] = "loading" if known in (None, "loading", "failed") else "reloading"
+            elif not replace:
                 raise SpecError(f"a model named {short(name)} is already served; choose another name")
-            self._models[name] = "loading"
 
     def add(
         self,
@@ -107,6 +120,7 @@ class ModelRegistry:
         verify: bool = True,
         source: str = "",
         backend: str | Backend | Sequence[str | Backend] | None = None,
+        replace: bool = False,
     ) -> ServedModel:
         """Trace a model and serve it.
 
@@ -124,13 +138,15 @@ class ModelRegistry:
                 several, a text with commas or a sequence, the first is the server's own choice, and devices may ask for
                 the others; for eager PyTorch they always may. A tail runs in eager PyTorch until the backend has built
                 it in the background.
+            replace: whether it takes the place of a model of this name that is served. That one is served until this
+                one is ready, and stays if this one fails.
 
         Raises:
             SpecError: the name is not valid, or is taken.
             TraceError: the model could not be traced.
             BackendError: there is no such backend here, or one is given for a ``SplitModule``.
         """
-        self.announce(name)
+        self.announce(name, replace=replace)
         try:
             remote = model if isinstance(model, SplitModule) else None
             if remote is not None and backend is not None:
@@ -171,7 +187,9 @@ class ModelRegistry:
         if why is not None:
             _log.info("requests of model %s run one after the other: %s", name, why)
         with self._lock:
-            self._models[name] = served
+            before, self._models[name] = self._models.get(name), served
+        if isinstance(before, ServedModel):
+            before.close()
         return served
 
     def _together(self, name: str, graph: LayerGraph, tensors: Sequence[Tensor] | None) -> tuple[int, bool]:
@@ -195,6 +213,7 @@ class ModelRegistry:
         leaf_modules: Collection[str | type[nn.Module]] = (),
         verify: bool = True,
         backend: str | Backend | Sequence[str | Backend] | None = None,
+        replace: bool = False,
         **options: Any,
     ) -> ServedModel:
         """Load a model by its SPEC and serve it.
@@ -205,13 +224,14 @@ class ModelRegistry:
             leaf_modules: modules to keep whole, as the device names them too.
             verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
             backend: what runs its tails, as in ``add()``.
+            replace: whether it takes the place of a model of this name that is served, as in ``add()``.
             **options: passed on to ``torchsurgeon.models.specs.load()``.
 
         Raises:
             SpecError: the name is not valid or is taken, or the SPEC could not be loaded.
             TraceError: the model could not be traced.
         """
-        self.announce(name)
+        self.announce(name, replace=replace)
         try:
             loaded = specs.load(spec, **options)
         except TorchSurgeonError as error:
@@ -226,7 +246,39 @@ class ModelRegistry:
             verify=verify,
             source=loaded.source,
             backend=backend,
+            replace=replace,
         )
+
+    def submit(self, model: ServedModel, request: Received, *, quick: bool = False) -> Future[wire.Encoded]:
+        """Have a model answer a request; where another has been loaded in its place since, have that one answer it.
+
+        Args:
+            model: the model that ``get()`` has returned.
+            request: the request.
+            quick: whether it is expected to be quick.
+
+        Raises:
+            BusyError: too many requests wait, or this one would be answered after its deadline.
+            ModelNotReadyError: the model has been unloaded.
+            ModelNotServedError: the registry has been closed.
+        """
+        try:
+            return model.intake.submit(request, quick=quick)
+        except ClosedError:
+            return self.get(model.name).intake.submit(request, quick=quick)
+
+    def unload(self, name: str) -> None:
+        """Serve a model no more, until it is loaded again. What it has taken is answered.
+
+        Raises:
+            ModelNotServedError: there is no such model.
+            ModelNotReadyError: it is still loading, or could not be loaded.
+        """
+        served = self.get(name)
+        with self._lock:
+            if self._models.get(name) is served:
+                self._models[name], self._reasons[name] = "unloaded", "a client asked for it"
+        served.close()
 
     def names(self) -> list[str]:
         """Return the names of all models, sorted."""
@@ -237,9 +289,17 @@ class ModelRegistry:
         models = list(self._models.items())
         return {name: model if isinstance(model, ServedModel) else None for name, model in models}
 
+    def states(self) -> dict[str, tuple[ServedModel | LoadingState, str]]:
+        """Return by name each model, or why there is none: the state, and the reason where there is one."""
+        models = list(self._models.items())
+        return {
+            name: (model, "" if isinstance(model, ServedModel) else self._reasons.get(name, ""))
+            for name, model in models
+        }
+
     def ready(self) -> bool:
-        """Return whether every announced model is loaded."""
-        return all(isinstance(model, ServedModel) for model in list(self._models.values()))
+        """Return whether every announced model is loaded. One that a client has had unloaded does not count."""
+        return all(model not in ("loading", "failed") for model in list(self._models.values()))
 
     def get(self, name: str, version: str | None = None) -> ServedModel:
         """Return a model.
@@ -259,6 +319,8 @@ class ModelRegistry:
             raise ModelNotServedError(f"model {short(name)} is not served{hint}")
         if model == "failed":
             raise ModelNotReadyError(f"model {short(name)} could not be loaded: {self._reasons.get(name, '')}")
+        if model == "unloaded":
+            raise ModelNotReadyError(f"model {short(name)} is not loaded: {self._reasons.get(name, '')}")
         if not isinstance(model, ServedModel):
             raise ModelNotReadyError(f"model {short(name)} is still loading; try again")
         if version is not None and version not in model.versions:
@@ -277,8 +339,10 @@ class ModelRegistry:
 
     def _fail(self, name: str, error: Exception) -> None:
         with self._lock:
-            self._models[name] = "failed"
-            self._reasons[name] = str(error)
+            known = self._models.get(name)
+            if not isinstance(known, ServedModel):
+                self._models[name] = "unloaded" if known == "reloading" else "failed"
+                self._reasons[name] = str(error)
 
 
 def _finish(remote: SplitModule, graph: LayerGraph, names: tuple[str, ...], *tensors: Tensor) -> Sequence[Tensor]:

@@ -1,66 +1,42 @@
-"""One served model: its tails, which are cut when they are first asked for, and how a request is run on them."""
+"""One served model: what it is, what it tells devices, and what answers its requests."""
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchsurgeon import wire
 from torchsurgeon.backends import Backend
 from torchsurgeon.codec import FittedCodec, codec_names
-from torchsurgeon.cutting.partition import check_shapes
-from torchsurgeon.errors import (
-    ModelFailedError,
-    ModelNotServedError,
-    ProtocolError,
-    short,
-)
+from torchsurgeon.errors import ModelNotServedError
 from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.profiling import profile
 from torchsurgeon.serve.admission import MAX_QUEUE
+from torchsurgeon.serve.answers import VERSION, Answers, Finish
 from torchsurgeon.serve.backends import TailBackends
-from torchsurgeon.serve.batching import Seam
-from torchsurgeon.serve.checks import check_tensors, tensor_metadata, value_check
-from torchsurgeon.serve.edition import Edition, Editions
+from torchsurgeon.serve.checks import tensor_metadata
+from torchsurgeon.serve.edition import Editions
 from torchsurgeon.serve.fitted import FittedCodecs
 from torchsurgeon.serve.intake import Intake
 from torchsurgeon.serve.received import Received
-from torchsurgeon.serve.tails import RequestPlan, Tails, place_of, run_at
+from torchsurgeon.serve.statistics import Statistics
+from torchsurgeon.serve.tails import Tails
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
 
-Finish = Callable[..., Sequence[Tensor]]
-"""Called with the sorted names of the boundary tensors and with the tensors; returns the model's output tensors."""
 Profiler = Callable[[LayerGraph], dict[str, Any]]
 """Returns the JSON of a graph's layer profile."""
 
 # JSON numbers take up to eight times the bytes of the value that they stand for ("255, " for a uint8).
 JSON_FACTOR = 8
-# The server's times in the parameters of an answer, which begin before them: seconds, to the microsecond.
-_TIMES = '"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
 
 
 def measured_profile(graph: LayerGraph) -> dict[str, Any]:
     """Measure the layers of a graph on this machine, without joules, and return the profile's JSON."""
     return profile(graph, meter=None).to_json()
-
-
-class _Ready(NamedTuple):
-    """A request that has been decoded and checked."""
-
-    request: Received
-    edition: Edition
-    decoded: wire.InferRequest
-    plan: RequestPlan
-    given: list[Tensor]
-    started_s: float
-    decoded_s: float
 
 
 class ServedModel:
@@ -88,13 +64,13 @@ class ServedModel:
         versions: the versions that are served.
         max_tensor_bytes: the most bytes that the tensors of a request have together.
         max_times: the most times the example's bytes that one tensor has.
-        intake: hands requests to the threads that run them.
+        answers: answers the requests.
         open: whether requests are accepted.
         backends: what runs the tails.
         together: how many samples of requests that wait are joined at most.
     """
 
-    versions = ("1",)
+    versions = (VERSION,)
 
     def __init__(
         self,
@@ -120,26 +96,42 @@ class ServedModel:
         # An image may be larger than the example, or a sequence longer, by the same factor as a batch.
         self.max_tensor_bytes = max_batch * max(point.size_bytes for point in graph.points) // graph.batch
         self.max_times = max_batch / graph.batch
-        self._editions = Editions(name, graph, max_tails)
-        self._finish = finish
-        self._output_names = [spec.name for spec in graph.outputs]
         self.together = min(together, self.max_batch)
-        self.intake = Intake(
+        self.open = True
+        self.backends = TailBackends(name, graph, backends, max_tails)
+        by_backend = {} if self.backends.keeps_bits else {"backend": self.backends.own}
+        batched = {"batching": f"up to {self.together} samples"} if rounded and self.together > 1 else {}
+        self._finish = finish
+        self._profiler = profiler
+        self._profile: dict[str, Any] | None = None
+        self._editions = Editions(name, graph, max_tails)
+        self._arithmetic = ArithmeticReader(graph.model, {**batched, **by_backend}) if same_bits else None
+        self._fitted = FittedCodecs(name, graph)
+        self.answers = Answers(
             name,
-            self.answer,
-            self.answer_together,
+            graph,
+            self._editions,
+            self.backends,
+            self._fitted,
+            self._arithmetic,
+            finish,
+            max_batch=self.max_batch,
+            max_tensor_bytes=self.max_tensor_bytes,
+            max_times=self.max_times,
             concurrency=concurrency,
             together=self.together,
             max_queue=max_queue,
         )
-        self.open = True
-        self._profiler = profiler
-        self.backends = TailBackends(name, graph, backends, max_tails)
-        by_backend = {} if self.backends.keeps_bits else {"backend": self.backends.own}
-        batched = {"batching": f"up to {self.together} samples"} if rounded and self.together > 1 else {}
-        self._arithmetic = ArithmeticReader(graph.model, {**batched, **by_backend}) if same_bits else None
-        self._profile: dict[str, Any] | None = None
-        self._fitted = FittedCodecs(name, graph)
+
+    @property
+    def intake(self) -> Intake:
+        """What hands requests to the threads that run them."""
+        return self.answers.intake
+
+    @property
+    def statistics(self) -> Statistics:
+        """What requests have taken."""
+        return self.answers.statistics
 
     @property
     def worker(self) -> Worker:
@@ -234,128 +226,8 @@ class ServedModel:
         return self._finish is None and self.intake.quick(body_bytes)
 
     def answer(self, request: Received) -> wire.Encoded:
-        """Decode one request, run the tail, and encode the answer. To be called by the worker.
-
-        Args:
-            request: the request.
-
-        Raises:
-            ProtocolError: the body is no valid request, or its tensors do not fit the model.
-            PartitionError: its tensors do not determine the model's output.
-            ModelNotReadyError: the model is in training mode.
-            ModelFailedError: the model raised an error.
-        """
-        started_s = time.perf_counter()
-        ready = self._ready(request, started_s)
-        results = self._run(ready.plan, ready.given, request.over if request.queued else None)
-        if results is None:
-            request.check()
-        assert results is not None
-        answer = self._encoded(ready, results, ready.decoded_s, time.perf_counter())
-        # One that is refused, or whose client has left, ends sooner, and says nothing of how long answers take.
-        self.intake.took(request, time.perf_counter() - started_s)
-        return answer
-
-    def answer_together(self, requests: Sequence[Received]) -> list[wire.Encoded | Exception]:
-        """Answer requests of one kind, and run the tail once for all of them. To be called by the worker.
-
-        Each gets the answer, or the error, that it would have got alone. Where they cannot be joined after all, or the
-        model fails for all of them, each runs alone.
-        """
-        started_s = time.perf_counter()
-        ready: list[_Ready] = []
-        for request in requests:
-            try:
-                ready.append(self._ready(request, started_s))
-            except Exception:
-                return [self._tried(one) for one in requests]
-        plan = ready[0].plan
-        joined = None
-        if plan.seam is not None and all(one.plan is plan for one in ready):
-            sizes = [plan.seam.size(one.given) for one in ready]
-            joined = plan.seam.join([one.given for one in ready]) if sum(sizes) <= self.together else None
-        if joined is None or plan.seam is None:
-            return [self._tried(one) for one in requests]
-        joined_s = time.perf_counter()
-        try:
-            results = self._run(plan, joined, lambda: all(request.over() for request in requests))
-            if results is None:
-                return [self._tried(one) for one in requests]
-            parts = plan.seam.part(results, sizes)
-            computed_s = time.perf_counter()
-            encoded = [self._encoded(*pair, joined_s, computed_s) for pair in zip(ready, parts, strict=True)]
-        except Exception:
-            return [self._tried(one) for one in requests]
-        self.intake.took(requests[0], time.perf_counter() - started_s, len(requests))
-        return list(encoded)
-
-    def _tried(self, request: Received) -> wire.Encoded | Exception:
-        try:
-            return self.answer(request)
-        except Exception as error:
-            return error
-
-    def _ready(self, request: Received, started_s: float) -> _Ready:
-        request.check()
-        edition = self._editions.present
-        decoded = wire.decode_request(
-            request.body,
-            request.header_bytes,
-            max_decoded_bytes=self.max_tensor_bytes,
-            check_codec=functools.partial(self._fitted.check, edition.known_weights),
-        )
-        self._editions.refuse_training()
-        plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)
-        request.cut = plan.cut
-        decoded_s = time.perf_counter()
-        if plan.check is not None:
-            plan.check(decoded.tensors)
-        given = [decoded.tensors[name] for name in plan.names]
-        return _Ready(request, edition, decoded, plan, given, started_s, decoded_s)
-
-    def _run(
-        self, plan: RequestPlan, tensors: Sequence[Tensor], over: Callable[[], bool] | None = None
-    ) -> Sequence[Tensor] | None:
-        """Return the model's output tensors; None where ``over()``, which is asked before each layer, has said so."""
-        try:
-            if over is not None and plan.until is not None:
-                return plan.until(over, tensors)
-            # The tail's forward, without the overhead of nn.Module's call: a tail has no hooks.
-            return plan.run(*tensors)
-        except Exception as error:
-            raise ModelFailedError(f"model {self.name!r} failed: {type(error).__name__}: {short(error)}") from error
-
-    def _encoded(self, ready: _Ready, results: Sequence[Tensor], begun_s: float, computed_s: float) -> wire.Encoded:
-        """Return the answer, for results that were computed from ``begun_s`` to ``computed_s``."""
-        request, plan, decoded = ready.request, ready.plan, ready.decoded
-        outputs = dict(zip(self._output_names, results, strict=True))
-        if plan.outputs is not None:
-            outputs = {name: outputs[name] for name in plan.outputs}
-        decode_s = ready.decoded_s - ready.started_s
-        times_s = (request.receive_s, begun_s - decode_s - request.arrived_s, decode_s, computed_s - begun_s)
-        return wire.encode_response(
-            self.name,
-            self.versions[0],
-            outputs,
-            as_json=plan.as_json,
-            dim_order=decoded.dim_order,
-            request_id=decoded.request_id,
-            parameters=self._told(ready.edition) + _TIMES % times_s,
-            codec=decoded.output_codec,
-            crc32=decoded.crc32,
-        )
-
-    def _told(self, edition: Edition) -> str:
-        """Return the beginning of the parameters of an answer that has been computed in this edition.
-
-        Once a client has asked for the fingerprint, every answer names the model and what this thread computes with, so
-        that a client which compared them notices when either changes.
-        """
-        identity = self._editions.identity(edition)
-        if identity is None:
-            return "{"
-        arithmetic = "" if self._arithmetic is None else f'"arithmetic":"{self._arithmetic.now().digest}",'
-        return f'{{"identity":"{identity}",{arithmetic}'
+        """Answer one request, as ``Answers.answer()`` does."""
+        return self.answers.answer(request)
 
     def close(self) -> None:
         """Accept no more requests, and end the threads after those that are queued."""
@@ -363,42 +235,3 @@ class ServedModel:
         self.worker.close()
         self.backends.close()
         self._editions.close()
-
-    def _plan(self, edition: Edition, request: wire.InferRequest) -> RequestPlan:
-        """Check everything about a request but its tensors' values; keep the result for requests with its header."""
-        known = self._output_names
-        for output in request.outputs:
-            if output.name not in known:
-                raise ProtocolError(
-                    f"model {self.name!r} has no output {short(output.name)}; it has {', '.join(known)[:300]}"
-                )
-        usual = check_tensors(self.graph, request.tensors, self.max_batch, self.max_times)
-        names = tuple(sorted(request.tensors))
-        tail = edition.tails.get(names)
-        if usual and set(names) >= {spec.name for spec in self.graph.inputs}:
-            try:
-                self.graph.check_sizes([request.tensors[spec.name] for spec in self.graph.inputs])
-            except TypeError as error:
-                raise ProtocolError(f"model {self.name!r}: {error}") from None
-        if not usual:
-            check_shapes(self.graph, tail, names, [request.tensors[name] for name in names])
-        run = self.backends.run(request.parameters.get("backend"), names, tail)
-        if self._finish is not None:
-            run = functools.partial(self._finish, names)
-        place = place_of(self.graph.model)
-        if place.type != "cpu":
-            run = functools.partial(run_at, place, run)
-        if request.outputs:
-            outputs: tuple[str, ...] | None = tuple(output.name for output in request.outputs)
-            as_json = tuple(output.name for output in request.outputs if not output.binary)
-        else:
-            outputs, as_json = None, () if request.binary_output else tuple(known)
-        seam = Seam.of(self.graph, names) if usual and self.together > 1 else None
-        until = tail.until if run == tail.forward else None
-        plan = RequestPlan(names, run, outputs, as_json, value_check(self.graph, self.name, names), seam, until)
-        if request.recurring is not None:
-            # A plan keeps its tail alive, so there must not be more plans than tails.
-            if len(edition.plans) >= edition.tails.capacity:
-                edition.plans.clear()
-            edition.plans[request.recurring] = plan
-        return plan

@@ -25,7 +25,7 @@ from torchsurgeon.backends import find_backends
 from torchsurgeon.errors import ServerError, TorchSurgeonError, short
 from torchsurgeon.serve.access import AccessLog
 from torchsurgeon.serve.admission import MAX_QUEUE
-from torchsurgeon.serve.app import create_app
+from torchsurgeon.serve.app import TailApp, create_app
 from torchsurgeon.serve.batching import Batching
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
 from torchsurgeon.serve.draining import DrainingServer
@@ -33,6 +33,7 @@ from torchsurgeon.serve.failure import OncePerPeriod
 from torchsurgeon.serve.logs import LogFormat, configure
 from torchsurgeon.serve.protocol import ServeProtocol
 from torchsurgeon.serve.registry import ModelRegistry
+from torchsurgeon.serve.repository import Loading
 from torchsurgeon.serve.served import Profiler, measured_profile
 from torchsurgeon.serve.tokens import Tokens, check_certificates, reload_on_hangup
 
@@ -90,6 +91,8 @@ class Server:
         connections = Connections(max_connections, max_connections_per_address)
         config = _config(app, connections, direct=direct, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
         self.connections = connections
+        if isinstance(app, TailApp):
+            app.connections = lambda: len(connections)
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
 
@@ -154,6 +157,7 @@ def run(
     log_format: LogFormat = "text",
     access_log: bool = False,
     metrics: bool = False,
+    allow_load: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Serve models until the process is interrupted. The process is meant to do nothing else.
@@ -190,6 +194,7 @@ def run(
             ``"text"`` or ``"json"``.
         access_log: whether a line is written for each request.
         metrics: whether ``/metrics`` tells what the server does. It needs prometheus-client.
+        allow_load: whether clients may have models unloaded, and loaded again as they are given here.
         say: called with each line about the server's progress. By default the lines are printed, and with
             ``log_format="json"`` they are part of the log.
 
@@ -232,11 +237,12 @@ def run(
     connections = Connections(max_connections, max_connections_per_address)
     app = create_app(registry)
     app.tokens = tokens
+    app.connections = lambda: len(connections)
     log = AccessLog() if access_log else None
     if log is not None:
         app.listeners.append(log)
     if counting is not None:
-        counts = counting.Metrics(registry, lambda: len(connections))
+        counts = counting.Metrics(registry, app.connections)
         app.listeners.append(counts)
         app.metrics = counts.text
     server = DrainingServer(
@@ -249,38 +255,54 @@ def run(
     )
     failures: list[TorchSurgeonError] = []
 
-    def load() -> None:
+    def load_one(name: str, replace: bool = False) -> None:
+        started_s = time.perf_counter()
+        served = registry.load(
+            name,
+            models[name],
+            weights=(weights or {}).get(name),
+            input_spec=(input_specs or {}).get(name),
+            leaf_modules=(leaf_modules or {}).get(name, ()),
+            verify=verify,
+            backend=(backends or {}).get(name),
+            replace=replace,
+            seed=seed,
+        )
+        report(
+            f"loaded {name} from {served.source} in {time.perf_counter() - started_s:.1f} s: "
+            f"{len(served.graph.layers)} layers, {len(served.graph.points)} partition points"
+        )
+        for path in (codecs or {}).get(name, ()):
+            fitted = served.add_codec(path)
+            report(f"loaded {fitted.name}, fitted to {name} after {fitted.point[1]}, from {path}")
+
+    def settle() -> None:
+        # Models stay for long, so the garbage collector does not have to walk through them during requests. One that
+        # was unloaded is among what it left alone.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+
+    def load_all() -> None:
         try:
-            for name, spec in models.items():
-                started_s = time.perf_counter()
-                served = registry.load(
-                    name,
-                    spec,
-                    weights=(weights or {}).get(name),
-                    input_spec=(input_specs or {}).get(name),
-                    leaf_modules=(leaf_modules or {}).get(name, ()),
-                    verify=verify,
-                    backend=(backends or {}).get(name),
-                    seed=seed,
-                )
-                report(
-                    f"loaded {name} from {served.source} in {time.perf_counter() - started_s:.1f} s: "
-                    f"{len(served.graph.layers)} layers, {len(served.graph.points)} partition points"
-                )
-                for path in (codecs or {}).get(name, ()):
-                    fitted = served.add_codec(path)
-                    report(f"loaded {fitted.name}, fitted to {name} after {fitted.point[1]}, from {path}")
-            # The models stay for ever, so the garbage collector does not have to walk through them during requests.
-            gc.collect()
-            gc.freeze()
+            for name in models:
+                load_one(name)
+            settle()
             report(f"ready: serving {', '.join(models)} at {url}")
         except TorchSurgeonError as error:
             failures.append(error)
             server.should_exit = server.force_exit = True
 
+    def load_again(name: str) -> None:
+        load_one(name, replace=True)
+        settle()
+
+    if allow_load:
+        app.loading = Loading(models, load_again, settle)
+
     # Whoever reads "ready" connects at once, and a small model can be loaded before uvicorn takes connections.
     bound.listen()
-    threading.Thread(target=load, name="torchsurgeon-load", daemon=True).start()
+    threading.Thread(target=load_all, name="torchsurgeon-load", daemon=True).start()
     if tokens is not None:
         reload_on_hangup(tokens, report)
     try:

@@ -81,6 +81,7 @@ class RequestPlan:
 
     Attributes:
         seam: how such requests are joined to run as one; None where they are not.
+        samples: how many samples a request has.
         until: runs it until a function says that nobody waits for it any more; None where that is not possible.
         cut: the names as the log tells them.
     """
@@ -92,6 +93,7 @@ class RequestPlan:
     check: Callable[[Mapping[str, Tensor]], None] | None = None
     seam: Seam | None = None
     until: Callable[[Callable[[], bool], Sequence[Tensor]], Sequence[Tensor] | None] | None = None
+    samples: int = 1
     cut: str = field(init=False)
 
     def __post_init__(self) -> None:

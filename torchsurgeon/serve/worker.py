@@ -21,6 +21,10 @@ T = TypeVar("T")
 _WAIT_S = 5e-3
 
 
+class ClosedError(Exception):
+    """A job was handed to a worker that is closed."""
+
+
 class Group(Protocol):
     """Runs jobs of one kind together."""
 
@@ -69,6 +73,7 @@ class Worker:
         self._tokens: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         self._counting = threading.Lock()
         self._slow = 0
+        self._closed = False
         names = [name] if concurrency == 1 else [f"{name}-{i}" for i in range(concurrency)]
         self._threads = [threading.Thread(target=self._run, name=one, daemon=True) for one in names]
         for thread in self._threads:
@@ -88,12 +93,16 @@ class Worker:
             quick: whether it is expected to be quick, so that ``now()`` may wait for it.
             kind: what it has in common with jobs that it may run together with; None to run alone.
             load: what the group needs for it.
+
+        Raises:
+            ClosedError: the worker is closed.
         """
         future: Future[T] = Future()
         with self._counting:
+            self._check_open()
             self._slow += not quick
             self._waiting.append(_Item(future, job, quick, kind, load))
-        self._tokens.put(True)
+            self._tokens.put(True)
         return future
 
     def submit_alone(self, job: Callable[[], T]) -> Future[T]:
@@ -118,6 +127,7 @@ class Worker:
         with self._counting:
             # In one piece: were those of two such jobs mixed, each would wait for threads that wait for the other. Each
             # has a future of its own, since all would wait for ever for one that a caller has cancelled.
+            self._check_open()
             self._slow += self.concurrency
             for part in (measure, *[pause] * (self.concurrency - 1)):
                 self._waiting.append(_Item(Future(), part, False))
@@ -152,9 +162,15 @@ class Worker:
             self._running.release()
 
     def close(self) -> None:
-        """End the threads after the jobs that are queued."""
-        for _ in self._threads:
-            self._tokens.put(None)
+        """End the threads after the jobs that are queued, and take no more of them."""
+        with self._counting:
+            self._closed = True
+            for _ in self._threads:
+                self._tokens.put(None)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError
 
     def _ended(self, quick: bool) -> None:
         if not quick:

@@ -1,0 +1,280 @@
+"""How the requests of one served model are answered: decoded, planned, run alone or together, and encoded."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from torchsurgeon import wire
+from torchsurgeon.cutting.partition import check_shapes
+from torchsurgeon.errors import ModelFailedError, ProtocolError, short
+from torchsurgeon.models.arithmetic import ArithmeticReader
+from torchsurgeon.serve.admission import MAX_QUEUE
+from torchsurgeon.serve.backends import TailBackends
+from torchsurgeon.serve.batching import Seam
+from torchsurgeon.serve.checks import check_tensors, samples_in, value_check
+from torchsurgeon.serve.edition import Edition, Editions
+from torchsurgeon.serve.fitted import FittedCodecs
+from torchsurgeon.serve.intake import Intake
+from torchsurgeon.serve.received import Received
+from torchsurgeon.serve.statistics import Statistics
+from torchsurgeon.serve.tails import RequestPlan, place_of, run_at
+from torchsurgeon.tracing.graph import LayerGraph
+
+Finish = Callable[..., Sequence[Tensor]]
+"""Called with the sorted names of the boundary tensors and with the tensors; returns the model's output tensors."""
+
+VERSION = "1"
+# The server's times in the parameters of an answer, which begin before them: seconds, to the microsecond.
+_TIMES = '"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
+
+
+class _Ready(NamedTuple):
+    """A request that has been decoded and checked."""
+
+    request: Received
+    edition: Edition
+    decoded: wire.InferRequest
+    plan: RequestPlan
+    given: list[Tensor]
+    started_s: float
+    decoded_s: float
+
+
+class Answers:
+    """Answers the requests of one model.
+
+    Args:
+        name: the name that it is served under.
+        graph: the traced model.
+        editions: the model from one change of its weights to the next.
+        backends: what runs the tails.
+        fitted: the codecs that were fitted to the model.
+        arithmetic: what devices are told that the server computes with; None to tell them nothing.
+        finish: computes the output in place of a tail of the graph, where another server runs the rest of the model.
+        max_batch: the largest batch of a request.
+        max_tensor_bytes: the most bytes that the tensors of a request have together.
+        max_times: the most times the example's bytes that one tensor has.
+        concurrency: how many requests run at once.
+        together: how many samples of requests that wait are joined and run as one.
+        max_queue: how many requests may wait.
+
+    Attributes:
+        intake: hands requests to the threads that run them.
+        statistics: what requests have taken.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        graph: LayerGraph,
+        editions: Editions,
+        backends: TailBackends,
+        fitted: FittedCodecs,
+        arithmetic: ArithmeticReader | None,
+        finish: Finish | None,
+        *,
+        max_batch: int,
+        max_tensor_bytes: int,
+        max_times: float,
+        concurrency: int = 1,
+        together: int = 1,
+        max_queue: int = MAX_QUEUE,
+    ) -> None:
+        self._name, self._graph = name, graph
+        self._editions, self._backends, self._fitted = editions, backends, fitted
+        self._arithmetic, self._finish = arithmetic, finish
+        self._max_batch, self._max_tensor_bytes, self._max_times = max_batch, max_tensor_bytes, max_times
+        self._together = together
+        self._output_names = [spec.name for spec in graph.outputs]
+        self.statistics = Statistics()
+        self.intake = Intake(
+            name, self.answer, self.answer_together, concurrency=concurrency, together=together, max_queue=max_queue
+        )
+
+    def answer(self, request: Received) -> wire.Encoded:
+        """Decode one request, run the tail, and encode the answer. To be called by the worker.
+
+        Args:
+            request: the request.
+
+        Raises:
+            ProtocolError: the body is no valid request, or its tensors do not fit the model.
+            PartitionError: its tensors do not determine the model's output.
+            ModelNotReadyError: the model is in training mode.
+            ModelFailedError: the model raised an error.
+        """
+        started_s = time.perf_counter()
+        try:
+            ready = self._ready(request, started_s)
+            results = self._run(ready.plan, ready.given, request.over if request.queued else None)
+            if results is None:
+                request.check()
+            assert results is not None
+            computed_s = time.perf_counter()
+            answer = self._encoded(ready, results, ready.decoded_s, computed_s)
+        except Exception:
+            self.statistics.failed(time.perf_counter() - request.arrived_s)
+            raise
+        # One that is refused, or whose client has left, ends sooner, and says nothing of how long answers take.
+        self._ran([ready], ready.decoded_s, computed_s)
+        return answer
+
+    def answer_together(self, requests: Sequence[Received]) -> list[wire.Encoded | Exception]:
+        """Answer requests of one kind, and run the tail once for all of them. To be called by the worker.
+
+        Each gets the answer, or the error, that it would have got alone. Where they cannot be joined after all, or the
+        model fails for all of them, each runs alone.
+        """
+        started_s = time.perf_counter()
+        ready: list[_Ready] = []
+        for request in requests:
+            try:
+                ready.append(self._ready(request, started_s))
+            except Exception:
+                return [self._tried(one) for one in requests]
+        plan = ready[0].plan
+        joined = None
+        if plan.seam is not None and all(one.plan is plan for one in ready):
+            sizes = [plan.seam.size(one.given) for one in ready]
+            joined = plan.seam.join([one.given for one in ready]) if sum(sizes) <= self._together else None
+        if joined is None or plan.seam is None:
+            return [self._tried(one) for one in requests]
+        joined_s = time.perf_counter()
+        try:
+            results = self._run(plan, joined, lambda: all(request.over() for request in requests))
+            if results is None:
+                return [self._tried(one) for one in requests]
+            parts = plan.seam.part(results, sizes)
+            computed_s = time.perf_counter()
+            encoded = [self._encoded(*pair, joined_s, computed_s) for pair in zip(ready, parts, strict=True)]
+        except Exception:
+            return [self._tried(one) for one in requests]
+        self._ran(ready, joined_s, computed_s)
+        return list(encoded)
+
+    def _ran(self, ready: Sequence[_Ready], begun_s: float, computed_s: float) -> None:
+        """Take notice of requests that were answered together, and for which the model ran between these times."""
+        ended_s, first = time.perf_counter(), ready[0]
+        unloaded_s = self.intake.took(first.request, ended_s - first.started_s, len(ready))
+        self.statistics.ran(
+            [one.started_s - one.request.arrived_s for one in ready],
+            first.plan.samples * len(ready),
+            begun_s - first.started_s,
+            computed_s - begun_s,
+            ended_s - computed_s,
+            unloaded_s,
+            first.plan.cut,
+        )
+
+    def _tried(self, request: Received) -> wire.Encoded | Exception:
+        try:
+            return self.answer(request)
+        except Exception as error:
+            return error
+
+    def _ready(self, request: Received, started_s: float) -> _Ready:
+        request.check()
+        edition = self._editions.present
+        decoded = wire.decode_request(
+            request.body,
+            request.header_bytes,
+            max_decoded_bytes=self._max_tensor_bytes,
+            check_codec=functools.partial(self._fitted.check, edition.known_weights),
+        )
+        self._editions.refuse_training()
+        plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)
+        request.cut = plan.cut
+        decoded_s = time.perf_counter()
+        if plan.check is not None:
+            plan.check(decoded.tensors)
+        given = [decoded.tensors[name] for name in plan.names]
+        return _Ready(request, edition, decoded, plan, given, started_s, decoded_s)
+
+    def _run(
+        self, plan: RequestPlan, tensors: Sequence[Tensor], over: Callable[[], bool] | None = None
+    ) -> Sequence[Tensor] | None:
+        """Return the model's output tensors; None where ``over()``, which is asked before each layer, has said so."""
+        try:
+            if over is not None and plan.until is not None:
+                return plan.until(over, tensors)
+            # The tail's forward, without the overhead of nn.Module's call: a tail has no hooks.
+            return plan.run(*tensors)
+        except Exception as error:
+            raise ModelFailedError(f"model {self._name!r} failed: {type(error).__name__}: {short(error)}") from error
+
+    def _encoded(self, ready: _Ready, results: Sequence[Tensor], begun_s: float, computed_s: float) -> wire.Encoded:
+        """Return the answer, for results that were computed from ``begun_s`` to ``computed_s``."""
+        request, plan, decoded = ready.request, ready.plan, ready.decoded
+        outputs = dict(zip(self._output_names, results, strict=True))
+        if plan.outputs is not None:
+            outputs = {name: outputs[name] for name in plan.outputs}
+        decode_s = ready.decoded_s - ready.started_s
+        times_s = (request.receive_s, begun_s - decode_s - request.arrived_s, decode_s, computed_s - begun_s)
+        return wire.encode_response(
+            self._name,
+            VERSION,
+            outputs,
+            as_json=plan.as_json,
+            dim_order=decoded.dim_order,
+            request_id=decoded.request_id,
+            parameters=self._told(ready.edition) + _TIMES % times_s,
+            codec=decoded.output_codec,
+            crc32=decoded.crc32,
+        )
+
+    def _told(self, edition: Edition) -> str:
+        """Return the beginning of the parameters of an answer that has been computed in this edition.
+
+        Once a client has asked for the fingerprint, every answer names the model and what this thread computes with, so
+        that a client which compared them notices when either changes.
+        """
+        identity = self._editions.identity(edition)
+        if identity is None:
+            return "{"
+        arithmetic = "" if self._arithmetic is None else f'"arithmetic":"{self._arithmetic.now().digest}",'
+        return f'{{"identity":"{identity}",{arithmetic}'
+
+    def _plan(self, edition: Edition, request: wire.InferRequest) -> RequestPlan:
+        """Check everything about a request but its tensors' values; keep the result for requests with its header."""
+        known = self._output_names
+        for output in request.outputs:
+            if output.name not in known:
+                raise ProtocolError(
+                    f"model {self._name!r} has no output {short(output.name)}; it has {', '.join(known)[:300]}"
+                )
+        usual = check_tensors(self._graph, request.tensors, self._max_batch, self._max_times)
+        names = tuple(sorted(request.tensors))
+        tail = edition.tails.get(names)
+        if usual and set(names) >= {spec.name for spec in self._graph.inputs}:
+            try:
+                self._graph.check_sizes([request.tensors[spec.name] for spec in self._graph.inputs])
+            except TypeError as error:
+                raise ProtocolError(f"model {self._name!r}: {error}") from None
+        if not usual:
+            check_shapes(self._graph, tail, names, [request.tensors[name] for name in names])
+        run = self._backends.run(request.parameters.get("backend"), names, tail)
+        if self._finish is not None:
+            run = functools.partial(self._finish, names)
+        place = place_of(self._graph.model)
+        if place.type != "cpu":
+            run = functools.partial(run_at, place, run)
+        if request.outputs:
+            outputs: tuple[str, ...] | None = tuple(output.name for output in request.outputs)
+            as_json = tuple(output.name for output in request.outputs if not output.binary)
+        else:
+            outputs, as_json = None, () if request.binary_output else tuple(known)
+        seam = Seam.of(self._graph, names) if usual and self._together > 1 else None
+        until = tail.until if run == tail.forward else None
+        check, samples = value_check(self._graph, self._name, names), samples_in(self._graph, request.tensors)
+        plan = RequestPlan(names, run, outputs, as_json, check, seam, until, samples)
+        if request.recurring is not None:
+            # A plan keeps its tail alive, so there must not be more plans than tails.
+            if len(edition.plans) >= edition.tails.capacity:
+                edition.plans.clear()
+            edition.plans[request.recurring] = plan
+        return plan
