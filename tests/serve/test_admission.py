@@ -200,6 +200,7 @@ def test_a_deadline_that_is_no_number_of_seconds_is_refused(server: Server, valu
     status, _, body = end(begin(server, **{"Torchsurgeon-Deadline-S": value}))
     assert status == 400
     assert "Torchsurgeon-Deadline-S must be a number of seconds" in body["error"]
+    assert body["error"].endswith(f"; got {value!r}")
     assert deadline_in(None) == math.inf
     with pytest.raises(ProtocolError):
         deadline_in(value.encode())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import select
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from torchsurgeon import serve
 from torchsurgeon.errors import ProtocolError, RequestRefusedError, ServerError, ServerUnavailableError
 from torchsurgeon.models import specs
 from torchsurgeon.serve import ModelRegistry, Server, create_app
-from torchsurgeon.serve.tokens import Tokens, check_certificates
+from torchsurgeon.serve.certificates import certificates_of
+from torchsurgeon.serve.tokens import Tokens
 from torchsurgeon.transport import HttpTransport
 
 X = torch.ones(1, 4)
@@ -159,10 +162,14 @@ def test_an_address_that_others_reach_needs_a_token_or_to_be_called_insecure() -
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return signed_by_itself(tmp_path_factory.mktemp("tls"))
+
+
+def signed_by_itself(folder: Path) -> Path:
+    """A certificate for 127.0.0.1 and its key, in a folder."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("no openssl: apt-get install openssl")
-    folder = tmp_path_factory.mktemp("tls")
     command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key.pem")]
     subprocess.run([*command, "-out", str(folder / "cert.pem")], check=True, capture_output=True)
@@ -212,6 +219,78 @@ def test_the_command_serves_https_and_asks_clients_for_certificates(certificate:
             transport.infer("net", {"input": X}, max_answer_bytes=1000)
 
 
+def test_the_command_reads_its_certificates_again_on_sighup(certificate: Path, tmp_path: Path) -> None:
+    """New connections get the new certificate, and clients are let in by the new file only; open ones go on."""
+    cert, key, ca = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "ca.pem"
+    (tmp_path / "new").mkdir()
+    new = signed_by_itself(tmp_path / "new")
+    old = certificate
+    for name in ("cert.pem", "key.pem"):
+        shutil.copy(old / name, tmp_path / name)
+    shutil.copy(old / "cert.pem", ca)
+
+    def known(trusted: Path, shown: Path) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=trusted / "cert.pem")
+        context.load_cert_chain(shown / "cert.pem", shown / "key.pem")
+        return context
+
+    def let_in(context: ssl.SSLContext) -> bool:
+        try:
+            with HttpTransport(url, 5, ssl_context=context) as transport:
+                transport.infer("net", {"input": X}, max_answer_bytes=1000)
+        except ServerError:
+            return False
+        return True
+
+    options = "--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(ca)
+    with command(*options) as (child, port, said):
+        url = f"https://127.0.0.1:{port}"
+        with HttpTransport(url, 5, ssl_context=known(old, old)) as opened:
+            opened.infer("net", {"input": X}, max_answer_bytes=1000)
+            assert not let_in(known(new, old))
+            assert not let_in(known(old, new))
+            cert.write_text("nonsense")
+            child.send_signal(signal.SIGHUP)
+            assert said().startswith("the certificates stay as they were: ")
+            assert let_in(known(old, old))
+            for name in ("cert.pem", "key.pem"):
+                shutil.copy(new / name, tmp_path / name)
+            shutil.copy(new / "cert.pem", ca)
+            child.send_signal(signal.SIGHUP)
+            assert said() == "reloaded the certificates, for new connections\n"
+            assert let_in(known(new, new))
+            assert not let_in(known(old, new))
+            assert not let_in(known(new, old))
+            opened.infer("net", {"input": X}, max_answer_bytes=1000)
+
+
+def test_a_sighup_that_comes_while_the_server_starts_does_not_end_it(file: Path) -> None:
+    arguments = [sys.executable, "-m", "torchsurgeon", "serve", "net=factories:small", "--port", "0"]
+    with subprocess.Popen(
+        [*arguments, "--token-file", str(file)], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            status = Path(f"/proc/{child.pid}/status")
+            end_s = time.monotonic() + 30
+            while not is_ignored_or_caught(status.read_text(), signal.SIGHUP):
+                assert time.monotonic() < end_s
+            while child.poll() is None and "ready" not in (child.stdout.readline() if is_readable(child) else ""):
+                child.send_signal(signal.SIGHUP)
+                time.sleep(0.01)
+            assert child.poll() is None
+        finally:
+            child.kill()
+
+
+def is_ignored_or_caught(status: str, number: int) -> bool:
+    masks = dict(line.split(":\t") for line in status.splitlines() if line.startswith(("SigIgn", "SigCgt")))
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks.values())
+
+
+def is_readable(child: subprocess.Popen[str]) -> bool:
+    return bool(select.select([child.stdout], [], [], 0)[0])
+
+
 def test_a_split_model_shows_its_token_and_its_certificate(certificate: Path, file: Path) -> None:
     cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
     loaded = specs.load("factories:small")
@@ -241,13 +320,13 @@ def test_a_device_says_which_certificate_it_cannot_use(file: Path) -> None:
 
 def test_files_that_are_no_certificates_are_refused_before_a_model_is_loaded(certificate: Path, file: Path) -> None:
     cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
-    check_certificates(cert, key, cert)
-    check_certificates(None, None, None)
+    certificates_of(cert, key, cert)
+    certificates_of(None, None, None)
     for given in ((str(file), None, None), (cert, None, None), (cert, key, str(file)), ("/nowhere", key, None)):
         with pytest.raises(ServerError, match="cannot be used"):
-            check_certificates(*given)
+            certificates_of(*given)
     with pytest.raises(ServerError, match="give --tls-cert"):
-        check_certificates(None, key, None)
+        certificates_of(None, key, None)
 
 
 def test_how_long_a_wrong_token_takes_does_not_depend_on_how_wrong_it_is(file: Path) -> None:

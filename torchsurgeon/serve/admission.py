@@ -27,7 +27,9 @@ def deadline_in(value: bytes | None) -> float:
     if value is None:
         return math.inf
     if not _SECONDS.fullmatch(value):
-        raise ProtocolError(f"{wire.DEADLINE} must be a number of seconds, such as 0.25; got {short(value)}")
+        raise ProtocolError(
+            f"{wire.DEADLINE} must be a number of seconds, such as 0.25; got {short(value.decode('latin-1'))}"
+        )
     return float(value)
 
 

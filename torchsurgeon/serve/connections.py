@@ -64,6 +64,11 @@ class Connections:
         self._open: dict[Connection, None] = {}
         self._per_address: dict[str, dict[Connection, None]] = {}
 
+    @property
+    def most_per_address(self) -> int:
+        """The most connections from one address of another machine."""
+        return self.limit_per_address or max(1, self.limit // 2)
+
     def __len__(self) -> int:
         return len(self._open)
 
@@ -122,9 +127,8 @@ class Connections:
             self._per_address.pop(connection.address, None)
 
     def _limit_of(self, address: str) -> int:
-        if self.limit_per_address is not None:
-            return self.limit_per_address
-        return self.limit if _is_here(address) else max(1, self.limit // 2)
+        is_unlimited = self.limit_per_address is None and _is_here(address)
+        return self.limit if is_unlimited else self.most_per_address
 
     def _close_one(self, connections: Iterable[Connection]) -> bool:
         """Close the connection that is missed the least, and return whether any of them waits for a request."""

@@ -1,0 +1,93 @@
+"""Loading the models that a server was started with, one after the other, while it answers for those that are ready."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Collection, Mapping
+
+from torchsurgeon.serve.registry import ModelRegistry
+
+
+class ModelLoader:
+    """Loads models by their SPECs into a registry.
+
+    Args:
+        registry: where the models go.
+        models: the SPEC of each model by its name.
+        weights: weights files by model name.
+        input_specs: inputs by model name.
+        leaf_modules: modules to keep whole by model name.
+        codecs: files of fitted codecs by model name.
+        backends: what runs the tails by model name.
+        verify: whether to run each model and what was traced, and compare.
+        seed: seed of random weights.
+        report: called with lines about what was loaded.
+    """
+
+    def __init__(
+        self,
+        registry: ModelRegistry,
+        models: Mapping[str, str],
+        *,
+        weights: Mapping[str, str] | None,
+        input_specs: Mapping[str, str] | None,
+        leaf_modules: Mapping[str, Collection[str]] | None,
+        codecs: Mapping[str, Collection[str]] | None,
+        backends: Mapping[str, str] | None,
+        verify: bool,
+        seed: int,
+        report: Callable[[str], None],
+    ) -> None:
+        self._registry, self._models = registry, models
+        self._weights, self._input_specs, self._leaf_modules = weights or {}, input_specs or {}, leaf_modules or {}
+        self._codecs, self._backends = codecs or {}, backends or {}
+        self._verify, self._seed, self._report = verify, seed, report
+
+    def load_all(self) -> None:
+        """Load all models, and leave them out of garbage collection.
+
+        Raises:
+            SpecError: a SPEC could not be loaded.
+            TraceError: a model could not be traced.
+            CodecError: a codec's file is damaged, or is not of its model.
+        """
+        for name in self._models:
+            self._load(name)
+        settle()
+
+    def load_again(self, name: str) -> None:
+        """Load a model anew, in place of the one that is served under its name. It raises what ``load_all()`` does."""
+        self._load(name, replace=True)
+        settle()
+
+    def _load(self, name: str, replace: bool = False) -> None:
+        started_s = time.perf_counter()
+        served = self._registry.load(
+            name,
+            self._models[name],
+            weights=self._weights.get(name),
+            input_spec=self._input_specs.get(name),
+            leaf_modules=self._leaf_modules.get(name, ()),
+            verify=self._verify,
+            backend=self._backends.get(name),
+            replace=replace,
+            seed=self._seed,
+        )
+        self._report(
+            f"loaded {name} from {served.source} in {time.perf_counter() - started_s:.1f} s: "
+            f"{len(served.graph.layers)} layers, {len(served.graph.points)} partition points"
+        )
+        for path in self._codecs.get(name, ()):
+            fitted = served.add_codec(path)
+            self._report(f"loaded {fitted.name}, fitted to {name} after {fitted.point[1]}, from {path}")
+
+
+def settle() -> None:
+    """Leave what is loaded out of garbage collection, which would walk through it during requests.
+
+    What was left out before, and is no longer needed, is collected now.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
