@@ -52,6 +52,7 @@ _INSTALLED_WITH = {
     "uvicorn": "torchsurgeon[server]",
     "httptools": "torchsurgeon[server]",
     "safetensors": "torchsurgeon[server]",
+    "tomli": "torchsurgeon[server]",
     "prometheus_client": "torchsurgeon[metrics]",
     "torchvision": "torchsurgeon[vision]",
     "PIL": "torchsurgeon[vision]",

@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torchsurgeon.cli import completion
 from torchsurgeon.cli.completion import completed, one_of
@@ -25,7 +25,17 @@ _MOST_ERROR_CHARACTERS = 500
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments whose errors stay short, whatever was given. Parsers of commands are of the same class."""
+    """A parser of arguments whose errors stay short, whatever was given. Parsers of commands are of the same class.
+
+    Attributes:
+        extend: returns the arguments to parse in place of those that were given; None to parse those.
+    """
+
+    extend: Callable[[Parser, Sequence[str]], list[str]] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments; called by argparse."""
+        return super().parse_known_args(args if self.extend is None else self.extend(self, args), namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and end the process."""
@@ -38,7 +48,7 @@ WEIGHTS_HELP = "a .safetensors or .pt file of a state_dict(), or 'default' for t
 
 def command(
     commands: Commands, run: Callable[[argparse.Namespace], None], name: str, sentence: str, *examples: str
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Declare a command, and return its parser.
 
     Args:
@@ -178,8 +188,12 @@ def index_or_name(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() else text
 
 
-def pairs(texts: Sequence[str]) -> dict[str, str]:
+def pairs(texts: Sequence[str], *, last_wins: bool = False) -> dict[str, str]:
     """Return the values of ``NAME=VALUE`` arguments by name.
+
+    Args:
+        texts: the arguments.
+        last_wins: whether a name may be given twice, and the last value counts.
 
     Raises:
         TorchSurgeonError: a text has no name, no "=" or no value, or a name is given twice.
@@ -189,7 +203,7 @@ def pairs(texts: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise TorchSurgeonError(f"the argument must be NAME=VALUE; got {short(text)}")
-        if name in found:
+        if name in found and not last_wins:
             raise TorchSurgeonError(f"each name may be given once; {short(name)} is given twice")
         found[name] = value
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torchsurgeon.cli import completion
@@ -19,6 +21,7 @@ from torchsurgeon.cli.arguments import (
 )
 from torchsurgeon.cli.completion import completed, named, one_of
 from torchsurgeon.cli.screen import loading
+from torchsurgeon.cli.serve_file import with_file
 from torchsurgeon.errors import TorchSurgeonError, short
 
 if TYPE_CHECKING:
@@ -35,10 +38,23 @@ def add_serve(commands: Commands) -> None:
         "alexnet=torchvision:alexnet",
         "mine=my_package.models:make --weights mine=mine.safetensors --host 0.0.0.0 --token-file tokens.txt",
     )
+    parser.extend = with_file
     models = parser.add_argument(
-        "models", nargs="+", metavar="NAME=SPEC", help=f"the name under which a model is served, and {SPEC_HELP}"
+        "models", nargs="*", metavar="NAME=SPEC", help=f"the name under which a model is served, and {SPEC_HELP}"
     )
     completed(models, named(completion.specs))
+    parser.set_defaults(file_models={})
+    config = parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a TOML file with models and with options, by their names here; what is given here wins (default: none)",
+    )
+    completed(config, one_of((), "toml"))
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read every file and load every model, say what would be served, and end (default: serve)",
+    )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -111,9 +127,10 @@ def add_serve(commands: Commands) -> None:
     )
     parser.add_argument(
         "--exact",
-        action="store_true",
-        help="run them together only as far as each answer keeps the bits that it has alone (default: also where it "
-        "is the same to rounding, which devices are told)",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="run them together only as far as each answer keeps the bits that it has alone (default: --no-exact, also "
+        "where it is the same to rounding, which devices are told)",
     )
     parser.add_argument(
         "--max-queue",
@@ -152,7 +169,8 @@ def add_serve(commands: Commands) -> None:
     )
     parser.add_argument(
         "--insecure",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="let everyone who reaches --host in, without a token (default: not)",
     )
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate, for https (default: http)")
@@ -178,33 +196,37 @@ def add_serve(commands: Commands) -> None:
     )
     parser.add_argument(
         "--metrics",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="answer GET /metrics with what the server does, for Prometheus (default: no such path)",
     )
     parser.add_argument(
         "--allow-load",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="let clients have models unloaded, and loaded again (default: refuse that with 403)",
     )
 
 
 def _serve(options: argparse.Namespace) -> None:
-    models, weights, inputs = pairs(options.models), pairs(options.weights), pairs(options.input)
-    backends = pairs(options.backend)
-    leaves: dict[str, list[str]] = {}
-    for text in options.leaf:
-        for name, module in pairs([text]).items():
-            leaves.setdefault(name, []).append(module)
-    codecs: dict[str, list[str]] = {}
-    for text in options.codec:
-        for name, path in pairs([text]).items():
-            codecs.setdefault(name, []).append(path)
+    # With a file, what is given on the command line comes after what stands there.
+    last_wins = options.config is not None
+    models = {**options.file_models, **pairs(options.models)}
+    weights, inputs, backends = (
+        pairs(one, last_wins=last_wins) for one in (options.weights, options.input, options.backend)
+    )
+    leaves, codecs = _lists(options.leaf), _lists(options.codec)
+    if not models:
+        raise TorchSurgeonError("name at least one model as NAME=SPEC, or under [models] in the file of --config")
     for name in (*weights, *inputs, *leaves, *codecs, *backends):
         if name not in models:
             raise TorchSurgeonError(
                 f"--weights, --input, --leaf, --codec and --backend take the name of a served model; got "
                 f"{short(name, 100)}, and the served models are {short(list(models), 200)}"
             )
+    if options.token_file is not None or options.tls_cert is not None:
+        # The files are read later, so there is nothing to read again yet. And it must not end a server that starts.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with loading():
         import torch
 
@@ -239,4 +261,13 @@ def _serve(options: argparse.Namespace) -> None:
         access_log=options.access_log,
         metrics=options.metrics,
         allow_load=options.allow_load,
+        check=options.check,
     )
+
+
+def _lists(texts: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        for name, value in pairs([text]).items():
+            found.setdefault(name, []).append(value)
+    return found
