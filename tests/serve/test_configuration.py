@@ -37,6 +37,7 @@ log-format = "json"
 access-log = true
 metrics = true
 allow-load = true
+page = false
 no-verify = true
 
 [models]
@@ -71,7 +72,7 @@ def test_a_file_has_all_options_and_the_models(file: Path) -> None:
         "exact": True, "max_queue": 9, "max_connections": 99, "max_connections_per_address": 9, "grace_s": 2.5,
         "token_file": "tokens.txt", "insecure": True, "tls_cert": "cert.pem", "tls_key": "key.pem",
         "tls_client_ca": "ca.pem", "log_format": "json", "access_log": True, "metrics": True, "allow_load": True,
-        "verify": False, "weights": ["long=long.safetensors"], "input": ["long=x:float32[1,4]"],
+        "page": False, "verify": False, "weights": ["long=long.safetensors"], "input": ["long=x:float32[1,4]"],
         "leaf": ["long=0", "long=1"], "codec": ["long=long.fitted"], "backend": ["long=onnxruntime"],
     }  # fmt: skip
     found = {name: getattr(options, name) for name in expected}
@@ -161,7 +162,7 @@ def test_check_says_what_would_be_served(file: Path, tmp_path: Path, capsys: pyt
     assert said[2] == f"another process listens on port {port} now; it has to end first"
     assert "a request has at most 64 samples; 256 of one model may wait;" in said[3]
     assert "at most 512 connections, 256 of them from one address" in said[4]
-    assert said[5] == "also: /metrics, clients may load and unload models"
+    assert said[5] == "also: a page at /, /metrics, clients may load and unload models"
     assert said[6].startswith("loaded net from factories:small in ")
     assert said[7].startswith("requests of net have at most ")
     assert said[8] == "this server can be started: net"

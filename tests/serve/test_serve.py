@@ -207,7 +207,7 @@ def test_tensors_the_model_cannot_take_are_refused_with_the_reason(
         ("/v2/models/net/versions/2", 404),
         ("/v2/models/net/infer", 405),
         ("/v2/nothing", 404),
-        ("/", 404),
+        ("/index.html", 404),
     ],
 )
 def test_what_is_not_there_is_answered_in_json(transport: Transport, path: str, status: int) -> None:

@@ -69,7 +69,16 @@ class Browser:
 
     def open(self, page: Path) -> None:
         """Open a file and wait until it is loaded."""
-        self._ask("/url", {"url": page.resolve().as_uri()})
+        self.visit(page.resolve().as_uri())
+
+    def visit(self, url: str) -> None:
+        """Open an address and wait until its page is loaded."""
+        self._ask("/url", {"url": url})
+
+    def prefer(self, scheme: str) -> None:
+        """Show pages in this colour scheme, which is "light" or "dark"."""
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        self._ask("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": media})
 
     def resize(self, width: int, height: int) -> None:
         """Lay the page out for a screen of this size in pixels: a phone's too, narrower than any window."""

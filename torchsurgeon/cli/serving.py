@@ -201,6 +201,12 @@ def add_serve(commands: Commands) -> None:
         help="answer GET /metrics with what the server does, for Prometheus (default: no such path)",
     )
     parser.add_argument(
+        "--page",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="show at / how busy the server is (default: --page)",
+    )
+    parser.add_argument(
         "--allow-load",
         action=argparse.BooleanOptionalAction,
         default=False,
@@ -261,6 +267,7 @@ def _serve(options: argparse.Namespace) -> None:
         access_log=options.access_log,
         metrics=options.metrics,
         allow_load=options.allow_load,
+        page=options.page,
         check=options.check,
     )
 

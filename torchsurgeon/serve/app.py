@@ -1,6 +1,7 @@
 """The ASGI application: Open Inference Protocol v2 over HTTP, extensions of Triton's, and some of its own.
 
 =============================================  =====================================================================
+``GET /``                                      a page that shows how busy the server is
 ``GET /v2``                                    server metadata
 ``GET /v2/health/live``, ``/v2/health/ready``  200, or 503 while a model loads
 ``GET /v2/models/NAME[/versions/V]``           model metadata; ``…/ready`` likewise
@@ -47,6 +48,7 @@ from torchsurgeon.serve.direct import Direct
 from torchsurgeon.serve.exchange import Exchange
 from torchsurgeon.serve.failure import UnauthorizedError, error_body, retry_after_s, status_of
 from torchsurgeon.serve.outcome import Listener
+from torchsurgeon.serve.page import PATH
 from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.replies import HEALTH, Scope, Send, refuse, send_json
@@ -54,6 +56,7 @@ from torchsurgeon.serve.repository import MAX_BODY_BYTES, Loading, answer
 from torchsurgeon.serve.tokens import Tokens
 
 MAX_PROBE_BYTES = 4 << 20
+_OPEN = (*HEALTH, PATH)
 _REPOSITORY = "/v2/repository/"
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
 
@@ -69,9 +72,11 @@ class TailApp:
         registry: as given.
         body_timeout_s: as given.
         direct: answers plain inference requests without ASGI; torchsurgeon's own server uses it.
-        tokens: the tokens of which every request must have one, except those for health; None to ask for none.
+        tokens: the tokens of which every request must have one, except those for health and for the page, which holds
+            nothing; None to ask for none.
         listeners: who is told what became of each request.
         metrics: returns what ``/metrics`` answers, and its media type; None for no such path.
+        has_page: whether ``/`` shows how busy the server is.
         draining: whether the server is about to stop. It is then not ready, and answers all the same.
         loading: what the operator allows clients to load and unload; None for nothing.
         connections: returns how many connections are open.
@@ -85,6 +90,7 @@ class TailApp:
         self.tokens: Tokens | None = None
         self.listeners: list[Listener] = []
         self.metrics: Callable[[], tuple[bytes, str]] | None = None
+        self.has_page = True
         self.draining = False
         self.loading: Loading | None = None
         self.connections: Callable[[], int] = lambda: 0
@@ -108,7 +114,7 @@ class TailApp:
                 exchange.end(self.listeners)
 
     async def _answer(self, scope: Scope, receive: Receive, exchange: Exchange) -> None:
-        tokens = None if scope["path"] in HEALTH else self.tokens
+        tokens = None if scope["path"] in _OPEN else self.tokens
         if tokens is not None and not tokens.allow(exchange.headers.get(b"authorization")):
             incoming = Incoming(receive)
             await self._guarded(_refuse_unauthorized(), incoming, exchange)

@@ -17,6 +17,7 @@ from starlette.routing import Route, Router
 from torchsurgeon.serve import triton
 from torchsurgeon.serve.failure import RETRY_AFTER_S, error_body, status_of
 from torchsurgeon.serve.load import load
+from torchsurgeon.serve.page import PATH, page
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import ServedModel
 from torchsurgeon.serve.worker import ClosedError
@@ -31,6 +32,7 @@ class Serving(Protocol):
     Attributes:
         registry: the models.
         metrics: returns what ``/metrics`` answers, and its media type; None for no such path.
+        has_page: whether ``/`` shows how busy the server is.
         draining: whether the server is about to stop.
         connections: returns how many connections are open.
         started_s: when the server started, in seconds of ``time.monotonic``.
@@ -38,6 +40,7 @@ class Serving(Protocol):
 
     registry: ModelRegistry
     metrics: Callable[[], tuple[bytes, str]] | None
+    has_page: bool
     draining: bool
     connections: Callable[[], int]
     started_s: float
@@ -54,6 +57,12 @@ def control_plane(app: Serving) -> ExceptionMiddleware:
         extensions = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
         extensions += [f"torchsurgeon_{name}" for name in _OWN_EXTENSIONS]
         return JSONResponse({"name": "torchsurgeon", "version": _version(), "extensions": extensions})
+
+    async def tell_page(request: Request) -> Response:
+        if not app.has_page:
+            raise HTTPException(404)
+        body, headers = page()
+        return Response(body, headers=dict(headers))
 
     async def live(request: Request) -> JSONResponse:
         return JSONResponse({"live": True})
@@ -116,6 +125,7 @@ def control_plane(app: Serving) -> ExceptionMiddleware:
         return Response(body, status, _RETRY if status == 503 else None, "application/json")
 
     routes = [
+        Route(PATH, tell_page),
         Route("/v2", server),
         Route("/v2/", server),
         Route("/v2/health/live", live),

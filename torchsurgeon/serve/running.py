@@ -65,6 +65,7 @@ def run(
     access_log: bool = False,
     metrics: bool = False,
     allow_load: bool = False,
+    page: bool = True,
     check: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> None:
@@ -103,6 +104,7 @@ def run(
         access_log: whether a line is written for each request.
         metrics: whether ``/metrics`` tells what the server does. It needs prometheus-client.
         allow_load: whether clients may have models unloaded, and loaded again as they are given here.
+        page: whether ``/`` is a page that shows how busy the server is.
         check: whether to tell only what would be served: every file is read and every model is loaded, and that is all.
         say: called with each line about the server's progress. By default the lines are printed, and with
             ``log_format="json"`` they are part of the log.
@@ -147,7 +149,12 @@ def run(
     connections = Connections(max_connections, max_connections_per_address)
     scheme = "http" if certificates is None else "https"
     if check:
-        extras = {"/metrics": metrics, "an access log": access_log, "clients may load and unload models": allow_load}
+        extras = {
+            "a page at /": page,
+            "/metrics": metrics,
+            "an access log": access_log,
+            "clients may load and unload models": allow_load,
+        }
         with contextlib.closing(registry):
             tell_entrance(report, url_of(scheme, host, port), host, tokens, certificates)
             tell_address(report, host, port)
@@ -161,6 +168,7 @@ def run(
     url = url_of(scheme, host, bound.getsockname()[1])
     app = create_app(registry)
     app.tokens = tokens
+    app.has_page = page
     app.connections = lambda: len(connections)
     if allow_load:
         app.loading = Loading(models, loader.load_again, settle)

@@ -38,6 +38,7 @@ class Statistics:
     def __init__(self) -> None:
         self.by_requests: dict[int, int] = {}
         self.cuts: dict[str, int] = {}
+        self._begun_s = time.perf_counter()
         self._lock = threading.Lock()
         self._requests = self._samples = self._failed = 0
         self._failed_s = self._queue_s = self._last_s = 0.0
@@ -106,7 +107,7 @@ class Statistics:
         with self._lock:
             recent = [one for one in self._recent if one[0] > now_s - LATELY_S]
             full = len(recent) == _MOST_RECENT
-        over_s = now_s - recent[0][0] if full else LATELY_S
+        over_s = now_s - recent[0][0] if full else min(LATELY_S, now_s - self._begun_s)
         taken_s = sorted(wait_s + run_s for _, wait_s, run_s, _ in recent)
         unloaded_s = sum(one[3] for one in recent)
         count = len(recent)
