@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 from classifier import EXAMPLE, serve, split_of
@@ -16,6 +18,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 import torchsurgeon as ts
 from torchsurgeon.serve import Server
+from torchsurgeon.serve.outcome import Outcome
+from torchsurgeon.serve.spans import Spans
+from torchsurgeon.transport.trace_context import traceparent
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -70,6 +75,71 @@ def test_an_inference_is_a_span_below_the_callers_with_where_the_time_went(
     # The wall clock may have been set between.
     assert before_ns - 1e6 < span.start_time < span.end_time < time.time_ns()
     assert (span.end_time - span.start_time) / 1e9 == pytest.approx(last.total_s, abs=1e-6)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("fallback", ["local", "error"])
+def test_the_servers_span_is_joined_to_the_callers(
+    exporter: InMemorySpanExporter, direct: bool, fallback: Literal["local", "error"]
+) -> None:
+    """With a fallback a thread of its own asks the server, and without one the caller's."""
+    with serve() as kept, Server(kept.app, direct=direct) as server:
+        server.app.listeners.append(Spans())
+        with split_of(server, partition=2, fallback=fallback) as split:
+            split(EXAMPLE)
+            exporter.clear()
+            with trace.get_tracer("caller").start_as_current_span("caller") as caller:
+                split(EXAMPLE)
+            wait_for(lambda: len(exporter.get_finished_spans()) == 3)
+        found = {span.name: span for span in exporter.get_finished_spans()}
+        context = caller.get_span_context()
+        for name in ("torchsurgeon.inference", "torchsurgeon.request"):
+            parent = found[name].parent
+            assert parent is not None
+            assert (parent.trace_id, parent.span_id) == (context.trace_id, context.span_id)
+        span, inference = found["torchsurgeon.request"], found["torchsurgeon.inference"]
+        assert span.attributes is not None
+        assert span.kind is trace.SpanKind.SERVER
+        assert span.attributes["torchsurgeon.model"] == "net"
+        assert span.attributes["http.request.method"] == "POST"
+        assert span.attributes["url.path"] == "/v2/models/net/infer"
+        assert span.attributes["http.response.status_code"] == 200
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert inference.start_time is not None
+        assert inference.start_time < span.start_time < span.end_time
+        # Without a span, nothing is sent, and the server's span begins a trace.
+        exporter.clear()
+        status = urllib.request.urlopen(f"{server.url}/v2/health/live").status
+        wait_for(exporter.get_finished_spans)
+        (alone,) = exporter.get_finished_spans()
+        assert (status, alone.parent) == (200, None)
+
+
+def test_spans_that_are_not_sampled_are_not_told_to_the_server() -> None:
+    context = trace.SpanContext(1, 2, is_remote=True, trace_flags=trace.TraceFlags(0))
+    with trace.use_span(trace.NonRecordingSpan(context)):
+        assert traceparent() is None
+    context = trace.SpanContext(1, 2, is_remote=True, trace_flags=trace.TraceFlags(1))
+    with trace.use_span(trace.NonRecordingSpan(context)):
+        assert traceparent() == f"00-{1:032x}-{2:016x}-01"
+    assert traceparent() is None
+
+
+@pytest.mark.parametrize("value", ["", "nonsense", f"00-{0:032x}-{0:016x}-01", "00-" + "x" * 60_000])
+def test_a_traceparent_that_names_no_span_begins_a_trace(exporter: InMemorySpanExporter, value: str) -> None:
+    exporter.clear()
+    Spans()(Outcome("c", "1", "GET /", "", "", 503, 0.1, 0, 0, "BusyError", value))
+    (span,) = exporter.get_finished_spans()
+    assert span.parent is None
+    assert span.status.status_code is trace.StatusCode.ERROR
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
 
 
 def test_an_answer_of_the_device_says_why_the_server_gave_none(exporter: InMemorySpanExporter, server: Server) -> None:

@@ -40,6 +40,7 @@ from torchsurgeon.runtime.parts import Parts
 from torchsurgeon.runtime.peer import Failure, Peer, is_requests_fault
 from torchsurgeon.runtime.pool import Pool, Task
 from torchsurgeon.runtime.servers import Servers
+from torchsurgeon.runtime.telemetry import below_current
 from torchsurgeon.runtime.work import Work
 from torchsurgeon.transport import Answer
 from torchsurgeon.transport.base import Deadline
@@ -178,7 +179,7 @@ class Pending:
         exact = self._arithmetic if shared.options.exact else None
         backend = self._peer.profiles.to_name(None if self._way.row is None else self._way.row.server_backend)
         codecs = dict.fromkeys(tensors, self._codec)
-        ask = functools.partial(self._peer.ask, tensors, codecs, deadline, exact, backend)
+        ask = below_current(functools.partial(self._peer.ask, tensors, codecs, deadline, exact, backend))
         if self._boundary[0].is_cuda:
             # The thread that sends them has to wait for the CUDA stream on which this thread computes them.
             ask = functools.partial(_on_stream, torch.cuda.current_stream(self._boundary[0].device), ask)

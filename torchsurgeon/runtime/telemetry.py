@@ -5,14 +5,22 @@ current in the thread that ends it. It is of kind client when a server's answer 
 start with ``torchsurgeon.``: the model's name, the fields of ``Inference`` (times in seconds, sizes in bytes), the
 partition's name and index, the reason and cost of the decision. An error that reaches the caller ends the span with
 that error as its status (OpenTelemetry's specification of recording exceptions).
+
+The span does not exist yet when a server is asked. So the server's own span, which ``traceparent`` joins to the trace,
+stands beside it: both are children of the caller's.
 """
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from torchsurgeon.runtime.inference import Inference
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -40,6 +48,13 @@ _MEASURED = (
     "sent_bytes",
     "received_bytes",
 )
+
+
+def below_current(ask: Callable[[], T]) -> Callable[[], T]:
+    """Return what asks a server in any thread, and tells it of the span that is current in this one."""
+    if _tracer is None or not trace.get_current_span().get_span_context().is_valid:
+        return ask
+    return functools.partial(contextvars.copy_context().run, ask)
 
 
 def record(model: str, inference: Inference) -> None:

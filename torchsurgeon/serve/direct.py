@@ -18,7 +18,7 @@ from torchsurgeon.errors import ModelServingError, ProtocolError
 from torchsurgeon.serve.admission import DEADLINE, deadline_in
 from torchsurgeon.serve.failure import RETRY_AFTER_S, BusyError, error_body, retry_after_s, status_of
 from torchsurgeon.serve.outcome import Outcome
-from torchsurgeon.serve.received import REQUEST_ID, Received, given_id
+from torchsurgeon.serve.received import REQUEST_ID, TRACEPARENT, Received, given_id
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import ServedModel
 from torchsurgeon.serve.tokens import Allowed, Tokens
@@ -44,6 +44,7 @@ class Plain:
         path: the path that is asked for.
         given_id: the id that the client gave the request; None where it gave none.
         allowed: by which tokens the request was allowed.
+        traceparent: the value of the request's ``traceparent``; empty for none.
         deadline_s: seconds from the head to when the answer is due; infinity where the client gave none.
     """
 
@@ -56,6 +57,7 @@ class Plain:
     given_id: str | None
     deadline_s: float
     allowed: Allowed
+    traceparent: str
 
     def open(self) -> bool:
         """Return whether a request with the same head may still be answered."""
@@ -128,6 +130,7 @@ class Job:
             self.plain.size,
             sent_bytes,
             error,
+            self.plain.traceparent,
         )
 
     def run(self, loop: asyncio.AbstractEventLoop, reply: Callable[[Reply], None]) -> None:
@@ -223,7 +226,10 @@ class Direct:
             return None
         path, own_id = url.decode("latin-1"), given_id(fields.get(REQUEST_ID))
         allowed = Allowed(tokens, 0 if tokens is None else tokens.generation)
-        return Plain(self._registry, model, int(size), header_bytes, self._timeout_s, path, own_id, deadline_s, allowed)
+        span = fields.get(TRACEPARENT, b"").decode("latin-1")
+        return Plain(
+            self._registry, model, int(size), header_bytes, self._timeout_s, path, own_id, deadline_s, allowed, span
+        )
 
 
 def _refusal(error: BaseException, received: Received) -> Reply:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from torchsurgeon.serve.failure import GoneError
 from torchsurgeon.serve.outcome import CLIENT_GONE, Listener, Outcome
-from torchsurgeon.serve.received import REQUEST_ID, Received, address_text, given_id, new_id
+from torchsurgeon.serve.received import REQUEST_ID, TRACEPARENT, Received, address_text, given_id, new_id
 from torchsurgeon.serve.replies import Scope, Send
 
 
@@ -82,6 +82,7 @@ class Exchange:
             0 if received is None else len(received.body),
             self._sent_bytes,
             self.error if self._complete else GoneError.__name__,
+            self.headers.get(TRACEPARENT, b"").decode("latin-1"),
         )
         for listener in listeners:
             listener(outcome)

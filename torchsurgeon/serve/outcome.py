@@ -23,6 +23,7 @@ class Outcome(NamedTuple):
         received_bytes: length of the body; 0 where it was not read as a whole.
         sent_bytes: length of the answer's body.
         error: the kind of error that was answered, as the name of its class; empty for none.
+        traceparent: the value of the request's ``traceparent``, which names a span; empty for none.
     """
 
     client: str
@@ -35,6 +36,7 @@ class Outcome(NamedTuple):
     received_bytes: int
     sent_bytes: int
     error: str = ""
+    traceparent: str = ""
 
 
 Listener = Callable[[Outcome], None]

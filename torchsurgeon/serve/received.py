@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torchsurgeon.serve.failure import ExpiredError, GoneError
 
 REQUEST_ID = b"x-request-id"
+TRACEPARENT = b"traceparent"
 
 # What a client may name its request. Anything else could break a line of the log, or forge one.
 _VALID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")

@@ -172,6 +172,10 @@ def run(
     app.connections = lambda: len(connections)
     if allow_load:
         app.loading = Loading(models, loader.load_again, settle)
+    with contextlib.suppress(ModuleNotFoundError):
+        spans = importlib.import_module("torchsurgeon.serve.spans")
+        if spans.traced():
+            app.listeners.append(spans.Spans())
     log = AccessLog() if access_log else None
     if log is not None:
         app.listeners.append(log)

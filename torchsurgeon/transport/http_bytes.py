@@ -22,6 +22,7 @@ from torchsurgeon.transport.base import ByteTransport, Deadline, RawAnswer, chec
 from torchsurgeon.transport.connection import Connection, ProxyRefusedError, StaleError
 from torchsurgeon.transport.control import ControlSession, get
 from torchsurgeon.transport.route import route_to
+from torchsurgeon.transport.trace_context import TRACEPARENT, traceparent
 from torchsurgeon.wire.header import DEADLINE, HEADER_LENGTH, Buffer, parse_json
 
 _MAX_IDLE = 16
@@ -131,6 +132,9 @@ class HttpBytes(ByteTransport):
         if deadline.timeout_s < self.timeout_s:
             # Rounded up, so that the heads of similar requests are mostly the same, and the server parses fewer.
             head += f"{DEADLINE}: {_rounded_up(self._left_s(deadline))}\r\n"
+        span = traceparent()
+        if span is not None:
+            head += f"{TRACEPARENT}: {span}\r\n"
         head += "\r\n" if header_bytes is None else f"{HEADER_LENGTH}: {header_bytes}\r\n\r\n"
         parts = [head.encode("latin-1") + buffers[0], *buffers[1:]]
         # What a signal handler raises may leave any of these lines, so the list holds each connection at every moment.

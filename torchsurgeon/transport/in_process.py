@@ -24,6 +24,7 @@ from torchsurgeon.transport.base import (
     check_status,
 )
 from torchsurgeon.transport.tensors import Transport
+from torchsurgeon.transport.trace_context import TRACEPARENT, traceparent
 from torchsurgeon.wire.buffers import aligned_buffer
 
 
@@ -177,6 +178,9 @@ class InProcessTransport(Transport):
         headers = {"Content-Type": "application/octet-stream"}
         if header_bytes is not None:
             headers[wire.HEADER_LENGTH] = str(header_bytes)
+        span = traceparent()
+        if span is not None:
+            headers[TRACEPARENT] = span
         return self._call("POST", path, headers, buffers, limit_bytes, deadline)
 
     def _call(
