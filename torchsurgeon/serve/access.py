@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from torchsurgeon.serve.logs import REQUEST, Ended, LineFormatter, LogHandler, milliseconds
+from torchsurgeon.serve.logs import REQUEST, Ended, LineFormatter, LogHandler
 from torchsurgeon.serve.outcome import Outcome
 
 # The access log is written this often, so that a request costs the event loop no more than appending to a list.
@@ -111,6 +111,6 @@ def _record(ended_s: float, outcome: Outcome) -> logging.LogRecord:
         cut=outcome.cut,
         status=outcome.status,
         error=outcome.error,
-        duration_ms=milliseconds(outcome.duration_s),
+        duration_ms=round(outcome.duration_s * 1e3, 3),
     )
     return record

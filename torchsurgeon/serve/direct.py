@@ -41,7 +41,7 @@ class Plain:
         size: length of the body.
         header_bytes: length of the body's JSON header; None where the whole body is JSON.
         timeout_s: seconds that the client may take to send the body, in addition to the body's time at 16 KiB/s.
-        path: the path that is asked for.
+        asked: the method, and the path that is asked for.
         given_id: the id that the client gave the request; None where it gave none.
         allowed: by which tokens the request was allowed.
         traceparent: the value of the request's ``traceparent``; empty for none.
@@ -53,7 +53,7 @@ class Plain:
     size: int
     header_bytes: int | None
     timeout_s: float
-    path: str
+    asked: str
     given_id: str | None
     deadline_s: float
     allowed: Allowed
@@ -118,11 +118,10 @@ class Job:
     def outcome(self, status: int, sent_bytes: int, error: str) -> Outcome:
         """Return what became of the request: its status, the bytes of the answer, and the kind of its error."""
         received, duration_s = self.received, time.perf_counter() - self.started_s
-        asked = f"POST {self.plain.path}"
         return Outcome(
             received.client,
             received.request_id,
-            asked,
+            self.plain.asked,
             received.model,
             received.cut,
             status,
@@ -224,11 +223,11 @@ class Direct:
             return None
         if int(size) == 0 or int(size) > model.max_body_bytes(binary=length is not None):
             return None
-        path, own_id = url.decode("latin-1"), given_id(fields.get(REQUEST_ID))
+        asked, own_id = f"POST {url.decode('latin-1')}", given_id(fields.get(REQUEST_ID))
         allowed = Allowed(tokens, 0 if tokens is None else tokens.generation)
         span = fields.get(TRACEPARENT, b"").decode("latin-1")
         return Plain(
-            self._registry, model, int(size), header_bytes, self._timeout_s, path, own_id, deadline_s, allowed, span
+            self._registry, model, int(size), header_bytes, self._timeout_s, asked, own_id, deadline_s, allowed, span
         )
 
 
