@@ -95,15 +95,20 @@ def main() -> None:
         PAGE.write_text(f"{before}{BEGIN}\n\n{page(results['planes'])}\n{END}{rest.partition(END)[2]}")
 
 
-def measured_profile(graph: LayerGraph, picture: Tensor) -> LayerProfile:
+def measured_profile(graph: LayerGraph, picture: Tensor, repeats: int = 30) -> LayerProfile:
     """Return a profile of this machine whose layers add up to the process's own seconds for the whole model.
 
     Codecs are measured in the process's own seconds, too, so other programs that run meanwhile change neither.
+
+    Args:
+        graph: the traced model.
+        picture: its input.
+        repeats: how often layers and model are timed.
     """
-    layers = profile(graph, inputs=[picture], repeats=30, meter=None)
+    layers = profile(graph, inputs=[picture], repeats=repeats, meter=None)
     own_s = []
     with torch.no_grad():
-        for _ in range(30):
+        for _ in range(repeats):
             begin_s = time.process_time()
             graph.model(picture)
             own_s.append(time.process_time() - begin_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks import (
     codec_rates,
     csv_import,
     edge,
+    front_page,
     planning_page,
     prediction_page,
     unlike_samples,
@@ -137,6 +139,31 @@ def test_the_readme_claims_what_the_evaluation_found() -> None:
     results = evaluation.read(evaluation.FOLDER, evaluation.CONFIGURATIONS)["results"]
     found = configurations.summary(results["configurations"], configurations.MEASURED)
     assert found["latency_optimal"] == found["configurations"] == 48
+
+
+@pytest.mark.parametrize("page", front_page.PAGES, ids=lambda page: page.name)
+def test_the_first_figures_are_those_of_their_files(page: Path) -> None:
+    shown = result_file.shown(page, front_page.BEGIN, front_page.END)
+    assert shown == front_page.figures(front_page.PAGES[page])
+    assert shown.count("](") >= 4
+
+
+@pytest.mark.parametrize("page", front_page.PAGES, ids=lambda page: page.name)
+def test_a_number_on_a_first_page_stands_on_a_page_that_is_linked_beside_it(page: Path) -> None:
+    before, _, rest = page.read_text().partition(front_page.BEGIN)
+    # What a script wrote is compared with its files above. Code and what a machine must have are not claims.
+    text = re.sub(
+        r"```.*?```|`[^`]*`|!\[[^]]*\]\([^)]*\)", "", before + rest.partition(front_page.END)[2], flags=re.DOTALL
+    )
+    text = re.sub(r"Python ≥ [\d.]+|\b127\.0\.0\.1\b", "", text)
+    for block in re.split(r"\n\s*\n|\n(?=[-|] )", text):
+        links = re.findall(r"\]\(([^)#\s]+)", block)
+        read = re.sub(r"\]\([^)]*\)", "]", block)
+        if any(link.startswith("https://doi.org/") for link in links):
+            read = re.sub(r"\b(19|20)\d\d\b", "", read)
+        linked = " ".join((page.parent / link).read_text() for link in links if (page.parent / link).is_file())
+        for number in re.findall(r"(?<![\w.-])\d+(?:[.,]\d+)*(?![\w.]*\w)", read):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", linked), f"{number} in: {block.strip()}"
 
 
 def test_tables_are_fitted_as_well_as_their_file_says() -> None:

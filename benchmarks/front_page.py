@@ -1,0 +1,100 @@
+"""What a newcomer wants to know first, for the README and the site's first page: when a split pays, in a few figures.
+
+Every figure is taken from a file in ``benchmarks/results/``, and links the section that shows where it comes from.
+
+    python -m benchmarks.front_page   # writes both pages
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from benchmarks import backends, split_plane
+from benchmarks.evaluate import configurations, end_to_end, end_to_end_page, page, today
+from benchmarks.evaluate.markdown import percent, times
+from benchmarks.support import result_file
+
+ROOT = result_file.RESULTS.parents[1]
+PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "index.md": ""}
+"""The pages, and where their links to docs/ begin."""
+BEGIN, END = "<!-- figures, by benchmarks.front_page -->", "<!-- end of figures -->"
+PLANE = "fitted; 97 % kept as measured; pictures take what encoding them takes"
+
+
+def figures(docs: str, folder: Path = page.FOLDER) -> str:
+    """Return the figures as a list in Markdown.
+
+    Args:
+        docs: where links to docs/ begin.
+        folder: where the evaluation's files of results are.
+    """
+    points = [_streams(docs), _end_to_end(docs, folder), _ends(docs, folder), _paper(docs, folder), _backends(docs)]
+    lines = (textwrap.fill(" ".join(point.split()), 118, break_on_hyphens=False) for point in points if point)
+    return "".join(f"- {textwrap.indent(line, '  ').strip()}\n" for line in lines)
+
+
+def _streams(docs: str) -> str:
+    planes = result_file.known(split_plane.OUT)["planes"][PLANE]
+    one, stream = (planes[name] for name in split_plane.OBJECTIVES)
+    return f"""**[Up to {times(stream["most_gain"])} as many photographs a
+        second]({docs}planning.md#where-a-split-pays)** as with everything on the device or everything on the server,
+        whichever is better. Over uplinks from 0.1 to 100 Mbit/s, and devices 1 to 100 times slower than the server, a
+        split is the best way for such a stream in {percent(stream["share"], 0)} of all cases. For one photograph at a
+        time it is the best way in {percent(one["share"], 0)}, and up to {times(one["most_gain"])} as fast. The network
+        is EfficientNet-Lite0, and 97 % of its answers stay the same."""
+
+
+def _end_to_end(docs: str, folder: Path) -> str:
+    path = folder / end_to_end.OUT.name
+    if not path.exists():
+        return ""
+    found = end_to_end_page.summary(result_file.known(path))
+    return f"""**[{percent(found["share"])} of the best speed-up]({docs}evaluation.md#end-to-end)** is what the
+        planner's choices reach in the mean over {found["cases"]:g} cases, in which networks of today really ran on a
+        slowed-down device and a server, over emulated 3G, LTE and Wi-Fi. In {found["split"]:g} of these cases the
+        choice is a split. The choices are {found["gain_mean"]:.2f}× as fast as the better of both ends in the mean, and
+        {times(found["gain_most"])} at most."""
+
+
+def _ends(docs: str, folder: Path) -> str:
+    found = page.read(folder, page.TODAY)["results"]
+    cuts = [link["cut"] for row in found.values() for link in row["links"].values()]
+    ends = sum(cut in ("device", "server") for cut in cuts)
+    return f"""**[No gain in {ends} of {len(cuts)} cases]({docs}evaluation.md#networks-of-today)** with {len(found)}
+        networks of today over 3G, LTE and Wi-Fi, on a device {today.SLOWER:g} times slower than the server, where
+        tensors cross as they are. There one of both ends is the fastest way, and the planner chooses it."""
+
+
+def _paper(docs: str, folder: Path) -> str:
+    rows = page.read(folder, page.CONFIGURATIONS)["results"]["configurations"]
+    every = configurations.summary(rows, configurations.MEASURED)
+    apart = configurations.summary(page.without_language(rows), configurations.MEASURED)
+    mean, most = times(apart["latency_mean"]), times(apart["latency_most"])
+    return f"""**[{mean} as fast in the mean]({docs}evaluation.md#beside-the-published-figures)** as everything on the
+        server, and {most} at most: the Neurosurgeon paper's networks for vision and speech, by what its authors
+        measured. The planner finds the best cut in {every["latency_optimal"]} of {every["configurations"]}
+        configurations."""
+
+
+def _backends(docs: str) -> str:
+    shares = [
+        share
+        for rows in result_file.known(backends.OUT).values()
+        for row in rows
+        if row["part"] == "whole" and row["threads"] == 1
+        if (share := backends.over(row, "onnxruntime", "eager")) is not None
+    ]
+    least, most = percent(min(shares), 0), percent(max(shares), 0)
+    return f"""**[{least} to {most} of the time]({docs}backends.md#what-it-costs)** of eager PyTorch is what ONNX
+        Runtime takes to run a whole network on one core. This needs no split, and each side of a split can run by it,
+        too."""
+
+
+def main() -> None:
+    for path, docs in PAGES.items():
+        result_file.show(path, BEGIN, END, figures(docs))
+
+
+if __name__ == "__main__":
+    main()
