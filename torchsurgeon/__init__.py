@@ -18,7 +18,8 @@ _NAMES_BY_ROOM = {
         "AdaptError", "ArithmeticMismatchError", "BackendError", "BackendWarning", "BodyTooLargeError",
         "BundleError",
         "CalibrationError", "ChangedModelWarning", "CodecError",
-        "DeadlineError", "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "MeterError",
+        "DeadlineError", "DeviceError", "EncodingError", "InfeasibleError", "LinkError", "LoadTestError",
+        "MeterError",
         "MismatchWarning", "MissingCodecWarning",
         "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
         "NativeUnavailableError", "NoisyProfileWarning", "PartitionError", "PlanError", "PredictionWarning",
@@ -113,6 +114,7 @@ else:
     from torchsurgeon.errors import EncodingError as EncodingError
     from torchsurgeon.errors import InfeasibleError as InfeasibleError
     from torchsurgeon.errors import LinkError as LinkError
+    from torchsurgeon.errors import LoadTestError as LoadTestError
     from torchsurgeon.errors import MeterError as MeterError
     from torchsurgeon.errors import MismatchWarning as MismatchWarning
     from torchsurgeon.errors import MissingCodecWarning as MissingCodecWarning

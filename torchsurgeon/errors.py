@@ -18,6 +18,7 @@
     ├── PlanError                  an objective, limit, load or stage that is not valid (also a ValueError)
     │   └── InfeasibleError        no cut meets all constraints; ``least`` says how near one comes
     ├── SimulationError            a rate, shape, number of servers or price that is not valid (also a ValueError)
+    ├── LoadTestError              a rate, cut or recording of a load test that is not valid (also a ValueError)
     ├── NativeUnavailableError     the compiled extension, CUDA or CUPTI is needed and is missing
     ├── MeterError                 a clock or energy meter is missing, or reads something impossible
     ├── ProtocolError              bytes that are not a valid Open Inference Protocol v2 message
@@ -206,6 +207,10 @@ class InfeasibleError(PlanError):
 
 class SimulationError(TorchSurgeonError, ValueError):
     """A simulated datacenter was given a rate, shape, number of servers, limit or price that is not valid."""
+
+
+class LoadTestError(TorchSurgeonError, ValueError):
+    """A load test was given a rate, cut, number of devices or recording that is not valid, or its requests fail."""
 
 
 class NativeUnavailableError(TorchSurgeonError):

@@ -16,7 +16,7 @@ from paths import environment
 import torchsurgeon as ts
 
 ROOMS = {room.name for room in pkgutil.iter_modules(ts.__path__) if not room.name.startswith("_")}
-NEED_EXTRAS = {"cli", "demo", "report", "serve"}
+NEED_EXTRAS = {"cli", "demo", "loadtest", "report", "serve"}
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
@@ -104,7 +104,7 @@ def test_importing_the_package_imports_no_torch_and_all_its_names_no_server_and_
     assert not {"uvicorn", "starlette", "matplotlib", "rich", "torchvision", "torchsurgeon.serve"} & listed
 
 
-@pytest.mark.parametrize("package", ["codec", "planning", "transport", "wire"])
+@pytest.mark.parametrize("package", ["codec", "loadtest", "planning", "transport", "wire"])
 def test_packages_that_load_names_later_load_those_that_type_checkers_read(package: str) -> None:
     module = importlib.import_module(f"torchsurgeon.{package}")
     (condition,) = (

@@ -20,6 +20,7 @@ from torchsurgeon.cli.capacity import add_simulate
 from torchsurgeon.cli.codecs import add_codecs, add_distill
 from torchsurgeon.cli.costs import add_calibrate, add_predict, add_profile
 from torchsurgeon.cli.export import add_export
+from torchsurgeon.cli.loadtest import add_bench_server
 from torchsurgeon.cli.models import add_doctor, add_trace
 from torchsurgeon.cli.plans import add_plan, add_sweep
 from torchsurgeon.cli.running import add_demo, add_link, add_run
@@ -32,7 +33,7 @@ __all__ = ["main", "parser"]
 # In the order in which help lists them.
 _COMMANDS = (
     add_demo, add_trace, add_doctor, add_profile, add_calibrate, add_predict, add_codecs, add_distill, add_plan,
-    add_sweep, add_simulate, add_serve, add_run, add_export, add_link,
+    add_sweep, add_simulate, add_serve, add_bench_server, add_run, add_export, add_link,
 )  # fmt: skip
 
 _EXAMPLES = """\

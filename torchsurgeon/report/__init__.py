@@ -6,6 +6,7 @@ Units are converted for people here. Nothing is measured, and nothing but that p
 from __future__ import annotations
 
 from torchsurgeon.report.explorer_page import explorer
+from torchsurgeon.report.loads import load_findings, load_picture, load_table
 from torchsurgeon.report.pictures import layer_picture, profile_picture
 from torchsurgeon.report.plan_pictures import plan_picture, sweep_picture
 from torchsurgeon.report.plans import plan_explanation, plan_table, sweep_table
@@ -29,6 +30,9 @@ __all__ = [
     "graph_table",
     "joules_text",
     "layer_picture",
+    "load_findings",
+    "load_picture",
+    "load_table",
     "plan_explanation",
     "plan_picture",
     "plan_table",

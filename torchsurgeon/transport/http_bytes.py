@@ -75,7 +75,7 @@ class HttpBytes(ByteTransport):
             headers = {**(headers or {}), "Authorization": f"Bearer {token}"}
         self._route = route = route_to(url)
         self.url = url.strip().rstrip("/")
-        self._context = route.context(ssl_context or _context_for(verify, cert))
+        self._context = route.context(ssl_context or context_for(verify, cert))
         fixed = {"Host": route.netloc, "Content-Type": "application/octet-stream", **(headers or {})}
         if any("\r" in text or "\n" in text for pair in fixed.items() for text in pair):
             # A header may hold a secret, so its value is not quoted.
@@ -264,8 +264,16 @@ class HttpBytes(ByteTransport):
         )
 
 
-def _context_for(verify: bool | str, cert: str | tuple[str, str] | None) -> ssl.SSLContext | None:
-    """Return how certificates are checked; None for as the system does, without a certificate of this side."""
+def context_for(verify: bool | str, cert: str | tuple[str, str] | None) -> ssl.SSLContext | None:
+    """Return how certificates are checked; None for as the system does, without a certificate of this side.
+
+    Args:
+        verify: as ``HttpTransport`` takes it.
+        cert: as ``HttpTransport`` takes it.
+
+    Raises:
+        ServerUnavailableError: a file cannot be used.
+    """
     if verify is True and cert is None:
         return None
     try:
