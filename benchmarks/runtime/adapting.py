@@ -1,38 +1,53 @@
 """What adapting costs and gains: bookkeeping per inference, and the latency of a simulated device over varying links.
 
 Costs: everything that adapting does around one inference (three observations, three estimates, a decision on a frontier
-of ten rows, the breaker, probe and ping schedules, the rescue's arithmetic), against three moving
-averages and ``Frontier.best``. Both contestants take turns in blocks of 200 inferences.
+of ten rows, the breaker, probe and ping schedules, the rescue's arithmetic), against three moving averages and
+``Frontier.best``. Both contestants take turns in blocks of 200 inferences.
 
-Gains: inferences one after another over replayed uplinks, in simulated time: the true frontier row by row, transfers
-timed by the trace, everything within 10 % noise. ``adaptive`` is this package; ``averages`` takes the best row for a
-moving average of the rates it saw (weight a half) and probes too; ``server`` and ``device`` never change; ``oracle``
-knows the trace. The frontier is AlexNet's shape on a slow device: all on the server sends 150 KB, cuts in the middle 70
-to 9 KB, and all on the device takes 0.45 s. Recorded traces are read from the folder given, where there is one.
+Gains: calls one after another over replayed uplinks, in simulated time (``benchmarks.support.simulated_module``):
+transfers timed by the trace, everything else within 10 % noise. ``adaptive`` is this package; ``averages`` has moving
+averages of rates and round trip in place of its estimates, and everything else alike; ``told`` is told what the uplink
+could have carried in the last half second, which no device knows; ``server`` and ``device`` never
+change and never give up; ``oracle`` knows the trace, and takes at every call the row that is the fastest from then on.
+Means are over time, not over calls: each moment counts with the latency of the call that began last, so that a stall of
+a second counts as a second. With a deadline, what is counted is how many answers come after it.
 
-    python -m benchmarks.runtime.adapting [--traces FOLDER] [--rounds 50] [--out benchmarks/results/adapting.json]
+The frontier is AlexNet's shape on a slow device: all on the server sends 150 KB, cuts in the middle 70 to 9 KB, and all
+on the device takes 0.45 s. Recorded traces are read from the folder given, where there is one.
+
+    python -m benchmarks.runtime.adapting [--traces FOLDER] [--rounds 50] [--seeds 3] [--out FILE] [--page]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.result_file import RESULTS, write
+from benchmarks.support.result_file import RESULTS, known, show, write
+from benchmarks.support.simulated_module import AverageLink, Call, Module, Network, ToldLink
 from torchsurgeon.adapting import Decider, Estimates, ServerState, SlowdownEstimator, rescue
 from torchsurgeon.link import BandwidthTrace, Link
 from torchsurgeon.planning.frontier import Frontier
 from torchsurgeon.planning.row import Row
 
+OUT = RESULTS / "adapting.json"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "adapting.md"
+BEGIN, END = "<!-- figures of benchmarks.runtime.adapting: begin -->", "<!-- end -->"
+
 BLOCK = 200
 ANSWER_BYTES = 4000
 PROBE_IDLE_S = 2.0
 PAUSE_S = 0.1
+DEADLINE_S = 0.6
+STALL_S = 1.0
+"""An uplink that carries nothing for so long stalls."""
+SHOWN = ("adaptive", "averages", "told", "server", "device")
 PRIOR = Link("lte", 5.85e6, 13.76e6, 0.060)
 
 SHAPE = [  # seconds on the device, bytes up, seconds on the server
@@ -139,12 +154,12 @@ def overhead(rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name in random.sample(list(ways), len(ways)):
             runtime, row = ways[name]
-            begin = time.perf_counter()
+            begin = time.process_time()
             for _ in range(BLOCK):
                 runtime.choose()
                 runtime.probe_bytes()
                 runtime.observe(row, 0.15, way)
-            taken[name].append((time.perf_counter() - begin) / BLOCK * 1e6)
+            taken[name].append((time.process_time() - begin) / BLOCK * 1e6)
     base = taken["averages"]
     found = {}
     for name, times in taken.items():
@@ -159,109 +174,143 @@ def overhead(rounds: int) -> dict[str, Any]:
     return found
 
 
-class Replay:
-    """Simulated time over one uplink."""
+class Scripted:
+    """Calls without a choice: always one row, or with None the row that is the fastest from then on."""
 
-    def __init__(self, trace: BandwidthTrace, seed: int) -> None:
-        self.trace, self.noise, self.s = trace, random.Random(seed), 0.0
+    def __init__(self, network: Network, row: Row | None) -> None:
+        self.network, self.row = network, row
 
-    def __call__(self) -> float:
-        return self.s
-
-    def exact_s(self, row: Row) -> float:
+    def _exact_s(self, row: Row) -> float:
+        sent_s = self.network.s + row.head_s
         if row.on_device:
             return row.head_s
-        start_s = self.s + row.head_s
-        up_s = self.trace.delivered_at(start_s, row.size_bytes) - start_s
-        return row.head_s + up_s + PRIOR.round_trip_s + row.tail_s + PRIOR.downlink_s(ANSWER_BYTES)
+        up_s = self.network.trace.delivered_at(sent_s, row.size_bytes) - self.network.s
+        return up_s + PRIOR.round_trip_s + row.tail_s + PRIOR.downlink_s(ANSWER_BYTES)
 
-    def about(self, value_s: float) -> float:
-        return value_s * self.noise.uniform(0.9, 1.1)
-
-    def way(self, size_bytes: float, tail_s: float) -> dict[str, Any]:
-        up_s = self.trace.delivered_at(self.s, size_bytes) - self.s
-        down_s, trip_s, tail_s = PRIOR.downlink_s(ANSWER_BYTES), self.about(PRIOR.round_trip_s), self.about(tail_s)
-        first_s, down_first_s = up_s * 1500 / size_bytes, down_s * 1500 / ANSWER_BYTES
-        self.s += (total_s := up_s + trip_s + tail_s + down_s)
-        return {
-            "up_bytes": int(size_bytes),
-            "up_s": up_s - first_s,
-            "down_s": down_s - down_first_s,
-            "total_s": total_s,
-            "queue_s": 0.0,
-            "tail_s": tail_s,
-        }
-
-    def run(self, row: Row) -> tuple[float, dict[str, Any]]:
-        head_s = self.about(row.head_s)
-        self.s += head_s
-        return head_s, {} if row.on_device else self.way(row.size_bytes, row.tail_s)
+    def call(self, pause_s: float) -> Call:
+        row = self.row or min(ROWS, key=self._exact_s)
+        begin_s, latency_s = self.network.s, self._exact_s(row)
+        self.network.s += latency_s + pause_s
+        return Call(begin_s, latency_s, self.network.s, row, 0, local=False)
 
 
-def timeline(trace: BandwidthTrace, policy: str, seed: int) -> dict[str, float]:
-    replay = Replay(trace, seed)
-    runtime = Adaptive(replay) if policy == "adaptive" else Averages(replay) if policy == "averages" else None
-    fixed = {"server": SERVER, "device": DEVICE}.get(policy)
-    taken, changes, probes, last = [], 0, 0, None
-    while replay.s < trace.duration_s:
-        if runtime is not None:
-            row = runtime.choose()
-        else:
-            row = fixed or min(ROWS, key=replay.exact_s)
-        begin_s = replay.s
-        head_s, way = replay.run(row)
-        taken.append(replay.s - begin_s)
-        changes += last is not None and row != last
-        last = row
-        replay.s += PAUSE_S
-        if runtime is not None:
-            runtime.observe(row, head_s, way)
-            size = runtime.probe_bytes()
-            if size is not None:
-                # A probe runs beside the inferences, and is over before the next one that needs the link.
-                begin_s = replay.s
-                runtime.observe_link(replay.way(size, 1e-4))
-                if isinstance(runtime, Adaptive):
-                    runtime.state.probes.spent(size, replay.s - begin_s)
-                probes += 1
-    ordered = sorted(taken)
-    return {
-        "mean_s": round(statistics.mean(taken), 4),
-        "median_s": round(statistics.median(taken), 4),
-        "p95_s": round(ordered[int(0.95 * len(ordered))], 4),
-        "inferences": len(taken),
-        "changes": changes,
-        "probes": probes,
+def contestant(name: str, network: Network, deadline_s: float | None = None) -> Module | Scripted:
+    if name == "adaptive":
+        return Module(network, FRONTIER, deadline_s=deadline_s)
+    if name == "averages":
+        return Module(network, FRONTIER, link=AverageLink(PRIOR, network), deadline_s=deadline_s)
+    if name == "told":
+        return Module(network, FRONTIER, link=ToldLink(network))
+    return Scripted(network, {"server": SERVER, "device": DEVICE}.get(name))
+
+
+def calls(trace: BandwidthTrace, name: str, seed: int, deadline_s: float | None = None) -> list[Call]:
+    network = Network(trace, PRIOR, seed)
+    runtime, found = contestant(name, network, deadline_s), []
+    while network.s < trace.duration_s:
+        found.append(runtime.call(PAUSE_S))
+    return found
+
+
+def over_time_s(found: Sequence[Call]) -> float:
+    """Return the mean latency over time."""
+    spans = [call.next_s - call.begin_s for call in found]
+    return sum(call.latency_s * span for call, span in zip(found, spans, strict=True)) / sum(spans)
+
+
+def timeline(trace: BandwidthTrace, name: str, seeds: int) -> dict[str, float]:
+    runs = [calls(trace, name, seed) for seed in range(seeds)]
+    taken = sorted(call.latency_s for run in runs for call in run)
+    row = {
+        "mean_s": statistics.mean(map(over_time_s, runs)),
+        "median_s": statistics.median(taken),
+        "p95_s": taken[int(0.95 * len(taken))],
+        "inferences": len(taken) / seeds,
+        "changes": sum(a.row is not b.row for run in runs for a, b in itertools.pairwise(run)) / seeds,
+        "probes": sum(call.probes for run in runs for call in run) / seeds,
+        "local": sum(call.local for run in runs for call in run) / seeds,
     }
+    if name in ("adaptive", "averages"):
+        late = [call.latency_s > DEADLINE_S for seed in range(seeds) for call in calls(trace, name, seed, DEADLINE_S)]
+        row["late_share"] = statistics.mean(late)
+    return {what: round(value, 4) for what, value in row.items()}
 
 
-def gains(traces: dict[str, BandwidthTrace]) -> dict[str, Any]:
+def longest_stall_s(trace: BandwidthTrace) -> float:
+    idle = [at for at, rate in enumerate(trace.rates_bit_s(0.01)) if rate == 0]
+    longest = run = 0
+    for before, at in zip([-2, *idle], idle, strict=False):
+        run = run + 1 if at == before + 1 else 1
+        longest = max(longest, run)
+    return longest / 100
+
+
+def gains(traces: dict[str, BandwidthTrace], seeds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, trace in traces.items():
-        rows = {way: timeline(trace, way, 0) for way in ("oracle", "adaptive", "averages", "server", "device")}
-        found[name] = rows
-        print(f"\n{name}: mean {trace.mean_bit_s / 1e6:.2f} Mbit/s over {trace.duration_s:.0f} s")
-        for way, row in rows.items():
-            row["ratio"] = round(row["mean_s"] / rows["oracle"]["mean_s"], 3)
-            print(
-                f"{way:10} mean {row['mean_s'] * 1e3:7.1f} ms ({row['ratio']:.3f} × oracle), "
-                f"p95 {row['p95_s'] * 1e3:7.1f} ms, "
-                f"{row['changes']:4} changes, {row['probes']:3} probes in {row['inferences']} inferences"
-            )
+        ways = {
+            way: timeline(trace, way, seeds) for way in ("oracle", "adaptive", "averages", "told", "server", "device")
+        }
+        for row in ways.values():
+            row["ratio"] = round(row["mean_s"] / ways["oracle"]["mean_s"], 3)
+        found[name] = {
+            "mean_bit_s": round(trace.mean_bit_s),
+            "duration_s": round(trace.duration_s, 1),
+            "longest_stall_s": longest_stall_s(trace),
+            "ways": ways,
+        }
+        print(line(name, found[name]), flush=True)
     return found
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """Return a trace's line of the page's table."""
+    ways = row["ways"]
+    ratios = " | ".join(f"{ways[way]['ratio']:.3f}" for way in SHOWN)
+    late = " | ".join(f"{ways[way]['late_share']:.1%}" for way in ("adaptive", "averages"))
+    return (
+        f"| {name} | {row['mean_bit_s'] / 1e6:.2f} | {row['longest_stall_s']:.1f} | "
+        f"{ways['oracle']['mean_s'] * 1e3:.0f} ms | {ratios} | {late} |"
+    )
+
+
+def page(results: dict[str, Any]) -> str:
+    """Return what the page shows of the results, as Markdown."""
+    lines = [
+        (
+            "| uplink | Mbit/s | longest stall, s | oracle | adaptive | averages | told | all on the server "
+            f"| all on the device | late at {DEADLINE_S:g} s: adaptive | averages |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(line(name, row) for name, row in results["gains"].items()),
+    ]
+    cost = results["overhead"]
+    lines += [
+        "",
+        (
+            f"Around one inference, all of this takes {cost['adaptive']['us']:.0f} µs of processor time, and three "
+            f"moving averages with `Frontier.best` {cost['averages']['us']:.0f} µs."
+        ),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=3, help="runs over each uplink, with other noise")
     parser.add_argument("--traces", type=Path, help="folder of recorded uplinks, *.up")
-    parser.add_argument("--out", type=Path, default=RESULTS / "adapting.json")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--page", action="store_true", help="only write the page from the results")
     options = parser.parse_args()
-    random.seed(0)
-    traces = {f"synthetic, {rate:g} Mbit/s": BandwidthTrace.synthetic(rate * 1e6, seed=1) for rate in (1, 6, 20)}
-    for path in sorted(options.traces.glob("*.up")) if options.traces else []:
-        traces[path.stem] = BandwidthTrace.read(path)
-    write(options.out, {"overhead": overhead(options.rounds), "gains": gains(traces)})
+    if not options.page:
+        random.seed(0)
+        traces = {f"synthetic, {rate:g} Mbit/s": BandwidthTrace.synthetic(rate * 1e6, seed=1) for rate in (1, 6, 20)}
+        for path in sorted(options.traces.glob("*.up")) if options.traces else []:
+            traces[path.stem] = BandwidthTrace.read(path)
+        write(options.out, {"overhead": overhead(options.rounds), "gains": gains(traces, options.seeds)})
+    if options.out == OUT:
+        show(PAGE, BEGIN, END, page(known(OUT)))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def costs(link: Link, load: float, slowdown: float) -> list[float]:
 class World:
     """A device that decides, infers, and observes, in a simulated world whose truth is known."""
 
-    def __init__(self, truth: Link, prior: Link | None = None, *, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, truth: Link, prior: Link | None = None, *, noise: float = 0.0, seed: int = 0, least_gain: float = 0.0
+    ) -> None:
         self.clock = Clock()
         self.truth, self.noise, self.random = truth, noise, random.Random(seed)
         self.load, self.queue_s, self.slowdown = 1.0, 0.0, 1.0
@@ -67,7 +69,9 @@ class World:
         self.loads = LoadEstimator(now_s=self.clock)
         self.slowdowns = SlowdownEstimator(now_s=self.clock)
         self.told: list[Decision[Row]] = []
-        self.decider: Decider[Row] = Decider(ROWS, costs, now_s=self.clock, on_change=self.told.append)
+        self.decider: Decider[Row] = Decider(
+            ROWS, costs, now_s=self.clock, least_gain=least_gain, on_change=self.told.append
+        )
         self.trace: BandwidthTrace | None = None
 
     def estimates(self) -> Estimates:
@@ -118,6 +122,7 @@ class World:
         self.run(Row(0, size_bytes, 0))
 
 
+LEAST_GAIN = 0.1  # as runtime.choice has it for compiled parts
 WIFI, LTE, THIN = Link("wifi", 20e6, 50e6, 0.02), Link("lte", 5e6, 14e6, 0.06), Link("thin", 5e5, 2e6, 0.1)
 
 
@@ -130,25 +135,24 @@ def test_it_settles_on_the_best_row(link: Link, row: Row) -> None:
 
 
 @pytest.mark.parametrize("bit_s", [20e6, 7.7e6, 6e6, 5e6, 2.1e6, 5e5])
-def test_noise_of_30_percent_does_not_make_it_flap(bit_s: float) -> None:
+def test_where_a_change_costs_something_noise_of_30_percent_does_not_make_it_flap(bit_s: float) -> None:
     for seed in range(10):
-        world = World(Link("steady", bit_s, 14e6, 0.06), noise=0.3, seed=seed)
+        world = World(Link("steady", bit_s, 14e6, 0.06), noise=0.3, seed=seed, least_gain=LEAST_GAIN)
         world.infer(300)
         assert world.decider.changes <= 3
 
 
-def test_a_decider_without_hysteresis_would_flap_there() -> None:
+def test_where_it_costs_nothing_it_changes_as_often_as_that_pays() -> None:
     even = 110_000 * 8 / (0.06 - 0.001)  # where all on the server and the middle cut take as long
-    calm = World(Link("steady", even, 14e6, 0.06), noise=0.3, seed=1)
-    hasty = World(Link("steady", even, 14e6, 0.06), noise=0.3, seed=1)
-    hasty.decider = Decider(ROWS, costs, now_s=hasty.clock, least_gain=0.0)
+    calm = World(Link("steady", even, 14e6, 0.06), noise=0.3, seed=1, least_gain=LEAST_GAIN)
+    quick = World(Link("steady", even, 14e6, 0.06), noise=0.3, seed=1)
     calm.infer(300)
-    hasty.infer(300)
-    assert hasty.decider.changes > 20
+    quick.infer(300)
+    assert quick.decider.changes > 10
     assert calm.decider.changes <= 3
 
 
-def test_a_link_that_falls_or_rises_tenfold_is_answered_within_four_inferences() -> None:
+def test_a_tenfold_fall_is_answered_within_four_inferences_and_a_rise_within_eight() -> None:
     for seed in range(10):
         world = World(WIFI, noise=0.1, seed=seed)
         world.infer(30)
@@ -157,7 +161,7 @@ def test_a_link_that_falls_or_rises_tenfold_is_answered_within_four_inferences()
         assert rows[-1] in (MIDDLE, LATE)
         world.infer(20)
         world.truth = WIFI
-        assert SERVER in world.infer(4)
+        assert SERVER in world.infer(8)
 
 
 def test_each_change_is_told_with_its_reason_and_history_is_bounded() -> None:
@@ -272,7 +276,7 @@ def exactly(
         max_size=20,
     )
 )
-def test_of_what_is_known_exactly_it_takes_the_best_to_within_7_percent_at_once(
+def test_of_what_is_known_exactly_it_takes_the_best_at_once(
     sequence: list[tuple[float, float, float, float, float, float]],
 ) -> None:
     decider = Decider(ROWS, costs)
@@ -281,7 +285,7 @@ def test_of_what_is_known_exactly_it_takes_the_best_to_within_7_percent_at_once(
         link = Link("exact", up_bit_s, down_bit_s, trip_s)
         waits = [(cost(row, link, load, slowdown) + (queue_s if row.up_bytes else 0)) for row in ROWS]
         assert decision.cost == pytest.approx(waits[ROWS.index(decision.row)])
-        assert decision.cost * 0.929 <= min(waits)
+        assert decision.cost <= min(waits) * (1 + 1e-9)
 
 
 # --- rows that lose something ---

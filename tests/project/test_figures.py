@@ -28,6 +28,7 @@ from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
 from benchmarks.evaluate import configurations, datacenter_page
 from benchmarks.evaluate import page as evaluation
+from benchmarks.runtime import adapting
 from benchmarks.support import result_file
 
 
@@ -98,6 +99,16 @@ def test_what_students_and_codecs_keep_is_what_their_files_hold() -> None:
     kinds = json.loads(codec_kinds.OUT.read_text())["results"]
     shown = text.partition(codec_kinds.BEGIN)[2].partition(codec_kinds.END)[0]
     assert shown == f"\n\n{codec_kinds.page(kinds)}\n"
+
+
+def test_what_adapting_gains_is_what_its_file_holds_and_no_uplink_rewards_moving_averages() -> None:
+    found = result_file.known(adapting.OUT)
+    assert result_file.shown(adapting.PAGE, adapting.BEGIN, adapting.END) == adapting.page(found)
+    assert len(found["gains"]) >= 9
+    for uplink in found["gains"].values():
+        ratios = {way: row["ratio"] for way, row in uplink["ways"].items()}
+        assert ratios["adaptive"] <= ratios["averages"]
+        assert ratios["adaptive"] <= 1.05 or uplink["longest_stall_s"] >= adapting.STALL_S
 
 
 def test_how_long_a_choice_takes_is_what_its_file_holds() -> None:

@@ -12,8 +12,8 @@ from torchsurgeon.adapting.deadline import SURE, Refusals, Rescue, check_deadlin
 from torchsurgeon.adapting.decide import Conditions, Decider, Decision, Estimates
 from torchsurgeon.adapting.link import LinkEstimate, LinkEstimator, ProbePolicy
 from torchsurgeon.adapting.load import LoadEstimate, LoadEstimator, SlowdownEstimator
+from torchsurgeon.adapting.mean import Quantity
 from torchsurgeon.adapting.server_state import ServerState
-from torchsurgeon.adapting.tracker import Quantity
 
 __all__ = [
     "SURE",

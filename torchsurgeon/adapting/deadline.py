@@ -13,14 +13,16 @@ from torchsurgeon.errors import DeadlineError, is_finite, short
 _LEAST_SPREAD = 0.01
 SURE = 2.33
 """Standard deviations above the mean that one in a hundred normally distributed values exceeds."""
-# An answer is late once 99 in 100 answers would have arrived, but not sooner than one round trip and _LEAST_PATIENCE_S
-# after the prediction, and in any case after three times the prediction and four round trips: a lost segment that is
-# sent again after a timeout, and a connection that has to be opened again, both take less than that.
+# Likewise one in ten.
+_USUAL = 1.28
+# An answer is late once nine in ten answers would have arrived, but not sooner than one round trip and
+# _LEAST_PATIENCE_S after the prediction, and in any case after three times the prediction and four round trips: a lost
+# segment that is sent again after a timeout, and a connection that has to be opened again, both take less than that.
 _LATE_FACTOR, _LATE_ROUND_TRIPS = 3.0, 4.0
 # Cap on the log-scale spread: far above the limit before, and it keeps exp() from overflowing.
 _MOST_SPREAD = 5.0
-# A scheduler, a garbage collector or a radio that wakes up may cost this much at any time.
-_LEAST_PATIENCE_S = 0.05
+# A scheduler or a garbage collector may cost this much at any time.
+_LEAST_PATIENCE_S = 0.02
 # How many calls are let through after refusals, and how long these last before that, in multiples of a call's duration.
 _TRIALS = 2
 _TRIAL_PAUSE = 5.0
@@ -98,7 +100,7 @@ def patience(
             once the answer is late by as much time as the tail costs.
         tail_s: predicted seconds of such a tail; None where they are unknown.
     """
-    likely_s = remote_s * math.exp(min(SURE * spread, _MOST_SPREAD))
+    likely_s = remote_s * math.exp(min(_USUAL * spread, _MOST_SPREAD))
     patience_s = max(likely_s, remote_s + round_trip_s + _LEAST_PATIENCE_S)
     if not stoppable:
         patience_s = math.inf if tail_s is None else max(patience_s, remote_s + tail_s)

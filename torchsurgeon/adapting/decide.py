@@ -19,7 +19,7 @@ from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting.clock import NowS
 from torchsurgeon.adapting.link import LinkEstimate
 from torchsurgeon.adapting.load import LoadEstimate
-from torchsurgeon.adapting.tracker import Quantity
+from torchsurgeon.adapting.mean import Quantity
 from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import Link
 
@@ -133,7 +133,7 @@ class Decider(Generic[_Row]):
         *,
         losses: Sequence[float] | None = None,
         now_s: NowS = time.monotonic,
-        least_gain: float = 0.07,
+        least_gain: float = 0.0,
         kept: int = 256,
         on_change: Callable[[Decision[_Row]], object] | None = None,
     ) -> None:
@@ -145,7 +145,9 @@ class Decider(Generic[_Row]):
             raise AdaptError(f"there must be as many losses as rows; got {len(losses)} for {len(rows)} rows")
         self._rows, self._costs, self._now_s = tuple(rows), costs, now_s
         self._losses = None if losses is None or len(set(losses)) == 1 else tuple(losses)
-        self._least_gain, self._on_change = least_gain, on_change
+        self._on_change = on_change
+        # The share of a row's cost below which another is not better.
+        self._noise = least_gain if self._losses is None else max(least_gain, _ALIKE)
         self._lock = threading.Lock()
         self._place: int | None = None
 
@@ -162,7 +164,7 @@ class Decider(Generic[_Row]):
             finest = best if self._losses is None else self._finest(costs, least)
             place = finest if self._place is None else self._place
             reason = "the best"
-            if costs[place] - least > self._least_gain * costs[place]:
+            if costs[place] - least > self._noise * costs[place]:
                 place, reason = finest, "better"
             elif self._losses is not None and self._losses[finest] < self._losses[place]:
                 place, reason = finest, "changes less, and another is hardly better"

@@ -8,14 +8,15 @@ import time
 from typing import NamedTuple
 
 from torchsurgeon.adapting.clock import NowS, Since
-from torchsurgeon.adapting.tracker import Quantity, Tracker
+from torchsurgeon.adapting.mean import Mean, Quantity
 from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import Link, Radio
 
-_DRIFT = 0.4  # with it the next transfer over recorded LTE and 3G uplinks is predicted best
-_NOISE = 0.2
+# Over recorded and synthetic uplinks, a longer memory follows too late, and a shorter one is no better than the last
+# transfer alone.
+_MEMORY_S = 0.3
 _FIRST_WINDOW_BYTES = 1 << 14  # TCP sends this much at once; a shorter transfer that arrives at once shows no rate
-_SURELY_TIMED = 5.0  # a short transfer that took this many times the timing error does show one
+_SURELY_TIMED = 2.0  # a short transfer that took this many times the timing error does show one
 _PACKET_BYTES = 1500
 _TIMER_S = 2e-3  # error of a transfer's measured duration
 _LEAST_ROUND_TRIP_S = 5e-5
@@ -77,10 +78,11 @@ class LinkEstimator:
         self.ignored = 0
         self._lock = threading.Lock()
         self._radio = prior.radio
-        self._uplink = Tracker(prior.uplink_bit_s, now_s=now_s, error=1.0, noise=_NOISE, drift=_DRIFT)
-        self._downlink = Tracker(prior.downlink_bit_s, now_s=now_s, error=1.0, noise=_NOISE, drift=_DRIFT)
+        # Seconds of a bit.
+        self._uplink = Mean(1 / prior.uplink_bit_s, now_s=now_s, memory_s=_MEMORY_S)
+        self._downlink = Mean(1 / prior.downlink_bit_s, now_s=now_s, memory_s=_MEMORY_S)
         trip_s = max(prior.round_trip_s, _LEAST_ROUND_TRIP_S)
-        self._round_trip = Tracker(trip_s, now_s=now_s, error=1.0, noise=_NOISE, drift=_DRIFT / 2)
+        self._round_trip = Mean(trip_s, now_s=now_s, memory_s=_MEMORY_S)
 
     def observe(
         self,
@@ -109,18 +111,18 @@ class LinkEstimator:
             self.ignored += 1
             return
         with self._lock:
-            down_bit_s = _rate(self._downlink, down_bytes, down_s, total_s)
+            down_bit_s = _rate(self._downlink, down_bytes, down_s)
             # A transfer's clock starts when its first packet has arrived, so that packet's own time is in the rest.
             left_s -= min(down_bytes, _PACKET_BYTES) * 8 / down_bit_s
             if up_s is None and up_bytes >= _FIRST_WINDOW_BYTES:
                 trip = self._round_trip.quantity()
                 blur_s = max(_TIMER_S, trip.value * trip.spread)
-                _rate(self._uplink, up_bytes, max(left_s - trip.value, 0.0), total_s, blur_s)
+                _rate(self._uplink, up_bytes, max(left_s - trip.value, 0.0), blur_s)
                 return
-            up_bit_s = _rate(self._uplink, up_bytes, up_s or 0.0, total_s)
+            up_bit_s = _rate(self._uplink, up_bytes, up_s or 0.0)
             left_s -= (up_bytes if up_s is None else min(up_bytes, _PACKET_BYTES)) * 8 / up_bit_s
             trip_s = min(max(left_s, _LEAST_ROUND_TRIP_S), _MOST_ROUND_TRIP_S)
-            self._round_trip.observe(trip_s, noise=_TIMER_S / 4 / (trip_s + _TIMER_S), lasted_s=total_s)
+            self._round_trip.observe(trip_s)
 
     def missed(self, *, up_bytes: int, waited_s: float) -> None:
         """Lower the estimate at once because no answer came.
@@ -140,39 +142,34 @@ class LinkEstimator:
             trip_s = self._round_trip.value()
             if up_bytes >= _FIRST_WINDOW_BYTES:
                 bit_s = _within(up_bytes * 8 / max(waited_s - trip_s, _TIMER_S))
-                if bit_s < self._uplink.value():
-                    self._uplink.jump(bit_s)
+                self._uplink.suppose(max(1 / bit_s, self._uplink.value()))
             elif waited_s > trip_s:
-                self._round_trip.jump(min(waited_s, _MOST_ROUND_TRIP_S))
+                self._round_trip.suppose(min(waited_s, _MOST_ROUND_TRIP_S))
 
     def estimate(self) -> LinkEstimate:
         """Return both rates and the round trip as estimated now. Their uncertainty grows with their age."""
         with self._lock:
             up, down, trip = self._uplink.quantity(), self._downlink.quantity(), self._round_trip.quantity()
-        return LinkEstimate(up, down, trip, self._radio)
+        return LinkEstimate(up.inverse(), down.inverse(), trip, self._radio)
 
     def link(self) -> Link:
         """Return the present estimate as a link for planning."""
         return self.estimate().link()
 
-    @property
-    def changes(self) -> int:
-        """How many jumps of a rate or of the round trip were detected."""
-        return self._uplink.changes + self._downlink.changes + self._round_trip.changes
 
-
-def _rate(tracker: Tracker, size_bytes: int, taken_s: float, lasted_s: float, blur_s: float = _TIMER_S) -> float:
-    """Update ``tracker`` with the rate that a transfer shows, if it shows one; return that rate or else the known one.
+def _rate(seconds_of_bit: Mean, size_bytes: int, taken_s: float, blur_s: float = _TIMER_S) -> float:
+    """Update the mean with the rate that a transfer shows, if it shows one; return that rate or else the known one.
 
     ``blur_s`` is the error of ``taken_s``.
     """
-    if size_bytes < _FIRST_WINDOW_BYTES and taken_s < _SURELY_TIMED * blur_s:
-        return tracker.value()
-    timed_s = max(taken_s, blur_s)
-    seen_bit_s = _within(max(size_bytes - _PACKET_BYTES, 1) * 8 / timed_s)
-    if taken_s <= blur_s and seen_bit_s <= (bit_s := tracker.value()):
-        return bit_s  # too quick to be timed: it shows only a lower bound, which the estimate already exceeds
-    tracker.observe(seen_bit_s, noise=blur_s / timed_s / 2 + _PACKET_BYTES / max(size_bytes, 1), lasted_s=lasted_s)
+    known_bit_s = 1 / seconds_of_bit.value()
+    if size_bytes < _FIRST_WINDOW_BYTES and (size_bytes < 2 * _PACKET_BYTES or taken_s < _SURELY_TIMED * blur_s):
+        return known_bit_s
+    bits = max(size_bytes - _PACKET_BYTES, 1) * 8
+    seen_bit_s = _within(bits / max(taken_s, blur_s))
+    if taken_s <= blur_s and seen_bit_s <= known_bit_s:
+        return known_bit_s  # too quick to be timed: it shows only a lower bound, which the estimate already exceeds
+    seconds_of_bit.observe(bits / seen_bit_s, bits)
     return seen_bit_s
 
 

@@ -8,11 +8,12 @@ import time
 from typing import NamedTuple
 
 from torchsurgeon.adapting.clock import NowS, Since
-from torchsurgeon.adapting.tracker import Quantity, Tracker
+from torchsurgeon.adapting.mean import Mean, Quantity
 
 _LEAST_TIMED_S = 1e-4  # shorter predictions make no usable ratio
 _QUEUE_SCALE_S = 2e-3  # differences between shorter waits do not matter
 _QUEUE_MEMORY_S = 3.0  # about as long as a busy queue stays as it is
+_FACTOR_MEMORY_S, _FACTOR_SHARE = 1.0, 0.5
 _SUSPECT = 3.0
 _MOST_FACTOR = 1e4
 
@@ -116,7 +117,7 @@ class LoadEstimator:
 
     def __init__(self, *, now_s: NowS = time.monotonic, half_life_s: float = 10.0, ping_s: float = 1.0) -> None:
         self._lock = threading.Lock()
-        self._compute = Tracker(1.0, now_s=now_s, error=0.5, drift=0.2, rest=1.0, half_life_s=half_life_s)
+        self._compute = _factor(now_s, 0.2, half_life_s)
         self._queue = Wait(now_s=now_s, half_life_s=half_life_s)
         self._heard, self._pinged = Since(now_s), Since(now_s)
         self._ping_s = ping_s
@@ -168,7 +169,7 @@ class SlowdownEstimator:
 
     def __init__(self, *, now_s: NowS = time.monotonic, half_life_s: float = 60.0) -> None:
         self._lock = threading.Lock()
-        self._factor = Tracker(1.0, now_s=now_s, error=0.5, drift=0.1, rest=1.0, half_life_s=half_life_s)
+        self._factor = _factor(now_s, 0.1, half_life_s)
 
     def observe(self, observed_s: float, predicted_s: float) -> None:
         """Update the factor from measured against predicted seconds. What is too short to be timed is ignored."""
@@ -181,7 +182,19 @@ class SlowdownEstimator:
             return self._factor.quantity()
 
 
-def _observe_ratio(tracker: Tracker, observed_s: float, predicted_s: float) -> None:
+def _factor(now_s: NowS, drift: float, half_life_s: float) -> Mean:
+    return Mean(
+        1.0,
+        now_s=now_s,
+        memory_s=_FACTOR_MEMORY_S,
+        least_share=_FACTOR_SHARE,
+        error=0.5,
+        drift=drift,
+        rest=1.0,
+        half_life_s=half_life_s,
+    )
+
+
+def _observe_ratio(factor: Mean, observed_s: float, predicted_s: float) -> None:
     if _LEAST_TIMED_S <= predicted_s < math.inf and 0 < observed_s < math.inf:
-        ratio = min(max(observed_s / predicted_s, 1 / _MOST_FACTOR), _MOST_FACTOR)
-        tracker.observe(ratio, noise=_LEAST_TIMED_S / predicted_s / 2)
+        factor.observe(min(max(observed_s, predicted_s / _MOST_FACTOR), predicted_s * _MOST_FACTOR), predicted_s)

@@ -26,6 +26,9 @@ _logger = logging.getLogger(__name__)
 # A battery's level moves in minutes, and reading it may be a system call or a message to another process.
 _BATTERY_S = 1.0
 
+COMPILED_GAIN = 0.1
+"""The share of its latency that another cut has to save where the parts of each cut have to be compiled first."""
+
 
 @dataclass(frozen=True, eq=False)
 class Way:
@@ -166,6 +169,7 @@ class Adaptive:
         server: the server's layer times.
         goal: what to minimize.
         own_codec: whether the rows say how to encode; otherwise everything is sent under the module's codec.
+        least_gain: the share of the present row's cost that another has to save.
         on_change: called with every decision for another row.
     """
 
@@ -177,6 +181,7 @@ class Adaptive:
         goal: Goal,
         *,
         own_codec: bool,
+        least_gain: float = 0.0,
         on_change: Callable[[Decision[Row]], object] | None,
     ) -> None:
         self.frontier = frontier
@@ -186,7 +191,7 @@ class Adaptive:
         }
         self.tail_s = [float(value) for value in server.tail_s]
         self.goal = goal
-        self._on_change = on_change
+        self._least_gain, self._on_change = least_gain, on_change
         self.decider = self._new_decider()
 
     def toward(self, goal: Goal) -> Adaptive:
@@ -198,7 +203,8 @@ class Adaptive:
 
     def _new_decider(self) -> Decider[Row]:
         rows = self.frontier.rows
-        return Decider(rows, self._costs, losses=[row.budget_used for row in rows], on_change=self._on_change)
+        losses = [row.budget_used for row in rows]
+        return Decider(rows, self._costs, losses=losses, least_gain=self._least_gain, on_change=self._on_change)
 
     def _costs(self, link: Link, load: float, slowdown: float) -> list[float]:
         return self.frontier.costs(link, load, slowdown, self.goal.now()).tolist()  # type: ignore[no-any-return]

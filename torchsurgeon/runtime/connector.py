@@ -12,7 +12,7 @@ from torchsurgeon.planning import Frontier, Objective
 from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.profiling import LayerProfile, profile
-from torchsurgeon.runtime.choice import Adaptive, Goal
+from torchsurgeon.runtime.choice import COMPILED_GAIN, Adaptive, Goal
 from torchsurgeon.runtime.device import DeviceTimes
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.options import Options
@@ -72,6 +72,7 @@ class Connector:
             peer.profiles.usable[0],
             goal,
             own_codec=self._options.codecs is not None,
+            least_gain=0.0 if self._options.backend is None else COMPILED_GAIN,
             on_change=self._options.on_replan,
         )
         # Only a latency objective switches to throughput in streams; other objectives stay.

@@ -15,8 +15,8 @@ from torchsurgeon._interrupts import NoThreadError
 from torchsurgeon.adapting import ServerState
 from torchsurgeon.adapting.link import LinkEstimator
 from torchsurgeon.adapting.load import LoadEstimator
+from torchsurgeon.adapting.mean import Mean, Quantity
 from torchsurgeon.adapting.sharing import Sharing
-from torchsurgeon.adapting.tracker import Quantity, Tracker
 from torchsurgeon.codec import Codec, CodecTable, RatedCodec, find_codec
 from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import (
@@ -41,6 +41,8 @@ from torchsurgeon.transport.base import Deadline
 # What a link is taken for until two requests have been timed. An estimate that starts from it is stated to be uncertain
 # by a factor of e.
 _UNKNOWN_LINK = Link("not measured", 10e6, 10e6, 0.05, source="a guess until there are requests")
+# Durations at a fixed cut are averaged over about this time.
+_DURATIONS_MEMORY_S = 1.0
 # HTTP statuses that blame the content of one request, not the server.
 _REQUESTS_FAULT = (400, 413, 415, 422)
 
@@ -133,7 +135,7 @@ class Peer:
         self.told: Arithmetic | None = None
         self._compared: set[str] = set()
         self._lock = threading.Lock()
-        self._seen: dict[int, Tracker] = {}
+        self._seen: dict[int, Mean] = {}
         self._counting = threading.Lock()
         self._asking: set[object] = set()
         self._sharing = Sharing()
@@ -338,16 +340,16 @@ class Peer:
     def record_duration(self, cut: int, seconds_: float) -> None:
         """Record how long the server's part of a cut took, from the end of the head to the answer."""
         with self._counting:
-            tracker = self._seen.get(cut)
-            if tracker is None:
-                tracker = self._seen[cut] = Tracker(seconds_, now_s=time.monotonic)
-            tracker.observe(seconds_)
+            known = self._seen.get(cut)
+            if known is None:
+                known = self._seen[cut] = Mean(seconds_, now_s=time.monotonic, memory_s=_DURATIONS_MEMORY_S)
+            known.observe(seconds_)
 
     def expected_duration(self, cut: int) -> Quantity | None:
         """Return how long the server's part of a cut takes, from the end of the head; None until one was recorded."""
         with self._counting:
-            tracker = self._seen.get(cut)
-            return None if tracker is None else tracker.quantity()
+            known = self._seen.get(cut)
+            return None if known is None else known.quantity()
 
     def snapshot(self, epoch: int) -> dict[str, Any]:
         """Return what is known of it, as plain data."""
