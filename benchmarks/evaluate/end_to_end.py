@@ -38,8 +38,9 @@ from benchmarks import codec_rates, split_plane, zoo
 from benchmarks.support import result_file, tail_process
 from benchmarks.support.slow_backend import SlowBackend
 from torchsurgeon.backends import find_backend
-from torchsurgeon.codec import Codec, CodecTable, measure
+from torchsurgeon.codec import Codec, CodecTable, find_codec, measure
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
+from torchsurgeon.errors import CodecError
 from torchsurgeon.link import PRESETS
 from torchsurgeon.planning import Frontier, Row
 from torchsurgeon.serve import ModelRegistry, Server, create_app
@@ -311,8 +312,17 @@ def _lossless(graph: ts.LayerGraph, example: Tensor) -> CodecTable:
 def _judged(graph: ts.LayerGraph, budget: float) -> CodecTable:
     """Return the codecs that change at most such a share of the answers, as benchmarks.codec_rates has measured."""
     rows = json.loads(codec_rates.OUT.read_text())["results"]["lite0"]["rates"]
-    runnable = [row for row in rows if row["where"] == "input" or row["curve"] in CURVES]
+    runnable = [row for row in rows if (row["where"] == "input" or row["curve"] in CURVES) and _is_codec(row["name"])]
     return split_plane.codec_table(graph, runnable, "kept", 1.0, budget)
+
+
+def _is_codec(name: str) -> bool:
+    """Return whether a way to encode is a codec of the package, and not another setting of an encoder."""
+    try:
+        find_codec(name)
+    except CodecError:
+        return False
+    return True
 
 
 def _slowed(codecs: CodecTable) -> CodecTable:
