@@ -2,7 +2,7 @@
 # make demo    set up, then the main job on this machine (PHOTOS=DIR for photographs of your own)
 # make test    set up, then the tests
 # make bench   set up, then time everything beside the simplest other way (DEVICE=cuda for a GPU)
-# make evaluate   set up, then the paper's experiments: docs/evaluation.md (half an hour; DJINN=DIRECTORY reads the
+# make evaluate   set up, then the paper's experiments: docs/evaluation.md (an hour; DJINN=DIRECTORY reads the
 #                 authors' files anew); make evaluate-quick does a part of them in five minutes, into build/evaluation
 # make coverage   try every model there is and write docs/coverage.md (hours; goes on where it was stopped)
 # make docs    set up, then the documentation as a site: open build/site/index.html

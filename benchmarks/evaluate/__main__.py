@@ -1,6 +1,6 @@
 """Run the evaluation and write its page: docs/evaluation.md, with its tables, its figures and the files behind them.
 
-python -m benchmarks.evaluate                  # all of it, within half an hour
+python -m benchmarks.evaluate                  # all of it, within an hour
 python -m benchmarks.evaluate --quick          # a part, within five minutes, into build/evaluation
 python -m benchmarks.evaluate --djinn DIRECTORY   # first read the authors' files anew
 python -m benchmarks.evaluate --page           # only the page, from the files that there are
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from benchmarks import zoo
-from benchmarks.evaluate import configurations, page, pictures, today
+from benchmarks.evaluate import configurations, end_to_end, page, pictures, today
 from benchmarks.evaluate.applications import APPLICATIONS
 from benchmarks.support import result_file
 
 QUICK_APPLICATIONS = ("imc", "dig", "pos")
 QUICK_FOLDER = result_file.RESULTS.parents[1] / "build" / "evaluation"
-_APPLICATION_S, _TODAY_S, _DATACENTER_S, _SLOW_S = 40.0, 20.0, 240.0, {"SSDlite": 400.0}
+_APPLICATION_S, _TODAY_S, _DATACENTER_S, _END_TO_END_S = 40.0, 20.0, 240.0, 180.0
+_SLOW_S = {"SSDlite": 400.0}
 
 
 class Progress:
@@ -68,14 +69,16 @@ def _evaluate(*, quick: bool) -> None:
     folder = QUICK_FOLDER if quick else page.FOLDER
     names = QUICK_APPLICATIONS if quick else APPLICATIONS
     networks = today.QUICK if quick else tuple(zoo.TODAY)
+    split, links = (end_to_end.QUICK, end_to_end.QUICK_LINKS) if quick else (end_to_end.NETWORKS, end_to_end.LINKS)
     expected = [_APPLICATION_S] * len(names) + [_SLOW_S.get(name, _TODAY_S) for name in networks]
-    progress = Progress([*expected, _DATACENTER_S])
+    progress = Progress([*expected, _DATACENTER_S, *[_END_TO_END_S] * len(split)])
     result_file.write(folder / page.CONFIGURATIONS, _planned(names, progress))
     result_file.write(folder / page.TODAY, today.run(networks, told=progress.step))
     _run("datacenter", *(["--quick"] if quick else []))
     if not quick:
         _run("datacenter_page")
     progress.step("datacenter: simulated")
+    result_file.write(folder / end_to_end.OUT.name, end_to_end.run(split, links, told=progress.step))
     pictures.draw(page.read(folder, page.CONFIGURATIONS)["results"], folder)
 
 

@@ -49,8 +49,8 @@ OUT = result_file.RESULTS / "evaluation" / "end-to-end.json"
 SLOWER = 10.0
 """How many times as long the emulated device takes."""
 NETWORKS = ("EfficientNet-Lite0", "MobileNetV3", "AlexNet", "ResNet-50", "SSDlite", "ViT-B/16", "BERT")
-QUICK = ("MobileNetV3",)
 LINKS = ("3g", "lte", "wifi")
+QUICK, QUICK_LINKS = ("MobileNetV3",), ("wifi",)
 BACKENDS = ("eager", "onnxruntime", "openvino:bf16")
 FLOAT32, LOSSLESS = BACKENDS[:2], ("zstd", "png")
 TRAINED, CURVES = "EfficientNet-Lite0", ("raw", "zstd", "int8+zstd", "int4+zstd")

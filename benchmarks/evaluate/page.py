@@ -84,7 +84,7 @@ this package's planner and predictors on what the paper's authors measured, besi
 the same questions asked of networks of today.
 
 ```bash
-make evaluate        # all of this page, within half an hour
+make evaluate        # all of this page, within an hour
 make evaluate-quick  # a part of it, within five minutes, into build/evaluation/
 ```
 
