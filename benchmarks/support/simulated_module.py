@@ -94,8 +94,10 @@ class AverageLink:
 
     def estimate(self) -> LinkEstimate:
         age_s = self._now_s() - self._seen_s
-        rates = [Quantity(value, 0.1, 0.3, age_s) for value in (self._up_bit_s, self._down_bit_s, self._trip_s)]
-        return LinkEstimate(*rates)
+        up, down, trip = (
+            Quantity(value, 0.1, 0.3, age_s) for value in (self._up_bit_s, self._down_bit_s, self._trip_s)
+        )
+        return LinkEstimate(up, down, trip)
 
 
 class ToldLink:
@@ -115,8 +117,9 @@ class ToldLink:
         since_s = max(network.s - 0.5, 0.0)
         passed_s = max(network.s - since_s, 1e-3)
         up_bit_s = max(network.trace.bits_available(since_s, since_s + passed_s) / passed_s, 1e3)
-        rates = (up_bit_s, network.link.downlink_bit_s, network.link.round_trip_s)
-        return LinkEstimate(*(Quantity(value, 0.1, 0.3, 0.0) for value in rates))
+        known = (up_bit_s, network.link.downlink_bit_s, network.link.round_trip_s)
+        up, down, trip = (Quantity(value, 0.1, 0.3, 0.0) for value in known)
+        return LinkEstimate(up, down, trip)
 
 
 @dataclass

@@ -21,8 +21,8 @@ _USUAL = 1.28
 _LATE_FACTOR, _LATE_ROUND_TRIPS = 3.0, 4.0
 # Cap on the log-scale spread: far above the limit before, and it keeps exp() from overflowing.
 _MOST_SPREAD = 5.0
-# A scheduler or a garbage collector may cost this much at any time.
-_LEAST_PATIENCE_S = 0.02
+# A scheduler, a garbage collector or a radio that wakes up may cost this much at any time.
+_LEAST_PATIENCE_S = 0.05
 # How many calls are let through after refusals, and how long these last before that, in multiples of a call's duration.
 _TRIALS = 2
 _TRIAL_PAUSE = 5.0

@@ -14,7 +14,7 @@ from torchsurgeon.link import Link, Radio
 
 # Over recorded and synthetic uplinks, a longer memory follows too late, and a shorter one is no better than the last
 # transfer alone.
-_MEMORY_S = 0.3
+_MEMORY_S = 0.2
 _FIRST_WINDOW_BYTES = 1 << 14  # TCP sends this much at once; a shorter transfer that arrives at once shows no rate
 _SURELY_TIMED = 2.0  # a short transfer that took this many times the timing error does show one
 _PACKET_BYTES = 1500
