@@ -13,27 +13,35 @@
     paper: "As the paper's authors measured them in 2015",
   };
   const SOURCES = {
-    trained: "Both sides run eager PyTorch on one core; slow-down 1 is as fast as the server.",
-    today: "Both sides run eager PyTorch on one core; slow-down 1 is as fast as the server. The weights are random.",
-    paper: "The device is a Tegra K1's GPU, the server a Tesla K40; slow-down 1 is that GPU. Tensors cross as they are.",
+    trained: "The server is one core of an x86-64 processor. A device that is 1× slower is as fast as that.",
+    today: "The server is one core of an x86-64 processor. A device that is 1× slower is as fast as that. The weights " +
+      "are random, which changes no times, but some of the compressed sizes.",
+    paper: "The server is a Tesla K40. A device that is 1× slower is as fast as the GPU of a Tegra K1. Tensors cross as " +
+      "they are.",
   };
   const BUDGET_TEXTS = {
     "lossless": "none: what crosses keeps every bit",
     "as measured": "3 %, as measured on photographs",
     "surely": "3 %, with 95 % confidence",
   };
-  const settings = { model: Object.keys(models)[0], goal: LATENCY, budget: "as measured", slow: 10, uplink: 5.85, trip: 60 };
+  const RUNTIMES = {
+    "eager": "eager PyTorch", "onnxruntime": "ONNX Runtime where that is quicker", "as published": "what the paper used",
+  };
+  const settings = {
+    model: Object.keys(models)[0], goal: LATENCY, budget: "as measured", runtime: "eager", slow: 10, uplink: 5.85, trip: 60,
+  };
 
   // ---- the arithmetic of the planner ------------------------------------------------------------------------------
 
-  const rowsOf = Object.fromEntries(Object.entries(models).map(([name, model]) => [
-    name,
-    model.rows.map((values) => {
-      const row = Object.fromEntries(columns.map((column, i) => [column, values[i]]));
-      row.kind = row.index === 0 ? "server" : row.index === model.layers ? "device" : "cut";
-      return row;
-    }),
-  ]));
+  for (const model of Object.values(models)) {
+    for (const [runtime, rows] of Object.entries(model.rows)) {
+      model.rows[runtime] = rows.map((values) => {
+        const row = Object.fromEntries(columns.map((column, i) => [column, values[i]]));
+        row.kind = row.index === 0 ? "server" : row.index === model.layers ? "device" : "cut";
+        return row;
+      });
+    }
+  }
 
   // The seconds that each part of an inference takes. The answer's way back counts like the request's.
   function parts(row, s) {
@@ -46,17 +54,21 @@
     };
   }
 
-  function cost(row, s) {
-    const { device, up, server, down, trip } = parts(row, s);
-    return s.goal === LATENCY ? device + up + server + down + trip : Math.max(device, up, server, down);
+  // The same added up, or of a stream the slowest of them. It is asked for every row at every place of the map.
+  function cost(row, s, answer_bytes) {
+    const device = s.slow * row.device_s;
+    if (row.kind === "device") return device;
+    const rate = 1e6 * s.uplink, up = (8 * row.size_bytes) / rate, down = (8 * answer_bytes) / (rate * downlink_ratio);
+    return s.goal === LATENCY ? device + up + row.server_s + down + s.trip / 1e3 :
+      Math.max(device, up, row.server_s, down);
   }
 
   // The best way of each kind, and of all. Of equal ones the first, which does least on the device.
   function decide(s) {
-    const level = budgets.indexOf(s.budget), best = {};
-    for (const row of rowsOf[s.model]) {
+    const level = budgets.indexOf(s.budget), best = {}, { rows, answer_bytes } = models[s.model];
+    for (const row of rows[s.runtime]) {
       if (row.budget > level) continue;
-      const takes = cost(row, s);
+      const takes = cost(row, s, answer_bytes);
       if (!best[row.kind] || takes < best[row.kind].takes) best[row.kind] = { row, takes };
     }
     const end = best.device.takes < best.server.takes ? best.device : best.server;
@@ -165,6 +177,7 @@
       select("goal", "What counts", [option(LATENCY, "one at a time: the answer's latency"),
         option(STREAM, "a stream: answers a second")]),
       select("budget", "Answers that may change", Object.entries(BUDGET_TEXTS).map((entry) => option(...entry))),
+      select("runtime", "Both sides run by", []),
       slider("slow"), slider("uplink"), slider("trip"), presets),
     result, make("div", { className: "ways-scroll" }, table), note, make("figure", {}, canvas, legend, caption));
 
@@ -172,14 +185,15 @@
 
   function set(changed) {
     Object.assign(settings, changed);
-    const known = new Set(rowsOf[settings.model].map((row) => row.budget));
-    const lossy = find("ways-budget");
+    const { rows } = models[settings.model], runtimes = Object.keys(rows);
+    const runtime = runtimes.includes(settings.runtime) ? settings.runtime : runtimes[0];
     // Where no codec that loses anything was measured, only one budget is of use.
-    lossy.disabled = known.size === 1;
-    const used = { ...settings, budget: lossy.disabled ? budgets[0] : settings.budget };
-    find("ways-model").value = used.model;
-    find("ways-goal").value = used.goal;
-    lossy.value = used.budget;
+    const lossless = rows[runtime].every((row) => row.budget === 0);
+    const used = { ...settings, runtime, budget: lossless ? budgets[0] : settings.budget };
+    find("ways-runtime").replaceChildren(...runtimes.map((name) => option(name, RUNTIMES[name])));
+    find("ways-runtime").disabled = runtimes.length === 1;
+    find("ways-budget").disabled = lossless;
+    for (const key of ["model", "goal", "budget", "runtime"]) find(`ways-${key}`).value = used[key];
     for (const [key, { log, text }] of Object.entries(SLIDERS)) {
       const range = find(`ways-${key}`), value = text(settings[key]);
       range.value = log ? Math.log10(settings[key]) : settings[key];
@@ -211,6 +225,18 @@
     draw(s);
   }
 
+  // Draws the map before the next frame is shown, however often it is asked for until then.
+  let drawn = settings, waits = false;
+  function draw(s) {
+    drawn = s;
+    if (waits) return;
+    waits = true;
+    requestAnimationFrame(() => {
+      waits = false;
+      paint(drawn);
+    });
+  }
+
   // ---- the map ----------------------------------------------------------------------------------------------------
 
   const STEPS = [[1.02, "#c7e9c0"], [1.2, "#8fd08b"], [1.5, "#4fb063"], [2, "#238443"], [3, "#00572b"]];
@@ -230,9 +256,7 @@
     return cells;
   }
 
-  let drawn = settings;
-  function draw(s) {
-    drawn = s;
+  function paint(s) {
     const width = canvas.parentElement.clientWidth, height = Math.round(Math.min(380, Math.max(260, width * 0.6)));
     const ratio = window.devicePixelRatio || 1, ends = colors();
     Object.assign(canvas, { width: width * ratio, height: height * ratio });

@@ -109,3 +109,15 @@ def test_pages_link_what_there_is() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links {link}"
+
+
+def test_links_into_a_page_name_one_of_its_headings() -> None:
+    """mkdocs checks this for docs/; the README and other pages beside it are not a part of the site's navigation."""
+    for page in PAGES:
+        for link, anchor in re.findall(r"\]\(([^)#\s:]+\.md)#([^)\s]+)\)", page.read_text()):
+            text = re.sub(r"```.*?```", "", (page.parent / link).read_text(), flags=re.DOTALL)
+            headings = [
+                re.sub(r"[^\w\s-]", "", heading).strip() for heading in re.findall(r"^#+ (.*)", text, re.MULTILINE)
+            ]
+            known = {re.sub(r"\s+", "-", heading.lower()) for heading in headings}
+            assert anchor in known, f"{page.relative_to(ROOT)} links {link}#{anchor}"

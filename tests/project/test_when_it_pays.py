@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from browser import Browser
 from paths import ROOT
@@ -18,9 +16,10 @@ from torchsurgeon.demo.winners import SLOWDOWNS, UPLINKS_BIT_S
 from torchsurgeon.planning import sweep
 from torchsurgeon.planning.grid import LEAST_GAIN
 
+TRAINED = next(iter(when_it_pays.TRAINED))
 MODELS = result_file.known(when_it_pays.OUT)["models"]
 ARROW_RIGHT = "\ue014"
-# Moves controls as a hand does, and returns where the sliders then stand and what is shown.
+# Moves controls as a hand does. Returns where the sliders then stand and what is said, and at last the map's figures.
 MOVE = """
 const results = [];
 for (const settings of arguments[0]) {
@@ -33,11 +32,11 @@ for (const settings of arguments[0]) {
   results.push({
     slow: 10 ** at("slow"), uplink: 10 ** at("uplink"), trip: at("trip"),
     shown: { ...document.getElementById("ways-result").dataset },
-    map: { ...document.getElementById("ways-plane").dataset },
     text: document.getElementById("ways-result").textContent,
   });
 }
-return results;
+const frame = () => new Promise(requestAnimationFrame);
+return frame().then(frame).then(() => [results, { ...document.getElementById("ways-plane").dataset }]);
 """
 
 
@@ -65,25 +64,26 @@ def situations() -> list[dict[str, Any]]:
         {
             "model": name,
             "goal": goal,
+            "runtime": runtime,
             "budget": budget,
-            "slow": slow,
-            "uplink": uplink,
+            "slow": 0.05 * slow,
+            "uplink": 0.05 * uplink - 1,
             "trip": rng.choice([0, 20, 60, 200]),
         }
         for name, model in MODELS.items()
         for goal in ("latency", "throughput")
+        for runtime in model["rows"]
         for budget in (when_it_pays.BUDGETS if model["source"] == "trained" else when_it_pays.BUDGETS[:1])
-        for slow, uplink in zip(rng.sample(range(41), 5), rng.sample(range(61), 5), strict=True)
-        for slow, uplink in [(0.05 * slow, 0.05 * uplink - 1)]
+        for slow, uplink in zip(rng.sample(range(41), 2), rng.sample(range(61), 2), strict=True)
     ]
 
 
 def test_the_page_says_what_the_planner_computes(browser: Browser) -> None:
     asked = situations()
-    found = browser.run(MOVE, asked)
+    found, _ = browser.run(MOVE, asked)
     kinds = set()
     for settings, answer in zip(asked, found, strict=True):
-        frontier = when_it_pays.frontier(MODELS[settings["model"]], settings["budget"])
+        frontier = when_it_pays.frontier(MODELS[settings["model"]], settings["budget"], settings["runtime"])
         link = when_it_pays.link(1e6 * answer["uplink"], answer["trip"] / 1e3)
         costs = frontier.costs(link, 1.0, answer["slow"], settings["goal"])
         ends = {"device": [row.on_device for row in frontier.rows], "server": [row.index == 0 for row in frontier.rows]}
@@ -108,27 +108,21 @@ def test_the_page_says_what_the_planner_computes(browser: Browser) -> None:
 def test_the_map_is_the_planners_and_that_of_the_page_on_planning(
     browser: Browser, budget: str, plane: str, goal: str
 ) -> None:
-    settings = {"model": when_it_pays.TRAINED, "goal": goal, "budget": budget, "trip": 30}
-    (found,) = browser.run(MOVE, [settings])
-    frontier = when_it_pays.frontier(MODELS[when_it_pays.TRAINED], budget)
+    settings = {"model": TRAINED, "goal": goal, "budget": budget, "runtime": when_it_pays.EAGER, "trip": 30}
+    (found,), drawn = browser.run(MOVE, [settings])
+    frontier = when_it_pays.frontier(MODELS[TRAINED], budget, when_it_pays.EAGER)
     link = when_it_pays.link(1e6, found["trip"] / 1e3)
     own = sweep(frontier, link, UPLINKS_BIT_S, SLOWDOWNS, goal, varied="slowdown").summary()
-    shown = {"share": float(found["map"]["share"]), "most_gain": float(found["map"]["most"])}
+    shown = {"share": float(drawn["share"]), "most_gain": float(drawn["most"])}
     assert shown == pytest.approx({key: own[key] for key in shown}, abs=1e-3)
     planes = result_file.known(split_plane.OUT)["planes"]
     known = planes[f"fitted; 97 % kept {budget}; pictures take what encoding them takes"][plane]
     assert own == pytest.approx({key: known[key] for key in own}, abs=2e-3)
 
 
-def test_ways_of_the_trained_network_and_the_papers_follow_from_what_was_measured() -> None:
+def test_ways_of_the_papers_networks_are_what_its_authors_measured() -> None:
     for name, title in when_it_pays.PAPER.items():
         assert when_it_pays.paper(name) == MODELS[title]
-    rows = MODELS[when_it_pays.TRAINED]["rows"]
-    # Every row is one that no other undercuts, within the digits of the file.
-    costs = np.array([row[3:] for row in rows])
-    for one, other in itertools.permutations(range(len(rows)), 2):
-        ends = rows[one][0] in (0, MODELS[when_it_pays.TRAINED]["layers"])
-        assert ends or not (costs[other] < costs[one] * (1 - 1e-4)).all()
 
 
 def test_links_have_buttons_and_the_map_can_be_clicked(browser: Browser) -> None:
@@ -146,7 +140,7 @@ def test_links_have_buttons_and_the_map_can_be_clicked(browser: Browser) -> None
 
 
 def test_keys_move_what_a_mouse_moves_and_everything_has_a_name(browser: Browser) -> None:
-    browser.run(MOVE, [{"model": when_it_pays.TRAINED, "slow": 0, "uplink": 0}])
+    browser.run(MOVE, [{"model": TRAINED, "goal": "throughput", "slow": 0, "uplink": 0}])
     browser.press("#ways-slow", ARROW_RIGHT * 20)
     assert browser.run("return document.getElementById('ways-slow-shown').textContent") == "10×"
     assert browser.run("return document.getElementById('ways-slow').getAttribute('aria-valuetext')") == "10×"
