@@ -94,9 +94,13 @@ def test_the_page_says_what_the_planner_computes(browser: Browser) -> None:
         end_s = min(least["device"], least["server"])
         best = frontier.best(link, 1.0, answer["slow"], settings["goal"])
         assert float(shown["gain"]) == pytest.approx(max(1.0, end_s / least["cut"]), rel=1e-9)
-        if end_s / least["cut"] >= LEAST_GAIN or (shown["kind"] != "cut" and costs.min() == end_s):
-            assert (int(shown["index"]), shown["codec"]) == (best.index, best.codec), settings
-        assert float(shown["takes"]) == pytest.approx(least[shown["kind"]], rel=1e-9)
+        places = [(row.index, row.codec) for row in frontier.rows]
+        own_s = min(costs[i] for i, place in enumerate(places) if place == (int(shown["index"]), shown["codec"]))
+        assert own_s == pytest.approx(least[shown["kind"]], rel=1e-9)
+        assert float(shown["takes"]) == pytest.approx(own_s, rel=1e-9)
+        # Of ways that cost the same, which a stream often has, the page may show another one than the planner.
+        if end_s / least["cut"] >= LEAST_GAIN or costs.min() == end_s:
+            assert own_s == pytest.approx(costs[frontier.rows.index(best)], rel=1e-9), settings
         assert answer["text"].startswith("Split it" if shown["kind"] == "cut" else "Do not split it")
         kinds.add((settings["model"], shown["kind"]))
     assert {kind for _, kind in kinds} == {"device", "server", "cut"}
