@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torchsurgeon as ts
 from torchsurgeon.backends import NAMES, Backend, Part, deviation, find_backend
 from torchsurgeon.cli.completion import BACKENDS
-from torchsurgeon.serve import ModelRegistry
+from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 X = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
@@ -214,3 +214,25 @@ def test_a_shell_offers_backends_that_there_are() -> None:
     assert set(BACKENDS) <= set(NAMES)
     assert {"onnxruntime", "openvino"} <= set(BACKENDS)
     assert find_backend("eager").keeps_bits
+
+
+def test_the_middle_of_a_chain_runs_by_its_backend_once_that_has_built_it(net: nn.Module) -> None:
+    spy, wanted = Spy(), net(X)
+    registry = ModelRegistry()
+    with (
+        serving(net, X) as last,
+        ts.SplitModule(net, X, server=last.url, name="net", partition="body", backend=spy) as middle,
+    ):
+        registry.add("net", middle)
+        with (
+            Server(create_app(registry)) as between,
+            ts.SplitModule(net, X, server=between.url, name="net", partition="relu", fallback="error") as split,
+        ):
+            assert_close(split(X), wanted)
+            end_s = time.monotonic() + 60
+            while not spy.runs and time.monotonic() < end_s:
+                assert_close(split(X), wanted)
+        ends = [(part.inputs, part.outputs) for part in spy.built]
+        assert (split.graph.point("relu").tensors, split.graph.point("body").tensors) in ends
+        assert spy.runs
+    registry.close()

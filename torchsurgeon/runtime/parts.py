@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends import Backend as NamedBackend
 from torchsurgeon.backends import BuiltPart, Part
 from torchsurgeon.codec.fitted import FittedCodec
-from torchsurgeon.cutting.partition import cut, middle_for, tail_for
+from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import PartitionError
 from torchsurgeon.runtime.auto import AutoBackend
@@ -103,6 +107,35 @@ class _Built:
             return self._otherwise(*args, **kwargs)
         found = self._built(*tensors)
         return tuple(found) if self._result is None else self._result(*found)
+
+
+class _Middle:
+    """What lies between two cuts, run by a backend once a thread has built it for the first call's tensors.
+
+    A machine in the middle of a chain answers requests, so no call waits until it is built.
+    """
+
+    def __init__(self, built: BuiltPart) -> None:
+        self._built = built
+        self._asked = False
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if not self._asked:
+            # Two threads may both ask. It is built once.
+            self._asked = True
+            copies, threads = [tensor.clone() for tensor in tensors], torch.get_num_threads()
+            thread = threading.Thread(
+                target=self._build, args=(copies, threads), name="torchsurgeon-build", daemon=True
+            )
+            with contextlib.suppress(RuntimeError):  # there can be no more threads
+                thread.start()
+        return tuple(self._built(*tensors))
+
+    def _build(self, tensors: Sequence[Tensor], threads: int) -> None:
+        torch.set_num_threads(threads)
+        # What the model raises for these tensors is told to whoever sent them.
+        with torch.no_grad(), contextlib.suppress(Exception):
+            self._built.build(*tensors)
 
 
 class Parts:
@@ -242,14 +275,18 @@ class Parts:
     def middle(self, names: tuple[str, ...], point: PartitionPoint) -> tuple[Run, tuple[TensorSpec, ...]]:
         """Return what turns the tensors ``names`` into those of ``point``, and the specs of its results.
 
-        Tensors that lie beyond the point are passed on as they are.
+        Tensors that lie beyond the point are passed on as they are. Where a backend is chosen among several, eager
+        PyTorch runs it, since what it takes by each is not measured.
         """
+        named = self._backend if isinstance(self._backend, NamedBackend) else None
 
         def make() -> tuple[Run, tuple[TensorSpec, ...]]:
             try:
-                return middle_for(self.graph, names, point), point.tensors
+                part = Part.middle(self.graph, names, point)
             except PartitionError:
                 return _passed_on, tuple(self.graph.values[name] for name in names)
+            run = part.segment if named is None else _Middle(BuiltPart(part, named, self._said))
+            return run, point.tensors
 
         return self._get(("middle", names, point.index, point.layers), make)
 
