@@ -400,6 +400,12 @@ def test_waiting_jobs_are_shared_among_the_threads_and_keep_their_order() -> Non
         def limit(self, kind: object) -> int:
             return 100
 
+        def limit_of_several(self) -> int:
+            raise AssertionError("no kinds belong together")
+
+        def joins(self, kind: object, other: object) -> bool:
+            return False
+
         def answer_together(self, loads: Any) -> list[Any]:
             self.taken.append(list(loads))
             return [ValueError(str(load)) if load == 3 else load for load in loads]

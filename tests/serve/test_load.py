@@ -99,11 +99,11 @@ def test_only_what_was_answered_lately_counts_for_the_load(monkeypatch: pytest.M
     now_s = 1000.0
     monkeypatch.setattr("torchsurgeon.serve.statistics.time.perf_counter", lambda: now_s)
     statistics = Statistics()
-    statistics.ran([1.0], 1, 0.0, 1.0, 0.0, 0.5, "x")
+    statistics.ran([(1.0, 0.5, "x")], 1, 0.0, 1.0, 0.0)
     now_s += LATELY_S + 1
     assert statistics.lately()["answers"] == 0
     for _ in range(10):
-        statistics.ran([0.0, 0.2], 2, 0.05, 0.1, 0.05, 0.1, "y")
+        statistics.ran([(0.0, 0.1, "y"), (0.2, 0.1, "y")], 2, 0.05, 0.1, 0.05)
     found = statistics.lately()
     assert (found["answers"], found["rate_s"], found["queue_s"], found["compute_s"]) == (20, 2.0, 0.1, 0.2)
     assert found["latency_s"] == {"p50": 0.2, "p90": 0.4, "p99": 0.4}
@@ -122,14 +122,14 @@ def test_where_more_was_answered_than_is_remembered_the_rate_goes_by_what_is(mon
     statistics = Statistics()
     for _ in range(10_000):
         now_s += 0.001
-        statistics.ran([0.0], 1, 0.0, 0.001, 0.0, 0.001, "x")
+        statistics.ran([(0.0, 0.001, "x")], 1, 0.0, 0.001, 0.0)
     assert statistics.lately()["rate_s"] == pytest.approx(1000, rel=0.01)
 
 
 def test_cuts_that_clients_make_up_are_counted_together() -> None:
     statistics = Statistics()
     for i in range(1000):
-        statistics.ran([0.0], 1, 0.0, 0.001, 0.0, 0.001, f"cut{i}")
+        statistics.ran([(0.0, 0.001, f"cut{i}")], 1, 0.0, 0.001, 0.0)
     assert len(statistics.cuts) == 101
     assert statistics.cuts["other"] == 900
 

@@ -248,6 +248,34 @@ class Segment(nn.Module):
                 environment[j] = None
         return self.result(environment)
 
+    def begin(self, last: int, stopped: Callable[[], bool], tensors: Sequence[torch.Tensor]) -> Environment | None:
+        """Run the steps up to one of them, and return the environment as it is then.
+
+        Args:
+            last: the index of the last step to run.
+            stopped: is called before each step; the run ends when it returns True.
+            tensors: one tensor a feed, in the feeds' order.
+
+        Returns:
+            The environment; None when the run was stopped.
+        """
+        environment = self.load(tensors)
+        for call, i, dead in self._program:
+            if i > last:
+                break
+            if stopped():
+                return None
+            environment[i] = call(environment)
+            for j in dead:
+                environment[j] = None
+        return environment
+
+    def holds(self, steps: Iterable[int], last: int) -> bool:
+        """Return whether ``begin(last, …)`` returns an environment that holds the values of all these steps."""
+        gone = {j for _, i, dead in self._program if i <= last for j in dead}
+        there = {feed.step for feed in self._feeds} | {i for _, i, _ in self._program if i <= last}
+        return there - gone >= set(steps)
+
     def result(self, environment: Environment) -> Any:
         """Return what ``forward()`` returns, from the environment at the end of a run."""
         if self._picks is None:

@@ -20,6 +20,7 @@ from torchsurgeon.serve.checks import check_tensors, samples_in, value_check
 from torchsurgeon.serve.edition import Edition, Editions
 from torchsurgeon.serve.fitted import FittedCodecs
 from torchsurgeon.serve.intake import Intake
+from torchsurgeon.serve.joining import Joining
 from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.statistics import Statistics
 from torchsurgeon.serve.tails import RequestPlan, place_of, run_at
@@ -92,8 +93,15 @@ class Answers:
         self._together = together
         self._output_names = [spec.name for spec in graph.outputs]
         self.statistics = Statistics()
+        self._joining = Joining(graph)
         self.intake = Intake(
-            name, self.answer, self.answer_together, concurrency=concurrency, together=together, max_queue=max_queue
+            name,
+            self.answer,
+            self.answer_together,
+            self._joining.joins,
+            concurrency=concurrency,
+            together=together,
+            max_queue=max_queue,
         )
 
     def answer(self, request: Received) -> wire.Encoded:
@@ -125,50 +133,65 @@ class Answers:
         return answer
 
     def answer_together(self, requests: Sequence[Received]) -> list[wire.Encoded | Exception]:
-        """Answer requests of one kind, and run the tail once for all of them. To be called by the worker.
+        """Answer requests that belong together, and run the layers once that they share. To be called by the worker.
 
         Each gets the answer, or the error, that it would have got alone. Where they cannot be joined after all, or the
         model fails for all of them, each runs alone.
         """
-        started_s = time.perf_counter()
-        ready: list[_Ready] = []
-        for request in requests:
-            try:
-                ready.append(self._ready(request, started_s))
-            except Exception:
-                return [self._tried(one) for one in requests]
-        plan = ready[0].plan
-        joined = None
-        if plan.seam is not None and all(one.plan is plan for one in ready):
-            sizes = [plan.seam.size(one.given) for one in ready]
-            joined = plan.seam.join([one.given for one in ready]) if sum(sizes) <= self._together else None
-        if joined is None or plan.seam is None:
-            return [self._tried(one) for one in requests]
-        joined_s = time.perf_counter()
         try:
-            results = self._run(plan, joined, lambda: all(request.over() for request in requests))
-            if results is None:
-                return [self._tried(one) for one in requests]
-            parts = plan.seam.part(results, sizes)
-            computed_s = time.perf_counter()
-            encoded = [self._encoded(*pair, joined_s, computed_s) for pair in zip(ready, parts, strict=True)]
+            answers = self._joined(requests)
         except Exception:
-            return [self._tried(one) for one in requests]
-        self._ran(ready, joined_s, computed_s)
-        return list(encoded)
+            answers = None
+        return [self._tried(one) for one in requests] if answers is None else answers
+
+    def _joined(self, requests: Sequence[Received]) -> list[wire.Encoded | Exception] | None:
+        started_s = time.perf_counter()
+        ready = [self._ready(request, started_s) for request in requests]
+        plans = self._joining.order(list({id(one.plan): one.plan for one in ready}.values()))
+        if plans is None or any(one.edition is not ready[0].edition for one in ready):
+            return None
+        seam = plans[-1].seam
+        samples = sum(one.plan.samples for one in ready)
+        if seam is None or samples > self._together:
+            return None
+        # In the order of the cuts.
+        groups = [[one for one in ready if one.plan is plan] for plan in plans]
+        ready = [one for group in groups for one in group]
+
+        def over() -> bool:
+            return all(request.over() for request in requests)
+
+        begun_s = time.perf_counter()
+        tensors = self._joining.advance(plans, [[one.given for one in group] for group in groups], over)
+        if tensors is None:
+            return None
+        results = self._run(plans[-1], tensors, over)
+        if results is None:
+            return None
+        parts = seam.part(results, [one.plan.samples for one in ready])
+        computed_s = time.perf_counter()
+        encoded = [self._encoded(*pair, begun_s, computed_s) for pair in zip(ready, parts, strict=True)]
+        self._ran(ready, begun_s, computed_s)
+        by_request = {id(one.request): answer for one, answer in zip(ready, encoded, strict=True)}
+        return [by_request[id(request)] for request in requests]
 
     def _ran(self, ready: Sequence[_Ready], begun_s: float, computed_s: float) -> None:
         """Take notice of requests that were answered together, and for which the model ran between these times."""
         ended_s, first = time.perf_counter(), ready[0]
-        unloaded_s = self.intake.took(first.request, ended_s - first.started_s, len(ready))
+        duration_s = ended_s - first.started_s
+        if all(one.plan is first.plan for one in ready):
+            unloaded_s = [self.intake.took(first.request, duration_s, len(ready))] * len(ready)
+        else:
+            unloaded_s = self.intake.took_of_several([one.request for one in ready], duration_s)
         self.statistics.ran(
-            [one.started_s - one.request.arrived_s for one in ready],
-            first.plan.samples * len(ready),
+            [
+                (one.started_s - one.request.arrived_s, least_s, one.plan.cut)
+                for one, least_s in zip(ready, unloaded_s, strict=True)
+            ],
+            sum(one.plan.samples for one in ready),
             begun_s - first.started_s,
             computed_s - begun_s,
             ended_s - computed_s,
-            unloaded_s,
-            first.plan.cut,
         )
 
     def _tried(self, request: Received) -> wire.Encoded | Exception:
@@ -189,6 +212,8 @@ class Answers:
         self._editions.refuse_training()
         plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)
         request.cut = plan.cut
+        if request.kind is not None:
+            self._joining.learn(request.kind, plan)
         decoded_s = time.perf_counter()
         if plan.check is not None:
             plan.check(decoded.tensors)
@@ -200,8 +225,9 @@ class Answers:
     ) -> Sequence[Tensor] | None:
         """Return the model's output tensors; None where ``over()``, which is asked before each layer, has said so."""
         try:
-            if over is not None and plan.until is not None:
-                return plan.until(over, tensors)
+            if over is not None and plan.tail is not None:
+                stopped: Sequence[Tensor] | None = plan.tail.until(over, tensors)
+                return stopped
             # The tail's forward, without the overhead of nn.Module's call: a tail has no hooks.
             return plan.run(*tensors)
         except Exception as error:
@@ -269,9 +295,9 @@ class Answers:
         else:
             outputs, as_json = None, () if request.binary_output else tuple(known)
         seam = Seam.of(self._graph, names) if usual and self._together > 1 else None
-        until = tail.until if run == tail.forward else None
+        eager = tail if run == tail.forward else None
         check, samples = value_check(self._graph, self._name, names), samples_in(self._graph, request.tensors)
-        plan = RequestPlan(names, run, outputs, as_json, check, seam, until, samples)
+        plan = RequestPlan(names, run, outputs, as_json, check, seam, eager, samples)
         if request.recurring is not None:
             # A plan keeps its tail alive, so there must not be more plans than tails.
             if len(edition.plans) >= edition.tails.capacity:

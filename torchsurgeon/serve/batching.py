@@ -59,9 +59,12 @@ class Seam:
         """Return the tensors of all requests as those of one; None where they lie in memory in an unusual way."""
         joined = []
         for dim, *tensors in zip(self.inputs, *requests, strict=True):
-            if not all(map(_is_usual, tensors)):
+            if not (all(map(_is_contiguous, tensors)) or all(map(_is_channels_last, tensors))):
                 return None
-            joined.append(torch.cat(tensors, dim))
+            whole = torch.cat(tensors, dim)
+            if not all(map(_is_contiguous, tensors)) and not _is_channels_last(whole):
+                return None
+            joined.append(whole)
         return joined
 
     def part(self, results: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
@@ -79,10 +82,13 @@ class Seam:
         return tensors[0].shape[self.inputs[0]]
 
 
-def _is_usual(tensor: Tensor) -> bool:
-    # Tensors that lie otherwise, torch.cat would give another order in memory, and kernels are chosen by that.
-    if tensor.is_contiguous():
-        return True
+# Tensors that lie otherwise, or in several ways, torch.cat would give another order in memory, and that decides which
+# kernel runs.
+def _is_contiguous(tensor: Tensor) -> bool:
+    return tensor.is_contiguous()
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -138,6 +144,12 @@ class Gain:
             # Of the last power of two, the runs that were measured may have been larger.
             best = found.best()
             return self._most if best == self._sizes[-1] else best
+
+    def alone_s(self, kind: object) -> float | None:
+        """Return how long a request of a kind takes alone; None before that is known."""
+        with self._lock:
+            found = self._kinds.get(kind)
+            return None if found is None else found.each_s.get(1)
 
     def took(self, kind: object, size: int, duration_s: float) -> None:
         """Take notice of how long a run of ``size`` samples took."""

@@ -18,6 +18,7 @@ AnswerTogether = Callable[[Sequence[Received]], Sequence["wire.Encoded | Excepti
 
 # Of longer headers it is not found out whether others wait that have the same.
 _MOST_KIND_BYTES = 4096
+_SEVERAL = "several kinds"
 
 
 class Intake:
@@ -28,6 +29,7 @@ class Intake:
         answer: answers one request.
         answer_together: answers several of one kind.
         concurrency: how many requests run at once.
+        joins: whether requests of two kinds can run together.
         together: how many samples of requests that wait are run as one at most.
         max_queue: how many requests may wait.
 
@@ -42,6 +44,7 @@ class Intake:
         name: str,
         answer: Answer,
         answer_together: AnswerTogether,
+        joins: Callable[[object, object], bool] = lambda kind, other: False,
         *,
         concurrency: int = 1,
         together: int = 1,
@@ -51,7 +54,11 @@ class Intake:
         self.max_queue = max_queue
         self.answer_together = answer_together
         self._answer = answer
+        self._joins = joins
         self._gain = Gain(together)
+        # Of requests of several kinds: what a run takes, divided by what they would take one after the other.
+        self._gain_of_several = Gain(together)
+        self._gain_of_several.took(_SEVERAL, 1, 1.0)
         self._quick = QuickRequests()
         self._admission = Admission(name, max_queue, concurrency)
         self.worker = Worker(f"torchsurgeon-{name}", concurrency, self if together > 1 else None)
@@ -92,6 +99,28 @@ class Intake:
     def limit(self, kind: object) -> int:
         """Return how many waiting requests of a kind to run together at most; called by the worker."""
         return self._gain.limit(kind)
+
+    def limit_of_several(self) -> int:
+        """Return how many waiting requests of several kinds to run together at most; called by the worker."""
+        return self._gain_of_several.limit(_SEVERAL)
+
+    def joins(self, kind: object, other: object) -> bool:
+        """Return whether requests of two kinds may run together; called by the worker."""
+        known = self._gain.alone_s(kind) is not None and self._gain.alone_s(other) is not None
+        return known and self._joins(kind, other)
+
+    def took_of_several(self, requests: Sequence[Received], duration_s: float) -> list[float]:
+        """Take notice of how long requests of several kinds took that ran together.
+
+        Returns:
+            The least that a request of each one's kind has taken so far.
+        """
+        self._admission.took(duration_s, len(requests))
+        alone_s = [self._gain.alone_s(request.kind) for request in requests]
+        known_s = [one for one in alone_s if one is not None]
+        if len(known_s) == len(requests) and sum(known_s) > 0:
+            self._gain_of_several.took(_SEVERAL, len(requests), len(requests) * duration_s / sum(known_s))
+        return [self._quick.least_s(len(request.body)) for request in requests]
 
     def took(self, request: Received, duration_s: float, together: int = 1) -> float:
         """Take notice of how long a request took, or so many together of which it is the first.

@@ -45,6 +45,11 @@ class QuickRequests:
         kind = self._kinds.get(body_bytes)
         return 0.0 if kind is None else kind.mean_s
 
+    def least_s(self, body_bytes: int) -> float:
+        """Return the least that a request with a body of this length has taken so far; 0 before there was one."""
+        kind = self._kinds.get(body_bytes)
+        return 0.0 if kind is None else kind.least_s
+
     def took(self, body_bytes: int, duration_s: float) -> float:
         """Take notice of how long a request took, and return the least that one of its kind has taken so far."""
         kind = self._kinds.get(body_bytes)

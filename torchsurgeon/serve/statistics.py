@@ -50,26 +50,23 @@ class Statistics:
 
     def ran(
         self,
-        waits_s: Sequence[float],
+        requests: Sequence[tuple[float, float, str]],
         samples: int,
         decode_s: float,
         compute_s: float,
         encode_s: float,
-        unloaded_s: float,
-        cut: str,
     ) -> None:
         """Take notice of requests that ran together and were answered.
 
         Args:
-            waits_s: how long each of them waited.
+            requests: of each of them, how long it waited, how long it takes on an idle server, and the names of its
+                tensors as the log tells them.
             samples: how many samples they had together.
             decode_s: how long it took to read them.
             compute_s: how long the model ran.
             encode_s: how long it took to write the answers.
-            unloaded_s: how long one of them takes on an idle server.
-            cut: the names of their tensors, as the log tells them.
         """
-        ended_s, count = time.perf_counter(), len(waits_s)
+        ended_s, count = time.perf_counter(), len(requests)
         run_s = decode_s + compute_s + encode_s
         with self._lock:
             self._requests += count
@@ -88,12 +85,12 @@ class Statistics:
             whole.decode_s += count * decode_s
             whole.compute_s += count * compute_s
             whole.encode_s += count * encode_s
-            for wait_s in waits_s:
+            for wait_s, unloaded_s, cut in requests:
                 self._queue_s += wait_s
                 self._recent.append((ended_s, wait_s, run_s, unloaded_s))
-            if cut not in self.cuts and len(self.cuts) >= MOST_CUTS:
-                cut = "other"
-            self.cuts[cut] = self.cuts.get(cut, 0) + count
+                if cut not in self.cuts and len(self.cuts) >= MOST_CUTS:
+                    cut = "other"
+                self.cuts[cut] = self.cuts.get(cut, 0) + 1
 
     def failed(self, duration_s: float) -> None:
         """Take notice of a request that was not answered with the model's output."""

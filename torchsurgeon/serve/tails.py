@@ -82,7 +82,7 @@ class RequestPlan:
     Attributes:
         seam: how such requests are joined to run as one; None where they are not.
         samples: how many samples a request has.
-        until: runs it until a function says that nobody waits for it any more; None where that is not possible.
+        tail: what runs it where that is eager PyTorch on the CPU, which can stop between two layers; None otherwise.
         cut: the names as the log tells them.
     """
 
@@ -92,7 +92,7 @@ class RequestPlan:
     as_json: tuple[str, ...]
     check: Callable[[Mapping[str, Tensor]], None] | None = None
     seam: Seam | None = None
-    until: Callable[[Callable[[], bool], Sequence[Tensor]], Sequence[Tensor] | None] | None = None
+    tail: Segment | None = None
     samples: int = 1
     cut: str = field(init=False)
 

@@ -26,10 +26,16 @@ class ClosedError(Exception):
 
 
 class Group(Protocol):
-    """Runs jobs of one kind together."""
+    """Runs jobs together that are of one kind, or of kinds that belong together."""
 
     def limit(self, kind: object) -> int:
         """Return how many waiting jobs of a kind to run together at most."""
+
+    def limit_of_several(self) -> int:
+        """Return how many waiting jobs of several kinds to run together at most."""
+
+    def joins(self, kind: object, other: object) -> bool:
+        """Return whether jobs of two kinds may run together."""
 
     def answer_together(self, requests: Sequence[Any]) -> Sequence[Any]:
         """Return the result of each job, or the exception that it raises."""
@@ -196,13 +202,30 @@ class Worker:
             if first.kind is None or self._group is None:
                 return [first]
             mates = [item for item in self._waiting if item.kind == first.kind]
-            # The other threads get their share of those that wait.
-            share = -(-(len(mates) + 1) // self.concurrency)
-            count = min(share, self._group.limit(first.kind)) - 1
-            if count > 0:
-                taken = set(map(id, mates[:count]))
-                self._waiting = deque(item for item in self._waiting if id(item) not in taken)
-            return [first, *mates[: max(0, count)]]
+            taken = mates[: self._share(mates, self._group.limit(first.kind))]
+            if len(taken) == len(mates):
+                # Others fill the batch that these leave room in.
+                others = self._others(first, self._group)
+                if others:
+                    both = [*mates, *others]
+                    taken = max(taken, both[: self._share(both, self._group.limit_of_several())], key=len)
+            if taken:
+                chosen = set(map(id, taken))
+                self._waiting = deque(item for item in self._waiting if id(item) not in chosen)
+            return [first, *taken]
+
+    def _share(self, mates: Sequence[_Item], limit: int) -> int:
+        """Return how many of the jobs that wait run together with the first one; other threads get their share."""
+        return min(-(-(len(mates) + 1) // self.concurrency), limit) - 1
+
+    def _others(self, first: _Item, group: Group) -> list[_Item]:
+        """Return the jobs of other kinds that may all run together with the first one."""
+        known: dict[object, bool] = {first.kind: True}
+        for item in self._waiting:
+            if item.kind not in known:
+                joined = [kind for kind, is_in in known.items() if is_in]
+                known[item.kind] = item.kind is not None and all(group.joins(kind, item.kind) for kind in joined)
+        return [item for item in self._waiting if item.kind != first.kind and known[item.kind]]
 
     def _run_together(self, items: Sequence[_Item], group: Group) -> None:
         live = [item for item in items if item.future.set_running_or_notify_cancel()]
