@@ -20,6 +20,7 @@ from pages import PAGES
 from paths import ROOT
 
 import torchsurgeon as ts
+from torchsurgeon.serve.outcome import Outcome
 
 FOLDERS = [ROOT / folder for folder in ("torchsurgeon", "benchmarks", "docs", "examples", "tests")]
 PROGRAMS = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
@@ -28,8 +29,9 @@ DOTTED = re.compile(r"(?<![\w.\-/])(?:torchsurgeon|ts)((?:\.[A-Za-z_]\w*)+)(?![\
 # ``Frontier.best`` and `Frontier.best(…)`: a class of the package and what it has.
 OF_A_CLASS = re.compile(r"`([A-Z]\w*[a-z]\w*)\.(\w+)[`(]")
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|exc|data|obj):`[\w.~]")
-# Of OpenTelemetry's span and its attributes, whose names begin with the package's and are no Python names.
-TELEMETRY = {*ts.Inference.__dataclass_fields__, "inference", "model", "partition_index", "predicted_cost"}
+# Of OpenTelemetry's spans and their attributes, whose names begin with the package's and are no Python names.
+SPANS = {"inference", "request"}
+TELEMETRY = {*SPANS, *ts.Inference.__dataclass_fields__, *Outcome._fields, "partition_index", "predicted_cost"}
 
 
 @functools.cache
