@@ -54,9 +54,12 @@ def test_python_runs_alone_as_pasted(block: Block, tmp_path: Path, address_of: C
 
 
 def test_blocks_say_what_they_are() -> None:
-    """A block that names no language would be tested neither as Python nor as commands."""
+    """A block that names no language would be tested neither as Python nor as commands.
+
+    Those of TOML are read in tests/serve/test_configuration.py.
+    """
     said = {block.language for block in blocks()}
-    assert said <= {"python", "bash", "csv", "http", "text"}
+    assert said <= {"python", "bash", "csv", "http", "text", "toml"}
 
 
 def typed() -> list[tuple[str, str, list[str]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import Block, blocks
 
 from torchsurgeon import cli, serve
 from torchsurgeon.errors import ServerError
@@ -79,6 +80,11 @@ def test_a_file_has_all_options_and_the_models(file: Path) -> None:
     assert found == expected
     # Every option can stand in a file: one that is added to the command line has to be added here.
     assert set(vars(options)) - set(expected) == {"run", "models", "file_models", "config", "check"}
+
+
+@pytest.mark.parametrize("block", blocks("toml"), ids=str)
+def test_a_file_on_a_page_is_valid(file: Path, block: Block) -> None:
+    assert parsed(file, block.text).file_models
 
 
 def test_the_command_line_wins(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
