@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import itertools
 import random
 import threading
 
@@ -241,7 +242,8 @@ def test_deadlines_that_stay_impossible_are_tried_now_and_then_and_never_at_firs
             ran_s.append(tick / 100)
         clock.s += 0.01
     assert ran_s[0] == pytest.approx(1.25, abs=0.02)
-    assert len(ran_s) in (12, 14, 16)
+    assert all(later - earlier >= 1.0 for earlier, later in itertools.pairwise(ran_s))
+    assert len(ran_s) >= 6
     clock.s += 60.0
     refusals.end()
     assert refusals.refuse(0.25)

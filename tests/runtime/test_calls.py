@@ -131,6 +131,17 @@ def test_the_cut_follows_the_servers_load(server: Server, known: dict[str, Any])
             until(lambda: split.partition is not None and split.partition.index == 0, split)
 
 
+def test_a_fixed_cut_over_a_link_on_which_answers_take_long_is_waited_for_in_the_end(server: Server) -> None:
+    slow = ts.Link("slow", 8 * EXAMPLE.nbytes / 1.3, 1e7, 0.01)
+    with LinkEmulator(0, "127.0.0.1", server.port, slow) as emulator:
+        with split_of(f"http://127.0.0.1:{emulator.port}", partition="server") as split:
+            until(lambda: split.last is not None and split.last.degraded is None, split)
+            assert split.last is not None
+            assert split.last.total_s > 1.0
+            # What was sent before, and given up, has been sent all the same.
+            assert split.stats()["sent_bytes"] > EXAMPLE.nbytes
+
+
 def test_decisions_are_kept_up_to_a_bound_and_say_what_they_rest_on(server: Server, known: dict[str, Any]) -> None:
     with split_of(server.url, link=FAST, backend=device, **known) as split:
         for _ in range(300):

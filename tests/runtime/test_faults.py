@@ -223,6 +223,23 @@ def test_a_refusal_of_what_was_put_in_is_not_held_against_the_server(server: Ser
             split(EXAMPLE.double())
 
 
+def test_what_a_server_refuses_is_counted_as_sent_and_not_sent_again(server: Server) -> None:
+    large = EXAMPLE.repeat(70, 1, 1, 1)
+    with split_of(server) as split:
+        answers(split)
+        before = split.stats()["sent_bytes"]
+        assert right(split, large)
+        refused = split.stats()["sent_bytes"]
+        assert refused > before
+        for _ in range(3):
+            assert right(split, large)
+            assert degraded(split).startswith("refused: ")
+        assert split.stats()["sent_bytes"] == refused
+        split.prepare()  # shakes hands again: another server may be there by now
+        assert right(split, large)
+        assert split.stats()["sent_bytes"] > refused
+
+
 def test_a_process_is_stopped_continued_killed_and_restarted() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

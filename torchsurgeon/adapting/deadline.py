@@ -23,8 +23,7 @@ _LATE_FACTOR, _LATE_ROUND_TRIPS = 3.0, 4.0
 _MOST_SPREAD = 5.0
 # A scheduler, a garbage collector or a radio that wakes up may cost this much at any time.
 _LEAST_PATIENCE_S = 0.05
-# How many calls are let through after refusals, and how long these last before that, in multiples of a call's duration.
-_TRIALS = 2
+# How long calls are refused before one is let through, in multiples of a call's duration.
 _TRIAL_PAUSE = 5.0
 
 
@@ -133,8 +132,8 @@ class Refusals:
     """Lets an occasional call through while deadlines look impossible, so that recovery is noticed. Thread-safe.
 
     A refused call measures nothing. If every call were refused, a server or device that was slow for a while would be
-    taken for slow for ever. So two calls are let through once calls have been refused for ``after_s``, or for five
-    times what one call takes if that is longer. There are two because an estimate does not follow a single outlier.
+    taken for slow for ever. So a call is let through once calls have been refused for ``after_s``, or for five times
+    what one call takes if that is longer. Where deadlines stay impossible, that is one late answer a second.
 
     Args:
         now_s: a monotonic clock in seconds.
@@ -146,7 +145,6 @@ class Refusals:
         self._since = Since(now_s)
         self._after_s = after_s
         self._refusing = False
-        self._trials = 0
 
     def refuse(self, best_s: float) -> bool:
         """Return whether to refuse a call whose deadline is before the ``best_s`` seconds that it takes at best."""
@@ -154,11 +152,7 @@ class Refusals:
             if not self._refusing:
                 self._refusing = True
                 self._since.mark()
-            elif self._trials:
-                self._trials -= 1
-                return False
             elif self._since.passed_s() >= max(self._after_s, _TRIAL_PAUSE * best_s):
-                self._trials = _TRIALS - 1
                 self._since.mark()
                 return False
             return True
@@ -168,4 +162,4 @@ class Refusals:
         # Read without the lock, since almost every call comes by here and finds False.
         if self._refusing:
             with self._lock:
-                self._refusing, self._trials = False, 0
+                self._refusing = False

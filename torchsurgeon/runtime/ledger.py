@@ -41,9 +41,13 @@ class Ledger:
             self._bits[inference.bits] += 1
             if why is not None:
                 self._degraded[why] += 1
-            self._sent_bytes += inference.sent_bytes
             self._received_bytes += inference.received_bytes
         telemetry.record(self._name, inference)
+
+    def record_sent(self, size_bytes: int) -> None:
+        """Record what the request of a call has sent, whether its answer came, was used, or not."""
+        with self._lock:
+            self._sent_bytes += size_bytes
 
     def record_error(self, seconds: float, error: BaseException) -> None:
         """Record that an inference raised ``error`` after ``seconds``."""

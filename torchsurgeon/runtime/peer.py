@@ -43,6 +43,8 @@ from torchsurgeon.transport.base import Deadline
 _UNKNOWN_LINK = Link("not measured", 10e6, 10e6, 0.05, source="a guess until there are requests")
 # Durations at a fixed cut are averaged over about this time.
 _DURATIONS_MEMORY_S = 1.0
+# How many kinds of requests are remembered that a server refused.
+_MOST_REFUSED = 64
 # HTTP statuses that blame the content of one request, not the server.
 _REQUESTS_FAULT = (400, 413, 415, 422)
 
@@ -88,6 +90,7 @@ class Peer:
         label: its URL, or its transport's class.
         link: the link as given, or as measured before the first request; None before either.
         profiles: its backends, and their layer times as given or as it has sent them.
+        sent_bytes: what has been sent to it in requests, whether it answered or not.
         failure: why its last answer could not be used; None after an answer that could.
         ready_in: the epoch of the local weights with which the handshake succeeded; -1 where the server has to be made
             ready again. The epoch changes when the local weights do.
@@ -139,6 +142,7 @@ class Peer:
         self._counting = threading.Lock()
         self._asking: set[object] = set()
         self._sharing = Sharing()
+        self._refused: dict[object, RequestRefusedError] = {}
 
     # --- asking ---
 
@@ -154,6 +158,7 @@ class Peer:
 
     def _shake(self, timeout_s: float | None) -> int:
         self.ready_in = -1
+        self._refused.clear()
         epoch, digests = self._local.digests()
         agreed = shake_hands(self.transport, self._name, self._local.graph, digests, timeout_s)
         self._identity, told, self._fitted, backends = agreed
@@ -223,12 +228,17 @@ class Peer:
         try:
             self._asking.add(request)
             answer = self._checked(infer, deadline)
+            if not deadline.sent_bytes:
+                # A transport of the program's own, which counts its answers only.
+                deadline.sent_bytes = answer.timing.sent_bytes
             if exact is not None and answer.parameters.get("arithmetic") != exact.digest:
                 self.shake(deadline.left_s())
                 raise bits.refusal(self._name, self.differences(exact) or (Difference("arithmetic", "told", None),))
             return answer
         finally:
             self._asking.discard(request)
+            with self._counting:
+                self.sent_bytes += deadline.sent_bytes
 
     def _checked(self, infer: Callable[[], Answer], deadline: Deadline) -> Answer:
         known = self._identity
@@ -326,7 +336,6 @@ class Peer:
                 server_s=server_s,
             )
         self.answers += 1
-        self.sent_bytes += timing.sent_bytes
         self.received_bytes += timing.received_bytes
 
     def missed(self, up_bytes: float, waited_s: float) -> None:
@@ -344,6 +353,26 @@ class Peer:
             if known is None:
                 known = self._seen[cut] = Mean(seconds_, now_s=time.monotonic, memory_s=_DURATIONS_MEMORY_S)
             known.observe(seconds_)
+
+    def refuse(self, request: object, error: RequestRefusedError) -> None:
+        """Record that it refuses requests like this one, so that none is sent again before the next handshake."""
+        if len(self._refused) < _MOST_REFUSED:
+            self._refused[request] = error
+
+    def refusal(self, request: object) -> RequestRefusedError | None:
+        """Return the error with which it refused a request like this one; None where it did not."""
+        return self._refused.get(request)
+
+    def waited(self, cut: int, seconds_: float) -> None:
+        """Record that the server's part of a cut took longer than ``seconds_``, after which nobody waited any more.
+
+        The next call waits longer, so that an answer that is slow, but comes, is waited for in the end.
+        """
+        with self._counting:
+            known = self._seen.get(cut)
+            if known is None:
+                known = self._seen[cut] = Mean(seconds_, now_s=time.monotonic, memory_s=_DURATIONS_MEMORY_S)
+            known.suppose(min(max(seconds_, known.value()), self.transport.timeout_s))
 
     def expected_duration(self, cut: int) -> Quantity | None:
         """Return how long the server's part of a cut takes, from the end of the head; None until one was recorded."""

@@ -20,7 +20,13 @@ from torch import Tensor
 from torchsurgeon._interrupts import NoThreadError, by_signal_handler
 from torchsurgeon.adapting import Decision, patience, rescue
 from torchsurgeon.codec import Codec, RatedCodec
-from torchsurgeon.errors import EncodingError, ModelMismatchError, ServerError, ServerUnavailableError
+from torchsurgeon.errors import (
+    EncodingError,
+    ModelMismatchError,
+    RequestRefusedError,
+    ServerError,
+    ServerUnavailableError,
+)
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.models.watching import WatchedWeights
 from torchsurgeon.planning import Row
@@ -179,10 +185,15 @@ class Pending:
         exact = self._arithmetic if shared.options.exact else None
         backend = self._peer.profiles.to_name(None if self._way.row is None else self._way.row.server_backend)
         codecs = dict.fromkeys(tensors, self._codec)
-        ask = below_current(functools.partial(self._peer.ask, tensors, codecs, deadline, exact, backend))
+        ask = below_current(functools.partial(self._ask, self._peer, tensors, codecs, deadline, exact, backend))
         if self._boundary[0].is_cuda:
             # The thread that sends them has to wait for the CUDA stream on which this thread computes them.
             ask = functools.partial(_on_stream, torch.cuda.current_stream(self._boundary[0].device), ask)
+        refusal = self._peer.refusal(self._kind())
+        if refusal is not None:
+            self._task = Task(ask, None)
+            self._task.fail(refusal)
+            return
         self._peer.asked_s = time.monotonic()
         if not in_caller:
             try:
@@ -195,6 +206,20 @@ class Pending:
                     return
         self._task = Task(ask, None)
         self._task.run_in_caller()
+
+    def _ask(
+        self,
+        peer: Peer,
+        tensors: dict[str, Tensor],
+        codecs: dict[str, Codec],
+        deadline: Deadline,
+        exact: Arithmetic | None,
+        backend: str | None,
+    ) -> Answer:
+        try:
+            return peer.ask(tensors, codecs, deadline, exact, backend)
+        finally:
+            self._shared.ledger.record_sent(deadline.sent_bytes)
 
     def _compute_without_student(self) -> None:
         """Have the model's own layers compute the boundary, for a server that does not decode what a student gives."""
@@ -407,7 +432,8 @@ class Pending:
         if isinstance(error, EncodingError | NoThreadError):
             # Nothing was sent, and nothing would be sent to another server.
             return False
-        if is_requests_fault(error) and self._unusual():
+        if isinstance(error, RequestRefusedError) and is_requests_fault(error) and self._unusual():
+            self._peer.refuse(self._kind(), error)
             return False
         if is_requests_fault(error) and isinstance(self._codec, RatedCodec):
             # It may have been started anew without the codec's file, which a handshake finds out.
@@ -421,6 +447,11 @@ class Pending:
         """Return whether the request was unlike the example, so that a refusal may be right."""
         pairs = zip(self._specs, self._boundary, strict=True)
         return any(tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape for spec, tensor in pairs)
+
+    def _kind(self) -> object:
+        """Return what a server's refusal holds for: the cut, and the shapes and dtypes that are sent."""
+        point = self._way.point
+        return point.index, point.layers, tuple((tuple(tensor.shape), tensor.dtype) for tensor in self._boundary)
 
     def _next_peer(self) -> bool:
         peer = self._shared.servers.another(self._tried, self._arithmetic)
@@ -487,8 +518,11 @@ class Pending:
             return
         expected, taken_s = self._expected_now(), end_s - self._sent_s
         remote_s = _FIRST_PATIENCE_S if expected is None else expected.remote_s * max(self.scale, 1.0)
-        if (row := self._way.row) is not None and taken_s > remote_s:
-            self._peer.missed(row.size_bytes * self.scale, taken_s - row.tail_s * self.scale)
+        if taken_s > remote_s:
+            if (row := self._way.row) is not None:
+                self._peer.missed(row.size_bytes * self.scale, taken_s - row.tail_s * self.scale)
+            else:
+                self._peer.waited(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._share))
         if taken_s > max(_SLOW_FACTOR * remote_s, _LEAST_SLOW_S):
             self._peer.failed(why)
         self._shared.keeper.wake()

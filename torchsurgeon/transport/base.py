@@ -188,11 +188,14 @@ class Deadline:
     Attributes:
         timeout_s: as given.
         cancelled: whether it was cancelled.
+        sent_bytes: bytes that have been handed to the network for the call, whether it was answered or not. A transport
+            of a program's own may leave it at 0.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.cancelled = False
+        self.sent_bytes = 0
         self._end_s = time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._interrupt: Callable[[], object] | None = None

@@ -230,12 +230,14 @@ class Connection:
         if self._context is not None:
             for part in parts:
                 link.settimeout(deadline.left_s())
+                deadline.sent_bytes += len(part)
                 link.sendall(part)
             return True
         pending = [memoryview(part) for part in parts]
         while True:
             try:
                 done = link.sendmsg(pending[:_IOV_MAX])
+                deadline.sent_bytes += done
             except BlockingIOError:
                 done = 0
             while pending and done >= len(pending[0]):

@@ -197,6 +197,7 @@ class InProcessTransport(Transport):
         call = _Call(self._loop, functools.partial(self._drive, method, path, headers, buffers, limit_bytes))
         try:
             call.begin()
+            deadline.sent_bytes += sum(len(buffer) for buffer in buffers)
             deadline.interrupted_by(call.cancel)
             return call.result(deadline.left_s())
         except BaseException as error:
