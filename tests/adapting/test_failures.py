@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import itertools
+import math
 import random
 import threading
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from virtual_time import Clock
 
 from torchsurgeon.adapting import (
+    Allowance,
     CircuitBreaker,
     Refusals,
     check_deadline,
@@ -261,3 +262,18 @@ def test_a_clock_that_jumps_refuses_no_deadline_for_ever(jumps: list[float]) -> 
         refused.append(refusals.refuse(0.01))
         clock.s += 1.1
     assert not all(refused)
+
+
+def test_bytes_count_for_an_hour_and_are_forgotten_a_minute_later() -> None:
+    clock = Clock()
+    allowance = Allowance(1000, now_s=clock)
+    for _ in range(10):
+        assert allowance.allows(100)
+        allowance.spent(100)
+        clock.s += 30.0
+    assert not allowance.allows(1)
+    clock.s += 3300.0
+    assert not allowance.allows(201)
+    clock.s += 400.0
+    assert allowance.allows(1000)
+    assert Allowance(None, now_s=clock).allows(1e18)

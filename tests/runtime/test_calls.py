@@ -133,13 +133,15 @@ def test_the_cut_follows_the_servers_load(server: Server, known: dict[str, Any])
 
 def test_a_fixed_cut_over_a_link_on_which_answers_take_long_is_waited_for_in_the_end(server: Server) -> None:
     slow = ts.Link("slow", 8 * EXAMPLE.nbytes / 1.3, 1e7, 0.01)
-    with LinkEmulator(0, "127.0.0.1", server.port, slow) as emulator:
-        with split_of(f"http://127.0.0.1:{emulator.port}", partition="server") as split:
-            until(lambda: split.last is not None and split.last.degraded is None, split)
-            assert split.last is not None
-            assert split.last.total_s > 1.0
-            # What was sent before, and given up, has been sent all the same.
-            assert split.stats()["sent_bytes"] > EXAMPLE.nbytes
+    with (
+        LinkEmulator(0, "127.0.0.1", server.port, slow) as emulator,
+        split_of(f"http://127.0.0.1:{emulator.port}", partition="server") as split,
+    ):
+        until(lambda: split.last is not None and split.last.degraded is None, split)
+        assert split.last is not None
+        assert split.last.total_s > 1.0
+        # What was sent before, and given up, has been sent all the same.
+        assert split.stats()["sent_bytes"] > EXAMPLE.nbytes
 
 
 def test_decisions_are_kept_up_to_a_bound_and_say_what_they_rest_on(server: Server, known: dict[str, Any]) -> None:
@@ -214,6 +216,40 @@ def test_each_server_is_reckoned_with_by_its_own_profile(server: Server, known: 
             assert quick.asked - before[1] >= 5
             assert split.server_profile is not None
             assert split.server_profile.total_s == pytest.approx(1.0 * LAYERS)
+
+
+def test_at_a_fixed_cut_the_quicker_of_two_servers_is_asked_and_the_other_once(server: Server) -> None:
+    class Slow(Between):
+        def infer(self, *args: Any, **options: Any) -> Any:
+            time.sleep(0.3)
+            return super().infer(*args, **options)
+
+    with HttpTransport(server.url) as inner:
+        slow, quick = Slow(inner), Between(inner)
+        with split_of([slow, quick], partition="server") as split:
+            for _ in range(8):
+                assert right(split)
+            assert slow.asked <= 2
+            assert quick.asked >= 6
+
+
+@pytest.mark.parametrize("fallback", ["local", "error"])
+def test_no_more_is_sent_in_an_hour_than_is_allowed(server: Server, fallback: Any) -> None:
+    bound = 3.5 * EXAMPLE.nbytes
+    with split_of(server, partition="server", hourly_bytes=bound, fallback=fallback) as split:
+        for _ in range(3):
+            assert right(split)
+        for _ in range(3):
+            if fallback == "local":
+                assert right(split)
+                assert split.last is not None
+                assert str(split.last.degraded).startswith("metered: ")
+            else:
+                with pytest.raises(ts.ServerUnavailableError, match="hourly_bytes"):
+                    split(EXAMPLE)
+        assert split.stats()["sent_bytes"] <= bound
+    with pytest.raises(ts.errors.AdaptError, match="hourly_bytes must be a positive number"):
+        split_of(server, partition="server", hourly_bytes=0)
 
 
 def test_measured_codecs_are_chosen_among(server: Server, known: dict[str, Any]) -> None:

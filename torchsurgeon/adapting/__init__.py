@@ -7,6 +7,7 @@ arithmetic and state only: the runtime, which sends the requests, reports what i
 
 from __future__ import annotations
 
+from torchsurgeon.adapting.allowance import Allowance
 from torchsurgeon.adapting.breaker import CircuitBreaker
 from torchsurgeon.adapting.deadline import SURE, Refusals, Rescue, check_deadline, late_probability, patience, rescue
 from torchsurgeon.adapting.decide import Conditions, Decider, Decision, Estimates
@@ -17,6 +18,7 @@ from torchsurgeon.adapting.server_state import ServerState
 
 __all__ = [
     "SURE",
+    "Allowance",
     "CircuitBreaker",
     "Conditions",
     "Decider",

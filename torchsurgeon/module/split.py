@@ -103,6 +103,10 @@ class SplitModule(Calls):
             docs/runtime.md lists what is compared. By default such answers, which are the same to rounding, are used,
             and ``last.bits`` says so.
         timeout_s: the longest that a server may take for one inference.
+        hourly_bytes: the most bytes that are sent to servers in an hour, for a link on which bytes cost money: all that
+            requests, pings and probes send, refused and late ones too, but not what is asked when servers are made
+            ready. Calls run on the device then, or raise with ``fallback="error"``. Calls that run side by side may
+            pass the bound by what they send at the same time.
         leaf_modules: modules to keep whole, as ``trace()`` takes them.
         verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
         token: sent to servers that are given by their URLs, as ``Authorization: Bearer``.
@@ -133,7 +137,7 @@ class SplitModule(Calls):
         CodecError: there is no such codec, ``codecs`` is no measured table, or a codec is lossy and ``exact`` is given.
         LinkError: ``link`` is no ``Link``.
         ProfileError: a profile is no ``LayerProfile``.
-        AdaptError: ``timeout_s`` is not a positive number.
+        AdaptError: ``timeout_s`` or ``hourly_bytes`` is not a positive number.
         DeadlineError: ``deadline_s`` is not a positive number.
         ServerUnavailableError: no server is given, and ``partition`` needs one. With ``fallback="error"``, calls raise
             it when no server answers.
@@ -167,6 +171,7 @@ class SplitModule(Calls):
         tolerance: float = 0.0,
         exact: bool = False,
         timeout_s: float = 30.0,
+        hourly_bytes: float | None = None,
         leaf_modules: Sequence[str | type[nn.Module]] = (),
         verify: bool = True,
         token: str | None = None,
@@ -207,6 +212,7 @@ class SplitModule(Calls):
                 device_profiles=() if device_profile is None else as_profiles(device_profile, "device"),
                 server_profiles=() if server_profile is None else as_profiles(server_profile, "server"),
                 timeout_s=timeout_s,
+                hourly_bytes=hourly_bytes,
                 on_replan=None if on_replan is None else functools.partial(_tell, weakref.ref(self)),
                 exact=exact,
                 server_backend=server_backend,

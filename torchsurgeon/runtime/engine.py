@@ -240,6 +240,8 @@ class Engine:
             choice = choice._replace(way=self.servers.within(deadline_s, begun_s, work, choice))
         if choice.peer is None or choice.way.whole:
             if choice.why is not None:
+                if not falls_back and choice.why.kind == "metered":
+                    raise ServerUnavailableError(f"no request may be sent: {choice.why.text}")
                 if not falls_back and not self.servers.fit(arithmetic):
                     raise bits.refusal(self.options.name, self.servers.peers[0].differences(arithmetic))
                 self._connector.renew()

@@ -189,6 +189,8 @@ class Keeper:
         return (_TRIAL_TICK_S if troubled else _TICK_S) if in_use else None
 
     def _attend(self, peer: Peer, errands: list[Errand]) -> None:
+        if not peer.allowance.allows(peer.state.probes.least_bytes):
+            return  # What is left is for calls.
         breaker, ready = peer.state.breaker, peer.ready_in == self._local.epoch
         for errand in errands:
             if errand.trial and time.monotonic() - errand.begun_s > breaker.trial_s:
@@ -267,6 +269,7 @@ class Keeper:
         finally:
             # Bounded, or a clock that jumped meanwhile would forbid probes for hours.
             peer.state.probes.spent(size, min(max(time.monotonic() - begin_s, 0.0), _ERRAND_S))
+            peer.allowance.spent(size)
         peer.state.link.observe(
             up_bytes=timing.sent_bytes,
             up_s=None,

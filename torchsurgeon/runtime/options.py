@@ -31,6 +31,7 @@ class Options:
         verify: whether what is traced is compared with the model.
         server_backend: the backend by which servers are asked to run tails; ``"auto"`` to choose; None for their own.
         tolerance: how far a backend that is chosen may deviate from eager PyTorch, as ``Backend.tolerance`` counts.
+        hourly_bytes: the most bytes that are sent in an hour; None for no bound.
         token, ca, cert: how servers that are given by their URLs are reached, as ``HttpTransport`` takes them; ``ca``
             is its ``verify``.
         rounded_because: why even what this device computes has not the model's own bits; empty where it has.
@@ -52,6 +53,7 @@ class Options:
     exact: bool
     server_backend: str | None = None
     tolerance: float = 0.0
+    hourly_bytes: float | None = None
     leaf_modules: Sequence[str | type[nn.Module]] = ()
     verify: bool = True
     token: str | None = None

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from torchsurgeon._interrupts import NoThreadError
-from torchsurgeon.adapting import ServerState
+from torchsurgeon.adapting import Allowance, ServerState
 from torchsurgeon.adapting.link import LinkEstimator
 from torchsurgeon.adapting.load import LoadEstimator
 from torchsurgeon.adapting.mean import Mean, Quantity
@@ -90,6 +90,7 @@ class Peer:
         label: its URL, or its transport's class.
         link: the link as given, or as measured before the first request; None before either.
         profiles: its backends, and their layer times as given or as it has sent them.
+        allowance: how many bytes may be sent to all servers together.
         sent_bytes: what has been sent to it in requests, whether it answered or not.
         failure: why its last answer could not be used; None after an answer that could.
         ready_in: the epoch of the local weights with which the handshake succeeded; -1 where the server has to be made
@@ -111,10 +112,12 @@ class Peer:
         output_codec: Codec,
         max_bytes: int,
         exact: bool,
+        allowance: Allowance,
     ) -> None:
         self.transport = transport
         self.label: str = getattr(transport, "url", type(transport).__name__)
         self.link, self.profiles = link, profiles
+        self.allowance = allowance
         self.failure: Failure | None = None
         self.sent_bytes = self.received_bytes = self.answers = 0
         self._name, self._local = name, local
@@ -239,6 +242,7 @@ class Peer:
             self._asking.discard(request)
             with self._counting:
                 self.sent_bytes += deadline.sent_bytes
+            self.allowance.spent(deadline.sent_bytes)
 
     def _checked(self, infer: Callable[[], Answer], deadline: Deadline) -> Answer:
         known = self._identity

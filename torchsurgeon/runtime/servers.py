@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torchsurgeon.adapting import SURE, Decision, Estimates, Refusals, check_deadline
+from torchsurgeon.adapting import SURE, Allowance, Decision, Estimates, Refusals, check_deadline
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import MismatchWarning, MissingCodecWarning
@@ -36,6 +36,8 @@ _ANSWER_FACTOR = 64
 _KEPT_DECISIONS = 256
 # Calls move to another server only if it costs less than nine tenths of what the present one costs.
 _STAY = 0.9
+# At a fixed cut, another server is asked again after this time, if it took at most so many times as long as the best.
+_AGAIN_S, _WORTH = 10.0, 3.0
 
 
 class Choice(NamedTuple):
@@ -79,6 +81,7 @@ class Servers:
             for server in servers
         ]
         self.own = [made for made, given in zip(transports, servers, strict=True) if made is not given]
+        self._allowance = Allowance(options.hourly_bytes)
         self.peers = [
             Peer(
                 transport,
@@ -91,6 +94,7 @@ class Servers:
                 output_codec=options.answer_codec,
                 max_bytes=limit,
                 exact=options.exact,
+                allowance=self._allowance,
             )
             for transport in transports
         ]
@@ -121,8 +125,9 @@ class Servers:
     def inherit(self, earlier: Servers) -> None:
         """Take over the connections of the servers of an earlier trace, what is known of them, and the decisions."""
         self.own, self.decisions = earlier.own, earlier.decisions
+        self._allowance = earlier._allowance
         for peer, known in zip(self.peers, earlier.peers, strict=True):
-            peer.link, peer.answers = known.link, known.answers
+            peer.link, peer.answers, peer.allowance = known.link, known.answers, known.allowance
             peer.sent_bytes, peer.received_bytes = known.sent_bytes, known.received_bytes
             peer.state = dataclasses.replace(peer.state, link=known.state.link, load=known.state.load)
 
@@ -235,14 +240,25 @@ class Servers:
             wanted = self._chosen != self.whole.point or fixed is not None
             return Choice(self.whole, None, why=self._why_nobody(ours) if wanted else None)
         if peer.plan is None or not self.chooses or not peer.plans(self.planned_for):
-            return Choice(fixed or self.whole, peer)
+            return self._allowed(Choice(fixed or self.whole, peer), work)
         plan = peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan
         way, decision = plan.decide(
             Estimates(peer.state.link.estimate(), peer.state.load.estimate(), self._times.slowdown(), work.scale())
         )
         self._chosen = way.point
         self.decisions.append(decision)
-        return Choice(way, peer, decision)
+        return self._allowed(Choice(way, peer, decision), work)
+
+    def _allowed(self, choice: Choice, work: Work) -> Choice:
+        """Return the choice, or the device where the choice would send more than may be sent in this hour."""
+        way = choice.way
+        if way.whole or self._allowance.hourly_bytes is None:
+            return choice
+        size_bytes = way.point.size_bytes if way.row is None else way.row.size_bytes
+        if self._allowance.allows(size_bytes * work.scale()):
+            return choice
+        text = f"hourly_bytes={self._allowance.hourly_bytes:g} have nearly been sent in the last hour"
+        return Choice(self.whole, None, choice.decision, Failure("metered", text))
 
     def within(self, deadline_s: float, begun_s: float, work: Work, choice: Choice) -> Way:
         """Return the chosen way if its predicted latency keeps the deadline, or else the quickest way.
@@ -304,8 +320,10 @@ class Servers:
         usable = [peer for peer in peers if peer.usable(epoch)]
         if not usable and not self._options.falls_back:
             usable = [peer for peer in peers if peer.ready_in == epoch]
-        if len(usable) < 2 or not self.chooses:
+        if len(usable) < 2:
             return usable[0] if usable else None
+        if not self.chooses and self.fixed is not None:
+            return self._quickest(usable, self.fixed.point.index)
         slowdown, scale = self._times.slowdown(), work.scale()
         costs = [
             peer.plan.least_cost(Estimates(peer.state.link.estimate(), peer.state.load.estimate(), slowdown, scale))
@@ -313,6 +331,26 @@ class Servers:
             if peer.plan is not None
             else math.inf
             for peer in usable
+        ]
+        self._preferred = usable[costs.index(min(costs))]
+        return self._preferred
+
+    def _quickest(self, usable: Sequence[Peer], cut: int) -> Peer:
+        """Return the server that is the quickest at a fixed cut, as its answers have shown.
+
+        One of which that is not known is asked first. One that was not asked for a while is asked once more, unless it
+        took so much longer that this would not pay.
+        """
+        known = [peer.expected_duration(cut) for peer in usable]
+        durations_s = [math.inf if duration is None else duration.value for duration in known]
+        least_s, now_s = min(durations_s), time.monotonic()
+        for peer, duration in zip(usable, known, strict=True):
+            worth = duration is None or duration.value <= _WORTH * least_s
+            if peer is not self._preferred and worth and not 0 <= now_s - peer.asked_s < _AGAIN_S:
+                return peer
+        costs = [
+            seconds * (_STAY if peer is self._preferred else 1.0)
+            for peer, seconds in zip(usable, durations_s, strict=True)
         ]
         self._preferred = usable[costs.index(min(costs))]
         return self._preferred

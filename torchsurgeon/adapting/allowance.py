@@ -1,0 +1,60 @@
+"""How many bytes may still be sent in this hour, over a link on which bytes cost money."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+
+from torchsurgeon.adapting.clock import NowS, Since
+from torchsurgeon.errors import AdaptError, is_finite, short
+
+_HOUR_S, _SLOT_S = 3600.0, 60.0
+
+
+class Allowance:
+    """Counts bytes that are sent, and says whether more may be sent within any hour. Thread-safe.
+
+    Bytes are counted by the minute, and are forgotten once their whole minute is more than an hour ago.
+
+    Args:
+        hourly_bytes: the most bytes in an hour; None for no bound.
+        now_s: a monotonic clock in seconds.
+
+    Raises:
+        AdaptError: ``hourly_bytes`` is not a positive number.
+    """
+
+    def __init__(self, hourly_bytes: float | None, *, now_s: NowS = time.monotonic) -> None:
+        if hourly_bytes is not None and not (is_finite(hourly_bytes) and hourly_bytes > 0):
+            raise AdaptError(f"hourly_bytes must be a positive number of bytes, or None; got {short(hourly_bytes)}")
+        self.hourly_bytes = hourly_bytes
+        self._lock = threading.Lock()
+        self._since = Since(now_s)
+        self._passed_s = 0.0
+        self._slots: deque[tuple[float, float]] = deque()
+
+    def spent(self, size_bytes: float) -> None:
+        """Count bytes that have been sent."""
+        if self.hourly_bytes is None or size_bytes <= 0:
+            return
+        with self._lock:
+            begin_s = self._now() // _SLOT_S * _SLOT_S
+            before = self._slots.pop()[1] if self._slots and self._slots[-1][0] == begin_s else 0.0
+            self._slots.append((begin_s, before + size_bytes))
+
+    def allows(self, size_bytes: float) -> bool:
+        """Return whether so many bytes more would keep the bound."""
+        if self.hourly_bytes is None:
+            return True
+        with self._lock:
+            oldest_s = self._now() - _HOUR_S - _SLOT_S
+            while self._slots and self._slots[0][0] <= oldest_s:
+                self._slots.popleft()
+            return sum(count for _, count in self._slots) + size_bytes <= self.hourly_bytes
+
+    def _now(self) -> float:
+        # Adds up what has passed, since a clock may step back.
+        self._passed_s += self._since.passed_s()
+        self._since.mark()
+        return self._passed_s
