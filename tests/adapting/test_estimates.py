@@ -309,6 +309,19 @@ def test_an_answer_that_never_came_is_believed_at_once_and_two_probes_tell_bette
     assert estimator.ignored == 4
 
 
+def test_what_else_is_measured_shares_the_probes_bounds() -> None:
+    clock = Clock()
+    policy = ProbePolicy(now_s=clock, stale_s=1.0, share=0.1, most_byte_s=20e3)
+    assert not policy.due(0.5)
+    assert policy.due(math.inf)
+    policy.spent(100_000, 0.3)
+    clock.s += 4.9  # 100 KB at 20 KB/s take 5 s
+    assert not policy.due(math.inf)
+    assert policy.due_bytes(math.inf, 1e6) is None
+    clock.s += 0.2
+    assert policy.due(math.inf)
+
+
 def test_a_probe_budget_of_nothing_is_refused() -> None:
     with pytest.raises(AdaptError, match="share"):
         ProbePolicy(share=0)

@@ -233,12 +233,30 @@ class ProbePolicy:
             rate_bit_s: the estimated rate in bit/s.
         """
         with self._lock:
-            if age_s < self._stale_s or self._last.passed_s() < self._pause_s:
+            if not self._due(age_s):
                 return None
             size = int(min(max(rate_bit_s * self._duration_s / 8, self.least_bytes), self.most_bytes))
             self._last.mark()
             self._pause_s = max(self._stale_s, size / self._most_byte_s)
             return size
+
+    def due(self, age_s: float) -> bool:
+        """Return whether to measure something else now that costs time and bytes, within the same bounds.
+
+        The caller measures it, and reports with ``spent()`` what it cost.
+
+        Args:
+            age_s: seconds since it was last measured.
+        """
+        with self._lock:
+            if not self._due(age_s):
+                return False
+            self._last.mark()
+            self._pause_s = self._stale_s
+            return True
+
+    def _due(self, age_s: float) -> bool:
+        return age_s >= self._stale_s and self._last.passed_s() >= self._pause_s
 
     def spent(self, size_bytes: int, taken_s: float) -> None:
         """Record what a probe cost, whether it was answered or not."""

@@ -25,6 +25,8 @@ _logger = logging.getLogger(__name__)
 
 # A battery's level moves in minutes, and reading it may be a system call or a message to another process.
 _BATTERY_S = 1.0
+# A server that computes in no time, and the shortest tail that shows how long one computes.
+_NO_LOAD, _TIMED_TAIL_S = 1e-6, 1e-3
 
 COMPILED_GAIN = 0.1
 """The share of its latency that another cut has to save where the parts of each cut have to be compiled first."""
@@ -218,6 +220,24 @@ class Adaptive:
         """Return what the best row costs now; servers are compared by it."""
         now = estimates.conditions()
         return float(self.frontier.costs(now.link, now.load, now.slowdown, self.goal.now()).min())
+
+    def worth_a_trial(self, estimates: Estimates) -> Row | None:
+        """Return the row to try a server with that is not asked now; None where its speed could not matter.
+
+        It is the best row but for the tail's seconds, if it would then beat the device, and its tail is long enough to
+        tell how fast the server is.
+        """
+        now = estimates.conditions()
+        costs = self.frontier.costs(now.link, _NO_LOAD, now.slowdown, self.goal.now())
+        here = min(
+            (cost for row, cost in zip(self.frontier.rows, costs, strict=True) if row.on_device), default=math.inf
+        )
+        tried = [
+            (cost, place)
+            for place, (row, cost) in enumerate(zip(self.frontier.rows, costs, strict=True))
+            if not row.on_device and not row.student and row.tail_s >= _TIMED_TAIL_S and cost < here
+        ]
+        return self.frontier.rows[min(tried)[1]] if tried else None
 
     def expected(self, row: Row, estimates: Estimates) -> Expected:
         """Return how long the server's part of a row should take, for a call of the example's size."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from torchsurgeon.cutting import cut
@@ -38,6 +39,7 @@ class Connector:
         self._options, self._local, self._parts, self._times, self._servers = options, local, parts, times, servers
         self.ping_tensors: dict[str, Tensor] = {}
         self.ping_index = 0
+        self._boundary: tuple[PartitionPoint, dict[str, Tensor]] | None = None
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
@@ -124,16 +126,27 @@ class Connector:
         graph = self._local.graph
         late = [point for point in graph.points[:-1] if 2 * point.index >= len(graph.layers)]
         point = min(late or graph.points[:1], key=lambda point: point.size_bytes)
-        # In eager PyTorch: compiling a head for pings alone would not pay.
-        head, (args, kwargs) = cut(graph, point).head, self._times.example
         self.ping_index = point.index
-        self.ping_tensors = dict(zip((spec.name for spec in point.tensors), head(*args, **kwargs), strict=True))
+        self.ping_tensors = self._computed(point)
+
+    def boundary(self, point: PartitionPoint) -> dict[str, Tensor]:
+        """Return the boundary tensors of the example at a point; those of the last such point are kept."""
+        if self._boundary is None or self._boundary[0] != point:
+            with torch.inference_mode(False), torch.no_grad():
+                self._boundary = point, self._computed(point)
+        return self._boundary[1]
+
+    def _computed(self, point: PartitionPoint) -> dict[str, Tensor]:
+        # In eager PyTorch: compiling a head for pings alone would not pay.
+        head, (args, kwargs) = cut(self._local.graph, point).head, self._times.example
+        return dict(zip((spec.name for spec in point.tensors), head(*args, **kwargs), strict=True))
 
     def forget_parts(self) -> None:
         """Forget the cut parts and the ping, since the model's tensors have been replaced."""
         self._parts.clear()
         self._local.arithmetic.forget()
         self.ping_tensors = {}
+        self._boundary = None
 
     def renew(self, *, in_full: bool = False) -> None:
         """Notice weights that have changed: hands are then shaken again, and the parts cut again.

@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Callable
 
 from torchsurgeon._interrupts import NoThreadError, join_threads, start_thread
+from torchsurgeon.adapting import Estimates
 from torchsurgeon.codec import find_codec
 from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.models.threads import ThreadSettings
+from torchsurgeon.planning import Row
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.peer import Failure, Peer
@@ -35,6 +37,8 @@ _RETRY_S = 1.0
 # tell; other trials begin meanwhile, so that a server that returns is not missed.
 _ERRAND_S = 2.0
 _MOST_ERRANDS = 4
+# How fast a server computes is found out by an inference of its own once no answer has shown it for so long.
+_UNTRIED_S = 3.0
 
 
 class Errand:
@@ -210,6 +214,8 @@ class Keeper:
             # Transfers at a cut that sends little say nothing about the link's rate, however many there are.
             elif (size := peer.state.probes.due_bytes(rate.age_s, rate.value)) is not None:
                 self._send(Errand(peer, trial=False), functools.partial(self._probe, size))
+            elif (row := self._untried(peer)) is not None:
+                self._send(Errand(peer, trial=False), functools.partial(self._measure, row))
 
     def _send(self, errand: Errand, what: Callable[[Errand], None]) -> Task[None]:
         def run() -> None:
@@ -244,6 +250,36 @@ class Keeper:
             return
         peer.observe(answer, peer.plan.tail_s[self._connector.ping_index] if peer.plan is not None else 0.0)
         self.pings += 1
+
+    def _untried(self, peer: Peer) -> Row | None:
+        """Return a row to find out with how fast a server computes that has not been asked for long.
+
+        Its profile may have been measured while its machine was disturbed, and its pings' tails may be too short to
+        tell. Then nothing else would ever show that it is worth asking.
+        """
+        plan, state = peer.plan, peer.state
+        if plan is None or self._servers.point != self._servers.whole.point:
+            return None
+        age_s = state.load.estimate().compute.age_s
+        if age_s < _UNTRIED_S:
+            return None
+        row = plan.worth_a_trial(Estimates(state.link.estimate(), state.load.estimate(), self._servers.slowdown()))
+        if row is None or not peer.allowance.allows(row.size_bytes) or not state.probes.due(age_s):
+            return None
+        return row
+
+    def _measure(self, row: Row, errand: Errand) -> None:
+        """Have a server run the tail of a row for the example, to see how long that takes it."""
+        peer, tensors = errand.peer, self._connector.boundary(row.point(self._local.graph))
+        codecs = dict.fromkeys(tensors, find_codec(row.codec))
+        begin_s = time.monotonic()
+        try:
+            backend = peer.profiles.to_name(row.server_backend)
+            answer = peer.ask(tensors, codecs, errand.deadline(), backend=backend)
+            peer.observe(answer, row.tail_s)
+        finally:
+            size_bytes = round(row.size_bytes)
+            peer.state.probes.spent(size_bytes, min(max(time.monotonic() - begin_s, 0.0), _ERRAND_S))
 
     def _ask(self, errand: Errand) -> Answer | None:
         """Send the smallest inference there is; it waits in the server's queue like every other."""

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torchsurgeon.adapting import SURE, Allowance, Decision, Estimates, Refusals, check_deadline
+from torchsurgeon.adapting import SURE, Allowance, Decision, Estimates, Quantity, Refusals, check_deadline
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import MismatchWarning, MissingCodecWarning
@@ -212,6 +212,10 @@ class Servers:
         rows = () if table is None else table.at(point)
         known = [row.cost for row in rows if row.cost.within_budget and not row.cost.codec.startswith(FITTED)]
         return find_codec(min(known, key=lambda cost: cost.size_bytes).codec if known else "zstd")
+
+    def slowdown(self) -> Quantity:
+        """Return by what factor the device is slower now than predicted."""
+        return self._times.slowdown()
 
     # --- the choice ---
 
