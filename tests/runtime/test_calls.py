@@ -423,6 +423,48 @@ def test_closing_in_the_middle_of_a_call_still_answers_it(server: Server) -> Non
             assert answer.result(10)
 
 
+@pytest.mark.parametrize("partition", [2, "auto"])
+def test_closing_interrupts_a_call_that_waits_in_its_own_thread(
+    server: Server, known: dict[str, Any], partition: Any
+) -> None:
+    with HttpTransport(server.url) as inner:
+        between = Between(inner)
+        split = split_of(between, partition=partition, fallback="error", link=FAST, **known)
+        assert right(split)
+        between.delay_s = 20.0
+        begin_s = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(split, EXAMPLE)
+            time.sleep(0.2)
+            split.close()
+            with pytest.raises(ts.ServerUnavailableError, match="was closed"):
+                answer.result(10)
+        assert time.monotonic() - begin_s < 10
+
+
+def test_what_is_fetched_when_a_server_is_made_ready_obeys_the_deadline_of_the_call(
+    server: Server, known: dict[str, Any]
+) -> None:
+    class Measuring(Between):
+        def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+            if path.endswith("/profile"):
+                asked_s.append(timeout_s)
+                time.sleep(min(timeout_s or 20.0, 20.0))
+                raise ts.ServerUnavailableError("it still measures")
+            return super().get_json(path, timeout_s=timeout_s)
+
+    asked_s: list[float | None] = []
+    begin_s = time.monotonic()
+    with HttpTransport(server.url) as inner:
+        options = {"link": FAST, "device_profile": known["device_profile"], "fallback": "error", "deadline_s": 0.5}
+        with split_of(Measuring(inner), **options) as split, pytest.raises(ts.ServerUnavailableError):
+            split(EXAMPLE)
+    assert asked_s
+    assert asked_s[0] is not None
+    assert 0 < asked_s[0] <= 0.5
+    assert time.monotonic() - begin_s < 15
+
+
 @pytest.mark.usefixtures("patient")
 def test_a_forked_child_has_threads_and_connections_of_its_own(server: Server) -> None:
     with split_of(server.url, partition=2) as split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon.cutting import cut
+from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.planning import Frontier, Objective
 from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.planning.sides import with_joules
@@ -21,7 +23,16 @@ from torchsurgeon.runtime.parts import Parts
 from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.servers import Servers
 from torchsurgeon.tracing.specs import PartitionPoint
+from torchsurgeon.transport.base import Deadline
 from torchsurgeon.transport.link_probe import measure_link
+
+
+def _left_s(deadline: Deadline) -> float:
+    try:
+        return deadline.left_s()
+    except TimeoutError:
+        raise ServerUnavailableError(f"the server was not made ready within {deadline.timeout_s:g} s") from None
+
 
 _THROUGHPUT = Goal(Objective(throughput=1.0))
 
@@ -53,9 +64,10 @@ class Connector:
             ServerError: it does not answer, or holds another model.
             ProtocolError: it answers something else than the protocol says.
         """
+        deadline = Deadline(math.inf if timeout_s is None else timeout_s)
         epoch = peer.shake(timeout_s)
         if self._servers.chooses and not peer.plans(self._servers.planned_for):
-            self._plan(peer)
+            self._plan(peer, None if timeout_s is None else deadline)
         peer.answered()
         peer.ready_in = epoch
 
@@ -64,9 +76,9 @@ class Connector:
         if self._servers.chooses and peer.plans(self._servers.planned_for):
             self._plan(peer)
 
-    def _plan(self, peer: Peer) -> None:
+    def _plan(self, peer: Peer, deadline: Deadline | None = None) -> None:
         only = self._servers.planned_for
-        frontier = self.frontier(peer, only)
+        frontier = self.frontier(peer, only, deadline)
         goal = self._servers.goal
         plan = Adaptive(
             self._local.graph,
@@ -81,23 +93,25 @@ class Connector:
         peer.stream_plan = plan.toward(_THROUGHPUT) if goal.wanted == Objective(latency=1.0) else plan
         peer.plan, peer.planned_for = plan, only
 
-    def frontier(self, peer: Peer, only: PartitionPoint | None = None) -> Frontier:
+    def frontier(self, peer: Peer, only: PartitionPoint | None = None, deadline: Deadline | None = None) -> Frontier:
         """Measure what is not known yet of device, server and link, and return the rows to choose from.
 
         Args:
             peer: the server.
             only: the cut whose codecs are to be chosen among; None for all cuts.
+            deadline: when what the server is asked for has to be there; None for as long as its transport waits.
         """
         with self._measuring:
             # Of a server whose backend's profile is not known yet, the one in eager PyTorch does at first.
-            fetched = None if peer.profiles.by_backend else peer.profiles.fetch()
+            timeout_s = None if deadline is None else min(_left_s(deadline), peer.transport.timeout_s)
+            fetched = None if peer.profiles.by_backend else peer.profiles.fetch(timeout_s=timeout_s)
             servers = peer.profiles.usable if fetched is None else (fetched,)
             self.profile_device()
             devices: Sequence[LayerProfile] = self._times.usable
             if self._servers.goal.needs_joules:
                 devices = with_joules(devices)
             if peer.link is None:
-                peer.adopt(measure_link(peer.transport))
+                peer.adopt(measure_link(peer.transport, deadline=deadline))
             graph, codecs = self._local.graph, peer.decodable(self._options.codecs)
             if only is None:
                 frontier = Frontier.build(graph, devices, servers, codecs)

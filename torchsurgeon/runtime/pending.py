@@ -204,8 +204,7 @@ class Pending:
                     self._task = Task(ask, None)
                     self._task.fail(error)
                     return
-        self._task = Task(ask, None)
-        self._task.run_in_caller()
+        self._task = shared.pool.run_here(ask, deadline.cancel)
 
     def _ask(
         self,
@@ -247,6 +246,12 @@ class Pending:
         self._shared.servers.warn_of_codec(codec, other, self._peer)
         return other
 
+    @property
+    def _given_up(self) -> bool:
+        """Whether nobody wants the server's answer any more, so that its end says nothing of the server."""
+        closed = self._shared.pool.closed and not self._shared.options.falls_back
+        return self._unwanted or closed
+
     # --- finishing ---
 
     def result(self) -> Any:
@@ -258,7 +263,7 @@ class Pending:
         try:
             return self._result()
         except BaseException as error:
-            if self._unwanted and isinstance(error, ServerError):
+            if self._given_up and isinstance(error, ServerError | TimeoutError) and not by_signal_handler(error):
                 raise ServerUnavailableError(
                     "the SplitModule was closed, or nothing referred to it any more, while this call was under way"
                 ) from error
@@ -281,7 +286,7 @@ class Pending:
                 result, error = self._received(task)
                 if error is None:
                     return result
-                if self._unwanted or not (self._failed(error) and self._next_peer()):
+                if self._given_up or not (self._failed(error) and self._next_peer()):
                     raise error
                 self.send(in_caller=True)
                 continue

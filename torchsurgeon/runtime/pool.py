@@ -171,6 +171,28 @@ class Pool:
             raise
         return task
 
+    def run_here(self, work: Callable[[], T], cancel: Callable[[], object]) -> Task[T]:
+        """Run ``work`` in the calling thread, and return how it ended. Whoever ends the pool interrupts it.
+
+        Raises:
+            ServerUnavailableError: the pool has been closed.
+        """
+        task = Task(work, cancel)
+        try:
+            with self._lock:
+                if self._closed:
+                    raise ServerUnavailableError("the SplitModule has been closed")
+                self._running.add(task)
+            task.run_in_caller()
+        finally:
+            self._running.discard(task)
+        return task
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed, so that nothing can be asked any more."""
+        return self._closed
+
     def _start(self) -> None:
         try:
             start_thread(self._run, self._name, self._threads)

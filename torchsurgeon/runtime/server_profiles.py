@@ -67,18 +67,20 @@ class ServerProfiles:
         known = [self.by_backend[name] for name in self.wanted if name in self.by_backend]
         return tuple(known) or tuple(self.by_backend.values())
 
-    def fetch(self, backend: str | None = None) -> LayerProfile:
+    def fetch(self, backend: str | None = None, *, timeout_s: float | None = None) -> LayerProfile:
         """Ask the server for its layer times.
 
         Args:
             backend: by which backend; None for eager PyTorch.
+            timeout_s: seconds that it may take; the transport's by default.
 
         Raises:
             ServerError: it does not answer, refuses, or still measures.
             ProfileError: it answers something else.
         """
         query = "" if backend is None else f"?backend={quote(backend, safe='')}"
-        return LayerProfile.from_json(self._transport.get_json(f"/v2/models/{self._name}/profile{query}"))
+        path = f"/v2/models/{self._name}/profile{query}"
+        return LayerProfile.from_json(self._transport.get_json(path, timeout_s=timeout_s))
 
     def keep(self, eager: LayerProfile) -> None:
         """Keep the layer times in eager PyTorch, which ``fetch()`` returned."""

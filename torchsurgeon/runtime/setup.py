@@ -11,7 +11,7 @@ import torch
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import SURE
-from torchsurgeon.errors import UnknownEnergyWarning
+from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning
 from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceTimes
@@ -26,6 +26,8 @@ from torchsurgeon.runtime.work import Work
 # How long the first call waits for servers to be made ready, which includes measuring a profile and the link, and how
 # long a later call without a deadline waits for servers that were well. Others become ready in the background.
 _SETUP_S = 5.0
+# What is asked while a server is made ready ends by itself after the time given to it, but for this.
+_GRACE_S = 0.1
 
 
 class Setup:
@@ -113,7 +115,8 @@ class Setup:
         """
         begun_s = time.perf_counter()
         if not self._waited:
-            self.prepare()
+            # Without a fallback, nothing answers a call whose deadline passes while servers are made ready.
+            self.prepare(None if self._options.falls_back else deadline_s)
             return time.perf_counter()
         measures = self._servers.chooses and self._times.profile is None
         self.prepare(self._spare_s(work, deadline_s))
@@ -183,7 +186,9 @@ class Setup:
         failures: list[BaseException] = []
         for peer in self._unready():
             task = self._keeper.attempt(peer, timeout_s)
-            task.wait(threading.TIMEOUT_MAX)
+            if not task.wait(threading.TIMEOUT_MAX if timeout_s is None else timeout_s + _GRACE_S):
+                task.give_up()
+                task.error = ServerUnavailableError(f"{peer.label} was not made ready within {timeout_s:g} s")
             if task.error is not None:
                 peer.failed(Failure.of(task.error))
                 failures.append(task.error)
