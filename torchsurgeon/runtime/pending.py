@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon._interrupts import NoThreadError, by_signal_handler
-from torchsurgeon.adapting import Decision, patience, rescue
+from torchsurgeon.adapting import Decision
 from torchsurgeon.codec import Codec, RatedCodec
 from torchsurgeon.errors import (
     EncodingError,
@@ -47,12 +47,11 @@ from torchsurgeon.runtime.peer import Failure, Peer, is_requests_fault
 from torchsurgeon.runtime.pool import Pool, Task
 from torchsurgeon.runtime.servers import Servers
 from torchsurgeon.runtime.telemetry import below_current
+from torchsurgeon.runtime.waiting import FIRST_PATIENCE_S, Waiting
 from torchsurgeon.runtime.work import Work
 from torchsurgeon.transport import Answer
 from torchsurgeon.transport.base import Deadline
 
-# How long to wait for a server's first answer, when nothing is known yet of how long its answers take.
-_FIRST_PATIENCE_S = 1.0
 # A tail on the device may be finished before the answer comes. The server then counts as failed only if the answer has
 # already taken this many times what was expected of it.
 _SLOW_FACTOR = 2.0
@@ -151,7 +150,7 @@ class Pending:
         rounded_because: tuple[str, ...],
     ) -> None:
         self._shared, self._work, self._way, self._peer, self._boundary = shared, work, way, peer, boundary
-        self._moments, self._expected, self._decision, self._deadline_s = moments, expected, decision, deadline_s
+        self._moments, self._decision, self._deadline_s = moments, decision, deadline_s
         self._arithmetic, self._weights, self._rounded_because = arithmetic, weights, rounded_because
         self._wanted_codec, self._own_codec = way.codec or codec, codec
         self._specs = work.crossing(way.point)
@@ -162,8 +161,14 @@ class Pending:
         self._deadline: Deadline | None = None
         self._sent_s = 0.0
         self._why: Failure | None = None
-        # How many requests the expected time allows for, this one included; ``_crowded()`` raises it.
-        self._share = 1
+        self._waiting = Waiting(
+            shared.times,
+            way,
+            self.scale,
+            expected=expected,
+            deadline_s=deadline_s,
+            stoppable=shared.parts.stoppable,
+        )
         self._unwanted = False
         self.recorded = False
         """Whether its error has been recorded."""
@@ -223,6 +228,7 @@ class Pending:
     def _compute_without_student(self) -> None:
         """Have the model's own layers compute the boundary, for a server that does not decode what a student gives."""
         self._way = dataclasses.replace(self._way, codec=None)
+        self._waiting.way = self._way
         self._wanted_codec = self._own_codec
         self._boundary = self._work.head(self._way.point)()
 
@@ -295,9 +301,9 @@ class Pending:
             if self._shared.local.changed(self._weights):
                 return self._with_new_weights(task)
             if not in_time:
-                patience_s, late = self._patience()
+                patience_s, late = self._waiting.patience(self._peer, first=self._peer is self._tried[0])
                 if not task.wait(patience_s - _BRIEF_S):
-                    if self._deadline_s is None and self._crowded():
+                    if self._deadline_s is None and self._waiting.crowded(self._peer):
                         continue
                     self._why = late
                     return self._finished_on_device(task)
@@ -313,58 +319,6 @@ class Pending:
             if not (self._failed(error) and self._next_peer()):
                 return self._finished_on_device(task)
             self.send()
-
-    def _patience(self) -> tuple[float, Failure]:
-        """Return how many seconds to wait before the tail is started on the device, and the failure to record then."""
-        expected, scale, times = self._expected_now(), max(self.scale, 1.0), self._shared.times
-        if expected is None:
-            patience_s, why = _FIRST_PATIENCE_S, "the first answer is usually sooner"
-        else:
-            remote_s = expected.remote_s * scale
-            # A tail that a backend runs cannot be stopped. So it is started only once the answer is late by as much
-            # time as the tail takes.
-            tail_s = None if self._shared.parts.stoppable else times.known_tail_s(self._way)
-            patience_s = patience(
-                remote_s,
-                expected.spread,
-                expected.round_trip_s,
-                stoppable=self._shared.parts.stoppable,
-                tail_s=None if tail_s is None else tail_s * self.scale,
-            )
-            why = f"expected after {remote_s * 1e3:.3g} ms"
-        late = Failure("late", f"{self._peer.label} gave no answer within {patience_s * 1e3:.3g} ms, {why}")
-        if self._deadline_s is None:
-            return patience_s, late
-        left_s = self._deadline_s - time.perf_counter()
-        plan = rescue(
-            left_s,
-            # Where nothing is known yet, the median is taken to be half of the time that is left, with a spread of a
-            # factor of two.
-            remote_s=left_s / 2 if expected is None else expected.remote_s * scale,
-            remote_spread=0.7 if expected is None else expected.spread,
-            tail_s=times.expected_s(self._way)[1] * self.scale,
-            tail_spread=times.slowdown().spread,
-        )
-        if plan.start_s >= patience_s:
-            return patience_s, late
-        why = "will probably be late" if plan.hedged else f"had not come {plan.start_s * 1e3:.3g} ms after the head"
-        return plan.start_s, Failure("deadline", f"the answer of {self._peer.label} {why}")
-
-    def _expected_now(self) -> Expected | None:
-        """Return how long the server's part should take, given how many requests share link and server."""
-        if self._expected is not None and self._peer is self._tried[0]:
-            foreseen = self._expected()
-            return foreseen._replace(remote_s=foreseen.remote_s * self._share)
-        duration = self._peer.expected_duration(self._way.point.index)
-        if duration is None:
-            return None
-        round_trip_s = min(self._peer.state.link.estimate().round_trip.value, duration.value)
-        return Expected(duration.value * self._share, duration.spread, round_trip_s)
-
-    def _crowded(self) -> bool:
-        """Return whether more requests share link and server than this one's time allows for, and allow for them."""
-        share, self._share = self._share, max(self._share, self._peer.under_way)
-        return self._share > share
 
     def _received(self, task: Task[Answer]) -> tuple[Any, BaseException | None]:
         """Return the model's result from the server's answer, or what is wrong with the answer.
@@ -395,7 +349,7 @@ class Pending:
         peer.observe(answer, 0.0 if row is None else row.tail_s * self.scale)
         if row is None:
             taken_s = min(max(answer.timing.end_s - self._sent_s, 1e-6), peer.transport.timeout_s)
-            peer.record_duration(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._share))
+            peer.record_duration(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._waiting.share))
         if isinstance(self._wanted_codec, Lossless) and self._codec.zstd:
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
             spent_s = answer.timing.send_start_s - self._sent_s + inference.seconds(answer.parameters.get("decode_s"))
@@ -521,13 +475,13 @@ class Pending:
             if task.error is not None and not (is_requests_fault(task.error) and self._unusual()):
                 self._failed(task.error)
             return
-        expected, taken_s = self._expected_now(), end_s - self._sent_s
-        remote_s = _FIRST_PATIENCE_S if expected is None else expected.remote_s * max(self.scale, 1.0)
+        expected, taken_s = self._waiting.expected(self._peer, first=self._peer is self._tried[0]), end_s - self._sent_s
+        remote_s = FIRST_PATIENCE_S if expected is None else expected.remote_s * max(self.scale, 1.0)
         if taken_s > remote_s:
             if (row := self._way.row) is not None:
                 self._peer.missed(row.size_bytes * self.scale, taken_s - row.tail_s * self.scale)
             else:
-                self._peer.waited(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._share))
+                self._peer.waited(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._waiting.share))
         if taken_s > max(_SLOW_FACTOR * remote_s, _LEAST_SLOW_S):
             self._peer.failed(why)
         self._shared.keeper.wake()
