@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import zoo
+from benchmarks import front_page, zoo
 from benchmarks.evaluate import configurations, end_to_end, page, pictures, today
 from benchmarks.evaluate.applications import APPLICATIONS
 from benchmarks.support import result_file
@@ -63,6 +63,8 @@ def main() -> None:
     written = QUICK_FOLDER / "evaluation.md" if options.quick else page.PAGE
     written.write_text(page.page(QUICK_FOLDER if options.quick else page.FOLDER))
     print(f"written to {written}")
+    if not options.quick:
+        front_page.main()
 
 
 def _evaluate(*, quick: bool) -> None:

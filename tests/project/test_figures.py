@@ -26,7 +26,7 @@ from benchmarks import (
 )
 from benchmarks.coverage.page import page as coverage_page
 from benchmarks.device import figures
-from benchmarks.evaluate import configurations, datacenter_page
+from benchmarks.evaluate import configurations, datacenter_page, end_to_end
 from benchmarks.evaluate import page as evaluation
 from benchmarks.runtime import adapting
 from benchmarks.support import result_file
@@ -158,6 +158,20 @@ def test_the_first_figures_are_those_of_their_files(page: Path) -> None:
     shown = result_file.shown(page, front_page.BEGIN, front_page.END)
     assert shown == front_page.figures(front_page.PAGES[page])
     assert shown.count("](") >= 4
+
+
+def test_the_first_figures_take_what_was_run_end_to_end(tmp_path: Path) -> None:
+    for name in (evaluation.CONFIGURATIONS, evaluation.TODAY):
+        (tmp_path / name).write_text((evaluation.FOLDER / name).read_text())
+    assert "cases" in front_page.figures("", tmp_path)
+    taken_s = {"device": 0.3, "server": 0.6, "pool": 0.2}
+    ways = {cut: {"cut": cut, "foretold_s": value, "measured_s": value} for cut, value in taken_s.items()}
+    link = {"ways": ways, "modes": {"float32": {"ways": list(ways), "chosen": "pool"}}}
+    results = {"results": {"a network": {"links": {"lte": link}}}}
+    (tmp_path / end_to_end.OUT.name).write_text(json.dumps(results))
+    shown = " ".join(front_page.figures("", tmp_path).split())
+    assert "[1.5× as fast as the device alone](evaluation.md#end-to-end)** and 3.0× as fast as the server" in shown
+    assert "In 1 of the cases the choice is a split" in shown
 
 
 @pytest.mark.parametrize("page", front_page.PAGES, ids=lambda page: page.name)
