@@ -13,7 +13,7 @@ from torch import Tensor
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends.backend import Backend, Run
 from torchsurgeon.backends.exporting import in_turn
-from torchsurgeon.backends.leading import Leading
+from torchsurgeon.backends.leading import Leading, note_refusal, refused
 from torchsurgeon.backends.part import Part
 from torchsurgeon.errors import BackendError, BackendWarning, short
 from torchsurgeon.models.watching import WatchedWeights
@@ -102,22 +102,23 @@ class BuiltPart:
         # Before the weights are read, so that a write during the build is noticed.
         weights = WatchedWeights(part.segment) if backend.copies_weights else None
         expected = part.segment(*tensors)
-        leading, refusal = Leading(part, part), None
+        known = refused(part.graph, backend)
+        leading, refusal = Leading.of(part, list(known)), None
         while True:
+            if leading is None:
+                raise refusal or BackendError(next(iter(known.values())))
             try:
                 run = self._built(leading, tensors, expected)
                 break
             except BackendError as error:
+                note_refusal(part.graph, backend, error)
                 refusal = refusal or error
-                shorter = leading.before(error.layer)
-                if shorter is None:
-                    raise refusal from None
-                leading = shorter
+                leading = leading.before(error.layer)
         if backend.judge is not None:
             backend.judge.judge(part, run, tensors)
         self.rest = leading.layer
         self._example, self._weights, self._run = tensors, weights, run
-        return refusal
+        return refusal or (None if leading.layer is None else BackendError(known[leading.layer], leading.layer))
 
     def _built(self, leading: Leading, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> Run:
         """Return what runs the part: for any batch, where that is possible, or else for these shapes."""

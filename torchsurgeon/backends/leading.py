@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,7 +12,24 @@ from torchsurgeon.backends.backend import Backend, Run
 from torchsurgeon.backends.part import Part
 from torchsurgeon.cutting.partition import between, tail_for
 from torchsurgeon.cutting.segment import Segment
-from torchsurgeon.errors import PartitionError
+from torchsurgeon.errors import BackendError, PartitionError
+from torchsurgeon.tracing.graph import LayerGraph
+
+_refused: weakref.WeakKeyDictionary[LayerGraph, dict[str, dict[str, str]]] = weakref.WeakKeyDictionary()
+
+
+def refused(graph: LayerGraph, backend: Backend) -> Mapping[str, str]:
+    """Return the layers of a graph that a backend is known not to take, each with the reason.
+
+    Finding that out takes an export that fails, so it is done once for all parts of a model.
+    """
+    return _refused.get(graph, {}).get(backend.name, {})
+
+
+def note_refusal(graph: LayerGraph, backend: Backend, error: BackendError) -> None:
+    """Remember that a backend does not take a layer, if the error names one."""
+    if error.layer is not None:
+        _refused.setdefault(graph, {}).setdefault(backend.name, {})[error.layer] = str(error)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends import Backend, Part
 from torchsurgeon.backends.backend import Run
 from torchsurgeon.backends.exporting import in_turn
-from torchsurgeon.backends.leading import Leading
+from torchsurgeon.backends.leading import Leading, note_refusal, refused
 from torchsurgeon.backends.slicing import Slices
 from torchsurgeon.errors import BackendError
 from torchsurgeon.profiling.parts import Curve, PartTimes
@@ -144,7 +144,6 @@ class _Measuring:
         self._tensors = [tensor.detach() for tensor in tensors]
         self.whole_s: list[float] = []
         self.not_built: list[str] = []
-        self._refused: list[str] = []  # layers that the backend does not take
         self._slices = self._sliced()
         whole = Part.head(graph, graph.points[-1])
         self._always: list[tuple[Run, Sequence[Tensor]]] = [
@@ -169,8 +168,9 @@ class _Measuring:
                     raise
                 layer = error.layer if isinstance(error, BackendError) else None
                 leading = leading.before(layer)
-                if leading is not None and layer is not None:
-                    self._refused.append(layer)
+                if isinstance(error, BackendError):
+                    note_refusal(graph, self._backend, error)
+                if leading is not None:
                     until = next((point for point in inside if point.tensors == leading.part.outputs), None)
                     if until is None:
                         return None
@@ -209,13 +209,15 @@ class _Measuring:
         """Return what runs a part: the backend, and eager PyTorch from the layer on that the backend does not take."""
         if not part.segment.steps:
             return part.segment
-        leading = Leading.of(part, self._refused)
+        leading = Leading.of(part, list(refused(self._graph, self._backend)))
         while leading is not None:
             try:
                 run = self._run_of(leading, tensors)
             except Exception as error:  # another project's compiler may fail in any way
                 if by_signal_handler(error):
                     raise
+                if isinstance(error, BackendError):
+                    note_refusal(self._graph, self._backend, error)
                 leading = leading.before(error.layer if isinstance(error, BackendError) else None)
                 continue
             if leading.rest is not None:
