@@ -101,7 +101,7 @@ def run(
         for name in names:
             begun_s = time.monotonic()
             with torch.no_grad():
-                found[name] = _Study(name, repeats).over(tuple(links), other)
+                found[name] = Study(name, repeats).over(tuple(links), other)
             found[name]["seconds"] = round(time.monotonic() - begun_s)
             told(f"{name}: run over {len(found[name]['links'])} links")
     finally:
@@ -123,17 +123,17 @@ class _Mode(NamedTuple):
         return set(sides[:2] if where != "device" else sides) <= set(self.backends) and (lossless or where == "device")
 
 
-class _Study:
+class Study:
     """One network, with its profiles, and with what has been run of it."""
 
-    def __init__(self, name: str, repeats: int) -> None:
+    def __init__(self, name: str, repeats: int, budget_s: float = _BUDGET_S) -> None:
         self.name, self.repeats = name, repeats
         self.model, self.example = network(name)
         self.graph = ts.trace(self.model, self.example)
         eager = ts.profile(self.graph, repeats=20, meter=None)
         self.server = {"eager": eager}
         for backend in BACKENDS[1:]:
-            self.server[backend] = ts.profile(self.graph, backend=backend, eager=eager, budget_s=_BUDGET_S, meter=None)
+            self.server[backend] = ts.profile(self.graph, backend=backend, eager=eager, budget_s=budget_s, meter=None)
         self.device = {backend: profile.scaled(SLOWER) for backend, profile in self.server.items()}
         lossless = _slowed(_lossless(self.graph, self.example))
         self.modes = {
@@ -161,33 +161,33 @@ class _Study:
             served = stack.enter_context(tail_process.apart(_serve, self.name, core))
             port = served.recv()
             emulator = stack.enter_context(LinkEmulator(0, "127.0.0.1", port, PRESETS[links[0]]))
-            stack.enter_context(_slow_codecs())
-            runs = _Runs(self, f"http://127.0.0.1:{emulator.port}", served, stack)
+            stack.enter_context(slow_codecs())
+            runs = Runs(self, f"http://127.0.0.1:{emulator.port}", served, stack)
             local = {key: self._timed(runs, way, None) for key, way in self._device_only().items()}
             for link in links:
                 emulator.set_link(PRESETS[link])
                 row["links"][link] = self._over(runs, link, local)
         return row
 
-    def _over(self, runs: _Runs, link: str, local: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _over(self, runs: Runs, link: str, local: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Return what every way takes over one link."""
         first = next(iter(self.modes.values()))
         pairs, modes = [], {}
         ways: dict[str, Row] = {}
         for device in BACKENDS:
             for server in BACKENDS:
-                planned = self._planned(link, (device,), (server,), first.codecs)
+                planned = self.planned(link, (device,), (server,), first.codecs)
                 assert planned.server_only is not None
-                pairs.append({"device": device, "server": server, "chosen": _key(planned.terms.row)})
-                ways |= {_key(row): row for row in (planned.terms.row, planned.server_only.row)}
+                pairs.append({"device": device, "server": server, "chosen": way_of(planned.terms.row)})
+                ways |= {way_of(row): row for row in (planned.terms.row, planned.server_only.row)}
         for name, mode in self.modes.items():
-            planned = self._planned(link, mode.backends, mode.backends, mode.codecs)
+            planned = self.planned(link, mode.backends, mode.backends, mode.codecs)
             assert planned.server_only is not None
-            near = sorted(((self._foretold_s(row, link), row) for row in mode.frontier.rows), key=lambda one: one[0])
+            near = sorted(((self.foretold_s(row, link), row) for row in mode.frontier.rows), key=lambda one: one[0])
             rows = [row for value, row in near[:_MOST_NEAR] if value <= _NEAR * near[0][0]]
             rows += [planned.terms.row, planned.server_only.row]
-            ways |= {_key(row): row for row in rows}
-            modes[name] = {"chosen": _key(planned.terms.row), "ways": sorted({_key(row) for row in rows})}
+            ways |= {way_of(row): row for row in rows}
+            modes[name] = {"chosen": way_of(planned.terms.row), "ways": sorted({way_of(row) for row in rows})}
         timed = local | {key: self._timed(runs, row, link) for key, row in ways.items() if not row.on_device}
         for name, mode in self.modes.items():
             # Ends and pairs count in every mode that allows their backends and keeps as many answers.
@@ -200,10 +200,10 @@ class _Study:
 
     def _device_only(self) -> dict[str, Row]:
         """Return everything on the device, by each backend."""
-        rows = [self._planned("wifi", (one,), ("eager",), None).device_only.row for one in BACKENDS]
-        return {_key(row): row for row in rows}
+        rows = [self.planned("wifi", (one,), ("eager",), None).device_only.row for one in BACKENDS]
+        return {way_of(row): row for row in rows}
 
-    def _planned(self, link: str, devices: Iterable[str], servers: Iterable[str], codecs: CodecTable | None) -> ts.Plan:
+    def planned(self, link: str, devices: Iterable[str], servers: Iterable[str], codecs: CodecTable | None) -> ts.Plan:
         return ts.plan(
             self.graph,
             device=[self.device[one] for one in devices],
@@ -212,34 +212,34 @@ class _Study:
             codecs=codecs,
         )
 
-    def _foretold_s(self, row: Row, link: str) -> float:
+    def foretold_s(self, row: Row, link: str) -> float:
         if row.on_device:
             return row.head_s
         crossing_s = PRESETS[link].request_s(row.size_bytes, self.answer_bytes)
         return row.head_s + row.encode_s + crossing_s + row.decode_s + row.tail_s
 
-    def _timed(self, runs: _Runs, row: Row, link: str | None) -> dict[str, Any]:
+    def _timed(self, runs: Runs, row: Row, link: str | None) -> dict[str, Any]:
         """Return what one way was foretold to take, and took."""
         return {
             "cut": "device" if row.on_device else "server" if row.index == 0 and row.layers is None else row.name,
-            "foretold_s": row.head_s if link is None else self._foretold_s(row, link),
+            "foretold_s": row.head_s if link is None else self.foretold_s(row, link),
             **runs.timed(row),
         }
 
 
-class _Runs:
+class Runs:
     """Runs ways of one network, each by a ``SplitModule`` with its two backends."""
 
-    def __init__(self, study: _Study, url: str, served: Any, stack: ExitStack) -> None:
+    def __init__(self, study: Study, url: str, served: Any, stack: ExitStack) -> None:
         self._study, self._url, self._served, self._stack = study, url, served, stack
         self._splits: dict[tuple[str, str], ts.SplitModule] = {}
 
     def timed(self, row: Row) -> dict[str, Any]:
         """Return the median and the quartiles of the seconds of one way, and where they went."""
-        split = self._split(row.backend, "eager" if row.on_device else row.server_backend)
+        split = self.split(row.backend, "eager" if row.on_device else row.server_backend)
         split.partition = "device" if row.on_device else row.point(split.graph)
         split.codec = row.codec
-        self._ready(split)
+        self.ready(split)
         accounts, taken_s = [], []
         for _ in range(self._study.repeats):
             begun_s = time.perf_counter()
@@ -264,7 +264,7 @@ class _Runs:
             "spent": spent,
         }
 
-    def _split(self, device: str, server: str) -> ts.SplitModule:
+    def split(self, device: str, server: str) -> ts.SplitModule:
         key = (device, server)
         if key not in self._splits:
             self._splits[key] = self._stack.enter_context(
@@ -281,7 +281,7 @@ class _Runs:
             )
         return self._splits[key]
 
-    def _ready(self, split: ts.SplitModule) -> None:
+    def ready(self, split: ts.SplitModule) -> None:
         """Have both sides build their parts, and wait until they have."""
         split(self._study.example)
         end_s = time.monotonic() + _PATIENCE_S
@@ -293,7 +293,7 @@ class _Runs:
         split(self._study.example)
 
 
-def _key(row: Row) -> str:
+def way_of(row: Row) -> str:
     """Return a way in one text: where it is cut, what runs the parts, and how the boundary crosses."""
     if row.on_device:
         return f"device|{row.backend}"
@@ -335,7 +335,7 @@ def _slowed(codecs: CodecTable) -> CodecTable:
 
 
 @contextmanager
-def _slow_codecs() -> Iterator[None]:
+def slow_codecs() -> Iterator[None]:
     """Have all codecs of this process take as long to encode as on the slow device."""
     device, encode = SlowDevice(SLOWER), Codec.encode
 
