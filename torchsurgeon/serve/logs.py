@@ -26,6 +26,7 @@ Ended = tuple[float, Outcome]
 
 # The attributes of a record that are written besides its message, in this order.
 _FIELDS = ("client", "request_id", "asked", "model", "cut", "status", "error", "duration_ms")
+_LINE = f"%s.%03d+00:00 INFO {REQUEST}%s request_id=%s%s duration_ms=%.3f"
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 _LOGGERS = ("torchsurgeon", "uvicorn", "py.warnings")
 
@@ -58,10 +59,9 @@ class TextFormatter(LineFormatter):
             if second != known_second:
                 known_second, begin = second, _second(second)
             who = f" client={client}" if client else ""
-            found.append(
-                f"{begin}.{int((ended_s - second) * 1000):03d}+00:00 INFO {REQUEST}{who} request_id={request_id}"
-                f"{_cached(_text, asked, model, cut, status, error)} duration_ms={round(duration_s * 1e3, 3)}"
-            )
+            rest = _cached(_text, asked, model, cut, status, error)
+            # Numbers are formatted in this way in half the time that they take in an f-string.
+            found.append(_LINE % (begin, (ended_s - second) * 1000, who, request_id, rest, duration_s * 1e3))
         return found
 
 
@@ -167,6 +167,8 @@ def _text(known: Mapping[str, object]) -> str:
 
 
 def _printable(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:.3f}"
     # A client chooses the path and the name of the model. A line break in them would begin a line of the client's own.
     return value.encode("unicode_escape").decode() if isinstance(value, str) and not value.isprintable() else value
 
