@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torchsurgeon.cli.arguments import (
     whole_number,
 )
 from torchsurgeon.cli.completion import completed, named, one_of
-from torchsurgeon.cli.screen import console, loading, progress, warn
+from torchsurgeon.cli.screen import Advance, console, loading, progress, warn
 from torchsurgeon.errors import LoadTestError, short
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _bench_server(options: argparse.Namespace) -> None:
                 timeout_s=options.timeout,
                 rate_per_s=rate,
                 seed=options.seed + n,
-                progress=lambda done, total, n=n, what=what: advance(n * total + done, len(rates) * total, what),
+                progress=functools.partial(_advance, advance, n, len(rates), what),
             )
             runs.append(run)
     found = LoadReport(target.url, "closed loop" if arrivals is None else arrivals.name, devices, runs)
@@ -201,6 +202,10 @@ def _bench_server(options: argparse.Namespace) -> None:
         found.save(options.json)
     if options.plot is not None:
         report.load_picture(found, options.plot)
+
+
+def _advance(advance: Advance, done: int, tests: int, what: str, passed_s: float, whole_s: float) -> None:
+    advance(done * whole_s + passed_s, tests * whole_s, what)
 
 
 def _name_and_spec(text: str) -> tuple[str, str | None]:
@@ -258,7 +263,7 @@ def _cuts(
     options: argparse.Namespace,
     input_spec: str | None,
     weights: str | None,
-    leaves: Iterator[str],
+    leaves: Collection[str],
 ) -> list[LoadRequest]:
     """Return requests for cuts of a model."""
     from torchsurgeon.loadtest import cut_requests

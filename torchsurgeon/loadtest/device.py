@@ -176,8 +176,7 @@ class Device:
     def _go_on(self, mask: int) -> None:
         if not self.ready:
             self._open_further()
-            if self.ready and self._unsent:
-                self._write()
+            self._write()
             return
         # Reading comes first: a server that refuses a request may answer and close before it has read all of it.
         if mask & ~select.EPOLLOUT:
