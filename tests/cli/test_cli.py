@@ -369,3 +369,19 @@ def test_nothing_is_fitted_where_the_rest_would_fail(
     assert cli.main(line) == 2
     assert said in capsys.readouterr().err
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--metrics"], "--metrics is not there with --ray"),
+        (["--tls-cert", "cert.pem"], "--tls-cert is not there with --ray"),
+        (["--host", "0.0.0.0"], "--token-file"),
+        (["--gpus", "-1"], "gpus of the Ray deployment must be 0 or a positive number; got -1.0"),
+    ],
+)
+def test_a_cluster_is_refused_what_it_does_not_have_before_it_starts(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", f"tiny={SPEC}", "--ray", *arguments]) == 2
+    assert reason in capsys.readouterr().err

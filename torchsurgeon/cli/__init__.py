@@ -62,6 +62,7 @@ _INSTALLED_WITH = {
     "torch": "torch",
     "onnx": "torchsurgeon[onnxruntime]",
     "torch_pruning": "torchsurgeon[distill]",
+    "ray": "torchsurgeon[ray]",
 }
 
 

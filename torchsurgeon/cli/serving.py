@@ -20,6 +20,7 @@ from torchsurgeon.cli.arguments import (
     whole_number,
 )
 from torchsurgeon.cli.completion import completed, named, one_of
+from torchsurgeon.cli.ray_serving import add_ray_arguments, run_on_ray
 from torchsurgeon.cli.screen import loading
 from torchsurgeon.cli.serve_file import with_file
 from torchsurgeon.errors import TorchSurgeonError, short
@@ -212,6 +213,7 @@ def add_serve(commands: Commands) -> None:
         default=False,
         help="let clients have models unloaded, and loaded again (default: refuse that with 403)",
     )
+    add_ray_arguments(parser)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -230,6 +232,9 @@ def _serve(options: argparse.Namespace) -> None:
                 f"--weights, --input, --leaf, --codec and --backend take the name of a served model; got "
                 f"{short(name, 100)}, and the served models are {short(list(models), 200)}"
             )
+    if options.ray:
+        run_on_ray(options, models, weights, inputs)
+        return
     if options.token_file is not None or options.tls_cert is not None:
         # The files are read later, so there is nothing to read again yet. And it must not end a server that starts.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
