@@ -21,7 +21,8 @@ def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("on a Ray cluster")
     group.add_argument(
         "--ray",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="serve by Ray Serve, on the cluster that this machine belongs to or on this machine alone (default: by "
         "one process)",
     )

@@ -3,6 +3,7 @@
 =============================================  =====================================================================
 ``GET /``                                      a page that shows how busy the server is
 ``GET /v2``                                    server metadata
+``GET /openapi.json``                          all of this as an OpenAPI description
 ``GET /v2/health/live``, ``/v2/health/ready``  200, or 503 while a model loads
 ``GET /v2/models/NAME[/versions/V]``           model metadata; ``…/ready`` likewise
 ``POST /v2/models/NAME[/versions/V]/infer``    inference; the tensors' names decide which part of the model runs

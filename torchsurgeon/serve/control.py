@@ -6,6 +6,7 @@ import asyncio
 import functools
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -63,6 +64,9 @@ def control_plane(app: Serving) -> ExceptionMiddleware:
             raise HTTPException(404)
         body, headers = page()
         return Response(body, headers=dict(headers))
+
+    async def tell_description(request: Request) -> Response:
+        return Response(_description(), media_type="application/json")
 
     async def live(request: Request) -> JSONResponse:
         return JSONResponse({"live": True})
@@ -126,6 +130,7 @@ def control_plane(app: Serving) -> ExceptionMiddleware:
 
     routes = [
         Route(PATH, tell_page),
+        Route("/openapi.json", tell_description),
         Route("/v2", server),
         Route("/v2/", server),
         Route("/v2/health/live", live),
@@ -154,6 +159,11 @@ def control_plane(app: Serving) -> ExceptionMiddleware:
     # request names.
     handlers: dict[Any, Any] = {HTTPException: failure, Exception: failure}
     return ExceptionMiddleware(Router(routes, redirect_slashes=False), handlers)
+
+
+@functools.cache
+def _description() -> bytes:
+    return (Path(__file__).parent / "openapi.json").read_bytes()
 
 
 def _version() -> str:
