@@ -20,6 +20,8 @@ from benchmarks import (
     csv_import,
     edge,
     front_page,
+    hostile_bytes,
+    hostile_requests,
     planning_page,
     prediction_page,
     unlike_samples,
@@ -74,6 +76,15 @@ def test_the_datacenter_is_the_one_of_its_file_and_agrees_with_queueing_theory()
         ours, device_only = row["unloaded"]["ours"], row["unloaded"]["device-only"]
         assert ours["latency_s"] < device_only["latency_s"]
         assert row["link"] != "wifi" or ours["device_j"] < device_only["device_j"] / 3
+
+
+def test_what_hostile_load_does_to_a_server_is_what_its_files_hold() -> None:
+    found, decoders = result_file.known(hostile_requests.OUT), result_file.known(hostile_bytes.OUT)
+    shown = result_file.shown(hostile_requests.PAGE, hostile_requests.BEGIN, hostile_requests.END)
+    assert shown == hostile_requests.page(found, decoders)
+    assert found["fuzzed"]["requests"] == 100_000
+    assert found["crowded"]["connections"] == 1000
+    assert set(decoders) == set(hostile_bytes.NAMES)
 
 
 @pytest.mark.parametrize("study", [backends, backend_answers, backend_accuracy])
