@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from benchmarks import front_page, zoo
-from benchmarks.evaluate import configurations, end_to_end, page, pictures, today
+from benchmarks.evaluate import alternatives, configurations, end_to_end, page, pictures, today
 from benchmarks.evaluate.applications import APPLICATIONS
 from benchmarks.support import result_file
 
 QUICK_APPLICATIONS = ("imc", "dig", "pos")
 QUICK_FOLDER = result_file.RESULTS.parents[1] / "build" / "evaluation"
-_APPLICATION_S, _TODAY_S, _DATACENTER_S, _END_TO_END_S = 40.0, 20.0, 240.0, 180.0
+_APPLICATION_S, _TODAY_S, _DATACENTER_S, _END_TO_END_S, _ALTERNATIVES_S = 40.0, 20.0, 240.0, 180.0, 120.0
 _SLOW_S = {"SSDlite": 400.0}
 
 
@@ -73,7 +73,9 @@ def _evaluate(*, quick: bool) -> None:
     networks = today.QUICK if quick else tuple(zoo.TODAY)
     split, links = (end_to_end.QUICK, end_to_end.QUICK_LINKS) if quick else (end_to_end.NETWORKS, end_to_end.LINKS)
     expected = [_APPLICATION_S] * len(names) + [_SLOW_S.get(name, _TODAY_S) for name in networks]
-    progress = Progress([*expected, _DATACENTER_S, *[_END_TO_END_S] * len(split)])
+    rivalled = alternatives.QUICK if quick else alternatives.NETWORKS
+    ends_s = [_END_TO_END_S] * len(split) + [_ALTERNATIVES_S] * len(rivalled)
+    progress = Progress([*expected, _DATACENTER_S, *ends_s])
     result_file.write(folder / page.CONFIGURATIONS, _planned(names, progress))
     result_file.write(folder / page.TODAY, today.run(networks, told=progress.step))
     _run("datacenter", *(["--quick"] if quick else []))
@@ -81,6 +83,8 @@ def _evaluate(*, quick: bool) -> None:
         _run("datacenter_page")
     progress.step("datacenter: simulated")
     result_file.write(folder / end_to_end.OUT.name, end_to_end.run(split, links, told=progress.step))
+    beside = alternatives.run(rivalled, links, told=progress.step)
+    result_file.write(folder / alternatives.OUT.name, beside, packages=alternatives.versions())
     pictures.draw(page.read(folder, page.CONFIGURATIONS)["results"], folder)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import zoo
-from benchmarks.evaluate import end_to_end_page, page_sections, pictures
+from benchmarks.evaluate import alternatives_page, end_to_end_page, page_sections, pictures
 from benchmarks.evaluate.configurations import (
     BOUNDS,
     GOALS,
@@ -67,7 +67,7 @@ def page(folder: Path = FOLDER) -> str:
         "## End to end",
         end_to_end_page.section(folder),
         "## Beside the alternatives",
-        "Nothing is recorded here yet: the same tasks with other ways to divide a model between two machines.",
+        alternatives_page.section(folder),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,0 +1,67 @@
+"""One way to get a network's answers, beside which others are measured."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from torchsurgeon.emulate import LinkEmulator
+from torchsurgeon.link import Link
+
+
+class Rival(abc.ABC):
+    """One way to get a network's answers, over one emulated link after the other.
+
+    Attributes:
+        name: what tables call it.
+        streams: whether it has several inferences under way at once; otherwise a stream is one call after the other.
+        lossless: whether the server gets the picture's or the boundary's own bits.
+        emulators: the links that its bytes cross; none where everything runs on the device.
+    """
+
+    streams: ClassVar[bool] = False
+    lossless: bool = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.emulators: list[LinkEmulator] = []
+
+    def use(self, link: Link) -> None:
+        """Take on a link, and prepare what is prepared before the first call; this is not timed."""
+        for emulator in self.emulators:
+            emulator.set_link(link)
+
+    @abc.abstractmethod
+    def infer(self) -> Tensor:
+        """Return the network's answer for its example; this is timed."""
+
+    def before_stream(self, count: int) -> None:
+        """Prepare streams of so many inferences over the present link; this is not timed."""
+
+    def stream(self, count: int) -> None:
+        """Get so many answers with several under way; this is timed."""
+        for _ in range(count):
+            self.infer()
+
+    def replanning_s(self) -> float | None:
+        """Return what it takes to choose a cut for a link that has changed; None where it chooses none."""
+        return None
+
+    def chosen(self) -> str:
+        """Return where it cuts over the present link."""
+        return ""
+
+    def sent_bytes(self) -> int:
+        """Return the bytes that have crossed its uplinks so far, with all headers."""
+        return sum(emulator.counts().uplink_bytes for emulator in self.emulators)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Return how long a call takes."""
+    begun_s = time.perf_counter()
+    function()
+    return time.perf_counter() - begun_s

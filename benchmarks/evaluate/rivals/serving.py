@@ -1,0 +1,41 @@
+"""The server's process of a network: torchsurgeon's server, ordinary inference servers, and tails behind a socket."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torchsurgeon as ts
+from benchmarks.evaluate import end_to_end
+from benchmarks.evaluate.rivals import device_only, server_only, sockets
+from benchmarks.support.servers import begin
+from torchsurgeon.backends import Part
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+
+
+def serve(name: str, core: int | None, told: Any) -> None:
+    """Serve a network in every way; send the ports, and then answer whether all tails asked for have been built."""
+    begin(core)
+    warnings.simplefilter("ignore")
+    model, example = end_to_end.network(name)
+    registry = ModelRegistry()
+    served = registry.add("model", model, (example,), backend=end_to_end.BACKENDS)
+    with torch.no_grad():
+        graph = ts.trace(model, example)
+        given = example.clone()
+        run = device_only.whole_by("openvino:bf16", Part.head(graph, graph.points[-1]), given)
+
+    def bf16(picture: Tensor) -> Tensor:
+        given.copy_(picture)
+        return run()
+
+    ports = server_only.serve(model, bf16, example.shape) | {"tails": sockets.serve(graph)}
+    with Server(create_app(registry), port=0) as server:
+        told.send(ports | {"torchsurgeon": server.port})
+        while True:
+            told.recv()
+            builders = served.backends.builders.values()
+            told.send(all(built.tried for builder in builders for built in builder.built()))
