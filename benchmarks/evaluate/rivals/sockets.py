@@ -140,9 +140,7 @@ class Search(_Sides):
     def __init__(self, study: Study, port: int, device: SlowDevice, stack: ExitStack) -> None:
         super().__init__(self.NAME, study, port, device, stack)
         self._points = chain_points(study.graph)
-        self._costs = {
-            row.index: row for row in study.planned("wifi", ("eager",), ("eager",)).rows if row.codec == "raw"
-        }
+        self._costs = _eager_rows(study)
         self._pickled: dict[int, int] = {}
         self.search_s = statistics.median(self._search() for _ in range(3))
         self._probe_s: dict[str, float] = {}
