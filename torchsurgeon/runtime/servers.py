@@ -38,6 +38,8 @@ _KEPT_DECISIONS = 256
 _STAY = 0.9
 # At a fixed cut, another server is asked again after this time, if it took at most so many times as long as the best.
 _AGAIN_S, _WORTH = 10.0, 3.0
+# A call that takes less than this is not worth looking for a better server.
+_LONG_S = 0.1
 
 
 class Choice(NamedTuple):
@@ -342,15 +344,20 @@ class Servers:
     def _quickest(self, usable: Sequence[Peer], cut: int) -> Peer:
         """Return the server that is the quickest at a fixed cut, as its answers have shown.
 
-        One of which that is not known is asked first. One that was not asked for a while is asked once more, unless it
-        took so much longer that this would not pay.
+        Where the one in use takes long, another one of which that is not known is asked once, and again after a while,
+        unless it took so much longer that this would not pay.
         """
         known = [peer.expected_duration(cut) for peer in usable]
         durations_s = [math.inf if duration is None else duration.value for duration in known]
         least_s, now_s = min(durations_s), time.monotonic()
         for peer, duration in zip(usable, known, strict=True):
             worth = duration is None or duration.value <= _WORTH * least_s
-            if peer is not self._preferred and worth and not 0 <= now_s - peer.asked_s < _AGAIN_S:
+            if (
+                peer is not self._preferred
+                and worth
+                and _LONG_S <= least_s < math.inf
+                and not 0 <= now_s - peer.asked_s < _AGAIN_S
+            ):
                 return peer
         costs = [
             seconds * (_STAY if peer is self._preferred else 1.0)
