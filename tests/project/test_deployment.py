@@ -25,7 +25,7 @@ from torchsurgeon import cli
 from torchsurgeon.serve.ray_options import RayOptions
 
 DEPLOY = ROOT / "deploy"
-UNIT = (DEPLOY / "systemd" / "torchsurgeon.service").read_text()
+UNIT = (DEPLOY / "systemd/torchsurgeon.service").read_text()
 
 
 def found(program: str, package: str) -> str:
@@ -74,7 +74,7 @@ def requirement(text: str) -> str:
 
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     program = found("systemd-analyze", "apt-get install systemd")
-    unit = tmp_path / "torchsurgeon.service"
+    unit = tmp_path / "serve.service"
     unit.write_text(UNIT.replace("/opt/torchsurgeon/bin/torchsurgeon", sys.executable))
     checked(program, "verify", str(unit))
 
@@ -123,7 +123,7 @@ def test_a_split_model_is_served_through_nginx_and_tls(tmp_path: Path) -> None:
         pass
     model, x = tiny()
     with serving(model.eval(), x, name="tiny") as server:
-        text = (DEPLOY / "nginx" / "torchsurgeon.conf").read_text()
+        text = (DEPLOY / "nginx/torchsurgeon.conf").read_text()
         for before, after in (
             ("127.0.0.1:8000", f"127.0.0.1:{server.port}"),
             ("listen 8443", f"listen 127.0.0.1:{port}"),

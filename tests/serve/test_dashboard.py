@@ -27,7 +27,7 @@ from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.metrics import Metrics
 from torchsurgeon.transport import HttpTransport
 
-DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "torchsurgeon.json").read_text())
+DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/torchsurgeon.json").read_text())
 QUERIES = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
 # Prometheus itself adds the server that it has read.
 ADDED = {"instance", "job"}
