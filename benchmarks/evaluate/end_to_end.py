@@ -61,6 +61,17 @@ _BUDGET_S = 10.0
 _PATIENCE_S = 120.0
 
 
+class _FirstToken(nn.Module):
+    """What classifiers of texts take from BERT: the features of the first token, and not those of all."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.bert(tokens).last_hidden_state[:, 0]  # type: ignore[no-any-return]
+
+
 def network(name: str) -> zoo.Made:
     """Return a network and its example; pictures are a photograph, as a camera gives it."""
     from torchsurgeon.demo import photo
@@ -68,6 +79,9 @@ def network(name: str) -> zoo.Made:
     if name == "AlexNet":
         return tail_process.seeded(lambda: zoo.classifier("alexnet")[0], 0), photo()
     model, example = zoo.make(name)
+    if name == "BERT":
+        model, tokens = zoo.make(name)
+        return _FirstToken(model).eval(), tokens
     if name == "SSDlite":
         picture = nn.functional.interpolate(photo().float(), size=(320, 320)).round().to(torch.uint8)
         return zoo.named(("pixels", zoo.Pixels()), ("model", model)), picture
