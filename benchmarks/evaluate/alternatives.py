@@ -120,6 +120,7 @@ class _Contest:
         self._rivals, self._links = rivals, links
         self._expected: Tensor = study.model(study.example)
         self._taken_s: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self._sent_bytes: dict[tuple[str, str], list[int]] = defaultdict(list)
         self._facts: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
 
     def run(self, rounds: int) -> dict[str, Any]:
@@ -153,15 +154,15 @@ class _Contest:
             return
         rival.use(PRESETS[link])
         if number >= 0:
+            before = rival.sent_bytes()
             taken_s.append(seconds(rival.infer))
+            self._sent_bytes[key].append(rival.sent_bytes() - before)
             return
-        before = rival.sent_bytes()
         far = deviation(rival.infer(), self._expected)
         assert not rival.lossless or far <= TOLERANCE, f"{rival.name} gives another answer, {far:g} away"
         self._facts[key] |= {
             "lossless": rival.lossless,
             "deviation": float(f"{far:.2g}"),
-            "sent_bytes": rival.sent_bytes() - before,
             "cut": rival.chosen(),
             "replanning_s": rival.replanning_s(),
         }
@@ -186,6 +187,7 @@ class _Contest:
             "low_s": round(low, 6),
             "high_s": round(high, 6),
             "runs": len(taken_s),
+            "sent_bytes": round(statistics.median(self._sent_bytes[rival.name, link])),
             # Where nothing overlaps, a stream is one call after the other.
             "frames_s": round(1 / median, 4),
             **self._facts[rival.name, link],
