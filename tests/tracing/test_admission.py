@@ -152,7 +152,7 @@ class _Colour(enum.Enum):
         *(None, 1, 2.0, 1j, "text", ..., slice(1), range(3), (1, [{"a": None}]), int, torch.relu),
         *(torch.float32, torch.Size([1]), torch.channels_last, _Colour.RED, _Options(1.0, torch.ones(2))),
     ],
-    ids=str,
+    ids=lambda one: str(getattr(one, "__name__", one)),
 )
 def test_values_that_stay_the_same_are_admitted(beside: Any) -> None:
     admit(Taking().eval(), (torch.randn(2, 8), beside), {})

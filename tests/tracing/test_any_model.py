@@ -110,7 +110,7 @@ IMAGES = {
     [operator.add, operator.sub, operator.mul, operator.truediv, torch.div]
     + [kind() for kind in (nn.ReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.ELU)]
     + [nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.LayerNorm(4), nn.Softmax(1), nn.Softmax(-1)],
-    ids=str,
+    ids=lambda one: str(getattr(one, "__name__", one)),
 )
 @pytest.mark.parametrize("image", IMAGES)
 def test_the_strides_that_are_said_of_simple_layers_are_those_that_they_give(op: Any, image: str) -> None:
