@@ -36,6 +36,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.evaluate.markdown import table
+from benchmarks.support import result_file
 from benchmarks.support.result_file import RESULTS, write
 from benchmarks.support.servers import begin, by_starlette
 from benchmarks.support.side_by_side import median_ratio, spread
@@ -49,6 +51,9 @@ from torchsurgeon.serve.metrics import Metrics
 from torchsurgeon.serve.tokens import Tokens
 from torchsurgeon.tracing.tracer import trace
 
+OUT = RESULTS / "server_load.json"
+PAGE = RESULTS.parents[1] / "docs" / "serving.md"
+BEGIN, END = "<!-- load, by benchmarks.server_load -->", "<!-- end of load -->"
 BASELINE = "Starlette by hand, with a thread pool"
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "torchsurgeon, one request at a time": {"concurrency": 1, "batching": "off"},
@@ -223,6 +228,25 @@ def compare(name: str, rounds: int, seconds: float, connections: int, extras: bo
     return rows
 
 
+def page(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return the table of what was timed, as Markdown."""
+    heads = ("network", "server", "requests a second", "× Starlette's", "p50, p99, ms", "processor time, × Starlette's")
+    lines = []
+    for name, rows in results.items():
+        base = rows[BASELINE]
+        for label, row in rows.items():
+            rate = row["rate_s"]
+            times, cost = f"{row['rate_s_ratio']:.2f}", f"{row['processor_s_ratio']:.2f}"
+            if row["beside"] != BASELINE:
+                times = f"{rate['median'] / base['rate_s']['median']:.2f}"
+                taken = row["processor_s"]["median"] / base["processor_s"]["median"]
+                cost = f"{taken:.2f} ({row['processor_s_ratio'] - 1:+.1%} beside the last)"
+            rates = f"{rate['median']:.0f} ({rate['q1']:.0f} … {rate['q3']:.0f})"
+            waits = f"{row['median_s']['median'] * 1e3:.1f}, {row['p99_s']['median'] * 1e3:.1f}"
+            lines.append((name, label, rates, times, waits, cost))
+    return table(heads, lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -230,13 +254,15 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=20)
     parser.add_argument("--network", action="append", choices=list(NETWORKS), help="by default all")
     parser.add_argument("--extras", action="store_true", help="time only what access log, metrics and token cost")
-    parser.add_argument("--out", type=Path, default=RESULTS / "server_load.json")
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     rows = {
         name: compare(name, options.rounds, options.seconds, options.connections, options.extras)
         for name in options.network or NETWORKS
     }
     write(options.out, rows, connections=options.connections, seconds=options.seconds, rounds=options.rounds)
+    if options.out == OUT and not options.extras:
+        result_file.show(PAGE, BEGIN, END, page(rows))
 
 
 if __name__ == "__main__":
