@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import json
 import threading
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from torchsurgeon.errors import ModelNotReadyError
 from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve.loading import ModelLoader
 from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.statistics import LATELY_S, Statistics
 
@@ -146,3 +148,22 @@ def test_a_request_that_was_begun_for_a_model_that_is_gone_is_answered_by_the_on
         registry.unload("net")
         with pytest.raises(ModelNotReadyError, match="a client asked for it"):
             registry.submit(before, request)
+
+
+def test_a_model_that_a_client_has_had_loaded_while_the_server_starts_is_not_loaded_again() -> None:
+    registry, said = ModelRegistry(profiler=None), list[str]()
+    models = {"one": "factories:small", "two": "factories:small"}
+    loader = ModelLoader(
+        registry, models, weights=None, input_specs=None, leaf_modules=None, codecs=None, backends=None, verify=True,
+        seed=0, report=said.append,
+    )  # fmt: skip
+    with contextlib.closing(registry):
+        for name in models:
+            registry.announce(name)
+        loader.load_again("two")
+        served = registry.get("two")
+        loader.load_all()
+        assert registry.get("two") is served
+        assert registry.ready()
+    assert [line.split()[1] for line in said] == ["two", "one"]
+    gc.unfreeze()

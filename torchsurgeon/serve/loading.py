@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 
@@ -43,9 +44,12 @@ class ModelLoader:
         self._weights, self._input_specs, self._leaf_modules = weights or {}, input_specs or {}, leaf_modules or {}
         self._codecs, self._backends = codecs or {}, backends or {}
         self._verify, self._seed, self._report = verify, seed, report
+        # One model at a time: a client may ask for one while the server starts, and random weights come from a
+        # generator that all threads share.
+        self._turn = threading.Lock()
 
     def load_all(self) -> None:
-        """Load all models, and leave them out of garbage collection.
+        """Load all models, and leave them out of garbage collection. One that a client has had loaded already stays.
 
         Raises:
             SpecError: a SPEC could not be loaded.
@@ -53,12 +57,16 @@ class ModelLoader:
             CodecError: a codec's file is damaged, or is not of its model.
         """
         for name in self._models:
-            self._load(name)
+            with self._turn:
+                state, _ = self._registry.states().get(name, ("loading", ""))
+                if state in ("loading", "failed"):
+                    self._load(name)
         settle()
 
     def load_again(self, name: str) -> None:
         """Load a model anew, in place of the one that is served under its name. It raises what ``load_all()`` does."""
-        self._load(name, replace=True)
+        with self._turn:
+            self._load(name, replace=True)
         settle()
 
     def _load(self, name: str, replace: bool = False) -> None:
