@@ -8,13 +8,14 @@ import http.client
 import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from torchsurgeon.errors import ModelNotReadyError
+from torchsurgeon.errors import CodecError, ModelNotReadyError
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.loading import ModelLoader
 from torchsurgeon.serve.received import Received
@@ -167,3 +168,17 @@ def test_a_model_that_a_client_has_had_loaded_while_the_server_starts_is_not_loa
         assert registry.ready()
     assert [line.split()[1] for line in said] == ["two", "one"]
     gc.unfreeze()
+
+
+def test_a_model_whose_codec_cannot_be_loaded_does_not_take_the_place_of_the_one_that_is_served(tmp_path: Path) -> None:
+    registry = ModelRegistry(profiler=None)
+    with contextlib.closing(registry):
+        before = registry.add("net", nn.ReLU().eval(), X)
+        loader = ModelLoader(
+            registry, {"net": "factories:small"}, weights=None, input_specs=None, leaf_modules=None,
+            codecs={"net": [str(tmp_path / "absent.fitted")]}, backends=None, verify=True, seed=0, report=print,
+        )  # fmt: skip
+        with pytest.raises(CodecError):
+            loader.load_again("net")
+        assert registry.get("net") is before
+        assert before.open

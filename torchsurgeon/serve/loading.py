@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 
+from torchsurgeon.codec import FittedCodec
 from torchsurgeon.serve.registry import ModelRegistry
+from torchsurgeon.serve.served import ServedModel
 
 
 class ModelLoader:
@@ -71,6 +73,11 @@ class ModelLoader:
 
     def _load(self, name: str, replace: bool = False) -> None:
         started_s = time.perf_counter()
+        fitted: list[tuple[FittedCodec, str]] = []
+
+        def add_codecs(served: ServedModel) -> None:
+            fitted.extend((served.add_codec(path), path) for path in self._codecs.get(name, ()))
+
         served = self._registry.load(
             name,
             self._models[name],
@@ -80,15 +87,16 @@ class ModelLoader:
             verify=self._verify,
             backend=self._backends.get(name),
             replace=replace,
+            # Before it is served: where a codec is not of these weights, the model that is served stays, with its own.
+            prepare=add_codecs,
             seed=self._seed,
         )
         self._report(
             f"loaded {name} from {served.source} in {time.perf_counter() - started_s:.1f} s: "
             f"{len(served.graph.layers)} layers, {len(served.graph.points)} partition points"
         )
-        for path in self._codecs.get(name, ()):
-            fitted = served.add_codec(path)
-            self._report(f"loaded {fitted.name}, fitted to {name} after {fitted.point[1]}, from {path}")
+        for codec, path in fitted:
+            self._report(f"loaded {codec.name}, fitted to {name} after {codec.point[1]}, from {path}")
 
 
 def settle() -> None:

@@ -7,7 +7,7 @@ import functools
 import logging
 import re
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -121,6 +121,7 @@ class ModelRegistry:
         source: str = "",
         backend: str | Backend | Sequence[str | Backend] | None = None,
         replace: bool = False,
+        prepare: Callable[[ServedModel], object] | None = None,
     ) -> ServedModel:
         """Trace a model and serve it.
 
@@ -140,6 +141,8 @@ class ModelRegistry:
                 it in the background.
             replace: whether it takes the place of a model of this name that is served. That one is served until this
                 one is ready, and stays if this one fails.
+            prepare: called with the model before any request reaches it, such as to add its codecs. If it raises, the
+                model is not served.
 
         Raises:
             SpecError: the name is not valid, or is taken.
@@ -181,6 +184,12 @@ class ModelRegistry:
                 max_queue=self.max_queue,
                 rounded=rounded,
             )
+            try:
+                if prepare is not None:
+                    prepare(served)
+            except BaseException:
+                served.close()
+                raise
         except TorchSurgeonError as error:
             self._fail(name, error)
             raise
@@ -214,6 +223,7 @@ class ModelRegistry:
         verify: bool = True,
         backend: str | Backend | Sequence[str | Backend] | None = None,
         replace: bool = False,
+        prepare: Callable[[ServedModel], object] | None = None,
         **options: Any,
     ) -> ServedModel:
         """Load a model by its SPEC and serve it.
@@ -225,6 +235,7 @@ class ModelRegistry:
             verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
             backend: what runs its tails, as in ``add()``.
             replace: whether it takes the place of a model of this name that is served, as in ``add()``.
+            prepare: called with the model before any request reaches it, as in ``add()``.
             **options: passed on to ``torchsurgeon.models.specs.load()``.
 
         Raises:
@@ -247,6 +258,7 @@ class ModelRegistry:
             source=loaded.source,
             backend=backend,
             replace=replace,
+            prepare=prepare,
         )
 
     def submit(self, model: ServedModel, request: Received, *, quick: bool = False) -> Future[wire.Encoded]:
