@@ -19,6 +19,7 @@ from torchsurgeon.errors import CodecError, ModelNotReadyError
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.loading import ModelLoader
 from torchsurgeon.serve.received import Received
+from torchsurgeon.serve.repository import Loading
 from torchsurgeon.serve.statistics import LATELY_S, Statistics
 
 X = torch.ones(1, 4)
@@ -182,3 +183,17 @@ def test_a_model_whose_codec_cannot_be_loaded_does_not_take_the_place_of_the_one
             loader.load_again("net")
         assert registry.get("net") is before
         assert before.open
+
+
+@pytest.mark.parametrize("path", ["models/net/unload", "models/net/load"])
+def test_a_page_in_a_browser_may_not_load_and_unload_models(path: str) -> None:
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", nn.ReLU().eval(), X)
+    app = create_app(registry)
+    app.loading = Loading(["net"], lambda name: None)
+    with contextlib.closing(registry), Server(app) as server:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
+            connection.request("POST", f"/v2/repository/{path}", b"", {"Origin": "https://elsewhere.example"})
+            response = connection.getresponse()
+            assert (response.status, "browser" in response.read().decode()) == (403, True)
+        assert ask(server, "/v2/models/net/ready")[0] == 200

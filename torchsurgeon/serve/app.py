@@ -47,7 +47,7 @@ from torchsurgeon.serve.body import (
 from torchsurgeon.serve.control import control_plane
 from torchsurgeon.serve.direct import Direct
 from torchsurgeon.serve.exchange import Exchange
-from torchsurgeon.serve.failure import UnauthorizedError, error_body, retry_after_s, status_of
+from torchsurgeon.serve.failure import ForbiddenError, UnauthorizedError, error_body, retry_after_s, status_of
 from torchsurgeon.serve.outcome import Listener
 from torchsurgeon.serve.page import PATH
 from torchsurgeon.serve.received import Received
@@ -176,6 +176,12 @@ class TailApp:
         await _send_encoded(encoded, exchange.send)
 
     async def _repository(self, scope: Scope, receive: Incoming, exchange: Exchange) -> None:
+        if b"origin" in exchange.headers and scope["path"] != f"{_REPOSITORY}index":
+            # A browser sends such a request for any page that its user opens, also to a server that only this machine
+            # reaches and that asks for no token.
+            raise ForbiddenError(
+                "a page in a browser may not load and unload models; ask by a program, which sends no Origin"
+            )
         size = content_length(exchange.headers)
         check_length(size, MAX_BODY_BYTES)
         body = await read_body(receive, size, MAX_BODY_BYTES, self.body_timeout_s)
