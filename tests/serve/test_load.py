@@ -197,3 +197,17 @@ def test_a_page_in_a_browser_may_not_load_and_unload_models(path: str) -> None:
             response = connection.getresponse()
             assert (response.status, "browser" in response.read().decode()) == (403, True)
         assert ask(server, "/v2/models/net/ready")[0] == 200
+
+
+def test_a_model_whose_loading_ends_with_any_error_is_not_said_to_be_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise RuntimeError("secret: not enough memory")
+
+    monkeypatch.setattr("torchsurgeon.serve.registry.trace", full)
+    registry = ModelRegistry(profiler=None)
+    with contextlib.closing(registry):
+        with pytest.raises(RuntimeError, match="memory"):
+            registry.add("net", nn.ReLU().eval(), X)
+        with pytest.raises(ModelNotReadyError, match=r"could not be loaded: RuntimeError") as told:
+            registry.get("net")
+        assert "secret" not in str(told.value)

@@ -190,7 +190,7 @@ class ModelRegistry:
             except BaseException:
                 served.close()
                 raise
-        except TorchSurgeonError as error:
+        except Exception as error:
             self._fail(name, error)
             raise
         if why is not None:
@@ -245,7 +245,7 @@ class ModelRegistry:
         self.announce(name, replace=replace)
         try:
             loaded = specs.load(spec, **options)
-        except TorchSurgeonError as error:
+        except Exception as error:
             self._fail(name, error)
             raise
         return self.add(
@@ -354,7 +354,11 @@ class ModelRegistry:
             known = self._models.get(name)
             if not isinstance(known, ServedModel):
                 self._models[name] = "unloaded" if known == "reloading" else "failed"
-                self._reasons[name] = str(error)
+                # Clients are told the reason. What an unexpected error says is for the operator's log only.
+                is_expected = isinstance(error, TorchSurgeonError)
+                self._reasons[name] = (
+                    str(error) if is_expected else f"{type(error).__name__}; the server's log says more"
+                )
 
 
 def _finish(remote: SplitModule, graph: LayerGraph, names: tuple[str, ...], *tensors: Tensor) -> Sequence[Tensor]:

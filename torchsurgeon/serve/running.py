@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torchsurgeon._allocator import keep_freed_memory
 from torchsurgeon.backends import find_backends
-from torchsurgeon.errors import ServerError, TorchSurgeonError
+from torchsurgeon.errors import ServerError
 from torchsurgeon.serve.access import AccessLog
 from torchsurgeon.serve.admission import MAX_QUEUE
 from torchsurgeon.serve.app import create_app
@@ -191,13 +191,14 @@ def run(
         say=report,
         on_end=lambda: None if log is None else log.close(),
     )
-    failures: list[TorchSurgeonError] = []
+    failures: list[Exception] = []
 
     def load() -> None:
         try:
             loader.load_all()
             report(f"ready: serving {', '.join(models)} at {url}")
-        except TorchSurgeonError as error:
+        except Exception as error:
+            # Of any kind: a server that was left to run would say for ever that its models are loading.
             failures.append(error)
             server.should_exit = server.force_exit = True
 
