@@ -93,7 +93,7 @@ class Answers:
         self._together = together
         self._output_names = [spec.name for spec in graph.outputs]
         self.statistics = Statistics()
-        self._joining = Joining(graph)
+        self._joining = Joining(graph, editions.present.tails.capacity)
         self.intake = Intake(
             name,
             self.answer,

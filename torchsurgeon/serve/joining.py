@@ -16,8 +16,8 @@ from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.serve.tails import RequestPlan
 from torchsurgeon.tracing.graph import LayerGraph
 
-# So many plans are remembered by what requests begin with, and so many pairs of cuts.
-_MOST_KINDS, _MOST_PAIRS = 1024, 4096
+# So many pairs of cuts are remembered.
+_MOST_PAIRS = 4096
 
 Group = Sequence[Sequence[Tensor]]
 """The tensors of several requests at one cut."""
@@ -28,16 +28,17 @@ class Joining:
 
     Args:
         graph: the traced model.
+        capacity: how many plans are remembered by what requests begin with. Each keeps its tail alive.
     """
 
-    def __init__(self, graph: LayerGraph) -> None:
-        self._graph = graph
+    def __init__(self, graph: LayerGraph, capacity: int) -> None:
+        self._graph, self._capacity = graph, capacity
         self._plans: dict[object, RequestPlan] = {}
         self._pairs: dict[tuple[tuple[str, ...], tuple[str, ...]], int | None] = {}
 
     def learn(self, kind: object, plan: RequestPlan) -> None:
         """Take notice of how requests of a kind are run."""
-        if len(self._plans) >= _MOST_KINDS:
+        if kind not in self._plans and len(self._plans) >= self._capacity:
             self._plans.clear()
         self._plans[kind] = plan
 
