@@ -11,6 +11,10 @@ from torchsurgeon.codec import FittedCodec
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import ServedModel
 
+# By then, threads have answered what was queued for a model that is gone, and idle connections on which it was asked
+# last are closed (``server._KEEP_ALIVE_S``).
+_LET_GO_S = 90.0
+
 
 class ModelLoader:
     """Loads models by their SPECs into a registry.
@@ -69,7 +73,7 @@ class ModelLoader:
         """Load a model anew, in place of the one that is served under its name. It raises what ``load_all()`` does."""
         with self._turn:
             self._load(name, replace=True)
-        settle()
+        settle_twice()
 
     def _load(self, name: str, replace: bool = False) -> None:
         started_s = time.perf_counter()
@@ -107,3 +111,15 @@ def settle() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def settle_twice() -> None:
+    """Settle now, and once more when nothing refers any more to a model that is gone.
+
+    A thread that ends, or an idle connection, may still refer to it now. It would then be left out of garbage
+    collection with the rest, and its memory would stay taken until a client has another model loaded or unloaded.
+    """
+    settle()
+    later = threading.Timer(_LET_GO_S, settle)
+    later.daemon = True
+    later.start()

@@ -23,7 +23,7 @@ from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
 from torchsurgeon.serve.draining import DrainingServer
 from torchsurgeon.serve.failure import OncePerPeriod
 from torchsurgeon.serve.hangup import reload_on_hangup
-from torchsurgeon.serve.loading import ModelLoader, settle
+from torchsurgeon.serve.loading import ModelLoader, settle_twice
 from torchsurgeon.serve.logs import LogFormat, configure
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.rehearsal import tell_address, tell_entrance, tell_extras, tell_limits, tell_models
@@ -171,7 +171,7 @@ def run(
     app.has_page = page
     app.connections = lambda: len(connections)
     if allow_load:
-        app.loading = Loading(models, loader.load_again, settle)
+        app.loading = Loading(models, loader.load_again, settle_twice)
     with contextlib.suppress(ModuleNotFoundError):
         spans = importlib.import_module("torchsurgeon.serve.spans")
         if spans.traced():
