@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import torch
 from ray import serve
@@ -98,6 +99,8 @@ class Front:
     def __init__(self, options: RayOptions, tails: Any) -> None:
         self._options, self._tails = options, tails
         self._own = create_app(ModelRegistry(profiler=None))
+        # It knows no model, so the page would show none.
+        self._own.has_page = False
         if options.token_file is not None:
             self._own.tokens = Tokens(options.token_file)
 
@@ -243,7 +246,7 @@ async def call(app: TailApp, asked: Asked) -> Answered:
         "method": asked.method,
         "scheme": "http",
         "path": asked.path,
-        "raw_path": asked.path.encode(),
+        "raw_path": quote(asked.path).encode(),
         "root_path": "",
         "query_string": asked.query,
         "headers": headers,
