@@ -114,8 +114,8 @@ class Connections:
         if self.draining:
             return "the server is stopping; ask another one, or try again in a moment"
         return (
-            f"the server has as many connections as it takes ({self.limit}, of which {self._limit_of('')} from one "
-            "address), and all are busy; try again in a moment"
+            f"the server has as many connections as it takes ({self.limit}, of which {self.most_per_address} from one "
+            "other machine), and all are busy; try again in a moment"
         )
 
     def remove(self, connection: Connection) -> None:
