@@ -30,6 +30,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
+from urllib.parse import quote
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ModelNotServedError, ProtocolError
@@ -126,7 +127,8 @@ class TailApp:
             if parts[-1] == "infer" and parts[1:3] == ["v2", "models"] and (versioned or len(parts) == 5):
                 version = parts[5] if versioned else None
                 incoming = Incoming(receive)
-                exchange.model = parts[3]
+                # For the log, where a name with spaces could pass for other fields. A served model's has none.
+                exchange.model = quote(parts[3])
                 await self._guarded(self._infer(parts[3], version, exchange, incoming), incoming, exchange)
                 return
             if scope["path"] == "/v2/probe":
