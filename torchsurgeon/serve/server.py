@@ -40,7 +40,7 @@ class Server:
             no limit for this machine's own.
 
     Raises:
-        ServerError: the address is not available.
+        ServerError: the address is not available, or the certificate cannot be used.
 
     Attributes:
         app: as given.
@@ -64,11 +64,12 @@ class Server:
     ) -> None:
         self.app = app
         self.host = host
+        # Before the socket is opened, which nobody would close if a file cannot be used.
+        certificates = certificates_of(ssl_certfile, ssl_keyfile, None)
         self._socket = listen(host, port)
         self.port: int = self._socket.getsockname()[1]
         self.url = url_of("https" if ssl_certfile else "http", host, self.port)
         connections = Connections(max_connections, max_connections_per_address)
-        certificates = certificates_of(ssl_certfile, ssl_keyfile, None)
         config = config_of(app, connections, direct=direct, certificates=certificates)
         self.connections = connections
         if isinstance(app, TailApp):
