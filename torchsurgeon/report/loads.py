@@ -122,9 +122,11 @@ def load_picture(found: LoadReport, path: str | Path) -> None:
     if panels > 1:
         for n, percent in enumerate((50.0, 99.0)):
             told = [(run.rate_per_s, quantile(run.latencies_s, percent) * scale) for run in rates if _answered(run)]
-            axes[1].plot(*zip(*told, strict=True), "o-", color=_COLORS[n], label=f"p{percent:g}")
+            if told:
+                axes[1].plot(*zip(*told, strict=True), "o-", color=_COLORS[n], label=f"p{percent:g}")
         axes[1].set_xlabel("requests per second")
-        axes[1].legend(frameon=False, fontsize=9)
+        if any(map(_answered, rates)):
+            axes[1].legend(frameon=False, fontsize=9)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
