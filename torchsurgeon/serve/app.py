@@ -17,9 +17,11 @@
 ``POST /v2/probe[?down=BYTES]``                takes a body, answers with as many bytes as asked, to measure a link
 =============================================  =====================================================================
 
-An error is answered with ``{"error": "…"}`` and one of these statuses: 400 for a request that is not valid, 404 for a
-model that is not served, 408 for a body that does not arrive in time, 413 for a body larger than any request to the
-model (it is refused before it is read), 431 for too large a head, 500 when the model fails, 503 while it loads.
+An error is answered with ``{"error": "…"}`` and one of these statuses: 400 for a request that is not valid, 401 without
+a token that the server knows, 403 for loading models where that is not allowed, 404 for a model that is not served, 405
+for another method, 408 for a body that does not arrive in time, 413 for a body larger than any request to the model (it
+is refused before it is read), 431 for too large a head, 500 when the model fails, 503 while it loads, or where too many
+requests wait.
 """
 
 from __future__ import annotations
