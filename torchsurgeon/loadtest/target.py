@@ -56,7 +56,7 @@ class Target:
 
         Raises:
             ServerUnavailableError: the URL is no server's, the host has no address, or a certificate cannot be used.
-            LoadTestError: the environment names a proxy for the server.
+            LoadTestError: the environment names a proxy for the server, or the token has characters that cannot be sent.
         """
         route = route_to(url)
         if route.proxy is not None:
@@ -73,6 +73,9 @@ class Target:
             ) from error
         lines = f"Host: {route.netloc}\r\nContent-Type: application/octet-stream\r\n"
         if token is not None:
+            if not token.isascii() or not token.isprintable():
+                # The token itself is not quoted.
+                raise LoadTestError("the token must consist of printable ASCII characters; it does not")
             lines += f"Authorization: Bearer {token}\r\n"
         if deadline_s is not None:
             lines += f"{DEADLINE}: {deadline_s:.6f}\r\n"
