@@ -277,3 +277,12 @@ def test_bytes_count_for_an_hour_and_are_forgotten_a_minute_later() -> None:
     clock.s += 400.0
     assert allowance.allows(1000)
     assert Allowance(None, now_s=clock).allows(1e18)
+
+
+def test_an_allowance_is_usable_in_a_forked_child_though_a_thread_of_the_parent_held_its_lock() -> None:
+    allowance = Allowance(1000)
+    allowance.spent(600)
+    allowance._lock.acquire()  # as a thread does that does not exist in the child
+    allowance.reset_after_fork()
+    assert not allowance.allows(500)
+    assert allowance.allows(400)

@@ -29,10 +29,14 @@ class Allowance:
         if hourly_bytes is not None and not (is_finite(hourly_bytes) and hourly_bytes > 0):
             raise AdaptError(f"hourly_bytes must be a positive number of bytes, or None; got {short(hourly_bytes)}")
         self.hourly_bytes = hourly_bytes
-        self._lock = threading.Lock()
+        self.reset_after_fork()
         self._since = Since(now_s)
         self._passed_s = 0.0
         self._slots: deque[tuple[float, float]] = deque()
+
+    def reset_after_fork(self) -> None:
+        """Make a lock that no thread of the parent process holds. What has been sent still counts."""
+        self._lock = threading.Lock()
 
     def spent(self, size_bytes: float) -> None:
         """Count bytes that have been sent."""

@@ -116,6 +116,7 @@ class Servers:
     def reset_after_fork(self) -> None:
         """Begin anew in a forked child: connections, locks and estimates stay with the parent."""
         self._refusals = Refusals()
+        self._allowance.reset_after_fork()
         for peer in self.peers:
             peer.reset_after_fork()
 
