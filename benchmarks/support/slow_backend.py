@@ -8,7 +8,10 @@ from torch import Tensor
 
 from torchsurgeon.backends import Backend, Part
 from torchsurgeon.backends.backend import Run
+from torchsurgeon.backends.eager import Eager
+from torchsurgeon.backends.leading import Leading
 from torchsurgeon.emulate import SlowDevice
+from torchsurgeon.errors import BackendError
 
 
 class SlowBackend(Backend):
@@ -27,10 +30,22 @@ class SlowBackend(Backend):
         super().__init__()
 
     def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:
-        """Return what the other backend builds, slowed down."""
-        run = self._backend.build(part, example, free_batch=free_batch)
+        """Return what the other backend builds, with what eager PyTorch runs behind a refused layer, slowed down.
+
+        It takes the whole part for that: what runs behind a backend is not called through it.
+        """
+        run = self._whole(part, example, free_batch)
 
         def slowly(*tensors: Tensor) -> Sequence[Tensor]:
             return self._device.call(run, *tensors)
 
         return slowly
+
+    def _whole(self, part: Part, example: Sequence[Tensor], free_batch: bool) -> Run:
+        leading = Leading.of(part)
+        while leading is not None:
+            try:
+                return leading.build(self._backend, example, free_batch=free_batch)
+            except BackendError as error:
+                leading = leading.before(error.layer)
+        return Eager().build(part, example, free_batch=free_batch)
