@@ -52,7 +52,7 @@ def export(part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Export
         free_batch: whether the program takes any batch size.
 
     Raises:
-        BackendError: a layer cannot be exported; the message names it.
+        BackendError: a layer, or the part as a whole, cannot be exported; the message names the layer.
     """
     fixed = {i: tensor for i, tensor in enumerate(example) if i in part.numbers}
     follower = _Follower()
@@ -70,7 +70,7 @@ def export(part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Export
         except Exception as error:
             if by_signal_handler(error):
                 raise
-            where = "" if follower.layer is None else f"layer {short(follower.layer, 100)} "
+            where = "the part " if follower.layer is None else f"layer {short(follower.layer, 100)} "
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
             message = f"{where}cannot be exported: {type(error).__name__}: {lines[0][:200]}"
             raise BackendError(message, follower.layer) from error
@@ -118,4 +118,7 @@ class _Followed(nn.Module):
         given = iter(tensors)
         # What is fixed is not read, whatever stands in its place.
         all_tensors: list[Any] = [None if i in self._fixed else next(given) for i in range(self._size)]
-        return self.segment.result(self.segment.watched(all_tensors, self._follower))
+        environment = self.segment.watched(all_tensors, self._follower)
+        # What torch.export raises after the last layer is not that layer's fault.
+        self._follower.layer = None
+        return self.segment.result(environment)
