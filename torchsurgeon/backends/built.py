@@ -102,7 +102,8 @@ class BuiltPart:
         # Before the weights are read, so that a write during the build is noticed.
         weights = WatchedWeights(part.segment) if backend.copies_weights else None
         expected = part.segment(*tensors)
-        known = refused(part.graph, backend)
+        own = {part.graph.steps[step].name for step in part.segment.steps}
+        known = {layer: why for layer, why in refused(part.graph, backend).items() if layer in own}
         leading, refusal = Leading.of(part, list(known)), None
         while True:
             if leading is None:
