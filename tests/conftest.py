@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from hypothesis import settings
 from torchsurgeon.serve import Server
 
 torch.set_num_threads(1)
+# pytest-xdist sets it, and commands would fit their tables into it.
+os.environ.pop("COLUMNS", None)
 settings.register_profile("torchsurgeon", deadline=None, max_examples=50)
 settings.load_profile("torchsurgeon")
 
@@ -48,6 +51,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped")
         for reason, count in reasons.most_common():
             terminalreporter.line(f"{count:4}  {reason}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settings_of_pytorch() -> Iterator[None]:
+    """Put back what a file's tests have changed for the whole process, on which the bits of answers rest."""
+    matmul = torch.backends.mkldnn.matmul
+    engine, precision = torch.backends.quantized.engine, matmul.fp32_precision
+    yield
+    torch.backends.quantized.engine, matmul.fp32_precision = engine, precision
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,13 @@ metrics = true
 allow-load = true
 page = false
 no-verify = true
+ray = true
+replicas = 2
+max-replicas = 4
+ongoing = 3
+cpus = 2.5
+gpus = 0.25
+models-per-replica = 5
 
 [models]
 short = "factories:small"
@@ -75,6 +82,7 @@ def test_a_file_has_all_options_and_the_models(file: Path) -> None:
         "tls_client_ca": "ca.pem", "log_format": "json", "access_log": True, "metrics": True, "allow_load": True,
         "page": False, "verify": False, "weights": ["long=long.safetensors"], "input": ["long=x:float32[1,4]"],
         "leaf": ["long=0", "long=1"], "codec": ["long=long.fitted"], "backend": ["long=onnxruntime"],
+        "ray": True, "replicas": 2, "max_replicas": 4, "ongoing": 3, "cpus": 2.5, "gpus": 0.25, "models_per_replica": 5,
     }  # fmt: skip
     found = {name: getattr(options, name) for name in expected}
     assert found == expected
@@ -90,7 +98,9 @@ def test_a_file_on_a_page_is_valid(file: Path, block: Block) -> None:
 def test_the_command_line_wins(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(serve, "run", lambda *given, **options: asked.append((given, options)))
-    file.write_text(WHOLE.replace("threads = 2\n", "").replace("token-file", "# ").replace("tls-", "# "))
+    file.write_text(
+        WHOLE.replace("threads = 2\n", "").replace("token-file", "# ").replace("tls-", "# ").replace("ray =", "# ")
+    )
     more = ["third=factories:small", "long=factories:tiny", "--port", "8000", "--no-metrics", "--no-exact"]
     more += ["--weights", "long=other.pt", "--leaf", "long=2", "--log-format=text"]
     assert cli.main(["serve", *more, "--config", str(file)]) == 0

@@ -56,7 +56,7 @@ class Target:
 
         Raises:
             ServerUnavailableError: the URL is no server's, the host has no address, or a certificate cannot be used.
-            LoadTestError: the environment names a proxy for the server, or the token has characters that cannot be sent.
+            LoadTestError: the environment names a proxy for the server, or the token cannot be sent.
         """
         route = route_to(url)
         if route.proxy is not None:
