@@ -99,7 +99,7 @@ class Connector:
         Args:
             peer: the server.
             only: the cut whose codecs are to be chosen among; None for all cuts.
-            deadline: when what the server is asked for has to be there; None for as long as its transport waits.
+            deadline: when the server's profile has to be there; None for as long as its transport waits.
         """
         with self._measuring:
             # Of a server whose backend's profile is not known yet, the one in eager PyTorch does at first.
@@ -111,7 +111,9 @@ class Connector:
             if self._servers.goal.needs_joules:
                 devices = with_joules(devices)
             if peer.link is None:
-                peer.adopt(measure_link(peer.transport, deadline=deadline))
+                # A call stops waiting for it at its deadline, but does not end it: every call would begin it anew, and
+                # over a slow link none would ever be done with it.
+                peer.adopt(measure_link(peer.transport))
             graph, codecs = self._local.graph, peer.decodable(self._options.codecs)
             if only is None:
                 frontier = Frontier.build(graph, devices, servers, codecs)
