@@ -147,10 +147,12 @@ class Connector:
 
     def boundary(self, point: PartitionPoint) -> dict[str, Tensor]:
         """Return the boundary tensors of the example at a point; those of the last such point are kept."""
-        if self._boundary is None or self._boundary[0] != point:
+        # Read once, since another thread may forget it meanwhile.
+        known = self._boundary
+        if known is None or known[0] != point:
             with torch.inference_mode(False), torch.no_grad():
-                self._boundary = point, self._computed(point)
-        return self._boundary[1]
+                known = self._boundary = point, self._computed(point)
+        return known[1]
 
     def _computed(self, point: PartitionPoint) -> dict[str, Tensor]:
         # In eager PyTorch: compiling a head for pings alone would not pay.
