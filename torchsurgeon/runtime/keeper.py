@@ -193,18 +193,19 @@ class Keeper:
         return (_TRIAL_TICK_S if troubled else _TICK_S) if in_use else None
 
     def _attend(self, peer: Peer, errands: list[Errand]) -> None:
-        if not peer.allowance.allows(peer.state.probes.least_bytes):
-            return  # What is left is for calls.
         breaker, ready = peer.state.breaker, peer.ready_in == self._local.epoch
         for errand in errands:
             if errand.trial and time.monotonic() - errand.begun_s > breaker.trial_s:
                 # The errand goes on, and may still find the server at the end of a slow link.
                 errand.failed(peer.failure or Failure("unavailable", f"{peer.label} does not answer"))
+        allows, least_bytes = peer.allowance.allows, peer.state.probes.least_bytes
+        pings_bytes = 2 * sum(tensor.nbytes for tensor in self._connector.ping_tensors.values())
         if breaker.state != "closed" or not ready:
             unfit = any(not errand.trial for errand in errands) or len(errands) >= _MOST_ERRANDS
-            if not unfit and (breaker.state != "closed" or not errands) and breaker.allow():
+            if not unfit and (breaker.state != "closed" or not errands) and allows(pings_bytes) and breaker.allow():
                 self._send(Errand(peer, trial=True), self._try)
-        elif not errands and self._servers.chooses:
+        # Where less may be sent, it is left for calls.
+        elif not errands and self._servers.chooses and allows(max(least_bytes, pings_bytes)):
             quiet = not 0 <= time.monotonic() - peer.asked_s <= _QUIET_S
             rate = peer.state.link.estimate().uplink
             if peer.doubted:
@@ -213,6 +214,7 @@ class Keeper:
                 self._send(Errand(peer, trial=False), self._ping)
             # Transfers at a cut that sends little say nothing about the link's rate, however many there are.
             elif (size := peer.state.probes.due_bytes(rate.age_s, rate.value)) is not None:
+                size = size if allows(size) else least_bytes
                 self._send(Errand(peer, trial=False), functools.partial(self._probe, size))
             elif (row := self._untried(peer)) is not None:
                 self._send(Errand(peer, trial=False), functools.partial(self._measure, row))
@@ -239,7 +241,8 @@ class Keeper:
         if peer.doubted:
             # A changed rate is believed once two transfers have shown it.
             for _ in range(2):
-                self._probe(peer.state.probes.least_bytes, errand)
+                if peer.allowance.allows(peer.state.probes.least_bytes):
+                    self._probe(peer.state.probes.least_bytes, errand)
             peer.doubted = False
         peer.answered()
 
