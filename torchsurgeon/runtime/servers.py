@@ -261,10 +261,13 @@ class Servers:
         way = choice.way
         if way.whole or self._allowance.hourly_bytes is None:
             return choice
-        size_bytes = way.point.size_bytes if way.row is None else way.row.size_bytes
-        if self._allowance.allows(size_bytes * work.scale()):
+        size_bytes = (way.point.size_bytes if way.row is None else way.row.size_bytes) * work.scale()
+        if self._allowance.allows(size_bytes):
             return choice
-        text = f"hourly_bytes={self._allowance.hourly_bytes:g} have nearly been sent in the last hour"
+        text = (
+            f"{size_bytes:.0f} bytes more would be above hourly_bytes={self._allowance.hourly_bytes:.0f} in this hour; "
+            "wait, or give a larger hourly_bytes"
+        )
         return Choice(self.whole, None, choice.decision, Failure("metered", text))
 
     def within(self, deadline_s: float, begun_s: float, work: Work, choice: Choice) -> Way:
