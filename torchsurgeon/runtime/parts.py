@@ -132,9 +132,12 @@ class _Middle:
 
     def _build(self, tensors: Sequence[Tensor], threads: int) -> None:
         torch.set_num_threads(threads)
-        # What the model raises for these tensors is told to whoever sent them.
-        with torch.no_grad(), contextlib.suppress(Exception):
-            self._built.build(*tensors)
+        try:
+            with torch.no_grad():
+                self._built.build(*tensors)
+        except Exception:
+            # What the model raises for these tensors is told to whoever sent them. It is built for others later.
+            self._asked = False
 
 
 class Parts:
