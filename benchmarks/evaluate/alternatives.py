@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import random
 import statistics
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import torchsurgeon as ts
-from benchmarks.evaluate.end_to_end import LINKS, SLOWER, Runs, Study, slow_codecs
+from benchmarks.evaluate.end_to_end import LINKS, SLOWER, Runs, Study, on_one_core, slow_codecs
 from benchmarks.evaluate.rivals import device_only, ours, server_only, serving, sockets
 from benchmarks.evaluate.rivals.pipelining import Pipelining
 from benchmarks.evaluate.rivals.rival import Rival, seconds
@@ -65,27 +61,17 @@ def run(
         rounds: how often each rival is run.
         told: takes what has been done, a line for each network.
     """
-    threads, everywhere = torch.get_num_threads(), os.sched_getaffinity(0)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", ts.NoisyProfileWarning)
-    warnings.simplefilter("ignore", ts.BackendWarning)
-    own, other = tail_process.two_cores()
     found = {}
-    try:
-        if own is not None:
-            os.sched_setaffinity(0, {own})
+    with on_one_core() as other:
         for name in names:
             begun_s = time.monotonic()
-            with torch.no_grad(), ExitStack() as stack:
+            with ExitStack() as stack:
                 study = Study(name, rounds, _PROFILE_S)
                 stack.enter_context(slow_codecs())
                 contest = _Contest(study, _rivals(study, other, stack), links)
                 found[name] = contest.run(rounds)
             found[name]["seconds"] = round(time.monotonic() - begun_s)
             told(f"{name}: run beside the alternatives, {found[name]['seconds']} s")
-    finally:
-        torch.set_num_threads(threads)
-        os.sched_setaffinity(0, everywhere)
     return found
 
 

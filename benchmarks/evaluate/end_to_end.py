@@ -88,6 +88,24 @@ def network(name: str) -> zoo.Made:
     return model, photo() if example.dtype == torch.uint8 else example
 
 
+@contextmanager
+def on_one_core() -> Iterator[int | None]:
+    """Compute on one core and one thread without gradients in the block; yields the core that is left for a server."""
+    threads, everywhere = torch.get_num_threads(), os.sched_getaffinity(0)
+    own, other = tail_process.two_cores()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", ts.NoisyProfileWarning)
+        warnings.simplefilter("ignore", ts.BackendWarning)
+        torch.set_num_threads(1)
+        try:
+            if own is not None:
+                os.sched_setaffinity(0, {own})
+            yield other
+        finally:
+            torch.set_num_threads(threads)
+            os.sched_setaffinity(0, everywhere)
+
+
 def run(
     names: Iterable[str] = NETWORKS,
     links: Iterable[str] = LINKS,
@@ -103,24 +121,13 @@ def run(
         repeats: how often each way is run.
         told: takes what has been done, a line for each network.
     """
-    threads, everywhere = torch.get_num_threads(), os.sched_getaffinity(0)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", ts.NoisyProfileWarning)
-    warnings.simplefilter("ignore", ts.BackendWarning)
-    own, other = tail_process.two_cores()
     found = {}
-    try:
-        if own is not None:
-            os.sched_setaffinity(0, {own})
+    with on_one_core() as other:
         for name in names:
             begun_s = time.monotonic()
-            with torch.no_grad():
-                found[name] = Study(name, repeats).over(tuple(links), other)
+            found[name] = Study(name, repeats).over(tuple(links), other)
             found[name]["seconds"] = round(time.monotonic() - begun_s)
             told(f"{name}: run over {len(found[name]['links'])} links")
-    finally:
-        torch.set_num_threads(threads)
-        os.sched_setaffinity(0, everywhere)
     return found
 
 
