@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import front_page, zoo
-from benchmarks.evaluate import alternatives, configurations, end_to_end, page, pictures, today
+from benchmarks.evaluate import adaptation_page, alternatives, configurations, end_to_end, page, pictures, today
 from benchmarks.evaluate.applications import APPLICATIONS
 from benchmarks.support import result_file
 
@@ -60,6 +60,7 @@ def main() -> None:
             _run(script, str(options.djinn))
     if not options.page:
         _evaluate(quick=options.quick)
+    adaptation_page.draw(QUICK_FOLDER if options.quick else page.FOLDER)
     written = QUICK_FOLDER / "evaluation.md" if options.quick else page.PAGE
     written.write_text(page.page(QUICK_FOLDER if options.quick else page.FOLDER))
     print(f"written to {written}")
