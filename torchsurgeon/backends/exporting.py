@@ -67,9 +67,10 @@ def export(part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Export
         tensors = tuple(tensor.detach().clone().contiguous() for tensor in part.computed(example))
         try:
             return torch.export.export(module, tensors, dynamic_shapes=(tuple(free),), strict=False)
-        except Exception as error:
+        except Exception as caught:
+            error = caught.error if isinstance(caught, _Stopped) else caught
             if by_signal_handler(error):
-                raise
+                raise error from None
             where = "the part " if follower.layer is None else f"layer {short(follower.layer, 100)} "
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
             message = f"{where}cannot be exported: {type(error).__name__}: {lines[0][:200]}"
@@ -88,6 +89,14 @@ def layer_of(program: ExportedProgram, message: str) -> str | None:
             if layer is not None:
                 return str(layer)
     return None
+
+
+class _Stopped(Exception):
+    """Carries an error of a part out of ``torch.export``, which would print a graph of thousands of lines with it."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__()
+        self.error = error
 
 
 class _Follower:
@@ -118,7 +127,10 @@ class _Followed(nn.Module):
         given = iter(tensors)
         # What is fixed is not read, whatever stands in its place.
         all_tensors: list[Any] = [None if i in self._fixed else next(given) for i in range(self._size)]
-        environment = self.segment.watched(all_tensors, self._follower)
+        try:
+            environment = self.segment.watched(all_tensors, self._follower)
+        except RuntimeError as error:
+            raise _Stopped(error) from error
         # What torch.export raises after the last layer is not that layer's fault.
         self._follower.layer = None
         return self.segment.result(environment)
