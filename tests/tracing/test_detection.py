@@ -57,6 +57,33 @@ def test_boxes_of_images_of_any_sizes_are_the_models_own(name: str) -> None:
         assert all(len(image["boxes"]) for image in found), "a comparison of no boxes would show nothing"
 
 
+class OfOneImage(torch.nn.Module):
+    """A detector for images of one size, whose sizes need not cross."""
+
+    def __init__(self, detector: torch.nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: torch.Tensor) -> Any:
+        return self.detector([image])
+
+
+@pytest.mark.parametrize("count", [1, 0])
+def test_a_server_may_answer_with_fewer_boxes_than_there_can_be(count: int) -> None:
+    detector = make("ssdlite320_mobilenet_v3_large")
+    # One class is far more probable than the others at every place of the first level.
+    bias = detector.head.classification_head.module_list[0][1].bias.data
+    bias[::91], bias[1::91] = -9.0, 9.0
+    detector.topk_candidates, detector.score_thresh = 1, 0.5 if count else 1.0
+    model, (image,) = OfOneImage(detector).eval(), images((60, 80))
+    with torch.no_grad():
+        assert len(model(image)[0]["scores"]) == count < detector.detections_per_img
+    with split(model, image) as module:
+        assert module.graph.sizes_vary
+        assert not module.graph.value_dependent
+        check_split(module, [module.graph.points[0], *points_in(module.graph, "detector.head")], ((image,), {}))
+
+
 def test_what_stays_whole_is_said_with_the_reason() -> None:
     graph = ts.trace(make("fasterrcnn_mobilenet_v3_large_320_fpn"), images((60, 80)))
     assert graph.traced_by == "recorded"

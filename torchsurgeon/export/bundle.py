@@ -146,7 +146,7 @@ def export_bundle(
             "graph": fingerprint.graph,
             "weights": fingerprint.weights,
             "example_batch": graph.batch,
-            "valued": graph.value_dependent,
+            "valued": graph.sizes_vary,
             "inputs": list(map(to_json, taken)),
             "outputs": list(map(to_json, outputs)),
             "points": list(map(to_json, listed)),

@@ -25,7 +25,7 @@ def check_answer(
     Raises:
         ProtocolError: a name, type or shape is not one that the outputs can have.
     """
-    valued = graph.value_dependent or any(graph.value(spec.name).restore for spec in specs)
+    valued = graph.sizes_vary or any(graph.value(spec.name).restore for spec in specs)
     batch = None if valued else _batch(specs, boundary)
     for spec in graph.outputs:
         tensor = answered.get(spec.name)

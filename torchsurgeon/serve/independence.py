@@ -40,7 +40,7 @@ def why_alone(graph: LayerGraph, tensors: Sequence[Tensor]) -> str | None:
     """
     if not graph.batch_free:
         return "it takes the example's batch size only"
-    if graph.check_values is not None or graph.value_dependent:
+    if graph.check_values is not None or graph.sizes_vary:
         return "the path that it takes depends on values"
     for spec in (*graph.inputs, *graph.outputs):
         if batch_dimension(spec) is None:

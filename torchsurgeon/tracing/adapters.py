@@ -214,12 +214,13 @@ class _Postprocess:
     def shape_rule(self, sizes: list[torch.Size], outline: _Outline, levels: Any, result: Any) -> Outcome:
         if self._last != "roi_heads":
             count: Any = self._model.detections_per_img
-            return Outcome([_boxes(count, "boxes", "scores", "labels") for _ in sizes], uncounted=("postprocess",))
+            found = [_boxes(count, "boxes", "scores", "labels") for _ in sizes]
+            return Outcome(found, uncounted=("postprocess",), bound=True)
         detections = result[0]
         for image, size in zip(detections, sizes, strict=True):
             if "masks" in image:
                 image["masks"] = torch.empty((len(image["boxes"]), 1, *size), device=META)
-        return Outcome(detections, uncounted=("postprocess",))
+        return Outcome(detections, uncounted=("postprocess",), bound=True)
 
 
 def _boxes(count: int, *fields: str) -> dict[str, torch.Tensor]:
@@ -266,7 +267,8 @@ for _name in ("retinanet.RetinaNet", "fcos.FCOS", "ssd.SSD"):
 
 def _proposals(module: Any, images: Any, features: Any, targets: None = None) -> Outcome:
     count = module.post_nms_top_n()
-    return Outcome(([torch.empty((count, 4), device=META) for _ in images.image_sizes], {}), uncounted=("rpn",))
+    found = [torch.empty((count, 4), device=META) for _ in images.image_sizes]
+    return Outcome((found, {}), uncounted=("rpn",), bound=True)
 
 
 def _found(module: Any, features: Any, proposals: Any, image_shapes: Any, targets: None = None) -> Outcome:
@@ -279,7 +281,7 @@ def _found(module: Any, features: Any, proposals: Any, image_shapes: Any, target
             points = module.keypoint_predictor.kps_score_lowres.out_channels
             image["keypoints"] = torch.empty((count, points, 3), device=META)
             image["keypoints_scores"] = torch.empty((count, points), device=META)
-    return Outcome((found, {}), uncounted=("roi_heads",))
+    return Outcome((found, {}), uncounted=("roi_heads",), bound=True)
 
 
 register_shape_rule(f"{_DETECTION}.rpn.RegionProposalNetwork", _proposals)

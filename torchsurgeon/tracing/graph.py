@@ -50,6 +50,8 @@ class LayerGraph:
         check_values: raises ``TypeError`` for input tensors whose values would take another path than the traced one;
             None where values decide nothing.
         value_dependent: whether shapes depend on values, so that the example was run for real.
+        sizes_vary: whether values decide some of the sizes, as how many objects a detector finds; sizes are then those
+            of the example, or the largest there can be.
         fingerprint: hex digest of the layers' names, types, configurations, shapes and order, not of the weights.
     """
 
@@ -58,6 +60,7 @@ class LayerGraph:
         self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
         self._asked, self.check_values = captured.asked, captured.check_values
         self.value_dependent = specs.value_dependent
+        self.sizes_vary = specs.value_dependent or bool(specs.shapes.bound)
         self.verified: tuple[str, ...] = ()
         self.decided_by = {name: tensor_digest(operator.attrgetter(name)(model)) for name in sorted(captured.stored)}
         steps = captured.steps

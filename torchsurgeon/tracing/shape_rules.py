@@ -29,12 +29,14 @@ class Outcome:
         flops: its floating-point operations; multiply and add count as two.
         overwritten: whether it overwrites its first argument.
         uncounted: the operators inside it whose flops are unknown and not in ``flops``.
+        bound: whether values decide its sizes, so that these are only the largest there can be.
     """
 
     value: Any
     flops: int = 0
     overwritten: bool = False
     uncounted: tuple[str, ...] = ()
+    bound: bool = False
 
 
 Rule = Callable[..., "Outcome | None"]

@@ -38,6 +38,7 @@ class Shapes:
         flops: its floating-point operations; multiply and add count as two.
         uncounted: its operators whose flops are unknown and not in ``flops``.
         random: the indices of the steps that draw random numbers.
+        bound: the indices of the steps whose sizes are only the largest there can be, since values decide them.
     """
 
     values: Environment
@@ -45,6 +46,7 @@ class Shapes:
     flops: list[int]
     uncounted: list[frozenset[str]]
     random: list[int] = dataclasses.field(default_factory=list)
+    bound: list[int] = dataclasses.field(default_factory=list)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -259,6 +261,8 @@ class Propagation:
         args, kwargs = map_refs(lambda ref: values[ref.step], (step.args, step.kwargs))
         outcome = _known(step, self.source, args, kwargs)
         if outcome is not None:
+            if outcome.bound:
+                self.shapes.bound.append(step.index)
             overwritten = frozenset([storage_of(args[0])] if outcome.overwritten else [])
             return self._note(outcome.value, overwritten, outcome.flops, outcome.uncounted)
         # PyTorch raises a tensor's version, and that of its views, with every write to its memory.
@@ -338,6 +342,7 @@ def with_selections(steps: Sequence[Step], shapes: Shapes) -> Shapes:
         [*shapes.flops[:start], *[0] * added, *shapes.flops[start:]],
         [*shapes.uncounted[:start], *[frozenset[str]()] * added, *shapes.uncounted[start:]],
         shapes.random,
+        shapes.bound,
     )
 
 
