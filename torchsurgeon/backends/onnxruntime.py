@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +137,16 @@ def write_onnx(part: Part, example: Sequence[Tensor], path: Path, *, free_batch:
     """
     program = export(part, example, free_batch=free_batch)
     try:
-        made = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[spec.name for spec in part.computed_inputs],
-            output_names=list(part.output_names),
-            verbose=False,
-        )
+        with _quiet_converters():
+            made = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[spec.name for spec in part.computed_inputs],
+                output_names=list(part.output_names),
+                verbose=False,
+            )
     except Exception as error:
         if by_signal_handler(error):
             raise
@@ -151,6 +154,20 @@ def write_onnx(part: Part, example: Sequence[Tensor], path: Path, *, free_batch:
     assert made is not None
     _name_apart(made.model.graph)
     made.save(path, external_data=not one_file)
+
+
+@contextlib.contextmanager
+def _quiet_converters() -> Iterator[None]:
+    """Keep the converters from telling each constant that they leave as it is, which changes no answer."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _name_apart(graph: Any) -> None:
