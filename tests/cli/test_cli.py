@@ -372,6 +372,18 @@ def test_nothing_is_fitted_where_the_rest_would_fail(
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [["--replicas", "2"], ["--max-replicas", "2"], ["--ongoing", "2"], ["--cpus", "2"], ["--gpus", "0.5"],
+     ["--models-per-replica", "2"]],
+)  # fmt: skip
+def test_one_process_is_refused_what_only_a_cluster_has(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", f"tiny={SPEC}", *arguments]) == 2
+    assert f"{arguments[0]} says how a Ray cluster serves" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["--metrics"], "--metrics is not there with --ray"),

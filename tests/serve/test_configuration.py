@@ -31,6 +31,7 @@ max-connections-per-address = 9
 grace-s = 2.5
 token-file = "tokens.txt"
 insecure = true
+max-priority = "high"
 tls-cert = "cert.pem"
 tls-key = "key.pem"
 tls-client-ca = "ca.pem"
@@ -78,7 +79,7 @@ def test_a_file_has_all_options_and_the_models(file: Path) -> None:
     expected: dict[str, Any] = {
         "host": "0.0.0.0", "port": 8123, "seed": 3, "threads": 2, "max_batch": 16, "concurrency": 4, "batching": True,
         "exact": True, "max_queue": 9, "max_connections": 99, "max_connections_per_address": 9, "grace_s": 2.5,
-        "token_file": "tokens.txt", "insecure": True, "tls_cert": "cert.pem", "tls_key": "key.pem",
+        "token_file": "tokens.txt", "insecure": True, "max_priority": "high", "tls_cert": "cert.pem", "tls_key": "key.pem",
         "tls_client_ca": "ca.pem", "log_format": "json", "access_log": True, "metrics": True, "allow_load": True,
         "page": False, "verify": False, "weights": ["long=long.safetensors"], "input": ["long=x:float32[1,4]"],
         "leaf": ["long=0", "long=1"], "codec": ["long=long.fitted"], "backend": ["long=onnxruntime"],
@@ -178,13 +179,19 @@ def test_check_says_what_would_be_served(file: Path, tmp_path: Path, capsys: pyt
     assert said[2] == f"another process listens on port {port} now; it has to end first"
     assert "a request has at most 64 samples; 256 of one model may wait;" in said[3]
     assert "at most 512 connections, 256 of them from one address" in said[4]
-    assert said[5] == "also: a page at /, /metrics, clients may load and unload models"
-    assert said[6].startswith("loaded net from factories:small in ")
-    assert said[7].startswith("requests of net have at most ")
-    assert said[8] == "this server can be started: net"
+    assert said[5] == (
+        "while requests wait, each address has an equal share; clients may ask for priorities up to normal"
+    )
+    assert said[6] == "also: a page at /, /metrics, clients may load and unload models"
+    assert said[7].startswith("loaded net from factories:small in ")
+    assert said[8].startswith("requests of net have at most ")
+    assert said[9] == "this server can be started: net"
+    tokens.write_text(f"{TOKEN} name=door priority=high\n")
     status, said, wrong = checked(capsys, "net=factories:small", "--host", "0.0.0.0", "--token-file", str(tokens))
     assert (status, wrong) == (0, "")
     assert said[1] == f"clients need one of the 1 tokens in {tokens}"
+    assert "each token has an equal share; clients may ask for priorities up to normal" in said[4]
+    assert said[5] == "clients with the token door may ask for priorities up to high"
     assert TOKEN not in "".join(said)
 
 

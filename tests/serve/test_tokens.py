@@ -141,7 +141,7 @@ def test_a_file_without_proper_tokens_is_refused_and_the_old_ones_stay(file: Pat
     with pytest.raises(ServerError, match=message) as refused:
         tokens.reload()
     assert text.strip() == "" or text.strip() not in str(refused.value)
-    assert tokens.allow(f"Bearer {ONE}".encode())
+    assert tokens.holder_of(f"Bearer {ONE}".encode())
     with pytest.raises(ServerError, match=message):
         Tokens(file)
     file.unlink()
@@ -341,5 +341,5 @@ def test_how_long_a_wrong_token_takes_does_not_depend_on_how_wrong_it_is(file: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchsurgeon.serve.tokens.hmac.compare_digest", compare)
         for token in (ONE, OTHER, "x"):
-            tokens.allow(f"Bearer {token}".encode())
+            tokens.holder_of(f"Bearer {token}".encode())
     assert len(compared) == 6

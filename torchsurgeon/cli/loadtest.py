@@ -238,7 +238,7 @@ def _first_token(path: Path) -> str:
         raise LoadTestError(f"the token in {short(path)} cannot be read: {short(error)}") from error
     for line in map(str.strip, lines):
         if line and not line.startswith("#"):
-            return line
+            return line.split()[0]  # a name and a priority may follow
     raise LoadTestError(f"{short(path)} must hold a token in a line; it holds none")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torchsurgeon.cli.arguments import number, whole_number
 from torchsurgeon.errors import ServerError
@@ -11,9 +11,10 @@ from torchsurgeon.errors import ServerError
 # What one server does and a cluster does not, by the names of the parsed arguments.
 _NOT_WITH_RAY = (
     "leaf", "verify", "codec", "backend", "threads", "concurrency", "max_connections", "max_connections_per_address",
-    "grace_s", "tls_cert", "tls_key", "tls_client_ca", "log_format", "access_log", "metrics", "page", "allow_load",
-    "check",
+    "grace_s", "max_priority", "tls_cert", "tls_key", "tls_client_ca", "log_format", "access_log", "metrics", "page",
+    "allow_load", "check",
 )  # fmt: skip
+_ONLY_WITH_RAY = ("replicas", "max_replicas", "ongoing", "cpus", "gpus", "models_per_replica")
 
 
 def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,19 @@ def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_without_ray(options: argparse.Namespace) -> None:
+    """Check that nothing is said of replicas where one process serves.
+
+    Raises:
+        ServerError: an option is given that only a cluster has.
+    """
+    given = _given(options, _ONLY_WITH_RAY)
+    if given:
+        raise ServerError(
+            f"{given[0]} says how a Ray cluster serves, and one process has no replicas; add --ray, or leave it out"
+        )
+
+
 def run_on_ray(
     options: argparse.Namespace, models: Mapping[str, str], weights: Mapping[str, str], inputs: Mapping[str, str]
 ) -> None:
@@ -73,16 +87,12 @@ def run_on_ray(
     Raises:
         ServerError: an option is given that a cluster does not have, or an address is open to others unguarded.
     """
-    from torchsurgeon.cli import parser
     from torchsurgeon.serve.ray_options import RayOptions
     from torchsurgeon.serve.server import is_loopback
 
-    defaults = vars(parser().parse_args(["serve", "a=b"]))
-    given = [name for name in _NOT_WITH_RAY if getattr(options, name) != defaults[name]]
+    given = _given(options, _NOT_WITH_RAY)
     if given:
-        raise ServerError(
-            f"--{given[0].replace('_', '-')} is not there with --ray; leave it out, or put a proxy before the cluster"
-        )
+        raise ServerError(f"{given[0]} is not there with --ray; leave it out, or put a proxy before the cluster")
     if not (is_loopback(options.host) or options.token_file or options.insecure):
         raise ServerError(
             f"an address that other machines can reach needs a token: give --token-file FILE for {options.host[:300]}, "
@@ -107,3 +117,11 @@ def run_on_ray(
     from torchsurgeon.serve.ray import run
 
     run(found, options.host, options.port)
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Return which of some options are not as they are by default."""
+    from torchsurgeon.cli import parser
+
+    defaults = vars(parser().parse_args(["serve", "a=b"]))
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults[name]]

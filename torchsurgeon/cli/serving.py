@@ -20,7 +20,7 @@ from torchsurgeon.cli.arguments import (
     whole_number,
 )
 from torchsurgeon.cli.completion import completed, named, one_of
-from torchsurgeon.cli.ray_serving import add_ray_arguments, run_on_ray
+from torchsurgeon.cli.ray_serving import add_ray_arguments, check_without_ray, run_on_ray
 from torchsurgeon.cli.screen import loading
 from torchsurgeon.cli.serve_file import with_file
 from torchsurgeon.errors import TorchSurgeonError, short
@@ -165,14 +165,21 @@ def add_serve(commands: Commands) -> None:
     parser.add_argument(
         "--token-file",
         metavar="FILE",
-        help="tokens, one a line, of which each request must have one; read again on SIGHUP (default: none is asked "
-        "for)",
+        help="tokens, one a line, of which each request must have one; name= and priority= may follow a token; read "
+        "again on SIGHUP (default: none is asked for)",
     )
     parser.add_argument(
         "--insecure",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="let everyone who reaches --host in, without a token (default: not)",
+    )
+    parser.add_argument(
+        "--max-priority",
+        choices=("high", "normal", "low"),
+        default="normal",
+        help="highest priority that a client may ask for, unless the line of its token says priority= (default: "
+        "%(default)s)",
     )
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate, for https (default: http)")
     parser.add_argument("--tls-key", metavar="FILE", help="the certificate's key (default: in the certificate's file)")
@@ -235,6 +242,7 @@ def _serve(options: argparse.Namespace) -> None:
     if options.ray:
         run_on_ray(options, models, weights, inputs)
         return
+    check_without_ray(options)
     if options.token_file is not None or options.tls_cert is not None:
         # The files are read later, so there is nothing to read again yet. And it must not end a server that starts.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -265,6 +273,7 @@ def _serve(options: argparse.Namespace) -> None:
         grace_s=options.grace_s,
         token_file=options.token_file,
         insecure=options.insecure,
+        max_priority=options.max_priority,
         tls_cert=options.tls_cert,
         tls_key=options.tls_key,
         tls_client_ca=options.tls_client_ca,

@@ -27,6 +27,7 @@ from torchsurgeon.runtime.auto import AutoBackend
 from torchsurgeon.runtime.compiled import compiler
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.transport import Transport
+from torchsurgeon.wire.header import PRIORITIES
 
 # The URL of a server, or a transport to it.
 ServerAddress = str | Transport
@@ -68,6 +69,12 @@ def check_options(
         check_deadline(deadline_s, 0.0, "")
     if not (is_finite(timeout_s) and timeout_s > 0):
         raise AdaptError(f"timeout_s must be a positive number of seconds; got {short(timeout_s)}")
+
+
+def check_priority(priority: object) -> None:
+    """Raise where a priority is none that servers know."""
+    if priority is not None and priority not in PRIORITIES:
+        raise AdaptError(f"priority must be one of {', '.join(PRIORITIES)}, or None; got {short(priority)}")
 
 
 def backend_of(

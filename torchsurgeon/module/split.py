@@ -21,6 +21,7 @@ from torchsurgeon.module.arguments import (
     check_exact,
     check_measured,
     check_options,
+    check_priority,
     check_server_backend,
     codec_name,
     codec_of,
@@ -113,6 +114,8 @@ class SplitModule(Calls):
         ca: how their certificates are checked: True for as the system does, a file with those that are trusted, or
             False for not at all.
         cert: this device's certificate, for servers that ask for one: a file that holds its key too, or both files.
+        priority: "high", "normal" or "low": when servers that are given by their URLs run the requests of this module
+            while others wait, as far as they allow it. By default normal.
 
     Attributes:
         model: the model. Another may be assigned: it is traced at once, and answers from then on.
@@ -177,9 +180,11 @@ class SplitModule(Calls):
         token: str | None = None,
         ca: bool | str = True,
         cert: str | tuple[str, str] | None = None,
+        priority: str | None = None,
     ) -> None:
         super().__init__()
         check_options(fallback, deadline_s, timeout_s, compile, backend)
+        check_priority(priority)
         check_measured(link, codecs)
         check_server_backend(server_backend, tolerance, backend)
         sent_as, answered_as = codec_name(codec), codec_name(answer_codec)
@@ -222,6 +227,7 @@ class SplitModule(Calls):
                 token=token,
                 ca=ca,
                 cert=cert,
+                priority=priority,
             ),
         )
         # Ends the threads of a module that is collected without having been closed.

@@ -34,6 +34,7 @@ class Options:
         hourly_bytes: the most bytes that are sent in an hour; None for no bound.
         token, ca, cert: how servers that are given by their URLs are reached, as ``HttpTransport`` takes them; ``ca``
             is its ``verify``.
+        priority: the priority of requests to them, one of ``wire.PRIORITIES``; None to tell none.
         rounded_because: why even what this device computes has not the model's own bits; empty where it has.
     """
 
@@ -59,6 +60,7 @@ class Options:
     token: str | None = None
     ca: bool | str = True
     cert: str | tuple[str, str] | None = None
+    priority: str | None = None
 
     @property
     def rounded_because(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from torchsurgeon.runtime.warn import warn_caller
 from torchsurgeon.runtime.work import Work
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import HttpTransport, Transport
+from torchsurgeon.wire.header import PRIORITY
 
 # An answer may have this many times the bytes of the example's, and at least _LEAST_ANSWER_LIMIT_BYTES. Larger batches
 # and images need larger answers. The limit is only there so that a hostile server cannot fill the memory.
@@ -76,8 +77,16 @@ class Servers:
         self.goal.check(devices[0] if devices else None, options.link)
         self._graph = graph = local.graph
         limit = max(_LEAST_ANSWER_LIMIT_BYTES, _ANSWER_FACTOR * graph.points[-1].size_bytes)
+        headers = {} if options.priority is None else {PRIORITY: options.priority}
         transports = [
-            HttpTransport(server, options.timeout_s, token=options.token, verify=options.ca, cert=options.cert)
+            HttpTransport(
+                server,
+                options.timeout_s,
+                headers=headers,
+                token=options.token,
+                verify=options.ca,
+                cert=options.cert,
+            )
             if isinstance(server, str)
             else server
             for server in servers

@@ -179,10 +179,11 @@ class Answers:
         """Take notice of requests that were answered together, and for which the model ran between these times."""
         ended_s, first = time.perf_counter(), ready[0]
         duration_s = ended_s - first.started_s
+        requests = [one.request for one in ready]
         if all(one.plan is first.plan for one in ready):
-            unloaded_s = [self.intake.took(first.request, duration_s, len(ready))] * len(ready)
+            unloaded_s = [self.intake.took(requests, duration_s)] * len(ready)
         else:
-            unloaded_s = self.intake.took_of_several([one.request for one in ready], duration_s)
+            unloaded_s = self.intake.took_of_several(requests, duration_s)
         self.statistics.ran(
             [
                 (one.started_s - one.request.arrived_s, least_s, one.plan.cut)

@@ -36,7 +36,7 @@ from urllib.parse import quote
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ModelNotServedError, ProtocolError
-from torchsurgeon.serve.admission import DEADLINE, deadline_in
+from torchsurgeon.serve.admission import DEADLINE, PRIORITY, deadline_in, level_in
 from torchsurgeon.serve.body import (
     JOIN_BYTES,
     DisconnectedError,
@@ -51,13 +51,14 @@ from torchsurgeon.serve.control import control_plane
 from torchsurgeon.serve.direct import Direct
 from torchsurgeon.serve.exchange import Exchange
 from torchsurgeon.serve.failure import ForbiddenError, UnauthorizedError, error_body, retry_after_s, status_of
+from torchsurgeon.serve.fairness import NORMAL
 from torchsurgeon.serve.outcome import Listener
 from torchsurgeon.serve.page import PATH
 from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.replies import HEALTH, Scope, Send, refuse, send_json
 from torchsurgeon.serve.repository import MAX_BODY_BYTES, Loading, answer
-from torchsurgeon.serve.tokens import Tokens
+from torchsurgeon.serve.tokens import Holder, Tokens
 
 MAX_PROBE_BYTES = 4 << 20
 _OPEN = (*HEALTH, PATH)
@@ -78,6 +79,8 @@ class TailApp:
         direct: answers plain inference requests without ASGI; torchsurgeon's own server uses it.
         tokens: the tokens of which every request must have one, except those for health and for the page, which holds
             nothing; None to ask for none.
+        highest: the highest priority that a client may ask for of whose token the file says none, as an index of
+            ``wire.PRIORITIES``.
         listeners: who is told what became of each request.
         metrics: returns what ``/metrics`` answers, and its media type; None for no such path.
         has_page: whether ``/`` shows how busy the server is.
@@ -90,8 +93,9 @@ class TailApp:
     def __init__(self, registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> None:
         self.registry = registry
         self.body_timeout_s = body_timeout_s
-        self.direct = Direct(registry, body_timeout_s, lambda: self.tokens)
+        self.direct = Direct(registry, body_timeout_s, lambda: self.tokens, lambda: self.highest)
         self.tokens: Tokens | None = None
+        self.highest = NORMAL
         self.listeners: list[Listener] = []
         self.metrics: Callable[[], tuple[bytes, str]] | None = None
         self.has_page = True
@@ -119,7 +123,8 @@ class TailApp:
 
     async def _answer(self, scope: Scope, receive: Receive, exchange: Exchange) -> None:
         tokens = None if scope["path"] in _OPEN else self.tokens
-        if tokens is not None and not tokens.allow(exchange.headers.get(b"authorization")):
+        holder = Holder() if tokens is None else tokens.holder_of(exchange.headers.get(b"authorization"))
+        if holder is None:
             incoming = Incoming(receive)
             await self._guarded(_refuse_unauthorized(), incoming, exchange)
             return
@@ -131,7 +136,7 @@ class TailApp:
                 incoming = Incoming(receive)
                 # For the log, where a name with spaces could pass for other fields. A served model's has none.
                 exchange.model = quote(parts[3])
-                await self._guarded(self._infer(parts[3], version, exchange, incoming), incoming, exchange)
+                await self._guarded(self._infer(parts[3], version, exchange, incoming, holder), incoming, exchange)
                 return
             if scope["path"] == "/v2/probe":
                 incoming = Incoming(receive)
@@ -155,7 +160,9 @@ class TailApp:
             exchange.error = type(error).__name__
             await refuse(status_of(error), body, incoming, exchange.send, retry_after_s(error))
 
-    async def _infer(self, name: str, version: str | None, exchange: Exchange, receive: Receive) -> None:
+    async def _infer(
+        self, name: str, version: str | None, exchange: Exchange, receive: Receive, holder: Holder
+    ) -> None:
         started_s = time.perf_counter()
         model = self.registry.get(name, version)
         headers = exchange.headers
@@ -165,6 +172,7 @@ class TailApp:
         length = headers.get(_HEADER_LENGTH)
         header_bytes = None if length is None else wire.header_length(length, None if compressed else size)
         deadline_s = deadline_in(headers.get(DEADLINE))
+        level = level_in(headers.get(PRIORITY), self.highest if holder.highest is None else holder.highest)
         limit = model.max_body_bytes(binary=header_bytes is not None)
         check_length(size, limit)
         body = await read_body(receive, size, limit, self.body_timeout_s)
@@ -172,6 +180,7 @@ class TailApp:
         receive_s, own_id = arrived_s - started_s, exchange.given_id
         request = Received(body, header_bytes, receive_s, arrived_s, exchange.client, own_id, name)
         request.due_s = started_s + deadline_s
+        request.holder, request.level = holder.name, level
         exchange.received = request
         del body  # Only the request keeps it alive, so its memory is free as soon as the request is answered.
         if compressed:

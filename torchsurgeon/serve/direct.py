@@ -15,13 +15,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from torchsurgeon import wire
 from torchsurgeon.errors import ModelServingError, ProtocolError
-from torchsurgeon.serve.admission import DEADLINE, deadline_in
+from torchsurgeon.serve.admission import DEADLINE, PRIORITY, deadline_in, level_in
 from torchsurgeon.serve.failure import RETRY_AFTER_S, BusyError, error_body, retry_after_s, status_of
+from torchsurgeon.serve.fairness import NORMAL
 from torchsurgeon.serve.outcome import Outcome
 from torchsurgeon.serve.received import REQUEST_ID, TRACEPARENT, Received, given_id
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import ServedModel
-from torchsurgeon.serve.tokens import Allowed, Tokens
+from torchsurgeon.serve.tokens import Allowed, Holder, Tokens
 from torchsurgeon.wire.buffers import Buffers
 
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
@@ -46,6 +47,8 @@ class Plain:
         allowed: by which tokens the request was allowed.
         traceparent: the value of the request's ``traceparent``; empty for none.
         deadline_s: seconds from the head to when the answer is due; infinity where the client gave none.
+        holder: the name of the token by which its client was let in; empty where no token is asked for.
+        level: the request's priority, as an index of ``wire.PRIORITIES``.
     """
 
     registry: ModelRegistry
@@ -58,6 +61,8 @@ class Plain:
     deadline_s: float
     allowed: Allowed
     traceparent: str
+    holder: str
+    level: int
 
     def open(self) -> bool:
         """Return whether a request with the same head may still be answered."""
@@ -105,6 +110,7 @@ class Job:
         self.started_s = time.perf_counter()
         self.received = Received(body, plain.header_bytes, 0.0, 0.0, client, plain.given_id, plain.model.name)
         self.received.due_s = self.started_s + plain.deadline_s
+        self.received.holder, self.received.level = plain.holder, plain.level
 
     def arrived(self, count: int) -> None:
         """Record that the first ``count`` of the missing bytes have arrived."""
@@ -178,17 +184,22 @@ class Direct:
         registry: the models.
         body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
         tokens: returns the tokens of which a request must have one; None for requests without.
+        highest: returns the highest priority that a client may ask for of whose token the file says none.
 
     Attributes:
         buffers: the memory for bodies, used by the event loop's thread only.
     """
 
     def __init__(
-        self, registry: ModelRegistry, body_timeout_s: float, tokens: Callable[[], Tokens | None] = lambda: None
+        self,
+        registry: ModelRegistry,
+        body_timeout_s: float,
+        tokens: Callable[[], Tokens | None] = lambda: None,
+        highest: Callable[[], int] = lambda: NORMAL,
     ) -> None:
         self._registry = registry
         self._timeout_s = body_timeout_s
-        self._tokens = tokens
+        self._tokens, self._highest = tokens, highest
         self.buffers = Buffers()
 
     def admit(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Plain | None:
@@ -209,7 +220,8 @@ class Direct:
         if not _NOT_DIRECT.isdisjoint(fields) or len(fields) != len(headers):
             return None
         tokens = self._tokens()
-        if tokens is not None and not tokens.allow(fields.get(b"authorization")):
+        holder = Holder() if tokens is None else tokens.holder_of(fields.get(b"authorization"))
+        if holder is None:
             return None
         size = fields.get(b"content-length", b"")
         length = fields.get(_HEADER_LENGTH)
@@ -219,6 +231,7 @@ class Direct:
             model = self._registry.get(parts[3].decode("latin-1"), parts[5].decode("latin-1") if versioned else None)
             header_bytes = None if length is None else wire.header_length(length, int(size))
             deadline_s = deadline_in(fields.get(DEADLINE))
+            level = level_in(fields.get(PRIORITY), self._highest() if holder.highest is None else holder.highest)
         except (ModelServingError, ProtocolError):
             return None
         if int(size) == 0 or int(size) > model.max_body_bytes(binary=length is not None):
@@ -227,7 +240,18 @@ class Direct:
         allowed = Allowed(tokens, 0 if tokens is None else tokens.generation)
         span = fields.get(TRACEPARENT, b"").decode("latin-1")
         return Plain(
-            self._registry, model, int(size), header_bytes, self._timeout_s, asked, own_id, deadline_s, allowed, span
+            self._registry,
+            model,
+            int(size),
+            header_bytes,
+            self._timeout_s,
+            asked,
+            own_id,
+            deadline_s,
+            allowed,
+            span,
+            holder.name,
+            level,
         )
 
 

@@ -53,6 +53,10 @@ class BusyError(Exception):
         self.wait_s = wait_s
 
 
+class DisplacedError(BusyError):
+    """A request that waited was refused after all, to make room for one of a client that has fewer waiting."""
+
+
 class ExpiredError(Exception):
     """A request's deadline passed before it was answered."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from torchsurgeon import wire
 from torchsurgeon.serve.admission import MAX_QUEUE, Admission
 from torchsurgeon.serve.batching import Gain
+from torchsurgeon.serve.fairness import ANY_S, Place
 from torchsurgeon.serve.quick import QuickRequests
 from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.worker import Worker
@@ -80,16 +82,23 @@ class Intake:
             quick: as ``quick()`` says.
 
         Raises:
-            BusyError: too many requests wait, or this one would be answered after its deadline.
+            BusyError: too many requests wait, or this one would be answered after its deadline. The future raises it
+                where the request has to make room for another later on.
             ClosedError: the model is served no more.
         """
-        self._admission.check(request, self.worker.waiting, self._quick.expected_s(len(request.body)))
+        expected_s = self._quick.expected_s(len(request.body))
+        request.charged_s = self._quick.share_s(len(request.body)) or self._admission.each_s or ANY_S
+        place = Place(request.share, request.level, request.charged_s)
+        if request.due_s < math.inf:
+            self._admission.check(request, self.worker.ahead_of(place), expected_s)
+        if self.worker.waiting >= self.max_queue and not self.worker.evict_for(place, self._admission.displaced()):
+            raise self._admission.full()
         if self.together > 1 and request.header_bytes is not None and request.header_bytes <= _MOST_KIND_BYTES:
             # Requests with the same header have the same tensors, of the same shapes, under the same codecs.
             request.kind = bytes(request.body[: request.header_bytes])
         request.queued = True
         job = functools.partial(self._answer, request)
-        return self.worker.submit(job, quick=quick, kind=request.kind, load=request)
+        return self.worker.submit(job, quick=quick, kind=request.kind, load=request, place=place)
 
     @property
     def slowdown(self) -> float:
@@ -115,21 +124,27 @@ class Intake:
         Returns:
             The least that a request of each one's kind has taken so far.
         """
-        self._admission.took(duration_s, len(requests))
+        self._charge(requests, duration_s)
         alone_s = [self._gain.alone_s(request.kind) for request in requests]
         known_s = [one for one in alone_s if one is not None]
         if len(known_s) == len(requests) and sum(known_s) > 0:
             self._gain_of_several.took(_SEVERAL, len(requests), len(requests) * duration_s / sum(known_s))
         return [self._quick.least_s(len(request.body)) for request in requests]
 
-    def took(self, request: Received, duration_s: float, together: int = 1) -> float:
-        """Take notice of how long a request took, or so many together of which it is the first.
+    def took(self, requests: Sequence[Received], duration_s: float) -> float:
+        """Take notice of how long a request took, or several of one kind together.
 
         Returns:
-            The least that a request of its kind has taken so far.
+            The least that a request of their kind has taken so far.
         """
-        least_s = self._quick.took(len(request.body), duration_s)
-        self._admission.took(duration_s, together)
-        if request.kind is not None:
-            self._gain.took(request.kind, together, duration_s)
-        return least_s
+        self._charge(requests, duration_s)
+        first, together = requests[0], len(requests)
+        if first.kind is not None:
+            self._gain.took(first.kind, together, duration_s)
+        return self._quick.took(len(first.body), duration_s, together)
+
+    def _charge(self, requests: Sequence[Received], duration_s: float) -> None:
+        self._admission.took(duration_s, len(requests))
+        for request in requests:
+            if request.queued:
+                self.worker.charge(request.share, duration_s / len(requests) - request.charged_s)

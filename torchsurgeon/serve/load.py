@@ -30,10 +30,13 @@ def _of(model: ServedModel | str, reason: str) -> dict[str, Any]:
     if not isinstance(model, ServedModel):
         return {"state": model, "reason": reason}
     intake = model.intake
+    clients, by_priority = intake.worker.who_waits()
     return {
         "state": "ready",
         "reason": "",
         "waiting": intake.worker.waiting,
+        "waiting_clients": clients,
+        "waiting_by_priority": by_priority,
         "concurrency": intake.worker.concurrency,
         "slowdown": round(intake.slowdown, 3),
         **model.statistics.lately(),

@@ -114,6 +114,12 @@ class Metrics(Collector):
     def _of_models(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("torchsurgeon_model_ready", "Whether a model is loaded.", labels=["model"])
         waiting = GaugeMetricFamily("torchsurgeon_queue", "Requests that wait for a thread.", labels=["model"])
+        by_priority = GaugeMetricFamily(
+            "torchsurgeon_queue_by_priority", "The same, by the requests' priority.", labels=["model", "priority"]
+        )
+        clients = GaugeMetricFamily(
+            "torchsurgeon_queue_clients", "Clients that have requests waiting for a thread.", labels=["model"]
+        )
         slowdown = GaugeMetricFamily(
             "torchsurgeon_slowdown", "Seconds of an inference now, divided by those without load (K).", labels=["model"]
         )
@@ -125,6 +131,10 @@ class Metrics(Collector):
                 continue
             intake = served.intake
             waiting.add_metric([name], intake.worker.waiting)
+            who, of_each = intake.worker.who_waits()
+            clients.add_metric([name], who)
+            for priority, count in of_each.items():
+                by_priority.add_metric([name, priority], count)
             slowdown.add_metric([name], intake.slowdown)
             tails.add_metric([name], len(served.tails))
             below = [0] * (len(BATCH_BOUNDS) + 1)
@@ -132,7 +142,7 @@ class Metrics(Collector):
             for size, count in sizes:
                 below[bisect_left(BATCH_BOUNDS, size)] += count
             batches.add_metric([name], _buckets(BATCH_BOUNDS, below), sum(size * count for size, count in sizes))
-        yield from (ready, waiting, slowdown, tails, batches)
+        yield from (ready, waiting, by_priority, clients, slowdown, tails, batches)
 
 
 def _buckets(bounds: tuple[float, ...], counts: list[int]) -> list[tuple[str, float]]:

@@ -19,6 +19,7 @@ class _Kind:
     quick: bool = False
     count: int = 1
     mean_s: float = 0.0
+    share_s: float = 0.0
     least_s: float = 0.0
 
 
@@ -50,14 +51,25 @@ class QuickRequests:
         kind = self._kinds.get(body_bytes)
         return 0.0 if kind is None else kind.least_s
 
-    def took(self, body_bytes: int, duration_s: float) -> float:
-        """Take notice of how long a request took, and return the least that one of its kind has taken so far."""
+    def share_s(self, body_bytes: int) -> float:
+        """Return how much of a run a request with a body of this length is expected to take; 0 before there was one."""
+        kind = self._kinds.get(body_bytes)
+        return 0.0 if kind is None else kind.share_s
+
+    def took(self, body_bytes: int, duration_s: float, together: int = 1) -> float:
+        """Take notice of how long a request took, or so many together.
+
+        Returns:
+            The least that one of its kind has taken so far.
+        """
         kind = self._kinds.get(body_bytes)
         if kind is None:
             if len(self._kinds) >= _MAX_REMEMBERED:
                 self._kinds.clear()
             kind = self._kinds[body_bytes] = _Kind()
         kind.mean_s += (_SMOOTHING if kind.mean_s else 1.0) * (duration_s - kind.mean_s)
+        share_s = duration_s / together
+        kind.share_s += (_SMOOTHING if kind.share_s else 1.0) * (share_s - kind.share_s)
         kind.least_s = min(kind.least_s or duration_s, duration_s)
         if kind.least_s:
             self.slowdown += _SMOOTHING * (duration_s / kind.least_s - self.slowdown)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import math
 import os
 import re
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from torchsurgeon.serve.failure import ExpiredError, GoneError
+from torchsurgeon.serve.fairness import NORMAL
 
 REQUEST_ID = b"x-request-id"
 TRACEPARENT = b"traceparent"
@@ -37,6 +40,20 @@ def address_text(client: tuple[str, int]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@lru_cache(maxsize=1024)
+def _host_in(client: str) -> str:
+    """Return whose share a client's requests count for, by its address and port."""
+    host = client.rpartition(":")[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 4 or address.ipv4_mapped is not None:
+        return host
+    # Whoever has one address of IPv6 has, as a rule, all that begin with the same 64 bits.
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
 @dataclass(eq=False)
 class Received:
     """A request's body as it arrived, and what is to be said of the request.
@@ -54,6 +71,9 @@ class Received:
         gone: whether the client has left.
         queued: whether it was handed to a thread, so that its client can leave while it runs.
         kind: what requests have in common that can run together; None for one that runs alone.
+        holder: the name of the token by which its client was let in; empty where no token is asked for.
+        level: its priority, as an index of ``wire.PRIORITIES``.
+        charged_s: for how many seconds its client was charged when it was queued.
     """
 
     body: memoryview
@@ -68,6 +88,9 @@ class Received:
     gone: bool = False
     queued: bool = False
     kind: bytes | None = None
+    holder: str = ""
+    level: int = NORMAL
+    charged_s: float = 0.0
     _made_id: str | None = field(default=None, init=False)
 
     @property
@@ -78,6 +101,11 @@ class Received:
         if self._made_id is None:
             self._made_id = new_id()
         return self._made_id
+
+    @property
+    def share(self) -> str:
+        """Whose share of the server it counts for: the token's name, or else the client's address."""
+        return self.holder or _host_in(self.client)
 
     def over(self) -> bool:
         """Return whether nobody waits for the answer any more. It is called before each layer."""

@@ -61,6 +61,14 @@ def tell_limits(say: Say, registry: ModelRegistry, connections: Connections, gra
     )
 
 
+def tell_priorities(say: Say, tokens: Tokens | None, highest: str) -> None:
+    """Tell whose share a request counts for, and which priorities clients may ask for."""
+    whose = "address" if tokens is None else "token"
+    say(f"while requests wait, each {whose} has an equal share; clients may ask for priorities up to {highest}")
+    for name, own in () if tokens is None else sorted(tokens.own_priorities().items()):
+        say(f"clients with the token {name} may ask for priorities up to {own}")
+
+
 def tell_extras(say: Say, extras: Sequence[str]) -> None:
     """Tell what else the server would do, if anything."""
     if extras:

@@ -22,15 +22,24 @@ from torchsurgeon.serve.certificates import certificates_of
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
 from torchsurgeon.serve.draining import DrainingServer
 from torchsurgeon.serve.failure import OncePerPeriod
+from torchsurgeon.serve.fairness import Priority
 from torchsurgeon.serve.hangup import reload_on_hangup
 from torchsurgeon.serve.loading import ModelLoader, settle_twice
 from torchsurgeon.serve.logs import LogFormat, configure
 from torchsurgeon.serve.registry import ModelRegistry
-from torchsurgeon.serve.rehearsal import tell_address, tell_entrance, tell_extras, tell_limits, tell_models
+from torchsurgeon.serve.rehearsal import (
+    tell_address,
+    tell_entrance,
+    tell_extras,
+    tell_limits,
+    tell_models,
+    tell_priorities,
+)
 from torchsurgeon.serve.repository import Loading
 from torchsurgeon.serve.served import Profiler, measured_profile
 from torchsurgeon.serve.server import config_of, is_loopback, listen, serve, url_of
 from torchsurgeon.serve.tokens import Tokens
+from torchsurgeon.wire.header import PRIORITIES
 
 _log = logging.getLogger("torchsurgeon.serve")
 _uvicorns = logging.getLogger("uvicorn.error")
@@ -58,6 +67,7 @@ def run(
     profiler: Profiler | None = measured_profile,
     token_file: str | Path | None = None,
     insecure: bool = False,
+    max_priority: Priority = "normal",
     tls_cert: str | None = None,
     tls_key: str | None = None,
     tls_client_ca: str | None = None,
@@ -96,6 +106,7 @@ def run(
         token_file: a file with tokens, one a line, of which every request must have one as ``Authorization: Bearer``,
             except those for health. On SIGHUP it is read again, and so are the certificates.
         insecure: whether other machines may reach a server that asks for no token. A warning is given then.
+        max_priority: the highest priority that a client may ask for, unless the line of its token says another.
         tls_cert: the certificate, for HTTPS.
         tls_key: the certificate's key.
         tls_client_ca: the certificates of those whose clients are let in; None to ask clients for no certificate.
@@ -159,6 +170,7 @@ def run(
             tell_entrance(report, url_of(scheme, host, port), host, tokens, certificates)
             tell_address(report, host, port)
             tell_limits(report, registry, connections, grace_s)
+            tell_priorities(report, tokens, max_priority)
             tell_extras(report, [name for name, is_on in extras.items() if is_on])
             loader.load_all()
             tell_models(report, registry)
@@ -168,6 +180,7 @@ def run(
     url = url_of(scheme, host, bound.getsockname()[1])
     app = create_app(registry)
     app.tokens = tokens
+    app.highest = PRIORITIES.index(max_priority)
     app.has_page = page
     app.connections = lambda: len(connections)
     if allow_load:

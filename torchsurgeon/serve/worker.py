@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -14,9 +13,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from torchsurgeon.models.threads import ThreadSettings, process_threads
+from torchsurgeon.serve.fairness import FairQueue, Place
 
 T = TypeVar("T")
 
+# Where the server's own jobs belong.
+_OWN = Place()
 # How long now() waits for a quick job in the worker's thread, which ends long before that.
 _WAIT_S = 5e-3
 
@@ -50,7 +52,7 @@ class _Item(NamedTuple):
 
 
 class Worker:
-    """Threads that run jobs in the order in which they came, without gradients.
+    """Threads that run jobs in the order of a ``FairQueue``, without gradients.
 
     With one thread, which is the default, jobs never run at the same time: ``_running`` is held while a job runs, and
     ``now()`` takes it too.
@@ -75,7 +77,7 @@ class Worker:
         self._group = group
         # What waits, and a token for each of them: True, or None for a thread that is to end. Of several that are taken
         # at once, the tokens stay and are found to be used.
-        self._waiting: deque[_Item] = deque()
+        self._waiting: FairQueue[_Item] = FairQueue()
         self._tokens: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         self._counting = threading.Lock()
         self._slow = 0
@@ -90,7 +92,13 @@ class Worker:
         self.settings = self.settings._replace(threads=process_threads())
 
     def submit(
-        self, job: Callable[[], T], *, quick: bool = False, kind: object = None, load: object = None
+        self,
+        job: Callable[[], T],
+        *,
+        quick: bool = False,
+        kind: object = None,
+        load: object = None,
+        place: Place = _OWN,
     ) -> Future[T]:
         """Queue a job, and return the future of its result.
 
@@ -99,6 +107,7 @@ class Worker:
             quick: whether it is expected to be quick, so that ``now()`` may wait for it.
             kind: what it has in common with jobs that it may run together with; None to run alone.
             load: what the group needs for it.
+            place: where it belongs among those that wait.
 
         Raises:
             ClosedError: the worker is closed.
@@ -107,7 +116,7 @@ class Worker:
         with self._counting:
             self._check_open()
             self._slow += not quick
-            self._waiting.append(_Item(future, job, quick, kind, load))
+            self._waiting.put(_Item(future, job, quick, kind, load), place)
             self._tokens.put(True)
         return future
 
@@ -136,7 +145,7 @@ class Worker:
             self._check_open()
             self._slow += self.concurrency
             for part in (measure, *[pause] * (self.concurrency - 1)):
-                self._waiting.append(_Item(Future(), part, False))
+                self._waiting.put(_Item(Future(), part, False), _OWN)
                 self._tokens.put(True)
         return future
 
@@ -144,6 +153,32 @@ class Worker:
     def waiting(self) -> int:
         """How many jobs wait."""
         return len(self._waiting)
+
+    def ahead_of(self, place: Place) -> int:
+        """Return how many of the jobs that wait would run before one of this place."""
+        with self._counting:
+            return self._waiting.ahead_of(place)
+
+    def evict_for(self, place: Place, error: Exception) -> bool:
+        """Have the job that has to make room for one of this place raise ``error``; False where none has to."""
+        with self._counting:
+            item = self._waiting.evict_for(place)
+        if item is None:
+            return False
+        self._ended(item.quick)
+        if item.future.set_running_or_notify_cancel():
+            item.future.set_exception(error)
+        return True
+
+    def charge(self, client: str | None, more_s: float) -> None:
+        """Charge a client for more seconds than its jobs were expected to take, or for fewer."""
+        with self._counting:
+            self._waiting.charge(client, more_s)
+
+    def who_waits(self) -> tuple[int, dict[str, int]]:
+        """Return how many clients have jobs waiting, and how many jobs of each priority wait."""
+        with self._counting:
+            return self._waiting.clients(), self._waiting.by_priority()
 
     def now(self, job: Callable[[], T]) -> T | None:
         """Run a quick job in the calling thread and return its result; None where a slow job runs or waits.
@@ -194,11 +229,11 @@ class Worker:
             del items
 
     def _take(self) -> list[_Item]:
-        """Return the job that has waited the longest, with those that are to run together with it."""
+        """Return the job whose turn it is, with those that are to run together with it."""
         with self._counting:
             if not self._waiting:
                 return []
-            first = self._waiting.popleft()
+            first = self._waiting.take_first()
             if first.kind is None or self._group is None:
                 return [first]
             mates = [item for item in self._waiting if item.kind == first.kind]
@@ -210,8 +245,7 @@ class Worker:
                     both = [*mates, *others]
                     taken = max(taken, both[: self._share(both, self._group.limit_of_several())], key=len)
             if taken:
-                chosen = set(map(id, taken))
-                self._waiting = deque(item for item in self._waiting if id(item) not in chosen)
+                self._waiting.take(taken)
             return [first, *taken]
 
     def _share(self, mates: Sequence[_Item], limit: int) -> int:

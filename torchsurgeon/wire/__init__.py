@@ -33,6 +33,8 @@ __all__ = [
     "DEADLINE",
     "HEADER_LENGTH",
     "MAX_HEADER_BYTES",
+    "PRIORITIES",
+    "PRIORITY",
     "Buffer",
     "Encoded",
     "InferRequest",
@@ -55,6 +57,8 @@ if not TYPE_CHECKING:
                 "DEADLINE",
                 "HEADER_LENGTH",
                 "MAX_HEADER_BYTES",
+                "PRIORITIES",
+                "PRIORITY",
                 "Buffer",
                 "RequestedOutput",
                 "header_length",
@@ -77,6 +81,8 @@ else:
     from torchsurgeon.wire.header import DEADLINE as DEADLINE
     from torchsurgeon.wire.header import HEADER_LENGTH as HEADER_LENGTH
     from torchsurgeon.wire.header import MAX_HEADER_BYTES as MAX_HEADER_BYTES
+    from torchsurgeon.wire.header import PRIORITIES as PRIORITIES
+    from torchsurgeon.wire.header import PRIORITY as PRIORITY
     from torchsurgeon.wire.header import Buffer as Buffer
     from torchsurgeon.wire.header import RequestedOutput as RequestedOutput
     from torchsurgeon.wire.header import header_length as header_length

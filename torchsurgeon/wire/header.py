@@ -31,6 +31,9 @@ DEADLINE = "Torchsurgeon-Deadline-S"
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_HEADER_BYTES = 1 << 20
 MAX_REMEMBERED_BYTES = 4096
+PRIORITY = "Torchsurgeon-Priority"
+PRIORITIES = ("high", "normal", "low")
+"""The priorities that a request may have, from the one that runs first on."""
 
 
 @dataclass(frozen=True)
