@@ -79,8 +79,9 @@ def test_a_file_has_all_options_and_the_models(file: Path) -> None:
     expected: dict[str, Any] = {
         "host": "0.0.0.0", "port": 8123, "seed": 3, "threads": 2, "max_batch": 16, "concurrency": 4, "batching": True,
         "exact": True, "max_queue": 9, "max_connections": 99, "max_connections_per_address": 9, "grace_s": 2.5,
-        "token_file": "tokens.txt", "insecure": True, "max_priority": "high", "tls_cert": "cert.pem", "tls_key": "key.pem",
-        "tls_client_ca": "ca.pem", "log_format": "json", "access_log": True, "metrics": True, "allow_load": True,
+        "token_file": "tokens.txt", "insecure": True, "max_priority": "high", "tls_cert": "cert.pem",
+        "tls_key": "key.pem", "tls_client_ca": "ca.pem", "log_format": "json", "access_log": True, "metrics": True,
+        "allow_load": True,
         "page": False, "verify": False, "weights": ["long=long.safetensors"], "input": ["long=x:float32[1,4]"],
         "leaf": ["long=0", "long=1"], "codec": ["long=long.fitted"], "backend": ["long=onnxruntime"],
         "ray": True, "replicas": 2, "max_replicas": 4, "ongoing": 3, "cpus": 2.5, "gpus": 0.25, "models_per_replica": 5,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from paths import environment
 from tcp import reserved_port
 
 import torchsurgeon as ts
+from torchsurgeon import wire
 from torchsurgeon.errors import ServerError
 from torchsurgeon.serve.ray_options import RayOptions
 from torchsurgeon.transport import HttpTransport
@@ -118,6 +121,41 @@ def test_what_is_wrong_is_answered_as_by_one_server(url: str) -> None:
         assert stranger.get_json("/v2/health/live") == {"live": True}
     with HttpTransport(url, token=TOKEN) as transport:
         assert transport.get_json("/v2/models/tiny/versions/1")["name"] == "tiny"
+
+
+def test_a_running_ray_serve_is_not_told_to_listen_elsewhere_in_vain(url: str) -> None:
+    from torchsurgeon.serve import ray as on_ray
+
+    port = int(url.rpartition(":")[2])
+    options = RayOptions({"other": "factories:tiny"})
+    with reserved_port() as other, pytest.raises(ServerError, match=f"listens on 127.0.0.1:{port}"):
+        on_ray.run(options, port=other, blocking=False)
+    # And nothing was deployed in place of what is served.
+    with HttpTransport(url, token=TOKEN) as transport:
+        assert transport.get_json("/v2/models/tiny")["name"] == "tiny"
+
+
+def test_a_model_that_makes_room_for_another_answers_those_that_have_found_it() -> None:
+    pytest.importorskip("ray", reason=MISSING)
+    pytest.importorskip("ray.serve", reason=MISSING)
+    from torchsurgeon.serve import ray as on_ray
+
+    def threads() -> set[threading.Thread]:
+        return {one for one in threading.enumerate() if one.name.startswith("torchsurgeon-tiny")}
+
+    before = threads()
+    held = on_ray._Held(RayOptions({"tiny": "factories:tiny"}), "tiny")
+    own = threads() - before
+    assert own
+    # What Ray Serve does where a model makes room.
+    if hasattr(held, "__del__"):
+        held.__del__()
+    message = wire.encode_request({"input": torch.rand(1, 3, 8, 8)})
+    headers = [(wire.HEADER_LENGTH.lower().encode(), b"%d" % message.header_bytes)]
+    asked = on_ray.Asked("POST", "/v2/models/tiny/infer", b"", headers, b"".join(map(bytes, message.buffers)), None)
+    assert asyncio.run(on_ray.call(held.app, asked)).status == 200
+    del held
+    _until(lambda: gc.collect() >= 0 and not any(one.is_alive() for one in own))
 
 
 def test_no_answer_is_lost_when_a_replica_is_killed_under_load(url: str) -> None:

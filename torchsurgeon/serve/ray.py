@@ -14,8 +14,10 @@ the ports of a Ray cluster must be reachable by its own machines only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -28,7 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from torch.utils import _pytree
 
-from torchsurgeon.errors import BodyTooLargeError, ModelNotServedError, short
+from torchsurgeon.errors import BodyTooLargeError, ModelNotServedError, ServerError, short
 from torchsurgeon.models import specs
 from torchsurgeon.serve.admission import DEADLINE, deadline_in
 from torchsurgeon.serve.app import TailApp, create_app
@@ -210,9 +212,27 @@ def run(options: RayOptions, host: str = "127.0.0.1", port: int = 8000, *, block
         host: the address to listen on.
         port: the port to listen on.
         blocking: whether to return only once the process is interrupted.
+
+    Raises:
+        ServerError: Ray Serve runs on the cluster already, and listens elsewhere.
     """
     serve.start(http_options={"host": host, "port": port})
+    _check_address(host, port)
     serve.run(application(options), name="torchsurgeon", blocking=blocking)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Check that Ray Serve listens where it is told to. One that runs already goes on listening where it does."""
+    # There is no public way to ask for it, so a release in which it has moved is not asked.
+    with contextlib.suppress(ImportError, AttributeError):
+        from ray.serve.context import _get_global_client
+
+        found = _get_global_client().http_config
+        if (found.host, found.port) != (host, port):
+            raise ServerError(
+                f"Ray Serve runs on this cluster already, and listens on {found.host}:{found.port} of its machines; "
+                f"give that --host and --port in place of {host[:300]}:{port}, or end it first (serve shutdown)"
+            )
 
 
 async def call(app: TailApp, asked: Asked) -> Answered:
@@ -261,10 +281,12 @@ async def call(app: TailApp, asked: Asked) -> Answered:
 
 
 class _Held:
-    """A model that a replica holds. When Ray Serve drops it for another one, its threads end."""
+    """A model that a replica holds. Its threads end once Ray Serve has dropped it and nothing asks it any more."""
 
     def __init__(self, options: RayOptions, name: str) -> None:
-        self._registry = ModelRegistry(max_batch=options.max_batch, batching=options.batching)  # type: ignore[arg-type]
+        registry = ModelRegistry(max_batch=options.max_batch, batching=options.batching)  # type: ignore[arg-type]
+        # Not __del__, which Ray Serve calls when it drops a model, while requests that have found it still run.
+        weakref.finalize(self, registry.close)
         loaded = specs.load(
             options.models[name],
             weights=options.weights.get(name),
@@ -275,13 +297,10 @@ class _Held:
         if options.gpus:
             loaded.model.cuda()
             args, kwargs = _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), (args, kwargs))
-        served = self._registry.add(name, loaded.model, args, kwargs, source=loaded.source)
+        served = registry.add(name, loaded.model, args, kwargs, source=loaded.source)
         # The answers of every replica say of which weights they are, whichever of them was asked for the fingerprint.
         served.fingerprint()
-        self.app = create_app(self._registry)
-
-    def __del__(self) -> None:
-        self._registry.close()
+        self.app = create_app(registry)
 
 
 def _loader(options: RayOptions) -> Callable[[str], Any]:
