@@ -100,11 +100,9 @@ def test_a_file_on_a_page_is_valid(file: Path, block: Block) -> None:
 def test_the_command_line_wins(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(serve, "run", lambda *given, **options: asked.append((given, options)))
-    file.write_text(
-        WHOLE.replace("threads = 2\n", "").replace("token-file", "# ").replace("tls-", "# ").replace("ray =", "# ")
-    )
+    file.write_text(WHOLE.replace("threads = 2\n", "").replace("token-file", "# ").replace("tls-", "# "))
     more = ["third=factories:small", "long=factories:tiny", "--port", "8000", "--no-metrics", "--no-exact"]
-    more += ["--weights", "long=other.pt", "--leaf", "long=2", "--log-format=text"]
+    more += ["--weights", "long=other.pt", "--leaf", "long=2", "--log-format=text", "--no-ray"]
     assert cli.main(["serve", *more, "--config", str(file)]) == 0
     ((models, host, port), options) = asked[0]
     assert models == {"short": "factories:small", "long": "factories:tiny", "third": "factories:small"}

@@ -23,7 +23,6 @@ def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray",
         action=argparse.BooleanOptionalAction,
-        default=False,
         help="serve by Ray Serve, on the cluster that this machine belongs to or on this machine alone (default: by "
         "one process)",
     )
@@ -61,12 +60,12 @@ def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_without_ray(options: argparse.Namespace) -> None:
-    """Check that nothing is said of replicas where one process serves.
+    """Check that nothing is said of replicas where one process serves, unless --no-ray says that this is meant.
 
     Raises:
         ServerError: an option is given that only a cluster has.
     """
-    given = _given(options, _ONLY_WITH_RAY)
+    given = _given(options, _ONLY_WITH_RAY) if options.ray is None else ()
     if given:
         raise ServerError(
             f"{given[0]} says how a Ray cluster serves, and one process has no replicas; add --ray, or leave it out"
