@@ -8,7 +8,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,11 @@ from classifier import split_of as split_anywhere
 from factories import Slow
 from serving import process
 from tcp import listening, read_message, reserved_port
+from transports import Relay
 
 import torchsurgeon as ts
 from torchsurgeon.serve import Server
+from torchsurgeon.transport import Answer, HttpTransport, Transport
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -238,6 +240,60 @@ def test_what_a_server_refuses_is_counted_as_sent_and_not_sent_again(server: Ser
         split.prepare()  # shakes hands again: another server may be there by now
         assert right(split, large)
         assert split.stats()["sent_bytes"] > refused
+
+
+@pytest.mark.parametrize("fallback", ["local", "error"])
+def test_no_other_server_is_asked_where_that_would_send_more_than_is_allowed(server: Server, fallback: Any) -> None:
+    bound = 2.5 * EXAMPLE.nbytes
+    with gate(server.port) as one, gate(server.port) as two:
+        options = {"partition": "server", "hourly_bytes": bound, "fallback": fallback}
+        with split_of([one.url, two.url], **options) as split:
+            assert right(split)
+            one.fault = "500"
+            if fallback == "local":
+                assert right(split)
+                assert degraded(split).startswith("refused: ")
+                assert "hourly_bytes" in degraded(split)
+            else:
+                with pytest.raises(ts.ServerUnavailableError, match=f"{two.url} is not asked.*hourly_bytes"):
+                    split(EXAMPLE)
+            assert split.stats()["sent_bytes"] <= bound
+            assert split.stats()["servers"][1]["sent_bytes"] == 0
+
+
+class Choosy(Relay):
+    """Refuses what is encoded by ``refused``, and keeps the codecs of the requests that came."""
+
+    refused = "zstd"
+
+    def __init__(self, inner: Transport) -> None:
+        super().__init__(inner)
+        self.came: list[str] = []
+
+    def infer(self, model: str, tensors: Mapping[str, torch.Tensor], **options: Any) -> Answer:
+        (codec,) = {codec.name for codec in options["codecs"].values()}
+        self.came.append(codec)
+        if codec == self.refused:
+            raise ts.RequestRefusedError(f"it does not take {codec}", 400)
+        return super().infer(model, tensors, **options)
+
+
+def test_a_refusal_holds_for_the_codec_in_which_the_request_came(server: Server) -> None:
+    twice = EXAMPLE.repeat(2, 1, 1, 1)
+    with HttpTransport(server.url) as inner:
+        between = Choosy(inner)
+        with split_of(between, codec="zstd") as split:
+            for _ in range(2):
+                assert right(split, twice)
+                assert degraded(split).startswith("refused: ")
+            assert between.came.count("zstd") == 1
+            split.codec = "raw"
+            assert right(split, twice)
+            assert remote(split)
+            split.codec = "zstd"
+            assert right(split, twice)
+            assert degraded(split).startswith("refused: ")
+            assert between.came.count("zstd") == 1
 
 
 def test_a_process_is_stopped_continued_killed_and_restarted() -> None:

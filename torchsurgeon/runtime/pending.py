@@ -292,7 +292,7 @@ class Pending:
                 result, error = self._received(task)
                 if error is None:
                     return result
-                if self._given_up or not (self._failed(error) and self._next_peer()):
+                if self._given_up or not (self._failed(error) and self._next_peer(error)):
                     raise error
                 self.send(in_caller=True)
                 continue
@@ -316,7 +316,7 @@ class Pending:
                 return result
             if self._unwanted:
                 raise error
-            if not (self._failed(error) and self._next_peer()):
+            if not (self._failed(error) and self._next_peer(error)):
                 return self._finished_on_device(task)
             self.send()
 
@@ -408,13 +408,24 @@ class Pending:
         return any(tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape for spec, tensor in pairs)
 
     def _kind(self) -> object:
-        """Return what a server's refusal holds for: the cut, and the shapes and dtypes that are sent."""
-        point = self._way.point
-        return point.index, point.layers, tuple((tuple(tensor.shape), tensor.dtype) for tensor in self._boundary)
+        """Return what a server's refusal holds for: the cut, what is sent and how it is encoded, and what runs it."""
+        point, row = self._way.point, self._way.row
+        sent = tuple((tuple(tensor.shape), tensor.dtype) for tensor in self._boundary)
+        return point.index, point.layers, sent, self._codec.name, None if row is None else row.server_backend
 
-    def _next_peer(self) -> bool:
-        peer = self._shared.servers.another(self._tried, self._arithmetic)
+    def _next_peer(self, error: BaseException) -> bool:
+        """Return whether there is another server to ask after one has failed with ``error``, and take it."""
+        shared = self._shared
+        peer = shared.servers.another(self._tried, self._arithmetic)
         if peer is None:
+            return False
+        metered = shared.servers.metered(self._way, self._work)
+        if metered is not None:
+            text = f"{peer.label} is not asked in place of {self._peer.label}, since {metered.text}"
+            if not shared.options.falls_back:
+                raise ServerUnavailableError(text) from error
+            failure = Failure.of(error)
+            self._why = Failure(failure.kind, f"{failure.text}; {text}")
             return False
         self._peer = peer
         self._tried.append(peer)

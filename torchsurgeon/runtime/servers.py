@@ -267,17 +267,21 @@ class Servers:
 
     def _allowed(self, choice: Choice, work: Work) -> Choice:
         """Return the choice, or the device where the choice would send more than may be sent in this hour."""
-        way = choice.way
-        if way.whole or self._allowance.hourly_bytes is None:
-            return choice
+        metered = None if choice.way.whole else self.metered(choice.way, work)
+        return choice if metered is None else Choice(self.whole, None, choice.decision, metered)
+
+    def metered(self, way: Way, work: Work) -> Failure | None:
+        """Return why no request of a call may be sent in this hour; None where it may."""
+        if self._allowance.hourly_bytes is None:
+            return None
         size_bytes = (way.point.size_bytes if way.row is None else way.row.size_bytes) * work.scale()
         if self._allowance.allows(size_bytes):
-            return choice
+            return None
         text = (
             f"{size_bytes:.0f} bytes more would be above hourly_bytes={self._allowance.hourly_bytes:.0f} in this hour; "
             "wait, or give a larger hourly_bytes"
         )
-        return Choice(self.whole, None, choice.decision, Failure("metered", text))
+        return Failure("metered", text)
 
     def within(self, deadline_s: float, begun_s: float, work: Work, choice: Choice) -> Way:
         """Return the chosen way if its predicted latency keeps the deadline, or else the quickest way.
