@@ -276,6 +276,7 @@ def test_bytes_count_for_an_hour_and_are_forgotten_a_minute_later() -> None:
     assert not allowance.allows(201)
     clock.s += 400.0
     assert allowance.allows(1000)
+    assert allowance.left_bytes() == 1000
     assert Allowance(None, now_s=clock).allows(1e18)
 
 

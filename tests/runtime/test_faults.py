@@ -261,6 +261,38 @@ def test_no_other_server_is_asked_where_that_would_send_more_than_is_allowed(ser
             assert split.stats()["servers"][1]["sent_bytes"] == 0
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_request_over_a_kept_connection_that_breaks_is_sent_once_more_unless_that_is_above_what_is_allowed(
+    server: Server, bounded: bool
+) -> None:
+    bound = 2.5 * EXAMPLE.nbytes
+    with gate(server.port) as before:
+        options = {"partition": "server", "hourly_bytes": bound if bounded else None}
+        with split_of(before.url, **options) as split:
+            assert right(split)
+            before.fault = "reset"
+            assert right(split)
+            assert degraded(split).startswith("unavailable: ")
+            sent = split.stats()["sent_bytes"]
+            assert sent <= bound if bounded else sent >= 3 * EXAMPLE.nbytes
+
+
+class Restarted(Relay):
+    """Answers with another identity than the handshake told of, as a server that was restarted does."""
+
+    def infer(self, model: str, tensors: Mapping[str, torch.Tensor], **options: Any) -> Answer:
+        answer = super().infer(model, tensors, **options)
+        return Answer(answer.tensors, {**answer.parameters, "identity": "another"}, answer.timing)
+
+
+def test_a_server_that_was_restarted_is_not_sent_the_request_again_above_what_is_allowed(server: Server) -> None:
+    bound = 1.5 * EXAMPLE.nbytes
+    with HttpTransport(server.url) as inner, split_of(Restarted(inner), partition="server", hourly_bytes=bound) as split:
+        assert right(split)
+        assert "hourly_bytes" in degraded(split)
+        assert split.stats()["sent_bytes"] <= bound
+
+
 class Choosy(Relay):
     """Refuses what is encoded by ``refused``, and keeps the codecs of the requests that came."""
 

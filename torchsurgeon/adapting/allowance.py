@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -49,13 +50,17 @@ class Allowance:
 
     def allows(self, size_bytes: float) -> bool:
         """Return whether so many bytes more would keep the bound."""
+        return size_bytes <= self.left_bytes()
+
+    def left_bytes(self) -> float:
+        """Return how many bytes more may be sent now; infinite without a bound."""
         if self.hourly_bytes is None:
-            return True
+            return math.inf
         with self._lock:
             oldest_s = self._now() - _HOUR_S - _SLOT_S
             while self._slots and self._slots[0][0] <= oldest_s:
                 self._slots.popleft()
-            return sum(count for _, count in self._slots) + size_bytes <= self.hourly_bytes
+            return self.hourly_bytes - sum(count for _, count in self._slots)
 
     def _now(self) -> float:
         # Adds up what has passed, since a clock may step back.

@@ -228,6 +228,7 @@ class Peer:
             )
 
         request = object()
+        deadline.most_bytes = self.allowance.left_bytes()
         try:
             self._asking.add(request)
             answer = self._checked(infer, deadline)
@@ -253,6 +254,10 @@ class Peer:
             if self._identity == known:
                 self.ready_in = self._shake(deadline.left_s())
             known = self._identity
+        if (deadline.sent_bytes or answer.timing.sent_bytes) + answer.timing.sent_bytes > deadline.most_bytes:
+            raise ServerUnavailableError(
+                f"{self.label} has changed, and sending the request again would be above hourly_bytes in this hour"
+            )
         answer = infer()
         if answer.parameters.get("identity") != known:
             raise ModelMismatchError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -190,12 +191,14 @@ class Deadline:
         cancelled: whether it was cancelled.
         sent_bytes: bytes that have been handed to the network for the call, whether it was answered or not. A transport
             of a program's own may leave it at 0.
+        most_bytes: a request is not sent a second time if ``sent_bytes`` would exceed this; may be assigned.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.cancelled = False
         self.sent_bytes = 0
+        self.most_bytes = math.inf
         self._end_s = time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._interrupt: Callable[[], object] | None = None

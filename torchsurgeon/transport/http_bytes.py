@@ -144,10 +144,10 @@ class HttpBytes(ByteTransport):
             try:
                 answer = used[-1].exchange(parts, size, limit_bytes, deadline)
             except StaleError as error:
-                if not reused:
+                if not reused or deadline.sent_bytes + size > deadline.most_bytes:
                     raise self._gone(error.__cause__) from error
-                # A server may close a kept-alive connection at any moment. Nothing of an answer had arrived, so the
-                # request is sent once more, over a new connection.
+                # A server may close a kept-alive connection at any moment, also while a request is on its way to it.
+                # Nothing of an answer had arrived, so the request is sent once more, over a new connection.
                 used.append(self._connection())
                 answer = used[-1].exchange(parts, size, limit_bytes, deadline)
             self._check_proxy(answer.status, answer.body)
