@@ -249,6 +249,9 @@ def main() -> int:
             with split:
                 trial = Trial(split.prepare(), model, options.deadline, options.seed)
                 trial.until_back(time.perf_counter())
+                if not trial.by_server:
+                    # Every fault would be waited for in vain, which took hours.
+                    sys.exit(f"the server was not asked within {GIVE_UP_S:g} s: {split.stats()['servers']}")
                 begin = time.perf_counter()
                 tallies = inject(trial, faults, options.count, options.seed)
                 taken_s = time.perf_counter() - begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from virtual_time import Clock
 
 from torchsurgeon.adapting import LinkEstimator, LoadEstimator, ProbePolicy, SlowdownEstimator
+from torchsurgeon.adapting.load import TrialPolicy
 from torchsurgeon.adapting.mean import Mean
 from torchsurgeon.errors import AdaptError
 from torchsurgeon.link import BandwidthTrace, Link
@@ -426,3 +428,29 @@ def test_the_wait_at_a_busy_server_is_the_mean_of_many_and_not_their_median(load
     # Rather too low than moved by a single long wait.
     assert off(statistics.mean(believed), statistics.mean(seen)) < 0.4
     assert statistics.median(seen) < 0.7 * statistics.mean(seen)
+
+
+def test_a_server_that_stays_slow_is_tried_more_and_more_seldom() -> None:
+    clock = Clock()
+    policy, tried_s = TrialPolicy(now_s=clock), []
+    for _ in range(3600):
+        if policy.due():
+            tried_s.append(clock.s)
+        clock.s += 1.0
+    pauses = [after - before for before, after in itertools.pairwise(tried_s)]
+    assert pauses[:3] == [6.0, 12.0, 24.0]
+    assert pauses[-1] == 300.0
+    policy.answered()
+    clock.s += 3.0
+    assert policy.due()
+
+
+def test_pings_tell_how_fast_a_server_is_only_while_nothing_else_does() -> None:
+    clock = Clock()
+    policy = TrialPolicy(now_s=clock)
+    assert policy.pings_count()
+    policy.timed()
+    clock.s += 9.0
+    assert not policy.pings_count()
+    clock.s += 2.0
+    assert policy.pings_count()

@@ -144,16 +144,6 @@ def test_a_fixed_cut_over_a_link_on_which_answers_take_long_is_waited_for_in_the
         assert split.stats()["sent_bytes"] > EXAMPLE.nbytes
 
 
-def test_a_server_whose_profile_was_disturbed_is_found_out_to_be_quick(server: Server, known: dict[str, Any]) -> None:
-    # The profile says that the server takes longer than the device, which it does not.
-    disturbed = {**known, "server_profile": known["device_profile"].scaled(10.0)}
-    with split_of(server.url, link=FAST, backend=device, **disturbed) as split:
-        assert right(split)
-        assert split.partition == split.graph.points[-1]
-        until(lambda: split.partition is not None and split.partition.index < len(split.graph.layers), split)
-        until(lambda: split.last is not None and split.last.server is not None, split)
-
-
 def test_decisions_are_kept_up_to_a_bound_and_say_what_they_rest_on(server: Server, known: dict[str, Any]) -> None:
     with split_of(server.url, link=FAST, backend=device, **known) as split:
         for _ in range(300):

@@ -287,7 +287,10 @@ class Restarted(Relay):
 
 def test_a_server_that_was_restarted_is_not_sent_the_request_again_above_what_is_allowed(server: Server) -> None:
     bound = 1.5 * EXAMPLE.nbytes
-    with HttpTransport(server.url) as inner, split_of(Restarted(inner), partition="server", hourly_bytes=bound) as split:
+    with (
+        HttpTransport(server.url) as inner,
+        split_of(Restarted(inner), partition="server", hourly_bytes=bound) as split,
+    ):
         assert right(split)
         assert "hourly_bytes" in degraded(split)
         assert split.stats()["sent_bytes"] <= bound

@@ -16,6 +16,7 @@ _QUEUE_MEMORY_S = 3.0  # about as long as a busy queue stays as it is
 _FACTOR_MEMORY_S, _FACTOR_SHARE = 1.0, 0.5
 _SUSPECT = 3.0
 _MOST_FACTOR = 1e4
+_LEAST_PAUSE_S, _MOST_PAUSE_S, _PINGS_COUNT_S = 3.0, 300.0, 10.0
 
 
 class LoadEstimate(NamedTuple):
@@ -154,6 +155,44 @@ class LoadEstimator:
             if due:
                 self._pinged.mark()
             return due
+
+
+class TrialPolicy:
+    """Says when to try how fast a server computes that is not asked. Not thread-safe.
+
+    A trial is due once neither a call nor a trial has shown it for three seconds, and the pause doubles with every
+    trial, up to five minutes, until a call is answered: many devices that leave a busy server alone must not keep it
+    busy with trials. Pings count again once neither has shown it for ten seconds. Their tails are short, and may be
+    predicted otherwise than those of calls.
+
+    Args:
+        now_s: a monotonic clock in seconds.
+    """
+
+    def __init__(self, *, now_s: NowS = time.monotonic) -> None:
+        self._since, self._seen = Since(now_s), False
+        self._pause_s = _LEAST_PAUSE_S
+
+    def timed(self) -> None:
+        """Record that an answer to a call or a trial has shown it."""
+        self._since.mark()
+        self._seen = True
+
+    def answered(self) -> None:
+        """Record that the server is in use."""
+        self._pause_s = _LEAST_PAUSE_S
+
+    def pings_count(self) -> bool:
+        """Return whether nothing but pings has shown it lately."""
+        return not self._seen or self._since.passed_s() >= _PINGS_COUNT_S
+
+    def due(self) -> bool:
+        """Return whether to make a trial now. A caller that gets True makes it."""
+        if self._seen and self._since.passed_s() < self._pause_s:
+            return False
+        self.timed()
+        self._pause_s = min(2 * self._pause_s, _MOST_PAUSE_S)
+        return True
 
 
 class SlowdownEstimator:

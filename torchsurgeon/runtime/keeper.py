@@ -37,8 +37,6 @@ _RETRY_S = 1.0
 # tell; other trials begin meanwhile, so that a server that returns is not missed.
 _ERRAND_S = 2.0
 _MOST_ERRANDS = 4
-# How fast a server computes is found out by an inference of its own once no answer has shown it for so long.
-_UNTRIED_S = 3.0
 
 
 class Errand:
@@ -212,12 +210,13 @@ class Keeper:
                 self._send(Errand(peer, trial=True), self._try)
             elif quiet and peer.state.load.ping_due():
                 self._send(Errand(peer, trial=False), self._ping)
+            # Before probes, which are due as often as they may be while nothing else is sent.
+            elif (row := self._untried(peer)) is not None:
+                self._send(Errand(peer, trial=False), functools.partial(self._measure, row))
             # Transfers at a cut that sends little say nothing about the link's rate, however many there are.
             elif (size := peer.state.probes.due_bytes(rate.age_s, rate.value)) is not None:
                 size = size if allows(size) else least_bytes
                 self._send(Errand(peer, trial=False), functools.partial(self._probe, size))
-            elif (row := self._untried(peer)) is not None:
-                self._send(Errand(peer, trial=False), functools.partial(self._measure, row))
 
     def _send(self, errand: Errand, what: Callable[[Errand], None]) -> Task[None]:
         def run() -> None:
@@ -251,25 +250,23 @@ class Keeper:
         answer, peer = self._ask(errand), errand.peer
         if answer is None:
             return
-        peer.observe(answer, peer.plan.tail_s[self._connector.ping_index] if peer.plan is not None else 0.0)
+        predicted_s = peer.plan.tail_s[self._connector.ping_index] if peer.plan is not None else 0.0
+        peer.observe(answer, predicted_s, ping=True)
         self.pings += 1
 
     def _untried(self, peer: Peer) -> Row | None:
         """Return a row to find out with how fast a server computes that has not been asked for long.
 
-        Its profile may have been measured while its machine was disturbed, and its pings' tails may be too short to
-        tell. Then nothing else would ever show that it is worth asking.
+        Its profile may have been measured while its machine was disturbed. Its pings' tails may be too short to tell,
+        or be predicted better than those of calls. Then nothing else would ever show that it is worth asking.
         """
         plan, state = peer.plan, peer.state
         if plan is None or self._servers.point != self._servers.whole.point:
             return None
-        age_s = state.load.estimate().compute.age_s
-        if age_s < _UNTRIED_S:
-            return None
         row = plan.worth_a_trial(Estimates(state.link.estimate(), state.load.estimate(), self._servers.slowdown()))
-        if row is None or not peer.allowance.allows(row.size_bytes) or not state.probes.due(age_s):
+        if row is None or not peer.allowance.allows(row.size_bytes):
             return None
-        return row
+        return row if state.probes.due(math.inf) and peer.trials.due() else None
 
     def _measure(self, row: Row, errand: Errand) -> None:
         """Have a server run the tail of a row for the example, to see how long that takes it."""

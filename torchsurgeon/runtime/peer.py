@@ -14,7 +14,7 @@ from torch import Tensor
 from torchsurgeon._interrupts import NoThreadError
 from torchsurgeon.adapting import Allowance, ServerState
 from torchsurgeon.adapting.link import LinkEstimator
-from torchsurgeon.adapting.load import LoadEstimator
+from torchsurgeon.adapting.load import LoadEstimator, TrialPolicy
 from torchsurgeon.adapting.mean import Mean, Quantity
 from torchsurgeon.adapting.sharing import Sharing
 from torchsurgeon.codec import Codec, CodecTable, RatedCodec, find_codec
@@ -97,6 +97,7 @@ class Peer:
             ready again. The epoch changes when the local weights do.
         plan: the choice among the cuts with this server; None until it has been measured.
         planned_for: the only cut that ``plan`` is among; None where it is among all.
+        trials: when to try how fast it computes.
         doubted: whether an answer is overdue, and it is open whether the link is slow or the server is down.
         told: what it said at the last handshake that it computes with; None where it did not say.
     """
@@ -135,6 +136,7 @@ class Peer:
         self.ready_in = -1
         self.asked_s = -math.inf
         self.doubted = False
+        self.trials = TrialPolicy()
         self._identity: str | None = None
         self._fitted: Mapping[str, str] = {}
         self._weights: str | None = None
@@ -311,14 +313,20 @@ class Peer:
     def forget_load(self) -> None:
         """Forget by what factor it is slower than predicted, since it is predicted otherwise from now on."""
         self.state = dataclasses.replace(self.state, load=LoadEstimator(now_s=time.monotonic))
+        self.trials = TrialPolicy()
 
-    def observe(self, answer: Answer, predicted_s: float) -> None:
+    def observe(self, answer: Answer, predicted_s: float, *, ping: bool = False) -> None:
         """Update the estimates of link and load from an answer.
 
         Args:
             answer: the answer, with its timing and what the server measured.
             predicted_s: predicted seconds of its tail on an idle server; 0 for none.
+            ping: whether it answers a ping, whose tail is short.
         """
+        if not ping:
+            self.trials.timed()
+        elif not self.trials.pings_count():
+            predicted_s = 0.0
         timing, measured = answer.timing, answer.parameters
         queue_s, compute_s = seconds(measured.get("queue_s")), seconds(measured.get("compute_s"))
         server_s = queue_s + compute_s + seconds(measured.get("decode_s"))
@@ -418,6 +426,7 @@ class Peer:
     def answered(self) -> None:
         """Record an answer: the breaker closes."""
         self.failure = None
+        self.trials.answered()
         self.state.breaker.succeeded()
 
     def failed(self, failure: Failure) -> None:
