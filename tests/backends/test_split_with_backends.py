@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -187,22 +188,51 @@ def test_a_server_runs_tails_by_a_backend_once_they_are_built(net: nn.Module) ->
         registry.close()
 
 
-def test_an_exact_device_does_not_use_a_server_whose_backend_changes_bits(net: nn.Module) -> None:
+@pytest.mark.parametrize("asked", [{}, {"server_backend": "eager"}, {"server_backend": "auto"}], ids=str)
+def test_an_exact_device_is_answered_in_eager_pytorch_whatever_the_servers_own_choice(
+    asked: dict[str, Any], net: nn.Module
+) -> None:
+    registry, spy = ModelRegistry(), Spy()
+    registry.add("net", net, X, backend=spy)
+    ways: dict[str, Any] = {"name": "net", "partition": "relu", "fallback": "error"}
+    try:
+        with Server(create_app(registry)) as server:
+            with ts.SplitModule(net, X, server=server.url, exact=True, **asked, **ways) as split:
+                for _ in range(3):
+                    answer = split(X)
+                    assert split.last is not None
+                    assert (split.last.bits, split.last.server) == ("same bits", server.url)
+                    assert all(torch.equal(answer[name], tensor) for name, tensor in net(X).items())
+            assert (spy.built, spy.runs) == ([], 0)
+            with ts.SplitModule(net, X, server=server.url, **ways) as split:
+                split(X)
+                assert split.last is not None
+                assert split.last.bits == "same to rounding"
+                assert split.last.inexact_because == ("the server runs the model by spy",)
+    finally:
+        registry.close()
+
+
+def test_a_device_that_asks_for_eager_pytorch_is_told_that_it_got_the_same_bits(net: nn.Module) -> None:
     registry = ModelRegistry()
     registry.add("net", net, X, backend=Spy())
     try:
-        from torchsurgeon.serve import Server, create_app
-
         with (
             Server(create_app(registry)) as server,
             ts.SplitModule(
-                net, X, server=server.url, name="net", partition="relu", exact=True, fallback="error"
+                net, X, server=server.url, name="net", partition="relu", server_backend="eager", fallback="error"
             ) as split,
-            pytest.raises(ts.ArithmeticMismatchError, match=r"the server runs the model by spy.*without --backend"),
         ):
             split(X)
+            assert split.last is not None
+            assert split.last.bits == "same bits"
     finally:
         registry.close()
+
+
+def test_exact_refuses_a_backend_of_the_server_that_changes_bits(net: nn.Module) -> None:
+    with pytest.raises(ts.BackendError, match=r"servers give in eager PyTorch, and server_backend is 'openvino'"):
+        ts.SplitModule(net, X, server="http://127.0.0.1:9", server_backend="openvino", exact=True)
 
 
 def test_a_served_split_module_has_a_backend_of_its_own(net: nn.Module) -> None:

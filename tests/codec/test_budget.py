@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchsurgeon.accuracy.bounds import mean_bound, most_events, share_bound
 from torchsurgeon.accuracy.budget import Verdict
+from torchsurgeon.accuracy.limits import parse_budget
 from torchsurgeon.accuracy.scores import likeness
 from torchsurgeon.codec import Budget, Finding, boxes_matched, least_count, pixels_kept
 from torchsurgeon.errors import CodecError, SampleSizeError
@@ -256,3 +257,42 @@ def test_pixels_that_keep_their_class() -> None:
 def test_an_answer_of_another_kind_has_no_such_score(score: Any, answer: Tensor) -> None:
     with pytest.raises(CodecError, match=r"needs an answer .* Give a score of your own"):
         score(answer, answer)
+
+
+# --- limits as a text ---
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("max-top1-change=0.01", Budget(max_top1_change=0.01)),
+        (" min-cosine = 0.99 , decide-by=estimate", Budget(min_cosine=0.99, decide_by="estimate")),
+        (
+            "max-top1-change=0.02,min-boxes-matched=0.9,confidence=0.9",
+            Budget(max_top1_change=0.02, score=boxes_matched, min_score=0.9, confidence=0.9),
+        ),
+        ("min-pixels-kept=0.95", Budget(score=pixels_kept, min_score=0.95)),
+    ],
+)
+def test_a_budget_is_given_as_a_text(text: str, wanted: Budget) -> None:
+    assert parse_budget(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "a limit is given as NAME=VALUE"),
+        ("max_top1_change=0.01", r"did you mean max-top1-change\?"),
+        ("qwertz=1", "there are max-top1-change, min-cosine"),
+        ("min-cosine", "min-cosine must be a finite number; got ''"),
+        ("min-cosine=nan", "min-cosine must be a finite number; got 'nan'"),
+        ("min-cosine=2", "min_cosine must be from -1 to 1; got 2"),
+        ("min-cosine=0.9,min-cosine=0.8", "min-cosine is given twice"),
+        ("confidence=0.9", "a budget needs a limit"),
+        ("min-cosine=0.9,decide-by=luck", "decide_by must be one of bound, estimate; got 'luck'"),
+        ("min-boxes-matched=1,min-pixels-kept=1", "give one of them"),
+    ],
+)
+def test_a_text_that_is_no_budget_says_what_is_wrong(text: str, said: str) -> None:
+    with pytest.raises(CodecError, match=said):
+        parse_budget(text)

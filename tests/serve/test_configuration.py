@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pages import Block, blocks
 
 from torchsurgeon import cli, serve
@@ -59,6 +60,8 @@ input = "x:float32[1,4]"
 leaf = ["0", "1"]
 codec = "long.fitted"
 backend = "onnxruntime"
+backend-sample = "photos"
+backend-limits = "max-top1-change=0.01,min-cosine=0.99"
 """
 
 
@@ -84,6 +87,7 @@ def test_a_file_has_all_options_and_the_models(file: Path) -> None:
         "allow_load": True,
         "page": False, "verify": False, "weights": ["long=long.safetensors"], "input": ["long=x:float32[1,4]"],
         "leaf": ["long=0", "long=1"], "codec": ["long=long.fitted"], "backend": ["long=onnxruntime"],
+        "backend_sample": ["long=photos"], "backend_limits": ["long=max-top1-change=0.01,min-cosine=0.99"],
         "ray": True, "replicas": 2, "max_replicas": 4, "ongoing": 3, "cpus": 2.5, "gpus": 0.25, "models_per_replica": 5,
     }  # fmt: skip
     found = {name: getattr(options, name) for name in expected}
@@ -100,7 +104,8 @@ def test_a_file_on_a_page_is_valid(file: Path, block: Block) -> None:
 def test_the_command_line_wins(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(serve, "run", lambda *given, **options: asked.append((given, options)))
-    file.write_text(WHOLE.replace("threads = 2\n", "").replace("token-file", "# ").replace("tls-", "# "))
+    left_out = ("threads", "token-file", "tls-", "backend-")
+    file.write_text("".join(line for line in WHOLE.splitlines(True) if not line.startswith(left_out)))
     more = ["third=factories:small", "long=factories:tiny", "--port", "8000", "--no-metrics", "--no-exact"]
     more += ["--weights", "long=other.pt", "--leaf", "long=2", "--log-format=text", "--no-ray"]
     assert cli.main(["serve", *more, "--config", str(file)]) == 0
@@ -192,6 +197,68 @@ def test_check_says_what_would_be_served(file: Path, tmp_path: Path, capsys: pyt
     assert "each token has an equal share; clients may ask for priorities up to normal" in said[4]
     assert said[5] == "clients with the token door may ask for priorities up to high"
     assert TOKEN not in "".join(said)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of eight small pictures."""
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(8):
+        pixels = torch.randint(0, 256, (12, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(k))
+        Image.fromarray(pixels.numpy()).save(folder / f"{k}.png")
+    return folder
+
+
+def test_a_file_gives_a_backend_in_whole_numbers_its_sample_and_its_limits(
+    file: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(
+        "[models.net]\nspec = 'factories:tiny'\nbackend = 'onnxruntime:int8'\n"
+        f"backend-sample = '{photos}'\nbackend-limits = 'max-top1-change=0.25,decide-by=estimate'\n"
+    )
+    status, said, wrong = checked(capsys, "--config", str(file), "--port", "0")
+    assert (status, wrong) == (0, "")
+    assert said[-2].endswith(
+        "tails run by onnxruntime:int8 where it keeps the budget (at most 25.00% of predictions change; in the sample "
+        "itself)"
+    )
+
+
+_INT8 = ("--backend", "net=onnxruntime:int8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*_INT8], "missing: sample and budget"),
+        ([*_INT8, "--backend-sample", "net=PHOTOS"], "missing: budget"),
+        (["--backend-sample", "net=PHOTOS"], "'net' has none; give --backend net=NAME"),
+        (["--backend-limits", "other=min-cosine=0.9"], "take the name of a served model; got 'other'"),
+        (
+            [*_INT8, "--backend-sample", "net=absent", "--backend-limits", "net=min-cosine=1"],
+            "--backend-sample must be a folder of images; there is no folder 'absent'",
+        ),
+        (
+            [*_INT8, "--backend-sample", "net=PHOTOS", "--backend-limits", "net=min-cos=1"],
+            "did you mean min-cosine?",
+        ),
+        (
+            [*_INT8, "--backend-sample", "net=PHOTOS", "--backend-limits", "net=max-top1-change=0.01"],
+            "299 calls are needed",
+        ),
+    ],
+)
+def test_check_says_what_is_wrong_with_the_sample_of_a_backend(
+    arguments: list[str], message: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [one.replace("PHOTOS", str(photos)) for one in arguments]
+    status, said, wrong = checked(capsys, "net=factories:tiny", "--port", "0", *given)
+    assert status == 2
+    assert message in wrong
+    assert not any(line.startswith("this server can be started") for line in said)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ class Backend(abc.ABC):
             raise BackendError(
                 f"backend {self.name!r} {what} on a sample of your own inputs under an accuracy budget; missing: "
                 f"{lacking}. Give find_backend({self.name!r}, sample=[x, …], budget=Budget(max_top1_change=0.01)) as "
-                "backend=, with Budget from torchsurgeon.accuracy (docs/backends.md), or choose another backend"
+                "backend=, with Budget from torchsurgeon.accuracy, or where a command takes them --backend-sample and "
+                "--backend-limits (docs/backends.md), or choose another backend"
             )
         self.judge = None if sample is None or budget is None else Judge(sample, budget, self.calibrates)
 

@@ -57,18 +57,27 @@ def find_backend(wanted: str | Backend, *, sample: Sample | None = None, budget:
     raise BackendError(f"a backend is one of {', '.join(NAMES)}, or a Backend; got {short(wanted)}")
 
 
-def find_backends(wanted: str | Backend | Sequence[str | Backend] | None) -> list[Backend]:
+def find_backends(
+    wanted: str | Backend | Sequence[str | Backend] | None,
+    *,
+    sample: Sample | None = None,
+    budget: Budget | None = None,
+) -> list[Backend]:
     """Return several backends.
 
     Args:
         wanted: backends or their names; a text may hold several names with commas between them; None for no backend.
+        sample: as ``find_backend()`` takes it, for each of them.
+        budget: as ``find_backend()`` takes it, for each of them.
 
     Raises:
-        BackendError: there is no backend of one of the names, or it cannot run here.
+        BackendError: there is no backend of one of the names, it cannot run here, or it lacks a sample or a budget.
+        CodecError: the sample is no list of calls, and no folder.
     """
     if isinstance(wanted, str):
         wanted = [name.strip() for name in wanted.split(",")]
-    return [find_backend(one) for one in ([wanted] if isinstance(wanted, Backend) else wanted or ())]
+    found = [wanted] if isinstance(wanted, Backend) else wanted or ()
+    return [find_backend(one, sample=sample, budget=budget) for one in found]
 
 
 def installed_backends() -> list[Backend]:

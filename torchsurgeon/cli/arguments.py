@@ -122,6 +122,25 @@ def threads_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def judged_by(sample: str | Path | None, limits: str | None, prefix: str) -> dict[str, Any]:
+    """Return what ``find_backend()`` needs besides a name, as it was given on the command line.
+
+    Args:
+        sample: a folder of images; None where none is given.
+        limits: limits on how answers may change, as ``parse_budget()`` takes them; None where none are given.
+        prefix: what stands before ``sample`` and ``limits`` in the names of the options.
+
+    Raises:
+        TorchSurgeonError: there is no such folder.
+        CodecError: the limits are not valid.
+    """
+    from torchsurgeon.accuracy.limits import parse_budget
+
+    if sample is not None and not Path(sample).is_dir():
+        raise TorchSurgeonError(f"{prefix}sample must be a folder of images; there is no folder {short(str(sample))}")
+    return {"sample": sample, "budget": None if limits is None else parse_budget(limits)}
+
+
 def traced(options: argparse.Namespace, device: torch.device | None = None, weights: str | None = None) -> LayerGraph:
     """Load and trace the model that ``model_arguments()`` name.
 

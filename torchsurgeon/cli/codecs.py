@@ -198,24 +198,14 @@ def _codecs(options: argparse.Namespace) -> None:
 
 
 def _budget(options: argparse.Namespace) -> Budget | None:
-    from torchsurgeon import codec
+    from torchsurgeon.accuracy.limits import budget_of
 
-    scores = {"min_boxes_matched": codec.boxes_matched, "min_pixels_kept": codec.pixels_kept}
-    given = [
-        (function, getattr(options, name)) for name, function in scores.items() if getattr(options, name) is not None
-    ]
-    if len(given) > 1:
-        raise TorchSurgeonError("--min-boxes-matched is for detectors, --min-pixels-kept for segmentation; give one")
-    score, min_score = given[0] if given else (None, None)
-    if options.max_top1_change is None and options.min_cosine is None and score is None:
-        return None
-    return codec.Budget(
-        max_top1_change=options.max_top1_change,
-        min_cosine=options.min_cosine,
-        score=score,
-        min_score=min_score,
-        decide_by=options.decide_by,
-    )
+    limits = {
+        name: getattr(options, name)
+        for name in ("max_top1_change", "min_cosine", "min_boxes_matched", "min_pixels_kept")
+        if getattr(options, name) is not None
+    }
+    return budget_of(**limits, decide_by=options.decide_by) if limits else None
 
 
 def add_distill(commands: Commands) -> None:

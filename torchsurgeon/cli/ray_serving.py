@@ -10,9 +10,9 @@ from torchsurgeon.errors import ServerError
 
 # What one server does and a cluster does not, by the names of the parsed arguments.
 _NOT_WITH_RAY = (
-    "leaf", "verify", "codec", "backend", "threads", "concurrency", "max_connections", "max_connections_per_address",
-    "grace_s", "max_priority", "tls_cert", "tls_key", "tls_client_ca", "log_format", "access_log", "metrics", "page",
-    "allow_load", "check",
+    "leaf", "verify", "codec", "backend", "backend_sample", "backend_limits", "threads", "concurrency",
+    "max_connections", "max_connections_per_address", "grace_s", "max_priority", "tls_cert", "tls_key",
+    "tls_client_ca", "log_format", "access_log", "metrics", "page", "allow_load", "check",
 )  # fmt: skip
 _ONLY_WITH_RAY = ("replicas", "max_replicas", "ongoing", "cpus", "gpus", "models_per_replica")
 

@@ -12,7 +12,7 @@ from typing import Any
 from torchsurgeon.errors import ServerError, short
 
 # The options that take NAME=VALUE stand in the table of the model with that name.
-_OF_A_MODEL = ("weights", "input", "leaf", "codec", "backend")
+_OF_A_MODEL = ("weights", "input", "leaf", "codec", "backend", "backend-sample", "backend-limits")
 _SPEC = "spec"
 _MODELS = "models"
 _NOT_IN_A_FILE = ("help", "config", "check")

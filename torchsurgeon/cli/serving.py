@@ -12,6 +12,7 @@ from torchsurgeon.cli.arguments import (
     SPEC_HELP,
     WEIGHTS_HELP,
     command,
+    judged_by,
     leaf_argument,
     number,
     pairs,
@@ -102,6 +103,23 @@ def add_serve(commands: Commands) -> None:
         "aot; of several with commas between, devices may choose; may be repeated (default: eager)",
     )
     completed(backend, named(one_of(completion.BACKENDS)))
+    parser.add_argument(
+        "--backend-sample",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a folder of your own images, which calibrates and judges a model's --backend; onnxruntime:int8 and "
+        "openvino:int8 need it; may be repeated (default: none)",
+    )
+    parser.add_argument(
+        "--backend-limits",
+        action="append",
+        default=[],
+        metavar="NAME=LIMITS",
+        help="how much a model's answers may change on --backend-sample where its --backend runs a tail, such as "
+        "max-top1-change=0.01,min-cosine=0.99; a tail that changes more runs in eager PyTorch; may be repeated "
+        "(default: none)",
+    )
     parser.add_argument(
         "--seed", type=whole_number(0), default=0, metavar="N", help="seed of random weights (default: %(default)s)"
     )
@@ -227,17 +245,24 @@ def _serve(options: argparse.Namespace) -> None:
     # With a file, what is given on the command line comes after what stands there.
     last_wins = options.config is not None
     models = {**options.file_models, **pairs(options.models)}
-    weights, inputs, backends = (
-        pairs(one, last_wins=last_wins) for one in (options.weights, options.input, options.backend)
+    weights, inputs, backends, samples, limits = (
+        pairs(one, last_wins=last_wins)
+        for one in (options.weights, options.input, options.backend, options.backend_sample, options.backend_limits)
     )
     leaves, codecs = _lists(options.leaf), _lists(options.codec)
     if not models:
         raise TorchSurgeonError("name at least one model as NAME=SPEC, or under [models] in the file of --config")
-    for name in (*weights, *inputs, *leaves, *codecs, *backends):
+    for name in (*weights, *inputs, *leaves, *codecs, *backends, *samples, *limits):
         if name not in models:
             raise TorchSurgeonError(
-                f"--weights, --input, --leaf, --codec and --backend take the name of a served model; got "
-                f"{short(name, 100)}, and the served models are {short(list(models), 200)}"
+                f"--weights, --input, --leaf, --codec, --backend, --backend-sample and --backend-limits take the name "
+                f"of a served model; got {short(name, 100)}, and the served models are {short(list(models), 200)}"
+            )
+    for name in (*samples, *limits):
+        if name not in backends:
+            raise TorchSurgeonError(
+                f"--backend-sample and --backend-limits judge what a --backend runs, and {short(name, 100)} has none; "
+                f"give --backend {short(name, 100, quote=False)}=NAME, or leave them out"
             )
     if options.ray:
         run_on_ray(options, models, weights, inputs)
@@ -250,7 +275,12 @@ def _serve(options: argparse.Namespace) -> None:
         import torch
 
         from torchsurgeon import serve
+        from torchsurgeon.backends import find_backends
 
+    runs = {
+        name: find_backends(text, **judged_by(samples.get(name), limits.get(name), "--backend-"))
+        for name, text in backends.items()
+    }
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     serve.run(
@@ -261,7 +291,7 @@ def _serve(options: argparse.Namespace) -> None:
         input_specs=inputs,
         leaf_modules=leaves,
         codecs=codecs,
-        backends=backends,
+        backends=runs,
         verify=options.verify,
         seed=options.seed,
         max_batch=options.max_batch,

@@ -84,7 +84,7 @@ class Difference(NamedTuple):
         if self.fact == "batching":
             return "start the server with --exact or --no-batching"
         if self.fact == "backend":
-            return "start the server without --backend"
+            return 'give server_backend="eager"'
         if self.fact in _STATIC:
             return None
         return f"set {_NAMES.get(self.fact, self.fact)} to the same on both sides"
@@ -117,6 +117,10 @@ class Arithmetic:
         names = dict.fromkeys([*self.facts, *sorted(there.facts)])
         pairs = ((name, self.facts.get(name), there.facts.get(name)) for name in names)
         return tuple(Difference(*pair) for pair in pairs if pair[1] != pair[2])
+
+    def in_eager(self) -> Arithmetic:
+        """Return what this is where eager PyTorch runs the model, and no backend."""
+        return Arithmetic({name: fact for name, fact in self.facts.items() if name != "backend"})
 
     @staticmethod
     def from_json(told: Any) -> Arithmetic | None:

@@ -139,8 +139,15 @@ def check_measured(link: object, codecs: object) -> None:
                 find_codec(name)
 
 
-def check_exact(names: Sequence[str], table: CodecTable | None, *, compiled: bool) -> None:
+def check_exact(
+    names: Sequence[str], table: CodecTable | None, *, compiled: bool, server_backend: str | None = None
+) -> None:
     """Raise where an argument changes the bits of answers, although the module is to be exact."""
+    if server_backend not in (None, "auto", Eager.name):
+        raise BackendError(
+            f"exact=True asks for the model's own bits, which servers give in eager PyTorch, and server_backend is "
+            f'{short(server_backend, 60)}; leave it out, or give "eager", or leave out exact=True'
+        )
     if compiled:
         raise BackendError(
             "compile= and backend= run the heads and tails in another way than the model, so that answers are the same "

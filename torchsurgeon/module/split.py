@@ -11,6 +11,7 @@ from torch import nn
 
 from torchsurgeon.adapting import Decision
 from torchsurgeon.backends import Backend as NamedBackend
+from torchsurgeon.backends.eager import Eager
 from torchsurgeon.codec import Codec, CodecTable, find_codec
 from torchsurgeon.errors import ServerUnavailableError, short
 from torchsurgeon.link import Link
@@ -95,7 +96,8 @@ class SplitModule(Calls):
             background, and no call waits for it; ``prepare()`` does. Several names or backends: likewise, among these
             and eager PyTorch.
         server_backend: the backend that runs tails on the server, one of those that it was started with, or
-            ``"eager"``. ``"auto"`` chooses it together with the cut. Without it, the server's own choice runs them.
+            ``"eager"``. ``"auto"`` chooses it together with the cut. Without it, the server's own choice runs them, and
+            with ``exact``, eager PyTorch.
         tolerance: how far the answers of backends that ``"auto"`` chooses may be from eager PyTorch's, as a share of
             the largest magnitude in a tensor: 0 for the same bits, 1e-4 for other runtimes in float32, 0.1 for
             bfloat16.
@@ -191,7 +193,8 @@ class SplitModule(Calls):
         runs = backend_of(backend, compile, tolerance)
         if exact:
             keeps_bits = runs is None or (isinstance(runs, AutoBackend | NamedBackend) and runs.keeps_bits)
-            check_exact((sent_as, answered_as), codecs, compiled=not keeps_bits)
+            check_exact((sent_as, answered_as), codecs, compiled=not keeps_bits, server_backend=server_backend)
+            server_backend = Eager.name
         self.training = False
         args, kwargs = call_of(example)
         graph = trace(model, *args, leaf_modules=leaf_modules, verify=verify, **kwargs)

@@ -17,6 +17,7 @@ from torchsurgeon.adapting.link import LinkEstimator
 from torchsurgeon.adapting.load import LoadEstimator, TrialPolicy
 from torchsurgeon.adapting.mean import Mean, Quantity
 from torchsurgeon.adapting.sharing import Sharing
+from torchsurgeon.backends.eager import Eager
 from torchsurgeon.codec import Codec, CodecTable, RatedCodec, find_codec
 from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import (
@@ -168,6 +169,9 @@ class Peer:
         agreed = shake_hands(self.transport, self._name, self._local.graph, digests, timeout_s)
         self._identity, told, self._fitted, backends = agreed
         self.profiles.agree(backends, self.label)
+        if told is not None and self.profiles.to_name(None) == Eager.name:
+            # It has told what its own choice computes with, and is asked for eager PyTorch.
+            told = told.in_eager()
         self._weights = digests.combined
         if told is None or self.told is None or told.digest != self.told.digest:
             self._compared.clear()

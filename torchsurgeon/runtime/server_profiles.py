@@ -44,7 +44,7 @@ class ServerProfiles:
         """
         self.told = told
         self._look()
-        if self._backend not in (None, "auto", *told):
+        if self._backend not in (None, "auto", *(told or ["eager"])):
             raise BackendError(
                 f"{label} does not run model {self._name!r} by backend {self._backend!r}, but by "
                 f"{', '.join(told) or 'eager'}; start it with --backend {self._name}={self._backend}, or leave out "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -55,7 +55,8 @@ class Answers:
         editions: the model from one change of its weights to the next.
         backends: what runs the tails.
         fitted: the codecs that were fitted to the model.
-        arithmetic: what devices are told that the server computes with; None to tell them nothing.
+        arithmetic: what devices are told that the server computes with, by the backend that runs their tails; empty to
+            tell them nothing.
         finish: computes the output in place of a tail of the graph, where another server runs the rest of the model.
         max_batch: the largest batch of a request.
         max_tensor_bytes: the most bytes that the tensors of a request have together.
@@ -76,7 +77,7 @@ class Answers:
         editions: Editions,
         backends: TailBackends,
         fitted: FittedCodecs,
-        arithmetic: ArithmeticReader | None,
+        arithmetic: Mapping[str, ArithmeticReader],
         finish: Finish | None,
         *,
         max_batch: int,
@@ -249,13 +250,13 @@ class Answers:
             as_json=plan.as_json,
             dim_order=decoded.dim_order,
             request_id=decoded.request_id,
-            parameters=self._told(ready.edition) + _TIMES % times_s,
+            parameters=self._told(ready.edition, plan) + _TIMES % times_s,
             codec=decoded.output_codec,
             crc32=decoded.crc32,
         )
 
-    def _told(self, edition: Edition) -> str:
-        """Return the beginning of the parameters of an answer that has been computed in this edition.
+    def _told(self, edition: Edition, plan: RequestPlan) -> str:
+        """Return the beginning of the parameters of an answer that has been computed in this edition by this plan.
 
         Once a client has asked for the fingerprint, every answer names the model and what this thread computes with, so
         that a client which compared them notices when either changes.
@@ -263,7 +264,7 @@ class Answers:
         identity = self._editions.identity(edition)
         if identity is None:
             return "{"
-        arithmetic = "" if self._arithmetic is None else f'"arithmetic":"{self._arithmetic.now().digest}",'
+        arithmetic = "" if plan.arithmetic is None else f'"arithmetic":"{plan.arithmetic.now().digest}",'
         return f'{{"identity":"{identity}",{arithmetic}'
 
     def _plan(self, edition: Edition, request: wire.InferRequest) -> RequestPlan:
@@ -284,7 +285,8 @@ class Answers:
                 raise ProtocolError(f"model {self._name!r}: {error}") from None
         if not usual:
             check_shapes(self._graph, tail, names, [request.tensors[name] for name in names])
-        run = self._backends.run(request.parameters.get("backend"), names, tail)
+        backend = self._backends.chosen(request.parameters.get("backend"))
+        run = self._backends.run(backend, names, tail)
         if self._finish is not None:
             run = functools.partial(self._finish, names)
         place = place_of(self._graph.model)
@@ -298,7 +300,7 @@ class Answers:
         seam = Seam.of(self._graph, names) if usual and self._together > 1 else None
         eager = tail if run == tail.forward else None
         check, samples = value_check(self._graph, self._name, names), samples_in(self._graph, request.tensors)
-        plan = RequestPlan(names, run, outputs, as_json, check, seam, eager, samples)
+        plan = RequestPlan(names, run, outputs, as_json, check, seam, eager, samples, self._arithmetic.get(backend))
         if request.recurring is not None:
             # A plan keeps its tail alive, so there must not be more plans than tails.
             if len(edition.plans) >= edition.tails.capacity:

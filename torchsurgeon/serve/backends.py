@@ -27,7 +27,6 @@ class TailBackends:
 
     Attributes:
         own: the name of this server's own choice.
-        keeps_bits: whether that keeps the bits of eager PyTorch.
         builders: what builds tails, by the names of the backends that build any.
     """
 
@@ -35,14 +34,22 @@ class TailBackends:
         self._name = name
         self._known = {backend.name: backend for backend in (*backends, Eager())}
         self.own = next(iter(self._known))
-        self.keeps_bits = self._known[self.own].keeps_bits
         self.builders = {
             each.name: TailBuilder(name, graph, each, capacity) for each in backends if not isinstance(each, Eager)
         }
 
+    def __str__(self) -> str:
+        """Return what runs the tails of devices that do not ask for another backend, in words."""
+        judge = self._known[self.own].judge
+        return self.own if judge is None else f"{self.own} where it keeps the budget ({judge.budget})"
+
     def told(self) -> list[dict[str, Any]]:
         """Return the backends as the fingerprint names them, with how far their answers may be from eager PyTorch's."""
         return [{"name": name, "tolerance": backend.tolerance} for name, backend in self._known.items()]
+
+    def changing(self) -> dict[str, bool]:
+        """Return by the name of each backend whether it changes the bits of eager PyTorch."""
+        return {name: not backend.keeps_bits for name, backend in self._known.items()}
 
     def run(self, wanted: object, names: tuple[str, ...], tail: Segment) -> Callable[..., Sequence[Tensor]]:
         """Return what runs a tail.
@@ -55,7 +62,7 @@ class TailBackends:
         Raises:
             ProtocolError: the model is not served by this backend.
         """
-        builder = self.builders.get(self._checked(wanted))
+        builder = self.builders.get(self.chosen(wanted))
         return tail.forward if builder is None else builder.run(names, tail)
 
     def profile(self, wanted: str | None, eager: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -69,7 +76,7 @@ class TailBackends:
             ProtocolError: the model is not served by this backend.
             ModelNotReadyError: it is being measured, in the background.
         """
-        builder = None if wanted is None else self.builders.get(self._checked(wanted))
+        builder = None if wanted is None else self.builders.get(self.chosen(wanted))
         if builder is None:
             return eager()
         if builder.profile is None:
@@ -84,7 +91,15 @@ class TailBackends:
         for builder in self.builders.values():
             builder.close()
 
-    def _checked(self, wanted: object) -> str:
+    def chosen(self, wanted: object) -> str:
+        """Return the name of the backend that runs a tail.
+
+        Args:
+            wanted: the backend that a request names; None for this server's own choice.
+
+        Raises:
+            ProtocolError: the model is not served by this backend.
+        """
         if wanted is None:
             return self.own
         if not isinstance(wanted, str) or wanted not in self._known:

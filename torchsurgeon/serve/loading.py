@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from torchsurgeon.backends import Backend
 from torchsurgeon.codec import FittedCodec
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import ServedModel
@@ -41,7 +42,7 @@ class ModelLoader:
         input_specs: Mapping[str, str] | None,
         leaf_modules: Mapping[str, Collection[str]] | None,
         codecs: Mapping[str, Collection[str]] | None,
-        backends: Mapping[str, str] | None,
+        backends: Mapping[str, str | Backend | Sequence[str | Backend]] | None,
         verify: bool,
         seed: int,
         report: Callable[[str], None],

@@ -82,6 +82,6 @@ def tell_models(say: Say, registry: ModelRegistry) -> None:
             joined = f", up to {served.together} samples together" if served.together > 1 else ""
             say(
                 f"requests of {name} have at most {served.max_body_bytes(binary=True)} bytes; "
-                f"{served.worker.concurrency} run at once{joined}; tails run by {served.backends.own}"
+                f"{served.worker.concurrency} run at once{joined}; tails run by {served.backends}"
             )
     say(f"this server can be started: {', '.join(registry.names())}")

@@ -8,11 +8,11 @@ import importlib
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from torchsurgeon._allocator import keep_freed_memory
-from torchsurgeon.backends import find_backends
+from torchsurgeon.backends import Backend, find_backends
 from torchsurgeon.errors import ServerError
 from torchsurgeon.serve.access import AccessLog
 from torchsurgeon.serve.admission import MAX_QUEUE
@@ -54,7 +54,7 @@ def run(
     input_specs: Mapping[str, str] | None = None,
     leaf_modules: Mapping[str, Collection[str]] | None = None,
     codecs: Mapping[str, Collection[str]] | None = None,
-    backends: Mapping[str, str] | None = None,
+    backends: Mapping[str, str | Backend | Sequence[str | Backend]] | None = None,
     verify: bool = True,
     seed: int = 0,
     max_batch: int = 64,

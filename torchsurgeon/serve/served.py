@@ -99,13 +99,16 @@ class ServedModel:
         self.together = min(together, self.max_batch)
         self.open = True
         self.backends = TailBackends(name, graph, backends, max_tails)
-        by_backend = {} if self.backends.keeps_bits else {"backend": self.backends.own}
         batched = {"batching": f"up to {self.together} samples"} if rounded and self.together > 1 else {}
         self._finish = finish
         self._profiler = profiler
         self._profile: dict[str, Any] | None = None
         self._editions = Editions(name, graph, max_tails)
-        self._arithmetic = ArithmeticReader(graph.model, {**batched, **by_backend}) if same_bits else None
+        self._arithmetic = {
+            backend: ArithmeticReader(graph.model, {**batched, "backend": backend} if changes else batched)
+            for backend, changes in self.backends.changing().items()
+            if same_bits
+        }
         self._fitted = FittedCodecs(name, graph)
         self.answers = Answers(
             name,
@@ -183,14 +186,15 @@ class ServedModel:
         known = {**self._editions.fingerprint(), "backends": self.backends.told()}
         if self._fitted:
             known = {**known, "fitted_codecs": self._fitted.digests(known["weights"])}
-        if self._arithmetic is None:
+        if not self._arithmetic:
             return known
         # The calling thread reads it, but it is the worker's settings that count.
         self.worker.follow()
         self.worker.settings.adopt()
         # The weights may lie in memory otherwise than before.
-        self._arithmetic.forget()
-        return {**known, "arithmetic": dict(self._arithmetic.now().facts)}
+        for reader in self._arithmetic.values():
+            reader.forget()
+        return {**known, "arithmetic": dict(self._arithmetic[self.backends.own].now().facts)}
 
     def profile(self, backend: str | None = None) -> dict[str, Any]:
         """Return the layer profile, measured at the first call. To be called in one of the worker's threads, alone.

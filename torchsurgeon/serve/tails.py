@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchsurgeon.cutting.partition import tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import short
+from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.serve.batching import Seam
 from torchsurgeon.tracing.graph import LayerGraph
 
@@ -82,6 +83,7 @@ class RequestPlan:
     Attributes:
         seam: how such requests are joined to run as one; None where they are not.
         samples: how many samples a request has.
+        arithmetic: reads what devices are told that the server computes with; None to tell them nothing.
         tail: what runs it where that is eager PyTorch on the CPU, which can stop between two layers; None otherwise.
         cut: the names as the log tells them.
     """
@@ -94,6 +96,7 @@ class RequestPlan:
     seam: Seam | None = None
     tail: Segment | None = None
     samples: int = 1
+    arithmetic: ArithmeticReader | None = None
     cut: str = field(init=False)
 
     def __post_init__(self) -> None:
