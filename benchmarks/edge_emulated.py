@@ -118,8 +118,8 @@ def section(found: dict[str, Any]) -> str:
     return f"""\
 On a 64-bit ARM processor ({told["machine"]}, a {found["processor"]} as in a Raspberry Pi 4) that QEMU emulates, the
 wheel runs with Python {told["python"]}, NumPy {told["numpy"]} and ONNX Runtime {told["onnxruntime"]}. Installed with
-all that it needs it takes {found["installed_bytes"] / 1e6:.0f} MB. Handshakes succeed, and this is how far answers are from
-the model's, as a share of the largest value:
+all that it needs it takes {found["installed_bytes"] / 1e6:.0f} MB. Handshakes succeed, and this is how far answers are
+from the model's, as a share of the largest value:
 
 {table}
 

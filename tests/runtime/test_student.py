@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bundles import flat_profile
 from torch import Tensor, nn
 
 import torchsurgeon as ts
+from torchsurgeon.backends import Part, deviation, find_backend
 from torchsurgeon.codec import FittedCodec, find_codec
 from torchsurgeon.cutting.partition import cut
-from torchsurgeon.errors import MissingCodecWarning
+from torchsurgeon.errors import BackendError, BackendWarning, MissingCodecWarning
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 torch.set_num_threads(1)
@@ -149,3 +154,67 @@ def test_a_second_server_without_the_file_gets_what_the_models_own_layers_comput
             for _ in range(3):
                 assert torch.allclose(split(X), model(X), atol=1e-6)
                 assert split.last.bits != "changed by a lossy codec"
+
+
+# --- by a backend ---
+
+
+def known(graph: ts.LayerGraph, backend: str, layer_s: float) -> ts.LayerProfile:
+    found = flat_profile(graph, layer_s)
+    return dataclasses.replace(found, provenance={**found.provenance, "backend": backend})
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", ["onnxruntime"]], ids=str)
+def test_a_backend_runs_the_student_and_the_model_that_is_behind_it_on_the_device(
+    backend: str | list[str], model: nn.Module, graph: ts.LayerGraph, student: FittedCodec, path: Path
+) -> None:
+    with serving(model, path) as server:
+        split = ts.SplitModule(
+            *(model, X), server=server.url, name="net", partition=CUT, codec=student.at(2), backend=backend,
+            device_profile=[known(graph, "eager", 2e-3), known(graph, "onnxruntime", 1e-3)],
+        )  # fmt: skip
+        split.prepare()
+        end_s = time.monotonic() + 60
+        while True:
+            answer = split(X)
+            assert split.last is not None
+            # An answer may be late while a thread of this process builds the parts.
+            if (split.last.backend == "onnxruntime" and not split.last.degraded) or time.monotonic() > end_s:
+                break
+        assert (split.last.backend, split.last.degraded) == ("onnxruntime", None)
+        # A value that lies between two steps of the codec may be rounded to the other one.
+        assert deviation(answer, by_hand(graph, student, 2)[0]) < 0.02
+        assert not torch.equal(answer, model(X))
+        assert split(torch.cat([X, X])).shape == (2, 10)
+        assert split.last.backend == "onnxruntime"
+    with split:
+        assert deviation(split(X), model(X)) < 1e-4
+        assert split.last.degraded
+
+
+def test_a_student_that_a_backend_does_not_take_runs_in_eager_pytorch(
+    model: nn.Module, graph: ts.LayerGraph, student: FittedCodec, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = find_backend("onnxruntime")
+    build = backend.build
+
+    def refuse(part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Any:
+        if any(graph.steps[step].name == "2" for step in part.segment.steps):
+            raise BackendError("layer '2' cannot be exported", "2")
+        return build(part, example, free_batch=free_batch)
+
+    monkeypatch.setattr(backend, "build", refuse)
+    with serving(model, path) as server:
+        split = ts.SplitModule(
+            *(model, X), server=server.url, name="net", partition=CUT, codec=student.at(2), backend=backend
+        )
+        with split, pytest.warns(BackendWarning) as caught:
+            assert torch.equal(split(X), by_hand(graph, student, 2)[0])
+            assert split.last is not None
+            assert split.last.backend == "eager"
+    # The model behind the student runs up to the layer by the backend.
+    ends = [
+        "which runs in eager PyTorch: layer '2' cannot be exported",
+        "PyTorch the rest: layer '2' cannot be exported",
+    ]
+    assert [str(one.message).endswith(end) for one, end in zip(caught, ends, strict=True)] == [True, True]

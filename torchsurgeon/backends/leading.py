@@ -71,7 +71,8 @@ class Leading:
         """
         graph, whole = self.whole.graph, self.whole
         rank = next((rank for rank, one in enumerate(graph.layers) if one.name == layer), None)
-        if rank is None:
+        # Of a student, which is another program than the graph's, a backend takes all or nothing.
+        if rank is None or not whole.own:
             return None
         mine = {step for step in self.part.segment.steps if step in graph.flow.rank}
         if not mine or min(map(graph.flow.rank.__getitem__, mine)) >= rank:

@@ -26,6 +26,7 @@ class Part:
         numbers: the places of those inputs that carry a number of the model's Python code. What a backend builds has
             the example's numbers fixed in it.
         batch_free: whether the model takes other batch sizes than the example's.
+        own: whether the segment consists of the model's own layers. A student's stand in their place.
     """
 
     graph: LayerGraph
@@ -34,6 +35,7 @@ class Part:
     outputs: tuple[TensorSpec, ...]
     numbers: frozenset[int]
     batch_free: bool
+    own: bool = True
 
     @classmethod
     def head(cls, graph: LayerGraph, point: PartitionPoint) -> Part:
@@ -46,6 +48,17 @@ class Part:
         head = cut(graph, point).head
         assert isinstance(head, Head)
         return cls(graph, head.segment, graph.inputs, point.tensors, frozenset(), graph.batch_free)
+
+    @classmethod
+    def student(cls, graph: LayerGraph, point: PartitionPoint, segment: Segment) -> Part:
+        """Return a student, which computes the boundary tensors of a point in place of the model's own layers.
+
+        Args:
+            graph: the traced model.
+            point: where it is cut.
+            segment: the student, which takes the model's input tensors.
+        """
+        return cls(graph, segment, graph.inputs, point.tensors, frozenset(), graph.batch_free, own=False)
 
     @classmethod
     def tail(cls, graph: LayerGraph, names: Sequence[str]) -> Part:

@@ -98,13 +98,14 @@ class LayerCosts:
         cost = entry.cost
         row = self._row(point, cost.codec, cost.size_bytes, cost.encode_s, cost.decode_s, cost.lossless)
         if cost.head_share is not None:
-            # A student runs in eager PyTorch.
-            backends = [profile.backend for profile in self._device.profiles]
-            place = backends.index("eager") if "eager" in backends else self._device.usual
+            # Its share of the whole model was measured in eager PyTorch. By another backend it is taken to be the same.
+            place = self._device.usual
             head_s, power_w = cost.head_share * float(self._device.reach_s[place, -1]), self._power_w(place)
             joules = None if power_w is None else power_w * (head_s + cost.encode_s)
             # Of memory, the model's own layers count, since the device falls back to them.
-            row = dataclasses.replace(row, student=True, head_s=head_s, device_j=joules, backend="eager")
+            row = dataclasses.replace(
+                row, student=True, head_s=head_s, device_j=joules, backend=self._device.backend(place)
+            )
         return dataclasses.replace(row, findings=entry.findings) if entry.findings else row
 
     def row_of(self, layers: Collection[int]) -> Row:

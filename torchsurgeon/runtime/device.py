@@ -57,11 +57,11 @@ class DeviceTimes:
 
     def built(self, way: Way) -> bool:
         """Return whether a way's head runs by the backend that it is predicted for, and not by another until then."""
-        return way.student is not None or self._parts.ready(way.point)
+        return self._parts.ready(way.point, way.student)
 
     def backend(self, way: Way) -> str:
         """Return what runs the head of a way, as ``Inference.backend`` says it."""
-        return "eager" if way.student is not None else self._parts.backend_of(way.point)
+        return self._parts.backend_of(way.point, way.student)
 
     def record_duration(self, seconds: float, predicted_s: float) -> None:
         """Update the slow-down from measured against predicted seconds (predicted for a slow-down of 1)."""

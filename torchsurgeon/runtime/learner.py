@@ -76,8 +76,9 @@ class Learner:
     def build(self, way: Way) -> None:
         """Have the head and the tail of a way built in a thread of the pool, once."""
         self.start()
-        key = (self._parts.generation, way.point.index, way.point.layers)
-        if key in self._asked or way.student is not None:
+        student = None if way.student is None else way.student.name
+        key = (self._parts.generation, way.point.index, way.point.layers, student)
+        if key in self._asked:
             return
         self._asked.add(key)
         try:
@@ -94,7 +95,7 @@ class Learner:
         with self._learning:
             if self._stopped:
                 return
-            self._parts.compile(way.point, self._times.example)
+            self._parts.compile(way.point, self._times.example, way.student)
 
     def _due(self) -> bool:
         lacking = any(peer.profiles.lacking for peer in self._servers.peers)

@@ -206,10 +206,10 @@ class Parts:
 
         Args:
             point: where the model is cut.
-            student: the codec whose student is the head, in place of the model's own layers. It runs in eager PyTorch
-                where the backend is one of torchsurgeon's.
+            student: the codec whose student is the head, in place of the model's own layers. Where backends are chosen,
+                that of the whole model runs it.
         """
-        named, own = self._of_head(point), self._own
+        named, own = self._of_head(point if student is None else self.graph.points[-1]), self._own
 
         def make() -> Run:
             if named is not None:
@@ -221,11 +221,16 @@ class Parts:
         def make_student() -> Run:
             assert student is not None
             assert student.student is not None
+            if named is not None:
+                segment = student.student.segment(self.graph, point.index)
+                return _Built(
+                    BuiltPart(Part.student(self.graph, point, segment), named, self._said), self.graph.tensors_of_call
+                )
             module = student.student.module(self.graph, point.index)
             return module if own is None else own(module)
 
         if student is not None and student.student is not None:
-            return self._get(("student", student.name), make_student)
+            return self._get(("student", student.name, _name(named)), make_student)
         return self._get((point.index, point.layers, _name(named)), make)
 
     def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
@@ -241,19 +246,19 @@ class Parts:
 
         return self._get(("tail", names, flat, _name(named)), make)
 
-    def ready(self, point: PartitionPoint) -> bool:
+    def ready(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
         """Return whether the head of a point, or the whole model at the last one, runs by its backend already."""
-        head = self.whole() if point == self.graph.points[-1] else self.head(point)
+        head = self.whole() if point == self.graph.points[-1] else self.head(point, student)
         return not isinstance(head, Compiled | _Built) or head.tried
 
-    def backend_of(self, point: PartitionPoint) -> str:
+    def backend_of(self, point: PartitionPoint, student: FittedCodec | None = None) -> str:
         """Return what runs the head of a point, or the whole model at the last one, as ``Inference.backend`` says it.
 
         A part that its backend has not built yet, or does not take, runs in eager PyTorch.
         """
         if not self.exported:
             return "eager" if self._backend is None else "own"
-        head = self.whole() if point == self.graph.points[-1] else self.head(point)
+        head = self.whole() if point == self.graph.points[-1] else self.head(point, student)
         return head.runs_by if isinstance(head, _Built) else "eager"
 
     def compile(
@@ -262,17 +267,19 @@ class Parts:
         example: tuple[tuple[Any, ...], Mapping[str, Any]],
         student: FittedCodec | None = None,
     ) -> None:
-        """Compile head and tail of ``point`` for calls like ``example``, if the backend compiles and has not yet."""
-        if student is not None and self.exported:
-            return  # it runs in eager PyTorch, and so does the model behind it
+        """Compile head and tail of ``point`` for calls like ``example``, if the backend compiles and has not yet.
+
+        Behind a student, the device begins anew where no answer comes, so its tail is the whole model.
+        """
         whole = point == self.graph.points[-1]
         head = self.whole() if whole else self.head(point, student)
-        tail = None if whole else self.tail(tuple(spec.name for spec in point.tensors))
+        behind = point.tensors if student is None else self.graph.inputs
+        tail = None if whole else self.tail(tuple(spec.name for spec in behind))
         args, kwargs = example
         if isinstance(head, Compiled | _Built) and not head.tried:
             head.compile(*args, **kwargs)
         if tail is not None and not tail.tried:
-            tail.compile(head(*args, **kwargs))
+            tail.compile(head(*args, **kwargs) if student is None else self.graph.tensors_of_call(args, kwargs))
 
     def middle(self, names: tuple[str, ...], point: PartitionPoint) -> tuple[Run, tuple[TensorSpec, ...]]:
         """Return what turns the tensors ``names`` into those of ``point``, and the specs of its results.
