@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from torchsurgeon.codec import avif as avif_streams
-from torchsurgeon.codec import codec_names, find_codec, images, measured_names
+from torchsurgeon.codec import codec_names, find_codec, measured_names, pictures
 from torchsurgeon.errors import CodecError
 
 SIZES = [(2, 3, 40, 56), (1, 1, 40, 56), (3, 33, 47), (5, 3, 1, 1)]
 LOSSLESS, LOSSY = ("png", "webp-lossless"), ("jpeg-90", "jpeg444-90", "webp-80", "avif-75")
-pytestmark = pytest.mark.skipif(not images.available("avif"), reason="this Pillow has no AVIF")
+pytestmark = pytest.mark.skipif(not pictures.available("avif"), reason="this Pillow has no AVIF")
 
 
 def picture(*shape: int) -> Tensor:
@@ -28,7 +28,7 @@ def picture(*shape: int) -> Tensor:
 
 def there_and_back(name: str, tensor: Tensor) -> Tensor:
     codec = find_codec(name)
-    data = images.encode(codec.image, codec.quality, codec.percent, tensor)
+    data = pictures.encode(codec.image, codec.quality, codec.percent, tensor.numpy())
     return codec.decode(data, tensor.dtype, tensor.shape, max_bytes=tensor.nbytes)
 
 
@@ -100,7 +100,7 @@ def test_what_is_measured_by_default_are_codecs_that_exist_finer_before_coarser(
 def test_without_avif_it_is_no_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchsurgeon.codec import codec as codecs
 
-    monkeypatch.setattr(images, "available", lambda kind: kind != "avif")
+    monkeypatch.setattr(pictures, "available", lambda kind: kind != "avif")
     codecs._find_codec.cache_clear()
     try:
         with pytest.raises(CodecError, match="there is no codec 'avif-75'"):
@@ -121,7 +121,7 @@ def refused(name: str, picture_bytes: bytes, shape: tuple[int, ...], match: str)
 
 def encoded(name: str, tensor: Tensor) -> bytes:
     codec = find_codec(name)
-    return images.encode(codec.image, codec.quality, codec.percent, tensor)[4:]
+    return pictures.encode(codec.image, codec.quality, codec.percent, tensor.numpy())[4:]
 
 
 @pytest.mark.parametrize("name", [*LOSSLESS, *LOSSY, "webp-80@0.5", "avif-75@0.5"])

@@ -20,7 +20,7 @@ from serving import serving
 
 import torchsurgeon as ts
 from torchsurgeon import edge
-from torchsurgeon.edge.codec import NAMES
+from torchsurgeon.edge.codec import NAMES, find_codec
 from torchsurgeon.edge.model import EdgeModel
 from torchsurgeon.export import export_bundle
 from torchsurgeon.planning import Frontier
@@ -94,6 +94,41 @@ def test_every_codec_of_the_device_is_one_of_the_server(codec: str, bundle: Path
     expected = truth(EXAMPLE).numpy()
     coarse = 0.2 if "int4" in codec else 0.02 if "int8" in codec or "float16" in codec else 1e-4
     assert np.allclose(found, expected, atol=coarse * np.abs(expected).max())
+
+
+class Pixels(torch.nn.Module):
+    """Takes a picture as a camera gives it, and tells how bright each channel is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.nn.Linear(3, 3, bias=False)
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last((picture.float() / 255).mean((2, 3)))
+        return found
+
+
+@pytest.mark.parametrize("codec", ["png", "jpeg-95", "webp-90@0.5"])
+def test_a_picture_is_sent_as_one_and_the_server_decodes_it(
+    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, y, x = Pixels().eval(), torch.arange(32)[:, None] * 4, torch.arange(40) * 3
+    picture = torch.stack([y + x, y + 2 * x // 3, 255 - x - y]).to(torch.uint8)[None]
+    graph = ts.trace(model, picture)
+    costs = {"device": flat_profile(graph, 2e-3), "server": flat_profile(graph, 1e-5)}
+    export_bundle(graph, tmp_path / "pixels", points=["server"], whole=False, inputs=[picture], **costs)
+    ways: dict[str, Any] = {"partition": "server", "fallback": "error", "codec": codec}
+    with serving(model, picture) as server, edge.open(tmp_path / "pixels", server.url, **ways) as device:
+        answer = device(picture.numpy())
+        assert last(device).codec == codec
+        assert last(device).sent_bytes < picture.nbytes
+        with torch.no_grad():
+            assert np.allclose(answer, model(picture).numpy(), atol=1e-6 if codec == "png" else 0.01)
+        monkeypatch.setattr("torchsurgeon.codec.pictures.available", lambda kind: False)
+        find_codec.cache_clear()
+        with pytest.raises(ts.CodecError, match=f"the codec {codec} needs Pillow: pip install pillow"):
+            edge.open(tmp_path / "pixels", server.url, **ways)
+    find_codec.cache_clear()
 
 
 class Two(torch.nn.Module):
@@ -304,8 +339,11 @@ def test_inputs_that_do_not_fit_are_refused(
 def test_points_codecs_and_words_that_do_not_exist_are_refused(bundle: Path, server: Server) -> None:
     with pytest.raises(ts.PartitionError, match=r"0 \(input\), 1 \(stem\), 3 \(act\); got 'head'"):
         edge.open(bundle, server.url, partition="head")
-    with pytest.raises(ts.CodecError, match="pictures and fitted codecs need torchsurgeon itself"):
-        edge.open(bundle, server.url, codec="jpeg-90")
+    for name in ("fitted:mine-01234567@1", "jpeg-900"):
+        with pytest.raises(
+            ts.CodecError, match=f"for pictures png, jpeg,.*got '{name}'; fitted codecs need torchsurgeon"
+        ):
+            edge.open(bundle, server.url, codec=name)
     with pytest.raises(ts.BundleError, match="fallback must be 'local' or 'error'; got 'none'"):
         edge.open(bundle, server.url, fallback="none")  # type: ignore[arg-type]
     with pytest.raises(ts.LinkError):

@@ -13,6 +13,7 @@ from messages import joined
 
 from torchsurgeon import codec as torch_codec
 from torchsurgeon import wire
+from torchsurgeon.codec import pictures
 from torchsurgeon.edge import codec as edge_codec
 from torchsurgeon.edge.bundle import DATATYPES
 from torchsurgeon.edge.message import decode_answer, encode_request
@@ -49,6 +50,44 @@ def same(name: str, array: np.ndarray[Any, Any]) -> None:
 @pytest.mark.parametrize("name", edge_codec.NAMES)
 def test_an_array_is_encoded_as_a_tensor_is(name: str, dtype: str, shape: tuple[int, ...]) -> None:
     same(name, values(dtype, shape))
+
+
+PICTURES = ["png", "webp-lossless", "jpeg", "jpeg444-70", "webp-60", "webp-80@0.5", "avif", "avif-60@0.75"]
+
+
+@pytest.mark.parametrize("name", [name for name in PICTURES if pictures.available(pictures.parse(name).format)])  # type: ignore[union-attr]
+@pytest.mark.parametrize("shape", [(3, 40, 30), (2, 3, 33, 40), (1, 1, 48, 48)], ids=str)
+def test_images_are_written_as_a_tensors_are(name: str, shape: tuple[int, ...]) -> None:
+    soft = np.sin(np.arange(np.prod(shape)) / 400).reshape(shape)
+    array = ((soft + 1) * 127).astype(np.uint8)
+    same(name, array)
+    assert edge_codec.find_codec(name).encode(array)[0] == torch_codec.find_codec(name).name
+    # What is no picture, and noise that a picture does not make smaller, are sent as they are.
+    for other in (array.astype(np.float32), array.reshape(-1), values("uint8", (1, 3, 2, 2))):
+        same(name, other)
+        assert edge_codec.find_codec(name).encode(other)[0] == "raw"
+
+
+def test_pictures_in_memory_of_another_order_are_read() -> None:
+    shape = (2, 3, 24, 32)
+    array = np.linspace(0, 255, int(np.prod(shape))).reshape(shape).astype(np.uint8)
+    tensor = torch.from_numpy(array).contiguous(memory_format=torch.channels_last)
+    sent = torch_codec.find_codec("png").encode(tensor)
+    assert sent.order == (0, 2, 3, 1)
+    back = edge_codec.find_codec("png").decode(sent.data, np.dtype("uint8"), shape, sent.order)
+    assert np.array_equal(back.transpose(0, 3, 1, 2), array)
+
+
+def test_damaged_pictures_are_refused() -> None:
+    png, dtype, shape = edge_codec.find_codec("png"), np.dtype("uint8"), (3, 24, 32)
+    _, data = png.encode(np.zeros(shape, np.uint8))
+    for damaged in (data[:-1], data[4:], memoryview(bytes(data) + b"x")):
+        with pytest.raises(CodecError):
+            png.decode(damaged, dtype, shape)
+    with pytest.raises(CodecError, match="its shape needs a png picture in RGB of 32×25; got RGB of 32×24"):
+        png.decode(data, dtype, (3, 25, 32))
+    with pytest.raises(CodecError, match="does not encode float32"):
+        png.decode(data, np.dtype("float32"), shape)
 
 
 EDGES = [

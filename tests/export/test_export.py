@@ -77,12 +77,16 @@ def test_codecs_that_a_device_without_pytorch_does_not_have_are_left_out(tmp_pat
     point = GRAPH.point("act")
     rows = tuple(
         CodecRow(point.index, point.name, point.size_bytes, CodecCost(name, 100.0, 1e-5, 1e-5, True, True), None, ())
-        for name in ("raw", "zstd", "png")
+        for name in ("raw", "zstd", "png", "fitted:mine-01234567@1")
     )
     table = CodecTable("Net", GRAPH.fingerprint, 1, 10, "", rows)
     written = export_bundle(GRAPH, tmp_path / "bundle", points=["act"], codecs=table, **COSTS)
-    assert written.left_out == ("png",)
-    assert {row.codec for row in edge.read(tmp_path / "bundle").costs.rows if not row.on_device} == {"raw", "zstd"}
+    assert written.left_out == ("fitted:mine-01234567@1",)
+    assert {row.codec for row in edge.read(tmp_path / "bundle").costs.rows if not row.on_device} == {
+        "raw",
+        "zstd",
+        "png",
+    }
     with edge.open(tmp_path / "bundle") as model:
         assert np.allclose(model(EXAMPLE.numpy()), truth(EXAMPLE).numpy(), atol=1e-4)
 

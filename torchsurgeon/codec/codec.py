@@ -5,7 +5,7 @@
 ``zstd``                               the tensor's memory, compressed without loss
 ``float16``, ``bfloat16``,             fewer bits per value (``quantize``); each of these five
 ``int8``, ``int8-channel``, ``int4``   may be followed by ``+zstd``, which compresses the result
-``png``, ``webp-lossless``             ``uint8`` images (``images``) without loss
+``png``, ``webp-lossless``             ``uint8`` images (``pictures``) without loss
 ``jpeg-Q``, ``jpeg444-Q``, ``webp-Q``, ``uint8`` images, Q the quality from 1 to 100; ``jpeg444`` keeps the full
 ``avif-Q``                             resolution of colours
 ``fitted:NAME@RATE``                   fitted to one cut of one model (``fitted``), RATE in bits per value
@@ -22,7 +22,6 @@ tensor that the codec would not make smaller. So every encoded tensor carries th
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +30,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from torchsurgeon.codec import images, packings, quantize, zstd
+from torchsurgeon.codec import packings, pictures, quantize, zstd
 from torchsurgeon.codec.host import on_host
 from torchsurgeon.errors import CodecError, short
 from torchsurgeon.tracing.layout import dense, logical
@@ -99,7 +98,7 @@ class Codec:
     @property
     def lossless(self) -> bool:
         """Whether decoding gives back the same bits that were encoded."""
-        exact_image = self.image is None or (images.FORMATS[self.image].quality is None and self.percent == 100)
+        exact_image = self.image is None or (pictures.FORMATS[self.image].quality is None and self.percent == 100)
         return self.packing is None and exact_image
 
     @property
@@ -133,7 +132,7 @@ class Codec:
             name: their name in the graph, which matters to a codec that was fitted to certain tensors.
         """
         if self.image is not None:
-            return images.is_image(dtype, shape)
+            return _is_image(dtype, shape)
         if self.packing is None:
             return True
         return (
@@ -151,8 +150,8 @@ class Codec:
         """
         tensor = tensor.detach()
         shape = tuple(tensor.shape)
-        if self.image is not None and images.is_image(tensor.dtype, shape):
-            data = memoryview(images.encode(self.image, self.quality, self.percent, tensor))
+        if self.image is not None and _is_image(tensor.dtype, shape):
+            data = memoryview(pictures.encode(self.image, self.quality, self.percent, tensor.cpu().numpy()))
             if len(data) < tensor.nbytes:
                 return EncodedTensor(self.name, data, dense(tensor, shape)[0])
         order, memory = dense(tensor, shape)
@@ -205,7 +204,7 @@ class Codec:
             raise CodecError(f"{self.name} does not encode {dtype} of shape {list(shape)}; encode it as raw or zstd")
         view = memoryview(data).cast("B")
         if self.image is not None:
-            pixels = images.decode(self.image, self.percent, view, shape)
+            pixels = torch.from_numpy(pictures.decode(self.image, self.percent, view, shape))
             stored = pixels if order is None else pixels.permute(tuple(order))
             return logical(stored.contiguous().to(device), order)
         stored_bytes = size if packing is None else packings.packed_bytes(packing, shape)
@@ -277,21 +276,11 @@ def _find_codec(name: str) -> Codec:
     return codec
 
 
-# A format, perhaps a quality, and perhaps a scale of one or two decimals.
-_IMAGE_NAME = re.compile(r"(?P<kind>webp-lossless|[a-z0-9]+)(-(?P<quality>[0-9]{1,3}))?(@0\.(?P<scale>[0-9]{1,2}))?")
-
-
 def _image_codec(name: str) -> Codec | None:
-    found = _IMAGE_NAME.fullmatch(name)
-    if found is None or found["kind"] not in images.FORMATS or not images.available(found["kind"]):
+    kind = pictures.parse(name)
+    if kind is None or not pictures.available(kind.format):
         return None
-    kind, usual = found["kind"], images.FORMATS[found["kind"]].quality
-    quality = usual if found["quality"] is None else int(found["quality"])
-    percent = 100 if found["scale"] is None else int(found["scale"].ljust(2, "0"))
-    if not percent or (quality is not None and (usual is None or not 1 <= quality <= 100)):
-        return None
-    full = (kind if quality is None else f"{kind}-{quality}") + ("" if percent == 100 else f"@{percent / 100:g}")
-    return Codec(full, image=kind, quality=quality, percent=percent)
+    return Codec(kind.name, image=kind.format, quality=kind.quality, percent=kind.percent)
 
 
 def codec_names() -> tuple[str, ...]:
@@ -301,20 +290,20 @@ def codec_names() -> tuple[str, ...]:
     (``webp-80@0.5``).
     """
     numeric = [name + behind for name in packings.PACKINGS for behind in ("", "+zstd")]
-    pictures = [find_codec(kind).name for kind in images.FORMATS if images.available(kind)]
-    return ("raw", "zstd", *numeric, *pictures)
+    shown = [find_codec(kind).name for kind in pictures.FORMATS if pictures.available(kind)]
+    return ("raw", "zstd", *numeric, *shown)
 
 
 def measured_names() -> tuple[str, ...]:
     """Return the names of the codecs that are measured by default: all, image codecs at several qualities and sizes."""
     numeric = [name for name in codec_names() if find_codec(name).image is None]
-    pictures = [
+    shown = [
         f"{kind}{f'-{quality}' if quality else ''}{scale}"
         for kind, scale, *qualities in _MEASURED_IMAGES
         for quality in qualities or (0,)
-        if images.available(kind)
+        if pictures.available(kind)
     ]
-    return (*numeric, *pictures)
+    return (*numeric, *shown)
 
 
 # Format, scale, and qualities from the finest to the coarsest.
@@ -330,6 +319,10 @@ _MEASURED_IMAGES: tuple[tuple[Any, ...], ...] = (
     ("webp", "@0.5", 95, 80),
     ("avif", "@0.5", 90, 70),
 )
+
+
+def _is_image(dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    return dtype == torch.uint8 and pictures.shows(shape)
 
 
 def _in_memory(dim: int, order: Sequence[int] | None) -> int:

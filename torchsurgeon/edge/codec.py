@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from torchsurgeon.codec import packings, zstd
+from torchsurgeon.codec import packings, pictures, zstd
 from torchsurgeon.codec.packings import BITS, DAMAGED, HALVES, LEVELS, NARROWEST, WIDEST, blurs, channel_dim
 from torchsurgeon.errors import CodecError, short
 
@@ -20,7 +20,12 @@ _MOST_HALF = 65504.0
 _MOST_BFLOAT16 = float(np.array(0x7F7F0000, np.uint32).view(np.float32))
 
 NAMES = ("raw", "zstd", *(name + behind for name in packings.PACKINGS for behind in ("", "+zstd")))
-"""The codecs that a device without PyTorch has."""
+"""The codecs that a device without PyTorch has, besides those for pictures."""
+
+
+def has(name: str) -> bool:
+    """Return whether a device without PyTorch has a codec; one for pictures, where Pillow is installed there."""
+    return name in NAMES or pictures.parse(name) is not None
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,13 @@ class ArrayCodec:
         name: the name under which both sides know it.
         packing: how values are stored in fewer bits; None where they are not.
         zstd: whether the bytes are compressed.
+        picture: how images are written as pictures; None where they are not.
     """
 
     name: str
     packing: str | None
     zstd: bool
+    picture: pictures.Kind | None = None
 
     def encode(self, array: Array) -> tuple[str, memoryview]:
         """Return the codec that decodes an array's bytes, and these bytes.
@@ -45,6 +52,11 @@ class ArrayCodec:
         Args:
             array: an array in row-major order.
         """
+        if self.picture is not None and _is_image(array.dtype, array.shape):
+            _, kind, quality, percent = self.picture
+            written = pictures.encode(kind, quality, percent, array)
+            if len(written) < array.nbytes:
+                return self.name, memoryview(written)
         packing, packed = None, None
         if self.packing is not None and array.size and _packs(self.packing, array.dtype):
             packing = packings.usual(self.packing, array.shape)
@@ -78,6 +90,13 @@ class ArrayCodec:
             0 in shape or not _packs(packing, dtype) or packings.usual(packing, shape) != packing
         ):
             raise CodecError(f"{self.name} does not encode {dtype} of shape {list(shape)}; encode it as raw or zstd")
+        if self.picture is not None:
+            if not _is_image(dtype, shape):
+                raise CodecError(
+                    f"{self.name} does not encode {dtype} of shape {list(shape)}; encode it as raw or zstd"
+                )
+            shown = pictures.decode(self.picture.format, self.picture.percent, data, shape)
+            return np.ascontiguousarray(shown if order is None else shown.transpose(order))
         stored = size if packing is None else packings.packed_bytes(packing, shape)
         if self.zstd:
             data = memoryview(zstd.decompress(data, stored))
@@ -101,15 +120,27 @@ def find_codec(name: str) -> ArrayCodec:
         CodecError: there is no such codec on a device without PyTorch, or its package is missing.
     """
     base, plus, _ = name.partition("+")
+    picture = pictures.parse(name)
+    if picture is not None:
+        if not pictures.available(picture.format):
+            raise CodecError(
+                f"the codec {name} needs Pillow{', 11.3 or newer' if picture.format == 'avif' else ''}: pip install "
+                "pillow, or give another codec as codec="
+            )
+        return ArrayCodec(picture.name, None, False, picture)
     if name not in NAMES:
         raise CodecError(
-            f"a device without PyTorch has the codecs {', '.join(NAMES)}; got {short(name, 60)}; pictures and fitted "
-            "codecs need torchsurgeon itself"
+            f"a device without PyTorch has the codecs {', '.join(NAMES)}, and for pictures "
+            f"{', '.join(pictures.FORMATS)}; got {short(name, 60)}; fitted codecs need torchsurgeon itself"
         )
     compressed = bool(plus) or name == "zstd"
     if compressed and importlib.util.find_spec("zstandard") is None:
         raise CodecError(f"the codec {name} needs the package zstandard: pip install zstandard")
     return ArrayCodec(name, base if base in packings.PACKINGS else None, compressed)
+
+
+def _is_image(dtype: np.dtype[Any], shape: Sequence[int]) -> bool:
+    return dtype == np.uint8 and pictures.shows(shape)
 
 
 def pack(packing: str, array: Array) -> Array | None:

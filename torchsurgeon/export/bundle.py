@@ -25,7 +25,7 @@ from torchsurgeon.edge.bundle import (
     read,
     to_json,
 )
-from torchsurgeon.edge.codec import NAMES
+from torchsurgeon.edge.codec import has
 from torchsurgeon.errors import BundleError, short
 from torchsurgeon.export.parts import array_specs, write_part
 from torchsurgeon.link.rates import PRESETS
@@ -178,7 +178,7 @@ def _costs(
     for row in known:
         if not row.on_device and (row.index, row.layers) not in wanted:
             continue
-        if row.student or row.codec not in NAMES:
+        if row.student or not has(row.codec):
             left_out[row.codec] = None
         else:
             rows.append(row)

@@ -1,4 +1,4 @@
-"""``uint8`` images encoded as JPEG, WebP, AVIF or PNG with Pillow, at their own size or at a smaller one.
+"""Arrays of ``uint8`` images encoded as JPEG, WebP, AVIF or PNG with Pillow, at their own size or at a smaller one.
 
 A batch is encoded as one picture after the other, each preceded by its length in bytes (four bytes, little endian).
 A picture of a smaller size is scaled down before it is encoded and up again behind its decoder, so the model gets
@@ -11,12 +11,12 @@ import functools
 import importlib.util
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from torchsurgeon.codec import avif
 from torchsurgeon.errors import CodecError, short
@@ -63,31 +63,65 @@ def available(kind: str) -> bool:
     return pillow not in ("webp", "avif") or bool(features.check(pillow))
 
 
-def is_image(dtype: torch.dtype, shape: Sequence[int]) -> bool:
-    """Return whether a tensor can be encoded as pictures: ``uint8``, (C, H, W) or (N, C, H, W) with C of 1 or 3."""
-    if dtype != torch.uint8 or len(shape) not in (3, 4) or shape[-3] not in (1, 3) or shape[0] == 0:
+class Kind(NamedTuple):
+    """What the name of a picture codec says.
+
+    Attributes:
+        name: the codec's name, the same for all ways to write it.
+        format: a key of ``FORMATS``.
+        quality: from 1 to 100; None for a format without.
+        percent: the pictures' width and height, in percent of the images'.
+    """
+
+    name: str
+    format: str
+    quality: int | None
+    percent: int
+
+
+# A format, perhaps a quality, and perhaps a scale of one or two decimals.
+_NAME = re.compile(r"(?P<kind>webp-lossless|[a-z0-9]+)(-(?P<quality>[0-9]{1,3}))?(@0\.(?P<scale>[0-9]{1,2}))?")
+
+
+def parse(name: str) -> Kind | None:
+    """Return what the name of a picture codec says, such as ``jpeg-90`` or ``webp-80@0.5``; None for other names."""
+    found = _NAME.fullmatch(name)
+    if found is None or found["kind"] not in FORMATS:
+        return None
+    kind, usual = found["kind"], FORMATS[found["kind"]].quality
+    quality = usual if found["quality"] is None else int(found["quality"])
+    percent = 100 if found["scale"] is None else int(found["scale"].ljust(2, "0"))
+    if not percent or (quality is not None and (usual is None or not 1 <= quality <= 100)):
+        return None
+    full = (kind if quality is None else f"{kind}-{quality}") + ("" if percent == 100 else f"@{percent / 100:g}")
+    return Kind(full, kind, quality, percent)
+
+
+def shows(shape: Sequence[int]) -> bool:
+    """Return whether ``uint8`` values of a shape are pictures: (C, H, W) or (N, C, H, W) with C of 1 or 3."""
+    if len(shape) not in (3, 4) or shape[-3] not in (1, 3) or shape[0] == 0:
         return False
     return all(1 <= side <= _MAX_SIDE for side in shape[-2:]) and math.prod(shape[-2:]) <= _MAX_PIXELS
 
 
-def encode(kind: str, quality: int | None, percent: int, tensor: Tensor) -> bytes:
-    """Return an image tensor (C, H, W) or (N, C, H, W) as pictures.
+def encode(kind: str, quality: int | None, percent: int, images: NDArray[numpy.uint8]) -> bytes:
+    """Return images (C, H, W) or (N, C, H, W) as pictures.
 
     Args:
         kind: the format, a key of ``FORMATS``.
         quality: from 1 to 100; None for a format without.
         percent: the pictures' width and height, in percent of the images'.
-        tensor: the images, ``uint8``.
+        images: the images.
     """
     from PIL import Image
 
     written_as = FORMATS[kind]
     options = {**written_as.options} if quality is None else {**written_as.options, "quality": quality}
-    height, width = (_scaled(side, percent) for side in tensor.shape[-2:])
+    height, width = (_scaled(side, percent) for side in images.shape[-2:])
     pictures = []
-    for pixels in tensor.detach().cpu().reshape(-1, *tensor.shape[-3:]):
-        array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
-        image = Image.fromarray(array.contiguous().numpy())
+    for pixels in images.reshape(-1, *images.shape[-3:]):
+        array = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+        image = Image.fromarray(numpy.ascontiguousarray(array))
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS)
         written = io.BytesIO()
@@ -96,8 +130,8 @@ def encode(kind: str, quality: int | None, percent: int, tensor: Tensor) -> byte
     return b"".join(part for one in pictures for part in (len(one).to_bytes(_LENGTH_BYTES, "little"), one))
 
 
-def decode(kind: str, percent: int, data: memoryview, shape: Sequence[int]) -> Tensor:
-    """Return the ``uint8`` tensor that ``encode()`` made pictures of.
+def decode(kind: str, percent: int, data: memoryview, shape: Sequence[int]) -> NDArray[numpy.uint8]:
+    """Return the images that ``encode()`` made pictures of.
 
     A picture is decompressed only after its size was compared with the shape.
 
@@ -105,23 +139,23 @@ def decode(kind: str, percent: int, data: memoryview, shape: Sequence[int]) -> T
         kind: the format.
         percent: the pictures' width and height, in percent of the images'.
         data: the pictures.
-        shape: the tensor's shape.
+        shape: the images' shape.
 
     Raises:
         CodecError: the pictures are damaged, or their size, format or number is not that of the shape.
     """
     *_, channels, height, width = shape
-    result = torch.empty((math.prod(shape[:-3]), height, width, channels), dtype=torch.uint8)
+    result = numpy.empty((math.prod(shape[:-3]), height, width, channels), numpy.uint8)
     offset = 0
     for pixels in result:
         length = int.from_bytes(data[offset : offset + _LENGTH_BYTES], "little")
         offset += _LENGTH_BYTES
         image = _picture(kind, bytes(data[offset : offset + length]), channels, percent, height, width)
-        pixels.numpy()[:] = image.reshape(height, width, channels)
+        pixels[:] = image.reshape(height, width, channels)
         offset += length
     if offset != len(data):
         raise CodecError(f"its {kind} pictures end after {offset} bytes; got {len(data)} bytes")
-    return result.permute(0, 3, 1, 2).reshape(tuple(shape))
+    return result.transpose(0, 3, 1, 2).reshape(tuple(shape))
 
 
 def _scaled(side: int, percent: int) -> int:
