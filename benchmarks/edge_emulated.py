@@ -63,11 +63,11 @@ from torchsurgeon import edge
 from torchsurgeon.edge.codec import NAMES, find_codec
 
 x, answers = np.load(given), {}
-for partition in ("device", "server", int(point)):
+for where, partition in (("device", "device"), ("server", "server"), ("split", int(point))):
     for codec in ("raw",) if partition == "device" else ("raw", sys.argv[0]):
         with edge.open(folder, url, name="net", partition=partition, codec=codec, timeout_s=300, threads=1,
                        **({} if partition == "device" else {"fallback": "error"})) as model:
-            answers[f"{partition} {codec}"] = model(x)
+            answers[f"{where} {codec}"] = model(x)
             assert (model.last.server is None) == (partition == "device") and not model.last.degraded, model.last
 np.savez(out, **answers)
 encoded = {}
@@ -105,11 +105,11 @@ def section(found: dict[str, Any]) -> str:
     """Return what was found for the page, as Markdown."""
     told = found["rows"][0]["told"]
     ways = list(found["rows"][0]["deviation"])
-    columns = ["network, head up to", *(_WORDS[way] for way in map(_kind, ways)), "encoded bytes as by PyTorch"]
+    columns = ["network, head up to", *(_WORDS[way] for way in ways), "encoded bytes as by PyTorch"]
     rows = [
         [
             f"{row['network']}, {row['point']}",
-            *(f"{row['deviation'][way]:.1e}" for way in row["deviation"]),
+            *(f"{row['deviation'][way]:.1e}" for way in ways),
             f"{sum(row['same_bytes'].values())} of {len(row['same_bytes'])} codecs",
         ]
         for row in found["rows"]
@@ -131,14 +131,9 @@ _WORDS = {
     "device raw": "all on the device",
     "server raw": "all on the server",
     f"server {_CODEC}": f"all on the server, `{_CODEC}`",
-    "point raw": "split",
-    f"point {_CODEC}": f"split, `{_CODEC}`",
+    "split raw": "split",
+    f"split {_CODEC}": f"split, `{_CODEC}`",
 }
-
-
-def _kind(way: str) -> str:
-    where, codec = way.split(" ")
-    return f"{where if where in ('device', 'server') else 'point'} {codec}"
 
 
 def system(root: Path) -> Path:

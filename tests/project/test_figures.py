@@ -13,12 +13,14 @@ from paths import ROOT
 from benchmarks import (
     backend_accuracy,
     backend_answers,
+    backend_prediction,
     backend_profiles,
     backends,
     codec_kinds,
     codec_rates,
     csv_import,
     edge,
+    edge_emulated,
     front_page,
     hostile_bytes,
     hostile_requests,
@@ -50,6 +52,23 @@ def test_errors_of_predictions_are_those_of_their_file() -> None:
     shown = prediction_page.PAGE.read_text().partition(prediction_page.BEGIN)[2].partition(prediction_page.END)[0]
     assert shown == f"\n\n{prediction_page.section(runs)}\n\n"
     assert len(runs) == 3
+
+
+def test_a_device_on_arm_is_the_one_of_its_file_and_encodes_the_same_bytes() -> None:
+    results = result_file.known(edge_emulated.OUT)
+    shown = result_file.shown(edge_emulated.PAGE, edge_emulated.BEGIN, edge_emulated.END)
+    assert shown == edge_emulated.section(results)
+    for row in results["rows"]:
+        assert all(row["same_bytes"].values())
+        assert row["told"]["machine"] == "aarch64"
+        assert max(row["deviation"][f"{where} raw"] for where in ("device", "server", "split")) < 1e-5
+    assert results["installed_bytes"] <= 200e6
+
+
+def test_predictions_of_backends_are_those_of_their_file() -> None:
+    results = result_file.known(backend_prediction.OUT)
+    shown = result_file.shown(backend_prediction.PAGE, backend_prediction.BEGIN, backend_prediction.END)
+    assert shown == backend_prediction.table(results) + "\n"
 
 
 def test_profiles_of_backends_are_those_of_their_file() -> None:
