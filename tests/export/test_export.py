@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from bundles import flat_profile
-from classifier import EXAMPLE, GRAPH, truth
+from classifier import EXAMPLE, GRAPH, serve, truth
 from torch import Tensor, nn
 
 import torchsurgeon as ts
 from torchsurgeon import cli, edge
+from torchsurgeon.accuracy import Budget
+from torchsurgeon.backends import Backend, find_backend
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
 from torchsurgeon.export import best_points, export_bundle, export_openvino, export_triton
 
@@ -89,6 +92,52 @@ def test_codecs_that_a_device_without_pytorch_does_not_have_are_left_out(tmp_pat
     }
     with edge.open(tmp_path / "bundle") as model:
         assert np.allclose(model(EXAMPLE.numpy()), truth(EXAMPLE).numpy(), atol=1e-4)
+
+
+def _int8(**limits: Any) -> Backend:
+    generator = torch.Generator().manual_seed(2)
+    sample = [torch.rand(EXAMPLE.shape, generator=generator) for _ in range(60)]
+    return find_backend("onnxruntime:int8", sample=sample, budget=Budget(**limits))
+
+
+def test_parts_in_whole_numbers_keep_their_budget_and_are_small(tmp_path: Path) -> None:
+    floats = export_bundle(GRAPH, tmp_path / "floats", points=["act"], **COSTS)
+    written = export_bundle(GRAPH, tmp_path / "int8", points=["act"], backend=_int8(min_cosine=0.95), **COSTS)
+    assert written.in_floats == ()
+    assert floats.in_floats == ()
+    for file in ("whole.onnx", "heads/3.onnx"):
+        operators = {node.op_type for node in onnx.load(tmp_path / "int8" / file).graph.node}
+        assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+        assert not (tmp_path / "int8" / f"{file}.data").exists()
+    with edge.open(tmp_path / "int8") as model:
+        for batch in (1, 3):
+            x = torch.rand(batch, *EXAMPLE.shape[1:])
+            found, wanted = model(x.numpy()), truth(x).numpy()
+            assert not np.allclose(found, wanted, atol=1e-5)
+            assert np.allclose(found, wanted, atol=0.1 * np.abs(wanted).max())
+    with serve() as server, edge.open(tmp_path / "int8", server.url, partition="act", fallback="error") as model:
+        found = model(EXAMPLE.numpy())
+        assert not np.allclose(found, truth(EXAMPLE).numpy(), atol=1e-5)
+        assert np.allclose(found, truth(EXAMPLE).numpy(), atol=0.1 * np.abs(truth(EXAMPLE).numpy()).max())
+
+
+def test_parts_that_break_the_budget_in_whole_numbers_stay_in_floats(tmp_path: Path) -> None:
+    written = export_bundle(GRAPH, tmp_path / "bundle", points=["act"], backend=_int8(min_cosine=1.0), **COSTS)
+    head, whole = written.in_floats
+    assert head.startswith("the head up to act: between 'x' and 'act' it changes more answers than the accuracy budget")
+    assert whole.startswith("the whole model: ")
+    with edge.open(tmp_path / "bundle") as model:
+        assert np.allclose(model(EXAMPLE.numpy()), truth(EXAMPLE).numpy(), atol=1e-4)
+
+
+def test_a_bundle_takes_no_other_backend(tmp_path: Path) -> None:
+    with pytest.raises(ts.BackendError, match="run by onnxruntime or onnxruntime:int8; got openvino"):
+        export_bundle(GRAPH, tmp_path / "bundle", points=["act"], backend="openvino", **COSTS)
+    with pytest.raises(ts.BackendError, match="missing: sample and budget"):
+        export_bundle(GRAPH, tmp_path / "bundle", points=["act"], backend="onnxruntime:int8", **COSTS)
+    with pytest.raises(ts.SampleSizeError, match="299 calls are needed"):
+        export_bundle(GRAPH, tmp_path / "bundle", points=["act"], backend=_int8(max_top1_change=0.01), **COSTS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_best_points_are_those_of_links_that_have_names() -> None:
@@ -214,7 +263,10 @@ def test_the_command_writes_a_bundle_and_tails(tmp_path: Path, capsys: pytest.Ca
         ([], "give --out DIR, --triton DIR or --ovms DIR"),
         (["--triton", "x"], "give --point POINT"),
         (["--points", "1", "2", "--ovms", "x"], "give --point POINT"),
-        (["--out", "x", "--backend", "openvino"], "run by onnxruntime; got --backend openvino"),
+        (["--out", "x", "--backend", "openvino"], "run by onnxruntime or onnxruntime:int8; got --backend openvino"),
+        (["--out", "x", "--backend", "onnxruntime:int8"], "missing: sample and budget"),
+        (["--out", "x", "--backend-sample", "none"], "--backend-sample must be a folder of images; there is no folder"),
+        (["--out", "x", "--backend-limits", "min-cos=1"], "did you mean min-cosine?"),
         (["--out", "x", "--points", "nowhere"], "nowhere"),
     ],
 )

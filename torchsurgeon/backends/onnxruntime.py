@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,12 +82,30 @@ class OnnxRuntime(Backend):
         """Export the part to ONNX, and load it into a session."""
         with tempfile.TemporaryDirectory(prefix="torchsurgeon-") as folder:
             path = Path(folder) / "part.onnx"
-            write_onnx(part, example, path, free_batch=free_batch, one_file=self.calibrates)
-            if self.calibrates:
-                assert self.judge is not None
-                path = quantized(path, part, example, self.judge.calibrating(part))
+            self.write(part, example, path, free_batch=free_batch)
             session = open_session(path, self._providers)
         return _runs(session, part)
+
+    def write(self, part: Part, example: Sequence[Tensor], path: Path, *, free_batch: bool) -> None:
+        """Write the part as the ONNX model that a session of this backend runs.
+
+        Args:
+            part: the part.
+            example: its tensors, numbers included.
+            path: the file; weights in floats stand in another beside it.
+            free_batch: whether the model takes any batch size.
+
+        Raises:
+            BackendError: a layer cannot be exported, which the message names, or the part cannot be quantized.
+        """
+        if not self.calibrates:
+            write_onnx(part, example, path, free_batch=free_batch)
+            return
+        assert self.judge is not None
+        with tempfile.TemporaryDirectory(prefix="torchsurgeon-") as folder:
+            floats = Path(folder) / "part.onnx"
+            write_onnx(part, example, floats, free_batch=free_batch, one_file=True)
+            shutil.move(quantized(floats, part, example, self.judge.calibrating(part)), path)
 
     def load_onnx(self, model: bytes, part: Part) -> Run | None:
         """Load a part into a session; None for whole numbers, for which ``build()`` calibrates each part."""

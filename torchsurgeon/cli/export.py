@@ -12,6 +12,7 @@ from torchsurgeon.cli.arguments import (
     command,
     file_argument,
     index_or_name,
+    judged_by,
     model_arguments,
     traced,
     weights_argument,
@@ -21,6 +22,7 @@ from torchsurgeon.cli.screen import loading, warn
 from torchsurgeon.errors import NoisyProfileWarning, PredictionWarning, TorchSurgeonError, short
 
 if TYPE_CHECKING:
+    from torchsurgeon.backends import Backend
     from torchsurgeon.cli.arguments import Commands
     from torchsurgeon.profiling import LayerProfile
     from torchsurgeon.tracing import LayerGraph
@@ -35,6 +37,8 @@ def add_export(commands: Commands) -> None:
         "Write heads for a device without PyTorch, or a tail for another inference server.",
         "torchvision:mobilenet_v3_large --points features.3.add features.8.add --out bundle --name mobile",
         "torchvision:resnet50 --device pi.json --server k40-gpu --out bundle",
+        "torchvision:resnet50 --backend onnxruntime:int8 --backend-sample photos --backend-limits min-cosine=0.99 "
+        "--out bundle",
         "torchvision:resnet50 --point layer3.5.relu_2 --triton repository --name resnet_tail",
     )
     model_arguments(parser)
@@ -54,7 +58,19 @@ def add_export(commands: Commands) -> None:
     backend = parser.add_argument(
         "--backend", default="onnxruntime", help="what runs the heads on the device (default: %(default)s)"
     )
-    completed(backend, one_of(("onnxruntime",)))
+    completed(backend, one_of(("onnxruntime", "onnxruntime:int8")))
+    parser.add_argument(
+        "--backend-sample",
+        type=Path,
+        metavar="DIR",
+        help="a folder of your own images, which calibrates and judges --backend onnxruntime:int8 (default: none)",
+    )
+    parser.add_argument(
+        "--backend-limits",
+        metavar="LIMITS",
+        help="how much the answers may change on --backend-sample, such as max-top1-change=0.01,min-cosine=0.99; a "
+        "part that changes more is written in float32 (default: none)",
+    )
     for side in ("device", "server"):
         where = parser.add_argument(
             f"--{side}",
@@ -92,21 +108,25 @@ def _export(options: argparse.Namespace) -> None:
     tails = options.triton is not None or options.ovms is not None
     if tails and len(options.points or ()) != 1:
         raise TorchSurgeonError("--triton and --ovms write the tail behind one point; give --point POINT")
-    if options.backend != "onnxruntime":
+    if options.backend not in ("onnxruntime", "onnxruntime:int8"):
         raise TorchSurgeonError(
-            f"a bundle's heads are run by onnxruntime; got --backend {short(options.backend, 60, quote=False)}"
+            "a bundle's heads are run by onnxruntime or onnxruntime:int8; got --backend "
+            f"{short(options.backend, 60, quote=False)}"
         )
     with loading():
+        from torchsurgeon.backends import find_backend
         from torchsurgeon.codec import CodecTable
         from torchsurgeon.export import best_points, export_bundle, export_openvino, export_triton
         from torchsurgeon.models.specs import short_name
 
+    judged = judged_by(options.backend_sample, options.backend_limits, "--backend-")
+    backend = find_backend(options.backend, **judged)
     codecs = None if options.codecs is None else CodecTable.load(options.codecs)
     name = options.name or short_name(options.spec)
     graph = traced(options, weights=options.weights)
     if options.out is not None:
         server = _costs(graph, options.server)
-        device = _costs(graph, options.device, eager=server if options.server is None else None, backend="onnxruntime")
+        device = _costs(graph, options.device, eager=server if options.server is None else None, backend=backend)
         points = options.points or best_points(graph, device, server)
         written = export_bundle(
             graph,
@@ -117,18 +137,21 @@ def _export(options: argparse.Namespace) -> None:
             codecs=codecs,
             name=name,
             whole=options.whole,
+            backend=backend,
         )
         named = ", ".join(point.name for point in written.points)
         print(f"{options.out}: {written.size_bytes / 1e6:.1f} MB, heads up to {short(named, 300, quote=False)}")
         if written.left_out:
             warn(f"left out, since a device without PyTorch does not have these codecs: {', '.join(written.left_out)}")
+        for part in written.in_floats:
+            warn(f"in float32 is {part}")
     for write, folder in ((export_triton, options.triton), (export_openvino, options.ovms)):
         if folder is not None:
             print(f"written to {write(graph, folder, point=options.points[0], name=name)}")
 
 
 def _costs(
-    graph: LayerGraph, where: str | None, *, eager: LayerProfile | None = None, backend: str = "eager"
+    graph: LayerGraph, where: str | None, *, eager: LayerProfile | None = None, backend: str | Backend = "eager"
 ) -> LayerProfile:
     """Return what a model costs on one side: as a file says, or measured here.
 

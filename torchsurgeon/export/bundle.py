@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from torchsurgeon import __version__, _json_file
+from torchsurgeon.backends import Backend, find_backend
+from torchsurgeon.backends.onnxruntime import OnnxRuntime
 from torchsurgeon.backends.part import Part
 from torchsurgeon.codec import CodecTable
 from torchsurgeon.edge.bundle import (
@@ -26,7 +28,7 @@ from torchsurgeon.edge.bundle import (
     to_json,
 )
 from torchsurgeon.edge.codec import has
-from torchsurgeon.errors import BundleError, short
+from torchsurgeon.errors import BackendError, BundleError, short
 from torchsurgeon.export.parts import array_specs, write_part
 from torchsurgeon.link.rates import PRESETS
 from torchsurgeon.models.weights import weight_digests
@@ -39,6 +41,9 @@ from torchsurgeon.runtime.handshake import fingerprint_of
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 
+BACKENDS = ("onnxruntime", "onnxruntime:int8")
+"""The names of what runs a bundle's parts on a device."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
@@ -49,12 +54,15 @@ class Exported:
         points: the points at which it can cut the model.
         size_bytes: bytes of all its files.
         left_out: the codecs that were measured, but that a device without PyTorch does not have.
+        in_floats: what is in the bundle in float32, although whole numbers were asked for, since these do not keep the
+            budget there: the points of heads, or the whole model, each with what was measured.
     """
 
     folder: Path
     points: tuple[PartitionPoint, ...]
     size_bytes: int
     left_out: tuple[str, ...]
+    in_floats: tuple[str, ...] = ()
 
 
 def best_points(graph: LayerGraph, device: LayerProfile, server: LayerProfile) -> list[PartitionPoint]:
@@ -82,6 +90,7 @@ def export_bundle(
     name: str = "net",
     whole: bool = True,
     inputs: Sequence[Tensor] | None = None,
+    backend: str | Backend = "onnxruntime",
 ) -> Exported:
     """Write a bundle, which ``torchsurgeon.edge.open()`` opens on a device without PyTorch.
 
@@ -95,13 +104,18 @@ def export_bundle(
         name: the name under which servers have the model.
         whole: whether the whole model belongs to it, so that the device can answer alone.
         inputs: the model's input tensors, with which every part is compared with the model; by default random ones.
+        backend: what runs the parts on the device: ``"onnxruntime"``, or ``find_backend("onnxruntime:int8", sample=…,
+            budget=…)`` for whole numbers of 8 bits. A part that does not keep the budget in these stays in float32.
 
     Raises:
         BundleError: the folder holds something else, or there are no points.
-        BackendError: a layer cannot be exported to ONNX, which the message names.
+        BackendError: a layer cannot be exported to ONNX, which the message names; or the backend is another one, or
+            lacks a sample and a budget.
+        CodecError: the backend's sample does not fit the model, or is too small for its budget.
         PartitionError: the graph has no such point.
     """
-    folder = Path(folder)
+    folder, runs = Path(folder), _backend(backend)
+    runs.check(graph)
     chosen = list(dict.fromkeys(graph.point(point) for point in points))
     chosen = [point for point in chosen if point.index != len(graph.layers)]
     if not chosen:
@@ -119,16 +133,25 @@ def export_bundle(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         made = Path(temporary) / "bundle"
         made.mkdir()
-        listed = []
+        listed, in_floats = [], []
+
+        def write(part: Part, file: str, what: str) -> OnnxPart:
+            try:
+                return OnnxPart(file, write_part(part, example, made / file, runs))
+            except BackendError as error:
+                if runs.judge is None or error.layer is not None:
+                    raise
+                in_floats.append(f"{what}: {error}")
+                return OnnxPart(file, write_part(part, example, made / file))
+
         for point in chosen:
             part = Part.head(graph, point)
             tensors = array_specs(point.tensors, part.output_names)
             head = None
             if point.index:
-                file = f"heads/{point.index}.onnx"
-                head = OnnxPart(file, write_part(part, example, made / file))
+                head = write(part, f"heads/{point.index}.onnx", f"the head up to {point.name}")
             listed.append(BundlePoint(point.index, point.name, point.layers, tuple(tensors), head))
-        alone = OnnxPart("whole.onnx", write_part(every, example, made / "whole.onnx")) if whole else None
+        alone = write(every, "whole.onnx", "the whole model") if whole else None
         costs, left_out = _costs(graph, chosen, device, server, codecs)
         _json_file.write(made / FRONTIER, costs.to_json(), BundleError)
         fingerprint = fingerprint_of(graph, weight_digests(graph.model, graph.reading))
@@ -157,7 +180,14 @@ def export_bundle(
         read(made)
         os.replace(made, folder)
     size = sum(file["size_bytes"] for file in files.values())
-    return Exported(folder, tuple(chosen), size, left_out)
+    return Exported(folder, tuple(chosen), size, left_out, tuple(in_floats))
+
+
+def _backend(wanted: str | Backend) -> OnnxRuntime:
+    found = find_backend(wanted)
+    if not isinstance(found, OnnxRuntime) or found.name not in BACKENDS:
+        raise BackendError(f"a bundle's parts are run by {' or '.join(BACKENDS)}; got {found.name}")
+    return found
 
 
 def _costs(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends.arrays import as_array, as_tensors
 from torchsurgeon.backends.built import check, first_line
-from torchsurgeon.backends.onnxruntime import OnnxRuntime, open_session, write_onnx
+from torchsurgeon.backends.onnxruntime import OnnxRuntime, open_session
 from torchsurgeon.backends.part import Part
 from torchsurgeon.edge.bundle import DATATYPES, ArraySpec
 from torchsurgeon.errors import BackendError, short
@@ -20,22 +20,35 @@ from torchsurgeon.tracing.specs import TensorSpec
 from torchsurgeon.wire.tensors import datatype_of
 
 
-def write_part(part: Part, tensors: Sequence[Tensor], path: Path) -> bool:
+def write_part(part: Part, tensors: Sequence[Tensor], path: Path, backend: OnnxRuntime | None = None) -> bool:
     """Write a part, run it by ONNX Runtime, and compare that with the part itself.
 
     Args:
         part: the part.
         tensors: its tensors, numbers included.
-        path: the file; its weights stand in another beside it.
+        path: the file; its weights stand in another beside it, or in whole numbers in itself.
+        backend: ONNX Runtime in floats or in whole numbers; in floats by default.
 
     Returns:
         Whether it takes any batch size; if not, only that of ``tensors``.
 
     Raises:
         BackendError: a layer cannot be exported, which the message names; ONNX Runtime does not take the part, or its
-            results deviate.
+            results deviate, or change more answers than its budget allows.
     """
-    backend = OnnxRuntime()
+    backend = backend or OnnxRuntime()
+    free_batch = _write_checked(part, tensors, path, backend)
+    if backend.judge is not None:
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                backend.judge.judge(part, _runs(part, path), tensors)
+        except BaseException:
+            _remove(path)
+            raise
+    return free_batch
+
+
+def _write_checked(part: Part, tensors: Sequence[Tensor], path: Path, backend: OnnxRuntime) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(False), torch.no_grad():
         tensors = [tensor.detach().clone() for tensor in tensors]
@@ -44,7 +57,7 @@ def write_part(part: Part, tensors: Sequence[Tensor], path: Path) -> bool:
             # An exporter takes a batch of one for a size that is always one, so it is given another.
             more = part.with_another_sample(tensors)
             try:
-                write_onnx(part, more, path, free_batch=True)
+                backend.write(part, more, path, free_batch=True)
                 run = _runs(part, path)
                 check(part, backend, run, more, part.segment(*more))
                 check(part, backend, run, tensors, expected)
@@ -54,7 +67,7 @@ def write_part(part: Part, tensors: Sequence[Tensor], path: Path) -> bool:
                     raise
                 _remove(path)
         try:
-            write_onnx(part, tensors, path, free_batch=False)
+            backend.write(part, tensors, path, free_batch=False)
             check(part, backend, _runs(part, path), tensors, expected)
             return False
         except BackendError:
