@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from serving import serving
 
 import torchsurgeon as ts
 from torchsurgeon import edge
+from torchsurgeon.edge.bundle import digest_of
 from torchsurgeon.edge.codec import NAMES, find_codec
 from torchsurgeon.edge.model import EdgeModel
 from torchsurgeon.export import export_bundle
@@ -384,6 +387,21 @@ def test_no_pytorch_is_imported(bundle: Path, server: Server, tmp_path: Path) ->
     expected = truth(EXAMPLE).numpy()[0]
     assert np.allclose(split, expected, atol=0.05)
     assert np.allclose(alone, expected, atol=1e-4)
+
+
+def test_a_part_of_a_newer_opset_than_onnx_runtime_has_says_what_to_install(bundle: Path, tmp_path: Path) -> None:
+    import onnx
+
+    folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    whole = onnx.load(str(folder / "whole.onnx"), load_external_data=False)
+    whole.opset_import[0].version = 99
+    onnx.save(whole, str(folder / "whole.onnx"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    size, digest = (folder / "whole.onnx").stat().st_size, digest_of(folder / "whole.onnx")
+    manifest["files"]["whole.onnx"] = {"size_bytes": size, "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ts.BackendError, match=r"whole.onnx.*is older than the file: install a newer one"):
+        edge.open(folder)
 
 
 @pytest.mark.parametrize(
