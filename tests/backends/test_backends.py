@@ -355,6 +355,14 @@ def test_the_onnx_model_has_the_names_of_the_boundary_tensors(net: nn.Module, tm
     assert [spec.name for spec in tail.inputs] == names
 
 
+def test_the_onnx_model_does_not_tell_where_it_comes_from(net: nn.Module, tmp_path: Path) -> None:
+    graph = ts.trace(net, X)
+    write_onnx(Part.head(graph, graph.points[-1]), [X], tmp_path / "part.onnx", free_batch=False, one_file=True)
+    content = (tmp_path / "part.onnx").read_bytes()
+    for told in (b"stack_trace", b".py", b"fx_node", str(Path(__file__).parents[2]).encode()):
+        assert told not in content, told
+
+
 # --- what is refused ---
 
 

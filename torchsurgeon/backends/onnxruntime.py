@@ -172,6 +172,7 @@ def write_onnx(part: Part, example: Sequence[Tensor], path: Path, *, free_batch:
         raise _refusal(program, error) from error
     assert made is not None
     _name_apart(made.model.graph)
+    _strip(made.model)
     made.save(path, external_data=not one_file)
 
 
@@ -196,6 +197,21 @@ def _name_apart(graph: Any) -> None:
         for j, value in enumerate(node.outputs):
             if id(value) not in outer:
                 value.name = f"value:{i}:{j}"
+
+
+def _strip(model: Any) -> None:
+    """Remove what the exporter notes of every node: the lines of Python and the folders that it comes from.
+
+    A runtime reads none of it, keeps it in memory, and a file that is given away should not tell it.
+    """
+    graph = model.graph
+    for one in (model, graph, *graph.inputs, *graph.initializers.values()):
+        one.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.doc_string = None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 def open_session(model: Path | bytes, providers: Sequence[str]) -> Any:
