@@ -17,7 +17,7 @@ class Since:
         now_s: the clock.
     """
 
-    __slots__ = ("_last_s", "_now_s", "_passed_s")
+    __slots__ = ("_begun_s", "_now_s", "_passed_s")
 
     def __init__(self, now_s: NowS) -> None:
         self._now_s = now_s
@@ -25,13 +25,22 @@ class Since:
 
     def mark(self) -> None:
         """Start again at 0."""
-        self._last_s = self._now_s()
+        self._begun_s = self._now_s()
         self._passed_s = 0.0
 
     def passed_s(self) -> float:
         """Return the seconds since the last mark."""
-        now_s = self._now_s()
-        if now_s > self._last_s:
-            self._passed_s += now_s - self._last_s
-        self._last_s = now_s
-        return self._passed_s
+        passed_s = self._now_s() - self._begun_s
+        if passed_s < self._passed_s:
+            # The clock has stepped back. It goes on from where it was.
+            self._begun_s -= self._passed_s - passed_s
+            return self._passed_s
+        self._passed_s = passed_s
+        return passed_s
+
+    def lap_s(self) -> float:
+        """Return the seconds since the last mark, and start again at 0."""
+        passed_s = self.passed_s()
+        self._begun_s += passed_s
+        self._passed_s = 0.0
+        return passed_s

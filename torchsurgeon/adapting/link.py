@@ -105,9 +105,11 @@ class LinkEstimator:
             total_s: seconds from the first byte sent to the last byte received, measured by the device.
             server_s: seconds between the two transfers (queue, decoding and computing), measured by the server.
         """
-        parts = (total_s, down_s, server_s, up_s or 0.0)
-        left_s = total_s - down_s - server_s - (up_s or 0.0)
-        if not (all(0 <= part < math.inf for part in parts) and left_s >= -_TIMER_S and up_bytes >= 0 <= down_bytes):
+        sending_s = up_s or 0.0
+        left_s = total_s - down_s - server_s - sending_s
+        possible = 0 <= total_s < math.inf and down_s >= 0 and server_s >= 0 and sending_s >= 0
+        # No part is longer than the whole, so none is infinite, and what is left of it tells of NaN.
+        if not (possible and left_s >= -_TIMER_S and up_bytes >= 0 <= down_bytes):
             self.ignored += 1
             return
         with self._lock:
@@ -119,7 +121,7 @@ class LinkEstimator:
                 blur_s = max(_TIMER_S, trip.value * trip.spread)
                 _rate(self._uplink, up_bytes, max(left_s - trip.value, 0.0), blur_s)
                 return
-            up_bit_s = _rate(self._uplink, up_bytes, up_s or 0.0)
+            up_bit_s = _rate(self._uplink, up_bytes, sending_s)
             left_s -= (up_bytes if up_s is None else min(up_bytes, _PACKET_BYTES)) * 8 / up_bit_s
             trip_s = min(max(left_s, _LEAST_ROUND_TRIP_S), _MOST_ROUND_TRIP_S)
             self._round_trip.observe(trip_s)

@@ -80,9 +80,9 @@ class Wait:
 
     def observe(self, wait_s: float) -> None:
         """Update the mean with the wait of one request, in seconds."""
-        age_s = self._since.passed_s()
-        self._since.mark()
-        off_s = wait_s - self._faded(age_s)
+        age_s = self._since.lap_s()
+        faded_s = self._faded(age_s)
+        off_s = wait_s - faded_s
         before, self._suspect = self._suspect, None
         if before is not None and (wait_s - before.mean_s) * before.off_s > before.most_s * abs(before.off_s):
             self._start(before.mean_s + (before.off_s + wait_s - before.mean_s) / 2, self._variance, count=2)
@@ -93,7 +93,7 @@ class Wait:
             off_s = math.copysign(most_s, off_s)
         self._count += 1
         gain = max(1 / self._count, -math.expm1(-age_s / _QUEUE_MEMORY_S))
-        self._mean_s = max(self._faded(age_s) + gain * off_s, 0.0)
+        self._mean_s = max(faded_s + gain * off_s, 0.0)
         self._variance = (1 - gain) * (self._variance + gain * off_s * off_s)
 
     def _faded(self, age_s: float) -> float:

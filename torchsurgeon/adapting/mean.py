@@ -29,7 +29,7 @@ class Quantity(NamedTuple):
 
     def inverse(self) -> Quantity:
         """Return one over this quantity. What is said of logarithms stays as it is."""
-        return self._replace(value=1 / self.value)
+        return Quantity(1 / self.value, self.error, self.spread, self.age_s)
 
 
 class Mean:
@@ -93,20 +93,20 @@ class Mean:
 
     def observe(self, total: float, per: float = 1.0) -> None:
         """Take one sample into account: ``total / per``, with the weight ``per``; both are positive."""
-        age_s = self._since.passed_s()
+        age_s, noise = self._since.lap_s(), self._noise
         value, variance = self._value_after(age_s), self._variance_after(age_s)
-        self._since.mark()
         # The noise is learned from the part of the deviation that the estimate's own error does not explain. Deviations
         # count in proportion, and no more than twice as much as is usual: rare stalls are not what samples are like.
-        usual = math.sqrt(variance + self._noise * self._noise)
-        off = min(abs(math.log(total / per / value)), _LEARNED * usual) * _HALF_NORMAL
+        usual = math.sqrt(variance + noise * noise)
+        sample = total / per
+        off = min(abs(math.log(sample / value)), _LEARNED * usual) * _HALF_NORMAL
         unexplained = math.sqrt(max(off * off - variance, _LEAST_NOISE * _LEAST_NOISE))
-        self._noise += _LEARNING * (min(unexplained, _MOST_NOISE) - self._noise)
+        self._noise = noise = noise + _LEARNING * (min(unexplained, _MOST_NOISE) - noise)
         kept = self._weight / (1 + age_s / self._memory_s)
         share = max(per / (kept + per), self._least_share)
         self._weight = per / share
-        self._value = value + share * (total / per - value)
-        self._variance = (1 - share) ** 2 * variance + (share * self._noise) ** 2
+        self._value = value + share * (sample - value)
+        self._variance = (1 - share) ** 2 * variance + (share * noise) ** 2
         self._seen = True
 
     def suppose(self, value: float) -> None:
@@ -117,7 +117,7 @@ class Mean:
 
     def value(self) -> float:
         """Return the estimate now."""
-        return self._value_after(self._since.passed_s())
+        return self._value if self._rest is None else self._value_after(self._since.passed_s())
 
     def quantity(self) -> Quantity:
         """Return the estimate now, with its uncertainty, which grows between samples."""
@@ -136,4 +136,9 @@ class Mean:
         return self._rest * math.pow(self._value / self._rest, math.pow(0.5, age_s / self._half_life_s))
 
     def _variance_after(self, age_s: float) -> float:
-        return min(self._variance + self._drift * self._drift * age_s, max(self._most_variance, self._variance))
+        known, most = self._variance, self._most_variance
+        grown = known + self._drift * self._drift * age_s
+        # Without min() and max(), which would take most of this method's time. It is called several times a call.
+        if grown > most:
+            return most if most > known else known
+        return grown

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from torchsurgeon._cached import cached_property
 from torchsurgeon.codec import packings, pictures, quantize, zstd
 from torchsurgeon.codec.host import on_host
 from torchsurgeon.errors import CodecError, short
@@ -95,7 +96,7 @@ class Codec:
     percent: int = 100
     zstd: bool = False
 
-    @property
+    @cached_property
     def lossless(self) -> bool:
         """Whether decoding gives back the same bits that were encoded."""
         exact_image = self.image is None or (pictures.FORMATS[self.image].quality is None and self.percent == 100)

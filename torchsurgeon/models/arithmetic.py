@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.backends import opt_einsum
 
 from torchsurgeon.errors import short
-from torchsurgeon.models.threads import ThreadSettings
+from torchsurgeon.models.threads import ThreadSettings, flushes_denormal
 
 # Fields of /proc/cpuinfo that tell one kind of core from another: the first four on x86, the others on ARM.
 _CORE = (
@@ -150,7 +150,8 @@ class ArithmeticReader:
 
     def forget(self) -> None:
         """Look at the model's devices again: its tensors have been replaced."""
-        self._known: dict[tuple[Any, ...], Arithmetic] = {}
+        # The newest first, with what the getters returned. Comparing these takes less than hashing them.
+        self._known: tuple[tuple[list[Any], Arithmetic], ...] = ()
         self._getters: tuple[Callable[[], Any], ...] = ()
 
     def now(self) -> Arithmetic:
@@ -159,10 +160,13 @@ class ArithmeticReader:
         It is called at every inference, so it reads only what a program can change.
         """
         getters = self._getters
-        found = self._known.get((ThreadSettings.here(), *[read() for read in getters])) if getters else None
-        if found is None:
-            found = self._read_all()
-        self.last = found
+        if getters:
+            values = [torch.get_num_threads(), flushes_denormal(), *[read() for read in getters]]
+            for known, found in self._known:
+                if known == values:
+                    self.last = found
+                    return found
+        self.last = found = self._read_all()
         return found
 
     def _read_all(self) -> Arithmetic:
@@ -183,10 +187,9 @@ class ArithmeticReader:
                 **self._also,
             }
         )
-        if len(self._known) >= _MOST_KEPT:
-            self._known = {}
         self._getters = tuple(read for _, read in settings)
-        return self._known.setdefault((here, *values), found)
+        self._known = (([*here, *values], found), *self._known[: _MOST_KEPT - 1])
+        return found
 
 
 _NAMES = {
@@ -285,7 +288,6 @@ def _absent() -> None:
     return None
 
 
-_SDP_PRIORITY = _c("_get_sdp_priority_order")
 _SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (
     ("deterministic_algorithms", torch.are_deterministic_algorithms_enabled),
     ("default_dtype", torch.get_default_dtype),
@@ -301,7 +303,7 @@ _SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (
     ("sdp.mem_efficient", _c("_get_mem_efficient_sdp_enabled")),
     ("sdp.math", _c("_get_math_sdp_enabled")),
     ("sdp.math_reduction", _c("_get_math_sdp_allow_fp16_bf16_reduction")),
-    ("sdp.priority", lambda: str(_SDP_PRIORITY())),  # a list, which no dict takes as a key
+    ("sdp.priority", _c("_get_sdp_priority_order")),
     ("mha.fastpath", torch.backends.mha.get_fastpath_enabled),
 )
 _CUDA_SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (

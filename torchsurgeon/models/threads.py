@@ -37,7 +37,7 @@ class ThreadSettings(NamedTuple):
     @staticmethod
     def here() -> ThreadSettings:
         """Return the calling thread's settings. From now on they hold for every operator that it calls."""
-        return ThreadSettings(torch.get_num_threads(), _DENORMAL == 0.0)
+        return ThreadSettings(torch.get_num_threads(), flushes_denormal())
 
     def adopt(self) -> None:
         """Give the calling thread these settings. It is called before every task, so it is quick where it has them."""
@@ -48,19 +48,25 @@ class ThreadSettings(NamedTuple):
                 torch.set_num_threads(self.threads)
                 if others != self.threads:
                     _in_new_thread(lambda: torch.set_num_threads(others))
-        if (_DENORMAL == 0.0) != self.flush_denormal:
+        if flushes_denormal() != self.flush_denormal:
             torch.set_flush_denormal(self.flush_denormal)
+
+
+def flushes_denormal() -> bool:
+    """Return whether the calling thread takes numbers too small for a full mantissa for zero."""
+    return _DENORMAL == 0.0
 
 
 def without_gradients(function: Callable[[], T]) -> T:
     """Call ``function`` without gradients.
 
-    ``torch.no_grad()`` alone leaves them off for good where a signal handler raises just as it begins.
+    ``torch.no_grad()`` leaves them off for good where a signal handler raises just as it begins, and takes ten times as
+    long as what it calls.
     """
     gradients = torch.is_grad_enabled()
     try:
-        with torch.no_grad():
-            return function()
+        torch._C._set_grad_enabled(False)
+        return function()
     finally:
         torch._C._set_grad_enabled(gradients)
 

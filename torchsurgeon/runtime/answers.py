@@ -25,6 +25,10 @@ def check_answer(
     Raises:
         ProtocolError: a name, type or shape is not one that the outputs can have.
     """
+    if len(answered) == len(graph.outputs) and _as_traced(specs, boundary) and _as_traced(
+        graph.outputs, [answered.get(spec.name) for spec in graph.outputs]
+    ):
+        return
     valued = graph.sizes_vary or any(graph.value(spec.name).restore for spec in specs)
     batch = None if valued else _batch(specs, boundary)
     for spec in graph.outputs:
@@ -39,6 +43,14 @@ def check_answer(
                 f"the server answered with {tensor.dtype} {list(shape)} as {spec.name!r}, expected {spec.dtype} "
                 f"{list(wanted)}"
             )
+
+
+def _as_traced(specs: Sequence[TensorSpec], tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether tensors have the types and shapes of the example; the usual case, which is settled soonest."""
+    for spec, tensor in zip(specs, tensors, strict=True):
+        if tensor is None or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+            return False
+    return True
 
 
 def _batch(specs: Sequence[TensorSpec], boundary: Sequence[Tensor]) -> int | None:

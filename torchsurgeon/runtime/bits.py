@@ -24,7 +24,7 @@ def verdict(differences: Sequence[str], codecs: Sequence[Codec] = ()) -> tuple[s
         differences: reasons for which it is the same to rounding only.
         codecs: the codecs of what crossed.
     """
-    lossy = tuple(f"codec {codec.name}" for codec in codecs if not codec.lossless)
+    lossy = tuple([f"codec {codec.name}" for codec in codecs if not codec.lossless])
     return (LOSSY if lossy else ROUNDED if differences else SAME), (*lossy, *differences)
 
 

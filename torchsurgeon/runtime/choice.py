@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torchsurgeon._cached import cached_property
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import Decider, Decision, Estimates
 from torchsurgeon.codec import Codec, find_codec
@@ -25,6 +26,9 @@ _logger = logging.getLogger(__name__)
 
 # A battery's level moves in minutes, and reading it may be a system call or a message to another process.
 _BATTERY_S = 1.0
+# A choice stands for so long. The estimates are averages over a hundred times as long, so choosing again for each of
+# several calls within this time would only cost these calls more.
+_STANDS_S = 2e-3
 # A server that computes in no time, and the shortest tail that shows how long one computes.
 _NO_LOAD, _TIMED_TAIL_S = 1e-6, 1e-3
 
@@ -48,14 +52,14 @@ class Way:
     row: Row | None = None
     codec: Codec | None = None
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The name under which ``stats()`` counts it."""
         if self.whole:
             return "device"
         return self.point.name if self.codec is None else f"{self.point.name}, {self.codec.name}"
 
-    @property
+    @cached_property
     def student(self) -> FittedCodec | None:
         """The codec whose student computes the boundary in place of the model's own layers; None where these do."""
         return self.codec.student_at(self.point) if isinstance(self.codec, RatedCodec) else None
@@ -195,12 +199,13 @@ class Adaptive:
         self.goal = goal
         self._least_gain, self._on_change = least_gain, on_change
         self.decider = self._new_decider()
+        self._standing: tuple[Way, Decision[Row]] | None = None
 
     def toward(self, goal: Goal) -> Adaptive:
         """Return a choice among the same rows for another goal, with a history of its own."""
         other = copy.copy(self)
         other.goal = goal
-        other.decider = other._new_decider()
+        other.decider, other._standing = other._new_decider(), None
         return other
 
     def _new_decider(self) -> Decider[Row]:
@@ -214,7 +219,19 @@ class Adaptive:
     def decide(self, estimates: Estimates) -> tuple[Way, Decision[Row]]:
         """Choose the way to run one call."""
         decision = self.decider.decide(estimates)
-        return self.ways[id(decision.row)], decision
+        self._standing = self.ways[id(decision.row)], decision
+        return self._standing
+
+    def standing(self, scale: float) -> tuple[Way, Decision[Row]] | None:
+        """Return the last choice if it is so new that nothing can have changed since; otherwise None.
+
+        Args:
+            scale: the call's bytes over the example's; the choice was made for calls of the same size.
+        """
+        made = self._standing
+        if made is None or made[1].estimates.scale != scale or not 0 <= time.monotonic() - made[1].time_s < _STANDS_S:
+            return None
+        return made
 
     def least_cost(self, estimates: Estimates) -> float:
         """Return what the best row costs now; servers are compared by it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -193,9 +194,11 @@ class DeviceRunner:
         # Until its backend has built it, the model runs slower than predicted, which says nothing of the device.
         if known_s is not None and uncut is None and self._times.built(self._whole):
             self._times.record_duration(end_s - decided_s, known_s * work.scale())
-        inference = Inference(
+        total_s = end_s - begun_s
+        inference = functools.partial(
+            Inference,
             partition=self._whole.point,
-            total_s=end_s - begun_s,
+            total_s=total_s,
             decide_s=decided_s - begun_s,
             head_s=end_s - decided_s,
             degraded=None if why is None else str(why),
@@ -204,5 +207,6 @@ class DeviceRunner:
             inexact_because=self._because,
             backend="eager" if uncut is not None else self._times.backend(self._whole),
         )
-        self._ledger.record(self._whole.name, inference, None if why is None else why.kind)
+        kind = None if why is None else why.kind
+        self._ledger.record(self._whole.name, inference, kind, bits=self._bits, total_s=total_s)
         return result

@@ -230,7 +230,9 @@ class Engine:
         self._learner.start()
         self._keeper.used()
         choice = self.servers.choose(work, arithmetic, streamed=streamed)
-        choice = choice._replace(way=self._decoded(choice))
+        way = self._decoded(choice)
+        if way is not choice.way:
+            choice = choice._replace(way=way)
         if self._compiles and choice.why is None:
             # Compiling takes seconds, so it is not done in an emergency, and does not count as the call's time.
             compiling_s = time.perf_counter()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchsurgeon.adapting import Decision
 from torchsurgeon.planning import Row
 from torchsurgeon.runtime.bits import SAME
 from torchsurgeon.tracing.specs import PartitionPoint
-from torchsurgeon.transport import Answer
+from torchsurgeon.transport.base import Timing
 
 _PARTS = ("decide", "head", "encode", "uplink", "queue", "tail", "downlink", "decode", "wait", "local")
 
@@ -74,8 +75,7 @@ class Inference:
         return f"{self.total_s * 1e3:.2f} ms ({where}; ms: {', '.join(parts)}; {self.sent_bytes} bytes sent{why})"
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """When a call began, its cut was decided and its head had run (``time.perf_counter``), and what ran that."""
 
     begun_s: float
@@ -85,19 +85,25 @@ class Moments:
 
 
 def of_answer(
-    point: PartitionPoint, answer: Answer, moments: Moments, end_s: float, round_trip_s: float, **known: Any
+    point: PartitionPoint,
+    timing: Timing,
+    parameters: Mapping[str, Any],
+    moments: Moments,
+    end_s: float,
+    round_trip_s: float,
+    **known: Any,
 ) -> Inference:
     """Return the account of an inference that a server answered.
 
     Args:
         point: where the model was cut.
-        answer: the server's answer.
+        timing: when the request was exchanged for the answer.
+        parameters: the answer's parameters.
         moments: when the call's stages on the device ended.
         end_s: when its result was ready (``time.perf_counter``).
         round_trip_s: the link's round trip.
         **known: further fields of ``Inference``.
     """
-    timing, parameters = answer.timing, answer.parameters
     queue_s, tail_s = seconds(parameters.get("queue_s")), seconds(parameters.get("compute_s"))
     way_s = max(0.0, timing.end_s - timing.send_start_s - queue_s - tail_s)
     downlink_s = min(way_s, timing.end_s - timing.first_byte_s + round_trip_s / 2)
@@ -121,4 +127,6 @@ def of_answer(
 
 def seconds(value: Any) -> float:
     """Return a duration from a server's answer; 0 for anything that is not a plausible one, since servers may lie."""
-    return float(value) if type(value) in (int, float) and 0 <= value < 1e6 else 0.0
+    if type(value) is float or type(value) is int:
+        return float(value) if 0 <= value < 1e6 else 0.0
+    return 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torchsurgeon.runtime import telemetry
@@ -15,9 +16,20 @@ class Ledger:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self.last: Inference | None = None
-        """The inference that ended last, in any thread."""
+        self._last: Inference | Callable[[], Inference] | None = None
         self.reset_after_fork()
+
+    @property
+    def last(self) -> Inference | None:
+        """The inference that ended last, in any thread; None before the first."""
+        last = self._last
+        if last is None or isinstance(last, Inference):
+            return last
+        made = last()
+        # Kept, so that it is the same object until the next one ends.
+        if self._last is last:
+            self._last = made
+        return made
 
     def reset_after_fork(self) -> None:
         """Start counting at zero, with a lock that no thread of the parent process holds."""
@@ -27,22 +39,36 @@ class Ledger:
         self._bits: Counter[str] = Counter()
         self._sent_bytes = self._received_bytes = 0
 
-    def record(self, row: str, inference: Inference, why: str | None) -> None:
+    def record(
+        self,
+        row: str,
+        inference: Callable[[], Inference],
+        why: str | None,
+        *,
+        bits: str,
+        total_s: float,
+        received_bytes: int = 0,
+        by_server: bool = False,
+    ) -> None:
         """Record one inference that has ended.
 
         Args:
             row: the name of the cut and codec that it used.
-            inference: where its time went.
+            inference: returns its account. It is made only for those who want to see it, since most are never seen.
             why: the kind of failure because of which the planned answer was not used, or None.
+            bits: whether the answer had the model's own bits, as in the account.
+            total_s: from the call to its result.
+            received_bytes: what has been received for it.
+            by_server: whether the answer is a server's.
         """
-        self.last = inference
+        self._last = inference
         with self._lock:
             self._rows[row] += 1
-            self._bits[inference.bits] += 1
+            self._bits[bits] += 1
             if why is not None:
                 self._degraded[why] += 1
-            self._received_bytes += inference.received_bytes
-        telemetry.record(self._name, inference)
+            self._received_bytes += received_bytes
+        telemetry.record(self._name, total_s, inference, by_server=by_server)
 
     def record_sent(self, size_bytes: int) -> None:
         """Record what the request of a call has sent, whether its answer came, was used, or not."""

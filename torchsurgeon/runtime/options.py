@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torchsurgeon._cached import cached_property
 from torchsurgeon.adapting import Decision
 from torchsurgeon.backends import Backend as NamedBackend
 from torchsurgeon.codec import Codec, CodecTable
@@ -62,7 +63,7 @@ class Options:
     cert: str | tuple[str, str] | None = None
     priority: str | None = None
 
-    @property
+    @cached_property
     def rounded_because(self) -> tuple[str, ...]:
         if isinstance(self.backend, AutoBackend):
             changing = [name for name, backend in self.backend.candidates.items() if not backend.keeps_bits]

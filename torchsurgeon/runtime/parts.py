@@ -209,29 +209,30 @@ class Parts:
             student: the codec whose student is the head, in place of the model's own layers. Where backends are chosen,
                 that of the whole model runs it.
         """
-        named, own = self._of_head(point if student is None else self.graph.points[-1]), self._own
-
-        def make() -> Run:
-            if named is not None:
-                part = BuiltPart(Part.head(self.graph, point), named, self._said)
-                return _Built(part, self.graph.tensors_of_call)
-            head = cut(self.graph, point).head
-            return head if own is None else own(head)
-
-        def make_student() -> Run:
-            assert student is not None
-            assert student.student is not None
-            if named is not None:
-                segment = student.student.segment(self.graph, point.index)
-                return _Built(
-                    BuiltPart(Part.student(self.graph, point, segment), named, self._said), self.graph.tensors_of_call
-                )
-            module = student.student.module(self.graph, point.index)
-            return module if own is None else own(module)
-
+        named = self._of_head(point if student is None else self.graph.points[-1])
         if student is not None and student.student is not None:
-            return self._get(("student", student.name, _name(named)), make_student)
-        return self._get((point.index, point.layers, _name(named)), make)
+            key: tuple[Any, ...] = "student", student.name, _name(named)
+            return self._get(key, lambda: self._made_student(student, point, named))
+        key = point.index, point.layers, _name(named)
+        # It is asked for at every inference, so what would make one is not even prepared where it is known.
+        found = self._known.get(key)
+        return self._get(key, lambda: self._made_head(point, named)) if found is None else found
+
+    def _made_head(self, point: PartitionPoint, named: NamedBackend | None) -> Run:
+        if named is not None:
+            part = BuiltPart(Part.head(self.graph, point), named, self._said)
+            return _Built(part, self.graph.tensors_of_call)
+        head, own = cut(self.graph, point).head, self._own
+        return head if own is None else own(head)
+
+    def _made_student(self, student: FittedCodec, point: PartitionPoint, named: NamedBackend | None) -> Run:
+        assert student.student is not None
+        if named is not None:
+            segment = student.student.segment(self.graph, point.index)
+            part = BuiltPart(Part.student(self.graph, point, segment), named, self._said)
+            return _Built(part, self.graph.tensors_of_call)
+        module, own = student.student.module(self.graph, point.index), self._own
+        return module if own is None else own(module)
 
     def tail(self, names: tuple[str, ...], *, flat: bool = False) -> Tail:
         """Return the rest of the model after the tensors ``names``; ``flat`` is that of ``tail_for()``."""
@@ -248,6 +249,8 @@ class Parts:
 
     def ready(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
         """Return whether the head of a point, or the whole model at the last one, runs by its backend already."""
+        if self._backend is None:
+            return True
         head = self.whole() if point == self.graph.points[-1] else self.head(point, student)
         return not isinstance(head, Compiled | _Built) or head.tried
 

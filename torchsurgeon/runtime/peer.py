@@ -380,6 +380,11 @@ class Peer:
         if len(self._refused) < _MOST_REFUSED:
             self._refused[request] = error
 
+    @property
+    def refuses(self) -> bool:
+        """Whether it has refused any request since the last handshake."""
+        return bool(self._refused)
+
     def refusal(self, request: object) -> RequestRefusedError | None:
         """Return the error with which it refused a request like this one; None where it did not."""
         return self._refused.get(request)

@@ -154,8 +154,11 @@ class Pending:
         self._arithmetic, self._weights, self._rounded_because = arithmetic, weights, rounded_because
         self._wanted_codec, self._own_codec = way.codec or codec, codec
         self._specs = work.crossing(way.point)
-        example = sum(spec.size_bytes for spec in self._specs)
-        self.scale = sum(tensor.nbytes for tensor in boundary) / example if example else 1.0
+        size_bytes = example_bytes = 0
+        for spec, tensor in zip(self._specs, boundary, strict=True):
+            example_bytes += spec.size_bytes
+            size_bytes += tensor.nbytes
+        self.scale = size_bytes / example_bytes if example_bytes else 1.0
         self._tried = [peer]
         self._task: Task[Answer] | None = None
         self._deadline: Deadline | None = None
@@ -185,16 +188,18 @@ class Pending:
         if self._deadline_s is not None and not shared.options.falls_back:
             limit_s = max(min(limit_s, self._deadline_s - self._sent_s), 1e-6)
         self._deadline = deadline = Deadline(limit_s)
-        tensors = dict(zip((spec.name for spec in self._specs), self._boundary, strict=True))
+        tensors = {spec.name: tensor for spec, tensor in zip(self._specs, self._boundary, strict=True)}
         self._codec = self._codec_now()
         exact = self._arithmetic if shared.options.exact else None
         backend = self._peer.profiles.to_name(None if self._way.row is None else self._way.row.server_backend)
         codecs = dict.fromkeys(tensors, self._codec)
-        ask = below_current(functools.partial(self._ask, self._peer, tensors, codecs, deadline, exact, backend))
+        ask = functools.partial(self._ask, self._peer, tensors, codecs, deadline, exact, backend)
+        if not in_caller:
+            ask = below_current(ask)
         if self._boundary[0].is_cuda:
             # The thread that sends them has to wait for the CUDA stream on which this thread computes them.
             ask = functools.partial(_on_stream, torch.cuda.current_stream(self._boundary[0].device), ask)
-        refusal = self._peer.refusal(self._kind())
+        refusal = self._peer.refusal(self._kind()) if self._peer.refuses else None
         if refusal is not None:
             self._task = Task(ask, None)
             self._task.fail(refusal)
@@ -355,35 +360,40 @@ class Pending:
             spent_s = answer.timing.send_start_s - self._sent_s + inference.seconds(answer.parameters.get("decode_s"))
             self._wanted_codec.observe(self._way.point.index, size_bytes, answer.timing.sent_bytes, spent_s)
         verdict, because = self._verdict(answer)
-        self._record(
-            inference.of_answer(
-                self._way.point,
-                answer,
-                self._moments,
-                end_s,
-                shared.servers.round_trip_s
-                if self._decision is None
-                else self._decision.estimates.link.round_trip.value,
-                degraded=None if self._why is None else str(self._why),
-                server=peer.label,
-                decision=self._decision,
-                bits=verdict,
-                inexact_because=because,
-            )
+        account = functools.partial(
+            inference.of_answer,
+            self._way.point,
+            answer.timing,
+            answer.parameters,
+            self._moments,
+            end_s,
+            shared.servers.round_trip_s if self._decision is None else self._decision.estimates.link.round_trip.value,
+            degraded=None if self._why is None else str(self._why),
+            server=peer.label,
+            decision=self._decision,
+            bits=verdict,
+            inexact_because=because,
+        )
+        shared.ledger.record(
+            self._way.name,
+            account,
+            None if self._why is None else self._why.kind,
+            bits=verdict,
+            total_s=end_s - self._moments.begun_s,
+            received_bytes=answer.timing.received_bytes,
+            by_server=True,
         )
 
     def _verdict(self, answer: Answer) -> tuple[str, tuple[str, ...]]:
         """Return whether a server's answer has the model's own bits, and why if not."""
         options, ours = self._shared.options, self._arithmetic
-        because = [*options.rounded_because, *self._rounded_because]
+        because = (*options.rounded_because, *self._rounded_because)
         if answer.parameters.get("arithmetic") != ours.digest:
             # The answer itself tells what counts; the handshake, which may be older, tells what differs.
             differing = self._peer.differences(ours)
-            because += map(str, differing) if differing else ["the server computes with something else than it told"]
+            told = tuple(map(str, differing)) or ("the server computes with something else than it told",)
+            because = (*because, *told)
         return bits.verdict(because, (self._codec, options.answer_codec))
-
-    def _record(self, account: inference.Inference) -> None:
-        self._shared.ledger.record(self._way.name, account, None if self._why is None else self._why.kind)
 
     def _failed(self, error: BaseException) -> bool:
         """Record that the server failed, and return whether another server may do better."""
@@ -460,21 +470,23 @@ class Pending:
         self._judge(task, end_s)
         moments = self._moments
         verdict, because = bits.verdict(self._shared.options.rounded_because)
-        self._record(
-            inference.Inference(
-                partition=self._way.point,
-                total_s=end_s - moments.begun_s,
-                head_s=moments.headed_s - moments.decided_s,
-                decide_s=moments.decided_s - moments.begun_s,
-                wait_s=begin_s - moments.headed_s,
-                local_s=end_s - begin_s,
-                degraded=None if self._why is None else str(self._why),
-                decision=self._decision,
-                bits=verdict,
-                inexact_because=because,
-                backend=moments.backend,
-            )
+        total_s = end_s - moments.begun_s
+        account = functools.partial(
+            inference.Inference,
+            partition=self._way.point,
+            total_s=total_s,
+            head_s=moments.headed_s - moments.decided_s,
+            decide_s=moments.decided_s - moments.begun_s,
+            wait_s=begin_s - moments.headed_s,
+            local_s=end_s - begin_s,
+            degraded=None if self._why is None else str(self._why),
+            decision=self._decision,
+            bits=verdict,
+            inexact_because=because,
+            backend=moments.backend,
         )
+        why = None if self._why is None else self._why.kind
+        self._shared.ledger.record(self._way.name, account, why, bits=verdict, total_s=total_s)
         return result
 
     def _judge(self, task: Task[Answer], end_s: float) -> None:

@@ -22,7 +22,13 @@ _JOIN_S = 1.0
 
 
 class Task(Generic[T]):
-    """A function that runs in another thread, with the settings of the thread that makes the task, and how it ended.
+    """A function that runs in another thread, and how it ended.
+
+    Args:
+        work: the function.
+        cancel: called to interrupt it; None where nothing can.
+        settings: those of the thread that it runs for, which the other thread takes over; None where it runs in the
+            thread that makes the task.
 
     Attributes:
         ended: whether it has returned or raised.
@@ -32,8 +38,10 @@ class Task(Generic[T]):
 
     __slots__ = ("_cancel", "_pending", "_settings", "_work", "ended", "error", "value")
 
-    def __init__(self, work: Callable[[], T], cancel: Callable[[], object] | None) -> None:
-        self._settings = ThreadSettings.here()
+    def __init__(
+        self, work: Callable[[], T], cancel: Callable[[], object] | None, settings: ThreadSettings | None = None
+    ) -> None:
+        self._settings = settings
         self.ended = False
         self.value: T | None = None
         self.error: BaseException | None = None
@@ -71,7 +79,8 @@ class Task(Generic[T]):
         work, self._work = self._work, None
         if work is None:
             raise ServerUnavailableError("the request was given up before it began")
-        self._settings.adopt()
+        if self._settings is not None:
+            self._settings.adopt()
         self.value = work()
 
     def end(self) -> None:
@@ -150,7 +159,7 @@ class Pool:
             NoThreadError: the pool has no thread, and none could be started.
             ServerUnavailableError: the pool has been closed.
         """
-        task = Task(work, cancel)
+        task = Task(work, cancel, ThreadSettings.here())
         try:
             with self._lock:
                 if self._closed:

@@ -234,7 +234,10 @@ class Servers:
     def compared(self, ours: Arithmetic) -> bool:
         """Return whether every server that is ready has been compared with what this device computes with now."""
         epoch = self._local.epoch
-        return all(peer.compared(ours) for peer in self.peers if peer.ready_in == epoch)
+        for peer in self.peers:
+            if peer.ready_in == epoch and not peer.compared(ours):
+                return False
+        return True
 
     def choose(self, work: Work, ours: Arithmetic, *, streamed: bool) -> Choice:
         """Choose where to cut one call, and which server to ask.
@@ -258,11 +261,15 @@ class Servers:
         if peer.plan is None or not self.chooses or not peer.plans(self.planned_for):
             return self._allowed(Choice(fixed or self.whole, peer), work)
         plan = peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan
-        way, decision = plan.decide(
-            Estimates(peer.state.link.estimate(), peer.state.load.estimate(), self._times.slowdown(), work.scale())
-        )
+        scale = work.scale()
+        # An answer that did not come tells of a change at once.
+        made = None if peer.doubted else plan.standing(scale)
+        if made is None:
+            link, load = peer.state.link.estimate(), peer.state.load.estimate()
+            made = plan.decide(Estimates(link, load, self._times.slowdown(), scale))
+            self.decisions.append(made[1])
+        way, decision = made
         self._chosen = way.point
-        self.decisions.append(decision)
         return self._allowed(Choice(way, peer, decision), work)
 
     def _allowed(self, choice: Choice, work: Work) -> Choice:

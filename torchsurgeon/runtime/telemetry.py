@@ -57,20 +57,22 @@ def below_current(ask: Callable[[], T]) -> Callable[[], T]:
     return functools.partial(contextvars.copy_context().run, ask)
 
 
-def record(model: str, inference: Inference) -> None:
+def record(model: str, total_s: float, inference: Callable[[], Inference], *, by_server: bool) -> None:
     """Make the span of an inference that has just ended; without OpenTelemetry, do nothing.
 
     Args:
         model: the model's name.
-        inference: its account.
+        total_s: how long it took.
+        inference: returns its account, which is asked for where the span goes anywhere.
+        by_server: whether the answer is a server's.
     """
     if _tracer is None:
         return
     end_ns = time.time_ns()
-    kind = trace.SpanKind.INTERNAL if inference.server is None else trace.SpanKind.CLIENT
-    span = _tracer.start_span(_NAME, kind=kind, start_time=end_ns - round(inference.total_s * 1e9))
+    kind = trace.SpanKind.CLIENT if by_server else trace.SpanKind.INTERNAL
+    span = _tracer.start_span(_NAME, kind=kind, start_time=end_ns - round(total_s * 1e9))
     if span.is_recording():
-        _describe(span, model, inference)
+        _describe(span, model, inference())
     span.end(end_ns)
 
 

@@ -51,6 +51,7 @@ class ModelCall:
 
     def __init__(self, parts: Parts, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._parts, self._args, self._kwargs = parts, args, kwargs
+        self._scale = 0.0
 
     def head(self, point: PartitionPoint, student: FittedCodec | None = None) -> Run:
         run = self._parts.head(point, student)
@@ -78,9 +79,13 @@ class ModelCall:
         return self._parts.graph.unflatten_output(outputs)
 
     def scale(self) -> float:
-        given = (*self._args, *self._kwargs.values())
-        size_bytes = sum(value.nbytes for value in given if isinstance(value, Tensor))
-        return _ratio(size_bytes, self._parts.input_bytes)
+        if not self._scale:
+            size_bytes = 0
+            for value in (*self._args, *self._kwargs.values()):
+                if isinstance(value, Tensor):
+                    size_bytes += value.nbytes
+            self._scale = _ratio(size_bytes, self._parts.input_bytes)
+        return self._scale
 
 
 class TailCall:

@@ -255,8 +255,7 @@ class LayerGraph:
 
     def unflatten_output(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Return the model's result, in its own structure, from tensors that are named as in ``outputs``."""
-        target = self.steps[-1].target
-        return target.build(*(tensors[name] for name in target.names))
+        return self.steps[-1].target.build(*[tensors[spec.name] for spec in self.outputs])
 
     def to_json(self) -> dict[str, Any]:
         """Return the graph as plain data: layers, points, inputs, outputs and fingerprint."""

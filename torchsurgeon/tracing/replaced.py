@@ -35,10 +35,11 @@ class _AsWritten(dict[str, Any]):
         return self[name]
 
     def __getitem__(self, name: str) -> Any:
-        now = vars(nn.Module)[name]
-        if not getattr(now, "__globals__", {}).get("__name__", "").startswith(_TRACERS):
-            self.__setitem__(name, now)
-        return super().__getitem__(name)
+        now, known = vars(nn.Module)[name], super().__getitem__(name)
+        if now is known or getattr(now, "__globals__", {}).get("__name__", "").startswith(_TRACERS):
+            return known
+        self.__setitem__(name, now)
+        return now
 
 
 class _Settings:

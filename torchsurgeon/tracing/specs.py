@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torchsurgeon._cached import cached_property
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.crossing import obstacle
 from torchsurgeon.tracing.flow import Value
@@ -47,7 +48,7 @@ class TensorSpec:
         """The shape with -1 for each dimension that depends on the batch."""
         return tuple(-1 if step else size for size, step in zip(self.shape, self.batch_step, strict=True))
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Bytes of the tensor in the traced example."""
         return self.dtype.itemsize * math.prod(self.shape)
@@ -129,7 +130,7 @@ class PartitionPoint:
     tensors: tuple[TensorSpec, ...]
     layers: tuple[int, ...] | None = None
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Bytes of all boundary tensors in the traced example."""
         return sum(spec.size_bytes for spec in self.tensors)
