@@ -130,7 +130,11 @@ class Answers:
             self.statistics.failed(time.perf_counter() - request.arrived_s)
             raise
         # One that is refused, or whose client has left, ends sooner, and says nothing of how long answers take.
-        self._ran([ready], ready.decoded_s, computed_s)
+        note = functools.partial(self._ran, [ready], ready.decoded_s, computed_s, time.perf_counter())
+        if request.notes_later:
+            request.note = note
+        else:
+            note()
         return answer
 
     def answer_together(self, requests: Sequence[Received]) -> list[wire.Encoded | Exception]:
@@ -172,13 +176,20 @@ class Answers:
         parts = seam.part(results, [one.plan.samples for one in ready])
         computed_s = time.perf_counter()
         encoded = [self._encoded(*pair, begun_s, computed_s) for pair in zip(ready, parts, strict=True)]
-        self._ran(ready, begun_s, computed_s)
+        self._ran(ready, begun_s, computed_s, time.perf_counter())
         by_request = {id(one.request): answer for one, answer in zip(ready, encoded, strict=True)}
         return [by_request[id(request)] for request in requests]
 
-    def _ran(self, ready: Sequence[_Ready], begun_s: float, computed_s: float) -> None:
-        """Take notice of requests that were answered together, and for which the model ran between these times."""
-        ended_s, first = time.perf_counter(), ready[0]
+    def _ran(self, ready: Sequence[_Ready], begun_s: float, computed_s: float, ended_s: float) -> None:
+        """Take notice of requests that were answered together, and for which the model ran between these times.
+
+        Args:
+            ready: the requests.
+            begun_s: when the model began.
+            computed_s: when it had run.
+            ended_s: when the answers were there.
+        """
+        first = ready[0]
         duration_s = ended_s - first.started_s
         requests = [one.request for one in ready]
         if all(one.plan is first.plan for one in ready):

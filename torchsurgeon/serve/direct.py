@@ -151,6 +151,7 @@ class Job:
         received.receive_s = arrived_s - self.started_s
         quick = model.quick(self.plain.size)
         if quick:
+            received.notes_later = True
             try:
                 encoded = model.worker.now(partial(model.answer, received))
             except Exception as error:
@@ -158,7 +159,12 @@ class Job:
                 return
             if encoded is not None:
                 reply(Reply(200, *encoded))
+                # Forgotten first, since it refers to the request, whose buffer is to be free for the next one.
+                note, received.note = received.note, None
+                if note is not None:
+                    note()
                 return
+            received.notes_later = False
 
         def done(future: Future[wire.Encoded]) -> None:
             error = future.exception()

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -74,6 +75,8 @@ class Received:
         holder: the name of the token by which its client was let in; empty where no token is asked for.
         level: its priority, as an index of ``wire.PRIORITIES``.
         charged_s: for how many seconds its client was charged when it was queued.
+        notes_later: whether whoever sends the answer calls ``note`` once it is on its way, so that it need not wait.
+        note: takes notice of what the request took; None where that is done, or where it was not answered.
     """
 
     body: memoryview
@@ -91,6 +94,8 @@ class Received:
     holder: str = ""
     level: int = NORMAL
     charged_s: float = 0.0
+    notes_later: bool = False
+    note: Callable[[], None] | None = None
     _made_id: str | None = field(default=None, init=False)
 
     @property

@@ -221,6 +221,8 @@ class Output:
 
     def build(self, *tensors: torch.Tensor) -> Any:
         """Return the model's result from its tensors; those that carry numbers become numbers again."""
+        if self.structure.kind is None and not self.restore and len(tensors) == len(self.paths) == 1:
+            return tensors[0]  # a model that returns one tensor, as most do
         pairs = zip(self.paths, tensors, strict=True)
         return self(*(self.restore[path](t) if path in self.restore else t for path, t in pairs))
 

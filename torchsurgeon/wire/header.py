@@ -63,8 +63,9 @@ def header_length(value: str | bytes, body_bytes: int | None = None) -> int:
     text = value.decode("latin-1") if isinstance(value, bytes) else value
     if not (text.isascii() and text.isdigit() and len(text) <= 12):
         raise ProtocolError(f"{HEADER_LENGTH} must be a number of bytes; got {shortened(text)}")
-    check_header_length(int(text), body_bytes)
-    return int(text)
+    size = int(text)
+    check_header_length(size, body_bytes)
+    return size
 
 
 def parse_json(data: Buffer, what: str) -> Any:
