@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -103,6 +105,33 @@ def by_requests(url: str, x: Tensor, stack: ExitStack) -> Callable[[], object]:
     return exchange
 
 
+def by_http(url: str, x: Tensor, stack: ExitStack) -> Callable[[], object]:
+    """A request to torchsurgeon's server whose bytes are ready but for the tensor's, so that only the server's side of
+    a message is timed."""
+    host, port = urlsplit(url).netloc.split(":")
+    link = stack.enter_context(socket.create_connection((host, int(port))))
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    header, size = wire.encode_request({"x": x}), 4 * x.numel()
+    head = (
+        f"POST {urlsplit(url).path}/infer HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/octet-stream\r\n"
+        f"{wire.HEADER_LENGTH}: {header.header_bytes}\r\nContent-Length: {header.header_bytes + size}\r\n\r\n"
+    ).encode() + bytes(header.buffers[0])
+
+    def exchange() -> bytes:
+        link.sendall(head)
+        link.sendall(x.cpu().numpy().data.cast("B"))
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += link.recv(1 << 16)
+        begin = received.index(b"\r\n\r\n") + 4
+        length = int(received[:begin].lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        while len(received) < begin + length:
+            received += link.recv(1 << 16)
+        return received[begin:]
+
+    return exchange
+
+
 def ways_of(ports: dict[str, int], size: str, x: Tensor, stack: ExitStack) -> Ways:
     name, url = size.replace(" ", ""), f"http://127.0.0.1:{ports['http']}"
     transport = stack.enter_context(HttpTransport(url))
@@ -111,6 +140,7 @@ def ways_of(ports: dict[str, int], size: str, x: Tensor, stack: ExitStack) -> Wa
         "raw socket, one buffer": by_socket(ports["raw, reused"], x, stack),
         **({"gRPC": by_grpc(ports["grpc"], x, stack)} if "grpc" in ports else {}),
         "requests": by_requests(f"{url}/v2/models/{name}", x, stack),
+        "HTTP by hand": by_http(f"{url}/v2/models/{name}", x, stack),
         "torchsurgeon": lambda: transport.infer(name, {"x": x}, max_answer_bytes=ANSWER_BYTES),
     }
 

@@ -136,9 +136,7 @@ class Link:
     def __post_init__(self) -> None:
         up, down, trip_s = self.uplink_bit_s, self.downlink_bit_s, self.round_trip_s
         if type(up) is type(down) is type(trip_s) is float and (
-            LEAST_BIT_S <= up <= MOST_BIT_S
-            and LEAST_BIT_S <= down <= MOST_BIT_S
-            and 0 <= trip_s <= _MOST_ROUND_TRIP_S
+            LEAST_BIT_S <= up <= MOST_BIT_S and LEAST_BIT_S <= down <= MOST_BIT_S and 0 <= trip_s <= _MOST_ROUND_TRIP_S
         ):
             return  # Estimates are made a link before every call, so the usual case is settled at once.
         checked_rate("an uplink's rate", self.uplink_bit_s)

@@ -8,10 +8,10 @@ stands on top of the room: no other file here imports it.
 from __future__ import annotations
 
 from torchsurgeon.runtime.engine import Engine
+from torchsurgeon.runtime.failure import Failure
 from torchsurgeon.runtime.inference import Inference
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.parts import Backend
-from torchsurgeon.runtime.peer import Failure
 from torchsurgeon.runtime.pending import Done, Pending
 from torchsurgeon.runtime.work import ModelCall, TailCall, Work
 from torchsurgeon.transport.link_probe import measure_link

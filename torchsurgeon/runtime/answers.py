@@ -25,8 +25,10 @@ def check_answer(
     Raises:
         ProtocolError: a name, type or shape is not one that the outputs can have.
     """
-    if len(answered) == len(graph.outputs) and _as_traced(specs, boundary) and _as_traced(
-        graph.outputs, [answered.get(spec.name) for spec in graph.outputs]
+    if (
+        len(answered) == len(graph.outputs)
+        and _as_traced(specs, boundary)
+        and _as_traced(graph.outputs, [answered.get(spec.name) for spec in graph.outputs])
     ):
         return
     valued = graph.sizes_vary or any(graph.value(spec.name).restore for spec in specs)

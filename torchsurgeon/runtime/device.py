@@ -15,10 +15,10 @@ from torchsurgeon.planning import Row
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Way
+from torchsurgeon.runtime.failure import Failure
 from torchsurgeon.runtime.inference import Inference
 from torchsurgeon.runtime.ledger import Ledger
 from torchsurgeon.runtime.parts import Parts, Run
-from torchsurgeon.runtime.peer import Failure
 from torchsurgeon.runtime.work import ModelCall, Work
 from torchsurgeon.tracing.gradients import plain_example
 

@@ -27,6 +27,7 @@ from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
 from torchsurgeon.runtime.ending import Ending
+from torchsurgeon.runtime.failure import Failure
 from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch, mode_here
 from torchsurgeon.runtime.inference import Moments
 from torchsurgeon.runtime.keeper import Bell, Keeper
@@ -35,7 +36,6 @@ from torchsurgeon.runtime.ledger import Ledger
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.parts import Parts
-from torchsurgeon.runtime.peer import Failure
 from torchsurgeon.runtime.pending import Done, Pending, Shared
 from torchsurgeon.runtime.pool import Pool
 from torchsurgeon.runtime.servers import Choice, Servers

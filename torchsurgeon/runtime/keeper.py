@@ -17,8 +17,9 @@ from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.models.threads import ThreadSettings
 from torchsurgeon.planning import Row
 from torchsurgeon.runtime.connector import Connector
+from torchsurgeon.runtime.failure import Failure
 from torchsurgeon.runtime.handshake import LocalModel
-from torchsurgeon.runtime.peer import Failure, Peer
+from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.pool import Pool, Task
 from torchsurgeon.runtime.servers import Servers
 from torchsurgeon.transport import Answer

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from torchsurgeon._interrupts import NoThreadError
 from torchsurgeon.adapting import Allowance, ServerState
 from torchsurgeon.adapting.link import LinkEstimator
 from torchsurgeon.adapting.load import LoadEstimator, TrialPolicy
@@ -21,17 +20,14 @@ from torchsurgeon.backends.eager import Eager
 from torchsurgeon.codec import Codec, CodecTable, RatedCodec, find_codec
 from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import (
-    CodecError,
-    EncodingError,
     ModelMismatchError,
-    ProtocolError,
     RequestRefusedError,
-    ServerUnavailableError,
 )
 from torchsurgeon.link import Link
 from torchsurgeon.models.arithmetic import Arithmetic, Difference
 from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Adaptive
+from torchsurgeon.runtime.failure import Failure
 from torchsurgeon.runtime.handshake import LocalModel, shake_hands
 from torchsurgeon.runtime.inference import seconds
 from torchsurgeon.runtime.server_profiles import ServerProfiles
@@ -46,42 +42,6 @@ _UNKNOWN_LINK = Link("not measured", 10e6, 10e6, 0.05, source="a guess until the
 _DURATIONS_MEMORY_S = 1.0
 # How many kinds of requests are remembered that a server refused.
 _MOST_REFUSED = 64
-# HTTP statuses that blame the content of one request, not the server.
-_REQUESTS_FAULT = (400, 413, 415, 422)
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """Why a server's answer was not used.
-
-    Attributes:
-        kind: one word, under which ``stats()`` counts it.
-        text: what happened, for people.
-    """
-
-    kind: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.text}"
-
-    @staticmethod
-    def of(error: BaseException) -> Failure:
-        """Return the failure that an error stands for."""
-        for kinds, word in _WORDS:
-            if isinstance(error, kinds):
-                return Failure(word, str(error))
-        return Failure("failed", f"{type(error).__name__}: {error}")
-
-
-_WORDS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
-    ((EncodingError,), "encoding"),
-    ((NoThreadError,), "threads"),
-    ((ModelMismatchError,), "mismatch"),
-    ((RequestRefusedError,), "refused"),
-    ((ServerUnavailableError, OSError), "unavailable"),
-    ((ProtocolError, CodecError), "damaged"),
-)
 
 
 class Peer:
@@ -455,8 +415,3 @@ class Peer:
             self.ready_in = -1
             while breaker.state == "closed":
                 breaker.failed()
-
-
-def is_requests_fault(error: BaseException) -> bool:
-    """Return whether the server refused a request because of its content, so that the server itself may be well."""
-    return isinstance(error, RequestRefusedError) and error.status in _REQUESTS_FAULT

@@ -36,6 +36,7 @@ from torchsurgeon.runtime.answers import check_answer
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
+from torchsurgeon.runtime.failure import Failure, is_requests_fault
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.inference import Moments
 from torchsurgeon.runtime.keeper import Keeper
@@ -43,7 +44,7 @@ from torchsurgeon.runtime.ledger import Ledger
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.parts import Parts
-from torchsurgeon.runtime.peer import Failure, Peer, is_requests_fault
+from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.pool import Pool, Task
 from torchsurgeon.runtime.servers import Servers
 from torchsurgeon.runtime.telemetry import below_current

@@ -20,9 +20,10 @@ from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.choice import Goal, Way
 from torchsurgeon.runtime.device import DeviceTimes
+from torchsurgeon.runtime.failure import Failure
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.options import Options
-from torchsurgeon.runtime.peer import Failure, Peer
+from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.server_profiles import ServerProfiles
 from torchsurgeon.runtime.warn import warn_caller
 from torchsurgeon.runtime.work import Work
@@ -234,10 +235,7 @@ class Servers:
     def compared(self, ours: Arithmetic) -> bool:
         """Return whether every server that is ready has been compared with what this device computes with now."""
         epoch = self._local.epoch
-        for peer in self.peers:
-            if peer.ready_in == epoch and not peer.compared(ours):
-                return False
-        return True
+        return all(peer.compared(ours) for peer in self.peers if peer.ready_in == epoch)
 
     def choose(self, work: Work, ours: Arithmetic, *, streamed: bool) -> Choice:
         """Choose where to cut one call, and which server to ask.

@@ -15,10 +15,11 @@ from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning
 from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceTimes
+from torchsurgeon.runtime.failure import Failure
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.keeper import Keeper
 from torchsurgeon.runtime.options import Options
-from torchsurgeon.runtime.peer import Failure, Peer
+from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.servers import Servers
 from torchsurgeon.runtime.warn import warn_caller
 from torchsurgeon.runtime.work import Work

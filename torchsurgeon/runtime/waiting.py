@@ -9,7 +9,8 @@ from torchsurgeon.adapting import patience, rescue
 from torchsurgeon.planning.costs import Expected
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.device import DeviceTimes
-from torchsurgeon.runtime.peer import Failure, Peer
+from torchsurgeon.runtime.failure import Failure
+from torchsurgeon.runtime.peer import Peer
 
 FIRST_PATIENCE_S = 1.0
 """How long to wait for a server's first answer, when nothing is known yet of how long its answers take."""

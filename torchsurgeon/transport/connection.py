@@ -233,13 +233,17 @@ class Connection:
                 deadline.sent_bytes += len(part)
                 link.sendall(part)
             return True
-        pending = [memoryview(part) for part in parts]
+        pending: list[Buffer] = parts
         while True:
             try:
                 done = link.sendmsg(pending[:_IOV_MAX])
                 deadline.sent_bytes += done
             except BlockingIOError:
                 done = 0
+            if pending is parts:
+                if done == sum(map(len, parts)):
+                    return True  # as most requests are: all of it in one call
+                pending = [memoryview(part) for part in parts]
             while pending and done >= len(pending[0]):
                 done -= len(pending.pop(0))
             if not pending:

@@ -203,10 +203,7 @@ def decode_request(
         head = request_head(parsed_header(body, header_bytes))
     if head.crc32:
         payload = without_checksum(body, payload)
-    codecs: list[Codec] = []
-    for entry in head.entries:
-        if entry.codec is not None:
-            codecs.append(_codec_of(entry.codec, entry.where))
+    codecs = [_codec_of(entry.codec, entry.where) for entry in head.entries if entry.codec is not None]
     output_codec = None
     if head.output_codec is not None:
         output_codec = _codec_of(head.output_codec, "output_codec of the request")
@@ -215,7 +212,7 @@ def decode_request(
             check_codec(codec)
     tensors = _tensors(head.entries, payload, max_decoded_bytes)
     # A compressed tensor has another size, so another header, in every request: nothing is gained by caching for it.
-    compressed = bool(codecs) and any(codec.varies for codec in codecs)
+    compressed = any(codec.varies for codec in codecs)
     recurring = head if remembered and not compressed else None
     return InferRequest(
         tensors,
