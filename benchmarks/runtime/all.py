@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "runtime.md"
 BEGIN, END = "<!-- figures, by benchmarks.runtime.all -->", "<!-- end of figures -->"
 STUDIES = ("trace", "load", "faults", "soak")
-SHOWN = ("streams", "split_module")
+SHOWN = ("streams",)
 STREAM_WAYS = ("map", "4 threads", "one by one")
 
 
@@ -61,7 +61,7 @@ def page() -> str:
         path = RESULTS / f"{name}.json"
         if path.exists():
             parts.append(table(json.loads(path.read_text())["results"]))
-    parts += [streams(suite("streams")), overhead(suite("split_module"))]
+    parts.append(streams(suite("streams")))
     path = RESULTS / "soak.json"
     if path.exists():
         parts.append(soak(json.loads(path.read_text())["results"]))
@@ -141,23 +141,6 @@ def streams(found: dict[str, dict[str, Any]]) -> str:
         if lines
         else ""
     )
-
-
-def overhead(found: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        [
-            f"{group}: {name}",
-            f"{row['stats']['median'] * 1e6:.0f} µs",
-            f"{row['extra_info']['ratio']['median']:.2f}",
-            f"{row['extra_info']['added_s']['median'] * 1e6:+.0f} µs",
-        ]
-        for group, rivals in found.items()
-        if "tiny" in group
-        for name, row in rivals.items()
-    ]
-    head = ["way", "an inference", "ratio", "added"]
-    title = "**What it adds** (ratio and difference to the first of each group, round by round).\n\n"
-    return title + rows(head, lines) if lines else ""
 
 
 def soak(found: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from benchmarks import (
     backends,
     codec_kinds,
     codec_rates,
+    cost_page,
     csv_import,
     edge,
     edge_emulated,
@@ -141,6 +142,15 @@ def test_what_adapting_gains_is_what_its_file_holds_and_no_uplink_rewards_moving
         # Other noise changes a ratio by as much.
         assert ratios["adaptive"] <= ratios["averages"] + 0.005
         assert ratios["adaptive"] <= 1.05 or uplink["longest_stall_s"] >= adapting.STALL_S
+
+
+def test_what_a_call_and_an_exchange_cost_is_what_their_files_hold() -> None:
+    found = cost_page.calls(result_file.suite("split_module"))
+    assert result_file.shown(cost_page.CALLS, cost_page.BEGIN, cost_page.END) == found
+    assert found.count("adaptive") >= 2
+    found = cost_page.exchanges(result_file.suite("wire"))
+    assert result_file.shown(cost_page.EXCHANGES, cost_page.BEGIN, cost_page.END) == found
+    assert found.count("HTTP by hand") >= 2
 
 
 def test_how_long_a_choice_takes_is_what_its_file_holds() -> None:

@@ -159,6 +159,28 @@ def test_decisions_are_kept_up_to_a_bound_and_say_what_they_rest_on(server: Serv
         assert stats["sent_bytes"] >= 300 * EXAMPLE.nbytes
 
 
+def test_a_decision_stands_for_the_calls_that_follow_at_once(
+    server: Server, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with split_of(server.url, link=FAST, backend=device, **known) as split:
+        assert right(split)
+        # As if every call of this test followed within two milliseconds.
+        monkeypatch.setattr("torchsurgeon.runtime.choice._STANDS_S", 1e3)
+        (peer,) = split._engine.servers.peers
+        assert right(split)
+        first = split.decisions[-1]
+        assert right(split)
+        assert split.last is not None
+        assert split.last.decision is split.decisions[-1] is first
+        assert right(split, torch.rand(2, 3, 32, 32)), "another size costs something else"
+        larger = split.decisions[-1]
+        assert larger is not first
+        assert larger.estimates.scale == 2
+        peer.doubted = True
+        assert right(split, torch.rand(2, 3, 32, 32))
+        assert split.decisions[-1] is not larger
+
+
 @pytest.mark.parametrize(("batch", "here"), [(1, True), (64, False)])
 def test_a_call_is_cut_where_its_own_size_says(server: Server, known: dict[str, Any], batch: int, here: bool) -> None:
     far = ts.Link("far", 1e9, 1e9, 0.3)

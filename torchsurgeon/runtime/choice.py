@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 import time
@@ -219,8 +220,10 @@ class Adaptive:
     def decide(self, estimates: Estimates) -> tuple[Way, Decision[Row]]:
         """Choose the way to run one call."""
         decision = self.decider.decide(estimates)
-        self._standing = self.ways[id(decision.row)], decision
-        return self._standing
+        way = self.ways[id(decision.row)]
+        # A call that finds it standing changes nothing any more.
+        self._standing = way, dataclasses.replace(decision, changed=False) if decision.changed else decision
+        return way, decision
 
     def standing(self, scale: float) -> tuple[Way, Decision[Row]] | None:
         """Return the last choice if it is so new that nothing can have changed since; otherwise None.

@@ -265,9 +265,9 @@ class Servers:
         if made is None:
             link, load = peer.state.link.estimate(), peer.state.load.estimate()
             made = plan.decide(Estimates(link, load, self._times.slowdown(), scale))
-            self.decisions.append(made[1])
         way, decision = made
         self._chosen = way.point
+        self.decisions.append(decision)
         return self._allowed(Choice(way, peer, decision), work)
 
     def _allowed(self, choice: Choice, work: Work) -> Choice:
