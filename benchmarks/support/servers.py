@@ -150,8 +150,8 @@ def by_grpc(answer: Answer) -> int:
     return int(port)
 
 
-def by_starlette(answer: Answer) -> int:
-    """The application one writes in ten lines, the model in a thread so that the event loop goes on."""
+def by_starlette(answer: Answer, *, pool: bool = True) -> int:
+    """The application one writes in ten lines, with the model in a thread, so that the event loop goes on, or not."""
     import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
@@ -159,7 +159,8 @@ def by_starlette(answer: Answer) -> int:
     from starlette.routing import Route
 
     async def infer(request: Request) -> Response:
-        return Response(await asyncio.to_thread(answer, bytearray(await request.body())))
+        body = bytearray(await request.body())
+        return Response(await asyncio.to_thread(answer, body) if pool else answer(body))
 
     app = Starlette(routes=[Route("/infer", infer, methods=["POST"])])
     # asyncio sets TCP_NODELAY only on connections of a listening socket that it has made itself.

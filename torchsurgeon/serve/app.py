@@ -29,7 +29,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 from urllib.parse import quote
@@ -64,6 +64,7 @@ MAX_PROBE_BYTES = 4 << 20
 _OPEN = (*HEALTH, PATH)
 _REPOSITORY = "/v2/repository/"
 _HEADER_LENGTH = wire.HEADER_LENGTH.lower().encode()
+_ONCE = (_HEADER_LENGTH, DEADLINE, PRIORITY, b"authorization", b"content-encoding", b"content-length")
 
 
 class TailApp:
@@ -166,6 +167,7 @@ class TailApp:
         started_s = time.perf_counter()
         model = self.registry.get(name, version)
         headers = exchange.headers
+        _check_once(exchange.repeated)
         size = content_length(headers)
         encoding = headers.get(b"content-encoding", b"identity").strip().lower()
         compressed = encoding not in (b"", b"identity")
@@ -223,6 +225,13 @@ def create_app(registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> Tail
         body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
     """
     return TailApp(registry, body_timeout_s=body_timeout_s)
+
+
+def _check_once(repeated: Sequence[bytes]) -> None:
+    """Check that no header is repeated by which a request is read: a proxy may go by another one of them."""
+    for name in repeated:
+        if name in _ONCE:
+            raise ProtocolError(f"the header {name.decode()} must be there once; send it with one value")
 
 
 async def _refuse_unauthorized() -> None:

@@ -132,7 +132,7 @@ class Job:
             received.cut,
             status,
             duration_s,
-            self.plain.size,
+            0 if self.missing else self.plain.size,
             sent_bytes,
             error,
             self.plain.traceparent,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +22,8 @@ class Exchange:
         send: the ASGI ``send``.
 
     Attributes:
-        headers: the request's headers.
+        headers: the request's headers; of one that is there several times, the last.
+        repeated: the names of the headers that are there several times.
         received: the inference request, once its body has arrived; None before, and for every other request.
         error: the kind of error that is answered; empty for none.
         model: the name of the model that an inference is asked of; empty for every other request.
@@ -31,6 +33,8 @@ class Exchange:
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self.headers = dict(scope["headers"])
+        counts = Counter(name for name, _ in scope["headers"]) if len(self.headers) < len(scope["headers"]) else {}
+        self.repeated = [name for name, count in counts.items() if count > 1]
         self.received: Received | None = None
         self.model = self.error = ""
         self.client = address_text(scope["client"]) if scope.get("client") else ""

@@ -103,6 +103,8 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         super().connection_lost(exc)
         if self._asked is not None:
             self._asked.received.gone = True
+        # Of which not all has come.
+        self._tell_of(self._job, CLIENT_GONE, 0, GoneError.__name__)
         self._job = self._repeat = self._ahead = None
         # By this, asyncio's transport refers to itself. Without it, the transport is freed here, in the loop's thread,
         # and not by a garbage collection in any thread, where Python drops what a signal handler raises meanwhile.

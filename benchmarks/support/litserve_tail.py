@@ -1,0 +1,61 @@
+"""The tail of a network behind LitServe, run by the Python of an environment that has LitServe and PyTorch.
+
+    PYTHON -m benchmarks.support.litserve_tail NETWORK PORT WORKERS BATCH
+
+LitServe has no way to take raw bytes, so a request is JSON with the tensor's bytes in base64, and so is its answer.
+Requests that wait are joined, as LitServe does it: those that come within a moment become one batch.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+from typing import Any
+
+import litserve
+import torch
+from torch import Tensor
+
+from benchmarks.support.load_networks import network
+
+_BATCH_TIMEOUT_S = 0.002
+
+
+class Tail(litserve.LitAPI):  # type: ignore[misc]
+    """The tail of the network of a name."""
+
+    def __init__(self, name: str, batch: int) -> None:
+        super().__init__(max_batch_size=batch, batch_timeout=_BATCH_TIMEOUT_S)
+        self._name = name
+
+    def setup(self, device: str) -> None:
+        torch.set_num_threads(1)
+        found = network(self._name)
+        (sent,) = found.tensors.values()
+        self._shape, self._tail = sent.shape, found.tail
+
+    def decode_request(self, request: dict[str, str]) -> Tensor:
+        data = bytearray(base64.b64decode(request["data"]))
+        return torch.frombuffer(data, dtype=torch.float32).view(self._shape)
+
+    def batch(self, inputs: list[Tensor]) -> Tensor:
+        return torch.cat(inputs)
+
+    def predict(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            (result,) = self._tail(x)
+        return result
+
+    def unbatch(self, output: Tensor) -> list[Tensor]:
+        return list(output)
+
+    def encode_response(self, output: Tensor) -> dict[str, Any]:
+        return {"data": base64.b64encode(output.numpy().tobytes()).decode()}
+
+
+if __name__ == "__main__":
+    name, port, workers, batch = sys.argv[1], *map(int, sys.argv[2:])
+    server = litserve.LitServer(
+        Tail(name, batch), accelerator="cpu", devices=1, workers_per_device=workers, fast_queue=True
+    )
+    server.run(host="127.0.0.1", port=port, num_api_servers=1, log_level="error", generate_client_file=False)
