@@ -305,6 +305,7 @@ def test_a_server_that_does_not_tell_is_the_same_to_rounding(url: str) -> None:
         split(EXAMPLE)
 
 
+@pytest.mark.usefixtures("patient")
 def test_each_answer_tells_what_it_was_computed_with(url: str) -> None:
     with Turning(HttpTransport(url)) as transport, split_of(transport) as split:
         split(EXAMPLE)
