@@ -8,6 +8,8 @@ import gc
 import operator
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import environment
 from serving import serving
 from torch import fx, nn
 from transports import Between
@@ -394,6 +397,60 @@ def test_closing_in_a_head_or_in_what_a_future_calls_is_as_quick_as_elsewhere(se
         assert closed.wait(SOON_S)
         assert future.exception(SOON_S) is not None
         watch.before_head = lambda number: None
+
+
+@pytest.mark.parametrize("way", ["submit", "map"])
+def test_closing_does_not_wait_for_what_a_backend_runs(way: str) -> None:
+    second, over = threading.Event(), threading.Event()
+    waited_out: list[bool] = []
+
+    def backend(part: nn.Module) -> Callable[..., Any]:
+        def run(x: torch.Tensor) -> Any:
+            if int(x[0, 0]) == 1:
+                second.set()
+                waited_out.append(not over.wait(SOON_S))
+            return part(x)
+
+        return run
+
+    try:
+        with ts.SplitModule(Net().eval(), frame(0), partition="device", backend=backend) as split:
+            if way == "submit":
+                future = split.submit(frame(1))
+                assert second.wait(SOON_S)
+                split.close()
+                with pytest.raises(ts.ServerUnavailableError, match="this call has not ended"):
+                    future.result(0)
+            else:
+                answers = split.map(frames(2), depth=2)
+                next(answers)
+                assert second.wait(SOON_S)
+                answers.close()  # type: ignore[attr-defined]
+        assert not waited_out
+    finally:
+        over.set()
+
+
+def test_a_program_may_end_while_a_backend_still_runs_what_was_not_waited_for() -> None:
+    program = """
+import time, torch, torchsurgeon as ts
+from torch import nn
+def backend(part):
+    def run(x):
+        begun.set()
+        time.sleep(1.0)
+        return part(x)
+    return run
+import threading
+begun = threading.Event()
+split = ts.SplitModule(nn.Sequential(nn.Linear(2, 2)).eval(), torch.ones(1, 2), partition="device", backend=backend)
+split.submit(torch.ones(1, 2))
+begun.wait()
+split.close()
+"""
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_fork_in_the_middle_of_map_can_neither_go_on_nor_hang(server: Server) -> None:

@@ -96,7 +96,8 @@ class Calls(Wrapped):
             )
         self._engine.stream()  # raises if the module has been closed
         deadline_s = self._deadlines.now(self.deadline_s)
-        return in_order((self._beginning(*call_of(call), deadline_s, True) for call in calls), depth)
+        begins = (self._beginning(*call_of(call), deadline_s, True) for call in calls)
+        return in_order(begins, depth, stoppable=self._engine.parts.stoppable)
 
     def submit(self, *args: Any, **kwargs: Any) -> Answering:
         """Return the future answer of a call that runs in other threads.

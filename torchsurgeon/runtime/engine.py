@@ -405,7 +405,7 @@ class Engine:
         if self.ending.stream is None:
             with self._closing:
                 if self.ending.stream is None and not self._closed and self._successor is None:
-                    self.ending.stream = Stream(MOST_IN_FLIGHT)
+                    self.ending.stream = Stream(MOST_IN_FLIGHT, stoppable=self.parts.stoppable)
         if self._successor is not None:
             return self._successor.stream()
         stream = self.ending.stream

@@ -232,11 +232,14 @@ class Pool:
         """Whether the calling thread is one of the pool's."""
         return threading.current_thread() in self._threads
 
-    def join(self, join_s: float) -> None:
-        """Wait for the threads to end. A thread of the pool returns at once, or two might wait for each other."""
-        if self.is_worker:
-            return
-        join_threads(self._threads, join_s)
+    def join(self, join_s: float) -> list[threading.Thread]:
+        """Wait up to ``join_s`` for the threads to end, and return those that have not.
+
+        A thread of the pool returns at once, or two might wait for each other.
+        """
+        if not self.is_worker:
+            join_threads(self._threads, join_s)
+        return [thread for thread in self._threads if thread.is_alive()]
 
     def _freed(self, task: Task[Any]) -> None:
         # Called before the task ends: whoever waits for it and submits the next one then gets this thread again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextvars
 import functools
 import os
@@ -14,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from torchsurgeon._interrupts import Condition, NoThreadError, by_signal_handler
+from torchsurgeon._interrupts import Condition, NoThreadError, by_signal_handler, join_threads
 from torchsurgeon.errors import AdaptError, ServerUnavailableError
 from torchsurgeon.runtime.pool import MOST_THREADS, Pool, Task
 
@@ -24,6 +25,10 @@ T = TypeVar("T")
 MOST_IN_FLIGHT = MOST_THREADS
 # A head or a tail that runs on the device is not interrupted, so closing waits this long for it.
 _JOIN_S = 60.0
+# What a backend runs cannot even be stopped between two layers. Closing waits for its thread no longer than this.
+_BRIEF_S = 0.1
+# Threads that were left behind so. The interpreter must not end while they are in a backend's code.
+_left: list[threading.Thread] = []
 
 
 class Begun(Protocol):
@@ -82,9 +87,14 @@ class Stream:
 
     At most ``depth`` calls are between the beginning of their head and their answer; the next waits for one of them.
     The threads are started when they are needed.
+
+    Args:
+        depth: see above.
+        stoppable: whether what runs on the device can be stopped midway. If not, closing does not wait for it.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, *, stoppable: bool = True) -> None:
+        self._stoppable = stoppable
         self._room = threading.Semaphore(depth)
         self._heads, self._answers = Pool("torchsurgeon-heads", 1), Pool("torchsurgeon-answers", depth)
         self._unanswered: set[Answering] = set()
@@ -128,8 +138,10 @@ class Stream:
         if self._heads.is_worker or self._answers.is_worker:
             # Called from a head or from a future's callback, in a thread that the others below would wait for.
             return
-        self._answers.join(_JOIN_S)
-        self._heads.join(_JOIN_S)
+        for pool in (self._answers, self._heads):
+            left = pool.join(_JOIN_S if self._stoppable else _BRIEF_S)
+            if not self._stoppable:
+                _left.extend(left)
         for future in self._unanswered.copy():
             _fail(future, ServerUnavailableError(f"this call has not ended, and {why}"))
 
@@ -181,7 +193,7 @@ def _fail(future: Answering, error: Exception) -> None:
         future.set_exception(error)
 
 
-def in_order(begins: Iterable[Callable[[], Begun]], depth: int) -> Iterator[Any]:
+def in_order(begins: Iterable[Callable[[], Begun]], depth: int, *, stoppable: bool = True) -> Iterator[Any]:
     """Yield the answers of the calls that ``begins`` begin, in their order.
 
     The next call is begun, in the thread that asks for answers, while fewer than ``depth`` are in flight and the next
@@ -191,19 +203,20 @@ def in_order(begins: Iterable[Callable[[], Begun]], depth: int) -> Iterator[Any]
     Args:
         begins: functions that each run the head of one call.
         depth: how many calls may be in flight, 1 to 16.
+        stoppable: as ``Stream`` takes it.
 
     Raises:
         AdaptError: the depth is not within 1 to 16.
     """
     if not (isinstance(depth, int) and 1 <= depth <= MOST_IN_FLIGHT):
         raise AdaptError(f"depth is how many calls may be in flight, 1 to {MOST_IN_FLIGHT}; got {depth!r}")
-    return _in_order(iter(begins), depth)
+    return _in_order(iter(begins), depth, stoppable)
 
 
-def _in_order(begins: Iterator[Callable[[], Begun]], depth: int) -> Iterator[Any]:
+def _in_order(begins: Iterator[Callable[[], Begun]], depth: int, stoppable: bool) -> Iterator[Any]:
     flying: deque[Answering] = deque()
     ended: Exception | None = None
-    stream = Stream(depth)
+    stream = Stream(depth, stoppable=stoppable)
     try:
         while ended is None or flying:
             if not stream.is_owner_process:
@@ -252,3 +265,11 @@ class _Surroundings:
             for entered in self._entered:
                 stack.enter_context(entered())
             return self._context.run(function)
+
+
+def _wait_for_left() -> None:
+    join_threads(_left, _JOIN_S)
+
+
+atexit.register(_wait_for_left)
+os.register_at_fork(after_in_child=_left.clear)
