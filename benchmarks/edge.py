@@ -144,8 +144,8 @@ Memory is what a process holds beyond what it held when ONNX Runtime had run a m
 been asked; by PyTorch, beyond what it held when one layer had run. Pages of files, such as a library's code, do not
 count. *Tensors at once* are the most bytes that the head's tensors take in PyTorch while it runs. By PyTorch, a device
 holds the whole model. Beyond weights and tensors, a session of ONNX Runtime takes about 10 kB for each node. On
-processors with AVX it also copies the weights of convolutions into blocks of 8 or 16 channels, filled up with zeros, and
-those in the file count no more then.
+processors with AVX it also copies the weights of convolutions into blocks of 8 or 16 channels, filled up with zeros,
+and those in the file count no more then.
 """
 
 

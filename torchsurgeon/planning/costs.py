@@ -150,7 +150,9 @@ class CostTable:
         up_s_per_byte, downlink_s = 8.0 / link.uplink_bit_s, self.answer_bytes * 8.0 / link.downlink_bit_s
         if not isinstance(wanted, Objective):
             # Latency has a short way, since it is asked for before every inference.
-            return table.dot(np.array((slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s)))
+            factors = np.array((slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s))
+            costs: Array = table.dot(factors)
+            return costs
         weights = np.zeros(5)
         sums = bool(wanted.latency or wanted.energy or wanted.server_time)
         if wanted.latency:

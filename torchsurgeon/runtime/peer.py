@@ -22,6 +22,7 @@ from torchsurgeon.codec.codec import FITTED
 from torchsurgeon.errors import (
     ModelMismatchError,
     RequestRefusedError,
+    ServerUnavailableError,
 )
 from torchsurgeon.link import Link
 from torchsurgeon.models.arithmetic import Arithmetic, Difference

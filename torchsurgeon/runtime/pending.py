@@ -194,7 +194,7 @@ class Pending:
         exact = self._arithmetic if shared.options.exact else None
         backend = self._peer.profiles.to_name(None if self._way.row is None else self._way.row.server_backend)
         codecs = dict.fromkeys(tensors, self._codec)
-        ask = functools.partial(self._ask, self._peer, tensors, codecs, deadline, exact, backend)
+        ask: Callable[[], Answer] = functools.partial(self._ask, self._peer, tensors, codecs, deadline, exact, backend)
         if not in_caller:
             ask = below_current(ask)
         if self._boundary[0].is_cuda:
