@@ -281,6 +281,80 @@ def test_hooks_that_keep_what_they_see_go_on_until_they_are_removed(
     assert sides.answers_as_the_model() is None
 
 
+class Counting:
+    """Counts what a hook sees, in one of the ways in which programs do."""
+
+    def __init__(self) -> None:
+        self.count, self.box = 0, [0]
+
+    def __call__(self, module: nn.Module, args: Any, result: Tensor) -> None:
+        self.count += 1
+
+    def boxed(self) -> Callable[..., None]:
+        box = self.box
+
+        def count(module: nn.Module, args: Any, result: Tensor) -> None:
+            box[0] += 1
+
+        return count
+
+    def nonlocal_(self) -> Callable[..., None]:
+        number = 0
+
+        def count(module: nn.Module, args: Any, result: Tensor) -> None:
+            nonlocal number
+            number += 1
+            self.box[:] = [number]
+
+        return count
+
+
+@quietly
+@pytest.mark.parametrize("kind", ["object", "list", "closure"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_that_count_go_on_counting_every_call(
+    between: Callable[..., Sides], clock: Clock, traced: list[nn.Module], kind: str, everywhere: bool
+) -> None:
+    sides, counting = between(net()), Counting()
+    hook = {"object": counting, "list": counting.boxed(), "closure": counting.nonlocal_()}[kind]
+    if everywhere:
+        handle = nn.modules.module.register_module_forward_hook(hook)
+    else:
+        handle = sides.split.model.first.register_forward_hook(hook)
+    try:
+        for calls in range(4):
+            before = counting.count + counting.box[0]
+            sides.split(X)
+            assert counting.count + counting.box[0] > before, calls
+            clock.now_s += 2.0
+        assert not traced
+    finally:
+        handle.remove()
+    assert sides.answers_as_the_model() is None
+
+
+@quietly
+def test_a_hook_that_changes_what_a_layer_gives_counts_whichever_side_has_the_layer(
+    between: Callable[..., Sides], clock: Clock
+) -> None:
+    for layer in ("first", "last"):
+        sides = between(net())
+        handle = getattr(sides.split.model, layer).register_forward_hook(lambda module, args, result: result * 2)
+        for _ in range(3):
+            # The server's model lacks the hook, so the device answers, also once the model has been traced anew.
+            assert sides.answers_as_the_model() is not None
+            clock.now_s += 2.0
+        handle.remove()
+
+
+@quietly
+def test_under_the_profiler_calls_are_split_as_ever(between: Callable[..., Sides]) -> None:
+    sides = between(net())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        assert sides.answers_as_the_model() is None
+    assert any(event.key.startswith("aten::") for event in profiled.key_averages())
+
+
 @quietly
 def test_a_model_that_cannot_be_traced_any_more_is_tried_once_and_answers(
     between: Callable[..., Sides], clock: Clock, traced: list[nn.Module]

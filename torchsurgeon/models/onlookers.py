@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchsurgeon.tracing.names import names_in
-from torchsurgeon.tracing.reading import GLOBAL_HOOKS, OF_MODULES
+from torchsurgeon.tracing.reading import GLOBAL_HOOKS, OF_MODULES, PLAIN
 from torchsurgeon.tracing.source import is_library_module
 
 _CONTAINERS = (list, tuple, dict, set, deque)
@@ -24,12 +24,11 @@ _DEPTH = 6
 
 
 class KeptByHooks:
-    """What the hooks of a model hold at one moment: tensors, and so many elements in their lists and dicts."""
+    """What the hooks of a model hold at one moment: tensors, and what lies in their lists, dicts and objects."""
 
     def __init__(self, model: nn.Module) -> None:
-        # By identity: the object, which is held, so that no other gets the same identity; how many elements it has; and
-        # whose it is.
-        self._found: dict[int, tuple[Any, int, str]] = {}
+        # By identity: the object, which is held, so that no other gets the same identity; its elements; and whose it is.
+        self._found: dict[int, tuple[Any, tuple[Any, ...], str]] = {}
         hooks = [hook for _, table in GLOBAL_HOOKS for hook in table.values()]
         for module in model.modules():
             hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -41,18 +40,48 @@ class KeptByHooks:
         before = earlier._found
         found = (
             name
-            for key, (held, size, name) in self._found.items()
-            if (isinstance(held, Tensor) and key not in before) or (key in before and before[key][1] != size)
+            for key, (held, elements, name) in self._found.items()
+            if (isinstance(held, Tensor) and key not in before)
+            or (key in before and not _same(elements, before[key][1]))
         )
         return list(dict.fromkeys(found))
 
     def _look(self, value: Any, name: str, depth: int) -> None:
         if id(value) in self._found or not depth:
             return
-        if isinstance(value, (Tensor, *_CONTAINERS)):
-            self._found[id(value)] = (value, 0 if isinstance(value, Tensor) else len(value), name)
+        if isinstance(value, (Tensor, types.FunctionType, *_CONTAINERS)):
+            self._found[id(value)] = (value, _elements(value), name)
         for inner in _parts(value):
             self._look(inner, name, depth - 1)
+
+
+def _elements(value: Any) -> tuple[Any, ...]:
+    """Return what shows that a container, or what a function closes over, has changed.
+
+    It is the elements, or only how many there are in a large container.
+    """
+    if isinstance(value, Tensor):
+        return ()
+    if isinstance(value, types.FunctionType):
+        return tuple(_read_by(value))
+    if len(value) > _MOST_ELEMENTS:
+        return (len(value),)
+    return (*value, *value.values()) if isinstance(value, dict) else tuple(value)
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    # Numbers and texts by value, since equal ones may be other objects; everything else by identity.
+    return len(one) == len(other) and all(
+        a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _read_by(function: types.FunctionType) -> Iterator[Any]:
+    """Yield what a function closes over, and the objects that it names in its module."""
+    yield from (cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType())
+    for name in sorted(names_in(function.__code__).globals & function.__globals__.keys()):
+        if not isinstance(function.__globals__[name], (types.FunctionType, types.ModuleType, type)):
+            yield function.__globals__[name]
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -61,11 +90,8 @@ def _parts(value: Any) -> Iterator[Any]:
         if len(value) <= _MOST_ELEMENTS:
             yield from value.values() if isinstance(value, dict) else value
     elif isinstance(value, types.FunctionType):
-        yield from (cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType())
+        yield from _read_by(value)
         yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-        for name in names_in(value.__code__).globals & value.__globals__.keys():
-            if not isinstance(value.__globals__[name], (types.FunctionType, types.ModuleType, type)):
-                yield value.__globals__[name]
     elif isinstance(value, types.MethodType):
         yield from (value.__func__, value.__self__)
     elif isinstance(value, functools.partial):
@@ -73,5 +99,6 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, nn.Module):
         yield from (one for key, one in value.__dict__.items() if key not in OF_MODULES)
     elif not isinstance(value, (Tensor, type)) and not is_library_module(type(value).__module__):
-        yield from getattr(value, "__dict__", {}).values()
+        # The attributes as a dict: a number in it may count what the hook sees.
+        yield getattr(value, "__dict__", {})
         yield vars(type(value)).get("__call__")
