@@ -27,7 +27,7 @@ class KeptByHooks:
     """What the hooks of a model hold at one moment: tensors, and what lies in their lists, dicts and objects."""
 
     def __init__(self, model: nn.Module) -> None:
-        # By identity: the object, which is held, so that no other gets the same identity; its elements; and whose it is.
+        # By identity: the object, which is held so that no other gets the same identity, its elements, and whose it is.
         self._found: dict[int, tuple[Any, tuple[Any, ...], str]] = {}
         hooks = [hook for _, table in GLOBAL_HOOKS for hook in table.values()]
         for module in model.modules():
