@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -460,3 +461,41 @@ def test_damaged_and_foreign_pictures_are_refused() -> None:
 def test_tensors_in_cpu_memory_are_not_copied() -> None:
     tensor = torch.rand(3)
     assert on_host(tensor) is tensor
+
+
+def most_held_bytes(function: Callable[[], Tensor]) -> int:
+    """Return the most bytes that PyTorch's allocator holds at once for what ``function`` makes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        kept = function()
+    del kept
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    return max(held)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", ["int8", "int4", "int8-channel"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decoding_to_half_precision_holds_little_beside_the_result(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, native: bool
+) -> None:
+    if not native:
+        monkeypatch.setattr(_native, "available", lambda: False)
+    tensor = torch.rand(1, 64, 512, 256).to(dtype)
+    # As it has been received, in writable memory.
+    arrived = bytearray(find_codec(name).encode(tensor).data)
+
+    def decode() -> Tensor:
+        return find_codec(name).decode(arrived, dtype, tensor.shape, max_bytes=MOST)
+
+    assert tensor.nbytes <= most_held_bytes(decode) <= 1.2 * tensor.nbytes
+
+
+@pytest.mark.parametrize("shape", [(101, 1_311), (71, 3, 701), (2, 5, 300, 301), (1, 3, 257, 257)])
+@pytest.mark.parametrize("name", ["int8", "int4", "int8-channel"])
+def test_what_is_decoded_in_pieces_is_what_is_decoded_at_once(name: str, shape: tuple[int, ...]) -> None:
+    encoded = find_codec(name).encode(torch.randn(shape))
+    at_once = find_codec(name).decode(encoded.data, torch.float32, shape, max_bytes=MOST)
+    for dtype in (torch.float16, torch.float64):
+        pieces = find_codec(name).decode(encoded.data, dtype, shape, max_bytes=MOST)
+        assert torch.equal(pieces, at_once.to(dtype))

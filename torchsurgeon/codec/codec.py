@@ -213,8 +213,12 @@ class Codec:
             view = memoryview(zstd.decompress(view, stored_bytes))
         elif len(view) != stored_bytes:
             raise CodecError(f"{self.name} of shape {list(shape)} takes {stored_bytes} bytes; got {len(view)} bytes")
-        packed = torch.empty(stored_bytes, dtype=torch.uint8)
-        packed.numpy().data[:] = view
+        if packing in packings.LEVELS and stored_bytes and not view.readonly:
+            # What is unpacked next, byte by byte, may lie where it has arrived.
+            packed = torch.frombuffer(view, dtype=torch.uint8)
+        else:
+            packed = torch.empty(stored_bytes, dtype=torch.uint8)
+            packed.numpy().data[:] = view
         in_memory = shape if order is None else tuple(shape[dim] for dim in order)
         packed = packed.to(device, non_blocking=True)
         if packing is not None:

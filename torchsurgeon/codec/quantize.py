@@ -33,6 +33,8 @@ from torchsurgeon.errors import CodecError
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # The dtypes whose values are packed. Those of float8 have no more bits than a packing would leave them.
+# So many values are unpacked at a time where they do not become float32: they fit into a processor's cache.
+_PIECE = 1 << 16
 _PACKED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
@@ -110,20 +112,52 @@ def unpack(packing: str, data: Tensor, dtype: torch.dtype, shape: Sequence[int],
         lows, scales = data[: 8 * channels].clone().view(torch.float32).view(2, channels)
         if not bool((torch.isfinite(lows) & (scales >= 0) & (scales < WIDEST)).all()):
             raise CodecError(DAMAGED)
-        spread = [channels if dim == channels_at else 1 for dim in range(len(shape))]
-        values = data[8 * channels :].reshape(shape).to(torch.float32)
-        return values.mul_(scales.view(spread)).add_(lows.view(spread)).to(dtype)
+        return _by_channels(data[8 * channels :].reshape(shape), lows, scales, channels_at, dtype)
     low, scale = data[:8].clone().view(torch.float32).tolist()
     if not (math.isfinite(low) and 0 <= scale < WIDEST):
         raise CodecError(DAMAGED)
-    codes = data[8:]
+    codes, bits = data[8:], BITS[packing]
+    if dtype == torch.float32:
+        return _values(codes, low, scale, bits)[:count].reshape(shape)
+    # Piece by piece, so that there is never another tensor of float32 beside the one of half its bytes.
+    result = torch.empty(count, dtype=dtype, device=codes.device)
+    step = _PIECE if codes.is_cpu else max(len(codes), 1)
+    for begin in range(0, len(codes), step):
+        piece = codes[begin : begin + step]
+        values, size, upper = _values(piece, low, scale, bits), len(piece), len(codes) + begin
+        result[begin : begin + size] = values[:size]
+        if bits == 4:
+            result[upper : upper + size] = values[size : size + count - upper]
+    return result.reshape(shape)
+
+
+def _values(codes: Tensor, low: float, scale: float, bits: int) -> Tensor:
+    """Return what codes stand for, in float32: of codes in four bits first those in the lower, then the upper four."""
     if codes.is_cpu and _native.available():
-        values = torch.empty(count)
-        torch.ops.torchsurgeon.dequantize(codes, low, scale, BITS[packing], values)
-        return values.reshape(shape).to(dtype)
-    if packing == "int4":
-        codes = torch.cat([codes & 15, codes >> 4])[:count]
-    return torch.add(torch.tensor(low, device=data.device), codes, alpha=scale).reshape(shape).to(dtype)
+        values = torch.empty(len(codes) * 8 // bits)
+        torch.ops.torchsurgeon.dequantize(codes, low, scale, bits, values)
+        return values
+    if bits == 4:
+        codes = torch.cat([codes & 15, codes >> 4])
+    return torch.add(torch.tensor(low, device=codes.device), codes, alpha=scale)
+
+
+def _by_channels(codes: Tensor, lows: Tensor, scales: Tensor, channels_at: int, dtype: torch.dtype) -> Tensor:
+    """Return what codes stand for whose channels each have a low and a scale."""
+    channels, shape = len(lows), codes.shape
+    result = torch.empty(shape, dtype=dtype, device=codes.device)
+    if not result.numel():
+        return result
+    inner, step = math.prod(shape[channels_at + 1 :]), _PIECE if codes.is_cpu else result.numel()
+    into, codes = result.view(-1, channels, inner), codes.reshape(-1, channels, inner)
+    # Pieces of some samples, or where one sample is large, of some channels of it.
+    samples, some = max(step // (channels * inner), 1), max(step // inner, 1)
+    for begin in range(0, len(codes), samples):
+        for first in range(0, channels, some):
+            at = slice(begin, begin + samples), slice(first, first + some)
+            values = codes[at].to(torch.float32).mul_(scales[at[1], None]).add_(lows[at[1], None])
+            into[at] = values
+    return result
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
