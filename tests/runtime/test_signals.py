@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from classifier import EXAMPLE, LAYERS, MODEL, degraded, net, remote, right, split_of, until
+from known_machines import FAST
 from serving import serving
 
 import torchsurgeon as ts
@@ -179,7 +180,7 @@ def test_what_a_handler_raises_comes_out_of_a_call_that_chooses_its_cut(
 def test_a_struck_first_call_leaves_nothing_locked(server: Server, patient: None, fallback: Any) -> None:
     with striking(LateTimeout) as striker:
         got = 0
-        for _ in range(40):
+        for _ in range(25):
             with split_of(server, partition=1, fallback=fallback) as split:
                 was, _result = striker.struck(lambda split=split: split(EXAMPLE), 0.02)
                 got += was
@@ -195,6 +196,34 @@ def test_a_struck_map_leaves_no_threads(server: Server, patient: None) -> None:
         while any("heads" in one.name or "answers" in one.name for one in threading.enumerate()):
             assert time.monotonic() < end_s
             time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("fallback", "partition"), [("local", "auto"), ("local", 2), ("error", 2)])
+def test_ctrl_c_at_any_moment_of_a_modules_life_leaves_no_thread_behind(
+    server: Server, known: dict[str, Any], fallback: Any, partition: Any
+) -> None:
+    def life() -> None:
+        with split_of(server, partition=partition, fallback=fallback, link=FAST, **known) as split:
+            split(EXAMPLE)
+            list(split.map([EXAMPLE] * 4))
+            split.submit(EXAMPLE).result()
+
+    def own() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("torchsurgeon-")}
+
+    life()
+    begin_s = time.perf_counter()
+    life()
+    takes_s, before = time.perf_counter() - begin_s, own()
+    with striking(KeyboardInterrupt) as striker:
+        for _ in range(25):
+            striker.struck(life, takes_s)
+            gc.collect()
+            end_s = time.monotonic() + 60.0
+            while own() - before:
+                assert time.monotonic() < end_s, own() - before
+                time.sleep(0.01)
+        assert striker.fired
 
 
 def test_what_a_handler_raises_in_a_listener_comes_out(server: Server, known: dict[str, Any]) -> None:
