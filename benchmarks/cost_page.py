@@ -1,7 +1,7 @@
 """Writes what a call and an exchange cost into docs/runtime.md and docs/architecture.md, from what two suites measured.
 
 pytest benchmarks/test_split_module.py -k sending --benchmark-json benchmarks/results/suites/split_module.json
-pytest benchmarks/test_wire.py -k apart --benchmark-json benchmarks/results/suites/wire.json
+pytest benchmarks/test_wire.py -k "150 and not bytes" --benchmark-json benchmarks/results/suites/wire.json
 python -m benchmarks.cost_page
 """
 
