@@ -25,6 +25,7 @@ import base64
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -139,7 +140,8 @@ def litserve(python: str, name: str) -> Iterator[tuple[int, int, bytes]]:
                 time.sleep(0.2)
         yield server.pid, port, request("/predict", body, "Content-Type: application/json\r\n")
     finally:
-        server.terminate()
+        # Its workers would outlive a process that is told to end politely while they are busy.
+        os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
@@ -156,11 +158,13 @@ def compare(name: str, rounds: int, seconds: float, python: str | None) -> dict[
         ways = server.recv()
         if python is not None:
             ways[LITSERVE] = stack.enter_context(litserve(python, name))
+        ways[OURS] = ways.pop(OURS)
         samples: dict[str, dict[str, list[dict[str, float]]]] = {}
 
         def ask(what: str, label: str, *how: Any) -> None:
             client.send((*ways[label], *how))
-            samples.setdefault(what, {}).setdefault(label, []).append(client.recv())
+            of_each = samples.setdefault(what, {one: [] for one in ways if what != HALF or one == OURS})
+            of_each[label].append(client.recv())
 
         for index in range(rounds + 1):
             turns = [(count, label) for count in CONNECTIONS for label in ways]
