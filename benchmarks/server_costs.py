@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluate.markdown import table
-from benchmarks.server_load import request
+from benchmarks.server_rivals import request
 from benchmarks.support import result_file
 from benchmarks.support.load_client import serve_client
 from benchmarks.support.load_networks import network

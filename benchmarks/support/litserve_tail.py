@@ -55,7 +55,5 @@ class Tail(litserve.LitAPI):  # type: ignore[misc]
 
 if __name__ == "__main__":
     name, port, workers, batch = sys.argv[1], *map(int, sys.argv[2:])
-    server = litserve.LitServer(
-        Tail(name, batch), accelerator="cpu", devices=1, workers_per_device=workers
-    )
+    server = litserve.LitServer(Tail(name, batch), accelerator="cpu", devices=1, workers_per_device=workers)
     server.run(host="127.0.0.1", port=port, num_api_servers=1, log_level="error", generate_client_file=False)
