@@ -131,7 +131,8 @@ def find_codec(name: str) -> ArrayCodec:
     if name not in NAMES:
         raise CodecError(
             f"a device without PyTorch has the codecs {', '.join(NAMES)}, and for pictures "
-            f"{', '.join(pictures.FORMATS)}; got {short(name, 60)}; fitted codecs need torchsurgeon itself"
+            f"{', '.join(pictures.FORMATS)}; got {short(name, 60)}; fitted codecs need torchsurgeon itself, "
+            "whose compiled extension codes their coefficients"
         )
     compressed = bool(plus) or name == "zstd"
     if compressed and importlib.util.find_spec("zstandard") is None:
