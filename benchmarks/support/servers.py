@@ -164,7 +164,9 @@ def by_starlette(answer: Answer, *, pool: bool = True) -> int:
 
     app = Starlette(routes=[Route("/infer", infer, methods=["POST"])])
     # asyncio sets TCP_NODELAY only on connections of a listening socket that it has made itself.
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", access_log=False, lifespan="off"))
+    # A connection is kept while its client runs something else for longer than uvicorn's five seconds.
+    quiet = {"log_level": "critical", "access_log": False, "lifespan": "off"}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, timeout_keep_alive=3600, **quiet))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
         time.sleep(1e-2)
