@@ -118,6 +118,7 @@ def section(folder: Path) -> str:
             1, or what two ways that were foretold to be equal differ by.
             """
         ),
+        *_left(results),
     ]
     for mode, heading, words in MODES:
         own = [case for case in cases(results) if (case.mode == mode if mode else "change" in case.mode)]
@@ -150,6 +151,22 @@ MODES = (
     ),
 )
 """What may be done, with the heading of its table and the words above it; the last is for all budgets together."""
+
+
+def _left(results: Mapping[str, Any]) -> list[str]:
+    """Say what the evaluation leaves as it is recorded, where that is shown."""
+    slow = [name for name in end_to_end.SLOW if name in results]
+    if not slow:
+        return []
+    minutes = sum(results[name]["seconds"] for name in slow) / 60
+    return [
+        text(
+            f"""
+            `make evaluate` leaves {len(slow)} of the networks as they are recorded, since they take {minutes:.0f}
+            minutes: `python -m benchmarks.evaluate.end_to_end --networks {" ".join(slow)}` runs them anew.
+            """
+        )
+    ]
 
 
 def _table(cases: Sequence[Case], *, with_mode: bool) -> str:
