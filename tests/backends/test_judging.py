@@ -96,7 +96,8 @@ def test_whole_numbers_answer_nearly_at_every_batch_size_and_not_exactly(name: s
             assert [one.dtype for one in found] == [one.dtype for one in wanted]
 
 
-@pytest.mark.parametrize("name", ["onnxruntime:int8", "openvino:bf16"])
+# Not bfloat16: on some processors its cosine is 1 to the last digit here, so that no limit is broken.
+@pytest.mark.parametrize("name", ["onnxruntime:int8"])
 def test_a_part_that_breaks_the_budget_is_not_used_and_the_warning_says_by_how_much(name: str, net: nn.Module) -> None:
     graph = ts.trace(net, SAMPLE[0])
     strict = Budget(min_cosine=1.0, decide_by="estimate")
