@@ -130,8 +130,16 @@ def run(
             begun_s = time.monotonic()
             found[name] = Study(name, repeats).over(tuple(links), other)
             found[name]["seconds"] = round(time.monotonic() - begun_s)
+            found[name]["bfloat16"] = computes_bfloat16()
             told(f"{name}: run over {len(found[name]['links'])} links")
     return found
+
+
+def computes_bfloat16() -> bool:
+    """Return whether the processor computes in bfloat16; elsewhere OpenVINO computes in float32 in its place."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class _Mode(NamedTuple):
