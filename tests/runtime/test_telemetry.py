@@ -15,6 +15,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from waiting import wait_for
 
 import torchsurgeon as ts
 from torchsurgeon.serve import Server
@@ -139,13 +140,6 @@ def asked_for(exporter: InMemorySpanExporter, path: str) -> list[ReadableSpan]:
     """The server's spans of requests for a path; a device may ask for others in the background."""
     spans = [span for span in exporter.get_finished_spans() if span.name == "torchsurgeon.request"]
     return [span for span in spans if span.attributes is not None and span.attributes["url.path"] == path]
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def test_an_answer_of_the_device_says_why_the_server_gave_none(exporter: InMemorySpanExporter, server: Server) -> None:

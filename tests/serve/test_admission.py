@@ -9,12 +9,13 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from waiting import wait_for
 
 from torchsurgeon.errors import ProtocolError, RequestRefusedError
 from torchsurgeon.serve import ModelRegistry, Server, create_app
@@ -88,13 +89,6 @@ def held() -> Iterator[threading.Event]:
     yield event
     event.set()
     HELD.clear()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def begin(server: Server, **headers: str) -> http.client.HTTPConnection:

@@ -11,13 +11,14 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from waiting import wait_for
 
 from torchsurgeon.serve import ModelRegistry, Server, create_app, guarded
 from torchsurgeon.serve.metrics import Metrics
@@ -137,13 +138,6 @@ def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with Server(app, direct=request.param == "direct") as server:
         yield Watched(server, outcomes)
     registry.close()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.005)
 
 
 def statuses(link: socket.socket, count: int) -> list[int]:

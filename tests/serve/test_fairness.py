@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from waiting import wait_for
 
 import torchsurgeon as ts
 from torchsurgeon.errors import AdaptError, ProtocolError, ServerError
@@ -294,13 +295,6 @@ def held() -> Iterator[threading.Event]:
     yield event
     event.set()
     HELD.clear()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.005)
 
 
 def begin(

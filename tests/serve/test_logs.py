@@ -23,6 +23,7 @@ import pytest
 import torch
 from paths import environment
 from torch import Tensor, nn
+from waiting import wait_for
 
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.access import AccessLog, access
@@ -69,13 +70,6 @@ def ask(port: int, path: str, body: bytes | None = None, **headers: str) -> tupl
         response = connection.getresponse()
         told = {name.lower(): value for name, value in response.getheaders()}
         return response.status, told, json.loads(response.read())
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def test_every_request_is_noted_with_what_an_operator_asks_for(server: Server, outcomes: list[Outcome]) -> None:
