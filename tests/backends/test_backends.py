@@ -445,3 +445,27 @@ def test_two_threads_build_one_after_the_other_since_exporters_share_their_state
         thread.join()
     assert [part.reason for part in parts] == [None, None]
     assert not backend.met
+
+
+def test_no_model_is_traced_while_a_part_is_built_since_both_patch_pytorch(net: nn.Module) -> None:
+    graph, traced, own = ts.trace(net, X), threading.Event(), nn.Module.__call__
+
+    def trace() -> None:
+        ts.trace(net, X)
+        traced.set()
+
+    tracing = threading.Thread(target=trace)
+
+    class Beside(_Alone):
+        def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Callable[..., Sequence[Tensor]]:
+            if tracing.ident is None:
+                tracing.start()
+            self.met = self.met or traced.wait(1.0)
+            return part.segment
+
+    backend = Beside(1)
+    BuiltPart(Part.head(graph, graph.points[-1]), backend, None).build(X)
+    tracing.join()
+    assert not backend.met
+    assert traced.is_set()
+    assert nn.Module.__call__ is own

@@ -60,7 +60,8 @@ class BuiltPart:
         If the backend does not take it, or its answers deviate, a ``BackendWarning`` says why. What the model itself
         raises for these tensors is raised.
         """
-        with self._building:
+        # In this order, since a thread that traces a model in which another split stands builds while it traces.
+        with in_turn(), self._building:
             if self.tried:
                 return
             said = None
@@ -128,8 +129,7 @@ class BuiltPart:
             # Exporters take a batch of one for a size that is always one, so they are given another.
             try:
                 more = part.with_another_sample(tensors)
-                with in_turn():
-                    run = leading.build(backend, more, free_batch=True)
+                run = leading.build(backend, more, free_batch=True)
                 check(part, backend, run, more, part.segment(*more))
                 check(part, backend, run, tensors, expected)
                 self.free_batch = True
@@ -138,8 +138,7 @@ class BuiltPart:
                 if by_signal_handler(error):
                     raise
         try:
-            with in_turn():
-                run = leading.build(backend, tensors, free_batch=False)
+            run = leading.build(backend, tensors, free_batch=False)
             check(part, backend, run, tensors, expected)
         except BackendError:
             raise

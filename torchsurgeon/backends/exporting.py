@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,27 +15,21 @@ from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends.part import Part
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import BackendError, short
+from torchsurgeon.tracing.alone import TRACING
 from torchsurgeon.tracing.step import Environment, Step
 
 _LAYER = "torchsurgeon_layer"
-_turn = threading.RLock()
-
-
-def _reset_after_fork() -> None:
-    global _turn
-    _turn = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
-    """Wait until no other thread builds a part, and keep others from it in the block.
+    """Wait until no other thread builds a part or traces a model, and keep others from it in the block.
 
-    What exports and converts keeps its state in PyTorch's global variables, so two threads would spoil each other's.
+    What exports and converts keeps its state in PyTorch's global variables and patches ``nn.Module`` meanwhile, as
+    tracing does. Two threads would spoil each other's, and the second to end would put back the patch of the first for
+    good.
     """
-    with _turn:
+    with TRACING:
         yield
 
 

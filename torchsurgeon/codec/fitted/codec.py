@@ -296,7 +296,9 @@ class RatedCodec(Codec):
     def step(self) -> float:
         """The quantization step: between those of the file, as the logarithms of rates and steps lie."""
         rates, steps = numpy.log(self.fitted.rates[::-1]), numpy.log(self.fitted.steps[::-1])
-        return float(numpy.exp(numpy.interp(math.log(self.rate), rates, steps)))
+        step = float(numpy.exp(numpy.interp(math.log(self.rate), rates, steps)))
+        # The exponential of a logarithm may lie a rounding beyond the ends.
+        return min(max(step, min(self.fitted.steps)), max(self.fitted.steps))
 
     @cached_property
     def _row(self) -> int:
