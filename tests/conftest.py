@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from torchsurgeon.backends.exporting import in_turn
 from torchsurgeon.serve import Server
+from torchsurgeon.tracing.alone import TRACING
 
 torch.set_num_threads(1)
 # pytest-xdist sets it, and commands would fit their tables into it.
@@ -67,7 +67,7 @@ def _settings_of_pytorch() -> Iterator[None]:
 def _nothing_is_built_beside_the_next_test() -> Iterator[None]:
     """Wait for what a closed module or server still builds, since exporters change which warnings are shown."""
     yield
-    with in_turn():
+    with TRACING:
         pass
 
 

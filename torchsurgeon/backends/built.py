@@ -61,7 +61,7 @@ class BuiltPart:
         raises for these tensors is raised.
         """
         # In this order, since a thread that traces a model in which another split stands builds while it traces.
-        with in_turn(), self._building:
+        with in_turn(self.part.graph, tensors), self._building:
             if self.tried:
                 return
             said = None

@@ -16,20 +16,26 @@ from torchsurgeon.backends.part import Part
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import BackendError, short
 from torchsurgeon.tracing.alone import TRACING
+from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.kernels import kernels_kept
 from torchsurgeon.tracing.step import Environment, Step
 
 _LAYER = "torchsurgeon_layer"
 
 
 @contextlib.contextmanager
-def in_turn() -> Iterator[None]:
+def in_turn(graph: LayerGraph, tensors: Sequence[Tensor]) -> Iterator[None]:
     """Wait until no other thread builds a part or traces a model, and keep others from it in the block.
 
     What exports and converts keeps its state in PyTorch's global variables and patches ``nn.Module`` meanwhile, as
     tracing does. Two threads would spoil each other's, and the second to end would put back the patch of the first for
-    good.
+    good. Calls of other threads go on, and get the bits that they always get.
+
+    Args:
+        graph: the traced model.
+        tensors: for what a part of it is built.
     """
-    with TRACING:
+    with TRACING, kernels_kept(graph.model, tensors):
         yield
 
 

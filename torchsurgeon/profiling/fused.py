@@ -161,7 +161,7 @@ class _Measuring:
         until: PartitionPoint | None = None
         while leading is not None:
             try:
-                with torch.no_grad(), in_turn():
+                with torch.no_grad(), in_turn(graph, self._tensors):
                     return Slices(graph, inside, self._tensors, until)
             except Exception as error:  # a package is missing, another project's exporter fails
                 if by_signal_handler(error):
@@ -232,7 +232,7 @@ class _Measuring:
         if run is not None:
             return leading.followed(run)
         # For these shapes only: for a free batch it may have to be exported twice.
-        with torch.no_grad(), in_turn():
+        with torch.no_grad(), in_turn(self._graph, tensors):
             return leading.build(self._backend, tensors, free_batch=False)
 
     def _note(self, name: str) -> None:

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.alone import TRACING, exporting
 from torchsurgeon.tracing.call import Call, Output, path_name
+from torchsurgeon.tracing.kernels import kernels_kept
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, function_name, plain, unique
 from torchsurgeon.tracing.structure import LeafPath, flatten
 
@@ -136,6 +137,7 @@ def _exported(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> 
             torch.no_grad(),
             _any_size(),
             _fused_as_in_eager(),
+            kernels_kept(model, tensors),
             _returning_leaves(model) as results,
         ):
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=free, strict=False)
