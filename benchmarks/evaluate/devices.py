@@ -145,13 +145,18 @@ def held_out(name: str, application: str) -> Predictor:
         name: the device.
         application: one of the paper's applications.
     """
-    known = [dataclasses.replace(sample, joules=float("nan")) for sample in all_samples(name)]
-    without = [sample for sample in known if sample.group != APPLICATIONS.index(application)]
+    without = samples_without(name, application)
     if not name.endswith("cpu"):
         return Predictor.fit(without, {"device": f"{WHAT[name]}, but for {application}"})
     gpu = {"tegra-k1-cpu": "tegra-k1-gpu", "k40-server-cpu": "k40-gpu"}[name]
     rows = [sample for sample in without if sample.group < ONE_BY_ONE]
     return with_factors(name, rows, sweeps_of(ts.reference_device(gpu)))
+
+
+def samples_without(name: str, application: str) -> list[Sample]:
+    """Return the samples of a reference device that are not of an application, without their joules."""
+    known = [dataclasses.replace(sample, joules=float("nan")) for sample in all_samples(name)]
+    return [sample for sample in known if sample.group != APPLICATIONS.index(application)]
 
 
 def sweeps_of(predictor: Predictor) -> list[Sample]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from classifier import EXAMPLE, GRAPH, LAYERS, PATIENCE_S, net, profile, right, split_of, until
+from classifier import EXAMPLE, GRAPH, LAYERS, PATIENCE_S, net, profile, remote, right, split_of, until
 from known_machines import FAST, SLOW, device
 from serving import serving
 from torch import nn
@@ -333,14 +333,13 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once_with_the_best(server:
 
 @pytest.mark.parametrize("partition", ["auto", 2])
 def test_an_answer_that_would_be_late_is_finished_here(
-    server: Server, known: dict[str, Any], partition: str | int
+    server: Server, known: dict[str, Any], patient: None, partition: str | int
 ) -> None:
     with HttpTransport(server.url) as inner:
         between = Between(inner)
         options = {**known, "link": FAST} if partition == "auto" else {}
         with split_of(between, partition=partition, **options) as split:
-            for _ in range(5):
-                assert right(split)
+            until(lambda: remote(split), split)
             between.delay_s = 20.0
             with split.deadline(0.5):
                 begin_s = time.monotonic()
