@@ -38,6 +38,7 @@ from benchmarks import codec_rates, split_plane, zoo
 from benchmarks.support import result_file, tail_process
 from benchmarks.support.slow_backend import SlowBackend
 from torchsurgeon.backends import find_backend
+from torchsurgeon.backends.openvino import computes_bfloat16
 from torchsurgeon.codec import Codec, CodecTable, find_codec, measure
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.errors import CodecError
@@ -133,13 +134,6 @@ def run(
             found[name]["bfloat16"] = computes_bfloat16()
             told(f"{name}: run over {len(found[name]['links'])} links")
     return found
-
-
-def computes_bfloat16() -> bool:
-    """Return whether the processor computes in bfloat16; elsewhere OpenVINO computes in float32 in its place."""
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class _Mode(NamedTuple):

@@ -469,3 +469,18 @@ def test_no_model_is_traced_while_a_part_is_built_since_both_patch_pytorch(net: 
     assert not backend.met
     assert traced.is_set()
     assert nn.Module.__call__ is own
+
+
+def test_the_log_says_once_that_a_processor_does_not_compute_in_bfloat16(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("openvino")
+    from torchsurgeon.backends import openvino
+
+    graph = ts.trace(net, X)
+    for computes, said in ((True, 0), (False, 1)):
+        monkeypatch.setattr(openvino, "computes_bfloat16", lambda computes=computes: computes)
+        openvino._say_without_bfloat16.cache_clear()
+        for name in ("openvino", "openvino:bf16", "openvino:bf16"):
+            BuiltPart(Part.head(graph, graph.points[1]), find_backend(name), None).build(X)
+        assert sum("does not compute in bfloat16" in record.message for record in caplog.records) == said

@@ -16,6 +16,7 @@ import torchsurgeon as ts
 from torchsurgeon.accuracy import Budget
 from torchsurgeon.accuracy.scores import likeness
 from torchsurgeon.backends import Backend, BuiltPart, Part, find_backend
+from torchsurgeon.backends.openvino import computes_bfloat16
 
 INT8 = ("onnxruntime:int8", "openvino:int8")
 SAMPLE = list(torch.rand(24, 1, 3, 16, 16, generator=torch.Generator().manual_seed(3)))
@@ -96,15 +97,10 @@ def test_whole_numbers_answer_nearly_at_every_batch_size_and_not_exactly(name: s
             assert [one.dtype for one in found] == [one.dtype for one in wanted]
 
 
-def _rounds() -> bool:
-    """Return whether the processor computes in bfloat16; elsewhere OpenVINO computes in float32 in its place."""
-    openvino = pytest.importorskip("openvino")
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
 @pytest.mark.parametrize("name", ["onnxruntime:int8", "openvino:bf16"])
 def test_a_part_that_breaks_the_budget_is_not_used_and_the_warning_says_by_how_much(name: str, net: nn.Module) -> None:
-    if name == "openvino:bf16" and not _rounds():
+    pytest.importorskip("openvino")
+    if name == "openvino:bf16" and not computes_bfloat16():
         pytest.skip("this processor does not compute in bfloat16, so OpenVINO changes nothing")
     graph = ts.trace(net, SAMPLE[0])
     strict = Budget(min_cosine=1.0, decide_by="estimate")

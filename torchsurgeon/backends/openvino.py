@@ -25,6 +25,8 @@ from torchsurgeon.backends.part import Part
 from torchsurgeon.backends.quantizing import quantized
 from torchsurgeon.errors import BackendError
 
+_logger = logging.getLogger(__name__)
+
 # In whole numbers, only the budget decides.
 _TOLERANCES = {"": 1e-4, "f32": 1e-4, "bf16": 0.1, "int8": 1.0}
 
@@ -40,6 +42,20 @@ def core() -> Any:
     import openvino
 
     return openvino.Core()
+
+
+@functools.cache
+def computes_bfloat16() -> bool:
+    """Return whether the processor computes in bfloat16; elsewhere OpenVINO computes in float32 in its place."""
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@functools.cache
+def _say_without_bfloat16() -> None:
+    _logger.warning(
+        "this processor does not compute in bfloat16, so OpenVINO computes in float32 for the backend openvino:bf16: "
+        "name the backend openvino, which takes as long and promises more exact answers"
+    )
 
 
 class OpenVino(Backend):
@@ -92,6 +108,8 @@ class OpenVino(Backend):
         """
         import openvino
 
+        if self._precision == "bf16" and not computes_bfloat16():
+            _say_without_bfloat16()
         settings = {
             "INFERENCE_PRECISION_HINT": self._precision,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
