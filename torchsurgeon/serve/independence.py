@@ -72,8 +72,9 @@ def most_exact(graph: LayerGraph, tensors: Sequence[Tensor], most: int = MOST_EX
 
 
 def _exact_on(graph: LayerGraph, samples: Sequence[Sequence[Tensor]]) -> int:
-    alone = [_Kept(graph).of(one) for one in samples]
+    alone = [_Kept(graph).of(samples[0])]
     for size in range(2, len(samples) + 1):
+        alone.append(_Kept(graph).of(samples[size - 1]))
         together = _Kept(graph).of(_joined(graph, samples[:size]))
         for name, whole in together.items():
             for index in range(size):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import threading
 import time
@@ -107,11 +109,14 @@ class ModelLoader:
 def settle() -> None:
     """Leave what is loaded out of garbage collection, which would walk through it during requests.
 
-    What was left out before, and is no longer needed, is collected now.
+    What was left out before, and is no longer needed, is collected now, and its memory is given back to the system.
+    Loading compares what all layers give for several batches, and glibc would keep the memory of that for good.
     """
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def settle_twice() -> None:
