@@ -30,6 +30,7 @@ from benchmarks.evaluate.rivals.pipelining import Pipelining
 from benchmarks.evaluate.rivals.rival import Rival, seconds
 from benchmarks.support import result_file, tail_process
 from torchsurgeon.backends import deviation
+from torchsurgeon.backends.openvino import computes_bfloat16
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS
 
@@ -71,6 +72,7 @@ def run(
                 contest = _Contest(study, _rivals(study, other, stack), links)
                 found[name] = contest.run(rounds)
             found[name]["seconds"] = round(time.monotonic() - begun_s)
+            found[name]["bfloat16"] = computes_bfloat16()
             told(f"{name}: run beside the alternatives, {found[name]['seconds']} s")
     return found
 

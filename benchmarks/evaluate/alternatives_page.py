@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.evaluate import alternatives, pictures, public_code
 from benchmarks.evaluate.end_to_end import SLOWER
+from benchmarks.evaluate.end_to_end_page import without_bfloat16
 from benchmarks.evaluate.markdown import percent, table, text
 from benchmarks.evaluate.rivals.server_only import JPEG_QUALITY
 from benchmarks.evaluate.rivals.sockets import PROBE_BYTES, Search
@@ -77,6 +78,7 @@ def section(folder: Path) -> str:
     parts = [
         _opening(environment),
         _who(environment["packages"]),
+        *without_bfloat16(results),
         _summary(every),
         text(
             """

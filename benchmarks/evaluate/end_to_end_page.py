@@ -118,7 +118,7 @@ def section(folder: Path) -> str:
             1, or what two ways that were foretold to be equal differ by.
             """
         ),
-        *_without_bfloat16(results),
+        *without_bfloat16(results),
         *_left(results),
     ]
     for mode, heading, words in MODES:
@@ -154,7 +154,7 @@ MODES = (
 """What may be done, with the heading of its table and the words above it; the last is for all budgets together."""
 
 
-def _without_bfloat16(results: Mapping[str, Any]) -> list[str]:
+def without_bfloat16(results: Mapping[str, Any]) -> list[str]:
     """Say of which networks OpenVINO has computed in float32, where there are any."""
     names = [name for name, found in results.items() if not found.get("bfloat16", True)]
     if not names:

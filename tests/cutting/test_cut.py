@@ -15,6 +15,8 @@ from partitions import assert_same, check, copied, fresh, in_threads
 from random_programs import example, operation, possible
 from small_models import CASES, conv, image, model
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from torchsurgeon.cutting.partition import cut, tail_for
@@ -30,18 +32,27 @@ def vit(**kwargs: Any) -> nn.Module:
     return made
 
 
+def swin() -> nn.Module:
+    return SwinTransformer([4, 4], embed_dim=24, depths=[2] * 4, num_heads=[1, 2, 4, 8], window_size=[7, 7])
+
+
+def convnext() -> nn.Module:
+    widths = [24, 48, 96, 192, None]
+    return ConvNeXt([CNBlockConfig(widths[i] or 0, widths[i + 1], 1 if i == 3 else 2) for i in range(4)])
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "alexnet": (zoo.alexnet, 64),
     "resnet18": (zoo.resnet18, 32),
-    "densenet121": (zoo.densenet121, 32),
+    "densenet_of_16_layers": (lambda: zoo.DenseNet(32, (2, 4, 6, 4)), 32),
     "googlenet": (lambda: zoo.googlenet(init_weights=False), 32),
     "mobilenet_v3_small": (zoo.mobilenet_v3_small, 32),
     "mobilenet_v3_large": (zoo.mobilenet_v3_large, 32),
     "efficientnet_b0": (zoo.efficientnet_b0, 32),
     "shufflenet_v2_x1_0": (zoo.shufflenet_v2_x1_0, 32),
     "vit_of_two_layers": (vit, 32),
-    "swin_t": (zoo.swin_t, 32),
-    "convnext_tiny": (zoo.convnext_tiny, 32),
+    "swin_of_eight_blocks": (swin, 32),
+    "convnext_of_seven_blocks": (convnext, 32),
     "lraspp_mobilenet_v3_large": (
         lambda: zoo.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None),
         32,
