@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import torchsurgeon as ts
-from benchmarks.evaluate import alternatives_page
+from benchmarks.evaluate import alternatives, alternatives_page
 from benchmarks.evaluate.rivals import server_only, sockets
 from benchmarks.evaluate.rivals.pipelining import RelayedStore
 from torchsurgeon.demo import photo
@@ -61,3 +62,18 @@ def test_the_latency_of_a_search_holds_the_search() -> None:
     assert (searched.latency_s, searched.slower, searched.frames_s) == (5.0, 10.0, 0.2)
     other = alternatives_page.Case("AlexNet", "lte", "another", row, ours)
     assert (other.latency_s, other.slower, other.frames_s) == (1.0, 2.0, 1.0)
+
+
+def test_every_rival_was_run_over_every_link_for_every_network() -> None:
+    results = json.loads(alternatives.OUT.read_text())["results"]
+    assert set(results) == set(alternatives.NETWORKS)
+    rivals = {name: set(found["rivals"]) for name, found in results.items()}
+    assert len(set(map(frozenset, rivals.values()))) == 1
+    assert len(next(iter(rivals.values()))) >= 15
+    for name, found in results.items():
+        for rival, rows in found["rivals"].items():
+            links = set(alternatives.LINKS) if alternatives.ON_DEVICE not in rows else {alternatives.ON_DEVICE}
+            assert set(rows) == links, (name, rival)
+            for row in rows.values():
+                assert row["runs"] >= 3
+                assert not row["lossless"] or row["deviation"] <= alternatives.TOLERANCE

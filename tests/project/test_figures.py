@@ -27,8 +27,11 @@ from benchmarks import (
     hostile_requests,
     planning_page,
     prediction_page,
+    ray_latency,
+    server_costs,
     server_load,
     server_memory,
+    server_rivals,
     unlike_samples,
 )
 from benchmarks.coverage.page import page as coverage_page
@@ -109,7 +112,13 @@ def test_what_hostile_load_does_to_a_server_is_what_its_files_hold() -> None:
     assert set(decoders) == set(hostile_bytes.NAMES)
 
 
-@pytest.mark.parametrize("study", [backends, backend_answers, backend_accuracy, server_load, server_memory])
+_STUDIES = (
+    *(backends, backend_answers, backend_accuracy),
+    *(server_load, server_rivals, server_costs, server_memory, ray_latency),
+)
+
+
+@pytest.mark.parametrize("study", _STUDIES)
 def test_the_tables_of_studies_are_what_their_files_hold(study: Any) -> None:
     found = result_file.known(study.OUT)
     assert result_file.shown(study.PAGE, study.BEGIN, study.END) == study.page(found)
