@@ -266,3 +266,16 @@ def test_the_middle_of_a_chain_runs_by_its_backend_once_that_has_built_it(net: n
         assert (split.graph.point("relu").tensors, split.graph.point("body").tensors) in ends
         assert spy.runs
     registry.close()
+
+
+def test_a_device_alone_builds_its_part_anew_after_its_weights_have_changed(net: nn.Module) -> None:
+    spy, ran = Spy(), []
+    with ts.SplitModule(net, X, partition="device", backend=spy) as split, torch.no_grad():
+        for _ in range(2):
+            net.get_submodule("stem").weight.mul_(2)
+            for _ in range(3):
+                assert_close(split(X), net(X))
+                assert split.last is not None
+                ran.append(split.last.backend)
+    assert ran == ["spy", "spy", "spy", "eager", "spy", "spy"]
+    assert len(spy.built) == 2

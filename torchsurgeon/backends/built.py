@@ -39,11 +39,12 @@ class BuiltPart:
         rest: the layer from which on eager PyTorch runs it, since the backend refuses that layer; None where it runs
             all or nothing.
         free_batch: whether what was built takes any batch size.
+        outdated: whether a call has found that the weights have changed since, so that eager PyTorch runs it.
     """
 
     def __init__(self, part: Part, backend: Backend, said: set[str] | None) -> None:
         self.part, self.backend = part, backend
-        self.tried = self.free_batch = False
+        self.tried = self.free_batch = self.outdated = False
         self.reason: str | None = None
         self.rest: str | None = None
         self._said = said
@@ -150,7 +151,10 @@ class BuiltPart:
 
     def takes(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether the backend runs a call with these tensors, once it has built the part."""
-        if self._run is None or (self._weights is not None and not self._weights.same(quickly=True)):
+        if self._run is None:
+            return False
+        if self._weights is not None and not self._weights.same(quickly=True):
+            self.outdated = True
             return False
         kinds = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
         if kinds not in self._taken:

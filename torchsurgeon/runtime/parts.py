@@ -91,7 +91,13 @@ class _Built:
     @property
     def runs_by(self) -> str:
         """The name of the backend that runs it now."""
-        return self._built.backend.name if self._built.tried and self._built.reason is None else "eager"
+        built = self._built
+        return built.backend.name if built.tried and built.reason is None and not built.outdated else "eager"
+
+    @property
+    def outdated(self) -> bool:
+        """Whether a call has found that the weights have changed since the backend built it."""
+        return self._built.outdated
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Have the backend build it for calls like this one, if that has not been tried."""
@@ -276,6 +282,9 @@ class Parts:
         """
         whole = point == self.graph.points[-1]
         head = self.whole() if whole else self.head(point, student)
+        if isinstance(head, _Built) and head.outdated:
+            self.clear()
+            head = self.whole() if whole else self.head(point, student)
         behind = point.tensors if student is None else self.graph.inputs
         tail = None if whole else self.tail(tuple(spec.name for spec in behind))
         args, kwargs = example

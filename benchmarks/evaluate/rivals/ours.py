@@ -60,6 +60,8 @@ class Ours(Rival):
         answer: Tensor = split(self._study.example)
         assert split.last is not None
         assert split.last.degraded is None, split.last.degraded
+        # Behind a part that the backend did not run, nothing would be slowed down.
+        assert split.last.backend == self._row.backend, f"{split.last.backend} in place of {self._row.backend}"
         return answer
 
     def before_stream(self, count: int) -> None:
