@@ -149,6 +149,10 @@ class Pipelining(Rival):
     def __init__(self, study: Study, core: int | None, device: SlowDevice, stack: ExitStack) -> None:
         super().__init__("torch.distributed.pipelining over gloo")
         self._study, self._device = study, device
+        # Of its own, since a stage moves the weights that it is given, and parts of other rivals would be built anew.
+        model, example = end_to_end.network(study.name)
+        with torch.no_grad():
+            self._graph = ts.trace(model, example)
         self._point = study.graph.points[0]
         self._schedules: dict[tuple[int, int], ScheduleGPipe] = {}
         self._replanning_s: dict[int, float] = {}
@@ -191,7 +195,8 @@ class Pipelining(Rival):
         key, study = (self._point.index, count), self._study
         self._told.send(key)
         if key not in self._schedules:
-            head = self._device.wrap(Part.head(study.graph, self._point).segment)
+            point = self._graph.points[self._point.index]
+            head = self._device.wrap(Part.head(self._graph, point).segment)
             self._schedules[key] = _schedule(head, 0, count)
         self._schedules[key].eval(torch.cat([study.example] * count) if count > 1 else study.example)
         spec = study.graph.outputs[0]
