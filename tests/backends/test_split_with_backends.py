@@ -163,7 +163,7 @@ def test_a_backend_that_does_not_exist_is_refused_at_once(net: nn.Module) -> Non
         ts.SplitModule(net, X, partition="device", backend=3)  # type: ignore[arg-type]
 
 
-def test_a_server_runs_tails_by_a_backend_once_they_are_built(net: nn.Module) -> None:
+def test_a_server_runs_tails_by_a_backend_once_they_are_built(net: nn.Module, patient: None) -> None:
     registry, spy = ModelRegistry(), Spy()
     served = registry.add("net", net, X, backend=spy)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from classifier import EXAMPLE, GRAPH, LAYERS, PATIENCE_S, net, profile, remote, right, split_of, until
+from classifier import EXAMPLE, GRAPH, LAYERS, PATIENCE_S, degraded, net, profile, remote, right, split_of, until
 from known_machines import FAST, SLOW, device
 from serving import serving
 from torch import nn
@@ -341,10 +341,14 @@ def test_an_answer_that_would_be_late_is_finished_here(
         with split_of(between, partition=partition, **options) as split:
             until(lambda: remote(split), split)
             between.delay_s = 20.0
-            with split.deadline(0.5):
+
+            def in_time(split: ts.SplitModule) -> bool:
                 begin_s = time.monotonic()
-                assert right(split)
-                assert time.monotonic() - begin_s < 5
+                return right(split) and time.monotonic() - begin_s < 5
+
+            with split.deadline(0.5):
+                # On a busy machine a decision may be for the device alone, and nothing is late then.
+                until(lambda: degraded(split) != "", split, in_time)
             assert split.last is not None
             assert split.last.degraded is not None
             assert split.last.degraded.split(":")[0] in ("late", "deadline")
