@@ -29,7 +29,7 @@ def in_turn(graph: LayerGraph, tensors: Sequence[Tensor]) -> Iterator[None]:
 
     What exports and converts keeps its state in PyTorch's global variables and patches ``nn.Module`` meanwhile, as
     tracing does. Two threads would spoil each other's, and the second to end would put back the patch of the first for
-    good. Calls of other threads go on, and get the bits that they always get.
+    good. Calls of other threads go on, and keep their bits where ``kernels_kept()`` says so.
 
     Args:
         graph: the traced model.
