@@ -25,9 +25,9 @@ setup: $(VENV)/.set-up
 demo: setup
 	$(BIN)/torchsurgeon demo $(if $(PHOTOS),--photos '$(PHOTOS)')
 
-# Three processes for two cores, each with test files of its own, since the tests often wait for servers and links.
+# Two processes, each with test files of its own, since the tests wait for servers and links about half of the time.
 test: setup interop
-	$(BIN)/pytest -n 3 --dist loadfile --durations 25
+	$(BIN)/pytest -n 2 --dist loadfile --durations 25
 
 DEVICE ?= cpu
 bench: setup
