@@ -19,7 +19,7 @@ import torchsurgeon as ts
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.transport import InProcessTransport, Transport
 
-pytestmark = pytest.mark.filterwarnings("ignore::torchsurgeon.MismatchWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::torchsurgeon.MismatchWarning"), pytest.mark.usefixtures("patient")]
 
 X = torch.linspace(-1, 1, 8).reshape(1, 8)
 LARGE = 256
