@@ -15,7 +15,7 @@ from torchsurgeon.backends import Backend, BuiltPart, Part, deviation, find_back
 
 BATCHES = (1, 2, 5)
 # Building a part takes a second or two, so each backend gets a spread of the cuts. With 1 it gets every cut.
-EVERY = {"onnxruntime": 3, "openvino": 5, "openvino:bf16": 9}
+EVERY = {"onnxruntime": 2, "openvino": 4, "openvino:bf16": 8}
 
 
 class Convolutions(nn.Module):
