@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import torchsurgeon as ts
 from torchsurgeon.backends import Backend, Part, deviation
+from torchsurgeon.runtime.parts import Parts, Run
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 X = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -85,6 +88,22 @@ def test_the_quickest_backend_is_built_in_the_background_and_then_runs(net: nn.M
         assert "by quick" in str(split.last)
     assert not slow.built
     assert len(quick.built) == 1
+
+
+def test_what_one_thread_builds_is_what_another_runs_that_asked_for_the_part_at_once(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, together = Parts(ts.trace(net, X), Counting("spy")), threading.Barrier(2, timeout=60)
+    made = parts._made_head
+
+    def made_at_once(point: ts.PartitionPoint, named: Backend | None) -> Run:
+        together.wait()
+        return made(point, named)
+
+    monkeypatch.setattr(parts, "_made_head", made_at_once)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(parts.head, parts.graph.points[2]) for _ in range(2)]
+    assert asked[0].result() is asked[1].result()
 
 
 def test_what_is_not_known_is_measured_in_the_background(net: nn.Module) -> None:

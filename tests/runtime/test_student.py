@@ -24,6 +24,8 @@ from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 torch.set_num_threads(1)
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 CUT = "3"
 
 

@@ -331,11 +331,12 @@ class Parts:
         return self.graph.steps[-1].target.build(*tensors)
 
     def _get(self, key: Any, make: Callable[[], T]) -> T:
-        found = self._known.get(key)
+        found: T | None = self._known.get(key)
         if found is None:
             if len(self._known) >= _MOST_PARTS:
-                self._known.clear()
-            found = self._known[key] = make()
+                self.clear()
+            # Where two threads make it at once, both get the first: what one of them builds, the other runs.
+            found = self._known.setdefault(key, make())
         return found
 
 
