@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import torchsurgeon as ts
 from torchsurgeon.backends import NAMES, Backend, BuiltPart, Part, deviation, find_backend
-from torchsurgeon.backends.onnxruntime import OPSET, check_version, open_session, write_onnx
+from torchsurgeon.backends.onnx import OPSET, write_onnx
+from torchsurgeon.backends.onnxruntime import check_version, open_session
 
 HERE = ("eager", "onnxruntime", "openvino", "openvino:bf16")
 X = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

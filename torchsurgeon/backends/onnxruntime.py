@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,12 @@ from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.accuracy.budget import Budget
 from torchsurgeon.backends.arrays import as_array, as_tensors
 from torchsurgeon.backends.backend import Backend, Run, parse_option
-from torchsurgeon.backends.exporting import export, layer_of
 from torchsurgeon.backends.judging import Sample
+from torchsurgeon.backends.onnx import OPSET, write_onnx
 from torchsurgeon.backends.part import Part
 from torchsurgeon.backends.quantizing import quantized
 from torchsurgeon.errors import BackendError, short
 
-OPSET = 18
 # The first release that reads what torch.onnx writes: IR version 10, and with it every opset up to 21.
 _OLDEST = (1, 18)
 _PROVIDERS = {
@@ -141,79 +138,6 @@ def check_version(version: str) -> None:
         )
 
 
-def write_onnx(part: Part, example: Sequence[Tensor], path: Path, *, free_batch: bool, one_file: bool = False) -> None:
-    """Write a part as an ONNX model, whose inputs and outputs have the names of the part's tensors.
-
-    Args:
-        part: the part.
-        example: its tensors, numbers included.
-        path: the file to write.
-        free_batch: whether the model takes any batch size.
-        one_file: whether the weights stand in the same file. The format holds no more than 2 GB in one.
-
-    Raises:
-        BackendError: a layer cannot be exported; the message names it.
-    """
-    program = export(part, example, free_batch=free_batch)
-    try:
-        with _quiet_converters():
-            made = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[spec.name for spec in part.computed_inputs],
-                output_names=list(part.output_names),
-                verbose=False,
-            )
-    except Exception as error:
-        if by_signal_handler(error):
-            raise
-        raise _refusal(program, error) from error
-    assert made is not None
-    _name_apart(made.model.graph)
-    _strip(made.model)
-    made.save(path, external_data=not one_file)
-
-
-@contextlib.contextmanager
-def _quiet_converters() -> Iterator[None]:
-    """Keep the converters from telling each constant that they leave as it is, which changes no answer."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _name_apart(graph: Any) -> None:
-    """Rename the values inside a graph of ``onnx_ir``, of which some may have the name of a boundary tensor."""
-    outer = {id(value) for value in (*graph.inputs, *graph.outputs)}
-    for i, node in enumerate(graph.all_nodes()):
-        for j, value in enumerate(node.outputs):
-            if id(value) not in outer:
-                value.name = f"value:{i}:{j}"
-
-
-def _strip(model: Any) -> None:
-    """Remove what the exporter notes of every node: the lines of Python and the folders that it comes from.
-
-    A runtime reads none of it, keeps it in memory, and a file that is given away should not tell it.
-    """
-    graph = model.graph
-    for one in (model, graph, *graph.inputs, *graph.initializers.values()):
-        one.metadata_props.clear()
-    for node in graph.all_nodes():
-        node.doc_string = None
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-
-
 def open_session(model: Path | bytes, providers: Sequence[str]) -> Any:
     """Return ONNX Runtime's session of a model.
 
@@ -239,22 +163,3 @@ def open_session(model: Path | bytes, providers: Sequence[str]) -> Any:
         old = re.search(r"opset|IR version", str(error))
         remedy = f"; onnxruntime {onnxruntime.__version__} is older than the model: install a newer one" if old else ""
         raise BackendError(f"ONNX Runtime does not take it: {short(error, quote=False)}{remedy}") from error
-
-
-def _refusal(program: torch.export.ExportedProgram, error: BaseException) -> BackendError:
-    """Return an error that says which layer ``torch.onnx`` does not convert, and why."""
-    messages: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None and len(messages) < 10:
-        messages.append(str(cause))
-        cause = cause.__cause__ or cause.__context__
-    text = "\n".join(messages)
-    layer = layer_of(program, text)
-    operator = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
-    where = "a layer" if layer is None else f"layer {layer!r}"
-    what = f"{operator[1]} has no counterpart in ONNX" if operator else f"{type(error).__name__}: {_last(text)}"
-    return BackendError(f"{where} cannot be exported to ONNX: {what}", layer)
-
-
-def _last(text: str) -> str:
-    return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "no reason given")

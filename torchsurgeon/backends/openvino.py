@@ -20,7 +20,8 @@ from torchsurgeon.backends.arrays import as_array, as_tensors
 from torchsurgeon.backends.backend import Backend, Run, parse_option
 from torchsurgeon.backends.exporting import export, layer_of
 from torchsurgeon.backends.judging import Sample
-from torchsurgeon.backends.onnxruntime import OnnxRuntime, write_onnx
+from torchsurgeon.backends.onnx import write_onnx
+from torchsurgeon.backends.onnxruntime import OnnxRuntime
 from torchsurgeon.backends.part import Part
 from torchsurgeon.backends.quantizing import quantized
 from torchsurgeon.errors import BackendError

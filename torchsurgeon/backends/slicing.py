@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchsurgeon.backends.onnxruntime import write_onnx
+from torchsurgeon.backends.onnx import write_onnx
 from torchsurgeon.backends.part import Part
 from torchsurgeon.cutting.partition import between, with_inner
 from torchsurgeon.cutting.reach import overwrites
