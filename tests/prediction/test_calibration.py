@@ -24,6 +24,7 @@ from torchsurgeon.prediction.nets import random_net
 from torchsurgeon.profiling import joules
 
 pytestmark = [
+    pytest.mark.usefixtures("few_forms"),
     pytest.mark.filterwarnings("ignore::torchsurgeon.ThrottledWarning"),
     pytest.mark.filterwarnings("ignore::torchsurgeon.PredictionWarning"),
 ]
@@ -49,7 +50,7 @@ def finished(path: Path) -> ts.Predictor:
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[ts.Predictor, Path]:
+def calibrated(few_forms: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[ts.Predictor, Path]:
     path = tmp_path_factory.mktemp("calibration") / "device.json"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -20,6 +20,8 @@ import torchsurgeon as ts
 from torchsurgeon.prediction.kinds import KINDS
 from torchsurgeon.prediction.samples import read_csv
 
+pytestmark = pytest.mark.usefixtures("few_forms")
+
 HEADER = "in_channels,out_channels,in_size,out_size,kernel,ms"
 
 
@@ -28,7 +30,7 @@ def rows(count: int = 20) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> str:
+def valid(few_forms: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The text of a small calibration."""
     path = tmp_path_factory.mktemp("csv") / "conv.csv"
     path.write_text("\n".join([HEADER, *rows()]))

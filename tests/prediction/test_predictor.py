@@ -20,6 +20,8 @@ from torchsurgeon.prediction.kinds import KINDS, Operation
 from torchsurgeon.prediction.predictor import BlockCorrection
 from torchsurgeon.prediction.samples import Sample, SampleTable
 
+pytestmark = pytest.mark.usefixtures("few_forms")
+
 PEAK_FLOP_S, BANDWIDTH_BYTE_S, CALL_S = 50e9, 10e9, 3e-6
 
 
@@ -59,12 +61,12 @@ FACTS = {"device": "a made-up device", "threads": 1, "backend": "eager"}
 
 
 @pytest.fixture(scope="module")
-def predictor() -> ts.Predictor:
+def predictor(few_forms: None) -> ts.Predictor:
     return ts.Predictor.fit(samples(), FACTS)
 
 
 @pytest.fixture(scope="module")
-def metered() -> ts.Predictor:
+def metered(few_forms: None) -> ts.Predictor:
     return ts.Predictor.fit(samples(joules=True), FACTS | {"meter": "a meter", "idle_power_w": 2.0})
 
 
