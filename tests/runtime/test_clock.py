@@ -164,10 +164,13 @@ def test_a_link_that_is_better_is_noticed_after_a_jump(
 ) -> None:
     torch.set_num_threads(1)
 
-    def half_a_second_later(split: ts.SplitModule) -> bool:
-        """So that the pauses between probes, which are as long as probes over this link are costly, soon pass."""
+    def a_moment_later(split: ts.SplitModule) -> bool:
+        """So that the pauses between probes, which are as long as probes over this link are costly, soon pass.
+
+        No faster, since a ping would be due at every look of the keeper's thread, which sends it before any probe.
+        """
         if not where.probing:
-            clock.ahead_s += 0.5
+            clock.ahead_s += 0.25
         return right(split)
 
     with (
@@ -180,10 +183,10 @@ def test_a_link_that_is_better_is_noticed_after_a_jump(
         until(lambda: split.partition == split.graph.points[-1], split)
         if place == "in a probe":
             where.jump_s = jump_s
-            until(lambda: where.jump_s == 0.0, split, half_a_second_later)
+            until(lambda: where.jump_s == 0.0, split, a_moment_later)
             probes = where.probes
             # A server on trial is sent two in a row.
-            until(lambda: where.probes > probes + 1, split, half_a_second_later)
+            until(lambda: where.probes > probes + 1, split, a_moment_later)
         else:
             clock.ahead_s += jump_s
             emulator.set_link(FAST)
