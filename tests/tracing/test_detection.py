@@ -26,7 +26,11 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         _TWO_STAGE | _SIZES,
         ("transform", "backbone.body", "backbone.fpn", "rpn", "roi_heads"),
     ),
-    "keypointrcnn_resnet50_fpn": (_TWO_STAGE | _SIZES, ("transform", "backbone.body", "rpn", "roi_heads")),
+    # Each box takes a second.
+    "keypointrcnn_resnet50_fpn": (
+        _TWO_STAGE | _SIZES | {"box_detections_per_img": 2},
+        ("transform", "backbone.body", "rpn", "roi_heads"),
+    ),
     "maskrcnn_resnet50_fpn": (_TWO_STAGE | _SIZES, ("transform", "backbone.fpn", "roi_heads")),
 }
 
