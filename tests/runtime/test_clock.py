@@ -185,8 +185,8 @@ def test_a_link_that_is_better_is_noticed_after_a_jump(
             where.jump_s = jump_s
             until(lambda: where.jump_s == 0.0, split, a_moment_later)
             probes = where.probes
-            # A server on trial is sent two in a row. None are sent where calls show the link, since the device counts as
-            # slower after a call in which the clock jumped.
+            # A server on trial is sent two in a row. None are sent where calls show the link, since the device counts
+            # as slower after a call in which the clock jumped.
             until(lambda: where.probes > probes + 1 or remote(split), split, a_moment_later)
         else:
             clock.ahead_s += jump_s
