@@ -106,6 +106,25 @@ def test_what_one_thread_builds_is_what_another_runs_that_asked_for_the_part_at_
     assert asked[0].result() is asked[1].result()
 
 
+def test_a_chosen_backend_builds_its_part_anew_after_the_weights_have_changed(net: nn.Module) -> None:
+    quick = Counting("quick")
+    quick.copies_weights = True
+    profiles = [profile_of(net, [seconds] * 5, name) for name, seconds in (("eager", 2e-3), ("quick", 1e-3))]
+    with ts.SplitModule(net, X, partition="device", backend=[quick], device_profile=profiles) as split:
+
+        def runs_by_it() -> bool:
+            assert torch.equal(split(X), net(X))
+            assert split.last is not None
+            return split.last.backend == "quick"
+
+        until(runs_by_it)
+        for built in (2, 3):
+            net.get_submodule("0").weight.mul_(2)
+            assert not runs_by_it()
+            until(runs_by_it)
+            assert len(quick.built) == built
+
+
 def test_what_is_not_known_is_measured_in_the_background(net: nn.Module) -> None:
     spy = Counting("spy")
     with ts.SplitModule(net, X, partition="device", backend=[spy]) as split:

@@ -74,12 +74,15 @@ class Learner:
                 self._parts.compile(point, self._times.example)
 
     def build(self, way: Way) -> None:
-        """Have the head and the tail of a way built in a thread of the pool, once."""
+        """Have head and tail of a way built in a thread of the pool: once, and after each change of the weights."""
         self.start()
         student = None if way.student is None else way.student.name
         key = (self._parts.generation, way.point.index, way.point.layers, student)
         if key in self._asked:
-            return
+            if not self._parts.outdated(way.point, way.student):
+                return
+            self._parts.clear()
+            key = (self._parts.generation, *key[1:])
         self._asked.add(key)
         try:
             self._pool.submit(functools.partial(self._build, way), self._stop)

@@ -59,6 +59,11 @@ class Tail:
         """Whether nothing is left to compile."""
         return not isinstance(self._run, Compiled | _Built) or self._run.tried
 
+    @property
+    def outdated(self) -> bool:
+        """Whether a call has found that the weights have changed since a backend built it."""
+        return isinstance(self._run, _Built) and self._run.outdated
+
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Compile it for tensors like these, if its backend compiles."""
         if isinstance(self._run, Compiled | _Built):
@@ -278,20 +283,33 @@ class Parts:
     ) -> None:
         """Compile head and tail of ``point`` for calls like ``example``, if the backend compiles and has not yet.
 
-        Behind a student, the device begins anew where no answer comes, so its tail is the whole model.
+        What was built before the weights changed is built anew.
         """
-        whole = point == self.graph.points[-1]
-        head = self.whole() if whole else self.head(point, student)
-        if isinstance(head, _Built) and head.outdated:
+        if self.outdated(point, student):
             self.clear()
-            head = self.whole() if whole else self.head(point, student)
-        behind = point.tensors if student is None else self.graph.inputs
-        tail = None if whole else self.tail(tuple(spec.name for spec in behind))
+        head, tail = self._ends(point, student)
         args, kwargs = example
         if isinstance(head, Compiled | _Built) and not head.tried:
             head.compile(*args, **kwargs)
         if tail is not None and not tail.tried:
             tail.compile(head(*args, **kwargs) if student is None else self.graph.tensors_of_call(args, kwargs))
+
+    def outdated(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
+        """Return whether a call has found weights changed since a backend built the head or the tail of a point."""
+        if not self.exported:
+            return False
+        head, tail = self._ends(point, student)
+        return (isinstance(head, _Built) and head.outdated) or (tail is not None and tail.outdated)
+
+    def _ends(self, point: PartitionPoint, student: FittedCodec | None) -> tuple[Run, Tail | None]:
+        """Return what the device runs before the cut, and what it runs behind it where no answer comes.
+
+        Behind a student it begins anew, so that is the whole model; at the last point nothing is behind.
+        """
+        if point == self.graph.points[-1]:
+            return self.whole(), None
+        behind = point.tensors if student is None else self.graph.inputs
+        return self.head(point, student), self.tail(tuple(spec.name for spec in behind))
 
     def middle(self, names: tuple[str, ...], point: PartitionPoint) -> tuple[Run, tuple[TensorSpec, ...]]:
         """Return what turns the tensors ``names`` into those of ``point``, and the specs of its results.
