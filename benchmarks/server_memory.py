@@ -2,8 +2,8 @@
 
 ``torchsurgeon serve`` runs in a process of its own. 200 emulated devices, each with a connection, send requests at 50
 cuts of MobileNetV2, each device at one of them, the next once it has its answer. Then they leave, and others come that
-ask for 50 other cuts, more than the server keeps tails for, and the first ones come again. After each, the resident
-memory of the process is read, with the highest that it had so far, and its open descriptors.
+ask for 50 other cuts, more than the server keeps tails for, and so on in turn. After each, the resident memory of the
+process is read, with the highest that it had so far, and its open descriptors.
 
     python -m benchmarks.server_memory [--seconds 15]
 """
@@ -35,6 +35,10 @@ PAGE = RESULTS.parents[1] / "docs" / "serving.md"
 BEGIN, END = "<!-- memory, by benchmarks.server_memory -->", "<!-- end of memory -->"
 SPEC = "torchvision:mobilenet_v2"
 DEVICES, CUTS = 200, 50
+TURNS = (
+    *("50 cuts", "50 others", "the first again", "the others again"),
+    *("the first for the third time", "the others for the third time"),
+)
 _SETTLE_S = 3.0
 
 
@@ -80,8 +84,8 @@ def measure(seconds: float) -> dict[str, Any]:
             cut_requests(target, "net", graph, loaded.args, loaded.kwargs, cuts=half, codecs=["raw"]) for half in halves
         ]
         rows["ready"] = state(pid, url)
-        for what, requests in (("50 cuts", asked[0]), ("50 others", asked[1]), ("the first again", asked[0])):
-            rates = ask(target, requests, seconds)
+        for turn, what in enumerate(TURNS):
+            rates = ask(target, asked[turn % 2], seconds)
             time.sleep(_SETTLE_S)
             rows[what] = {**state(pid, url), "rate_s": rates}
             print(what, rows[what], flush=True)

@@ -35,7 +35,7 @@ from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS
 
 OUT = result_file.RESULTS / "evaluation" / "alternatives.json"
-NETWORKS = ("AlexNet", "ResNet-50")
+NETWORKS = ("MobileNetV3", "AlexNet", "ResNet-50")
 QUICK = ("MobileNetV3",)
 _PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino", "scipy", "starlette", "uvicorn", "requests", "pillow")
 _ROUNDS, _FRAMES, _STREAMS, _PROFILE_S = 5, 6, 2, 5.0
