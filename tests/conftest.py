@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from torchsurgeon.prediction.regression import FORMS
 from torchsurgeon.serve import Server
 from torchsurgeon.tracing.alone import TRACING
 
@@ -118,3 +119,21 @@ def fake_gpu(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
         result = build(source, "-shared", "-fPIC", "-o", folder / library)
         assert result.returncode == 0, result.stderr
     return folder
+
+
+class _Few(dict[str, object]):
+    """Of all the forms, which a file may hold, those are tried that take a tenth of the time of boosted trees."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("linear", "log-linear", "forest"))
+
+
+@pytest.fixture(scope="module")
+def few_forms() -> Iterator[None]:
+    """Choose among the forms that are quick to fit, where a test is about what is done with a predictor.
+
+    That the best of all forms is chosen is tested with all of them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchsurgeon.prediction.regression.FORMS", _Few(FORMS))
+        yield

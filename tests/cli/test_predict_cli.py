@@ -55,7 +55,7 @@ def test_calibrate_fits_measurements_from_csv_files(tmp_path: Path, capsys: pyte
 
 
 def test_calibrate_measures_this_machine_and_prints_what_its_models_are_worth(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few_forms: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "device.json"
     assert cli.main(["calibrate", "--budget", "12", "--threads", "1", "--seed", "5", "--out", str(out)]) == 0
