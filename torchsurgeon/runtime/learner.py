@@ -82,6 +82,7 @@ class Learner:
             if not self._parts.outdated(way.point, way.student):
                 return
             self._parts.clear()
+            self._asked.clear()
             key = (self._parts.generation, *key[1:])
         self._asked.add(key)
         try:
