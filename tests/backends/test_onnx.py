@@ -59,3 +59,13 @@ def test_another_threads_own_translations_are_not_kept(monkeypatch: pytest.Monke
     for i in range(2):
         write_onnx(Part.head(graph, graph.points[-1]), [X], tmp_path / f"{i}.onnx", free_batch=False)
     assert given[0] == given[1] > 0
+
+
+def test_a_pytorch_without_that_registry_writes_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(name: str) -> object:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("torchsurgeon.backends.onnx.import_module", absent)
+    graph = ts.trace(nn.Sequential(nn.ReLU()).eval(), X)
+    write_onnx(Part.head(graph, graph.points[-1]), [X], tmp_path / "part.onnx", free_batch=False)
+    assert (tmp_path / "part.onnx").stat().st_size

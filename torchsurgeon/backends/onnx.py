@@ -82,7 +82,9 @@ def _translations_kept() -> Iterator[None]:
     Where a release of PyTorch has no such function, every export takes that long. Other threads of the program that
     export meanwhile get the same, in objects of their own.
     """
-    registry: Any = getattr(import_module("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None)
+    registry: Any = None
+    with contextlib.suppress(ImportError, AttributeError):
+        registry = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
     looked_up = getattr(registry, "from_torchlib", None)
     if looked_up is None:
         yield
