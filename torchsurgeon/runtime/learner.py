@@ -79,9 +79,8 @@ class Learner:
         student = None if way.student is None else way.student.name
         key = (self._parts.generation, way.point.index, way.point.layers, student)
         if key in self._asked:
-            if not self._parts.outdated(way.point, way.student):
+            if not self._parts.forget_outdated(way.point, way.student):
                 return
-            self._parts.clear()
             self._asked.clear()
             key = (self._parts.generation, *key[1:])
         self._asked.add(key)

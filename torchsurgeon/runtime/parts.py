@@ -285,21 +285,22 @@ class Parts:
 
         What was built before the weights changed is built anew.
         """
-        if self.outdated(point, student):
-            self.clear()
         head, tail = self._ends(point, student)
+        if _outdated(head, tail):
+            self.clear()
+            head, tail = self._ends(point, student)
         args, kwargs = example
         if isinstance(head, Compiled | _Built) and not head.tried:
             head.compile(*args, **kwargs)
         if tail is not None and not tail.tried:
             tail.compile(head(*args, **kwargs) if student is None else self.graph.tensors_of_call(args, kwargs))
 
-    def outdated(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
-        """Return whether a call has found weights changed since a backend built the head or the tail of a point."""
-        if not self.exported:
+    def forget_outdated(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
+        """Forget all parts if the weights have changed since head or tail of a point were built; return whether so."""
+        if not _outdated(*self._ends(point, student)):
             return False
-        head, tail = self._ends(point, student)
-        return (isinstance(head, _Built) and head.outdated) or (tail is not None and tail.outdated)
+        self.clear()
+        return True
 
     def _ends(self, point: PartitionPoint, student: FittedCodec | None) -> tuple[Run, Tail | None]:
         """Return what the device runs before the cut, and what it runs behind it where no answer comes.
@@ -356,6 +357,11 @@ class Parts:
             # Where two threads make it at once, both get the first: what one of them builds, the other runs.
             found = self._known.setdefault(key, make())
         return found
+
+
+def _outdated(head: Run, tail: Tail | None) -> bool:
+    """Return whether a call has found that the weights have changed since a backend built one of both."""
+    return (isinstance(head, _Built) and head.outdated) or (tail is not None and tail.outdated)
 
 
 def _name(backend: NamedBackend | None) -> str:
