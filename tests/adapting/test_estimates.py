@@ -401,6 +401,29 @@ def test_a_device_that_throttles_is_noticed_within_three_heads(factor: float) ->
     assert off(estimator.estimate().value, factor) < 0.15
 
 
+def test_one_duration_in_which_the_process_was_stopped_does_not_make_the_device_slow() -> None:
+    clock = Clock()
+    estimator = SlowdownEstimator(now_s=clock)
+    for _ in range(10):
+        clock.s += 0.1
+        estimator.observe(0.04, 0.04)
+    estimator.observe(3600.0, 0.04)
+    assert 1 < estimator.estimate().value <= 2
+    # The server may be asked from then on, so that nothing else is seen of the device.
+    clock.s += 120.0
+    assert estimator.estimate().value < 1.2
+
+
+@pytest.mark.parametrize("factor", [5.0, 40.0])
+def test_a_device_that_has_become_much_slower_is_noticed_within_four_heads(factor: float) -> None:
+    clock = Clock()
+    estimator = SlowdownEstimator(now_s=clock)
+    for seconds in [0.04] * 10 + [factor * 0.04] * 4:
+        clock.s += 0.1
+        estimator.observe(seconds, 0.04)
+    assert off(estimator.estimate().value, factor) < 0.15
+
+
 def test_a_head_too_short_to_time_says_nothing_of_the_device() -> None:
     estimator = SlowdownEstimator(now_s=Clock())
     estimator.observe(0.004, 0.0)

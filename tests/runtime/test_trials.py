@@ -1,4 +1,4 @@
-"""A server that is not asked because its profile says that it is slow is tried now and then."""
+"""A server that is not asked is tried now and then: how fast it computes, and how fast the link to it is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from classifier import LAYERS, PATIENCE_S, profile, right, split_of, until
-from known_machines import device
+from known_machines import SLOW, device
 
 import torchsurgeon as ts
+from torchsurgeon.adapting.load import LoadEstimator
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.serve import Server
 
@@ -38,3 +39,16 @@ def test_a_server_whose_profile_was_disturbed_is_found_out_to_be_quick(
         assert right(split)
         assert split.partition == split.graph.points[-1]
         until(lambda: split.last is not None and split.last.server is not None, split)
+
+
+def test_a_link_is_probed_although_a_ping_is_due_whenever_the_servers_are_looked_at(
+    server: Server, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where they are looked at less often than once a second, since the device has no time for it."""
+    monkeypatch.setattr("torchsurgeon.runtime.keeper._QUIET_S", -1.0)
+    monkeypatch.setattr(LoadEstimator, "ping_due", lambda _: True)
+    with (
+        LinkEmulator(0, "127.0.0.1", server.port, SLOW) as emulator,
+        split_of(f"http://127.0.0.1:{emulator.port}", backend=device, link=SLOW, **known) as split,
+    ):
+        until(lambda: split.stats()["servers"][0]["probes"] > 0 < split.stats()["pings"], split)

@@ -16,6 +16,7 @@ _QUEUE_MEMORY_S = 3.0  # about as long as a busy queue stays as it is
 _FACTOR_MEMORY_S, _FACTOR_SHARE = 1.0, 0.5
 _SUSPECT = 3.0
 _MOST_FACTOR = 1e4
+_WILD = 3.0
 _LEAST_PAUSE_S, _MOST_PAUSE_S, _PINGS_COUNT_S = 3.0, 300.0, 10.0
 
 
@@ -201,6 +202,10 @@ class SlowdownEstimator:
     While no head runs, the estimate returns to 1, half of the way every ``half_life_s``, because an idle device cools
     down.
 
+    A single duration of more than three times the estimate counts as three times the estimate: the process may have
+    been stopped, or the clock may have jumped. If the server is asked from then on, no other duration would correct the
+    estimate. Of two such durations in a row, the second counts in full.
+
     Args:
         now_s: a monotonic clock in seconds.
         half_life_s: see above.
@@ -209,11 +214,14 @@ class SlowdownEstimator:
     def __init__(self, *, now_s: NowS = time.monotonic, half_life_s: float = 60.0) -> None:
         self._lock = threading.Lock()
         self._factor = _factor(now_s, 0.1, half_life_s)
+        self._wild = False
 
     def observe(self, observed_s: float, predicted_s: float) -> None:
         """Update the factor from measured against predicted seconds. What is too short to be timed is ignored."""
         with self._lock:
-            _observe_ratio(self._factor, observed_s, predicted_s)
+            most_s = _WILD * self._factor.value() * predicted_s
+            before, self._wild = self._wild, observed_s > most_s
+            _observe_ratio(self._factor, min(observed_s, most_s) if not before else observed_s, predicted_s)
 
     def estimate(self) -> Quantity:
         """Return the factor as estimated now."""

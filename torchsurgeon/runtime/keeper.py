@@ -205,19 +205,31 @@ class Keeper:
                 self._send(Errand(peer, trial=True), self._try)
         # Where less may be sent, it is left for calls.
         elif not errands and self._servers.chooses and allows(max(least_bytes, pings_bytes)):
-            quiet = not 0 <= time.monotonic() - peer.asked_s <= _QUIET_S
-            rate = peer.state.link.estimate().uplink
             if peer.doubted:
                 self._send(Errand(peer, trial=True), self._try)
-            elif quiet and peer.state.load.ping_due():
-                self._send(Errand(peer, trial=False), self._ping)
-            # Before probes, which are due as often as they may be while nothing else is sent.
-            elif (row := self._untried(peer)) is not None:
-                self._send(Errand(peer, trial=False), functools.partial(self._measure, row))
-            # Transfers at a cut that sends little say nothing about the link's rate, however many there are.
-            elif (size := peer.state.probes.due_bytes(rate.age_s, rate.value)) is not None:
-                size = size if allows(size) else least_bytes
-                self._send(Errand(peer, trial=False), functools.partial(self._probe, size))
+                return
+            # By turns, since where the thread looks seldom, a ping is due at each of its looks.
+            turns = (self._transfer_due, self._ping_due) if peer.pinged else (self._ping_due, self._transfer_due)
+            what = turns[0](peer) or turns[1](peer)
+            if what is not None:
+                peer.pinged = what == self._ping
+                self._send(Errand(peer, trial=False), what)
+
+    def _ping_due(self, peer: Peer) -> Callable[[Errand], None] | None:
+        """Return what pings a server, if that is due now."""
+        quiet = not 0 <= time.monotonic() - peer.asked_s <= _QUIET_S
+        return self._ping if quiet and peer.state.load.ping_due() else None
+
+    def _transfer_due(self, peer: Peer) -> Callable[[Errand], None] | None:
+        """Return what measures how fast a server computes, or its link, if one of them is due now."""
+        # Before probes, which are due as often as they may be while nothing else is sent.
+        if (row := self._untried(peer)) is not None:
+            return functools.partial(self._measure, row)
+        # Transfers at a cut that sends little say nothing about the link's rate, however many there are.
+        rate, probes = peer.state.link.estimate().uplink, peer.state.probes
+        if (size := probes.due_bytes(rate.age_s, rate.value)) is not None:
+            return functools.partial(self._probe, size if peer.allowance.allows(size) else probes.least_bytes)
+        return None
 
     def _send(self, errand: Errand, what: Callable[[Errand], None]) -> Task[None]:
         def run() -> None:

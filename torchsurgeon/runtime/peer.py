@@ -61,6 +61,7 @@ class Peer:
         planned_for: the only cut that ``plan`` is among; None where it is among all.
         trials: when to try how fast it computes.
         doubted: whether an answer is overdue, and it is open whether the link is slow or the server is down.
+        pinged: whether what was last sent to it in the background was a ping.
         told: what it said at the last handshake that it computes with; None where it did not say.
     """
 
@@ -97,7 +98,7 @@ class Peer:
         self.planned_for: PartitionPoint | None = None
         self.ready_in = -1
         self.asked_s = -math.inf
-        self.doubted = False
+        self.doubted = self.pinged = False
         self.trials = TrialPolicy()
         self._identity: str | None = None
         self._fitted: Mapping[str, str] = {}
