@@ -38,7 +38,8 @@ OUT = result_file.RESULTS / "evaluation" / "alternatives.json"
 NETWORKS = ("MobileNetV3", "AlexNet", "ResNet-50")
 QUICK = ("MobileNetV3",)
 _PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino", "scipy", "starlette", "uvicorn", "requests", "pillow")
-_ROUNDS, _FRAMES, _STREAMS, _PROFILE_S = 5, 6, 2, 5.0
+_ROUNDS, _STREAMS, _PROFILE_S = 5, 3, 5.0
+STREAM_FRAMES = 8
 ON_DEVICE = "device"
 """Stands for a link where everything runs on the device."""
 _LONG_S, _LONG_ROUNDS = 1.0, 3
@@ -158,8 +159,8 @@ class _Contest:
     def _stream(self, rival: Rival, link: str) -> None:
         """Run streams of a rival that has several inferences under way at once."""
         rival.use(PRESETS[link])
-        rival.before_stream(_FRAMES)
-        rates = [_FRAMES / seconds(lambda: rival.stream(_FRAMES)) for _ in range(_STREAMS)]
+        rival.before_stream(STREAM_FRAMES)
+        rates = [rival.rate(STREAM_FRAMES) for _ in range(_STREAMS)]
         self._facts[rival.name, link] |= {
             "frames_s": round(statistics.median(rates), 4),
             "frames_low_s": round(min(rates), 4),

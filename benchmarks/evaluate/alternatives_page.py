@@ -102,8 +102,11 @@ def _opening(environment: Mapping[str, Any]) -> str:
         layers, encoders and planners take {SLOWER:g} times as long, whoever's they are; the server is the other core.
         What sockets, HTTP clients and gloo do is not slowed down. Every rival has an emulated link of the same rates.
         All take turns in random order, over all links, and every answer is compared with eager PyTorch's. Shown are
-        medians; [alternatives.json](../benchmarks/results/evaluation/alternatives.json) has the quartiles, the cuts and
-        how far the answers are from eager PyTorch's.
+        medians. Frames a second are those of a stream that goes on: of {alternatives.STREAM_FRAMES} frames the first is
+        not counted; where a schedule answers batches, one of so many follows the other; where nothing overlaps, one
+        call does.
+        [alternatives.json](../benchmarks/results/evaluation/alternatives.json) has the quartiles, the cuts and how far
+        the answers are from eager PyTorch's.
         """
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy
 from torch import Tensor
 
 import torchsurgeon as ts
 from benchmarks.evaluate import end_to_end
 from benchmarks.evaluate.end_to_end import BACKENDS, Runs, Study
-from benchmarks.evaluate.rivals.rival import Rival, seconds
+from benchmarks.evaluate.rivals.rival import Rival, rate_behind_the_first, seconds
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS, Link
 from torchsurgeon.planning import Row
@@ -69,11 +71,11 @@ class Ours(Rival):
         self._row = self._mode.frontier.best(self._link, objective=_THROUGHPUT)
         self._cut(self._row)
 
-    def stream(self, count: int) -> None:
-        """Get so many answers, with up to four calls under way."""
+    def rate(self, count: int) -> float:
+        """Return how many answers come in a second behind the first of so many, with up to four calls under way."""
         assert self._row is not None
-        for _ in self._split(self._row).map(self._study.example for _ in range(count)):
-            pass
+        answers = self._split(self._row).map(self._study.example for _ in range(count))
+        return rate_behind_the_first([time.perf_counter() for _ in answers])
 
     def replanning_s(self) -> float:
         """Return what one decision for another link takes."""

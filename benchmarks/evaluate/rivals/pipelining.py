@@ -179,9 +179,9 @@ class Pipelining(Rival):
         """Build the stages for so many micro-batches on both sides."""
         self._run(count)
 
-    def stream(self, count: int) -> None:
-        """Get so many answers, as one batch of so many micro-batches."""
-        self._run(count)
+    def rate(self, count: int) -> float:
+        """Return how many answers come in a second of one batch after the other, each of so many micro-batches."""
+        return count / seconds(lambda: self._run(count))
 
     def replanning_s(self) -> float | None:
         """Return what new stages on both sides, with their first inference, took beyond another inference."""

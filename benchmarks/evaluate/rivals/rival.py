@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -42,10 +42,9 @@ class Rival(abc.ABC):
     def before_stream(self, count: int) -> None:
         """Prepare streams of so many inferences over the present link; this is not timed."""
 
-    def stream(self, count: int) -> None:
-        """Get so many answers with several under way; this is timed."""
-        for _ in range(count):
-            self.infer()
+    def rate(self, count: int) -> float:
+        """Return how many answers come in a second of a stream, measured over so many; this is timed."""
+        raise NotImplementedError(f"{self.name} has one inference under way at a time")
 
     def replanning_s(self) -> float | None:
         """Return what it takes to choose a cut for a link that has changed; None where it chooses none."""
@@ -65,3 +64,11 @@ def seconds(function: Callable[[], Any]) -> float:
     begun_s = time.perf_counter()
     function()
     return time.perf_counter() - begun_s
+
+
+def rate_behind_the_first(came_s: Sequence[float]) -> float:
+    """Return how many answers come in a second once a stream goes on, from the times at which they came.
+
+    The first one's latency does not count, which a stream that goes on for long pays once.
+    """
+    return (len(came_s) - 1) / (came_s[-1] - came_s[0])

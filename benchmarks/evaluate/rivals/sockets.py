@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evaluate.end_to_end import Study
-from benchmarks.evaluate.rivals.rival import Rival, seconds
+from benchmarks.evaluate.rivals.rival import Rival, rate_behind_the_first, seconds
 from benchmarks.support.servers import LENGTH, by_socket, receive_into
 from torchsurgeon.backends import Part
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
@@ -198,13 +198,21 @@ class OneWay(_Sides):
         super().use(link)
         self.point = best_inner(self.study, link)
 
-    def stream(self, count: int) -> None:
-        """Push so many boundaries while the answers arrive."""
-        answers = threading.Thread(target=lambda: [self.answer() for _ in range(count)])
+    def rate(self, count: int) -> float:
+        """Return how many answers come in a second behind the first of so many, while boundaries are pushed."""
+        came_s: list[float] = []
+
+        def receive() -> None:
+            for _ in range(count):
+                self.answer()
+                came_s.append(time.perf_counter())
+
+        answers = threading.Thread(target=receive)
         answers.start()
         for _ in range(count):
             self.push()
         answers.join()
+        return rate_behind_the_first(came_s)
 
 
 def best_inner(study: Study, link: Link) -> PartitionPoint:
