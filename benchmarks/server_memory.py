@@ -2,8 +2,9 @@
 
 ``torchsurgeon serve`` runs in a process of its own. 200 emulated devices, each with a connection, send requests at 50
 cuts of MobileNetV2, each device at one of them, the next once it has its answer. Then they leave, and others come that
-ask for 50 other cuts, more than the server keeps tails for, and so on in turn. After each, the resident memory of the
-process is read, with the highest that it had so far, and its open descriptors.
+ask for 50 other cuts, more than the server keeps tails for, and so on in turn. After each, and at last when nobody has
+asked for a while, the resident memory of the process is read, with the highest that it had so far, and its open
+descriptors.
 
     python -m benchmarks.server_memory [--seconds 15]
 """
@@ -38,8 +39,11 @@ DEVICES, CUTS = 200, 50
 TURNS = (
     *("50 cuts", "50 others", "the first again", "the others again"),
     *("the first for the third time", "the others for the third time"),
+    *("the first for the fourth time", "the others for the fourth time"),
 )
 _SETTLE_S = 3.0
+# A server gives memory back after ten to twenty seconds without a request.
+_IDLE_S = 25.0
 
 
 @contextmanager
@@ -89,6 +93,8 @@ def measure(seconds: float) -> dict[str, Any]:
             time.sleep(_SETTLE_S)
             rows[what] = {**state(pid, url), "rate_s": rates}
             print(what, rows[what], flush=True)
+        time.sleep(_IDLE_S)
+        rows[f"{_IDLE_S:.0f} s without a request"] = state(pid, url)
     largest = max(request.size_bytes for request in itertools.chain(*asked))
     return {
         "rows": rows,

@@ -8,6 +8,7 @@ mallopt(3).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -33,3 +34,9 @@ def keep_freed_memory() -> bool:
         return False
     kept = [mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES), mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)]
     return kept == [1, 1] and any(mallopt(_M_MMAP_THRESHOLD, size) for size in _MMAP_THRESHOLDS_BYTES)
+
+
+def give_freed_memory_back() -> None:
+    """Give back to the system what the C library keeps of freed memory, where it is glibc."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from torchsurgeon._allocator import give_freed_memory_back
 from torchsurgeon.edge.bundle import OnnxPart
 from torchsurgeon.errors import BackendError, short
 
@@ -90,14 +89,9 @@ def open_session(path: Path, threads: int | None) -> Any:
         old = re.search(r"opset|IR version", str(error))
         remedy = f"; onnxruntime {runtime.__version__} is older than the file: install a newer one" if old else ""
         raise BackendError(f"ONNX Runtime does not take {path.name}: {short(error, quote=False)}{remedy}") from error
-    _give_back()
+    # Of what loading it has freed.
+    give_freed_memory_back()
     return session
-
-
-def _give_back() -> None:
-    """Give back to the system what the C library keeps of memory that loading a part has freed, where it can."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def runtime_of_device() -> Any:

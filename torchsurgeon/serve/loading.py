@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from torchsurgeon._allocator import give_freed_memory_back
 from torchsurgeon.backends import Backend
 from torchsurgeon.codec import FittedCodec
 from torchsurgeon.serve.registry import ModelRegistry
@@ -115,8 +114,7 @@ def settle() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    give_freed_memory_back()
 
 
 def settle_twice() -> None:

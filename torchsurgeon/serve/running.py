@@ -24,6 +24,7 @@ from torchsurgeon.serve.draining import DrainingServer
 from torchsurgeon.serve.failure import OncePerPeriod
 from torchsurgeon.serve.fairness import Priority
 from torchsurgeon.serve.hangup import reload_on_hangup
+from torchsurgeon.serve.idle import IdleMemory
 from torchsurgeon.serve.loading import ModelLoader, settle_twice
 from torchsurgeon.serve.logs import LogFormat, configure
 from torchsurgeon.serve.registry import ModelRegistry
@@ -82,7 +83,7 @@ def run(
     """Serve models until the process is interrupted. The process is meant to do nothing else.
 
     The server answers at once, with 503 for models that are still loading. It changes the process: memory that is freed
-    is kept, and what is loaded is left out of garbage collection.
+    is kept until there has been nothing to do for a while, and what is loaded is left out of garbage collection.
 
     Args:
         models: the SPEC of each model by its name.
@@ -218,11 +219,13 @@ def run(
     # Whoever reads "ready" connects at once, and a small model can be loaded before uvicorn takes connections.
     bound.listen()
     threading.Thread(target=load, name="torchsurgeon-load", daemon=True).start()
-    in_turn = OncePerPeriod()
+    in_turn, idle = OncePerPeriod(), IdleMemory(registry)
     _uvicorns.addFilter(in_turn)
+    idle.start()
     try:
         serve(server, bound)
     finally:
+        idle.close()
         bound.close()
         registry.close()
         if log is not None:

@@ -98,6 +98,11 @@ class Statistics:
             self._failed += 1
             self._failed_s += duration_s
 
+    @property
+    def ended(self) -> int:
+        """How many requests have ended, in whatever way."""
+        return self._requests + self._failed
+
     def lately(self) -> dict[str, Any]:
         """Return what requests took in the last ten seconds, as ``/v2/load`` tells it."""
         now_s = time.perf_counter()
