@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from torchsurgeon.adapting.sharing import Sharing
@@ -38,7 +38,14 @@ def transfers(depth: int, count: int, rate: float, spacing_s: float, fair: bool)
     return done
 
 
-@given(st.integers(1, 8), st.integers(1, 100), st.floats(1e4, 1e8), st.floats(0.0, 3.0), st.booleans())
+@example(depth=5, count=29, rate=1e4, spacing=0.0, fair=True)
+@given(
+    depth=st.integers(1, 8),
+    count=st.integers(1, 100),
+    rate=st.floats(1e4, 1e8),
+    spacing=st.floats(0.0, 3.0),
+    fair=st.booleans(),
+)
 def test_what_is_told_is_the_links_rate(depth: int, count: int, rate: float, spacing: float, fair: bool) -> None:
     """Whether the link, at ``spacing`` below 1, or the heads hold the stream up."""
     sharing, told = Sharing(), 0
@@ -46,7 +53,7 @@ def test_what_is_told_is_the_links_rate(depth: int, count: int, rate: float, spa
         alone = sharing.alone(SIZE, begun_s, arrived_s, others)
         if alone is not None:
             told += 1
-            assert 0.5 * rate <= alone[0] / alone[1] <= 1.7 * rate
+            assert 0.7 * rate <= alone[0] / alone[1] <= 1.5 * rate
     assert told or count < 4 * depth
 
 

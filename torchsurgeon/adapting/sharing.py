@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # A window of counting ends after this many transfers.
 _WINDOW = 16
+# So many times as many bytes must have arrived as were under way at either end of the window.
+_SURE = 3
 # Transfers are reported nearly in the order of their arrival. One that arrived this long before the latest was timed
 # after the clock had stepped back.
 _STEPPED_BACK_S = 60.0
@@ -14,7 +16,7 @@ class Sharing:
 
     While transfers overlap, the link's rate is the number of bytes that have arrived since the first of them began,
     divided by the time since then. Transfers that are still under way are assumed to be half done. No result is given
-    until the bytes that are known to have arrived outweigh this guess.
+    until so many bytes are known to have arrived that this guess can be wrong by half of the result at most.
     """
 
     def __init__(self) -> None:
@@ -44,7 +46,7 @@ class Sharing:
         self._arrived_bytes += size_bytes
         self._counted_bytes += size_bytes
         moving_bytes = others * size_bytes
-        if self._counted_bytes < 2 * max(moving_bytes, self._moving_bytes):
+        if self._counted_bytes < _SURE * max(moving_bytes, self._moving_bytes):
             return None
         alone = round(self._arrived_bytes + moving_bytes / 2), self._arrived_s - self._since_s
         if self._counted_bytes >= _WINDOW * size_bytes:
