@@ -274,6 +274,25 @@ def test_no_more_is_sent_in_an_hour_than_is_allowed(server: Server, fallback: An
         split_of(server, partition="server", hourly_bytes=0)
 
 
+@pytest.mark.parametrize("bound", [100_000.0, 10_000.0])
+def test_measuring_the_link_counts_among_what_is_sent_in_an_hour(
+    server: Server, known: dict[str, Any], bound: float
+) -> None:
+    # What is asked to make a server ready does not count; without a bound, 2.4 MB measure so quick a link.
+    asked_bytes = 50_000
+    with (
+        LinkEmulator(0, "127.0.0.1", server.port, FAST) as emulator,
+        split_of(f"http://127.0.0.1:{emulator.port}", hourly_bytes=bound, backend=device, **known) as split,
+    ):
+        if bound > 2 << 14:
+            until(lambda: remote(split), split)
+        else:
+            assert right(split)
+            assert not remote(split)
+            assert "hourly_bytes" in degraded(split)
+        assert emulator.counts().uplink_bytes <= bound + asked_bytes
+
+
 def test_measured_codecs_are_chosen_among(server: Server, known: dict[str, Any]) -> None:
     from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
 

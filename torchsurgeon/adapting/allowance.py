@@ -48,6 +48,13 @@ class Allowance:
             before = self._slots.pop()[1] if self._slots and self._slots[-1][0] == begin_s else 0.0
             self._slots.append((begin_s, before + size_bytes))
 
+    def spend(self, size_bytes: float) -> bool:
+        """Count bytes that will be sent now, if they keep the bound; return whether they do."""
+        allowed = self.allows(size_bytes)
+        if allowed:
+            self.spent(size_bytes)
+        return allowed
+
     def allows(self, size_bytes: float) -> bool:
         """Return whether so many bytes more would keep the bound."""
         return size_bytes <= self.left_bytes()

@@ -107,9 +107,9 @@ class SplitModule(Calls):
             and ``last.bits`` says so.
         timeout_s: the longest that a server may take for one inference.
         hourly_bytes: the most bytes that are sent to servers in an hour, for a link on which bytes cost money: all that
-            requests, pings and probes send, refused and late ones too, but not what is asked when servers are made
-            ready. Calls run on the device then, or raise with ``fallback="error"``. Calls that run side by side may
-            pass the bound by what they send at the same time.
+            requests, pings and probes send, refused and late ones too, and what measures a link that is not given, but
+            no other questions when servers are made ready. Calls run on the device then, or raise with
+            ``fallback="error"``. Calls that run side by side may pass the bound by what they send at the same time.
         leaf_modules: modules to keep whole, as ``trace()`` takes them.
         verify: whether to run the model and what was traced, and compare, as ``trace()`` does.
         token: sent to servers that are given by their URLs, as ``Authorization: Bearer``.

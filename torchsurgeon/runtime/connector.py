@@ -113,7 +113,7 @@ class Connector:
             if peer.link is None:
                 # A call stops waiting for it at its deadline, but does not end it: every call would begin it anew, and
                 # over a slow link none would ever be done with it.
-                peer.adopt(measure_link(peer.transport))
+                peer.adopt(measure_link(peer.transport, spend=peer.allowance.spend))
             graph, codecs = self._local.graph, peer.decodable(self._options.codecs)
             if only is None:
                 frontier = Frontier.build(graph, devices, servers, codecs)
