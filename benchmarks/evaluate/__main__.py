@@ -84,11 +84,16 @@ def _evaluate(*, quick: bool) -> None:
     if not quick:
         _run("datacenter_page")
     progress.step("datacenter: simulated")
-    timed = result_file.known(folder / end_to_end.OUT.name) | end_to_end.run(split, links, told=progress.step)
-    ordered = {name: timed[name] for name in end_to_end.NETWORKS if name in timed}
-    result_file.write(folder / end_to_end.OUT.name, ordered)
-    beside = alternatives.run(rivalled, links, told=progress.step)
-    result_file.write(folder / alternatives.OUT.name, beside, packages=alternatives.versions())
+    # Each network is written once it is done, so that nothing is lost where the rest is stopped.
+    timed, beside = (result_file.known(folder / one.OUT.name) for one in (end_to_end, alternatives))
+    for name in split:
+        timed |= end_to_end.run([name], links, told=progress.step)
+        ordered = {one: timed[one] for one in end_to_end.NETWORKS if one in timed}
+        result_file.write(folder / end_to_end.OUT.name, ordered)
+    for name in rivalled:
+        beside |= alternatives.run([name], links, told=progress.step)
+        ordered = {one: beside[one] for one in alternatives.NETWORKS if one in beside}
+        result_file.write(folder / alternatives.OUT.name, ordered, packages=alternatives.versions())
     pictures.draw(page.read(folder, page.CONFIGURATIONS)["results"], folder)
 
 
