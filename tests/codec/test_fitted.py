@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchsurgeon as ts
 from torchsurgeon.codec import FittedCodec, find_codec, fit_codec, measure
 from torchsurgeon.codec.fitted import file
-from torchsurgeon.codec.fitted.transform import SLICE, Grid, Transform, block_side
+from torchsurgeon.codec.fitted.transform import SLICE, TensorGrid, Transform, block_side
 from torchsurgeon.errors import CodecError
 
 torch.set_num_threads(1)
@@ -211,7 +211,7 @@ def test_tokens_are_fitted_along_their_channels() -> None:
     graph = ts.trace(Tokens().eval(), sentence(0))
     fitted = fit_codec(graph, "mul", [sentence(k) for k in range(1, 40)], classes_at=2, answers="classes")
     (one,) = fitted.tensors
-    assert one.transform.grid == Grid(3, 2, 20, (1, 1))
+    assert one.transform.grid == TensorGrid(3, 2, 20, (1, 1))
     part = ts.cut(graph, "mul")
     x = sentence(99)
     (tensor,) = part.head(x)
@@ -644,7 +644,7 @@ def test_any_bytes_are_refused(fitted: FittedCodec, data: bytes, shape: tuple[in
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 30), st.integers(1, 30), st.integers(0, 1000))
 def test_the_transform_leads_back(batch: int, channels: int, height: int, width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    grid = Grid(4, 1, channels, (block_side(height), block_side(width)))
+    grid = TensorGrid(4, 1, channels, (block_side(height), block_side(width)))
     q = grid.frequencies
     transform = Transform(
         grid,
@@ -660,7 +660,7 @@ def test_the_transform_leads_back(batch: int, channels: int, height: int, width:
 
 
 def test_parents_are_earlier_groups() -> None:
-    grid = Grid(4, 1, 6, (3, 4))
+    grid = TensorGrid(4, 1, 6, (3, 4))
     parents = grid.parents()
     assert parents.shape == (72, 5)
     assert (parents < numpy.arange(72)[:, None]).all()

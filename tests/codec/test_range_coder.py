@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchsurgeon import _native
-from torchsurgeon.codec.range_coder import LEVELS, TOTAL, CoderTables, bits, decode, encode, fold, levels
+from torchsurgeon.codec.range_coder import bits, decode, encode, fold, levels
 from torchsurgeon.codec.range_fit import fit_tables
+from torchsurgeon.codec.range_tables import LEVELS, TOTAL, CoderTables
 from torchsurgeon.errors import CodecError, NativeUnavailableError
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason="no compiled extension: make setup")

@@ -33,12 +33,11 @@ from torch import Tensor
 from torchsurgeon._cached import cached_property
 from torchsurgeon.codec import packings, pictures, quantize, zstd
 from torchsurgeon.codec.host import on_host
+from torchsurgeon.codec.names import FITTED
 from torchsurgeon.errors import CodecError, short
 from torchsurgeon.tracing.layout import dense, logical
 
 Buffer = bytes | bytearray | memoryview
-
-FITTED = "fitted:"
 
 
 class AnyRate(Protocol):

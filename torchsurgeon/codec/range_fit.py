@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchsurgeon.codec import range_coder
-from torchsurgeon.codec.range_coder import (
+from torchsurgeon.codec.range_tables import (
     LEVELS,
     MOST_BY_WINDOWS,
     MOST_IN_WINDOW,

@@ -10,7 +10,7 @@ from torchsurgeon.backends import NAMES, find_backend, installed_backends
 from torchsurgeon.backends import Backend as NamedBackend
 from torchsurgeon.backends.eager import Eager
 from torchsurgeon.codec import Codec, CodecTable, FittedCodec, find_codec
-from torchsurgeon.codec.codec import FITTED
+from torchsurgeon.codec.names import FITTED
 from torchsurgeon.errors import (
     AdaptError,
     BackendError,

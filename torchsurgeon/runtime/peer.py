@@ -18,7 +18,7 @@ from torchsurgeon.adapting.mean import Mean, Quantity
 from torchsurgeon.adapting.sharing import Sharing
 from torchsurgeon.backends.eager import Eager
 from torchsurgeon.codec import Codec, CodecTable, RatedCodec, find_codec
-from torchsurgeon.codec.codec import FITTED
+from torchsurgeon.codec.names import FITTED
 from torchsurgeon.errors import (
     ModelMismatchError,
     RequestRefusedError,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torchsurgeon.adapting import SURE, Allowance, Decision, Estimates, Quantity, Refusals, check_deadline
 from torchsurgeon.codec import Codec, find_codec
-from torchsurgeon.codec.codec import FITTED
+from torchsurgeon.codec.names import FITTED
 from torchsurgeon.errors import MismatchWarning, MissingCodecWarning
 from torchsurgeon.link import Link
 from torchsurgeon.models.arithmetic import Arithmetic

@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,25 +26,19 @@ from torchsurgeon import _native
 from torchsurgeon.codec import codec, quantize, range_coder
 from torchsurgeon.codec.codec import Buffer, Codec, EncodedTensor
 from torchsurgeon.codec.fitted import file
+from torchsurgeon.codec.fitted.rates import MOST_MAGNITUDE, ZERO_STEPS, Rates
 from torchsurgeon.codec.fitted.student import Student
 from torchsurgeon.codec.fitted.tensor import FittedTensor
 from torchsurgeon.codec.fitted.transform import SLICE
 from torchsurgeon.codec.host import on_host
-from torchsurgeon.errors import CodecError, is_finite, short
+from torchsurgeon.codec.names import fitted_name, rated_name
+from torchsurgeon.errors import CodecError, short
 from torchsurgeon.models.weights import weight_digests
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.layout import dense, logical
 from torchsurgeon.tracing.specs import PartitionPoint
 
-# A coefficient becomes 0 within this many steps; every other interval is one step wide, and what is decoded is its
-# middle. Measured on EfficientNet-Lite0: with the usual wider zone, or with what is decoded drawn towards 0, the answer
-# changes more at the same bytes, although the squared error is less. Errors that all point to 0 add up.
-ZERO_STEPS = 0.58
-# Float32 tells whole numbers apart up to here. Beyond, a tensor is sent without loss.
-_MOST_MAGNITUDE = float(1 << 24)
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
-# A rate in a name, without a sign or spaces; "1e-05" is how Python writes a low one.
-_DIGITS = re.compile(r"[0-9]+(\.[0-9]+)?(e-[0-9]+)?")
 _KEPT_RATES = 64
 # The names of a student's arrays in the file begin with this; those of tensors begin with a number.
 _STUDENT = "student."
@@ -96,12 +89,8 @@ class FittedCodec:
         self.label, self.model, self.graph, self.weights, self.point = label, model, graph, weights, point
         self.tensors, self.steps, self.rates = tuple(tensors), tuple(steps), tuple(rates)
         self.provenance, self.student = dict(provenance or {}), student
-        rising = all(0 < a < b for a, b in zip(self.steps, self.steps[1:], strict=False))
-        falling = all(a > b > 0 for a, b in zip(self.rates, self.rates[1:], strict=False))
-        numbers = all(map(is_finite, (*self.steps, *self.rates)))
-        if not (numbers and rising and falling and self.steps and self.steps[0] > 0 and self.rates[-1] > 0):
-            raise CodecError("the steps of a fitted codec must rise and its rates fall, all positive; fit it again")
-        if len(self.rates) != len(self.steps) or any(len(one.tables) != len(self.steps) for one in self.tensors):
+        self._rates = Rates(self.steps, self.rates)
+        if any(len(one.tables) != len(self.steps) for one in self.tensors):
             raise CodecError("a fitted codec must have a rate and tables for each step; fit it again")
         if not 1 <= len(self.tensors) <= 256:
             raise CodecError(f"a fitted codec is of 1 to 256 tensors; got {len(self.tensors)}")
@@ -137,7 +126,7 @@ class FittedCodec:
 
     @property
     def name(self) -> str:
-        return f"{codec.FITTED}{self.label}-{self.digest[:8]}"
+        return fitted_name(self.label, self.digest)
 
     def save(self, path: str | Path) -> None:
         """Write the codec to a file.
@@ -203,17 +192,12 @@ class FittedCodec:
         Raises:
             CodecError: it is no such rate.
         """
-        wanted, lowest, highest = _rounded(rate), _rounded(self.rates[-1]), _rounded(self.rates[0])
-        if not lowest <= wanted <= highest:
-            raise CodecError(
-                f"the rate of {self.name} must be from {lowest:g} to {highest:g} bits a value, as a number or its "
-                f"digits; got {short(rate, 40)}"
-            )
+        wanted = self._rates.wanted(rate, self.name)
         found = self._rated.get(wanted)
         if found is None:
             if len(self._rated) >= _KEPT_RATES:
                 self._rated.clear()
-            found = self._rated.setdefault(wanted, RatedCodec(f"{self.name}@{wanted:g}", fitted=self, rate=wanted))
+            found = self._rated.setdefault(wanted, RatedCodec(rated_name(self.name, wanted), fitted=self, rate=wanted))
         return found
 
     def some(self) -> tuple[RatedCodec, ...]:
@@ -295,15 +279,12 @@ class RatedCodec(Codec):
     @cached_property
     def step(self) -> float:
         """The quantization step: between those of the file, as the logarithms of rates and steps lie."""
-        rates, steps = numpy.log(self.fitted.rates[::-1]), numpy.log(self.fitted.steps[::-1])
-        step = float(numpy.exp(numpy.interp(math.log(self.rate), rates, steps)))
-        # The exponential of a logarithm may lie a rounding beyond the ends.
-        return min(max(step, min(self.fitted.steps)), max(self.fitted.steps))
+        return self.fitted._rates.step(self.rate)
 
     @cached_property
     def _row(self) -> int:
         """The row of tables whose rate is nearest."""
-        return min(range(len(self.fitted.rates)), key=lambda row: abs(math.log(self.fitted.rates[row] / self.rate)))
+        return self.fitted._rates.row(self.rate)
 
     def suits(self, dtype: torch.dtype, shape: Sequence[int], name: str | None = None) -> bool:
         if name is not None:
@@ -320,7 +301,7 @@ class RatedCodec(Codec):
         one = self.fitted.tensors[index]
         coefficients = one.transform.forward(tensor)
         largest = float(coefficients.abs().max())
-        if not largest < _MOST_MAGNITUDE * self.step:
+        if not largest < MOST_MAGNITUDE * self.step:
             return codec.find_codec("zstd").encode(tensor)
         beyond = int((coefficients.abs() > one.limits(tensor.device)).sum())
         scaled = coefficients.mul_(1 / self.step)
@@ -390,26 +371,10 @@ def load_codec(path: str | Path, graph: LayerGraph) -> FittedCodec:
     return loaded.use()
 
 
-def _rounded(rate: float | str) -> float:
-    """Return a rate rounded to the digits that names have; NaN for what is no rate."""
-    if isinstance(rate, str):
-        valid = _DIGITS.fullmatch(rate) is not None
-    else:
-        valid = is_finite(rate) and not isinstance(rate, bool)
-    try:
-        return float(f"{float(rate):.4g}") if valid else math.nan
-    except OverflowError:
-        return math.nan
-
-
 def _parsed(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> FittedCodec:
     try:
         steps, rates = (tuple(map(float, header[key])) for key in ("steps", "rates"))
-        tensors = []
-        for index, one in enumerate(header["tensors"]):
-            prefix = f"{index}."
-            own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-            tensors.append(FittedTensor.parsed(one, own, len(steps)))
+        tensors = FittedTensor.all_of(header, arrays)
         label, model, graph, weights = (str(header[key]) for key in ("label", "model", "graph", "weights"))
         point = int(header["point"][0]), str(header["point"][1])
         weights_of = {k.removeprefix(_STUDENT): v for k, v in arrays.items() if k.startswith(_STUDENT)}

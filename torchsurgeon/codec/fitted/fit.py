@@ -16,12 +16,14 @@ from torchsurgeon import _native
 from torchsurgeon.accuracy.sample import check_calls, inputs_of
 from torchsurgeon.codec import quantize, range_coder
 from torchsurgeon.codec.fitted.answers import AnswerKind, Answers
-from torchsurgeon.codec.fitted.codec import ZERO_STEPS, FittedCodec
+from torchsurgeon.codec.fitted.codec import FittedCodec
+from torchsurgeon.codec.fitted.rates import ZERO_STEPS
 from torchsurgeon.codec.fitted.statistics import Statistics
 from torchsurgeon.codec.fitted.student import Student
 from torchsurgeon.codec.fitted.tensor import FittedTensor
-from torchsurgeon.codec.fitted.transform import Grid, Transform, block_side
+from torchsurgeon.codec.fitted.transform import TensorGrid, Transform, block_side
 from torchsurgeon.codec.range_fit import fit_tables
+from torchsurgeon.codec.range_tables import CoderTables
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import CodecError, is_whole, short
@@ -171,7 +173,7 @@ def fit_codec(
     ).use()
 
 
-def _grid(graph: LayerGraph, spec: TensorSpec, channels_at: int | None) -> Grid | None:
+def _grid(graph: LayerGraph, spec: TensorSpec, channels_at: int | None) -> TensorGrid | None:
     """Return how a boundary tensor is seen; None for one that is not fitted, which crosses without loss."""
     rank, shape = len(spec.shape), spec.shape
     if channels_at is not None and not (is_whole(channels_at) and 1 <= channels_at < rank):
@@ -189,7 +191,7 @@ def _grid(graph: LayerGraph, spec: TensorSpec, channels_at: int | None) -> Grid 
         block = (block_side(math.prod(rest[:-1])) if len(rest) > 1 else 1, block_side(rest[-1]))
     if shape[channels_at] > _MOST_CHANNELS:
         return None
-    return Grid(rank, channels_at, shape[channels_at], block)
+    return TensorGrid(rank, channels_at, shape[channels_at], block)
 
 
 def _usual_channels(graph: LayerGraph, spec: TensorSpec) -> int:
@@ -357,7 +359,7 @@ def _tables(
     advance: Callable[[], None],
 ) -> tuple[list[FittedTensor], list[float], list[float]]:
     """Return what the codec holds of each tensor, its steps from the finest, and the bits per value at each."""
-    tables: dict[str, list[range_coder.CoderTables]] = {name: [] for name in transforms}
+    tables: dict[str, list[CoderTables]] = {name: [] for name in transforms}
     steps: list[float] = []
     rates: list[float] = []
     step = coarsest
@@ -393,7 +395,7 @@ def _coarsest(coefficients: Mapping[str, Sequence[Tensor]]) -> float:
 
 def _coded(
     transforms: Mapping[str, Transform], coefficients: Mapping[str, Sequence[Tensor]], step: float
-) -> tuple[dict[str, range_coder.CoderTables], float]:
+) -> tuple[dict[str, CoderTables], float]:
     """Return the entropy coder's tables for one step, and the bits per value."""
     tables, bits, values = {}, 0.0, 0
     for name, found in coefficients.items():

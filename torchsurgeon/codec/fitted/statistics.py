@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchsurgeon.codec.fitted.transform import Grid
+from torchsurgeon.codec.fitted.transform import TensorGrid
 
 # As many elements of its second moments are kept for each frequency; larger ones are summed up over bands.
 _MOST_ELEMENTS = 1 << 20
@@ -24,7 +24,7 @@ class Statistics:
         gradients: for how many blocks gradients have been added.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: TensorGrid) -> None:
         self.grid = grid
         channels, frequencies = grid.channels, grid.frequencies
         self.band_of = _bands(grid)
@@ -80,7 +80,7 @@ class Statistics:
         return torch.bincount(self.band_of, minlength=self.bands).double()
 
 
-def _bands(grid: Grid) -> Tensor:
+def _bands(grid: TensorGrid) -> Tensor:
     """Return the band of each frequency: one each, or the frequencies alike in height share one, or all do."""
     each = torch.arange(grid.frequencies)
     diagonals = torch.tensor([u + v for u, v in grid.order])

@@ -9,98 +9,26 @@ much as an error of 1 in any other, so one step quantizes them all. A group is o
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from functools import cached_property
 
 import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from torchsurgeon.codec.fitted.grid import Grid, Matrices
 from torchsurgeon.errors import CodecError
 
 # A block of this side or the next smaller that leaves the least at the border.
 _SIDES = (8, 7, 6, 5)
-_MOST_SIDE = 64
-_MOST_CHANNELS = 1 << 14
 # Condition numbers of fitted matrices stay below 1000; those of singular ones, rounded to float32, are far above this.
 _MOST_CONDITION = 1e5
-# Of these earlier groups at the same place the entropy coder reads the magnitudes: components before, in steps.
-_COMPONENTS_BEFORE = (1, 2, 3)
 # So many coefficients, 4 MiB, are decoded at a time.
 SLICE = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """How a tensor is seen as channels on a grid that is cut into blocks.
-
-    Attributes:
-        rank: how many dimensions the tensor has, at least 2; the first is the batch.
-        channels_at: the dimension of channels, at least 1.
-        channels: how many there are.
-        block: height and width of a block.
-
-    Raises:
-        CodecError: a number is out of its range.
-    """
-
-    rank: int
-    channels_at: int
-    channels: int
-    block: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        sides = all(1 <= side <= _MOST_SIDE for side in self.block)
-        if not (2 <= self.rank <= 16 and 1 <= self.channels_at < self.rank and sides and len(self.block) == 2):
-            raise CodecError(
-                f"a grid has 2 to 16 dimensions, channels at one behind the first, and blocks of 1 to {_MOST_SIDE} a "
-                f"side; got {self.rank} dimensions, channels at {self.channels_at} and blocks of {self.block}"
-            )
-        if not 1 <= self.channels <= _MOST_CHANNELS:
-            raise CodecError(f"a tensor to be fitted has 1 to {_MOST_CHANNELS} channels; got {self.channels}")
-
-    @property
-    def frequencies(self) -> int:
-        """How many frequencies a block has."""
-        return self.block[0] * self.block[1]
-
-    @property
-    def groups(self) -> int:
-        """How many groups of coefficients there are."""
-        return self.frequencies * self.channels
-
-    def sizes(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Return batch, height and width of a tensor of this shape as a grid."""
-        rest = [size for dim, size in enumerate(shape) if dim not in (0, self.channels_at)]
-        return shape[0], math.prod(rest[:-1]), rest[-1] if rest else 1
-
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Return whether a tensor of this shape has these channels and at least one block each way."""
-        if len(shape) != self.rank or shape[self.channels_at] != self.channels:
-            return False
-        batch, height, width = self.sizes(shape)
-        # With smaller grids, filling blocks up would take many times the tensor's memory.
-        return batch > 0 and height >= self.block[0] and width >= self.block[1]
-
-    def blocks(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Return how many blocks lie below each other (over all samples) and beside each other."""
-        batch, height, width = self.sizes(shape)
-        return batch * -(-height // self.block[0]), -(-width // self.block[1])
-
-    @cached_property
-    def order(self) -> tuple[tuple[int, int], ...]:
-        """The frequencies (down, across), the lowest first."""
-        across = [(u, v) for u in range(self.block[0]) for v in range(self.block[1])]
-        return tuple(sorted(across, key=lambda uv: (uv[0] + uv[1], uv[0])))
-
-    @cached_property
-    def cosines(self) -> Tensor:
-        """The matrix from the values of a block to its frequencies; its transpose leads back. ``float64``."""
-        whole = torch.kron(_cosines(self.block[0]), _cosines(self.block[1]))
-        return whole[[u * self.block[1] + v for u, v in self.order]]
+class TensorGrid(Grid):
+    """A grid that takes tensors apart into frequencies, and puts them together."""
 
     @cached_property
     def _placed(self) -> dict[torch.device, Tensor]:
@@ -109,7 +37,7 @@ class Grid:
     def _cosines_on(self, device: torch.device) -> Tensor:
         found = self._placed.get(device)
         if found is None:
-            found = self._placed[device] = self.cosines.to(device, torch.float32)
+            found = self._placed[device] = torch.from_numpy(self.cosines).to(device, torch.float32)
         return found
 
     def split(self, tensor: Tensor) -> Tensor:
@@ -151,63 +79,18 @@ class Grid:
         rest = [size for dim, size in enumerate(shape) if dim not in (0, self.channels_at)]
         return grid.view(batch, self.channels, *rest).movedim(1, self.channels_at)
 
-    def parents(self) -> NDArray[numpy.int32]:
-        """Return for each group the earlier groups whose magnitudes tell most about it; -1 for none."""
-        place = {frequency: q for q, frequency in enumerate(self.order)}
-        component = numpy.arange(self.channels)
-        found = []
-        for q, (u, v) in enumerate(self.order):
-            before = [(component >= back, q * self.channels + component - back) for back in _COMPONENTS_BEFORE]
-            columns = [numpy.where(exists, group, -1) for exists, group in before]
-            for lower in ((u - 1, v), (u, v - 1)):
-                known = place.get(lower, -1)
-                columns.append(known * self.channels + component if known >= 0 else numpy.full(self.channels, -1))
-            found.append(numpy.stack(columns, 1))
-        return numpy.concatenate(found).astype(numpy.int32)
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Transform:
-    """The matrices of a tensor's transform.
-
-    Attributes:
-        grid: how the tensor is seen.
-        matrices: ``float32 [M, C, C]``, from channels to components. M is 1, or one for each band of frequencies.
-        band_of: the matrix of each frequency.
-        scales: ``float32 [Q, C]``, by which each group is multiplied after its matrix.
-        means: ``float32 [Q, C]``, subtracted before.
+class Transform(Matrices):
+    """The matrices of a tensor's transform, applied to tensors; they have inverses, too.
 
     Raises:
         CodecError: an array has another shape or type, or holds what cannot be.
     """
 
-    grid: Grid
-    matrices: NDArray[numpy.float32]
-    band_of: NDArray[numpy.uint16]
-    scales: NDArray[numpy.float32]
-    means: NDArray[numpy.float32]
+    grid: TensorGrid
 
     def __post_init__(self) -> None:
-        channels, frequencies = self.grid.channels, self.grid.frequencies
-        bands = len(self.matrices) if numpy.ndim(self.matrices) == 3 else 0
-        expected = {
-            "matrices": (numpy.float32, (bands, channels, channels)),
-            "band_of": (numpy.uint16, (frequencies,)),
-            "scales": (numpy.float32, (frequencies, channels)),
-            "means": (numpy.float32, (frequencies, channels)),
-        }
-        for name, (dtype, shape) in expected.items():
-            array = getattr(self, name)
-            if array.dtype != dtype or array.shape != shape or not numpy.isfinite(array).all():
-                raise CodecError(
-                    f"{name} of a fitted codec must be {numpy.dtype(dtype)} {list(shape)}, and finite; got "
-                    f"{array.dtype} {list(array.shape)}; fit the codec again"
-                )
-        if not 1 <= bands <= frequencies or (self.band_of >= bands).any() or (self.scales <= 0).any():
-            raise CodecError(
-                "a fitted codec must have a matrix for each band of frequencies and positive scales; it is damaged, "
-                "so fit it again"
-            )
+        super().__post_init__()
         if not self._leads_back():
             raise CodecError(
                 "the matrices of a fitted codec must have inverses, which with the scales fit float32; it is damaged, "
@@ -290,11 +173,3 @@ def _spans(size: int, side: int) -> list[tuple[int, int, int]]:
     """Return the first block, how many there are, and their side, of whole blocks and of the rest of a size."""
     whole, rest = divmod(size, side)
     return [span for span in ((0, whole, side), (whole, 1, rest)) if span[1] and span[2]]
-
-
-def _cosines(side: int) -> Tensor:
-    """Return the matrix of an orthonormal discrete cosine transform (DCT-II)."""
-    frequency, place = torch.arange(side, dtype=torch.float64)[:, None], torch.arange(side, dtype=torch.float64)
-    matrix = torch.cos(math.pi * (place + 0.5) * frequency / side) * math.sqrt(2 / side)
-    matrix[0] /= math.sqrt(2)
-    return matrix
