@@ -32,7 +32,7 @@ def test_a_folder_that_is_no_bundle_says_how_to_make_one(tmp_path: Path) -> None
 
 
 def test_another_version_says_so(copy: Copy) -> None:
-    with pytest.raises(ts.BundleError, match=r"must be 'torchsurgeon.bundle/1'; got 'torchsurgeon.bundle/0'; export"):
+    with pytest.raises(ts.BundleError, match=r"must be 'torchsurgeon.bundle/2'; got 'torchsurgeon.bundle/0'; export"):
         edge.open(edited(copy(), format="torchsurgeon.bundle/0"))
 
 

@@ -39,6 +39,8 @@ def add_export(commands: Commands) -> None:
         "torchvision:resnet50 --device pi.json --server k40-gpu --out bundle",
         "torchvision:resnet50 --backend onnxruntime:int8 --backend-sample photos --backend-limits min-cosine=0.99 "
         "--out bundle",
+        "torchvision:resnet50 --weights default --point layer2 --codecs codecs.json --fitted layer2.fitted "
+        "--out bundle",
         "torchvision:resnet50 --point layer3.5.relu_2 --triton repository --name resnet_tail",
     )
     model_arguments(parser)
@@ -80,6 +82,16 @@ def add_export(commands: Commands) -> None:
         )
         completed(where, one_of(completion.REFERENCE_DEVICES, "json"))
     file_argument(parser, "--codecs", "codecs measured by torchsurgeon codecs --out", "only raw tensors are sent")
+    fitted = parser.add_argument(
+        "--fitted",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a codec that was fitted (codecs --fit) or a student (distill), which belongs to the bundle, and which "
+        "servers are given by serve --codec; may be repeated (default: none)",
+    )
+    completed(fitted, one_of((), "fitted", "student"))
     parser.add_argument(
         "--no-whole",
         dest="whole",
@@ -115,7 +127,7 @@ def _export(options: argparse.Namespace) -> None:
         )
     with loading():
         from torchsurgeon.backends import find_backend
-        from torchsurgeon.codec import CodecTable
+        from torchsurgeon.codec import CodecTable, load_codec
         from torchsurgeon.export import best_points, export_bundle, export_openvino, export_triton
         from torchsurgeon.models.specs import short_name
 
@@ -135,6 +147,7 @@ def _export(options: argparse.Namespace) -> None:
             device=device,
             server=server,
             codecs=codecs,
+            fitted=[load_codec(file, graph) for file in options.fitted],
             name=name,
             whole=options.whole,
             backend=backend,

@@ -54,7 +54,8 @@ def open(
         fallback: ``"local"`` to run the whole model on the device when the server does not answer; ``"error"`` to raise
             then. A bundle without the whole model needs ``"error"``.
         objective: what to minimize, as ``SplitModule`` takes it.
-        codec: how to encode boundary arrays, in place of the codecs that the bundle was exported with.
+        codec: how to encode boundary arrays, in place of the codecs that the bundle was exported with; for a fitted
+            codec of the bundle its name with a rate. Where the server lacks its file, another takes its place.
         link: the link, or its name, such as ``"wifi"``; by default it is measured before the first call.
         timeout_s: the longest wait for an answer.
         threads: threads of one run of a part; by default as many as ONNX Runtime chooses.
@@ -63,7 +64,7 @@ def open(
         BundleError: a file is missing or damaged, the bundle is of another version, or lacks what is asked for.
         BackendError: ONNX Runtime is missing, too old, or does not take a part.
         PartitionError: the bundle has no such point.
-        CodecError: a device without PyTorch has no such codec.
+        CodecError: neither a device without PyTorch nor the bundle has such a codec.
     """
     if fallback not in ("local", "error"):
         raise BundleError(f"fallback must be 'local' or 'error'; got {short(fallback)}")

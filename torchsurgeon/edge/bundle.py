@@ -1,8 +1,8 @@
 """A bundle: the folder that ``torchsurgeon export`` writes for a device without PyTorch, and its checks.
 
 ``manifest.json`` lists every other file with its size and SHA-256. The parts of the model are ONNX files, whose weights
-stand in files beside them. ``frontier.json`` holds what each cut costs, ``fingerprint.json`` what is compared with the
-server.
+stand in files beside them. The files of fitted codecs are those that servers have. ``frontier.json`` holds what each
+cut costs, ``fingerprint.json`` what is compared with the server.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchsurgeon.planning.costs import CostTable
 from torchsurgeon.transport.fingerprint import Fingerprint
 from torchsurgeon.wire.fields import ITEM_BYTES
 
-FORMAT = "torchsurgeon.bundle/1"
+FORMAT = "torchsurgeon.bundle/2"
 MANIFEST, FRONTIER, FINGERPRINT = "manifest.json", "frontier.json", "fingerprint.json"
 
 DATATYPES = {
@@ -84,6 +84,21 @@ class OnnxPart:
 
 
 @dataclasses.dataclass(frozen=True)
+class BundleCodec:
+    """A fitted codec of a bundle.
+
+    Attributes:
+        name: its name without a rate.
+        file: its path in the bundle.
+        student: what runs in place of the model's own layers before its cut; None for these layers.
+    """
+
+    name: str
+    file: str
+    student: OnnxPart | None
+
+
+@dataclasses.dataclass(frozen=True)
 class BundlePoint:
     """A point at which the bundle can cut the model.
 
@@ -116,6 +131,7 @@ class Bundle:
         valued: whether shapes of outputs depend on values, so that only their number of dimensions is known.
         points: where it can be cut.
         whole: the whole model; None where the device holds only heads.
+        codecs: the fitted codecs.
         costs: what each cut costs.
         graph: the graph's fingerprint.
         weights: the digest of all weights.
@@ -130,9 +146,17 @@ class Bundle:
     valued: bool
     points: tuple[BundlePoint, ...]
     whole: OnnxPart | None
+    codecs: tuple[BundleCodec, ...]
     costs: CostTable
     graph: str
     weights: str
+
+    @property
+    def parts(self) -> tuple[OnnxPart, ...]:
+        """All parts of the model."""
+        students = (codec.student for codec in self.codecs)
+        every = (self.whole, *(point.head for point in self.points), *students)
+        return tuple(part for part in every if part is not None)
 
     def fingerprint(self) -> Fingerprint:
         """Return what tells a model that differs on the server from this one.
@@ -215,6 +239,7 @@ def read(folder: str | Path) -> Bundle:
             valued=bool(data["valued"]),
             points=tuple(map(_point, data["points"])),
             whole=_part(data["whole"]),
+            codecs=tuple(map(_codec, data["codecs"])),
             costs=costs,
             graph=_text(data["graph"]),
             weights=_text(data["weights"]),
@@ -224,8 +249,8 @@ def read(folder: str | Path) -> Bundle:
             raise
         what = f"has no field {short(error)}" if isinstance(error, KeyError) else f"holds a wrong value: {short(error)}"
         raise BundleError(f"{short(path)} {what}; {_AGAIN}") from None
-    parts = [found.whole, *(point.head for point in found.points)]
-    missing = next((part.file for part in parts if part is not None and part.file not in files), None)
+    used = [*(part.file for part in found.parts), *(codec.file for codec in found.codecs)]
+    missing = next((file for file in used if file not in files), None)
     if missing is not None:
         raise BundleError(f"{short(path)} does not list the file {short(missing)} that it uses; {_AGAIN}")
     if costs.fingerprint != found.graph:
@@ -288,6 +313,10 @@ def _spec(data: Mapping[str, Any]) -> ArraySpec:
 
 def _part(data: Mapping[str, Any] | None) -> OnnxPart | None:
     return None if data is None else OnnxPart(_text(data["file"]), bool(data["free_batch"]))
+
+
+def _codec(data: Mapping[str, Any]) -> BundleCodec:
+    return BundleCodec(_text(data["name"]), _text(data["file"]), _part(data["student"]))
 
 
 def _point(data: Mapping[str, Any]) -> BundlePoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 
 from torchsurgeon.adapting import (
@@ -17,14 +18,19 @@ from torchsurgeon.adapting import (
     patience,
     rescue,
 )
-from torchsurgeon.edge.bundle import Bundle, BundlePoint
-from torchsurgeon.edge.codec import ArrayCodec, find_codec
+from torchsurgeon.codec.names import FITTED
+from torchsurgeon.edge.bundle import Bundle, BundlePoint, OnnxPart
+from torchsurgeon.edge.codec import ArrayCodec, lossless
+from torchsurgeon.edge.fitted import BundleCodecs
 from torchsurgeon.edge.server import EdgeServer
-from torchsurgeon.errors import BundleError, is_finite
+from torchsurgeon.errors import BundleError, MissingCodecWarning, is_finite
 from torchsurgeon.link import Link
 from torchsurgeon.planning.costs import Expected
 from torchsurgeon.planning.objective import Objective
 from torchsurgeon.planning.row import Row
+
+# What a row costs that the server cannot decode. It is finite, since a decider compares differences.
+_NEVER = 1e30
 
 
 class Choices:
@@ -40,7 +46,7 @@ class Choices:
     Raises:
         BundleError: the bundle has no row for the partition.
         PartitionError: it has no such point.
-        CodecError: a device without PyTorch has no such codec.
+        CodecError: neither a device without PyTorch nor the bundle has such a codec.
 
     Attributes:
         rows: the rows.
@@ -60,7 +66,9 @@ class Choices:
         codec: str | None,
     ) -> None:
         self._bundle, self._server = bundle, server
-        self._codec = None if codec is None else find_codec(codec)
+        self._codecs = BundleCodecs(bundle)
+        self._codec = None if codec is None else self._codecs.find(codec)
+        self._warned_of: set[str] = set()
         self._objective = objective if objective == "latency" else Objective.of(objective)
         self._points = {(point.index, point.layers): point for point in bundle.points}
         self._refusals = Refusals()
@@ -72,7 +80,7 @@ class Choices:
         self.fixed = self._fixed_row(partition)
         self.rows = [self.fixed] if self.fixed is not None else self._all_rows()
         for row in self.rows:
-            self.codec_of(row)
+            self._wanted(row)
         place = {id(row): i for i, row in enumerate(bundle.costs.rows)}
         self._places = [place[id(row)] for row in self.rows]
         self.decider = Decider(self.rows, self._costs, losses=[row.budget_used for row in self.rows])
@@ -82,8 +90,47 @@ class Choices:
         return self._points[row.index, row.layers]
 
     def codec_of(self, row: Row) -> ArrayCodec:
-        """Return how a row encodes what crosses."""
-        return self._codec or find_codec(row.codec)
+        """Return how what crosses is encoded: as wanted, or by the next best codec where the server lacks that."""
+        wanted, server = self._wanted(row), self._server
+        if server is None or server.has(wanted):
+            return wanted
+        rows = [one for one in self._rows_at(row) if one.codec != "raw" and not one.codec.startswith(FITTED)]
+        other = lossless() if not rows else self._codecs.find(min(rows, key=lambda one: one.size_bytes).codec)
+        if wanted.name not in self._warned_of:
+            self._warned_of.add(wanted.name)
+            # Of the program's line that called the model.
+            warnings.warn(
+                f"{server.url} does not have the codec {wanted.name}, so {other.name} is used in its place; start the "
+                f"server with --codec {server.name}=FILE",
+                MissingCodecWarning,
+                stacklevel=4,
+            )
+        return other
+
+    def head_of(self, row: Row, codec: ArrayCodec) -> tuple[OnnxPart | None, bool]:
+        """Return what computes what crosses under a codec, and whether that is a student.
+
+        Args:
+            row: where the model is cut.
+            codec: how what crosses is encoded.
+        """
+        point = self.point_of(row)
+        student = self._codecs.student(codec, point)
+        return (point.head, False) if student is None else (student, True)
+
+    def heads_of(self, row: Row) -> tuple[OnnxPart | None, ...]:
+        """Return all that may compute what crosses: a student, and the model's own layers if the server lacks it."""
+        return self.point_of(row).head, self.head_of(row, self._wanted(row))[0]
+
+    def _wanted(self, row: Row) -> ArrayCodec:
+        return self._codec or self._codecs.find(row.codec)
+
+    def _decodable(self, row: Row) -> bool:
+        """Return whether the server decodes what a row sends, or another codec takes the place of the one asked for."""
+        return self._codec is not None or self._server is None or self._server.has(self._wanted(row))
+
+    def _rows_at(self, row: Row | BundlePoint) -> list[Row]:
+        return [one for one in self._bundle.costs.rows if (one.index, one.layers) == (row.index, row.layers)]
 
     @property
     def on_device(self) -> bool:
@@ -127,7 +174,7 @@ class Choices:
             ways.append((self.device.head_s * scale * slowdown.value, slowdown.error, self.device))
         if split and self._server is not None and not self.on_device:
             for one in self.rows:
-                if not one.on_device:
+                if not one.on_device and self._decodable(one):
                     after = self.expected(one, scale)
                     taken_s = one.head_s * scale * slowdown.value + after.remote_s
                     ways.append((taken_s, max(slowdown.error, after.spread), one))
@@ -175,7 +222,10 @@ class Choices:
 
     def _costs(self, link: Link, load: float, slowdown: float) -> list[float]:
         costs = self._bundle.costs.costs(link, load, slowdown, self._objective)
-        return [float(costs[place]) for place in self._places]
+        return [
+            float(costs[place]) if row.on_device or self._decodable(row) else _NEVER
+            for place, row in zip(self._places, self.rows, strict=True)
+        ]
 
     def _fixed_row(self, partition: int | str) -> Row | None:
         """Return the row of a fixed partition; None where each call chooses."""
@@ -184,11 +234,12 @@ class Choices:
         if partition == "device":
             return self.device
         point = self._bundle.point(partition)
-        rows = [row for row in self._bundle.costs.rows if (row.index, row.layers) == (point.index, point.layers)]
-        wanted = [row for row in rows if row.codec == ("raw" if self._codec is None else self._codec.name)]
+        rows = self._rows_at(point)
         if not rows:
             raise BundleError(f"the bundle's frontier says nothing of the point {point.name}; export it again")
-        return (wanted or rows)[0]
+        name = "raw" if self._codec is None else self._codec.name
+        # At another rate of the same codec, the same head runs.
+        return min(rows, key=lambda row: (row.codec != name, row.codec.partition("@")[0] != name.partition("@")[0]))
 
     def _all_rows(self) -> list[Row]:
         rows = [

@@ -20,11 +20,11 @@ _MOST_HALF = 65504.0
 _MOST_BFLOAT16 = float(np.array(0x7F7F0000, np.uint32).view(np.float32))
 
 NAMES = ("raw", "zstd", *(name + behind for name in packings.PACKINGS for behind in ("", "+zstd")))
-"""The codecs that a device without PyTorch has, besides those for pictures."""
+"""The codecs that a device without PyTorch has, besides those for pictures and those in a bundle's files."""
 
 
 def has(name: str) -> bool:
-    """Return whether a device without PyTorch has a codec; one for pictures, where Pillow is installed there."""
+    """Return whether a device without PyTorch has a codec by itself; one for pictures, where Pillow is installed."""
     return name in NAMES or pictures.parse(name) is not None
 
 
@@ -44,13 +44,14 @@ class ArrayCodec:
     zstd: bool
     picture: pictures.Kind | None = None
 
-    def encode(self, array: Array) -> tuple[str, memoryview]:
+    def encode(self, array: Array, name: str | None = None) -> tuple[str, memoryview]:
         """Return the codec that decodes an array's bytes, and these bytes.
 
         An array that this codec cannot represent, or would not make smaller, is encoded without loss instead.
 
         Args:
             array: an array in row-major order.
+            name: its name in the graph, which matters to a codec that was fitted to certain tensors.
         """
         if self.picture is not None and _is_image(array.dtype, array.shape):
             _, kind, quality, percent = self.picture
@@ -58,7 +59,7 @@ class ArrayCodec:
             if len(written) < array.nbytes:
                 return self.name, memoryview(written)
         packing, packed = None, None
-        if self.packing is not None and array.size and _packs(self.packing, array.dtype):
+        if self.packing is not None and array.size and packs(self.packing, array.dtype):
             packing = packings.usual(self.packing, array.shape)
             packed = pack(packing, array)
         if packed is None or packed.nbytes >= array.nbytes:
@@ -87,7 +88,7 @@ class ArrayCodec:
         size = math.prod(shape) * dtype.itemsize
         packing = self.packing
         if packing is not None and (
-            0 in shape or not _packs(packing, dtype) or packings.usual(packing, shape) != packing
+            0 in shape or not packs(packing, dtype) or packings.usual(packing, shape) != packing
         ):
             raise CodecError(f"{self.name} does not encode {dtype} of shape {list(shape)}; encode it as raw or zstd")
         if self.picture is not None:
@@ -131,13 +132,17 @@ def find_codec(name: str) -> ArrayCodec:
     if name not in NAMES:
         raise CodecError(
             f"a device without PyTorch has the codecs {', '.join(NAMES)}, and for pictures "
-            f"{', '.join(pictures.FORMATS)}; got {short(name, 60)}; fitted codecs need torchsurgeon itself, "
-            "whose compiled extension codes their coefficients"
+            f"{', '.join(pictures.FORMATS)}; got {short(name, 60)}; fitted codecs are those of a bundle"
         )
     compressed = bool(plus) or name == "zstd"
     if compressed and importlib.util.find_spec("zstandard") is None:
         raise CodecError(f"the codec {name} needs the package zstandard: pip install zstandard")
     return ArrayCodec(name, base if base in packings.PACKINGS else None, compressed)
+
+
+def lossless() -> ArrayCodec:
+    """Return the codec for what another cannot encode: compressed, if the package for that is installed."""
+    return find_codec("raw" if importlib.util.find_spec("zstandard") is None else "zstd")
 
 
 def _is_image(dtype: np.dtype[Any], shape: Sequence[int]) -> bool:
@@ -225,7 +230,8 @@ def unpack(packing: str, data: Array, dtype: np.dtype[Any], shape: Sequence[int]
     return values.astype(dtype, copy=False).reshape(shape)
 
 
-def _packs(packing: str, dtype: np.dtype[Any]) -> bool:
+def packs(packing: str, dtype: np.dtype[Any]) -> bool:
+    """Return whether arrays of a dtype take fewer bytes by a packing."""
     return dtype.kind == "f" and dtype.itemsize > (2 if packing in HALVES else 1)
 
 

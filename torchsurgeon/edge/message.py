@@ -72,7 +72,7 @@ def encode_request(arrays: Mapping[str, Array], codec: ArrayCodec) -> Encoded:
     entries, views = [], []
     for name, array in arrays.items():
         array = np.ascontiguousarray(array).reshape(array.shape)
-        used, data = codec.encode(array)
+        used, data = codec.encode(array, name)
         known = None if used == "raw" else used
         entries.append(json_text(described(name, _NAMES[array.dtype], array.shape, len(data), codec=known)))
         if array.size:

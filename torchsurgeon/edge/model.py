@@ -13,8 +13,9 @@ import numpy as np
 
 from torchsurgeon._interrupts import NoThreadError
 from torchsurgeon.adapting import Decision
-from torchsurgeon.edge.bundle import DATATYPES, ArraySpec, Bundle, BundlePoint
+from torchsurgeon.edge.bundle import Bundle, BundlePoint, OnnxPart
 from torchsurgeon.edge.choice import Choices
+from torchsurgeon.edge.ends import check_answer, checked_inputs, result_of
 from torchsurgeon.edge.inference import EdgeInference, times_of
 from torchsurgeon.edge.message import ArrayAnswer
 from torchsurgeon.edge.server import EdgeServer, Task, in_words
@@ -188,7 +189,7 @@ class EdgeModel:
             DeadlineError: no way of running the call can keep the deadline.
             ServerError: the server did not answer, and the device does not answer in its place.
         """
-        inputs, batch = self._checked(arrays, named)
+        inputs, batch = checked_inputs(self.bundle, arrays, named)
         if not self._prepared:
             self.prepare()
         call = _Call(inputs, batch, batch / self.bundle.example_batch, time.perf_counter(), deadline_s)
@@ -211,9 +212,10 @@ class EdgeModel:
         """Run the head of a call and ask the server for the rest."""
         server, point, codec = self._server, self._choices.point_of(row), self._choices.codec_of(row)
         assert server is not None
-        boundary = self._head(point, call.inputs)
+        head, is_student = self._choices.head_of(row, codec)
+        boundary = self._boundary(point, head, call.inputs)
         call.headed_s = time.perf_counter()
-        if point.head is not None:
+        if head is not None and is_student == row.student:
             self._choices.slowdown.observe(call.headed_s - call.decided_s, row.head_s * call.scale)
         limit_s = self._timeout_s
         if call.due_s is not None and not self._falls_back:
@@ -229,7 +231,7 @@ class EdgeModel:
                 answer = task.result()
             else:
                 answer = ask()
-            self._check_answer(answer, call.batch)
+            check_answer(self.bundle, answer.arrays, call.batch)
         except (ServerError, ProtocolError) as error:
             self._failed(error)
             if not self._falls_back:
@@ -242,7 +244,7 @@ class EdgeModel:
         self.last = call.account(
             end_s, point.name, codec.name, server=server.url, **times_of(answer, call.headed_s, end_s, round_trip_s)
         )
-        return self._result(answer.arrays)
+        return result_of(self.bundle, answer.arrays)
 
     def _rescued(
         self,
@@ -314,16 +316,16 @@ class EdgeModel:
     def _load(self) -> None:
         """Load the parts that calls may need, so that none waits for it."""
         rows = [] if self._server is None else self._choices.rows
-        heads = [self._choices.point_of(row).head for row in rows if not row.on_device]
+        heads = [head for row in rows if not row.on_device for head in self._choices.heads_of(row)]
         whole = [self.bundle.whole] if self._falls_back or any(row.on_device for row in self._choices.rows) else []
         for part in (*heads, *whole):
             if part is not None:
                 self._sessions.load(part)
 
-    def _head(self, point: BundlePoint, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if point.head is None:
+    def _boundary(self, point: BundlePoint, head: OnnxPart | None, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if head is None:
             return {spec.name: inputs[spec.name] for spec in point.tensors}
-        found = self._sessions.run(point.head, inputs, [spec.onnx for spec in point.tensors])
+        found = self._sessions.run(head, inputs, [spec.onnx for spec in point.tensors])
         return dict(zip((spec.name for spec in point.tensors), found, strict=True))
 
     def _whole(self, call: _Call) -> Any:
@@ -332,67 +334,4 @@ class EdgeModel:
         begin_s = time.perf_counter()
         found = self._sessions.run(whole, call.inputs, [spec.onnx for spec in outputs])
         self._choices.slowdown.observe(time.perf_counter() - begin_s, self._choices.device.head_s * call.scale)
-        return self._result(dict(zip((spec.name for spec in outputs), found, strict=True)))
-
-    def _checked(self, arrays: Sequence[Array], named: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
-        """Return the inputs by name, and their batch size."""
-        specs = self.bundle.inputs
-        wanted = ", ".join(map(str, specs))
-        names = [spec.name for spec in specs]
-        given = {**dict(zip(names, arrays, strict=False)), **named}
-        if len(arrays) > len(specs) or len(given) != len(arrays) + len(named) or set(given) != set(names):
-            got = [*(["1 array" if len(arrays) == 1 else f"{len(arrays)} arrays"] if arrays else []), *named]
-            raise TypeError(f"the model takes {wanted}; got {', '.join(got) or 'nothing'}")
-        batches = set()
-        for spec in specs:
-            array = given[spec.name]
-            dtype = DATATYPES[spec.datatype]
-            if not isinstance(array, np.ndarray) or array.dtype != dtype:
-                kind = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
-                raise TypeError(f"input {spec.name!r} must be a NumPy array of dtype {dtype}; got {kind}")
-            batch = _batch_of(spec, array.shape)
-            if batch is None:
-                raise TypeError(f"the model takes {spec}; got an array of shape {list(array.shape)} as {spec.name!r}")
-            if any(spec.batch_step):
-                batches.add(batch)
-        if len(batches) > 1:
-            raise TypeError(f"all inputs must have the same batch size; got {sorted(batches)}")
-        batch = batches.pop() if batches else self.bundle.example_batch
-        if batch != self.bundle.example_batch:
-            parts = [self.bundle.whole, *(point.head for point in self.bundle.points)]
-            stuck = next((part.file for part in parts if part is not None and not part.free_batch), None)
-            if stuck is not None:
-                raise TypeError(f"{stuck} of the bundle takes a batch of {self.bundle.example_batch} only; got {batch}")
-        return given, batch
-
-    def _check_answer(self, answer: ArrayAnswer, batch: int) -> None:
-        outputs = self.bundle.outputs
-        if set(answer.arrays) != {spec.name for spec in outputs}:
-            raise ProtocolError(
-                f"the server answered with tensors {sorted(answer.arrays)}, expected {[spec.name for spec in outputs]}"
-            )
-        for spec in outputs:
-            array, wanted = answer.arrays[spec.name], spec.at_batch(batch)
-            fits = array.ndim == len(wanted) if self.bundle.valued else array.shape == wanted
-            if array.dtype != DATATYPES[spec.datatype] or not fits:
-                raise ProtocolError(
-                    f"the server answered with {array.dtype} {list(array.shape)} as {spec.name!r}, expected {spec} at "
-                    f"batch {batch}"
-                )
-
-    def _result(self, arrays: Mapping[str, Array]) -> Any:
-        names = [spec.name for spec in self.bundle.outputs]
-        if names == ["output"]:
-            return arrays["output"]
-        if names == [f"output.{i}" for i in range(len(names))]:
-            return tuple(arrays[name] for name in names)
-        return {name: arrays[name] for name in names}
-
-
-def _batch_of(spec: ArraySpec, shape: tuple[int, ...]) -> int | None:
-    """Return the batch size that explains a shape; None where none does."""
-    dim = next((dim for dim, step in enumerate(spec.batch_step) if step), None)
-    batch = spec.example_batch
-    if dim is not None and len(shape) == len(spec.shape):
-        batch += (shape[dim] - spec.shape[dim]) // spec.batch_step[dim]
-    return batch if batch > 0 and shape == spec.at_batch(batch) else None
+        return result_of(self.bundle, dict(zip((spec.name for spec in outputs), found, strict=True)))

@@ -14,6 +14,7 @@ from torchsurgeon._interrupts import start_thread
 from torchsurgeon.adapting import LinkEstimator, ServerState
 from torchsurgeon.edge.bundle import Bundle
 from torchsurgeon.edge.codec import ArrayCodec
+from torchsurgeon.edge.fitted import FittedArrayCodec
 from torchsurgeon.edge.inference import seconds
 from torchsurgeon.edge.message import ArrayAnswer, ArrayTransport
 from torchsurgeon.errors import (
@@ -83,6 +84,7 @@ class EdgeServer:
 
     Attributes:
         url: its URL.
+        name: the model's name there.
         state: estimates of link and load, and whether to ask it.
         ready: whether the last handshake succeeded.
         measures: whether a link that was not given is measured; requests show it too, only later.
@@ -90,15 +92,16 @@ class EdgeServer:
     """
 
     def __init__(self, transport: ArrayTransport, name: str, bundle: Bundle, link: Link | None, max_bytes: int) -> None:
-        self.url = transport.url
+        self.url, self.name = transport.url, name
         self.ready, self.measures = False, True
         self.failure: str | None = None
-        self._transport, self._name, self._bundle, self._max_bytes = transport, name, bundle, max_bytes
+        self._transport, self._bundle, self._max_bytes = transport, bundle, max_bytes
         self._known_link = link
         self.state: ServerState[ArrayTransport] = ServerState.new(
             transport, link or _UNKNOWN_LINK, now_s=time.monotonic
         )
         self._identity: str | None = None
+        self._fitted: Mapping[str, Any] = {}
         self._shaking = threading.Lock()
         self._errand: Task[None] | None = None
 
@@ -123,8 +126,15 @@ class EdgeServer:
     def _shake(self, timeout_s: float) -> None:
         self.ready = False
         ours = self._bundle
-        theirs = fetch(self._transport, self._name, ours.weights, ours.graph, ours.fingerprint, timeout_s)
-        self._identity = theirs.get("identity")
+        theirs = fetch(self._transport, self.name, ours.weights, ours.graph, ours.fingerprint, timeout_s)
+        fitted = theirs.get("fitted_codecs")
+        self._identity, self._fitted = theirs.get("identity"), fitted if isinstance(fitted, dict) else {}
+
+    def has(self, codec: ArrayCodec) -> bool:
+        """Return whether it decodes what a codec encodes: a fitted codec only if it has the same file."""
+        if not isinstance(codec, FittedArrayCodec):
+            return True
+        return self._fitted.get(codec.fitted.name) == codec.fitted.digest
 
     def ask(self, arrays: Mapping[str, np.ndarray[Any, Any]], codec: ArrayCodec, deadline: Deadline) -> ArrayAnswer:
         """Return the answer to named arrays. A server that was restarted is checked again before that is used.
@@ -141,7 +151,7 @@ class EdgeServer:
         """
 
         def infer() -> ArrayAnswer:
-            return self._transport.infer(self._name, arrays, codec, max_answer_bytes=self._max_bytes, deadline=deadline)
+            return self._transport.infer(self.name, arrays, codec, max_answer_bytes=self._max_bytes, deadline=deadline)
 
         known = self._identity
         answer = infer()
@@ -155,7 +165,7 @@ class EdgeServer:
         answer = infer()
         if answer.parameters.get("identity") != known:
             raise ModelMismatchError(
-                f"model {self._name!r} answers with other weights than the server has just given the fingerprint of; "
+                f"model {self.name!r} answers with other weights than the server has just given the fingerprint of; "
                 "are there several servers behind one address? Serve the same weights on all of them"
             )
         return answer

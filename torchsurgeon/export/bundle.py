@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torchsurgeon import __version__, _json_file
 from torchsurgeon.backends import Backend, find_backend
 from torchsurgeon.backends.onnxruntime import OnnxRuntime
 from torchsurgeon.backends.part import Part
-from torchsurgeon.codec import CodecTable
+from torchsurgeon.codec import CodecTable, FittedCodec
 from torchsurgeon.edge.bundle import (
     FINGERPRINT,
     FORMAT,
@@ -29,6 +29,7 @@ from torchsurgeon.edge.bundle import (
 )
 from torchsurgeon.edge.codec import has
 from torchsurgeon.errors import BackendError, BundleError, short
+from torchsurgeon.export.fitted import check_fitted, on_arrays, write_fitted
 from torchsurgeon.export.parts import array_specs, write_part
 from torchsurgeon.link.rates import PRESETS
 from torchsurgeon.models.weights import weight_digests
@@ -53,7 +54,8 @@ class Exported:
         folder: the bundle.
         points: the points at which it can cut the model.
         size_bytes: bytes of all its files.
-        left_out: the codecs that were measured, but that a device without PyTorch does not have.
+        left_out: the codecs that were measured, but that a device without PyTorch does not have, such as a fitted codec
+            that was not given.
         in_floats: what is in the bundle in float32, although whole numbers were asked for, since these do not keep the
             budget there: the points of heads, or the whole model, each with what was measured.
     """
@@ -87,6 +89,7 @@ def export_bundle(
     device: LayerProfile,
     server: LayerProfile,
     codecs: CodecTable | None = None,
+    fitted: Sequence[FittedCodec] = (),
     name: str = "net",
     whole: bool = True,
     inputs: Sequence[Tensor] | None = None,
@@ -100,7 +103,9 @@ def export_bundle(
         points: where the device may cut the model.
         device: what each layer costs on the device.
         server: what each layer costs on the server.
-        codecs: measured codecs; without them, tensors are sent as they are.
+        codecs: measured codecs; without them, tensors are sent as they are. The seconds of encoding by a fitted codec
+            become more by how much longer NumPy takes here than PyTorch.
+        fitted: codecs fitted to the bundle's points, with or without a student, which servers have been given, too.
         name: the name under which servers have the model.
         whole: whether the whole model belongs to it, so that the device can answer alone.
         inputs: the model's input tensors, with which every part is compared with the model; by default random ones.
@@ -111,7 +116,8 @@ def export_bundle(
         BundleError: the folder holds something else, or there are no points.
         BackendError: a layer cannot be exported to ONNX, which the message names; or the backend is another one, or
             lacks a sample and a budget.
-        CodecError: the backend's sample does not fit the model, or is too small for its budget.
+        CodecError: the backend's sample does not fit the model, or is too small for its budget; or a fitted codec is of
+            another model or other points.
         PartitionError: the graph has no such point.
     """
     folder, runs = Path(folder), _backend(backend)
@@ -124,6 +130,8 @@ def export_bundle(
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"a bundle is written to a new or empty folder; {short(folder)} holds something already")
+    fitted = list({one.name: one for one in fitted}.values())
+    check_fitted(graph, chosen, fitted)
     example = example_inputs(graph) if inputs is None else [tensor.detach().cpu() for tensor in inputs]
     taken = array_specs(graph.inputs, [spec.name for spec in graph.inputs])
     every = Part.head(graph, graph.points[-1])
@@ -152,7 +160,10 @@ def export_bundle(
                 head = write(part, f"heads/{point.index}.onnx", f"the head up to {point.name}")
             listed.append(BundlePoint(point.index, point.name, point.layers, tuple(tensors), head))
         alone = write(every, "whole.onnx", "the whole model") if whole else None
-        costs, left_out = _costs(graph, chosen, device, server, codecs)
+        held = write_fitted(graph, fitted, made, write)
+        if codecs is not None:
+            codecs = on_arrays(graph, codecs, chosen, fitted, made, example)
+        costs, left_out = _costs(graph, chosen, device, server, codecs, {one.name for one in fitted})
         _json_file.write(made / FRONTIER, costs.to_json(), BundleError)
         fingerprint = fingerprint_of(graph, weight_digests(graph.model, graph.reading))
         _json_file.write(made / FINGERPRINT, to_json(fingerprint), BundleError)
@@ -174,6 +185,7 @@ def export_bundle(
             "outputs": list(map(to_json, outputs)),
             "points": list(map(to_json, listed)),
             "whole": None if alone is None else to_json(alone),
+            "codecs": list(map(to_json, held)),
             "files": files,
         }
         _json_file.write(made / MANIFEST, manifest, BundleError)
@@ -196,8 +208,12 @@ def _costs(
     device: LayerProfile,
     server: LayerProfile,
     codecs: CodecTable | None,
+    fitted: Collection[str],
 ) -> tuple[CostTable, tuple[str, ...]]:
-    """Return the rows of the chosen points and of the device alone, and the codecs that are left out."""
+    """Return the rows of the chosen points and of the device alone, and the codecs that are left out.
+
+    Those that are named by ``fitted`` are in the bundle.
+    """
     wanted = {(point.index, point.layers) for point in points}
     rows: list[Row] = []
     left_out: dict[str, None] = {}
@@ -208,10 +224,10 @@ def _costs(
     for row in known:
         if not row.on_device and (row.index, row.layers) not in wanted:
             continue
-        if row.student or not has(row.codec):
-            left_out[row.codec] = None
-        else:
+        if has(row.codec) or row.codec.partition("@")[0] in fitted:
             rows.append(row)
+        else:
+            left_out[row.codec] = None
     answer_bytes = sum(spec.size_bytes for spec in graph.outputs)
     name = type(graph.model).__name__
     table = CostTable(name, graph.fingerprint, graph.batch, len(graph.layers), answer_bytes, tuple(rows), False)
