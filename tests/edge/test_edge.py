@@ -342,9 +342,9 @@ def test_inputs_that_do_not_fit_are_refused(
 def test_points_codecs_and_words_that_do_not_exist_are_refused(bundle: Path, server: Server) -> None:
     with pytest.raises(ts.PartitionError, match=r"0 \(input\), 1 \(stem\), 3 \(act\); got 'head'"):
         edge.open(bundle, server.url, partition="head")
-    with pytest.raises(ts.CodecError, match="for pictures png, jpeg,.*got 'jpeg-900'; fitted codecs are those of a"):
+    with pytest.raises(ts.CodecError, match=r"for pictures png, jpeg,.*got 'jpeg-900'; fitted codecs are those"):
         edge.open(bundle, server.url, codec="jpeg-900")
-    with pytest.raises(ts.CodecError, match="holds the fitted codecs none; got 'fitted:mine-01234567'; export it again"):
+    with pytest.raises(ts.CodecError, match="holds the fitted codecs none; got 'fitted:mine-01234567'; export it"):
         edge.open(bundle, server.url, codec="fitted:mine-01234567@1")
     with pytest.raises(ts.BundleError, match="fallback must be 'local' or 'error'; got 'none'"):
         edge.open(bundle, server.url, fallback="none")  # type: ignore[arg-type]

@@ -2,13 +2,19 @@
 
 ``flat_profile``   a profile of any model in which every layer takes the same time
 ``DEVICE_S, SERVER_S``   how long a layer takes on a slow device and on a quick server
+``pictures``       smooth pictures, as photographs are, to which codecs are fitted
+``table_of``       a table in which some codecs were measured at one point
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 
 import torchsurgeon as ts
+from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
 
 DEVICE_S, SERVER_S = 2e-3, 1e-5
 
@@ -24,3 +30,24 @@ def flat_profile(graph: ts.LayerGraph, layer_s: float) -> ts.LayerProfile:
         whole_s=np.full(2, layer_s * len(layers)),
         provenance={"device": "as a test says"},
     )
+
+
+def pictures(count: int, seed: int, side: int = 32) -> list[torch.Tensor]:
+    coarse = torch.randn(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return list(torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").split(1))
+
+
+def table_of(
+    graph: ts.LayerGraph, point: str, names: Sequence[str], *, encode_s: float = 1e-5, head_share: float | None = None
+) -> CodecTable:
+    place = graph.point(point)
+    rows = tuple(
+        CodecRow(
+            place.index,
+            place.name,
+            place.size_bytes,
+            CodecCost(name, 100.0, encode_s, 1e-5, not name.startswith("fitted:"), True, head_share),
+        )
+        for name in names
+    )
+    return CodecTable(type(graph.model).__name__, graph.fingerprint, graph.batch, 10, "", rows)
