@@ -111,13 +111,18 @@ class _Stream:
         """Add an Exp-Golomb code of an order: in the reverse order zeros, a one, and the bits."""
         code = beyond + (1 << order)
         bits = code.bit_length() - 1
-        rest = code - (1 << bits)
-        self._put_bits(rest & 0xFFFF, min(bits, 16))
+        low = min(bits, 16)
+        self._put_bits(code & ((1 << low) - 1), low)
         if bits > 16:
-            self._put_bits(rest >> 16, bits - 16)
+            self._put_bits(code >> 16 & ((1 << (bits - 16)) - 1), bits - 16)
         self._put_bits(1, 1)
-        for _ in range(bits - order):
-            self._put_bits(0, 1)
+        zeros = bits - order
+        while zeros:
+            self._make_room(62)
+            # So many fit until a word is due.
+            some = min(zeros, 63 - self.state.bit_length())
+            self.state <<= some
+            zeros -= some
 
     def _put_bits(self, value: int, bits: int) -> None:
         self._make_room(63 - bits)
