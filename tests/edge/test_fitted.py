@@ -265,6 +265,8 @@ def test_a_codec_that_was_not_given_is_left_out(fitted: FittedCodec, tmp_path: P
 def test_a_codec_of_another_model_or_point_is_refused(fitted: FittedCodec, tmp_path: Path) -> None:
     with pytest.raises(ts.CodecError, match=r"crosses at 'act', and the bundle has other points: stem; add this point"):
         export_bundle(GRAPH, tmp_path / "bundle", points=["stem"], fitted=[fitted], **COSTS)
+    with pytest.raises(ts.CodecError, match=r"fitted must be codecs that load_codec\(\) or .*; got .*edge\.fitted"):
+        export_bundle(GRAPH, tmp_path / "bundle", points=["act"], fitted=[tmp_path / "edge.fitted"], **COSTS)  # type: ignore[list-item]
     graph = ts.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 2)).eval(), EXAMPLE)
     costs = flat_profile(graph, 1e-4)
     with pytest.raises(ts.CodecError, match=f"{fitted.name} was fitted to Net"):

@@ -29,7 +29,7 @@ from torchsurgeon.edge.bundle import (
 )
 from torchsurgeon.edge.codec import has
 from torchsurgeon.errors import BackendError, BundleError, short
-from torchsurgeon.export.fitted import check_fitted, on_arrays, write_fitted
+from torchsurgeon.export.fitted import checked_fitted, on_arrays, write_fitted
 from torchsurgeon.export.parts import array_specs, write_part
 from torchsurgeon.link.rates import PRESETS
 from torchsurgeon.models.weights import weight_digests
@@ -130,8 +130,7 @@ def export_bundle(
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"a bundle is written to a new or empty folder; {short(folder)} holds something already")
-    fitted = list({one.name: one for one in fitted}.values())
-    check_fitted(graph, chosen, fitted)
+    fitted = checked_fitted(graph, chosen, fitted)
     example = example_inputs(graph) if inputs is None else [tensor.detach().cpu() for tensor in inputs]
     taken = array_specs(graph.inputs, [spec.name for spec in graph.inputs])
     every = Part.head(graph, graph.points[-1])

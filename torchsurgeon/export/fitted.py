@@ -28,13 +28,17 @@ WritesPart = Callable[[Part, str, str], OnnxPart]
 """Writes a part to a file of the bundle, both given by name, with what the part is called in messages."""
 
 
-def check_fitted(graph: LayerGraph, points: Sequence[PartitionPoint], fitted: Sequence[FittedCodec]) -> None:
-    """Check that fitted codecs are of a model and of what crosses at some of its points.
+def checked_fitted(
+    graph: LayerGraph, points: Sequence[PartitionPoint], fitted: Sequence[FittedCodec]
+) -> list[FittedCodec]:
+    """Return each fitted codec once, after checking that it is of a model and of what crosses at one of some points.
 
     Raises:
         CodecError: one is not; the message says which, and what to do.
     """
     for one in fitted:
+        if not isinstance(one, FittedCodec):
+            raise CodecError(f"fitted must be codecs that load_codec() or fit_codec() has returned; got {short(one)}")
         one.check(graph)
         names = {tensor.name for tensor in one.tensors}
         at = [point for point in points if names & {spec.name for spec in point.tensors}]
@@ -46,6 +50,7 @@ def check_fitted(graph: LayerGraph, points: Sequence[PartitionPoint], fitted: Se
                 f"{short(', '.join(point.name for point in points), 300, quote=False)}; add this point, or leave the "
                 "codec out"
             )
+    return list({one.name: one for one in fitted}.values())
 
 
 def write_fitted(
@@ -55,7 +60,7 @@ def write_fitted(
 
     Args:
         graph: the traced model.
-        fitted: the codecs, which ``check_fitted()`` has checked.
+        fitted: the codecs, as ``checked_fitted()`` has returned them.
         folder: the bundle's folder.
         write_part: writes a part of the model.
     """
