@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from torchsurgeon.codec.fitted.transform import TensorGrid
 from torchsurgeon.codec.range_fit import fit_tables
 from torchsurgeon.edge import range_encoder
 from torchsurgeon.edge.bundle import digest_of
+from torchsurgeon.edge.codec import find_codec
 from torchsurgeon.edge.fitted import ArrayFitted, ArrayTransform
 from torchsurgeon.edge.model import EdgeModel
 from torchsurgeon.errors import MissingCodecWarning
@@ -388,6 +390,22 @@ def test_a_server_without_the_file_gets_another_codec_said_once(
             in (str(warning.message))
         )
         assert last(model).codec == "int8"
+
+
+def test_a_codec_whose_package_is_missing_takes_no_other_ones_place(
+    fitted: FittedCodec, tmp_path: Path, serves: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_of(GRAPH, "act", ["int8+zstd", "int8", fitted.at(1).name])
+    export_bundle(GRAPH, tmp_path / "bundle", points=["act"], codecs=table, fitted=[fitted], **COSTS)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "zstandard" else find_spec(name))
+    find_codec.cache_clear()
+    ways: dict[str, Any] = {"partition": "act", "codec": fitted.at(1).name, "fallback": "error"}
+    with serves() as server, edge.open(tmp_path / "bundle", server.url, **ways) as model:
+        with pytest.warns(MissingCodecWarning, match="so int8 is used in its place"):
+            assert near(model(X.numpy()))
+        assert last(model).codec == "int8"
+    find_codec.cache_clear()
 
 
 def test_a_server_that_was_started_anew_without_the_file_is_noticed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -20,10 +21,10 @@ from torchsurgeon.adapting import (
 )
 from torchsurgeon.codec.names import FITTED
 from torchsurgeon.edge.bundle import Bundle, BundlePoint, OnnxPart
-from torchsurgeon.edge.codec import ArrayCodec, lossless
+from torchsurgeon.edge.codec import ArrayCodec, find_codec, lossless
 from torchsurgeon.edge.fitted import BundleCodecs
 from torchsurgeon.edge.server import EdgeServer
-from torchsurgeon.errors import BundleError, MissingCodecWarning, is_finite
+from torchsurgeon.errors import BundleError, CodecError, MissingCodecWarning, is_finite
 from torchsurgeon.link import Link
 from torchsurgeon.planning.costs import Expected
 from torchsurgeon.planning.objective import Objective
@@ -94,8 +95,7 @@ class Choices:
         wanted, server = self._wanted(row), self._server
         if server is None or server.has(wanted):
             return wanted
-        rows = [one for one in self._rows_at(row) if one.codec != "raw" and not one.codec.startswith(FITTED)]
-        other = lossless() if not rows else self._codecs.find(min(rows, key=lambda one: one.size_bytes).codec)
+        other = self._next_best(row)
         if wanted.name not in self._warned_of:
             self._warned_of.add(wanted.name)
             # Of the program's line that called the model.
@@ -121,6 +121,15 @@ class Choices:
     def heads_of(self, row: Row) -> tuple[OnnxPart | None, ...]:
         """Return all that may compute what crosses: a student, and the model's own layers if the server lacks it."""
         return self.point_of(row).head, self.head_of(row, self._wanted(row))[0]
+
+    def _next_best(self, row: Row) -> ArrayCodec:
+        """Return the codec of the fewest bytes that was measured at a row's point and has no file; else a lossless one."""
+        for one in sorted(self._rows_at(row), key=lambda one: one.size_bytes):
+            if one.codec != "raw" and not one.codec.startswith(FITTED):
+                # The package that it needs may be missing here.
+                with contextlib.suppress(CodecError):
+                    return find_codec(one.codec)
+        return lossless()
 
     def _wanted(self, row: Row) -> ArrayCodec:
         return self._codec or self._codecs.find(row.codec)
