@@ -123,7 +123,7 @@ class Choices:
         return self.point_of(row).head, self.head_of(row, self._wanted(row))[0]
 
     def _next_best(self, row: Row) -> ArrayCodec:
-        """Return the codec of the fewest bytes that was measured at a row's point and has no file; else a lossless one."""
+        """Return the codec of fewest bytes that was measured at a row's point and has no file, or a lossless one."""
         for one in sorted(self._rows_at(row), key=lambda one: one.size_bytes):
             if one.codec != "raw" and not one.codec.startswith(FITTED):
                 # The package that it needs may be missing here.
