@@ -228,8 +228,9 @@ def _frequencies(grid: Grid, array: Array) -> Array:
     if below or beside:
         cells = np.pad(cells, ((0, 0), (0, 0), (0, below), (0, beside)), mode="edge")
     rows, columns = (height + below) // down, (width + beside) // across
-    cut = cells.reshape(batch, grid.channels, rows, down, columns, across).transpose(3, 5, 1, 0, 2, 4)
-    flat = cut.reshape(grid.frequencies, -1)
+    cut = cells.reshape(batch, grid.channels, rows, down, columns, across).transpose(1, 3, 5, 0, 2, 4)
+    found = cut.reshape(grid.channels, grid.frequencies, -1)
     if grid.frequencies > 1:
-        flat = grid.cosines.astype(np.float32) @ flat
-    return flat.reshape(grid.frequencies, grid.channels, -1)
+        # Channel by channel: for a larger product OpenBLAS starts threads, which go on spinning while the encoder runs.
+        found = np.matmul(grid.cosines.astype(np.float32), found)
+    return found.swapaxes(0, 1)
