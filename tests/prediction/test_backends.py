@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from torchsurgeon.backends import Backend, Part
 from torchsurgeon.prediction import all_costs_on, calibrate_backend
 from torchsurgeon.prediction.factors import BackendFactors
 from torchsurgeon.profiling.parts import works
+
+_ATTEMPTS = 5
 
 
 class Plain(Backend):
@@ -131,13 +134,19 @@ def test_a_backend_is_calibrated_on_random_networks(monkeypatch: pytest.MonkeyPa
     # A clock that moves by a second for each network, however busy the machine is.
     clock = SimpleNamespace(monotonic=itertools.count().__next__, perf_counter=time.perf_counter)
     monkeypatch.setattr("torchsurgeon.prediction.backends.time", clock)
-    known, told = ts.reference_device("tegra-k1-cpu"), []
-    found = calibrate_backend(known, Plain(), budget_s=10, progress=lambda *how_far: told.append(how_far))
-    factors = found.backends["plain"]
-    assert factors.networks == 9
-    assert told[-1][2] == f"{factors.networks} networks timed by plain"
-    # It is eager PyTorch itself, but on a shared machine even that varies.
-    assert all(0.3 < factor < 3 for factor in factors.factors)
+    known = ts.reference_device("tegra-k1-cpu")
+    for attempt in range(_ATTEMPTS):
+        told: list[Any] = []
+        found = calibrate_backend(
+            known, Plain(), budget_s=10, progress=lambda *how_far, told=told: told.append(how_far)
+        )
+        factors = found.backends["plain"]
+        assert factors.networks == 9
+        assert told[-1][2] == f"{factors.networks} networks timed by plain"
+        # It is eager PyTorch itself. Another process may hold the processor while one of both is timed.
+        if all(0.3 < factor < 3 for factor in factors.factors):
+            break
+        assert attempt < _ATTEMPTS - 1, factors.factors
     assert "plain" not in known.backends
 
 
