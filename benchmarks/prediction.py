@@ -32,8 +32,7 @@ from torchvision.models import get_model
 import torchsurgeon as ts
 from torchsurgeon.link import PRESETS
 from torchsurgeon.prediction.kinds import KINDS
-from torchsurgeon.prediction.operations import operations
-from torchsurgeon.prediction.predictor import moved_bytes
+from torchsurgeon.prediction.operations import moved_bytes, operations
 from torchsurgeon.prediction.regression import HeldOut
 from torchsurgeon.prediction.samples import Sample, SampleTable
 from torchsurgeon.profiling import provenance

@@ -16,8 +16,8 @@ from torch import nn
 import torchsurgeon as ts
 from torchsurgeon.prediction import costs_on, load_device
 from torchsurgeon.prediction.doubts import Predicted, whole_interval
+from torchsurgeon.prediction.fitted import BlockCorrection
 from torchsurgeon.prediction.kinds import KINDS, Operation
-from torchsurgeon.prediction.predictor import BlockCorrection
 from torchsurgeon.prediction.samples import Sample, SampleTable
 
 pytestmark = pytest.mark.usefixtures("few_forms")

@@ -25,10 +25,11 @@ from torchsurgeon import _json_file, _whole_file
 from torchsurgeon.errors import CalibrationError, ThrottledWarning, is_finite, short
 from torchsurgeon.meters import CudaEventClock, EnergyMeter, NullMeter, find_meter
 from torchsurgeon.prediction.damage import DAMAGE, numbers
+from torchsurgeon.prediction.fitted import BlockCorrection
 from torchsurgeon.prediction.kinds import KINDS, Array
 from torchsurgeon.prediction.nets import random_net, settle
-from torchsurgeon.prediction.operations import operations
-from torchsurgeon.prediction.predictor import FORMAT, BlockCorrection, Predictor, moved_bytes
+from torchsurgeon.prediction.operations import moved_bytes, operations
+from torchsurgeon.prediction.predictor import FORMAT, Predictor
 from torchsurgeon.prediction.pulse import Pulse
 from torchsurgeon.prediction.regression import HeldOut, out_of_fold
 from torchsurgeon.prediction.samples import FEWEST_SAMPLES, Sample, SampleTable, tables

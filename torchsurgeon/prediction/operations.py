@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,6 +20,7 @@ from torchsurgeon.prediction.calls import VIEW, described, is_known, unknown
 from torchsurgeon.prediction.kinds import KINDS, Operation
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.shapes import MetaModel, tensors_in
+from torchsurgeon.tracing.specs import Layer
 from torchsurgeon.tracing.step import Step, function_name, map_refs
 
 
@@ -43,6 +45,24 @@ def operations(graph: LayerGraph) -> list[list[Operation]]:
 def layer_kinds(graph: LayerGraph) -> tuple[str, ...]:
     """Return the kind of each layer: that of the operation that moves most elements; ``view`` where there is none."""
     return tuple(max(found, key=_moved, default=VIEW).kind for found in operations(graph))
+
+
+def moved_bytes(layer: Layer) -> int:
+    """Return the bytes that a layer reads and writes, its parameters included."""
+    return sum(spec.size_bytes for spec in (*layer.inputs, *layer.outputs)) + int(layer.parameter_bytes)
+
+
+def live_bytes(graph: LayerGraph) -> NDArray[np.int64]:
+    """Return the bytes of the tensors that are alive while each layer runs, shape (layers,).
+
+    These are the tensors that cross the cut before it, and its own outputs.
+    """
+    crossing = {point.index: point.size_bytes for point in graph.points}
+    live, last = [], 0
+    for layer in graph.layers:
+        last = crossing.get(layer.index, last)
+        live.append(last + sum(spec.size_bytes for spec in layer.outputs))
+    return np.array(live, dtype=np.int64)
 
 
 def _moved(operation: Operation) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,72 +23,16 @@ from torchsurgeon.prediction.doubts import (
     without_model,
 )
 from torchsurgeon.prediction.factors import BackendFactors
+from torchsurgeon.prediction.fitted import BlockCorrection, FittedKind
 from torchsurgeon.prediction.kinds import KINDS, Array, Operation
-from torchsurgeon.prediction.operations import operations
-from torchsurgeon.prediction.regression import FORMS, HeldOut, KindModel, fit_kind, refit_kind
+from torchsurgeon.prediction.operations import live_bytes, moved_bytes, operations
+from torchsurgeon.prediction.regression import KindModel, fit_kind, refit_kind
 from torchsurgeon.prediction.roofline import Roofline, fit_roofline
 from torchsurgeon.prediction.samples import FEWEST_SAMPLES, Sample, SampleTable, read_csv, tables
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
 from torchsurgeon.tracing.graph import LayerGraph
-from torchsurgeon.tracing.specs import Layer
 
 FORMAT = "torchsurgeon.predictor/1"
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockCorrection:
-    """The factor from the sum of a model's predicted layers to the time of the whole model.
-
-    A sum misses fused activations, launches that overlap, and caches. So ``whole = sum · exp(offset + slope ·
-    log(mean))``, where the mean is that of the layers' predictions.
-
-    Attributes:
-        offset: see the formula.
-        slope: see the formula.
-        shortest_s: the shortest mean it was fitted on; a shorter one counts as this.
-        longest_s: the longest mean it was fitted on; a longer one counts as this.
-        low: 90 % of the networks it was fitted on took at least this many times the corrected sum.
-        high: and at most this many times.
-    """
-
-    offset: float = 0.0
-    slope: float = 0.0
-    shortest_s: float = 1e-6
-    longest_s: float = 1.0
-    low: float = 1.0
-    high: float = 1.0
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether enough networks were timed to fit it; otherwise the factor is 1."""
-        return self.low < self.high
-
-    def factor(self, sum_s: float, layers: int) -> float:
-        """Return the whole model's seconds over the sum of its layers.
-
-        Args:
-            sum_s: the sum of the layers' predictions, in seconds.
-            layers: how many layers there are.
-        """
-        mean_s = min(max(sum_s / max(layers, 1), self.shortest_s), self.longest_s)
-        return math.exp(self.offset + self.slope * math.log(mean_s))
-
-
-@dataclasses.dataclass(frozen=True)
-class FittedKind:
-    """Which models were chosen for one kind.
-
-    Attributes:
-        form: the form of the model of seconds.
-        held_out: its errors.
-        energy_form: the form of the model of joules; None where too little was metered.
-        energy_held_out: its errors.
-    """
-
-    form: str
-    held_out: HeldOut
-    energy_form: str | None = None
-    energy_held_out: HeldOut | None = None
 
 
 class Predictor:
@@ -252,7 +195,7 @@ class Predictor:
             seconds[None, :],
             np.array([whole_s]),
             {**self.provenance, "predicted": True},
-            _live_bytes(graph),
+            live_bytes(graph),
             self._energy(flat, contexts, layers, len(found), whole_s / sum_s),
             None if self.is_bound else np.stack([low_s, high_s], axis=1),
             None if self.is_bound else whole_interval_s,
@@ -395,10 +338,10 @@ class Predictor:
                 "the calibration was interrupted; run torchsurgeon calibrate with the same --out to continue it"
             )
         try:
-            fitted = {str(kind): _fitted_from(known) for kind, known in data["fitted"].items()}
+            fitted = {str(kind): FittedKind.from_json(known) for kind, known in data["fitted"].items()}
             samples = {str(kind): SampleTable.from_json(kind, table) for kind, table in data["samples"].items()}
             roofline = numbers(Roofline, data["roofline"], least=1e-15)
-            block = _block_from(data["block"])
+            block = BlockCorrection.from_json(data["block"])
             provenance = dict(data["provenance"])
             # Only there where the device was calibrated by any.
             backends = {str(name): BackendFactors.from_json(one) for name, one in data.get("backends", {}).items()}
@@ -455,45 +398,3 @@ class Predictor:
 def _summed(values: Array, layers: NDArray[np.int64], count: int) -> Array:
     """Return the sum of the operations' values in each layer, shape (layers,)."""
     return np.bincount(layers, values, count).astype(np.float64)
-
-
-def moved_bytes(layer: Layer) -> int:
-    """Return the bytes that a layer reads and writes, its parameters included."""
-    return sum(spec.size_bytes for spec in (*layer.inputs, *layer.outputs)) + int(layer.parameter_bytes)
-
-
-def _live_bytes(graph: LayerGraph) -> Any:
-    """Return the bytes of the tensors that are alive while each layer runs, shape (layers,).
-
-    These are the tensors that cross the cut before it, and its own outputs.
-    """
-    crossing = {point.index: point.size_bytes for point in graph.points}
-    live, last = [], 0
-    for layer in graph.layers:
-        last = crossing.get(layer.index, last)
-        live.append(last + sum(spec.size_bytes for spec in layer.outputs))
-    return np.array(live, dtype=np.int64)
-
-
-def _fitted_from(data: Mapping[str, Any]) -> FittedKind:
-    form, energy_form, energy = data["form"], data["energy_form"], data["energy_held_out"]
-    for chosen in (form, *([] if energy_form is None else [energy_form])):
-        if chosen not in FORMS:
-            raise ValueError(f"a model's form must be one of {', '.join(FORMS)}; got {short(chosen, 100)}")
-    return FittedKind(
-        form,
-        numbers(HeldOut, data["held_out"], least=0.0),
-        energy_form,
-        None if energy is None else numbers(HeldOut, energy, least=0.0),
-    )
-
-
-def _block_from(data: Mapping[str, Any]) -> BlockCorrection:
-    block = numbers(BlockCorrection, data)
-    ends = [block.factor(mean_s, 1) for mean_s in (block.shortest_s, block.longest_s)]
-    if not (min(block.low, block.high) >= 0 and all(1e-3 < factor < 1e3 for factor in ends)):
-        raise ValueError(
-            f"the correction of whole models must be from 0.001 to 1000, its interval not negative; got {ends}, "
-            f"{block.low} and {block.high}"
-        )
-    return block
