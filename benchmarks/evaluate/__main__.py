@@ -20,6 +20,7 @@ import torch
 from benchmarks import front_page, zoo
 from benchmarks.evaluate import adaptation_page, alternatives, configurations, end_to_end, page, pictures, today
 from benchmarks.evaluate.applications import APPLICATIONS
+from benchmarks.evaluate.study import LINKS
 from benchmarks.support import result_file
 
 QUICK_APPLICATIONS = ("imc", "dig", "pos")
@@ -73,7 +74,7 @@ def _evaluate(*, quick: bool) -> None:
     names = QUICK_APPLICATIONS if quick else APPLICATIONS
     networks = today.QUICK if quick else tuple(zoo.TODAY)
     quicker = tuple(name for name in end_to_end.NETWORKS if name not in end_to_end.SLOW)
-    split, links = (end_to_end.QUICK, end_to_end.QUICK_LINKS) if quick else (quicker, end_to_end.LINKS)
+    split, links = (end_to_end.QUICK, end_to_end.QUICK_LINKS) if quick else (quicker, LINKS)
     expected = [_APPLICATION_S] * len(names) + [_SLOW_S.get(name, _TODAY_S) for name in networks]
     rivalled = alternatives.QUICK if quick else alternatives.NETWORKS
     ends_s = [_END_TO_END_S] * len(split) + [_ALTERNATIVES_S] * len(rivalled)

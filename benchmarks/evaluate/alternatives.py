@@ -24,10 +24,11 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.evaluate.end_to_end import LINKS, SLOWER, Runs, Study, on_one_core, slow_codecs
+from benchmarks.evaluate.end_to_end import Runs
 from benchmarks.evaluate.rivals import device_only, ours, server_only, serving, sockets
 from benchmarks.evaluate.rivals.pipelining import Pipelining
 from benchmarks.evaluate.rivals.rival import Rival, seconds
+from benchmarks.evaluate.study import LINKS, SLOWER, Study, on_one_core, slow_codecs
 from benchmarks.support import result_file, tail_process
 from torchsurgeon.backends import deviation
 from torchsurgeon.backends.openvino import computes_bfloat16

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.evaluate import alternatives, pictures, public_code
-from benchmarks.evaluate.end_to_end import SLOWER
 from benchmarks.evaluate.end_to_end_page import without_bfloat16
 from benchmarks.evaluate.markdown import percent, table, text
 from benchmarks.evaluate.rivals.server_only import JPEG_QUALITY
 from benchmarks.evaluate.rivals.sockets import PROBE_BYTES, Search
+from benchmarks.evaluate.study import SLOWER
 
 OURS = "ours"
 _EVEN = 1.05

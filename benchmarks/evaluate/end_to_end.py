@@ -4,7 +4,8 @@ The device is this process, on one core, where everything that a backend or a co
 The server is another process, on the other core, where there are two. Between them is an emulated link. Each side may
 run its part by eager PyTorch, by ONNX Runtime, or by OpenVINO in bfloat16, and the boundary may cross as it is, or
 compressed without loss; pictures also as PNG. EfficientNet-Lite0, whose weights are trained, may also change some of
-its answers, by codecs that benchmarks.codec_rates has judged.
+its answers, by codecs that benchmarks.codec_rates has judged. Those of them that are fitted to a cut are fitted anew
+where they are run, on the same photographs.
 
 From profiles of the backends, the planner foretells what every way takes. Run over each link are: everything on the
 device and everything on the server, by each backend and in the best form of the input; the way that the planner chooses
@@ -18,96 +19,38 @@ longer than the best. So it is known how much longer the planner's choice takes 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
-import json
 import os
 import statistics
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
-from unittest import mock
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import torchsurgeon as ts
-from benchmarks import codec_rates, split_plane, zoo
+from benchmarks.evaluate.study import BACKENDS, LINKS, SLOWER, Study, network, on_one_core, rate_of, slow_codecs, way_of
 from benchmarks.support import result_file, tail_process
 from benchmarks.support.slow_backend import SlowBackend
 from torchsurgeon.backends import find_backend
 from torchsurgeon.backends.openvino import computes_bfloat16
-from torchsurgeon.codec import Codec, CodecTable, find_codec, measure
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
-from torchsurgeon.errors import CodecError
 from torchsurgeon.link import PRESETS
-from torchsurgeon.planning import Frontier, Row
+from torchsurgeon.planning import Row
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 OUT = result_file.RESULTS / "evaluation" / "end-to-end.json"
-SLOWER = 10.0
-"""How many times as long the emulated device takes."""
 NETWORKS = ("EfficientNet-Lite0", "MobileNetV3", "AlexNet", "ResNet-50", "SSDlite", "ViT-B/16", "BERT")
 SLOW = ("SSDlite", "ViT-B/16", "BERT")
 """Those that take ten minutes and more each, so that ``make evaluate`` leaves their rows as they are."""
-LINKS = ("3g", "lte", "wifi")
 QUICK, QUICK_LINKS = ("MobileNetV3",), ("wifi",)
-BACKENDS = ("eager", "onnxruntime", "openvino:bf16")
-FLOAT32, LOSSLESS = BACKENDS[:2], ("zstd", "png")
-TRAINED, CURVES = "EfficientNet-Lite0", ("raw", "zstd", "int8+zstd", "int4+zstd")
-"""The network with trained weights, and what may cross in between, besides every form of pictures."""
 _NEAR, _MOST_NEAR = 1.5, 6
 """Ways that are foretold to take at most so many times as long as the best are run, at most so many."""
 _LONG_S, _LONG_REPEATS = 1.0, 3
-_BUDGET_S = 10.0
 _PATIENCE_S = 120.0
-
-
-class _FirstToken(nn.Module):
-    """What classifiers of texts take from BERT: the features of the first token, and not those of all."""
-
-    def __init__(self, bert: nn.Module) -> None:
-        super().__init__()
-        self.bert = bert
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.bert(tokens).last_hidden_state[:, 0]  # type: ignore[no-any-return]
-
-
-def network(name: str) -> zoo.Made:
-    """Return a network and its example; pictures are a photograph, as a camera gives it."""
-    from torchsurgeon.demo import photo
-
-    if name == "AlexNet":
-        return tail_process.seeded(lambda: zoo.classifier("alexnet")[0], 0), photo()
-    model, example = zoo.make(name)
-    if name == "BERT":
-        model, tokens = zoo.make(name)
-        return _FirstToken(model).eval(), tokens
-    if name == "SSDlite":
-        picture = nn.functional.interpolate(photo().float(), size=(320, 320)).round().to(torch.uint8)
-        return zoo.named(("pixels", zoo.Pixels()), ("model", model)), picture
-    return model, photo() if example.dtype == torch.uint8 else example
-
-
-@contextmanager
-def on_one_core() -> Iterator[int | None]:
-    """Compute on one core and one thread without gradients in the block; yields the core that is left for a server."""
-    threads, everywhere = torch.get_num_threads(), os.sched_getaffinity(0)
-    own, other = tail_process.two_cores()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", ts.NoisyProfileWarning)
-        warnings.simplefilter("ignore", ts.BackendWarning)
-        torch.set_num_threads(1)
-        try:
-            if own is not None:
-                os.sched_setaffinity(0, {own})
-            yield other
-        finally:
-            torch.set_num_threads(threads)
-            os.sched_setaffinity(0, everywhere)
 
 
 def run(
@@ -129,128 +72,75 @@ def run(
     with on_one_core() as other:
         for name in names:
             begun_s = time.monotonic()
-            found[name] = Study(name, repeats).over(tuple(links), other)
+            found[name] = _over_all(Study(name, repeats), tuple(links), other)
             found[name]["seconds"] = round(time.monotonic() - begun_s)
             found[name]["bfloat16"] = computes_bfloat16()
             told(f"{name}: run over {len(found[name]['links'])} links")
     return found
 
 
-class _Mode(NamedTuple):
-    """What may be done to a model: by which backends its parts may run, and how boundaries may cross."""
+def _over_all(study: Study, links: tuple[str, ...], core: int | None) -> dict[str, Any]:
+    """Return what every way takes over each of the links, with the server on a core."""
+    row: dict[str, Any] = {
+        "layers": len(study.graph.layers),
+        "input_bytes": study.graph.points[0].size_bytes,
+        "eager_s": study.server["eager"].total_s,
+        "links": {},
+    }
+    with ExitStack() as stack:
+        served = stack.enter_context(tail_process.apart(_serve, study.name, core))
+        port = served.recv()
+        emulator = stack.enter_context(LinkEmulator(0, "127.0.0.1", port, PRESETS[links[0]]))
+        stack.enter_context(slow_codecs())
+        runs = Runs(study, f"http://127.0.0.1:{emulator.port}", served, stack)
+        local = {key: _timed(study, runs, way, None) for key, way in _device_only(study).items()}
+        for link in links:
+            emulator.set_link(PRESETS[link])
+            row["links"][link] = _over(study, runs, link, local)
+    return row
 
-    backends: tuple[str, ...]
-    codecs: CodecTable
-    frontier: Frontier
 
-    def allows(self, key: str, lossless: bool) -> bool:
-        """Return whether a way is allowed, going by its backends, and by whether it crosses without loss."""
-        where, *sides = key.split("|")
-        return set(sides[:2] if where != "device" else sides) <= set(self.backends) and (lossless or where == "device")
-
-
-class Study:
-    """One network, with its profiles, and with what has been run of it."""
-
-    def __init__(self, name: str, repeats: int, budget_s: float = _BUDGET_S) -> None:
-        self.name, self.repeats = name, repeats
-        self.model, self.example = network(name)
-        self.graph = ts.trace(self.model, self.example)
-        eager = ts.profile(self.graph, repeats=20, meter=None)
-        self.server = {"eager": eager}
-        for backend in BACKENDS[1:]:
-            self.server[backend] = ts.profile(self.graph, backend=backend, eager=eager, budget_s=budget_s, meter=None)
-        self.device = {backend: profile.scaled(SLOWER) for backend, profile in self.server.items()}
-        lossless = _slowed(_lossless(self.graph, self.example))
-        self.modes = {
-            "float32": self._mode(FLOAT32, lossless),
-            "bfloat16": self._mode(BACKENDS, lossless),
-        }
-        if name == TRAINED:
-            for budget in (0.01, 0.03):
-                self.modes[f"{budget:.0%} may change"] = self._mode(FLOAT32, _slowed(_judged(self.graph, budget)))
-        self.answer_bytes = sum(spec.size_bytes for spec in self.graph.outputs)
-
-    def _mode(self, backends: tuple[str, ...], codecs: CodecTable) -> _Mode:
-        device, server = ([side[one] for one in backends] for side in (self.device, self.server))
-        return _Mode(backends, codecs, Frontier.build(self.graph, device, server, codecs))
-
-    def over(self, links: tuple[str, ...], core: int | None) -> dict[str, Any]:
-        """Return what every way takes over each of the links, with the server on a core."""
-        row: dict[str, Any] = {
-            "layers": len(self.graph.layers),
-            "input_bytes": self.graph.points[0].size_bytes,
-            "eager_s": self.server["eager"].total_s,
-            "links": {},
-        }
-        with ExitStack() as stack:
-            served = stack.enter_context(tail_process.apart(_serve, self.name, core))
-            port = served.recv()
-            emulator = stack.enter_context(LinkEmulator(0, "127.0.0.1", port, PRESETS[links[0]]))
-            stack.enter_context(slow_codecs())
-            runs = Runs(self, f"http://127.0.0.1:{emulator.port}", served, stack)
-            local = {key: self._timed(runs, way, None) for key, way in self._device_only().items()}
-            for link in links:
-                emulator.set_link(PRESETS[link])
-                row["links"][link] = self._over(runs, link, local)
-        return row
-
-    def _over(self, runs: Runs, link: str, local: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Return what every way takes over one link."""
-        first = next(iter(self.modes.values()))
-        pairs, modes = [], {}
-        ways: dict[str, Row] = {}
-        for device in BACKENDS:
-            for server in BACKENDS:
-                planned = self.planned(link, (device,), (server,), first.codecs)
-                assert planned.server_only is not None
-                pairs.append({"device": device, "server": server, "chosen": way_of(planned.terms.row)})
-                ways |= {way_of(row): row for row in (planned.terms.row, planned.server_only.row)}
-        for name, mode in self.modes.items():
-            planned = self.planned(link, mode.backends, mode.backends, mode.codecs)
+def _over(study: Study, runs: Runs, link: str, local: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what every way takes over one link."""
+    first = next(iter(study.modes.values()))
+    pairs, modes = [], {}
+    ways: dict[str, Row] = {}
+    for device in BACKENDS:
+        for server in BACKENDS:
+            planned = study.planned(link, (device,), (server,), first.codecs)
             assert planned.server_only is not None
-            near = sorted(((self.foretold_s(row, link), row) for row in mode.frontier.rows), key=lambda one: one[0])
-            rows = [row for value, row in near[:_MOST_NEAR] if value <= _NEAR * near[0][0]]
-            rows += [planned.terms.row, planned.server_only.row]
-            ways |= {way_of(row): row for row in rows}
-            modes[name] = {"chosen": way_of(planned.terms.row), "ways": sorted({way_of(row) for row in rows})}
-        timed = local | {key: self._timed(runs, row, link) for key, row in ways.items() if not row.on_device}
-        for name, mode in self.modes.items():
-            # Ends and pairs count in every mode that allows their backends and keeps as many answers.
-            modes[name]["ways"] = sorted(
-                key
-                for key in timed
-                if key in modes[name]["ways"] or mode.allows(key, key in ways and ways[key].lossless)
-            )
-        return {"modes": modes, "pairs": pairs, "ways": timed}
-
-    def _device_only(self) -> dict[str, Row]:
-        """Return everything on the device, by each backend."""
-        rows = [self.planned("wifi", (one,), ("eager",), None).device_only.row for one in BACKENDS]
-        return {way_of(row): row for row in rows}
-
-    def planned(self, link: str, devices: Iterable[str], servers: Iterable[str], codecs: CodecTable | None) -> ts.Plan:
-        return ts.plan(
-            self.graph,
-            device=[self.device[one] for one in devices],
-            server=[self.server[one] for one in servers],
-            link=PRESETS[link],
-            codecs=codecs,
+            pairs.append({"device": device, "server": server, "chosen": way_of(planned.terms.row)})
+            ways |= {way_of(row): row for row in (planned.terms.row, planned.server_only.row)}
+    for name, mode in study.modes.items():
+        planned = study.planned(link, mode.backends, mode.backends, mode.codecs)
+        assert planned.server_only is not None
+        near = sorted(((study.foretold_s(row, link), row) for row in mode.frontier.rows), key=lambda one: one[0])
+        rows = [row for value, row in near[:_MOST_NEAR] if value <= _NEAR * near[0][0]]
+        rows += [planned.terms.row, planned.server_only.row]
+        ways |= {way_of(row): row for row in rows}
+        modes[name] = {"chosen": way_of(planned.terms.row), "ways": sorted({way_of(row) for row in rows})}
+    timed = local | {key: _timed(study, runs, row, link) for key, row in ways.items() if not row.on_device}
+    for name, mode in study.modes.items():
+        # Ends and pairs count in every mode that allows their backends and keeps as many answers.
+        modes[name]["ways"] = sorted(
+            key for key in timed if key in modes[name]["ways"] or mode.allows(key, key in ways and ways[key].lossless)
         )
+    return {"modes": modes, "pairs": pairs, "ways": timed}
 
-    def foretold_s(self, row: Row, link: str) -> float:
-        if row.on_device:
-            return row.head_s
-        crossing_s = PRESETS[link].request_s(row.size_bytes, self.answer_bytes)
-        return row.head_s + row.encode_s + crossing_s + row.decode_s + row.tail_s
 
-    def _timed(self, runs: Runs, row: Row, link: str | None) -> dict[str, Any]:
-        """Return what one way was foretold to take, and took."""
-        return {
-            "cut": "device" if row.on_device else "server" if row.index == 0 and row.layers is None else row.name,
-            "foretold_s": row.head_s if link is None else self.foretold_s(row, link),
-            **runs.timed(row),
-        }
+def _device_only(study: Study) -> dict[str, Row]:
+    """Return everything on the device, by each backend."""
+    rows = [study.planned("wifi", (one,), ("eager",), None).device_only.row for one in BACKENDS]
+    return {way_of(row): row for row in rows}
+
+
+def _timed(study: Study, runs: Runs, row: Row, link: str | None) -> dict[str, Any]:
+    """Return what one way was foretold to take, and took."""
+    return {
+        "cut": "device" if row.on_device else "server" if row.index == 0 and row.layers is None else row.name,
+        "foretold_s": row.head_s if link is None else study.foretold_s(row, link),
+        **runs.timed(row),
+    }
 
 
 class Runs:
@@ -259,6 +149,7 @@ class Runs:
     def __init__(self, study: Study, url: str, served: Any, stack: ExitStack) -> None:
         self._study, self._url, self._served, self._stack = study, url, served, stack
         self._splits: dict[tuple[str, str], ts.SplitModule] = {}
+        self._given: set[str] = set()
 
     def timed(self, row: Row) -> dict[str, Any]:
         """Return the median and the quartiles of the seconds of one way, and where they went.
@@ -267,7 +158,7 @@ class Runs:
         """
         split = self.split(row.backend, "eager" if row.on_device else row.server_backend)
         split.partition = "device" if row.on_device else row.point(split.graph)
-        split.codec = row.codec
+        split.codec = self._codec(split, row)
         self.ready(split)
         accounts: list[Any] = []
         taken_s: list[float] = []
@@ -293,6 +184,22 @@ class Runs:
             "bits": last.bits,
             "spent": spent,
         }
+
+    def _codec(self, split: ts.SplitModule, row: Row) -> str:
+        """Return a row's codec by the name that both sides know; the server gets the file of one that is fitted."""
+        fitted = self._study.fitted(row)
+        if fitted is None:
+            return row.codec
+        if fitted.name not in self._given:
+            self._given.add(fitted.name)
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "codec.fitted"
+                fitted.save(file)
+                self._served.send(file)
+                self._served.recv()
+        # It is told of the server's codecs when it shakes hands.
+        split.prepare()
+        return fitted.at(rate_of(row.codec)).name
 
     def split(self, device: str, server: str) -> ts.SplitModule:
         key = (device, server)
@@ -323,62 +230,8 @@ class Runs:
         split(self._study.example)
 
 
-def way_of(row: Row) -> str:
-    """Return a way in one text: where it is cut, what runs the parts, and how the boundary crosses."""
-    if row.on_device:
-        return f"device|{row.backend}"
-    if row.index == 0 and row.layers is None:
-        return f"server|eager|{row.server_backend}|{row.codec}"
-    layers = "" if row.layers is None else f" {','.join(map(str, row.layers))}"
-    return f"{row.name}{layers}|{row.backend}|{row.server_backend}|{row.codec}"
-
-
-def _lossless(graph: ts.LayerGraph, example: Tensor) -> CodecTable:
-    """Return what the codecs without loss make of every point."""
-    names = [name for name in LOSSLESS if name != "png" or example.dtype == torch.uint8]
-    return measure(graph, [example], names, points=list(range(len(graph.layers))))
-
-
-def _judged(graph: ts.LayerGraph, budget: float) -> CodecTable:
-    """Return the codecs that change at most such a share of the answers, as benchmarks.codec_rates has measured."""
-    rows = json.loads(codec_rates.OUT.read_text())["results"]["lite0"]["rates"]
-    runnable = [row for row in rows if (row["where"] == "input" or row["curve"] in CURVES) and _is_codec(row["name"])]
-    return split_plane.codec_table(graph, runnable, "kept", 1.0, budget)
-
-
-def _is_codec(name: str) -> bool:
-    """Return whether a way to encode is a codec of the package, and not another setting of an encoder."""
-    try:
-        find_codec(name)
-    except CodecError:
-        return False
-    return True
-
-
-def _slowed(codecs: CodecTable) -> CodecTable:
-    """Return what codecs take where the device is slower."""
-    slower = (
-        dataclasses.replace(row, cost=dataclasses.replace(row.cost, encode_s=SLOWER * row.cost.encode_s))
-        for row in codecs.rows
-    )
-    return dataclasses.replace(codecs, rows=tuple(slower))
-
-
-@contextmanager
-def slow_codecs() -> Iterator[None]:
-    """Have all codecs of this process take as long to encode as on the slow device."""
-    device, encode = SlowDevice(SLOWER), Codec.encode
-
-    @functools.wraps(encode)
-    def slowly(*args: Any, **kwargs: Any) -> Any:
-        return device.call(encode, *args, **kwargs)
-
-    with mock.patch.object(Codec, "encode", slowly):
-        yield
-
-
 def _serve(name: str, core: int | None, told: Any) -> None:
-    """Serve a network by all backends; answer whether all tails that were asked for have been built."""
+    """Serve a network by all backends, with the codecs whose files are sent; answer whether all tails are built."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
@@ -389,7 +242,9 @@ def _serve(name: str, core: int | None, told: Any) -> None:
     with Server(create_app(registry), port=0) as server:
         told.send(server.port)
         while True:
-            told.recv()
+            asked = told.recv()
+            if isinstance(asked, Path):
+                served.add_codec(asked)
             builders = served.backends.builders.values()
             told.send(all(built.tried for builder in builders for built in builder.built()))
 

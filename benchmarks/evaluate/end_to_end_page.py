@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.evaluate import end_to_end, pictures
 from benchmarks.evaluate.markdown import cut, percent, table, text, times
+from benchmarks.evaluate.study import SLOWER
 
 GOAL_SHARE = 0.985
 """The share of the best possible that the paper reports, and that is aimed at."""
@@ -97,7 +98,7 @@ def section(folder: Path) -> str:
         text(
             f"""
             Measured and emulated: a device, a link and a server that really run, on {machine}. The device is a process
-            on one core, on which backends and codecs take {end_to_end.SLOWER:g} times as long; the server is another
+            on one core, on which backends and codecs take {SLOWER:g} times as long; the server is another
             process on the other core, and the link is emulated. Each side runs its part by eager PyTorch, ONNX Runtime
             (ORT) or OpenVINO in bfloat16 (bf16). “Device” and “server” are everything there, on the quickest backend
             that is allowed, with the photograph in the quickest form that is allowed. “Ours” is the way that `plan()`

@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluate.end_to_end import LINKS, SLOWER
+from benchmarks.evaluate.study import LINKS, SLOWER
 from benchmarks.support import result_file, tail_process
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import PRESETS, Link

@@ -8,9 +8,9 @@ import numpy
 from torch import Tensor
 
 import torchsurgeon as ts
-from benchmarks.evaluate import end_to_end
-from benchmarks.evaluate.end_to_end import BACKENDS, Runs, Study
+from benchmarks.evaluate.end_to_end import Runs
 from benchmarks.evaluate.rivals.rival import Rival, rate_behind_the_first, seconds
+from benchmarks.evaluate.study import BACKENDS, Study, way_of
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS, Link
 from torchsurgeon.planning import Row
@@ -85,7 +85,7 @@ class Ours(Rival):
     def chosen(self) -> str:
         """Return where it cuts, by which backends, with which codec."""
         assert self._row is not None
-        return end_to_end.way_of(self._row)
+        return way_of(self._row)
 
     def _split(self, row: Row) -> ts.SplitModule:
         return self._runs.split(row.backend, "eager" if row.on_device else row.server_backend)
@@ -94,7 +94,7 @@ class Ours(Rival):
         split = self._split(row)
         split.partition = "device" if row.on_device else row.point(split.graph)
         split.codec = row.codec
-        way = end_to_end.way_of(row)
+        way = way_of(row)
         if way not in self._built:
             self._built.add(way)
             self._runs.ready(split)

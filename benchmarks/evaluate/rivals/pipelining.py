@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import torchsurgeon as ts
-from benchmarks.evaluate import end_to_end
-from benchmarks.evaluate.end_to_end import Study
 from benchmarks.evaluate.rivals import sockets
 from benchmarks.evaluate.rivals.rival import Rival, seconds
+from benchmarks.evaluate.study import Study, network
 from benchmarks.support import tail_process
 from torchsurgeon.backends import Part
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
@@ -98,7 +97,7 @@ def serve(name: str, core: int | None, port: int, told: Any) -> None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    model, example = end_to_end.network(name)
+    model, example = network(name)
     with torch.no_grad():
         graph = ts.trace(model, example)
         _join(1, port, lambda _: _MOST_PORT)
@@ -150,7 +149,7 @@ class Pipelining(Rival):
         super().__init__("torch.distributed.pipelining over gloo")
         self._study, self._device = study, device
         # Of its own, since a stage moves the weights that it is given, and parts of other rivals would be built anew.
-        model, example = end_to_end.network(study.name)
+        model, example = network(study.name)
         with torch.no_grad():
             self._graph = ts.trace(model, example)
         self._point = study.graph.points[0]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import torchsurgeon as ts
-from benchmarks.evaluate import end_to_end
 from benchmarks.evaluate.rivals import device_only, server_only, sockets
+from benchmarks.evaluate.study import BACKENDS, network
 from benchmarks.support.servers import begin
 from torchsurgeon.backends import Part
 from torchsurgeon.serve import ModelRegistry, Server, create_app
@@ -20,9 +20,9 @@ def serve(name: str, core: int | None, told: Any) -> None:
     """Serve a network in every way; send the ports, and then answer whether all tails asked for have been built."""
     begin(core)
     warnings.simplefilter("ignore")
-    model, example = end_to_end.network(name)
+    model, example = network(name)
     registry = ModelRegistry()
-    served = registry.add("model", model, (example,), backend=end_to_end.BACKENDS)
+    served = registry.add("model", model, (example,), backend=BACKENDS)
     with torch.no_grad():
         graph = ts.trace(model, example)
         given = example.clone()

@@ -16,8 +16,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from benchmarks.evaluate.end_to_end import Study
 from benchmarks.evaluate.rivals.rival import Rival, rate_behind_the_first, seconds
+from benchmarks.evaluate.study import Study
 from benchmarks.support.servers import LENGTH, by_socket, receive_into
 from torchsurgeon.backends import Part
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
