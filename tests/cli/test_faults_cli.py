@@ -132,7 +132,8 @@ def test_a_demo_that_is_ended_leaves_no_process_behind(tmp_path: Path, sent: sig
     code = (
         # A background job of a shell is started with the signal ignored.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from torchsurgeon import cli; sys.exit(cli.main(sys.argv[1:]))"
+        # Its codecs are fitted to few photographs, so that its processes start soon.
+        "from torchsurgeon import cli, demo; demo.run.__kwdefaults__['fitting'] = 8; sys.exit(cli.main(sys.argv[1:]))"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, "demo", "--out", str(tmp_path)],
