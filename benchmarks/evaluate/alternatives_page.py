@@ -107,6 +107,7 @@ def _opening(environment: Mapping[str, Any]) -> str:
         call does.
         [alternatives.json](../benchmarks/results/evaluation/alternatives.json) has the quartiles, the cuts and how far
         the answers are from eager PyTorch's.
+        `make evaluate` leaves {" and ".join(alternatives.SLOW)} as it is recorded, which takes ten minutes.
         """
     )
 
