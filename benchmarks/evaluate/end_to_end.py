@@ -4,8 +4,7 @@ The device is this process, on one core, where everything that a backend or a co
 The server is another process, on the other core, where there are two. Between them is an emulated link. Each side may
 run its part by eager PyTorch, by ONNX Runtime, or by OpenVINO in bfloat16, and the boundary may cross as it is, or
 compressed without loss; pictures also as PNG. EfficientNet-Lite0, whose weights are trained, may also change some of
-its answers, by codecs that benchmarks.codec_rates has judged. Those of them that are fitted to a cut are fitted anew
-where they are run, on the same photographs.
+its answers, by codecs that benchmarks.codec_rates has judged.
 
 From profiles of the backends, the planner foretells what every way takes. Run over each link are: everything on the
 device and everything on the server, by each backend and in the best form of the input; the way that the planner chooses
@@ -21,18 +20,16 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import torchsurgeon as ts
-from benchmarks.evaluate.study import BACKENDS, LINKS, SLOWER, Study, network, on_one_core, rate_of, slow_codecs, way_of
+from benchmarks.evaluate.study import BACKENDS, LINKS, SLOWER, Study, network, on_one_core, slow_codecs, way_of
 from benchmarks.support import result_file, tail_process
 from benchmarks.support.slow_backend import SlowBackend
 from torchsurgeon.backends import find_backend
@@ -149,7 +146,6 @@ class Runs:
     def __init__(self, study: Study, url: str, served: Any, stack: ExitStack) -> None:
         self._study, self._url, self._served, self._stack = study, url, served, stack
         self._splits: dict[tuple[str, str], ts.SplitModule] = {}
-        self._given: set[str] = set()
 
     def timed(self, row: Row) -> dict[str, Any]:
         """Return the median and the quartiles of the seconds of one way, and where they went.
@@ -158,7 +154,7 @@ class Runs:
         """
         split = self.split(row.backend, "eager" if row.on_device else row.server_backend)
         split.partition = "device" if row.on_device else row.point(split.graph)
-        split.codec = self._codec(split, row)
+        split.codec = row.codec
         self.ready(split)
         accounts: list[Any] = []
         taken_s: list[float] = []
@@ -184,22 +180,6 @@ class Runs:
             "bits": last.bits,
             "spent": spent,
         }
-
-    def _codec(self, split: ts.SplitModule, row: Row) -> str:
-        """Return a row's codec by the name that both sides know; the server gets the file of one that is fitted."""
-        fitted = self._study.fitted(row)
-        if fitted is None:
-            return row.codec
-        if fitted.name not in self._given:
-            self._given.add(fitted.name)
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "codec.fitted"
-                fitted.save(file)
-                self._served.send(file)
-                self._served.recv()
-        # It is told of the server's codecs when it shakes hands.
-        split.prepare()
-        return fitted.at(rate_of(row.codec)).name
 
     def split(self, device: str, server: str) -> ts.SplitModule:
         key = (device, server)
@@ -231,7 +211,7 @@ class Runs:
 
 
 def _serve(name: str, core: int | None, told: Any) -> None:
-    """Serve a network by all backends, with the codecs whose files are sent; answer whether all tails are built."""
+    """Serve a network by all backends; answer whether all tails that were asked for have been built."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
@@ -242,9 +222,7 @@ def _serve(name: str, core: int | None, told: Any) -> None:
     with Server(create_app(registry), port=0) as server:
         told.send(server.port)
         while True:
-            asked = told.recv()
-            if isinstance(asked, Path):
-                served.add_codec(asked)
+            told.recv()
             builders = served.backends.builders.values()
             told.send(all(built.tried for builder in builders for built in builder.built()))
 

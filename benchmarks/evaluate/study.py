@@ -12,8 +12,8 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import torchsurgeon as ts
 from benchmarks import codec_rates, split_plane, zoo
-from benchmarks.support import pictures, tail_process
-from torchsurgeon.codec import Codec, CodecTable, FittedCodec, RatedCodec, find_codec, fit_codec, measure
+from benchmarks.support import tail_process
+from torchsurgeon.codec import Codec, CodecTable, find_codec, measure
 from torchsurgeon.emulate import SlowDevice
 from torchsurgeon.errors import CodecError
 from torchsurgeon.link import PRESETS
@@ -36,8 +36,6 @@ BACKENDS = ("eager", "onnxruntime", "openvino:bf16")
 FLOAT32, LOSSLESS = BACKENDS[:2], ("zstd", "png")
 TRAINED, CURVES = "EfficientNet-Lite0", ("raw", "zstd", "int8+zstd", "int4+zstd")
 """The network with trained weights, and what may cross in between, besides every form of pictures."""
-FITTED = "fitted"
-"""What the names of codecs begin with, in rows, that are fitted to a cut."""
 _BUDGET_S = 10.0
 
 
@@ -120,17 +118,6 @@ class Study:
             for budget in (0.01, 0.03):
                 self.modes[f"{budget:.0%} may change"] = self._mode(FLOAT32, _slowed(_judged(self.graph, budget)))
         self.answer_bytes = sum(spec.size_bytes for spec in self.graph.outputs)
-        self._fitted: dict[int, FittedCodec] = {}
-
-    def fitted(self, row: Row) -> FittedCodec | None:
-        """Return the codec that is fitted to a row's cut, fitted when it is first asked for; None if it has another."""
-        if not row.codec.startswith(FITTED):
-            return None
-        if row.index not in self._fitted:
-            sample = pictures.photographs(pictures.side("lite0")).sample
-            fitted = fit_codec(self.graph, row.index, list(sample.split(1)), name=f"point-{row.index}")
-            self._fitted[row.index] = fitted.use()
-        return self._fitted[row.index]
 
     def _mode(self, backends: tuple[str, ...], codecs: CodecTable) -> Mode:
         device, server = ([side[one] for one in backends] for side in (self.device, self.server))
@@ -164,11 +151,6 @@ def way_of(row: Row) -> str:
     return f"{row.name}{layers}|{row.backend}|{row.server_backend}|{row.codec}"
 
 
-def rate_of(name: str) -> float:
-    """Return the rate in the name of a row whose codec is fitted to its cut: "fitted, 3 bits a value"."""
-    return float(name.split()[1])
-
-
 def _lossless(graph: ts.LayerGraph, example: Tensor) -> CodecTable:
     """Return what the codecs without loss make of every point."""
     names = [name for name in LOSSLESS if name != "png" or example.dtype == torch.uint8]
@@ -178,11 +160,7 @@ def _lossless(graph: ts.LayerGraph, example: Tensor) -> CodecTable:
 def _judged(graph: ts.LayerGraph, budget: float) -> CodecTable:
     """Return the codecs that change at most such a share of the answers, as benchmarks.codec_rates has measured."""
     rows = json.loads(codec_rates.OUT.read_text())["results"]["lite0"]["rates"]
-    runnable = [
-        row
-        for row in rows
-        if row["curve"] == FITTED or ((row["where"] == "input" or row["curve"] in CURVES) and _is_codec(row["name"]))
-    ]
+    runnable = [row for row in rows if (row["where"] == "input" or row["curve"] in CURVES) and _is_codec(row["name"])]
     return split_plane.codec_table(graph, runnable, "kept", 1.0, budget)
 
 
@@ -207,16 +185,11 @@ def _slowed(codecs: CodecTable) -> CodecTable:
 @contextmanager
 def slow_codecs() -> Iterator[None]:
     """Have all codecs of this process take as long to encode as on the slow device."""
-    device = SlowDevice(SLOWER)
+    device, encode = SlowDevice(SLOWER), Codec.encode
 
-    def slowed(encode: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(encode)
-        def slowly(*args: Any, **kwargs: Any) -> Any:
-            return device.call(encode, *args, **kwargs)
+    @functools.wraps(encode)
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        return device.call(encode, *args, **kwargs)
 
-        return slowly
-
-    with ExitStack() as stack:
-        for kind in (Codec, RatedCodec):
-            stack.enter_context(mock.patch.object(kind, "encode", slowed(kind.encode)))
+    with mock.patch.object(Codec, "encode", slowly):
         yield
