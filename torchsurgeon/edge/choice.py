@@ -22,7 +22,7 @@ from torchsurgeon.adapting import (
 from torchsurgeon.codec.names import FITTED
 from torchsurgeon.edge.bundle import Bundle, BundlePoint, OnnxPart
 from torchsurgeon.edge.codec import ArrayCodec, find_codec, lossless
-from torchsurgeon.edge.fitted import BundleCodecs
+from torchsurgeon.edge.codecs import BundleCodecs
 from torchsurgeon.edge.server import EdgeServer
 from torchsurgeon.errors import BundleError, CodecError, MissingCodecWarning, is_finite
 from torchsurgeon.link import Link

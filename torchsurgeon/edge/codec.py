@@ -37,12 +37,14 @@ class ArrayCodec:
         packing: how values are stored in fewer bits; None where they are not.
         zstd: whether the bytes are compressed.
         picture: how images are written as pictures; None where they are not.
+        fitted: what was fitted to a cut, with its file; None for codecs that suit any.
     """
 
     name: str
     packing: str | None
     zstd: bool
     picture: pictures.Kind | None = None
+    fitted: Any = None
 
     def encode(self, array: Array, name: str | None = None) -> tuple[str, memoryview]:
         """Return the codec that decodes an array's bytes, and these bytes.

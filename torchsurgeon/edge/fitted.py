@@ -18,11 +18,10 @@ from torchsurgeon.codec.fitted import file
 from torchsurgeon.codec.fitted.grid import Grid, Matrices
 from torchsurgeon.codec.fitted.held import HeldTensor
 from torchsurgeon.codec.fitted.rates import MOST_MAGNITUDE, ZERO_STEPS, Rates
-from torchsurgeon.codec.names import FITTED, fitted_name, rated_name
+from torchsurgeon.codec.names import fitted_name, rated_name
 from torchsurgeon.edge import range_encoder
-from torchsurgeon.edge.bundle import Bundle, BundlePoint, OnnxPart
-from torchsurgeon.edge.codec import Array, ArrayCodec, find_codec, lossless, packs
-from torchsurgeon.errors import BundleError, CodecError, short
+from torchsurgeon.edge.codec import Array, ArrayCodec, lossless, packs
+from torchsurgeon.errors import CodecError, short
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,64 +157,6 @@ class FittedArrayCodec(ArrayCodec):
         self, data: memoryview, dtype: np.dtype[Any], shape: Sequence[int], order: Sequence[int] | None = None
     ) -> Array:
         raise CodecError(f"a device without PyTorch encodes with {self.name} and does not decode; answer with raw")
-
-
-class BundleCodecs:
-    """The codecs of a bundle by name. The file of a fitted codec is read when it is first asked for.
-
-    Args:
-        bundle: the bundle, whose files have been checked.
-    """
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-        self._files = {one.name: one for one in bundle.codecs}
-        self._fitted: dict[str, ArrayFitted] = {}
-        self._rated: dict[str, FittedArrayCodec] = {}
-
-    def find(self, name: str) -> ArrayCodec:
-        """Return the codec of this name.
-
-        Raises:
-            CodecError: a device without PyTorch has no such codec, the bundle no such fitted codec, or this no such
-                rate.
-            BundleError: the file of the fitted codec holds none, or one that was fitted to another model.
-        """
-        if not name.startswith(FITTED):
-            return find_codec(name)
-        found = self._rated.get(name)
-        if found is None:
-            whole, _, rate = name.partition("@")
-            found = self._rated[name] = self._loaded(whole).at(rate)
-        return found
-
-    def student(self, codec: ArrayCodec, point: BundlePoint) -> OnnxPart | None:
-        """Return the student that computes what crosses at a point under a codec; None where the own layers do."""
-        if not isinstance(codec, FittedArrayCodec) or point.layers is not None:
-            return None
-        own = codec.fitted.point == (point.index, point.name)
-        return self._files[codec.fitted.name].student if own else None
-
-    def _loaded(self, name: str) -> ArrayFitted:
-        listed = self._files.get(name)
-        if listed is None:
-            raise CodecError(
-                f"the bundle holds the fitted codecs {', '.join(self._files) or 'none'}; got {short(name, 80)}; export "
-                "it again with torchsurgeon export --fitted FILE"
-            )
-        found = self._fitted.get(name)
-        if found is None:
-            try:
-                found = ArrayFitted.load(self._bundle.folder / listed.file)
-            except CodecError as error:
-                raise BundleError(f"the bundle's codec cannot be read: {error}") from None
-            if (found.name, found.graph, found.weights) != (name, self._bundle.graph, self._bundle.weights):
-                raise BundleError(
-                    f"{listed.file} of the bundle must be {name}, fitted to the bundle's model; it is "
-                    f"{short(found.name, 80)}; export the bundle again"
-                )
-            self._fitted[name] = found
-        return found
 
 
 def _frequencies(grid: Grid, array: Array) -> Array:

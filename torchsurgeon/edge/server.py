@@ -14,7 +14,6 @@ from torchsurgeon._interrupts import start_thread
 from torchsurgeon.adapting import LinkEstimator, ServerState
 from torchsurgeon.edge.bundle import Bundle
 from torchsurgeon.edge.codec import ArrayCodec
-from torchsurgeon.edge.fitted import FittedArrayCodec
 from torchsurgeon.edge.inference import seconds
 from torchsurgeon.edge.message import ArrayAnswer, ArrayTransport
 from torchsurgeon.errors import (
@@ -132,9 +131,7 @@ class EdgeServer:
 
     def has(self, codec: ArrayCodec) -> bool:
         """Return whether it decodes what a codec encodes: a fitted codec only if it has the same file."""
-        if not isinstance(codec, FittedArrayCodec):
-            return True
-        return self._fitted.get(codec.fitted.name) == codec.fitted.digest
+        return codec.fitted is None or bool(self._fitted.get(codec.fitted.name) == codec.fitted.digest)
 
     def ask(self, arrays: Mapping[str, np.ndarray[Any, Any]], codec: ArrayCodec, deadline: Deadline) -> ArrayAnswer:
         """Return the answer to named arrays. A server that was restarted is checked again before that is used.
