@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from messages import joined
 
@@ -107,6 +107,8 @@ def test_values_at_the_edges_are_encoded_as_a_tensors_are(name: str, dtype: str,
     same(name, np.stack([array, array[::-1]])[:, None])
 
 
+@example([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -0.0, 1.0], "int8")
+@example([0.0, -0.0, 1.0], "int8-channel")
 @given(st.lists(st.floats(width=32), min_size=1, max_size=200), st.sampled_from(edge_codec.NAMES))
 def test_any_values_are_encoded_as_a_tensors_are(found: list[float], name: str) -> None:
     same(name, np.array(found, np.float32))

@@ -64,6 +64,8 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
         values = tensor.to(torch.float32).reshape(-1)
         if values.dtype != tensor.dtype:
             low, high = torch.stack(torch.aminmax(values)).tolist()
+        # Which zero is the least of both is left to chance, so it is always the positive one.
+        low += 0.0
         scale = (high - low) / LEVELS[packing]
         if not describable(low, high) or (tensor.dtype == torch.float64 and blurs(low, high, scale)):
             return None
@@ -79,7 +81,7 @@ def pack(packing: str, tensor: Tensor, channels_at: int) -> Tensor | None:
         return torch.cat([described, _nibbles(codes) if packing == "int4" else codes])
     values = tensor.to(torch.float32).flatten(0, channels_at - 1) if channels_at else tensor.to(torch.float32)[None]
     values = values.flatten(2) if values.dim() > 2 else values[..., None]
-    lows, highs = values.amin((0, 2)), values.amax((0, 2))
+    lows, highs = values.amin((0, 2)) + 0.0, values.amax((0, 2))
     ranges = highs.double() - lows.double()
     if not bool((torch.isfinite(ranges) & ((ranges == 0) | (ranges > NARROWEST)) & (ranges < WIDEST)).all()):
         return None

@@ -170,6 +170,8 @@ def pack(packing: str, array: Array) -> Array | None:
         flat = array.astype(np.float32, copy=False).reshape(-1)
         if flat.dtype != array.dtype:
             low, high = float(flat.min()), float(flat.max())
+        # Which zero is the least of both is left to chance, so it is always the positive one.
+        low += 0.0
         scale = (high - low) / LEVELS[packing]
         if not packings.describable(low, high) or (array.dtype == np.float64 and blurs(low, high, scale)):
             return None
@@ -178,7 +180,7 @@ def pack(packing: str, array: Array) -> Array | None:
         return np.concatenate([described, _nibbles(codes) if BITS[packing] == 4 else codes])
     at = channel_dim(array.shape)
     values = array.astype(np.float32, copy=False).reshape(math.prod(array.shape[:at]), array.shape[at], -1)
-    lows, highs = values.min((0, 2)), values.max((0, 2))
+    lows, highs = values.min((0, 2)) + np.float32(0.0), values.max((0, 2))
     ranges = highs.astype(np.float64) - lows.astype(np.float64)
     with np.errstate(invalid="ignore"):
         known = np.isfinite(ranges) & ((ranges == 0) | (ranges > NARROWEST)) & (ranges < WIDEST)
