@@ -428,7 +428,11 @@ def test_a_head_too_short_to_time_says_nothing_of_the_device() -> None:
     estimator = SlowdownEstimator(now_s=Clock())
     estimator.observe(0.004, 0.0)
     estimator.observe(0.004, 1e-6)
+    estimator.observe(math.inf, 0.04)
     assert estimator.estimate().value == 1.0
+    # Nor does it make a stall right after it one of two in a row.
+    estimator.observe(3600.0, 0.04)
+    assert estimator.estimate().value <= 3.0
 
 
 @pytest.mark.parametrize("load", [0.3, 0.6])

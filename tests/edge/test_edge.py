@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import flat_profile
+from bundles import WITHOUT_TORCH, flat_profile
 from classifier import EXAMPLE, GRAPH, MODEL, PATIENCE_S, net, serve, truth
 from paths import environment
 from serving import serving
@@ -356,15 +356,9 @@ def test_points_codecs_and_words_that_do_not_exist_are_refused(bundle: Path, ser
 
 # --- without PyTorch ---
 
-_ALONE = """
-import sys
-
-class Refuses:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "scipy", "sklearn", "onnx", "onnxscript"):
-            raise ImportError(f"{name} is not on this device")
-
-sys.meta_path.insert(0, Refuses())
+_ALONE = (
+    WITHOUT_TORCH
+    + """
 import numpy as np
 from torchsurgeon import edge
 
@@ -376,6 +370,7 @@ with edge.open(sys.argv[1]) as model:
     alone = model(x)
 np.save(sys.argv[4], np.concatenate([found, alone]))
 """
+)
 
 
 def test_no_pytorch_is_imported(bundle: Path, server: Server, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import DEVICE_S, SERVER_S, flat_profile, pictures, table_of
+from bundles import DEVICE_S, SERVER_S, WITHOUT_TORCH, flat_profile, pictures, table_of
 from classifier import EXAMPLE, GRAPH, PATIENCE_S, truth
 from coder_tables import random_tables
 from hypothesis import given
@@ -435,15 +435,9 @@ def test_rates_and_codecs_that_the_bundle_does_not_have_are_refused(fitted: Fitt
         edge.open(fitted_bundle, codec="fitted:mine-01234567@1")
 
 
-_ALONE = """
-import sys
-
-class Refuses:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "scipy", "sklearn", "onnx", "onnxscript"):
-            raise ImportError(f"{name} is not on this device")
-
-sys.meta_path.insert(0, Refuses())
+_ALONE = (
+    WITHOUT_TORCH
+    + """
 import numpy as np
 from torchsurgeon import edge
 
@@ -452,6 +446,7 @@ with edge.open(folder, url, partition="act", codec=codec, fallback="error") as m
     np.save(found, model(np.load(given)))
     assert (model.last.server, model.last.codec) == (url, codec), model.last
 """
+)
 
 
 def test_no_pytorch_is_imported(fitted: FittedCodec, fitted_bundle: Path, serves: Any, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@
 ``DEVICE_S, SERVER_S``   how long a layer takes on a slow device and on a quick server
 ``pictures``       smooth pictures, as photographs are, to which codecs are fitted
 ``table_of``       a table in which some codecs were measured at one point
+``WITHOUT_TORCH``  how a program begins that stands for one on such a device: neither PyTorch can be imported in it, nor
+                   what only planning and export need
 """
 
 from __future__ import annotations
@@ -51,3 +53,15 @@ def table_of(
         for name in names
     )
     return CodecTable(type(graph.model).__name__, graph.fingerprint, graph.batch, 10, "", rows)
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "scipy", "sklearn", "onnx", "onnxscript"):
+            raise ImportError(f"{name} is not on this device")
+
+sys.meta_path.insert(0, Refuses())
+"""

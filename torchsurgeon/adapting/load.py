@@ -218,10 +218,12 @@ class SlowdownEstimator:
 
     def observe(self, observed_s: float, predicted_s: float) -> None:
         """Update the factor from measured against predicted seconds. What is too short to be timed is ignored."""
+        if not _is_timed(observed_s, predicted_s):
+            return
         with self._lock:
             most_s = _WILD * self._factor.value() * predicted_s
             before, self._wild = self._wild, observed_s > most_s
-            _observe_ratio(self._factor, min(observed_s, most_s) if not before else observed_s, predicted_s)
+            _observe_ratio(self._factor, observed_s if before else min(observed_s, most_s), predicted_s)
 
     def estimate(self) -> Quantity:
         """Return the factor as estimated now."""
@@ -242,6 +244,10 @@ def _factor(now_s: NowS, drift: float, half_life_s: float) -> Mean:
     )
 
 
+def _is_timed(observed_s: float, predicted_s: float) -> bool:
+    return _LEAST_TIMED_S <= predicted_s < math.inf and 0 < observed_s < math.inf
+
+
 def _observe_ratio(factor: Mean, observed_s: float, predicted_s: float) -> None:
-    if _LEAST_TIMED_S <= predicted_s < math.inf and 0 < observed_s < math.inf:
+    if _is_timed(observed_s, predicted_s):
         factor.observe(min(max(observed_s, predicted_s / _MOST_FACTOR), predicted_s * _MOST_FACTOR), predicted_s)

@@ -16,7 +16,8 @@ class Sharing:
 
     While transfers overlap, the link's rate is the number of bytes that have arrived since the first of them began,
     divided by the time since then. Transfers that are still under way are assumed to be half done. No result is given
-    until so many bytes are known to have arrived that this guess can be wrong by half of the result at most.
+    until so many bytes are known to have arrived that this guess makes the result at most half as large again as the
+    true rate.
     """
 
     def __init__(self) -> None:

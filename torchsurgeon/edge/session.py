@@ -89,7 +89,7 @@ def open_session(path: Path, threads: int | None) -> Any:
         old = re.search(r"opset|IR version", str(error))
         remedy = f"; onnxruntime {runtime.__version__} is older than the file: install a newer one" if old else ""
         raise BackendError(f"ONNX Runtime does not take {path.name}: {short(error, quote=False)}{remedy}") from error
-    # Of what loading it has freed.
+    # Loading it has freed memory that the C library would keep.
     give_freed_memory_back()
     return session
 
