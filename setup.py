@@ -14,6 +14,7 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
 MODE = os.environ.get("TORCHSURGEON_BUILD_EXT", "auto")
 if MODE not in ("auto", "0", "1"):
     raise SystemExit(f"TORCHSURGEON_BUILD_EXT is {MODE!r}; it must be auto, 1 or 0")
@@ -48,7 +49,8 @@ def extension() -> dict[str, Any]:
         py_limited_api=True,
         optional=MODE == "auto",
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion", "-Werror"],
+        # Without a standard here, PyTorch 2.10 and 2.11 would take C++17.
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", *WARNINGS],
         extra_link_args=["-ldl", "-Wl,-s"],
     )
     # Warnings are errors in our own sources; PyTorch's headers are not ours to mend.
