@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import torchsurgeon as ts
 from torchsurgeon import wire
@@ -62,6 +63,8 @@ class Whatever(nn.Module):
             y = y.softmax(0)
         elif self.way == "shifted":
             y = y.roll(1, 0)
+        elif self.way == "summed":
+            y = y + 0.01 * y.sum(0)
         elif self.way == "quantized":
             scale = y.abs().max() / 127
             y = (y / scale).round() * scale
@@ -257,7 +260,7 @@ def test_the_times_of_an_answer_add_up(served: ServedModel, monkeypatch: pytest.
 # --- which models ---
 
 
-@pytest.mark.parametrize("way", ["centred", "scaled", "softmax", "shifted", "quantized"])
+@pytest.mark.parametrize("way", ["centred", "scaled", "softmax", "shifted", "quantized", "summed"])
 def test_a_model_that_mixes_its_samples_is_found_and_not_batched(way: str) -> None:
     x = torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
     graph = ts.trace(seeded(Whatever(way)), x)
@@ -276,6 +279,26 @@ def test_a_model_whose_samples_leave_each_other_alone_may_be_batched() -> None:
     assert why_alone(ts.trace(seeded(Net()), X), [X]) is None
     pair = torch.rand(2, 6)
     assert why_alone(ts.trace(seeded(Whatever("")), pair), [pair]) is None
+
+
+@pytest.mark.parametrize(("way", "found"), [("", False), ("summed", True), ("centred", True)])
+def test_a_processor_that_multiplies_coarsely_is_not_taken_for_a_model_that_mixes_its_samples(
+    way: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def coarse(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+        """Multiply in the precision of bfloat16, as a GPU may in that of TF32, in batches of more than one."""
+        exact, weight = layer.forward, layer.weight.bfloat16().float()
+        return lambda x: exact(x) if x.shape[0] == 1 else functional.linear(x.bfloat16().float(), weight, layer.bias)
+
+    model = seeded(Whatever(way))
+    x = torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
+    graph = ts.trace(model, x)
+    for layer in (model.first, model.last):
+        monkeypatch.setattr(layer, "forward", coarse(layer))
+    with torch.no_grad():
+        alone, together = model.first(x), model.first(x.repeat(2, 1))[:1]
+    assert float((together - alone).abs().max() / alone.abs().max()) > 1e-3
+    assert (why_alone(graph, [x]) is not None) == found
 
 
 def test_models_whose_batch_is_not_free_or_whose_path_depends_on_values_are_not_batched() -> None:

@@ -36,6 +36,15 @@ def test_head_and_tail_run_where_their_weights_are(here: str, there: str, partit
         assert split.last.bits == ("same bits" if here == there else "same to rounding")
 
 
+def test_convolutions_in_tf32_do_not_keep_requests_from_running_together() -> None:
+    from torchvision.models import resnet18
+
+    registry = ModelRegistry(profiler=None, batching="rounded")
+    served = registry.add("m", resnet18().eval().cuda(), torch.rand(1, 3, 224, 224, device="cuda"))
+    assert served.together > 1
+    registry.close()
+
+
 @pytest.mark.filterwarnings("ignore::torchsurgeon.MismatchWarning")
 @pytest.mark.parametrize("width", [16, 2048])
 def test_weights_on_a_gpu_that_change_without_being_counted_are_noticed(width: int) -> None:

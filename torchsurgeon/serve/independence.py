@@ -7,6 +7,7 @@ and together, and the results of all layers are compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,16 @@ from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.state import left_as_it_was
 from torchsurgeon.tracing.step import Environment, Step
 
-# Rounding moves a value by less than this part of the largest in its tensor, and another sample by more.
+# Rounding moves a value by less than this part of the largest in its tensor, and another sample by more. A processor
+# may multiply more coarsely than a tensor's type says, as a GPU does in TF32, and for one batch size only. That shows
+# in a batch of twice the same sample, and so many times as much is rounding, too.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 _COARSE_ROUNDING = 5e-2
+_TIMES_ROUNDING = 4.0
+# Where more is taken for rounding, a sample is run beside one that is so many times as large. Whatever that adds to the
+# sample is no rounding.
+_LOUD = 30.0
+_NOTHING = 1e-30
 # Batches of up to so many samples are compared bit for bit.
 MOST_EXACT = 8
 _SMALL_BYTES, _REPEATS = 1 << 20, 8
@@ -47,12 +55,17 @@ def why_alone(graph: LayerGraph, tensors: Sequence[Tensor]) -> str | None:
             return f"its tensor {short(spec.name)} has no dimension for samples"
     samples = _samples(graph, tensors, 2)
     alone = [_Kept(graph).of(one) for one in samples]
-    together = _Kept(graph).of(_joined(graph, samples))
-    for name, whole in together.items():
-        for index, kept in enumerate(alone):
-            own = _sample_of(graph, name, whole, index, len(samples))
-            if own is not None and not _close(own, kept[name]):
-                return f"its samples do not leave each other alone: in a batch, {short(name)} is another"
+    limits = _limits(graph, samples[0], alone[0])
+    batches = [(samples, alone)]
+    if any(limit > _least_limit(alone[0][name].dtype) for name, limit in limits.items()):
+        batches.append(([samples[0], [_loud(one) for one in samples[1]]], alone[:1]))
+    for batch, kept in batches:
+        together = _Kept(graph).of(_joined(graph, batch))
+        for index, own in enumerate(kept):
+            for name, whole in together.items():
+                part = _sample_of(graph, name, whole, index, len(batch))
+                if part is not None and _distance(part, own[name]) > limits[name]:
+                    return f"its samples do not leave each other alone: in a batch, {short(name)} is another"
     return None
 
 
@@ -163,19 +176,39 @@ def _narrow(tensor: Tensor, dim: int | None, index: int) -> Tensor:
     return tensor if dim is None else tensor.narrow(dim, index, 1)
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def _limits(graph: LayerGraph, sample: Sequence[Tensor], alone: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return how far rounding may move each result, going by a batch that holds one sample twice."""
+    found = {}
+    for name, whole in _Kept(graph).of(_joined(graph, [sample, sample])).items():
+        part, own = _sample_of(graph, name, whole, 0, 2), alone[name]
+        rounding = 0.0 if part is None else _distance(part, own)
+        found[name] = max(_least_limit(own.dtype), min(_TIMES_ROUNDING * rounding, _COARSE_ROUNDING))
+    return found
+
+
+def _least_limit(dtype: torch.dtype) -> float:
+    return _ROUNDING.get(dtype, _COARSE_ROUNDING)
+
+
+def _loud(tensor: Tensor) -> Tensor:
+    return tensor * _LOUD if tensor.dtype.is_floating_point else tensor
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Return how far two tensors are from each other, as a part of the second one's largest value."""
     if one.shape != other.shape:
-        return False
+        return math.inf
     if not one.dtype.is_floating_point or one.is_quantized:
         # Rounding may move a value over an edge, so what follows from floating-point numbers says more.
-        return True
-    limit = _ROUNDING.get(one.dtype, _COARSE_ROUNDING)
+        return 0.0
     one, other = one.double(), other.double()
     both = one.isfinite() & other.isfinite()
     if not torch.equal(one.isfinite(), other.isfinite()):
-        return False
-    size = float(other[both].abs().max()) if bool(both.any()) else 0.0
-    return bool(((one - other)[both].abs() <= limit * size + 1e-30).all())
+        return math.inf
+    if not bool(both.any()):
+        return 0.0
+    far, size = float((one - other)[both].abs().max()), float(other[both].abs().max())
+    return far / size if size else math.inf if far > _NOTHING else 0.0
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
