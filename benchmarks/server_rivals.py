@@ -7,6 +7,10 @@ half as many as torchsurgeon's server has answered at 20 connections. The client
 but read and write sockets. Server and client share the machine's cores.
 
     python -m benchmarks.server_rivals [--litserve PYTHON] [--rounds 5] [--seconds 1.5] [--network NAME]
+    python -m benchmarks.server_rivals --device cuda --out FILE
+
+With ``--device cuda`` the networks are on an NVIDIA GPU. Then calls in the server's process are in one thread, and
+LitServe has one process.
 
 Printed and written are, for each network and server, the medians and quartiles over rounds of requests a second and of
 the 50th and 99th percentile of the time to an answer, and of the server's processor time a request, with the ratios of
@@ -33,7 +37,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,7 @@ import torch
 from benchmarks.evaluate.markdown import table
 from benchmarks.support import result_file
 from benchmarks.support.load_client import family, serve_client
-from benchmarks.support.load_networks import NETWORKS, Cut, network
+from benchmarks.support.load_networks import NETWORKS, ON_CPU, ON_GPU, Cut, network
 from benchmarks.support.result_file import RESULTS, write
 from benchmarks.support.servers import begin, by_starlette
 from benchmarks.support.side_by_side import median_ratio, spread
@@ -54,29 +58,30 @@ OUT = RESULTS / "server_rivals.json"
 PAGE = RESULTS.parents[1] / "docs" / "serving.md"
 BEGIN, END = "<!-- rivals, by benchmarks.server_rivals -->", "<!-- end of rivals -->"
 POOL, INLINE = "Starlette by hand, with a thread pool", "Starlette by hand, without"
-LITSERVE, OURS = "LitServe, batches of up to 8", "torchsurgeon"
+LITSERVE_BATCH = 8
+LITSERVE, OURS = f"LitServe, batches of up to {LITSERVE_BATCH}", "torchsurgeon"
 CONNECTIONS = (1, 20, 200)
 HALF = "half"
 BATCHES = (1, 2, 4, 8, 16)
 _START_S = 120.0
 
 
-def serve(name: str, told: Any) -> None:
+def serve(name: str, device: str, told: Any) -> None:
     """Serve one network in all ways, tell each one's port and request, and then how fast calls are in this process."""
     begin(None)
-    found = network(name)
+    found = network(name, device)
     (sent,) = found.tensors.values()
 
     def answer(data: Any) -> bytes:
         with torch.no_grad():
-            (result,) = found.tail(torch.frombuffer(data, dtype=torch.float32).view(sent.shape))
-            return bytes(result.numpy().tobytes())
+            (result,) = found.tail(torch.frombuffer(data, dtype=torch.float32).view(sent.shape).to(device))
+            return bytes(result.cpu().numpy().tobytes())
 
     raw = sent.numpy().tobytes()
     message = wire.encode_request(found.tensors)
     body = b"".join(bytes(one) for one in message.buffers)
     registry = ModelRegistry(profiler=None, batching="rounded")
-    registry.add("net", found.model, found.x)
+    served = registry.add("net", found.model, found.x)
     with Server(create_app(registry)) as server:
         told.send(
             {
@@ -89,13 +94,14 @@ def serve(name: str, told: Any) -> None:
                 ),
             }
         )
+        told.send(served.together)
         while True:
             batch, seconds = told.recv()
-            told.send(in_process(found, batch, seconds))
+            told.send(in_process(found, device, batch, seconds))
 
 
-def in_process(found: Cut, batch: int, seconds: float) -> float:
-    """Return how many samples a second calls of the tail reach, in as many threads as there are cores."""
+def in_process(found: Cut, device: str, batch: int, seconds: float) -> float:
+    """Return how many samples a second calls of the tail reach, in as many threads as compute at once."""
     (sent,) = found.tensors.values()
     x = sent.repeat(batch, *[1] * (sent.dim() - 1))
     counts: list[int] = []
@@ -105,11 +111,12 @@ def in_process(found: Cut, batch: int, seconds: float) -> float:
         done, end_s = 0, time.perf_counter() + seconds
         with torch.no_grad():
             while time.perf_counter() < end_s:
-                found.tail(x)
+                (result,) = found.tail(x.to(device))
+                result.cpu()
                 done += batch
         counts.append(done)
 
-    threads = [threading.Thread(target=call) for _ in os.sched_getaffinity(0)]
+    threads = [threading.Thread(target=call) for _ in range(at_once(device))]
     begun_s = time.perf_counter()
     for thread in threads:
         thread.start()
@@ -118,15 +125,20 @@ def in_process(found: Cut, batch: int, seconds: float) -> float:
     return sum(counts) / (time.perf_counter() - begun_s)
 
 
+def at_once(device: str) -> int:
+    """Return how many inferences compute at once on a device: one for each core, and one on a GPU."""
+    return len(os.sched_getaffinity(0)) if device == "cpu" else 1
+
+
 @contextmanager
-def litserve(python: str, name: str) -> Iterator[tuple[int, int, bytes]]:
+def litserve(python: str, name: str, device: str) -> Iterator[tuple[int, int, bytes]]:
     """Serve a network by LitServe; yields its process, its port and a request."""
     (sent,) = network(name).tensors.values()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     body = json.dumps({"data": base64.b64encode(sent.numpy().tobytes()).decode()}).encode()
-    workers = str(len(os.sched_getaffinity(0)))
-    command = [python, "-m", "benchmarks.support.litserve_tail", name, str(port), workers, "8"]
+    workers, batch = str(at_once(device)), str(LITSERVE_BATCH)
+    command = [python, "-m", "benchmarks.support.litserve_tail", name, str(port), workers, batch, device]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end_s = time.monotonic() + _START_S
@@ -142,7 +154,8 @@ def litserve(python: str, name: str) -> Iterator[tuple[int, int, bytes]]:
     finally:
         # Its workers would outlive a process that is told to end politely while they are busy.
         for pid in family(server.pid):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         server.wait()
 
 
@@ -151,14 +164,14 @@ def request(path: str, body: bytes, more: str = "") -> bytes:
     return head.encode() + body
 
 
-def compare(name: str, rounds: int, seconds: float, python: str | None) -> dict[str, Any]:
+def compare(name: str, rounds: int, seconds: float, python: str | None, device: str = "cpu") -> dict[str, Any]:
     """Return, for one network, the rows of each number of connections by server, and what calls reach."""
     with ExitStack() as stack:
-        server = stack.enter_context(apart(serve, name))
+        server = stack.enter_context(apart(serve, name, device))
         client = stack.enter_context(apart(serve_client))
-        ways = server.recv()
+        ways, together = server.recv(), server.recv()
         if python is not None:
-            ways[LITSERVE] = stack.enter_context(litserve(python, name))
+            ways[LITSERVE] = stack.enter_context(litserve(python, name, device))
         ways[OURS] = ways.pop(OURS)
         samples: dict[str, dict[str, list[dict[str, float]]]] = {}
 
@@ -185,11 +198,13 @@ def compare(name: str, rounds: int, seconds: float, python: str | None) -> dict[
     inside = {str(batch): spread(rates) for batch, rates in calls.items()}
     best = max(one["median"] for one in inside.values())
     found = {"rows": {what: rows(of_each) for what, of_each in samples.items()}, "half_rate_s": half}
+    found["together"] = together
     found |= {"in_process": inside, "of_in_process": found["rows"]["20"][OURS]["rate_s"]["median"] / best}
     for what, of_each in found["rows"].items():
         for label, row in of_each.items():
             print(f"{name}, {what}, {label}: {line(row)}", flush=True)
-    print(f"{name}: {found['of_in_process']:.2f} of {best:.0f} a second without HTTP", flush=True)
+    print(f"{name}: {found['of_in_process']:.2f} of {best:.0f} a second without HTTP, ", end="")
+    print(f"up to {together} samples together", flush=True)
     return found
 
 
@@ -259,13 +274,17 @@ def main() -> None:
     parser.add_argument("--litserve", metavar="PYTHON", help="the Python of an environment with LitServe")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--network", action="append", choices=list(NETWORKS), help="by default all")
+    parser.add_argument("--network", action="append", choices=list(NETWORKS), help="by default all of the device's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    found = {
-        name: compare(name, options.rounds, options.seconds, options.litserve) for name in options.network or NETWORKS
-    }
-    write(options.out, found, seconds=options.seconds, rounds=options.rounds)
+    if options.device != "cpu" and options.out == OUT:
+        parser.error(f"{OUT.name} is of the CPU: give --out FILE")
+    found = {}
+    for name in options.network or (ON_CPU if options.device == "cpu" else ON_GPU):
+        found[name] = compare(name, options.rounds, options.seconds, options.litserve, options.device)
+    gpu = {} if options.device == "cpu" else {"gpu": torch.cuda.get_device_name()}
+    write(options.out, found, seconds=options.seconds, rounds=options.rounds, **gpu)
     if options.out == OUT:
         result_file.show(PAGE, BEGIN, END, page(found))
 

@@ -1,4 +1,4 @@
-"""Write what ``run.sh`` found on GPUs into docs/profiling.md.
+"""Write what ``run.sh`` found on GPUs into docs/profiling.md, and what servers did there into docs/serving.md.
 
 It reads the folders in benchmarks/results/device/, each kept from the runs on one kind of GPU.
 
@@ -15,13 +15,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks import server_rivals
 from benchmarks.device.measure import CHAIN
-from benchmarks.support.result_file import RESULTS
+from benchmarks.support.result_file import RESULTS, known, show
 
 PAGE = Path(__file__).parents[2] / "docs" / "profiling.md"
 BEGIN, END = "<!-- figures, by benchmarks.device.figures -->", "<!-- end of figures -->"
 KEPT = RESULTS / "device"
-FILES = ("kernels", "clocks", "overhead", "layers", "tests")
+FILES = ("kernels", "clocks", "overhead", "layers", "serving", "split")
+SERVING = KEPT / "h200" / "serving.json"
+SERVING_BEGIN, SERVING_END = "<!-- on a GPU, by benchmarks.device.figures -->", "<!-- end of on a GPU -->"
 WAYS = ("cuda-events", "torch.cuda.Event", "torch.profiler")
 
 
@@ -33,6 +36,7 @@ def main() -> None:
         keep(Path(options.keep[0]), KEPT / options.keep[1])
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{page()}\n{END}{rest.partition(END)[2]}")
+    show(server_rivals.PAGE, SERVING_BEGIN, SERVING_END, server_rivals.page(known(SERVING)))
 
 
 def page() -> str:
@@ -41,12 +45,18 @@ def page() -> str:
 
 
 def keep(output: Path, folder: Path) -> None:
-    """Keep the files of a run without the serial number of its GPU, and the outcomes that ``tests.txt`` shows."""
+    """Keep the files of a run without the serial number of its GPU, and the outcomes that ``tests.txt`` shows.
+
+    Files of steps that have not run stay as they are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    found = {name: json.loads((output / f"{name}.json").read_text()) for name in FILES if name != "tests"}
-    outcomes = re.findall(r"^(tests/\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR)", (output / "tests.txt").read_text(), re.M)
-    tests = {name: outcome.lower() for name, outcome in outcomes}
-    found["tests"] = {"environment": found["kernels"]["environment"], "results": tests}
+    paths = {name: output / f"{name}.json" for name in FILES}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    tests = output / "tests.txt"
+    if tests.exists():
+        told = re.findall(r"^(tests/\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR)", tests.read_text(), re.M)
+        outcomes = {name: outcome.lower() for name, outcome in told}
+        found["tests"] = {"environment": found["kernels"]["environment"], "results": outcomes}
     for name, what in found.items():
         text = json.dumps(what, indent=None if name == "layers" else 1)
         (folder / f"{name}.json").write_text(re.sub(r" GPU-[0-9a-f-]+", "", text) + "\n")

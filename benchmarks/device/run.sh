@@ -5,9 +5,11 @@
 #
 #     benchmarks/device/run.sh OUTPUT_FOLDER [STEP …]
 #
-# Steps: kernels clocks overhead tests layers calibration; all of them by default, ten minutes at most.
+# Steps: kernels clocks overhead tests serving split layers calibration; all of them by default, 15 minutes at most.
 # DEVICE=cpu rehearses them on a machine without a GPU. PYTHON names another interpreter than python3.
-# Needs g++ and a Python that has PyTorch, torchvision, NumPy, SciPy, scikit-learn, requests, pytest and hypothesis.
+# Needs g++ and a Python that has PyTorch, torchvision, NumPy, SciPy, scikit-learn, requests, pytest and hypothesis;
+# the tests of a server, serving and split need zstandard, starlette, uvicorn and httptools, too. LITSERVE names a Python
+# that has LitServe, for serving.
 set -uo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -18,7 +20,7 @@ mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
 steps=("$@")
-[[ ${#steps[@]} -gt 0 ]] || steps=(kernels clocks overhead tests layers calibration)
+[[ ${#steps[@]} -gt 0 ]] || steps=(kernels clocks overhead tests serving split layers calibration)
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
@@ -57,6 +59,11 @@ for step in "${steps[@]}"; do
       mapfile -t files < <(grep -rlE 'mark\.cuda' tests --include='test_*.py')
       run tests 120 "$python" -m pytest -p no:cacheprovider -m cuda -v "${files[@]}"
       ;;
+    serving)
+      run serving 240 "$python" -m benchmarks.server_rivals --device "$device" --rounds 3 --seconds 1 \
+        ${LITSERVE:+--litserve "$LITSERVE"} --out "$out/serving.json"
+      ;;
+    split) run split 300 "$python" -m benchmarks.device.split --device "$device" --rounds 3 --out "$out/split.json" ;;
     calibration)
       run calibration 150 "$python" -m benchmarks.prediction --device "$device" --budget 60 --turns 1 \
         --keep "$out/calibration.json" --out "$out/prediction.json" --models alexnet resnet18 mobilenet_v3_large vit_b_16

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import zoo
+from benchmarks.device import split
 from benchmarks.evaluate import adaptation_page, alternatives_page, end_to_end_page, page_sections, pictures
 from benchmarks.evaluate.configurations import (
     BOUNDS,
@@ -66,6 +67,8 @@ def page(folder: Path = FOLDER) -> str:
         page_sections.datacenter(folder / DATACENTER),
         "## End to end",
         end_to_end_page.section(folder),
+        "### A server with a GPU",
+        split.section(),
         "## While link and load change",
         adaptation_page.section(),
         "## Beside the alternatives",

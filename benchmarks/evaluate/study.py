@@ -98,21 +98,38 @@ class Mode(NamedTuple):
 
 
 class Study:
-    """One network, with its profiles and with what may be done to it."""
+    """One network, with its profiles and with what may be done to it.
 
-    def __init__(self, name: str, repeats: int, budget_s: float = _BUDGET_S) -> None:
+    Args:
+        name: the network.
+        repeats: how often each way is run.
+        budget_s: how long each backend is measured.
+        backends: by what its parts may run on the device.
+        server: the server's profiles by backend; None where its backends take what they take here.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        repeats: int,
+        budget_s: float = _BUDGET_S,
+        *,
+        backends: tuple[str, ...] = BACKENDS,
+        server: dict[str, ts.LayerProfile] | None = None,
+    ) -> None:
         self.name, self.repeats = name, repeats
         self.model, self.example = network(name)
         self.graph = ts.trace(self.model, self.example)
         eager = ts.profile(self.graph, repeats=20, meter=None)
-        self.server = {"eager": eager}
-        for backend in BACKENDS[1:]:
-            self.server[backend] = ts.profile(self.graph, backend=backend, eager=eager, budget_s=budget_s, meter=None)
-        self.device = {backend: profile.scaled(SLOWER) for backend, profile in self.server.items()}
+        here = {"eager": eager}
+        for backend in backends[1:]:
+            here[backend] = ts.profile(self.graph, backend=backend, eager=eager, budget_s=budget_s, meter=None)
+        self.server = here if server is None else server
+        self.device = {backend: profile.scaled(SLOWER) for backend, profile in here.items()}
         lossless = _slowed(_lossless(self.graph, self.example))
         self.modes = {
             "float32": self._mode(FLOAT32, lossless),
-            "bfloat16": self._mode(BACKENDS, lossless),
+            "bfloat16": self._mode(backends, lossless),
         }
         if name == TRAINED:
             for budget in (0.01, 0.03):
@@ -120,7 +137,7 @@ class Study:
         self.answer_bytes = sum(spec.size_bytes for spec in self.graph.outputs)
 
     def _mode(self, backends: tuple[str, ...], codecs: CodecTable) -> Mode:
-        device, server = ([side[one] for one in backends] for side in (self.device, self.server))
+        device, server = ([side[one] for one in backends if one in side] for side in (self.device, self.server))
         return Mode(backends, codecs, Frontier.build(self.graph, device, server, codecs))
 
     def planned(self, link: str, devices: Iterable[str], servers: Iterable[str], codecs: CodecTable | None) -> ts.Plan:

@@ -1,6 +1,6 @@
 """The tail of a network behind LitServe, run by the Python of an environment that has LitServe and PyTorch.
 
-    PYTHON -m benchmarks.support.litserve_tail NETWORK PORT WORKERS BATCH
+    PYTHON -m benchmarks.support.litserve_tail NETWORK PORT WORKERS BATCH DEVICE
 
 LitServe has no way to take raw bytes, so a request is JSON with the tensor's bytes in base64, and so is its answer.
 Requests that wait are joined, as LitServe does it: those that come within a moment become one batch.
@@ -30,9 +30,9 @@ class Tail(litserve.LitAPI):  # type: ignore[misc]
 
     def setup(self, device: str) -> None:
         torch.set_num_threads(1)
-        found = network(self._name)
+        found = network(self._name, device)
         (sent,) = found.tensors.values()
-        self._shape, self._tail = sent.shape, found.tail
+        self._shape, self._tail, self._device = sent.shape, found.tail, device
 
     def decode_request(self, request: dict[str, str]) -> Tensor:
         data = bytearray(base64.b64decode(request["data"]))
@@ -43,8 +43,8 @@ class Tail(litserve.LitAPI):  # type: ignore[misc]
 
     def predict(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            (result,) = self._tail(x)
-        return result
+            (result,) = self._tail(x.to(self._device))
+        return result.cpu()  # type: ignore[no-any-return]
 
     def unbatch(self, output: Tensor) -> list[Tensor]:
         return list(output)
@@ -54,6 +54,6 @@ class Tail(litserve.LitAPI):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    name, port, workers, batch = sys.argv[1], *map(int, sys.argv[2:])
-    server = litserve.LitServer(Tail(name, batch), accelerator="cpu", devices=1, workers_per_device=workers)
+    name, port, workers, batch = sys.argv[1], *map(int, sys.argv[2:5])
+    server = litserve.LitServer(Tail(name, batch), accelerator=sys.argv[5], devices=1, workers_per_device=workers)
     server.run(host="127.0.0.1", port=port, num_api_servers=1, log_level="error", generate_client_file=False)

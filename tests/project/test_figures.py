@@ -266,6 +266,21 @@ def test_a_kept_run_has_no_serial_number_and_every_outcome(tmp_path: Path) -> No
     }
 
 
+def test_steps_that_have_not_run_leave_what_is_kept_as_it_is(tmp_path: Path) -> None:
+    for folder in ("kept", "run"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "kept" / "layers.json").write_text("{}\n")
+    (tmp_path / "run" / "serving.json").write_text(json.dumps({"environment": {}, "results": {"a": 1}}))
+    figures.keep(tmp_path / "run", tmp_path / "kept")
+    assert figures.read(tmp_path / "kept", "layers") == {}
+    assert figures.read(tmp_path / "kept", "serving")["results"] == {"a": 1}
+
+
+def test_what_a_server_with_a_gpu_answers_is_what_its_file_holds() -> None:
+    shown = result_file.shown(server_rivals.PAGE, figures.SERVING_BEGIN, figures.SERVING_END)
+    assert shown == server_rivals.page(result_file.known(figures.SERVING))
+
+
 def test_no_result_names_a_machine() -> None:
     for path in (ROOT / "benchmarks" / "results" / "device").rglob("*.json"):
         text = path.read_text()
