@@ -2,8 +2,9 @@
 
 torchsurgeon's server and two applications of Starlette run in one process, with one thread per inference, and are up
 the whole time; LitServe starts processes of its own. A round asks one after the other in a new random order, at 1, 20
-and 200 connections that each send the next request once they have the answer. Then requests come at random moments,
-half as many as torchsurgeon's server has answered at 20 connections. The client is another process, which does nothing
+and 200 connections that each send the next request once they have the answer. Then requests come at random moments to
+torchsurgeon's server, and to Starlette's without a thread pool: half as many as the former has answered at 20
+connections. The client is another process, which does nothing
 but read and write sockets. Server and client share the machine's cores.
 
     python -m benchmarks.server_rivals [--litserve PYTHON] [--rounds 5] [--seconds 1.5] [--network NAME]
@@ -60,6 +61,8 @@ BEGIN, END = "<!-- rivals, by benchmarks.server_rivals -->", "<!-- end of rivals
 POOL, INLINE = "Starlette by hand, with a thread pool", "Starlette by hand, without"
 LITSERVE_BATCH = 8
 LITSERVE, OURS = f"LitServe, batches of up to {LITSERVE_BATCH}", "torchsurgeon"
+HALF_WAYS = (INLINE, OURS)
+"""Which of them requests come to at random moments. The others may answer too few a second for that."""
 CONNECTIONS = (1, 20, 200)
 HALF = "half"
 BATCHES = (1, 2, 4, 8, 16)
@@ -177,7 +180,7 @@ def compare(name: str, rounds: int, seconds: float, python: str | None, device: 
 
         def ask(what: str, label: str, *how: Any) -> None:
             client.send((*ways[label], *how))
-            of_each = samples.setdefault(what, {one: [] for one in ways if what != HALF or one == OURS})
+            of_each = samples.setdefault(what, {one: [] for one in (HALF_WAYS if what == HALF else ways)})
             of_each[label].append(client.recv())
 
         for index in range(rounds + 1):
@@ -189,7 +192,8 @@ def compare(name: str, rounds: int, seconds: float, python: str | None, device: 
                 samples.clear()
         half = statistics.median(one["rate_s"] for one in samples["20"][OURS]) / 2
         for index in range(rounds):
-            ask(HALF, OURS, 20, 2 * seconds, half, index)
+            for label in random.Random(index).sample(HALF_WAYS, len(HALF_WAYS)):
+                ask(HALF, label, 20, 2 * seconds, half, index)
         calls: dict[int, list[float]] = {batch: [] for batch in BATCHES}
         for _ in range(rounds):
             for batch, rates in calls.items():
@@ -252,21 +256,27 @@ def page(results: Mapping[str, Any]) -> str:
                 )
     summary = []
     for name, found in results.items():
-        half = found["rows"][HALF][OURS]
+        half = [waits(found["rows"][HALF].get(way)) for way in (OURS, INLINE)]
         batch, best = max(found["in_process"].items(), key=lambda item: item[1]["median"])
         summary.append(
             (
                 name,
                 f"{found['half_rate_s']:.0f}",
-                f"{half['median_s']['median'] * 1e3:.1f}, {half['p99_s']['median'] * 1e3:.1f}",
-                f"{half['tail_ratio']:.1f}",
+                *half,
                 f"{best['median']:.0f}, in batches of {batch}",
                 f"{found['of_in_process']:.2f}",
             )
         )
-    more = ("network", "half of saturation, a second", "p50, p99, ms", "p99 / p50")
+    more = ("network", "half of saturation, a second", "p50, p99, p99 / p50", "of Starlette without a pool")
     more += ("samples a second without HTTP", "of that at 20 connections")
     return table(heads, lines) + "\n\n" + table(more, summary) + "\n"
+
+
+def waits(row: Mapping[str, Any] | None) -> str:
+    """Return percentiles of the time to an answer in ms, and their ratio; nothing where they were not measured."""
+    if row is None:
+        return ""
+    return f"{row['median_s']['median'] * 1e3:.1f} ms, {row['p99_s']['median'] * 1e3:.1f} ms, {row['tail_ratio']:.1f}"
 
 
 def main() -> None:
