@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -43,6 +44,8 @@ _SERVER = "127.0.0.2"
 _CALL_PORT, _RATE_PORT, _PUSH_PORT = 9999, 9922, 5555
 _PROBE_BYTES = 602_541
 _PATIENCE_S = 400.0
+_SILENT_S, _TRIES = 90.0, 3
+"""After so long without a line of output a run is given up, and it is begun so many times."""
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "joblib", "numpy")
 
 
@@ -70,7 +73,18 @@ def main() -> None:
 
 
 def searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
-    """Return what one request of Neurosurgeon's code takes, by what it prints."""
+    """Return what one request of Neurosurgeon's code takes, by what it prints.
+
+    Two of its messages may arrive in one piece, of which its server reads only the first. Then both sides wait for ever.
+    """
+    for tried in range(_TRIES):
+        row = _searched(folder, chain, link)
+        if "latency_s" in row:
+            break
+    return row | {"hung": tried + ("latency_s" not in row)}
+
+
+def _searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
     with ExitStack() as stack:
         for port in (_CALL_PORT, _RATE_PORT):
             stack.enter_context(LinkEmulator(port, _SERVER, port, link))
@@ -80,15 +94,20 @@ def searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
         _await(_RATE_PORT)
         edge = ("-i", "127.0.0.1", "-p", str(_CALL_PORT), "-d", "cpu", "-t", chain)
         lines = list(_lines(stack.enter_context(_running(SLOWER, own, folder / "edge_api.py", edge))))
-    at_s = {key: _stamp(lines, key) for key in ("get bandwidth value", "best latency", "Inference Finished")}
+    at_s: dict[str, Any] = {key: _stamp(lines, key) for key in ("get bandwidth value", "best latency")}
+    at_s["Inference Finished"] = next((when for when, line in lines if "Inference Finished" in line), None)
     text = "\n".join(line for _, line in lines)
     rate = _number(r"get bandwidth value : ([\d.]+)", text)
     parts = [float(value) / 1e3 for value in re.findall(r"- ([\d.]+) ms", text)]
-    head_s, crossing_s, tail_s = parts
-    return {
+    found = {
         "probe_s": round(_PROBE_BYTES / (rate * 1024 * 1024), 4),
         "search_s": round(at_s["best latency"] - at_s["get bandwidth value"], 4),
         "cut": re.findall(r"best partition point : (\d+)", text)[0],
+    }
+    if at_s["Inference Finished"] is None:
+        return found
+    head_s, crossing_s, tail_s = parts
+    return found | {
         "head_s": head_s,
         "crossing_s": crossing_s,
         "tail_s": tail_s,
@@ -144,9 +163,17 @@ def _running(
 
 
 def _lines(process: subprocess.Popen[str]) -> Iterator[tuple[float, str]]:
-    """Yield what a process prints, with the time of each line."""
+    """Yield what a process prints, with the time of each line; kill it once it has printed nothing for long."""
     assert process.stdout is not None
-    for line in process.stdout:
+    while True:
+        timer = threading.Timer(_SILENT_S, process.kill)
+        timer.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line:
+            return
         yield time.perf_counter(), line.rstrip()
 
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from torchsurgeon.backends import Part, openvino
+from torchsurgeon.backends import Part, exporting, onnx, openvino
 from torchsurgeon.backends import onnxruntime as ort
 
 
@@ -25,7 +25,8 @@ def made_once() -> Iterator[None]:
 
     What it is exported to is kept, and given to all who export it with the same freedom of the batch.
     """
-    write, convert = ort.write_onnx, functools.cache(_by_freedom(openvino.converted))
+    export, convert = (functools.cache(_by_freedom(make)) for make in (_export, openvino.converted))
+    write = ort.write_onnx
     with tempfile.TemporaryDirectory() as folder:
 
         def written(
@@ -42,10 +43,18 @@ def made_once() -> Iterator[None]:
             for file in kept.iterdir():
                 os.link(file, path.parent / file.name)
 
+        def exported(part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Any:
+            return export(_Example(part, example), free_batch)
+
         def converted(part: Part, example: Sequence[Tensor], free_batch: bool) -> Any:
             return convert(_Example(part, example), free_batch)
 
-        with mock.patch.object(ort, "write_onnx", written), mock.patch.object(openvino, "converted", converted):
+        with (
+            mock.patch.object(onnx, "export", exported),
+            mock.patch.object(openvino, "export", exported),
+            mock.patch.object(ort, "write_onnx", written),
+            mock.patch.object(openvino, "converted", converted),
+        ):
             yield
 
 
@@ -60,6 +69,10 @@ class _Example:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Example) and other.part is self.part
+
+
+def _export(part: Part, example: Sequence[Tensor], free_batch: bool) -> Any:
+    return exporting.export(part, example, free_batch=free_batch)
 
 
 def _by_freedom(convert: Callable[[Part, Sequence[Tensor], bool], Any]) -> Callable[[_Example, bool], Any]:
