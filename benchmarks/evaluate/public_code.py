@@ -75,13 +75,13 @@ def main() -> None:
 def searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
     """Return what one request of Neurosurgeon's code takes, by what it prints.
 
-    Two of its messages may arrive in one piece, of which its server reads only the first. Then both sides wait for ever.
+    Two of its messages may arrive in one piece, of which its server reads only the first. Then both sides wait for
+    ever.
     """
-    for tried in range(_TRIES):
-        row = _searched(folder, chain, link)
-        if "latency_s" in row:
-            break
-    return row | {"hung": tried + ("latency_s" not in row)}
+    rows: list[dict[str, Any]] = []
+    while len(rows) < _TRIES and not (rows and "latency_s" in rows[-1]):
+        rows.append(_searched(folder, chain, link))
+    return rows[-1] | {"hung": sum("latency_s" not in row for row in rows)}
 
 
 def _searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
