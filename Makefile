@@ -25,9 +25,11 @@ setup: $(VENV)/.set-up
 demo: setup
 	$(BIN)/torchsurgeon demo $(if $(PHOTOS),--photos '$(PHOTOS)')
 
-# Two processes, each with test files of its own, since the tests wait for servers and links about half of the time.
+# Two processes, each with test files of its own, since the tests wait for servers and links about half of the time. In
+# the order of the folders: files with few tests, which take the longest, would otherwise all come last, and one process
+# would wait for the other.
 test: setup interop
-	$(BIN)/pytest -n 2 --dist loadfile --durations 25
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 DEVICE ?= cpu
 bench: setup
