@@ -13,6 +13,7 @@ machines compare are SHA-256 digests.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -81,17 +82,17 @@ class Sample:
         if not self.whole:
             step = max(1, -(-len(near) // _SAMPLED_TENSORS))
             near = [_middle(part) for part in near[::step]]
-        # Words are compared faster than bytes.
-        missing = -sum(map(len, near)) % _WORD_BYTES
-        self._views = [*near, torch.zeros(missing, dtype=torch.uint8, device="cpu")]
-        self._known = self._now()
+        self._kept = near
+        self._views = list(map(_memory, near))
+        self._known = b"".join(self._views)
 
     def same(self) -> bool:
-        """Return whether these bytes are the same. It is called at every inference."""
-        return torch.equal(self._now(), self._known)
+        """Return whether these bytes are the same. It is called at every inference.
 
-    def _now(self) -> Tensor:
-        return torch.cat(self._views).view(torch.int64)
+        To be called after ``Snapshot.same_weights()``: the memory of a tensor that has been given other memory may no
+        longer be there.
+        """
+        return b"".join(self._views) == self._known
 
 
 class _Piece(NamedTuple):
@@ -211,6 +212,14 @@ def _is_flat(part: Tensor) -> bool:
 
 def _flat(part: Tensor) -> Tensor:
     return part if _is_flat(part) else part.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
+def _memory(part: Tensor) -> memoryview:
+    """Return the memory of a vector of bytes; joining several takes a tenth of the time that ``torch.cat`` does.
+
+    ``Tensor.numpy()`` would forbid the tensor to be resized from then on.
+    """
+    return memoryview((ctypes.c_char * len(part)).from_address(part.data_ptr())).cast("B")
 
 
 def _middle(part: Tensor) -> Tensor:
