@@ -7,11 +7,13 @@ Every figure is taken from a file in ``benchmarks/results/``, and links the sect
 
 from __future__ import annotations
 
+import json
 import statistics
 import textwrap
 from pathlib import Path
 
-from benchmarks import backends, split_plane
+from benchmarks import backends, server_rivals, split_plane
+from benchmarks.device import figures as device_figures
 from benchmarks.evaluate import configurations, end_to_end, end_to_end_page, page, today
 from benchmarks.evaluate.markdown import percent, times
 from benchmarks.support import result_file
@@ -20,6 +22,7 @@ ROOT = result_file.RESULTS.parents[1]
 PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "index.md": ""}
 """The pages, and where their links to docs/ begin."""
 BEGIN, END = "<!-- figures, by benchmarks.front_page -->", "<!-- end of figures -->"
+ON_GPU = "ViT-B/16 after six of its layers"
 PLANE = "fitted; 97 % kept as measured; pictures take what encoding them takes"
 
 
@@ -30,7 +33,7 @@ def figures(docs: str, folder: Path = page.FOLDER) -> str:
         docs: where links to docs/ begin.
         folder: where the evaluation's files of results are.
     """
-    points = [_streams(docs), _end_to_end(docs, folder), _paper(docs, folder), _backends(docs)]
+    points = [_streams(docs), _end_to_end(docs, folder), _paper(docs, folder), _server(docs), _backends(docs)]
     lines = (textwrap.fill(" ".join(point.split()), 118, break_on_hyphens=False) for point in points)
     return "".join(f"- {textwrap.indent(line, '  ').strip()}\n" for line in lines)
 
@@ -78,6 +81,17 @@ def _paper(docs: str, folder: Path) -> str:
         server, and {most} at most: the Neurosurgeon paper's networks for vision and speech, by what its authors
         measured. The planner finds the best cut in {every["latency_optimal"]} of {every["configurations"]}
         configurations."""
+
+
+def _server(docs: str) -> str:
+    read = json.loads(device_figures.SERVING.read_text())
+    rows = read["results"][ON_GPU]["rows"]["20"]
+    rate = {name: row["rate_s"]["median"] for name, row in rows.items()}
+    ours, by_hand = rate[server_rivals.OURS], max(rate[server_rivals.POOL], rate[server_rivals.INLINE])
+    return f"""**[{times(ours / by_hand)} as many requests a second]({docs}serving.md#speed)** as the quicker of two
+        servers that one writes by hand with Starlette, and {times(ours / rate[server_rivals.LITSERVE])} as many as
+        LitServe: twenty connections ask for the second half of ViT-B/16, which an {read["environment"]["gpu"]}
+        computes. Requests that wait run together."""
 
 
 def _backends(docs: str) -> str:
