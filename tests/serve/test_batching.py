@@ -301,6 +301,25 @@ def test_a_processor_that_multiplies_coarsely_is_not_taken_for_a_model_that_mixe
     assert (why_alone(graph, [x]) is not None) == found
 
 
+def test_a_model_that_takes_no_other_values_is_served_and_not_batched(caplog: pytest.LogCaptureFixture) -> None:
+    class Looked(nn.Module):
+        """Floating-point numbers that are places in a table."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table(x.long())
+
+    x = torch.arange(6.0)[None]
+    registry = registry_of()
+    with caplog.at_level("INFO"):
+        assert registry.add("net", seeded(Looked()), x).together == 1
+    registry.close()
+    assert "it does not take other values than its example's: IndexError" in caplog.text
+
+
 def test_models_whose_batch_is_not_free_or_whose_path_depends_on_values_are_not_batched() -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

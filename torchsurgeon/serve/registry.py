@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torchsurgeon import wire
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.backends import Backend, find_backends
 from torchsurgeon.backends.eager import Eager
 from torchsurgeon.errors import (
@@ -205,11 +206,16 @@ class ModelRegistry:
         """Return how many samples may be run together, and whether answers may then be the same to rounding only."""
         if self.batching == "off" or tensors is None:
             return 1, False
-        why = why_alone(graph, tensors)
+        try:
+            why = why_alone(graph, tensors)
+            exact = 1 if why is not None else most_exact(graph, tensors)
+        except Exception as error:
+            if by_signal_handler(error):
+                raise
+            why = f"it does not take other values than its example's: {type(error).__name__}: {short(error)}"
         if why is not None:
             _log.info("requests of model %s are not joined to batches: %s", name, why)
             return 1, False
-        exact = most_exact(graph, tensors)
         if self.batching == "exact" or exact == MOST_EXACT:
             return exact, False
         return self.max_batch, True
