@@ -65,6 +65,8 @@ class Whatever(nn.Module):
             y = y.roll(1, 0)
         elif self.way == "summed":
             y = y + 0.01 * y.sum(0)
+        elif self.way == "counted":
+            y = y * (1 + x.shape[0])
         elif self.way == "quantized":
             scale = y.abs().max() / 127
             y = (y / scale).round() * scale
@@ -260,7 +262,7 @@ def test_the_times_of_an_answer_add_up(served: ServedModel, monkeypatch: pytest.
 # --- which models ---
 
 
-@pytest.mark.parametrize("way", ["centred", "scaled", "softmax", "shifted", "quantized", "summed"])
+@pytest.mark.parametrize("way", ["centred", "scaled", "softmax", "shifted", "quantized", "summed", "counted"])
 def test_a_model_that_mixes_its_samples_is_found_and_not_batched(way: str) -> None:
     x = torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
     graph = ts.trace(seeded(Whatever(way)), x)
@@ -277,8 +279,42 @@ def test_a_model_whose_samples_leave_each_other_alone_may_be_batched() -> None:
     x = torch.rand(1, 6)
     assert why_alone(ts.trace(seeded(Whatever("")), x), [x]) is None
     assert why_alone(ts.trace(seeded(Net()), X), [X]) is None
+    whole = torch.tensor([[3, 1, 2]])
+    assert why_alone(ts.trace(nn.Embedding(4, 2).eval(), whole), [whole]) is None
+    assert why_alone(ts.trace(nn.Embedding(4, 2).eval(), whole[:, :1]), [whole[:, :1]]) is None
     pair = torch.rand(2, 6)
     assert why_alone(ts.trace(seeded(Whatever("")), pair), [pair]) is None
+
+
+class Sorted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.round().long().sort(0).values
+
+
+class Either(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0).any(0).expand_as(x)
+
+
+class Masked(nn.Module):
+    """Takes what any sample's mask lets through; the example's mask lets everything through."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask.amax(0)
+
+
+class Transformed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x, dim=0)
+
+
+@pytest.mark.parametrize("model", [Sorted(), Either(), Masked(), Transformed()], ids=lambda model: type(model).__name__)
+def test_samples_that_mix_without_a_floating_point_number_that_shows_it_are_found(model: nn.Module) -> None:
+    x = 3 * torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
+    inputs = [x, torch.ones(1, 6, dtype=torch.int64)] if isinstance(model, Masked) else [x]
+    graph = ts.trace(model.eval(), *inputs)
+    assert graph.batch_free
+    assert why_alone(graph, inputs) is not None
 
 
 @pytest.mark.parametrize(("way", "found"), [("", False), ("summed", True), ("centred", True)])

@@ -24,15 +24,9 @@ from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.state import left_as_it_was
 from torchsurgeon.tracing.step import Environment, Step
 
-# Rounding moves a value by less than this part of the largest in its tensor, and another sample by more. A processor
-# may multiply more coarsely than a tensor's type says, as a GPU does in TF32, and for one batch size only. That shows
-# in a batch of twice the same sample, and so many times as much is rounding, too.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
-_COARSE_ROUNDING = 5e-2
-_TIMES_ROUNDING = 4.0
-# Where more is taken for rounding, a sample is run beside one that is so many times as large. Whatever that adds to the
-# sample is no rounding.
-_LOUD = 30.0
+# In batches of one size, the same kernels run for a sample whatever lies beside it, so it may move by hardly anything.
+# From one size to another, kernels change, and may multiply more coarsely than a tensor's type says (TF32 on a GPU).
+_IN_ONE_SIZE, _IN_ANOTHER_SIZE, _IN_FLOAT64 = 1e-3, 5e-2, 1e-9
 _NOTHING = 1e-30
 # Batches of up to so many samples are compared bit for bit.
 MOST_EXACT = 8
@@ -54,18 +48,16 @@ def why_alone(graph: LayerGraph, tensors: Sequence[Tensor]) -> str | None:
         if batch_dimension(spec) is None:
             return f"its tensor {short(spec.name)} has no dimension for samples"
     samples = _samples(graph, tensors, 2)
-    alone = [_Kept(graph).of(one) for one in samples]
-    limits = _limits(graph, samples[0], alone[0])
-    batches = [(samples, alone)]
-    if any(limit > _least_limit(alone[0][name].dtype) for name, limit in limits.items()):
-        batches.append(([samples[0], [_loud(one) for one in samples[1]]], alone[:1]))
-    for batch, kept in batches:
-        together = _Kept(graph).of(_joined(graph, batch))
-        for index, own in enumerate(kept):
-            for name, whole in together.items():
-                part = _sample_of(graph, name, whole, index, len(batch))
-                if part is not None and _distance(part, own[name]) > limits[name]:
-                    return f"its samples do not leave each other alone: in a batch, {short(name)} is another"
+    together = _Kept(graph).of(_joined(graph, samples))
+    for index, sample in enumerate(samples):
+        alone, twice = _Kept(graph).of(sample), _Kept(graph).of(_joined(graph, [sample, sample]))
+        for name, whole in together.items():
+            beside_itself = _sample_of(graph, name, twice[name], index, 2)
+            beside_another = _sample_of(graph, name, whole, index, 2)
+            if beside_itself is None or beside_another is None:
+                continue
+            if _moves(beside_another, beside_itself, alone[name]):
+                return f"its samples do not leave each other alone: in a batch, {short(name)} is another"
     return None
 
 
@@ -144,8 +136,13 @@ def _another(tensor: Tensor, noise: torch.Generator) -> Tensor:
     if not tensor.numel():
         return tensor.clone()
     mixed = tensor.reshape(-1)[torch.randperm(tensor.numel(), generator=noise)].reshape(tensor.shape)
-    if not tensor.dtype.is_floating_point:
+    if tensor.is_complex():
         return mixed
+    if not tensor.is_floating_point():
+        # Values that are all the same, such as those of a mask, stay the same in any order. 0 may stand in for any.
+        some = torch.rand(tensor.shape, generator=noise) < 0.5
+        some.view(-1)[0] = True
+        return mixed.masked_fill(some, 0) if bool((mixed == mixed.view(-1)[0]).all()) else mixed
     low, high = float(tensor.min()), float(tensor.max())
     spread = (high - low) or 1.0
     added = torch.rand(tensor.shape, generator=noise, dtype=torch.float32) * spread
@@ -176,31 +173,29 @@ def _narrow(tensor: Tensor, dim: int | None, index: int) -> Tensor:
     return tensor if dim is None else tensor.narrow(dim, index, 1)
 
 
-def _limits(graph: LayerGraph, sample: Sequence[Tensor], alone: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return how far rounding may move each result, going by a batch that holds one sample twice."""
-    found = {}
-    for name, whole in _Kept(graph).of(_joined(graph, [sample, sample])).items():
-        part, own = _sample_of(graph, name, whole, 0, 2), alone[name]
-        rounding = 0.0 if part is None else _distance(part, own)
-        found[name] = max(_least_limit(own.dtype), min(_TIMES_ROUNDING * rounding, _COARSE_ROUNDING))
-    return found
-
-
-def _least_limit(dtype: torch.dtype) -> float:
-    return _ROUNDING.get(dtype, _COARSE_ROUNDING)
-
-
-def _loud(tensor: Tensor) -> Tensor:
-    return tensor * _LOUD if tensor.dtype.is_floating_point else tensor
+def _moves(beside_another: Tensor, beside_itself: Tensor, alone: Tensor) -> bool:
+    """Return whether what lies beside a sample in a batch changes its result, or how many lie there."""
+    wide = alone.dtype in (torch.float64, torch.complex128)
+    if _distance(beside_another, beside_itself) > (_IN_FLOAT64 if wide else _IN_ONE_SIZE):
+        return True
+    # Rounding may move a number over an edge, and whole numbers with it, so these are not compared between sizes.
+    numbers = alone.is_floating_point() or alone.is_complex()
+    return numbers and _distance(beside_itself, alone) > (_IN_FLOAT64 if wide else _IN_ANOTHER_SIZE)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Return how far two tensors are from each other, as a part of the second one's largest value."""
+    """Return how far two tensors are from each other, as a part of the second one's largest value.
+
+    Of whole numbers and truth values, it is 0 where all are equal, and infinite otherwise.
+    """
     if one.shape != other.shape:
         return math.inf
-    if not one.dtype.is_floating_point or one.is_quantized:
-        # Rounding may move a value over an edge, so what follows from floating-point numbers says more.
+    if torch.equal(one, other):
         return 0.0
+    if one.is_quantized or not (one.is_floating_point() or one.is_complex()):
+        return math.inf
+    if one.is_complex():
+        one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other.resolve_conj())
     one, other = one.double(), other.double()
     both = one.isfinite() & other.isfinite()
     if not torch.equal(one.isfinite(), other.isfinite()):
