@@ -28,6 +28,7 @@ from torchsurgeon.tracing.step import Environment, Step
 # From one size to another, kernels change, and may multiply more coarsely than a tensor's type says (TF32 on a GPU).
 _IN_ONE_SIZE, _IN_ANOTHER_SIZE, _IN_FLOAT64 = 1e-3, 5e-2, 1e-9
 _NOTHING = 1e-30
+_ZEROS = 0.6
 # Batches of up to so many samples are compared bit for bit.
 MOST_EXACT = 8
 _SMALL_BYTES, _REPEATS = 1 << 20, 8
@@ -139,10 +140,9 @@ def _another(tensor: Tensor, noise: torch.Generator) -> Tensor:
     if tensor.is_complex():
         return mixed
     if not tensor.is_floating_point():
-        # Values that are all the same, such as those of a mask, stay the same in any order. 0 may stand in for any.
-        some = torch.rand(tensor.shape, generator=noise) < 0.5
-        some.view(-1)[0] = True
-        return mixed.masked_fill(some, 0) if bool((mixed == mixed.view(-1)[0]).all()) else mixed
+        # In another order, a mask would let as many through, and a text would be as long. So some become zero, which is
+        # a valid token, and a valid place in any table.
+        return mixed.masked_fill(torch.rand(tensor.shape, generator=noise) < _ZEROS, 0)
     low, high = float(tensor.min()), float(tensor.max())
     spread = (high - low) or 1.0
     added = torch.rand(tensor.shape, generator=noise, dtype=torch.float32) * spread
