@@ -2,7 +2,8 @@
 
 Tensors are what AlexNet and ResNet-18 hold at cuts of a photograph, which scikit-learn ships, and the photograph
 itself for the image codecs. Weights are random, so ratios are of no trained model. The entropy coder and zstd get the
-same integers: coefficients of 7×7 blocks of such a tensor, quantized with a step of half their deviation.
+same integers: coefficients of 7×7 blocks of such a tensor, quantized with a step of half their deviation. The entropy
+coder is also timed as a device without PyTorch has it, in NumPy and a loop of Python.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torchsurgeon.codec import find_codec, range_coder, zstd
 from torchsurgeon.codec.codec import EncodedTensor
 from torchsurgeon.codec.range_fit import fit_tables
 from torchsurgeon.demo import photo
+from torchsurgeon.edge import range_encoder
 
 CUTS = ("alexnet, features.0", "alexnet, features.5", "resnet18, bn1", "resnet18, layer3.1.relu_1")
 CODECS = ("zstd", "float16", "int8", "int4", "int8+zstd")
@@ -177,8 +179,10 @@ def test_entropy_coding(cut: str, side_by_side: SideBySide, crossing: Callable[[
             "decode zstd": lambda: zstd.decompress(memoryview(frame), values.numel()),
             "range coder": lambda: range_coder.encode(values, tables),
             "decode range coder": lambda: range_coder.decode(stream, values.shape, tables),
+            "range coder without PyTorch": lambda: range_encoder.encode(values.numpy(), tables),
         }
     )
+    assert range_encoder.encode(values.numpy(), tables) == stream
     assert torch.equal(range_coder.decode(stream, values.shape, tables), values)
     ideal = float(range_coder.bits(values, tables).sum()) / 8
     for name, stats in found.items():

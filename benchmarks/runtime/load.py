@@ -1,10 +1,10 @@
 """A server's load rising to 90 % and falling again, as the Neurosurgeon paper's load experiment: adaptive and fixed.
 
 ResNet-50 on photographs over an emulated Wi-Fi link; the device is this process, paced so that the whole model takes
-four times as long on it as on the server, a process on a core of its own where there is one. A third process asks the same server for
-whole inferences, past the link, at random times (Poisson) and as often as gives the load; the device's own come on top
-of it. At each step of the load three ways take turns inference by inference: ``adaptive``, always ``server``, always
-``device``.
+four times as long on it as on the server, a process on a core of its own where there is one. A third process asks the
+same server for whole inferences, past the link, at random times (Poisson) and as often as gives the load; the device's
+own come on top of it. At each step of the load three ways take turns inference by inference: ``adaptive``, always
+``server``, always ``device``.
 
 Printed and written are mean, quartiles and 95th percentile of each way at each load, and the ratios to always server.
 
