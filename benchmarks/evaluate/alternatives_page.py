@@ -226,7 +226,7 @@ def _public(path: Path) -> str:
     read = json.loads(path.read_text())
     results = read["results"]
     searched = [
-        (name, pictures.LINK_NAMES[link], *(f"{row[key]:.3g}" if key in row else "hung" for key in _SEARCHED))
+        (name, pictures.LINK_NAMES[link], *(f"{row[key]:.3g}" if key in row else "did not end" for key in _SEARCHED))
         for name, rows in results["Neurosurgeon"].items()
         for link, row in rows.items()
     ]
@@ -256,7 +256,8 @@ def _public(path: Path) -> str:
                 **Tjyy-1223/Neurosurgeon** at {commits["Neurosurgeon"][:7]}, `cloud_api.py` and `edge_api.py`, seconds:
                 the probe of the rate, the search on the device, and what it reports of head, crossing and tail at the
                 cut that it chooses. Its regressions are of its authors' machine. No answer comes back to the device.
-                Of {runs} runs {hung} hung, because two messages that arrive in one piece are read as one.
+                Of {runs} runs {hung} did not end: its server takes two messages that arrive in one piece for one, and
+                then waits for ever, or stops.
                 """
             ),
             table(

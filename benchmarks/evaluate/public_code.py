@@ -76,7 +76,7 @@ def searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
     """Return what one request of Neurosurgeon's code takes, by what it prints.
 
     Two of its messages may arrive in one piece, of which its server reads only the first. Then both sides wait for
-    ever.
+    ever, or its server stops. ``hung`` is how many runs ended so.
     """
     rows: list[dict[str, Any]] = []
     while len(rows) < _TRIES and not (rows and "latency_s" in rows[-1]):
