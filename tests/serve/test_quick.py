@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import threading
+import time
 
 import pytest
 import torch
+from torch import Tensor, fx, nn
 
-from torchsurgeon.serve.quick import QuickRequests
+from torchsurgeon.serve import ModelRegistry, Server, create_app
+from torchsurgeon.serve.quick import LoneClient, QuickRequests
 from torchsurgeon.serve.worker import Worker
 
 QUICK_S, SLOW_S = 1e-4, 1e-2
@@ -44,6 +50,68 @@ def test_the_lengths_that_are_remembered_are_bounded() -> None:
     for size in range(10_000):
         quick.took(size, QUICK_S)
     assert len(quick._kinds) <= 256
+
+
+def test_a_client_is_alone_once_it_has_asked_for_a_while_and_another_ends_that() -> None:
+    lone = LoneClient()
+    assert [lone.asks("a:1") for _ in range(40)] == [False] * 32 + [True] * 8
+    assert not lone.asks("b:2")
+    assert not any(lone.asks("a:1") for _ in range(32))
+    assert lone.asks("a:1")
+
+
+def test_brief_requests_are_those_that_are_expected_to_end_soon() -> None:
+    quick = QuickRequests()
+    assert not quick.brief(100)
+    quick.took(100, SLOW_S)
+    quick.took(101, 10 * SLOW_S)
+    assert quick.brief(100)
+    assert not quick.brief(101)
+
+
+THREADS: list[str] = []
+
+
+def note_thread(x: Tensor) -> Tensor:
+    THREADS.append(threading.current_thread().name)
+    time.sleep(0.001)
+    return x
+
+
+fx.wrap("note_thread")
+
+
+class Noted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(note_thread(x))
+
+
+def test_requests_of_a_client_that_is_alone_run_where_they_are_received() -> None:
+    body = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1.0] * 4}]})
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", Noted().eval(), torch.rand(1, 4))
+    with Server(create_app(registry)) as server:
+        one, other = (http.client.HTTPConnection("127.0.0.1", server.port, timeout=20) for _ in range(2))
+
+        def ask(link: http.client.HTTPConnection) -> str:
+            THREADS.clear()
+            link.request("POST", "/v2/models/net/infer", body)
+            assert link.getresponse().read()
+            (thread,) = THREADS
+            return thread
+
+        with contextlib.closing(one), contextlib.closing(other):
+            assert ask(one).startswith("torchsurgeon-net")
+            threads = [ask(one) for _ in range(50)]
+            assert threads[0].startswith("torchsurgeon-net")
+            assert not threads[-1].startswith("torchsurgeon-net")
+            assert ask(other).startswith("torchsurgeon-net")
+            assert ask(one).startswith("torchsurgeon-net")
+    registry.close()
 
 
 @pytest.mark.parametrize("kind", ["quick", "slow"])

@@ -19,6 +19,7 @@ from torchsurgeon.serve.admission import DEADLINE, PRIORITY, deadline_in, level_
 from torchsurgeon.serve.failure import RETRY_AFTER_S, BusyError, error_body, retry_after_s, status_of
 from torchsurgeon.serve.fairness import NORMAL
 from torchsurgeon.serve.outcome import Outcome
+from torchsurgeon.serve.quick import LoneClient
 from torchsurgeon.serve.received import REQUEST_ID, TRACEPARENT, Received, given_id
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.served import ServedModel
@@ -138,19 +139,20 @@ class Job:
             self.plain.traceparent,
         )
 
-    def run(self, loop: asyncio.AbstractEventLoop, reply: Callable[[Reply], None]) -> None:
+    def run(self, loop: asyncio.AbstractEventLoop, reply: Callable[[Reply], None], *, alone: bool = False) -> None:
         """Compute the answer to the request.
 
         Args:
             loop: the connection's event loop.
             reply: called with the answer in the loop's thread: at once where the model is quick and idle, or else once
                 the model's worker thread has computed it.
+            alone: whether no other client asks the server.
         """
         model, received = self.plain.model, self.received
         received.arrived_s = arrived_s = time.perf_counter()
         received.receive_s = arrived_s - self.started_s
         quick = model.quick(self.plain.size)
-        if quick:
+        if quick or (alone and model.brief(self.plain.size)):
             received.notes_later = True
             try:
                 encoded = model.worker.now(partial(model.answer, received))
@@ -194,6 +196,7 @@ class Direct:
 
     Attributes:
         buffers: the memory for bodies, used by the event loop's thread only.
+        lone: notices when one client alone asks.
     """
 
     def __init__(
@@ -207,6 +210,7 @@ class Direct:
         self._timeout_s = body_timeout_s
         self._tokens, self._highest = tokens, highest
         self.buffers = Buffers()
+        self.lone = LoneClient()
 
     def admit(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Plain | None:
         """Return the content of a plain inference request's head.

@@ -74,6 +74,10 @@ class Intake:
         """
         return self._quick.expects(body_bytes)
 
+    def brief(self, body_bytes: int) -> bool:
+        """Return whether no thread is worth switching to for a request whose client is alone."""
+        return self._quick.brief(body_bytes)
+
     def submit(self, request: Received, *, quick: bool = False) -> Future[wire.Encoded]:
         """Have a thread answer a request, perhaps together with others that wait.
 

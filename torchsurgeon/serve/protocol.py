@@ -231,7 +231,8 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         if job is not None:
             self._asked = job
             self._turn.response_started = True
-            job.run(self.loop, self._reply)
+            alone = self._direct is not None and self._direct.lone.asks(self.peer)
+            job.run(self.loop, self._reply, alone=alone)
 
     def _reply(self, reply: Reply) -> None:
         job, self._asked = self._asked, None

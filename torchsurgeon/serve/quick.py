@@ -1,4 +1,9 @@
-"""Which requests are so quick that handing them to another thread would take a noticeable part of their time."""
+"""Which requests run in the thread that receives them, and not in one of their model's threads.
+
+Those are requests that are so quick that handing them to another thread would take a noticeable part of their time. And
+those of a client that is alone: while no other connection asks, nobody waits for the thread that receives requests. The
+other thread would mostly run on another core, whose caches hold nothing of the request.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,29 @@ _QUICK_S = 5e-4
 # a slow one counts two, a quick one takes back one, and the place is lost at this count and won again at zero.
 _LOST_AT = 8
 _SLOW_COUNTS = 2
+# A client is alone once it has asked so many times without another in between. Its requests then run where they are
+# received if they take at most so long. Whoever comes meanwhile waits for that, and ends it.
+_ALONE_AFTER, _BRIEF_S = 32, 2e-2
 _MAX_REMEMBERED = 256
 _SMOOTHING = 0.1
+
+
+class LoneClient:
+    """Notices when one connection alone asks for inferences. It is used by the event loop's thread only."""
+
+    def __init__(self) -> None:
+        self._client, self._count = "", 0
+
+    def asks(self, client: str) -> bool:
+        """Take notice of a request, and return whether its client has been alone for a while.
+
+        Args:
+            client: the address and port that it comes from.
+        """
+        if client != self._client:
+            self._client, self._count = client, 0
+        self._count += 1
+        return self._count > _ALONE_AFTER
 
 
 @dataclass
@@ -40,6 +66,10 @@ class QuickRequests:
         """Return whether a request with a body of this length is expected to be quick; not before one was."""
         kind = self._kinds.get(body_bytes)
         return kind is not None and kind.quick
+
+    def brief(self, body_bytes: int) -> bool:
+        """Return whether a request with a body of this length is expected to keep nobody waiting for long."""
+        return 0.0 < self.expected_s(body_bytes) <= _BRIEF_S
 
     def expected_s(self, body_bytes: int) -> float:
         """Return how long a request with a body of this length is expected to take; 0 before there was one."""

@@ -229,6 +229,10 @@ class ServedModel:
         """
         return self._finish is None and self.intake.quick(body_bytes)
 
+    def brief(self, body_bytes: int) -> bool:
+        """Return whether the worker's thread is not worth switching to for a request whose client is alone."""
+        return self._finish is None and self.intake.brief(body_bytes)
+
     def answer(self, request: Received) -> wire.Encoded:
         """Answer one request, as ``Answers.answer()`` does."""
         return self.answers.answer(request)
