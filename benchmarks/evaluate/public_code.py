@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ _SERVER = "127.0.0.2"
 _CALL_PORT, _RATE_PORT, _PUSH_PORT = 9999, 9922, 5555
 _PROBE_BYTES = 602_541
 _PATIENCE_S = 400.0
-_SILENT_S, _TRIES = 90.0, 3
-"""After so long without a line of output a run is given up, and it is begun so many times."""
+_SILENT_S = 120.0
+"""After so long without a line of output a script is ended."""
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "joblib", "numpy")
 
 
@@ -73,18 +74,7 @@ def main() -> None:
 
 
 def searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
-    """Return what one request of Neurosurgeon's code takes, by what it prints.
-
-    Two of its messages may arrive in one piece, of which its server reads only the first. Then both sides wait for
-    ever, or its server stops. ``hung`` is how many runs ended so.
-    """
-    rows: list[dict[str, Any]] = []
-    while len(rows) < _TRIES and not (rows and "latency_s" in rows[-1]):
-        rows.append(_searched(folder, chain, link))
-    return rows[-1] | {"hung": sum("latency_s" not in row for row in rows)}
-
-
-def _searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
+    """Return what one request of Neurosurgeon's code takes, by what it prints."""
     with ExitStack() as stack:
         for port in (_CALL_PORT, _RATE_PORT):
             stack.enter_context(LinkEmulator(port, _SERVER, port, link))
@@ -94,20 +84,15 @@ def _searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
         _await(_RATE_PORT)
         edge = ("-i", "127.0.0.1", "-p", str(_CALL_PORT), "-d", "cpu", "-t", chain)
         lines = list(_lines(stack.enter_context(_running(SLOWER, own, folder / "edge_api.py", edge))))
-    at_s: dict[str, Any] = {key: _stamp(lines, key) for key in ("get bandwidth value", "best latency")}
-    at_s["Inference Finished"] = next((when for when, line in lines if "Inference Finished" in line), None)
+    at_s = {key: _stamp(lines, key) for key in ("get bandwidth value", "best latency", "Inference Finished")}
     text = "\n".join(line for _, line in lines)
     rate = _number(r"get bandwidth value : ([\d.]+)", text)
     parts = [float(value) / 1e3 for value in re.findall(r"- ([\d.]+) ms", text)]
-    found = {
+    head_s, crossing_s, tail_s = parts
+    return {
         "probe_s": round(_PROBE_BYTES / (rate * 1024 * 1024), 4),
         "search_s": round(at_s["best latency"] - at_s["get bandwidth value"], 4),
         "cut": re.findall(r"best partition point : (\d+)", text)[0],
-    }
-    if at_s["Inference Finished"] is None:
-        return found
-    head_s, crossing_s, tail_s = parts
-    return found | {
         "head_s": head_s,
         "crossing_s": crossing_s,
         "tail_s": tail_s,
@@ -153,12 +138,15 @@ def _running(
         [sys.executable, "-u", "-m", *slowed, *arguments],
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     try:
         yield process
     finally:
-        process.kill()
+        # With its children, which would go on listening on its ports, and take the connections of the next run.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
