@@ -176,7 +176,10 @@ def _await(port: int) -> None:
 
 
 def _stamp(lines: Sequence[tuple[float, str]], key: str) -> float:
-    return next(when for when, line in lines if key in line)
+    for when, line in lines:
+        if key in line:
+            return when
+    raise RuntimeError(f"the script has ended without {key!r}, or was ended after {_SILENT_S:g} s without a line")
 
 
 def _number(pattern: str, text: str) -> float:
