@@ -80,10 +80,12 @@ def searched(folder: Path, chain: str, link: Link) -> dict[str, Any]:
             stack.enter_context(LinkEmulator(port, _SERVER, port, link))
         own, other = tail_process.two_cores()
         cloud = ("-i", _SERVER, "-p", str(_CALL_PORT), "-d", "cpu")
-        stack.enter_context(_running(1.0, other, folder / "cloud_api.py", cloud))
+        stack.enter_context(_running(1.0, other, folder / "cloud_api.py", cloud, 0.0))
         _await(_RATE_PORT)
         edge = ("-i", "127.0.0.1", "-p", str(_CALL_PORT), "-d", "cpu", "-t", chain)
-        lines = list(_lines(stack.enter_context(_running(SLOWER, own, folder / "edge_api.py", edge))))
+        lines = list(
+            _lines(stack.enter_context(_running(SLOWER, own, folder / "edge_api.py", edge, link.round_trip_s)))
+        )
     at_s = {key: _stamp(lines, key) for key in ("get bandwidth value", "best latency", "Inference Finished")}
     text = "\n".join(line for _, line in lines)
     rate = _number(r"get bandwidth value : ([\d.]+)", text)
@@ -110,10 +112,10 @@ def pushed(folder: Path, name: str, index: int, link: Link) -> dict[str, Any]:
         out = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(LinkEmulator(_PUSH_PORT, _SERVER, _PUSH_PORT, turned))
         first = ("--model-name", name, "--split-index", str(index))
-        stack.enter_context(_running(SLOWER, own, folder / "partition1.py", first))
+        stack.enter_context(_running(SLOWER, own, folder / "partition1.py", first, 0.0))
         _await(_PUSH_PORT)
         second = (*first, "--host", "127.0.0.1", "--output-dir", out)
-        for _ in _lines(stack.enter_context(_running(1.0, other, folder / "partition2.py", second))):
+        for _ in _lines(stack.enter_context(_running(1.0, other, folder / "partition2.py", second, link.round_trip_s))):
             pass
         measured = json.loads(Path(out, f"{name}_split_{index}_metrics.json").read_text())
     mean = measured["average_metrics_per_batch"]
@@ -129,11 +131,11 @@ def pushed(folder: Path, name: str, index: int, link: Link) -> dict[str, Any]:
 
 @contextmanager
 def _running(
-    factor: float, core: int | None, script: Path, arguments: Sequence[str]
+    factor: float, core: int | None, script: Path, arguments: Sequence[str], round_trip_s: float
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run a script on a core, so many times as slow; kill it at the end."""
+    """Run a script on a core, so many times as slow, with connections that take a round trip; kill it at the end."""
     where = "any" if core is None else str(core)
-    slowed = ("benchmarks.support.slow_script", str(factor), where, _SERVER, str(script))
+    slowed = ("benchmarks.support.slow_script", str(factor), where, _SERVER, str(round_trip_s), str(script))
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", *slowed, *arguments],
         stdout=subprocess.PIPE,

@@ -3,7 +3,10 @@
 Pictures of CIFAR-10 are random ones, so that nothing is downloaded, and a socket that the script binds to all addresses
 is bound to one of this machine only.
 
-    python -m benchmarks.support.slow_script FACTOR CORE ADDRESS SCRIPT ARGUMENTS…
+Connecting takes the link's round trip. An emulated link begins on this machine, so that a script would be connected at
+once, and its first messages would arrive in one piece.
+
+    python -m benchmarks.support.slow_script FACTOR CORE ADDRESS ROUND_TRIP_S SCRIPT ARGUMENTS…
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import runpy
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +27,13 @@ from torchsurgeon.emulate import SlowDevice
 
 
 def main() -> None:
-    factor, core, address, script, *arguments = sys.argv[1:]
+    factor, core, address, round_trip_s, script, *arguments = sys.argv[1:]
     if core != "any":
         os.sched_setaffinity(0, {int(core)})
     torch.set_num_threads(1)
     _slow_down(SlowDevice(float(factor)))
     _bind_to(address)
+    _connect_after(float(round_trip_s))
     _invent_pictures()
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
@@ -59,6 +64,16 @@ def _bind_to(address: str) -> None:
         bind(self, (address, where[1]) if where[0] == "0.0.0.0" else where)
 
     socket.socket.bind = bound  # type: ignore[method-assign]
+
+
+def _connect_after(round_trip_s: float) -> None:
+    connect = socket.socket.connect
+
+    def connected(self: socket.socket, where: Any) -> None:
+        connect(self, where)
+        time.sleep(round_trip_s)
+
+    socket.socket.connect = connected  # type: ignore[method-assign]
 
 
 def _invent_pictures() -> None:
