@@ -30,9 +30,20 @@ def test_one_slow_request_does_not_move_a_model_to_its_thread_and_several_do() -
         quick.took(100, QUICK_S)
         quick.took(100, QUICK_S)
         assert quick.expects(100)
-    for _ in range(4):
+    for _ in range(8):
         quick.took(100, SLOW_S)
     assert not quick.expects(100)
+
+
+def test_as_many_quick_requests_as_slow_ones_are_enough_to_win_the_place() -> None:
+    quick = QuickRequests()
+    for _ in range(20):
+        quick.took(100, SLOW_S)
+    assert not quick.expects(100)
+    for _ in range(20):
+        for duration_s in (QUICK_S, SLOW_S, QUICK_S, SLOW_S):
+            quick.took(100, duration_s)
+    assert quick.expects(100)
 
 
 def test_one_quick_request_does_not_bring_a_slow_model_back_and_several_do() -> None:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 # Handing a request to another thread and back would take a noticeable part of a time as short as this.
 _QUICK_S = 5e-4
-# One slow request among quick ones is the scheduler's doing. So a kind of request loses its place only after several:
-# a slow one counts two, a quick one takes back one, and the place is lost at this count and won again at zero.
+# A slow request among quick ones is the scheduler's doing, or that of other threads: in one of the model's threads a
+# request also waits for the interpreter's lock, which the thread that receives requests holds most of the time under
+# load. So a kind of request loses its place only after several: a slow one counts one, a quick one takes back two, and
+# the place is lost at this count and won again at zero.
 _LOST_AT = 8
-_SLOW_COUNTS = 2
+_QUICK_COUNTS = 2
 # A client is alone once it has asked so many times without another in between. Its requests then run where they are
 # received if they take at most so long. Whoever comes meanwhile waits for that, and ends it.
 _ALONE_AFTER, _BRIEF_S = 32, 2e-2
@@ -104,9 +106,9 @@ class QuickRequests:
         if kind.least_s:
             self.slowdown += _SMOOTHING * (duration_s / kind.least_s - self.slowdown)
         if duration_s < _QUICK_S:
-            kind.count = max(0, kind.count - 1)
+            kind.count = max(0, kind.count - _QUICK_COUNTS)
         else:
-            kind.count = min(_LOST_AT, kind.count + _SLOW_COUNTS)
+            kind.count = min(_LOST_AT, kind.count + 1)
         if kind.count in (0, _LOST_AT):
             kind.quick = kind.count == 0
         return kind.least_s
