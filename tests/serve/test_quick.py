@@ -69,6 +69,7 @@ def test_a_client_is_alone_once_it_has_asked_for_a_while_and_another_ends_that()
     assert not lone.asks("b:2")
     assert not any(lone.asks("a:1") for _ in range(32))
     assert lone.asks("a:1")
+    assert not any(lone.asks("") for _ in range(40))
 
 
 def test_brief_requests_are_those_that_are_expected_to_end_soon() -> None:

@@ -34,12 +34,12 @@ class LoneClient:
         """Take notice of a request, and return whether its client has been alone for a while.
 
         Args:
-            client: the address and port that it comes from.
+            client: the address and port that it comes from; empty where they are not known, and then nobody is alone.
         """
         if client != self._client:
             self._client, self._count = client, 0
         self._count += 1
-        return self._count > _ALONE_AFTER
+        return bool(client) and self._count > _ALONE_AFTER
 
 
 @dataclass
