@@ -5,7 +5,7 @@
 #
 #     benchmarks/device/run.sh OUTPUT_FOLDER [STEP …]
 #
-# Steps: kernels clocks overhead tests serving split layers calibration; all of them by default, 15 minutes at most.
+# Steps: kernels clocks overhead tests serving split layers calibration; all of them by default, in a quarter of an hour or so.
 # DEVICE=cpu rehearses them on a machine without a GPU. PYTHON names another interpreter than python3.
 # Needs g++ and a Python that has PyTorch, torchvision, NumPy, SciPy, scikit-learn, requests, pytest and hypothesis;
 # the tests of a server, serving and split need zstandard, starlette, uvicorn and httptools, too. LITSERVE names a Python

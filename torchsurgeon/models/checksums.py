@@ -82,6 +82,7 @@ class Sample:
         if not self.whole:
             step = max(1, -(-len(near) // _SAMPLED_TENSORS))
             near = [_middle(part) for part in near[::step]]
+        # The views are of the memory that these hold.
         self._kept = near
         self._views = list(map(_memory, near))
         self._known = b"".join(self._views)
@@ -215,7 +216,7 @@ def _flat(part: Tensor) -> Tensor:
 
 
 def _memory(part: Tensor) -> memoryview:
-    """Return the memory of a vector of bytes; joining several takes a tenth of the time that ``torch.cat`` does.
+    """Return the memory of a vector of bytes, which Python joins and compares without PyTorch's dispatch.
 
     ``Tensor.numpy()`` would forbid the tensor to be resized from then on.
     """
