@@ -25,7 +25,8 @@ from torchsurgeon.tracing.state import left_as_it_was
 from torchsurgeon.tracing.step import Environment, Step
 
 # In batches of one size, the same kernels run for a sample whatever lies beside it, so it may move by hardly anything.
-# From one size to another, kernels change, and may multiply more coarsely than a tensor's type says (TF32 on a GPU).
+# From one size to another, kernels change, and may multiply more coarsely than a tensor's type says: in TF32 on a GPU, or
+# where float32 may be multiplied in less than its precision. Only then may a value move by as much as in 16 bits.
 _IN_ONE_SIZE, _IN_ANOTHER_SIZE, _IN_FLOAT64 = 1e-3, 5e-2, 1e-9
 _NOTHING = 1e-30
 _ZEROS = 0.6
@@ -179,8 +180,11 @@ def _moves(beside_another: Tensor, beside_itself: Tensor, alone: Tensor) -> bool
     if _distance(beside_another, beside_itself) > (_IN_FLOAT64 if wide else _IN_ONE_SIZE):
         return True
     # Rounding may move a number over an edge, and whole numbers with it, so these are not compared between sizes.
-    numbers = alone.is_floating_point() or alone.is_complex()
-    return numbers and _distance(beside_itself, alone) > (_IN_FLOAT64 if wide else _IN_ANOTHER_SIZE)
+    if not (alone.is_floating_point() or alone.is_complex()):
+        return False
+    coarse = alone.is_cuda or torch.get_float32_matmul_precision() != "highest"
+    exact = alone.dtype in (torch.float32, torch.complex64) and not coarse
+    return _distance(beside_itself, alone) > (_IN_FLOAT64 if wide else _IN_ONE_SIZE if exact else _IN_ANOTHER_SIZE)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
