@@ -25,8 +25,8 @@ from torchsurgeon.tracing.state import left_as_it_was
 from torchsurgeon.tracing.step import Environment, Step
 
 # In batches of one size, the same kernels run for a sample whatever lies beside it, so it may move by hardly anything.
-# From one size to another, kernels change, and may multiply more coarsely than a tensor's type says: in TF32 on a GPU, or
-# where float32 may be multiplied in less than its precision. Only then may a value move by as much as in 16 bits.
+# From one size to another, kernels change, and may multiply more coarsely than a tensor's type says: in TF32 on a GPU,
+# or where float32 may be multiplied in less than its precision. Only then may a value move by as much as in 16 bits.
 _IN_ONE_SIZE, _IN_ANOTHER_SIZE, _IN_FLOAT64 = 1e-3, 5e-2, 1e-9
 _NOTHING = 1e-30
 _ZEROS = 0.6
