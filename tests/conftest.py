@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -41,6 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(missing_venv)
 
 
+def pytest_sessionfinish() -> None:
+    # What was exempted from garbage collection ends in order.
+    gc.unfreeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say each reason for which tests were skipped once, with the command that brings what they lack."""
     reasons: Counter[str] = Counter()
@@ -62,6 +68,13 @@ def _settings_of_pytorch() -> Iterator[None]:
     engine, precision = torch.backends.quantized.engine, matmul.fp32_precision
     yield
     torch.backends.quantized.engine, matmul.fp32_precision = engine, precision
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collections_are_brief() -> None:
+    """Have collections of garbage look only at what a file's own tests make: many tests collect it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
