@@ -72,7 +72,7 @@ def run(name: str, device: str, rounds: int) -> dict[str, Any]:
             taken_s: dict[str, list[float]] = {what: [] for what in ways}
             for number in range(-1, rounds):
                 for what in random.Random(number).sample(list(ways), len(ways)):
-                    split = cut(runs, ways[what])
+                    split = runs.cut(ways[what])
                     if number < 0:
                         runs.ready(split)
                     begun_s = time.perf_counter()
@@ -141,14 +141,6 @@ def ways_of(study: Study, link: str) -> dict[str, Row]:
     assert plain is not None
     assert coded is not None
     return {DEVICE: planned.device_only.row, PIXELS: plain.row, ENCODED: coded.row, OURS: planned.terms.row}
-
-
-def cut(runs: Runs, row: Row) -> ts.SplitModule:
-    """Return the network's module, cut as a row says."""
-    split = runs.split(row.backend, "eager")
-    split.partition = "device" if row.on_device else row.point(split.graph)
-    split.codec = row.codec
-    return split
 
 
 def _serve(name: str, device: str, core: int | None, told: Any) -> None:

@@ -34,18 +34,32 @@ from torchsurgeon.backends import deviation
 from torchsurgeon.backends.openvino import computes_bfloat16
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS
+from torchsurgeon.profiling import provenance
 
 OUT = result_file.RESULTS / "evaluation" / "alternatives.json"
 NETWORKS = ("MobileNetV3", "AlexNet", "ResNet-50")
 QUICK, SLOW = ("MobileNetV3",), ("ResNet-50",)
 """What the quick evaluation runs; and what takes ten minutes, so that ``make evaluate`` leaves its rows as they are."""
-_PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino", "scipy", "starlette", "uvicorn", "requests", "pillow")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "onnxruntime",
+    "openvino",
+    "scipy",
+    "starlette",
+    "uvicorn",
+    "requests",
+    "pillow",
+    "zstandard",
+)
 _ROUNDS, _STREAMS, _PROFILE_S = 5, 3, 5.0
 STREAM_FRAMES = 8
 ON_DEVICE = "device"
 """Stands for a link where everything runs on the device."""
 _LONG_S, _LONG_ROUNDS = 1.0, 3
 """A call that takes longer than this is run in fewer rounds, since a longer one varies less."""
+_LONG_STREAM_S = 6.0
+"""Streams of one rival over one link are repeated for so long."""
 TOLERANCE = 0.05
 """How far an answer may be from eager PyTorch's, as a share of its largest value; bfloat16 comes nearest to it."""
 
@@ -75,7 +89,7 @@ def run(
                 contest = _Contest(study, _rivals(study, other, stack), links)
                 found[name] = contest.run(rounds)
             found[name]["seconds"] = round(time.monotonic() - begun_s)
-            found[name]["bfloat16"] = computes_bfloat16()
+            found[name] |= {"bfloat16": computes_bfloat16(), "environment": provenance()}
             told(f"{name}: run beside the alternatives, {found[name]['seconds']} s")
     return found
 
@@ -162,7 +176,10 @@ class _Contest:
         """Run streams of a rival that has several inferences under way at once."""
         rival.use(PRESETS[link])
         rival.before_stream(STREAM_FRAMES)
-        rates = [rival.rate(STREAM_FRAMES) for _ in range(_STREAMS)]
+        rates: list[float] = []
+        begun_s = time.monotonic()
+        while len(rates) < _STREAMS and time.monotonic() - begun_s < _LONG_STREAM_S:
+            rates.append(rival.rate(STREAM_FRAMES))
         self._facts[rival.name, link] |= {
             "frames_s": round(statistics.median(rates), 4),
             "frames_low_s": round(min(rates), 4),

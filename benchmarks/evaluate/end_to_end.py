@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 import torchsurgeon as ts
+from benchmarks.evaluate.rivals.rival import seconds
 from benchmarks.evaluate.study import BACKENDS, LINKS, SLOWER, Study, network, on_one_core, slow_codecs, way_of
 from benchmarks.support import result_file, tail_process
 from benchmarks.support.slow_backend import SlowBackend
@@ -37,6 +39,8 @@ from torchsurgeon.backends.openvino import computes_bfloat16
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS
 from torchsurgeon.planning import Row
+from torchsurgeon.profiling import provenance
+from torchsurgeon.runtime import Inference
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
 OUT = result_file.RESULTS / "evaluation" / "end-to-end.json"
@@ -48,6 +52,7 @@ _NEAR, _MOST_NEAR = 1.5, 6
 """Ways that are foretold to take at most so many times as long as the best are run, at most so many."""
 _LONG_S, _LONG_REPEATS = 1.0, 3
 _PATIENCE_S = 120.0
+_PARTS = ("head_s", "encode_s", "uplink_s", "tail_s", "downlink_s", "decode_s")
 
 
 def run(
@@ -71,7 +76,7 @@ def run(
             begun_s = time.monotonic()
             found[name] = _over_all(Study(name, repeats), tuple(links), other)
             found[name]["seconds"] = round(time.monotonic() - begun_s)
-            found[name]["bfloat16"] = computes_bfloat16()
+            found[name] |= {"bfloat16": computes_bfloat16(), "environment": provenance()}
             told(f"{name}: run over {len(found[name]['links'])} links")
     return found
 
@@ -90,7 +95,7 @@ def _over_all(study: Study, links: tuple[str, ...], core: int | None) -> dict[st
         emulator = stack.enter_context(LinkEmulator(0, "127.0.0.1", port, PRESETS[links[0]]))
         stack.enter_context(slow_codecs())
         runs = Runs(study, f"http://127.0.0.1:{emulator.port}", served, stack)
-        local = {key: _timed(study, runs, way, None) for key, way in _device_only(study).items()}
+        local = _timed(study, runs, _device_only(study), None)
         for link in links:
             emulator.set_link(PRESETS[link])
             row["links"][link] = _over(study, runs, link, local)
@@ -116,7 +121,7 @@ def _over(study: Study, runs: Runs, link: str, local: dict[str, dict[str, Any]])
         rows += [planned.terms.row, planned.server_only.row]
         ways |= {way_of(row): row for row in rows}
         modes[name] = {"chosen": way_of(planned.terms.row), "ways": sorted({way_of(row) for row in rows})}
-    timed = local | {key: _timed(study, runs, row, link) for key, row in ways.items() if not row.on_device}
+    timed = local | _timed(study, runs, {key: row for key, row in ways.items() if not row.on_device}, link)
     for name, mode in study.modes.items():
         # Ends and pairs count in every mode that allows their backends and keeps as many answers.
         modes[name]["ways"] = sorted(
@@ -131,12 +136,15 @@ def _device_only(study: Study) -> dict[str, Row]:
     return {way_of(row): row for row in rows}
 
 
-def _timed(study: Study, runs: Runs, row: Row, link: str | None) -> dict[str, Any]:
-    """Return what one way was foretold to take, and took."""
+def _timed(study: Study, runs: Runs, ways: Mapping[str, Row], link: str | None) -> dict[str, dict[str, Any]]:
+    """Return what ways were foretold to take, and took, by their keys."""
     return {
-        "cut": "device" if row.on_device else "server" if row.index == 0 and row.layers is None else row.name,
-        "foretold_s": row.head_s if link is None else study.foretold_s(row, link),
-        **runs.timed(row),
+        key: {
+            "cut": "device" if row.on_device else "server" if row.index == 0 and row.layers is None else row.name,
+            "foretold_s": row.head_s if link is None else study.foretold_s(row, link),
+            **taken,
+        }
+        for (key, row), taken in zip(ways.items(), runs.timed(tuple(ways.values())), strict=True)
     }
 
 
@@ -147,39 +155,35 @@ class Runs:
         self._study, self._url, self._served, self._stack = study, url, served, stack
         self._splits: dict[tuple[str, str], ts.SplitModule] = {}
 
-    def timed(self, row: Row) -> dict[str, Any]:
-        """Return the median and the quartiles of the seconds of one way, and where they went.
+    def timed(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return for each way the median and the quartiles of its seconds, and where they went.
 
-        A call that takes longer than a second is run less often, since a longer one varies less.
+        The ways take turns in a new random order in each round. A call that takes longer than a second is run less
+        often, since a longer one varies less.
         """
+        accounts: list[list[Inference]] = [[] for _ in rows]
+        taken_s: list[list[float]] = [[] for _ in rows]
+        for row in rows:
+            self.ready(self.cut(row))
+        for number in range(self._study.repeats):
+            for index in random.sample(range(len(rows)), len(rows)):
+                if number >= _LONG_REPEATS and taken_s[index][0] > _LONG_S:
+                    continue
+                split = self.cut(rows[index])
+                taken_s[index].append(seconds(lambda split=split: split(self._study.example)))
+                assert split.last is not None
+                assert split.last.degraded is None, split.last.degraded
+                # Behind a part that the backend did not run, nothing would be slowed down.
+                assert split.last.backend == rows[index].backend, f"{split.last.backend}, not {rows[index].backend}"
+                accounts[index].append(split.last)
+        return [_account(*both) for both in zip(taken_s, accounts, strict=True)]
+
+    def cut(self, row: Row) -> ts.SplitModule:
+        """Return the module that runs a way, cut and coded like that."""
         split = self.split(row.backend, "eager" if row.on_device else row.server_backend)
         split.partition = "device" if row.on_device else row.point(split.graph)
         split.codec = row.codec
-        self.ready(split)
-        accounts: list[Any] = []
-        taken_s: list[float] = []
-        while len(taken_s) < (_LONG_REPEATS if taken_s and taken_s[0] > _LONG_S else self._study.repeats):
-            begun_s = time.perf_counter()
-            split(self._study.example)
-            taken_s.append(time.perf_counter() - begun_s)
-            assert split.last is not None
-            accounts.append(split.last)
-        last = accounts[-1]
-        assert last.degraded is None, last.degraded
-        low, median, high = statistics.quantiles(taken_s, n=4)
-        spent = {
-            part: round(statistics.median(getattr(one, part) for one in accounts), 6)
-            for part in ("head_s", "encode_s", "uplink_s", "tail_s", "downlink_s", "decode_s")
-        }
-        return {
-            "measured_s": round(median, 6),
-            "low_s": round(low, 6),
-            "high_s": round(high, 6),
-            "sent_bytes": last.sent_bytes,
-            "ran_by": last.backend,
-            "bits": last.bits,
-            "spent": spent,
-        }
+        return split
 
     def split(self, device: str, server: str) -> ts.SplitModule:
         key = (device, server)
@@ -208,6 +212,20 @@ class Runs:
                 break
             time.sleep(0.05)
         split(self._study.example)
+
+
+def _account(taken_s: Sequence[float], accounts: Sequence[Inference]) -> dict[str, Any]:
+    """Return the median and the quartiles of seconds, and the medians of their parts."""
+    low, median, high = statistics.quantiles(taken_s, n=4)
+    spent = {part: round(statistics.median(getattr(one, part) for one in accounts), 6) for part in _PARTS}
+    return {
+        "measured_s": round(median, 6),
+        "low_s": round(low, 6),
+        "high_s": round(high, 6),
+        "sent_bytes": accounts[-1].sent_bytes,
+        "bits": accounts[-1].bits,
+        "spent": spent,
+    }
 
 
 def _serve(name: str, core: int | None, told: Any) -> None:

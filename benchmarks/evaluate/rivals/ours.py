@@ -91,9 +91,7 @@ class Ours(Rival):
         return self._runs.split(row.backend, "eager" if row.on_device else row.server_backend)
 
     def _cut(self, row: Row) -> None:
-        split = self._split(row)
-        split.partition = "device" if row.on_device else row.point(split.graph)
-        split.codec = row.codec
+        split = self._runs.cut(row)
         way = way_of(row)
         if way not in self._built:
             self._built.add(way)

@@ -152,7 +152,7 @@ class Pipelining(Rival):
         model, example = network(study.name)
         with torch.no_grad():
             self._graph = ts.trace(model, example)
-        self._point = study.graph.points[0]
+        self._point, self._link = study.graph.points[0], PRESETS["wifi"]
         self._schedules: dict[tuple[int, int], ScheduleGPipe] = {}
         self._replanning_s: dict[int, float] = {}
         with socket.create_server(("127.0.0.1", 0)) as one:
@@ -165,6 +165,7 @@ class Pipelining(Rival):
     def use(self, link: Link) -> None:
         """Take on a link, and cut inside the network where that is foretold to be the quickest."""
         super().use(link)
+        self._link = link
         self._point = sockets.best_inner(self._study, link)
         if self._point.index not in self._replanning_s:
             first_s = seconds(self.infer)
@@ -175,7 +176,8 @@ class Pipelining(Rival):
         return self._run(1)
 
     def before_stream(self, count: int) -> None:
-        """Build the stages for so many micro-batches on both sides."""
+        """Cut where the slowest stage is the quickest, and build the stages for so many micro-batches on both sides."""
+        self._point = sockets.best_inner(self._study, self._link, stream=True)
         self._run(count)
 
     def rate(self, count: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class Rival(abc.ABC):
         emulators: the links that its bytes cross; none where everything runs on the device.
     """
 
-    streams: ClassVar[bool] = False
+    streams: bool = False
     lossless: bool = True
 
     def __init__(self, name: str) -> None:

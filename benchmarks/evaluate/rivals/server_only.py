@@ -1,13 +1,15 @@
 """Everything on an ordinary inference server: Starlette and uvicorn by hand, asked by `requests`.
 
-The picture goes as lists of numbers in JSON, as its plain bytes, as PNG, or as JPEG, which changes it. The server runs
-the network in eager PyTorch, or in OpenVINO with bfloat16.
+The picture goes as lists of numbers in JSON, as its plain bytes, as these compressed by Zstandard, as PNG, or as JPEG,
+which changes it. The server runs the network in eager PyTorch, in ONNX Runtime, or in OpenVINO with bfloat16.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy
 import requests
 import torch
+import zstandard
 from PIL import Image
 from torch import Tensor
 
@@ -39,6 +42,10 @@ def _as_raw(picture: Tensor) -> bytes:
     return picture.numpy().tobytes()
 
 
+def _as_zstd(picture: Tensor) -> bytes:
+    return zstandard.compress(picture.numpy().tobytes())
+
+
 def _as_image(kind: str, **options: Any) -> Callable[[Tensor], bytes]:
     def encode(picture: Tensor) -> bytes:
         out = io.BytesIO()
@@ -56,24 +63,39 @@ def _from_image(body: bytes) -> Tensor:
 ENCODERS: dict[str, Callable[[Tensor], bytes]] = {
     "json": _as_json,
     "raw": _as_raw,
+    "zstd": _as_zstd,
     "png": _as_image("png"),
     "jpeg": _as_image("jpeg", quality=JPEG_QUALITY),
 }
 FORMS = {
     "json": "server, JSON",
     "raw": "server, plain bytes",
+    "raw, ort": "server, plain bytes, ONNX Runtime",
+    "zstd, ort": "server, zstd, ONNX Runtime",
     "png": "server, PNG",
     "png, bf16": "server, PNG, OpenVINO bf16",
     "jpeg": "server, JPEG (changes the picture)",
 }
 """The forms of request, and what tables call them."""
+UNDER_WAY = 4
+"""So many requests of a stream are under way, each in a thread with a connection of its own."""
 
 
-def serve(eager: Network, bf16: Network, shape: torch.Size) -> dict[str, int]:
-    """Serve a network for each form of request, and return the ports."""
+def serve(eager: Network, ort: Network, bf16: Network, shape: torch.Size) -> dict[str, int]:
+    """Serve a network for each form of request, and return the ports.
+
+    Args:
+        eager: the network by eager PyTorch.
+        ort: the network by ONNX Runtime.
+        bf16: the network by OpenVINO in bfloat16.
+        shape: the picture's shape.
+    """
 
     def raw(body: bytes) -> Tensor:
         return torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(shape)
+
+    def decompressed(body: bytes) -> Tensor:
+        return raw(zstandard.decompress(body))
 
     def plain(decode: Callable[[bytes], Tensor], network: Network) -> Callable[[bytes], bytes]:
         @torch.inference_mode()
@@ -89,6 +111,8 @@ def serve(eager: Network, bf16: Network, shape: torch.Size) -> dict[str, int]:
     return {
         "json": by_starlette(by_json),
         "raw": by_starlette(plain(raw, eager)),
+        "raw, ort": by_starlette(plain(raw, ort)),
+        "zstd, ort": by_starlette(plain(decompressed, ort)),
         "png": by_starlette(plain(_from_image, eager)),
         "png, bf16": by_starlette(plain(_from_image, bf16)),
         "jpeg": by_starlette(plain(_from_image, eager)),
@@ -110,15 +134,47 @@ class OnServer(Rival):
         super().__init__(FORMS[form])
         self._form, self._example, self._device = form, example, device
         self.lossless = form != "jpeg"
+        # JSON would take minutes over 3G, and is far from the quickest.
+        self.streams = form != "json"
         self.emulators = [stack.enter_context(LinkEmulator(0, "127.0.0.1", port, PRESETS["wifi"]))]
-        self._session = stack.enter_context(requests.Session())
-        self._session.trust_env = False
+        self._sessions = [stack.enter_context(requests.Session()) for _ in range(UNDER_WAY)]
+        for session in self._sessions:
+            session.trust_env = False
+        # The device has one core, on which one request after the other is encoded.
+        self._encoding = threading.Lock()
         self._url = f"http://127.0.0.1:{self.emulators[0].port}/infer"
 
     def infer(self) -> Tensor:
         """Return the network's answer for its example."""
-        body = self._device.call(ENCODERS[self._form.partition(",")[0]], self._example)
-        answered = self._session.post(self._url, data=body)
+        return self._asked(self._sessions[0])
+
+    def before_stream(self, count: int) -> None:
+        """Open a connection for each thread."""
+        for session in self._sessions:
+            self._asked(session)
+
+    def rate(self, count: int) -> float:
+        """Return how many answers come in a second behind the first ones, one of each thread."""
+        came_s: list[float] = []
+        left = iter(range(count))
+
+        def ask(session: requests.Session) -> None:
+            for _ in left:
+                self._asked(session)
+                came_s.append(time.perf_counter())
+
+        threads = [threading.Thread(target=ask, args=(session,)) for session in self._sessions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        # Those of different threads share the link, so that the first ones come at nearly the same time.
+        return (count - UNDER_WAY) / (came_s[-1] - came_s[UNDER_WAY - 1])
+
+    def _asked(self, session: requests.Session) -> Tensor:
+        with self._encoding:
+            body = self._device.call(ENCODERS[self._form.partition(",")[0]], self._example)
+        answered = session.post(self._url, data=body)
         answered.raise_for_status()
         if self._form == "json":
             return torch.tensor(answered.json())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
@@ -25,17 +26,24 @@ def serve(name: str, core: int | None, told: Any) -> None:
     served = registry.add("model", model, (example,), backend=BACKENDS)
     with torch.no_grad():
         graph = ts.trace(model, example)
-        given = example.clone()
-        run = device_only.whole_by("openvino:bf16", Part.head(graph, graph.points[-1]), given)
-
-    def bf16(picture: Tensor) -> Tensor:
-        given.copy_(picture)
-        return run()
-
-    ports = server_only.serve(model, bf16, example.shape) | {"tails": sockets.serve(graph)}
+        ort, bf16 = (_whole(backend, graph, example) for backend in ("onnxruntime", "openvino:bf16"))
+    ports = server_only.serve(model, ort, bf16, example.shape) | {"tails": sockets.serve(graph)}
     with Server(create_app(registry), port=0) as server:
         told.send(ports | {"torchsurgeon": server.port})
         while True:
             told.recv()
             builders = served.backends.builders.values()
             told.send(all(built.tried for builder in builders for built in builder.built()))
+
+
+def _whole(backend: str, graph: ts.LayerGraph, example: Tensor) -> server_only.Network:
+    """Return a whole network by a runtime itself, for one caller at a time."""
+    given, one = example.clone(), threading.Lock()
+    run = device_only.whole_by(backend, Part.head(graph, graph.points[-1]), given)
+
+    def answer(picture: Tensor) -> Tensor:
+        with one:
+            given.copy_(picture)
+            return run()
+
+    return answer

@@ -198,6 +198,11 @@ class OneWay(_Sides):
         super().use(link)
         self.point = best_inner(self.study, link)
 
+    def before_stream(self, count: int) -> None:
+        """Cut where the slowest stage is the quickest."""
+        self.point = best_inner(self.study, self.link, stream=True)
+        self.infer()
+
     def rate(self, count: int) -> float:
         """Return how many answers come in a second behind the first of so many, while boundaries are pushed."""
         came_s: list[float] = []
@@ -215,14 +220,27 @@ class OneWay(_Sides):
         return rate_behind_the_first(came_s)
 
 
-def best_inner(study: Study, link: Link) -> PartitionPoint:
-    """Return the point inside the network that is foretold to be the quickest, with one tensor sent as it is."""
+def best_inner(study: Study, link: Link, *, stream: bool = False) -> PartitionPoint:
+    """Return the point inside the network that is foretold to be the quickest, with one tensor sent as it is.
+
+    Args:
+        study: the network.
+        link: the link.
+        stream: whether the slowest of head, uplink and tail counts, as in a stream; otherwise their sum does.
+    """
     rows = _eager_rows(study)
     last = len(study.graph.layers)
     inner: Iterator[PartitionPoint] = (
         point for point in study.graph.points if 0 < point.index < last and len(point.tensors) == 1
     )
-    return min(inner, key=lambda point: study.foretold_s(rows[point.index], link.name))
+
+    def foretold_s(point: PartitionPoint) -> float:
+        row = rows[point.index]
+        if stream:
+            return max(row.head_s, 8 * row.size_bytes / link.uplink_bit_s, row.tail_s)
+        return study.foretold_s(row, link.name)
+
+    return min(inner, key=foretold_s)
 
 
 def _eager_rows(study: Study) -> dict[int, Row]:
