@@ -698,3 +698,113 @@ def test_a_model_without_a_server_is_prepared_and_traced_anew_like_any_other() -
         assert torch.equal(split(x), model(x))
         assert split.last is not None
         assert split.last.degraded is None
+
+
+# --- parameters and buffers that come and go ---
+
+
+class Scaled(nn.Module):
+    """Two layers, and between them a tensor that may not be there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, scale = self.first(x), getattr(self, "scale", None)
+        return self.last(y if scale is None else y * scale)  # type: ignore[no-any-return]
+
+
+class ScaledBeside(Scaled):
+    """The same, with a parameter of its own beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.own)
+
+
+def put(model: nn.Module, kind: str, state: str) -> nn.Module:
+    if hasattr(model, "scale") and (state == "absent" or "scale" not in {**model._parameters, **model._buffers}):
+        del model.scale
+    if state != "absent" and hasattr(model, "scale"):
+        there = torch.full((4,), 3.0)
+        model.scale = None if state == "None" else nn.Parameter(there) if kind == "parameter" else there
+    elif state != "absent":
+        register = model.register_parameter if kind == "parameter" else model.register_buffer
+        there = torch.full((4,), 3.0)
+        register("scale", None if state == "None" else nn.Parameter(there) if kind == "parameter" else there)  # type: ignore[arg-type]
+    return model.requires_grad_(False)
+
+
+@quietly
+@pytest.mark.parametrize("fallback", ["local", "error"])
+@pytest.mark.parametrize("too", [False, True])
+@pytest.mark.parametrize("made", [Scaled, ScaledBeside])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+@pytest.mark.parametrize(
+    ("was", "now"), [("absent", "there"), ("None", "there"), ("there", "None"), ("there", "absent")]
+)
+def test_a_tensor_that_the_code_asks_for_comes_or_goes(
+    between: Callable[..., Sides], made: Any, kind: str, was: str, now: str, too: bool, fallback: str
+) -> None:
+    """Whether it does so on the server, too, or not."""
+    torch.manual_seed(0)
+    model = put(made().eval(), kind, was)
+    served = copy.deepcopy(model)
+    sides = between(model, served, fallback=fallback)
+    assert sides.answers_as_the_model() is None
+    for one in (model, served)[: 1 + too]:
+        put(one, kind, now)
+    for _ in range(2):
+        if fallback == "error":
+            with pytest.raises((ts.TraceError, ts.ModelMismatchError)):
+                sides.answers_as_the_model()
+        else:
+            assert sides.answers_as_the_model() is not None
+    put(model, kind, was)
+    put(served, kind, was)
+    if (was, fallback) != ("there", "error"):
+        # Another tensor of the same values is the same weight.
+        end = [sides.answers_as_the_model() for _ in range(3)]
+        assert end[-1] is None or "changed" in end[-1] or "weights" in end[-1]
+    sides.split.prepare()
+    assert sides.answers_as_the_model() is None
+
+
+def test_a_tensor_that_no_code_asks_for_may_come(between: Callable[..., Sides]) -> None:
+    sides = between(net())
+    assert sides.answers_as_the_model() is None
+    sides.split.model.register_buffer("unused", None)
+    sides.split.model.get_submodule("first").register_buffer("unused", None)
+    for _ in range(2):
+        assert sides.answers_as_the_model() is None
+
+
+# --- a model that is moved ---
+
+
+def test_a_move_that_changes_nothing_keeps_what_is_sent_to_see_whether_servers_answer(
+    between: Callable[..., Sides],
+) -> None:
+    sides = between(net())
+    assert sides.answers_as_the_model() is None
+    connector = sides.split._engine._connector
+    assert connector.ping_tensors
+    sides.split.to("cpu")
+    assert sides.answers_as_the_model() is None
+    assert connector.ping_tensors
+
+
+@quietly
+def test_a_model_that_was_converted_by_itself_answers_after_prepare_too(between: Callable[..., Sides]) -> None:
+    sides = between(net())
+    assert sides.answers_as_the_model() is None
+    sides.split.model.double()
+    for _ in range(2):
+        assert sides.answers_as_the_model(X.double()) is not None
+    sides.split.prepare()
+    for _ in range(2):
+        assert sides.answers_as_the_model(X.double()) is not None

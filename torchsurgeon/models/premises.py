@@ -33,7 +33,7 @@ _CHANGEABLE = (list, deque, set)
 _BY_KEY = (dict, types.MappingProxyType)
 # Of a larger list or dict only the number of elements is looked at.
 _MOST_ELEMENTS = 1_000
-_REMEDY = "take that back, or call prepare() on the SplitModule, which traces the model anew"
+REMEDY = "take that back, or call prepare() on the SplitModule, which traces the model anew"
 
 
 class _Group(NamedTuple):
@@ -87,6 +87,12 @@ class Premises:
         self._own: list[Mapping[str, Any]] = [vars(owner) for owner in self._owners]
         self._sizes = list(map(len, self._own))
         self._keys = list(map(tuple, self._own))
+        # Code may ask whether a parameter or buffer is there. Which tensor it is concerns the weights, so none is kept.
+        tables = [(one, table) for one in self._modules for table in (one._parameters, one._buffers)]
+        self._tensor_tables = [(module, table, _present(table)) for module, table in tables]
+        self._tensorless = [table for _, table in tables if not table]
+        self._tensor_names = [table for _, table in tables if table]
+        self._tensor_counts = list(map(len, self._tensor_names))
         self._keep_hooks()
         self._keep_parts()
 
@@ -98,7 +104,7 @@ class Premises:
 
     def _keep_hook_keys(self) -> None:
         tables = [row.table for row in self._hook_rows]
-        self._unhooked = [*self._childless, *(table for table in tables if not table)]
+        self._empty = [*self._childless, *self._tensorless, *(table for table in tables if not table)]
         self._hooked = [table for table in tables if table]
         self._hooks = list(map(tuple, self._hooked))
 
@@ -107,6 +113,7 @@ class Premises:
         attributes = [part for part in self._reading.parts if not isinstance(part.key, int)]
         attributes = [part for part in attributes if not isinstance(part.owner, CONTAINERS) or part.path[-1:] != "]"]
         attributes += [_mode(module, path) for module, path in self._paths.items()]
+        attributes += [part for one, table, _ in self._tensor_tables for part in self._absent_tensors(one, table)]
         attributes += _forwards(set(self._classes))
         of_pytorch = functions_of_pytorch(self._classes, self._reading)
         self._of_pytorch = {part.path for part in of_pytorch}
@@ -131,7 +138,7 @@ class Premises:
         self._elements = list(self._elements_now())
         self._arrays = Arrays(part for part in self._reading.parts if part.key not in self._reading.filled)
 
-    def broken(self, remedy: str = _REMEDY) -> str | None:
+    def broken(self, remedy: str = REMEDY) -> str | None:
         """Return a sentence that says what has changed and what to do; None when nothing has.
 
         Args:
@@ -147,9 +154,10 @@ class Premises:
     def hold(self) -> bool:
         """Return whether everything is the very same. It is called at every inference."""
         return (
-            not any(self._unhooked)
+            not any(self._empty)
             and list(map(type, self._modules)) == self._classes
             and list(map(len, self._own)) == self._sizes
+            and list(map(len, self._tensor_names)) == self._tensor_counts
             and self._same_values()
             and self._same_objects()
             and self._arrays.same()
@@ -219,7 +227,29 @@ class Premises:
                     f"{_called(self._paths[module])} was of class {short(was.__name__, 100)} when it was traced, and "
                     f"is of class {short(type(module).__name__, 100)} now"
                 )
-        return self._new_attribute() or self._changed_part() or self._new_method()
+        return self._new_attribute() or self.tensor_gained_or_lost() or self._changed_part() or self._new_method()
+
+    def tensor_gained_or_lost(self) -> str | None:
+        """Return a sentence for a parameter or buffer that is there or not unlike before, where the code reads it.
+
+        One that has become None is not looked for at every inference, since the weights have changed then, too.
+        """
+        for module, table, known in self._tensor_tables:
+            for name in known ^ _present(table):
+                if self._reading.reads(module, name):
+                    was, now = ("there", "gone") if name in known else ("absent", "there")
+                    return (
+                        f"tensor {short(name, 100)} of {self._called(module)} was {was} when it was traced, and is "
+                        f"{now} now, and a model that is cut would go on as if it were {was}"
+                    )
+        return None
+
+    def _absent_tensors(self, module: nn.Module, table: dict[str, Any]) -> list[Part]:
+        """Return the parameters or buffers that are None, and that code of the model's own may ask for."""
+        if is_library_module(type(module).__module__):
+            return []
+        names = [key for key, one in table.items() if one is None and self._reading.reads(module, key)]
+        return [Part(f"{self._paths[module]}.{key}", table, key, None, module) for key in names]
 
     def _new_attribute(self) -> str | None:
         """Return the sentence for an attribute that a module has gained, where its code would read that."""
@@ -297,6 +327,11 @@ class Premises:
                 done = "removed" if path not in now else "replaced" if path in was else "added"
                 return f"{short(path, 100)} of the model has been {done}"
         return "order of the model has been changed"
+
+
+def _present(table: Mapping[str, Any]) -> set[str]:
+    """Return the names of the parameters or buffers of a table that are not None."""
+    return {name for name, tensor in table.items() if tensor is not None}
 
 
 def _mode(module: nn.Module, path: str) -> Part:

@@ -192,7 +192,7 @@ class DeviceRunner:
         end_s = time.perf_counter()
         known_s = self._times.whole_s
         # Until its backend has built it, the model runs slower than predicted, which says nothing of the device.
-        if known_s is not None and uncut is None and self._times.built(self._whole):
+        if known_s is not None and uncut is None and work.whole_model and self._times.built(self._whole):
             self._times.record_duration(end_s - decided_s, known_s * work.scale())
         total_s = end_s - begun_s
         inference = functools.partial(

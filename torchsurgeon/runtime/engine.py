@@ -149,7 +149,8 @@ class Engine:
         with torch.no_grad():
             self.times.example = with_tensors(fn, self.times.example)
         self.times.forget()
-        self._connector.forget_parts()
+        # A call then makes the ping again, also where the tensors stay what they are, as in a move to where they lie.
+        self._setup.again(self._connector.forget_parts)
 
     # --- one call ---
 
@@ -198,7 +199,7 @@ class Engine:
         """Choose a cut and run the head; or run the whole call on the device, where no server is to be asked."""
         fixed, falls_back = self.servers.fixed, self.options.falls_back
         if fixed is not None and fixed.whole and deadline_s is None:
-            uncut = work.uncut() if self.parts.exported and self._unlike_trace() else None
+            uncut = work.uncut() if self._compiles and self._unlike_trace() else None
             if self._compiles and uncut is None:
                 self._compile(fixed)
             return Done(self._device.run(work, time.perf_counter(), self._astray, uncut=uncut))
@@ -326,7 +327,7 @@ class Engine:
             weights=weights,
             rounded_because=rounded,
         )
-        if row is not None and self.times.built(way):
+        if row is not None and work.whole_model and self.times.built(way):
             self.times.record_duration(headed_s - decided_s, row.head_s * pending.scale)
         return pending
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from torchsurgeon.errors import ModelMismatchError, is_finite, short
 from torchsurgeon.models.arithmetic import Arithmetic, ArithmeticReader
-from torchsurgeon.models.premises import Premises
+from torchsurgeon.models.premises import REMEDY, Premises
 from torchsurgeon.models.watching import Patrol, WatchedWeights
 from torchsurgeon.models.weights import WeightDigests, weight_digests
 from torchsurgeon.tracing.graph import LayerGraph
@@ -113,7 +113,7 @@ class LocalModel:
     def renew(self, *, in_full: bool = False) -> bool:
         """Begin another epoch if the weights have changed, and return whether they have.
 
-        If tensors have changed that decide which path the model takes, ``departed()`` says so from now on.
+        If tensors have changed that decide which path the model takes, or are gone, ``departed()`` says so from now on.
 
         Args:
             in_full: True to read all weights.
@@ -132,7 +132,8 @@ class LocalModel:
     def _path_changed(self) -> str | None:
         name = self.graph.decides_anew()
         if name is None:
-            return None
+            changed = self._premises.tensor_gained_or_lost()
+            return None if changed is None else f"{changed}; {REMEDY}"
         return (
             f"{short(name)} has changed since the model was traced, and its elements decide which path the model "
             "takes; set it back, or call prepare() on the SplitModule, which traces the model anew"

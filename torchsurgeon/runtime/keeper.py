@@ -245,7 +245,8 @@ class Keeper:
     def _try(self, errand: Errand) -> None:
         """Find out whether the server answers, and if it was late before, whether that was the link."""
         peer = errand.peer
-        if peer.ready_in != self._local.epoch:
+        if peer.ready_in != self._local.epoch or not self._connector.ping_tensors:
+            # Without a ping to send, the handshake tells that the server answers.
             self._connector.connect(peer, _ERRAND_S)
         # The first exchange may have waited for the server to come back, which says nothing about the link.
         self._ask(errand)

@@ -108,9 +108,9 @@ class Peer:
         self._lock = threading.Lock()
         self._seen: dict[int, Mean] = {}
         self._counting = threading.Lock()
-        self._asking: set[object] = set()
+        self._asking: dict[object, float] = {}
         self._sharing = Sharing()
-        self._refused: dict[object, RequestRefusedError] = {}
+        self._refused: dict[object, tuple[str, int]] = {}
 
     # --- asking ---
 
@@ -196,9 +196,10 @@ class Peer:
             )
 
         request = object()
+        begun_s = time.perf_counter()
         deadline.most_bytes = self.allowance.left_bytes()
         try:
-            self._asking.add(request)
+            self._asking[request] = begun_s
             answer = self._checked(infer, deadline)
             if not deadline.sent_bytes:
                 # A transport of the program's own, which counts its answers only.
@@ -208,7 +209,7 @@ class Peer:
                 raise bits.refusal(self._name, self.differences(exact) or (Difference("arithmetic", "told", None),))
             return answer
         finally:
-            self._asking.discard(request)
+            self._asking.pop(request, None)
             with self._counting:
                 self.sent_bytes += deadline.sent_bytes
             self.allowance.spent(deadline.sent_bytes)
@@ -304,8 +305,9 @@ class Peer:
         if up_s is not None:
             # Requests that overlap share the uplink: what this one would have taken alone is worked out first.
             arrived_s = timing.first_byte_s - server_s
+            others = sum(begun_s < arrived_s for begun_s in list(self._asking.values()))
             with self._counting:
-                alone = self._sharing.alone(up_bytes, arrived_s - up_s, arrived_s, self.under_way)
+                alone = self._sharing.alone(up_bytes, arrived_s - up_s, arrived_s, others)
             if alone is not None:
                 total_s += alone[1] - up_s
                 up_bytes, up_s = alone
@@ -340,7 +342,8 @@ class Peer:
     def refuse(self, request: object, error: RequestRefusedError) -> None:
         """Record that it refuses requests like this one, so that none is sent again before the next handshake."""
         if len(self._refused) < _MOST_REFUSED:
-            self._refused[request] = error
+            # Not the error itself, whose traceback would keep the tensors of each call that it is raised in.
+            self._refused[request] = str(error), error.status
 
     @property
     def refuses(self) -> bool:
@@ -348,8 +351,9 @@ class Peer:
         return bool(self._refused)
 
     def refusal(self, request: object) -> RequestRefusedError | None:
-        """Return the error with which it refused a request like this one; None where it did not."""
-        return self._refused.get(request)
+        """Return a new error that says how it refused a request like this one; None where it did not."""
+        known = self._refused.get(request)
+        return None if known is None else RequestRefusedError(*known)
 
     def waited(self, cut: int, seconds_: float) -> None:
         """Record that the server's part of a cut took longer than ``seconds_``, after which nobody waited any more.

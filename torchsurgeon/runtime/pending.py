@@ -464,11 +464,13 @@ class Pending:
                 self._failed(error)
                 result = tail(tensors)
         finally:
-            if not task.ended:
+            # Read first, so that what giving it up makes of the request is not taken for the server's failure.
+            answered = task.ended
+            if not answered:
                 task.give_up()
         end_s = time.perf_counter()
         self._shared.times.record_tail(self._way, self.scale, end_s - begin_s)
-        self._judge(task, end_s)
+        self._judge(task.error if answered else None, end_s, answered=answered)
         moments = self._moments
         verdict, because = bits.verdict(self._shared.options.rounded_because)
         total_s = end_s - moments.begun_s
@@ -490,14 +492,20 @@ class Pending:
         self._shared.ledger.record(self._way.name, account, why, bits=verdict, total_s=total_s)
         return result
 
-    def _judge(self, task: Task[Answer], end_s: float) -> None:
-        """Record that the device was finished before the server, and decide whether the server has failed."""
+    def _judge(self, error: BaseException | None, end_s: float, *, answered: bool) -> None:
+        """Record that the device was finished before the server, and decide whether the server has failed.
+
+        Args:
+            error: why the request failed, if it has.
+            end_s: when the device was finished (``time.perf_counter``).
+            answered: whether the request had ended by then, with an answer or an error.
+        """
         why = self._why
         if why is None or why.kind not in ("late", "deadline"):
             return
-        if task.ended:
-            if task.error is not None and not (is_requests_fault(task.error) and self._unusual()):
-                self._failed(task.error)
+        if answered:
+            if error is not None and not (is_requests_fault(error) and self._unusual()):
+                self._failed(error)
             return
         expected, taken_s = self._waiting.expected(self._peer, first=self._peer is self._tried[0]), end_s - self._sent_s
         remote_s = FIRST_PATIENCE_S if expected is None else expected.remote_s * max(self.scale, 1.0)
@@ -518,7 +526,12 @@ class Pending:
         task.give_up()
         self._shared.connector.renew()
         why = Failure("weights", "this model's weights have changed since the handshake with the server")
-        return self._shared.device.run(self._work, self._moments.begun_s, why, self._decision)
+        # The model takes another path where a tensor that it asks for is gone, and only the model itself knows it.
+        changed = self._shared.local.departed()
+        uncut = None if changed is None else self._work.uncut()
+        if changed is not None:
+            why = Failure("changed", changed)
+        return self._shared.device.run(self._work, self._moments.begun_s, why, self._decision, uncut=uncut)
 
 
 def _on_stream(stream: torch.cuda.Stream, ask: Callable[[], Answer]) -> Answer:

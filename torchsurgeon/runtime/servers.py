@@ -319,7 +319,8 @@ class Servers:
                 quickest = peer.plan.ways[id(rows[least])]
                 best_s, how = latencies[least], f"cut after {rows[least].name}"
         elif peer is not None and (expected := peer.expected_duration(way.point.index)) is not None:
-            taken_s = (head_s + expected.value) * scale
+            # What is kept of a server's part is not scaled down for inputs smaller than the example.
+            taken_s = head_s * scale + expected.value * max(scale, 1.0)
             surely_s = min(surely_s, _surely_s(taken_s, max(device_error, expected.spread)))
             if taken_s < best_s:
                 best_s, how = taken_s, f"cut after {way.point.name}"

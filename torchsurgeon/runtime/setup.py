@@ -11,7 +11,7 @@ import torch
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import SURE
-from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning
+from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning, short
 from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceTimes
@@ -138,18 +138,24 @@ class Setup:
         servers, falls_back = self._servers, self._options.falls_back
         if not servers.peers:
             return  # everything runs on the device
-        if falls_back and (unlike := self._unlike()) is not None:
+        try:
+            unlike = self._unlike() if falls_back else None
+            if unlike is None:
+                self._run_example()
+        except (RuntimeError, TypeError) as error:
+            if not falls_back or by_signal_handler(error):
+                raise
+            # As of PyTorch, where the model has been moved or converted by itself, and the example has not.
+            unlike = Failure("unlike", f"the model does not run its example any more: {short(error, 300)}")
+        if unlike is not None:
             for peer in servers.peers:
                 peer.failure = unlike
             return
         if servers.chooses:
-            self._connector.profile_device()
             device = with_joules(self._times.usable)[0]
             text = servers.goal.settle(device, servers.link, yields=falls_back)
             if text is not None:
                 warn_caller(text, UnknownEnergyWarning)
-        if falls_back or len(servers.peers) > 1:
-            self._connector.prepare_ping()
         if falls_back:
             self._connect_all([peer for peer in self._unready() if wait_s is None or _answers(peer)], wait_s)
         else:
@@ -157,6 +163,13 @@ class Setup:
         if self._connector.ping_tensors:
             self._keeper.start()
             self._keeper.wake()
+
+    def _run_example(self) -> None:
+        """Measure this device where a cut is to be chosen, and compute what is sent to see whether servers answer."""
+        if self._servers.chooses:
+            self._connector.profile_device()
+        if self._options.falls_back or len(self._servers.peers) > 1:
+            self._connector.prepare_ping()
 
     def _unlike(self) -> Failure | None:
         """Return why no server can be of use to the model as it was moved, to another dtype; None if it was not."""

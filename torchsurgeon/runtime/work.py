@@ -9,11 +9,19 @@ from torch import Tensor
 
 from torchsurgeon.codec.fitted import FittedCodec
 from torchsurgeon.runtime.parts import Parts, Run, Tail
+from torchsurgeon.tracing.reading import PLAIN
 from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
+from torchsurgeon.tracing.structure import flatten
 
 
 class Work(Protocol):
-    """One call, which can be cut at any point."""
+    """One call, which can be cut at any point.
+
+    Attributes:
+        whole_model: whether it begins with the model's inputs, so that all layers before a cut run here.
+    """
+
+    whole_model: bool
 
     def head(self, point: PartitionPoint, student: FittedCodec | None = None) -> Run:
         """Return a function without arguments that computes the tensors crossing at ``point``.
@@ -48,6 +56,8 @@ class Work(Protocol):
 
 class ModelCall:
     """A call of the model with its arguments; the methods are those of ``Work``."""
+
+    whole_model = True
 
     def __init__(self, parts: Parts, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._parts, self._args, self._kwargs = parts, args, kwargs
@@ -84,6 +94,8 @@ class ModelCall:
             for value in (*self._args, *self._kwargs.values()):
                 if isinstance(value, Tensor):
                     size_bytes += value.nbytes
+                elif not isinstance(value, PLAIN):
+                    size_bytes += sum(one.nbytes for _, one in flatten(value)[0] if isinstance(one, Tensor))
             self._scale = _ratio(size_bytes, self._parts.input_bytes)
         return self._scale
 
@@ -93,6 +105,8 @@ class TailCall:
 
     Its result is a tuple in the order of the graph's outputs.
     """
+
+    whole_model = False
 
     def __init__(self, parts: Parts, names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
         self._parts, self._names, self._tensors = parts, names, tensors

@@ -161,6 +161,9 @@ class Editions:
                 return broken
             # Other objects of the same meaning, or attributes that compute nothing: from now on those are compared.
             self._premises = Premises(graph.model)
+        changed = self._premises.tensor_gained_or_lost()
+        if changed is not None:
+            return f"{changed}; {_REMEDY}"
         name = graph.decides_anew()
         if name is None:
             return None
