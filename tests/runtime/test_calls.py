@@ -21,8 +21,10 @@ from transports import Between
 import torchsurgeon as ts
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.planning import Battery
+from torchsurgeon.runtime import ModelCall
 from torchsurgeon.serve import Server
-from torchsurgeon.transport import HttpTransport
+from torchsurgeon.transport import Answer, HttpTransport
+from torchsurgeon.transport.base import Timing
 
 # --- answering ---
 
@@ -547,3 +549,73 @@ def test_preparing_does_what_the_first_call_would(server: Server, known: dict[st
         pytest.raises(ts.ServerUnavailableError),
     ):
         split.prepare()
+
+
+class Nested(nn.Module):
+    """Takes pictures in a list, and a mask beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, pictures: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(pictures[0] + pictures[1]) * mask)  # type: ignore[no-any-return]
+
+
+def test_a_calls_size_counts_tensors_in_lists_too() -> None:
+    example = [torch.rand(4, 8), torch.rand(4, 8)], torch.rand(4, 1)
+    twice = [torch.rand(8, 8), torch.rand(8, 8)], torch.rand(8, 1)
+    with ts.SplitModule(Nested().eval(), example, partition="device") as split:
+        parts = split._engine.parts
+        assert ModelCall(parts, example, {}).scale() == 1.0
+        assert ModelCall(parts, twice, {}).scale() == 2.0
+
+
+def test_the_rest_of_a_call_begun_elsewhere_says_nothing_of_how_slow_this_device_is(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, Any]
+) -> None:
+    with split_of([], partition="device", device_profile=known["device_profile"]) as split:
+        recorded: list[float] = []
+        monkeypatch.setattr(
+            split._engine.times, "record_duration", lambda taken_s, foretold_s: recorded.append(taken_s)
+        )
+        split(EXAMPLE)
+        assert len(recorded) == 1
+        point = split.graph.points[2]
+        tensors = ts.cut(split.graph, point).head(EXAMPLE)
+        split.finish(tuple(spec.name for spec in point.tensors), *tensors)
+        assert len(recorded) == 1
+
+
+def test_a_deadline_counts_all_of_what_the_server_takes_for_an_input_smaller_than_the_example(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = EXAMPLE.expand(32, -1, -1, -1).contiguous()
+    with serving(net(), batch) as other, HttpTransport(other.url) as inner:
+        between = Between(inner)
+        with ts.SplitModule(net(), batch, server=between, name="net", partition=1) as split:
+            between.delay_s = 0.2
+            for _ in range(3):
+                assert right(split)
+            # The device takes longer than any deadline here, so that it depends on the server.
+            monkeypatch.setattr(split._engine.times, "_unhindered_s", lambda way: (0.0, 3200.0))
+            with pytest.raises(ts.DeadlineError) as caught, split.deadline(0.02):
+                split(EXAMPLE)
+            assert caught.value.best_s >= 0.1
+
+
+def test_the_link_is_observed_while_other_requests_wait_in_the_server(server: Server, monkeypatch: Any) -> None:
+    """They have come in behind a request whose transfer is over, and so have not shared the uplink with it."""
+    with split_of(server, partition=1) as split:
+        assert right(split)
+        peer = split._engine.servers.peers[0]
+        observed: list[float] = []
+        monkeypatch.setattr(peer.state.link, "observe", lambda **what: observed.append(what["up_s"]))
+        told = {"receive_s": 0.005, "queue_s": 0.0, "compute_s": 0.150, "decode_s": 0.0}
+        for number in range(20):
+            begun_s = 0.05 * number
+            peer._asking = {object(): begun_s + 0.05 * behind for behind in (1, 2, 3)}
+            timing = Timing(100_000, 4_000, begun_s, begun_s + 0.004, begun_s + 0.155, begun_s + 0.156)
+            peer.observe(Answer({}, told, timing), 0.150)
+        peer._asking = {}
+        assert observed == pytest.approx([0.005] * 20)

@@ -246,3 +246,12 @@ def test_nothing_to_compile_is_no_trouble(net: Net, server: Server, backend: Cal
     with ts.SplitModule(net, X, server=server.url, name="net", partition="server", compile=backend(recorder)) as split:
         assert torch.equal(split(X)["scores"], net(X)["scores"])
     assert len(recorder.graphs) == 1, "the tail's, which is the whole model"
+
+
+def test_hooks_that_come_later_run_where_all_of_a_compiled_model_is_on_the_device() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval().requires_grad_(False), torch.rand(1, 8)
+    with ts.SplitModule(model, x, partition="device", compile="eager") as split:
+        split.prepare()
+        assert torch.equal(split(x), model(x))
+        model[0].register_forward_hook(lambda module, args, output: output * 2)
+        assert torch.equal(split(x), model(x))

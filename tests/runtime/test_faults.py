@@ -355,3 +355,31 @@ def test_a_process_is_stopped_continued_killed_and_restarted() -> None:
         with process("slow", "factories:slow", port):
             until(lambda: remote(split), split, slowly_answered)
         split.close()
+
+
+def test_a_refusal_that_is_remembered_keeps_no_tensors_of_refused_calls(server: Server) -> None:
+    wide = torch.rand(3, 3, 32, 32)
+    with HttpTransport(server.url) as inner:
+        between = RefusesWide(inner)
+        with split_of(between, partition=1, fallback="error") as split:
+            assert right(split)
+            errors = []
+            for _ in range(3):
+                with pytest.raises(ts.RequestRefusedError) as caught:
+                    split(wide)
+                errors.append(caught.value)
+            assert between.refused == 1
+            assert len(set(map(id, errors))) == 3
+            assert {(str(error), error.status) for error in errors} == {("too wide", 413)}
+
+
+class RefusesWide(Relay):
+    """Refuses all batches but those of one sample."""
+
+    refused = 0
+
+    def infer(self, model: str, tensors: Any, **options: Any) -> Any:
+        if next(iter(tensors.values())).shape[0] > 1:
+            self.refused += 1
+            raise ts.RequestRefusedError("too wide", 413)
+        return super().infer(model, tensors, **options)

@@ -285,3 +285,27 @@ def test_answers_through_a_proxy_are_the_models_own(environment: pytest.MonkeyPa
             x = torch.rand(4, 3, 32, 32)
             assert torch.equal(split(x), truth(x, model))
             assert remote(split), degraded(split)
+
+
+_TRUSTED = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+@pytest.mark.parametrize("named", _TRUSTED)
+def test_handshake_and_inference_trust_the_same_authorities(
+    encrypted: Server, certificate: Path, environment: pytest.MonkeyPatch, named: str
+) -> None:
+    """Those of the system, for which a file stands here, or those that the environment names for requests."""
+    for name in _TRUSTED:
+        environment.delenv(name, raising=False)
+    with proxying(hosts={"edge.invalid": encrypted.port}) as proxy:
+        environment.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        with HttpTransport("https://edge.invalid") as transport:
+            for ask in (lambda: transport.get_json("/v2"), lambda: transport.probe(10, 0)):
+                with pytest.raises(ts.ServerUnavailableError, match="certificate verify failed"):
+                    ask()
+        environment.setenv(named, str(certificate / "cert.pem"))
+        with HttpTransport("https://edge.invalid") as transport, split_of(transport, partition=1) as split:
+            assert transport.get_json("/v2")
+            transport.probe(10, 0)
+            assert right(split)
+            assert remote(split), degraded(split)

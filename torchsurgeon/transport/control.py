@@ -7,7 +7,6 @@ unpack a small compressed answer to any size.
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -101,7 +100,7 @@ class ControlSession(requests.Session):
 
     Args:
         headers: sent with every request.
-        verify: how certificates are checked, as ``requests`` takes it.
+        verify: how certificates are checked, as ``requests`` takes it; True for the authorities that the system trusts.
         proxy: the URL of the proxy that is used; None to connect directly.
         cert: this side's certificate, as ``requests`` takes it; None for none.
     """
@@ -118,8 +117,6 @@ class ControlSession(requests.Session):
         self.headers.update({**headers, "Accept-Encoding": "identity"})
         # The environment is not asked again: what it named when the transport was made holds for inference, too.
         self.trust_env = False
-        if verify is True:
-            verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         self.verify = verify
         if proxy is not None:
             self.proxies = {"http": proxy, "https": proxy}
@@ -136,6 +133,12 @@ class _DeadlineAdapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = _POOLS
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        super().cert_verify(conn, url, verify, cert)
+        if verify is True:
+            # The system's authorities, as for inference, in place of those that come with requests.
+            conn.ca_certs = conn.ca_cert_dir = None
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(*args, **kwargs)

@@ -73,6 +73,9 @@ class HttpBytes(ByteTransport):
         super().__init__(timeout_s)
         if token is not None:
             headers = {**(headers or {}), "Authorization": f"Bearer {token}"}
+        if verify is True:
+            # What the environment names for requests holds for inference, too.
+            verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         self._route = route = route_to(url)
         self.url = url.strip().rstrip("/")
         self._context = route.context(ssl_context or context_for(verify, cert))
@@ -277,7 +280,9 @@ def context_for(verify: bool | str, cert: str | tuple[str, str] | None) -> ssl.S
     if verify is True and cert is None:
         return None
     try:
-        context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
+        folder = isinstance(verify, str) and os.path.isdir(verify)
+        trusted = verify if isinstance(verify, str) else None
+        context = ssl.create_default_context(cafile=None if folder else trusted, capath=trusted if folder else None)
         if verify is False:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if cert is not None:
