@@ -22,6 +22,11 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %".replace(".0 %", " %")
 
 
+def listed(words: Sequence[str]) -> str:
+    """Return words as one lists them in a sentence."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
 def text(text: str) -> str:
     """Return a paragraph in lines of the usual width; links are not torn apart."""
     words = textwrap.dedent(text).strip().split()

@@ -18,8 +18,9 @@ class HttpTransport(HttpBytes, Transport):
         timeout_s: seconds that each call as a whole may take, unless the call says otherwise.
         headers: sent with every request, such as a token.
         ssl_context: how the inference path checks certificates; by default as ``verify`` and ``cert`` say.
-        verify: how certificates are checked: True for as the system does, a file with those that are trusted, or False
-            for not at all. With ``ssl_context`` it holds for the control plane only, and so does ``cert``.
+        verify: how certificates are checked: True for as the system does, or as REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE in
+            the environment says; a file or folder with those that are trusted; or False for not at all. With
+            ``ssl_context`` it holds for the control plane only, and so does ``cert``.
         token: sent with every request as ``Authorization: Bearer``; None for none.
         cert: this side's certificate, for servers that ask for one: a file that holds its key too, or both files.
 
