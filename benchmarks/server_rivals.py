@@ -3,9 +3,9 @@
 torchsurgeon's server and two applications of Starlette run in one process, with one thread per inference, and are up
 the whole time; LitServe starts processes of its own. A round asks one after the other in a new random order, at 1, 20
 and 200 connections that each send the next request once they have the answer. Then requests come at random moments to
-torchsurgeon's server, and to Starlette's without a thread pool: half as many as the former has answered at 20
-connections. The client is another process, which does nothing
-but read and write sockets. Server and client share the machine's cores.
+torchsurgeon's server, and to Starlette's without a thread pool: half as many as each of them has answered at 20
+connections. The client is another process, which does nothing but read and write sockets. Server and client share the
+machine's cores.
 
     python -m benchmarks.server_rivals [--litserve PYTHON] [--rounds 5] [--seconds 1.5] [--network NAME]
     python -m benchmarks.server_rivals --device cuda --out FILE
@@ -26,8 +26,6 @@ server's process reach, without HTTP: as many threads as cores, with the best of
 from __future__ import annotations
 
 import argparse
-import base64
-import json
 import os
 import random
 import signal
@@ -59,14 +57,14 @@ OUT = RESULTS / "server_rivals.json"
 PAGE = RESULTS.parents[1] / "docs" / "serving.md"
 BEGIN, END = "<!-- rivals, by benchmarks.server_rivals -->", "<!-- end of rivals -->"
 POOL, INLINE = "Starlette by hand, with a thread pool", "Starlette by hand, without"
-LITSERVE_BATCH = 8
-LITSERVE, OURS = f"LitServe, batches of up to {LITSERVE_BATCH}", "torchsurgeon"
+LITSERVE, OURS = "LitServe", "torchsurgeon"
 HALF_WAYS = (INLINE, OURS)
 """Which of them requests come to at random moments. The others may answer too few a second for that."""
 CONNECTIONS = (1, 20, 200)
 HALF = "half"
 BATCHES = (1, 2, 4, 8, 16)
 _START_S = 120.0
+_FORM = "what-no-tensor-holds"
 
 
 def serve(name: str, device: str, told: Any) -> None:
@@ -134,14 +132,15 @@ def at_once(device: str) -> int:
 
 
 @contextmanager
-def litserve(python: str, name: str, device: str) -> Iterator[tuple[int, int, bytes]]:
-    """Serve a network by LitServe; yields its process, its port and a request."""
+def litserve(python: str, name: str, device: str, batch: int) -> Iterator[tuple[int, int, bytes]]:
+    """Serve a network by LitServe, in batches of up to so many; yields its process, its port and a request."""
     (sent,) = network(name).tensors.values()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    body = json.dumps({"data": base64.b64encode(sent.numpy().tobytes()).decode()}).encode()
-    workers, batch = str(at_once(device)), str(LITSERVE_BATCH)
-    command = [python, "-m", "benchmarks.support.litserve_tail", name, str(port), workers, batch, device]
+    head = f'--{_FORM}\r\nContent-Disposition: form-data; name="data"; filename="data"\r\n\r\n'
+    body = head.encode() + sent.numpy().tobytes() + f"\r\n--{_FORM}--\r\n".encode()
+    workers = str(at_once(device))
+    command = [python, "-m", "benchmarks.support.litserve_tail", name, str(port), workers, str(batch), device]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end_s = time.monotonic() + _START_S
@@ -153,7 +152,7 @@ def litserve(python: str, name: str, device: str) -> Iterator[tuple[int, int, by
                 if server.poll() is not None or time.monotonic() > end_s:
                     raise RuntimeError(f"{' '.join(command)} did not start") from None
                 time.sleep(0.2)
-        yield server.pid, port, request("/predict", body, "Content-Type: application/json\r\n")
+        yield server.pid, port, request("/predict", body, f"Content-Type: multipart/form-data; boundary={_FORM}\r\n")
     finally:
         # Its workers would outlive a process that is told to end politely while they are busy.
         for pid in family(server.pid):
@@ -174,7 +173,7 @@ def compare(name: str, rounds: int, seconds: float, python: str | None, device: 
         client = stack.enter_context(apart(serve_client))
         ways, together = server.recv(), server.recv()
         if python is not None:
-            ways[LITSERVE] = stack.enter_context(litserve(python, name, device))
+            ways[LITSERVE] = stack.enter_context(litserve(python, name, device, together))
         ways[OURS] = ways.pop(OURS)
         samples: dict[str, dict[str, list[dict[str, float]]]] = {}
 
@@ -190,10 +189,10 @@ def compare(name: str, rounds: int, seconds: float, python: str | None, device: 
                 ask(str(count), label, count, seconds if index else 0.5)
             if not index:  # the first round is the warm-up
                 samples.clear()
-        half = statistics.median(one["rate_s"] for one in samples["20"][OURS]) / 2
+        half = {way: statistics.median(one["rate_s"] for one in samples["20"][way]) / 2 for way in HALF_WAYS}
         for index in range(rounds):
             for label in random.Random(index).sample(HALF_WAYS, len(HALF_WAYS)):
-                ask(HALF, label, 20, 2 * seconds, half, index)
+                ask(HALF, label, 20, 2 * seconds, half[label], index)
         calls: dict[int, list[float]] = {batch: [] for batch in BATCHES}
         for _ in range(rounds):
             for batch, rates in calls.items():
@@ -201,7 +200,7 @@ def compare(name: str, rounds: int, seconds: float, python: str | None, device: 
                 rates.append(server.recv())
     inside = {str(batch): spread(rates) for batch, rates in calls.items()}
     best = max(one["median"] for one in inside.values())
-    found = {"rows": {what: rows(of_each) for what, of_each in samples.items()}, "half_rate_s": half}
+    found = {"rows": {what: rows(of_each) for what, of_each in samples.items()}, "half_rates_s": half}
     found["together"] = together
     found |= {"in_process": inside, "of_in_process": found["rows"]["20"][OURS]["rate_s"]["median"] / best}
     for what, of_each in found["rows"].items():
@@ -256,27 +255,33 @@ def page(results: Mapping[str, Any]) -> str:
                 )
     summary = []
     for name, found in results.items():
-        half = [waits(found["rows"][HALF].get(way)) for way in (OURS, INLINE)]
+        half = [waits(found, way) for way in (OURS, INLINE)]
         batch, best = max(found["in_process"].items(), key=lambda item: item[1]["median"])
         summary.append(
             (
                 name,
-                f"{found['half_rate_s']:.0f}",
                 *half,
                 f"{best['median']:.0f}, in batches of {batch}",
                 f"{found['of_in_process']:.2f}",
             )
         )
-    more = ("network", "half of saturation, a second", "p50, p99, p99 / p50", "of Starlette without a pool")
+    more = ("network", "at half of its rate: a second, p50, p99, p99 / p50", "Starlette without a pool at half of its")
     more += ("samples a second without HTTP", "of that at 20 connections")
     return table(heads, lines) + "\n\n" + table(more, summary) + "\n"
 
 
-def waits(row: Mapping[str, Any] | None) -> str:
-    """Return percentiles of the time to an answer in ms, and their ratio; nothing where they were not measured."""
+def waits(found: Mapping[str, Any], way: str) -> str:
+    """Return the rate of requests, percentiles of the time to an answer in ms, and the ratio of these."""
+    row = found["rows"][HALF].get(way)
     if row is None:
         return ""
-    return f"{row['median_s']['median'] * 1e3:.1f} ms, {row['p99_s']['median'] * 1e3:.1f} ms, {row['tail_ratio']:.1f}"
+    low, high = (f"{row[key]['median'] * 1e3:.1f} ms" for key in ("median_s", "p99_s"))
+    return f"{half_rate_s(found, way):.0f}, {low}, {high}, {row['tail_ratio']:.1f}"
+
+
+def half_rate_s(found: Mapping[str, Any], way: str) -> float:
+    """Return how many requests a second came at random moments; in older files as many to all as half of ours."""
+    return float(found["half_rates_s"][way] if "half_rates_s" in found else found["half_rate_s"])
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluate.markdown import percent, picture, table, text
+from benchmarks.evaluate.markdown import listed, percent, picture, table, text
 from benchmarks.support.result_file import RESULTS
 from torchsurgeon.report.pictures import BLUE, ORANGE, RED, new_figure, save_figure
 
@@ -128,9 +128,17 @@ def _ratio(row: Mapping[str, Any], way: str) -> float:
 def _loaded(steps: list[Mapping[str, Any]]) -> str:
     idle, most = steps[0], max(steps, key=lambda step: float(step["load"]))
     ours_s, server_s = most["adaptive"]["mean_s"], most["server"]["mean_s"]
+    before = steps[1 : steps.index(most)]
+    rising = listed(
+        [f"{one['adaptive']['mean_s'] / one['server']['mean_s']:.2f} (at {percent(one['load'])})" for one in before]
+    )
+    counts = [step["adaptive"]["inferences"] for step in steps]
     return (
         f"Here the server alone rises from {1e3 * idle['server']['mean_s']:.0f} to {1e3 * server_s:.0f} ms at "
-        f"{percent(most['load'])}, and ours to {1e3 * ours_s:.0f} ms, {server_s / ours_s:.1f} times less."
+        f"{percent(most['load'])}, and ours to {1e3 * ours_s:.0f} ms, {server_s / ours_s:.1f} times less, since it runs "
+        f"{most['adaptive']['on_the_device']} of {most['adaptive']['inferences']} inferences on the device. While the "
+        f"load rises, ours takes {rising} times as long as the server alone. These are means of "
+        f"{min(counts)} to {max(counts)} inferences a step, whose waits differ widely."
     )
 
 
