@@ -133,12 +133,13 @@ def _loaded(steps: list[Mapping[str, Any]]) -> str:
         [f"{one['adaptive']['mean_s'] / one['server']['mean_s']:.2f} (at {percent(one['load'])})" for one in before]
     )
     counts = [step["adaptive"]["inferences"] for step in steps]
+    ratio = f"{server_s / ours_s:.1f}"
     here = f"{most['adaptive']['on_the_device']} of {most['adaptive']['inferences']}"
     return (
         f"Here the server alone rises from {1e3 * idle['server']['mean_s']:.0f} to {1e3 * server_s:.0f} ms at "
-        f"{percent(most['load'])}, and ours to {1e3 * ours_s:.0f} ms, {server_s / ours_s:.1f} times less, since it runs "
-        f"{here} inferences on the device. While the load rises, ours takes {rising} times as long as the server alone. "
-        f"These are means of {min(counts)} to {max(counts)} inferences a step, whose waits differ widely."
+        f"{percent(most['load'])}, and ours to {1e3 * ours_s:.0f} ms, {ratio} times less, since it runs {here} "
+        f"inferences on the device. While the load rises, ours takes {rising} times as long as the server alone. These "
+        f"are means of {min(counts)} to {max(counts)} inferences a step, whose waits differ widely."
     )
 
 
