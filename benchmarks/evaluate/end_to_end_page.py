@@ -73,7 +73,8 @@ def _as_named(key: str, way: Mapping[str, Any]) -> bool:
 
     Rows from before that was asserted say by what it ran, and a few ran by another.
     """
-    return way.get("ran_by") in (None, key.split("|")[1])
+    ran_by = way.get("ran_by")
+    return ran_by is None or ran_by == key.split("|")[1]
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def test_the_first_figures_take_what_was_run_end_to_end(tmp_path: Path) -> None:
     (tmp_path / end_to_end.OUT.name).write_text(json.dumps(results))
     shown = " ".join(front_page.figures("", tmp_path).split())
     assert "[1.5× as fast as the device alone](evaluation.md#end-to-end)** and 3.0× as fast as the server" in shown
-    assert "In 1 of the cases the choice is a split" in shown
+    assert "One choice is a split, which is 1.50× as fast as the better end." in shown
 
 
 @pytest.mark.parametrize("page", front_page.PAGES, ids=lambda page: page.name)
