@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import re
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from serving import serving
+from factories import long
+from serving import serving, signed_by_itself
 from torch import nn
+from waiting import wait_for
 
-from torchsurgeon.serve import ModelRegistry, Server, create_app
-from torchsurgeon.serve.connections import Connections
+from torchsurgeon.serve import ModelRegistry, Server, create_app, guarded
+from torchsurgeon.serve.connections import SPARE_CONNECTIONS, Connections
+from torchsurgeon.serve.guarded import GuardedProtocol
+from torchsurgeon.serve.outcome import Outcome
 from torchsurgeon.serve.served import ServedModel
 from torchsurgeon.transport import HttpTransport
 
@@ -213,17 +219,26 @@ def test_with_every_connection_busy_health_is_answered_and_the_rest_refused_in_j
         assert ask(stack.enter_context(connect(small)), "/v2/health/ready")[0] == 200
 
 
+class Fake:
+    """A connection that does nothing."""
+
+    spare = answered = closed = aborted = False
+    idle_since_s: float | None = 0.0
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def drain(self) -> None:
+        pass
+
+
 def test_one_address_gets_its_share_and_others_are_not_closed_for_it() -> None:
-    class Fake:
-        spare = answered = closed = False
-        idle_since_s: float | None = 0.0
-
-        def __init__(self, address: str) -> None:
-            self.address = address
-
-        def close(self) -> None:
-            self.closed = True
-
     connections = Connections(8)
     others, greedy = [Fake("192.0.2.1") for _ in range(3)], [Fake("192.0.2.2") for _ in range(20)]
     for fake in (*others, *greedy):
@@ -239,6 +254,142 @@ def test_one_address_gets_its_share_and_others_are_not_closed_for_it() -> None:
     for fake in (*others, *greedy, late):
         connections.remove(fake)
     assert len(connections) == 0
+
+
+def test_a_connection_that_counts_no_more_is_not_left_to_its_client() -> None:
+    """What its client does not read, or a goodbye that its client does not say, would keep it open."""
+    connections = Connections(4)
+    busy = [Fake("127.0.0.1") for _ in range(4 + SPARE_CONNECTIONS + 10)]
+    for fake in busy:
+        fake.idle_since_s = None
+        connections.add(fake)
+    assert len(connections) == 4 + SPARE_CONNECTIONS
+    assert [fake.aborted for fake in busy] == [False] * 4 + [True] * 10 + [False] * SPARE_CONNECTIONS
+
+
+# --- clients that do not read ---
+
+LONG_BODY = json.dumps(
+    {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1.0] * 4}],
+        "parameters": {"binary_data_output": True},
+    }
+).encode()
+LONG_BYTES = 16 << 20
+
+
+@pytest.fixture(scope="module", params=["http", "https"])
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The options by which a server speaks HTTP or HTTPS."""
+    if request.param == "http":
+        return {}
+    folder = signed_by_itself(tmp_path_factory.mktemp("tls"))
+    return {"ssl_certfile": str(folder / "cert.pem"), "ssl_keyfile": str(folder / "key.pem")}
+
+
+@pytest.fixture
+def lengthy(files: dict[str, str]) -> Iterator[Server]:
+    """A server that takes four connections, and whose answers are longer than what the systems keep of them."""
+    registry = ModelRegistry()
+    registry.add("net", *long())
+    with contextlib.closing(registry), Server(create_app(registry), max_connections=4, **files) as server:  # type: ignore[arg-type]
+        yield server
+        wait_for(lambda: not opened(server))
+
+
+@pytest.fixture
+def outcomes(lengthy: Server) -> list[Outcome]:
+    found: list[Outcome] = []
+    lengthy.app.listeners.append(found.append)
+    return found
+
+
+def opened(server: Server) -> set[GuardedProtocol]:
+    """The connections that are open, whether they count or not."""
+    return set(server._server.server_state.connections)  # type: ignore[arg-type]
+
+
+def connect_slowly(server: Server) -> socket.socket:
+    """A connection on which the client's system keeps little of what the client does not read."""
+    link = socket.socket()
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    link.settimeout(30)
+    link.connect(("127.0.0.1", server.port))
+    if server.url.startswith("http:"):
+        return link
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(link)
+
+
+def ask_for_much(link: socket.socket, more: str = "") -> None:
+    head = f"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(LONG_BODY)}\r\n{more}\r\n"
+    link.sendall(head.encode() + LONG_BODY)
+
+
+def check_long_answer(stream: io.BufferedIOBase) -> None:
+    head = b"".join(iter(stream.readline, b"\r\n"))
+    length = re.search(rb"content-length: (\d+)", head)
+    assert length
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert len(stream.read(int(length[1]))) == int(length[1]) > LONG_BYTES
+
+
+def soon(condition: Callable[[], bool], limit_s: float) -> bool:
+    """Whether a condition comes to hold within a time."""
+    end_s = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < end_s:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_answers_that_nobody_reads_do_not_pile_up(lengthy: Server, outcomes: list[Outcome]) -> None:
+    with connect_slowly(lengthy) as link, link.makefile("rb") as stream:
+        asked = 0
+        while asked < 8 and soon(lambda count=asked: len(outcomes) == count, 3):
+            ask_for_much(link)
+            asked += 1
+        (connection,) = opened(lengthy)
+        # Over TLS, what is not sent lies in two places.
+        places = {connection.transport, connection._wire}
+        assert outcomes
+        assert sum(place.get_write_buffer_size() for place in places) < 2.5 * LONG_BYTES
+        # Once they are read, the connection goes on: nothing that was asked is lost.
+        for _ in range(asked):
+            check_long_answer(stream)
+        ask_for_much(link)
+        check_long_answer(stream)
+
+
+def test_connections_count_until_they_are_closed_whether_their_clients_read_or_not(lengthy: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        statuses = []
+        for _ in range(12):
+            link = stack.enter_context(connect_slowly(lengthy))
+            ask_for_much(link)
+            statuses.append(link.recv(12))
+        wait_for(lambda: len(opened(lengthy)) == len(lengthy.connections))
+        assert sum(not one.spare for one in opened(lengthy)) == 4
+        assert statuses == [b"HTTP/1.1 200"] * 4 + [b"HTTP/1.1 503"] * 8
+
+
+def test_an_idle_connection_that_makes_room_is_closed_whatever_its_client_does(lengthy: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            stack.enter_context(connect_slowly(lengthy))
+        assert soon(lambda: len(opened(lengthy)) == len(lengthy.connections) == 4, 10)
+
+
+@pytest.mark.parametrize("more", ["", "Connection: close\r\n"])
+def test_a_client_that_never_reads_is_cut_off(lengthy: Server, more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded, "ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(guarded, "timeout_for", lambda timeout_s, size: 0.1)
+    with connect_slowly(lengthy) as link:
+        # Over TLS, a server sees only by the second answer that the first is not read.
+        for _ in range(1 if more else 2):
+            ask_for_much(link, more)
+        wait_for(lambda: opened(lengthy))
+        wait_for(lambda: not opened(lengthy))
 
 
 # --- errors ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import json
 import socket
@@ -14,6 +15,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
+from waiting import wait_for
 
 from torchsurgeon.cli import main
 from torchsurgeon.serve import ModelRegistry, Server, TailApp, create_app
@@ -45,9 +47,9 @@ def measure(app: TailApp, registry: ModelRegistry, connections: Callable[[], int
     app.metrics = counts.text
 
 
-def ask(server: Server, path: str, body: bytes | None = None) -> tuple[int, bytes, str]:
+def ask(server: Server, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes, str]:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
-        connection.request("GET" if body is None else "POST", path, body)
+        connection.request("GET" if body is None else "POST", path, body, headers)
         response = connection.getresponse()
         return response.status, response.read(), response.headers["content-type"]
 
@@ -98,6 +100,15 @@ def test_what_was_asked_is_counted_by_status_kind_cut_and_bytes(server: Server) 
     assert of(found, "request_seconds_count", model="net") == 5
     assert of(found, "request_seconds_bucket", model="net", le="+Inf") == 5
     assert 0 < of(found, "request_seconds_sum", model="net") < 50
+
+
+def test_a_compressed_body_counts_as_it_was_sent(server: Server) -> None:
+    padded = BODY.ljust(4000)
+    sent = gzip.compress(padded)
+    assert ask(server, INFER, sent, **{"Content-Encoding": "gzip"})[0] == 200
+    assert ask(server, INFER, padded)[0] == 200
+    wait_for(lambda: of(samples(server), "requests_total", model="net", status="200") == 2)
+    assert of(samples(server), "received_bytes_total", model="net") == len(sent) + len(padded)
 
 
 def test_what_the_server_is_like_now_is_told(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import json
 import signal
@@ -24,12 +25,14 @@ from torchsurgeon.serve import ModelRegistry, Server, create_app
 BODY = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0.5] * 4}]}).encode()
 # A negative input takes the model of factories:slow a second.
 SLOW = BODY.replace(b"0.5", b"-1.0")
+# For the model of factories:long, whose answers are 16 MiB.
+LONG = json.dumps({**json.loads(BODY), "parameters": {"binary_data_output": True}}).encode()
 
 
 @contextmanager
-def serving_process(grace_s: float) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def serving_process(grace_s: float, name: str = "slow") -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that serves a model; it is killed at the end of the block."""
-    script = f"from torchsurgeon import serve; serve.run({{'slow': 'factories:slow'}}, port=0, grace_s={grace_s})"
+    script = f"from torchsurgeon import serve; serve.run({{'{name}': 'factories:{name}'}}, port=0, grace_s={grace_s})"
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as child:
         try:
@@ -42,12 +45,20 @@ def serving_process(grace_s: float) -> Iterator[tuple[subprocess.Popen[str], int
             child.kill()
 
 
-def head(body: bytes) -> bytes:
-    return b"POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+def head(body: bytes, name: str = "slow", more: str = "") -> bytes:
+    lines = f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+    return lines.encode()
 
 
 def connect(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def ask_for_long(link: socket.socket, body: bytes = LONG, more: str = "") -> None:
+    """Ask for an answer of which the systems keep only a part, and return once it is being sent."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    link.sendall(head(body, "long", more) + body)
+    assert link.recv(1, socket.MSG_PEEK)
 
 
 def answer_on(link: socket.socket) -> tuple[int, dict[str, str]]:
@@ -102,19 +113,37 @@ def test_a_server_that_stops_answers_what_it_has_taken_and_says_that_it_closes()
 
 
 def test_half_a_request_delays_the_end_no_longer_than_the_grace() -> None:
-    with serving_process(1.0) as (child, port), contextlib.ExitStack() as stack:
+    with serving_process(1.0, "long") as (child, port), contextlib.ExitStack() as stack:
         assert child.stdout is not None
-        half, dribbling, silent = [stack.enter_context(connect(port)) for _ in range(3)]
-        half.sendall(head(BODY) + BODY[:-5])
-        dribbling.sendall(head(BODY)[:-10])
-        silent.sendall(head(BODY) + BODY)
+        half, dribbling, silent, unread = [stack.enter_context(connect(port)) for _ in range(4)]
+        half.sendall(head(LONG, "long") + LONG[:-5])
+        dribbling.sendall(head(LONG, "long")[:-10])
+        ask_for_long(silent)
         assert answer_on(silent)[0] == 200
+        ask_for_long(unread)
         begin_s = time.monotonic()
         child.send_signal(signal.SIGTERM)
         child.wait(60)
         # Otherwise a body would have 30 s, and a head 10 s.
         assert time.monotonic() - begin_s < 9
-        assert child.stdout.read().rstrip().endswith("1 requests were cut off")
+        assert child.stdout.read().rstrip().endswith("2 requests were cut off")
+
+
+def test_an_answer_that_is_being_sent_is_sent_to_its_end() -> None:
+    with serving_process(60, "long") as (child, port), contextlib.ExitStack() as stack:
+        assert child.stdout is not None
+        direct, closing, compressed = [stack.enter_context(connect(port)) for _ in range(3)]
+        ask_for_long(direct)
+        ask_for_long(closing, more="Connection: close\r\n")
+        ask_for_long(compressed, gzip.compress(LONG), "Content-Encoding: gzip\r\n")
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.readline().startswith("stopping: 3 connections, 3 with a request under way")
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(3)
+        for link in (direct, closing, compressed):
+            assert answer_on(link)[0] == 200
+        assert child.wait(20) == -signal.SIGTERM
+        assert child.stdout.read().rstrip().endswith("0 requests were cut off")
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from paths import environment
+from serving import signed_by_itself
 from torch import nn
 
 import torchsurgeon as ts
@@ -163,17 +164,6 @@ def test_an_address_that_others_reach_needs_a_token_or_to_be_called_insecure() -
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return signed_by_itself(tmp_path_factory.mktemp("tls"))
-
-
-def signed_by_itself(folder: Path) -> Path:
-    """A certificate for 127.0.0.1 and its key, in a folder."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl: apt-get install openssl")
-    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key.pem")]
-    subprocess.run([*command, "-out", str(folder / "cert.pem")], check=True, capture_output=True)
-    return folder
 
 
 @contextlib.contextmanager

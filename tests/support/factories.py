@@ -61,6 +61,19 @@ def slow() -> tuple[nn.Module, torch.Tensor]:
     return Slow(), torch.ones(1, 4)
 
 
+class Long(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(1, 1 << 20)
+
+
+def long() -> tuple[nn.Module, torch.Tensor]:
+    """A factory for SPECs in these tests, of a model whose answers are longer than what a system keeps of them: 16 MiB.
+
+    They have to be asked for as bytes, since so many numbers would take seconds to write as text.
+    """
+    return Long().eval(), torch.ones(1, 4)
+
+
 def small() -> tuple[nn.Module, torch.Tensor]:
     """A factory for SPECs in these tests."""
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(1, 4)

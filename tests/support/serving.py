@@ -5,18 +5,23 @@
 ``split``        a model split against a server that holds it too
 ``check_split``  compares a split model's answers with the model's own, bit for bit; ``points_in`` and ``spread`` choose
                  where to cut for it
+``signed_by_itself``  a certificate for this machine
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from partitions import assert_same, copied
 from paths import environment
@@ -73,6 +78,17 @@ def process(name: str, spec: str, port: int, *, seed: int = 0) -> Iterator[BaseP
         ours.close()
         child.kill()
         child.join()
+
+
+def signed_by_itself(folder: Path) -> Path:
+    """A certificate for 127.0.0.1 and its key, in a folder."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl: apt-get install openssl")
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key.pem")]
+    subprocess.run([*command, "-out", str(folder / "cert.pem")], check=True, capture_output=True)
+    return folder
 
 
 def _serve(name: str, spec: str, port: int, seed: int, said: Connection) -> None:

@@ -183,7 +183,7 @@ class TailApp:
         request = Received(body, header_bytes, receive_s, arrived_s, exchange.client, own_id, name)
         request.due_s = started_s + deadline_s
         request.holder, request.level = holder.name, level
-        exchange.received = request
+        exchange.received, exchange.received_bytes = request, len(body)
         del body  # Only the request keeps it alive, so its memory is free as soon as the request is answered.
         if compressed:
             request.body = await asyncio.to_thread(inflate, request.body, encoding, limit)

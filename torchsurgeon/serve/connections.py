@@ -24,14 +24,17 @@ class Connection(Protocol):
 
     @property
     def idle_since_s(self) -> float | None:
-        """Since when it has waited for a whole request, by the event loop's clock; None while one is answered."""
+        """Since when it has waited for a whole request, by the event loop's clock.
+
+        None while one is answered, and until its client has taken all of the answer.
+        """
 
     @property
     def answered(self) -> bool:
         """Whether a request has ever been answered on it."""
 
     def close(self) -> None:
-        """Close it once what was written is sent."""
+        """Close it once what was written is sent, and over TLS once the client has said goodbye."""
 
     def abort(self) -> None:
         """Close it at once."""
@@ -142,9 +145,11 @@ class Connections:
         return bool(waiting)
 
     def _close(self, connection: Connection) -> None:
-        # It counts no more from now on, and not only once the event loop has said that it is closed.
+        # It counts no more from now on, and not only once the event loop has said that it is closed. So it must not be
+        # open for as long as its client likes: over TLS, the client is told, but its own goodbye is not waited for.
         self.remove(connection)
         connection.close()
+        connection.abort()
 
 
 def _is_here(address: str) -> bool:

@@ -22,7 +22,7 @@ class DrainingServer(uvicorn.Server):
 
     While it drains, it is not ready. On each connection the requests that are under way are answered, and one more if
     it comes soon; the answers say ``Connection: close``. New connections get answers to health checks, and 503 for the
-    rest. What is not answered after ``grace_s`` is cut off.
+    rest. What is not answered after ``grace_s``, or not taken by its client, is cut off.
 
     Args:
         config: uvicorn's configuration.

@@ -25,6 +25,7 @@ class Exchange:
         headers: the request's headers; of one that is there several times, the last.
         repeated: the names of the headers that are there several times.
         received: the inference request, once its body has arrived; None before, and for every other request.
+        received_bytes: length of the inference request's body as it arrived, compressed or not; 0 before it has.
         error: the kind of error that is answered; empty for none.
         model: the name of the model that an inference is asked of; empty for every other request.
         client: the client's address and port; empty where they are not known.
@@ -36,6 +37,7 @@ class Exchange:
         counts = Counter(name for name, _ in scope["headers"]) if len(self.headers) < len(scope["headers"]) else {}
         self.repeated = [name for name, count in counts.items() if count > 1]
         self.received: Received | None = None
+        self.received_bytes = 0
         self.model = self.error = ""
         self.client = address_text(scope["client"]) if scope.get("client") else ""
         self.given_id = given_id(self.headers.get(REQUEST_ID))
@@ -83,7 +85,7 @@ class Exchange:
             "" if received is None else received.cut,
             self._status if self._complete else CLIENT_GONE,
             time.perf_counter() - self._started_s,
-            0 if received is None else len(received.body),
+            self.received_bytes,
             self._sent_bytes,
             self.error if self._complete else GoneError.__name__,
             self.headers.get(TRACEPARENT, b"").decode("latin-1"),

@@ -1,6 +1,7 @@
 """uvicorn's HTTP protocol, guarded against what a client may do to it.
 
 * A request's head has to arrive within ``HEAD_TIMEOUT_S``, and ``heads`` limits its size.
+* A client has ``ANSWER_TIMEOUT_S`` to read an answer, and the time of what is left then at 16 KiB/s.
 * ``connections`` decides which connection is closed where there are too many.
 * What is no request is answered in JSON, and an upgrade that a client offers is ignored.
 """
@@ -16,7 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from torchsurgeon.errors import ProtocolError, short
-from torchsurgeon.serve.body import LINGER_BYTES, LINGER_S
+from torchsurgeon.serve.body import LINGER_BYTES, LINGER_S, timeout_for
 from torchsurgeon.serve.connections import Connections
 from torchsurgeon.serve.direct import reply_head, with_id
 from torchsurgeon.serve.failure import HeadTooLargeError, LateError, complain, error_body, status_of
@@ -26,6 +27,7 @@ from torchsurgeon.serve.received import address_text, new_id
 from torchsurgeon.serve.replies import only_health
 
 HEAD_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 30.0
 _UPGRADE = (b"upgrade", b"http2-settings")
 
 
@@ -60,6 +62,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.address = self.peer = ""
         self.spare = self.answered = False
         self._head_timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
         self._idle_since_s = 0.0
         self._in_head = self._in_message = self._draining = False
         self._fed = Fed()
@@ -70,6 +73,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Start the connection; called by asyncio."""
         super().connection_made(transport)
+        # What writes to the socket. Over TLS that is another transport below, by which alone one sees what is not sent.
+        self._wire: asyncio.Transport = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)
         self._idle_since_s = self.loop.time()
         if self.client:
             self.address, self.peer = self.client[0], address_text(self.client)
@@ -86,17 +91,28 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def idle_since_s(self) -> float | None:
-        """Since when the connection waits for a whole head; None while a body arrives, or a request is answered."""
-        answering = self.cycle is not None and not self.cycle.response_complete
+        """Since when the connection waits for a whole head.
+
+        None while a body arrives, while a request is answered, and until its client has taken all of the answer.
+        """
+        answering = self.unsent_bytes > 0 or (self.cycle is not None and not self.cycle.response_complete)
         return None if answering or (self._in_message and not self._in_head) else self._idle_since_s
 
+    @property
+    def unsent_bytes(self) -> int:
+        """How many bytes of answers wait until the client takes more."""
+        return self._wire.get_write_buffer_size()
+
     def close(self) -> None:
-        """Close the connection once what was written is sent."""
-        self.transport.close()
+        """Close the connection once what was written is sent, or once its client has had its time to take that."""
+        if not self.transport.is_closing():
+            self.transport.close()
+        if self.unsent_bytes:
+            self._expect_reader()
 
     def abort(self) -> None:
         """Close the connection at once."""
-        self.transport.abort()
+        self._wire.abort()
 
     def drain(self) -> None:
         """Close the connection after its next answer, which says so."""
@@ -109,6 +125,40 @@ class GuardedProtocol(HttpToolsProtocol):
         self.answered = True
         self._idle_since_s = self.loop.time()
         super().on_response_complete()
+        if self.transport.is_closing():
+            self.close()
+
+    def pause_writing(self) -> None:
+        """Note that the client takes less than is written; called by asyncio."""
+        super().pause_writing()
+        self._expect_reader()
+
+    def resume_writing(self) -> None:
+        """Note that the client has taken nearly all; called by asyncio."""
+        super().resume_writing()
+        # Only now can the client send its next request.
+        self._idle_since_s = self.loop.time()
+        if self._reader_timer is not None and not self.transport.is_closing():
+            self._reader_timer.cancel()
+            self._reader_timer = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection on which nothing has come for the keep-alive time; called by uvicorn."""
+        self.close()
+
+    def _expect_reader(self) -> None:
+        """Cut the connection off if its client does not read: what is kept for it, and its place, are others' too."""
+        if self._reader_timer is None:
+            self._reader_timer = self.loop.call_later(ANSWER_TIMEOUT_S, self._reader_slow)
+
+    def _reader_slow(self) -> None:
+        self._reader_timer = self.loop.call_later(timeout_for(0.0, self.unsent_bytes), self._reader_late)
+
+    def _reader_late(self) -> None:
+        self._reader_timer = None
+        about = {"client": self.peer}
+        complain("slow reader", "cutting off a client that does not read its answer", about, None, logging.WARNING)
+        self.abort()
 
     def feed(self, data: memoryview) -> bool:
         """Parse a piece of data, and return whether the connection goes on."""
@@ -170,7 +220,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if cycle is not None and not cycle.response_complete:
             if self._in_head or getattr(cycle, "response_started", True):
                 # An answer to an earlier request is under way, which this one must not be taken for.
-                self.transport.close()
+                self.close()
                 return
             cycle.disconnected = True
             cycle.message_event.set()
@@ -191,7 +241,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _drop(self, count: int) -> None:
         self._dropping = (self._dropping or 0) - count
         if self._dropping <= 0:
-            self.transport.close()
+            self.close()
 
     def on_message_begin(self) -> None:
         """Note that a request begins; called by the parser."""
@@ -250,9 +300,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._in_head and self._dropping is None:
             self._refuse(LateError(f"the head of a request must arrive within {HEAD_TIMEOUT_S:g} s; it did not"))
         else:
-            self.transport.close()
+            self.close()
 
     def _stop_timers(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        for timer in (self._head_timer, self._reader_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._reader_timer = None

@@ -20,7 +20,7 @@ class Outcome(NamedTuple):
         cut: the names of the tensors that were sent; empty where they were not read.
         status: the HTTP status of the answer, or ``CLIENT_GONE``.
         duration_s: seconds from the request's head to its answer.
-        received_bytes: length of the body; 0 where it was not read as a whole.
+        received_bytes: length of the body as it was sent; 0 where it was not read as a whole.
         sent_bytes: length of the answer's body.
         error: the kind of error that was answered, as the name of its class; empty for none.
         traceparent: the value of the request's ``traceparent``, which names a span; empty for none.

@@ -90,6 +90,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         self._body_timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._admitted: Plain | None = None
+        self._unread = False
 
     def connection_made(self, transport: Any) -> None:
         """Start the connection; called by asyncio."""
@@ -250,10 +251,27 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
             self.transport.write(head + reply.buffers[0])
             for buffer in reply.buffers[1:]:
                 self.transport.write(buffer)
-        turn.response_complete = self.answered = True
         self._tell_of(job, reply.status, reply.size_bytes, reply.error)
         if not turn.keep_alive:
-            self.transport.close()
+            self.close()
+        elif self.flow.write_paused:
+            # The next request is read once the client has read this answer. Otherwise a client that reads nothing could
+            # have any number of answers computed and kept.
+            self._unread = True
+            self.flow.pause_reading()
+            return
+        self._end_turn()
+
+    def resume_writing(self) -> None:
+        """Go on with the next request once the client has read an answer; called by asyncio."""
+        super().resume_writing()
+        if self._unread:
+            self._unread = False
+            self._end_turn()
+            self.flow.resume_reading()
+
+    def _end_turn(self) -> None:
+        self._turn.response_complete = self.answered = True
         if self.pipeline:
             self.on_response_complete()
             return
@@ -278,7 +296,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         if left_s > 0:
             self._idle_timer = self.loop.call_later(left_s, self._maybe_idle)
         else:
-            self.transport.close()
+            self.close()
 
     def _body_late(self) -> None:
         """Answer that a body did not arrive in time, and close the connection."""
