@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -220,6 +221,105 @@ def test_how_long_a_request_waits_is_estimated_from_those_before() -> None:
     admission.check(request, 5, 0.5)
     with pytest.raises(BusyError, match="5 requests come first, so an answer takes about 1"):
         admission.check(request, 5, 0.9)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_profile_takes_no_place_of_a_request_and_is_measured_once_for_all(concurrency: int) -> None:
+    profiled, ended = list[object](), threading.Event()
+
+    def profiler(graph: object) -> dict[str, Any]:
+        profiled.append(graph)
+        return {"layers": 3}
+
+    registry = ModelRegistry(profiler=profiler, max_queue=2, concurrency=concurrency)
+    net = registry.add("net", Plain().eval(), X)
+
+    def hold_all() -> list[Any]:
+        begun = threading.Barrier(concurrency + 1)
+        ended.clear()
+        found = [net.worker.submit(lambda: (begun.wait(20), ended.wait(20))) for _ in range(concurrency)]
+        begun.wait(20)
+        return found
+
+    def ask(path: str) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    def answers(connections: list[http.client.HTTPConnection]) -> list[tuple[int, Any]]:
+        return [(status, body) for status, _, body in map(end, connections)]
+
+    with Server(create_app(registry)) as server:
+        holding = hold_all()
+        asking = []
+        for _ in range(8):
+            asking.append(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20))
+            asking[-1].request("GET", "/v2/models/net/profile")
+        wait_for(lambda: len(net.worker._waiting) == 1)
+        # A client that leaves takes nothing from the others that wait for the same.
+        asking.pop().close()
+        load = ask("/v2/load")[1]["models"]["net"]
+        assert (load["waiting"], load["waiting_clients"], sum(load["waiting_by_priority"].values())) == (0, 0, 0)
+        inferences = [begin(server) for _ in range(2)]
+        wait_for(lambda: net.worker.waiting == 2)
+        assert end(begin(server))[0] == 503
+        ended.set()
+        assert [status for status, _ in answers(inferences)] == [200] * 2
+        assert answers(asking) == [(200, {"layers": 3})] * 7
+        assert len(profiled) == 1
+        # What is known is told at once, however busy the model is.
+        holding += hold_all()
+        assert ask("/v2/models/net/profile") == (200, {"layers": 3})
+        ended.set()
+        for one in holding:
+            one.result(20)
+    registry.close()
+
+
+def test_who_leaves_while_a_profile_is_waited_for_takes_it_from_nobody_else() -> None:
+    registry = ModelRegistry(profiler=lambda graph: {"layers": 3}, concurrency=1)
+    worker = registry.add("net", Plain().eval(), X).worker
+    app, ended = create_app(registry), threading.Event()
+
+    async def ask() -> tuple[int, bytes]:
+        told: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            told.append(message)
+
+        path = "/v2/models/net/profile"
+        scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": [], "client": None}
+        await app({**scope, "root_path": "", "http_version": "1.1", "scheme": "http"}, receive, send)
+        return told[0]["status"], b"".join(one.get("body", b"") for one in told[1:])
+
+    async def leave() -> tuple[int, bytes]:
+        leaving, staying = asyncio.create_task(ask()), asyncio.create_task(ask())
+        while not len(worker._waiting):
+            await asyncio.sleep(0.005)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        ended.set()
+        return await asyncio.wait_for(staying, 20)
+
+    busy = worker.submit(lambda: ended.wait(20))
+    assert asyncio.run(leave()) == (200, b'{"layers":3}')
+    assert busy.result(20)
+    registry.close()
 
 
 # --- the device's side ---

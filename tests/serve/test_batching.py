@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ from torchsurgeon.cutting.partition import cut
 from torchsurgeon.errors import ArithmeticMismatchError, ProtocolError
 from torchsurgeon.serve import ModelRegistry, ServedModel, Server, create_app
 from torchsurgeon.serve.batching import Gain
+from torchsurgeon.serve.failure import ExpiredError, GoneError
 from torchsurgeon.serve.independence import most_exact, why_alone
 from torchsurgeon.serve.received import Received
+from torchsurgeon.serve.recent import Recent
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.wire.buffers import aligned_buffer
@@ -197,7 +200,7 @@ def test_only_requests_that_are_alike_are_joined(served: ServedModel, monkeypatc
 
 
 def test_one_bad_request_spoils_nobody_elses(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    Runs(served, monkeypatch)
+    runs = Runs(served, monkeypatch)
     good, bad = [request({"x": X}, crc32=True) for _ in range(4)], request({"x": X}, crc32=True)
     bad.body[-100] ^= 1
     with held(served):
@@ -205,6 +208,97 @@ def test_one_bad_request_spoils_nobody_elses(served: ServedModel, monkeypatch: p
     assert isinstance(asked[2].exception(20), ProtocolError)
     with torch.no_grad():
         assert all(close(answer(one.result(20)), served.graph.model(X)) for one in (*asked[:2], *asked[3:]))
+    assert runs.sizes == [4]
+
+
+def test_who_has_left_and_whose_deadline_has_passed_are_left_out_of_the_batch_of_the_others(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, before = Runs(served, monkeypatch), served.statistics.as_triton("net", "1")
+    requests = [request({"x": X}) for _ in range(6)]
+    with held(served):
+        asked = [served.intake.submit(one) for one in requests]
+        requests[1].gone = True
+        requests[4].due_s = time.perf_counter() - 1.0
+    assert isinstance(asked[1].exception(20), GoneError)
+    assert isinstance(asked[4].exception(20), ExpiredError)
+    with torch.no_grad():
+        expected = served.graph.model(X)
+    assert all(close(answer(asked[i].result(20)), expected) for i in (0, 2, 3, 5))
+    assert runs.sizes == [4]
+    told = served.statistics.as_triton("net", "1")["inference_stats"]
+    assert told["fail"]["count"] == before["inference_stats"]["fail"]["count"] + 2
+    # Where nobody waits for any of them, nothing runs.
+    with held(served):
+        gone = [request({"x": X}) for _ in range(3)]
+        asked = [served.intake.submit(one) for one in gone]
+        for one in gone:
+            one.gone = True
+    assert all(isinstance(one.exception(20), GoneError) for one in asked)
+    assert runs.sizes == [4]
+
+
+def test_requests_with_ids_of_their_own_run_together_and_each_answer_repeats_its_id(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = registry_of()
+    served = registry.add("net", seeded(Net()), X)
+    runs, planned, plan = Runs(served, monkeypatch), list[object](), served.answers._plan
+    monkeypatch.setattr(served.answers, "_plan", lambda *given: planned.append(given) or plan(*given))
+    # Of different lengths, so the padding behind them differs too.
+    ids = ["a" * i for i in range(1, 120, 20)]
+    with held(served):
+        asked = [served.intake.submit(request({"x": X}, request_id=one)) for one in ids]
+    for one, request_id in zip(asked, ids, strict=True):
+        encoded = one.result(20)
+        body = bytearray(b"".join(bytes(part) for part in encoded.buffers))
+        assert wire.decode_response(body, encoded.header_bytes).request_id == request_id
+    assert runs.sizes == [6]
+    assert len(planned) == 1
+    registry.close()
+
+
+def header(text: str) -> Received:
+    return Received(memoryview(bytearray(text.encode() + b"tensors")), len(text.encode()), 0.0, 0.0)
+
+
+def test_what_requests_have_in_common_is_their_header_without_its_id() -> None:
+    same = [
+        '{"id":"1","inputs":[{"name":"x"}],"parameters":{}}  ',
+        '{"id": "22" ,"inputs":[{"name":"x"}],"parameters":{}}',
+        '{"id":"\\\\","inputs":[{"name":"x"}],"parameters":{}}',
+        '{"id":"a\\",\\"inputs\\":[","inputs":[{"name":"x"}],"parameters":{}}',
+        '{"inputs":[{"name":"x"}],"id":"é","parameters":{}}',
+    ]
+    assert {header(one).alike for one in same} == {b'{"inputs":[{"name":"x"}],"parameters":{}}'}
+    for text in (
+        '{"inputs":[{"name":"id"}],"parameters":{"a":"b"}}  ',
+        '{"inputs":[{"name":"\\"id\\":\\"x\\""}]}',
+        '{"parameters":{"a\\"id":"x"}}',
+        '{"inputs":[{"name":"x,\\"id\\":\\"y"}]}',
+    ):
+        found = header(text).alike
+        assert isinstance(found, bytes)
+        assert found.strip() == text.strip().encode()
+    # Without a header, or with a very long one, there is the length of the body alone.
+    assert Received(memoryview(b"{}"), None, 0.0, 0.0).alike == 2
+    assert header('{"inputs":[' + " " * 5000 + "]}").alike == 5000 + 13 + 7
+
+
+def test_a_table_that_is_full_forgets_only_what_was_not_used_for_the_longest_time() -> None:
+    table: Recent[str, int] = Recent(3)
+    for i, key in enumerate("abc"):
+        table.put(key, i)
+    assert table.get("a") == 0
+    table.put("d", 3)
+    assert [table.get(key) for key in "abcd"] == [0, None, 2, 3]
+    table.put("a", 9)
+    assert (len(table), table.values()) == (3, [2, 3, 9])
+    gain = Gain(8)
+    gain.took("kept", 1, 2.0)
+    for i in range(1000):
+        gain.took(i, 1, 1.0)
+        assert gain.alone_s("kept") == 2.0
 
 
 def test_a_batch_that_fails_runs_again_one_by_one(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,13 @@ import torch
 from serving import serving
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from waiting import wait_for
 
 import torchsurgeon as ts
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.serve import ModelRegistry, concurrency
 from torchsurgeon.serve.concurrency import default_concurrency, why_in_turn
+from torchsurgeon.serve.fairness import Place
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.transport import HttpTransport
 
@@ -252,6 +254,39 @@ def test_what_measures_runs_alone() -> None:
     assert overlapped == 0
     assert worker._slow == 0
     worker.close()
+
+
+def test_a_measurement_that_has_begun_waits_for_what_runs_and_not_for_what_waits() -> None:
+    worker, ran = Worker("test", 3), list[str]()
+    busy, begun = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        busy.wait(60)
+
+    running = worker.submit(wait)
+    assert begun.wait(20)
+    measuring = worker.submit_alone(lambda: ran.append("measured"))
+    wait_for(lambda: len(worker._waiting) == 0)
+    urgent = [worker.submit(lambda: ran.append("urgent"), place=Place("urgent", 0)) for _ in range(20)]
+    busy.set()
+    for one in (running, measuring, *urgent):
+        one.result(20)
+    assert ran == ["measured"] + ["urgent"] * 20
+    worker.close()
+
+
+def test_measurements_that_wait_when_a_worker_is_closed_are_made() -> None:
+    for _ in range(20):
+        worker = Worker("test", 3)
+        measuring = [worker.submit_alone(lambda: "measured") for _ in range(3)]
+        jobs = [worker.submit(lambda: "ran", place=Place("urgent", 0)) for _ in range(3)]
+        worker.close()
+        assert [one.result(20) for one in measuring] == ["measured"] * 3
+        assert [one.result(20) for one in jobs] == ["ran"] * 3
+        for thread in worker._threads:
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def test_a_measurement_that_fails_tells_why_and_stops_nobody() -> None:

@@ -324,6 +324,53 @@ def test_a_thread_takes_kinds_that_belong_together_and_leaves_others_their_share
     worker.close()
 
 
+def test_a_thread_whose_group_fails_runs_the_request_alone_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing:
+        def limit(self, kind: object) -> int:
+            return 4
+
+        def limit_of_several(self) -> int:
+            return 4
+
+        def joins(self, kind: object, other: object) -> bool:
+            raise KeyError("the table was emptied")
+
+        def answer_together(self, loads: Any) -> list[Any]:
+            raise AssertionError("nothing is run together")
+
+    worker = Worker("test", 1, Failing())
+    free = threading.Event()
+    busy = worker.submit(lambda: free.wait(20))
+    asked = [worker.submit(lambda kind=kind: kind, kind=kind) for kind in "ab"]  # type: ignore[misc]
+    free.set()
+    assert busy.result(20)
+    assert [one.result(20) for one in asked] == ["a", "b"]
+    assert worker.submit(lambda: "c").result(20) == "c"
+    assert "runs alone" in caplog.text
+    worker.close()
+
+
+def test_another_thread_may_empty_the_table_of_pairs_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Emptied(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            super().__setitem__(key, value)
+            self.clear()
+
+        def __contains__(self, key: Any) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    served = serving("perceptron", "rounded", monkeypatch)
+    monkeypatch.setattr(served.answers._joining, "_pairs", Emptied())
+    asked = [sent(served, index, input_of("perceptron", index)) for index in (0, 4)]
+    runs = Counted(served, monkeypatch)
+    for tensors, found in zip(asked, ask(served, asked), strict=True):
+        torch.testing.assert_close(found, alone(served, tensors))
+    assert 2 in runs.sizes
+    served.close()
+
+
 def test_kinds_are_joined_only_where_that_takes_less_time_than_one_after_the_other() -> None:
     for takes, best in ((lambda size: 1.0, 4), (lambda size: 1.2 * size, 1)):
         gain = Gain(4)

@@ -12,11 +12,15 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from torchsurgeon import wire
 from torchsurgeon.serve import ModelRegistry, Server, create_app, quick
+from torchsurgeon.serve.failure import BusyError
+from torchsurgeon.serve.intake import Intake
 from torchsurgeon.serve.quick import LoneClient, QuickRequests
+from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.worker import Worker
 
-QUICK_S, SLOW_S = 1e-4, 1e-2
+QUICK_S, SLOW_S, VERY_SLOW_S = 1e-4, 1e-2, 0.2
 
 
 def test_one_slow_request_does_not_move_a_model_to_its_thread_and_several_do() -> None:
@@ -56,11 +60,50 @@ def test_one_quick_request_does_not_bring_a_slow_model_back_and_several_do() -> 
     assert requests.expects(100)
 
 
-def test_the_lengths_that_are_remembered_are_bounded() -> None:
+def test_a_request_that_has_kept_everybody_waiting_moves_its_kind_to_a_thread_at_once() -> None:
     requests = QuickRequests()
+    for _ in range(20):
+        requests.took("kind", QUICK_S)
+    requests.took("kind", VERY_SLOW_S)
+    assert not requests.expects("kind")
+    for _ in range(8):
+        requests.took("kind", QUICK_S)
+    assert requests.expects("kind")
+
+
+def test_the_kinds_that_are_remembered_are_bounded_and_those_that_are_asked_for_stay() -> None:
+    requests = QuickRequests()
+    requests.took("kept", QUICK_S)
     for size in range(10_000):
         requests.took(size, QUICK_S)
+        assert requests.expects("kept")
     assert len(requests._kinds) <= 256
+
+
+def test_requests_at_two_cuts_whose_bodies_are_equally_long_are_told_apart() -> None:
+    """As those of a transformer are, whose layers all give tensors of one size."""
+    intake = Intake("net", lambda request: pytest.fail("nothing is run"), lambda requests: [])
+
+    def request(name: str) -> Received:
+        header = f'{{"inputs":[{{"name":"{name}"}}]}}'.encode()
+        return Received(memoryview(bytearray(header + bytes(64))), len(header), 0.0, 0.0)
+
+    early, late = request("layers.01"), request("layers.11")
+    assert len(early.body) == len(late.body)
+    for _ in range(20):
+        assert intake.took([late], QUICK_S) == QUICK_S
+        assert intake.took([early], VERY_SLOW_S) == VERY_SLOW_S
+        assert (intake.quick(late.alike), intake.brief(late.alike)) == (True, True)
+        assert (intake.quick(early.alike), intake.brief(early.alike)) == (False, False)
+    # Neither takes longer than it does on an idle server.
+    assert intake.slowdown == pytest.approx(1.0)
+    assert intake.took_of_several([early, late], VERY_SLOW_S) == [VERY_SLOW_S, QUICK_S]
+    early.due_s = time.perf_counter() + VERY_SLOW_S / 2
+    late.due_s = early.due_s
+    intake._admission._each_s = 0.0
+    with pytest.raises(BusyError, match="cannot answer within the request's deadline"):
+        intake.submit(early)
+    intake.worker.close()
 
 
 def test_a_client_is_alone_once_it_has_asked_for_a_while_and_another_ends_that() -> None:
@@ -125,6 +168,50 @@ def test_requests_of_a_client_that_is_alone_run_where_they_are_received(monkeypa
             assert not threads[-1].startswith("torchsurgeon-net")
             assert ask(other).startswith("torchsurgeon-net")
             assert ask(one).startswith("torchsurgeon-net")
+    registry.close()
+
+
+class Cuts(nn.Module):
+    """Two cuts whose tensors are of one size, and whose names are equally long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.later, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(note_thread(self.later(self.early(x))))
+
+
+def test_a_slow_cut_runs_in_a_thread_although_a_quick_one_has_bodies_of_the_same_length() -> None:
+    registry = ModelRegistry(profiler=None)
+    served = registry.add("net", Cuts().eval(), torch.rand(1, 4))
+
+    def message(name: str) -> tuple[bytes, int]:
+        encoded = wire.encode_request({name: torch.rand(1, 4)})
+        assert encoded.header_bytes is not None
+        return b"".join(bytes(part) for part in encoded.buffers), encoded.header_bytes
+
+    messages = {name: message(name) for name in ("early", "later")}
+    assert len(messages["early"][0]) == len(messages["later"][0])
+    body, header_bytes = messages["later"]
+    # However long they take on a busy machine.
+    served.intake.took([Received(memoryview(body), header_bytes, 0.0, 0.0)], QUICK_S)
+    with (
+        Server(create_app(registry)) as server,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as link,
+    ):
+
+        def ask(name: str) -> str:
+            body, header_bytes = messages[name]
+            THREADS.clear()
+            link.request("POST", "/v2/models/net/infer", body, {"Inference-Header-Content-Length": str(header_bytes)})
+            assert link.getresponse().read()
+            (thread,) = THREADS
+            return thread
+
+        assert ask("early").startswith("torchsurgeon-net")
+        assert not ask("later").startswith("torchsurgeon-net")
+        assert ask("early").startswith("torchsurgeon-net")
     registry.close()
 
 

@@ -140,18 +140,30 @@ class Answers:
     def answer_together(self, requests: Sequence[Received]) -> list[wire.Encoded | Exception]:
         """Answer requests that belong together, and run the layers once that they share. To be called by the worker.
 
-        Each gets the answer, or the error, that it would have got alone. Where they cannot be joined after all, or the
-        model fails for all of them, each runs alone.
+        Each gets the answer, or the error, that it would have got alone. One that is refused, or for which nobody waits
+        any more, is left out. Where the others cannot be joined after all, or the model fails for all of them, each of
+        them runs alone.
         """
+        started_s = time.perf_counter()
+        read = [self._read(request, started_s) for request in requests]
+        ready = [one for one in read if isinstance(one, _Ready)]
         try:
-            answers = self._joined(requests)
+            answers = self._joined(ready) if ready else {}
         except Exception:
             answers = None
-        return [self._tried(one) for one in requests] if answers is None else answers
+        if answers is None:
+            answers = {id(one.request): self._tried(one.request) for one in ready}
+        return [answers[id(one.request)] if isinstance(one, _Ready) else one for one in read]
 
-    def _joined(self, requests: Sequence[Received]) -> list[wire.Encoded | Exception] | None:
-        started_s = time.perf_counter()
-        ready = [self._ready(request, started_s) for request in requests]
+    def _read(self, request: Received, started_s: float) -> _Ready | Exception:
+        try:
+            return self._ready(request, started_s)
+        except Exception as error:
+            self.statistics.failed(time.perf_counter() - request.arrived_s)
+            return error
+
+    def _joined(self, ready: Sequence[_Ready]) -> Mapping[int, wire.Encoded | Exception] | None:
+        """Return the answers of requests that run together, by their identities; None where they cannot be joined."""
         plans = self._joining.order(list({id(one.plan): one.plan for one in ready}.values()))
         if plans is None or any(one.edition is not ready[0].edition for one in ready):
             return None
@@ -164,7 +176,7 @@ class Answers:
         ready = [one for group in groups for one in group]
 
         def over() -> bool:
-            return all(request.over() for request in requests)
+            return all(one.request.over() for one in ready)
 
         begun_s = time.perf_counter()
         tensors = self._joining.advance(plans, [[one.given for one in group] for group in groups], over)
@@ -177,8 +189,7 @@ class Answers:
         computed_s = time.perf_counter()
         encoded = [self._encoded(*pair, begun_s, computed_s) for pair in zip(ready, parts, strict=True)]
         self._ran(ready, begun_s, computed_s, time.perf_counter())
-        by_request = {id(one.request): answer for one, answer in zip(ready, encoded, strict=True)}
-        return [by_request[id(request)] for request in requests]
+        return {id(one.request): answer for one, answer in zip(ready, encoded, strict=True)}
 
     def _ran(self, ready: Sequence[_Ready], begun_s: float, computed_s: float, ended_s: float) -> None:
         """Take notice of requests that were answered together, and for which the model ran between these times.
@@ -223,7 +234,13 @@ class Answers:
             check_codec=functools.partial(self._fitted.check, edition.known_weights),
         )
         self._editions.refuse_training()
-        plan = edition.plans.get(decoded.recurring) or self._plan(edition, decoded)
+        # Not by the header itself, which is another in every request of a client that gives each an id of its own.
+        recurring = None if decoded.recurring is None else request.alike
+        plan = None if recurring is None else edition.plans.get(recurring)
+        if plan is None:
+            plan = self._plan(edition, decoded)
+            if recurring is not None:
+                edition.plans.put(recurring, plan)
         request.cut = plan.cut
         if request.kind is not None:
             self._joining.learn(request.kind, plan)
@@ -279,7 +296,7 @@ class Answers:
         return f'{{"identity":"{identity}",{arithmetic}'
 
     def _plan(self, edition: Edition, request: wire.InferRequest) -> RequestPlan:
-        """Check everything about a request but its tensors' values; keep the result for requests with its header."""
+        """Check everything about a request but its tensors' values; the result holds for all with such a header."""
         known = self._output_names
         for output in request.outputs:
             if output.name not in known:
@@ -311,10 +328,4 @@ class Answers:
         seam = Seam.of(self._graph, names) if usual and self._together > 1 else None
         eager = tail if run == tail.forward else None
         check, samples = value_check(self._graph, self._name, names), samples_in(self._graph, request.tensors)
-        plan = RequestPlan(names, run, outputs, as_json, check, seam, eager, samples, self._arithmetic.get(backend))
-        if request.recurring is not None:
-            # A plan keeps its tail alive, so there must not be more plans than tails.
-            if len(edition.plans) >= edition.tails.capacity:
-                edition.plans.clear()
-            edition.plans[request.recurring] = plan
-        return plan
+        return RequestPlan(names, run, outputs, as_json, check, seam, eager, samples, self._arithmetic.get(backend))

@@ -80,7 +80,8 @@ class TailBackends:
         if builder is None:
             return eager()
         if builder.profile is None:
-            builder.measure(LayerProfile.from_json(eager()))
+            if not builder.measuring:
+                builder.measure(LayerProfile.from_json(eager()))
             raise ModelNotReadyError(
                 f"what model {self._name!r} takes by backend {wanted!r} is being measured; ask again in some seconds"
             )

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchsurgeon.serve.recent import Recent
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import TensorSpec
 
@@ -123,7 +124,7 @@ class Gain:
     def __init__(self, most: int) -> None:
         self._most = most
         self._sizes = [1 << power for power in range(most.bit_length())]
-        self._kinds: dict[object, _Kind] = {}
+        self._kinds: Recent[object, _Kind] = Recent(_MOST_KINDS)
         self._lock = threading.Lock()
 
     def limit(self, kind: object) -> int:
@@ -157,9 +158,8 @@ class Gain:
         with self._lock:
             found = self._kinds.get(kind)
             if found is None:
-                if len(self._kinds) >= _MOST_KINDS:
-                    self._kinds.clear()
-                found = self._kinds[kind] = _Kind()
+                found = _Kind()
+                self._kinds.put(kind, found)
             each_s = duration_s / size
             before = found.each_s.get(rounded, each_s)
             found.each_s[rounded] = before + _SMOOTHING * (each_s - before)

@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torchsurgeon.backends import Backend, BuiltPart, Part
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.profiling import LayerProfile, example_inputs
 from torchsurgeon.profiling.fused import fused_profile
+from torchsurgeon.serve.recent import Recent
 from torchsurgeon.serve.tails import place_of
 from torchsurgeon.tracing.graph import LayerGraph
 
@@ -23,8 +25,19 @@ _logger = logging.getLogger(__name__)
 
 # How long the parts of a model are measured, and how often each.
 _BUDGET_S, _REPEATS = 10.0, 7
+# So many jobs wait at most, since each keeps the tensors of a request. A tail that finds no place is built when a later
+# request asks for it.
+_MOST_WAITING = 8
 
 _Job = Callable[[], object]
+
+
+@dataclass
+class _Tail:
+    """A tail, and whether it waits to be built or has been built."""
+
+    built: BuiltPart
+    asked: bool = False
 
 
 class TailBuilder:
@@ -38,15 +51,17 @@ class TailBuilder:
 
     Attributes:
         profile: the JSON of what heads and tails take by the backend; None until it has been measured.
+        measuring: whether that has begun.
     """
 
     def __init__(self, name: str, graph: LayerGraph, backend: Backend, capacity: int) -> None:
         backend.check(graph)
-        self._name, self._graph, self._backend, self._capacity = name, graph, backend, capacity
+        self._name, self._graph, self._backend = name, graph, backend
         self._said: set[str] = set()
-        self._built: dict[tuple[str, ...], BuiltPart] = {}
+        self._tails: Recent[tuple[str, ...], _Tail] = Recent(capacity)
         self.profile: dict[str, Any] | None = None
-        self._measuring = False
+        self.measuring = False
+        self._closed = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -59,32 +74,27 @@ class TailBuilder:
             tail: the tail. One that was cut anew, since weights were replaced, is built anew.
         """
         with self._lock:
-            built = self._built.get(names)
-            if built is None or built.part.segment is not tail:
-                if len(self._built) >= self._capacity:
-                    self._built.clear()
-                built = self._built[names] = BuiltPart(
-                    Part.of_tail(self._graph, names, tail), self._backend, self._said
-                )
-        asked = False
+            found = self._tails.get(names)
+            if found is None or found.built.part.segment is not tail:
+                part = Part.of_tail(self._graph, names, tail)
+                found = _Tail(BuiltPart(part, self._backend, self._said))
+                self._tails.put(names, found)
+        kept = found
 
         def run(*tensors: Tensor) -> Sequence[Tensor]:
-            nonlocal asked
-            if not asked:
-                # Two threads may both ask. The tail is built once.
-                asked = True
-                self._ask(built, tensors)
-            return built(*tensors)
+            if not kept.asked:
+                self._ask(kept, tensors)
+            return kept.built(*tensors)
 
         return run
 
     def built(self) -> list[BuiltPart]:
         """Return the tails that are kept, whether they have been built or not."""
-        with self._lock:
-            return list(self._built.values())
+        return [tail.built for tail in self._tails.values()]
 
     def close(self) -> None:
         """End the thread after what it builds now."""
+        self._closed = True
         self._jobs.put(None)
 
     def measure(self, eager: LayerProfile) -> None:
@@ -93,9 +103,9 @@ class TailBuilder:
         Args:
             eager: what the layers take in eager PyTorch here.
         """
-        if self._measuring:
+        if self.measuring:
             return
-        self._measuring = True
+        self.measuring = True
 
         def job() -> None:
             try:
@@ -109,14 +119,27 @@ class TailBuilder:
                     self._name,
                     self._backend.name,
                 )
-                self._measuring = False
+                self.measuring = False
 
         self._put(job)
 
-    def _ask(self, built: BuiltPart, tensors: Sequence[Tensor]) -> None:
+    def _ask(self, tail: _Tail, tensors: Sequence[Tensor]) -> None:
+        """Have a tail built for tensors like these, unless that has been asked for, or too many wait."""
+        with self._lock:
+            if tail.asked or self._jobs.qsize() >= _MOST_WAITING:
+                return
+            tail.asked = True
         # The tensors lie in a buffer that the next request overwrites.
         copies = [tensor.clone() for tensor in tensors]
-        self._put(lambda: built.build(*copies))
+
+        def job() -> None:
+            try:
+                tail.built.build(*copies)
+            finally:
+                # What the model raises for these tensors was told to whoever sent them. It is built for others later.
+                tail.asked = tail.built.tried
+
+        self._put(job)
 
     def _put(self, job: _Job) -> None:
         threads = torch.get_num_threads()  # of the thread that runs requests
@@ -132,7 +155,6 @@ class TailBuilder:
                 self._thread.start()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            # What the model raises for these tensors was told to whoever sent them; it is built for others later.
+        while (job := self._jobs.get()) is not None and not self._closed:
             with torch.no_grad(), contextlib.suppress(Exception):
                 job()

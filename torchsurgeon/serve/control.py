@@ -101,13 +101,13 @@ def control_plane(app: Serving) -> ExceptionMiddleware:
         return JSONResponse(await asyncio.to_thread(find(request).fingerprint))
 
     async def profile(request: Request) -> JSONResponse:
-        served = find(request)
-        measured = functools.partial(served.profile, request.query_params.get("backend"))
+        backend = request.query_params.get("backend")
         try:
-            measuring = served.worker.submit_alone(measured)
+            measuring = find(request).profile(backend)
         except ClosedError:
-            measuring = find(request).worker.submit_alone(measured)
-        return JSONResponse(await asyncio.wrap_future(measuring))
+            measuring = find(request).profile(backend)
+        # Others may wait for the same measurement, which goes on where this client leaves.
+        return JSONResponse(await asyncio.shield(asyncio.wrap_future(measuring)))
 
     async def tell_metrics(request: Request) -> Response:
         if app.metrics is None:

@@ -151,8 +151,8 @@ class Job:
         model, received = self.plain.model, self.received
         received.arrived_s = arrived_s = time.perf_counter()
         received.receive_s = arrived_s - self.started_s
-        quick = model.quick(self.plain.size)
-        if quick or (alone and model.brief(self.plain.size)):
+        quick = model.quick(received.alike)
+        if quick or (alone and model.brief(received.alike)):
             received.notes_later = True
             try:
                 encoded = model.worker.now(partial(model.answer, received))

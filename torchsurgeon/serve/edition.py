@@ -18,6 +18,7 @@ from torchsurgeon.errors import ModelNotReadyError, short
 from torchsurgeon.models.premises import Premises
 from torchsurgeon.models.watching import Patrol, WatchedWeights
 from torchsurgeon.models.weights import identity, weight_digests
+from torchsurgeon.serve.recent import Recent
 from torchsurgeon.serve.tails import RequestPlan, Tails
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.reading import plain_tensors
@@ -36,7 +37,8 @@ class Edition:
 
     Attributes:
         tails: its tails. They may hold parameters of the model that are replaced in the next edition.
-        plans: how requests are run, by their headers.
+        plans: how requests are run, by what they have in common. A plan keeps its tail alive, so there are not more
+            plans than tails.
         weights: its weights; None before anybody has asked for the fingerprint.
         fingerprint: the digests of graph, layers and weights; empty before anybody has asked for it.
         compared_s: when its weights were last compared in full (``time.monotonic``).
@@ -44,8 +46,7 @@ class Edition:
 
     def __init__(self, graph: LayerGraph, max_tails: int) -> None:
         self.tails = Tails(graph, max_tails)
-        # Read and written by the event loop's thread and the worker's, one operation at a time.
-        self.plans: dict[object, RequestPlan] = {}
+        self.plans: Recent[object, RequestPlan] = Recent(max_tails)
         self.weights: WatchedWeights | None = None
         self.fingerprint: dict[str, Any] = {}
         self.compared_s = 0.0

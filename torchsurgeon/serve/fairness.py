@@ -121,12 +121,12 @@ class FairQueue(Generic[T]):
             self._finish_s[client] += more_s
 
     def clients(self) -> int:
-        """Return how many clients have something waiting."""
-        return len({entry.place.client for entry in self._entries})
+        """Return how many clients have something waiting; the server itself is none."""
+        return len({entry.place.client for entry in self._entries if entry.place.client is not None})
 
     def by_priority(self) -> dict[str, int]:
-        """Return how many items of each priority wait."""
-        counts = Counter(entry.level for entry in self._entries)
+        """Return how many items of each priority wait, without the server's own."""
+        counts = Counter(entry.level for entry in self._entries if entry.place.client is not None)
         return {name: counts[level] for level, name in enumerate(PRIORITIES)}
 
     def _start_s(self, client: str | None) -> float:

@@ -18,8 +18,6 @@ from torchsurgeon.serve.worker import Worker
 Answer = Callable[[Received], wire.Encoded]
 AnswerTogether = Callable[[Sequence[Received]], Sequence["wire.Encoded | Exception"]]
 
-# Of longer headers it is not found out whether others wait that have the same.
-_MOST_KIND_BYTES = 4096
 _SEVERAL = "several kinds"
 
 
@@ -65,18 +63,17 @@ class Intake:
         self._admission = Admission(name, max_queue, concurrency)
         self.worker = Worker(f"torchsurgeon-{name}", concurrency, self if together > 1 else None)
 
-    def quick(self, body_bytes: int) -> bool:
+    def quick(self, alike: bytes | int) -> bool:
         """Return whether a request is so quick that a thread is not worth switching to.
 
         Args:
-            body_bytes: length of the request's body. Earlier requests of this length, which most likely had the same
-                cut, say how long this one takes.
+            alike: what the request has in common with earlier ones, which say how long it takes.
         """
-        return self._quick.expects(body_bytes)
+        return self._quick.expects(alike)
 
-    def brief(self, body_bytes: int) -> bool:
+    def brief(self, alike: bytes | int) -> bool:
         """Return whether no thread is worth switching to for a request whose client is alone."""
-        return self._quick.brief(body_bytes)
+        return self._quick.brief(alike)
 
     def submit(self, request: Received, *, quick: bool = False) -> Future[wire.Encoded]:
         """Have a thread answer a request, perhaps together with others that wait.
@@ -90,16 +87,17 @@ class Intake:
                 where the request has to make room for another later on.
             ClosedError: the model is served no more.
         """
-        expected_s = self._quick.expected_s(len(request.body))
-        request.charged_s = self._quick.share_s(len(request.body)) or self._admission.each_s or ANY_S
+        alike = request.alike
+        expected_s = self._quick.expected_s(alike)
+        request.charged_s = self._quick.share_s(alike) or self._admission.each_s or ANY_S
         place = Place(request.share, request.level, request.charged_s)
         if request.due_s < math.inf:
             self._admission.check(request, self.worker.ahead_of(place), expected_s)
         if self.worker.waiting >= self.max_queue and not self.worker.evict_for(place, self._admission.displaced()):
             raise self._admission.full()
-        if self.together > 1 and request.header_bytes is not None and request.header_bytes <= _MOST_KIND_BYTES:
+        if self.together > 1 and isinstance(alike, bytes):
             # Requests with the same header have the same tensors, of the same shapes, under the same codecs.
-            request.kind = bytes(request.body[: request.header_bytes])
+            request.kind = alike
         request.queued = True
         job = functools.partial(self._answer, request)
         return self.worker.submit(job, quick=quick, kind=request.kind, load=request, place=place)
@@ -133,7 +131,7 @@ class Intake:
         known_s = [one for one in alone_s if one is not None]
         if len(known_s) == len(requests) and sum(known_s) > 0:
             self._gain_of_several.took(_SEVERAL, len(requests), len(requests) * duration_s / sum(known_s))
-        return [self._quick.least_s(len(request.body)) for request in requests]
+        return [self._quick.least_s(request.alike) for request in requests]
 
     def took(self, requests: Sequence[Received], duration_s: float) -> float:
         """Take notice of how long a request took, or several of one kind together.
@@ -145,7 +143,7 @@ class Intake:
         first, together = requests[0], len(requests)
         if first.kind is not None:
             self._gain.took(first.kind, together, duration_s)
-        return self._quick.took(len(first.body), duration_s, together)
+        return self._quick.took(first.alike, duration_s, together)
 
     def _charge(self, requests: Sequence[Received], duration_s: float) -> None:
         self._admission.took(duration_s, len(requests))

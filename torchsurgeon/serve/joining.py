@@ -13,11 +13,13 @@ from torch import Tensor
 
 from torchsurgeon.cutting.reach import overwrites
 from torchsurgeon.cutting.segment import Segment
+from torchsurgeon.serve.recent import Recent
 from torchsurgeon.serve.tails import RequestPlan
 from torchsurgeon.tracing.graph import LayerGraph
 
 # So many pairs of cuts are remembered.
 _MOST_PAIRS = 4096
+_UNKNOWN = -2
 
 Group = Sequence[Sequence[Tensor]]
 """The tensors of several requests at one cut."""
@@ -32,15 +34,13 @@ class Joining:
     """
 
     def __init__(self, graph: LayerGraph, capacity: int) -> None:
-        self._graph, self._capacity = graph, capacity
-        self._plans: dict[object, RequestPlan] = {}
+        self._graph = graph
+        self._plans: Recent[object, RequestPlan] = Recent(capacity)
         self._pairs: dict[tuple[tuple[str, ...], tuple[str, ...]], int | None] = {}
 
     def learn(self, kind: object, plan: RequestPlan) -> None:
         """Take notice of how requests of a kind are run."""
-        if kind not in self._plans and len(self._plans) >= self._capacity:
-            self._plans.clear()
-        self._plans[kind] = plan
+        self._plans.put(kind, plan)
 
     def joins(self, kind: object, other: object) -> bool:
         """Return whether requests of two kinds may run together, as far as is known."""
@@ -59,11 +59,14 @@ class Joining:
         if earlier.tail is None or later.tail is None or earlier.seam is None or later.seam is None:
             return None
         key = (earlier.names, later.names)
-        if key not in self._pairs:
+        # Looked up once, and never read back: another thread may empty the table at any moment.
+        found = self._pairs.get(key, _UNKNOWN)
+        if found == _UNKNOWN:
+            found = self._meeting(*key, earlier.tail)
             if len(self._pairs) >= _MOST_PAIRS:
                 self._pairs.clear()
-            self._pairs[key] = self._meeting(*key, earlier.tail)
-        return self._pairs[key]
+            self._pairs[key] = found
+        return found
 
     def order(self, plans: Sequence[RequestPlan]) -> list[RequestPlan] | None:
         """Return plans from the earliest cut to the latest; None where the requests cannot all run together."""

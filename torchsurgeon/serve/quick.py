@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchsurgeon.serve.recent import Recent
+
 # Handing a request to another thread and back would take a noticeable part of a time as short as this.
 _QUICK_S = 5e-4
 # A slow request among quick ones is the scheduler's doing, or that of other threads: in one of the model's threads a
 # request also waits for the interpreter's lock, which the thread that receives requests holds most of the time under
 # load. So a kind of request loses its place only after several: a slow one counts one, a quick one takes back two, and
-# the place is lost at this count and won again at zero.
+# the place is lost at this count and won again at zero. One that has kept everybody waiting for longer than _BRIEF_S
+# loses it at once.
 _LOST_AT = 8
 _QUICK_COUNTS = 2
 # A client is alone once it has asked so many times without another in between. Its requests then run where they are
@@ -52,7 +55,7 @@ class _Kind:
 
 
 class QuickRequests:
-    """Remembers how long requests took, by the length of their bodies, since those of one cut have the same length.
+    """Remembers how long requests took, by their kind: what ``Received.alike`` tells of them.
 
     It is used by the event loop's thread and the worker's, and an update that is lost between them does no harm.
 
@@ -62,53 +65,54 @@ class QuickRequests:
 
     def __init__(self) -> None:
         self.slowdown = 1.0
-        self._kinds: dict[int, _Kind] = {}
+        self._kinds: Recent[object, _Kind] = Recent(_MAX_REMEMBERED)
 
-    def expects(self, body_bytes: int) -> bool:
-        """Return whether a request with a body of this length is expected to be quick; not before one was."""
-        kind = self._kinds.get(body_bytes)
-        return kind is not None and kind.quick
+    def expects(self, kind: object) -> bool:
+        """Return whether a request of a kind is expected to be quick; not before one was."""
+        found = self._kinds.get(kind)
+        return found is not None and found.quick
 
-    def brief(self, body_bytes: int) -> bool:
-        """Return whether a request with a body of this length is expected to keep nobody waiting for long."""
-        return 0.0 < self.expected_s(body_bytes) <= _BRIEF_S
+    def brief(self, kind: object) -> bool:
+        """Return whether a request of a kind is expected to keep nobody waiting for long."""
+        return 0.0 < self.expected_s(kind) <= _BRIEF_S
 
-    def expected_s(self, body_bytes: int) -> float:
-        """Return how long a request with a body of this length is expected to take; 0 before there was one."""
-        kind = self._kinds.get(body_bytes)
-        return 0.0 if kind is None else kind.mean_s
+    def expected_s(self, kind: object) -> float:
+        """Return how long a request of a kind is expected to take; 0 before there was one."""
+        found = self._kinds.get(kind)
+        return 0.0 if found is None else found.mean_s
 
-    def least_s(self, body_bytes: int) -> float:
-        """Return the least that a request with a body of this length has taken so far; 0 before there was one."""
-        kind = self._kinds.get(body_bytes)
-        return 0.0 if kind is None else kind.least_s
+    def least_s(self, kind: object) -> float:
+        """Return the least that a request of a kind has taken so far; 0 before there was one."""
+        found = self._kinds.get(kind)
+        return 0.0 if found is None else found.least_s
 
-    def share_s(self, body_bytes: int) -> float:
-        """Return how much of a run a request with a body of this length is expected to take; 0 before there was one."""
-        kind = self._kinds.get(body_bytes)
-        return 0.0 if kind is None else kind.share_s
+    def share_s(self, kind: object) -> float:
+        """Return how much of a run a request of a kind is expected to take; 0 before there was one."""
+        found = self._kinds.get(kind)
+        return 0.0 if found is None else found.share_s
 
-    def took(self, body_bytes: int, duration_s: float, together: int = 1) -> float:
-        """Take notice of how long a request took, or so many together.
+    def took(self, kind: object, duration_s: float, together: int = 1) -> float:
+        """Take notice of how long a request of a kind took, or so many together.
 
         Returns:
             The least that one of its kind has taken so far.
         """
-        kind = self._kinds.get(body_bytes)
-        if kind is None:
-            if len(self._kinds) >= _MAX_REMEMBERED:
-                self._kinds.clear()
-            kind = self._kinds[body_bytes] = _Kind()
-        kind.mean_s += (_SMOOTHING if kind.mean_s else 1.0) * (duration_s - kind.mean_s)
+        found = self._kinds.get(kind)
+        if found is None:
+            found = _Kind()
+            self._kinds.put(kind, found)
+        found.mean_s += (_SMOOTHING if found.mean_s else 1.0) * (duration_s - found.mean_s)
         share_s = duration_s / together
-        kind.share_s += (_SMOOTHING if kind.share_s else 1.0) * (share_s - kind.share_s)
-        kind.least_s = min(kind.least_s or duration_s, duration_s)
-        if kind.least_s:
-            self.slowdown += _SMOOTHING * (duration_s / kind.least_s - self.slowdown)
+        found.share_s += (_SMOOTHING if found.share_s else 1.0) * (share_s - found.share_s)
+        found.least_s = min(found.least_s or duration_s, duration_s)
+        if found.least_s:
+            self.slowdown += _SMOOTHING * (duration_s / found.least_s - self.slowdown)
         if duration_s < _QUICK_S:
-            kind.count = max(0, kind.count - _QUICK_COUNTS)
+            found.count = max(0, found.count - _QUICK_COUNTS)
+        elif duration_s > _BRIEF_S:
+            found.count = _LOST_AT
         else:
-            kind.count = min(_LOST_AT, kind.count + 1)
-        if kind.count in (0, _LOST_AT):
-            kind.quick = kind.count == 0
-        return kind.least_s
+            found.count = min(_LOST_AT, found.count + 1)
+        if found.count in (0, _LOST_AT):
+            found.quick = found.count == 0
+        return found.least_s

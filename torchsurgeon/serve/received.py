@@ -20,6 +20,12 @@ TRACEPARENT = b"traceparent"
 
 # What a client may name its request. Anything else could break a line of the log, or forge one.
 _VALID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+# In a longer header nothing is looked for that other requests have in common.
+_MOST_HEADER_BYTES = 4096
+# A member "id" of the header, or of an object in it. No quotation mark inside a JSON string stands behind a brace, a
+# comma or a space without being escaped, so this is never a part of a string. What stands before it is looked at last:
+# a pattern that begins with given characters is found several times as fast.
+_ID = re.compile(rb'"id"(?<=[{,\s]"id")\s*:\s*"[^"\\]*(?:\\.[^"\\]*)*"\s*,?\s*')
 # Two processes, or one that was started again, must not give the same ids.
 _PREFIX = os.urandom(4).hex()
 _numbers = itertools.count(1)
@@ -97,6 +103,7 @@ class Received:
     notes_later: bool = False
     note: Callable[[], None] | None = None
     _made_id: str | None = field(default=None, init=False)
+    _alike: bytes | int | None = field(default=None, init=False)
 
     @property
     def request_id(self) -> str:
@@ -106,6 +113,23 @@ class Received:
         if self._made_id is None:
             self._made_id = new_id()
         return self._made_id
+
+    @property
+    def alike(self) -> bytes | int:
+        """What it has in common with requests for the same tensors, which are run in the same way and take as long.
+
+        That is the text of its JSON header without the request's own "id", or the length of its body where it has no
+        such header, or a very long one.
+        """
+        if self._alike is None:
+            size = self.header_bytes
+            if size is None or size > _MOST_HEADER_BYTES:
+                self._alike = len(self.body)
+            else:
+                text = bytes(self.body[:size])
+                # The header is padded behind the id.
+                self._alike = _ID.sub(b"", text).rstrip() if b'"id"' in text else text
+        return self._alike
 
     @property
     def share(self) -> str:

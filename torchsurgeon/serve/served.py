@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,9 @@ class ServedModel:
         self._finish = finish
         self._profiler = profiler
         self._profile: dict[str, Any] | None = None
+        # By backend, what measures now or has measured.
+        self._profiling: dict[str | None, Future[dict[str, Any]]] = {}
+        self._asking = threading.Lock()
         self._editions = Editions(name, graph, max_tails)
         self._arithmetic = {
             backend: ArithmeticReader(graph.model, {**batched, "backend": backend} if changes else batched)
@@ -196,18 +202,35 @@ class ServedModel:
             reader.forget()
         return {**known, "arithmetic": dict(self._arithmetic[self.backends.own].now().facts)}
 
-    def profile(self, backend: str | None = None) -> dict[str, Any]:
-        """Return the layer profile, measured at the first call. To be called in one of the worker's threads, alone.
+    def profile(self, backend: str | None = None) -> Future[dict[str, Any]]:
+        """Return the future of the layer profile. One measurement, during which no request runs, serves all who ask.
 
         Args:
             backend: by which backend; None for eager PyTorch.
 
         Raises:
-            ModelNotServedError: the server has no profiler.
+            ModelNotServedError: the server has no profiler. The future may raise it too.
             ProtocolError: the model is not served by this backend.
-            ModelNotReadyError: what it takes by this backend is being measured, in the background.
+            ModelNotReadyError: what it takes by this backend is being measured, in the background. The future may raise
+                it too.
+            ClosedError: the model is served no more.
         """
-        return self.backends.profile(backend, self._eager_profile)
+        # By the name of the backend that is measured, of which there are few, whatever clients write.
+        key = None if backend is None else self.backends.chosen(backend)
+        profile = functools.partial(self.backends.profile, key, self._eager_profile)
+        with self._asking:
+            builder = None if key is None else self.backends.builders.get(key)
+            # What is being measured in the background is refused until it is there.
+            known = self._profile is not None if builder is None else builder.profile is not None or builder.measuring
+            if known or self._profiler is None:
+                # Nothing is measured, so no thread is waited for.
+                future: Future[dict[str, Any]] = Future()
+                future.set_result(profile())
+                return future
+            asked = self._profiling.get(key)
+            if asked is None or asked.done():
+                asked = self._profiling[key] = self.worker.submit_alone(profile)
+            return asked
 
     def _eager_profile(self) -> dict[str, Any]:
         if self._profiler is None:
@@ -220,18 +243,17 @@ class ServedModel:
                 self._profile = self._profiler(self.graph)
         return self._profile
 
-    def quick(self, body_bytes: int) -> bool:
+    def quick(self, alike: bytes | int) -> bool:
         """Return whether a request is so quick that the worker's thread is not worth switching to.
 
         Args:
-            body_bytes: length of the request's body. Earlier requests of this length, which most likely had the same
-                cut, say how long this one takes.
+            alike: what the request has in common with earlier ones, which say how long it takes.
         """
-        return self._finish is None and self.intake.quick(body_bytes)
+        return self._finish is None and self.intake.quick(alike)
 
-    def brief(self, body_bytes: int) -> bool:
+    def brief(self, alike: bytes | int) -> bool:
         """Return whether the worker's thread is not worth switching to for a request whose client is alone."""
-        return self._finish is None and self.intake.brief(body_bytes)
+        return self._finish is None and self.intake.brief(alike)
 
     def answer(self, request: Received) -> wire.Encoded:
         """Answer one request, as ``Answers.answer()`` does."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -13,9 +15,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from torchsurgeon.models.threads import ThreadSettings, process_threads
+from torchsurgeon.serve.failure import OncePerPeriod
 from torchsurgeon.serve.fairness import FairQueue, Place
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+_logger.addFilter(OncePerPeriod())
 
 # Where the server's own jobs belong.
 _OWN = Place()
@@ -44,11 +50,20 @@ class Group(Protocol):
 
 
 class _Item(NamedTuple):
+    """A job that waits.
+
+    Attributes:
+        own: whether it is one of the server's own jobs.
+        pauses: what the other threads have to run while it runs.
+    """
+
     future: Future[Any]
     job: Callable[[], Any]
     quick: bool
     kind: object = None
     load: Any = None
+    own: bool = False
+    pauses: Sequence[_Item] = ()
 
 
 class Worker:
@@ -76,8 +91,11 @@ class Worker:
         self._turn: AbstractContextManager[object] = self._running or nullcontext()
         self._group = group
         # What waits, and a token for each of them: True, or None for a thread that is to end. Of several that are taken
-        # at once, the tokens stay and are found to be used.
+        # at once, the tokens stay and are found to be used. How many of them are the server's own jobs.
         self._waiting: FairQueue[_Item] = FairQueue()
+        self._own = 0
+        # What threads take before anything that waits.
+        self._pauses: deque[_Item] = deque()
         self._tokens: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         self._counting = threading.Lock()
         self._slow = 0
@@ -116,7 +134,7 @@ class Worker:
         with self._counting:
             self._check_open()
             self._slow += not quick
-            self._waiting.put(_Item(future, job, quick, kind, load), place)
+            self._put(_Item(future, job, quick, kind, load, own=place.client is None), place)
             self._tokens.put(True)
         return future
 
@@ -139,20 +157,22 @@ class Worker:
             together.wait()
             over.wait()
 
+        # Each has a future of its own, since all would wait for ever for one that a caller has cancelled. Once the job
+        # is taken, its pauses come before anything else. Otherwise its thread would wait for others that go on running
+        # requests, or that wait for the threads of another such job.
+        pauses = [_Item(Future(), pause, False) for _ in range(self.concurrency - 1)]
         with self._counting:
-            # In one piece: were those of two such jobs mixed, each would wait for threads that wait for the other. Each
-            # has a future of its own, since all would wait for ever for one that a caller has cancelled.
             self._check_open()
             self._slow += self.concurrency
-            for part in (measure, *[pause] * (self.concurrency - 1)):
-                self._waiting.put(_Item(Future(), part, False), _OWN)
+            self._put(_Item(Future(), measure, False, own=True, pauses=pauses), _OWN)
+            for _ in range(self.concurrency):
                 self._tokens.put(True)
         return future
 
     @property
     def waiting(self) -> int:
-        """How many jobs wait."""
-        return len(self._waiting)
+        """How many jobs wait, without the server's own."""
+        return len(self._waiting) - self._own
 
     def ahead_of(self, place: Place) -> int:
         """Return how many of the jobs that wait would run before one of this place."""
@@ -209,6 +229,10 @@ class Worker:
             for _ in self._threads:
                 self._tokens.put(None)
 
+    def _put(self, item: _Item, place: Place) -> None:
+        self._own += item.own
+        self._waiting.put(item, place)
+
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError
@@ -231,22 +255,37 @@ class Worker:
     def _take(self) -> list[_Item]:
         """Return the job whose turn it is, with those that are to run together with it."""
         with self._counting:
+            if self._pauses:
+                return [self._pauses.popleft()]
             if not self._waiting:
                 return []
             first = self._waiting.take_first()
+            self._own -= first.own
+            self._pauses.extend(first.pauses)
             if first.kind is None or self._group is None:
                 return [first]
-            mates = [item for item in self._waiting if item.kind == first.kind]
-            taken = mates[: self._share(mates, self._group.limit(first.kind))]
-            if len(taken) == len(mates):
-                # Others fill the batch that these leave room in.
-                others = self._others(first, self._group)
-                if others:
-                    both = [*mates, *others]
-                    taken = max(taken, both[: self._share(both, self._group.limit_of_several())], key=len)
+            try:
+                taken = self._mates(first, self._group)
+            except Exception:
+                # Otherwise the thread would end, and the request would never be answered.
+                _logger.exception("what could run together with a request was not found out, so it runs alone")
+                return [first]
             if taken:
                 self._waiting.take(taken)
+                self._own -= sum(item.own for item in taken)
             return [first, *taken]
+
+    def _mates(self, first: _Item, group: Group) -> list[_Item]:
+        """Return the jobs that are to run together with the first one."""
+        mates = [item for item in self._waiting if item.kind == first.kind]
+        taken = mates[: self._share(mates, group.limit(first.kind))]
+        if len(taken) == len(mates):
+            # Others fill the batch that these leave room in.
+            others = self._others(first, group)
+            if others:
+                both = [*mates, *others]
+                taken = max(taken, both[: self._share(both, group.limit_of_several())], key=len)
+        return taken
 
     def _share(self, mates: Sequence[_Item], limit: int) -> int:
         """Return how many of the jobs that wait run together with the first one; other threads get their share."""
