@@ -169,7 +169,8 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[tuple[float, str]]:
 
 def _await(port: int) -> None:
     """Wait until the server's side listens, without connecting to it, since it serves one connection only."""
-    wanted = f"{socket.inet_aton(_SERVER)[::-1].hex().upper()}:{port:04X}"
+    # 0A is a socket that listens. Connections of the run before have the same address for a minute.
+    wanted = f"{socket.inet_aton(_SERVER)[::-1].hex().upper()}:{port:04X} 00000000:0000 0A"
     end_s = time.monotonic() + _PATIENCE_S
     while wanted not in Path("/proc/net/tcp").read_text():
         if time.monotonic() > end_s:
