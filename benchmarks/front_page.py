@@ -66,8 +66,8 @@ def _end_to_end(docs: str, folder: Path) -> str:
     over_device, over_server = times(found["over_device"]), times(found["over_server"])
     return f"""**[{over_device} as fast as the device alone]({docs}evaluation.md#end-to-end)** and {over_server} as fast
         as the server alone, in the geometric mean over {found["cases"]} cases: networks of today that really ran on a
-        slowed-down device and a server, over emulated 3G, LTE and Wi-Fi. Where one of both ends is the best, which is
-        nearly always so there, the planner chooses that one without being told which: its choices reach
+        slowed-down device and a server, over emulated 3G, LTE and Wi-Fi. In nearly all of these cases
+        one of the two ends is the best, and the planner picks it before anything is run: its choices reach
         {percent(found["share"])} of the best speed-up. {end_to_end_page.splits(found["between"])}"""
 
 

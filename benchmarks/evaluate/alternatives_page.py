@@ -76,18 +76,19 @@ def section(folder: Path) -> str:
     read = json.loads(path.read_text())
     results, environment = read["results"], read["environment"]
     every = list(cases(results))
+    streaming = list(dict.fromkeys(case.rival for case in every if "stream_cut" in case.row))
     parts = [
         _opening(environment, _elsewhere(folder, results)),
         _who(environment["packages"]),
         *without_bfloat16(results),
         _summary(every),
         text(
-            """
-            Latencies in milliseconds, and in brackets how many times ours that is. Frames in a second of a stream have
-            several under way where the file has a cut for streams, and otherwise come one after the other. Ours cuts
-            for the rate of a stream then, so that its bytes are others than those of one picture. Bytes are all
-            that crosses the uplink for one inference, with headers; where the cut depends on the link, so do the bytes
-            (3G / LTE / Wi-Fi). Replanning is what choosing another cut takes when the link has changed.
+            f"""
+            Latencies in milliseconds, and in brackets how many times ours that is. Frames a second are those of a
+            stream, in which {listed(streaming)} have several inferences under way, and all others one. For streams,
+            ours chooses the cut with the highest rate. Bytes are all that crosses the uplink for one inference, with
+            headers; where the cut depends on the link, so do the bytes (3G / LTE / Wi-Fi). Replanning is what choosing
+            another cut takes when the link has changed.
             """
         ),
     ]
@@ -182,10 +183,11 @@ def _summary(every: list[Case]) -> str:
         f"""
         The quickest rival that keeps the picture's bytes takes {min(best):.2f} to {max(best):.2f} times as long as
         ours, {statistics.geometric_mean(best):.2f} times in the geometric mean over {len(best)} networks and links.
-        In {ends} of these {len(best)}, ours runs one picture at a time as a whole on one side. What is gained there is
-        the backend and the codec, which a rival can have as well, and not the cut. For streams ours cuts the network in
-        {split} of {len(best)}. A rival that sends pixels, or runs the layers in eager PyTorch, is slower for that: of
-        {len(others)} comparisons, ours is quicker in {sum(case.slower > _EVEN for case in others)}, within
+        Where pictures come one at a time, ours runs the whole network on one side in {ends} of these {len(best)} cases.
+        The gain then comes from the backend and the codec, which a rival can have as well, and not from a cut. For
+        streams, ours cuts the network in {split} of {len(best)} cases. Rivals that send pixels, or run the layers in
+        eager PyTorch, are slower. Of all {len(others)} comparisons, ours is quicker in
+        {sum(case.slower > _EVEN for case in others)}, within
         {percent(_EVEN - 1)} in {sum(1 / _EVEN <= case.slower <= _EVEN for case in others)}, and slower in {len(ahead)}.
         """
     )

@@ -99,7 +99,6 @@ def test_requests_at_two_cuts_whose_bodies_are_equally_long_are_told_apart() -> 
     assert intake.slowdown == pytest.approx(1.0)
     assert intake.took_of_several([early, late], VERY_SLOW_S) == [VERY_SLOW_S, QUICK_S]
     early.due_s = time.perf_counter() + VERY_SLOW_S / 2
-    late.due_s = early.due_s
     intake._admission._each_s = 0.0
     with pytest.raises(BusyError, match="cannot answer within the request's deadline"):
         intake.submit(early)

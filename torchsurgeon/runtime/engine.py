@@ -149,7 +149,7 @@ class Engine:
         with torch.no_grad():
             self.times.example = with_tensors(fn, self.times.example)
         self.times.forget()
-        # A call then makes the ping again, also where the tensors stay what they are, as in a move to where they lie.
+        # The next call makes the ping again, even if the move has changed nothing.
         self._setup.again(self._connector.forget_parts)
 
     # --- one call ---
