@@ -21,7 +21,8 @@ from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.serve import Server
 from torchsurgeon.tracing.step import Step
 from torchsurgeon.transport import HttpTransport
-from torchsurgeon.transport.base import Deadline, Timing
+from torchsurgeon.transport.base import Timing
+from torchsurgeon.transport.deadline import Deadline
 
 HOUR_S = 3600.0
 ROOMS = ("torchsurgeon.runtime", "torchsurgeon.transport", "torchsurgeon.adapting")

@@ -52,9 +52,9 @@ def test_the_device_answers_from_the_first_call_on_and_servers_are_asked_once_th
         until(lambda: remote(split) or (partition == "auto" and degraded(split) == ""), split)
 
 
-def test_the_device_answers_later_calls(server: Server, refusing: Refusing) -> None:
+def test_the_device_answers_later_calls_that_need_a_thread(server: Server, refusing: Refusing) -> None:
     refusing.refuses = False
-    with split_of(server, partition=1) as split:
+    with split_of(server, partition=1, codec="zstd") as split:
         assert right(split)
         # As if there had never been threads.
         split._engine._pool.close()
@@ -67,6 +67,18 @@ def test_the_device_answers_later_calls(server: Server, refusing: Refusing) -> N
         refusing.refuses = False
         assert right(split)
         assert degraded(split) == ""
+
+
+def test_a_call_over_an_open_connection_needs_no_thread(server: Server, refusing: Refusing) -> None:
+    refusing.refuses = False
+    with split_of(server, partition=1) as split:
+        assert right(split)
+        split._engine._pool.close()
+        split._engine._pool.reset_after_fork()
+        refusing.refuses = True
+        for _ in range(3):
+            assert right(split)
+            assert remote(split)
 
 
 @pytest.mark.parametrize("allowed", [(), ("torchsurgeon-request",), ("torchsurgeon-request", "torchsurgeon-heads")])

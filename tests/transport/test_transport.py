@@ -17,7 +17,7 @@ from tcp import listening, read_message, reserved_port
 from torchsurgeon import wire
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError, RequestRefusedError, ServerUnavailableError
 from torchsurgeon.transport import HttpTransport
-from torchsurgeon.transport.base import Deadline
+from torchsurgeon.transport.deadline import Deadline
 
 X = torch.arange(6.0).view(2, 3)
 Script = Callable[[socket.socket], object]

@@ -19,7 +19,7 @@ from torchsurgeon.codec import codec_names, find_codec
 from torchsurgeon.errors import BodyTooLargeError, CodecError, ProtocolError, RequestRefusedError
 from torchsurgeon.serve import ModelRegistry, create_app
 from torchsurgeon.transport import InProcessTransport
-from torchsurgeon.transport.base import Deadline
+from torchsurgeon.transport.deadline import Deadline
 
 torch.set_num_threads(1)
 

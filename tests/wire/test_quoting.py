@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torchsurgeon import serve, wire
 from torchsurgeon.errors import ProtocolError
 from torchsurgeon.transport import InProcessTransport
-from torchsurgeon.transport.base import Deadline
+from torchsurgeon.transport.deadline import Deadline
 
 SKULL = "☠"
 MOST_CHARACTERS, MOST_QUOTED = 1000, 300

@@ -12,8 +12,10 @@ import numpy as np
 from torchsurgeon.edge.bundle import DATATYPES
 from torchsurgeon.edge.codec import ArrayCodec, find_codec
 from torchsurgeon.errors import BodyTooLargeError, CodecError, ProtocolError
-from torchsurgeon.transport.base import Deadline, Timing
+from torchsurgeon.transport.base import Timing
+from torchsurgeon.transport.deadline import Deadline
 from torchsurgeon.transport.http_bytes import HttpBytes
+from torchsurgeon.transport.steps import complete
 from torchsurgeon.wire.body import Encoded, assembled, described, json_text, places, read_answer, request_header
 from torchsurgeon.wire.header import Buffer, Entry
 
@@ -58,7 +60,8 @@ class ArrayTransport(HttpBytes):
             ProtocolError: the answer is not one of this protocol, or larger than ``max_answer_bytes`` allows.
         """
         encode = functools.partial(encode_request, arrays, codec)
-        raw, header_bytes = self._ask(model, None, arrays, encode, max_answer_bytes, deadline)
+        asking = self._asking(model, None, arrays, encode, max_answer_bytes, deadline)
+        raw, header_bytes = complete(asking, deadline)
         return ArrayAnswer(*decode_answer(raw.body, header_bytes, max_bytes=max_answer_bytes), raw.timing)
 
 

@@ -31,7 +31,7 @@ from torchsurgeon.errors import (
 from torchsurgeon.planning.costs import Expected
 from torchsurgeon.planning.objective import Objective
 from torchsurgeon.planning.row import Row
-from torchsurgeon.transport.base import Deadline
+from torchsurgeon.transport.deadline import Deadline
 
 Array = np.ndarray[Any, Any]
 # How long the first call waits for the server to be made ready.

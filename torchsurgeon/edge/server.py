@@ -25,7 +25,7 @@ from torchsurgeon.errors import (
     ServerUnavailableError,
 )
 from torchsurgeon.link import Link
-from torchsurgeon.transport.base import Deadline
+from torchsurgeon.transport.deadline import Deadline
 from torchsurgeon.transport.fingerprint import fetch
 from torchsurgeon.transport.link_probe import measure_link
 

@@ -23,7 +23,7 @@ from torchsurgeon.runtime.parts import Parts
 from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.servers import Servers
 from torchsurgeon.tracing.specs import PartitionPoint
-from torchsurgeon.transport.base import Deadline
+from torchsurgeon.transport.deadline import Deadline
 from torchsurgeon.transport.link_probe import measure_link
 
 

@@ -160,7 +160,7 @@ class Engine:
         pending: Pending | Done | None = None
         try:
             pending = self._begin(work, deadline_s, streamed=False)
-            pending.send(in_caller=not self.options.falls_back)
+            pending.send(in_caller=True)
             return pending.result()
         except BaseException as error:
             self._give_up(pending, begun_s, error)

@@ -23,7 +23,7 @@ from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.pool import Pool, Task
 from torchsurgeon.runtime.servers import Servers
 from torchsurgeon.transport import Answer
-from torchsurgeon.transport.base import Deadline
+from torchsurgeon.transport.deadline import Deadline
 
 # A breaker's first pause is 50 to 100 ms.
 _TRIAL_TICK_S, _TICK_S = 0.05, 0.25

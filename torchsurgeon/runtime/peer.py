@@ -34,7 +34,8 @@ from torchsurgeon.runtime.inference import seconds
 from torchsurgeon.runtime.server_profiles import ServerProfiles
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import Answer, Transport
-from torchsurgeon.transport.base import Deadline
+from torchsurgeon.transport.deadline import Deadline
+from torchsurgeon.transport.steps import Steps, complete
 
 # What a link is taken for until two requests have been timed. An estimate that starts from it is stated to be uncertain
 # by a factor of e.
@@ -167,7 +168,18 @@ class Peer:
         exact: Arithmetic | None = None,
         backend: str | None = None,
     ) -> Answer:
-        """Return the server's answer to named tensors.
+        """Return the server's answer to named tensors; see ``asking()``."""
+        return complete(self.asking(tensors, codecs, deadline, exact, backend), deadline)
+
+    def asking(
+        self,
+        tensors: Mapping[str, Tensor],
+        codecs: Mapping[str, Codec],
+        deadline: Deadline,
+        exact: Arithmetic | None = None,
+        backend: str | None = None,
+    ) -> Steps[Answer]:
+        """Return the server's answer to named tensors, in steps.
 
         If the server has been restarted since the handshake, it is checked again before its answer is used.
 
@@ -183,8 +195,8 @@ class Peer:
             ServerError: it did not answer in time, or refused; whatever else the transport raises.
         """
 
-        def infer() -> Answer:
-            return self.transport.infer(
+        def infer() -> Steps[Answer]:
+            return self.transport.inferring(
                 self._name,
                 tensors,
                 max_answer_bytes=self._max_bytes,
@@ -192,7 +204,6 @@ class Peer:
                 codecs=codecs,
                 output_codec=self._output_codec,
                 deadline=deadline,
-                crc32=True,
             )
 
         request = object()
@@ -200,11 +211,12 @@ class Peer:
         deadline.most_bytes = self.allowance.left_bytes()
         try:
             self._asking[request] = begun_s
-            answer = self._checked(infer, deadline)
+            answer = yield from self._checked(infer, deadline)
             if not deadline.sent_bytes:
                 # A transport of the program's own, which counts its answers only.
                 deadline.sent_bytes = answer.timing.sent_bytes
             if exact is not None and answer.parameters.get("arithmetic") != exact.digest:
+                yield None
                 self.shake(deadline.left_s())
                 raise bits.refusal(self._name, self.differences(exact) or (Difference("arithmetic", "told", None),))
             return answer
@@ -214,11 +226,12 @@ class Peer:
                 self.sent_bytes += deadline.sent_bytes
             self.allowance.spent(deadline.sent_bytes)
 
-    def _checked(self, infer: Callable[[], Answer], deadline: Deadline) -> Answer:
+    def _checked(self, infer: Callable[[], Steps[Answer]], deadline: Deadline) -> Steps[Answer]:
         known = self._identity
-        answer = infer()
+        answer = yield from infer()
         if answer.parameters.get("identity") == known:
             return answer
+        yield None  # a handshake waits by itself
         with self._lock:
             if self._identity == known:
                 self.ready_in = self._shake(deadline.left_s())
@@ -227,7 +240,7 @@ class Peer:
             raise ServerUnavailableError(
                 f"{self.label} has changed, and sending the request again would be above hourly_bytes in this hour"
             )
-        answer = infer()
+        answer = yield from infer()
         if answer.parameters.get("identity") != known:
             raise ModelMismatchError(
                 f"model {self._name!r} answers with other weights than the server has just given the fingerprint of; "

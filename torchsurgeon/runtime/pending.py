@@ -36,6 +36,7 @@ from torchsurgeon.runtime.answers import check_answer
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
+from torchsurgeon.runtime.driven import Driven
 from torchsurgeon.runtime.failure import Failure, is_requests_fault
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.inference import Moments
@@ -51,7 +52,8 @@ from torchsurgeon.runtime.telemetry import below_current
 from torchsurgeon.runtime.waiting import FIRST_PATIENCE_S, Waiting
 from torchsurgeon.runtime.work import Work
 from torchsurgeon.transport import Answer
-from torchsurgeon.transport.base import Deadline
+from torchsurgeon.transport.deadline import Deadline
+from torchsurgeon.transport.steps import Steps, complete
 
 # A tail on the device may be finished before the answer comes. The server then counts as failed only if the answer has
 # already taken this many times what was expected of it.
@@ -180,7 +182,11 @@ class Pending:
     # --- sending ---
 
     def send(self, *, in_caller: bool = False) -> None:
-        """Send the boundary tensors to the server; with ``in_caller``, wait for the answer in this thread."""
+        """Send the boundary tensors to the server; with ``in_caller``, from the thread that waits for the answer.
+
+        Where the module falls back to the device, that thread may have the tail to run when the answer is late. So it
+        sends the request itself only where that takes a moment, and the rest then goes on in another thread.
+        """
         shared = self._shared
         if self._way.student is not None and self._way.codec is not None and not self._peer.has(self._way.codec):
             self._compute_without_student()
@@ -194,18 +200,24 @@ class Pending:
         exact = self._arithmetic if shared.options.exact else None
         backend = self._peer.profiles.to_name(None if self._way.row is None else self._way.row.server_backend)
         codecs = dict.fromkeys(tensors, self._codec)
-        ask: Callable[[], Answer] = functools.partial(self._ask, self._peer, tensors, codecs, deadline, exact, backend)
-        if not in_caller:
-            ask = below_current(ask)
-        if self._boundary[0].is_cuda:
-            # The thread that sends them has to wait for the CUDA stream on which this thread computes them.
-            ask = functools.partial(_on_stream, torch.cuda.current_stream(self._boundary[0].device), ask)
+        asking = self._asking(self._peer, tensors, codecs, deadline, exact, backend)
+        ask: Callable[[], Answer] = functools.partial(complete, asking, deadline)
         refusal = self._peer.refusal(self._kind()) if self._peer.refuses else None
         if refusal is not None:
             self._task = Task(ask, None)
             self._task.fail(refusal)
             return
         self._peer.asked_s = time.monotonic()
+        if in_caller and shared.options.falls_back and self._light() and not shared.pool.crowded:
+            self._task = driven = Driven(asking, deadline, shared.pool)
+            driven.begin()
+            return
+        in_caller = in_caller and not shared.options.falls_back
+        if not in_caller:
+            ask = below_current(ask)
+        if self._boundary[0].is_cuda:
+            # The thread that sends them has to wait for the CUDA stream on which this thread computes them.
+            ask = functools.partial(_on_stream, torch.cuda.current_stream(self._boundary[0].device), ask)
         if not in_caller:
             try:
                 self._task = shared.pool.submit(ask, deadline.cancel)
@@ -217,7 +229,15 @@ class Pending:
                     return
         self._task = shared.pool.run_here(ask, deadline.cancel)
 
-    def _ask(
+    def _light(self) -> bool:
+        """Return whether nothing has to be computed, or copied from a GPU, to send the request and to read the answer.
+
+        Whatever takes time is left to another thread, so that it does not count against the patience of this one.
+        """
+        plain = self._codec.name == self._shared.options.answer_codec.name == "raw"
+        return plain and all(tensor.is_cpu for tensor in self._boundary)
+
+    def _asking(
         self,
         peer: Peer,
         tensors: dict[str, Tensor],
@@ -225,9 +245,9 @@ class Pending:
         deadline: Deadline,
         exact: Arithmetic | None,
         backend: str | None,
-    ) -> Answer:
+    ) -> Steps[Answer]:
         try:
-            return peer.ask(tensors, codecs, deadline, exact, backend)
+            return (yield from peer.asking(tensors, codecs, deadline, exact, backend))
         finally:
             self._shared.ledger.record_sent(deadline.sent_bytes)
 
@@ -302,13 +322,15 @@ class Pending:
                     raise error
                 self.send(in_caller=True)
                 continue
-            in_time = task.wait(_BRIEF_S)
+            # A request that this thread drives has been sent already.
+            brief_s = 0.0 if task.here else _BRIEF_S
+            in_time = task.wait(brief_s)
             # From now on the request is on its way, and what this thread does meanwhile delays nothing.
             if self._shared.local.changed(self._weights):
                 return self._with_new_weights(task)
             if not in_time:
                 patience_s, late = self._waiting.patience(self._peer, first=self._peer is self._tried[0])
-                if not task.wait(patience_s - _BRIEF_S):
+                if not task.wait(patience_s - brief_s):
                     if self._deadline_s is None and self._waiting.crowded(self._peer):
                         continue
                     self._why = late
@@ -324,7 +346,7 @@ class Pending:
                 raise error
             if not (self._failed(error) and self._next_peer(error)):
                 return self._finished_on_device(task)
-            self.send()
+            self.send(in_caller=True)
 
     def _received(self, task: Task[Answer]) -> tuple[Any, BaseException | None]:
         """Return the model's result from the server's answer, or what is wrong with the answer.
@@ -448,6 +470,7 @@ class Pending:
         """Run the tail on the device, and return its result, or the server's answer if that comes first."""
         begin_s = time.perf_counter()
         try:
+            task.hand_over()
             tensors: Sequence[Tensor] = self._boundary
             tail = self._work.tail(tuple(spec.name for spec in self._specs))
             if self._way.student is not None:

@@ -27,25 +27,23 @@ class Task(Generic[T]):
     Args:
         work: the function.
         cancel: called to interrupt it; None where nothing can.
-        settings: those of the thread that it runs for, which the other thread takes over; None where it runs in the
-            thread that makes the task.
 
     Attributes:
+        settings: those of the thread that it runs for, which another thread takes over; None where it runs in the
+            thread that makes the task.
         ended: whether it has returned or raised.
         value: what it returned.
         error: what it raised.
     """
 
-    __slots__ = ("_cancel", "_pending", "_settings", "_work", "ended", "error", "value")
+    __slots__ = ("_cancel", "_pending", "_work", "ended", "error", "settings", "value")
 
-    def __init__(
-        self, work: Callable[[], T], cancel: Callable[[], object] | None, settings: ThreadSettings | None = None
-    ) -> None:
-        self._settings = settings
+    def __init__(self, work: Callable[[], T] | None, cancel: Callable[[], object] | None) -> None:
+        self.settings: ThreadSettings | None = None
         self.ended = False
         self.value: T | None = None
         self.error: BaseException | None = None
-        self._work: Callable[[], T] | None = work
+        self._work = work
         self._cancel = cancel
         # A bare lock, which unlike an Event costs no Python code to wait for.
         self._pending = threading.Lock()
@@ -79,8 +77,8 @@ class Task(Generic[T]):
         work, self._work = self._work, None
         if work is None:
             raise ServerUnavailableError("the request was given up before it began")
-        if self._settings is not None:
-            self._settings.adopt()
+        if self.settings is not None:
+            self.settings.adopt()
         self.value = work()
 
     def end(self) -> None:
@@ -108,6 +106,14 @@ class Task(Generic[T]):
                 # Whether acquired or not, and also where a signal handler raises: another thread may wait, too.
                 self._wake()
         return self.ended
+
+    @property
+    def here(self) -> bool:
+        """Whether it goes on only while the thread that made it waits for it."""
+        return False
+
+    def hand_over(self) -> None:
+        """Let it go on while the thread that made it does something else, as it does anyway."""
 
     def answered(self) -> bool:
         """Return whether it has ended without an error."""
@@ -159,7 +165,18 @@ class Pool:
             NoThreadError: the pool has no thread, and none could be started.
             ServerUnavailableError: the pool has been closed.
         """
-        task = Task(work, cancel, ThreadSettings.here())
+        task = Task(work, cancel)
+        self.take(task)
+        return task
+
+    def take(self, task: Task[Any]) -> None:
+        """Run a task in one of the threads, with the settings that PyTorch keeps for the calling thread.
+
+        Raises:
+            NoThreadError: the pool has no thread, and none could be started.
+            ServerUnavailableError: the pool has been closed.
+        """
+        task.settings = ThreadSettings.here()
         try:
             with self._lock:
                 if self._closed:
@@ -178,7 +195,6 @@ class Pool:
                 # A signal handler may have raised at any moment, perhaps after a thread has taken the task.
                 task.give_up()
             raise
-        return task
 
     def run_here(self, work: Callable[[], T], cancel: Callable[[], object]) -> Task[T]:
         """Run ``work`` in the calling thread, and return how it ended. Whoever ends the pool interrupts it.
@@ -188,14 +204,31 @@ class Pool:
         """
         task = Task(work, cancel)
         try:
-            with self._lock:
-                if self._closed:
-                    raise ServerUnavailableError("the SplitModule has been closed")
-                self._running.add(task)
+            self.watch(task)
             task.run_in_caller()
         finally:
-            self._running.discard(task)
+            self.forget(task)
         return task
+
+    def watch(self, task: Task[Any]) -> None:
+        """Have whoever ends the pool interrupt a task that the calling thread runs itself, until ``forget()``.
+
+        Raises:
+            ServerUnavailableError: the pool has been closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise ServerUnavailableError("the SplitModule has been closed")
+            self._running.add(task)
+
+    def forget(self, task: Task[Any]) -> None:
+        """Undo ``watch()``. Undoing it twice is harmless."""
+        self._running.discard(task)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether as many tasks are under way as there may be threads."""
+        return len(self._running) >= self._most
 
     @property
     def closed(self) -> bool:

@@ -1,12 +1,9 @@
-"""The base class of what carries bytes to a server and back, and the deadline of a call; without a tensor library."""
+"""The base class of what carries bytes to a server and back; without a tensor library."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -16,6 +13,8 @@ from urllib.parse import quote
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import BodyTooLargeError, EncodingError, RequestRefusedError, short
+from torchsurgeon.transport.deadline import Deadline
+from torchsurgeon.transport.steps import Steps
 from torchsurgeon.wire.body import Encoded
 from torchsurgeon.wire.header import MAX_HEADER_BYTES, Buffer, header_length
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 CONTROL_LIMIT_BYTES = 64 << 20
 ERROR_LIMIT_BYTES = 64 << 10
 _REASON_CHARACTERS = 1000
-# Sockets and locks accept neither an infinite timeout nor one that is much longer than this.
-_MOST_WAIT_S = 1e6
 
 
 class Timing(NamedTuple):
@@ -95,11 +92,18 @@ class ByteTransport(ABC):
     ) -> RawAnswer:
         """Post buffers as one binary body. An answer of more than ``limit_bytes`` is refused before it is read."""
 
+    def _posting(
+        self, path: str, header_bytes: int | None, buffers: list[Buffer], limit_bytes: int, deadline: Deadline
+    ) -> Steps[RawAnswer]:
+        """Do what ``_post()`` does, in steps; here in one that waits by itself."""
+        yield None
+        return self._post(path, header_bytes, buffers, limit_bytes, deadline)
+
     @abstractmethod
     def close(self) -> None:
         """Close every connection. Calls after that raise ServerUnavailableError."""
 
-    def _ask(
+    def _asking(
         self,
         model: str,
         version: str | None,
@@ -107,8 +111,8 @@ class ByteTransport(ABC):
         encode: Callable[[], Encoded],
         max_answer_bytes: int,
         deadline: Deadline,
-    ) -> tuple[RawAnswer, int | None]:
-        """Send an inference request, and return the answer with the length of its header.
+    ) -> Steps[tuple[RawAnswer, int | None]]:
+        """Send an inference request, and return the answer with the length of its header, in steps.
 
         Args:
             model: the model's name at the server.
@@ -136,7 +140,8 @@ class ByteTransport(ABC):
                 f"the tensors {tensors} could not be encoded on this side: {type(error).__name__}: {short(error)}"
             ) from error
         path = _infer_path(model, version)
-        raw = self._post(path, message.header_bytes, message.buffers, max_answer_bytes + MAX_HEADER_BYTES, deadline)
+        limit_bytes = max_answer_bytes + MAX_HEADER_BYTES
+        raw = yield from self._posting(path, message.header_bytes, message.buffers, limit_bytes, deadline)
         check_status(raw.status, raw.body, path)
         return raw, None if raw.header_bytes is None else header_length(raw.header_bytes, len(raw.body))
 
@@ -174,66 +179,6 @@ class ByteTransport(ABC):
 def _infer_path(model: str, version: str | None) -> str:
     path = f"/v2/models/{quote(model, safe='')}"
     return f"{path}/versions/{quote(version, safe='')}/infer" if version else f"{path}/infer"
-
-
-class Deadline:
-    """The end of the time that one call as a whole may take. Any thread may ``cancel()`` it, which ends the call.
-
-    The thread that makes the call registers with ``interrupted_by()`` how to end what it is about to wait for. The lock
-    makes sure that a cancellation is never lost between two waits: it either runs the registered interrupt, or comes
-    first, and then registering runs the interrupt at once.
-
-    Args:
-        timeout_s: seconds from now on.
-
-    Attributes:
-        timeout_s: as given.
-        cancelled: whether it was cancelled.
-        sent_bytes: bytes that have been handed to the network for the call, whether it was answered or not. A transport
-            of a program's own may leave it at 0.
-        most_bytes: a request is not sent a second time if ``sent_bytes`` would exceed this; may be assigned.
-    """
-
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        self.cancelled = False
-        self.sent_bytes = 0
-        self.most_bytes = math.inf
-        self._end_s = time.monotonic() + timeout_s
-        self._lock = threading.Lock()
-        self._interrupt: Callable[[], object] | None = None
-
-    def left_s(self) -> float:
-        """Return the seconds that are left, always above 0: as a socket's timeout, 0 would mean not to wait at all.
-
-        Raises:
-            TimeoutError: no time is left, or the deadline was cancelled.
-        """
-        # At most timeout_s, in case the clock has stepped back.
-        left = min(self._end_s - time.monotonic(), self.timeout_s, _MOST_WAIT_S)
-        # Written so that nan counts as over.
-        if not left > 0 or self.cancelled:
-            raise TimeoutError
-        return left
-
-    def cancel(self) -> None:
-        """End the call now: interrupt what it waits for, and let no other wait begin."""
-        with self._lock:
-            self.cancelled = True
-            if self._interrupt is not None:
-                self._interrupt()
-
-    def interrupted_by(self, interrupt: Callable[[], object] | None) -> None:
-        """Register what ends the wait that follows.
-
-        Args:
-            interrupt: called from another thread on cancellation, with the deadline's lock held: it must be quick, and
-                must not raise. None once there is nothing to interrupt any more.
-        """
-        with self._lock:
-            self._interrupt = interrupt
-            if self.cancelled and interrupt is not None:
-                interrupt()
 
 
 def check_size(size: int, limit_bytes: int, who: str) -> None:

@@ -6,6 +6,8 @@ answer's, as it is in a stream of similar inferences: head and body then arrive 
 place. Where the guess is wrong, the part of the body that came with the head is copied. Answers with a Content-Length
 are parsed by this module. Every other kind (chunked, with an interim answer, or ended by closing the connection) is
 left to ``http.client``.
+
+An exchange runs in steps (``transport.steps``), each of which ends where the socket has to be waited for.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from typing import Any, NamedTuple
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import ProtocolError, short
-from torchsurgeon.transport.base import ERROR_LIMIT_BYTES, Deadline, RawAnswer, Timing, check_size
+from torchsurgeon.transport.base import ERROR_LIMIT_BYTES, RawAnswer, Timing, check_size
+from torchsurgeon.transport.deadline import Deadline
 from torchsurgeon.transport.route import Route
+from torchsurgeon.transport.steps import Steps, complete
 from torchsurgeon.wire.buffers import Buffers, aligned_buffer
 from torchsurgeon.wire.header import HEADER_LENGTH, Buffer
 
@@ -95,8 +99,8 @@ class Connection:
         poller.register(self._socket, select.POLLIN)
         return not poller.poll(0)
 
-    def exchange(self, parts: list[Buffer], size: int, limit_bytes: int, deadline: Deadline) -> RawAnswer:
-        """Send one request and return the answer.
+    def exchange(self, parts: list[Buffer], size: int, limit_bytes: int, deadline: Deadline) -> Steps[RawAnswer]:
+        """Send one request and return the answer, in steps.
 
         Args:
             parts: the request, head included, in buffers to be written one after the other.
@@ -113,9 +117,12 @@ class Connection:
             BodyTooLargeError: the answer is larger than ``limit_bytes``.
         """
         try:
+            if self._socket is None or self._context is not None:
+                # Neither connecting nor encryption says when it would wait.
+                yield None
             link = self._socket or self._connect(deadline)
             deadline.interrupted_by(functools.partial(shut_down, link))
-            answer = self._exchange(link, parts, size, limit_bytes, deadline)
+            answer = yield from self._exchange(link, parts, size, limit_bytes, deadline)
         except BaseException:
             self.close()
             raise
@@ -128,20 +135,20 @@ class Connection:
 
     def _exchange(
         self, link: socket.socket, parts: list[Buffer], size: int, limit_bytes: int, deadline: Deadline
-    ) -> RawAnswer:
+    ) -> Steps[RawAnswer]:
         start = time.perf_counter()
         self._first_byte_s = 0.0
         broken: OSError | None = None
         try:
-            complete = self._send(link, parts, deadline)
+            whole = yield from self._send(link, parts, deadline)
         except (ConnectionError, ssl.SSLError) as error:
             if by_signal_handler(error):
                 raise
             # A server that refuses a body may answer and close before it has read all of it, so an answer may be there.
-            complete, broken = False, error
+            whole, broken = False, error
         sent = time.perf_counter()
         try:
-            head, behind, arrived = self._read_head(link, deadline)
+            head, behind, arrived = yield from self._read_head(link, deadline)
         except (ConnectionError, ssl.SSLError) as error:
             if not (self._first_byte_s or by_signal_handler(error)):
                 raise StaleError from (broken or error)
@@ -160,12 +167,17 @@ class Connection:
                 arrived = min(arrived, length)
                 body[:arrived] = behind[:arrived]
             while arrived < length:
-                count = self._receive(link, body[arrived:], deadline)
+                count = yield from self._receive(link, body[arrived:], deadline)
                 if not count:
                     raise http.client.IncompleteRead(b"", length - arrived)
                 arrived += count
         else:
-            source = _Replay(head + bytes(behind[:arrived]), lambda view: self._receive(link, view, deadline))
+            yield None  # http.client waits by itself
+
+            def receive(view: memoryview) -> int:
+                return complete(self._receive(link, view, deadline), deadline)
+
+            source = _Replay(head + bytes(behind[:arrived]), receive)
             response = CheckedResponse(source, method="POST")  # type: ignore[arg-type]
             response.begin()
             body = _read_body(response, limit_bytes if response.status < 300 else ERROR_LIMIT_BYTES)
@@ -173,7 +185,7 @@ class Connection:
             # http.client may have read beyond the answer, and what it read is lost, so the connection is not reused.
             closing = True
         end = time.perf_counter()
-        if closing or not complete:
+        if closing or not whole:
             self.close()
         self._used_s = time.monotonic()
         return RawAnswer(status, header_bytes, body, Timing(size, len(body), start, sent, self._first_byte_s, end))
@@ -225,7 +237,7 @@ class Connection:
                 failure = error
         raise failure or OSError(f"{short(name)} has no address")
 
-    def _send(self, link: socket.socket, parts: list[Buffer], deadline: Deadline) -> bool:
+    def _send(self, link: socket.socket, parts: list[Buffer], deadline: Deadline) -> Steps[bool]:
         """Write all parts; return False where the server began to answer before it had read them."""
         if self._context is not None:
             for part in parts:
@@ -249,27 +261,27 @@ class Connection:
             if not pending:
                 return True
             pending[0] = pending[0][done:]
-            if _wait_writable(link, deadline):
+            if (yield from _wait_writable(link)):
                 return False
 
-    def _receive(self, link: socket.socket, view: memoryview, deadline: Deadline) -> int:
+    def _receive(self, link: socket.socket, view: memoryview, deadline: Deadline) -> Steps[int]:
         """Read at least one byte before the deadline; return how many were read, 0 at the end of the stream."""
         if self._context is not None:
             link.settimeout(deadline.left_s())
-        elif self._incoming is not None and not self._incoming.poll(deadline.left_s() * 1000):
+        elif not (yield self._incoming):
             raise TimeoutError
         count = link.recv_into(view)
         if not self._first_byte_s and count:
             self._first_byte_s = time.perf_counter()
         return count
 
-    def _read_head(self, link: socket.socket, deadline: Deadline) -> tuple[bytes, memoryview, int]:
+    def _read_head(self, link: socket.socket, deadline: Deadline) -> Steps[tuple[bytes, memoryview, int]]:
         """Read status line and headers; return them, the memory behind them, and how much of it is filled already."""
         # One byte more than is expected, to notice a server that sends more.
         memory = self._buffers.take(self._body_bytes + 1, before=self._head_bytes)
         filled = 0
         while filled < len(memory):
-            count = self._receive(link, memory[filled:], deadline)
+            count = yield from self._receive(link, memory[filled:], deadline)
             if not count:
                 if not filled:
                     raise ConnectionResetError("the server closed the connection without an answer")
@@ -389,11 +401,13 @@ def _read_body(response: http.client.HTTPResponse, limit_bytes: int) -> memoryvi
     return body
 
 
-def _wait_writable(link: socket.socket, deadline: Deadline) -> bool:
+def _wait_writable(link: socket.socket) -> Steps[bool]:
     """Wait until more can be written; return True where there is something to read first."""
     poller = select.poll()
     poller.register(link, select.POLLIN | select.POLLOUT)
     while True:
-        events = poller.poll(deadline.left_s() * 1000)
+        if not (yield poller):
+            raise TimeoutError
+        events = poller.poll(0)
         if events:
             return bool(events[0][1] & (select.POLLIN | select.POLLHUP | select.POLLERR))

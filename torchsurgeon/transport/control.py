@@ -18,8 +18,9 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from torchsurgeon._interrupts import start_thread
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError
-from torchsurgeon.transport.base import CONTROL_LIMIT_BYTES, Deadline
+from torchsurgeon.transport.base import CONTROL_LIMIT_BYTES
 from torchsurgeon.transport.connection import CheckedResponse, shut_down
+from torchsurgeon.transport.deadline import Deadline
 
 T = TypeVar("T")
 

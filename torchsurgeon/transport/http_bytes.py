@@ -18,14 +18,16 @@ import requests
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import ProtocolError, ServerUnavailableError, short
-from torchsurgeon.transport.base import ByteTransport, Deadline, RawAnswer, check_status
+from torchsurgeon.transport.base import ByteTransport, RawAnswer, check_status
 from torchsurgeon.transport.connection import Connection, ProxyRefusedError, StaleError
 from torchsurgeon.transport.control import ControlSession, get
+from torchsurgeon.transport.deadline import Deadline
 from torchsurgeon.transport.route import route_to
+from torchsurgeon.transport.steps import Steps, complete
 from torchsurgeon.transport.trace_context import TRACEPARENT, traceparent
 from torchsurgeon.wire.header import DEADLINE, HEADER_LENGTH, Buffer, parse_json
 
-_MAX_IDLE = 16
+_MAX_IDLE = 32
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 # Statuses by which a proxy says that it has not got an answer from the server.
 _PROXYS_OWN = (407, 502, 503, 504)
@@ -129,6 +131,11 @@ class HttpBytes(ByteTransport):
     def _post(
         self, path: str, header_bytes: int | None, buffers: list[Buffer], limit_bytes: int, deadline: Deadline
     ) -> RawAnswer:
+        return complete(self._posting(path, header_bytes, buffers, limit_bytes, deadline), deadline)
+
+    def _posting(
+        self, path: str, header_bytes: int | None, buffers: list[Buffer], limit_bytes: int, deadline: Deadline
+    ) -> Steps[RawAnswer]:
         self._route.check()
         size = sum(map(len, buffers))
         head = f"POST {self._route.target}{path} HTTP/1.1\r\n{self._fixed}Content-Length: {size}\r\n"
@@ -145,14 +152,14 @@ class HttpBytes(ByteTransport):
         try:
             reused = self._take(used)
             try:
-                answer = used[-1].exchange(parts, size, limit_bytes, deadline)
+                answer = yield from used[-1].exchange(parts, size, limit_bytes, deadline)
             except StaleError as error:
                 if not reused or deadline.sent_bytes + size > deadline.most_bytes:
                     raise self._gone(error.__cause__) from error
                 # A server may close a kept-alive connection at any moment, also while a request is on its way to it.
                 # Nothing of an answer had arrived, so the request is sent once more, over a new connection.
                 used.append(self._connection())
-                answer = used[-1].exchange(parts, size, limit_bytes, deadline)
+                answer = yield from used[-1].exchange(parts, size, limit_bytes, deadline)
             self._check_proxy(answer.status, answer.body)
             self._give_back(used)
             _close_all(used)

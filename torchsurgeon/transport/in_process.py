@@ -15,14 +15,8 @@ from typing import Any
 from torchsurgeon import wire
 from torchsurgeon._interrupts import NoThreadError, by_signal_handler, join_threads, start_thread
 from torchsurgeon.errors import ServerUnavailableError
-from torchsurgeon.transport.base import (
-    CONTROL_LIMIT_BYTES,
-    Deadline,
-    RawAnswer,
-    Timing,
-    check_size,
-    check_status,
-)
+from torchsurgeon.transport.base import CONTROL_LIMIT_BYTES, RawAnswer, Timing, check_size, check_status
+from torchsurgeon.transport.deadline import Deadline
 from torchsurgeon.transport.tensors import Transport
 from torchsurgeon.transport.trace_context import TRACEPARENT, traceparent
 from torchsurgeon.wire.buffers import aligned_buffer

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from torchsurgeon import wire
 from torchsurgeon.codec import Codec
-from torchsurgeon.transport.base import ByteTransport, Deadline, Timing
+from torchsurgeon.transport.base import ByteTransport, Timing
+from torchsurgeon.transport.deadline import Deadline
+from torchsurgeon.transport.steps import Steps, complete
+from torchsurgeon.wire.body import Encoded
 
 
 class Answer(NamedTuple):
@@ -83,6 +86,49 @@ class Transport(ByteTransport):
             output_codec=output_codec,
             crc32=crc32,
         )
-        raw, header_bytes = self._ask(model, version, tensors, encode, max_answer_bytes, deadline)
+        return complete(self._inferring(model, version, tensors, encode, max_answer_bytes, deadline), deadline)
+
+    def inferring(
+        self,
+        model: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        max_answer_bytes: int,
+        parameters: Mapping[str, Any] | None,
+        codecs: Mapping[str, Codec],
+        output_codec: Codec | None,
+        deadline: Deadline,
+    ) -> Steps[Answer]:
+        """Do what ``infer()`` does, with checksums and in steps; a ``SplitModule`` calls this.
+
+        A subclass with an ``infer()`` of its own is asked by that, in one step.
+
+        Args:
+            model: as ``infer()`` takes it, like all that follow.
+            tensors: the tensors by name.
+            max_answer_bytes: the most bytes that the output tensors have together.
+            parameters: further parameters of the request.
+            codecs: the codec of each tensor.
+            output_codec: the codec to ask for in the answer.
+            deadline: when the call has to be over.
+        """
+        options: dict[str, Any] = {"parameters": parameters, "codecs": codecs, "output_codec": output_codec}
+        if getattr(self.infer, "__func__", None) is not Transport.infer:
+            yield None
+            options |= {"max_answer_bytes": max_answer_bytes, "deadline": deadline}
+            return self.infer(model, tensors, crc32=True, **options)
+        encode = functools.partial(wire.encode_request, tensors, crc32=True, **options)
+        return (yield from self._inferring(model, None, tensors, encode, max_answer_bytes, deadline))
+
+    def _inferring(
+        self,
+        model: str,
+        version: str | None,
+        tensors: Mapping[str, Tensor],
+        encode: Callable[[], Encoded],
+        max_answer_bytes: int,
+        deadline: Deadline,
+    ) -> Steps[Answer]:
+        raw, header_bytes = yield from self._asking(model, version, tensors, encode, max_answer_bytes, deadline)
         response = wire.decode_response(raw.body, header_bytes, max_decoded_bytes=max_answer_bytes)
         return Answer(response.tensors, response.parameters, raw.timing)

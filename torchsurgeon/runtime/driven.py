@@ -1,0 +1,113 @@
+"""A request that the calling thread drives itself, until it has something better to do than to wait."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import select
+import threading
+import time
+from typing import TypeVar
+
+from torchsurgeon._interrupts import by_signal_handler
+from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.runtime.pool import Pool, Task
+from torchsurgeon.runtime.telemetry import below_current
+from torchsurgeon.transport.deadline import Deadline
+from torchsurgeon.transport.steps import Steps, has_come, resumed
+
+T = TypeVar("T")
+
+
+class Driven(Task[T]):
+    """A task in steps, which run in the thread that made it while that thread waits for it.
+
+    To hand a request to another thread and to be woken by it takes longer than a quick server does. So the thread that
+    calls sends the request, and waits for the answer, by itself. A thread of the pool goes on with it only where its
+    next step may wait by itself, or once ``hand_over()`` is called.
+
+    Args:
+        steps: the work, which has not begun.
+        deadline: when it has to be over.
+        pool: whose threads go on with it.
+    """
+
+    __slots__ = ("_deadline", "_handed", "_owner", "_pool", "_steps", "_wanted")
+
+    def __init__(self, steps: Steps[T], deadline: Deadline, pool: Pool) -> None:
+        super().__init__(None, deadline.cancel)
+        self._steps, self._deadline, self._pool = steps, deadline, pool
+        self._wanted: select.poll | None = None
+        self._handed, self._owner = False, threading.get_ident()
+
+    def begin(self) -> None:
+        """Run its first step, as which a request is mostly sent.
+
+        Raises:
+            ServerUnavailableError: the pool has been closed.
+        """
+        self._pool.watch(self)
+        self._step(None)
+        if self._wanted is None:
+            self.hand_over()
+
+    @property
+    def here(self) -> bool:
+        return not self._handed
+
+    def wait(self, timeout_s: float) -> bool:
+        """Run further steps for up to ``timeout_s``, and return whether it has ended."""
+        end_s = time.monotonic() + timeout_s
+        while not (self.ended or self._handed):
+            if self._wanted is None:
+                self.hand_over()
+                break
+            come = has_come(self._wanted, self._deadline, end_s - time.monotonic())
+            if not come and self._deadline.remaining_s() > 0:
+                return False
+            self._step(come)
+        return self.ended or super().wait(end_s - time.monotonic())
+
+    def hand_over(self) -> None:
+        """Have a thread of the pool go on with it; where there is none, it ends with an error that says so."""
+        if self.ended or self._handed:
+            return
+        work = below_current(functools.partial(resumed, self._steps, self._wanted, self._deadline))
+        # Both at once, wherever a signal handler raises: from now on, who takes the work is who may run the steps.
+        self._work, self._handed = work, True
+        try:
+            self._pool.take(self)
+        except ServerUnavailableError as error:
+            if by_signal_handler(error):
+                raise
+            self.give_up()
+            self.fail(error)
+
+    def give_up(self) -> None:
+        """Interrupt it. Where nobody runs its steps any more, they put everything in order at once."""
+        work, self._work = self._work, None
+        stays = work is not None or (not self._handed and threading.get_ident() == self._owner)
+        super().give_up()
+        if stays and not self._running():
+            self._steps.close()
+            self._pool.forget(self)
+
+    def _running(self) -> bool:
+        """Return whether a step runs: a signal handler may have interrupted it, and closed the module."""
+        return inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING
+
+    def _step(self, come: bool | None) -> None:
+        """Run one step; ``come`` is whether what it waits for has come, and None for the first."""
+        try:
+            self._wanted = self._steps.send(come)  # type: ignore[arg-type]
+            return
+        except StopIteration as end:
+            if by_signal_handler(end):
+                raise
+            self.value = end.value
+        except Exception as error:
+            if by_signal_handler(error):
+                raise
+            self.error = error
+        self._pool.forget(self)
+        self.end()
