@@ -176,7 +176,9 @@ MODES = (
         "Where some answers may change",
         """
         EfficientNet-Lite0 with its trained weights, in float32, with codecs and pictures that kept so many answers of
-        photographs held out ([which](codecs.md)). Codecs fitted to a cut, and students, are not among them.
+        photographs held out ([which](codecs.md)). Not among them are students, since those that have been trained here
+        keep [little more than half of the answers](codecs.md#a-student-in-place-of-the-first-layers), and codecs fitted
+        to a cut, of which [the bytes](codecs.md#bytes-against-answers) are known, but not what a split with them takes.
         """,
     ),
 )
