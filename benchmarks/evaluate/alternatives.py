@@ -53,7 +53,7 @@ _PACKAGES = (
     "zstandard",
 )
 _ROUNDS, _STREAMS, _PROFILE_S = 5, 3, 5.0
-STREAM_FRAMES = 8
+STREAM_FRAMES = 12
 ON_DEVICE = "device"
 """Stands for a link where everything runs on the device."""
 _LONG_S, _LONG_ROUNDS = 1.0, 3

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.evaluate import alternatives, end_to_end, pictures, public_code
 from benchmarks.evaluate.end_to_end_page import way_in_words, without_bfloat16
 from benchmarks.evaluate.markdown import listed, percent, table, text
+from benchmarks.evaluate.rivals.rival import UNDER_WAY
 from benchmarks.evaluate.rivals.server_only import JPEG_QUALITY
 from benchmarks.evaluate.rivals.sockets import PROBE_BYTES, Search
 from benchmarks.evaluate.study import SLOWER
@@ -110,9 +111,9 @@ def _opening(environment: Mapping[str, Any], elsewhere: list[str]) -> str:
         layers, encoders and planners take {SLOWER:g} times as long, whoever's they are; the server is the other core.
         What sockets, HTTP clients and gloo do is not slowed down. Every rival has an emulated link of the same rates.
         All take turns in random order, over all links, and every answer is compared with eager PyTorch's. Shown are
-        medians. Frames a second are those of a stream that goes on: of {alternatives.STREAM_FRAMES} frames the first is
-        not counted; where a schedule answers batches, one of so many follows the other; where nothing overlaps, one
-        call does.
+        medians. Frames a second are those of a stream that goes on: of {alternatives.STREAM_FRAMES} frames
+        those between the {UNDER_WAY}th and the {alternatives.STREAM_FRAMES - UNDER_WAY}th answer are counted;
+        where a schedule answers batches, one of so many follows the other; where nothing overlaps, one call does.
         [alternatives.json](../benchmarks/results/evaluation/alternatives.json) has the quartiles, the cuts and how far
         the answers are from eager PyTorch's.
         `make evaluate` leaves {" and ".join(alternatives.SLOW)} as it is recorded, which takes ten minutes.

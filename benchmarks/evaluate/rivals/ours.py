@@ -9,7 +9,7 @@ from torch import Tensor
 
 import torchsurgeon as ts
 from benchmarks.evaluate.end_to_end import Runs
-from benchmarks.evaluate.rivals.rival import Rival, rate_behind_the_first, seconds
+from benchmarks.evaluate.rivals.rival import Rival, seconds, steady_rate
 from benchmarks.evaluate.study import BACKENDS, Study, way_of
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS, Link
@@ -72,10 +72,10 @@ class Ours(Rival):
         self._cut(self._row)
 
     def rate(self, count: int) -> float:
-        """Return how many answers come in a second behind the first of so many, with up to four calls under way."""
+        """Return how many answers come in a second of so many, with up to four calls under way."""
         assert self._row is not None
         answers = self._split(self._row).map(self._study.example for _ in range(count))
-        return rate_behind_the_first([time.perf_counter() for _ in answers])
+        return steady_rate([time.perf_counter() for _ in answers])
 
     def replanning_s(self) -> float:
         """Return what one decision for another link takes."""

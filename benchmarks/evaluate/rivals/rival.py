@@ -12,6 +12,9 @@ from torch import Tensor
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.link import Link
 
+UNDER_WAY = 4
+"""How many inferences a rival has under way at once in a stream, if it can."""
+
 
 class Rival(abc.ABC):
     """One way to get a network's answers, over one emulated link after the other.
@@ -43,7 +46,7 @@ class Rival(abc.ABC):
         """Prepare streams of so many inferences over the present link; this is not timed."""
 
     def rate(self, count: int) -> float:
-        """Return how many answers come in a second of a stream, measured over so many; this is timed."""
+        """Return how many answers come in a second of a stream of so many; this is timed."""
         raise NotImplementedError(f"{self.name} has one inference under way at a time")
 
     def replanning_s(self) -> float | None:
@@ -66,9 +69,11 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begun_s
 
 
-def rate_behind_the_first(came_s: Sequence[float]) -> float:
+def steady_rate(came_s: Sequence[float]) -> float:
     """Return how many answers come in a second once a stream goes on, from the times at which they came.
 
-    The first one's latency does not count, which a stream that goes on for long pays once.
+    Counted are those in the middle. While the first come, the way still fills. And the last of several that share a
+    link come sooner than in a stream that goes on, since nobody sends behind them.
     """
-    return (len(came_s) - 1) / (came_s[-1] - came_s[0])
+    counted = len(came_s) - 2 * UNDER_WAY
+    return counted / (came_s[UNDER_WAY + counted - 1] - came_s[UNDER_WAY - 1])

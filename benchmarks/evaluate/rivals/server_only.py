@@ -21,7 +21,7 @@ import zstandard
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.evaluate.rivals.rival import Rival
+from benchmarks.evaluate.rivals.rival import UNDER_WAY, Rival, steady_rate
 from benchmarks.support.servers import by_starlette
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS
@@ -77,8 +77,6 @@ FORMS = {
     "jpeg": "server, JPEG (changes the picture)",
 }
 """The forms of request, and what tables call them."""
-UNDER_WAY = 4
-"""So many requests of a stream are under way, each in a thread with a connection of its own."""
 
 
 def serve(eager: Network, ort: Network, bf16: Network, shape: torch.Size) -> dict[str, int]:
@@ -137,6 +135,7 @@ class OnServer(Rival):
         # JSON would take minutes over 3G, and is far from the quickest.
         self.streams = form != "json"
         self.emulators = [stack.enter_context(LinkEmulator(0, "127.0.0.1", port, PRESETS["wifi"]))]
+        # In a stream each request is sent by a thread with a connection of its own.
         self._sessions = [stack.enter_context(requests.Session()) for _ in range(UNDER_WAY)]
         for session in self._sessions:
             session.trust_env = False
@@ -154,7 +153,7 @@ class OnServer(Rival):
             self._asked(session)
 
     def rate(self, count: int) -> float:
-        """Return how many answers come in a second behind the first ones, one of each thread."""
+        """Return how many answers come in a second of so many, which several threads ask for."""
         came_s: list[float] = []
         left = iter(range(count))
 
@@ -168,8 +167,7 @@ class OnServer(Rival):
             thread.start()
         for thread in threads:
             thread.join()
-        # Those of different threads share the link, so that the first ones come at nearly the same time.
-        return (count - UNDER_WAY) / (came_s[-1] - came_s[UNDER_WAY - 1])
+        return steady_rate(came_s)
 
     def _asked(self, session: requests.Session) -> Tensor:
         with self._encoding:

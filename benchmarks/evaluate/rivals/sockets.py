@@ -16,7 +16,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from benchmarks.evaluate.rivals.rival import Rival, rate_behind_the_first, seconds
+from benchmarks.evaluate.rivals.rival import Rival, seconds, steady_rate
 from benchmarks.evaluate.study import Study
 from benchmarks.support.servers import LENGTH, by_socket, receive_into
 from torchsurgeon.backends import Part
@@ -204,7 +204,7 @@ class OneWay(_Sides):
         self.infer()
 
     def rate(self, count: int) -> float:
-        """Return how many answers come in a second behind the first of so many, while boundaries are pushed."""
+        """Return how many answers come in a second of so many, while boundaries are pushed."""
         came_s: list[float] = []
 
         def receive() -> None:
@@ -217,7 +217,7 @@ class OneWay(_Sides):
         for _ in range(count):
             self.push()
         answers.join()
-        return rate_behind_the_first(came_s)
+        return steady_rate(came_s)
 
 
 def best_inner(study: Study, link: Link, *, stream: bool = False) -> PartitionPoint:
