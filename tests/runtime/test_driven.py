@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
 import select
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from classifier import EXAMPLE, PATIENCE_S, degraded, remote, right, split_of
 from tcp import listening, read_message
 from transports import Relay
@@ -22,10 +24,11 @@ from torchsurgeon.runtime import pool as pool_module
 from torchsurgeon.runtime.driven import Driven
 from torchsurgeon.runtime.pool import Pool
 from torchsurgeon.serve import Server
-from torchsurgeon.transport import HttpTransport
+from torchsurgeon.transport import HttpTransport, Transport, connection
 from torchsurgeon.transport.connection import Connection
 from torchsurgeon.transport.deadline import Deadline
 from torchsurgeon.transport.steps import Steps, complete
+from torchsurgeon.wire import header
 
 # --- calls ---
 
@@ -82,8 +85,9 @@ def test_another_thread_asks_a_transport_with_an_infer_of_its_own(server: Server
         assert threading.main_thread() not in threads
 
 
-def test_an_infer_that_is_assigned_to_a_transport_is_asked(
-    server: Server, patient: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("owner", ["the transport", "HttpTransport", "Transport"])
+def test_an_infer_that_is_assigned_is_asked(
+    server: Server, patient: None, monkeypatch: pytest.MonkeyPatch, owner: str
 ) -> None:
     with HttpTransport(server.url) as transport, split_of(transport, partition="stem") as split:
         assert right(split)
@@ -91,9 +95,10 @@ def test_an_infer_that_is_assigned_to_a_transport_is_asked(
 
         def infer(*args: Any, **options: Any) -> Any:
             asked.append(args)
-            return own(*args, **options)
+            return own(*args[-2:], **options)
 
-        monkeypatch.setattr(transport, "infer", infer)
+        target = {"the transport": transport, "HttpTransport": HttpTransport, "Transport": Transport}[owner]
+        monkeypatch.setattr(target, "infer", infer)
         assert right(split)
         assert remote(split)
         assert asked
@@ -129,8 +134,9 @@ def test_calls_of_many_threads_are_right_and_leave_nothing_under_way(server: Ser
         for thread in threads:
             thread.join()
         assert not wrong
-        stats = split.stats()
-        assert stats["degraded"] == {}
+        assert split.stats()["degraded"] == {}
+        assert not split._engine.servers.peers[0].under_way
+        assert not split._engine._pool.crowded
 
 
 @contextmanager
@@ -174,6 +180,107 @@ def test_where_an_answer_stops_half_way_the_device_answers_and_another_thread_go
         assert degraded(split).startswith("late: ")
         assert len(taken) == 1
         delay_s[0] = 0.0
+
+
+def test_a_request_above_a_megabyte_is_sent_by_another_thread(
+    server: Server, patient: None, drivers: list[threading.Thread]
+) -> None:
+    large = torch.rand(24, 3, 64, 64)
+    with split_of(server, partition="server") as split:
+        for _ in range(2):
+            assert right(split, large)
+            assert remote(split)
+        assert threading.main_thread() not in drivers
+
+
+def test_answers_are_tensors_of_the_same_kind_whoever_reads_them(server: Server, patient: None) -> None:
+    with torch.inference_mode(), split_of(server, partition="stem") as split:
+        kinds = set()
+        for _ in range(4):
+            kinds.add(split(EXAMPLE).is_inference())
+            assert remote(split)
+        assert len(kinds) == 1
+
+
+@contextmanager
+def on_signal(handler: Callable[[], object]) -> Iterator[None]:
+    before = signal.signal(signal.SIGUSR1, lambda *_: handler())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("moment", ["waiting", "taking a connection", "reading"])
+def test_a_handler_may_close_the_module_while_its_call_is_under_way(
+    server: Server, patient: None, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    delay_s = [0.0]
+    with slowly(server.port, delay_s) as url, split_of(url, partition="stem") as split, on_signal(split.close):
+        assert right(split)
+        assert right(split)
+        if moment == "waiting":
+            delay_s[0] = 0.5
+            timer = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+            timer.start()
+        else:
+            owner, name = (
+                (HttpTransport, "_check_open") if moment == "taking a connection" else (Connection, "_receive")
+            )
+            original = getattr(owner, name)
+
+            def struck(*args: Any) -> Any:
+                if threading.current_thread() is threading.main_thread():
+                    monkeypatch.setattr(owner, name, original)
+                    signal.raise_signal(signal.SIGUSR1)
+                return original(*args)
+
+            monkeypatch.setattr(owner, name, struck)
+        assert right(split)
+        assert re.match("(unavailable|late): |^$", degraded(split)), degraded(split)
+        assert not split._engine.servers.peers[0].under_way
+        with pytest.raises(ts.ServerUnavailableError, match="closed"):
+            split(EXAMPLE)
+
+
+class Full(BlockingIOError):
+    """What a handler raises that writes to a full pipe."""
+
+
+@pytest.mark.parametrize("kind", [Full, StopIteration, ValueError, TimeoutError])
+@pytest.mark.parametrize("where", ["sending", "reading", "decoding"])
+def test_what_a_handler_raises_while_the_calling_thread_drives_comes_out_as_it_is(
+    server: Server, patient: None, monkeypatch: pytest.MonkeyPatch, where: str, kind: type[Exception]
+) -> None:
+    struck = kind("struck")
+
+    def handle() -> None:
+        raise struck
+
+    owner, name = {
+        "sending": (connection.Connection, "_send"),
+        "reading": (connection, "_simple_head"),
+        "decoding": (header, "check_header_length"),
+    }[where]
+    original = getattr(owner, name)
+
+    def strike(*args: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            monkeypatch.setattr(owner, name, original)
+            signal.raise_signal(signal.SIGUSR1)
+        return original(*args)
+
+    with split_of(server, partition="stem") as split, on_signal(handle):
+        assert right(split)
+        assert right(split)
+        monkeypatch.setattr(owner, name, strike)
+        with pytest.raises(kind) as caught:
+            split(EXAMPLE)
+        assert caught.value is struck
+        assert not split._engine.servers.peers[0].under_way
+        assert right(split)
+        assert remote(split)
+        assert split.stats()["degraded"] == {}
 
 
 # --- steps ---
@@ -341,13 +448,64 @@ def test_a_handler_may_end_the_pool_while_a_step_runs(pool: Pool) -> None:
         finally:
             closed.append("closed")
 
-    before = signal.signal(signal.SIGUSR1, lambda *_: pool.end())
-    try:
-        with ends() as (ours, _):
-            task = Driven(steps(), Deadline(PATIENCE_S), pool)
-            task.begin()
+    with on_signal(pool.end), ends() as (ours, _):
+        task = Driven(steps(), Deadline(PATIENCE_S), pool)
+        task.begin()
+        assert task.wait(PATIENCE_S)
+        assert isinstance(task.error, TimeoutError)
+        assert closed == ["closed"]
+
+
+def test_given_up_while_it_waits_it_has_no_answer(pool: Pool) -> None:
+    """As where a signal handler gives the call up."""
+    closed: list[str] = []
+    with ends() as (ours, theirs):
+        task = Driven(reading(ours, closed), Deadline(PATIENCE_S), pool)
+        task.begin()
+
+        def give_up() -> None:
+            task.give_up()
+            theirs.send(b"a")
+
+        with on_signal(give_up):
+            timer = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+            timer.start()
             assert task.wait(PATIENCE_S)
-            assert isinstance(task.error, TimeoutError)
-            assert closed == ["closed"]
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+        assert not task.answered()
+        assert isinstance(task.error, ts.ServerUnavailableError)
+        assert closed == ["MainThread"]
+
+
+def test_it_waits_no_longer_than_it_is_told_however_quickly_more_comes(pool: Pool) -> None:
+    def steps() -> Steps[int]:
+        poller = select.poll()
+        poller.register(ours, select.POLLIN)
+        count = 0
+        while (yield poller):
+            count += 1
+        return count
+
+    with ends() as (ours, theirs):
+        theirs.send(b"always there, since nobody reads it")
+        task = Driven(steps(), Deadline(PATIENCE_S), pool)
+        task.begin()
+        for _ in range(3):
+            assert not task.wait(0.0)
+        assert not task.wait(0.02)
+        task.give_up()
+
+
+def test_what_waits_for_a_thread_is_put_in_order_where_the_pool_ends() -> None:
+    closed: list[str] = []
+    busy, pool = threading.Event(), Pool("goes-on", most=1)
+    pool.submit(busy.wait)
+    with ends() as (ours, _):
+        task = Driven(reading(ours, closed), Deadline(PATIENCE_S), pool)
+        task.begin()
+        task.hand_over()
+        pool.end()
+        assert closed == ["MainThread"]
+        busy.set()
+        assert task.wait(PATIENCE_S)
+        assert isinstance(task.error, ts.ServerUnavailableError)
+    pool.close()

@@ -14,7 +14,7 @@ from torchsurgeon.errors import ServerUnavailableError
 from torchsurgeon.runtime.pool import Pool, Task
 from torchsurgeon.runtime.telemetry import below_current
 from torchsurgeon.transport.deadline import Deadline
-from torchsurgeon.transport.steps import Steps, has_come, resumed
+from torchsurgeon.transport.steps import Steps, as_raised, resumed
 
 T = TypeVar("T")
 
@@ -62,10 +62,16 @@ class Driven(Task[T]):
             if self._wanted is None:
                 self.hand_over()
                 break
-            come = has_come(self._wanted, self._deadline, end_s - time.monotonic())
+            left_s = self._deadline.remaining_s()
+            # Whole milliseconds, as the system counts them, and none too many: the tail on the device is to begin.
+            patience_ms = max(int((end_s - time.monotonic()) * 1e3), 0)
+            come = left_s > 0 and bool(self._wanted.poll(min(patience_ms, left_s * 1e3)))
             if not come and self._deadline.remaining_s() > 0:
                 return False
             self._step(come)
+            if not self.ended and time.monotonic() >= end_s:
+                # However quickly more comes: whoever waits has something else to do now.
+                return False
         return self.ended or super().wait(end_s - time.monotonic())
 
     def hand_over(self) -> None:
@@ -83,21 +89,31 @@ class Driven(Task[T]):
             self.give_up()
             self.fail(error)
 
+    def interrupt(self) -> None:
+        self._deadline.cancel()
+        work, self._work = self._work, None
+        if work is not None:
+            # It waits for a thread of the pool, which will not run it any more.
+            self._put_in_order()
+
     def give_up(self) -> None:
         """Interrupt it. Where nobody runs its steps any more, they put everything in order at once."""
-        work, self._work = self._work, None
-        stays = work is not None or (not self._handed and threading.get_ident() == self._owner)
-        super().give_up()
-        if stays and not self._running():
+        self.interrupt()
+        if not self._handed and threading.get_ident() == self._owner:
+            self._put_in_order()
+
+    def _put_in_order(self) -> None:
+        # A signal handler may have interrupted a step, and given the request up. The step then ends by itself.
+        if inspect.getgeneratorstate(self._steps) != inspect.GEN_RUNNING:
             self._steps.close()
             self._pool.forget(self)
 
-    def _running(self) -> bool:
-        """Return whether a step runs: a signal handler may have interrupted it, and closed the module."""
-        return inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING
-
     def _step(self, come: bool | None) -> None:
         """Run one step; ``come`` is whether what it waits for has come, and None for the first."""
+        if inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED:
+            # A signal handler has given the request up while this thread waited.
+            self.fail(ServerUnavailableError("the request was given up while it was under way"))
+            return
         try:
             self._wanted = self._steps.send(come)  # type: ignore[arg-type]
             return
@@ -106,6 +122,9 @@ class Driven(Task[T]):
                 raise
             self.value = end.value
         except Exception as error:
+            raised = as_raised(error)
+            if raised is not error:
+                raise raised from None
             if by_signal_handler(error):
                 raise
             self.error = error

@@ -64,6 +64,8 @@ _LEAST_SLOW_S = 0.05
 # Handing the request to the network takes less than this. Only after it does this thread compare the weights, so that
 # the comparison does not delay the request.
 _BRIEF_S = 5e-4
+# Bytes of which a checksum is made, or which are copied, within about a millisecond by a small device.
+_LIGHT_BYTES = 1 << 20
 # A request may have to wait this long for a thread of the pool before its own time limit begins.
 _QUEUED_S = 1.0
 
@@ -230,12 +232,17 @@ class Pending:
         self._task = shared.pool.run_here(ask, deadline.cancel)
 
     def _light(self) -> bool:
-        """Return whether nothing has to be computed, or copied from a GPU, to send the request and to read the answer.
+        """Return whether it takes next to no time to make the request's bytes, and to read those of the answer.
 
-        Whatever takes time is left to another thread, so that it does not count against the patience of this one.
+        Whatever takes time is left to another thread, so that the tail here can begin meanwhile. So is what comes under
+        ``torch.inference_mode()``, or only some answers would be inference tensors.
         """
-        plain = self._codec.name == self._shared.options.answer_codec.name == "raw"
-        return plain and all(tensor.is_cpu for tensor in self._boundary)
+        if self._codec.name != "raw" or self._shared.options.answer_codec.name != "raw":
+            return False
+        if torch.is_inference_mode_enabled() or not all(map(_is_plain, self._boundary)):
+            return False
+        answer_bytes = self._shared.local.graph.points[-1].size_bytes * self.scale
+        return max(sum(tensor.nbytes for tensor in self._boundary), answer_bytes) <= _LIGHT_BYTES
 
     def _asking(
         self,
@@ -322,7 +329,7 @@ class Pending:
                     raise error
                 self.send(in_caller=True)
                 continue
-            # A request that this thread drives has been sent already.
+            # A request that this thread drives is on its way already.
             brief_s = 0.0 if task.here else _BRIEF_S
             in_time = task.wait(brief_s)
             # From now on the request is on its way, and what this thread does meanwhile delays nothing.
@@ -555,6 +562,12 @@ class Pending:
         if changed is not None:
             why = Failure("changed", changed)
         return self._shared.device.run(self._work, self._moments.begun_s, why, self._decision, uncut=uncut)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor's bytes can be sent from where they are."""
+    strided = tensor.is_cpu and tensor.layout is torch.strided
+    return strided and (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _on_stream(stream: torch.cuda.Stream, ask: Callable[[], Answer]) -> Answer:

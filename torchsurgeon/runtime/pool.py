@@ -15,7 +15,7 @@ from torchsurgeon.models.threads import ThreadSettings
 
 T = TypeVar("T")
 
-# As many as connections are kept; further requests wait for one of these to end.
+# Further tasks wait for one of these threads.
 MOST_THREADS = 16
 # A thread may be stuck in the name resolver, which nothing interrupts; it is a daemon and is left behind.
 _JOIN_S = 1.0
@@ -119,11 +119,15 @@ class Task(Generic[T]):
         """Return whether it has ended without an error."""
         return self.ended and self.error is None
 
-    def give_up(self) -> None:
-        """Interrupt it, or keep it from beginning: nobody waits for it any more."""
+    def interrupt(self) -> None:
+        """Interrupt it, or keep it from beginning. Any thread may call this, whatever it has just been doing."""
         self._work = None
         if self._cancel is not None:
             self._cancel()
+
+    def give_up(self) -> None:
+        """Interrupt it, or keep it from beginning: nobody waits for it any more."""
+        self.interrupt()
 
     def result(self) -> T:
         """Return what the function returned, or raise what it raised; to be called after the end."""
@@ -253,7 +257,7 @@ class Pool:
             running = () if drain else tuple(self._running)
             self._tasks.put(None)
         for task in running:
-            task.give_up()
+            task.interrupt()
 
     def close(self, join_s: float = _JOIN_S) -> None:
         """Interrupt what runs, end the threads, and wait up to ``join_s`` for them. Closing twice is harmless."""

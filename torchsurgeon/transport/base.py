@@ -213,7 +213,8 @@ def check_status(status: int, body: memoryview, path: str) -> None:
     try:
         parsed = json.loads(text)
         text = str(parsed["error"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if by_signal_handler(error):
+            raise
     reason = text[:_REASON_CHARACTERS] or "no reason given"
     raise RequestRefusedError(f"the server answered {status} to {path[:300]}: {reason}", status)

@@ -250,7 +250,9 @@ class Connection:
             try:
                 done = link.sendmsg(pending[:_IOV_MAX])
                 deadline.sent_bytes += done
-            except BlockingIOError:
+            except BlockingIOError as error:
+                if by_signal_handler(error):
+                    raise
                 done = 0
             if pending is parts:
                 if done == sum(map(len, parts)):
@@ -266,11 +268,18 @@ class Connection:
 
     def _receive(self, link: socket.socket, view: memoryview, deadline: Deadline) -> Steps[int]:
         """Read at least one byte before the deadline; return how many were read, 0 at the end of the stream."""
-        if self._context is not None:
-            link.settimeout(deadline.left_s())
-        elif not (yield self._incoming):
-            raise TimeoutError
-        count = link.recv_into(view)
+        while True:
+            if self._context is not None:
+                link.settimeout(deadline.left_s())
+            elif not (yield self._incoming):
+                raise TimeoutError
+            try:
+                count = link.recv_into(view)
+                break
+            except BlockingIOError as error:
+                # The system may wake a waiting process for nothing.
+                if by_signal_handler(error):
+                    raise
         if not self._first_byte_s and count:
             self._first_byte_s = time.perf_counter()
         return count

@@ -35,7 +35,8 @@ class Deadline:
         self.sent_bytes = 0
         self.most_bytes = math.inf
         self._end_s = time.monotonic() + timeout_s
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler may cancel it while the calling thread holds it.
+        self._lock = threading.RLock()
         self._interrupt: Callable[[], object] | None = None
 
     def left_s(self) -> float:

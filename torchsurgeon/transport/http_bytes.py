@@ -87,7 +87,8 @@ class HttpBytes(ByteTransport):
             raise ProtocolError("a header must not hold a line break; remove it from headers or url")
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed.items()) + route.headers
         self._new_session = functools.partial(ControlSession, headers or {}, verify, route.proxy_url, cert)
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler may close this while the calling thread holds it.
+        self._lock = threading.RLock()
         self._idle: list[Connection] = []
         self._controls: set[Deadline] = set()
         self._closed = False
@@ -200,7 +201,7 @@ class HttpBytes(ByteTransport):
 
         The lock is replaced too, since a thread of the parent may have held it during the fork.
         """
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         _close_all(self._idle)
 
     def _connection(self) -> Connection:
@@ -213,7 +214,7 @@ class HttpBytes(ByteTransport):
                 self._check_open()
                 if self._idle:
                     used.append(self._idle[-1])
-                    del self._idle[-1]
+                    del self._idle[-1:]
             if not used:
                 used.append(self._connection())
                 return False
@@ -227,7 +228,7 @@ class HttpBytes(ByteTransport):
         with self._lock:
             if used[-1].open and not self._closed and len(self._idle) < _MAX_IDLE:
                 self._idle.append(used[-1])
-                del used[-1]
+                del used[-1:]
 
     def _check_open(self) -> None:
         if self._closed:

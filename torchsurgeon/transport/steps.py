@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import select
 from collections.abc import Generator
 from typing import TypeVar
@@ -27,13 +26,7 @@ def complete(steps: Steps[T], deadline: Deadline) -> T:
         steps: the work, which has not begun.
         deadline: when it has to be over; the work raises TimeoutError then.
     """
-    try:
-        wanted = next(steps)
-    except StopIteration as end:
-        if by_signal_handler(end):
-            raise
-        return end.value  # type: ignore[no-any-return]
-    return resumed(steps, wanted, deadline)
+    return _driven(steps, None, deadline)
 
 
 def resumed(steps: Steps[T], wanted: select.poll | None, deadline: Deadline) -> T:
@@ -44,19 +37,35 @@ def resumed(steps: Steps[T], wanted: select.poll | None, deadline: Deadline) -> 
         wanted: what it has yielded last.
         deadline: when it has to be over.
     """
+    return _driven(steps, wanted is None or has_come(wanted, deadline), deadline)
+
+
+def _driven(steps: Steps[T], come: bool | None, deadline: Deadline) -> T:
     try:
         while True:
-            wanted = steps.send(wanted is None or has_come(wanted, deadline))
+            wanted = steps.send(come)  # type: ignore[arg-type]  # None for the first
+            come = wanted is None or has_come(wanted, deadline)
     except StopIteration as end:
         if by_signal_handler(end):
             raise
         return end.value  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raised = as_raised(error)
+        if raised is error:
+            raise
+        raise raised from None
     finally:
         # What a signal handler raises here leaves the work where it was, with what it has to put in order.
         steps.close()
 
 
-def has_come(wanted: select.poll, deadline: Deadline, most_s: float = math.inf) -> bool:
-    """Wait for what work has yielded, and return whether it has come before the deadline and within ``most_s``."""
+def has_come(wanted: select.poll, deadline: Deadline) -> bool:
+    """Wait for what work has yielded, and return whether it has come before the deadline."""
     left_s = deadline.remaining_s()
-    return left_s > 0 and bool(wanted.poll(max(min(left_s, most_s), 0.0) * 1000))
+    return left_s > 0 and bool(wanted.poll(left_s * 1000))
+
+
+def as_raised(error: Exception) -> Exception:
+    """Return the StopIteration of a signal handler, in place of what Python makes of one that leaves a generator."""
+    cause = error.__cause__
+    return cause if isinstance(cause, StopIteration) and by_signal_handler(cause) else error

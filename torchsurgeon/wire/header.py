@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError, short
 from torchsurgeon.wire.fields import (
     ITEM_BYTES,
@@ -84,9 +85,11 @@ def parse_json(data: Buffer, what: str) -> Any:
         raise ProtocolError(f"{what} is not UTF-8: {error.reason} at byte {error.start}") from None
     try:
         return _JSON.decode(text)
-    except RecursionError:
-        raise ProtocolError(f"{what} is nested too deeply to be a message of this protocol") from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
+        if by_signal_handler(error):
+            raise
+        if isinstance(error, RecursionError):
+            raise ProtocolError(f"{what} is nested too deeply to be a message of this protocol") from None
         raise ProtocolError(f"{what} is not valid JSON: {short(error)}") from None
 
 
@@ -278,7 +281,9 @@ def split_response_head(text: bytes) -> tuple[ResponseHead, dict[str, Any]] | No
         return None
     try:
         return remembered_response_head(text[:cut] + b"}"), parsed_header(b"{" + text[cut + 1 :], len(text) - cut)
-    except ProtocolError:
+    except ProtocolError as error:
+        if by_signal_handler(error):
+            raise
         return None
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.errors import BodyTooLargeError, CodecError, EncodingError, ProtocolError
 from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES
@@ -321,6 +322,8 @@ def _codec_of(name: str, where: str) -> Codec:
     try:
         return find_codec(name)
     except CodecError as error:
+        if by_signal_handler(error):
+            raise
         raise ProtocolError(f"{where}: {error}") from None
 
 
@@ -354,6 +357,8 @@ def _decoded(
     try:
         return codec.decode(data, dtype, entry.shape, entry.order, max_bytes=max_bytes)
     except CodecError as error:
+        if by_signal_handler(error):
+            raise
         raise ProtocolError(f"{entry.where} does not decode as {codec.name}: {error}") from None
 
 

@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.codec.host import on_host
 from torchsurgeon.errors import EncodingError, ProtocolError
 from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES, INTEGERS_OF_QUANTIZED, PROTOCOL_DATATYPES
@@ -166,7 +167,9 @@ def tensor_from_json(data: Any, dtype: torch.dtype, shape: tuple[int, ...], wher
             low, high = limits.min, limits.max
         if count and not (low <= min(values) and max(values) <= high):
             raise OverflowError
-    except OverflowError:
+    except OverflowError as error:
+        if by_signal_handler(error):
+            raise
         raise ProtocolError(f"the values of {where} must fit {datatype_of(dtype)}; one does not fit") from None
     if not count:
         return torch.empty(shape, dtype=dtype)
