@@ -20,6 +20,7 @@ from tcp import listening, read_message
 from transports import Relay
 
 import torchsurgeon as ts
+from torchsurgeon.runtime import pending
 from torchsurgeon.runtime import pool as pool_module
 from torchsurgeon.runtime.driven import Driven
 from torchsurgeon.runtime.pool import Pool
@@ -182,15 +183,20 @@ def test_where_an_answer_stops_half_way_the_device_answers_and_another_thread_go
         delay_s[0] = 0.0
 
 
-def test_a_request_above_a_megabyte_is_sent_by_another_thread(
-    server: Server, patient: None, drivers: list[threading.Thread]
+@pytest.mark.parametrize("most_bytes", [EXAMPLE.nbytes - 1, EXAMPLE.nbytes])
+def test_a_request_of_many_bytes_is_sent_by_another_thread(
+    server: Server,
+    patient: None,
+    drivers: list[threading.Thread],
+    monkeypatch: pytest.MonkeyPatch,
+    most_bytes: int,
 ) -> None:
-    large = torch.rand(24, 3, 64, 64)
+    monkeypatch.setattr(pending, "_LIGHT_BYTES", most_bytes)
     with split_of(server, partition="server") as split:
         for _ in range(2):
-            assert right(split, large)
+            assert right(split)
             assert remote(split)
-        assert threading.main_thread() not in drivers
+        assert (threading.main_thread() in drivers) == (most_bytes >= EXAMPLE.nbytes)
 
 
 def test_answers_are_tensors_of_the_same_kind_whoever_reads_them(server: Server, patient: None) -> None:
