@@ -4,10 +4,10 @@ On the device it is compared with the model itself. Over a server it is compared
 called, its tensors are sent with the transport and checksums both ways, and the answer is taken. The model is tiny, so
 that little else is timed.
 
-* ``by a thread``: by hand, sent by another thread, as whoever shall do something else when it is late must do.
+* ``by a thread``: by hand, sent by another thread, which is the simplest way to be free when the answer is late.
 * ``fixed``: a SplitModule with the same partition and ``fallback="error"``, which checks weights and answers.
 * ``adaptive``: one that also estimates and decides at every inference, among all cuts.
-* ``with fallback``: one that can fall back as well, and so sends from a thread.
+* ``with fallback``: one that can fall back as well, and so has to be free when the answer is late.
 
 Every call checks that the model is still the one that was traced (``premises``) and that its weights are those of the
 handshake (``weights``), and reads a few of their bytes. That is timed by itself, on models of 150 modules and on one of
