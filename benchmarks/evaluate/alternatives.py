@@ -7,18 +7,20 @@ with eager PyTorch's.
 
     python -m benchmarks.evaluate.alternatives                        # results/evaluation/alternatives.json
     python -m benchmarks.evaluate.alternatives --networks AlexNet     # this one anew
+    python -m benchmarks.evaluate.alternatives --streams              # only the streams; latencies stay as recorded
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from benchmarks.evaluate.end_to_end import Runs
 from benchmarks.evaluate.rivals import device_only, ours, server_only, serving, sockets
 from benchmarks.evaluate.rivals.pipelining import Pipelining
-from benchmarks.evaluate.rivals.rival import Rival, seconds
+from benchmarks.evaluate.rivals.rival import UNDER_WAY, Rival, seconds
 from benchmarks.evaluate.study import LINKS, SLOWER, Study, on_one_core, slow_codecs
 from benchmarks.support import result_file, tail_process
 from torchsurgeon.backends import deviation
@@ -54,12 +56,15 @@ _PACKAGES = (
 )
 _ROUNDS, _STREAMS, _PROFILE_S = 5, 3, 5.0
 STREAM_FRAMES = 12
+_OF_STREAMS = ("frames_s", "frames_low_s", "frames_high_s", "frames", "stream_cut")
 ON_DEVICE = "device"
 """Stands for a link where everything runs on the device."""
 _LONG_S, _LONG_ROUNDS = 1.0, 3
 """A call that takes longer than this is run in fewer rounds, since a longer one varies less."""
 _LONG_STREAM_S = 6.0
 """Streams of one rival over one link are repeated for so long."""
+_STREAM_S, _MOST_FRAMES = 2.0, 60
+"""A quick stream has so many frames as come in so long, and at most so many."""
 TOLERANCE = 0.05
 """How far an answer may be from eager PyTorch's, as a share of its largest value; bfloat16 comes nearest to it."""
 
@@ -80,18 +85,40 @@ def run(
         told: takes what has been done, a line for each network.
     """
     found = {}
-    with on_one_core() as other:
-        for name in names:
-            begun_s = time.monotonic()
-            with ExitStack() as stack:
-                study = Study(name, rounds, _PROFILE_S)
-                stack.enter_context(slow_codecs())
-                contest = _Contest(study, _rivals(study, other, stack), links)
-                found[name] = contest.run(rounds)
-            found[name]["seconds"] = round(time.monotonic() - begun_s)
+    for name in names:
+        begun_s = time.monotonic()
+        with _contest(name, links, rounds) as contest:
+            found[name] = contest.run(rounds)
             found[name] |= {"bfloat16": computes_bfloat16(), "environment": provenance()}
-            told(f"{name}: run beside the alternatives, {found[name]['seconds']} s")
+        found[name]["seconds"] = round(time.monotonic() - begun_s)
+        told(f"{name}: run beside the alternatives, {found[name]['seconds']} s")
     return found
+
+
+def stream(name: str, links: Sequence[str], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of a network, with its rivals' streams measured anew.
+
+    Args:
+        name: the network.
+        links: presets of links.
+        earlier: what ``run()`` has returned for it.
+    """
+    with _contest(name, links, 1) as contest:
+        rows, environment = contest.run(0)["rivals"], provenance()
+    rivals = {
+        one: {link: known | rows.get(one, {}).get(link, {}) for link, known in of.items()}
+        for one, of in earlier["rivals"].items()
+    }
+    return {**earlier, "rivals": rivals, "streams_environment": environment}
+
+
+@contextmanager
+def _contest(name: str, links: Sequence[str], rounds: int) -> Iterator[_Contest]:
+    """All rivals for a network, with their servers on the other core."""
+    with on_one_core() as other, ExitStack() as stack:
+        study = Study(name, rounds, _PROFILE_S)
+        stack.enter_context(slow_codecs())
+        yield _Contest(study, _rivals(study, other, stack), links)
 
 
 def versions() -> dict[str, str]:
@@ -129,7 +156,7 @@ class _Contest:
         self._facts: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
 
     def run(self, rounds: int) -> dict[str, Any]:
-        """Return what every rival takes over every link."""
+        """Return what every rival takes over every link; without rounds, only its streams."""
         random.seed(0)
         for number in range(-1, rounds):
             for link in random.sample(self._links, len(self._links)):
@@ -139,6 +166,9 @@ class _Contest:
             for rival in random.sample(self._rivals, len(self._rivals)):
                 if rival.streams:
                     self._stream(rival, link)
+        if not rounds:
+            streamed = [rival.name for rival in self._rivals if rival.streams]
+            return {"rivals": {one: {link: self._of_stream(one, link) for link in self._links} for one in streamed}}
         return {
             "rivals": {
                 rival.name: {link: self._row(rival, link) for link in self._links_of(rival)} for rival in self._rivals
@@ -178,14 +208,25 @@ class _Contest:
         rival.before_stream(STREAM_FRAMES)
         rates: list[float] = []
         begun_s = time.monotonic()
+        rates.append(rival.rate(STREAM_FRAMES))
+        count = min(2 * UNDER_WAY + math.ceil(_STREAM_S * rates[0]), _MOST_FRAMES)
+        if rival.of_any_length and count > STREAM_FRAMES:
+            # Answers that share a link come in bunches, so a longer stream tells more.
+            rates.clear()
+        else:
+            count = STREAM_FRAMES
         while len(rates) < _STREAMS and time.monotonic() - begun_s < _LONG_STREAM_S:
-            rates.append(rival.rate(STREAM_FRAMES))
+            rates.append(rival.rate(count))
         self._facts[rival.name, link] |= {
             "frames_s": round(statistics.median(rates), 4),
             "frames_low_s": round(min(rates), 4),
             "frames_high_s": round(max(rates), 4),
+            "frames": count,
             "stream_cut": rival.chosen(),
         }
+
+    def _of_stream(self, name: str, link: str) -> dict[str, Any]:
+        return {key: value for key, value in self._facts[name, link].items() if key in _OF_STREAMS}
 
     def _row(self, rival: Rival, link: str) -> dict[str, Any]:
         taken_s = self._taken_s[rival.name, link]
@@ -207,11 +248,15 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--links", nargs="+", choices=LINKS, default=LINKS)
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
+    parser.add_argument("--streams", action="store_true", help="only the streams anew; latencies stay as recorded")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     found = result_file.known(options.out)
     for name in options.networks:
-        found |= run([name], options.links, rounds=options.rounds, told=lambda what: print(what, flush=True))
+        if options.streams:
+            found[name] = stream(name, options.links, found[name])
+        else:
+            found |= run([name], options.links, rounds=options.rounds, told=lambda what: print(what, flush=True))
         result_file.write(options.out, {one: found[one] for one in NETWORKS if one in found}, packages=versions())
 
 

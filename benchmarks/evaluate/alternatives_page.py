@@ -111,9 +111,9 @@ def _opening(environment: Mapping[str, Any], elsewhere: list[str]) -> str:
         layers, encoders and planners take {SLOWER:g} times as long, whoever's they are; the server is the other core.
         What sockets, HTTP clients and gloo do is not slowed down. Every rival has an emulated link of the same rates.
         All take turns in random order, over all links, and every answer is compared with eager PyTorch's. Shown are
-        medians. Frames a second are those of a stream that goes on: of {alternatives.STREAM_FRAMES} frames
-        those between the {UNDER_WAY}th and the {alternatives.STREAM_FRAMES - UNDER_WAY}th answer are counted;
-        where a schedule answers batches, one of so many follows the other; where nothing overlaps, one call does.
+        medians. Frames a second are those of a stream that goes on: of {alternatives.STREAM_FRAMES}
+        frames and more, all but the first and the last {UNDER_WAY} are counted; where a schedule answers batches, one
+        of {alternatives.STREAM_FRAMES} follows the other; where nothing overlaps, one call does.
         [alternatives.json](../benchmarks/results/evaluation/alternatives.json) has the quartiles, the cuts and how far
         the answers are from eager PyTorch's.
         `make evaluate` leaves {" and ".join(alternatives.SLOW)} as it is recorded, which takes ten minutes.

@@ -144,6 +144,7 @@ class Pipelining(Rival):
     """
 
     streams = True
+    of_any_length = False
 
     def __init__(self, study: Study, core: int | None, device: SlowDevice, stack: ExitStack) -> None:
         super().__init__("torch.distributed.pipelining over gloo")

@@ -22,11 +22,13 @@ class Rival(abc.ABC):
     Attributes:
         name: what tables call it.
         streams: whether it has several inferences under way at once; otherwise a stream is one call after the other.
+        of_any_length: whether a stream may have more inferences than it was prepared for.
         lossless: whether the server gets the picture's or the boundary's own bits.
         emulators: the links that its bytes cross; none where everything runs on the device.
     """
 
     streams: bool = False
+    of_any_length: bool = True
     lossless: bool = True
 
     def __init__(self, name: str) -> None:
