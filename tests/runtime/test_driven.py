@@ -135,14 +135,15 @@ def test_calls_of_many_threads_are_right_and_leave_nothing_under_way(server: Ser
         for thread in threads:
             thread.join()
         assert not wrong
-        assert split.stats()["degraded"] == {}
-        assert not split._engine.servers.peers[0].under_way
-        assert not split._engine._pool.crowded
+        end_s = time.monotonic() + PATIENCE_S
+        while split._engine.servers.peers[0].under_way or split._engine._pool._running:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
 
 
 @contextmanager
-def slowly(port: int, delay_s: list[float]) -> Iterator[str]:
-    """The URL of what hands messages on to a server, and each answer in two halves, ``delay_s[0]`` apart."""
+def in_halves(port: int, between: list[Callable[[], object]]) -> Iterator[str]:
+    """The URL of what hands messages on to a server, and each answer in halves; between them it calls a function."""
 
     def attend(device: socket.socket) -> None:
         with socket.create_connection(("127.0.0.1", port)) as link:
@@ -152,7 +153,7 @@ def slowly(port: int, delay_s: list[float]) -> Iterator[str]:
                 assert answer is not None
                 whole = b"\r\n\r\n".join(answer)
                 device.sendall(whole[: len(whole) // 2])
-                time.sleep(delay_s[0])
+                between[0]()
                 device.sendall(whole[len(whole) // 2 :])
 
     with listening(attend) as own_port:
@@ -162,25 +163,25 @@ def slowly(port: int, delay_s: list[float]) -> Iterator[str]:
 def test_where_an_answer_stops_half_way_the_device_answers_and_another_thread_goes_on_reading(
     server: Server, patient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delay_s = [0.0]
-    taken: list[Any] = []
+    between: list[Callable[[], object]] = [time.monotonic]
+    held, taken = threading.Event(), []
     original = Pool.take
 
     def take(self: Pool, task: Any) -> None:
-        if isinstance(task, Driven) and delay_s[0]:
+        if isinstance(task, Driven) and between[0] == held.wait:
             taken.append(task)
         original(self, task)
 
     monkeypatch.setattr(Pool, "take", take)
-    with slowly(server.port, delay_s) as url, split_of(url, partition="stem") as split:
+    with in_halves(server.port, between) as url, split_of(url, partition="stem") as split:
         for _ in range(5):
             assert right(split)
         assert remote(split)
-        delay_s[0] = 2.0
+        between[0] = held.wait
         assert right(split)
         assert degraded(split).startswith("late: ")
         assert len(taken) == 1
-        delay_s[0] = 0.0
+        held.set()
 
 
 @pytest.mark.parametrize("most_bytes", [EXAMPLE.nbytes - 1, EXAMPLE.nbytes])
@@ -221,14 +222,18 @@ def on_signal(handler: Callable[[], object]) -> Iterator[None]:
 def test_a_handler_may_close_the_module_while_its_call_is_under_way(
     server: Server, patient: None, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    delay_s = [0.0]
-    with slowly(server.port, delay_s) as url, split_of(url, partition="stem") as split, on_signal(split.close):
+    between: list[Callable[[], object]] = [time.monotonic]
+    held = threading.Event()
+
+    def strike_and_wait() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        held.wait()
+
+    with in_halves(server.port, between) as url, split_of(url, partition="stem") as split, on_signal(split.close):
         assert right(split)
         assert right(split)
         if moment == "waiting":
-            delay_s[0] = 0.5
-            timer = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
-            timer.start()
+            between[0] = strike_and_wait
         else:
             owner, name = (
                 (HttpTransport, "_check_open") if moment == "taking a connection" else (Connection, "_receive")
@@ -243,6 +248,7 @@ def test_a_handler_may_close_the_module_while_its_call_is_under_way(
 
             monkeypatch.setattr(owner, name, struck)
         assert right(split)
+        held.set()
         assert re.match("(unavailable|late): |^$", degraded(split)), degraded(split)
         assert not split._engine.servers.peers[0].under_way
         with pytest.raises(ts.ServerUnavailableError, match="closed"):
@@ -299,8 +305,8 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def reading(link: socket.socket, closed: list[str], count: int = 1) -> Steps[bytes]:
-    """Read so many pieces; ``closed`` notes that it has put everything in order."""
+def reading(link: socket.socket, closed: list[str], count: int = 1, *, closes: bool = False) -> Steps[bytes]:
+    """Read so many pieces; ``closed`` notes that it has put everything in order, and ``link`` may be closed with it."""
     poller = select.poll()
     poller.register(link, select.POLLIN)
     read = b""
@@ -312,6 +318,8 @@ def reading(link: socket.socket, closed: list[str], count: int = 1) -> Steps[byt
         return read
     finally:
         closed.append(threading.current_thread().name)
+        if closes:
+            link.close()
 
 
 @pytest.fixture
@@ -349,7 +357,7 @@ def test_it_waits_no_longer_than_it_is_told_and_goes_on_where_it_was(pool: Pool)
         assert task.answered()
         assert task.result() == b"ab"
         assert closed == ["MainThread"]
-        assert not pool.crowded
+        assert not pool._running
 
 
 def test_another_thread_goes_on_where_it_was_handed_over(pool: Pool) -> None:
@@ -465,18 +473,14 @@ def test_a_handler_may_end_the_pool_while_a_step_runs(pool: Pool) -> None:
 def test_given_up_while_it_waits_it_has_no_answer(pool: Pool) -> None:
     """As where a signal handler gives the call up."""
     closed: list[str] = []
-    with ends() as (ours, theirs):
-        task = Driven(reading(ours, closed), Deadline(PATIENCE_S), pool)
+    with ends() as (ours, _):
+        task = Driven(reading(ours, closed, closes=True), Deadline(PATIENCE_S), pool)
         task.begin()
-
-        def give_up() -> None:
-            task.give_up()
-            theirs.send(b"a")
-
-        with on_signal(give_up):
+        with on_signal(task.give_up):
             timer = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
             timer.start()
             assert task.wait(PATIENCE_S)
+            timer.join()
         assert not task.answered()
         assert isinstance(task.error, ts.ServerUnavailableError)
         assert closed == ["MainThread"]
@@ -503,15 +507,17 @@ def test_it_waits_no_longer_than_it_is_told_however_quickly_more_comes(pool: Poo
 
 def test_what_waits_for_a_thread_is_put_in_order_where_the_pool_ends() -> None:
     closed: list[str] = []
-    busy, pool = threading.Event(), Pool("goes-on", most=1)
-    pool.submit(busy.wait)
+    busy, begun, pool = threading.Event(), threading.Event(), Pool("goes-on", most=1)
+    pool.submit(lambda: (begun.set(), busy.wait()))
+    assert begun.wait(PATIENCE_S)
     with ends() as (ours, _):
         task = Driven(reading(ours, closed), Deadline(PATIENCE_S), pool)
         task.begin()
         task.hand_over()
         pool.end()
-        assert closed == ["MainThread"]
         busy.set()
         assert task.wait(PATIENCE_S)
-        assert isinstance(task.error, ts.ServerUnavailableError)
+        assert isinstance(task.error, TimeoutError)
+        assert closed == ["goes-on"]
+        assert not pool._running
     pool.close()

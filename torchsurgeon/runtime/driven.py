@@ -62,10 +62,10 @@ class Driven(Task[T]):
             if self._wanted is None:
                 self.hand_over()
                 break
-            left_s = self._deadline.remaining_s()
+            left_s, patience_s = self._deadline.remaining_s(), end_s - time.monotonic()
             # Whole milliseconds, as the system counts them, and none too many: the tail on the device is to begin.
-            patience_ms = max(int((end_s - time.monotonic()) * 1e3), 0)
-            come = left_s > 0 and bool(self._wanted.poll(min(patience_ms, left_s * 1e3)))
+            wait_ms = int(max(patience_s, 0.0) * 1e3) if patience_s <= left_s else left_s * 1e3
+            come = left_s > 0 and bool(self._wanted.poll(wait_ms))
             if not come and self._deadline.remaining_s() > 0:
                 return False
             self._step(come)
@@ -77,6 +77,8 @@ class Driven(Task[T]):
     def hand_over(self) -> None:
         """Have a thread of the pool go on with it; where there is none, it ends with an error that says so."""
         if self.ended or self._handed:
+            return
+        if self._over():
             return
         work = below_current(functools.partial(resumed, self._steps, self._wanted, self._deadline))
         # Both at once, wherever a signal handler raises: from now on, who takes the work is who may run the steps.
@@ -90,29 +92,30 @@ class Driven(Task[T]):
             self.fail(error)
 
     def interrupt(self) -> None:
+        """Interrupt it. Whoever runs its steps, or is about to, finds its deadline over and puts all in order."""
         self._deadline.cancel()
-        work, self._work = self._work, None
-        if work is not None:
-            # It waits for a thread of the pool, which will not run it any more.
-            self._put_in_order()
 
     def give_up(self) -> None:
         """Interrupt it. Where nobody runs its steps any more, they put everything in order at once."""
         self.interrupt()
-        if not self._handed and threading.get_ident() == self._owner:
-            self._put_in_order()
-
-    def _put_in_order(self) -> None:
+        work, self._work = self._work, None
+        if work is None and (self._handed or threading.get_ident() != self._owner):
+            return
         # A signal handler may have interrupted a step, and given the request up. The step then ends by itself.
         if inspect.getgeneratorstate(self._steps) != inspect.GEN_RUNNING:
             self._steps.close()
             self._pool.forget(self)
 
+    def _over(self) -> bool:
+        """Return whether it was given up, as by a signal handler while this thread waited, and end it then."""
+        over = inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED
+        if over:
+            self.fail(ServerUnavailableError("the request was given up while it was under way"))
+        return over
+
     def _step(self, come: bool | None) -> None:
         """Run one step; ``come`` is whether what it waits for has come, and None for the first."""
-        if inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED:
-            # A signal handler has given the request up while this thread waited.
-            self.fail(ServerUnavailableError("the request was given up while it was under way"))
+        if self._over():
             return
         try:
             self._wanted = self._steps.send(come)  # type: ignore[arg-type]

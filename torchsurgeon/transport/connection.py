@@ -153,6 +153,7 @@ class Connection:
             if not (self._first_byte_s or by_signal_handler(error)):
                 raise StaleError from (broken or error)
             raise
+        broken = None  # whose traceback refers to this frame, and so to the request's tensors
         simple = _simple_head(head)
         if simple is not None:
             status, length, header_bytes, closing = simple

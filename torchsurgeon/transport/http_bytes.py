@@ -226,9 +226,12 @@ class HttpBytes(ByteTransport):
     def _give_back(self, used: list[Connection]) -> None:
         """Keep the last of the connections for the next request, if it is open."""
         with self._lock:
-            if used[-1].open and not self._closed and len(self._idle) < _MAX_IDLE:
+            if used[-1].open and len(self._idle) < _MAX_IDLE:
                 self._idle.append(used[-1])
                 del used[-1:]
+            # Last, since a signal handler may close this at any moment.
+            if self._closed:
+                _close_all(self._idle)
 
     def _check_open(self) -> None:
         if self._closed:
