@@ -77,7 +77,7 @@ def section(folder: Path) -> str:
     read = json.loads(path.read_text())
     results, environment = read["results"], read["environment"]
     every = list(cases(results))
-    streaming = list(dict.fromkeys(case.rival for case in every if "stream_cut" in case.row))
+    one_by_one = list(dict.fromkeys(f"*{case.rival}*" for case in every if "stream_cut" not in case.row))
     parts = [
         _opening(environment, _elsewhere(folder, results)),
         _who(environment["packages"]),
@@ -86,7 +86,7 @@ def section(folder: Path) -> str:
         text(
             f"""
             Latencies in milliseconds, and in brackets how many times ours that is. Frames a second are those of a
-            stream, in which {listed(streaming)} have several inferences under way, and all others one. For streams,
+            stream, in which {listed(one_by_one)} have one inference under way, and all others several. For streams,
             ours chooses the cut with the highest rate. Bytes are all that crosses the uplink for one inference, with
             headers; where the cut depends on the link, so do the bytes (3G / LTE / Wi-Fi). Replanning is what choosing
             another cut takes when the link has changed.
