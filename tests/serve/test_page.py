@@ -105,9 +105,12 @@ def browser() -> Iterator[Browser]:
 
 def test_the_page_shows_a_server_under_load_in_light_and_in_dark(browser: Browser, tmp_path: Path) -> None:
     registry = registry_with("later")
-    with contextlib.closing(registry), Server(create_app(registry)) as server, under_load(server):
+    with contextlib.closing(registry), Server(create_app(registry)) as server, contextlib.ExitStack() as stack:
         browser.prefer("light")
         browser.visit(f"{server.url}/")
+        # It is opened before any request comes, and shows the model that is asked then.
+        until(lambda: len(shown(browser)) == 2)
+        stack.enter_context(under_load(server))
         until(lambda: len(shown(browser)) == 2 and "%" in text(browser, "#cuts"))
         until(
             lambda: browser.run("return document.querySelectorAll('#rate .series')[0].getAttribute('d').includes('L')")
