@@ -185,10 +185,9 @@ def _summary(every: list[Case]) -> str:
         The quickest rival that keeps the picture's bytes takes {min(best):.2f} to {max(best):.2f} times as long as
         ours, {statistics.geometric_mean(best):.2f} times in the geometric mean over {len(best)} networks and links.
         Where pictures come one at a time, ours runs the whole network on one side in {ends} of these {len(best)} cases.
-        The gain then comes from the backend and the codec, which a rival can have as well, and not from a cut. For
-        streams, ours cuts the network in {split} of {len(best)} cases. Rivals that send pixels, or run the layers in
-        eager PyTorch, are slower. Of all {len(others)} comparisons, ours is quicker in
-        {sum(case.slower > _EVEN for case in others)}, within
+        What is gained beside a rival then comes from the backend and the codec, and not from a cut; a rival that has
+        the same two is as quick. For streams, ours cuts the network in {split} of {len(best)} cases.
+        Of all {len(others)} comparisons, ours is quicker in {sum(case.slower > _EVEN for case in others)}, within
         {percent(_EVEN - 1)} in {sum(1 / _EVEN <= case.slower <= _EVEN for case in others)}, and slower in {len(ahead)}.
         """
     )

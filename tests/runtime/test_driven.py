@@ -218,6 +218,19 @@ def on_signal(handler: Callable[[], object]) -> Iterator[None]:
         signal.signal(signal.SIGUSR1, before)
 
 
+def strike_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Raise the signal once, where the calling thread next calls a function."""
+    original = getattr(owner, name)
+
+    def struck(*args: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            monkeypatch.setattr(owner, name, original)
+            signal.raise_signal(signal.SIGUSR1)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, struck)
+
+
 @pytest.mark.parametrize("moment", ["waiting", "taking a connection", "reading"])
 def test_a_handler_may_close_the_module_while_its_call_is_under_way(
     server: Server, patient: None, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -235,18 +248,8 @@ def test_a_handler_may_close_the_module_while_its_call_is_under_way(
         if moment == "waiting":
             between[0] = strike_and_wait
         else:
-            owner, name = (
-                (HttpTransport, "_check_open") if moment == "taking a connection" else (Connection, "_receive")
-            )
-            original = getattr(owner, name)
-
-            def struck(*args: Any) -> Any:
-                if threading.current_thread() is threading.main_thread():
-                    monkeypatch.setattr(owner, name, original)
-                    signal.raise_signal(signal.SIGUSR1)
-                return original(*args)
-
-            monkeypatch.setattr(owner, name, struck)
+            taking = moment == "taking a connection"
+            strike_in(monkeypatch, *((HttpTransport, "_check_open") if taking else (Connection, "_receive")))
         assert right(split)
         held.set()
         assert re.match("(unavailable|late): |^$", degraded(split)), degraded(split)
@@ -274,18 +277,10 @@ def test_what_a_handler_raises_while_the_calling_thread_drives_comes_out_as_it_i
         "reading": (connection, "_simple_head"),
         "decoding": (header, "check_header_length"),
     }[where]
-    original = getattr(owner, name)
-
-    def strike(*args: Any) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            monkeypatch.setattr(owner, name, original)
-            signal.raise_signal(signal.SIGUSR1)
-        return original(*args)
-
     with split_of(server, partition="stem") as split, on_signal(handle):
         assert right(split)
         assert right(split)
-        monkeypatch.setattr(owner, name, strike)
+        strike_in(monkeypatch, owner, name)
         with pytest.raises(kind) as caught:
             split(EXAMPLE)
         assert caught.value is struck

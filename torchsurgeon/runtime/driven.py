@@ -41,7 +41,7 @@ class Driven(Task[T]):
         self._handed, self._owner = False, threading.get_ident()
 
     def begin(self) -> None:
-        """Run its first step, as which a request is mostly sent.
+        """Run its first step, in which most requests are sent.
 
         Raises:
             ServerUnavailableError: the pool has been closed.
