@@ -748,9 +748,9 @@ def put(model: nn.Module, kind: str, state: str) -> nn.Module:
     ("was", "now"), [("absent", "there"), ("None", "there"), ("there", "None"), ("there", "absent")]
 )
 def test_a_tensor_that_the_code_asks_for_comes_or_goes(
-    between: Callable[..., Sides], made: Any, kind: str, was: str, now: str, too: bool, fallback: str
+    between: Callable[..., Sides], clock: Clock, made: Any, kind: str, was: str, now: str, too: bool, fallback: str
 ) -> None:
-    """Whether it does so on the server, too, or not."""
+    """Whether it does so on the server, too, or not; the model is not traced anew, since the clock stands still."""
     torch.manual_seed(0)
     model = put(made().eval(), kind, was)
     served = copy.deepcopy(model)
