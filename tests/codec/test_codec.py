@@ -18,6 +18,7 @@ from torch import Tensor
 from torchsurgeon import _native
 from torchsurgeon.codec import Codec, codec_names, find_codec
 from torchsurgeon.codec.host import on_host
+from torchsurgeon.demo import photo
 from torchsurgeon.errors import CodecError
 
 torch.set_num_threads(1)
@@ -207,6 +208,20 @@ def test_sizes_are_what_the_names_promise() -> None:
     for name in (name for name in NUMERIC if f"{name}+zstd" in NUMERIC):
         plain, zipped = (len(find_codec(n).encode(sparse).data) for n in (name, f"{name}+zstd"))
         assert zipped < plain, name
+
+
+def test_pixels_are_compressed_as_level_3_does_and_floats_as_level_1_does() -> None:
+    def by(level: int, tensor: Tensor) -> bytes:
+        frame: bytes = zstandard.ZstdCompressor(level=level, write_checksum=True).compress(tensor.numpy().tobytes())
+        return frame
+
+    pixels = photo()
+    frame = bytes(find_codec("zstd").encode(pixels).data)
+    assert frame == by(3, pixels)
+    assert len(frame) < len(by(1, pixels))
+    values = pixels.float().sub(100).relu()
+    assert bytes(find_codec("zstd").encode(values).data) == by(1, values)
+    assert by(1, values) != by(3, values)
 
 
 def test_one_codec_may_be_used_by_many_threads() -> None:

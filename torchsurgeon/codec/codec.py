@@ -164,7 +164,8 @@ class Codec:
             packing, packed = None, quantize.as_bytes(memory)
         data = on_host(packed).numpy().data
         if self.zstd:
-            frame = zstd.compress(data)
+            integers = packing is None and not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
+            frame = zstd.compress(data, integers=integers)
             if len(frame) < len(data):
                 return EncodedTensor(f"{packing}+zstd" if packing else "zstd", memoryview(frame), order)
         return EncodedTensor(packing or "raw", data, order)

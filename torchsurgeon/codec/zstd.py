@@ -11,16 +11,19 @@ from types import ModuleType
 
 from torchsurgeon.errors import CodecError, short
 
-# Higher levels take longer, and make boundary tensors no smaller.
-_LEVEL = 1
+# Higher levels take longer. They make floats and packed values hardly smaller, but pixels by 6 %.
+_LEVEL, _LEVEL_OF_INTEGERS = 1, 3
 
 
 class _Contexts:
-    """A compressor and a decompressor of one thread, since two threads may not use one at the same time."""
+    """Compressors and a decompressor of one thread, since two threads may not use one at the same time."""
 
     def __init__(self) -> None:
         self.zstandard = _zstandard()
-        self.compressor = self.zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
+        self.compressors = {
+            level: self.zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
+            for level in (_LEVEL, _LEVEL_OF_INTEGERS)
+        }
         self.decompressor = self.zstandard.ZstdDecompressor()
 
 
@@ -43,9 +46,15 @@ def _zstandard() -> ModuleType:
     return zstandard
 
 
-def compress(data: memoryview) -> bytes:
-    """Return ``data`` as one Zstandard frame."""
-    compressed: bytes = _contexts().compressor.compress(data)
+def compress(data: memoryview, *, integers: bool) -> bytes:
+    """Return ``data`` as one Zstandard frame.
+
+    Args:
+        data: the bytes.
+        integers: whether they are the integers of a model's own tensor, such as pixels. They are compressed with
+            level 3, everything else with level 1.
+    """
+    compressed: bytes = _contexts().compressors[_LEVEL_OF_INTEGERS if integers else _LEVEL].compress(data)
     return compressed
 
 

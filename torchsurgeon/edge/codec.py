@@ -68,7 +68,7 @@ class ArrayCodec:
             packing, packed = None, array.reshape(-1).view(np.uint8)
         data = packed.data
         if self.zstd:
-            frame = zstd.compress(data)
+            frame = zstd.compress(data, integers=packing is None and array.dtype.kind in "biu")
             if len(frame) < len(data):
                 return f"{packing}+zstd" if packing else "zstd", memoryview(frame)
         return packing or "raw", data
