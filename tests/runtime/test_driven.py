@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import re
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -136,7 +140,7 @@ def test_calls_of_many_threads_are_right_and_leave_nothing_under_way(server: Ser
             thread.join()
         assert not wrong
         end_s = time.monotonic() + PATIENCE_S
-        while split._engine.servers.peers[0].under_way or split._engine._pool._running:
+        while split._engine.servers.peers[0].under_way or not split._engine._pool.idle:
             assert time.monotonic() < end_s
             time.sleep(0.01)
 
@@ -258,6 +262,29 @@ def test_a_handler_may_close_the_module_while_its_call_is_under_way(
             split(EXAMPLE)
 
 
+@contextmanager
+def raising_at(function: Callable[..., Any], number: int) -> Iterator[list[int]]:
+    """Raise ``Full`` at the line of this number that runs in a function, as a handler may; yields where it was."""
+    code, raised, left = function.__code__, list[int](), number
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code is not code:
+            return None
+        left -= event == "line"
+        if left == 0 and not raised:
+            raised.append(frame.f_lineno)
+            raise Full
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield raised
+    finally:
+        sys.settrace(before)
+
+
 class Full(BlockingIOError):
     """What a handler raises that writes to a full pipe."""
 
@@ -352,7 +379,7 @@ def test_it_waits_no_longer_than_it_is_told_and_goes_on_where_it_was(pool: Pool)
         assert task.answered()
         assert task.result() == b"ab"
         assert closed == ["MainThread"]
-        assert not pool._running
+        assert pool.idle
 
 
 def test_another_thread_goes_on_where_it_was_handed_over(pool: Pool) -> None:
@@ -514,5 +541,26 @@ def test_what_waits_for_a_thread_is_put_in_order_where_the_pool_ends() -> None:
         assert task.wait(PATIENCE_S)
         assert isinstance(task.error, TimeoutError)
         assert closed == ["goes-on"]
-        assert not pool._running
+        assert pool.idle
     pool.close()
+
+
+def test_what_strikes_a_caller_that_gives_a_task_to_the_pool_starts_no_needless_threads(pool: Pool) -> None:
+    def run() -> None:
+        task = pool.submit(lambda: None)
+        assert task.wait(PATIENCE_S)
+        task.result()
+
+    run()
+    struck = 0
+    for line in itertools.count(1):
+        with raising_at(Pool.take, line) as raised, contextlib.suppress(Full):
+            run()
+        struck += bool(raised)
+        if not raised:
+            break
+    assert struck > 5
+    for _ in range(20):
+        run()
+    assert pool.idle
+    assert len(pool._threads) <= 2

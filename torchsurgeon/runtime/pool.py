@@ -154,8 +154,9 @@ class Pool:
         self._lock = threading.RLock()
         self._tasks: queue.SimpleQueue[Task[Any] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._running: set[Task[Any]] = set()
-        self._free = 0
+        # Sets rather than counts: what a signal handler raises in the middle of a change leaves no wrong number behind.
+        self._given: set[Task[Any]] = set()
+        self._watched: set[Task[Any]] = set()
         self._closed = False
 
     def submit(self, work: Callable[[], T], cancel: Callable[[], object] | None = None) -> Task[T]:
@@ -185,16 +186,15 @@ class Pool:
             with self._lock:
                 if self._closed:
                     raise ServerUnavailableError("the SplitModule has been closed")
-                self._running.add(task)
-                self._free -= 1
-                if self._free < 0 and len(self._threads) < self._most:
+                self._given.add(task)
+                if len(self._threads) < min(len(self._given), self._most):
                     self._start()
                 self._tasks.put(task)
                 if self._closed:
                     # A garbage collection in this very method has closed the pool.
                     raise ServerUnavailableError("the SplitModule has been closed")
         except BaseException as error:
-            self._running.discard(task)
+            self._given.discard(task)
             if not isinstance(error, NoThreadError):
                 # A signal handler may have raised at any moment, perhaps after a thread has taken the task.
                 task.give_up()
@@ -223,16 +223,21 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise ServerUnavailableError("the SplitModule has been closed")
-            self._running.add(task)
+            self._watched.add(task)
 
     def forget(self, task: Task[Any]) -> None:
         """Undo ``watch()``. Undoing it twice is harmless."""
-        self._running.discard(task)
+        self._watched.discard(task)
 
     @property
     def crowded(self) -> bool:
         """Whether as many tasks are under way as there may be threads."""
-        return len(self._running) >= self._most
+        return len(self._given) + len(self._watched) >= self._most
+
+    @property
+    def idle(self) -> bool:
+        """Whether no task is under way."""
+        return not self._given and not self._watched
 
     @property
     def closed(self) -> bool:
@@ -244,17 +249,14 @@ class Pool:
             start_thread(self._run, self._name, self._threads)
         except NoThreadError:
             if not self._threads:
-                self._free += 1
                 raise
             # The task waits for a thread that is there already.
-        else:
-            self._free += 1
 
     def end(self, *, drain: bool = False) -> None:
         """Have the threads end: now, interrupting what runs, or with ``drain`` once all that was submitted has run."""
         with self._lock:
             self._closed = True
-            running = () if drain else tuple(self._running)
+            running = () if drain else (*self._given, *self._watched)
             self._tasks.put(None)
         for task in running:
             task.interrupt()
@@ -280,9 +282,7 @@ class Pool:
 
     def _freed(self, task: Task[Any]) -> None:
         # Called before the task ends: whoever waits for it and submits the next one then gets this thread again.
-        with self._lock:
-            self._running.discard(task)
-            self._free += 1
+        self._given.discard(task)
 
     def _run(self) -> None:
         with torch.no_grad():
