@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from torch import nn
 import torchsurgeon as ts
 from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.transport import Answer, HttpTransport
+from torchsurgeon.transport.connection import Connection
+from torchsurgeon.transport.deadline import Deadline
 
 SIZE = 1_000_000
 
@@ -124,3 +128,31 @@ def test_a_split_module_compresses_on_a_slow_link_and_only_what_gets_smaller() -
             assert min(sent(split, "1")) >= x.nbytes
         with Exact(server.url, 1e11) as quick, split_at(quick) as split:
             assert min(sent(split, "1")) >= x.nbytes
+
+
+def test_opening_a_connection_does_not_count_as_compressing(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, opening_s = Connection._connect, 0.5
+
+    def connect(self: Connection, deadline: Deadline) -> socket.socket:
+        time.sleep(opening_s)
+        return original(self, deadline)
+
+    monkeypatch.setattr(Connection, "_connect", connect)
+    x = torch.zeros(1, 16, 50, 50)
+    model = nn.Sequential(nn.ReLU(), nn.Flatten()).eval()
+    link = ts.Link("slow", 1e4, 1e9, 1e-3)
+    with (
+        torch.no_grad(),
+        serving(model, x) as server,
+        ts.SplitModule(
+            model, x, server=server.url, name="net", partition="0", link=link, codec="auto", fallback="error"
+        ) as split,
+    ):
+        assert torch.equal(split(x), model(x))
+        assert split.last is not None
+        assert split.last.encode_s < opening_s / 2
+        assert split.last.uplink_s >= opening_s
+        assert split.last.sent_bytes < x.nbytes
+        chosen = split.codec
+        assert isinstance(chosen, Lossless)
+        assert all(cut.s_per_byte * x.nbytes < opening_s / 2 for cut in chosen._cuts.values())

@@ -107,7 +107,14 @@ def test_the_tensor_arrives_as_it_was_sent_and_the_timing_is_in_order() -> None:
     length = int(head.split(b"Inference-Header-Content-Length: ")[1].split(b"\r\n")[0])
     assert torch.equal(wire.decode_request(body, length).tensors["x"], X)
     assert timing.sent_bytes == len(body)
-    assert timing.send_start_s <= timing.send_end_s <= timing.first_byte_s <= timing.end_s
+    assert (
+        timing.encoded_s
+        == timing.ready_s
+        <= timing.send_start_s
+        <= timing.send_end_s
+        <= timing.first_byte_s
+        <= timing.end_s
+    )
 
 
 def test_a_connection_is_kept_and_reused() -> None:

@@ -22,7 +22,8 @@ class EdgeInference:
         total_s: from the call to its result.
         head_s: the head on the device, or the whole model where nothing crossed.
         encode_s: encoding the boundary, and handing it to the thread that sends it.
-        uplink_s: sending, with half a round trip, and what the server spends beside queue and tail.
+        uplink_s: sending, with half a round trip, opening a connection where none is open, and what the server spends
+            beside queue and tail.
         queue_s: waiting in the server's queue.
         tail_s: the tail on the server.
         downlink_s: receiving the answer, with half a round trip.
@@ -74,10 +75,10 @@ def times_of(answer: ArrayAnswer, headed_s: float, end_s: float, round_trip_s: f
     """
     timing, told = answer.timing, answer.parameters
     queue_s, tail_s = seconds(told.get("queue_s")), seconds(told.get("compute_s"))
-    way_s = max(0.0, timing.end_s - timing.send_start_s - queue_s - tail_s)
+    way_s = max(0.0, timing.end_s - timing.ready_s - queue_s - tail_s)
     downlink_s = min(way_s, timing.end_s - timing.first_byte_s + round_trip_s / 2)
     return {
-        "encode_s": timing.send_start_s - headed_s,
+        "encode_s": timing.ready_s - headed_s,
         "uplink_s": way_s - downlink_s,
         "queue_s": queue_s,
         "tail_s": tail_s,

@@ -61,8 +61,8 @@ class ArrayTransport(HttpBytes):
         """
         encode = functools.partial(encode_request, arrays, codec)
         asking = self._asking(model, None, arrays, encode, max_answer_bytes, deadline)
-        raw, header_bytes = complete(asking, deadline)
-        return ArrayAnswer(*decode_answer(raw.body, header_bytes, max_bytes=max_answer_bytes), raw.timing)
+        body, header_bytes, timing = complete(asking, deadline)
+        return ArrayAnswer(*decode_answer(body, header_bytes, max_bytes=max_answer_bytes), timing)
 
 
 def encode_request(arrays: Mapping[str, Array], codec: ArrayCodec) -> Encoded:

@@ -24,7 +24,8 @@ class Inference:
         total_s: from the call to its result.
         head_s: the head on the device, or the whole model where nothing crossed.
         encode_s: encoding the boundary tensors.
-        uplink_s: sending, with half a round trip, and what the server spends beside queue and tail.
+        uplink_s: sending, with half a round trip, opening a connection where none is open, and what the server spends
+            beside queue and tail.
         queue_s: waiting in the server's queue.
         tail_s: the tail on the server.
         downlink_s: receiving the answer, with half a round trip.
@@ -105,14 +106,14 @@ def of_answer(
         **known: further fields of ``Inference``.
     """
     queue_s, tail_s = seconds(parameters.get("queue_s")), seconds(parameters.get("compute_s"))
-    way_s = max(0.0, timing.end_s - timing.send_start_s - queue_s - tail_s)
+    way_s = max(0.0, timing.end_s - timing.ready_s - queue_s - tail_s)
     downlink_s = min(way_s, timing.end_s - timing.first_byte_s + round_trip_s / 2)
     return Inference(
         partition=point,
         total_s=end_s - moments.begun_s,
         decide_s=moments.decided_s - moments.begun_s,
         head_s=moments.headed_s - moments.decided_s,
-        encode_s=timing.send_start_s - moments.headed_s,
+        encode_s=timing.ready_s - moments.headed_s,
         uplink_s=way_s - downlink_s,
         queue_s=queue_s,
         tail_s=tail_s,

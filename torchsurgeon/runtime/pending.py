@@ -387,7 +387,7 @@ class Pending:
             peer.record_duration(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._waiting.share))
         if isinstance(self._wanted_codec, Lossless) and self._codec.zstd:
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
-            spent_s = answer.timing.send_start_s - self._sent_s + inference.seconds(answer.parameters.get("decode_s"))
+            spent_s = answer.timing.ready_s - self._sent_s + inference.seconds(answer.parameters.get("decode_s"))
             self._wanted_codec.observe(self._way.point.index, size_bytes, answer.timing.sent_bytes, spent_s)
         verdict, because = self._verdict(answer)
         account = functools.partial(

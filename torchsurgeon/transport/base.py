@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -36,6 +37,8 @@ class Timing(NamedTuple):
         send_end_s: when the request had been handed to the operating system.
         first_byte_s: when the answer's first byte arrived.
         end_s: when the answer was complete.
+        encoded_s: when the request had been encoded; None where that is not known. Between this and the beginning of
+            sending, a connection may have been opened.
     """
 
     sent_bytes: int
@@ -44,6 +47,12 @@ class Timing(NamedTuple):
     send_end_s: float
     first_byte_s: float
     end_s: float
+    encoded_s: float | None = None
+
+    @property
+    def ready_s(self) -> float:
+        """When the request had been encoded, or, where that is not known, when sending began."""
+        return self.send_start_s if self.encoded_s is None else self.encoded_s
 
 
 class RawAnswer(NamedTuple):
@@ -111,8 +120,8 @@ class ByteTransport(ABC):
         encode: Callable[[], Encoded],
         max_answer_bytes: int,
         deadline: Deadline,
-    ) -> Steps[tuple[RawAnswer, int | None]]:
-        """Send an inference request, and return the answer with the length of its header, in steps.
+    ) -> Steps[tuple[memoryview, int | None, Timing]]:
+        """Send an inference request in steps; return the answer's body, the length of its header, and when it came.
 
         Args:
             model: the model's name at the server.
@@ -139,11 +148,12 @@ class ByteTransport(ABC):
             raise EncodingError(
                 f"the tensors {tensors} could not be encoded on this side: {type(error).__name__}: {short(error)}"
             ) from error
-        path = _infer_path(model, version)
+        encoded_s, path = time.perf_counter(), _infer_path(model, version)
         limit_bytes = max_answer_bytes + MAX_HEADER_BYTES
         raw = yield from self._posting(path, message.header_bytes, message.buffers, limit_bytes, deadline)
         check_status(raw.status, raw.body, path)
-        return raw, None if raw.header_bytes is None else header_length(raw.header_bytes, len(raw.body))
+        header_bytes = None if raw.header_bytes is None else header_length(raw.header_bytes, len(raw.body))
+        return raw.body, header_bytes, raw.timing._replace(encoded_s=encoded_s)
 
     def probe(
         self, up_bytes: int, down_bytes: int, *, timeout_s: float | None = None, deadline: Deadline | None = None

@@ -129,9 +129,10 @@ class Transport(ByteTransport):
         max_answer_bytes: int,
         deadline: Deadline,
     ) -> Steps[Answer]:
-        raw, header_bytes = yield from self._asking(model, version, tensors, encode, max_answer_bytes, deadline)
-        response = wire.decode_response(raw.body, header_bytes, max_decoded_bytes=max_answer_bytes)
-        return Answer(response.tensors, response.parameters, raw.timing)
+        asking = self._asking(model, version, tensors, encode, max_answer_bytes, deadline)
+        body, header_bytes, timing = yield from asking
+        response = wire.decode_response(body, header_bytes, max_decoded_bytes=max_answer_bytes)
+        return Answer(response.tensors, response.parameters, timing)
 
 
 # Kept, to notice where a subclass, or whoever replaces the method, has another.
