@@ -25,6 +25,7 @@ PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "index.md": ""}
 """The pages, and where their links to docs/ begin."""
 BEGIN, END = "<!-- figures, by benchmarks.front_page -->", "<!-- end of figures -->"
 ON_GPU = "ViT-B/16 after six of its layers"
+_PLAIN = "boundaries as they are"
 PLANE = "fitted; 97 % kept as measured; pictures take what encoding them takes"
 
 
@@ -48,14 +49,26 @@ def _streams(docs: str) -> str:
     return f"""**[Up to {times(stream["most_gain"])} as many photographs a
         second]({docs}planning.md#where-a-split-pays)** as with everything on the device or everything on the server,
         whichever is better: this is computed for EfficientNet-Lite0, from what its parts took when they were measured.
-        Over uplinks from 0.1 to 100 Mbit/s, and devices 1 to 100 times slower than the server, a split is the best way
-        for such a stream in {of_stream} of that map. For one photograph at a time it is the best way in {of_one}, and
-        up to {times(one["most_gain"])} as fast. How much of the map it is depends on how surely at least 97 % of the
-        answers stay the same, and on whether a camera encodes its pictures by itself."""
+        Every uplink from 0.1 to 100 Mbit/s was combined with every device that is 1 to 100 times slower than the
+        server. For such a stream a split is the best way in {of_stream} of these combinations. For one photograph at a
+        time it is the best way in {of_one}, and up to {times(one["most_gain"])} as fast. What crosses is coded by a
+        [codec that was fitted to the cut]({docs}codecs.md#a-codec-made-for-a-cut); how many combinations it is depends
+        on how surely at least 97 % of the answers stay the same, and on whether a camera encodes its pictures by
+        itself. {_lossless(every)}"""
+
+
+def _lossless(planes: Mapping[str, Any]) -> str:
+    """Say what is left where boundaries cross without loss."""
+    plain = [plane for name, plane in planes.items() if name.startswith(_PLAIN)]
+    picture, frames = split_plane.OBJECTIVES
+    one, stream = (_between([plane[name]["share"] for plane in plain]) for name in (picture, frames))
+    most = times(max(plane[frames]["most_gain"] for plane in plain))
+    return f"Where boundaries cross without loss it is {stream} for a stream, up to {most}, and {one} for one picture."
 
 
 def _between(shares: list[float]) -> str:
-    return f"{percent(min(shares), 0).removesuffix(' %')} to {percent(max(shares), 0)}"
+    least, most = percent(min(shares), 0), percent(max(shares), 0)
+    return most if least == most else f"{least.removesuffix(' %')} to {most}"
 
 
 def _end_to_end(docs: str, folder: Path) -> str:
@@ -65,7 +78,8 @@ def _end_to_end(docs: str, folder: Path) -> str:
     found = end_to_end_page.summary(result_file.known(path))
     over_device, over_server = times(found["over_device"]), times(found["over_server"])
     return f"""**[{over_device} as fast as the device alone]({docs}evaluation.md#end-to-end)** and {over_server} as fast
-        as the server alone, in the geometric mean over {found["cases"]} cases: networks of today that really ran on a
+        as the server alone, in the geometric mean over {found["cases"]} cases, and {found["gain"]:.3f}× as fast as the
+        better of the two: networks of today that really ran on a
         slowed-down device and a server, over emulated 3G, LTE and Wi-Fi. In nearly all of these cases
         one of the two ends is the best, and the planner picks it before anything is run: its choices reach
         {percent(found["share"])} of the best speed-up. {end_to_end_page.splits(found["between"])}"""
@@ -121,9 +135,9 @@ def _backends(docs: str) -> str:
         if (share := backends.over(row, "onnxruntime", "eager")) is not None
     ]
     least, middle, most = (percent(value, 0) for value in (min(shares), statistics.median(shares), max(shares)))
-    return f"""**[{middle} of the time]({docs}backends.md#what-it-costs)** of eager PyTorch is what ONNX Runtime takes
-        to run a whole network on one core, in the median of {len(shares)} networks ({least} to {most}). This needs no
-        split, and each side of a split can run by it, too."""
+    return f"""**[{middle} of the time]({docs}backends.md#what-it-costs)**: ONNX Runtime takes so much of what eager
+        PyTorch takes to run a whole network on one core, in the median of {len(shares)} networks ({least} to {most}).
+        This needs no split, and each side of a split can run by it, too."""
 
 
 def main() -> None:

@@ -227,6 +227,17 @@ PAPER: dict[str, Callable[[], Made]] = {
     "ner": functools.partial(tagger, 375, 17),
     "chk": functools.partial(tagger, 300, 42),
 }
+NETWORKS = {
+    "imc": "AlexNet (image classification)",
+    "vgg": "VGG-19 (image classification)",
+    "face": "DeepFace (facial recognition)",
+    "dig": "LeNet-5 (digit recognition)",
+    "asr": "Kaldi (speech recognition)",
+    "pos": "SENNA (part-of-speech tagging)",
+    "ner": "SENNA (named entity recognition)",
+    "chk": "SENNA (word chunking)",
+}
+"""The paper's networks by application, and what each is for (its table 2)."""
 LANGUAGE = ("pos", "ner", "chk")
 """The applications of natural language."""
 PARAMETERS = {"imc": 60.95e6, "vgg": 143.65e6, "face": 102.7e6}

@@ -180,14 +180,22 @@ def _summary(every: list[Case]) -> str:
     own = [case for case in every if case.rival == OURS]
     ends = sum(str(case.row["cut"]).split("|")[0] in ("device", "server") for case in own)
     split = sum(str(case.row["stream_cut"]).split("|")[0] not in ("device", "server") for case in own)
+    rates = [
+        max(case.frames_s for case in others if (case.network, case.link) == (one.network, one.link)) / one.frames_s
+        for one in own
+    ]
+    fewer = [rate for rate in rates if rate > 1]
+    most = f", {min(fewer):.2f} to {max(fewer):.2f} times as many" if fewer else ""
     said = text(
         f"""
         The quickest rival that keeps the picture's bytes takes {min(best):.2f} to {max(best):.2f} times as long as
         ours, {statistics.geometric_mean(best):.2f} times in the geometric mean over {len(best)} networks and links.
         Where pictures come one at a time, ours runs the whole network on one side in {ends} of these {len(best)} cases.
         What is gained beside a rival then comes from the backend and the codec, and not from a cut; a rival that has
-        the same two is as quick. For streams, ours cuts the network in {split} of {len(best)} cases.
-        Of all {len(others)} comparisons, ours is quicker in {sum(case.slower > _EVEN for case in others)}, within
+        the same two takes about as long. For streams, ours cuts the network in {split} of {len(best)} cases, where the
+        plan foretells the highest rate. In {len(fewer)} of the {len(best)} streams a rival answers more frames a second
+        than ours{most}. Of all {len(others)} latencies of rivals that keep the picture's bytes, ours is
+        quicker in {sum(case.slower > _EVEN for case in others)}, within
         {percent(_EVEN - 1)} in {sum(1 / _EVEN <= case.slower <= _EVEN for case in others)}, and slower in {len(ahead)}.
         """
     )

@@ -107,7 +107,7 @@ def splits(gains: Sequence[float]) -> str:
         return "No choice is a split."
     each = listed([f"{gain:.2f}×" for gain in gains])
     said = "One choice is a split, which is" if len(gains) == 1 else f"{len(gains)} choices are splits, which are"
-    return f"{said} {each} as fast as the better end."
+    return f"{said} {each} as fast as the better end; one that two tables share counts once."
 
 
 def section(folder: Path) -> str:
@@ -129,10 +129,11 @@ def section(folder: Path) -> str:
             on one core, on which backends and codecs take {SLOWER:g} times as long; the server is another
             process on the other core, and the link is emulated. Each side runs its part by eager PyTorch, ONNX Runtime
             (ORT) or OpenVINO in bfloat16 (bf16). “Device” and “server” are everything there, on the quickest backend
-            that is allowed, with the photograph in the quickest form that is allowed. “Ours” is the way that `plan()`
-            chooses from profiles, before anything is run. The gain is how many times as fast that is as the better of
-            both ends. The best is the quickest of all ways that were run: both ends, what the planner chooses for each
-            pair of backends, and up to six ways that are foretold to take at most 1.5 times as long as the best.
+            and with the photograph in the quickest form that the heading of the table allows. “Ours” is the way that
+            `plan()` chooses from profiles, before anything is run. The gain is how many times as fast that is as the
+            better of both ends. The best is the quickest of all ways that were run: both ends, what the planner chooses
+            for each pair of backends, and up to six ways that are foretold to take at most 1.5 times as long as the one that is
+            foretold to be the quickest.
             """
         ),
         text(

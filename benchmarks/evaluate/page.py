@@ -46,6 +46,8 @@ def page(folder: Path = FOLDER) -> str:
     rows = results["configurations"]
     parts = [
         OPENING,
+        "## The networks",
+        page_sections.networks(results["networks"], results["lenet_right"]),
         "## Beside the published figures",
         _published(rows),
         picture(pictures.GAINS, "For each configuration, how many times faster and more sparing the best cut is"),
@@ -59,8 +61,6 @@ def page(folder: Path = FOLDER) -> str:
         page_sections.variants(results["variants"]),
         "## AlexNet, layer by layer",
         page_sections.alexnet(),
-        "## The networks",
-        page_sections.networks(results["networks"], results["lenet_right"]),
         "## Networks of today",
         page_sections.networks_of_today(read(folder, TODAY)["results"], machine),
         "## Servers and devices by the thousand",

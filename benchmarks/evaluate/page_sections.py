@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import zoo
 from benchmarks.evaluate import pictures, today
 from benchmarks.evaluate.configurations import HELD_OUT, MEASURED
 from benchmarks.evaluate.markdown import cut, percent, picture, table, text, times
@@ -115,9 +116,15 @@ def networks(networks: Mapping[str, Mapping[str, Any]], right: float) -> str:
                 """
             ),
             table(
-                ("application", "layers of the authors", "parameters", "input, bytes"),
+                ("application", "network", "layers of the authors", "parameters", "input, bytes"),
                 [
-                    (name, str(own["layers"]), f"{own['parameters'] / 1e6:.2f} M", f"{own['input_bytes']:,}")
+                    (
+                        name,
+                        zoo.NETWORKS[name],
+                        str(own["layers"]),
+                        f"{own['parameters'] / 1e6:.2f} M",
+                        f"{own['input_bytes']:,}",
+                    )
                     for name, own in networks.items()
                 ],
             ),
@@ -141,8 +148,9 @@ def networks_of_today(results: Mapping[str, Mapping[str, Any]], machine: str) ->
                 f"""
                 Measured on one thread of this machine ({machine}), which is the server; the device is emulated, at
                 {today.SLOWER:g} times these times. Links are the presets, with their round trips; tensors are sent as
-                they are, and pictures as bytes. Each cell names the best place for latency, and how many times faster
-                it is than all on the server; for a cut in between also how many times faster than the better end.
+                they are, and pictures as bytes. Each cell names the best place for latency; in brackets stands how
+                many times faster it is than all on the server, and before that, for a cut in between, how many times
+                faster than the better end.
                 """
             ),
             table(

@@ -120,11 +120,13 @@ def faults(found: dict[str, Any]) -> str:
         ]
         for kind, row in found["kinds"].items()
     ]
-    head = ["fault", "times", "median", "latest", "back after at most", "answered here because"]
+    head = ["fault", "times", "median", "latest", "back after at most", "why, or who answered"]
+    struck_s = max(row["latest_s"] for row in found["kinds"].values())
+    whose = ", in a call that met no fault" if found["latest_s"] > struck_s else ""
     return (
         f"**{found['faults']} faults in {found['inferences']:,} inferences**: {found['lost']} lost, {found['wrong']} "
         f"wrong, {found['late']} later than the deadline of {ms(found['deadline_s'])} plus 10 %, the latest after "
-        f"{ms(found['latest_s'])}; {found['back_late']} returns to the server took more than 2 s.\n\n"
+        f"{ms(found['latest_s'])}{whose}; {found['back_late']} returns to the server took more than 2 s.\n\n"
     ) + rows(head, lines)
 
 
