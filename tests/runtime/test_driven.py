@@ -564,3 +564,16 @@ def test_what_strikes_a_caller_that_gives_a_task_to_the_pool_starts_no_needless_
         run()
     assert pool.idle
     assert len(pool._threads) <= 2
+
+
+def test_a_pool_forgets_what_was_handed_over_to_it(pool: Pool) -> None:
+    def steps() -> Steps[None]:
+        yield None
+
+    for _ in range(2 * pool_module.MOST_THREADS):
+        task = Driven(steps(), Deadline(PATIENCE_S), pool)
+        task.begin()
+        assert task.wait(PATIENCE_S)
+        task.result()
+    assert pool.idle
+    assert not pool.crowded

@@ -187,6 +187,7 @@ class Pool:
                 if self._closed:
                     raise ServerUnavailableError("the SplitModule has been closed")
                 self._given.add(task)
+                self._watched.discard(task)
                 if len(self._threads) < min(len(self._given), self._most):
                     self._start()
                 self._tasks.put(task)
@@ -283,6 +284,7 @@ class Pool:
     def _freed(self, task: Task[Any]) -> None:
         # Called before the task ends: whoever waits for it and submits the next one then gets this thread again.
         self._given.discard(task)
+        self._watched.discard(task)
 
     def _run(self) -> None:
         with torch.no_grad():
