@@ -132,8 +132,8 @@ def section(folder: Path) -> str:
             and with the photograph in the quickest form that the heading of the table allows. “Ours” is the way that
             `plan()` chooses from profiles, before anything is run. The gain is how many times as fast that is as the
             better of both ends. The best is the quickest of all ways that were run: both ends, what the planner chooses
-            for each pair of backends, and up to six ways that are foretold to take at most 1.5 times as long as the one that is
-            foretold to be the quickest.
+            for each pair of backends, and up to six ways that are foretold to take at most 1.5 times as long as the one
+            that is foretold to be the quickest.
             """
         ),
         text(
