@@ -280,6 +280,24 @@ def test_bytes_count_for_an_hour_and_are_forgotten_a_minute_later() -> None:
     assert Allowance(None, now_s=clock).allows(1e18)
 
 
+def test_what_is_under_way_is_counted_before_it_has_been_sent() -> None:
+    allowance = Allowance(1000)
+    first, second = object(), object()
+    allowance.reserve(first, 600)
+    assert allowance.left_bytes() == 400
+    assert not allowance.spend(500)
+    allowance.reserve(second, 300)
+    assert not allowance.allows(200)
+    allowance.settle(first, 100)
+    allowance.settle(second, 0)
+    assert allowance.left_bytes() == 900
+    allowance.settle(second, 0)
+    assert allowance.left_bytes() == 900
+    allowance.reserve(first, 600)
+    allowance.reset_after_fork()
+    assert allowance.left_bytes() == 900
+
+
 def test_an_allowance_is_usable_in_a_forked_child_though_a_thread_of_the_parent_held_its_lock() -> None:
     allowance = Allowance(1000)
     allowance.spent(600)

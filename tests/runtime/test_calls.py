@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +18,23 @@ from classifier import EXAMPLE, GRAPH, LAYERS, PATIENCE_S, degraded, net, profil
 from known_machines import FAST, SLOW, device
 from serving import serving
 from torch import nn
-from transports import Between
+from transports import Between, Held, Silent
 
 import torchsurgeon as ts
 from torchsurgeon.emulate import LinkEmulator
 from torchsurgeon.planning import Battery
-from torchsurgeon.runtime import ModelCall
+from torchsurgeon.runtime import ModelCall, servers
+from torchsurgeon.runtime import device as device_module
+from torchsurgeon.runtime import engine as engine_module
+from torchsurgeon.runtime import pending as pending_module
+from torchsurgeon.runtime.choice import Way
+from torchsurgeon.runtime.device import settle
+from torchsurgeon.runtime.failure import Failure
+from torchsurgeon.runtime.waiting import Waiting
 from torchsurgeon.serve import Server
 from torchsurgeon.transport import Answer, HttpTransport
 from torchsurgeon.transport.base import Timing
+from torchsurgeon.transport.deadline import Deadline
 
 # --- answering ---
 
@@ -257,6 +267,34 @@ def test_at_a_fixed_cut_the_quicker_of_two_servers_is_asked_and_the_other_once(s
             assert quick.asked >= 6
 
 
+def test_at_a_fixed_cut_a_server_that_took_long_once_is_asked_again_the_later_the_slower_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def seen(seconds: float) -> SimpleNamespace:
+        one = SimpleNamespace(asked_s=-1e9)
+        one.expected_duration = lambda cut: SimpleNamespace(value=seconds)
+        return one
+
+    def pauses_s(times: float) -> list[float]:
+        quick, slow = seen(0.2), seen(0.2 * times)
+        choice, now_s = SimpleNamespace(_preferred=None), itertools.count(0.0, 5.0)
+        monkeypatch.setattr(servers, "time", SimpleNamespace(monotonic=lambda: next(now_s)))
+        asked: list[float] = []
+        for step in range(2000):
+            peer = servers.Servers._quickest(choice, [quick, slow], 1)  # type: ignore[arg-type]
+            peer.asked_s = 5.0 * step
+            if peer is slow:
+                asked.append(5.0 * step)
+        return [later - before for before, later in itertools.pairwise(asked)]
+
+    assert set(pauses_s(2.0)) == {10.0}
+    for times in (4.0, 10.0):
+        found = pauses_s(times)
+        assert found
+        assert min(found) >= 10.0 * times**2
+        assert max(found) <= 10.0 * times**2 + 5.0
+
+
 @pytest.mark.parametrize("fallback", ["local", "error"])
 def test_no_more_is_sent_in_an_hour_than_is_allowed(server: Server, fallback: Any) -> None:
     bound = 3.5 * EXAMPLE.nbytes
@@ -274,6 +312,23 @@ def test_no_more_is_sent_in_an_hour_than_is_allowed(server: Server, fallback: An
         assert split.stats()["sent_bytes"] <= bound
     with pytest.raises(ts.errors.AdaptError, match="hourly_bytes must be a positive number"):
         split_of(server, partition="server", hourly_bytes=0)
+
+
+def test_requests_under_way_count_among_what_is_sent_in_an_hour(server: Server) -> None:
+    with (
+        HttpTransport(server.url) as inner,
+        Held(inner) as held,
+        split_of(held, partition="server", hourly_bytes=2.5 * EXAMPLE.nbytes, timeout_s=PATIENCE_S) as split,
+    ):
+        assert right(split)
+        held.hold()
+        first = split.submit(EXAMPLE)
+        assert held.begun.wait(PATIENCE_S)
+        second = split.submit(EXAMPLE)
+        for answer in (second, first):
+            held.go.set()
+            assert torch.equal(answer.result(), net()(EXAMPLE))
+        assert split.stats()["degraded"] == {"metered": 1}
 
 
 @pytest.mark.parametrize("bound", [100_000.0, 10_000.0])
@@ -619,3 +674,170 @@ def test_the_link_is_observed_while_other_requests_wait_in_the_server(server: Se
             peer.observe(Answer({}, told, timing), 0.150)
         peer._asking = {}
         assert observed == pytest.approx([0.005] * 20)
+
+
+# --- what other threads do meanwhile ---
+
+
+def test_a_deadline_is_kept_where_the_plan_is_made_anew_while_a_call_is_decided(
+    server: Server, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with split_of(server, link=FAST, **known) as split:
+        assert right(split)
+        engine = split._engine
+        choose, planned = engine.servers.choose, 0
+
+        def choose_and_plan(*args: Any, **options: Any) -> Any:
+            nonlocal planned
+            choice = choose(*args, **options)
+            for peer in engine.servers.peers:
+                engine._connector.plan_again(peer)
+                planned += 1
+            return choice
+
+        monkeypatch.setattr(engine.servers, "choose", choose_and_plan)
+        with split.deadline(PATIENCE_S):
+            for _ in range(3):
+                assert right(split)
+        assert planned == 3
+
+
+def test_running_the_parts_to_learn_what_they_take_is_not_the_calls_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with split_of(server, partition=2) as split:
+        assert right(split)
+        times = split._engine.times
+        original, slept_s = times._time, 2.0
+
+        def slowly(way: Any) -> Any:
+            time.sleep(slept_s)
+            return original(way)
+
+        monkeypatch.setattr(times, "_time", slowly)
+        with split.deadline(PATIENCE_S):
+            assert right(split)
+        assert split.last is not None
+        assert split.last.decide_s < slept_s / 2
+
+
+@pytest.mark.usefixtures("patient")
+def test_what_one_server_is_foretold_to_take_is_not_expected_of_another(
+    server: Server, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HttpTransport(server.url) as one, HttpTransport(server.url) as two:
+        first = Silent(one)
+        with split_of([first, two], link=FAST, **known) as split:
+            split.prepare()
+            until(lambda: remote(split), split)
+            foretold: list[tuple[int, float]] = []
+            for number, peer in enumerate(split._engine.servers.peers):
+                monkeypatch.setattr(
+                    peer,
+                    "observe",
+                    lambda answer, predicted_s, number=number, **_: foretold.append((number, predicted_s)),
+                )
+            monkeypatch.setattr(split._engine.servers, "_peer", lambda *_: split._engine.servers.peers[0])
+            first.down = True
+            assert right(split)
+            calls = [predicted_s for number, predicted_s in foretold if number == 1]
+            assert 0.0 in calls
+            first.down = False
+
+
+@pytest.mark.usefixtures("patient")
+def test_other_requests_that_come_do_not_begin_a_calls_patience_anew(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience_s = 0.5
+    with HttpTransport(server.url) as inner, Silent(inner) as silent, split_of(silent, partition=2) as split:
+        assert right(split)
+        late = Failure("late", "for this test")
+        monkeypatch.setattr(Waiting, "patience", lambda *_, **__: (patience_s, late))
+        more = iter([True] * 5)
+        monkeypatch.setattr(Waiting, "crowded", lambda *_: next(more, False))
+        silent.silent = True
+        assert right(split)
+        assert split.last is not None
+        assert patience_s * 0.9 <= split.last.wait_s < 3 * patience_s
+        assert next(more, None) is None, "it has looked each time whether others have come"
+
+
+def test_what_strikes_the_beginning_of_learning_does_not_end_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with split_of(server, partition=2) as split:
+        assert right(split)
+        learner = split._engine._learner
+
+        def struck(*_: Any) -> None:
+            learner._stop()  # as a task does that is given up
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(learner, "_due", lambda: True)
+        with monkeypatch.context() as striking:
+            striking.setattr(learner._pool, "submit", struck)
+            with pytest.raises(KeyboardInterrupt):
+                learner.start()
+            with pytest.raises(KeyboardInterrupt):
+                learner.build(Way(split.graph.points[2], whole=False))
+        assert not learner._busy
+        assert not learner._stopped
+        assert not learner._asked
+        monkeypatch.undo()
+
+
+def test_a_deadline_that_is_over_when_a_changed_server_is_to_be_compared_is_no_bare_timeout(server: Server) -> None:
+    with split_of(server, partition=2) as split:
+        assert right(split)
+        over = Deadline(1e-9)
+        time.sleep(0.01)
+        with pytest.raises(ts.ServerUnavailableError, match="no time left to compare"):
+            split._engine.servers.peers[0]._left_s(over)
+
+
+def test_what_fails_while_servers_are_looked_after_is_logged_and_tried_again(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with split_of(server, partition=2) as split:
+        assert right(split)
+        keeper = split._engine._keeper
+        original, failed = keeper.look, threading.Event()
+
+        def look() -> Any:
+            if not failed.is_set():
+                failed.set()
+                raise RuntimeError("for this test")
+            looked.set()
+            return original()
+
+        looked = threading.Event()
+        monkeypatch.setattr(keeper, "look", look)
+        keeper.wake()
+        assert looked.wait(PATIENCE_S)
+        assert "looking after the servers failed" in caplog.text
+
+
+def test_clocks_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: waited.append(device))
+    )
+    there, here = SimpleNamespace(is_cuda=True, device="cuda:1"), torch.zeros(1)
+    settle({"a": [here, there], "b": (there, 3)})
+    assert waited == ["cuda:1"]
+    settle(here)
+    assert len(waited) == 1
+
+
+@pytest.mark.parametrize("partition", ["device", 2])
+def test_what_is_recorded_of_this_device_was_measured_after_its_gpu_had_ended(
+    server: Server, monkeypatch: pytest.MonkeyPatch, partition: Any
+) -> None:
+    settled: list[Any] = []
+    for module in (device_module, engine_module, pending_module):
+        monkeypatch.setattr(module, "settle", settled.append)
+    with split_of(server, partition=partition) as split:
+        assert right(split)
+        assert settled

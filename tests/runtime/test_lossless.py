@@ -56,6 +56,16 @@ def test_a_boundary_that_no_longer_compresses_is_sent_as_it_is() -> None:
     assert used(choice, 1e8, 1.0, 4e-9)[20:].count("zstd") <= 3
 
 
+def test_one_request_that_took_long_by_chance_does_not_decide_for_long() -> None:
+    """Whether it was the first one, which loads the library, or a later one."""
+    choice = Lossless()
+    choice.choose(3, SIZE, 1e7)
+    choice.observe(3, SIZE, SIZE // 2, 2.0)
+    assert used(choice, 1e7, 0.5, 4e-9)[65:] == ["zstd"] * 135
+    choice.observe(3, SIZE, SIZE // 2, 60.0)
+    assert used(choice, 1e7, 0.5, 4e-9) == ["zstd"] * 200
+
+
 def test_cuts_are_told_apart() -> None:
     choice = Lossless()
     used(choice, 1e7, 1.0, 4e-9)

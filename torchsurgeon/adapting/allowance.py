@@ -16,6 +16,8 @@ _HOUR_S, _SLOT_S = 3600.0, 60.0
 class Allowance:
     """Counts bytes that are sent, and says whether more may be sent within any hour. Thread-safe.
 
+    What a request under way is expected to send is reserved for it, so that others do not count on the same bytes.
+
     Bytes are counted by the minute, and are forgotten once their whole minute is more than an hour ago.
 
     Args:
@@ -34,26 +36,39 @@ class Allowance:
         self._since = Since(now_s)
         self._passed_s = 0.0
         self._slots: deque[tuple[float, float]] = deque()
+        self._reserved: dict[object, float] = {}
 
     def reset_after_fork(self) -> None:
         """Make a lock that no thread of the parent process holds. What has been sent still counts."""
         self._lock = threading.Lock()
+        self._reserved = {}
 
     def spent(self, size_bytes: float) -> None:
         """Count bytes that have been sent."""
         if self.hourly_bytes is None or size_bytes <= 0:
             return
         with self._lock:
-            begin_s = self._now() // _SLOT_S * _SLOT_S
-            before = self._slots.pop()[1] if self._slots and self._slots[-1][0] == begin_s else 0.0
-            self._slots.append((begin_s, before + size_bytes))
+            self._count(size_bytes)
 
     def spend(self, size_bytes: float) -> bool:
         """Count bytes that will be sent now, if they keep the bound; return whether they do."""
-        allowed = self.allows(size_bytes)
-        if allowed:
-            self.spent(size_bytes)
-        return allowed
+        if self.hourly_bytes is None:
+            return True
+        with self._lock:
+            allowed = size_bytes <= self._left_bytes()
+            if allowed and size_bytes > 0:
+                self._count(size_bytes)
+            return allowed
+
+    def reserve(self, request: object, size_bytes: float) -> None:
+        """Keep bytes for a request that begins now, until ``settle()``."""
+        if self.hourly_bytes is not None:
+            self._reserved[request] = size_bytes
+
+    def settle(self, request: object, sent_bytes: float) -> None:
+        """Count what a request has sent, in place of what was reserved for it."""
+        self.spent(sent_bytes)
+        self._reserved.pop(request, None)
 
     def allows(self, size_bytes: float) -> bool:
         """Return whether so many bytes more would keep the bound."""
@@ -64,10 +79,20 @@ class Allowance:
         if self.hourly_bytes is None:
             return math.inf
         with self._lock:
-            oldest_s = self._now() - _HOUR_S - _SLOT_S
-            while self._slots and self._slots[0][0] <= oldest_s:
-                self._slots.popleft()
-            return self.hourly_bytes - sum(count for _, count in self._slots)
+            return self._left_bytes()
+
+    def _left_bytes(self) -> float:
+        assert self.hourly_bytes is not None
+        oldest_s = self._now() - _HOUR_S - _SLOT_S
+        while self._slots and self._slots[0][0] <= oldest_s:
+            self._slots.popleft()
+        reserved = sum(tuple(self._reserved.values()))
+        return self.hourly_bytes - sum(count for _, count in self._slots) - reserved
+
+    def _count(self, size_bytes: float) -> None:
+        begin_s = self._now() // _SLOT_S * _SLOT_S
+        before = self._slots.pop()[1] if self._slots and self._slots[-1][0] == begin_s else 0.0
+        self._slots.append((begin_s, before + size_bytes))
 
     def _now(self) -> float:
         # Adds up what has passed, since a clock may step back.

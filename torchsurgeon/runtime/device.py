@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from torchsurgeon.adapting import Decision, Quantity, SlowdownEstimator
 from torchsurgeon.planning import Row
@@ -23,6 +24,17 @@ from torchsurgeon.runtime.work import ModelCall, Work
 from torchsurgeon.tracing.gradients import plain_example
 
 _TIMED_RUNS = 3
+
+
+def settle(values: Any) -> None:
+    """Wait until GPUs have computed tensors, so that a clock that is read next says what computing them took.
+
+    Args:
+        values: tensors, in tuples, lists, dicts and what else PyTorch flattens.
+    """
+    if torch.cuda.is_initialized():
+        for device in {leaf.device for leaf in tree_leaves(values) if getattr(leaf, "is_cuda", False)}:
+            torch.cuda.current_stream(device).synchronize()
 
 
 class DeviceTimes:
@@ -135,16 +147,17 @@ class DeviceTimes:
         for _ in range(1 + _TIMED_RUNS):
             begin_s = time.perf_counter()
             if way.whole:
-                work.whole()()
+                settle(work.whole()())
                 headed_s = time.perf_counter()
             else:
                 boundary = work.head(way.point, way.student)()
+                settle(boundary)
                 headed_s = time.perf_counter()
                 tail, tensors = work.tail(tuple(spec.name for spec in way.point.tensors)), boundary
                 if way.student is not None:
                     # Behind a student, the device runs the whole model itself.
                     tail, tensors = work.anew()
-                tail(tensors)
+                settle(tail(tensors))
             times.append((headed_s - begin_s, time.perf_counter() - headed_s))
         # The first run warms caches and allocates, so it does not count.
         heads, tails = zip(*times[1:], strict=True)
@@ -189,6 +202,7 @@ class DeviceRunner:
         run = work.whole() if uncut is None else uncut
         decided_s = time.perf_counter()
         result = run()
+        settle(result)
         end_s = time.perf_counter()
         known_s = self._times.whole_s
         # Until its backend has built it, the model runs slower than predicted, which says nothing of the device.

@@ -25,7 +25,7 @@ from torchsurgeon.runtime import bits
 from torchsurgeon.runtime.changes import Changes
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.connector import Connector
-from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
+from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes, settle
 from torchsurgeon.runtime.ending import Ending
 from torchsurgeon.runtime.failure import Failure
 from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch, mode_here
@@ -240,6 +240,10 @@ class Engine:
             self._compile(choice.way)
             begun_s += time.perf_counter() - compiling_s
         if deadline_s is not None and falls_back:
+            # Where nobody has said what the way's parts take, they are run for that once, which is not the call's time.
+            timing_s = time.perf_counter()
+            self.times.expected_s(choice.way)
+            begun_s += time.perf_counter() - timing_s
             choice = choice._replace(way=self.servers.within(deadline_s, begun_s, work, choice))
         if choice.peer is None or choice.way.whole:
             if choice.why is not None:
@@ -302,6 +306,7 @@ class Engine:
             if not self.options.falls_back or by_signal_handler(error):
                 raise
             return Done(self._device.run(work, begun_s, Failure("unlike", str(error)), decision))
+        settle(boundary)
         headed_s = time.perf_counter()
         rounded = bits.displaced(self.graph, work.crossing(way.point), boundary)
         if rounded and self.options.exact:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import queue
 import threading
@@ -24,6 +25,8 @@ from torchsurgeon.runtime.pool import Pool, Task
 from torchsurgeon.runtime.servers import Servers
 from torchsurgeon.transport import Answer
 from torchsurgeon.transport.deadline import Deadline
+
+_logger = logging.getLogger(__name__)
 
 # A breaker's first pause is 50 to 100 ms.
 _TRIAL_TICK_S, _TICK_S = 0.05, 0.25
@@ -344,5 +347,9 @@ def _keep(keeper_of: weakref.ref[Keeper], bell: Bell, settings: ThreadSettings) 
         except ServerUnavailableError:
             # The pool has been closed.
             return
+        except Exception:
+            # Without this thread no server that has failed would ever be asked again.
+            _logger.exception("looking after the servers failed; it is tried again")
+            wait_s = _RETRY_S
         # Or this thread would keep the keeper alive while it waits.
         del keeper

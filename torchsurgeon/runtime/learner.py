@@ -60,8 +60,11 @@ class Learner:
         self._next_s = time.monotonic() + _AGAIN_S
         try:
             self._pool.submit(self._run, self._stop)
-        except (NoThreadError, ServerUnavailableError):
+        except BaseException as error:
+            # Also what a signal handler raises here, which must not end all learning.
             self._busy = False
+            if not isinstance(error, NoThreadError | ServerUnavailableError):
+                raise
 
     def learn(self) -> None:
         """Find it out now, and build the parts that calls run first; for whoever waits for no answer."""
@@ -86,12 +89,15 @@ class Learner:
         self._asked.add(key)
         try:
             self._pool.submit(functools.partial(self._build, way), self._stop)
-        except (NoThreadError, ServerUnavailableError):
+        except BaseException as error:
             self._asked.discard(key)
+            if not isinstance(error, NoThreadError | ServerUnavailableError):
+                raise
 
     def _stop(self) -> None:
-        """Begin nothing more: the module is being closed."""
-        self._stopped = True
+        """Begin nothing more where the module is being closed; a task may be given up for another reason, too."""
+        if self._pool.closed:
+            self._stopped = True
 
     def _build(self, way: Way) -> None:
         # One after the other: the calls need the processor, too.

@@ -16,6 +16,8 @@ _AGAIN = 64
 _LEAST_GAIN = 0.05
 # The weight of the latest request in the running averages.
 _LEARNING = 0.3
+# A request that took more than this many times as long as usual counts as that: something else kept the processor busy.
+_MOST_TIMES = 3.0
 
 
 @dataclass
@@ -26,12 +28,14 @@ class _Cut:
         s_per_byte: seconds of encoding and decoding for each byte.
         share: compressed over original bytes; 0 before it was tried.
         left: how many requests until it is tried again.
+        seen: how many requests have used it.
         used: what was used last.
     """
 
     s_per_byte: float = _LEAST_S_PER_BYTE
     share: float = 0.0
     left: int = 0
+    seen: int = 0
     used: Codec = _RAW
 
 
@@ -41,18 +45,18 @@ class Lossless:
     name = "auto"
 
     def __init__(self) -> None:
-        self._cuts: dict[int, _Cut] = {}
+        self._cuts: dict[object, _Cut] = {}
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
         """Replace the lock, which a thread of the parent may hold."""
         self._lock = threading.Lock()
 
-    def choose(self, cut: int, size_bytes: int, uplink_bit_s: float) -> Codec:
+    def choose(self, cut: object, size_bytes: int, uplink_bit_s: float) -> Codec:
         """Return the codec that is quicker from end to end, or now and then zstd, to learn how it does.
 
         Args:
-            cut: the partition point's index.
+            cut: what tells the cut from others.
             size_bytes: the boundary's bytes.
             uplink_bit_s: the uplink's rate.
         """
@@ -70,11 +74,11 @@ class Lossless:
                 known.used = _RAW
             return known.used
 
-    def observe(self, cut: int, size_bytes: int, sent_bytes: int, spent_s: float) -> None:
+    def observe(self, cut: object, size_bytes: int, sent_bytes: int, spent_s: float) -> None:
         """Learn from a request that used zstd.
 
         Args:
-            cut: the partition point's index.
+            cut: what tells the cut from others.
             size_bytes: the boundary's bytes.
             sent_bytes: what crossed.
             spent_s: seconds of encoding and decoding.
@@ -83,9 +87,15 @@ class Lossless:
             return
         with self._lock:
             known = self._cuts.setdefault(cut, _Cut())
-            weight = _LEARNING if known.share else 1.0
-            known.share += weight * (sent_bytes / size_bytes - known.share)
-            known.s_per_byte += weight * (max(spent_s, 0.0) / size_bytes - known.s_per_byte)
+            known.seen += 1
+            share, s_per_byte = sent_bytes / size_bytes, max(spent_s, 0.0) / size_bytes
+            if known.seen <= 2:
+                # The first request that uses it also loads the library, so the quicker one of the first two counts.
+                known.share = share
+                known.s_per_byte = s_per_byte if known.seen == 1 else min(s_per_byte, known.s_per_byte)
+                return
+            known.share += _LEARNING * (share - known.share)
+            known.s_per_byte += _LEARNING * (min(s_per_byte, _MOST_TIMES * known.s_per_byte) - known.s_per_byte)
 
     def __str__(self) -> str:
         return self.name

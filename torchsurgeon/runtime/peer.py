@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import Allowance, ServerState
 from torchsurgeon.adapting.link import LinkEstimator
 from torchsurgeon.adapting.load import LoadEstimator, TrialPolicy
@@ -178,6 +179,8 @@ class Peer:
         deadline: Deadline,
         exact: Arithmetic | None = None,
         backend: str | None = None,
+        *,
+        size_bytes: float = 0.0,
     ) -> Steps[Answer]:
         """Return the server's answer to named tensors, in steps.
 
@@ -189,6 +192,7 @@ class Peer:
             deadline: when to give up.
             exact: what the server has to compute with; None for anything.
             backend: by which backend; None for the server's own.
+            size_bytes: what the request is expected to take of the bytes that may be sent in this hour.
 
         Raises:
             ModelMismatchError: the server holds another model now, or computes with something else than ``exact``.
@@ -211,20 +215,21 @@ class Peer:
         deadline.most_bytes = self.allowance.left_bytes()
         try:
             self._asking[request] = begun_s
+            self.allowance.reserve(request, size_bytes)
             answer = yield from self._checked(infer, deadline)
             if not deadline.sent_bytes:
                 # A transport of the program's own, which counts its answers only.
                 deadline.sent_bytes = answer.timing.sent_bytes
             if exact is not None and answer.parameters.get("arithmetic") != exact.digest:
                 yield None
-                self.shake(deadline.left_s())
+                self.shake(self._left_s(deadline))
                 raise bits.refusal(self._name, self.differences(exact) or (Difference("arithmetic", "told", None),))
             return answer
         finally:
             self._asking.pop(request, None)
             with self._counting:
                 self.sent_bytes += deadline.sent_bytes
-            self.allowance.spent(deadline.sent_bytes)
+            self.allowance.settle(request, deadline.sent_bytes)
 
     def _checked(self, infer: Callable[[], Steps[Answer]], deadline: Deadline) -> Steps[Answer]:
         known = self._identity
@@ -234,7 +239,7 @@ class Peer:
         yield None  # a handshake waits by itself
         with self._lock:
             if self._identity == known:
-                self.ready_in = self._shake(deadline.left_s())
+                self.ready_in = self._shake(self._left_s(deadline))
             known = self._identity
         if (deadline.sent_bytes or answer.timing.sent_bytes) + answer.timing.sent_bytes > deadline.most_bytes:
             raise ServerUnavailableError(
@@ -247,6 +252,21 @@ class Peer:
                 "are there several servers behind one address? Serve the same weights on all of them"
             )
         return answer
+
+    def _left_s(self, deadline: Deadline) -> float:
+        """Return the seconds until a deadline.
+
+        Raises:
+            ServerUnavailableError: it is over.
+        """
+        try:
+            return deadline.left_s()
+        except TimeoutError as error:
+            if by_signal_handler(error):
+                raise
+            raise ServerUnavailableError(
+                f"{self.label} has changed, and there was no time left to compare its model with this one"
+            ) from error
 
     # --- what is known ---
 

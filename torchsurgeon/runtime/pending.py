@@ -35,7 +35,7 @@ from torchsurgeon.runtime import bits, inference
 from torchsurgeon.runtime.answers import check_answer
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.connector import Connector
-from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes
+from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes, settle
 from torchsurgeon.runtime.driven import Driven
 from torchsurgeon.runtime.failure import Failure, is_requests_fault
 from torchsurgeon.runtime.handshake import LocalModel
@@ -254,7 +254,9 @@ class Pending:
         backend: str | None,
     ) -> Steps[Answer]:
         try:
-            return (yield from peer.asking(tensors, codecs, deadline, exact, backend))
+            row, scale = self._way.row, self.scale
+            size_bytes = (self._way.point.size_bytes if row is None else row.size_bytes) * scale
+            return (yield from peer.asking(tensors, codecs, deadline, exact, backend, size_bytes=size_bytes))
         finally:
             self._shared.ledger.record_sent(deadline.sent_bytes)
 
@@ -278,12 +280,16 @@ class Pending:
         codec = self._wanted_codec
         if isinstance(codec, Lossless):
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
-            return codec.choose(self._way.point.index, size_bytes, self._peer.state.link.estimate().uplink.value)
+            return codec.choose(self._cut(), size_bytes, self._peer.state.link.estimate().uplink.value)
         if self._peer.has(codec):
             return codec
         other = self._shared.servers.next_best(self._way.point)
         self._shared.servers.warn_of_codec(codec, other, self._peer)
         return other
+
+    def _cut(self) -> object:
+        """What tells its cut from others, also from one across branches after as many layers."""
+        return self._way.point.index, self._way.point.layers
 
     @property
     def _given_up(self) -> bool:
@@ -337,7 +343,11 @@ class Pending:
                 return self._with_new_weights(task)
             if not in_time:
                 patience_s, late = self._waiting.patience(self._peer, first=self._peer is self._tried[0])
-                if not task.wait(patience_s - brief_s):
+                # With a deadline it counts from now, and without one from when the request was sent, also where it was
+                # waited for before, with fewer requests at the same server.
+                if self._deadline_s is None:
+                    patience_s -= time.perf_counter() - self._sent_s
+                if not task.wait(patience_s):
                     if self._deadline_s is None and self._waiting.crowded(self._peer):
                         continue
                     self._why = late
@@ -381,14 +391,19 @@ class Pending:
         end_s = time.perf_counter()
         peer.answered()
         row = self._way.row
-        peer.observe(answer, 0.0 if row is None else row.tail_s * self.scale)
+        # What the row foretells is the first server's time, and says nothing of another one that is asked instead.
+        foretold_s = row.tail_s * self.scale if row is not None and peer is self._tried[0] else 0.0
+        peer.observe(answer, foretold_s)
         if row is None:
             taken_s = min(max(answer.timing.end_s - self._sent_s, 1e-6), peer.transport.timeout_s)
             peer.record_duration(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._waiting.share))
         if isinstance(self._wanted_codec, Lossless) and self._codec.zstd:
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
-            spent_s = answer.timing.ready_s - self._sent_s + inference.seconds(answer.parameters.get("decode_s"))
-            self._wanted_codec.observe(self._way.point.index, size_bytes, answer.timing.sent_bytes, spent_s)
+            timing = answer.timing
+            # A transport of the program's own may not say what encoding took.
+            encode_s = timing.send_start_s - self._sent_s if timing.encoded_s is None else timing.encode_s
+            spent_s = encode_s + inference.seconds(answer.parameters.get("decode_s"))
+            self._wanted_codec.observe(self._cut(), size_bytes, answer.timing.sent_bytes, spent_s)
         verdict, because = self._verdict(answer)
         account = functools.partial(
             inference.of_answer,
@@ -498,6 +513,7 @@ class Pending:
             answered = task.ended
             if not answered:
                 task.give_up()
+        settle(result)
         end_s = time.perf_counter()
         self._shared.times.record_tail(self._way, self.scale, end_s - begin_s)
         self._judge(task.error if answered else None, end_s, answered=answered)
@@ -540,7 +556,8 @@ class Pending:
         expected, taken_s = self._waiting.expected(self._peer, first=self._peer is self._tried[0]), end_s - self._sent_s
         remote_s = FIRST_PATIENCE_S if expected is None else expected.remote_s * max(self.scale, 1.0)
         if taken_s > remote_s:
-            if (row := self._way.row) is not None:
+            row = self._way.row if self._peer is self._tried[0] else None
+            if row is not None:
                 self._peer.missed(row.size_bytes * self.scale, taken_s - row.tail_s * self.scale)
             else:
                 self._peer.waited(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._waiting.share))

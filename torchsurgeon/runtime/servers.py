@@ -308,15 +308,18 @@ class Servers:
         best_s, quickest, taken_s, how = (head_s + tail_s) * scale, way, (head_s + tail_s) * scale, "on the device"
         device_error = self._times.slowdown().error
         surely_s = _surely_s(best_s, device_error)
-        if decision is not None and peer is not None and peer.plan is not None:
-            latencies = peer.plan.latencies(decision.estimates)
-            rows = peer.plan.frontier.rows
+        plan = None if decision is None or peer is None else peer.plan
+        rows = () if plan is None else plan.frontier.rows
+        # Another thread may have planned anew since the way was chosen. Then only what the device takes is known of it.
+        at = next((i for i, row in enumerate(rows) if decision is not None and row is decision.row), None)
+        if plan is not None and decision is not None and at is not None:
+            latencies = plan.latencies(decision.estimates)
             least = latencies.index(min(latencies))
-            taken_s = latencies[next(i for i, row in enumerate(rows) if row is decision.row)]
-            spread = 0.0 if rows[least].on_device else peer.plan.expected(rows[least], decision.estimates).spread
+            taken_s = latencies[at]
+            spread = 0.0 if rows[least].on_device else plan.expected(rows[least], decision.estimates).spread
             surely_s = min(surely_s, _surely_s(latencies[least], max(device_error, spread)))
             if latencies[least] < best_s:
-                quickest = peer.plan.ways[id(rows[least])]
+                quickest = plan.ways[id(rows[least])]
                 best_s, how = latencies[least], f"cut after {rows[least].name}"
         elif peer is not None and (expected := peer.expected_duration(way.point.index)) is not None:
             # What is kept of a server's part is not scaled down for inputs smaller than the example.
@@ -368,18 +371,18 @@ class Servers:
         """Return the server that is the quickest at a fixed cut, as its answers have shown.
 
         Where the one in use takes long, another one of which that is not known is asked once, and again after a while,
-        unless it took so much longer that this would not pay.
+        which is the longer the slower it was.
         """
         known = [peer.expected_duration(cut) for peer in usable]
         durations_s = [math.inf if duration is None else duration.value for duration in known]
         least_s, now_s = min(durations_s), time.monotonic()
         for peer, duration in zip(usable, known, strict=True):
-            worth = duration is None or duration.value <= _WORTH * least_s
+            times = 0.0 if duration is None else duration.value / least_s
+            pause_s = _AGAIN_S * (1.0 if times <= _WORTH else times**2)
             if (
                 peer is not self._preferred
-                and worth
                 and _LONG_S <= least_s < math.inf
-                and not 0 <= now_s - peer.asked_s < _AGAIN_S
+                and not 0 <= now_s - peer.asked_s < pause_s
             ):
                 return peer
         costs = [

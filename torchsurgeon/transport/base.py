@@ -37,6 +37,7 @@ class Timing(NamedTuple):
         send_end_s: when the request had been handed to the operating system.
         first_byte_s: when the answer's first byte arrived.
         end_s: when the answer was complete.
+        encode_s: seconds that encoding the request took; 0 where that is not known.
         encoded_s: when the request had been encoded; None where that is not known. Between this and the beginning of
             sending, a connection may have been opened.
     """
@@ -47,6 +48,7 @@ class Timing(NamedTuple):
     send_end_s: float
     first_byte_s: float
     end_s: float
+    encode_s: float = 0.0
     encoded_s: float | None = None
 
     @property
@@ -136,6 +138,7 @@ class ByteTransport(ABC):
             ServerUnavailableError: no complete answer came in time.
             RequestRefusedError: the server answered with an error.
         """
+        begun_s = time.perf_counter()
         try:
             message = encode()
         except EncodingError:
@@ -153,7 +156,8 @@ class ByteTransport(ABC):
         raw = yield from self._posting(path, message.header_bytes, message.buffers, limit_bytes, deadline)
         check_status(raw.status, raw.body, path)
         header_bytes = None if raw.header_bytes is None else header_length(raw.header_bytes, len(raw.body))
-        return raw.body, header_bytes, raw.timing._replace(encoded_s=encoded_s)
+        timing = raw.timing._replace(encode_s=encoded_s - begun_s, encoded_s=encoded_s)
+        return raw.body, header_bytes, timing
 
     def probe(
         self, up_bytes: int, down_bytes: int, *, timeout_s: float | None = None, deadline: Deadline | None = None
