@@ -15,6 +15,7 @@ from torch import nn
 
 import torchsurgeon as ts
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable, Finding
+from torchsurgeon.planning import Objective
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 
@@ -251,6 +252,7 @@ def test_a_chain_that_cannot_be_is_refused() -> None:
         ([one, one], [link], "latency", [1.0]),
         ([one, one], [link], "latency", [1.0, 0.0]),
         ([one, one], [link], {"throughput": 1.0, "latency": 1.0}, None),
+        ([one, one], [link], Objective(throughput=1.0, in_flight=4), None),
         ([one, one], [link], "energy", None),
     ):
         with pytest.raises(ts.PlanError):

@@ -102,7 +102,11 @@ def closed_sets(graph: ts.LayerGraph) -> list[tuple[int, ...]]:
 
 @settings(deadline=None, max_examples=40, phases=PHASES)
 @given(
-    problems(2, 7), LINKS, FACTORS, FACTORS, st.sampled_from(["latency", "energy", "throughput", "server_time", "sum"])
+    problems(2, 7),
+    LINKS,
+    FACTORS,
+    FACTORS,
+    st.sampled_from(["latency", "energy", "throughput", "server_time", "sum", Objective(throughput=1.0, in_flight=3)]),
 )
 def test_best_is_that_of_all_closed_sets_of_layers(problem, link, load, slowdown, wanted) -> None:
     graph, device, server = problem
@@ -121,6 +125,28 @@ def test_best_is_that_of_all_closed_sets_of_layers(problem, link, load, slowdown
     assert ours == pytest.approx(everything.costs(link, load, slowdown, objective).min(), rel=1e-9)
     chosen = frontier.best(link, load, slowdown, objective)
     assert frontier.costs(link, load, slowdown, objective)[frontier.rows.index(chosen)] == ours
+
+
+@settings(deadline=None, max_examples=40, phases=PHASES)
+@given(problems(2, 7), LINKS, FACTORS, FACTORS, st.integers(1, 20))
+def test_answers_of_a_stream_come_no_oftener_than_what_is_in_flight_allows(
+    problem, link, load, slowdown, in_flight
+) -> None:
+    graph, device, server = problem
+    frontier = Frontier.build(graph, device, server)
+    terms = [frontier.terms(row, link, load, slowdown) for row in frontier.rows]
+    expected = [max(one.interval_s, one.latency_s / in_flight) for one in terms]
+    bounded = Objective(throughput=2.0, in_flight=in_flight)
+    assert frontier.costs(link, load, slowdown, bounded) == pytest.approx([2.0 * one for one in expected])
+    alone = frontier.costs(link, load, slowdown, Objective(throughput=1.0, in_flight=1))
+    assert alone == pytest.approx(frontier.costs(link, load, slowdown, "latency"))
+    assert str(bounded) == f"throughput with {in_flight} in flight"
+
+
+@pytest.mark.parametrize("in_flight", [0, -1, 2.5, "4"])
+def test_a_number_in_flight_that_is_none_is_refused(in_flight) -> None:
+    with pytest.raises(ts.PlanError, match=r"in_flight .* 1 or more; got"):
+        Objective(throughput=1.0, in_flight=in_flight)
 
 
 @pytest.mark.parametrize("count", [2, 5, 20, 100])

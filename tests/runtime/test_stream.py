@@ -602,6 +602,8 @@ def test_a_stream_is_cut_for_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
             assert split.decisions[-1].row.index == 1
             split(x)
             assert split.decisions[-1].row.index == 0, "single calls have a history of their own"
+            assert all(torch.equal(answer, model(x)) for answer in split.map([x], depth=1))
+            assert split.decisions[-1].row.index == 0, "with one in flight, the rate is that of single calls"
 
 
 def test_a_streams_answers_belong_to_the_context_that_asked(server: Server) -> None:

@@ -75,7 +75,8 @@ class Calls(Wrapped):
 
         The head of one call runs while those before it are on the uplink or on the server. What counts in a stream is
         how many answers come in a second. So where the objective is latency, ``"auto"`` chooses the cut with the
-        highest rate of answers. A deadline counts from the moment at which a call's head begins.
+        highest rate of answers that ``depth`` calls in flight allow. A deadline counts from the moment at which a
+        call's head begins.
 
         Args:
             calls: each what the constructor takes as an example: a tensor, a tuple or a mapping. The iterator takes the
@@ -96,7 +97,7 @@ class Calls(Wrapped):
             )
         self._engine.stream()  # raises if the module has been closed
         deadline_s = self._deadlines.now(self.deadline_s)
-        begins = (self._beginning(*call_of(call), deadline_s, True) for call in calls)
+        begins = (self._beginning(*call_of(call), deadline_s, depth) for call in calls)
         return in_order(begins, depth, stoppable=self._engine.parts.stoppable)
 
     def submit(self, *args: Any, **kwargs: Any) -> Answering:
@@ -112,7 +113,7 @@ class Calls(Wrapped):
         Raises:
             ServerUnavailableError: the module has been closed.
         """
-        return self._engine.stream().submit(self._beginning(args, kwargs, self._deadlines.now(self.deadline_s), False))
+        return self._engine.stream().submit(self._beginning(args, kwargs, self._deadlines.now(self.deadline_s), None))
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's answer to this call without blocking the event loop; otherwise like ``submit()``."""
@@ -126,17 +127,17 @@ class Calls(Wrapped):
             raise ServerUnavailableError(future.cancelled_because) from None
 
     def _beginning(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline_s: float | None, streamed: bool
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline_s: float | None, in_flight: int | None
     ) -> Callable[[], Pending | Done]:
         """Return the function that begins a call in another thread, with its own copy of the call's tensors."""
         refuse_tracers(args, kwargs)
-        if streamed and self._engine.changes.noticed and deadline_s is None:
+        if in_flight is not None and self._engine.changes.noticed and deadline_s is None:
             self._replace_engine(self.model, wanted=False)
         engine = self._engine
         # Copied, because a camera's buffer may hold the next frame before this one has been sent.
         args, kwargs = without_gradients(lambda: with_tensors(same_layout, (args, dict(kwargs))))
         work = ModelCall(engine.parts, args, kwargs)
-        return functools.partial(engine.started, work, deadline_s, streamed=streamed)
+        return functools.partial(engine.started, work, deadline_s, in_flight=in_flight)
 
     def finish(self, names: tuple[str, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Finish an inference that another machine has begun, and return the tensors of the model's result.

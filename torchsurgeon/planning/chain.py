@@ -121,7 +121,7 @@ def plan_chain(
 
     Raises:
         PlanError: the numbers of stages, links and loads do not fit each other, a load is not positive, the objective
-            adds throughput to something else, or it counts energy and no joules are known.
+            adds throughput to something else or bounds what is in flight, or it counts energy and no joules are known.
         CodecError: ``codecs`` is of another graph.
     """
     wanted = Objective.of(objective)
@@ -135,6 +135,8 @@ def plan_chain(
         raise PlanError(f"loads must be positive numbers; got {factors}")
     if wanted.throughput and (wanted.latency or wanted.energy or wanted.server_time):
         raise PlanError("over several machines, throughput must be the only objective; it was combined with others")
+    if wanted.in_flight is not None:
+        raise PlanError("over several machines, in_flight is not counted; leave it out")
     return _Chain(graph, stages, links, wanted, factors, codecs).plan()
 
 

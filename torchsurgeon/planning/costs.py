@@ -42,7 +42,7 @@ class Terms:
         tail_s: seconds of the tail on the server.
         decode_s: seconds of decoding on the server.
         downlink_s: seconds of receiving the answer, with half the round trip.
-        interval_s: seconds between the answers of a stream of inferences.
+        interval_s: seconds between the answers of a stream of inferences, where enough of these are under way.
         device_j: the device's joules for head and encoding; None where they are unknown.
         radio_j: the joules of its radio; None where they are unknown.
     """
@@ -168,6 +168,9 @@ class CostTable:
         slowest: Array = device_s * slowdown
         for stage_s in (size_bytes * up_s_per_byte, server_s * load, crosses * downlink_s):
             np.maximum(slowest, stage_s, out=slowest)
+        if wanted.in_flight is not None:
+            latency = np.array((slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s))
+            np.maximum(slowest, table @ latency / wanted.in_flight, out=slowest)
         if wanted.throughput != 1.0:
             slowest *= wanted.throughput
         return slowest + table @ weights if sums else slowest

@@ -21,23 +21,34 @@ class Objective:
         throughput: weight of the seconds between the answers of a stream of inferences. These are the seconds of its
             slowest stage: device, uplink, server or downlink.
         server_time: weight of the server's seconds of computing, at a load of 1.
+        in_flight: how many inferences of such a stream are under way at most. No more than so many answers come in the
+            time from call to answer, however quick each stage is (Little's law). None for as many as the stages take.
 
     Raises:
-        PlanError: a weight is negative or not finite, or all are zero.
+        PlanError: a weight is negative or not finite, all are zero, or ``in_flight`` is not a positive whole number.
     """
 
     latency: float = 0.0
     energy: float = 0.0
     throughput: float = 0.0
     server_time: float = 0.0
+    in_flight: int | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        weights = dataclasses.asdict(self)
+        weights = self._weights()
         for name, weight in weights.items():
             if not (is_finite(weight) and weight >= 0):
                 raise PlanError(f"the weight of {name} must be zero or a positive number; got {short(weight)}")
         if not any(weights.values()):
             raise PlanError(f"an objective needs at least one weight above zero: {', '.join(_UNITS)}")
+        if self.in_flight is not None and not (isinstance(self.in_flight, int) and self.in_flight >= 1):
+            raise PlanError(
+                f"in_flight is how many inferences of a stream are under way at most, 1 or more; got "
+                f"{short(self.in_flight)}"
+            )
+
+    def _weights(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in _UNITS}
 
     @staticmethod
     def of(wanted: str | Mapping[str, float] | Objective) -> Objective:
@@ -64,7 +75,7 @@ class Objective:
             raise PlanError(
                 f"an objective must be {', '.join(_UNITS)} or a weighted sum of these; got {short(unknown[0])}"
             )
-        return Objective(**weights)
+        return _weighted(weights)
 
     @staticmethod
     def battery(level: Callable[[], float], *, s_per_j: float = 1.0) -> Battery:
@@ -77,16 +88,15 @@ class Objective:
         return Battery(level, s_per_j)
 
     def __str__(self) -> str:
-        used = {name: weight for name, weight in dataclasses.asdict(self).items() if weight}
-        if len(used) == 1:
-            return next(iter(used))
-        return " + ".join(f"{weight:g}·{name}" for name, weight in used.items())
+        used = {name: weight for name, weight in self._weights().items() if weight}
+        said = next(iter(used)) if len(used) == 1 else " + ".join(f"{weight:g}·{name}" for name, weight in used.items())
+        return said if self.in_flight is None else f"{said} with {self.in_flight} in flight"
 
     @property
     def unit(self) -> str:
         """The unit of the sum; empty where it adds different quantities."""
-        units = {_UNITS[name] for name, weight in dataclasses.asdict(self).items() if weight}
-        alone = [weight for weight in dataclasses.asdict(self).values() if weight]
+        units = {_UNITS[name] for name, weight in self._weights().items() if weight}
+        alone = [weight for weight in self._weights().values() if weight]
         return units.pop() if len(units) == 1 and alone == [1.0] else ""
 
 
@@ -122,7 +132,13 @@ class Battery:
 
 
 _LOW, _FULL = 0.2, 0.8
-_NAMED = {name: Objective(**{name: 1.0}) for name in _UNITS}
+
+
+def _weighted(weights: Mapping[str, float]) -> Objective:
+    return Objective(*(weights.get(name, 0.0) for name in _UNITS))
+
+
+_NAMED = {name: _weighted({name: 1.0}) for name in _UNITS}
 
 
 @dataclasses.dataclass(frozen=True)

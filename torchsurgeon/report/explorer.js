@@ -39,6 +39,7 @@
     const up = 8 / s.uplink_bit_s, down = (8 * data.answer_bytes) / s.downlink_bit_s;
     const weights = {
       slowdown: s.slowdown, load: s.load, up, down, throughput: objective.throughput, joules: objective.energy,
+      in_flight: objective.in_flight, round_trip: s.round_trip_s,
       device: objective.latency * s.slowdown,
       bytes: objective.latency * up,
       server: objective.latency * s.load + objective.server_time,
@@ -58,7 +59,11 @@
     let sum = device * w.device + row.size_bytes * w.bytes + server * w.server + crosses * w.crosses;
     if (w.joules) sum += row.device_j * w.joules;
     if (w.throughput) {
-      const slowest = Math.max(device * w.slowdown, row.size_bytes * w.up, server * w.load, crosses * w.down);
+      let slowest = Math.max(device * w.slowdown, row.size_bytes * w.up, server * w.load, crosses * w.down);
+      if (w.in_flight) {
+        const latency = device * w.slowdown + row.size_bytes * w.up + server * w.load + crosses * (w.round_trip + w.down);
+        slowest = Math.max(slowest, latency / w.in_flight);
+      }
       sum += w.throughput * slowest;
     }
     return sum;

@@ -201,11 +201,26 @@ class Adaptive:
         self._least_gain, self._on_change = least_gain, on_change
         self.decider = self._new_decider()
         self._standing: tuple[Way, Decision[Row]] | None = None
+        self._streams: dict[int, Adaptive] = {}
 
-    def toward(self, goal: Goal) -> Adaptive:
-        """Return a choice among the same rows for another goal, with a history of its own."""
+    def in_stream(self, in_flight: int) -> Adaptive:
+        """Return the choice among the same rows for streams, with a history of its own.
+
+        Where this one makes latency small, that one makes the rate of answers large. Other objectives stay.
+
+        Args:
+            in_flight: how many calls of the stream may be under way.
+        """
+        if self.goal.wanted != Objective(latency=1.0):
+            return self
+        found = self._streams.get(in_flight)
+        if found is None:
+            found = self._streams.setdefault(in_flight, self._toward(Objective(throughput=1.0, in_flight=in_flight)))
+        return found
+
+    def _toward(self, objective: Objective) -> Adaptive:
         other = copy.copy(self)
-        other.goal = goal
+        other.goal = Goal(objective)
         other.decider, other._standing = other._new_decider(), None
         return other
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from torchsurgeon.cutting import cut
 from torchsurgeon.errors import ServerUnavailableError
-from torchsurgeon.planning import Frontier, Objective
+from torchsurgeon.planning import Frontier
 from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.profiling import LayerProfile, profile
-from torchsurgeon.runtime.choice import COMPILED_GAIN, Adaptive, Goal
+from torchsurgeon.runtime.choice import COMPILED_GAIN, Adaptive
 from torchsurgeon.runtime.device import DeviceTimes
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.options import Options
@@ -32,9 +32,6 @@ def _left_s(deadline: Deadline) -> float:
         return deadline.left_s()
     except TimeoutError:
         raise ServerUnavailableError(f"the server was not made ready within {deadline.timeout_s:g} s") from None
-
-
-_THROUGHPUT = Goal(Objective(throughput=1.0))
 
 
 class Connector:
@@ -89,8 +86,6 @@ class Connector:
             least_gain=0.0 if self._options.backend is None else COMPILED_GAIN,
             on_change=self._options.on_replan,
         )
-        # Only a latency objective switches to throughput in streams; other objectives stay.
-        peer.stream_plan = plan.toward(_THROUGHPUT) if goal.wanted == Objective(latency=1.0) else plan
         peer.plan, peer.planned_for = plan, only
 
     def frontier(self, peer: Peer, only: PartitionPoint | None = None, deadline: Deadline | None = None) -> Frontier:

@@ -159,21 +159,21 @@ class Engine:
         begun_s = time.perf_counter()
         pending: Pending | Done | None = None
         try:
-            pending = self._begin(work, deadline_s, streamed=False)
+            pending = self._begin(work, deadline_s, in_flight=None)
             pending.send(in_caller=True)
             return pending.result()
         except BaseException as error:
             self._give_up(pending, begun_s, error)
             raise
 
-    def started(self, work: Work, deadline_s: float | None, *, streamed: bool = False) -> Pending | Done:
+    def started(self, work: Work, deadline_s: float | None, *, in_flight: int | None = None) -> Pending | Done:
         """Run the head of one call and send its request, for whose answer a thread of the pool waits.
 
         Args:
             work: the call.
             deadline_s: seconds from now within which its answer is due; None for no deadline.
-            streamed: whether the call belongs to a stream. The cut is then chosen for the rate of answers, not for the
-                latency of a single call.
+            in_flight: how many calls of its stream may be under way, where it belongs to one. The cut is then chosen
+                for the rate of answers, not for the latency of a single call.
 
         Raises:
             DeadlineError: no way of running the call can keep the deadline.
@@ -181,7 +181,7 @@ class Engine:
         begun_s = time.perf_counter()
         pending: Pending | Done | None = None
         try:
-            pending = self._begin(work, deadline_s, streamed=streamed)
+            pending = self._begin(work, deadline_s, in_flight=in_flight)
             pending.send()
             return pending
         except BaseException as error:
@@ -195,7 +195,7 @@ class Engine:
         if isinstance(error, Exception) and (pending is None or not pending.recorded):
             self.ledger.record_error(time.perf_counter() - begun_s, error)
 
-    def _begin(self, work: Work, deadline_s: float | None, *, streamed: bool) -> Pending | Done:
+    def _begin(self, work: Work, deadline_s: float | None, *, in_flight: int | None) -> Pending | Done:
         """Choose a cut and run the head; or run the whole call on the device, where no server is to be asked."""
         fixed, falls_back = self.servers.fixed, self.options.falls_back
         if fixed is not None and fixed.whole and deadline_s is None:
@@ -230,7 +230,7 @@ class Engine:
             begun_s = self._setup.prepare_for(work, deadline_s)
         self._learner.start()
         self._keeper.used()
-        choice = self.servers.choose(work, arithmetic, streamed=streamed)
+        choice = self.servers.choose(work, arithmetic, in_flight=in_flight)
         way = self._decoded(choice)
         if way is not choice.way:
             choice = choice._replace(way=way)

@@ -96,7 +96,6 @@ class Peer:
             self.transport, self.link or _UNKNOWN_LINK, now_s=time.monotonic
         )
         self.plan: Adaptive | None = None
-        self.stream_plan: Adaptive | None = None
         self.planned_for: PartitionPoint | None = None
         self.ready_in = -1
         self.asked_s = -math.inf

@@ -237,13 +237,14 @@ class Servers:
         epoch = self._local.epoch
         return all(peer.compared(ours) for peer in self.peers if peer.ready_in == epoch)
 
-    def choose(self, work: Work, ours: Arithmetic, *, streamed: bool) -> Choice:
+    def choose(self, work: Work, ours: Arithmetic, *, in_flight: int | None) -> Choice:
         """Choose where to cut one call, and which server to ask.
 
         Args:
             work: the call.
             ours: what this device computes with.
-            streamed: whether it belongs to a stream, whose cut is chosen for the rate of answers.
+            in_flight: how many calls of its stream may be under way, where it belongs to one. The cut of a stream is
+                chosen for the rate of answers.
         """
         fixed = self.fixed
         if fixed is not None and fixed.whole:
@@ -258,7 +259,7 @@ class Servers:
             return Choice(self.whole, None, why=self._why_nobody(ours) if wanted else None)
         if peer.plan is None or not self.chooses or not peer.plans(self.planned_for):
             return self._allowed(Choice(fixed or self.whole, peer), work)
-        plan = peer.stream_plan if streamed and peer.stream_plan is not None else peer.plan
+        plan = peer.plan if in_flight is None else peer.plan.in_stream(in_flight)
         scale = work.scale()
         # An answer that did not come tells of a change at once.
         made = None if peer.doubted else plan.standing(scale)

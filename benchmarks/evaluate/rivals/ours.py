@@ -9,7 +9,7 @@ from torch import Tensor
 
 import torchsurgeon as ts
 from benchmarks.evaluate.end_to_end import Runs
-from benchmarks.evaluate.rivals.rival import Rival, seconds, steady_rate
+from benchmarks.evaluate.rivals.rival import UNDER_WAY, Rival, seconds, steady_rate
 from benchmarks.evaluate.study import BACKENDS, Study, way_of
 from torchsurgeon.emulate import LinkEmulator, SlowDevice
 from torchsurgeon.link import PRESETS, Link
@@ -21,7 +21,7 @@ from torchsurgeon.planning.sets import Units
 
 _DECISIONS = 100
 _MODE = "bfloat16"
-_THROUGHPUT = Objective(throughput=1.0)
+_THROUGHPUT = Objective(throughput=1.0, in_flight=UNDER_WAY)
 
 
 class Ours(Rival):
@@ -74,7 +74,7 @@ class Ours(Rival):
     def rate(self, count: int) -> float:
         """Return how many answers come in a second of so many, with up to four calls under way."""
         assert self._row is not None
-        answers = self._split(self._row).map(self._study.example for _ in range(count))
+        answers = self._split(self._row).map((self._study.example for _ in range(count)), depth=UNDER_WAY)
         return steady_rate([time.perf_counter() for _ in answers])
 
     def replanning_s(self) -> float:
