@@ -282,20 +282,23 @@ def test_bytes_count_for_an_hour_and_are_forgotten_a_minute_later() -> None:
 
 def test_what_is_under_way_is_counted_before_it_has_been_sent() -> None:
     allowance = Allowance(1000)
-    first, second = object(), object()
-    allowance.reserve(first, 600)
+    first, second, third = object(), object(), object()
+    assert allowance.reserve(first, 600)
     assert allowance.left_bytes() == 400
     assert not allowance.spend(500)
-    allowance.reserve(second, 300)
+    assert not allowance.reserve(third, 401)
+    assert allowance.reserve(second, 300)
     assert not allowance.allows(200)
+    allowance.settle(third, 0)
     allowance.settle(first, 100)
     allowance.settle(second, 0)
     assert allowance.left_bytes() == 900
     allowance.settle(second, 0)
     assert allowance.left_bytes() == 900
-    allowance.reserve(first, 600)
+    assert allowance.reserve(first, 600)
     allowance.reset_after_fork()
     assert allowance.left_bytes() == 900
+    assert Allowance(None).reserve(first, 1e18)
 
 
 def test_an_allowance_is_usable_in_a_forked_child_though_a_thread_of_the_parent_held_its_lock() -> None:

@@ -143,10 +143,12 @@ def test_answers_of_a_stream_come_no_oftener_than_what_is_in_flight_allows(
     assert str(bounded) == f"throughput with {in_flight} in flight"
 
 
-@pytest.mark.parametrize("in_flight", [0, -1, 2.5, "4"])
+@pytest.mark.parametrize("in_flight", [0, -1, 2.5, "4", True])
 def test_a_number_in_flight_that_is_none_is_refused(in_flight) -> None:
     with pytest.raises(ts.PlanError, match=r"in_flight .* 1 or more; got"):
         Objective(throughput=1.0, in_flight=in_flight)
+    with pytest.raises(ts.PlanError, match="needs a weight of throughput"):
+        Objective(latency=1.0, in_flight=4)
 
 
 @pytest.mark.parametrize("count", [2, 5, 20, 100])

@@ -314,6 +314,7 @@ def test_no_more_is_sent_in_an_hour_than_is_allowed(server: Server, fallback: An
         split_of(server, partition="server", hourly_bytes=0)
 
 
+@pytest.mark.usefixtures("patient")
 def test_requests_under_way_count_among_what_is_sent_in_an_hour(server: Server) -> None:
     with (
         HttpTransport(server.url) as inner,
@@ -324,11 +325,53 @@ def test_requests_under_way_count_among_what_is_sent_in_an_hour(server: Server) 
         held.hold()
         first = split.submit(EXAMPLE)
         assert held.begun.wait(PATIENCE_S)
-        second = split.submit(EXAMPLE)
-        for answer in (second, first):
+        with torch.no_grad():
+            expected = net()(EXAMPLE)
+            assert torch.equal(split.submit(EXAMPLE).result(), expected)
+            assert split.stats()["degraded"] == {"metered": 1}
             held.go.set()
-            assert torch.equal(answer.result(), net()(EXAMPLE))
+            assert torch.equal(first.result(), expected)
         assert split.stats()["degraded"] == {"metered": 1}
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("fallback", ["local", "error"])
+def test_calls_that_are_decided_at_the_same_time_do_not_send_the_same_bytes(server: Server, fallback: Any) -> None:
+    """Each has seen before its head that one more request may be sent, and only one may."""
+    with split_of(server, partition=2, hourly_bytes=1e6, fallback=fallback) as split:
+        assert right(split)
+        servers_ = split._engine.servers
+        way = servers_.fixed
+        assert way is not None
+        servers_._allowance.hourly_bytes = split.stats()["sent_bytes"] + 1.5 * way.point.size_bytes
+        together = threading.Barrier(4)
+        head = split._engine.parts.head
+
+        def heads(*args: Any) -> Any:
+            run = head(*args)
+
+            def slowly(*tensors: Any) -> Any:
+                together.wait(PATIENCE_S)
+                return run(*tensors)
+
+            return slowly
+
+        def call(_: int) -> str:
+            try:
+                return "right" if right(split) else "wrong"
+            except ts.ServerUnavailableError as error:
+                return str(error)
+
+        with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor(4) as pool:
+            patched.setattr(split._engine.parts, "head", heads)
+            found = sorted(pool.map(call, range(4)))
+        if fallback == "local":
+            assert found == ["right"] * 4
+            assert split.stats()["degraded"] == {"metered": 3}
+        else:
+            assert [one.startswith("no request may be sent: ") for one in found] == [True] * 3 + [False]
+        assert split.stats()["servers"][0]["opened"] == 0, "no server is at fault"
+        assert split.stats()["sent_bytes"] <= servers_._allowance.hourly_bytes + 1000
 
 
 @pytest.mark.parametrize("bound", [100_000.0, 10_000.0])
@@ -708,9 +751,10 @@ def test_running_the_parts_to_learn_what_they_take_is_not_the_calls_time(
     with split_of(server, partition=2) as split:
         assert right(split)
         times = split._engine.times
-        original, slept_s = times._time, 2.0
+        original, slept_s, asked = times._time, 2.0, list[Any]()
 
         def slowly(way: Any) -> Any:
+            asked.append(way)
             time.sleep(slept_s)
             return original(way)
 
@@ -718,6 +762,7 @@ def test_running_the_parts_to_learn_what_they_take_is_not_the_calls_time(
         with split.deadline(PATIENCE_S):
             assert right(split)
         assert split.last is not None
+        assert asked
         assert split.last.decide_s < slept_s / 2
 
 
@@ -754,12 +799,12 @@ def test_other_requests_that_come_do_not_begin_a_calls_patience_anew(
         assert right(split)
         late = Failure("late", "for this test")
         monkeypatch.setattr(Waiting, "patience", lambda *_, **__: (patience_s, late))
-        more = iter([True] * 5)
+        more = iter([True] * 20)
         monkeypatch.setattr(Waiting, "crowded", lambda *_: next(more, False))
         silent.silent = True
         assert right(split)
         assert split.last is not None
-        assert patience_s * 0.9 <= split.last.wait_s < 3 * patience_s
+        assert patience_s * 0.9 <= split.last.wait_s < 10 * patience_s
         assert next(more, None) is None, "it has looked each time whether others have come"
 
 
@@ -824,10 +869,14 @@ def test_clocks_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: waited.append(device))
     )
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     there, here = SimpleNamespace(is_cuda=True, device="cuda:1"), torch.zeros(1)
     settle({"a": [here, there], "b": (there, 3)})
     assert waited == ["cuda:1"]
     settle(here)
+    capturing[0] = True
+    settle(there)
     assert len(waited) == 1
 
 
@@ -835,9 +884,31 @@ def test_clocks_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_recorded_of_this_device_was_measured_after_its_gpu_had_ended(
     server: Server, monkeypatch: pytest.MonkeyPatch, partition: Any
 ) -> None:
-    settled: list[Any] = []
+    computing_s = 0.3
     for module in (device_module, engine_module, pending_module):
-        monkeypatch.setattr(module, "settle", settled.append)
-    with split_of(server, partition=partition) as split:
+        monkeypatch.setattr(module, "settle", lambda values: time.sleep(computing_s))
+    with HttpTransport(server.url) as inner, Silent(inner) as silent, split_of(silent, partition=partition) as split:
         assert right(split)
-        assert settled
+        silent.down = True
+        assert right(split)
+        assert split.last is not None
+        assert split.last.head_s >= computing_s
+        assert partition == "device" or split.last.local_s >= computing_s
+
+
+@pytest.mark.usefixtures("patient")
+def test_what_a_server_takes_that_is_asked_in_anothers_place_is_learned_from_its_answers(
+    server: Server, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HttpTransport(server.url) as one, HttpTransport(server.url) as two:
+        first = Silent(one)
+        with split_of([first, two], link=FAST, **known) as split:
+            until(lambda: remote(split), split)
+            peers = split._engine.servers.peers
+            monkeypatch.setattr(split._engine.servers, "_peer", lambda *_: peers[0])
+            first.down = True
+            assert right(split)
+            assert split.last is not None
+            assert split.last.server == peers[1].label
+            assert peers[1].expected_duration(split.last.partition.index) is not None
+            first.down = False

@@ -263,8 +263,16 @@ def test_a_handler_may_close_the_module_while_its_call_is_under_way(
 
 
 @contextmanager
-def raising_at(function: Callable[..., Any], number: int) -> Iterator[list[int]]:
-    """Raise ``Full`` at the line of this number that runs in a function, as a handler may; yields where it was."""
+def raising_at(
+    function: Callable[..., Any], number: int, first: Callable[[], object] = lambda: None
+) -> Iterator[list[int]]:
+    """Raise ``Full`` at the line of this number that runs in a function, as a handler may; yields where it was.
+
+    Args:
+        function: the function.
+        number: the line's, from 1.
+        first: called there before it is raised.
+    """
     code, raised, left = function.__code__, list[int](), number
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -274,6 +282,7 @@ def raising_at(function: Callable[..., Any], number: int) -> Iterator[list[int]]
         left -= event == "line"
         if left == 0 and not raised:
             raised.append(frame.f_lineno)
+            first()
             raise Full
         return trace
 
@@ -557,6 +566,10 @@ def test_what_strikes_a_caller_that_gives_a_task_to_the_pool_starts_no_needless_
         with raising_at(Pool.take, line) as raised, contextlib.suppress(Full):
             run()
         struck += bool(raised)
+        end_s = time.monotonic() + PATIENCE_S
+        while not pool.idle:
+            assert time.monotonic() < end_s, f"something is left where line {raised} was struck"
+            time.sleep(0.001)
         if not raised:
             break
     assert struck > 5
@@ -564,6 +577,25 @@ def test_what_strikes_a_caller_that_gives_a_task_to_the_pool_starts_no_needless_
         run()
     assert pool.idle
     assert len(pool._threads) <= 2
+
+
+def test_what_strikes_a_caller_leaves_a_thread_for_the_next_task() -> None:
+    """Even if a thread has taken the caller's task by then, and goes on with it."""
+    for line in itertools.count(1):
+        one, go, begun = Pool("goes-on"), threading.Event(), threading.Event()
+        try:
+            assert one.submit(lambda: None).wait(PATIENCE_S)
+            wait = functools.partial(begun.wait, 0.1)
+            with raising_at(Pool.take, line, wait) as raised, contextlib.suppress(Full):
+                one.submit(lambda begun=begun, go=go: (begun.set(), go.wait()))
+            next_task = one.submit(lambda: "ended")
+            assert next_task.wait(10.0), f"it waits behind the other where line {raised} was struck"
+            assert next_task.result() == "ended"
+        finally:
+            go.set()
+            one.close()
+        if not raised:
+            break
 
 
 def test_a_pool_forgets_what_was_handed_over_to_it(pool: Pool) -> None:

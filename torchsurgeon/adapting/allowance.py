@@ -60,15 +60,24 @@ class Allowance:
                 self._count(size_bytes)
             return allowed
 
-    def reserve(self, request: object, size_bytes: float) -> None:
-        """Keep bytes for a request that begins now, until ``settle()``."""
-        if self.hourly_bytes is not None:
-            self._reserved[request] = size_bytes
+    def reserve(self, request: object, size_bytes: float) -> bool:
+        """Keep bytes for a request until ``settle()``, if they keep the bound; return whether they do."""
+        if self.hourly_bytes is None:
+            return True
+        with self._lock:
+            allowed = size_bytes <= self._left_bytes()
+            if allowed:
+                self._reserved[request] = size_bytes
+            return allowed
 
     def settle(self, request: object, sent_bytes: float) -> None:
         """Count what a request has sent, in place of what was reserved for it."""
-        self.spent(sent_bytes)
-        self._reserved.pop(request, None)
+        if self.hourly_bytes is None:
+            return
+        with self._lock:
+            self._reserved.pop(request, None)
+            if sent_bytes > 0:
+                self._count(sent_bytes)
 
     def allows(self, size_bytes: float) -> bool:
         """Return whether so many bytes more would keep the bound."""
@@ -86,8 +95,7 @@ class Allowance:
         oldest_s = self._now() - _HOUR_S - _SLOT_S
         while self._slots and self._slots[0][0] <= oldest_s:
             self._slots.popleft()
-        reserved = sum(tuple(self._reserved.values()))
-        return self.hourly_bytes - sum(count for _, count in self._slots) - reserved
+        return self.hourly_bytes - sum(count for _, count in self._slots) - sum(self._reserved.values())
 
     def _count(self, size_bytes: float) -> None:
         begin_s = self._now() // _SLOT_S * _SLOT_S

@@ -41,10 +41,16 @@ class Objective:
                 raise PlanError(f"the weight of {name} must be zero or a positive number; got {short(weight)}")
         if not any(weights.values()):
             raise PlanError(f"an objective needs at least one weight above zero: {', '.join(_UNITS)}")
-        if self.in_flight is not None and not (isinstance(self.in_flight, int) and self.in_flight >= 1):
+        if self.in_flight is None:
+            return
+        if type(self.in_flight) is not int or self.in_flight < 1:
             raise PlanError(
-                f"in_flight is how many inferences of a stream are under way at most, 1 or more; got "
+                "in_flight is how many inferences of a stream are under way at most, 1 or more; got "
                 f"{short(self.in_flight)}"
+            )
+        if not self.throughput:
+            raise PlanError(
+                "in_flight says how large the throughput can be; it needs a weight of throughput above zero"
             )
 
     def _weights(self) -> dict[str, float]:

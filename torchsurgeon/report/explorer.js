@@ -91,9 +91,11 @@
     }
     const up = (8 * row.size_bytes) / s.uplink_bit_s, down = (8 * data.answer_bytes) / s.downlink_bit_s;
     const decode = s.load * row.decode_s, tail = s.load * row.tail_s, { radio } = named(data.links, s.link);
+    const { in_flight: inFlight } = named(data.objectives, s.objective);
     return {
       head, encode, uplink: s.round_trip_s / 2 + up, decode, tail, downlink: s.round_trip_s / 2 + down,
-      interval: Math.max(head + encode, up, tail + decode, down),
+      interval: Math.max(head + encode, up, tail + decode, down,
+        (head + encode + s.round_trip_s + up + decode + tail + down) / (inFlight ?? Infinity)),
       radio: radio && up * (radio.up_w_per_bit_s * s.uplink_bit_s + radio.base_w) +
         down * (radio.down_w_per_bit_s * s.downlink_bit_s + radio.base_w) + radio.tail_j,
     };
@@ -290,7 +292,7 @@
       find("others").textContent = `The limits: ${data.constraints.join(", ")}.`;
       return;
     }
-    const value = cost(rows[best], weights), what = OBJECTIVES[objective.name]?.[1] ?? "weighted sum";
+    const value = cost(rows[best], weights), what = OBJECTIVES[objective.name.split(" with ")[0]]?.[1] ?? "weighted sum";
     choice.textContent = `★ ${cutText(rows[best])}: ${what} ${quantity(value, objective.unit)}`;
     const ends = ["all on the device", "all on the server"].map((name, k) => {
       const end = Math.min(...frontiers[settings.codec]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +91,9 @@ def plan_picture(graph: LayerGraph, plan: Plan, path: str | Path) -> None:
 def _draw_latency(axis: Any, terms: Sequence[Terms], plan: Plan, star: int) -> None:
     _stacked(axis, {name: [getattr(t, f"{name}_s") * 1e3 for t in terms] for name, _ in PARTS}, dict(PARTS))
     if plan.objective.throughput:
-        axis.plot([t.interval_s * 1e3 for t in terms], "kD", markersize=4, label="time between answers of a stream")
+        in_flight = plan.objective.in_flight or math.inf
+        intervals_ms = [max(t.interval_s, t.latency_s / in_flight) * 1e3 for t in terms]
+        axis.plot(intervals_ms, "kD", markersize=4, label="time between answers of a stream")
     axis.set_ylabel("latency (ms)")
     _star(axis, star, plan.terms.latency_s * 1e3, f"{place(plan.row)}\n{_values(plan)}")
     _legend(axis)

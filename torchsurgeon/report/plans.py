@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -108,7 +109,7 @@ def sweep_table(sweep: Sweep) -> FittingTable:
 
 def objective_name(objective: Objective) -> str:
     """Return what the value of an objective is called."""
-    return _VALUES.get(str(objective), "weighted sum")
+    return _VALUES.get(str(dataclasses.replace(objective, in_flight=None)), "weighted sum")
 
 
 def constraint_texts(constraints: Constraints) -> list[str]:

@@ -27,12 +27,12 @@ _TIMED_RUNS = 3
 
 
 def settle(values: Any) -> None:
-    """Wait until GPUs have computed tensors, so that a clock that is read next says what computing them took.
+    """Wait until CUDA devices have computed tensors, so that a clock that is read next says what computing them took.
 
     Args:
         values: tensors, in tuples, lists, dicts and what else PyTorch flattens.
     """
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
         for device in {leaf.device for leaf in tree_leaves(values) if getattr(leaf, "is_cuda", False)}:
             torch.cuda.current_stream(device).synchronize()
 

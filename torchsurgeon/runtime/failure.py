@@ -14,6 +14,11 @@ from torchsurgeon.errors import (
     ServerUnavailableError,
 )
 
+
+class MeteredError(ServerUnavailableError):
+    """The request would be above what may be sent in this hour, so it was not sent, and no server is at fault."""
+
+
 # HTTP statuses that blame the content of one request, not the server.
 _REQUESTS_FAULT = (400, 413, 415, 422)
 
@@ -45,6 +50,7 @@ class Failure:
 _WORDS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((EncodingError,), "encoding"),
     ((NoThreadError,), "threads"),
+    ((MeteredError,), "metered"),
     ((ModelMismatchError,), "mismatch"),
     ((RequestRefusedError,), "refused"),
     ((ServerUnavailableError, OSError), "unavailable"),

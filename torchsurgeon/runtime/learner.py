@@ -56,9 +56,9 @@ class Learner:
         """Begin to find out what is not known yet, in a thread of the pool; to be called at every inference."""
         if self._busy or not self._due() or time.monotonic() < self._next_s:
             return
-        self._busy = True
-        self._next_s = time.monotonic() + _AGAIN_S
         try:
+            self._busy = True
+            self._next_s = time.monotonic() + _AGAIN_S
             self._pool.submit(self._run, self._stop)
         except BaseException as error:
             # Also what a signal handler raises here, which must not end all learning.
@@ -86,8 +86,8 @@ class Learner:
                 return
             self._asked.clear()
             key = (self._parts.generation, *key[1:])
-        self._asked.add(key)
         try:
+            self._asked.add(key)
             self._pool.submit(functools.partial(self._build, way), self._stop)
         except BaseException as error:
             self._asked.discard(key)

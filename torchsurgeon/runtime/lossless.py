@@ -94,8 +94,9 @@ class Lossless:
                 known.share = share
                 known.s_per_byte = s_per_byte if known.seen == 1 else min(s_per_byte, known.s_per_byte)
                 return
+            most = _MOST_TIMES * max(known.s_per_byte, _LEAST_S_PER_BYTE)
             known.share += _LEARNING * (share - known.share)
-            known.s_per_byte += _LEARNING * (min(s_per_byte, _MOST_TIMES * known.s_per_byte) - known.s_per_byte)
+            known.s_per_byte += _LEARNING * (min(s_per_byte, most) - known.s_per_byte)
 
     def __str__(self) -> str:
         return self.name

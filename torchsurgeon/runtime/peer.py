@@ -179,7 +179,7 @@ class Peer:
         exact: Arithmetic | None = None,
         backend: str | None = None,
         *,
-        size_bytes: float = 0.0,
+        reserved: object = None,
     ) -> Steps[Answer]:
         """Return the server's answer to named tensors, in steps.
 
@@ -191,7 +191,7 @@ class Peer:
             deadline: when to give up.
             exact: what the server has to compute with; None for anything.
             backend: by which backend; None for the server's own.
-            size_bytes: what the request is expected to take of the bytes that may be sent in this hour.
+            reserved: for which request bytes were reserved of those that may be sent in this hour.
 
         Raises:
             ModelMismatchError: the server holds another model now, or computes with something else than ``exact``.
@@ -214,7 +214,6 @@ class Peer:
         deadline.most_bytes = self.allowance.left_bytes()
         try:
             self._asking[request] = begun_s
-            self.allowance.reserve(request, size_bytes)
             answer = yield from self._checked(infer, deadline)
             if not deadline.sent_bytes:
                 # A transport of the program's own, which counts its answers only.
@@ -228,7 +227,7 @@ class Peer:
             self._asking.pop(request, None)
             with self._counting:
                 self.sent_bytes += deadline.sent_bytes
-            self.allowance.settle(request, deadline.sent_bytes)
+            self.allowance.settle(reserved, deadline.sent_bytes)
 
     def _checked(self, infer: Callable[[], Steps[Answer]], deadline: Deadline) -> Steps[Answer]:
         known = self._identity

@@ -37,7 +37,7 @@ from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes, settle
 from torchsurgeon.runtime.driven import Driven
-from torchsurgeon.runtime.failure import Failure, is_requests_fault
+from torchsurgeon.runtime.failure import Failure, MeteredError, is_requests_fault
 from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.inference import Moments
 from torchsurgeon.runtime.keeper import Keeper
@@ -165,6 +165,7 @@ class Pending:
             size_bytes += tensor.nbytes
         self.scale = size_bytes / example_bytes if example_bytes else 1.0
         self._tried = [peer]
+        self._reserved = object()
         self._task: Task[Answer] | None = None
         self._deadline: Deadline | None = None
         self._sent_s = 0.0
@@ -192,6 +193,14 @@ class Pending:
         shared = self._shared
         if self._way.student is not None and self._way.codec is not None and not self._peer.has(self._way.codec):
             self._compute_without_student()
+        metered = shared.servers.metered(self._way, self._work, self._reserved)
+        if metered is not None:
+            # Other calls have begun to send since this one was decided.
+            if not shared.options.falls_back:
+                raise ServerUnavailableError(f"no request may be sent: {metered.text}")
+            self._task = Task(None, None)
+            self._task.fail(MeteredError(metered.text))
+            return
         self._sent_s = time.perf_counter()
         limit_s = self._peer.transport.timeout_s
         if self._deadline_s is not None and not shared.options.falls_back:
@@ -254,9 +263,7 @@ class Pending:
         backend: str | None,
     ) -> Steps[Answer]:
         try:
-            row, scale = self._way.row, self.scale
-            size_bytes = (self._way.point.size_bytes if row is None else row.size_bytes) * scale
-            return (yield from peer.asking(tensors, codecs, deadline, exact, backend, size_bytes=size_bytes))
+            return (yield from peer.asking(tensors, codecs, deadline, exact, backend, reserved=self._reserved))
         finally:
             self._shared.ledger.record_sent(deadline.sent_bytes)
 
@@ -270,6 +277,7 @@ class Pending:
     def cancel(self) -> None:
         """Give the request up: nobody wants the answer any more."""
         self._unwanted = True
+        self._peer.allowance.settle(self._reserved, 0.0)
         if self._task is not None:
             self._task.give_up()
         if self._deadline is not None:
@@ -317,6 +325,8 @@ class Pending:
                 self.recorded = True
                 self._shared.ledger.record_error(time.perf_counter() - self._moments.begun_s, error)
             raise
+        finally:
+            self._peer.allowance.settle(self._reserved, 0.0)
 
     def _result(self) -> Any:
         while True:
@@ -394,7 +404,7 @@ class Pending:
         # What the row foretells is the first server's time, and says nothing of another one that is asked instead.
         foretold_s = row.tail_s * self.scale if row is not None and peer is self._tried[0] else 0.0
         peer.observe(answer, foretold_s)
-        if row is None:
+        if row is None or peer is not self._tried[0]:
             taken_s = min(max(answer.timing.end_s - self._sent_s, 1e-6), peer.transport.timeout_s)
             peer.record_duration(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._waiting.share))
         if isinstance(self._wanted_codec, Lossless) and self._codec.zstd:
@@ -443,7 +453,7 @@ class Pending:
     def _failed(self, error: BaseException) -> bool:
         """Record that the server failed, and return whether another server may do better."""
         self._why = failure = Failure.of(error)
-        if isinstance(error, EncodingError | NoThreadError):
+        if isinstance(error, EncodingError | NoThreadError | MeteredError):
             # Nothing was sent, and nothing would be sent to another server.
             return False
         if isinstance(error, RequestRefusedError) and is_requests_fault(error) and self._unusual():
@@ -561,6 +571,7 @@ class Pending:
                 self._peer.missed(row.size_bytes * self.scale, taken_s - row.tail_s * self.scale)
             else:
                 self._peer.waited(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._waiting.share))
+                self._peer.doubted = True
         if taken_s > max(_SLOW_FACTOR * remote_s, _LEAST_SLOW_S):
             self._peer.failed(why)
         self._shared.keeper.wake()

@@ -36,7 +36,7 @@ class Task(Generic[T]):
         error: what it raised.
     """
 
-    __slots__ = ("_cancel", "_pending", "_work", "ended", "error", "settings", "value")
+    __slots__ = ("_cancel", "_pending", "_untaken", "_work", "ended", "error", "settings", "value")
 
     def __init__(self, work: Callable[[], T] | None, cancel: Callable[[], object] | None) -> None:
         self.settings: ThreadSettings | None = None
@@ -45,12 +45,20 @@ class Task(Generic[T]):
         self.error: BaseException | None = None
         self._work = work
         self._cancel = cancel
+        self._untaken = [True]
         # A bare lock, which unlike an Event costs no Python code to wait for.
         self._pending = threading.Lock()
         self._pending.acquire()
 
     def run(self, before_end: Callable[[Task[T]], object]) -> None:
-        """Call the function in this thread of a pool; ``before_end`` is called before whoever waits goes on."""
+        """Call the function in this thread of a pool; ``before_end`` is called before whoever waits goes on.
+
+        A task that another thread runs, or has run, is left alone.
+        """
+        try:
+            self._untaken.pop()
+        except IndexError:
+            return
         try:
             self._call()
         except BaseException as error:
@@ -195,10 +203,13 @@ class Pool:
                     # A garbage collection in this very method has closed the pool.
                     raise ServerUnavailableError("the SplitModule has been closed")
         except BaseException as error:
-            self._given.discard(task)
-            if not isinstance(error, NoThreadError):
-                # A signal handler may have raised at any moment, perhaps after a thread has taken the task.
+            if isinstance(error, NoThreadError):
+                self._given.discard(task)
+            else:
+                # A signal handler may have raised at any moment, perhaps after a thread has taken the task. Only the
+                # thread that runs it knows when it is free again, so one has to run it, and does so once.
                 task.give_up()
+                self._tasks.put(task)
             raise
 
     def run_here(self, work: Callable[[], T], cancel: Callable[[], object]) -> Task[T]:

@@ -38,7 +38,8 @@ _ANSWER_FACTOR = 64
 _KEPT_DECISIONS = 256
 # Calls move to another server only if it costs less than nine tenths of what the present one costs.
 _STAY = 0.9
-# At a fixed cut, another server is asked again after this time, if it took at most so many times as long as the best.
+# At a fixed cut, another server is asked again after this time. One that took more than so many times as long as the
+# best is asked later: after this time multiplied by the square of how many times it was.
 _AGAIN_S, _WORTH = 10.0, 3.0
 # A call that takes less than this is not worth looking for a better server.
 _LONG_S = 0.1
@@ -276,12 +277,19 @@ class Servers:
         metered = None if choice.way.whole else self.metered(choice.way, work)
         return choice if metered is None else Choice(self.whole, None, choice.decision, metered)
 
-    def metered(self, way: Way, work: Work) -> Failure | None:
-        """Return why no request of a call may be sent in this hour; None where it may."""
+    def metered(self, way: Way, work: Work, request: object = None) -> Failure | None:
+        """Return why no request of a call may be sent in this hour; None where it may.
+
+        Args:
+            way: how the call is cut.
+            work: the call.
+            request: if given, the bytes are reserved for it, so that no other request counts on them.
+        """
         if self._allowance.hourly_bytes is None:
             return None
         size_bytes = (way.point.size_bytes if way.row is None else way.row.size_bytes) * work.scale()
-        if self._allowance.allows(size_bytes):
+        allowance = self._allowance
+        if allowance.allows(size_bytes) if request is None else allowance.reserve(request, size_bytes):
             return None
         text = (
             f"{size_bytes:.0f} bytes more would be above hourly_bytes={self._allowance.hourly_bytes:.0f} in this hour; "

@@ -50,6 +50,8 @@ class Waiting:
     def patience(self, peer: Peer, *, first: bool) -> tuple[float, Failure]:
         """Return how many seconds to wait before the tail is started on the device, and the failure to record then.
 
+        With a deadline the seconds count from now, and without one from when the request was sent.
+
         Args:
             peer: the server that is asked.
             first: whether it is the first one that the call asks.
