@@ -41,8 +41,9 @@ def section() -> str:
                 f"""
                 **Uplinks, simulated.** The same question of whole recordings, of which the table above replays the
                 first seconds, by `benchmarks.runtime.adapting`, as ratios to the oracle's mean latency. The rival,
-                *averages*, has all that ours has, with moving averages in place of its estimates. Aimed at are {AIM} at most, and {AIM_WITH_STALLS} over uplinks that stall for
-                longer than a second: {_reached(simulated)}.
+                *averages*, has all that ours has, with moving averages in place of its estimates. Aimed at are
+                {AIM} at most, and {AIM_WITH_STALLS} over uplinks that stall for longer than a second:
+                {_reached(simulated)}.
                 """
             ),
             table(
