@@ -106,8 +106,12 @@ def splits(gains: Sequence[float]) -> str:
     if not gains:
         return "No choice is a split."
     each = listed([f"{gain:.2f}×" for gain in gains])
-    said = "One choice is a split, which is" if len(gains) == 1 else f"{len(gains)} choices are splits, which are"
-    return f"{said} {each} as fast as the better end; one that two tables share counts once."
+    if len(gains) == 1:
+        return f"One choice is a split, which is {each} as fast as the better end."
+    return (
+        f"{len(gains)} choices are splits, which are {each} as fast as the better end; one that two tables share counts"
+        " once."
+    )
 
 
 def section(folder: Path) -> str:
