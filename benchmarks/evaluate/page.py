@@ -89,7 +89,7 @@ this package's planner and predictors on what the paper's authors measured, besi
 the same questions asked of networks of today.
 
 ```bash
-make evaluate        # most of this page, within an hour (it took 30 minutes); what it leaves is said where it stands
+make evaluate        # most of this page, within an hour; what it leaves as recorded is said where it stands
 make evaluate-quick  # a part of it, within five minutes, into build/evaluation/
 ```
 
