@@ -39,9 +39,9 @@ class Held(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = threading.Event()
+        self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
-        self.inner = Gated(self.gate)
+        self.inner = Gated(self.gate, self.entered)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x)
@@ -50,12 +50,15 @@ class Held(nn.Module):
 class Gated(nn.Module):
     """A module that stays one layer."""
 
-    def __init__(self, gate: threading.Event) -> None:
+    def __init__(self, gate: threading.Event, entered: threading.Event) -> None:
         super().__init__()
-        self.gate = gate
+        self.gate, self.entered = gate, entered
 
     def forward(self, x: Tensor) -> Tensor:
+        self.entered.set()
         self.gate.wait(20)
+        # So long that the server does not run it in the thread that answers everybody else, as it does quick ones.
+        time.sleep(0.01)
         return x * 2
 
 
@@ -74,8 +77,12 @@ def test_load_tells_of_every_model_what_waits_and_what_requests_take() -> None:
         for _ in range(3):
             assert ask(server, INFER, BODY)[0] == 200
         model.gate.clear()
+        model.entered.clear()
         threads = [threading.Thread(target=ask, args=(server, INFER, BODY)) for _ in range(4)]
-        for thread in threads:
+        # The first one runs alone, and not together with one that has come at the same time.
+        threads[0].start()
+        assert model.entered.wait(20)
+        for thread in threads[1:]:
             thread.start()
         end_s = time.monotonic() + 20
         while ask(server, "/v2/load")[1]["models"]["net"]["waiting"] < 3:

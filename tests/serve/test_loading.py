@@ -43,14 +43,21 @@ def test_a_server_gives_memory_back_once_after_each_busy_time(monkeypatch: pytes
     monkeypatch.setattr(idle, "give_freed_memory_back", lambda: given.append(1))
     registry = ModelRegistry()
     registry.announce("other")
-    name = registry.add("net", nn.Linear(3, 2).eval(), torch.ones(1, 3)).graph.inputs[0].name
+    net = registry.add("net", nn.Linear(3, 2).eval(), torch.ones(1, 3))
+    name = net.graph.inputs[0].name
     body = {"inputs": [{"name": name, "datatype": "FP32", "shape": [1, 3], "data": [1.0, 2.0, 3.0]}]}
     memory = IdleMemory(registry)
     with Server(create_app(registry)) as server:
         assert not memory.look(), "nothing has been asked yet"
         for busy in (1, 2):
             for _ in range(2):
+                ended = net.statistics.ended
                 assert requests.post(f"{server.url}/v2/models/net/infer", json=body, timeout=60).ok
+                # An answer may be here before the server has counted it.
+                end_s = time.monotonic() + 60
+                while net.statistics.ended == ended:
+                    assert time.monotonic() < end_s
+                    time.sleep(0.001)
                 assert not memory.look(), "a request has ended since the look before"
             assert memory.look()
             assert not memory.look(), "it has been given back"

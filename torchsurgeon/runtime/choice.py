@@ -215,12 +215,14 @@ class Adaptive:
             return self
         found = self._streams.get(in_flight)
         if found is None:
-            found = self._streams.setdefault(in_flight, self._toward(Objective(throughput=1.0, in_flight=in_flight)))
+            other = self.toward(Goal(Objective(throughput=1.0, in_flight=in_flight)))
+            found = self._streams.setdefault(in_flight, other)
         return found
 
-    def _toward(self, objective: Objective) -> Adaptive:
+    def toward(self, goal: Goal) -> Adaptive:
+        """Return a choice among the same rows for another goal, with a history of its own."""
         other = copy.copy(self)
-        other.goal = Goal(objective)
+        other.goal = goal
         other.decider, other._standing = other._new_decider(), None
         return other
 
