@@ -40,7 +40,8 @@ class Allowance:
 
     def reset_after_fork(self) -> None:
         """Make a lock that no thread of the parent process holds. What has been sent still counts."""
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler may give up a call while the thread that it interrupts holds the lock.
+        self._lock = threading.RLock()
         self._reserved = {}
 
     def spent(self, size_bytes: float) -> None:
