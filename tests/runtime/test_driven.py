@@ -589,7 +589,7 @@ def test_what_strikes_a_caller_leaves_a_thread_for_the_next_task() -> None:
             with raising_at(Pool.take, line, wait) as raised, contextlib.suppress(Full):
                 one.submit(lambda begun=begun, go=go: (begun.set(), go.wait()))
             next_task = one.submit(lambda: "ended")
-            assert next_task.wait(10.0), f"it waits behind the other where line {raised} was struck"
+            assert next_task.wait(PATIENCE_S), f"it waits behind the other where line {raised} was struck"
             assert next_task.result() == "ended"
         finally:
             go.set()

@@ -158,11 +158,16 @@ def test_opening_a_connection_does_not_count_as_compressing(monkeypatch: pytest.
             model, x, server=server.url, name="net", partition="0", link=link, codec="auto", fallback="error"
         ) as split,
     ):
-        assert torch.equal(split(x), model(x))
+        split.prepare()
+        begun_s = time.perf_counter()
+        answer = split(x)
+        # What is left of the call for everything but the opening, however busy the machine is.
+        rest_s = time.perf_counter() - begun_s - opening_s
+        assert torch.equal(answer, model(x))
         assert split.last is not None
-        assert split.last.encode_s < opening_s / 2
+        assert split.last.encode_s <= rest_s
         assert split.last.uplink_s >= opening_s
         assert split.last.sent_bytes < x.nbytes
         chosen = split.codec
         assert isinstance(chosen, Lossless)
-        assert all(cut.s_per_byte * x.nbytes < opening_s / 2 for cut in chosen._cuts.values())
+        assert all(cut.s_per_byte * x.nbytes <= rest_s for cut in chosen._cuts.values())

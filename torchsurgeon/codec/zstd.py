@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torchsurgeon.errors import CodecError, short
 
-# Higher levels take longer. They make floats and packed values hardly smaller, but pixels by 6 %.
+# Higher levels take longer. They make pixels smaller, but hardly floats and packed values.
 _LEVEL, _LEVEL_OF_INTEGERS = 1, 3
 
 
