@@ -18,7 +18,7 @@ from torch import nn
 import torchsurgeon as ts
 from torchsurgeon import cli, report
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
-from torchsurgeon.planning import Frontier, Row
+from torchsurgeon.planning import Frontier, Objective, Row
 from torchsurgeon.planning.decide import choose
 from torchsurgeon.planning.plans import place
 from torchsurgeon.profiling import LayerEnergy, LayerProfile
@@ -308,6 +308,23 @@ def test_limits_are_kept_and_said_where_nothing_keeps_to_them(browser: Browser, 
         else:
             assert is_row(data["rows"][position], terms.row)
     assert 0 < told < len(SETTINGS)
+    assert browser.messages() == []
+
+
+def test_a_bound_on_what_is_in_flight_counts_on_the_page_too(browser: Browser, tmp_path: Path) -> None:
+    bounded = Objective(throughput=1.0, in_flight=2)
+    plan = planned(objective=bounded)
+    report.explorer(GRAPH, plan, tmp_path / "stream.html")
+    browser.open(tmp_path / "stream.html")
+    data = page_data(GRAPH, plan)
+    told_apart = 0
+    for settings in SETTINGS:
+        there = situation(move(browser, {"codec": ANY_CODEC, **settings}))
+        best = plan.frontier.best(*there, bounded)
+        assert is_row(data["rows"][int(browser.run("return document.getElementById('choice').dataset.row"))], best)
+        assert "an answer every" in browser.run("return document.getElementById('choice').textContent")
+        told_apart += best != plan.frontier.best(*there, "throughput")
+    assert told_apart, "these settings do not tell the bound from none"
     assert browser.messages() == []
 
 
