@@ -110,20 +110,14 @@ def _paper(docs: str, folder: Path) -> str:
 
 def _server(docs: str) -> str:
     read = json.loads(device_figures.SERVING.read_text())
-    gains = {name: _over_by_hand(found["rows"]["20"]) for name, found in read["results"].items()}
+    gains = {name: server_rivals.over_by_hand(found["rows"]["20"]) for name, found in read["results"].items()}
     (alone,) = (gain for name, gain in gains.items() if name != ON_GPU)
-    on_cpu = [_over_by_hand(found["rows"]["20"]) for found in result_file.known(server_rivals.OUT).values()]
+    on_cpu = [server_rivals.over_by_hand(found["rows"]["20"]) for found in result_file.known(server_rivals.OUT).values()]
     least, most = min(on_cpu), max(on_cpu)
     return f"""**[{times(gains[ON_GPU])} as many requests a second]({docs}serving.md#speed)** as the quicker of two
         servers that one writes by hand with Starlette: twenty connections ask for the second half of ViT-B/16, which an
         {read["environment"]["gpu"]} computes, and requests that wait run together. With ResNet-18, whose requests were
         not joined in that run, it is {times(alone)}. On two processor cores it is {least:.2f} to {most:.2f}×."""
-
-
-def _over_by_hand(rows: Mapping[str, Any]) -> float:
-    """Return how many times as many requests a second torchsurgeon answers as the quicker server by hand."""
-    rate = {name: float(row["rate_s"]["median"]) for name, row in rows.items()}
-    return rate[server_rivals.OURS] / max(rate[server_rivals.POOL], rate[server_rivals.INLINE])
 
 
 def _backends(docs: str) -> str:

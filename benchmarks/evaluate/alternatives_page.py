@@ -113,9 +113,8 @@ def _opening(environment: Mapping[str, Any], elsewhere: list[str]) -> str:
         All take turns in random order, over all links, and every answer is compared with eager PyTorch's. Shown are
         medians. Frames a second are those of a stream that goes on: of {alternatives.STREAM_FRAMES}
         frames and more, all but the first and the last {UNDER_WAY} are counted; where a schedule answers batches, one
-        of {alternatives.STREAM_FRAMES} follows the other; where nothing overlaps, one call does. In a stream of ours,
-        several requests may be encoded at once on the device's core, which makes each of them slower; the servers'
-        rivals encode one after the other.
+        of {alternatives.STREAM_FRAMES} follows the other; where nothing overlaps, one call does. Requests of a
+        stream are encoded one after the other, as on a device with one core.
         [alternatives.json](../benchmarks/results/evaluation/alternatives.json) has the quartiles, the cuts and how far
         the answers are from eager PyTorch's.
         `make evaluate` leaves {" and ".join(alternatives.SLOW)} as it is recorded, which takes ten minutes.

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -201,12 +202,13 @@ def _slowed(codecs: CodecTable) -> CodecTable:
 
 @contextmanager
 def slow_codecs() -> Iterator[None]:
-    """Have all codecs of this process take as long to encode as on the slow device."""
-    device, encode = SlowDevice(SLOWER), Codec.encode
+    """Have all codecs of this process take as long to encode as on the slow device, one after the other on its core."""
+    device, encode, core = SlowDevice(SLOWER), Codec.encode, threading.RLock()
 
     @functools.wraps(encode)
     def slowly(*args: Any, **kwargs: Any) -> Any:
-        return device.call(encode, *args, **kwargs)
+        with core:
+            return device.call(encode, *args, **kwargs)
 
     with mock.patch.object(Codec, "encode", slowly):
         yield

@@ -793,8 +793,38 @@ def test_what_one_server_is_foretold_to_take_is_not_expected_of_another(
             assert split.last is not None
             assert split.last.server == split._engine.servers.peers[1].label
             # What that server takes is learned from its own answers.
-            assert split._engine.servers.peers[1].expected_duration(split.last.partition.index) is not None
+            assert split._engine.servers.peers[1].expected_duration(split.last.partition) is not None
             first.down = False
+
+
+class Branches(nn.Module):
+    """Two branches, so that two layers on the device may be either of two sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.right = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.left(x) + self.right(x)
+
+
+@pytest.mark.usefixtures("patient")
+def test_cuts_with_as_many_layers_on_the_device_have_times_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Branches().eval(), torch.rand(1, 8)
+    with serving(model, x) as server, ts.SplitModule(model, x, server=server.url, name="net") as split:
+        layers = {layer.name: layer.index for layer in split.graph.layers}
+        left, right_ = (split.graph.point_of([layers[f"{one}.0"], layers[f"{one}.1"]]) for one in ("left", "right"))
+        assert left.index == right_.index
+        split.partition = left
+        split(x)
+        (peer,) = split._engine.servers.peers
+        assert peer.expected_duration(left) is not None
+        assert peer.expected_duration(right_) is None
+        times = split._engine.times
+        monkeypatch.setattr(times, "_time", lambda way: (1.0, 2.0) if way.point == left else (3.0, 4.0))
+        assert times.expected_s(Way(left, whole=False)) == (1.0, 2.0)
+        assert times.expected_s(Way(right_, whole=False)) == (3.0, 4.0)
 
 
 @pytest.mark.usefixtures("patient")

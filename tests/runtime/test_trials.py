@@ -52,3 +52,14 @@ def test_a_link_is_probed_although_a_ping_is_due_whenever_the_servers_are_looked
         split_of(f"http://127.0.0.1:{emulator.port}", backend=device, link=SLOW, **known) as split,
     ):
         until(lambda: split.stats()["servers"][0]["probes"] > 0 < split.stats()["pings"], split)
+
+
+@pytest.mark.parametrize("fallback", ["local", "error"])
+def test_a_link_that_is_quicker_than_was_believed_is_found_out(
+    server: Server, known: dict[str, Any], fallback: Any
+) -> None:
+    """As after a single slow transfer: while everything runs on the device, no call shows what the link is like."""
+    with split_of(server, backend=device, fallback=fallback, link=SLOW, **known) as split:
+        assert right(split)
+        assert split.partition == split.graph.points[-1]
+        until(lambda: split.last is not None and split.last.server is not None, split)

@@ -134,7 +134,7 @@ class CodecTable:
 
     def at(self, point: int | PartitionPoint) -> tuple[CodecRow, ...]:
         """Return the rows of a partition point, or of the one with this index; empty where none were measured."""
-        place = (point, None) if isinstance(point, int) else (point.index, point.layers)
+        place = (point, None) if isinstance(point, int) else point.place
         return tuple(row for row in self.rows if (row.point, row.layers) == place)
 
     def costs(self, point: int | PartitionPoint) -> tuple[CodecCost, ...]:

@@ -48,7 +48,7 @@ class DeviceTimes:
     ) -> None:
         self.example, self.profiles = plain_example(example), tuple(profiles)
         self._parts = parts
-        self._timed: dict[tuple[int, str], tuple[float, float]] = {}
+        self._timed: dict[tuple[object, str], tuple[float, float]] = {}
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
@@ -164,8 +164,8 @@ class DeviceTimes:
         return statistics.median(heads), statistics.median(tails)
 
 
-def _key(way: Way) -> tuple[int, str]:
-    return way.point.index, "" if way.student is None else way.student.name
+def _key(way: Way) -> tuple[object, str]:
+    return way.point.place, "" if way.student is None else way.student.name
 
 
 class DeviceRunner:

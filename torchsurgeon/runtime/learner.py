@@ -80,7 +80,7 @@ class Learner:
         """Have head and tail of a way built in a thread of the pool: once, and after each change of the weights."""
         self.start()
         student = None if way.student is None else way.student.name
-        key = (self._parts.generation, way.point.index, way.point.layers, student)
+        key = (self._parts.generation, *way.point.place, student)
         if key in self._asked:
             if not self._parts.forget_outdated(way.point, way.student):
                 return

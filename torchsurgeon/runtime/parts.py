@@ -224,7 +224,7 @@ class Parts:
         if student is not None and student.student is not None:
             key: tuple[Any, ...] = "student", student.name, _name(named)
             return self._get(key, lambda: self._made_student(student, point, named))
-        key = point.index, point.layers, _name(named)
+        key = *point.place, _name(named)
         # It is asked for at every inference, so what would make one is not even prepared where it is known.
         found = self._known.get(key)
         return self._get(key, lambda: self._made_head(point, named)) if found is None else found
@@ -328,7 +328,7 @@ class Parts:
             run = part.segment if named is None else _Middle(BuiltPart(part, named, self._said))
             return run, point.tensors
 
-        return self._get(("middle", names, point.index, point.layers), make)
+        return self._get(("middle", names, *point.place), make)
 
     @property
     def _own(self) -> Callable[[nn.Module], Callable[..., Any]] | None:

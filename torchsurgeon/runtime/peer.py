@@ -107,7 +107,7 @@ class Peer:
         self.told: Arithmetic | None = None
         self._compared: set[str] = set()
         self._lock = threading.Lock()
-        self._seen: dict[int, Mean] = {}
+        self._seen: dict[object, Mean] = {}
         self._counting = threading.Lock()
         self._asking: dict[object, float] = {}
         self._sharing = Sharing()
@@ -362,12 +362,12 @@ class Peer:
         self.doubted = True
         self.state.link.missed(up_bytes=int(up_bytes), waited_s=waited_s)
 
-    def record_duration(self, cut: int, seconds_: float) -> None:
+    def record_duration(self, cut: PartitionPoint, seconds_: float) -> None:
         """Record how long the server's part of a cut took, from the end of the head to the answer."""
         with self._counting:
-            known = self._seen.get(cut)
+            known = self._seen.get(cut.place)
             if known is None:
-                known = self._seen[cut] = Mean(seconds_, now_s=time.monotonic, memory_s=_DURATIONS_MEMORY_S)
+                known = self._seen[cut.place] = Mean(seconds_, now_s=time.monotonic, memory_s=_DURATIONS_MEMORY_S)
             known.observe(seconds_)
 
     def refuse(self, request: object, error: RequestRefusedError) -> None:
@@ -386,21 +386,21 @@ class Peer:
         known = self._refused.get(request)
         return None if known is None else RequestRefusedError(*known)
 
-    def waited(self, cut: int, seconds_: float) -> None:
+    def waited(self, cut: PartitionPoint, seconds_: float) -> None:
         """Record that the server's part of a cut took longer than ``seconds_``, after which nobody waited any more.
 
         The next call waits longer, so that an answer that is slow, but comes, is waited for in the end.
         """
         with self._counting:
-            known = self._seen.get(cut)
+            known = self._seen.get(cut.place)
             if known is None:
-                known = self._seen[cut] = Mean(seconds_, now_s=time.monotonic, memory_s=_DURATIONS_MEMORY_S)
+                known = self._seen[cut.place] = Mean(seconds_, now_s=time.monotonic, memory_s=_DURATIONS_MEMORY_S)
             known.suppose(min(max(seconds_, known.value()), self.transport.timeout_s))
 
-    def expected_duration(self, cut: int) -> Quantity | None:
+    def expected_duration(self, cut: PartitionPoint) -> Quantity | None:
         """Return how long the server's part of a cut takes, from the end of the head; None until one was recorded."""
         with self._counting:
-            known = self._seen.get(cut)
+            known = self._seen.get(cut.place)
             return None if known is None else known.quantity()
 
     def snapshot(self, epoch: int) -> dict[str, Any]:

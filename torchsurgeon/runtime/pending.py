@@ -288,16 +288,12 @@ class Pending:
         codec = self._wanted_codec
         if isinstance(codec, Lossless):
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
-            return codec.choose(self._cut(), size_bytes, self._peer.state.link.estimate().uplink.value)
+            return codec.choose(self._way.point.place, size_bytes, self._peer.state.link.estimate().uplink.value)
         if self._peer.has(codec):
             return codec
         other = self._shared.servers.next_best(self._way.point)
         self._shared.servers.warn_of_codec(codec, other, self._peer)
         return other
-
-    def _cut(self) -> object:
-        """What tells its cut from others, also from one across branches after as many layers."""
-        return self._way.point.index, self._way.point.layers
 
     @property
     def _given_up(self) -> bool:
@@ -406,14 +402,14 @@ class Pending:
         peer.observe(answer, foretold_s)
         if row is None or peer is not self._tried[0]:
             taken_s = min(max(answer.timing.end_s - self._sent_s, 1e-6), peer.transport.timeout_s)
-            peer.record_duration(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._waiting.share))
+            peer.record_duration(self._way.point, taken_s / (max(self.scale, 1.0) * self._waiting.share))
         if isinstance(self._wanted_codec, Lossless) and self._codec.zstd:
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
             timing = answer.timing
             # A transport of the program's own may not say what encoding took.
             encode_s = timing.send_start_s - self._sent_s if timing.encoded_s is None else timing.encode_s
             spent_s = encode_s + inference.seconds(answer.parameters.get("decode_s"))
-            self._wanted_codec.observe(self._cut(), size_bytes, answer.timing.sent_bytes, spent_s)
+            self._wanted_codec.observe(self._way.point.place, size_bytes, answer.timing.sent_bytes, spent_s)
         verdict, because = self._verdict(answer)
         account = functools.partial(
             inference.of_answer,
@@ -476,7 +472,7 @@ class Pending:
         """Return what a server's refusal holds for: the cut, what is sent and how it is encoded, and what runs it."""
         point, row = self._way.point, self._way.row
         sent = tuple((tuple(tensor.shape), tensor.dtype) for tensor in self._boundary)
-        return point.index, point.layers, sent, self._codec.name, None if row is None else row.server_backend
+        return *point.place, sent, self._codec.name, None if row is None else row.server_backend
 
     def _next_peer(self, error: BaseException) -> bool:
         """Return whether there is another server to ask after one has failed with ``error``, and take it."""
@@ -570,7 +566,7 @@ class Pending:
             if row is not None:
                 self._peer.missed(row.size_bytes * self.scale, taken_s - row.tail_s * self.scale)
             else:
-                self._peer.waited(self._way.point.index, taken_s / (max(self.scale, 1.0) * self._waiting.share))
+                self._peer.waited(self._way.point, taken_s / (max(self.scale, 1.0) * self._waiting.share))
                 self._peer.doubted = True
         if taken_s > max(_SLOW_FACTOR * remote_s, _LEAST_SLOW_S):
             self._peer.failed(why)

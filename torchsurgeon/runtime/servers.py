@@ -330,7 +330,7 @@ class Servers:
             if latencies[least] < best_s:
                 quickest = plan.ways[id(rows[least])]
                 best_s, how = latencies[least], f"cut after {rows[least].name}"
-        elif peer is not None and (expected := peer.expected_duration(way.point.index)) is not None:
+        elif peer is not None and (expected := peer.expected_duration(way.point)) is not None:
             # What is kept of a server's part is not scaled down for inputs smaller than the example.
             taken_s = head_s * scale + expected.value * max(scale, 1.0)
             surely_s = min(surely_s, _surely_s(taken_s, max(device_error, expected.spread)))
@@ -364,7 +364,7 @@ class Servers:
         if len(usable) < 2:
             return usable[0] if usable else None
         if not self.chooses and self.fixed is not None:
-            return self._quickest(usable, self.fixed.point.index)
+            return self._quickest(usable, self.fixed.point)
         slowdown, scale = self._times.slowdown(), work.scale()
         costs = [
             peer.plan.least_cost(Estimates(peer.state.link.estimate(), peer.state.load.estimate(), slowdown, scale))
@@ -376,7 +376,7 @@ class Servers:
         self._preferred = usable[costs.index(min(costs))]
         return self._preferred
 
-    def _quickest(self, usable: Sequence[Peer], cut: int) -> Peer:
+    def _quickest(self, usable: Sequence[Peer], cut: PartitionPoint) -> Peer:
         """Return the server that is the quickest at a fixed cut, as its answers have shown.
 
         Where the one in use takes long, another one of which that is not known is asked once, and again after a while,

@@ -168,7 +168,7 @@ class Setup:
         """Measure this device where a cut is to be chosen, and compute what is sent to see whether servers answer."""
         if self._servers.chooses:
             self._connector.profile_device()
-        if self._options.falls_back or len(self._servers.peers) > 1:
+        if self._options.falls_back or len(self._servers.peers) > 1 or self._servers.chooses:
             self._connector.prepare_ping()
 
     def _unlike(self) -> Failure | None:

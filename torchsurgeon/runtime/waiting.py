@@ -100,7 +100,7 @@ class Waiting:
         if self._foreseen is not None and first:
             foreseen = self._foreseen()
             return foreseen._replace(remote_s=foreseen.remote_s * self.share)
-        duration = peer.expected_duration(self.way.point.index)
+        duration = peer.expected_duration(self.way.point)
         if duration is None:
             return None
         round_trip_s = min(peer.state.link.estimate().round_trip.value, duration.value)

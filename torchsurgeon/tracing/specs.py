@@ -130,6 +130,11 @@ class PartitionPoint:
     tensors: tuple[TensorSpec, ...]
     layers: tuple[int, ...] | None = None
 
+    @property
+    def place(self) -> tuple[int, tuple[int, ...] | None]:
+        """What tells it from all other points of its graph, one across branches with as many layers among them."""
+        return self.index, self.layers
+
     @cached_property
     def size_bytes(self) -> int:
         """Bytes of all boundary tensors in the traced example."""
