@@ -112,7 +112,8 @@ def _server(docs: str) -> str:
     read = json.loads(device_figures.SERVING.read_text())
     gains = {name: server_rivals.over_by_hand(found["rows"]["20"]) for name, found in read["results"].items()}
     (alone,) = (gain for name, gain in gains.items() if name != ON_GPU)
-    on_cpu = [server_rivals.over_by_hand(found["rows"]["20"]) for found in result_file.known(server_rivals.OUT).values()]
+    every = result_file.known(server_rivals.OUT).values()
+    on_cpu = [server_rivals.over_by_hand(found["rows"]["20"]) for found in every]
     least, most = min(on_cpu), max(on_cpu)
     return f"""**[{times(gains[ON_GPU])} as many requests a second]({docs}serving.md#speed)** as the quicker of two
         servers that one writes by hand with Starlette: twenty connections ask for the second half of ViT-B/16, which an
