@@ -72,7 +72,7 @@ def test_what_comes_apart_comes_together_again(value: Any) -> None:
         ((1, [2]), ["root.0", "root.1.0"]),
         ({"out": 1, "aux": {"a": 2}}, ["root.out", "root.aux.a"]),
         (Pair(1, (2, 3)), ["root.0", "root.1.0", "root.1.1"]),
-        (Result(1, boxes=None), ["root.scores", "root.boxes"]),
+        (Result(1, boxes=None), ["root.scores", "root.boxes", "root.computed"]),
         ({}, []),
     ],
 )

@@ -132,7 +132,7 @@ class LocalModel:
     def _path_changed(self) -> str | None:
         name = self.graph.decides_anew()
         if name is None:
-            changed = self._premises.tensor_gained_or_lost()
+            changed = self._premises.tensor_gained_or_lost() or self.graph.reformed()
             return None if changed is None else f"{changed}; {REMEDY}"
         return (
             f"{short(name)} has changed since the model was traced, and its elements decide which path the model "

@@ -6,9 +6,7 @@ be answered differently by a split model.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.crossing import obstacle, sparse_or_nested
-from torchsurgeon.tracing.structure import flatten
+from torchsurgeon.tracing.structure import FIXED, flatten
 
 _INSIDE = "trace the model inside it: its attribute 'module'"
 _GATHERED = "gather the weights into a plain copy of the model, and trace that"
@@ -35,12 +33,6 @@ _WRAPPERS = {
 # Says why a SplitModule, whose tail runs on a server, is refused wherever a module is to be traced.
 SPLIT_MODULE = "a SplitModule cannot be traced; trace its .model"
 _CACHES = "transformers.cache_utils"
-# Values that cannot change between two calls, and that are equal when they say the same.
-_FIXED = (
-    *(int, float, complex, str, bytes, type(None), type, range, slice, frozenset, type(...), enum.Enum),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.qscheme),
-    *(FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module),
-)
 
 
 def admit(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, verify: bool = False) -> None:
@@ -159,7 +151,7 @@ def _admit_argument(what: str, value: Any, verify: bool) -> None:
             f"{what} is a {type(value).__name__}, which the model fills while it runs. A split model sends only "
             "tensors, so the caller's cache would stay as it was. Call the model with use_cache=False and without it"
         )
-    elif not isinstance(value, (*_FIXED, tuple, list, Mapping)) and flatten(value)[1].kind is None:
+    elif not isinstance(value, (*FIXED, tuple, list, Mapping)) and flatten(value)[1].kind is None:
         raise TraceError(
             f"{what} is a {type(value).__name__}: an object without tensors, whose state may change from call to call "
             "and is not sent. Give tensors, numbers, texts, or tuples, lists, dicts or dataclasses of these"

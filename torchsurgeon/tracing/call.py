@@ -17,7 +17,7 @@ from torch import nn
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.step import Ref, Step, restorer, unique
-from torchsurgeon.tracing.structure import LeafPath, Structure, flatten, is_mapping, leaf_name
+from torchsurgeon.tracing.structure import LeafPath, Structure, flatten, is_mapping, leaf_name, lost_in
 
 
 class Call:
@@ -41,7 +41,8 @@ class Call:
         try:
             # A decorated forward may tell an argument that was left out from one that was passed as its default, so
             # ``rebuild`` leaves out what the example left out.
-            self._left_out = set(self.signature.parameters) - set(self.signature.bind(*args, **kwargs).arguments)
+            passed = self.signature.bind(*args, **kwargs).arguments.keys()
+            self._left_out = self.signature.parameters.keys() - passed
             self._positional = set(list(self.signature.parameters)[: len(args)])
             arguments = self._bind(args, kwargs)
         except TypeError as error:
@@ -55,8 +56,11 @@ class Call:
         self._count = len(self.paths)
         given = [leaf for _, leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._kinds = [type(tensor) for tensor in given]
-        self._plain = all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False)) and all(
-            kind is torch.Tensor for kind in self._kinds
+        # Whether the example passes ordinary tensors and nothing else, so that other arguments have their defaults.
+        self._plain = (
+            all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False))
+            and passed == {path[0] for path in self.paths}
+            and all(kind is torch.Tensor for kind in self._kinds)
         )
         # PyTorch puts private ones on tensors, for torch.export.
         marked = next(
@@ -106,7 +110,7 @@ class Call:
                 "trace the model with an example of this form"
             )
         for path, leaf in leaves:
-            if path in self.fixed and leaf is not self.fixed[path] and leaf != self.fixed[path]:
+            if path in self.fixed and not _is_fixed_at(leaf, self.fixed[path]):
                 raise TypeError(
                     f"argument {short(path_name(path), 100)} is {short(leaf, 80)}, but the model was traced with "
                     f"{short(self.fixed[path], 80)}; trace it again with the value you need"
@@ -158,6 +162,11 @@ class Call:
         return args, kwargs
 
 
+def _is_fixed_at(leaf: Any, known: Any) -> bool:
+    """Return whether an argument is what it was in the example. 1, 1.0 and True are equal, and compute otherwise."""
+    return leaf is known or (type(leaf) is type(known) and leaf == known)
+
+
 def _sameness(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Return, for each tensor, the place of the first one that is the same object."""
     first: dict[int, int] = {}
@@ -191,6 +200,25 @@ def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def path_name(path: LeafPath) -> str:
     """Return the dotted name of an argument's leaf."""
     return leaf_name(path[0], path[1:])
+
+
+def check_result(model: nn.Module, result: Any, is_followed: Callable[[Any], bool] = lambda _: False) -> None:
+    """Check that a model's result can be put together again from its tensors and numbers.
+
+    Args:
+        model: the model.
+        result: what it has returned.
+        is_followed: tells of a leaf that is no tensor whether it is followed otherwise.
+
+    Raises:
+        TraceError: a part of it would be lost.
+    """
+    lost = lost_in(result, is_followed)
+    if lost is not None:
+        raise TraceError(
+            f"{type(model).__name__} returns {lost}; a split model returns tensors and numbers, and tuples, lists, "
+            "dicts, dataclasses and objects that hold them as attributes: return one of these"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Captured:
         source: the model that gave it.
         values_decide: whether shapes depend on values.
         stored: the names of the model's own tensors whose elements its path depends on.
+        constants: other tensors whose elements it depends on.
+        formed: the names of the model's own tensors whose dtype or sizes its code reads.
         asked: what it asks of its caller's gradient mode; see ``gradients``.
         check_values: raises ``TypeError`` for input tensors whose values would take another path; None where values
             decide nothing.
@@ -58,6 +60,8 @@ class Captured:
     source: MetaModel | None = None
     values_decide: bool = False
     stored: frozenset[str] = frozenset()
+    constants: tuple[torch.Tensor, ...] = ()
+    formed: frozenset[str] = frozenset()
     asked: frozenset[str] = frozenset()
     check_values: Guard | None = None
     as_compiled: bool = False
@@ -171,9 +175,11 @@ def _captured(found: Recording, traced_by: str, model: nn.Module, asked: frozens
         found.shapes,
         found.source,
         isinstance(found.source, RealModel) and not found.only_settings,
-        frozenset(guards.stored),
-        asked | guards.asked | _asked_in_whole(found, model),
-        check_values if guards.values else None,
+        stored=frozenset(guards.stored),
+        constants=tuple(guards.constants.values()),
+        formed=frozenset(guards.formed),
+        asked=asked | guards.asked | _asked_in_whole(found, model),
+        check_values=check_values if guards.values else None,
     )
 
 

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.alone import TRACING, exporting
-from torchsurgeon.tracing.call import Call, Output, path_name
+from torchsurgeon.tracing.call import Call, Output, check_result, path_name
 from torchsurgeon.tracing.kernels import kernels_kept
 from torchsurgeon.tracing.step import Constant, ModelDevice, Ref, Step, function_name, plain, unique
 from torchsurgeon.tracing.structure import LeafPath, flatten
@@ -212,7 +212,9 @@ def _returning_leaves(model: nn.Module) -> Iterator[list[Output]]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != own_thread:
             return original(*args, **kwargs)
-        leaves, structure = flatten(original(*args, **kwargs))
+        result = original(*args, **kwargs)
+        check_result(model, result, lambda leaf: isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)))
+        leaves, structure = flatten(result)
         numbers = {path: int for path, leaf in leaves if isinstance(leaf, torch.SymInt)}
         if any(isinstance(leaf, (torch.SymFloat, torch.SymBool)) for _, leaf in leaves):
             raise TraceError("the model returns a number that torch.export does not return as a number")
@@ -312,6 +314,8 @@ def _steps(model: nn.Module, call: Call, root: fx.GraphModule, result: Output) -
             add("output", "output", *_settled(result, args[0]))
         elif node.op == "call_module" or _is_check(node):
             _refuse_assumed_values(node)
+        elif "as_strided" in str(node.target):
+            raise TraceError(f"{node.target} may read memory outside of its tensor, which does not cross at a cut")
         elif getattr(node.target, "__module__", "").startswith("torch._functorch"):
             raise TraceError(
                 f"torch.export keeps a part of torch.func ({function_name(node.target)}), which works only as a whole"

@@ -16,6 +16,7 @@ from torch import nn
 
 from torchsurgeon._cached import cached_property
 from torchsurgeon.errors import PartitionError, short
+from torchsurgeon.tracing.aliases import Aliases
 from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture import Captured
 from torchsurgeon.tracing.closure import Closure
@@ -26,6 +27,7 @@ from torchsurgeon.tracing.gradients import check_asked
 from torchsurgeon.tracing.held import holdings, parameter_holdings
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.replaced import functions_of_pytorch, replaced_functions
+from torchsurgeon.tracing.shapes import MetaModel, storage_of
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, Specs, TensorSpec
 
 
@@ -63,7 +65,15 @@ class LayerGraph:
         self.sizes_vary = specs.value_dependent or bool(specs.shapes.bound)
         self.verified: tuple[str, ...] = ()
         self.decided_by = {name: tensor_digest(operator.attrgetter(name)(model)) for name in sorted(captured.stored)}
+        self._deciding = [(tensor, tensor_digest(tensor)) for tensor in captured.constants]
+        self._formed = captured.formed
+        self._forms = _forms(model)
         steps = captured.steps
+        self._aliases = Aliases(steps, specs.shapes, MetaModel(model))
+        written = frozenset().union(*specs.shapes.overwrites)
+        self._writes_to_inputs = any(
+            storage_of(specs.shapes.values[step.index]) in written for step in steps if step.kind == "input"
+        )
         self.batch, self.batch_free = specs.batch, specs.batch_free
         self.shapes = specs.shapes
         self.layouts = {value.name: layout for value in flow.values if (layout := specs.layout(value)) is not None}
@@ -229,10 +239,33 @@ class LayerGraph:
                     return name
             except AttributeError:
                 return name
+        for tensor, digest in self._deciding:
+            if tensor_digest(tensor) != digest:
+                known = plain_tensors(self.model, self.reading)
+                return next((name for name, one in known.items() if one is tensor), "a tensor that the code reads")
+        return None
+
+    def reformed(self) -> str | None:
+        """Return in a sentence how the model's own tensors have another form than when it was traced; None if not.
+
+        Sizes and dtypes count where the code reads them, and everywhere which names stand for one and the same tensor.
+        """
+        now = _forms(self.model)
+        for name, (form, same) in self._forms.items():
+            if name not in now:
+                continue
+            if name in self._formed and now[name][0] != form:
+                return (
+                    f"{short(name)} has another dtype or shape than when it was traced, and the model's code reads that"
+                )
+            if same != name and same in now and now[name][1] != now[same][1]:
+                return f"{short(name)} and {short(same)} were one tensor when it was traced, and are two now"
         return None
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Check that the model would follow the traced path for input tensors of these sizes and dtypes.
+        """Check that the model would do what it did when it was traced for input tensors of such sizes and dtypes.
+
+        Their layout in memory counts, too, where it decides what the model does.
 
         Args:
             tensors: the model's input tensors, in the order of ``inputs``.
@@ -246,8 +279,35 @@ class LayerGraph:
                     f"argument {short(spec.name, 100)} must be of the example's dtype {spec.dtype}; got "
                     f"{tensor.dtype}; convert it, or trace the model again with an example of this dtype"
                 )
+            # The rank of a tensor is the same in all calls: a model may ask for it, and count dimensions from the end.
+            if tensor.dim() != len(spec.shape):
+                raise TypeError(
+                    f"argument {short(spec.name, 100)} must have {len(spec.shape)} dimensions as in the example; got "
+                    f"{tensor.dim()}; reshape it, or trace the model again with an example of this form"
+                )
         if self._guard is not None:
             self._guard(tensors)
+        self.check_memory(tensors)
+
+    def check_memory(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Check that what the model overwrites is what it overwrote in the example.
+
+        Args:
+            tensors: the model's input tensors, in the order of ``inputs``.
+
+        Raises:
+            TypeError: it would not be, since of two input tensors that share memory the model overwrites one, or since
+                a call copies a tensor where it did not.
+        """
+        if self._writes_to_inputs and len(tensors) > 1:
+            apart = {id(tensor): storage_of(tensor) for tensor in tensors}
+            if len(set(apart.values())) < len(apart):
+                raise TypeError(
+                    "two arguments of the call share memory, and the model overwrites an argument; pass a clone of one "
+                    "of them"
+                )
+        if self._aliases:
+            self._aliases.check(tensors)
 
     def value(self, name: str) -> Value:
         """Return which step makes the tensor ``name``, and where in that step's value it lies."""
@@ -293,6 +353,13 @@ class LayerGraph:
 
     def __repr__(self) -> str:
         return f"LayerGraph({type(self.model).__name__}, {len(self.layers)} layers, {len(self.points)} points)"
+
+
+def _forms(model: nn.Module) -> dict[str, tuple[tuple[Any, ...], str]]:
+    """Return, by name, the dtype and shape of a model's own tensors, and the first name of the same tensor."""
+    first: dict[int, str] = {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: ((tensor.dtype, tensor.shape), first.setdefault(id(tensor), name)) for name, tensor in named}
 
 
 def _never(_: Any) -> Any:

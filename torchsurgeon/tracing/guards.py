@@ -31,6 +31,8 @@ class Guards:
     Attributes:
         layouts: whether the path depends on the strides of tensors, too.
         stored: the names of the model's own tensors whose elements the path depends on.
+        constants: other tensors whose elements it depends on, by identity.
+        formed: the names of the model's own tensors whose dtype or sizes the code reads.
         asked: what the model asks of its caller's gradient mode; see ``gradients``.
         values: tests of the values of whole or truth-valued inputs, as ``mask.all()``: what is called, with which
             arguments, and what it gave for the example.
@@ -42,6 +44,8 @@ class Guards:
         self._structures: dict[int, Any] = {}
         self.layouts = False
         self.stored: set[str] = set()
+        self.constants: dict[int, torch.Tensor] = {}
+        self.formed: set[str] = set()
         self.asked: set[str] = set()
         self.values: list[tuple[Callable[..., Any], Any, Any, bool]] = []
         self._value_calls: list[tuple[int, Callable[[Environment], Any]]] | None = None

@@ -64,7 +64,7 @@ _GRADIENTS = frozenset(
 _UNSEEN = frozenset(
     """
     apply_ map_ map2_ set_ share_memory_ __setstate__ __reduce_ex__ __deepcopy__ as_subclass module_load resize_as_
-    resize_ swap_tensors _is_view storage_offset
+    resize_ swap_tensors _is_view storage_offset as_strided_
     """.split()  # noqa: SIM905
 )
 # Operators arrive as methods. They are recorded as Python's operators, as the model's source has them.

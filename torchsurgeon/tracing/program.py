@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchsurgeon.errors import TraceError
-from torchsurgeon.tracing.call import Output
+from torchsurgeon.tracing.call import Output, check_result
 from torchsurgeon.tracing.following import is_following
 from torchsurgeon.tracing.guards import MOST_VALUE_STEPS, Guards
 from torchsurgeon.tracing.shapes import (
@@ -159,6 +159,7 @@ class Program:
 
     def output(self, result: Any) -> None:
         """Append the last step, which gives the model's result."""
+        check_result(self.model, result, lambda leaf: isinstance(leaf, Number) or id(leaf) in self.places)
         leaves, structure = flatten(result)
         computed = {path: self.ref(leaf) for path, leaf in leaves if isinstance(leaf, (torch.Tensor, Number))}
         for path, leaf in leaves:
@@ -339,6 +340,13 @@ class Program:
         self.guards.test(test, self.arguments((found, other)), result)
         return result
 
+    def decides(self, target: str | Constant) -> None:
+        """Note that the model's path depends on the elements of one of its tensors, or of a constant."""
+        if isinstance(target, str):
+            self.guards.stored.add(target)
+        else:
+            self.guards.constants[id(target.tensor)] = target.tensor
+
     def _of_sizes(self, ref: Ref) -> bool:
         """Return whether a step can be run on tensors without elements."""
         if ref.step not in self._known_on_meta:
@@ -433,8 +441,7 @@ class Program:
             elements = None
             if isinstance(value, torch.Tensor) and value.dim() == 0 and source.kind == "attr":
                 elements = RealModel(self.model).attribute(source.target)
-                if isinstance(source.target, str):
-                    self.guards.stored.add(source.target)
+                self.decides(source.target)
             elif isinstance(value, torch.Tensor) and value.dim() == 0:
                 elements = self.elements_of(value)
             if elements is not None:
@@ -487,8 +494,7 @@ class Program:
                     environment[step.index] = next(inputs)
                 elif step.index in needed and step.kind == "attr":
                     environment[step.index] = real.attribute(step.target)
-                    if isinstance(step.target, str):
-                        self.guards.stored.add(step.target)
+                    self.decides(step.target)
                 elif step.index in needed:
                     environment[step.index] = step.compiled()(environment)
             got, by_name = map_refs(lambda ref: environment[ref.step], (given, named))
@@ -535,8 +541,7 @@ class Program:
                     environment[step.index] = self.device if isinstance(known, torch.device) else known
                 elif step.kind == "attr":
                     environment[step.index] = real.attribute(step.target)
-                    if isinstance(step.target, str):
-                        self.guards.stored.add(step.target)
+                    self.decides(step.target)
                 else:
                     environment[step.index] = step.compiled()(environment)
         found: torch.Tensor = environment[place[1]]

@@ -33,13 +33,19 @@ from torchsurgeon.tracing.program import NOTHING, Assumed, Program, tensors_with
 from torchsurgeon.tracing.python_numbers import Table, followed
 from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, without_dynamo
-from torchsurgeon.tracing.sizes import number
-from torchsurgeon.tracing.step import Ref, Step
+from torchsurgeon.tracing.sizes import Number, number
+from torchsurgeon.tracing.step import Constant, Ref, Step
 from torchsurgeon.tracing.structure import LEAF, flatten
 from torchsurgeon.tracing.unfollowed import NeedsDevice, NeedsElements, unfollowed
 
 # What gives a bool for the values of a tensor.
 _TESTS = frozenset(("__bool__", "is_nonzero", "equal", "__contains__"))
+# What tells how a tensor lies in memory, and so may differ between calls of the same sizes.
+_OF_STRIDES = frozenset(("dim_order", "is_non_overlapping_and_dense"))
+# What tells the form of a tensor, which for a weight may be another once a program has replaced it.
+_OF_FORM = frozenset(
+    ("dtype", "ndim", "dim", "ndimension", "itemsize", "element_size", "is_floating_point", "is_complex", "is_signed")
+)
 
 
 class _Escapes(TorchDispatchMode):
@@ -201,6 +207,11 @@ class Recorder(Program, TorchFunctionMode):
             bare: whether only the ``forward`` of a module is called, because its hooks are followed on their own.
             name: the layer's name; empty to make one of the calling module's path and the function's name.
         """
+        called = target if isinstance(target, str) else getattr(target, "__name__", "")
+        if called in _OF_STRIDES:
+            self.guards.layouts = True
+        elif called.startswith("as_strided"):
+            self._refuse_beyond(called, args, kwargs)
         with self.unfollowing():
             ambient = self._ambient()
             if ambient is not None and ambient.autocasts and not self.real:
@@ -211,6 +222,21 @@ class Recorder(Program, TorchFunctionMode):
             self.refuse_writing_to_the_model(step, args, kwargs)
             value = self.run_last(step)
         return self._result(step, value, by_value=self.real and not step.is_module)
+
+    def _refuse_beyond(self, called: str, args: Any, kwargs: Any) -> None:
+        """Refuse ``as_strided`` where it reads memory outside of its tensor, which does not cross at a cut."""
+        given = dict(zip(("input", "size", "stride", "storage_offset"), args, strict=False)) | kwargs
+        tensor = given.get("input", given.get("self"))
+        if called == "as_strided" and given.get("storage_offset") is None and isinstance(tensor, torch.Tensor):
+            sizes, strides = (
+                [one.value if isinstance(one, Number) else one for one in given[key]] for key in ("size", "stride")
+            )
+            reach = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=False))
+            with self.unfollowing():
+                inside = reach <= tensor.numel()
+            if inside and self._size("is_contiguous", (tensor,), {}):
+                return
+        raise self.refuse(f"{called!r} may read memory outside of its tensor, which does not cross at a cut")
 
     def _result(self, step: Step, value: Any, by_value: bool) -> Any:
         if isinstance(value, torch.Tensor):
@@ -265,6 +291,8 @@ class Recorder(Program, TorchFunctionMode):
         tensor = args[0]
         if (name in QUESTIONS or name == "_version") and isinstance(tensor, torch.Tensor) and self.follows(tensor):
             self._asked_of_gradients(name)
+        if name in _OF_FORM:
+            self._note_form(tensor)
         with self.unfollowing():
             if name in OF_DEVICE:
                 if not self.follows(tensor):
@@ -273,6 +301,11 @@ class Recorder(Program, TorchFunctionMode):
                     tensor = torch.empty(0, dtype=tensor.dtype, device=self.device)
                 return func(tensor, *args[1:], **kwargs)
             return func(*args, **kwargs)
+
+    def _note_form(self, tensor: Any) -> None:
+        """Note that the code reads the dtype or the sizes of one of the model's own tensors."""
+        if id(tensor) in self.stored:
+            self.guards.formed.add(self.stored[id(tensor)])
 
     def _asked_of_gradients(self, name: str) -> None:
         """Note a question that a call's tensors may answer otherwise, or refuse it."""
@@ -292,6 +325,7 @@ class Recorder(Program, TorchFunctionMode):
         tensor = args[0]
         if not self.follows(tensor):
             # A parameter's sizes are the same in every call.
+            self._note_form(tensor)
             with self.unfollowing():
                 return getattr(tensor, target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args)
         with self.unfollowing():
@@ -337,9 +371,8 @@ class Recorder(Program, TorchFunctionMode):
             return self.elements_of(tensor)
         if tensor.device.type == "meta":
             return None
-        # The model's own tensors, and constants.
-        if id(tensor) in self.stored:
-            self.guards.stored.add(self.stored[id(tensor)])
+        name = self.stored.get(id(tensor))
+        self.decides(Constant(tensor) if name is None else name)
         return tensor
 
     def call_module(self, module: nn.Module, called: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -146,7 +146,9 @@ def _is_same_view(key: Key, other: Key, tensors: Sequence[dict[Key, torch.Tensor
     a, b = tensors[key[0]][key], tensors[other[0]][other]
     if a.layout is not torch.strided or b.layout is not torch.strided or a.is_nested or b.is_nested:
         return a is b
-    return (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
+    # The same bytes may also be shown as numbers of another dtype, conjugated or negated.
+    forms = [(t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()) for t in (a, b)]
+    return forms[0] == forms[1]
 
 
 _OF_NO_ELEMENT = frozenset(

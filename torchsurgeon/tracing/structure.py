@@ -8,14 +8,17 @@ numbers have to travel.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
-from types import FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from torchsurgeon.errors import short
 
 # Where a leaf lies in a nested value: the key at each level, from the outside in; empty when the value is the leaf.
 LeafPath = tuple[str, ...]
@@ -29,11 +32,14 @@ class Structure:
         kind: the class of the container; None for a leaf.
         keys: the container's keys, indices or attribute names, in order.
         children: the structure under each key.
+        missing: what a ``defaultdict`` calls for a key that it has not got.
     """
 
     kind: type | None
     keys: tuple[Any, ...] = ()
     children: tuple[Structure, ...] = ()
+    # Not compared, since a program may make a new function for every dict.
+    missing: Callable[[], Any] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def is_by_attribute(self) -> bool:
@@ -51,6 +57,8 @@ class Structure:
             return leaves[at]
         parts = [child.rebuild(leaves, (*at, str(key))) for key, child in zip(self.keys, self.children, strict=True)]
         family = _family(self.kind)
+        if issubclass(self.kind, defaultdict):
+            return self.kind(self.missing, zip(self.keys, parts, strict=True))
         return _BUILDERS["object" if family == "leaf" else family](self.kind, self.keys, parts)
 
     def paths(self, at: LeafPath = ()) -> list[LeafPath]:
@@ -78,6 +86,12 @@ class Structure:
 
 
 LEAF = Structure(None)
+FIXED = (
+    *(int, float, complex, str, bytes, type(None), type, range, slice, frozenset, type(...), enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.qscheme),
+    *(FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module),
+)
+"""Values that cannot change between two calls, and that are equal when they say the same."""
 _ATOMS = (torch.Tensor, int, float, str, bytes, type(None), torch.dtype, torch.device, nn.Module)
 
 
@@ -116,14 +130,25 @@ def _holds_tensor(value: Any, depth: int = 4) -> bool:
     return any(_holds_tensor(item, depth - 1) for item in getattr(value, "__dict__", {}).values())
 
 
-def _build_dataclass(kind: type, keys: tuple[Any, ...], parts: list[Any]) -> Any:
-    return kind(**dict(zip(keys, parts, strict=True)))
+def _build_dataclass(kind: Any, keys: tuple[Any, ...], parts: list[Any]) -> Any:
+    given = dict(zip(keys, parts, strict=True))
+    passed = {field.name for field in dataclasses.fields(kind) if field.init}
+    made = kind(**{key: part for key, part in given.items() if key in passed})
+    for key in given.keys() - passed:
+        # Past the class's own __setattr__, since it may be frozen.
+        object.__setattr__(made, key, given[key])
+    return made
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """Return the fields of a dataclass instance that have a value, and whatever else was assigned to it."""
+    fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+    others = getattr(value, "__dict__", {}).keys() - set(fields)
+    return [(name, getattr(value, name)) for name in (*fields, *sorted(others))]
 
 
 def _build_mapping(kind: Any, keys: tuple[Any, ...], parts: list[Any]) -> Any:
     pairs = zip(keys, parts, strict=True)
-    if issubclass(kind, defaultdict):
-        return kind(None, pairs)
     return OrderedDict(pairs) if kind is OrderedDict else kind(dict(pairs))
 
 
@@ -157,7 +182,7 @@ def flatten(value: Any, at: LeafPath = ()) -> tuple[list[tuple[LeafPath, Any]], 
         return [(at, value)], LEAF
     items: list[tuple[Any, Any]]
     if family == "dataclass":
-        items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
+        items = _attributes(value)
     elif family in ("mapping", "object"):
         items = list((value if family == "mapping" else value.__dict__).items())
     else:
@@ -168,7 +193,40 @@ def flatten(value: Any, at: LeafPath = ()) -> tuple[list[tuple[LeafPath, Any]], 
         inner, structure = flatten(item, (*at, str(key)))
         leaves += inner
         children.append(structure)
-    return leaves, Structure(kind, tuple(key for key, _ in items), tuple(children))
+    missing = value.default_factory if isinstance(value, defaultdict) else None
+    return leaves, Structure(kind, tuple(key for key, _ in items), tuple(children), missing)
+
+
+def lost_in(value: Any, is_followed: Callable[[Any], bool] = lambda _: False) -> str | None:
+    """Return in words what ``flatten()`` does not keep of a nested value; None where it keeps all of it.
+
+    Args:
+        value: any value.
+        is_followed: tells of a leaf whether something else sees to it.
+    """
+    kind, structure = type(value), flatten(value)[1]
+    what = f"an object of the class {short(kind.__name__, 100, quote=False)}"
+    if isinstance(value, torch.Tensor):
+        # Those of other classes keep what belongs to the class as attributes.
+        own = value.__dict__ if kind is torch.Tensor else {}
+        named = next((key for key in own if not key.startswith("_")), None)
+        return None if named is None else f"a tensor with an attribute of its own, {short(named, 100)}"
+    if structure.kind is None:
+        closes_over = isinstance(value, FunctionType) and value.__closure__
+        known = is_followed(value) or (isinstance(value, FIXED) and not closes_over)
+        return None if known else f"{what}, in which no tensor is found"
+    family = _family(kind)
+    if family == "list" and kind is not list:
+        return f"{what}, which is a list of another class"
+    if family == "tuple" and kind is not tuple and not kind.__module__.startswith("torch"):
+        return f"{what}, which is a tuple of another class"
+    if len({str(key) for key in structure.keys}) < len(structure.keys):
+        return f"{what} with two keys that read alike"
+    if family == "mapping" and isinstance(value, dict) and getattr(value, "__dict__", None):
+        return f"{what} with attributes beside its keys"
+    by_attribute = family in ("dataclass", "leaf")
+    parts = [getattr(value, key) if by_attribute else value[key] for key in structure.keys]
+    return next((lost for part in parts if (lost := lost_in(part, is_followed)) is not None), None)
 
 
 def with_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:

@@ -186,7 +186,12 @@ def _graph(model: nn.Module, call: Call, tensors: list[torch.Tensor], captured: 
             "that calls a layer or function on its input"
         )
     specs = Specs(shapes, more, (next(iter(sizes)) if more is not None else 1) or 1, values_decide)
-    return LayerGraph(model, call, captured, flow, specs)
+    graph = LayerGraph(model, call, captured, flow, specs)
+    try:
+        graph.check_memory(tensors)
+    except TypeError as error:
+        raise TraceError(f"the example for {type(model).__name__} cannot be traced: {error}") from None
+    return graph
 
 
 def _one_more(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.admission import refuse_changed_arguments
-from torchsurgeon.tracing.call import Call
+from torchsurgeon.tracing.call import Call, check_result
 from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES
 from torchsurgeon.tracing.state import State, left_as_it_was
 from torchsurgeon.tracing.step import Environment, Step, clone
@@ -214,6 +214,7 @@ def _answers(
         passed = [copies[id(tensor)] for tensor in given]
         args, kwargs = call.rebuild(dict(zip(call.paths, passed, strict=True)))
         result = model(*args, **kwargs)
+        check_result(model, result)
         refuse_changed_arguments(model, call, args, kwargs, passed)
         return result
 
@@ -287,7 +288,7 @@ def _same_leaf(one: Any, other: Any) -> bool:
             or "__eq__" not in {name for kind in type(one).__mro__[:-1] for name in vars(kind)}
         )
     except Exception:
-        return True
+        return False
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
