@@ -797,6 +797,27 @@ def test_what_one_server_is_foretold_to_take_is_not_expected_of_another(
             first.down = False
 
 
+def test_an_error_in_choosing_a_cut_costs_no_answer(
+    server: Server, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("for this test")
+
+    for fallback in ("local", "error"):
+        with split_of(server, link=FAST, fallback=fallback, **known) as split:
+            assert right(split)
+            monkeypatch.setattr("torchsurgeon.runtime.choice.Adaptive.standing", broken)
+            if fallback == "local":
+                assert right(split)
+                assert degraded(split).startswith("choice")
+                assert "choosing where to cut failed" in caplog.text
+            else:
+                with pytest.raises(ZeroDivisionError):
+                    split(EXAMPLE)
+            monkeypatch.undo()
+            assert right(split)
+
+
 class Branches(nn.Module):
     """Two branches, so that two layers on the device may be either of two sets."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import threading
 import time
@@ -47,6 +48,8 @@ from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.tracing.structure import with_tensors
 from torchsurgeon.tracing.tracer import trace
 from torchsurgeon.transport import Transport
+
+_logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -230,7 +233,15 @@ class Engine:
             begun_s = self._setup.prepare_for(work, deadline_s)
         self._learner.start()
         self._keeper.used()
-        choice = self.servers.choose(work, arithmetic, in_flight=in_flight)
+        try:
+            choice = self.servers.choose(work, arithmetic, in_flight=in_flight)
+        except Exception as error:
+            if not falls_back or by_signal_handler(error):
+                raise
+            # A fault in an estimate or a cost must not cost an answer.
+            _logger.exception("choosing where to cut failed; the device answers")
+            why = Failure("choice", f"choosing where to cut failed: {type(error).__name__}: {short(error)}")
+            return Done(self._device.run(work, begun_s, why))
         way = self._decoded(choice)
         if way is not choice.way:
             choice = choice._replace(way=way)
