@@ -288,6 +288,18 @@ def test_of_what_is_known_exactly_it_takes_the_best_at_once(
         assert decision.cost <= min(waits) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("bit_s", "scale"), [(1e3, 16.0), (8e3, 1e4), (1e12, 1e-3)])
+def test_a_call_of_another_size_is_decided_whatever_the_rates_of_the_link(bit_s: float, scale: float) -> None:
+    """A slow link looks slower to a large call than any link may be, and a quick one quicker to a small call."""
+    known = exactly(bit_s, bit_s, 0.1, 1.0, 0.0, 1.0)._replace(scale=scale)
+    decider = Decider(ROWS, costs)
+    decision = decider.decide(known)
+    crossing = (scale * (row.head_s + row.tail_s + (row.up_bytes + ANSWER_BYTES) * 8 / bit_s) + 0.1 for row in ROWS)
+    waits = [seconds if row.up_bytes else scale * row.head_s for row, seconds in zip(ROWS, crossing, strict=True)]
+    assert decision.cost == pytest.approx(min(waits))
+    assert decision.row == ROWS[waits.index(min(waits))]
+
+
 # --- rows that lose something ---
 
 COARSE, FINE, EXACT = Row(0.06, 8_000, 0.003), Row(0.06, 16_000, 0.003), Row(0.06, 120_000, 0.003)

@@ -6,7 +6,6 @@ same, the one is taken whose codec changes the model's answers least.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -46,8 +45,18 @@ class Estimates(NamedTuple):
         link = self.link.link(later_s=self.load.queue_s)
         if self.scale != 1.0:
             up_bit_s, down_bit_s = link.uplink_bit_s / self.scale, link.downlink_bit_s / self.scale
-            link = dataclasses.replace(link, uplink_bit_s=up_bit_s, downlink_bit_s=down_bit_s)
+            link = _AsSeen(link.name, up_bit_s, down_bit_s, link.round_trip_s, link.source, link.radio)
         return Conditions(link, self.load.compute.value * self.scale, self.slowdown.value * self.scale)
+
+
+class _AsSeen(Link):
+    """The link as a call of another size sees it: as many times slower as the call is larger.
+
+    No link is so slow or so quick as these rates may be, so their range is not checked.
+    """
+
+    def __post_init__(self) -> None:
+        """Check nothing."""
 
 
 class Conditions(NamedTuple):
