@@ -50,6 +50,7 @@ def test_overloaded_servers_have_no_percentile(saved: str, capsys: pytest.Captur
     [
         (["--servers", "2"], "there is nothing to simulate: give --rate"),
         (["--servers", "2", "--rate", "0"], "rate of inferences must be a positive number per second; got 0"),
+        (["--servers", "1000000000", "--limit", "1"], "number of servers must be a whole number from 1 to 10,000"),
         (["--servers", "2", "--limit", "-1"], "limit must be a positive number of seconds; got -1"),
         (["--servers", "2", "--limit", "0.01"], "the limit must be at least"),
         (["--servers", "2", "--limit", "1", "--percentile", "100"], "percentile must be above 0 and below 100"),

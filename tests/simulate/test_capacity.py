@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import pytest
+from frontiers import frontier
 from scipy.optimize import brentq
 
 from torchsurgeon.errors import SimulationError
-from torchsurgeon.simulate import CONSTANT, SHAPES, Capacity, Demand, gain, highest_rate
+from torchsurgeon.link import Link
+from torchsurgeon.simulate import CONSTANT, EXPONENTIAL, SHAPES, Capacity, Demand, Shape, gain, highest_rate, sustained
 from torchsurgeon.simulate.formulas import response_percentile_s
 
 SHORT = {"queries": 4_000, "replications": 5}
@@ -29,6 +31,16 @@ def test_a_looser_limit_and_more_servers_sustain_more() -> None:
 
     assert rate(2, 6.0) < rate(2, 12.0) < 2
     assert 2 * rate(2, 6.0) < rate(4, 6.0)
+
+
+@pytest.mark.parametrize(
+    ("servers", "limit_s", "service"), [(8, 1e6, EXPONENTIAL), (2, 20.0, SHAPES["web-search-service"])]
+)
+def test_no_rate_is_higher_than_the_servers_can_compute(servers: int, limit_s: float, service: Shape) -> None:
+    """However lenient the limit is, and however short the service times of a replication happen to be."""
+    found = highest_rate(Demand.of(0.5), servers, limit_s, service=service, queries=1_000, replications=20)
+    assert found.rates_per_s.max() <= servers / 0.5
+    assert found.rate_per_s.value == pytest.approx(servers / 0.5, rel=0.05)
 
 
 def test_half_the_work_sustains_twice_the_rate() -> None:
@@ -82,6 +94,13 @@ def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str)
     given = {"demand": Demand.of(1.0), "servers": 1, "limit_s": 10.0} | arguments
     with pytest.raises(SimulationError, match=message):
         highest_rate(**given)  # type: ignore[arg-type]
+
+
+def test_of_many_servers_so_many_queries_are_followed_that_they_fill() -> None:
+    ways = sustained(frontier(), Link.parse("8/8/0"), 200, rate_per_s=3000.0, queries=1_000, replications=2)
+    times = ways[0].times
+    assert times is not None
+    assert times.responses_s.shape == (3_000, 2), "of 20 queries a server, all but the first quarter"
 
 
 def test_the_shapes_of_a_web_search_service_sustain_less_than_constant_times() -> None:

@@ -83,7 +83,9 @@ def test_one_server_is_simulated_alike_by_its_closed_form_and_by_the_loop() -> N
             free_s = begin_s + service_s
 
 
-def test_several_servers_are_those_of_a_plain_loop() -> None:
+@pytest.mark.parametrize("many", [2, 100], ids=["a heap", "at once"])
+def test_several_servers_are_those_of_a_plain_loop(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchsurgeon.simulate.queue._MANY", many)
     draws = Draws.draw(Demand.of(1.0), EXPONENTIAL, EXPONENTIAL, 500, 2, 0)
     waits = waits_s(draws, np.array([2.5, 3.5]), 3)
     for column, rate in enumerate((2.5, 3.5)):
@@ -116,9 +118,11 @@ def test_confidence_intervals_hold_the_truth_about_as_often_as_they_say() -> Non
     [
         ({"rate_per_s": 0.0}, "rate of inferences must be a positive number per second; got 0.0"),
         ({"rate_per_s": float("nan")}, "rate of inferences"),
-        ({"servers": 0}, "number of servers must be a whole number from 1 on; got 0"),
+        ({"servers": 0}, "number of servers must be a whole number from 1 to 10,000, .*; got 0;"),
         ({"servers": 2.5}, "number of servers"),
         ({"queries": 10}, "number of queries must be a whole number from 1000 on; got 10"),
+        ({"servers": 10**9}, r"from 1 to 10,000, .*; got 1000000000; .*settle\(\) takes any number"),
+        ({"servers": 400, "queries": 1000}, "at least 20 for each server, .*; got 1000 for 400 .*; give queries=8000"),
         ({"replications": 1}, "number of replications"),
         ({"demand": Demand.of(0.0)}, "no inference reaches a server"),
     ],

@@ -27,7 +27,7 @@ class Capacity:
 
     Attributes:
         rates_per_s: the highest rate of inferences in each replication, shape (replications,); infinite where no
-            inference reaches a server.
+            inference reaches a server. None is more than all servers can compute.
         limit_s: the limit that the percentile keeps.
         percentile: the percentile.
         reaching: the share of inferences that reach a server.
@@ -61,11 +61,13 @@ def highest_rate(
     """Return the highest rate of inferences at which a percentile of the times at the servers keeps a limit.
 
     The times are those of the queries that reach a server. A higher rate lets the same queries arrive closer together,
-    so none waits less, and bisection finds the highest rate of each replication.
+    so none waits less, and bisection finds the highest rate of each replication. It is at most the rate at which all
+    servers are always busy: above it queries wait ever longer, even where so few are simulated that the limit still
+    holds.
 
     Args:
         demand: what the inferences ask of the servers.
-        servers: how many servers there are; they have one queue and answer in the order of arrival.
+        servers: how many servers there are, from 1 to 10,000; they have one queue and answer in the order of arrival.
         limit_s: the most seconds that the percentile may be.
         percentile: above 0 and below 100.
         counted: ``"response"`` for the time from arrival to the end of service, ``"wait"`` for the time before service
@@ -74,7 +76,8 @@ def highest_rate(
             every query is answered at least as soon.
         arrivals: the shape of the gaps between inferences.
         service: the shape of service times around each kind's mean.
-        queries: how many reach the servers in each replication, from 1,000 on. The first quarter is left out.
+        queries: how many reach the servers in each replication, from 1,000 on, and 20 or more for each server. The
+            first quarter is left out.
         replications: how many independent replications there are, from 2 on.
         seed: the seed of the random numbers; capacities of one seed can be compared in pairs by ``gain()``.
         progress: called after each simulated rate.
@@ -102,8 +105,10 @@ def highest_rate(
             f"the limit must be at least {alone_s.mean():.4g} s, since {percentile:g} % of the queries take up to that "
             f"without waiting; got {limit_s:g} s"
         )
-    # Every server always busy; half as much again, since a finite replication may draw short services.
-    high = np.full(replications, 1.5 * servers / demand.mean_s)
+    always_busy = servers / demand.mean_s
+    # Half as much again, since a finite replication may draw short services. The rate that it then sustains is no rate
+    # that the servers do.
+    high = np.full(replications, 1.5 * always_busy)
     low = np.zeros(replications)
     while (high - low > _PRECISION * high).any():
         rate = (low + high) / 2
@@ -113,7 +118,7 @@ def highest_rate(
         # Where even waiting for nothing takes too long, no rate is low enough.
         high = np.where(alone_s > limit_s, low, high)
         progress()
-    return Capacity((low + high) / 2, limit_s, percentile, demand.reaching)
+    return Capacity(np.minimum((low + high) / 2, always_busy), limit_s, percentile, demand.reaching)
 
 
 def gain(ours: Capacity, baseline: Capacity) -> Estimate:

@@ -7,6 +7,7 @@ first. With a single server this is Lindley's recursion, which has a closed form
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -24,6 +25,12 @@ _WARM_UP = 0.25
 _FEW = 0.01
 """Where fewer inferences reach the servers than this share, their queries are drawn as a Poisson process. A thinned
 stream tends to one (Rényi 1956), and drawing a hundred inferences for each query would take long."""
+MOST_SERVERS = 10_000
+"""More servers take too long to follow query by query."""
+_QUERIES_PER_SERVER = 20
+"""Fewer queries than so many for each server end before the servers, which begin empty, have filled."""
+_MANY = 128
+"""From so many servers on, a heap finds the one that is free first sooner than numpy finds the least of all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +109,8 @@ def waits_s(draws: Draws, rate_per_s: Array, servers: int) -> Array:
         steps = service_s[:-1] - np.diff(arrive_s, axis=0)
         level = np.concatenate([np.zeros((1, steps.shape[1])), np.cumsum(steps, axis=0)])
         return level - np.minimum.accumulate(level, axis=0)
+    if servers >= _MANY:
+        return _begins_s(arrive_s, service_s, servers) - arrive_s
     begin_s = np.empty_like(arrive_s)
     rows = np.arange(arrive_s.shape[1])
     free_s = np.zeros((len(rows), servers))
@@ -110,6 +119,18 @@ def waits_s(draws: Draws, rate_per_s: Array, servers: int) -> Array:
         np.maximum(free_s[rows, first], arriving, out=beginning)
         free_s[rows, first] = beginning + lasting
     return begin_s - arrive_s
+
+
+def _begins_s(arrive_s: Array, service_s: Array, servers: int) -> Array:
+    """Return when a server begins with each query, one query after the other, shape (queries, replications)."""
+    begin_s = np.empty_like(arrive_s)
+    for column in range(arrive_s.shape[1]):
+        free_s, begins = [0.0] * servers, []
+        for arriving, lasting in zip(arrive_s[:, column].tolist(), service_s[:, column].tolist(), strict=True):
+            begins.append(max(arriving, free_s[0]))
+            heapq.heapreplace(free_s, begins[-1] + lasting)
+        begin_s[:, column] = begins
+    return begin_s
 
 
 def settled(times_s: Array) -> Array:
@@ -177,10 +198,11 @@ def simulate_queue(
     Args:
         demand: what the inferences ask of the servers.
         rate_per_s: inferences per second, counting those that never reach a server.
-        servers: how many servers there are, from 1 on.
+        servers: how many servers there are, from 1 to 10,000.
         arrivals: the shape of the gaps between inferences.
         service: the shape of service times around each kind's mean.
-        queries: how many reach the servers in each replication, from 1,000 on. The first quarter is left out.
+        queries: how many reach the servers in each replication, from 1,000 on, and 20 or more for each server. The
+            first quarter is left out.
         replications: how many independent replications there are, from 2 on; the confidence intervals come from them.
         seed: the seed of the random numbers.
 
@@ -204,21 +226,48 @@ def check_size(demand: Demand, servers: int, queries: int, replications: int) ->
 
     Args:
         demand: some of its inferences must reach the servers.
-        servers: a whole number from 1 on.
-        queries: a whole number from 1,000 on.
+        servers: a whole number from 1 to ``MOST_SERVERS``.
+        queries: a whole number from ``least_queries()`` on.
         replications: a whole number from 2 on.
 
     Raises:
         SimulationError: one of them is not so.
     """
-    for what, value, least in (("servers", servers, 1), ("queries", queries, 1000), ("replications", replications, 2)):
+    check_servers(servers)
+    for what, value, least in (("queries", queries, 1000), ("replications", replications, 2)):
         if not is_whole(value) or value < least:
             raise SimulationError(f"the number of {what} must be a whole number from {least} on; got {short(value)}")
+    if queries < least_queries(servers):
+        raise SimulationError(
+            f"the number of queries must be at least {_QUERIES_PER_SERVER} for each server, or they end before the "
+            f"servers have filled; got {queries} for {servers} servers; give queries={least_queries(servers)}"
+        )
     if demand.reaching == 0:
         raise SimulationError(
             "no inference reaches a server, since all service times are 0; "
             "the servers then sustain any rate, and there is nothing to simulate"
         )
+
+
+def check_servers(servers: int) -> None:
+    """Check that a number of servers can be simulated query by query.
+
+    Args:
+        servers: a whole number from 1 to ``MOST_SERVERS``.
+
+    Raises:
+        SimulationError: it is not.
+    """
+    if not is_whole(servers) or not 1 <= servers <= MOST_SERVERS:
+        raise SimulationError(
+            f"the number of servers must be a whole number from 1 to {MOST_SERVERS:,}, since each query is followed; "
+            f"got {short(servers)}; torchsurgeon.simulate.settle() takes any number"
+        )
+
+
+def least_queries(servers: int) -> int:
+    """Return how many queries at least show how a number of servers fares."""
+    return max(1000, _QUERIES_PER_SERVER * servers)
 
 
 def check_percentile(percentile: float) -> None:

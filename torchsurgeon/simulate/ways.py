@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torchsurgeon.errors import SimulationError
+from torchsurgeon.errors import SimulationError, is_finite
 from torchsurgeon.link import Link
 from torchsurgeon.planning import Frontier, Row
 from torchsurgeon.simulate.capacity import Capacity, highest_rate
 from torchsurgeon.simulate.demand import Demand
-from torchsurgeon.simulate.queue import QueueTimes, simulate_queue
+from torchsurgeon.simulate.queue import QueueTimes, check_servers, least_queries, simulate_queue
 from torchsurgeon.simulate.shape import SHAPES, Shape
 
 
@@ -61,14 +61,15 @@ def sustained(
     Args:
         frontier: the cuts that can win, which ``plan()`` and ``Frontier.build()`` return.
         link: the link between devices and servers.
-        servers: how many servers there are; they have one queue and answer in the order of arrival.
+        servers: how many servers there are, from 1 to 10,000; they have one queue and answer in the order of arrival.
         rate_per_s: inferences per second of all devices, for which times are simulated.
         limit_s: the most seconds that the percentile of the time at the servers may be, for the highest rate.
         percentile: above 0 and below 100.
         slowdown: the factor by which the devices are slower than the frontier says.
         arrivals: the shape of the gaps between inferences.
         service: the shape of service times around each cut's seconds on the server.
-        queries: how many reach the servers in each replication, from 1,000 on. The first quarter is left out.
+        queries: how many reach the servers in each replication, from 1,000 on; more where there are so many servers
+            that they would not fill. The first quarter is left out.
         replications: how many independent replications there are, from 2 on.
         progress: called after each simulated rate.
 
@@ -86,6 +87,9 @@ def sustained(
             f"the frontier of {frontier.model} must hold running all on the server; it was cut short: build it again"
         )
     best = min(whole, key=lambda row: frontier.terms(row, link, 1.0, slowdown).latency_s)
+    check_servers(servers)
+    if is_finite(queries):
+        queries = max(queries, least_queries(servers))
     found = []
     for name, row in (("all on server", best), ("as planned", frontier.best(link, 1.0, slowdown))):
         server_s = 0.0 if row.on_device else row.tail_s + row.decode_s
