@@ -102,6 +102,16 @@ def test_a_sample_that_is_too_small_is_refused_with_what_it_needs() -> None:
         Budget(max_top1_change=0.01).check_sample(74, batch=4)
     with pytest.raises(SampleSizeError, match="at least 30 calls; 29 judge"):
         Budget(min_cosine=0.9).check_sample(29)
+    # Pixels of one picture count once, and their share has a bound by the bootstrap.
+    pixels = torch.zeros(4, 2, 8, 8)
+    with pytest.raises(SampleSizeError, match="299 calls are needed"):
+        Budget(max_top1_change=0.01).check_sample(298, 4, pixels)
+    Budget(max_top1_change=0.01).check_sample(299, 4, pixels)
+    for several in (pixels, pixels[:, 0].long()):
+        with pytest.raises(SampleSizeError, match="several predictions in each call needs at least 30 calls; 29 judge"):
+            Budget(max_top1_change=0.5).check_sample(29, 1, several)
+    for one in (pixels[..., :1, :1], pixels[:, 0, 0, 0].long()):
+        Budget(max_top1_change=0.5).check_sample(29, 1, one)
     with pytest.raises(
         SampleSizeError, match="no sample, however large, shows that none of the predictions"
     ) as refused:
@@ -152,6 +162,16 @@ def test_many_predictions_of_one_picture_count_as_one_value() -> None:
     # 4,000 independent predictions would have a bound of 0.030.
     assert 0.035 < found.bound < 0.05
     assert found.kept
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_where_no_pixel_changes_the_bound_is_that_of_calls(batch: int) -> None:
+    """The bootstrap of pictures that all stay as they are would say that none ever changes."""
+    reference = torch.rand(batch, 2, 10, 10)
+    _, (found,) = judged(Budget(max_top1_change=0.05), [reference] * 40, reference)
+    assert (found.estimate, found.bound, found.kept) == (0, share_bound(0, 40, 0.95), False)
+    classes = reference.argmax(1)
+    assert judged(Budget(max_top1_change=0.05), [classes] * 40, classes)[1] == (found,)
 
 
 def test_limits_of_calls_and_of_means() -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
 from torchsurgeon.accuracy.bounds import LEAST_FOR_BOOTSTRAP, least_count, mean_bound, most_events, share_bound
 from torchsurgeon.accuracy.finding import Finding
-from torchsurgeon.accuracy.scores import likeness, predictions
+from torchsurgeon.accuracy.scores import likeness, predictions, several_predictions
 from torchsurgeon.errors import CodecError, SampleSizeError, short
+
+if TYPE_CHECKING:
+    from torchsurgeon.tracing.specs import TensorSpec
 
 _BY_ESTIMATE = "let these calls alone decide (decide_by='estimate', --decide-by estimate)"
 DecideBy = Literal["bound", "estimate"]
@@ -87,19 +90,22 @@ class Budget:
         how = f"with {self.confidence:.4g} confidence" if self.decide_by == "bound" else "in the sample itself"
         return f"{', '.join(parts)}; {how}"
 
-    def check_sample(self, calls: int, batch: int = 1) -> None:
+    def check_sample(self, calls: int, batch: int = 1, answer: Tensor | TensorSpec | None = None) -> None:
         """Check that a sample is large enough to show that a codec keeps the budget.
 
         Args:
             calls: how many calls judge.
             batch: how many predictions each of them makes.
+            answer: the first output, as it is traced, where it may hold several predictions of each picture. Then each
+                call counts once.
 
         Raises:
             SampleSizeError: it is not, even if nothing changes. The message says how many calls are needed.
         """
         if self.decide_by == "estimate":
             return
-        shares = [("predictions change", self.max_top1_change, batch)]
+        several = self.max_top1_change is not None and answer is not None and several_predictions(answer)
+        shares = [("predictions change", self.max_top1_change, 1 if several else batch)]
         shares += [] if self.accept is None else [("calls are unacceptable", 1 - self.min_accepted, 1)]
         for what, share, each in shares:
             if share is None or most_events(calls * each, share, self.confidence) >= 0:
@@ -117,9 +123,11 @@ class Budget:
                 f"samples, allow more, or {_BY_ESTIMATE}",
                 needed,
             )
-        if (self.min_cosine is not None or self.score is not None) and calls < LEAST_FOR_BOOTSTRAP:
+        of_means = self.min_cosine is not None or self.score is not None
+        if (of_means or several) and calls < LEAST_FOR_BOOTSTRAP:
+            what = "a mean" if of_means else "a share of several predictions in each call"
             raise SampleSizeError(
-                f"the bound of a mean needs at least {LEAST_FOR_BOOTSTRAP} calls; {calls} judge here. Give more "
+                f"the bound of {what} needs at least {LEAST_FOR_BOOTSTRAP} calls; {calls} judge here. Give more "
                 f"samples, or {_BY_ESTIMATE}",
                 LEAST_FOR_BOOTSTRAP,
             )
@@ -164,8 +172,7 @@ class Verdict:
             changed = predictions(reference[first], first) != predictions(output[first], first)
             self._changed += int(changed.sum())
             self._predictions += changed.numel()
-            # Several predictions of one picture, such as its pixels, are not independent of each other.
-            self._several = reference[first].dim() > 2
+            self._several = several_predictions(reference[first])
             self._same.append(1 - float(changed.double().mean()))
         if budget.min_cosine is not None:
             self._cosines.append(likeness(list(reference.values()), list(output.values())))
@@ -199,10 +206,7 @@ class Verdict:
         budget = self._budget
         found = []
         if budget.max_top1_change is not None:
-            if self._several:
-                bound = 1 - mean_bound(self._same, budget.confidence)
-            else:
-                bound = share_bound(self._changed, self._predictions, budget.confidence)
+            bound = self._change_bound()
             share = self._changed / max(1, self._predictions)
             found.append(self._finding("top-1 changed", share, bound, budget.max_top1_change, self._predictions, -1))
         if budget.min_cosine is not None:
@@ -214,6 +218,16 @@ class Verdict:
         if budget.score is not None and budget.min_score is not None:
             found.append(self._mean(_name(budget.score), self._scores, budget.min_score))
         return tuple(found)
+
+    def _change_bound(self) -> float:
+        """Return the share of predictions that change at most, over all calls."""
+        confidence = self._budget.confidence
+        if not self._several:
+            return share_bound(self._changed, self._predictions, confidence)
+        if not self._changed:
+            # The bootstrap would say that none ever changes. What holds is a bound of the calls in which any does.
+            return share_bound(0, self._calls, confidence)
+        return 1 - mean_bound(self._same, confidence)
 
     def _mean(self, measure: str, values: list[float], limit: float) -> Finding:
         bound = mean_bound(values, self._budget.confidence)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from torchsurgeon.errors import CodecError, short
+
+if TYPE_CHECKING:
+    from torchsurgeon.tracing.specs import TensorSpec
 
 # A box counts where the detector is this sure of it, and is the same where it overlaps this much. Both are customary.
 _SURE, _SAME = 0.5, 0.5
@@ -55,6 +59,19 @@ def predictions(output: Tensor, name: str) -> Tensor:
             f"is {what}. Give min_cosine, accept or score in its place"
         )
     return output.argmax(along)
+
+
+def several_predictions(answer: Tensor | TensorSpec) -> bool:
+    """Return whether an output holds several predictions of one picture, such as its pixels.
+
+    These are not independent of each other, as the predictions of several pictures are.
+
+    Args:
+        answer: the output, or how it is traced; pictures lie along its first dimension. One of whole numbers or
+            booleans holds the classes themselves.
+    """
+    dtype = answer.dtype
+    return math.prod(answer.shape[2 if dtype.is_floating_point or dtype.is_complex else 1 :]) > 1
 
 
 def pixels_kept(reference: Any, output: Any) -> float:

@@ -109,7 +109,7 @@ class Judge:
             sample = self._sample
             samples = image_sample(graph, sample) if isinstance(sample, str | Path) else sample
             setting_up, judging = halves(samples) if self._calibrates else ([], list(samples))
-            self.budget.check_sample(len(judging), graph.batch)
+            self.budget.check_sample(len(judging), graph.batch, graph.outputs[0])
             device = next((tensor.device for tensor in graph.model.parameters()), torch.device("cpu"))
             known = inputs_of(graph, setting_up, device), inputs_of(graph, judging, device)
             if not all([known[1], known[0] or not self._calibrates]):

@@ -158,7 +158,7 @@ def _codecs(options: argparse.Namespace) -> None:
         for name in names or ():
             codec.find_codec(name)
         if budget is not None:
-            budget.check_sample(len(samples), graph.batch)
+            budget.check_sample(len(samples), graph.batch, graph.outputs[0])
         with progress("fitting a codec") as advance:
             fitted = codec.fit_codec(graph, points[0], setup, device=device, progress=advance)
         fitted.save(options.fit)

@@ -93,7 +93,7 @@ def measure(
     if any(point.index == len(graph.layers) for point in chosen):
         raise CodecError(f"point {len(graph.layers)} is the last, at which nothing crosses; leave it out of points")
     if budget is not None:
-        budget.check_sample(len(samples), graph.batch)
+        budget.check_sample(len(samples), graph.batch, graph.outputs[0])
     _allocator.keep_freed_memory()
     calls = inputs_of(graph, samples, target)
     measuring = _Measuring(graph, calls, known, sorted(chosen, key=lambda point: point.index), budget, target, progress)

@@ -54,7 +54,7 @@ def measure_together(
             f"{len(samples)} samples and {len(ways)} cuts"
         )
     target = device_of(graph, device)
-    budget.check_sample(len(samples), graph.batch)
+    budget.check_sample(len(samples), graph.batch, graph.outputs[0])
     crossing = [spec.name for spec in graph.points[0].tensors]
     whole = tail_for(graph, crossing, flat=True)
     parts: list[tuple[Any, Trial]] = []
