@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from brute_force import Problem
 
 import torchsurgeon as ts
+from torchsurgeon.planning import Frontier, sets
 
 torch.set_num_threads(1)
 GRAPHS, PARTS, QUESTIONS = 2000, 20, 3
@@ -26,6 +30,36 @@ def test_a_plan_is_the_best_way_that_keeps_its_constraints(part: int) -> None:
                 continue
             plan = problem.plan(objective, limits)
             assert plan.value == pytest.approx(least, rel=1e-6, abs=1e-9), asked
+
+
+@pytest.mark.parametrize(
+    "objective",
+    ["latency", "energy", {"energy": 1.0, "server_time": 10.0}, {"latency": 1.0, "energy": 0.4, "server_time": 0.1}],
+    ids=str,
+)
+def test_minimum_cuts_find_the_best_of_every_weighted_sum(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joules that are in no proportion to seconds make four columns, and the best of their sums may be on no three."""
+    monkeypatch.setattr(sets, "_MOST_SETS", 1)
+    asked = [problem for problem in (Problem(seed, 11) for seed in range(120)) if problem.codecs is None]
+    for problem in asked:
+        plan = problem.plan(objective, {})
+        assert plan.frontier.exact
+        assert plan.value == pytest.approx(problem.least(objective, {}), rel=1e-6, abs=1e-9)
+
+
+def test_a_frontier_is_exact_for_the_objective_that_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = next(problem for problem in map(Problem, range(100)) if len(problem.across) > 5)
+    build = functools.partial(Frontier.build, problem.graph, problem.device, problem.server)
+    assert build().exact
+    monkeypatch.setattr(sets, "_MOST_ROWS", 0)
+    assert not build().exact, "only those on the hull are left, and the best throughput need not be one"
+    assert problem.plan("latency", {}).frontier.exact
+    assert problem.plan("throughput", {}).frontier.exact
+    monkeypatch.setattr(sets, "_MOST_SETS", 1)
+    assert problem.plan("latency", {}).frontier.exact
+    assert not problem.plan("throughput", {}).frontier.exact
+    monkeypatch.setattr(sets, "_MOST_CUTS", 0)
+    assert not problem.plan("latency", {}).frontier.exact
 
 
 def test_what_a_constraint_costs_and_the_runner_up_are_those_of_all_ways() -> None:

@@ -191,7 +191,7 @@ def test_best_is_the_minimum_cut_of_large_graphs(problem, link, load, slowdown) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sets, "_MOST_SETS", 16)
         frontier = Frontier.build(graph, device, server)
-    assert frontier.exact
+        assert ts.plan(graph, device=device, server=server, link=link).frontier.exact
     units = sets.Units(LayerCosts(graph, device, server))
     weights = np.array([slowdown, 8 / link.uplink_bit_s, load, 0.0])
     whole = sets.Block(units, 0, len(units.layers))

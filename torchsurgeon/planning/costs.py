@@ -94,7 +94,8 @@ class CostTable:
         layers: how many layers the model has.
         answer_bytes: what crosses the downlink when anything crosses.
         rows: the rows.
-        exact: whether no cut across parallel branches is missing that could win with its tensors sent as they are.
+        exact: whether no cut across parallel branches is missing that could win with its tensors sent as they are:
+            under the objective of a plan, or else under any.
     """
 
     model: str

@@ -147,7 +147,7 @@ def plan(
         )
     # Constraints come before the frontier, since a row that another one undercuts may be the best that keeps them.
     rows = costs.rows(codecs)
-    branches, exact = across_branches(costs, rows, limits, summed=not wanted.throughput)
+    branches, exact = across_branches(costs, rows, limits, wanted)
     rows += branches
     chooser = _Chooser(graph, rows, exact, wanted, link, load, slowdown)
     frontier = chooser.feasible(limits)

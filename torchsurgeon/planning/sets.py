@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from torchsurgeon.planning.mincut import CrossingTensor, MinimumCut, bits
-from torchsurgeon.planning.objective import NO_LIMITS, Constraints
+from torchsurgeon.planning.objective import NO_LIMITS, Constraints, Objective
 from torchsurgeon.planning.row import Array, Row, columns, non_dominated
 from torchsurgeon.planning.rows import LayerCosts, lower_hull
 
@@ -163,23 +163,23 @@ class Units:
 
 
 def across_branches(
-    costs: LayerCosts, rows: Sequence[Row], limits: Constraints = NO_LIMITS, *, summed: bool = True
+    costs: LayerCosts, rows: Sequence[Row], limits: Constraints = NO_LIMITS, objective: Objective | None = None
 ) -> tuple[list[Row], bool]:
     """Return the cuts across branches that can win against ``rows``, with their tensors sent as they are.
 
     There are none in a model without parallel branches, nor in one that ignores its input, nor where shared memory
     allows only the graph's own points.
-    Where very many cuts remain, and neither ``limits`` nor ``summed`` says otherwise, only those on the lower hull of
-    the costs are returned.
+    Where very many cuts remain, and neither ``limits`` nor a throughput objective says otherwise, only those on the
+    lower hull of the costs are returned.
 
     Args:
         costs: what the layers cost.
         rows: the graph's own points, and cuts across branches at which codecs were measured. These are not returned.
         limits: constraints. The rows returned hold the best that keeps them, and the best that keeps all but one.
-        summed: whether the objective is a weighted sum, and counts no slowest stage. The best then lies on the hull.
+        objective: what is minimized; None where that is not known yet.
 
     Returns:
-        The rows, and whether no better one is missing.
+        The rows, and whether none is missing that is better under the objective, or under any where there is none.
     """
     closure = costs.graph.closure
     if closure.prefixes_only or len(closure.constants) == len(costs.graph.layers):
@@ -198,7 +198,10 @@ def across_branches(
             if measured:
                 across = [mask for mask in across if tuple(units.layers_of(mask)) not in measured]
             small += [(mask, block) for mask in across]
-    on_hull = summed and not set(limits.given()) - {"server_allowed", "raw_input"}
+    # The best of a weighted sum lies on the hull; that of a slowest stage need not.
+    summed = objective is not None and not objective.throughput
+    on_hull = (objective is None or summed) and not set(limits.given()) - {"server_allowed", "raw_input"}
+    exact = not large
     if small:
         # Codecs are left out of the comparison, so that what remains holds the best without them, too.
         plain = [row for row in rows if row.codec == "raw"]
@@ -208,6 +211,7 @@ def across_branches(
         tried = np.concatenate([known, np.concatenate([of_sets, of_limits], axis=1)])
         kept = [i - len(known) for i in non_dominated(tried) if i >= len(known)]
         if len(kept) > _MOST_ROWS and on_hull:
+            exact = False
             # Once among all, and once among those that keep the input on the device, if that is asked for.
             groups = [np.arange(len(tried))]
             if not limits.raw_input:
@@ -215,14 +219,12 @@ def across_branches(
             corners = {int(group[i]) for group in groups for i in lower_hull(tried[group, :4])[0]}
             kept = [i - len(known) for i in sorted(corners) if i >= len(known)]
         masks += [small[i][0] for i in kept]
-    exact = on_hull or not large
+    exact = exact or (summed and on_hull)
     for block in large:
-        # A layer's joules grow with its seconds, so time and energy are searched one after the other.
-        for used in ([0, 1, 2], [1, 3]) if costs.device_j is not None else ([0, 1, 2],):
-            for inside in {0, 0 if limits.raw_input else units.reading_inputs}:
-                found, complete = _on_the_hull(costs, block, used, inside)
-                masks += found
-                exact &= complete
+        for inside in {0, 0 if limits.raw_input else units.reading_inputs}:
+            found, searched = _on_hulls(costs, block, inside)
+            masks += found
+            exact = exact and any(used.issuperset(_columns_of(objective)) for used in searched)
     sets = [tuple(units.layers_of(mask)) for mask in dict.fromkeys(masks)]
     return [costs.row_of(layers) for layers in sets if layers not in measured], exact
 
@@ -260,7 +262,39 @@ def _limited(found: Sequence[Row | _Limited], limits: Constraints) -> Array:
     return np.array(asked, dtype=np.float64).reshape(len(asked), len(found)).T
 
 
-def _on_the_hull(costs: LayerCosts, block: Block, used: list[int], inside: int) -> tuple[list[int], bool]:
+def _columns_of(objective: Objective | None) -> set[int]:
+    """Return the columns of costs that a weighted sum counts."""
+    if objective is None:
+        return {0, 1, 2, 3}
+    timed = {0, 1, 2} if objective.latency else {2} if objective.server_time else set()
+    return timed | ({1, 3} if objective.energy else set())
+
+
+def _on_hulls(costs: LayerCosts, block: Block, inside: int) -> tuple[list[int], list[set[int]]]:
+    """Return the sets of a block that minimize some weighted sum of its costs.
+
+    Returns:
+        The sets as masks, and the sets of columns of whose weighted sums none is missing.
+    """
+    of_layers = block.units.costs[block.first : block.stop]
+    watts = costs.head_j[-1] / costs.head_s[-1] if costs.head_j is not None and costs.head_s[-1] else 0.0
+    if np.allclose(of_layers[:, 2], watts * of_layers[:, 0], rtol=1e-9, atol=0):
+        # Joules are seconds in another unit, so whatever counts them is a weighted sum of the other columns.
+        found, complete = _on_the_hull(costs, block, [0, 1, 2], inside, [])
+        return found, [{0, 1, 2, 3}] if complete else []
+    # Time and energy alone are searched before all four columns, which may need more cuts than are asked for.
+    masks: list[int] = []
+    searched = []
+    for used in ([0, 1, 2], [1, 3], [0, 1, 2, 3]):
+        found, complete = _on_the_hull(costs, block, used, inside, masks)
+        masks += found
+        searched += [set(used)] if complete else []
+    return masks, searched
+
+
+def _on_the_hull(
+    costs: LayerCosts, block: Block, used: list[int], inside: int, found_before: Sequence[int]
+) -> tuple[list[int], bool]:
     """Return the sets of a block that minimize some weighted sum of the ``used`` columns of its costs.
 
     Args:
@@ -268,9 +302,10 @@ def _on_the_hull(costs: LayerCosts, block: Block, used: list[int], inside: int) 
         block: the block.
         used: the columns.
         inside: the mask of the units that every set must hold.
+        found_before: sets that are known already.
 
     Returns:
-        The sets as masks, and whether all of them were found within the bounded number of minimum cuts.
+        The other sets as masks, and whether all of them were found within the bounded number of minimum cuts.
     """
     if inside >> block.stop:
         return [], True
@@ -281,7 +316,7 @@ def _on_the_hull(costs: LayerCosts, block: Block, used: list[int], inside: int) 
     budget = min(_MOST_CUTS, _MOST_LAYER_CUTS // (block.stop - block.first))
     asked: set[bytes] = set()
     found: dict[int, None] = {}
-    points = known[:, used]
+    points = np.concatenate([known, block.costs(found_before)])[:, used]
     while True:
         corners, weights = lower_hull(points)
         points = points[corners]
