@@ -230,6 +230,27 @@ def test_a_chain_takes_no_constraints() -> None:
         ts.plan(GRAPH, stages=[one, one], links=[link], codecs="codecs.json")
 
 
+def test_a_chain_takes_links_by_name_and_refuses_what_it_would_not_count() -> None:
+    one = profile_of([1.0] * COUNT)
+    by_name = ts.plan(GRAPH, stages=[one, one], links=["lte"])
+    assert by_name == ts.plan(GRAPH, stages=[one, one], links=[ts.Link.parse("lte")])
+    for more, message in (
+        ({"load": 2.0}, "takes loads=, one for each machine; got load=2.0"),
+        ({"slowdown": 2.0}, "takes loads=.*slowdown=2.0"),
+        ({"loads": [1.0, "slow"]}, r"loads must be positive numbers; got \[1.0, 'slow'\]"),
+        ({"loads": 2.0}, "loads must be a list, .*; got 2.0"),
+        ({"links": "lte"}, "links must be a list, .*; got 'lte'"),
+        ({"links": [3]}, 'each of links must be a Link, or a text such as "lte"; got 3'),
+        ({"stages": one}, "stages must be a list"),
+    ):
+        with pytest.raises(ts.PlanError, match=message):
+            ts.plan(GRAPH, **({"stages": [one, one], "links": ["lte"]} | more))
+    with pytest.raises(ts.LinkError, match="no link 'lta'"):
+        ts.plan(GRAPH, stages=[one, one], links=["lta"])
+    with pytest.raises(ts.PlanError, match="plan takes a traced model; got Sequential"):
+        ts.plan(GRAPH.model, stages=[one, one], links=["lte"])
+
+
 def test_a_chain_of_two_machines_is_the_ordinary_plan() -> None:
     device, server = profile_of([0.1, 0.1, 9.0, 9.0, 9.0, 9.0]), profile_of([0.1] * COUNT)
     link = ts.Link("some", 1e3, 1e5, 0.01)

@@ -116,10 +116,21 @@ def test_infeasible_says_how_near_one_comes() -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [{"latency_s": -1.0}, {"energy_j": float("nan")}, {"memory_bytes": -5}, {"min_layers": -1}, {"latency": 1.0}],
+    [
+        {"latency_s": -1.0},
+        {"energy_j": float("nan")},
+        {"memory_bytes": -5},
+        {"min_layers": -1},
+        {"min_layers": None},
+        {"min_layers": 1.5},
+        {"raw_input": "no"},
+        {"raw_input": 0},
+        {"server_allowed": None},
+        {"latency": 1.0},
+    ],
 )
 def test_constraints_that_cannot_be_are_refused(limits: dict[str, Any]) -> None:
-    with pytest.raises(ts.PlanError):
+    with pytest.raises(ts.PlanError, match=rf"{next(iter(limits))}.*got"):
         planned(**limits)
 
 
@@ -260,6 +271,32 @@ def test_the_command_sweeps(files: list[str], tmp_path: Path, capsys: pytest.Cap
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 16
     assert cli.main(["sweep", *files, "--loads", "1:0:3"]) == 2
     assert "FROM:TO:N" in capsys.readouterr().err
+
+
+def test_only_a_plan_takes_an_uplink_and_keeps_the_downlink(
+    files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = ["--link", "1/1/0.01", "--uplink", "0.02"]
+    assert cli.main(["plan", *files, *link]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for line in planned(link=dataclasses.replace(ts.Link.parse("1/1/0.01"), uplink_bit_s=2e4)).explain().splitlines():
+        assert " ".join(line.split()) in told
+    # It would change how quick the downlink is beside the uplink, all over the grid.
+    assert cli.main(["sweep", *files, *link]) == 2
+    assert "FROM:TO:N" in capsys.readouterr().err
+
+
+def test_the_command_sweeps_energy_by_the_backends_whose_joules_are_known(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = dataclasses.replace(profile_of([0.001] * COUNT), provenance={"backend": "other", "device": "test"})
+    other.save(tmp_path / "other.json")
+    grid = ["--objective", "energy", "--link", "wifi", "--uplinks", "0.01:10:3", "--loads", "1:10:2"]
+    shown = []
+    for more in ([], ["--device", str(tmp_path / "other.json")]):
+        assert cli.main(["sweep", *files, *grid, *more]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
 
 
 def test_constraints_name_themselves() -> None:

@@ -40,6 +40,9 @@ def add_plan(commands: Commands) -> None:
     )
     _plan_arguments(parser)
     parser.add_argument(
+        "--uplink", type=number, metavar="MBIT_S", help="uplink rate in Mbit/s (default: the link's own)"
+    )
+    parser.add_argument(
         "--load",
         type=number,
         default=1.0,
@@ -81,7 +84,7 @@ def _plan(options: argparse.Namespace) -> None:
         from torchsurgeon import report
         from torchsurgeon.planning import plan
 
-    parts, objective = _planned(options)
+    parts, objective = _planned(options, options.uplink)
     found = plan(
         **parts,
         objective=objective,
@@ -138,10 +141,13 @@ def _sweep(options: argparse.Namespace) -> None:
     loads = _spread(options.loads)
     with loading():
         from torchsurgeon.planning import Frontier, sweep
+        from torchsurgeon.planning.sides import with_joules
         from torchsurgeon.report import sweep_picture, sweep_table
 
     parts, objective = _planned(options)
     link = parts.pop("link")
+    if objective.energy:
+        parts["device"] = with_joules(parts["device"])
     found = sweep(Frontier.build(**parts), link, rates, loads, objective, options.slowdown)
     console().print(sweep_table(found))
     if options.csv is not None:
@@ -168,9 +174,6 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(completion.LINKS)}, or UP/DOWN/RTT in Mbit/s and seconds (default: %(default)s)",
     )
     completed(link, one_of(completion.LINKS))
-    parser.add_argument(
-        "--uplink", type=number, metavar="MBIT_S", help="uplink rate in Mbit/s (default: the link's own)"
-    )
     objective = parser.add_argument(
         "--objective",
         default="latency",
@@ -194,10 +197,14 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], Objective]:
+def _planned(options: argparse.Namespace, uplink_mbit_s: float | None = None) -> tuple[dict[str, Any], Objective]:
     """Return what a plan is made of and its objective, and warn where costs are guesses.
 
     Files and numbers are read before the model is loaded, so that a mistake in them is told at once.
+
+    Args:
+        options: the parsed arguments.
+        uplink_mbit_s: the uplink's rate in place of the link's own. The downlink stays.
     """
     with loading():
         from torchsurgeon.codec import CodecTable
@@ -210,8 +217,8 @@ def _planned(options: argparse.Namespace) -> tuple[dict[str, Any], Objective]:
         weights = {name: _number(text) for name, text in pairs(options.objective.split(",")).items()}
     objective = Objective.of(weights)
     link = Link.parse(options.link)
-    if options.uplink is not None:
-        link = dataclasses.replace(link, uplink_bit_s=options.uplink * 1e6)
+    if uplink_mbit_s is not None:
+        link = dataclasses.replace(link, uplink_bit_s=uplink_mbit_s * 1e6)
     names = [*options.device, *options.server]
     known = [load_costs(name) for name in names]
     bounds = [name for name, costs in zip(names, known, strict=True) if costs.is_bound]

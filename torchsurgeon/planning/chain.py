@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon.codec import CodecTable
-from torchsurgeon.errors import PlanError
+from torchsurgeon.errors import PlanError, is_finite, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.objective import Objective
 from torchsurgeon.planning.row import Array, Row, non_dominated
@@ -100,7 +100,7 @@ class ChainPlan:
 def plan_chain(
     graph: LayerGraph,
     stages: Sequence[LayerProfile],
-    links: Sequence[Link],
+    links: Sequence[Link | str],
     objective: str | Mapping[str, float] | Objective = "latency",
     loads: Sequence[float] | None = None,
     codecs: CodecTable | None = None,
@@ -113,7 +113,7 @@ def plan_chain(
     Args:
         graph: the traced model.
         stages: what each layer costs on each machine, the device first.
-        links: ``links[i]`` lies between the machines ``i`` and ``i + 1``.
+        links: ``links[i]`` lies between the machines ``i`` and ``i + 1``; a link, or what ``Link.parse()`` understands.
         objective: what to minimize, as ``Objective.of()`` takes it.
         loads: for each machine, the factor by which it is slower than its profile says; 1 by default. It also counts
             for encoding and decoding there.
@@ -122,22 +122,30 @@ def plan_chain(
     Raises:
         PlanError: the numbers of stages, links and loads do not fit each other, a load is not positive, the objective
             adds throughput to something else or bounds what is in flight, or it counts energy and no joules are known.
+        LinkError: the text of a link means none.
         CodecError: ``codecs`` is of another graph.
     """
     wanted = Objective.of(objective)
+    for name, value in (("stages", stages), ("links", links), ("loads", () if loads is None else loads)):
+        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+            raise PlanError(f"{name} must be a list, with one entry for each machine or link; got {short(value, 100)}")
+    between = [Link.parse(link) if isinstance(link, str) else link for link in links]
+    for link in between:
+        if not isinstance(link, Link):
+            raise PlanError(f'each of links must be a Link, or a text such as "lte"; got {short(link, 100)}')
     factors = list(loads) if loads is not None else [1.0] * len(stages)
     if not stages or len(links) != len(stages) - 1 or len(factors) != len(stages):
         raise PlanError(
             f"{len(stages)} stages need {max(len(stages) - 1, 0)} links and as many loads as stages, "
             f"not {len(links)} links and {len(factors)} loads"
         )
-    if not all(0.0 < factor < np.inf for factor in factors):
-        raise PlanError(f"loads must be positive numbers; got {factors}")
+    if not all(is_finite(factor) and factor > 0 for factor in factors):
+        raise PlanError(f"loads must be positive numbers; got {short(factors)}")
     if wanted.throughput and (wanted.latency or wanted.energy or wanted.server_time):
         raise PlanError("over several machines, throughput must be the only objective; it was combined with others")
     if wanted.in_flight is not None:
         raise PlanError("over several machines, in_flight is not counted; leave it out")
-    return _Chain(graph, stages, links, wanted, factors, codecs).plan()
+    return _Chain(graph, stages, between, wanted, factors, codecs).plan()
 
 
 class _Chain:

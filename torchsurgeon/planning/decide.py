@@ -52,7 +52,7 @@ def plan(
     graph: LayerGraph,
     *,
     stages: Sequence[LayerProfile],
-    links: Sequence[Link],
+    links: Sequence[Link | str],
     objective: Wanted = "latency",
     codecs: CodecTable | None = None,
     loads: Sequence[float] | None = None,
@@ -71,7 +71,7 @@ def plan(
     load: float = 1.0,
     slowdown: float = 1.0,
     stages: Sequence[LayerProfile] | None = None,
-    links: Sequence[Link] | None = None,
+    links: Sequence[Link | str] | None = None,
     loads: Sequence[float] | None = None,
     allow_bounds: bool = False,
     **constraints: Any,
@@ -93,7 +93,7 @@ def plan(
         load: the factor by which the server is slower than its profile says.
         slowdown: the factor by which the device is slower than its profile says.
         stages: what each layer costs on each machine of a row, in place of device, server, link and load.
-        links: the links between the machines of ``stages``.
+        links: the links between the machines of ``stages``, or what ``Link.parse()`` understands.
         loads: for each machine of ``stages``, the factor by which it is slower than its profile says.
         allow_bounds: whether a profile may be one that was predicted from a data sheet. Its times are lower bounds, and
             real ones are longer by factors that differ from layer to layer, so the plan may be far from the best.
@@ -113,14 +113,19 @@ def plan(
         raise PlanError(f"codecs must be a measured CodecTable; got {short(codecs)}; CodecTable.load() reads one")
     if not allow_bounds:
         _refuse_bounds(device, server, stages)
+    if not isinstance(graph, LayerGraph):
+        raise PlanError(f"plan takes a traced model; got {type(graph).__name__}; call plan(trace(model, example), …)")
     if stages is not None:
         if device is not None or server is not None or link is not None or constraints:
             raise PlanError(
                 "a plan for stages= and links= takes no device=, server=, link= or constraints; leave them out"
             )
+        if (load, slowdown) != (1.0, 1.0):
+            raise PlanError(
+                f"a plan for stages= takes loads=, one for each machine; got load={short(load, 100)} and "
+                f"slowdown={short(slowdown, 100)}; leave these out"
+            )
         return plan_chain(graph, stages, links or (), objective, loads, codecs)
-    if not isinstance(graph, LayerGraph):
-        raise PlanError(f"plan takes a traced model; got {type(graph).__name__}; call plan(trace(model, example), …)")
     if device is None or server is None or link is None:
         raise PlanError("a plan needs device=, server= and link=, or stages= and links=")
     if isinstance(link, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from torchsurgeon.errors import PlanError, is_finite, short
+from torchsurgeon.errors import PlanError, is_finite, is_whole, short
 from torchsurgeon.planning.row import Row
 
 _UNITS = {"latency": "s", "energy": "J", "throughput": "s", "server_time": "s"}
@@ -161,7 +161,7 @@ class Constraints:
         server_allowed: False if nothing may leave the device.
 
     Raises:
-        PlanError: a limit is negative or not finite.
+        PlanError: a limit is negative or not finite, ``min_layers`` is no whole number, or a flag is no bool.
     """
 
     latency_s: float | None = None
@@ -172,10 +172,20 @@ class Constraints:
     server_allowed: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("latency_s", "energy_j", "memory_bytes", "min_layers"):
+        for name in ("latency_s", "energy_j", "memory_bytes"):
             value = getattr(self, name)
             if value is not None and not (is_finite(value) and value >= 0):
                 raise PlanError(f"the constraint {name} must be zero or a positive number; got {short(value)}")
+        if not is_whole(self.min_layers) or self.min_layers < 0:
+            raise PlanError(
+                f"the constraint min_layers must be a whole number from 0 on; got {short(self.min_layers)}; leave it "
+                "out where any number of layers may run on the device"
+            )
+        for name in ("raw_input", "server_allowed"):
+            value = getattr(self, name)
+            # A text such as "no" counts as true, so it would allow what it is to forbid.
+            if not isinstance(value, bool):
+                raise PlanError(f"the constraint {name} must be True or False; got {short(value)}")
 
     def given(self) -> list[str]:
         """Return the names of the constraints that ask for something."""
