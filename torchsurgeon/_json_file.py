@@ -3,15 +3,65 @@
 from __future__ import annotations
 
 import json
+import numbers
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torchsurgeon import _whole_file
-from torchsurgeon.errors import TorchSurgeonError, short
+from torchsurgeon.errors import TorchSurgeonError, is_finite, is_whole, short
 
 T = TypeVar("T")
 ErrorClass = type[TorchSurgeonError]
+# Larger values in a file are mistakes: seconds, bytes and joules of one inference are far below.
+_MOST = 1e18
+
+
+class Rule(NamedTuple):
+    """What a field of a file must hold.
+
+    Attributes:
+        text: what that is, as the message of an error says it ("a whole number").
+        holds: returns whether a value is so.
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+
+    def or_null(self) -> Rule:
+        """Return the rule that also allows ``null``."""
+        return Rule(f"{self.text}, or null", lambda value: value is None or self.holds(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and is_finite(value)
+
+
+WHOLE = Rule(f"a whole number from 0 to {_MOST:g}", lambda value: is_whole(value) and 0 <= value <= _MOST)
+AMOUNT = Rule(f"a number from 0 to {_MOST:g}", lambda value: _is_number(value) and 0 <= value <= _MOST)
+NUMBER = Rule(f"a number within ±{_MOST:g}", lambda value: _is_number(value) and abs(value) <= _MOST)
+TEXT = Rule("a text", lambda value: isinstance(value, str))
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+TEXTS = Rule("a list of texts", lambda value: isinstance(value, list | tuple) and all(map(TEXT.holds, value)))
+WHOLES = Rule("a list of whole numbers", lambda value: isinstance(value, list | tuple) and all(map(WHOLE.holds, value)))
+OBJECT = Rule("an object", lambda value: isinstance(value, dict))
+OBJECTS = Rule("a list of objects", lambda value: isinstance(value, list | tuple) and all(map(OBJECT.holds, value)))
+
+
+def check_fields(data: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Check the fields of an object of a file.
+
+    Args:
+        data: the object.
+        rules: what its fields must hold, by name.
+
+    Raises:
+        KeyError: a field is missing.
+        ValueError: a field holds something else.
+    """
+    for name, rule in rules.items():
+        if not rule.holds(data[name]):
+            raise ValueError(f"{name} must be {rule.text}; got {short(data[name], 100)}")
 
 
 def write(path: str | Path, data: Any, error: ErrorClass) -> None:

@@ -131,12 +131,12 @@ def test_a_table_survives_its_file(table: CodecTable, tmp_path: Path, graph: ts.
     ("change", "says"),
     [
         ({"format": "torchsurgeon.codecs/1"}, "the format of a codec table must be .* measure the codecs again"),
-        ({"unfinished": None}, "holds a value of the wrong type"),
-        ({"rows": None}, "holds a value of the wrong type"),
+        ({"unfinished": None}, "holds a wrong value"),
+        ({"rows": None}, "holds a wrong value"),
         ({"rows": [{}]}, "has no field"),
         ({"model": ...}, "has no field 'model'"),
-        ({"batch": float("inf")}, "holds a value of the wrong type"),
-        ({"provenance": 7}, "holds a value of the wrong type"),
+        ({"batch": float("inf")}, "holds a wrong value"),
+        ({"provenance": 7}, "holds a wrong value"),
     ],
 )
 def test_a_damaged_table_is_refused(table: CodecTable, tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -162,12 +162,36 @@ def test_a_table_of_another_batch_size_is_refused(table: CodecTable, graph: ts.L
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("size_bytes", -1.0), ("encode_s", float("nan")), ("decode_s", "soon"), ("within_budget", "no")],
-)
+    [
+        ("size_bytes", -1.0), ("encode_s", float("nan")), ("decode_s", "soon"), ("decode_s", True),
+        ("within_budget", "no"), ("codec", 3), ("head_share", 10**400),
+    ],
+)  # fmt: skip
 def test_a_table_with_costs_that_cannot_be_is_refused(table: CodecTable, field: str, value: object) -> None:
     data = json.loads(json.dumps(table.to_json()))
     data["rows"][0]["cost"][field] = value
-    with pytest.raises(CodecError):
+    with pytest.raises(CodecError, match=rf"{field} must be .*; got .*; measure"):
+        CodecTable.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        (None, "point", 1.5), (None, "name", 3), (None, "raw_bytes", -1.0), (None, "raw_bytes", float("inf")),
+        (None, "untested", None), (None, "layers", "ab"), (None, "layers", [0, -1]), (None, "cost", []),
+        (None, "boundary", "none"), (None, "findings", [3]), ("boundary", "rmse", "small"),
+        ("boundary", "cosine", float("nan")), ("findings", "estimate", "few"), ("findings", "bound", float("nan")),
+        ("findings", "count", -1), ("findings", "kept", "yes"), ("findings", "measure", None),
+    ],
+)  # fmt: skip
+def test_a_table_with_rows_that_cannot_be_is_refused(
+    table: CodecTable, part: str | None, field: str, value: object
+) -> None:
+    data = json.loads(json.dumps(table.to_json()))
+    row = next(row for row in data["rows"] if row["findings"])
+    changed = row if part is None else row[part][0] if part == "findings" else row[part]
+    changed[field] = value
+    with pytest.raises(CodecError, match=rf"{field} must be .*; got .*; measure"):
         CodecTable.from_json(data)
 
 

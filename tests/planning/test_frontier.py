@@ -365,6 +365,17 @@ def test_a_frontier_is_the_same_after_a_journey_as_json(tmp_path: Path) -> None:
         rows = [{**data["rows"][0], name: value}, *data["rows"][1:]]
         with pytest.raises(ts.PlanError, match="wrong value"):
             Frontier.from_json({**data, "rows": rows})
+    for name, value in (
+        ("index", 1.5), ("name", None), ("codec", 3), ("device_j", "much"), ("memory_bytes", "all"), ("lossless", 1),
+        ("raw_input", "no"), ("on_device", None), ("layers", [0.5]), ("layers", 3), ("findings", [1]), ("student", 0),
+        ("backend", None), ("server_backend", 5),
+    ):  # fmt: skip
+        rows = [{**data["rows"][0], name: value}, *data["rows"][1:]]
+        with pytest.raises(ts.PlanError, match=f"wrong value: {name} must be .*; got"):
+            Frontier.from_json({**data, "rows": rows})
+    found = {"measure": "cosine", "estimate": 1.0, "bound": float("nan"), "limit": 0.9, "count": 40, "kept": True}
+    with pytest.raises(ts.PlanError, match=r"wrong value: bound must be .*; got nan"):
+        Frontier.from_json({**data, "rows": [{**data["rows"][0], "findings": [found]}, *data["rows"][1:]]})
     with pytest.raises(ts.PlanError, match="answer_bytes"):
         Frontier.from_json({**data, "answer_bytes": float("nan")})
     for text in ("[" * 100_000, "9" * 5_000):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
+
+from torchsurgeon._json_file import FLAG, NUMBER, TEXT, WHOLE, check_fields
 
 # What these measures are at most, and where nothing changes; what a user's own score is then is not known.
 _BEST = {"cosine": 1.0, "accepted": 1.0, "boxes_matched": 1.0, "pixels_kept": 1.0, "top-1 changed": 0.0}
 _TEXTS = {"top-1 changed": "{:.1%}", "accepted": "{:.1%}", "cosine": "{:.5f}"}
+_FIELDS = {"measure": TEXT, "estimate": NUMBER, "bound": NUMBER, "limit": NUMBER, "count": WHOLE, "kept": FLAG}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,18 @@ class Finding:
     limit: float
     count: int
     kept: bool
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Finding:
+        """Return the finding in ``data``, the plain data of its fields.
+
+        Raises:
+            ValueError: a field holds what it cannot.
+            KeyError: a field is missing.
+            TypeError: there is a field too many.
+        """
+        check_fields(data, _FIELDS)
+        return Finding(**data)
 
     @property
     def used(self) -> float | None:

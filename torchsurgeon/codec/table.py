@@ -8,12 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from torchsurgeon import _json_file
+from torchsurgeon._json_file import AMOUNT, FLAG, NUMBER, OBJECT, OBJECTS, TEXT, TEXTS, WHOLE, WHOLES
 from torchsurgeon.accuracy.finding import Finding
 from torchsurgeon.errors import CodecError, is_finite, short
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint
 
 FORMAT = "torchsurgeon.codecs/3"
+_FIELDS = {
+    "point": WHOLE, "name": TEXT, "raw_bytes": AMOUNT, "cost": OBJECT, "boundary": OBJECT.or_null(),
+    "findings": OBJECTS, "untested": TEXT, "layers": WHOLES.or_null(),
+}  # fmt: skip
+_COSTS = {
+    "codec": TEXT, "size_bytes": AMOUNT, "encode_s": AMOUNT, "decode_s": AMOUNT, "lossless": FLAG,
+    "within_budget": FLAG, "head_share": AMOUNT.or_null(),
+}  # fmt: skip
+_DIFFERENCES = {"max_abs": AMOUNT, "rmse": AMOUNT, "cosine": NUMBER}
+_TABLES = {"model": TEXT, "fingerprint": TEXT, "budget": TEXT, "batch": WHOLE, "samples": WHOLE, "rows": OBJECTS,
+           "provenance": OBJECT, "unfinished": TEXTS}  # fmt: skip
+"""What the fields of a table in a file, of its rows and of their parts must hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,17 +204,19 @@ class CodecTable:
         """
         _json_file.check_format(data, FORMAT, CodecError, "a codec table", "measure the codecs again")
         try:
-            rows = tuple(_row(row) for row in data["rows"])
-            model, fingerprint, budget = (str(data[key]) for key in ("model", "fingerprint", "budget"))
-            batch, samples = (int(data[key]) for key in ("batch", "samples"))
-            unfinished = tuple(str(name) for name in data["unfinished"])
-            return CodecTable(model, fingerprint, batch, samples, budget, rows, dict(data["provenance"]), unfinished)
+            _json_file.check_fields(data, _TABLES)
+            known = {name: data[name] for name in _TABLES}
+            return CodecTable(
+                **{**known, "rows": tuple(map(_row, data["rows"])), "unfinished": tuple(data["unfinished"])}
+            )
         except CodecError:
             raise
         except KeyError as error:
-            raise CodecError(f"the codec table has no field {short(error)}; it was cut short or edited") from None
+            raise CodecError(
+                f"the codec table has no field {short(error)}; it was cut short or edited; measure the codecs again"
+            ) from None
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            raise CodecError(f"the codec table holds a value of the wrong type: {short(error)}") from None
+            raise CodecError(f"the codec table holds a wrong value: {short(error)}; measure the codecs again") from None
 
     def save(self, path: str | Path) -> None:
         """Write the table to ``path`` as JSON.
@@ -222,15 +237,17 @@ class CodecTable:
 
 
 def _row(data: Mapping[str, Any]) -> CodecRow:
-    boundary = data["boundary"]
+    _json_file.check_fields(data, _FIELDS)
+    cost, boundary, layers = data["cost"], data["boundary"], data["layers"]
+    _json_file.check_fields(cost, _COSTS)
+    if boundary is not None:
+        _json_file.check_fields(boundary, _DIFFERENCES)
     return CodecRow(
         **{
             **data,
-            "point": int(data["point"]),
-            "cost": CodecCost(**{**data["cost"], "codec": str(data["cost"]["codec"])}),
+            "cost": CodecCost(**cost),
             "boundary": None if boundary is None else Difference(**boundary),
-            "findings": tuple(Finding(**finding) for finding in data["findings"]),
-            "untested": str(data["untested"]),
-            "layers": None if data["layers"] is None else tuple(map(int, data["layers"])),
+            "findings": tuple(map(Finding.from_json, data["findings"])),
+            "layers": None if layers is None else tuple(layers),
         }
     )

@@ -15,9 +15,10 @@ import numpy as np
 
 from torchsurgeon import _json_file
 from torchsurgeon._cached import cached_property
+from torchsurgeon._json_file import AMOUNT, FLAG, OBJECTS, TEXT, WHOLE
 from torchsurgeon.adapting.link import LinkEstimate
 from torchsurgeon.adapting.load import LoadEstimate
-from torchsurgeon.errors import PlanError, is_finite, short
+from torchsurgeon.errors import PlanError, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.objective import Objective
 from torchsurgeon.planning.row import Array, Row, columns
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FORMAT = "torchsurgeon.frontier/3"
+_FIELDS = {
+    "model": TEXT, "fingerprint": TEXT, "batch": WHOLE, "layers": WHOLE, "answer_bytes": AMOUNT, "exact": FLAG,
+    "rows": OBJECTS,
+}  # fmt: skip
+"""What the fields of a frontier in a file must hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,13 +249,7 @@ class CostTable:
         _json_file.check_format(data, FORMAT, PlanError, "a frontier", "build the frontier again")
         try:
             fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "rows"}
-            for name, kind in (("model", str), ("fingerprint", str), ("batch", int), ("layers", int), ("exact", bool)):
-                if type(fields[name]) is not kind:
-                    raise ValueError(f"{name} must be of type {kind.__name__}; got {short(fields[name], 100)}")
-            if not (is_finite(fields["answer_bytes"]) and 0 <= fields["answer_bytes"] < 1e18):
-                raise ValueError(f"answer_bytes must be from 0 to 1e18; got {short(fields['answer_bytes'], 100)}")
-            if not (isinstance(data["rows"], list) and all(isinstance(row, dict) for row in data["rows"])):
-                raise ValueError("rows must be a list of objects")
+            _json_file.check_fields(data, _FIELDS)
             return cls(**fields, rows=tuple(Row.from_json(row) for row in data["rows"]))
         except PlanError:
             raise

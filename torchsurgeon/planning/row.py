@@ -9,11 +9,17 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from torchsurgeon._json_file import AMOUNT, FLAG, NUMBER, OBJECTS, TEXT, WHOLE, WHOLES, check_fields
 from torchsurgeon.accuracy.finding import Finding
 
 Array = NDArray[np.float64]
-# Larger values in a file are mistakes: seconds, bytes and joules of one inference are far below.
-_MOST = 1e18
+_FIELDS = {
+    "index": WHOLE, "name": TEXT, "codec": TEXT, "head_s": AMOUNT, "encode_s": AMOUNT, "size_bytes": AMOUNT,
+    "tail_s": AMOUNT, "decode_s": AMOUNT, "device_j": NUMBER.or_null(), "memory_bytes": AMOUNT.or_null(),
+    "raw_input": FLAG, "lossless": FLAG, "on_device": FLAG, "layers": WHOLES.or_null(), "findings": OBJECTS,
+    "student": FLAG, "backend": TEXT, "server_backend": TEXT,
+}  # fmt: skip
+"""What the fields of a row in a file must hold."""
 
 _Point = TypeVar("_Point", covariant=True)
 
@@ -92,19 +98,13 @@ class Row:
         """Return the row in ``data``.
 
         Raises:
-            ValueError: a number is negative or far too large.
+            ValueError: a field holds what it cannot, such as a negative number of seconds.
             KeyError: a field is missing.
             TypeError: there is a field too many.
         """
-        layers = data["layers"]
-        findings = tuple(Finding(**finding) for finding in data["findings"])
-        row = Row(**{**data, "layers": None if layers is None else tuple(layers), "findings": findings})
-        for name in ("index", "head_s", "encode_s", "size_bytes", "tail_s", "decode_s"):
-            if not 0 <= getattr(row, name) < _MOST:
-                raise ValueError(f"{name} must be from 0 to {_MOST:g}; got {getattr(row, name)}")
-        if row.device_j is not None and not abs(row.device_j) < _MOST:
-            raise ValueError(f"device_j must be within ±{_MOST:g}; got {row.device_j}")
-        return row
+        check_fields(data, _FIELDS)
+        layers = None if data["layers"] is None else tuple(data["layers"])
+        return Row(**{**data, "layers": layers, "findings": tuple(map(Finding.from_json, data["findings"]))})
 
 
 def columns(rows: Iterable[Row]) -> Array:
