@@ -20,7 +20,7 @@ from torchsurgeon import cli
     [
         ("serve net=factories:small --port 99999", "0 to 65535"),
         ("serve net=factories:small --port -1", "-1"),
-        ("serve net=factories:small --threads 0", "from 1 on"),
+        ("serve net=factories:small --threads 0", "from 1 to 1024"),
         ("serve net=factories:small --max-batch 0", "from 1 on"),
         ("serve net=factories:small --weights other=x.pt", "'other'"),
         ("serve net=factories:small --input other=x:float32[1,4]", "'other'"),
@@ -34,7 +34,8 @@ from torchsurgeon import cli
         ("demo --slow 0.5", "0.5"),
         ("demo --slow nan", "nan"),
         ("demo --out /dev/null", "/dev/null"),
-        ("profile factories:small --no-energy --threads -3", "from 1 on"),
+        ("profile factories:small --no-energy --threads -3", "from 1 to 1024"),
+        ("profile factories:small --no-energy --threads 100000000", "from 1 to 1024; got '100000000'"),
     ],
 )
 def test_a_number_or_a_name_that_cannot_be_is_told_at_once(

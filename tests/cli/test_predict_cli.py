@@ -139,6 +139,24 @@ def test_predict_takes_a_reference_device_and_says_that_all_is_a_bound(capsys: p
         (["calibrate", "--out", "x.json", "--from-csv", f"magic={__file__}"], "no kind of layer 'magic'"),
         (["calibrate", "--out", "x.json", "--device", "cuda:99"], "cuda"),
         (["calibrate", "--out", "x.json", "--budget", "-1"], "budget"),
+        (["calibrate", "--out", "x.json", "--budget", "2", "--backend", "magic"], "a backend is one of"),
+        (["calibrate", "--out", "x.json", "--budget", "2", "--backend", "eager"], "name another backend"),
+        (
+            ["calibrate", "--out", "x.json", "--budget", "2", "--name", "a board"],
+            "--name names the device of --from-csv",
+        ),
+        (["calibrate", "--out", "x.json", "--budget", "2", "--backend-budget", "5"], "for each --backend, and none"),
+        (
+            ["calibrate", "--out", "x.json", "--budget", "2", "--backend-budget", "0", "--backend", "onnxruntime"],
+            "must be a positive number of seconds, such as 100; got 0",
+        ),
+        *(
+            (["calibrate", "--out", "x.json", "--from-csv", "conv=absent.csv", option, value], f"{option} says how")
+            for option, value in [
+                *(("--device", "cuda"), ("--budget", "5"), ("--backend", "inductor")),
+                *(("--threads", "1"), ("--seed", "3")),
+            ]
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(

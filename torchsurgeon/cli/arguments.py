@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from torchsurgeon import _whole_file
 from torchsurgeon.cli import completion
 from torchsurgeon.cli.completion import completed, one_of
 from torchsurgeon.cli.screen import loading
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # argparse quotes a wrong argument as a whole, and the commands beside it.
 _MOST_ERROR_CHARACTERS = 500
+# PyTorch ends the process where the system does not give it the threads that it asks for.
+_MOST_THREADS = 1024
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,11 +115,22 @@ def file_argument(parser: argparse.ArgumentParser, option: str, what: str, defau
     parser.add_argument(option, type=Path, metavar="FILE", help=f"{what} (default: {default})")
 
 
+def check_files(*files: Path | None) -> None:
+    """Check that the files that a command is to write can be written, before it measures what they will hold.
+
+    Raises:
+        TorchSurgeonError: one of them cannot.
+    """
+    for file in files:
+        if file is not None:
+            _whole_file.check_writable(file, TorchSurgeonError)
+
+
 def threads_argument(parser: argparse.ArgumentParser) -> None:
     """Declare ``--threads``."""
     parser.add_argument(
         "--threads",
-        type=whole_number(1),
+        type=whole_number(1, _MOST_THREADS),
         metavar="N",
         help="CPU threads of one inference (default: as many as PyTorch chooses)",
     )
@@ -164,12 +178,14 @@ def traced(options: argparse.Namespace, device: torch.device | None = None, weig
     return trace(loaded.model, *args, leaf_modules=options.leaf, verify=options.verify, **kwargs)
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return the function that turns the text of an argument into a whole number of at least ``least``."""
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the function that turns the text of an argument into a whole number from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on; got {short(text)}")
+        is_number = text.isascii() and text.isdigit() and len(text) <= 18
+        if not is_number or int(text) < least or (most is not None and int(text) > most):
+            end = "on" if most is None else f"to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} {end}; got {short(text)}")
         return int(text)
 
     return parse

@@ -9,8 +9,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchsurgeon import _whole_file
 from torchsurgeon.cli.arguments import (
+    check_files,
     command,
     device_argument,
     file_argument,
@@ -23,7 +23,7 @@ from torchsurgeon.cli.arguments import (
     whole_number,
 )
 from torchsurgeon.cli.screen import console, loading, progress, warn
-from torchsurgeon.errors import CodecError, TorchSurgeonError, UnfinishedWarning, short
+from torchsurgeon.errors import TorchSurgeonError, UnfinishedWarning, short
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
@@ -128,6 +128,7 @@ def _codecs(options: argparse.Namespace) -> None:
     points = None if options.point is None else [index_or_name(point) for point in options.point]
     if options.fit is not None and (points is None or len(points) != 1):
         raise TorchSurgeonError(f"--fit fits a codec to one --point; got {len(points or [])} of them")
+    check_files(options.out, options.fit)
     with loading():
         import torch
 
@@ -153,8 +154,6 @@ def _codecs(options: argparse.Namespace) -> None:
         # Judged on other calls than those that it is fitted to.
         setup, samples = codec.halves(samples)
         # Fitting takes minutes, so what would end the command afterwards ends it now.
-        for file in filter(None, (options.fit, options.out)):
-            _whole_file.check_writable(file, CodecError)
         for name in names or ():
             codec.find_codec(name)
         if budget is not None:
@@ -256,7 +255,7 @@ def add_distill(commands: Commands) -> None:
 def _distill(options: argparse.Namespace) -> None:
     if not options.data.is_dir():
         raise TorchSurgeonError(f"--data must be a folder of images; there is no folder {short(options.data)}")
-    _whole_file.check_writable(options.out, CodecError)
+    check_files(options.out)
     with loading():
         import torch
 

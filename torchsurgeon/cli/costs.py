@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torchsurgeon.cli import completion
 from torchsurgeon.cli.arguments import (
+    check_files,
     command,
     device_argument,
     file_argument,
@@ -29,6 +30,7 @@ from torchsurgeon.errors import (
     PredictionWarning,
     ThrottledWarning,
     TorchSurgeonError,
+    short,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 # How often a calibration says how far it is where there is no terminal to draw a bar on.
 _REPORT_EVERY_S = 20.0
+_UNNAMED = "an unnamed device"
+_MEASURING = {"device": "cpu", "budget": 300.0, "backend": [], "backend_budget": 100.0, "threads": None, "seed": 0}
+"""The options of a calibration that say how this machine is measured, with their defaults."""
 
 
 def add_profile(commands: Commands) -> None:
@@ -104,6 +109,7 @@ def backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile(options: argparse.Namespace) -> None:
+    check_files(options.out, options.plot, options.trace)
     with loading():
         import torch
 
@@ -165,7 +171,7 @@ def add_calibrate(commands: Commands) -> None:
     parser.add_argument(
         "--budget",
         type=number,
-        default=300.0,
+        default=_MEASURING["budget"],
         metavar="SECONDS",
         help="time to spend (default: %(default)s)",
     )
@@ -181,7 +187,7 @@ def add_calibrate(commands: Commands) -> None:
     parser.add_argument(
         "--backend-budget",
         type=number,
-        default=100.0,
+        default=_MEASURING["backend_budget"],
         metavar="SECONDS",
         help="time to spend on each --backend (default: %(default)s)",
     )
@@ -203,16 +209,18 @@ def add_calibrate(commands: Commands) -> None:
     )
     parser.add_argument(
         "--name",
-        default="an unnamed device",
+        default=_UNNAMED,
         help="name of the device in the CSV files (default: %(default)s)",
     )
 
 
 def _calibrate(options: argparse.Namespace) -> None:
+    _check_options(options)
     with loading():
         import torch
 
         from torchsurgeon.prediction import Predictor, calibrate, calibrate_backend
+        from torchsurgeon.prediction.backends import calibratable
         from torchsurgeon.report import calibration_table
 
     if options.from_csv:
@@ -220,6 +228,10 @@ def _calibrate(options: argparse.Namespace) -> None:
         imported.save(options.out)
         console().print(calibration_table(imported))
         return
+    # A calibration takes minutes, so what would end the command after it ends it now.
+    check_files(options.out)
+    for name in options.backend:
+        calibratable(name, options.backend_budget)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     reported_s = 0.0
@@ -257,6 +269,23 @@ def _calibrate(options: argparse.Namespace) -> None:
         warn(warning.message)
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse options that would not count beside the others."""
+    given = [name for name, default in _MEASURING.items() if getattr(options, name) != default]
+    if options.from_csv and given:
+        raise TorchSurgeonError(
+            f"--{given[0].replace('_', '-')} says how this machine is measured, and --from-csv measures nothing; leave "
+            "one of them out"
+        )
+    if options.name != _UNNAMED and not options.from_csv:
+        raise TorchSurgeonError(
+            f"--name names the device of --from-csv, and this machine has its own name; got {short(options.name)}; "
+            "leave it out"
+        )
+    if "backend_budget" in given and not options.backend:
+        raise TorchSurgeonError("--backend-budget is the time for each --backend, and none is given; name one")
+
+
 def add_predict(commands: Commands) -> None:
     """Declare ``torchsurgeon predict``."""
     parser = command(
@@ -283,6 +312,7 @@ def add_predict(commands: Commands) -> None:
 def _predict(options: argparse.Namespace) -> None:
     if options.plot is not None and options.profile is None:
         raise TorchSurgeonError("--plot draws predicted over measured times; give these with --profile FILE")
+    check_files(options.json, options.plot)
     with loading():
         from torchsurgeon import report
         from torchsurgeon.prediction import load_device

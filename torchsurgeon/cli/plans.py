@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchsurgeon.cli import completion
 from torchsurgeon.cli.arguments import (
+    check_files,
     command,
     file_argument,
     model_arguments,
@@ -84,6 +85,7 @@ def _plan(options: argparse.Namespace) -> None:
         from torchsurgeon import report
         from torchsurgeon.planning import plan
 
+    check_files(options.frontier, options.plot, options.html)
     parts, objective = _planned(options, options.uplink)
     found = plan(
         **parts,
@@ -137,6 +139,7 @@ def add_sweep(commands: Commands) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    check_files(options.csv, options.plot)
     rates = [1e6 * rate for rate in _spread(options.uplinks)]
     loads = _spread(options.loads)
     with loading():

@@ -24,8 +24,10 @@ _COSTS = {
     "within_budget": FLAG, "head_share": AMOUNT.or_null(),
 }  # fmt: skip
 _DIFFERENCES = {"max_abs": AMOUNT, "rmse": AMOUNT, "cosine": NUMBER}
-_TABLES = {"model": TEXT, "fingerprint": TEXT, "budget": TEXT, "batch": WHOLE, "samples": WHOLE, "rows": OBJECTS,
-           "provenance": OBJECT, "unfinished": TEXTS}  # fmt: skip
+_TABLES = {
+    "model": TEXT, "fingerprint": TEXT, "budget": TEXT, "batch": WHOLE, "samples": WHOLE, "rows": OBJECTS,
+    "provenance": OBJECT, "unfinished": TEXTS,
+}  # fmt: skip
 """What the fields of a table in a file, of its rows and of their parts must hold."""
 
 

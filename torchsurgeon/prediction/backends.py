@@ -53,11 +53,7 @@ def calibrate_backend(
         CalibrationError: the budget is not positive, or too short for eight networks.
         DeviceError: the device does not exist.
     """
-    if not (is_finite(budget_s) and budget_s > 0):
-        raise CalibrationError(f"budget_s must be a positive number of seconds, such as 100; got {short(budget_s)}")
-    runs, target = find_backend(backend), find_device(device)
-    if isinstance(runs, Eager):
-        raise BackendError("eager PyTorch is what calibrate() calibrates; name another backend")
+    runs, target = calibratable(backend, budget_s), find_device(device)
     rng = random.Random(seed * 1_000_003 + 7)
     begun_s = time.monotonic()
     nets: list[Net] = []
@@ -71,6 +67,25 @@ def calibrate_backend(
     return Predictor(
         predictor.provenance, predictor.samples, predictor.fitted, predictor.roofline, predictor.block, known
     )
+
+
+def calibratable(backend: str | Backend, budget_s: float) -> Backend:
+    """Return a backend that can be calibrated, before anything else is measured for it.
+
+    Args:
+        backend: as ``calibrate_backend()`` takes it.
+        budget_s: as ``calibrate_backend()`` takes it.
+
+    Raises:
+        BackendError: there is no such backend here, or it is eager PyTorch.
+        CalibrationError: the budget is not positive.
+    """
+    if not (is_finite(budget_s) and budget_s > 0):
+        raise CalibrationError(f"budget_s must be a positive number of seconds, such as 100; got {short(budget_s)}")
+    found = find_backend(backend)
+    if isinstance(found, Eager):
+        raise BackendError("eager PyTorch is what calibrate() calibrates; name another backend")
+    return found
 
 
 def _timed(rng: random.Random, backend: Backend, device: torch.device) -> Net | None:
