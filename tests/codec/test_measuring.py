@@ -210,6 +210,18 @@ def test_a_codec_that_loses_something_only_in_later_calls_is_tested() -> None:
     assert table.rows[1].findings
 
 
+@pytest.mark.parametrize(("count", "odd"), [(40, None), (40, 7), (10, None), (10, 7)])
+def test_a_lossy_codec_counts_as_lossless_for_no_sample(count: int, odd: int | None) -> None:
+    """Of calls that it cannot encode nothing is known of those that it can; one of these shows what it loses."""
+    graph = ts.trace(nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 4)).eval(), torch.zeros(1, 300))
+    calls = [torch.full((1, 300), float("inf")) for _ in range(count)]
+    if odd is not None:
+        calls[odd] = noise(1, 300, count=1)[0]
+    table = measure(graph, calls, ["zstd", "int8"], points=[0], budget=Budget(min_cosine=-1, decide_by="estimate"))
+    lossless = {row.cost.codec: row.cost.lossless for row in table.rows}
+    assert lossless == {"raw": True, "zstd": True} | ({} if odd is None else {"int8": False})
+
+
 def test_sizes_are_of_the_same_calls_for_all_codecs() -> None:
     model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 4)).eval()
     calls = noise(1, 300, count=100)

@@ -57,7 +57,8 @@ def measure(
         samples: calls like the traced example. Each is a tensor, a tuple of positional arguments or a dict of keyword
             arguments. All of them judge. Where a codec was set up on some, give the others: ``halves()`` makes the two.
         codecs: names of the codecs; ``measured_names()`` by default. ``raw`` is always measured. A codec that encodes
-            no tensor at a point (``int8`` on integers, ``jpeg`` on a feature map) has no row there.
+            no tensor at a point (``int8`` on integers, ``jpeg`` on a feature map) has no row there, and neither has a
+            lossy one that encodes none of the samples' tensors.
         points: indices or layer names; those of ``promising()`` by default. By default, too, a lossy codec is judged
             only where it makes the boundary smaller than finer codecs of its kind do there, and than lossless ones do
             there or at an earlier point.
@@ -194,10 +195,12 @@ class _Measuring:
         for index, (boundary, inputs) in enumerate(zip(boundaries[::every], walk.calls[::every], strict=True)):
             for trial in trials:
                 trial.measure(boundary, inputs, first=index == 0, calls=-(-len(boundaries) // every))
+        # Codecs of numbers leave alone what has none that they can write, such as tensors with NaN. What a codec that
+        # encoded none of these calls' tensors loses on others is not known, unless other calls of the sample tell.
         for trial in trials:
-            # A codec that lost nothing on these calls, because it encoded none of their tensors, may on others.
-            if trial.lossless and not trial.codec.lossless and every > 1:
-                trial.lossless = all(map(trial.exact, boundaries, walk.calls))
+            if trial.unused and every > 1:
+                trial.unused = all(map(trial.exact, boundaries, walk.calls))
+        trials = [trial for trial in trials if not trial.unused]
         self._advance(_ENCODING, point.name)
         if self.budget is not None:
             self._judge(walk, trials, answers)

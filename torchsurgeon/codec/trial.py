@@ -73,7 +73,8 @@ class Trial:
             these do.
 
     Attributes:
-        lossless: whether the tail got the same bits so far.
+        lossless: whether the tail gets the same bits in every call, whatever the samples hold.
+        unused: whether the tail got the same bits so far, though it need not: the codec encoded no tensor.
         findings: what became of the model's answers, once they were judged.
         untested: why they were not judged; empty where they were.
         student: as given.
@@ -83,7 +84,8 @@ class Trial:
         self, codec: Codec, names: Sequence[str], device: torch.device, student: StudentRun | None = None
     ) -> None:
         self.codec, self._names, self._device, self.student = codec, names, device, student
-        self.lossless = student is None
+        self.lossless = student is None and codec.lossless
+        self.unused = not self.lossless
         self.findings: tuple[Finding, ...] = ()
         self.untested = ""
         self._sizes: list[int] = []
@@ -117,7 +119,7 @@ class Trial:
             decoded, exact = self._there_and_back(boundary, inputs, timed=not first or repeat > 0)
         if exact:
             return
-        self.lossless = False
+        self.unused = False
         for one, other in zip(boundary, decoded, strict=True):
             difference = as_real_numbers(one) - as_real_numbers(other)
             self._count += difference.numel()
