@@ -17,6 +17,7 @@ import torchsurgeon as ts
 from torchsurgeon import cli
 from torchsurgeon.cli import completion
 from torchsurgeon.link import PRESETS
+from torchsurgeon.models import specs
 
 COMMANDS: dict[str, argparse.ArgumentParser] = next(
     action.choices  # type: ignore[misc]
@@ -40,6 +41,22 @@ def test_help_has_two_examples_that_parse(name: str) -> None:
         assert program == "torchsurgeon"
         assert arguments[0] == name
         cli.parser().parse_args(arguments)
+
+
+def test_the_points_of_examples_are_points_of_their_models() -> None:
+    named: dict[str, set[int | str]] = {}
+    for parser in COMMANDS.values():
+        for line in parser.format_help().partition("examples:\n")[2].splitlines():
+            given = vars(cli.parser().parse_args(shlex.split(line)[1:]))
+            points = given.get("points") or given.get("point") or []
+            if points and "spec" in given:
+                named.setdefault(given["spec"], set()).update([points] if isinstance(points, str) else points)
+    assert len(named) >= 3
+    for spec, points in named.items():
+        loaded = specs.load(spec)
+        graph = ts.trace(loaded.model, *loaded.args, verify=False, **loaded.kwargs)
+        for point in points:
+            graph.point(point)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

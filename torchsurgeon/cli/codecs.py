@@ -42,7 +42,7 @@ def add_codecs(commands: Commands) -> None:
         "Measure what codecs save, and how they change the answers, at cuts that can pay.",
         "torchvision:resnet50 --sample photos --out codecs.json",
         "torchvision:resnet50 --weights default --sample photos --codecs int8,int8+zstd --min-cosine 0.999",
-        "torchvision:resnet50 --weights default --sample photos --point layer2 --fit layer2.fitted",
+        "torchvision:resnet50 --weights default --sample photos --point layer2.3.relu_2 --fit layer2.fitted",
     )
     model_arguments(parser)
     weights_argument(parser)
@@ -214,8 +214,9 @@ def add_distill(commands: Commands) -> None:
         _distill,
         "distill",
         "Make a small network that takes the place of the layers before a cut, from images without labels.",
-        "torchvision:resnet50 --weights default --point layer2 --data photos --minutes 30 --out layer2.student",
-        "torchsurgeon.demo:lite0 --point blocks.5 --data photos --share 0.05 --out lite0.student",
+        "torchvision:resnet50 --weights default --point layer2.3.relu_2 --data photos --minutes 30 "
+        "--out layer2.student",
+        "torchsurgeon.demo:lite0 --point net.blocks.5.layers.4.1 --data photos --share 0.05 --out lite0.student",
     )
     model_arguments(parser)
     weights_argument(parser)

@@ -39,7 +39,7 @@ def add_export(commands: Commands) -> None:
         "torchvision:resnet50 --device pi.json --server k40-gpu --out bundle",
         "torchvision:resnet50 --backend onnxruntime:int8 --backend-sample photos --backend-limits min-cosine=0.99 "
         "--out bundle",
-        "torchvision:resnet50 --weights default --point layer2 --codecs codecs.json --fitted layer2.fitted "
+        "torchvision:resnet50 --weights default --point layer2.3.relu_2 --codecs codecs.json --fitted layer2.fitted "
         "--out bundle",
         "torchvision:resnet50 --point layer3.5.relu_2 --triton repository --name resnet_tail",
     )
