@@ -206,6 +206,9 @@ def test_a_sweep_gains_over_the_better_end(tmp_path: Path) -> None:
         sweep(frontier, LINK, [], loads)
     with pytest.raises(ts.PlanError, match="varied must be one of load, slowdown; got 'speed'"):
         sweep(frontier, LINK, rates, loads, varied="speed")
+    for device_w in (-3.0, float("nan"), "5 W"):
+        with pytest.raises(ts.PlanError, match="device_w must be zero or a positive number of watts; got"):
+            sweep(frontier, LINK, rates, loads, "energy", device_w=device_w)
 
 
 def test_a_sweep_over_slow_downs_is_that_over_a_slower_device() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,22 @@ import torchsurgeon as ts
 from torchsurgeon import report
 from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.profiling import LayerEnergy
-from torchsurgeon.report import pictures, plan_pictures
+from torchsurgeon.report import pictures, plan_pictures, units
 from torchsurgeon.report.narrow import FittingTable
 from torchsurgeon.report.runs import MOST_RUNS, cut_runs, layer_runs, run_labels
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(1.5, "1.50 s"), (0.0123, "12.3 ms"), (42e-6, "42 µs"), (0.9999, "999.9 ms")]
+    ("seconds", "text"),
+    [
+        (1.5, "1.50 s"),
+        (0.0123, "12.3 ms"),
+        (42e-6, "42 µs"),
+        (0.9999, "999.9 ms"),
+        (0.99996, "1.00 s"),
+        (999.4e-6, "999 µs"),
+        (999.6e-6, "1.0 ms"),
+    ],
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert report.seconds_text(seconds) == text
@@ -38,9 +48,37 @@ def test_rates_have_no_exponents(bit_s: float, text: str) -> None:
     assert report.rate_text(bit_s) == text
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (150_528, "151 kB"), (3_000_000, "3 MB")])
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (150_528, "151 kB"),
+        (3_000_000, "3 MB"),
+        (999_400, "999 kB"),
+        (999_999, "1 MB"),
+        (999_999_999_999, "1 TB"),
+        (10**6, "1 MB"),
+        (10**9, "1 GB"),
+        (10**18, "1e+06 TB"),
+    ],
+)
 def test_bytes(size: int, text: str) -> None:
     assert report.bytes_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("joules", "text"), [(0.9996, "1 J"), (0.0123, "12.3 mJ"), (999.6e-6, "1 mJ"), (4e-6, "4 µJ"), (math.nan, "?")]
+)
+def test_joules(joules: float, text: str) -> None:
+    assert units.joules_text(joules) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.012345, "0.0123"), (123_456, "123000"), (999_999, "1000000"), (2e7, "2e+07")]
+)
+def test_numbers_have_no_exponent_up_to_a_million(value: float, text: str) -> None:
+    assert units.number_text(value) == text
 
 
 def test_long_models_are_drawn_in_groups_that_end_at_the_stars() -> None:

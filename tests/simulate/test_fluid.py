@@ -143,6 +143,8 @@ def test_of_several_ways_to_send_the_input_the_quickest_stands_for_all_on_the_se
         (lambda: settle([], 1), "must make inferences"),
         (lambda: one_class(-1.0), "rate of the device class 'one' must be zero or a positive number"),
         (lambda: one_class(1.0, device_s=float("nan")), "finite latency and server time"),
+        (lambda: settle([one_class(1.0)], 1, "adaptive"), "one of adapting, load-blind, .*; got 'adaptive'"),
+        (lambda: servers_needed([one_class(1.0)], 2.0, "device_only"), "device-only; got 'device_only'"),
         (lambda: servers_needed([one_class(1.0)], 1.0), r"load must be above 1.*got 1\.0"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -146,6 +149,34 @@ def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str)
 def test_wrong_demands_are_refused(shares: tuple[float, ...], service_s: tuple[float, ...], message: str) -> None:
     with pytest.raises(SimulationError, match=message):
         Demand(shares, service_s)
+
+
+@pytest.mark.parametrize("percentile", [1e-6, 50, 99.9999999999, 99.99999999999999])
+@pytest.mark.parametrize(("servers", "utilization"), [(1, 0.0), (1, 1e-9), (1, 0.999999), (2, 0.5), (2, 0.500001)])
+def test_percentiles_of_responses_are_found_to_both_ends(servers: int, utilization: float, percentile: float) -> None:
+    one_s, short_s = (response_percentile_s(servers, utilization, s, percentile) for s in (1.0, 1e-12))
+    assert short_s == pytest.approx(one_s * 1e-12)
+    if servers == 1:
+        # A response of a single server is exponential.
+        exact_s = -math.log(1 - percentile / 100) / (1 - utilization)
+        assert one_s == pytest.approx(exact_s, rel=1e-3)
+    near_s = response_percentile_s(servers, min(utilization * 1.001, 0.9999991), 1.0, percentile)
+    assert one_s <= near_s * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("service_s", "percentile", "message"),
+    [
+        (0.0, 99, "service time must be a positive number of seconds; got 0.0"),
+        (math.nan, 99, "service time"),
+        (1.0, 0, "percentile must be above 0 and below 100; got 0"),
+        (1.0, 100.0, "percentile"),
+        (1.0, "high", "percentile"),
+    ],
+)
+def test_percentiles_of_responses_that_there_are_none_of(service_s: float, percentile: Any, message: str) -> None:
+    with pytest.raises(SimulationError, match=message):
+        response_percentile_s(2, 0.5, service_s, percentile)
 
 
 def test_a_percentile_must_be_one() -> None:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from torchsurgeon.errors import PlanError, short
+from torchsurgeon.errors import PlanError, is_finite, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.frontier import Frontier
 from torchsurgeon.planning.objective import Objective
@@ -129,13 +129,15 @@ def sweep(
             frontier's rows are taken.
 
     Raises:
-        PlanError: rates or factors are missing, an end is, ``varied`` is neither of both, or what ``Frontier.best()``
-            refuses.
+        PlanError: rates or factors are missing, an end is, ``varied`` is neither of both, ``device_w`` is negative, or
+            what ``Frontier.best()`` refuses.
         LinkError: a rate is not positive.
     """
     wanted = Objective.of(objective)
     if varied not in get_args(Varied):
         raise PlanError(f"varied must be one of {', '.join(get_args(Varied))}; got {short(varied)}")
+    if device_w is not None and not (is_finite(device_w) and device_w >= 0):
+        raise PlanError(f"device_w must be zero or a positive number of watts; got {short(device_w)}")
     at_ends = [np.array([row.on_device for row in frontier.rows]), np.array([row.index == 0 for row in frontier.rows])]
     if not len(uplink_bit_s) or not len(factors) or not all(end.any() for end in at_ends):
         raise PlanError(f"a sweep needs rates, {varied}s, and a frontier with both ends of the model")

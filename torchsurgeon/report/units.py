@@ -22,11 +22,12 @@ def rate_text(bit_s: float) -> str:
 
 def seconds_text(seconds: float) -> str:
     """Return a duration in seconds as text in s, ms or µs, such as ``"12.3 ms"``."""
+    # From where the digits that are shown would round up to a thousand, the larger unit is taken.
     return (
         f"{seconds:.2f} s"
-        if seconds >= 1
+        if seconds >= 0.99995
         else f"{seconds * 1e3:.1f} ms"
-        if seconds >= 1e-3
+        if seconds >= 999.5e-6
         else f"{seconds * 1e6:.0f} µs"
     )
 
@@ -42,7 +43,7 @@ def joules_text(mean_j: float, low_j: float = math.nan, high_j: float = math.nan
     if math.isnan(mean_j):
         return "?"
     size = max(abs(mean_j), abs(high_j) if math.isfinite(high_j) else 0.0)
-    factor, unit = (1.0, "J") if size >= 1 else (1e3, "mJ") if size >= 1e-3 else (1e6, "µJ")
+    factor, unit = (1.0, "J") if size >= 0.9995 else (1e3, "mJ") if size >= 999.5e-6 else (1e6, "µJ")
     if not math.isfinite(high_j - low_j):
         return f"{mean_j * factor:.3g} {unit}"
     return f"{mean_j * factor:.3g} ({low_j * factor:.3g} … {high_j * factor:.3g}) {unit}"
@@ -50,11 +51,13 @@ def joules_text(mean_j: float, low_j: float = math.nan, high_j: float = math.nan
 
 def number_text(value: float) -> str:
     """Return a number with three significant digits, without an exponent up to a million."""
-    return f"{float(f'{value:.3g}'):g}"
+    return f"{float(f'{value:.3g}'):.{7 if abs(value) < 1e6 else 6}g}"
 
 
 def _scaled(value: float, unit: str, base: int) -> str:
     if value < base:
         return f"{value:g} {unit}"
     power = min(int(math.log(value, base)), 4)
+    if power < 4 and float(f"{value / base**power:.3g}") >= base:
+        power += 1
     return f"{value / base**power:.3g} {' kMGT'[power]}{unit}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +103,14 @@ class DeviceClass:
         Args:
             load: the factor by which servers are slower than idle ones.
             choice: how devices choose.
+
+        Raises:
+            SimulationError: they do not choose in that way.
         """
+        if choice not in get_args(Choice):
+            raise SimulationError(
+                f"how devices choose must be one of {', '.join(get_args(Choice))}; got {short(choice, 100)}"
+            )
         if choice == "server-only":
             return 0
         if choice == "device-only":
@@ -149,7 +156,7 @@ def settle(classes: Sequence[DeviceClass], servers: float, choice: Choice = "ada
         The one load at which the work that devices send makes this load.
 
     Raises:
-        SimulationError: there are no servers or no inferences.
+        SimulationError: there are no servers or no inferences, or devices do not choose in that way.
     """
     if not (is_finite(servers) and servers > 0):
         raise SimulationError(f"the number of servers must be positive; got {short(servers)}")
@@ -186,7 +193,7 @@ def servers_needed(classes: Sequence[DeviceClass], load: float, choice: Choice =
         choice: how devices choose their cuts.
 
     Raises:
-        SimulationError: the load is not above 1.
+        SimulationError: the load is not above 1, or devices do not choose in that way.
     """
     if not (is_finite(load) and load > 1):
         raise SimulationError(f"the load must be above 1, since only idle servers have a load of 1; got {short(load)}")

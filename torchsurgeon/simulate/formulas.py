@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from torchsurgeon.errors import SimulationError, is_finite, is_whole, short
+from torchsurgeon.simulate.queue import check_percentile
 
 
 def erlang_c(servers: int, utilization: float) -> float:
@@ -54,7 +55,7 @@ def response_percentile_s(servers: int, utilization: float, service_s: float, pe
     Args:
         servers: how many servers there are, with one queue.
         utilization: the share of the servers' time that is asked for, 0 or more and below 1.
-        service_s: the mean service time in seconds.
+        service_s: the mean service time in seconds, above 0.
         percentile: above 0 and below 100.
 
     Raises:
@@ -62,18 +63,24 @@ def response_percentile_s(servers: int, utilization: float, service_s: float, pe
     """
     from scipy.optimize import brentq
 
+    check_percentile(percentile)
+    if not (is_finite(service_s) and service_s > 0):
+        raise SimulationError(f"a service time must be a positive number of seconds; got {short(service_s)}")
     waits = erlang_c(servers, utilization)
-    serve, drain = 1 / service_s, servers * (1 - utilization) / service_s
+    # In mean service times, so that the search is as fine for short ones as for long ones.
+    drain = servers * (1 - utilization)
 
-    def beyond(time_s: float) -> float:
-        if math.isclose(serve, drain, rel_tol=1e-9):
-            return math.exp(-serve * time_s) * (1 + waits * serve * time_s)
-        # With probability `waits` the time is the sum of two exponential ones, of rates `serve` and `drain`.
-        both = (drain * math.exp(-serve * time_s) - serve * math.exp(-drain * time_s)) / (drain - serve)
-        return (1 - waits) * math.exp(-serve * time_s) + waits * both
+    def beyond(time: float) -> float:
+        if math.isclose(drain, 1, rel_tol=1e-6):
+            return math.exp(-time) * (1 + waits * time)
+        # With probability `waits` the time is the sum of two exponential ones, of rates 1 and `drain`.
+        both = (drain * math.exp(-time) - math.exp(-drain * time)) / (drain - 1)
+        return (1 - waits) * math.exp(-time) + waits * both
 
-    high_s = -math.log(1e-12) * (1 / serve + 1 / drain)
-    return float(brentq(lambda time_s: beyond(time_s) - (1 - percentile / 100), 0.0, high_s))
+    share, high = 1 - percentile / 100, 1.0
+    while beyond(high) > share:
+        high *= 2
+    return service_s * float(brentq(lambda time: beyond(time) - share, 0.0, high))
 
 
 def _check(servers: int, utilization: float) -> None:
