@@ -34,7 +34,7 @@ class Rule(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and is_finite(value)
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and is_finite(value)
 
 
 WHOLE = Rule(f"a whole number from 0 to {_MOST:g}", lambda value: is_whole(value) and 0 <= value <= _MOST)
