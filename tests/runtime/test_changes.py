@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextvars
 import copy
 import gc
+import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -781,6 +783,35 @@ def test_a_tensor_that_no_code_asks_for_may_come(between: Callable[..., Sides]) 
     sides.split.model.get_submodule("first").register_buffer("unused", None)
     for _ in range(2):
         assert sides.answers_as_the_model() is None
+
+
+# --- what the code reads elsewhere ---
+
+FROM_ELSEWHERE = {
+    "import": "import settings_of_a_test; return self.first(x) * settings_of_a_test.SCALE",
+    "from": "from settings_of_a_test import SCALE; return self.first(x) * SCALE",
+    "globals": "return self.first(x) * globals()['SCALE']",
+    "weak reference": "return self.first(x) * self.settings().SCALE",
+}
+
+
+@quietly
+@pytest.mark.parametrize("body", FROM_ELSEWHERE.values(), ids=FROM_ELSEWHERE)
+def test_a_setting_outside_of_the_model_is_noticed(
+    between: Callable[..., Sides], body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = types.ModuleType("settings_of_a_test")
+    monkeypatch.setitem(sys.modules, settings.__name__, settings)
+    space: dict[str, Any] = vars(settings)
+    exec(f"def forward(self, x): {body}", space)  # noqa: S102
+    settings.SCALE = 1.0  # type: ignore[attr-defined]
+    kind = type("Scaling", (Net,), {"forward": space["forward"], "settings": weakref.ref(settings)})
+    sides = between(kind().eval(), partition="server")
+    assert sides.answers_as_the_model() is None
+    settings.SCALE = 2.0  # type: ignore[attr-defined]
+    assert "'SCALE'" in str(sides.answers_as_the_model())
+    settings.SCALE = 1.0  # type: ignore[attr-defined]
+    assert sides.answers_as_the_model() is None
 
 
 # --- a model that is moved ---

@@ -6,12 +6,14 @@ import functools
 import importlib.util
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_models import model
 from torch import Tensor, nn
 
 from torchsurgeon.tracing.digests import part_digest, tensor_digest
@@ -134,6 +136,45 @@ class ByName(nn.Module):
 
 def test_attributes_whose_names_are_computed_are_read_too() -> None:
     assert set(plain_tensors(ByName(), read_model(ByName()))) == {"scale_1"}
+
+
+IMPORTING = {
+    "import": "import read_pack.inner; return x * read_pack.inner.SCALE",
+    "import as": "import read_pack.inner as inner; return x * inner.SCALE",
+    "from": "from read_pack.inner import SCALE; return x * SCALE",
+    "from the package": "from read_pack import inner; return x * inner.SCALE",
+    "relative": "from .inner import SCALE; return x * SCALE",
+    "relative, of the package": "from . import inner; return x * inner.SCALE",
+    "by a text": "return x * importlib.import_module('read_pack.inner').SCALE",
+    "globals": "return x * globals()['SCALE']",
+    "globals, get": "return x * globals().get('SCALE')",
+}
+
+
+@pytest.mark.parametrize("body", IMPORTING.values(), ids=IMPORTING)
+def test_what_a_function_imports_while_it_runs_is_read(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, inner = types.ModuleType("read_pack"), types.ModuleType("read_pack.inner")
+    package.inner, inner.SCALE, inner.OTHER = inner, 2.0, 3.0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "read_pack", package)
+    monkeypatch.setitem(sys.modules, "read_pack.inner", inner)
+    space: dict[str, Any] = {"__name__": "read_pack.code", "__package__": "read_pack", "SCALE": 2.0}
+    exec(f"import importlib\ndef act(x): {body}", space)  # noqa: S102
+    found = [part for part in Reading({}, {"act": space["act"]}).parts if part.key == "SCALE"]
+    (part,) = found
+    assert part.owner is (space if "globals" in body else vars(inner))
+    assert space["act"](1) == 2.0
+
+
+def test_an_import_that_nobody_has_made_or_that_leads_nowhere_is_left_out() -> None:
+    space: dict[str, Any] = {"__name__": "alone"}
+    exec("def act(x):\n    from . import a\n    from ...b import c\n    import not_there.at_all, torch.fx", space)  # noqa: S102
+    assert [part.path for part in Reading({}, {"act": space["act"]}).parts] == ["act"]
+
+
+def test_what_a_weak_reference_refers_to_is_read() -> None:
+    held, module = torch.ones(2), model(lambda self, x: x * self.me())
+    module.me = weakref.ref(held)
+    assert set(plain_tensors(module, read_model(module))) == {"me.__call__()"}
 
 
 def test_a_reading_ends_in_circles_and_in_the_deep() -> None:

@@ -6,6 +6,7 @@ import ast
 import dis
 import functools
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from torchsurgeon.tracing.source import is_library_module, tree
 _READS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"}
 _GLOBALS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 _WRITES = {"STORE_ATTR", "DELETE_ATTR"}
+# Functions that import what a text names.
+_IMPORTS = {"import_module", "__import__"}
 # Functions that reach attributes by names that are values.
 _BY_NAME = {"getattr", "hasattr", "attrgetter", "methodcaller", "vars", "__dict__", "get_submodule", "get_parameter"}
 _SETS = {"setattr", "delattr", "__setattr__", "register_buffer", "register_parameter"}
@@ -35,6 +38,20 @@ _FILLS = {
 _FILLS |= {"remove", "discard", "__setitem__", "__delitem__", "sort", "reverse"}
 
 
+class Import(NamedTuple):
+    """An ``import`` inside a function.
+
+    Attributes:
+        level: how many dots stand before the name.
+        module: the name of the module, without these dots.
+        names: what is taken from it by ``from … import``; empty for ``import module``.
+    """
+
+    level: int
+    module: str
+    names: tuple[str, ...] = ()
+
+
 class Names(NamedTuple):
     """The names in a function and in those that are defined inside it.
 
@@ -43,12 +60,14 @@ class Names(NamedTuple):
         globals: global names that it reads.
         assigned: attributes that it assigns or deletes.
         computed: whether it may read attributes by names that it computes, as ``getattr(self, f"norm{i}")`` does.
+        imports: what it imports while it runs.
     """
 
     read: frozenset[str]
     globals: frozenset[str]
     assigned: frozenset[str]
     computed: bool
+    imports: frozenset[Import] = frozenset()
 
 
 @functools.lru_cache(maxsize=16_384)
@@ -58,23 +77,44 @@ def names_in(code: types.CodeType) -> Names:
     global_names: set[str] = set()
     assigned: set[str] = set()
     texts: set[str] = set()
+    imports: set[Import] = set()
     todo = [code]
     while todo:
         one = todo.pop()
-        for instruction in dis.get_instructions(one):
-            if instruction.opname in _READS:
+        instructions = [each for each in dis.get_instructions(one) if each.opname != "EXTENDED_ARG"]
+        for i, instruction in enumerate(instructions):
+            if instruction.opname == "IMPORT_NAME":
+                level, names = instructions[i - 2].argval, instructions[i - 1].argval
+                imports.add(Import(int(level), str(instruction.argval), tuple(names or ())))
+            elif instruction.opname in _READS:
                 read.add(str(instruction.argval))
             elif instruction.opname in _GLOBALS:
                 global_names.add(str(instruction.argval))
             elif instruction.opname in _WRITES:
                 assigned.add(str(instruction.argval))
         todo += [constant for constant in one.co_consts if isinstance(constant, types.CodeType)]
-        texts |= {constant for constant in one.co_consts if isinstance(constant, str) and constant.isidentifier()}
+        texts |= {constant for constant in one.co_consts if isinstance(constant, str) and _is_name(constant)}
     called = read | global_names
+    if called & _IMPORTS:
+        imports |= {Import(0, text) for text in texts}
+    texts = set(filter(str.isidentifier, texts))
     if called & _SETS:
         assigned |= texts
+    if "globals" in global_names:
+        # As in globals()["SCALE"].
+        global_names |= texts
     computed = bool(called & _BY_NAME)
-    return Names(frozenset(read | texts if computed else read), frozenset(global_names), frozenset(assigned), computed)
+    return Names(
+        frozenset(read | texts if computed else read),
+        frozenset(global_names),
+        frozenset(assigned),
+        computed,
+        frozenset(imports),
+    )
+
+
+def _is_name(text: str) -> bool:
+    return all(map(str.isidentifier, text.split(".")))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -115,7 +155,7 @@ def filled_by(code: types.CodeType) -> frozenset[str]:
 
 
 def wrapped(value: Any) -> Iterator[tuple[str, Any]]:
-    """Return the parts of a callable or descriptor that wraps others."""
+    """Return the parts of a callable, descriptor or reference that wraps others."""
     if isinstance(value, functools.partial):
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
     elif isinstance(value, types.MethodType):
@@ -131,6 +171,10 @@ def wrapped(value: Any) -> Iterator[tuple[str, Any]]:
         yield "func", value.func
     elif isinstance(value, functools._lru_cache_wrapper):
         yield "__wrapped__", value.__wrapped__
+    elif isinstance(value, weakref.ReferenceType):
+        referred = value()
+        if referred is not None:
+            yield "__call__()", referred
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,9 +1,9 @@
 """What the call of modules reads besides its inputs and parameters: attributes, functions, closures, globals, hooks.
 
 The code is not run. A ``Reading`` starts from the modules' ``forward`` and hooks, and follows what their code names:
-methods, attributes, global names, what a function closes over, the functions in a ``partial``, the parts of lists,
-dicts and objects. An attribute that no code names computes nothing, and is left out. So is one that the code assigns,
-such as a counter or a cache: it is a result of the run.
+methods, attributes, global names, imports inside a function, what a function closes over, the functions in a
+``partial``, the parts of lists, dicts and objects. An attribute that no code names computes nothing, and is left out.
+So is one that the code assigns, such as a counter or a cache: it is a result of the run.
 
 Code of PyTorch, NumPy and the standard library is not followed, but for the methods of PyTorch's module classes, and
 for what a function of theirs closes over, since decorators close over what they decorate. Of other installed packages
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import array
 import enum
+import importlib.util
+import sys
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchsurgeon.tracing.names import changed_by_methods, filled_by, names_in, of_library_class, wrapped
+from torchsurgeon.tracing.names import Import, changed_by_methods, filled_by, names_in, of_library_class, wrapped
 from torchsurgeon.tracing.source import is_installed_module, is_library_code, is_library_module
 from torchsurgeon.tracing.step import unique
 
@@ -186,6 +188,8 @@ class Reading:
                 value = function.__globals__[name]
                 if not (installed and isinstance(value, CONTAINERS)):  # registries, which importing may fill
                     self._visit(name, function.__globals__, name, value, function)
+            for imported in sorted(names.imports):
+                self._follow_import(function, imported)
             for i, value in enumerate(function.__defaults__ or ()):
                 self._visit(f"{path} default {i}", function.__defaults__, i, value, function)
             for name, value in (function.__kwdefaults__ or {}).items():
@@ -195,6 +199,22 @@ class Reading:
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if cell != types.CellType():
                 self._visit(f"{path} closure {name}", cell, "cell_contents", cell.cell_contents, function)
+
+    def _follow_import(self, function: types.FunctionType, imported: Import) -> None:
+        """Follow what a function imports while it runs, as far as it has been imported by now."""
+        name = _absolute(imported, function.__globals__)
+        for one in {name: None} if imported.names else {name: None, name.partition(".")[0]: None}:
+            module = sys.modules.get(one)
+            if not isinstance(module, types.ModuleType) or is_library_module(one):
+                continue
+            installed = is_installed_module(function.__module__ or "") and is_installed_module(one)
+            if installed and one.partition(".")[0] != function.__module__.partition(".")[0]:
+                continue  # whether it has been imported may depend on what else the process does
+            if not imported.names:
+                self._visit(one, sys.modules, one, module, function)
+            for wanted in imported.names:
+                if wanted in vars(module) and not (installed and isinstance(vars(module)[wanted], CONTAINERS)):
+                    self._visit(f"{one}.{wanted}", vars(module), wanted, vars(module)[wanted], module)
 
     def _look_at(self, path: str, owner: Any) -> None:
         own: Any = getattr(owner, "__dict__", None)
@@ -362,6 +382,23 @@ def elements(value: Any) -> Iterator[tuple[Any, Any]]:
             count += 1
             if count >= _MOST_ELEMENTS:
                 return
+
+
+def _absolute(imported: Import, of: Mapping[str, Any]) -> str:
+    """Return the full name of an imported module, empty where there is none.
+
+    Args:
+        imported: the import.
+        of: the global names of the function that imports.
+    """
+    package = of.get("__package__")
+    if package is None:
+        name = str(of.get("__name__", ""))
+        package = name if "__path__" in of else name.rpartition(".")[0]
+    try:
+        return importlib.util.resolve_name("." * imported.level + imported.module, package)
+    except (ImportError, ValueError):
+        return ""
 
 
 def _counts_by_name(cls: type) -> bool:
