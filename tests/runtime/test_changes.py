@@ -814,6 +814,174 @@ def test_a_setting_outside_of_the_model_is_noticed(
     assert sides.answers_as_the_model() is None
 
 
+# --- names that are assigned to something else ---
+
+
+class Noting(nn.Module):
+    """Keeps a result in an attribute of the same name as another's setting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.box = nn.Linear(4, 4), SimpleNamespace(scale=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = x.shape[-1]
+        self.box.scale += 1
+        for part in (self.line, self.line):
+            part.scale = self.box.scale  # type: ignore[assignment]
+        return self.line(x)  # type: ignore[no-any-return]
+
+
+class Answer(SimpleNamespace):
+    y: Tensor
+
+
+class Marking(Net):
+    """Assigns an attribute of its result, of the same name as its own setting."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = Answer(y=super().forward(x), table={})
+        out.scale = 2.0
+        out.table["scale"] = 2.0
+        return out.y
+
+
+class Setting:
+    """A descriptor that keeps the values itself."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, float] = {}
+
+    def __get__(self, owner: Any, kind: Any = None) -> float:
+        return self.values.get(id(owner), 1.0)
+
+    def __set__(self, owner: Any, value: float) -> None:
+        self.values[id(owner)] = value
+
+
+class Described(Net):
+    described = Setting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.described
+
+
+class WithSetter(Net):
+    @property
+    def wide(self) -> float:
+        return self._wide
+
+    @wide.setter
+    def wide(self, value: float) -> None:
+        self._wide = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.wide
+
+
+UNSEEN_SOURCE = """
+def forward(self, x):
+    y = self.first(x)
+    y[:, 0] = 0
+    return y * self.table[0]
+"""
+
+
+def noting_before() -> nn.Module:
+    return nn.Sequential(Noting(), net())
+
+
+def without_source() -> nn.Module:
+    space: dict[str, Any] = {}
+    exec(UNSEEN_SOURCE, space)  # noqa: S102
+    made = type("Unseen", (Net,), space)()
+    made.table = [1.0]
+    return made
+
+
+def with_setter() -> nn.Module:
+    made = WithSetter()
+    made.wide = 1.0
+    return made
+
+
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any, float], Any]]] = {
+    "of another module": (noting_before, lambda model, value: setattr(model[1], "scale", value)),
+    "of another object": (Marking, lambda model, value: setattr(model, "scale", value)),
+    "by a descriptor": (Described, lambda model, value: setattr(model, "described", value)),
+    "by a setter": (with_setter, lambda model, value: setattr(model, "wide", value)),
+    "in a list, without source": (without_source, lambda model, value: model.table.__setitem__(0, value)),
+}
+
+
+@quietly
+@pytest.mark.parametrize(("made", "put"), SETTINGS.values(), ids=SETTINGS)
+def test_a_setting_whose_name_other_code_assigns_is_noticed(between: Callable[..., Sides], made: Any, put: Any) -> None:
+    model = made().eval()
+    put(model, 1.0)
+    sides = between(model, copy.deepcopy(model), partition="server")
+    for _ in range(2):
+        assert sides.answers_as_the_model() is None
+    put(model, 2.0)
+    assert "changed" in str(sides.answers_as_the_model())
+    put(model, 1.0)
+    assert sides.answers_as_the_model() is None
+
+
+class Accounting(Net):
+    """Assigns and fills in all ways that change no answer."""
+
+    counted: int = 0
+    history: list[int] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.cache, self.box, self.parts = 0, {}, SimpleNamespace(calls=0, list=[]), [SimpleNamespace(n=0)]
+        self.first.register_forward_hook(self._look)
+        self._total = 0
+
+    @property
+    def total(self) -> int:
+        return self._total
+
+    @total.setter
+    def total(self, value: int) -> None:
+        self._total = value
+
+    def _look(self, module: nn.Module, args: Any, result: Tensor) -> None:
+        module.seen = getattr(module, "seen", 0) + 1  # type: ignore[assignment, operator]
+
+    def _read(self) -> int:
+        held = (self.calls, self.total, self.box.calls, self.parts[0].n, self.counted, len(self.first.cache))
+        return sum(held) + len(self.cache) + len(self.box.list) + len(self.history)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.total += 1
+        self.box.calls += 1
+        self.box.list.append(self.calls)
+        self.parts[0].n += 1
+        self.cache[self.calls] = self.calls
+        self.history.append(1)
+        type(self).counted += 1
+        self.first.cache = {"last": x}  # type: ignore[assignment]
+        first = self.last
+        first.kept = self.calls  # type: ignore[assignment]
+        return super().forward(x) if self._read() >= 0 else x
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_what_each_call_assigns_or_fills_is_no_change(between: Callable[..., Sides], warm: bool) -> None:
+    model = Accounting().eval()
+    model.first.cache = {}  # type: ignore[assignment]
+    if warm:
+        model(X)
+    sides = between(model, copy.deepcopy(model), partition="server")
+    for rows in (2, 2, 3, 5, 2):
+        assert sides.answers_as_the_model(torch.rand(rows, 4)) is None
+
+
 # --- a model that is moved ---
 
 

@@ -17,6 +17,7 @@ from small_models import model
 from torch import Tensor, nn
 
 from torchsurgeon.tracing.digests import part_digest, tensor_digest
+from torchsurgeon.tracing.names import filled_by, names_in
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.source import code_text, tree
 
@@ -175,6 +176,38 @@ def test_what_a_weak_reference_refers_to_is_read() -> None:
     held, module = torch.ones(2), model(lambda self, x: x * self.me())
     module.me = weakref.ref(held)
     assert set(plain_tensors(module, read_model(module))) == {"me.__call__()"}
+
+
+def test_what_a_function_assigns_and_fills_is_known_by_the_way_there() -> None:
+    def forward(self: Any, x: Any, *, other: Any = None) -> Any:
+        self.plain, self.pair = x
+        self.counted += 1
+        self.box.count -= 1
+        self.parts[0].inside = 1
+        for self.each in x:
+            del self.gone
+        out = x.make()
+        out.marked = x.scale
+        [other.late for _ in x]
+        self.kept[x] = self.box.table.setdefault(x, [])
+        held = self.held
+        held["a"].append(x)
+        self.parts[0].list.append(x)
+        KEPT[x] = x
+
+        def inner() -> None:
+            self.nested = other
+
+        return inner
+
+    names, filled = names_in(forward.__code__), filled_by(forward.__code__)
+    one = {("plain",), ("pair",), ("counted",), ("each",), ("gone",), ("nested",)}
+    assert (names.own, names.elsewhere) == (one | {("box", "count")}, {"inside", "marked"})
+    assert names.assigned == {way[-1] for way in names.own} | names.elsewhere
+    assert filled == ({("kept",), ("box", "table"), ("held",)}, {"KEPT"}, {"list"})
+
+
+KEPT: dict[Any, Any] = {}
 
 
 def test_a_reading_ends_in_circles_and_in_the_deep() -> None:

@@ -136,7 +136,7 @@ class Premises:
         self._lists = [part.value for part in held if not isinstance(part.value, dict)]
         self._dicts = [part.value for part in held if isinstance(part.value, dict)]
         self._elements = list(self._elements_now())
-        self._arrays = Arrays(part for part in self._reading.parts if part.key not in self._reading.filled)
+        self._arrays = Arrays(part for part in self._reading.parts if not self._reading.fills(part))
 
     def broken(self, remedy: str = REMEDY) -> str | None:
         """Return a sentence that says what has changed and what to do; None when nothing has.

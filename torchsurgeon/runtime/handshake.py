@@ -88,7 +88,7 @@ class LocalModel:
         broken = premises.broken()
         if broken is None and not premises.hold():
             # Other objects of the same meaning, or attributes that compute nothing: from now on those are compared.
-            self._premises = Premises(self.graph.model)
+            self._premises = Premises(self.graph.model, self._reading.again())
         if self._other_path is not None:
             self._other_path = self._path_changed()
         return broken or self._other_path

@@ -161,7 +161,7 @@ class Editions:
             if broken is not None:
                 return broken
             # Other objects of the same meaning, or attributes that compute nothing: from now on those are compared.
-            self._premises = Premises(graph.model)
+            self._premises = Premises(graph.model, graph.reading.again())
         changed = self._premises.tensor_gained_or_lost()
         if changed is not None:
             return f"{changed}; {_REMEDY}"

@@ -27,6 +27,7 @@ from torchsurgeon.tracing.gradients import check_asked
 from torchsurgeon.tracing.held import holdings, parameter_holdings
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.replaced import functions_of_pytorch, replaced_functions
+from torchsurgeon.tracing.results import Left
 from torchsurgeon.tracing.shapes import MetaModel, storage_of
 from torchsurgeon.tracing.specs import Layer, PartitionPoint, Specs, TensorSpec
 
@@ -47,6 +48,7 @@ class LayerGraph:
             followed).
         verified: for which inputs the model and the traced steps were seen to give the same bits; empty where they were
             not compared.
+        left: what a call with the example leaves in the model; None where they were not compared.
         decided_by: the model's own tensors whose elements decided which path was traced, by name, with their digests.
         opaque: by path, each module kept whole as one layer, and why.
         check_values: raises ``TypeError`` for input tensors whose values would take another path than the traced one;
@@ -64,6 +66,7 @@ class LayerGraph:
         self.value_dependent = specs.value_dependent
         self.sizes_vary = specs.value_dependent or bool(specs.shapes.bound)
         self.verified: tuple[str, ...] = ()
+        self.left: Left | None = None
         self.decided_by = {name: tensor_digest(operator.attrgetter(name)(model)) for name in sorted(captured.stored)}
         self._deciding = [(tensor, tensor_digest(tensor)) for tensor in captured.constants]
         self._formed = captured.formed
@@ -336,7 +339,7 @@ class LayerGraph:
     @cached_property
     def reading(self) -> Reading:
         """What the model's call reads besides its inputs; found out at the first use."""
-        return read_model(self.model)
+        return read_model(self.model, self.left)
 
     @cached_property
     def configuration(self) -> Configuration:

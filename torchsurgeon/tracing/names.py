@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dis
 import functools
+import re
 import types
 import weakref
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from torchsurgeon.tracing.source import is_library_module, tree
 _READS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"}
 _GLOBALS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 _WRITES = {"STORE_ATTR", "DELETE_ATTR"}
+# Instructions that put a variable on top of the stack.
+_LOADS = re.compile("LOAD_FAST|LOAD_DEREF")
 # Functions that import what a text names.
 _IMPORTS = {"import_module", "__import__"}
 # Functions that reach attributes by names that are values.
@@ -36,6 +39,29 @@ _FILLS = {
     "add",
 }
 _FILLS |= {"remove", "discard", "__setitem__", "__delitem__", "sort", "reverse"}
+
+
+# From a function's first argument to an attribute.
+Way = tuple[str, ...]
+
+
+class Filled(NamedTuple):
+    """The lists, dicts and arrays that a function changes: ``self.cache[key] = y``.
+
+    Attributes:
+        own: those that it reaches from its first argument by attributes alone, by the way there.
+        globals: those that are global names.
+        elsewhere: the attributes that hold the others.
+    """
+
+    own: frozenset[Way] = frozenset()
+    globals: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the attributes and global names."""
+        return self.globals | self.elsewhere | {way[-1] for way in self.own}
 
 
 class Import(NamedTuple):
@@ -59,6 +85,9 @@ class Names(NamedTuple):
         read: attributes that it reads.
         globals: global names that it reads.
         assigned: attributes that it assigns or deletes.
+        own: those of them that it reaches from its first argument by attributes alone, by the way there: ``("x",)``
+            for ``self.x = …``, ``("box", "x")`` for ``self.box.x = …``.
+        elsewhere: those of them that it assigns to something else, of which only running it would tell what it is.
         computed: whether it may read attributes by names that it computes, as ``getattr(self, f"norm{i}")`` does.
         imports: what it imports while it runs.
     """
@@ -68,6 +97,8 @@ class Names(NamedTuple):
     assigned: frozenset[str]
     computed: bool
     imports: frozenset[Import] = frozenset()
+    own: frozenset[Way] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
 
 
 @functools.lru_cache(maxsize=16_384)
@@ -75,10 +106,11 @@ def names_in(code: types.CodeType) -> Names:
     """Return the names in a function's code."""
     read: set[str] = set()
     global_names: set[str] = set()
-    assigned: set[str] = set()
     texts: set[str] = set()
     imports: set[Import] = set()
-    todo = [code]
+    own: set[Way] = set()
+    elsewhere: set[str] = set()
+    first, todo = _first_argument(code), [code]
     while todo:
         one = todo.pop()
         instructions = [each for each in dis.get_instructions(one) if each.opname != "EXTENDED_ARG"]
@@ -91,7 +123,11 @@ def names_in(code: types.CodeType) -> Names:
             elif instruction.opname in _GLOBALS:
                 global_names.add(str(instruction.argval))
             elif instruction.opname in _WRITES:
-                assigned.add(str(instruction.argval))
+                way = _way_to(instructions, i)
+                if way[0] == first:
+                    own.add(way[1:])
+                else:
+                    elsewhere.add(way[-1])
         todo += [constant for constant in one.co_consts if isinstance(constant, types.CodeType)]
         texts |= {constant for constant in one.co_consts if isinstance(constant, str) and _is_name(constant)}
     called = read | global_names
@@ -99,7 +135,7 @@ def names_in(code: types.CodeType) -> Names:
         imports |= {Import(0, text) for text in texts}
     texts = set(filter(str.isidentifier, texts))
     if called & _SETS:
-        assigned |= texts
+        elsewhere |= texts
     if "globals" in global_names:
         # As in globals()["SCALE"].
         global_names |= texts
@@ -107,10 +143,34 @@ def names_in(code: types.CodeType) -> Names:
     return Names(
         frozenset(read | texts if computed else read),
         frozenset(global_names),
-        frozenset(assigned),
+        frozenset(elsewhere | {way[-1] for way in own}),
         computed,
         frozenset(imports),
+        frozenset(own),
+        frozenset(elsewhere),
     )
+
+
+def _first_argument(code: types.CodeType) -> str:
+    return code.co_varnames[0] if code.co_argcount else ""
+
+
+def _way_to(instructions: list[dis.Instruction], i: int) -> Way:
+    """Return the variable and the attributes by which instruction ``i`` reaches the attribute that it assigns.
+
+    The variable is empty where it reaches that in another way.
+    """
+    name, j = str(instructions[i].argval), i - 1
+    if instructions[j].opname in ("SWAP", "ROT_TWO"):
+        # ``self.x += 1`` has read the attribute before.
+        read = (k for k in range(j, 1, -1) if instructions[k].opname == "LOAD_ATTR" and instructions[k].argval == name)
+        j = next((k - 2 for k in read if instructions[k - 1].opname in ("COPY", "DUP_TOP")), -1)
+    way = [name]
+    while j >= 0 and instructions[j].opname == "LOAD_ATTR":
+        way.insert(0, str(instructions[j].argval))
+        j -= 1
+    loaded: Any = instructions[j].argval if j >= 0 and _LOADS.search(instructions[j].opname) else ""
+    return (loaded[-1] if isinstance(loaded, tuple) else loaded, *way)
 
 
 def _is_name(text: str) -> bool:
@@ -118,8 +178,8 @@ def _is_name(text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def filled_by(code: types.CodeType) -> frozenset[str]:
-    """Return the attributes and global names whose lists and dicts a function changes: ``self.cache[key] = y``.
+def filled_by(code: types.CodeType) -> Filled:
+    """Return what lists, dicts and arrays a function changes.
 
     Without source these are all the attributes that it reads, if it changes any list or dict.
     """
@@ -128,7 +188,7 @@ def filled_by(code: types.CodeType) -> frozenset[str]:
         stores = any(
             one.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE") for one in dis.get_instructions(code)
         )
-        return names_in(code).read if stores or names_in(code).read & _FILLS else frozenset()
+        return Filled(elsewhere=names_in(code).read if stores or names_in(code).read & _FILLS else frozenset())
     aliases: dict[str, ast.expr] = {}
     filled: list[ast.expr] = []
     for one in ast.walk(node):
@@ -140,18 +200,25 @@ def filled_by(code: types.CodeType) -> frozenset[str]:
             filled.append(one.value)
         if isinstance(one, ast.Call) and isinstance(one.func, ast.Attribute) and one.func.attr in _FILLS:
             filled.append(one.func.value)
-    found = set()
+    first, own, elsewhere, global_names = _first_argument(code), set(), set(), set()
     for place in filled:
         for _ in range(8):
             if isinstance(place, ast.Subscript):
                 place = place.value
             elif isinstance(place, ast.Name) and place.id in aliases:
                 place = aliases[place.id]
-        if isinstance(place, ast.Attribute):
-            found.add(place.attr)
+        way: list[str] = []
+        start = place
+        while isinstance(start, ast.Attribute):
+            way.insert(0, start.attr)
+            start = start.value
+        if way and isinstance(start, ast.Name) and start.id == first:
+            own.add(tuple(way))
+        elif way:
+            elsewhere.add(way[-1])
         elif isinstance(place, ast.Name) and place.id in names_in(code).globals:
-            found.add(place.id)
-    return frozenset(found)
+            global_names.add(place.id)
+    return Filled(frozenset(own), frozenset(global_names), frozenset(elsewhere))
 
 
 def wrapped(value: Any) -> Iterator[tuple[str, Any]]:

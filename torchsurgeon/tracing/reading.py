@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchsurgeon.tracing.names import Import, changed_by_methods, filled_by, names_in, of_library_class, wrapped
+from torchsurgeon.tracing.names import Import, changed_by_methods, names_in, of_library_class, wrapped
+from torchsurgeon.tracing.results import MAKING, Left, Results
 from torchsurgeon.tracing.source import is_installed_module, is_library_code, is_library_module
 from torchsurgeon.tracing.step import unique
 
@@ -53,8 +54,10 @@ _IDLE = {
     "__copy__",
 }
 _IDLE |= {"__del__", "__init_subclass__", "__sizeof__", "__dir__", "__format__", "__subclasshook__", "__getnewargs__"}
-# What these assign is of an object that they make.
-_MAKING = {"__init__", "__new__", "__post_init__"}
+# What an assignment or ``del`` calls. Where others than the model make those, it is no result of the run.
+_SETTERS = {"__set__", "__delete__", "__setattr__", "__delattr__", "__setitem__", "__delitem__"}
+# What a method is wrapped in, which is a method of the same class.
+_OF_METHODS = {"fget", "func", "__wrapped__", "__func__"}
 # Objects of these libraries hold what a user put into them; those of others (loggers, locks) are not looked into.
 _HOLDERS = {"torch", "types", "argparse", "collections", "functools"}
 # What a reading follows at most. It ends in the same place on both sides, where the models are the same.
@@ -83,10 +86,16 @@ class Part(NamedTuple):
 class Reading:
     """What the call of some modules reads.
 
+    What a method assigns to ``self`` is a result where it is read off an object of the method's class. Of what is
+    assigned to something else, as in ``out.scale = 2.0``, only the name is known. Such an attribute is a result where
+    a call of the model was seen to change it, and everywhere where none was watched. Lists and dicts that are filled
+    are told apart alike.
+
     Attributes:
-        parts: what is read, each once, in an order that is the same in every process.
+        parts: what is read, each once, in an order that is the same in every process where no call was watched.
+        firm: those of them whose names no code assigns or fills in any way that it could be; the same in every process.
         assigned: the names of attributes that the code assigns.
-        filled: the names of attributes whose lists, dicts and arrays the code changes.
+        filled: the names of attributes and global names whose lists, dicts and arrays the code changes.
         complete: False where there was more than a reading follows.
 
     Args:
@@ -94,6 +103,7 @@ class Reading:
         values: functions and other objects by path, which are read too.
         global_hooks: whether to follow the hooks that PyTorch calls for every module.
         unhooked: one of the modules, of which only ``forward`` is called, without its hooks; None for none.
+        left: what a call of the model was seen to leave; None where none was watched.
     """
 
     def __init__(
@@ -103,13 +113,16 @@ class Reading:
         *,
         global_hooks: bool = False,
         unhooked: nn.Module | None = None,
+        left: Left | None = None,
     ) -> None:
         self.assigned: set[str] = set()
         self.filled: set[str] = set()
         self.complete = True
-        self._unhooked = unhooked
+        self._given = modules, values, global_hooks, unhooked, left
+        self._unhooked, self._left = unhooked, left
         self._names: set[str] = set(_ROOTS)
         self._computed = False
+        self._computed_by_library: dict[Any, set[str]] = {}
         self._found: list[Part] = []
         self._visited: set[tuple[int, Any]] = set()
         self._seen: set[int] = set()
@@ -117,7 +130,9 @@ class Reading:
         self._owners: list[tuple[str, Any]] = []
         self._classes: dict[type, str] = {}
         self._code: deque[tuple[str, types.FunctionType]] = deque()
-        self._codes: list[types.CodeType] = []
+        self._functions: list[types.FunctionType] = []
+        # The classes whose methods functions are, by the functions' ids.
+        self._classes_of: dict[int, dict[type, None]] = {}
         for path, module in modules.items():
             self._add_module(path, module)
         for path, value in (values or {}).items():
@@ -126,11 +141,14 @@ class Reading:
             for label, table in GLOBAL_HOOKS:
                 self._add_hooks("", label, table, None)
         self._follow_all()
-        changeable = {part.key for part in self._found if isinstance(part.value, CHANGEABLE)}
-        for code in self._codes:
-            if not changeable.isdisjoint(names_in(code).read | names_in(code).globals):
-                self.filled |= filled_by(code)
-        self.parts = [part for part in self._found if not self._is_result(part)]
+        self._results = Results(self._functions, self._classes_of, [owner for _, owner in self._owners])
+        for owner, names in self._computed_by_library.items():
+            self._results.add(owner, names)
+        if any(isinstance(part.value, CHANGEABLE) for part in self._found):
+            changeable = {part.key for part in self._found if isinstance(part.value, CHANGEABLE)}
+            self.filled = self._results.look_for_filled(changeable)
+        self.parts = self._unless_results(self._found, left)
+        self.firm = self.parts if left is None else self._unless_results(self.parts, None)
 
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:
@@ -150,14 +168,26 @@ class Reading:
 
     def reads(self, owner: Any, name: str) -> bool:
         """Return whether the code reads an attribute of this name, if the module or object has it."""
-        return name not in self.assigned and self._names_it(owner, name)
+        tables = (vars(owner), owner._parameters, owner._buffers) if isinstance(owner, nn.Module) else (vars(owner),)
+        assigned = any(self._results.assigns(table, name, owner, self._left) for table in tables)
+        return not assigned and self._names_it(owner, name)
 
-    def _is_result(self, part: Part) -> bool:
-        if part.key in self.assigned and isinstance(part.key, str):
-            return True
-        return any(f".{name}[" in f".{part.path}" for name in self.filled) or (
-            part.key in self.filled and isinstance(part.value, CONTAINERS)
-        )
+    def fills(self, part: Part) -> bool:
+        """Return whether the code changes what a list, dict or array holds."""
+        return isinstance(part.key, str) and self._results.fills(part.value, part.key, part.holder, self._left)
+
+    def again(self) -> Reading:
+        """Return what the same call reads now."""
+        modules, values, global_hooks, unhooked, left = self._given
+        return Reading(modules, values, global_hooks=global_hooks, unhooked=unhooked, left=left)
+
+    def _unless_results(self, parts: list[Part], left: Left | None) -> list[Part]:
+        """Return the parts that the code neither assigns nor fills, nor finds inside of what it fills."""
+        named = [part for part in parts if isinstance(part.key, str)]
+        assigned = {id(part) for part in named if self._results.assigns(part.owner, part.key, part.holder, left)}
+        holding = [part for part in named if isinstance(part.value, CONTAINERS)]
+        filled = {part.path for part in holding if self._results.fills(part.value, part.key, part.holder, left)}
+        return [part for part in parts if id(part) not in assigned and filled.isdisjoint(_around(part.path))]
 
     # --- following ---
 
@@ -179,9 +209,9 @@ class Reading:
         names = names_in(code)
         if not is_library_code(code):
             self._names |= names.read
-            if code.co_name not in _MAKING:
+            if code.co_name not in MAKING:
                 self.assigned |= names.assigned
-            self._codes.append(code)
+            self._functions.append(function)
             self._computed |= names.computed
             installed = is_installed_module(function.__module__ or "")
             for name in sorted(names.globals & function.__globals__.keys()):
@@ -198,7 +228,10 @@ class Reading:
                 self._add_owner(path, function)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if cell != types.CellType():
-                self._visit(f"{path} closure {name}", cell, "cell_contents", cell.cell_contents, function)
+                # A decorator closes over the method.
+                is_method = getattr(cell.cell_contents, "__code__", code).co_varnames[:1] == ("self",)
+                of = self._classes_of.get(id(function), ()) if is_method else ()
+                self._visit(f"{path} closure {name}", cell, "cell_contents", cell.cell_contents, function, of=of)
 
     def _follow_import(self, function: types.FunctionType, imported: Import) -> None:
         """Follow what a function imports while it runs, as far as it has been imported by now."""
@@ -248,18 +281,29 @@ class Reading:
             for name in sorted(members.keys() & (self._names | self.assigned)):
                 member = members[name]
                 if not library:
-                    self._visit(f"{one.__qualname__}.{name}", members, name, member, one, at=id(one))
+                    self._visit(f"{one.__qualname__}.{name}", members, name, member, one, at=id(one), of=(one,))
                 elif is_module and isinstance(member, types.FunctionType) and id(member) not in self._seen:
                     self._seen.add(id(member))
                     self._names |= names_in(member.__code__).read
-                    self.assigned |= names_in(member.__code__).assigned
+                    self._add_computed(one, names_in(member.__code__).assigned)
             if library or is_module:
                 continue
             for name in sorted(members.keys() - _IDLE):
                 if name.startswith("__") and not _is_generated(one, members[name]):
-                    self._visit(f"{one.__qualname__}.{name}", members, name, members[name], one, at=id(one))
+                    of = () if name in _SETTERS else (one,)
+                    self._visit(f"{one.__qualname__}.{name}", members, name, members[name], one, at=id(one), of=of)
 
-    def _visit(self, path: str, owner: Any, key: Any, value: Any, holder: Any, at: int | None = None) -> None:
+    def _visit(
+        self,
+        path: str,
+        owner: Any,
+        key: Any,
+        value: Any,
+        holder: Any,
+        at: int | None = None,
+        of: Iterable[type] = (),
+    ) -> None:
+        """Note what is read and follow it; ``of`` are the classes whose method it is, if it is one."""
         place = (id(owner) if at is None else at, key)
         if place in self._visited:
             return
@@ -268,11 +312,13 @@ class Reading:
             return
         self._visited.add(place)
         self._found.append(Part(path, owner, key, value, holder))
-        self._follow(path, value)
+        self._follow(path, value, of)
 
-    def _follow(self, path: str, value: Any) -> None:
+    def _follow(self, path: str, value: Any, of: Iterable[type] = ()) -> None:
         if isinstance(value, (*PLAIN, torch.Tensor, np.ndarray, np.ufunc)):
             return
+        if isinstance(value, types.FunctionType):
+            self._classes_of.setdefault(id(value), {}).update(dict.fromkeys(of))
         if id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -292,8 +338,12 @@ class Reading:
             self._follow_elements(path, value)
         else:
             inner = list(wrapped(value))
+            if isinstance(value, types.MethodType):
+                of = () if isinstance(value.__self__, type) else (type(value.__self__),)
+            elif isinstance(value, (staticmethod, classmethod)):
+                of = ()
             for name, part in inner:
-                self._visit(f"{path}.{name}", (part,), 0, part, value)
+                self._visit(f"{path}.{name}", (part,), 0, part, value, of=of if name in _OF_METHODS else ())
             if not inner:
                 self._follow_object(path, value)
 
@@ -320,7 +370,7 @@ class Reading:
         if not is_library_module(cls.__module__):
             self._classes.setdefault(cls, path)
         else:
-            self.assigned |= of_library_class(cls).assigned
+            self._add_computed(cls, of_library_class(cls).assigned)
             forward = getattr(cls, "forward", None)
             if isinstance(forward, types.FunctionType) and not is_library_code(forward.__code__):
                 # Somebody has replaced the method of PyTorch's own class.
@@ -337,19 +387,29 @@ class Reading:
         for i, (key, hook) in enumerate(table.items()):
             if is_library_module(type(hook).__module__) and hasattr(hook, "__dict__"):
                 # Hooks of torch.nn.utils (weight_norm, spectral_norm, pruning) compute the attribute that they name.
-                self.assigned |= {text for text in vars(hook).values() if isinstance(text, str)}
+                self._add_computed(module, {text for text in vars(hook).values() if isinstance(text, str)})
             if module is not None and module is self._unhooked:
                 continue
             self._visit(f"{path} {label} {i}".strip(), table, key, hook, module)
+
+    def _add_computed(self, owner: Any, names: Iterable[str]) -> None:
+        """Note attributes that PyTorch's own code assigns to the objects of a class, to one module, or to any."""
+        self.assigned.update(names)
+        self._computed_by_library.setdefault(owner, set()).update(names)
 
     def _add_owner(self, path: str, owner: Any) -> None:
         self._owners.append((path, owner))
         self._kept.append(owner)
 
 
-def read_model(model: nn.Module) -> Reading:
-    """Return what the call of a whole model reads."""
-    return Reading(dict(model.named_modules()), global_hooks=True)
+def read_model(model: nn.Module, left: Left | None = None) -> Reading:
+    """Return what the call of a whole model reads.
+
+    Args:
+        model: the model.
+        left: what a call of it was seen to leave; None where none was watched.
+    """
+    return Reading(dict(model.named_modules()), global_hooks=True, left=left)
 
 
 def is_own_method(module: nn.Module, name: str, value: Any) -> bool:
@@ -365,7 +425,7 @@ def plain_tensors(model: nn.Module, reading: Reading) -> dict[str, torch.Tensor]
     """Return the tensors that a model reads and that are neither its parameters nor its buffers, by where they are."""
     seen = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     found: dict[str, torch.Tensor] = {}
-    for part in reading.parts:
+    for part in reading.firm:
         if isinstance(part.value, torch.Tensor) and id(part.value) not in seen:
             seen.add(id(part.value))
             found[unique(part.path, found)] = part.value
@@ -415,6 +475,12 @@ def _is_generated(cls: type, member: Any) -> bool:
 def _slots(cls: type) -> set[str]:
     slots = (vars(one).get("__slots__", ()) for one in cls.__mro__ if not is_library_module(one.__module__))
     return {name for one in slots for name in ((one,) if isinstance(one, str) else one)}
+
+
+def _around(path: str) -> Iterator[str]:
+    """Return the path of a part, and those of the lists and dicts around it."""
+    yield path
+    yield from (path[:i] for i, character in enumerate(path) if character == "[")
 
 
 def _dotted(path: str, name: str) -> str:

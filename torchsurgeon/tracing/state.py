@@ -18,6 +18,7 @@ from torch import nn
 
 from torchsurgeon.tracing.alone import leaves_something
 from torchsurgeon.tracing.gradients import names_in
+from torchsurgeon.tracing.results import Left
 from torchsurgeon.tracing.source import function_of
 
 _CONTAINERS = (dict, list, set, deque)
@@ -44,6 +45,7 @@ class State:
 
     Attributes:
         functions: the functions of users that a call of the model begins with, and those in their closures.
+        left: what had changed when ``changed()`` was called last.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,6 +68,7 @@ class State:
                     self._keep(value, key if not value else path if key in _NAMED else f"{path}.{key}")
                 else:
                     self._look(value, f"{path}.{key}".lstrip("."), _DEPTH)
+        self.left = Left(frozenset(), frozenset(), frozenset())
         self._weights: list[tuple[torch.Tensor, torch.Tensor, str]] = []
         self.functions = functions = functions_of(model)
         if any("data" in names_in(function.__code__) for function in functions):
@@ -152,7 +155,19 @@ class State:
         )
         if found:
             leaves_something()
+        self.left = self._left() if found else Left(self._watched(), frozenset(), frozenset())
         return found
+
+    def _watched(self) -> frozenset[int]:
+        return frozenset((*self._held, *(id(container) for container, _ in self._empty)))
+
+    def _left(self) -> Left:
+        held = [(container, before) for container, before, _ in self._held.values() if not before.same(container)]
+        empty = [container for container, _ in self._empty if container]
+        changed = {(id(container), key) for container, before in held for key in before.changed(container)}
+        changed |= {(id(container), key) for container in empty for key in container}
+        filled = (id(container) for container in (*(container for container, _ in held), *empty))
+        return Left(self._watched(), frozenset(changed), frozenset(filled))
 
     def restore(self) -> None:
         """Put everything back."""
@@ -252,10 +267,14 @@ class _Kept:
             return []
         if not isinstance(container, dict):
             return [path]
-        keys = dict.fromkeys([*self.copy, *container])
-        missing = object()
-        changed = [key for key in keys if container.get(key, missing) is not self.copy.get(key, missing)]
-        return [f"{path}.{key}".lstrip(".") for key in changed] or [path]
+        return [f"{path}.{key}".lstrip(".") for key in self.changed(container)] or [path]
+
+    def changed(self, container: Any) -> list[Any]:
+        """Return the keys of a dict that hold something else; none for a list or set."""
+        if not isinstance(container, dict) or self.same(container):
+            return []
+        keys, missing = dict.fromkeys([*self.copy, *container]), object()
+        return [key for key in keys if container.get(key, missing) is not self.copy.get(key, missing)]
 
 
 @contextmanager

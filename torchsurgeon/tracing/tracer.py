@@ -7,6 +7,7 @@ tensors, and then runs model and steps to see that they give the same answer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -134,6 +135,7 @@ def _traced(
                 layouts=captured.traced_by == "export",
                 masks=captured.as_compiled,
                 check_values=captured.check_values,
+                noted=functools.partial(setattr, graph, "left"),
             )
         except Unrepeatable:
             if not graph.shapes.random:

@@ -16,6 +16,7 @@ from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.admission import refuse_changed_arguments
 from torchsurgeon.tracing.call import Call, check_result
 from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES
+from torchsurgeon.tracing.results import Left
 from torchsurgeon.tracing.state import State, left_as_it_was
 from torchsurgeon.tracing.step import Environment, Step, clone
 from torchsurgeon.tracing.structure import flatten
@@ -59,6 +60,7 @@ def verify(
     layouts: bool = False,
     masks: bool = False,
     check_values: Callable[[Sequence[torch.Tensor]], None] | None = None,
+    noted: Callable[[Left], None] = lambda left: None,
 ) -> tuple[str, ...]:
     """Run a model and the steps that were traced from it, and compare their answers bit for bit.
 
@@ -73,6 +75,7 @@ def verify(
         masks: whether to try other masks, too, because the model was told that it is compiled, where it does not test
             their values.
         check_values: raises ``TypeError`` for inputs that the steps are not for.
+        noted: gets what a call with the example leaves in the model.
 
     Returns:
         For which inputs the answers are the same. Inputs that the model itself does not take are left out.
@@ -100,6 +103,8 @@ def verify(
             ) from error
         if again is not None and not same_answer(expected, again):
             raise TraceError(keeps_state(model, changed))
+        if name is EXAMPLE:
+            noted(state.left)
         try:
             got = _seeded(lambda given=given: _run_steps(steps, given, model))  # type: ignore[misc]
         except Exception as error:
