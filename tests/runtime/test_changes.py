@@ -982,6 +982,78 @@ def test_what_each_call_assigns_or_fills_is_no_change(between: Callable[..., Sid
         assert sides.answers_as_the_model(torch.rand(rows, 4)) is None
 
 
+# --- functions and modules that the model is called with ---
+
+
+class Acting(nn.Module):
+    """Calls what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.last(act(self.first(x)))  # type: ignore[no-any-return]
+
+
+class Times(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+FACTORS = {"by": 1.0}
+times, prelu = Times().eval(), nn.PReLU().eval().requires_grad_(False)
+PASSED: dict[str, tuple[Any, Callable[[float], Any]]] = {
+    "module": (times, lambda value: setattr(times, "by", value)),
+    "method": (times.forward, lambda value: setattr(times, "by", value)),
+    "function": (lambda x: x * FACTORS["by"], lambda value: FACTORS.update(by=value)),
+    "weight": (prelu, lambda value: prelu.weight.fill_(value)),
+    "other weight": (prelu, lambda value: setattr(prelu, "weight", nn.Parameter(torch.tensor([value])))),
+}
+
+
+@quietly
+@pytest.mark.parametrize("too", [False, True])
+@pytest.mark.parametrize(("act", "put"), PASSED.values(), ids=PASSED)
+def test_what_a_function_or_module_reads_that_the_model_is_called_with_is_watched(
+    act: Any, put: Any, too: bool
+) -> None:
+    """Also where the server calls its model with the very same."""
+    put(1.0)
+    torch.manual_seed(0)
+    model = Acting().eval().requires_grad_(False)
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", copy.deepcopy(model), (X, act if too else copy.deepcopy(act)))
+    with InProcessTransport(create_app(registry)) as transport, torch.no_grad():
+        split = ts.SplitModule(model, (X, act), server=transport, name="net", partition="server")
+        for value in (1.0, 2.0, 3.0):
+            if value > 1:
+                put(value)
+            for _ in range(2):
+                assert torch.equal(split(-X, act), model(-X, act))
+            assert split.last is not None
+            assert value > 1 or split.last.degraded is None
+        assert too or split.last.degraded is not None
+        split.close()
+    registry.close()
+
+
+def test_a_module_with_other_weights_on_the_server_is_a_mismatch() -> None:
+    model, acts = Acting().eval(), [nn.PReLU(init=by).eval() for by in (0.25, 0.75)]
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", copy.deepcopy(model), (X, acts[1]))
+    with InProcessTransport(create_app(registry)) as transport:
+        split = ts.SplitModule(model, (X, acts[0]), server=transport, name="net", partition="server")
+        with pytest.warns(ts.MismatchWarning, match=r"argument act\.weight"):
+            split(X, acts[0])
+        split.close()
+    registry.close()
+
+
 # --- a model that is moved ---
 
 

@@ -106,6 +106,14 @@ def test_sparse_parameters_are_refused() -> None:
     assert "parameter 'weights' of Taking is a sparse tensor" in _refused(model, torch.randn(2, 8))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_modules_with_packed_weights_are_refused_as_arguments_only() -> None:
+    packed = torch.ao.nn.quantized.dynamic.Linear(8, 8).eval()
+    with pytest.raises(TraceError, match=r"argument 1 .* is a Linear that keeps its weights packed.*a submodule"):
+        admit(nn.Identity().eval(), (torch.ones(1, 8), packed), {})
+    admit(nn.Sequential(packed).eval(), (torch.ones(1, 8), nn.Linear(8, 8)), {})
+
+
 def test_packed_sequences_are_refused() -> None:
     packed = pack_padded_sequence(torch.randn(3, 5, 8), torch.tensor([5, 3, 2]), batch_first=True)
     assert isinstance(packed, PackedSequence)

@@ -141,6 +141,11 @@ def _admit_argument(what: str, value: Any, verify: bool) -> None:
                 f"{what} is on the meta device and has no values, so the trace cannot be compared with the model; give "
                 "a tensor with values, or trace with verify=False"
             )
+    elif isinstance(value, nn.Module) and _packs_weights(value):
+        raise TraceError(
+            f"{what} is a {_name(value)} that keeps its weights packed, as quantized modules do, and device and server "
+            "compare those of the model's own modules only. Make it a submodule of the model"
+        )
     elif isinstance(value, PackedSequence):
         raise TraceError(
             f"{what} is a PackedSequence, whose form depends on the values of its lengths; give the padded tensor and "
@@ -156,6 +161,10 @@ def _admit_argument(what: str, value: Any, verify: bool) -> None:
             f"{what} is a {type(value).__name__}: an object without tensors, whose state may change from call to call "
             "and is not sent. Give tensors, numbers, texts, or tuples, lists, dicts or dataclasses of these"
         )
+
+
+def _packs_weights(module: nn.Module) -> bool:
+    return any(isinstance(value, torch.ScriptObject) for one in module.modules() for value in vars(one).values())
 
 
 def _parts(value: Any) -> Iterator[Any]:

@@ -339,7 +339,7 @@ class LayerGraph:
     @cached_property
     def reading(self) -> Reading:
         """What the model's call reads besides its inputs; found out at the first use."""
-        return read_model(self.model, self.left)
+        return read_model(self.model, self.call.fixed, self.left)
 
     @cached_property
     def configuration(self) -> Configuration:

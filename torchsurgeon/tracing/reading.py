@@ -25,10 +25,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchsurgeon.tracing.call import path_name
 from torchsurgeon.tracing.names import Import, changed_by_methods, names_in, of_library_class, wrapped
 from torchsurgeon.tracing.results import MAKING, Left, Results
 from torchsurgeon.tracing.source import is_installed_module, is_library_code, is_library_module
 from torchsurgeon.tracing.step import unique
+from torchsurgeon.tracing.structure import LeafPath
 
 PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum, np.generic)
 PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice)
@@ -58,6 +60,8 @@ _IDLE |= {"__del__", "__init_subclass__", "__sizeof__", "__dir__", "__format__",
 _SETTERS = {"__set__", "__delete__", "__setattr__", "__delattr__", "__setitem__", "__delitem__"}
 # What a method is wrapped in, which is a method of the same class.
 _OF_METHODS = {"fget", "func", "__wrapped__", "__func__"}
+# What is followed of a model's arguments. They are compared by identity in each call.
+_OF_ARGUMENTS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, nn.Module)
 # Objects of these libraries hold what a user put into them; those of others (loggers, locks) are not looked into.
 _HOLDERS = {"torch", "types", "argparse", "collections", "functools"}
 # What a reading follows at most. It ends in the same place on both sides, where the models are the same.
@@ -402,14 +406,20 @@ class Reading:
         self._kept.append(owner)
 
 
-def read_model(model: nn.Module, left: Left | None = None) -> Reading:
+def read_model(model: nn.Module, fixed: Mapping[LeafPath, Any] | None = None, left: Left | None = None) -> Reading:
     """Return what the call of a whole model reads.
 
     Args:
         model: the model.
+        fixed: what it is called with besides tensors, by path. The functions and modules among it are read, too.
         left: what a call of it was seen to leave; None where none was watched.
     """
-    return Reading(dict(model.named_modules()), global_hooks=True, left=left)
+    called = {
+        f"argument {path_name(path)}": value
+        for path, value in (fixed or {}).items()
+        if isinstance(value, _OF_ARGUMENTS)
+    }
+    return Reading(dict(model.named_modules()), called, global_hooks=True, left=left)
 
 
 def is_own_method(module: nn.Module, name: str, value: Any) -> bool:
