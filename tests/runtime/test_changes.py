@@ -982,6 +982,91 @@ def test_what_each_call_assigns_or_fills_is_no_change(between: Callable[..., Sid
         assert sides.answers_as_the_model(torch.rand(rows, 4)) is None
 
 
+# --- what is assigned on a path that the example does not take ---
+
+
+def mode(self: Any, x: Tensor) -> Tensor:
+    if x.shape[0] > 4:
+        self.mode = 2.0
+    return self.line(x) * self.mode  # type: ignore[no-any-return]
+
+
+def counter(self: Any, x: Tensor) -> Tensor:
+    if x.shape[0] > 4:
+        self.mode += 1.0
+    return self.line(x) * self.mode  # type: ignore[no-any-return]
+
+
+def of_a_part(self: Any, x: Tensor) -> Tensor:
+    if x.shape[0] > 4:
+        self.line.mode = 2.0
+    return self.line(x) * self.line.mode  # type: ignore[no-any-return]
+
+
+def that_was_not_there(self: Any, x: Tensor) -> Tensor:
+    if x.shape[0] > 4:
+        self.late = 2.0
+    return self.line(x) * getattr(self, "late", 1.0)  # type: ignore[no-any-return]
+
+
+def in_a_method(self: Any, x: Tensor) -> Tensor:
+    if x.shape[0] > 4:
+        self.switch()
+    return self.line(x) * self.mode  # type: ignore[no-any-return]
+
+
+class Switching(nn.Module):
+    """Is in another mode once it has seen a large batch, which some other method may take back."""
+
+    way: Callable[..., Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.calls = nn.Linear(4, 4), 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.mode = self.line.mode = 1.0  # type: ignore[assignment]
+        self.__dict__.pop("late", None)
+
+    def switch(self) -> None:
+        self.mode = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return type(self).way(self, x)
+
+
+@quietly
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("way", [mode, counter, of_a_part, that_was_not_there, in_a_method], ids=lambda f: f.__name__)
+def test_what_a_call_of_the_model_itself_leaves_on_another_path_counts_for_the_next(
+    between: Callable[..., Sides], clock: Clock, way: Any, whole: bool
+) -> None:
+    """Whether that call ran there because it was unlike the example, or because that was the cut."""
+    model = type("Switched", (Switching,), {"way": way})().eval()
+    before = copy.deepcopy(model)
+    sides = between(model, copy.deepcopy(model), partition="server")
+    large = torch.rand(6, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for rows in (X, large, X, X):
+            sides.split.partition = "device" if whole and rows is large else "server"
+            assert torch.equal(sides.split(rows), before(rows))
+            assert sides.split.last is not None
+        assert "changed" in str(sides.split.last.degraded)
+        model.reset()
+        assert torch.equal(sides.split(X), X @ model.line.weight.T + model.line.bias)
+        assert sides.split.last.degraded is None
+        # Once it has stayed so, it is split again as it is then.
+        before.reset()
+        for rows in (large, X):
+            assert torch.equal(sides.split(rows), before(rows))
+        clock.now_s += 3.0
+        for _ in range(2):
+            assert torch.equal(sides.split(X), before(X))
+    assert "changed" not in str(sides.split.last.degraded)
+
+
 # --- functions and modules that the model is called with ---
 
 

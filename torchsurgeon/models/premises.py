@@ -55,8 +55,9 @@ class Premises:
     These are the modules' classes and mode, their forward hooks, functions (a ``forward`` that was replaced, methods of
     their classes, what these call and close over), and attributes and global names with plain values, tensors,
     functions, or lists and dicts of these. An attribute that no code of the model names is not among them, nor is one
-    that the code itself assigns. A tensor that is written to in place counts as a changed weight instead. Functions of
-    PyTorch that the code names are among them, since a program may have replaced them.
+    that a call changes, where a call was watched, or that the code assigns, where none was. A tensor that is written to
+    in place counts as a changed weight instead. Functions of PyTorch that the code names are among them, since a
+    program may have replaced them.
 
     Args:
         model: the model.

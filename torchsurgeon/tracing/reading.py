@@ -3,7 +3,7 @@
 The code is not run. A ``Reading`` starts from the modules' ``forward`` and hooks, and follows what their code names:
 methods, attributes, global names, imports inside a function, what a function closes over, the functions in a
 ``partial``, the parts of lists, dicts and objects. An attribute that no code names computes nothing, and is left out.
-So is one that the code assigns, such as a counter or a cache: it is a result of the run.
+So is one that a call changes, such as a counter or a cache: it is a result of the run.
 
 Code of PyTorch, NumPy and the standard library is not followed, but for the methods of PyTorch's module classes, and
 for what a function of theirs closes over, since decorators close over what they decorate. Of other installed packages
@@ -90,14 +90,9 @@ class Part(NamedTuple):
 class Reading:
     """What the call of some modules reads.
 
-    What a method assigns to ``self`` is a result where it is read off an object of the method's class. Of what is
-    assigned to something else, as in ``out.scale = 2.0``, only the name is known. Such an attribute is a result where
-    a call of the model was seen to change it, and everywhere where none was watched. Lists and dicts that are filled
-    are told apart alike.
-
     Attributes:
-        parts: what is read, each once, in an order that is the same in every process where no call was watched.
-        firm: those of them whose names no code assigns or fills in any way that it could be; the same in every process.
+        parts: what is read, each once, in an order that is the same in every process, without results of a call.
+        firm: the same where results are told by the code alone, so that every process has the same parts.
         assigned: the names of attributes that the code assigns.
         filled: the names of attributes and global names whose lists, dicts and arrays the code changes.
         complete: False where there was more than a reading follows.
@@ -107,7 +102,8 @@ class Reading:
         values: functions and other objects by path, which are read too.
         global_hooks: whether to follow the hooks that PyTorch calls for every module.
         unhooked: one of the modules, of which only ``forward`` is called, without its hooks; None for none.
-        left: what a call of the model was seen to leave; None where none was watched.
+        left: what a call of the model was seen to leave, which tells results better than the code does; None where none
+            was watched.
     """
 
     def __init__(
@@ -152,7 +148,7 @@ class Reading:
             changeable = {part.key for part in self._found if isinstance(part.value, CHANGEABLE)}
             self.filled = self._results.look_for_filled(changeable)
         self.parts = self._unless_results(self._found, left)
-        self.firm = self.parts if left is None else self._unless_results(self.parts, None)
+        self.firm = self.parts if left is None else self._unless_results(self._found, None)
 
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:

@@ -1,8 +1,11 @@
 """Which attributes, lists, dicts and arrays the code of a model assigns or fills: results of a call, not premises.
 
-What a method assigns to ``self`` is found by the method's class, and what it reaches from there by attributes alone,
-as in ``self.box.count += 1``, by looking there. Of ``out.scale = 2.0`` only the name is known. What a call of the
-model was seen to change tells then whether an attribute of this name is meant.
+An attribute is a result where a call with the example was seen to change it. Where no call was watched, the code tells.
+What a method assigns to ``self`` is found by the method's class, and what it reaches from there by attributes alone, as
+in ``self.box.count += 1``, by looking there. Of ``out.scale = 2.0`` only the name is known, which counts everywhere.
+
+Lists, dicts and arrays that a method fills are results whether or not the example's call has changed them: a cache may
+have had its entry for the example.
 """
 
 from __future__ import annotations
@@ -94,11 +97,12 @@ class Results:
             holder: the module, class or other object that it belongs to.
             left: what a call was seen to leave; None where none was watched.
         """
-        if left is not None and (id(table), name) in left.changed:
-            return True
+        if left is not None and id(table) in left.watched:
+            # What is only assigned on a path that the example does not take is read on the path that it takes.
+            return (id(table), name) in left.changed
         if any(name in self._assigned.get(key, ()) for key in (*type(holder).__mro__, id(holder))):
             return True
-        return name in self._assigned_elsewhere and (left is None or id(table) not in left.watched)
+        return name in self._assigned_elsewhere
 
     def fills(self, value: Any, name: str, holder: Any, left: Left | None) -> bool:
         """Return whether what a list, dict or array holds is a result; the arguments are those of ``assigns()``."""
