@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchsurgeon.tracing.digests import part_digest, tensor_digest
 from torchsurgeon.tracing.names import filled_by, names_in
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
+from torchsurgeon.tracing.results import Left
 from torchsurgeon.tracing.source import code_text, tree
 
 SOURCE = '''
@@ -169,6 +170,19 @@ def test_what_a_function_imports_while_it_runs_is_read(body: str, monkeypatch: p
 def test_an_import_that_nobody_has_made_or_that_leads_nowhere_is_left_out() -> None:
     space: dict[str, Any] = {"__name__": "alone"}
     exec("def act(x):\n    from . import a\n    from ...b import c\n    import not_there.at_all, torch.fx", space)  # noqa: S102
+    assert [part.path for part in Reading({}, {"act": space["act"]}).parts] == ["act"]
+
+
+def test_an_installed_module_that_may_not_have_been_imported_is_watched_but_not_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed = types.ModuleType("installed_for_a_test")
+    installed.__file__, installed.SCALE = "/lib/site-packages/installed_for_a_test.py", 2.0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, installed.__name__, installed)
+    space: dict[str, Any] = {"__name__": "alone"}
+    exec("def act(x):\n    from installed_for_a_test import SCALE", space)  # noqa: S102
+    found = Reading({}, {"act": space["act"]}, left=Left(frozenset(), frozenset(), frozenset()))
+    assert [part.path for part in found.parts] == ["act", "installed_for_a_test.SCALE"]
     assert [part.path for part in Reading({}, {"act": space["act"]}).parts] == ["act"]
 
 

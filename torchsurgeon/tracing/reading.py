@@ -240,9 +240,9 @@ class Reading:
             module = sys.modules.get(one)
             if not isinstance(module, types.ModuleType) or is_library_module(one):
                 continue
-            installed = is_installed_module(function.__module__ or "") and is_installed_module(one)
-            if installed and one.partition(".")[0] != function.__module__.partition(".")[0]:
+            if self._left is None and is_installed_module(one):
                 continue  # whether it has been imported may depend on what else the process does
+            installed = is_installed_module(function.__module__ or "")
             if not imported.names:
                 self._visit(one, sys.modules, one, module, function)
             for wanted in imported.names:
