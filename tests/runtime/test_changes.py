@@ -1139,6 +1139,28 @@ def test_a_module_with_other_weights_on_the_server_is_a_mismatch() -> None:
     registry.close()
 
 
+class Shaped(nn.Module):
+    """Notes the shape of each batch before it uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows, self.line.columns = x.shape  # type: ignore[assignment]
+        return self.line(x).reshape(self.rows, self.line.columns)  # type: ignore[no-any-return]
+
+
+def test_what_forward_assigns_in_each_call_may_change_where_the_model_had_run_before(
+    between: Callable[..., Sides],
+) -> None:
+    model = Shaped().eval()
+    model(X)
+    sides = between(model, copy.deepcopy(model), partition="server")
+    for rows in (2, 3, 5, 2):
+        assert sides.answers_as_the_model(torch.rand(rows, 4)) is None
+
+
 # --- a model that is moved ---
 
 

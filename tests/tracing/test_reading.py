@@ -17,7 +17,7 @@ from small_models import model
 from torch import Tensor, nn
 
 from torchsurgeon.tracing.digests import part_digest, tensor_digest
-from torchsurgeon.tracing.names import filled_by, names_in
+from torchsurgeon.tracing.names import filled_by, names_in, overwritten_by
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.results import Left
 from torchsurgeon.tracing.source import code_text, tree
@@ -222,6 +222,28 @@ def test_what_a_function_assigns_and_fills_is_known_by_the_way_there() -> None:
 
 
 KEPT: dict[Any, Any] = {}
+
+
+def test_what_a_function_assigns_whenever_it_is_called_is_known() -> None:
+    def forward(self: Any, x: Any, y: Any) -> Any:
+        self.always, (self.pair, self.box.inside) = x, y
+        self.counted = self.counted + 1
+        if x:
+            self.branch = y
+            if self.early:
+                raise ValueError
+        with self.lock as self.late:
+            self.held = self.always
+        for self.each in y:
+            self.loop = y
+        self.early = x
+        if y:
+            return None
+        self.last = x
+        return x
+
+    assert overwritten_by(forward.__code__) == {("always",), ("pair",), ("box", "inside"), ("held",)}
+    assert overwritten_by((lambda self: self.x).__code__) == frozenset()
 
 
 def test_a_reading_ends_in_circles_and_in_the_deep() -> None:

@@ -207,18 +207,53 @@ def filled_by(code: types.CodeType) -> Filled:
                 place = place.value
             elif isinstance(place, ast.Name) and place.id in aliases:
                 place = aliases[place.id]
-        way: list[str] = []
-        start = place
-        while isinstance(start, ast.Attribute):
-            way.insert(0, start.attr)
-            start = start.value
-        if way and isinstance(start, ast.Name) and start.id == first:
-            own.add(tuple(way))
-        elif way:
-            elsewhere.add(way[-1])
+        way = _written_way(place, first)
+        if way is not None:
+            own.add(way)
+        elif isinstance(place, ast.Attribute):
+            elsewhere.add(place.attr)
         elif isinstance(place, ast.Name) and place.id in names_in(code).globals:
             global_names.add(place.id)
     return Filled(frozenset(own), frozenset(global_names), frozenset(elsewhere))
+
+
+def _written_way(place: ast.expr, first: str) -> Way | None:
+    """Return the way from a function's first argument to an attribute; None where it is reached otherwise."""
+    way: list[str] = []
+    while isinstance(place, ast.Attribute):
+        way.insert(0, place.attr)
+        place = place.value
+    return tuple(way) if way and isinstance(place, ast.Name) and place.id == first else None
+
+
+@functools.lru_cache(maxsize=4096)
+def overwritten_by(code: types.CodeType) -> frozenset[Way]:
+    """Return the attributes that a function assigns whenever it is called, before it reads them: ``self.h = len(x)``.
+
+    They are those that its source shows it to assign, outside of any branch and loop.
+    """
+    node = tree(code)
+    found: set[Way] = set()
+    read: set[str] = set()
+    for statement in [] if node is None or isinstance(node, ast.Lambda) else _always(node.body):
+        inside = list(ast.walk(statement))
+        read |= {one.attr for one in inside if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Load)}
+        if any(isinstance(one, ast.Return) for one in inside):
+            break
+        if isinstance(statement, ast.Assign):
+            targets = [one for target in statement.targets for one in ast.walk(target)]
+            ways = {_written_way(one, _first_argument(code)) for one in targets if isinstance(one, ast.Attribute)}
+            found |= {way for way in ways if way is not None and way[-1] not in read}
+    return frozenset(found)
+
+
+def _always(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield the statements of a function that run whenever those before them have run to their end."""
+    for statement in body:
+        if isinstance(statement, ast.With):
+            yield from _always([*(ast.Expr(item.context_expr) for item in statement.items), *statement.body])
+        else:
+            yield statement
 
 
 def wrapped(value: Any) -> Iterator[tuple[str, Any]]:

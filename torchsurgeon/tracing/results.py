@@ -1,6 +1,7 @@
 """Which attributes, lists, dicts and arrays the code of a model assigns or fills: results of a call, not premises.
 
-An attribute is a result where a call with the example was seen to change it. Where no call was watched, the code tells.
+An attribute is a result where a call with the example was seen to change it, and where ``forward`` assigns it in each
+call before it reads it: ``self.height = x.shape[2]``. Where no call was watched, all of the code tells.
 What a method assigns to ``self`` is found by the method's class, and what it reaches from there by attributes alone, as
 in ``self.box.count += 1``, by looking there. Of ``out.scale = 2.0`` only the name is known, which counts everywhere.
 
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from torchsurgeon.tracing.names import Way, filled_by, names_in
+from torchsurgeon.tracing.names import Way, filled_by, names_in, overwritten_by
 
 # What these assign to their first argument is of an object that they make.
 MAKING = frozenset(("__init__", "__new__", "__post_init__"))
@@ -56,6 +57,7 @@ class Results:
         # By class, or by the id of one object.
         self._assigned: dict[Any, set[str]] = {}
         self._filled: dict[Any, set[str]] = {}
+        self._overwritten: dict[Any, set[str]] = {}
         self._contents: set[int] = set()
         self._assigned_elsewhere: set[str] = set()
         self._filled_elsewhere: set[str] = set()
@@ -65,6 +67,9 @@ class Results:
                 self._assigned_elsewhere |= names.elsewhere | self._without_class(function, names.own)
                 for cls, way in self._ways(function, names.own):
                     self._note(self._assigned, self._assigned_elsewhere, cls, way)
+            if function.__code__.co_name == "forward" and names.own:
+                for cls, way in self._ways(function, overwritten_by(function.__code__)):
+                    self._note(self._overwritten, set(), cls, way)
 
     def add(self, owner: Any, names: set[str]) -> None:
         """Note attributes that are assigned to the objects of a class, to one module, or, with None, to any object."""
@@ -99,7 +104,8 @@ class Results:
         """
         if left is not None and id(table) in left.watched:
             # What is only assigned on a path that the example does not take is read on the path that it takes.
-            return (id(table), name) in left.changed
+            seen = (id(table), name) in left.changed
+            return seen or any(name in self._overwritten.get(key, ()) for key in (*type(holder).__mro__, id(holder)))
         if any(name in self._assigned.get(key, ()) for key in (*type(holder).__mro__, id(holder))):
             return True
         return name in self._assigned_elsewhere
