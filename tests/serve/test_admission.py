@@ -23,6 +23,7 @@ from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.admission import Admission, deadline_in
 from torchsurgeon.serve.failure import BusyError, GoneError
 from torchsurgeon.serve.outcome import Outcome
+from torchsurgeon.serve.quick import QuickRequests
 from torchsurgeon.serve.received import Received
 from torchsurgeon.transport import HttpTransport
 from torchsurgeon.transport.http_bytes import _rounded_up
@@ -204,6 +205,37 @@ def test_a_deadline_that_is_no_number_of_seconds_is_refused(server: Server, valu
 def test_requests_without_a_deadline_are_answered_however_long_it_takes(server: Server) -> None:
     assert end(begin(server))[0] == 200
     assert end(begin(server, **{"Torchsurgeon-Deadline-S": "20"}))[0] == 200
+
+
+def test_a_slow_first_request_does_not_have_all_others_refused(
+    server: Server, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.set()
+    requests = QuickRequests()
+    monkeypatch.setattr(served(server).intake, "_quick", requests)
+    monkeypatch.setattr(served(server).intake._admission, "_each_s", 0.0)
+    requests.took(len(BODY), 1000.0)
+    assert [end(begin(server, **{"Torchsurgeon-Deadline-S": "20"}))[0] for _ in range(3)] == [200] * 3
+
+
+def test_requests_that_are_stopped_at_their_deadlines_are_refused_at_once_then(
+    server: Server, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = QuickRequests()
+    monkeypatch.setattr(served(server).intake, "_quick", requests)
+    tried = begin(server, **{"Torchsurgeon-Deadline-S": "0.5"})
+    assert BEGUN.acquire(timeout=20)
+    time.sleep(0.6)
+    held.set()
+    assert "deadline passed" in end(tried)[2]["error"]
+    # The next one is tried, and ends in the time that it has left.
+    held.clear()
+    tried = begin(server, **{"Torchsurgeon-Deadline-S": "0.4"})
+    assert BEGUN.acquire(timeout=20)
+    time.sleep(0.5)
+    held.set()
+    assert "deadline passed" in end(tried)[2]["error"]
+    assert "cannot answer within" in end(begin(server, **{"Torchsurgeon-Deadline-S": "0.55"}))[2]["error"]
 
 
 def test_how_long_a_request_waits_is_estimated_from_those_before() -> None:

@@ -71,6 +71,30 @@ def test_a_request_that_has_kept_everybody_waiting_moves_its_kind_to_a_thread_at
     assert requests.expects("kind")
 
 
+def test_what_seems_to_take_too_long_is_tried_now_and_then_and_corrected_by_that() -> None:
+    requests = QuickRequests()
+    assert requests.hoped_s("kind", QUICK_S) == 0
+    requests.took("kind", VERY_SLOW_S)
+    assert requests.hoped_s("kind", 2 * VERY_SLOW_S) == VERY_SLOW_S
+    # Whoever is too late already is not tried.
+    assert [requests.hoped_s("kind", left_s) for left_s in (-1.0, 0.0)] == [VERY_SLOW_S] * 2
+    # One is let through, and no other one before it has ended.
+    assert [requests.hoped_s("kind", 0.15) for _ in range(3)] == [0, VERY_SLOW_S, VERY_SLOW_S]
+    requests.took("kind", SLOW_S)
+    assert requests.hoped_s("kind", 0.15) == SLOW_S
+    # Requests that were as quick once, and are stopped at their deadlines now, are refused again.
+    requests.stopped("kind", 0.15)
+    assert requests.hoped_s("kind", 0.14) == 0.15
+    requests._known("kind").tried_s -= 10 * 0.15
+    assert [requests.hoped_s("kind", 0.14) for _ in range(3)] == [0, 0.15, 0.15]
+    requests.stopped("kind", 0.14)
+    assert requests.hoped_s("kind", 0.14) == 0.15
+    # So are those of which no one was ever answered.
+    requests.stopped("never", 0.15)
+    assert [requests.hoped_s("never", 0.1) for _ in range(3)] == [0, 0.15, 0.15]
+    assert not requests.brief("never")
+
+
 def test_the_kinds_that_are_remembered_are_bounded_and_those_that_are_asked_for_stay() -> None:
     requests = QuickRequests()
     requests.took("kept", QUICK_S)
@@ -82,7 +106,8 @@ def test_the_kinds_that_are_remembered_are_bounded_and_those_that_are_asked_for_
 
 def test_requests_at_two_cuts_whose_bodies_are_equally_long_are_told_apart() -> None:
     """As those of a transformer are, whose layers all give tensors of one size."""
-    intake = Intake("net", lambda request: pytest.fail("nothing is run"), lambda requests: [])
+    ran: list[Received] = []
+    intake = Intake("net", lambda request: ran.append(request), lambda requests: [])  # type: ignore[arg-type]
 
     def request(name: str) -> Received:
         header = f'{{"inputs":[{{"name":"{name}"}}]}}'.encode()
@@ -100,6 +125,9 @@ def test_requests_at_two_cuts_whose_bodies_are_equally_long_are_told_apart() -> 
     assert intake.took_of_several([early, late], VERY_SLOW_S) == [VERY_SLOW_S, QUICK_S]
     early.due_s = time.perf_counter() + VERY_SLOW_S / 2
     intake._admission._each_s = 0.0
+    # One of them is tried.
+    intake.submit(early).result(20)
+    assert ran == [early]
     with pytest.raises(BusyError, match="cannot answer within the request's deadline"):
         intake.submit(early)
     intake.worker.close()

@@ -19,6 +19,7 @@ from torchsurgeon.serve.batching import Seam
 from torchsurgeon.serve.checks import check_tensors, samples_in, value_check
 from torchsurgeon.serve.edition import Edition, Editions
 from torchsurgeon.serve.fitted import FittedCodecs
+from torchsurgeon.serve.failure import ExpiredError, GoneError
 from torchsurgeon.serve.intake import Intake
 from torchsurgeon.serve.joining import Joining
 from torchsurgeon.serve.received import Received
@@ -126,8 +127,11 @@ class Answers:
             assert results is not None
             computed_s = time.perf_counter()
             answer = self._encoded(ready, results, ready.decoded_s, computed_s)
-        except Exception:
-            self.statistics.failed(time.perf_counter() - request.arrived_s)
+        except Exception as error:
+            ended_s = time.perf_counter()
+            if isinstance(error, ExpiredError | GoneError):
+                self.intake.stopped(request, ended_s - started_s)
+            self.statistics.failed(ended_s - request.arrived_s)
             raise
         # One that is refused, or whose client has left, ends sooner, and says nothing of how long answers take.
         note = functools.partial(self._ran, [ready], ready.decoded_s, computed_s, time.perf_counter())

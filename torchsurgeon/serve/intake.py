@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -88,11 +89,10 @@ class Intake:
             ClosedError: the model is served no more.
         """
         alike = request.alike
-        expected_s = self._quick.expected_s(alike)
         request.charged_s = self._quick.share_s(alike) or self._admission.each_s or ANY_S
         place = Place(request.share, request.level, request.charged_s)
         if request.due_s < math.inf:
-            self._admission.check(request, self.worker.ahead_of(place), expected_s)
+            self._check_due(request, self.worker.ahead_of(place))
         if self.worker.waiting >= self.max_queue and not self.worker.evict_for(place, self._admission.displaced()):
             raise self._admission.full()
         if self.together > 1 and isinstance(alike, bytes):
@@ -144,6 +144,18 @@ class Intake:
         if first.kind is not None:
             self._gain.took(first.kind, together, duration_s)
         return self._quick.took(first.alike, duration_s, together)
+
+    def stopped(self, request: Received, ran_s: float) -> None:
+        """Take notice of a request that was stopped, because nobody waited for it, after it had run for so long."""
+        self._quick.stopped(request.alike, ran_s)
+
+    def _check_due(self, request: Received, ahead: int) -> None:
+        if ahead:
+            expected_s = self._quick.expected_s(request.alike)
+        else:
+            # It keeps nobody waiting yet, and is stopped at its deadline if it takes longer than at best.
+            expected_s = self._quick.hoped_s(request.alike, request.due_s - time.perf_counter())
+        self._admission.check(request, ahead, expected_s)
 
     def _charge(self, requests: Sequence[Received], duration_s: float) -> None:
         self._admission.took(duration_s, len(requests))

@@ -7,6 +7,8 @@ other thread would mostly run on another core, whose caches hold nothing of the 
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 
 from torchsurgeon.serve.recent import Recent
@@ -25,6 +27,9 @@ _QUICK_COUNTS = 2
 _ALONE_AFTER, _BRIEF_S = 32, 2e-2
 _MAX_REMEMBERED = 256
 _SMOOTHING = 0.1
+# A request that seems to take too long for its deadline is tried all the same after a pause of so many times what it
+# has left. Then such trials, each of which ends with its deadline, take at most about a tenth of a thread's time.
+_PAUSE = 10.0
 
 
 class LoneClient:
@@ -52,6 +57,8 @@ class _Kind:
     mean_s: float = 0.0
     share_s: float = 0.0
     least_s: float = 0.0
+    hoped_s: float = 0.0
+    tried_s: float = -math.inf
 
 
 class QuickRequests:
@@ -81,6 +88,26 @@ class QuickRequests:
         found = self._kinds.get(kind)
         return 0.0 if found is None else found.mean_s
 
+    def hoped_s(self, kind: object, left_s: float) -> float:
+        """Return how long a request of a kind takes at best, as far as is known; 0 where that is to be tried.
+
+        It is asked for a request that nothing else comes before. What is known can be wrong, such as where the first
+        request of a kind found the weights swapped out. If all requests were refused by it, none would ever correct it.
+        So one of them is tried now and then.
+
+        Args:
+            kind: the kind.
+            left_s: the seconds to the request's deadline.
+        """
+        found = self._kinds.get(kind)
+        if found is None:
+            return 0.0
+        now_s = time.perf_counter()
+        if found.hoped_s > left_s > 0 and now_s - found.tried_s > _PAUSE * left_s:
+            found.tried_s = now_s
+            return 0.0
+        return found.hoped_s
+
     def least_s(self, kind: object) -> float:
         """Return the least that a request of a kind has taken so far; 0 before there was one."""
         found = self._kinds.get(kind)
@@ -97,14 +124,12 @@ class QuickRequests:
         Returns:
             The least that one of its kind has taken so far.
         """
-        found = self._kinds.get(kind)
-        if found is None:
-            found = _Kind()
-            self._kinds.put(kind, found)
+        found = self._known(kind)
         found.mean_s += (_SMOOTHING if found.mean_s else 1.0) * (duration_s - found.mean_s)
         share_s = duration_s / together
         found.share_s += (_SMOOTHING if found.share_s else 1.0) * (share_s - found.share_s)
         found.least_s = min(found.least_s or duration_s, duration_s)
+        found.hoped_s = min(found.hoped_s or duration_s, duration_s)
         if found.least_s:
             self.slowdown += _SMOOTHING * (duration_s / found.least_s - self.slowdown)
         if duration_s < _QUICK_S:
@@ -116,3 +141,15 @@ class QuickRequests:
         if found.count in (0, _LOST_AT):
             found.quick = found.count == 0
         return found.least_s
+
+    def stopped(self, kind: object, ran_s: float) -> None:
+        """Take notice of a request of a kind that was stopped after so long, and would have taken longer."""
+        found = self._known(kind)
+        found.hoped_s = max(found.hoped_s, ran_s)
+
+    def _known(self, kind: object) -> _Kind:
+        found = self._kinds.get(kind)
+        if found is None:
+            found = _Kind()
+            self._kinds.put(kind, found)
+        return found
