@@ -21,6 +21,8 @@ from torchsurgeon.transport.deadline import Deadline
 
 X = torch.arange(6.0).view(2, 3)
 Script = Callable[[socket.socket], object]
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\nContent-Length: 3\r\n\r\n"
 
 
 def answer_bytes(extra: str = "", tensors: dict[str, torch.Tensor] | None = None) -> bytes:
@@ -81,16 +83,107 @@ def without_length(data: bytes) -> bytes:
         answer_bytes("Server: x\r\nX-Empty:\r\n"),
         chunked(answer_bytes()),
         without_length(answer_bytes()),
-        b"HTTP/1.1 100 Continue\r\n\r\n" + answer_bytes(),
+        CONTINUE + answer_bytes(),
+        EARLY_HINTS + answer_bytes(),
+        CONTINUE + 20 * EARLY_HINTS + b"HTTP/1.1 102 \r\n\r\nHTTP/1.1 199 What\r\n\r\n" + answer_bytes(),
+        EARLY_HINTS + chunked(answer_bytes()),
+        EARLY_HINTS + without_length(answer_bytes()),
         answer_bytes("Connection: close\r\n"),
         answer_bytes().replace(b"HTTP/1.1", b"HTTP/1.0"),
         answer_bytes().replace(b"Content-Length", b"CONTENT-length"),
     ],
-    ids=["plain", "more headers", "chunked", "until closed", "interim", "closing", "1.0", "odd case"],
+    ids=[
+        "plain",
+        "more headers",
+        "chunked",
+        "until closed",
+        "interim",
+        "hints",
+        "many interim",
+        "hints, chunked",
+        "hints, until closed",
+        "closing",
+        "1.0",
+        "odd case",
+    ],
 )
 def test_every_way_to_frame_an_answer_is_understood(answer: bytes) -> None:
     with scripted(says(answer)) as url:
         assert torch.equal(ask(url), X * 2)
+
+
+def test_a_connection_is_kept_after_interim_answers_however_they_arrive() -> None:
+    def script(link: socket.socket) -> None:
+        for step, cut_at in enumerate((0, 5, len(EARLY_HINTS), len(EARLY_HINTS) + 5, -5)):
+            read_request(link)
+            data = EARLY_HINTS + answer_bytes("X-More: 1\r\n" * (step % 2), {"y": X + step})
+            link.sendall(data[:cut_at])
+            time.sleep(0.005)
+            link.sendall(data[cut_at:])
+
+    with scripted(script) as url, HttpTransport(url) as transport:
+        for step in range(5):
+            assert torch.equal(transport.infer("m", {"x": X}, max_answer_bytes=1000).tensors["y"], X + step)
+
+
+def test_an_interim_answer_is_not_taken_for_the_beginning_of_a_slow_one() -> None:
+    def script(link: socket.socket) -> None:
+        read_request(link)
+        link.sendall(EARLY_HINTS)
+        time.sleep(0.3)
+        link.sendall(answer_bytes())
+
+    with scripted(script) as url, HttpTransport(url) as transport:
+        timing = transport.infer("m", {"x": X}, max_answer_bytes=1000).timing
+    assert timing.first_byte_s - timing.send_end_s > 0.15
+
+
+def test_a_request_is_sent_to_its_end_when_interim_answers_come_meanwhile() -> None:
+    big = {"x": torch.zeros(8_000_000)}
+
+    def script(link: socket.socket) -> None:
+        link.recv(1000)
+        link.sendall(CONTINUE)
+        # Until the client has sent what the system takes, and waits.
+        time.sleep(0.3)
+        link.sendall(EARLY_HINTS)
+        time.sleep(0.1)
+        left = big["x"].nbytes - 1000
+        while left > 0 and (piece := link.recv(1 << 20)):
+            left -= len(piece)
+        link.sendall(answer_bytes())
+        link.recv(1000)
+
+    with scripted(script) as url, HttpTransport(url, 20) as transport:
+        assert torch.equal(transport.infer("m", big, max_answer_bytes=1000).tensors["y"], X * 2)
+
+
+def test_interim_answers_without_an_end_are_not_read_for_long() -> None:
+    def script(link: socket.socket) -> None:
+        link.recv(65536)
+        while True:
+            link.sendall(EARLY_HINTS * 1000)
+
+    with scripted(script, script, script) as url, HttpTransport(url, 60.0) as transport:
+        with pytest.raises(ServerUnavailableError, match="interim answers"):
+            transport.get_json("/v2")
+        for tensor in (X, torch.zeros(8_000_000)):
+            with pytest.raises(ProtocolError, match="more than 100 interim answers"):
+                transport.infer("m", {"x": tensor}, max_answer_bytes=1000)
+
+
+def test_the_control_plane_skips_interim_answers_and_another_protocol_is_none() -> None:
+    json = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+    other = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
+    with (
+        scripted(says(CONTINUE + EARLY_HINTS + json), says(other), says(other)) as url,
+        HttpTransport(url) as transport,
+    ):
+        assert transport.get_json("/v2") == {}
+        with pytest.raises(RequestRefusedError, match="101"):
+            transport.get_json("/v2")
+        with pytest.raises(RequestRefusedError, match="101"):
+            transport.infer("m", {"x": X}, max_answer_bytes=1000)
 
 
 def test_the_tensor_arrives_as_it_was_sent_and_the_timing_is_in_order() -> None:

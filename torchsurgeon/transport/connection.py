@@ -4,8 +4,10 @@ Tensors are written from their own memory, and the answer is read straight into 
 views of. For that, the buffer is laid out before the answer arrives, on the guess that its head is as long as the last
 answer's, as it is in a stream of similar inferences: head and body then arrive in one read, the body already in its
 place. Where the guess is wrong, the part of the body that came with the head is copied. Answers with a Content-Length
-are parsed by this module. Every other kind (chunked, with an interim answer, or ended by closing the connection) is
-left to ``http.client``.
+are parsed by this module. Every other kind (chunked, or ended by closing the connection) is left to ``http.client``.
+
+A server, or a proxy before it, may send interim answers at any moment before its answer (1xx, RFC 9110, section 15.2).
+They are skipped.
 
 An exchange runs in steps (``transport.steps``), each of which ends where the socket has to be waited for.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import functools
 import http.client
 import io
+import re
 import select
 import socket
 import ssl
@@ -37,6 +40,10 @@ _MAX_HEAD_BYTES = 16 << 10
 # A connection that was used this recently is assumed to be open, since checking costs a system call.
 _FRESH_S = 1.0
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
+# The head of an interim answer. 101 is none: it would be the answer to a request for another protocol.
+_INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)[0-9]{2}[ \r]")
+# More of them than any server has a reason to send before one answer.
+_MOST_INTERIM = 100
 
 
 class StaleError(Exception):
@@ -57,7 +64,18 @@ class ProxyRefusedError(Exception):
 
 
 class CheckedResponse(http.client.HTTPResponse):
-    """Python's ``HTTPResponse``, but it refuses chunks of negative length, for which Python's reads without end."""
+    """Python's ``HTTPResponse``, but it skips all kinds of interim answers, of which Python's knows 100 only.
+
+    It also refuses what Python's reads without end: interim answers of any number, and chunks of negative length.
+    """
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(_MOST_INTERIM + 1):
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 <= status < 200 or status == 101:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+        raise _too_many_interim()
 
     def _safe_read(self, amt: int) -> bytes:
         if amt < 0:
@@ -239,7 +257,10 @@ class Connection:
         raise failure or OSError(f"{short(name)} has no address")
 
     def _send(self, link: socket.socket, parts: list[Buffer], deadline: Deadline) -> Steps[bool]:
-        """Write all parts; return False where the server began to answer before it had read them."""
+        """Write all parts; return False where the server began to answer before it had read them.
+
+        An interim answer is none: with it the server says that it goes on reading.
+        """
         if self._context is not None:
             for part in parts:
                 link.settimeout(deadline.left_s())
@@ -247,6 +268,7 @@ class Connection:
                 link.sendall(part)
             return True
         pending: list[Buffer] = parts
+        interim = 0
         while True:
             try:
                 done = link.sendmsg(pending[:_IOV_MAX])
@@ -264,8 +286,10 @@ class Connection:
             if not pending:
                 return True
             pending[0] = pending[0][done:]
-            if (yield from _wait_writable(link)):
-                return False
+            while (yield from _wait_writable(link)):
+                if interim > _MOST_INTERIM or not _skip_interim(link):
+                    return False
+                interim += 1
 
     def _receive(self, link: socket.socket, view: memoryview, deadline: Deadline) -> Steps[int]:
         """Read at least one byte before the deadline; return how many were read, 0 at the end of the stream."""
@@ -289,7 +313,7 @@ class Connection:
         """Read status line and headers; return them, the memory behind them, and how much of it is filled already."""
         # One byte more than is expected, to notice a server that sends more.
         memory = self._buffers.take(self._body_bytes + 1, before=self._head_bytes)
-        filled = 0
+        filled = interim = 0
         while filled < len(memory):
             count = yield from self._receive(link, memory[filled:], deadline)
             if not count:
@@ -299,13 +323,30 @@ class Connection:
             filled += count
             text = bytes(memory[: min(filled, _MAX_HEAD_BYTES)])
             end = text.find(b"\r\n\r\n") + 4
-            if end >= 4:
-                return text[:end], memory[end:], filled - end
+            while end >= 4:
+                if not _INTERIM.match(text):
+                    return text[:end], memory[end:], filled - end
+                if interim >= _MOST_INTERIM:
+                    raise _too_many_interim()
+                interim += 1
+                memory, filled = self._behind(memory, end, filled)
+                text = bytes(memory[: min(filled, _MAX_HEAD_BYTES)])
+                end = text.find(b"\r\n\r\n") + 4
             if filled == len(memory) < _MAX_HEAD_BYTES:
                 # The head is longer than the whole last answer was.
                 memory = self._buffers.take(_MAX_HEAD_BYTES)
                 memory[:filled] = text
         raise http.client.LineTooLong("headers")
+
+    def _behind(self, memory: memoryview, end: int, filled: int) -> tuple[memoryview, int]:
+        """Return memory for an answer that begins with what was read behind an interim one, and how much that is."""
+        rest = memory[end:filled]
+        later = self._buffers.take(max(self._body_bytes + 1, len(rest)), before=self._head_bytes)
+        later[: len(rest)] = rest
+        if not rest:
+            # The answer itself has not begun to arrive, and its arrival tells how quick the link is.
+            self._first_byte_s = 0.0
+        return later, len(rest)
 
 
 class _Replay(io.RawIOBase):
@@ -358,6 +399,30 @@ def _simple_head(head: bytes) -> _AnswerHead | None:
         return None
     closing = headers.get(b"connection", b"keep-alive").lower() != b"keep-alive"
     return _AnswerHead(int(rest[:3]), int(length), headers.get(_HEADER_LENGTH, b"").decode("latin-1") or None, closing)
+
+
+def _skip_interim(link: socket.socket) -> bool:
+    """Read an interim answer that has arrived, and nothing behind it; return False where something else has."""
+    try:
+        text = link.recv(_MAX_HEAD_BYTES, socket.MSG_PEEK)
+    except BlockingIOError as error:
+        # The system may say for nothing that there is something to read.
+        if by_signal_handler(error):
+            raise
+        return True
+    except ConnectionError as error:
+        if by_signal_handler(error):
+            raise
+        return False
+    end = text.find(b"\r\n\r\n") + 4
+    if end < 4 or not _INTERIM.match(text):
+        return False
+    link.recv(end)
+    return True
+
+
+def _too_many_interim() -> http.client.HTTPException:
+    return http.client.HTTPException(f"more than {_MOST_INTERIM} interim answers (1xx) came before the answer")
 
 
 def _open_tunnel(link: socket.socket, request: bytes, deadline: Deadline) -> None:
