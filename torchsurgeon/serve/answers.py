@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from torchsurgeon import wire
 from torchsurgeon.cutting.partition import check_shapes
-from torchsurgeon.errors import ModelFailedError, ProtocolError, short
+from torchsurgeon.errors import BodyTooLargeError, ModelFailedError, ProtocolError, short
 from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.serve.admission import MAX_QUEUE
 from torchsurgeon.serve.backends import TailBackends
 from torchsurgeon.serve.batching import Seam
 from torchsurgeon.serve.checks import check_tensors, samples_in, value_check
 from torchsurgeon.serve.edition import Edition, Editions
-from torchsurgeon.serve.fitted import FittedCodecs
 from torchsurgeon.serve.failure import ExpiredError, GoneError
+from torchsurgeon.serve.fitted import FittedCodecs
 from torchsurgeon.serve.intake import Intake
 from torchsurgeon.serve.joining import Joining
 from torchsurgeon.serve.received import Received
@@ -33,6 +34,9 @@ Finish = Callable[..., Sequence[Tensor]]
 VERSION = "1"
 # The server's times in the parameters of an answer, which begin before them: seconds, to the microsecond.
 _TIMES = '"receive_s":%.6f,"queue_s":%.6f,"decode_s":%.6f,"compute_s":%.6f}'
+
+# So many values of a request in JSON may be others than numbers of its tensors: names, shapes, parameters.
+_FEW = 1024
 
 
 class _Ready(NamedTuple):
@@ -62,6 +66,8 @@ class Answers:
         max_batch: the largest batch of a request.
         max_tensor_bytes: the most bytes that the tensors of a request have together.
         max_times: the most times the example's bytes that one tensor has.
+        max_json_inputs: the most numbers that a request has in JSON.
+        max_json_outputs: the most numbers that an answer has in JSON.
         concurrency: how many requests run at once.
         together: how many samples of requests that wait are joined and run as one.
         max_queue: how many requests may wait.
@@ -84,6 +90,8 @@ class Answers:
         max_batch: int,
         max_tensor_bytes: int,
         max_times: float,
+        max_json_inputs: int,
+        max_json_outputs: int,
         concurrency: int = 1,
         together: int = 1,
         max_queue: int = MAX_QUEUE,
@@ -92,6 +100,7 @@ class Answers:
         self._editions, self._backends, self._fitted = editions, backends, fitted
         self._arithmetic, self._finish = arithmetic, finish
         self._max_batch, self._max_tensor_bytes, self._max_times = max_batch, max_tensor_bytes, max_times
+        self._max_json_inputs, self._max_json_outputs = max_json_inputs, max_json_outputs
         self._together = together
         self._output_names = [spec.name for spec in graph.outputs]
         self.statistics = Statistics()
@@ -230,6 +239,8 @@ class Answers:
 
     def _ready(self, request: Received, started_s: float) -> _Ready:
         request.check()
+        if request.header_bytes is None:
+            self._check_json(request.body)
         edition = self._editions.present
         decoded = wire.decode_request(
             request.body,
@@ -273,6 +284,7 @@ class Answers:
         outputs = dict(zip(self._output_names, results, strict=True))
         if plan.outputs is not None:
             outputs = {name: outputs[name] for name in plan.outputs}
+        self._check_outputs(outputs[name].numel() for name in plan.as_json)
         decode_s = ready.decoded_s - ready.started_s
         times_s = (request.receive_s, begun_s - decode_s - request.arrived_s, decode_s, computed_s - begun_s)
         return wire.encode_response(
@@ -298,6 +310,35 @@ class Answers:
             return "{"
         arithmetic = "" if plan.arithmetic is None else f'"arithmetic":"{plan.arithmetic.now().digest}",'
         return f'{{"identity":"{identity}",{arithmetic}'
+
+    def _check_json(self, body: memoryview) -> None:
+        """Check that a body of JSON has not too many values, before each of them becomes an object of Python's.
+
+        Every value follows a comma or a bracket. A list of numbers has one comma for each of them, and where it is
+        nested as a rule not more brackets than numbers.
+
+        Raises:
+            BodyTooLargeError: it has too many.
+        """
+        text = bytes(body)
+        if sum(map(text.count, (b",", b"[", b"{"))) > 2 * self._max_json_inputs + _FEW:
+            raise BodyTooLargeError(
+                f"a request to model {self._name!r} may have at most {self._max_json_inputs} numbers in JSON; this one "
+                f"has more: send tensors as binary data with {wire.HEADER_LENGTH}"
+            )
+
+    def _check_outputs(self, numbers: Iterable[int]) -> None:
+        """Check that outputs of so many numbers may be written in JSON.
+
+        Raises:
+            BodyTooLargeError: they are too many.
+        """
+        count = sum(numbers)
+        if count > self._max_json_outputs:
+            raise BodyTooLargeError(
+                f"an answer of model {self._name!r} may have at most {self._max_json_outputs} numbers in JSON; this "
+                f"one would have {count}: ask for outputs as binary data (binary_data_output), or for fewer samples"
+            )
 
     def _plan(self, edition: Edition, request: wire.InferRequest) -> RequestPlan:
         """Check everything about a request but its tensors' values; the result holds for all with such a header."""
@@ -329,7 +370,13 @@ class Answers:
             as_json = tuple(output.name for output in request.outputs if not output.binary)
         else:
             outputs, as_json = None, () if request.binary_output else tuple(known)
+        samples = samples_in(self._graph, request.tensors)
+        if usual:
+            # Already here, so that it neither is computed nor spoils a batch with others.
+            self._check_outputs(
+                math.prod(spec.at_batch(samples)) for spec in self._graph.outputs if spec.name in as_json
+            )
         seam = Seam.of(self._graph, names) if usual and self._together > 1 else None
         eager = tail if run == tail.forward else None
-        check, samples = value_check(self._graph, self._name, names), samples_in(self._graph, request.tensors)
+        check = value_check(self._graph, self._name, names)
         return RequestPlan(names, run, outputs, as_json, check, seam, eager, samples, self._arithmetic.get(backend))

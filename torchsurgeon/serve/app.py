@@ -27,15 +27,16 @@ requests wait.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 from urllib.parse import quote
 
 from torchsurgeon import wire
-from torchsurgeon.errors import ModelNotServedError, ProtocolError
+from torchsurgeon.errors import BodyTooLargeError, ModelNotServedError, ProtocolError
 from torchsurgeon.serve.admission import DEADLINE, PRIORITY, deadline_in, level_in
 from torchsurgeon.serve.body import (
     JOIN_BYTES,
@@ -58,6 +59,7 @@ from torchsurgeon.serve.received import Received
 from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.replies import HEALTH, Scope, Send, refuse, send_json
 from torchsurgeon.serve.repository import MAX_BODY_BYTES, Loading, answer
+from torchsurgeon.serve.served import ServedModel
 from torchsurgeon.serve.tokens import Holder, Tokens
 
 MAX_PROBE_BYTES = 4 << 20
@@ -176,8 +178,9 @@ class TailApp:
         deadline_s = deadline_in(headers.get(DEADLINE))
         level = level_in(headers.get(PRIORITY), self.highest if holder.highest is None else holder.highest)
         limit = model.max_body_bytes(binary=header_bytes is not None)
-        check_length(size, limit)
-        body = await read_body(receive, size, limit, self.body_timeout_s)
+        with _advising(header_bytes, model):
+            check_length(size, limit)
+            body = await read_body(receive, size, limit, self.body_timeout_s)
         arrived_s = time.perf_counter()
         receive_s, own_id = arrived_s - started_s, exchange.given_id
         request = Received(body, header_bytes, receive_s, arrived_s, exchange.client, own_id, name)
@@ -186,7 +189,8 @@ class TailApp:
         exchange.received, exchange.received_bytes = request, len(body)
         del body  # Only the request keeps it alive, so its memory is free as soon as the request is answered.
         if compressed:
-            request.body = await asyncio.to_thread(inflate, request.body, encoding, limit)
+            with _advising(header_bytes, model):
+                request.body = await asyncio.to_thread(inflate, request.body, encoding, limit)
         encoded = await _answered(self.registry.submit(model, request), request, receive)
         await _send_encoded(encoded, exchange.send)
 
@@ -232,6 +236,20 @@ def _check_once(repeated: Sequence[bytes]) -> None:
     for name in repeated:
         if name in _ONCE:
             raise ProtocolError(f"the header {name.decode()} must be there once; send it with one value")
+
+
+@contextlib.contextmanager
+def _advising(header_bytes: int | None, model: ServedModel) -> Iterator[None]:
+    """Have an error that a body is too large say what to do where the body is JSON."""
+    try:
+        yield
+    except BodyTooLargeError as error:
+        if header_bytes is not None:
+            raise
+        raise BodyTooLargeError(
+            f"{error}, because it is JSON: send tensors as binary data with {wire.HEADER_LENGTH}, of which model "
+            f"{model.name!r} takes {model.max_body_bytes(binary=True)} bytes"
+        ) from None
 
 
 async def _refuse_unauthorized() -> None:

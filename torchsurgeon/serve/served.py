@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -29,12 +30,19 @@ from torchsurgeon.serve.statistics import Statistics
 from torchsurgeon.serve.tails import Tails
 from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.specs import TensorSpec
 
 Profiler = Callable[[LayerGraph], dict[str, Any]]
 """Returns the JSON of a graph's layer profile."""
 
-# JSON numbers take up to eight times the bytes of the value that they stand for ("255, " for a uint8).
-JSON_FACTOR = 8
+# JSON is for trying things out, and is kept small: Python parses and writes a message as a whole, during which no other
+# thread of the process runs, and takes many times its bytes for that. A message has at most so many numbers, or as many
+# as one sample has.
+JSON_NUMBERS = 1 << 17
+# A number has up to 24 characters, and a comma, a space and brackets.
+_NUMBER_BYTES = 32
+# It takes no more than eight times the bytes of its value ("255, " for a uint8).
+_JSON_FACTOR = 8
 
 
 def measured_profile(graph: LayerGraph) -> dict[str, Any]:
@@ -99,6 +107,7 @@ class ServedModel:
         # An image may be larger than the example, or a sequence longer, by the same factor as a batch.
         self.max_tensor_bytes = max_batch * max(point.size_bytes for point in graph.points) // graph.batch
         self.max_times = max_batch / graph.batch
+        self._max_json_inputs = max(JSON_NUMBERS, _numbers_in(graph, graph.inputs))
         self.together = min(together, self.max_batch)
         self.open = True
         self.backends = TailBackends(name, graph, backends, max_tails)
@@ -127,6 +136,8 @@ class ServedModel:
             max_batch=self.max_batch,
             max_tensor_bytes=self.max_tensor_bytes,
             max_times=self.max_times,
+            max_json_inputs=self._max_json_inputs,
+            max_json_outputs=max(JSON_NUMBERS, _numbers_in(graph, graph.outputs)),
             concurrency=concurrency,
             together=self.together,
             max_queue=max_queue,
@@ -156,9 +167,13 @@ class ServedModel:
         """Return the size of the largest request: the widest boundary at the largest batch, and a header.
 
         Args:
-            binary: whether tensors are sent as bytes; as JSON numbers they take more.
+            binary: whether tensors are sent as bytes. As JSON numbers they have at most 4 MiB, or as much as one sample
+                of the model's own inputs takes.
         """
-        return self.max_tensor_bytes * (1 if binary else JSON_FACTOR) + wire.MAX_HEADER_BYTES
+        if binary:
+            return self.max_tensor_bytes + wire.MAX_HEADER_BYTES
+        most_bytes = self.max_tensor_bytes * _JSON_FACTOR + wire.MAX_HEADER_BYTES
+        return min(most_bytes, self._max_json_inputs * _NUMBER_BYTES)
 
     def metadata(self) -> dict[str, Any]:
         """Return the protocol's model metadata: inputs and outputs with a batch dimension of -1, and all codecs."""
@@ -265,3 +280,9 @@ class ServedModel:
         self.worker.close()
         self.backends.close()
         self._editions.close()
+
+
+def _numbers_in(graph: LayerGraph, specs: Sequence[TensorSpec]) -> int:
+    """Return how many numbers tensors have together, of one sample where the model takes other batches."""
+    shapes = (spec.at_batch(1) if graph.batch_free else spec.shape for spec in specs)
+    return sum(map(math.prod, shapes))
