@@ -9,19 +9,22 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from messages import joined
 from torch import Tensor, fx, nn
 from waiting import wait_for
 
 import torchsurgeon as ts
-from torchsurgeon.errors import AdaptError, ProtocolError, ServerError
+from torchsurgeon import wire
+from torchsurgeon.errors import AdaptError, ModelFailedError, ProtocolError, ServerError
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.admission import level_in
+from torchsurgeon.serve.failure import BusyError, ExpiredError, GoneError
 from torchsurgeon.serve.fairness import FairQueue, Place
 from torchsurgeon.serve.metrics import Metrics
 from torchsurgeon.serve.outcome import Outcome
@@ -85,9 +88,26 @@ def test_what_requests_really_took_is_charged_where_it_was_expected_otherwise() 
     for _ in range(400):
         client = queue.take_first()
         used_s[client] += really_s[client]
-        queue.charge(client, really_s[client] - 1.0)
+        queue.charge(Place(client, cost_s=1.0), really_s[client])
         queue.put(client, Place(client, cost_s=1.0))
     assert abs(used_s["liar"] - used_s["honest"]) <= 4 * max(really_s.values())
+
+
+def test_many_requests_that_take_longer_than_expected_are_put_back_once_one_has() -> None:
+    queue: FairQueue[str] = FairQueue()
+    really_s = {"liar": 5.0, "honest": 1.0}
+    expected_s = {"liar": 0.001, "honest": 1.0}
+    used_s = Counter[str]()
+    for _ in range(50):
+        queue.put("liar", Place("liar", cost_s=expected_s["liar"]))
+    queue.put("honest", Place("honest", cost_s=1.0))
+    for _ in range(50):
+        client = queue.take_first()
+        queue.put("honest", Place("honest", cost_s=1.0))
+        used_s[client] += really_s[client]
+        queue.charge(Place(client, cost_s=expected_s[client]), really_s[client])
+        assert list(queue) == [entry.item for entry in sorted(queue._entries)]
+    assert abs(used_s["liar"] - used_s["honest"]) <= 2 * max(really_s.values())
 
 
 def test_who_asks_seldom_is_next_and_saves_nothing_up() -> None:
@@ -202,6 +222,60 @@ def test_a_batch_takes_requests_of_several_clients_each_in_its_turn() -> None:
     assert taken == [["a0", "b0", "c0", "a1"], ["b1", "a2", "a3", "a4"]]
 
 
+class Failing:
+    """A group of jobs that raises what it is told to, for one of them or for all."""
+
+    def limit(self, kind: object) -> int:
+        return 4
+
+    def limit_of_several(self) -> int:
+        return 4
+
+    def joins(self, kind: object, other: object) -> bool:
+        return False
+
+    def answer_together(self, loads: Sequence[Any]) -> list[Any]:
+        time.sleep(0.01)
+        if "all" in loads:
+            raise ValueError
+        return [ValueError() if load == "one" else load for load in loads]
+
+
+@pytest.mark.parametrize("end", ["answered", "fails", "one of a batch fails", "a batch fails", "cancelled", "evicted"])
+def test_however_a_request_ends_its_client_is_charged_for_what_it_took(end: str) -> None:
+    worker, free, last = Worker("test", 1, Failing()), threading.Event(), threading.Event()
+
+    def job() -> None:
+        time.sleep(0.01)
+        if end == "fails":
+            raise ValueError
+
+    busy = worker.submit(lambda: free.wait(20))
+    loads = {"one of a batch fails": ("one", "fine"), "a batch fails": ("all", "fine")}.get(end, ("alone",))
+    kind = "kind" if len(loads) > 1 else None
+    asked = [worker.submit(job, kind=kind, load=load, place=Place("client", cost_s=100.0)) for load in loads]
+    # The accounts are kept while something waits.
+    holding, waiting = worker.submit(lambda: last.wait(20)), worker.submit(lambda: None)
+    accounts = worker._waiting._finish_s
+    assert accounts["client"] == pytest.approx(100.0 * len(loads))
+    if end == "cancelled":
+        assert asked[0].cancel()
+    elif end == "evicted":
+        assert worker.evict_for(Place("urgent", level=0), ValueError())
+    free.set()
+    assert busy.result(20)
+    wait_for(holding.running)
+    took_s = accounts["client"]
+    last.set()
+    waiting.result(20)
+    worker.close()
+    assert all(one.done() for one in asked)
+    if end in ("cancelled", "evicted"):
+        assert took_s == pytest.approx(0.0, abs=1e-6)
+    else:
+        assert 0.009 < took_s < 50.0
+
+
 # --- who asks, and for which priority ---
 
 
@@ -269,6 +343,69 @@ class Held(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(hold(x))
+
+
+LAYERS: Counter[str] = Counter()
+
+
+def slow(x: Tensor) -> Tensor:
+    """A layer that takes a millisecond for each sample, and counts them for the client that the values name."""
+    time.sleep(1e-3 * len(x))
+    LAYERS["attacker" if x[0, 0] > 0 else "other"] += len(x)
+    return x * 1
+
+
+def picky(x: Tensor) -> Tensor:
+    if x[0, 0] > 1:
+        raise IndexError
+    return x * 1
+
+
+fx.wrap("slow")
+fx.wrap("picky")
+
+
+class Slow(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return picky(slow(slow(slow(slow(x)))))
+
+
+@pytest.mark.parametrize("end", ["is answered", "fails", "expires", "is left"])
+def test_no_client_gets_more_by_requests_that_are_not_answered(end: str) -> None:
+    registry = ModelRegistry(profiler=None, concurrency=1)
+    served = registry.add("net", Slow().eval(), torch.zeros(1, 4))
+    values = {"attacker": torch.full((16, 4), 2.0 if end == "fails" else 1.0), "other": torch.zeros(1, 4)}
+    stopping = threading.Event()
+    LAYERS.clear()
+
+    def ask(client: str) -> None:
+        message = wire.encode_request({"x": values[client]})
+        while not stopping.is_set():
+            request = Received(memoryview(joined(message)), message.header_bytes, 0.0, time.perf_counter())
+            request.holder = client
+            if client == "attacker" and end == "expires":
+                # It is stopped before its last layers.
+                request.due_s = time.perf_counter() + 0.05
+            try:
+                answer = registry.submit(served, request)
+                if client == "attacker" and end == "is left":
+                    while not (answer.running() or answer.done()):
+                        time.sleep(1e-3)
+                    time.sleep(0.04)
+                    request.gone = True
+                answer.result(20)
+            except (BusyError, ExpiredError, GoneError, ModelFailedError):
+                time.sleep(1e-3)
+
+    threads = [threading.Thread(target=ask, args=(client,)) for client in ("attacker", "other") for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.2)
+    stopping.set()
+    for thread in threads:
+        thread.join(20)
+    registry.close()
+    assert LAYERS["attacker"] < 3 * LAYERS["other"], LAYERS
 
 
 @pytest.fixture(params=["direct", "asgi"])

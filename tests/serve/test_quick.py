@@ -83,14 +83,14 @@ def test_what_seems_to_take_too_long_is_tried_now_and_then_and_corrected_by_that
     requests.took("kind", SLOW_S)
     assert requests.hoped_s("kind", 0.15) == SLOW_S
     # Requests that were as quick once, and are stopped at their deadlines now, are refused again.
-    requests.stopped("kind", 0.15)
+    requests.failed("kind", 0.15, at_least_s=0.15)
     assert requests.hoped_s("kind", 0.14) == 0.15
     requests._known("kind").tried_s -= 10 * 0.15
     assert [requests.hoped_s("kind", 0.14) for _ in range(3)] == [0, 0.15, 0.15]
-    requests.stopped("kind", 0.14)
+    requests.failed("kind", 0.14, at_least_s=0.14)
     assert requests.hoped_s("kind", 0.14) == 0.15
     # So are those of which no one was ever answered.
-    requests.stopped("never", 0.15)
+    requests.failed("never", 0.15, at_least_s=0.15)
     assert [requests.hoped_s("never", 0.1) for _ in range(3)] == [0, 0.15, 0.15]
     assert not requests.brief("never")
 

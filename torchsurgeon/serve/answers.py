@@ -19,7 +19,6 @@ from torchsurgeon.serve.backends import TailBackends
 from torchsurgeon.serve.batching import Seam
 from torchsurgeon.serve.checks import check_tensors, samples_in, value_check
 from torchsurgeon.serve.edition import Edition, Editions
-from torchsurgeon.serve.failure import ExpiredError, GoneError
 from torchsurgeon.serve.fitted import FittedCodecs
 from torchsurgeon.serve.intake import Intake
 from torchsurgeon.serve.joining import Joining
@@ -138,8 +137,7 @@ class Answers:
             answer = self._encoded(ready, results, ready.decoded_s, computed_s)
         except Exception as error:
             ended_s = time.perf_counter()
-            if isinstance(error, ExpiredError | GoneError):
-                self.intake.stopped(request, ended_s - started_s)
+            self.intake.failed(request, ended_s - started_s, error)
             self.statistics.failed(ended_s - request.arrived_s)
             raise
         # One that is refused, or whose client has left, ends sooner, and says nothing of how long answers take.

@@ -112,13 +112,23 @@ class FairQueue(Generic[T]):
         if evicted is None:
             return None
         self._entries.remove(evicted)
-        self.charge(evicted.place.client, -evicted.place.cost_s)
+        self.charge(evicted.place, 0.0)
         return evicted.item
 
-    def charge(self, client: str | None, more_s: float) -> None:
-        """Charge a client for more seconds than were expected, or for fewer."""
-        if client in self._finish_s:
-            self._finish_s[client] += more_s
+    def charge(self, place: Place, ran_s: float) -> None:
+        """Charge a client for how long an item ran, of which it has been charged what was expected.
+
+        Where that was far too little, its other items that wait were put too far ahead, and are put back.
+        """
+        client, more_s = place.client, ran_s - place.cost_s
+        if client not in self._finish_s:
+            return
+        self._finish_s[client] += more_s
+        if more_s > place.cost_s:
+            self._entries = sorted(
+                entry._replace(start_s=entry.start_s + more_s) if entry.place.client == client else entry
+                for entry in self._entries
+            )
 
     def clients(self) -> int:
         """Return how many clients have something waiting; the server itself is none."""

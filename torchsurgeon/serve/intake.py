@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from torchsurgeon import wire
 from torchsurgeon.serve.admission import MAX_QUEUE, Admission
 from torchsurgeon.serve.batching import Gain
+from torchsurgeon.serve.failure import ExpiredError, GoneError
 from torchsurgeon.serve.fairness import ANY_S, Place
 from torchsurgeon.serve.quick import QuickRequests
 from torchsurgeon.serve.received import Received
@@ -89,8 +90,7 @@ class Intake:
             ClosedError: the model is served no more.
         """
         alike = request.alike
-        request.charged_s = self._quick.share_s(alike) or self._admission.each_s or ANY_S
-        place = Place(request.share, request.level, request.charged_s)
+        place = Place(request.share, request.level, self._cost_s(alike))
         if request.due_s < math.inf:
             self._check_due(request, self.worker.ahead_of(place))
         if self.worker.waiting >= self.max_queue and not self.worker.evict_for(place, self._admission.displaced()):
@@ -126,7 +126,7 @@ class Intake:
         Returns:
             The least that a request of each one's kind has taken so far.
         """
-        self._charge(requests, duration_s)
+        self._admission.took(duration_s, len(requests))
         alone_s = [self._gain.alone_s(request.kind) for request in requests]
         known_s = [one for one in alone_s if one is not None]
         if len(known_s) == len(requests) and sum(known_s) > 0:
@@ -139,15 +139,21 @@ class Intake:
         Returns:
             The least that a request of their kind has taken so far.
         """
-        self._charge(requests, duration_s)
+        self._admission.took(duration_s, len(requests))
         first, together = requests[0], len(requests)
         if first.kind is not None:
             self._gain.took(first.kind, together, duration_s)
         return self._quick.took(first.alike, duration_s, together)
 
-    def stopped(self, request: Received, ran_s: float) -> None:
-        """Take notice of a request that was stopped, because nobody waited for it, after it had run for so long."""
-        self._quick.stopped(request.alike, ran_s)
+    def failed(self, request: Received, ran_s: float, error: Exception) -> None:
+        """Take notice of a request that was not answered, after it had run for so long."""
+        stopped = isinstance(error, ExpiredError | GoneError)
+        # One that ended soon is no reason to charge the next ones less when they are queued.
+        share_s = max(ran_s, self._cost_s(request.alike))
+        self._quick.failed(request.alike, share_s, at_least_s=ran_s if stopped else 0.0)
+
+    def _cost_s(self, alike: bytes | int) -> float:
+        return self._quick.share_s(alike) or self._admission.each_s or ANY_S
 
     def _check_due(self, request: Received, ahead: int) -> None:
         if ahead:
@@ -156,9 +162,3 @@ class Intake:
             # It keeps nobody waiting yet, and is stopped at its deadline if it takes longer than at best.
             expected_s = self._quick.hoped_s(request.alike, request.due_s - time.perf_counter())
         self._admission.check(request, ahead, expected_s)
-
-    def _charge(self, requests: Sequence[Received], duration_s: float) -> None:
-        self._admission.took(duration_s, len(requests))
-        for request in requests:
-            if request.queued:
-                self.worker.charge(request.share, duration_s / len(requests) - request.charged_s)

@@ -60,6 +60,10 @@ class _Kind:
     hoped_s: float = 0.0
     tried_s: float = -math.inf
 
+    def shared(self, share_s: float) -> None:
+        """Take notice of what a request took of a thread's time, whatever became of it."""
+        self.share_s += (_SMOOTHING if self.share_s else 1.0) * (share_s - self.share_s)
+
 
 class QuickRequests:
     """Remembers how long requests took, by their kind: what ``Received.alike`` tells of them.
@@ -126,8 +130,7 @@ class QuickRequests:
         """
         found = self._known(kind)
         found.mean_s += (_SMOOTHING if found.mean_s else 1.0) * (duration_s - found.mean_s)
-        share_s = duration_s / together
-        found.share_s += (_SMOOTHING if found.share_s else 1.0) * (share_s - found.share_s)
+        found.shared(duration_s / together)
         found.least_s = min(found.least_s or duration_s, duration_s)
         found.hoped_s = min(found.hoped_s or duration_s, duration_s)
         if found.least_s:
@@ -142,10 +145,17 @@ class QuickRequests:
             found.quick = found.count == 0
         return found.least_s
 
-    def stopped(self, kind: object, ran_s: float) -> None:
-        """Take notice of a request of a kind that was stopped after so long, and would have taken longer."""
+    def failed(self, kind: object, share_s: float, *, at_least_s: float = 0.0) -> None:
+        """Take notice of a request of a kind that was not answered.
+
+        Args:
+            kind: the kind.
+            share_s: what it took of a thread's time.
+            at_least_s: what an answer would have taken at least, since the request was stopped after so long.
+        """
         found = self._known(kind)
-        found.hoped_s = max(found.hoped_s, ran_s)
+        found.shared(share_s)
+        found.hoped_s = max(found.hoped_s, at_least_s)
 
     def _known(self, kind: object) -> _Kind:
         found = self._kinds.get(kind)

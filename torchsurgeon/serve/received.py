@@ -80,7 +80,6 @@ class Received:
         kind: what requests have in common that can run together; None for one that runs alone.
         holder: the name of the token by which its client was let in; empty where no token is asked for.
         level: its priority, as an index of ``wire.PRIORITIES``.
-        charged_s: for how many seconds its client was charged when it was queued.
         notes_later: whether whoever sends the answer calls ``note`` once it is on its way, so that it need not wait.
         note: takes notice of what the request took; None where that is done, or where it was not answered.
     """
@@ -99,7 +98,6 @@ class Received:
     kind: bytes | None = None
     holder: str = ""
     level: int = NORMAL
-    charged_s: float = 0.0
     notes_later: bool = False
     note: Callable[[], None] | None = None
     _made_id: str | None = field(default=None, init=False)

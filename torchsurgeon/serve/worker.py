@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -53,7 +54,7 @@ class _Item(NamedTuple):
     """A job that waits.
 
     Attributes:
-        own: whether it is one of the server's own jobs.
+        place: where it belongs among those that wait.
         pauses: what the other threads have to run while it runs.
     """
 
@@ -62,8 +63,13 @@ class _Item(NamedTuple):
     quick: bool
     kind: object = None
     load: Any = None
-    own: bool = False
+    place: Place = _OWN
     pauses: Sequence[_Item] = ()
+
+    @property
+    def own(self) -> bool:
+        """Whether it is one of the server's own jobs."""
+        return self.place.client is None
 
 
 class Worker:
@@ -134,7 +140,7 @@ class Worker:
         with self._counting:
             self._check_open()
             self._slow += not quick
-            self._put(_Item(future, job, quick, kind, load, own=place.client is None), place)
+            self._put(_Item(future, job, quick, kind, load, place))
             self._tokens.put(True)
         return future
 
@@ -164,7 +170,7 @@ class Worker:
         with self._counting:
             self._check_open()
             self._slow += self.concurrency
-            self._put(_Item(Future(), measure, False, own=True, pauses=pauses), _OWN)
+            self._put(_Item(Future(), measure, False, pauses=pauses))
             for _ in range(self.concurrency):
                 self._tokens.put(True)
         return future
@@ -183,17 +189,12 @@ class Worker:
         """Have the job that has to make room for one of this place raise ``error``; False where none has to."""
         with self._counting:
             item = self._waiting.evict_for(place)
-        if item is None:
-            return False
-        self._ended(item.quick)
+            if item is None:
+                return False
+            self._slow -= not item.quick
         if item.future.set_running_or_notify_cancel():
             item.future.set_exception(error)
         return True
-
-    def charge(self, client: str | None, more_s: float) -> None:
-        """Charge a client for more seconds than its jobs were expected to take, or for fewer."""
-        with self._counting:
-            self._waiting.charge(client, more_s)
 
     def who_waits(self) -> tuple[int, dict[str, int]]:
         """Return how many clients have jobs waiting, and how many jobs of each priority wait."""
@@ -229,24 +230,26 @@ class Worker:
             for _ in self._threads:
                 self._tokens.put(None)
 
-    def _put(self, item: _Item, place: Place) -> None:
+    def _put(self, item: _Item) -> None:
         self._own += item.own
-        self._waiting.put(item, place)
+        self._waiting.put(item, item.place)
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError
 
-    def _ended(self, quick: bool) -> None:
-        if not quick:
-            with self._counting:
-                self._slow -= 1
+    def _ended(self, item: _Item, ran_s: float) -> None:
+        """Take notice that a job has ended, and charge its client for how long it ran, however it ended."""
+        with self._counting:
+            self._slow -= not item.quick
+            if not item.own:
+                self._waiting.charge(item.place, ran_s)
 
     def _run(self) -> None:
         while self._tokens.get() is not None:
             items = self._take()
             if len(items) == 1:
-                _fulfil(items[0].future, partial(self._in_turn, items[0].job), partial(self._ended, items[0].quick))
+                _fulfil(items[0].future, partial(self._in_turn, items[0].job), partial(self._ended, items[0]))
             elif items and self._group is not None:
                 self._run_together(items, self._group)
             # While it waits for the next job, the thread must not keep the buffers of the last one alive.
@@ -304,13 +307,15 @@ class Worker:
         live = [item for item in items if item.future.set_running_or_notify_cancel()]
         error: BaseException | None = None
         results: Sequence[Any] = ()
+        begun_s = time.perf_counter()
         try:
             if live:
                 results = self._in_turn(partial(group.answer_together, [item.load for item in live]))
         except BaseException as raised:
             error = raised
+        each_s = (time.perf_counter() - begun_s) / max(len(live), 1)
         for item in items:
-            self._ended(item.quick)
+            self._ended(item, 0.0 if item.future.cancelled() else each_s)
         for item, result in zip(live, results or [error] * len(live), strict=True):
             if isinstance(result, BaseException):
                 item.future.set_exception(result)
@@ -323,16 +328,23 @@ class Worker:
             return job()
 
 
-def _fulfil(future: Future[T], job: Callable[[], T], ended: Callable[[], None] = lambda: None) -> None:
-    """Run a job unless its future is cancelled, and give the future its result, after a call of ``ended``."""
+def _fulfil(future: Future[T], job: Callable[[], T], ended: Callable[[float], None] = lambda ran_s: None) -> None:
+    """Run a job unless its future is cancelled, and give the future its result.
+
+    Args:
+        future: the future.
+        job: the job.
+        ended: called before that with the seconds that the job ran.
+    """
     if not future.set_running_or_notify_cancel():
-        ended()
+        ended(0.0)
         return
+    begun_s = time.perf_counter()
     try:
         result = job()
     except BaseException as error:
-        ended()
+        ended(time.perf_counter() - begun_s)
         future.set_exception(error)
     else:
-        ended()
+        ended(time.perf_counter() - begun_s)
         future.set_result(result)
