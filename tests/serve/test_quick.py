@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from messages import joined
 from torch import Tensor, fx, nn
 
 from torchsurgeon import wire
@@ -175,7 +176,8 @@ class Noted(nn.Module):
 def test_requests_of_a_client_that_is_alone_run_where_they_are_received(monkeypatch: pytest.MonkeyPatch) -> None:
     # However long they take on a busy machine.
     monkeypatch.setattr(quick, "_BRIEF_S", 60.0)
-    body = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1.0] * 4}]})
+    message = wire.encode_request({"x": torch.ones(1, 4)})
+    body, headers = bytes(joined(message)), {"Inference-Header-Content-Length": str(message.header_bytes)}
     registry = ModelRegistry(profiler=None)
     registry.add("net", Noted().eval(), torch.rand(1, 4))
     with Server(create_app(registry)) as server:
@@ -183,7 +185,7 @@ def test_requests_of_a_client_that_is_alone_run_where_they_are_received(monkeypa
 
         def ask(link: http.client.HTTPConnection) -> str:
             THREADS.clear()
-            link.request("POST", "/v2/models/net/infer", body)
+            link.request("POST", "/v2/models/net/infer", body, headers)
             assert link.getresponse().read()
             (thread,) = THREADS
             return thread
@@ -239,6 +241,37 @@ def test_a_slow_cut_runs_in_a_thread_although_a_quick_one_has_bodies_of_the_same
         assert ask("early").startswith("torchsurgeon-net")
         assert not ask("later").startswith("torchsurgeon-net")
         assert ask("early").startswith("torchsurgeon-net")
+    registry.close()
+
+
+@pytest.mark.parametrize("client", ["alone", "not alone"])
+@pytest.mark.parametrize("form", ["JSON", "a long header"])
+def test_requests_that_have_only_their_length_in_common_never_run_where_they_are_received(
+    form: str, client: str
+) -> None:
+    """Otherwise cheap ones, padded, could have one of a large batch keep the whole server waiting."""
+    registry = ModelRegistry(profiler=None)
+    served = registry.add("net", Noted().eval(), torch.zeros(1, 4))
+    if form == "JSON":
+        entry = {"name": served.graph.inputs[0].name, "datatype": "FP32", "shape": [1, 4], "data": [1.0] * 4}
+        body, headers = json.dumps({"inputs": [entry]}).encode(), {}
+    else:
+        message = wire.encode_request({served.graph.inputs[0].name: torch.zeros(1, 4)})
+        data, size = bytes(joined(message)), message.header_bytes or 0
+        body = data[:size].ljust(5000) + data[size:]
+        headers = {"Inference-Header-Content-Length": "5000"}
+    served.intake.took([Received(memoryview(body), None, 0.0, 0.0)], QUICK_S)
+    with (
+        Server(create_app(registry)) as server,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as link,
+    ):
+        if client == "alone":
+            server.app.direct.lone.asks = lambda peer: True
+        for _ in range(3):
+            THREADS.clear()
+            link.request("POST", "/v2/models/net/infer", body, headers)
+            assert link.getresponse().read()
+            assert [name.startswith("torchsurgeon-net") for name in THREADS] == [True]
     registry.close()
 
 

@@ -68,14 +68,17 @@ class Intake:
     def quick(self, alike: bytes | int) -> bool:
         """Return whether a request is so quick that a thread is not worth switching to.
 
+        It is not where requests have no more in common than the length of their bodies: among quick ones of the same
+        length one can take any time, and while it runs where it was received, the server does nothing else.
+
         Args:
             alike: what the request has in common with earlier ones, which say how long it takes.
         """
-        return self._quick.expects(alike)
+        return isinstance(alike, bytes) and self._quick.expects(alike)
 
     def brief(self, alike: bytes | int) -> bool:
         """Return whether no thread is worth switching to for a request whose client is alone."""
-        return self._quick.brief(alike)
+        return isinstance(alike, bytes) and self._quick.brief(alike)
 
     def submit(self, request: Received, *, quick: bool = False) -> Future[wire.Encoded]:
         """Have a thread answer a request, perhaps together with others that wait.
