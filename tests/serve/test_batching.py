@@ -597,6 +597,9 @@ def test_waiting_jobs_are_shared_among_the_threads_and_keep_their_order() -> Non
         def joins(self, kind: object, other: object) -> bool:
             return False
 
+        def weights(self, loads: Any) -> list[float]:
+            return [1.0] * len(loads)
+
         def answer_together(self, loads: Any) -> list[Any]:
             self.taken.append(list(loads))
             return [ValueError(str(load)) if load == 3 else load for load in loads]

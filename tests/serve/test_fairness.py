@@ -26,6 +26,7 @@ from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.admission import level_in
 from torchsurgeon.serve.failure import BusyError, ExpiredError, GoneError
 from torchsurgeon.serve.fairness import FairQueue, Place
+from torchsurgeon.serve.intake import Intake
 from torchsurgeon.serve.metrics import Metrics
 from torchsurgeon.serve.outcome import Outcome
 from torchsurgeon.serve.received import Received
@@ -201,6 +202,9 @@ def test_a_batch_takes_requests_of_several_clients_each_in_its_turn() -> None:
         def joins(self, kind: object, other: object) -> bool:
             return False
 
+        def weights(self, loads: Any) -> list[float]:
+            return [1.0] * len(loads)
+
         def answer_together(self, loads: Any) -> list[Any]:
             taken.append(list(loads))
             return list(loads)
@@ -233,6 +237,9 @@ class Failing:
 
     def joins(self, kind: object, other: object) -> bool:
         return False
+
+    def weights(self, loads: Any) -> list[float]:
+        return [1.0] * len(loads)
 
     def answer_together(self, loads: Sequence[Any]) -> list[Any]:
         time.sleep(0.01)
@@ -343,6 +350,57 @@ class Held(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(hold(x))
+
+
+def test_clients_share_what_a_batch_took_as_their_requests_would_take_alone() -> None:
+    class Together:
+        def limit(self, kind: object) -> int:
+            return 1
+
+        def limit_of_several(self) -> int:
+            return 4
+
+        def joins(self, kind: object, other: object) -> bool:
+            return True
+
+        def weights(self, loads: Any) -> list[float]:
+            return list(loads)
+
+        def answer_together(self, loads: Any) -> list[Any]:
+            time.sleep(0.01)
+            return list(loads)
+
+    worker, free, last = Worker("test", 1, Together()), threading.Event(), threading.Event()
+    busy = worker.submit(lambda: free.wait(20))
+    for client, weight in (("early", 3.0), ("late", 1.0)):
+        worker.submit(lambda: None, kind=client, load=weight, place=Place(client, cost_s=0.0))
+    holding, waiting = worker.submit(lambda: last.wait(20)), worker.submit(lambda: None)
+    free.set()
+    assert busy.result(20)
+    wait_for(holding.running)
+    accounts = worker._waiting._finish_s
+    assert accounts["early"] == pytest.approx(3 * accounts["late"])
+    assert accounts["early"] + accounts["late"] >= 0.009
+    last.set()
+    waiting.result(20)
+    worker.close()
+
+
+def test_requests_weigh_as_much_as_they_take_alone() -> None:
+    intake = Intake("net", lambda request: pytest.fail("nothing is run"), lambda requests: [])
+
+    def request(kind: bytes) -> Received:
+        found = Received(memoryview(bytearray(kind)), len(kind), 0.0, 0.0)
+        found.kind = kind
+        return found
+
+    early, late = request(b"early"), request(b"late")
+    assert intake.weights([early, late, late]) == [1.0, 1.0, 1.0]
+    intake.took([early], 0.3)
+    assert intake.weights([early, late, late]) == [1.0, 1.0, 1.0]
+    intake.took([late], 0.1)
+    assert intake.weights([early, late, late]) == [0.3, 0.1, 0.1]
+    intake.worker.close()
 
 
 LAYERS: Counter[str] = Counter()

@@ -301,6 +301,9 @@ def test_a_thread_takes_kinds_that_belong_together_and_leaves_others_their_share
         def joins(self, kind: object, other: object) -> bool:
             return {str(kind), str(other)} <= {"a", "b", "c"} and {str(kind), str(other)} != {"b", "c"}
 
+        def weights(self, loads: Any) -> list[float]:
+            return [1.0] * len(loads)
+
         def answer_together(self, loads: Any) -> list[Any]:
             self.taken.append(list(loads))
             return list(loads)
@@ -334,6 +337,9 @@ def test_a_thread_whose_group_fails_runs_the_request_alone_and_goes_on(caplog: p
 
         def joins(self, kind: object, other: object) -> bool:
             raise KeyError("the table was emptied")
+
+        def weights(self, loads: Any) -> list[float]:
+            return [1.0] * len(loads)
 
         def answer_together(self, loads: Any) -> list[Any]:
             raise AssertionError("nothing is run together")

@@ -123,6 +123,16 @@ class Intake:
         known = self._gain.alone_s(kind) is not None and self._gain.alone_s(other) is not None
         return known and self._joins(kind, other)
 
+    def weights(self, requests: Sequence[Received]) -> list[float]:
+        """Return in which ratio requests share the time that they took together; called by the worker.
+
+        At an earlier cut, or with more samples, a request takes longer than those that it runs together with.
+        """
+        alone_s = {kind: self._gain.alone_s(kind) for kind in {request.kind for request in requests}}
+        if not all(alone_s.values()):
+            return [1.0] * len(requests)
+        return [alone_s[request.kind] or 1.0 for request in requests]
+
     def took_of_several(self, requests: Sequence[Received], duration_s: float) -> list[float]:
         """Take notice of how long requests of several kinds took that ran together.
 

@@ -49,6 +49,9 @@ class Group(Protocol):
     def answer_together(self, requests: Sequence[Any]) -> Sequence[Any]:
         """Return the result of each job, or the exception that it raises."""
 
+    def weights(self, requests: Sequence[Any]) -> Sequence[float]:
+        """Return in which ratio jobs share the time that they took together; the weights are positive."""
+
 
 class _Item(NamedTuple):
     """A job that waits.
@@ -313,9 +316,11 @@ class Worker:
                 results = self._in_turn(partial(group.answer_together, [item.load for item in live]))
         except BaseException as raised:
             error = raised
-        each_s = (time.perf_counter() - begun_s) / max(len(live), 1)
+        ran_s = time.perf_counter() - begun_s
+        weights = group.weights([item.load for item in live])
+        shares_s = {id(item): ran_s * weight / sum(weights) for item, weight in zip(live, weights, strict=True)}
         for item in items:
-            self._ended(item, 0.0 if item.future.cancelled() else each_s)
+            self._ended(item, shares_s.get(id(item), 0.0))
         for item, result in zip(live, results or [error] * len(live), strict=True):
             if isinstance(result, BaseException):
                 item.future.set_exception(result)
