@@ -18,7 +18,7 @@ import torchsurgeon as ts
 from torchsurgeon import wire
 from torchsurgeon.codec import find_codec
 from torchsurgeon.cutting.partition import cut
-from torchsurgeon.errors import ArithmeticMismatchError, ProtocolError
+from torchsurgeon.errors import ArithmeticMismatchError, ModelFailedError, ProtocolError
 from torchsurgeon.serve import ModelRegistry, ServedModel, Server, create_app
 from torchsurgeon.serve.batching import Gain
 from torchsurgeon.serve.failure import ExpiredError, GoneError
@@ -315,6 +315,48 @@ def test_a_batch_that_fails_runs_again_one_by_one(served: ServedModel, monkeypat
         asked = [served.intake.submit(request({"x": X})) for _ in range(3)]
     assert all(one.result(20).size_bytes for one in asked)
     assert runs.sizes == [1, 1, 1]
+
+
+class Looks(nn.Module):
+    """Fails for what its table does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 2)
+        self.last = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.table(x))
+
+
+def test_a_client_whose_request_fails_spoils_one_batch_and_runs_alone_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = registry_of()
+    served = registry.add("net", seeded(Looks()), torch.zeros(1, 4, dtype=torch.int64))
+    assert served.together > 1
+    runs = Runs(served, monkeypatch)
+
+    def ask(value: int, holder: str) -> Future[wire.Encoded]:
+        found = request({served.graph.inputs[0].name: torch.full((1, 4), value)})
+        found.holder = holder
+        return served.intake.submit(found)
+
+    def ask_all() -> list[int]:
+        runs.sizes.clear()
+        with held(served):
+            asked = [ask(9, "bad"), ask(0, "good"), ask(1, "good")]
+        with pytest.raises(ModelFailedError):
+            asked[0].result(20)
+        assert all(one.result(20).size_bytes for one in asked[1:])
+        return sorted(runs.sizes)
+
+    assert ask_all() == [1, 1, 1, 3]
+    for _ in range(3):
+        assert ask_all() == [1, 2]
+    # It is trusted again once its requests were answered for a while.
+    for _ in range(32):
+        assert ask(0, "bad").result(20).size_bytes
+    assert ask_all() == [1, 1, 1, 3]
+    registry.close()
 
 
 def test_a_batch_has_at_most_so_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:

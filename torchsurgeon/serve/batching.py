@@ -23,6 +23,8 @@ _WORTH = 0.95
 _FEW, _MANY = 3, 32
 _SMOOTHING = 0.2
 _MOST_KINDS = 256
+# So many requests of a client run alone after one that has failed in the model, and of so many clients that is known.
+_ALONE, _MOST_CLIENTS = 32, 1024
 
 
 def batch_dimension(spec: TensorSpec) -> int | None:
@@ -163,3 +165,28 @@ class Gain:
             each_s = duration_s / size
             before = found.each_s.get(rounded, each_s)
             found.each_s[rounded] = before + _SMOOTHING * (each_s - before)
+
+
+class Apart:
+    """Clients whose requests run alone, because one has failed in the model. Thread-safe.
+
+    A batch that fails runs again one by one, which takes many times as long. So a client that sends what fails again
+    and again would slow all others down.
+    """
+
+    def __init__(self) -> None:
+        self._left: Recent[str, int] = Recent(_MOST_CLIENTS)
+
+    def holds(self, client: str) -> bool:
+        """Return whether the requests of a client run alone."""
+        return bool(self._left.get(client))
+
+    def failed(self, client: str) -> None:
+        """Take notice of a request that has failed in the model."""
+        self._left.put(client, _ALONE)
+
+    def answered(self, client: str) -> None:
+        """Take notice of a request that was answered."""
+        left = self._left.get(client)
+        if left:
+            self._left.put(client, left - 1)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from torchsurgeon import wire
+from torchsurgeon.errors import EncodingError, ModelFailedError
 from torchsurgeon.serve.admission import MAX_QUEUE, Admission
-from torchsurgeon.serve.batching import Gain
+from torchsurgeon.serve.batching import Apart, Gain
 from torchsurgeon.serve.failure import ExpiredError, GoneError
 from torchsurgeon.serve.fairness import ANY_S, Place
 from torchsurgeon.serve.quick import QuickRequests
@@ -61,6 +62,7 @@ class Intake:
         # Of requests of several kinds: what a run takes, divided by what they would take one after the other.
         self._gain_of_several = Gain(together)
         self._gain_of_several.took(_SEVERAL, 1, 1.0)
+        self._apart = Apart()
         self._quick = QuickRequests()
         self._admission = Admission(name, max_queue, concurrency)
         self.worker = Worker(f"torchsurgeon-{name}", concurrency, self if together > 1 else None)
@@ -98,7 +100,7 @@ class Intake:
             self._check_due(request, self.worker.ahead_of(place))
         if self.worker.waiting >= self.max_queue and not self.worker.evict_for(place, self._admission.displaced()):
             raise self._admission.full()
-        if self.together > 1 and isinstance(alike, bytes):
+        if self.together > 1 and isinstance(alike, bytes) and not self._apart.holds(request.share):
             # Requests with the same header have the same tensors, of the same shapes, under the same codecs.
             request.kind = alike
         request.queued = True
@@ -139,7 +141,7 @@ class Intake:
         Returns:
             The least that a request of each one's kind has taken so far.
         """
-        self._admission.took(duration_s, len(requests))
+        self._answered(requests, duration_s)
         alone_s = [self._gain.alone_s(request.kind) for request in requests]
         known_s = [one for one in alone_s if one is not None]
         if len(known_s) == len(requests) and sum(known_s) > 0:
@@ -152,7 +154,7 @@ class Intake:
         Returns:
             The least that a request of their kind has taken so far.
         """
-        self._admission.took(duration_s, len(requests))
+        self._answered(requests, duration_s)
         first, together = requests[0], len(requests)
         if first.kind is not None:
             self._gain.took(first.kind, together, duration_s)
@@ -160,10 +162,18 @@ class Intake:
 
     def failed(self, request: Received, ran_s: float, error: Exception) -> None:
         """Take notice of a request that was not answered, after it had run for so long."""
+        if isinstance(error, ModelFailedError | EncodingError):
+            self._apart.failed(request.share)
         stopped = isinstance(error, ExpiredError | GoneError)
         # One that ended soon is no reason to charge the next ones less when they are queued.
         share_s = max(ran_s, self._cost_s(request.alike))
         self._quick.failed(request.alike, share_s, at_least_s=ran_s if stopped else 0.0)
+
+    def _answered(self, requests: Sequence[Received], duration_s: float) -> None:
+        self._admission.took(duration_s, len(requests))
+        if self.together > 1:
+            for request in requests:
+                self._apart.answered(request.share)
 
     def _cost_s(self, alike: bytes | int) -> float:
         return self._quick.share_s(alike) or self._admission.each_s or ANY_S
