@@ -327,6 +327,38 @@ def test_a_thread_takes_kinds_that_belong_together_and_leaves_others_their_share
     worker.close()
 
 
+def test_requests_of_very_many_kinds_do_not_keep_the_queue_from_others_for_long() -> None:
+    class Together:
+        compared = 0
+
+        def limit(self, kind: object) -> int:
+            return 64
+
+        def limit_of_several(self) -> int:
+            return 64
+
+        def joins(self, kind: object, other: object) -> bool:
+            Together.compared += 1
+            return True
+
+        def weights(self, loads: Any) -> list[float]:
+            return [1.0] * len(loads)
+
+        def answer_together(self, loads: Any) -> list[Any]:
+            return list(loads)
+
+    worker = Worker("test", 1, Together())
+    free = threading.Event()
+    busy = worker.submit(lambda: free.wait(20))
+    asked = [worker.submit(lambda: None, kind=str(i), load=i) for i in range(64)]
+    free.set()
+    assert [one.result(20) for one in asked] == list(range(64))
+    assert busy.result(20)
+    # Eight runs of eight kinds, each of which is compared with those before it.
+    assert Together.compared == 8 * 28
+    worker.close()
+
+
 def test_a_thread_whose_group_fails_runs_the_request_alone_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     class Failing:
         def limit(self, kind: object) -> int:

@@ -28,6 +28,8 @@ _logger.addFilter(OncePerPeriod())
 _OWN = Place()
 # How long now() waits for a quick job in the worker's thread, which ends long before that.
 _WAIT_S = 5e-3
+# So many kinds run together at most. Each is compared with all others, while nothing can be queued.
+_MOST_KINDS = 8
 
 
 class ClosedError(Exception):
@@ -299,12 +301,15 @@ class Worker:
 
     def _others(self, first: _Item, group: Group) -> list[_Item]:
         """Return the jobs of other kinds that may all run together with the first one."""
-        known: dict[object, bool] = {first.kind: True}
+        joined, known = [first.kind], {first.kind}
         for item in self._waiting:
-            if item.kind not in known:
-                joined = [kind for kind, is_in in known.items() if is_in]
-                known[item.kind] = item.kind is not None and all(group.joins(kind, item.kind) for kind in joined)
-        return [item for item in self._waiting if item.kind != first.kind and known[item.kind]]
+            if item.kind is None or item.kind in known or len(joined) == _MOST_KINDS:
+                continue
+            known.add(item.kind)
+            if all(group.joins(kind, item.kind) for kind in joined):
+                joined.append(item.kind)
+        others = joined[1:]
+        return [item for item in self._waiting if item.kind in others]
 
     def _run_together(self, items: Sequence[_Item], group: Group) -> None:
         live = [item for item in items if item.future.set_running_or_notify_cancel()]
