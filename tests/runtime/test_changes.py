@@ -1151,6 +1151,27 @@ class Shaped(nn.Module):
         return self.line(x).reshape(self.rows, self.line.columns)  # type: ignore[no-any-return]
 
 
+class ShapedBefore(Shaped):
+    """Its base's ``forward``, which assigns the attribute that this one reads, is not called."""
+
+    rows: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(x) * self.rows  # type: ignore[no-any-return]
+
+
+@quietly
+def test_what_the_forward_assigns_that_another_has_taken_the_place_of_is_a_setting(
+    between: Callable[..., Sides],
+) -> None:
+    model = ShapedBefore().eval()
+    model.rows = 1
+    sides = between(model, copy.deepcopy(model), partition="server")
+    assert sides.answers_as_the_model() is None
+    model.rows = 2
+    assert "'rows'" in str(sides.answers_as_the_model())
+
+
 def test_what_forward_assigns_in_each_call_may_change_where_the_model_had_run_before(
     between: Callable[..., Sides],
 ) -> None:

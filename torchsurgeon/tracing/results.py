@@ -11,6 +11,7 @@ have had its entry for the example.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class Results:
         # By class, or by the id of one object.
         self._assigned: dict[Any, set[str]] = {}
         self._filled: dict[Any, set[str]] = {}
-        self._overwritten: dict[Any, set[str]] = {}
+        self._overwritten: dict[int, set[str]] = {}
         self._contents: set[int] = set()
         self._assigned_elsewhere: set[str] = set()
         self._filled_elsewhere: set[str] = set()
@@ -69,7 +70,7 @@ class Results:
                     self._note(self._assigned, self._assigned_elsewhere, cls, way)
             if function.__code__.co_name == "forward" and names.own:
                 for cls, way in self._ways(function, overwritten_by(function.__code__)):
-                    self._note(self._overwritten, set(), cls, way)
+                    self._note_overwritten(cls, way)
 
     def add(self, owner: Any, names: set[str]) -> None:
         """Note attributes that are assigned to the objects of a class, to one module, or, with None, to any object."""
@@ -104,8 +105,7 @@ class Results:
         """
         if left is not None and id(table) in left.watched:
             # What is only assigned on a path that the example does not take is read on the path that it takes.
-            seen = (id(table), name) in left.changed
-            return seen or any(name in self._overwritten.get(key, ()) for key in (*type(holder).__mro__, id(holder)))
+            return (id(table), name) in left.changed or name in self._overwritten.get(id(holder), ())
         if any(name in self._assigned.get(key, ()) for key in (*type(holder).__mro__, id(holder))):
             return True
         return name in self._assigned_elsewhere
@@ -133,6 +133,15 @@ class Results:
     def _ways(self, function: types.FunctionType, ways: Collection[Way]) -> Iterable[tuple[type, Way]]:
         return ((cls, way) for cls in self._classes_of.get(id(function), ()) for way in ways)
 
+    def _note_overwritten(self, cls: type, way: Way) -> None:
+        """Note where a way ends that begins at modules whose ``forward`` is that of a class."""
+        *before, name = way
+        for owner in self._owners.get(cls, ()):
+            own = next(one for one in type(owner).__mro__ if one is cls or "forward" in vars(one))
+            if own is cls and "forward" not in vars(owner):
+                reached = functools.reduce(_attribute, before, owner)
+                self._overwritten.setdefault(id(reached), set()).add(name)
+
     def _note(self, by: dict[Any, set[str]], elsewhere: set[str], cls: type, way: Way) -> None:
         """Note where a way ends that begins at the objects of a class."""
         *before, name = way
@@ -140,9 +149,7 @@ class Results:
             by.setdefault(cls, set()).add(name)
             return
         for owner in self._owners.get(cls, ()):
-            reached: Any = owner
-            for step in before:
-                reached = _attribute(reached, step)
+            reached = functools.reduce(_attribute, before, owner)
             if reached is None:
                 elsewhere.add(name)
             else:
