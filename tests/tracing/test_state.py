@@ -366,6 +366,28 @@ def test_models_whose_answer_depends_on_earlier_calls_are_refused_by_name(forwar
     untouched(around, lambda: refused(around, "1."))
 
 
+def test_a_cache_that_a_larger_batch_leaves_for_smaller_ones_is_refused() -> None:
+    """The example alone, called twice, does not show it."""
+
+    def grows(self: Any, x: Tensor) -> Tensor:
+        if self.cache is None or len(self.cache) < len(x):
+            self.cache = torch.arange(len(x)) * 1.0
+        return self.l(x) + self.cache[: len(x), None] / len(self.cache)
+
+    def repeats(self: Any, x: Tensor) -> Tensor:
+        if self.cache is None or len(self.cache) < len(x):
+            self.cache = torch.arange(len(x)) * 1.0
+        return self.l(x) + self.cache[: len(x), None]
+
+    for forward, kept in ((grows, True), (repeats, False)):
+        made = model(forward, l=linear(), cache=None)
+        if kept:
+            with pytest.raises(TraceError, match=r"keeps state between calls.*'cache'"):
+                ts.trace(made, X)
+        else:
+            ts.trace(made, X)
+
+
 @pytest.mark.parametrize("forward", [membrane, memory_in_a_list, counter], ids=lambda f: f.__name__)
 def test_state_in_a_part_kept_whole_is_refused_too(forward: Any) -> None:
     made = nn.Sequential(linear(), keeping(forward), linear()).eval()
