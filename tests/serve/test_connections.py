@@ -20,7 +20,7 @@ import pytest
 import torch
 from factories import long
 from serving import serving, signed_by_itself
-from torch import nn
+from torch import fx, nn
 from waiting import wait_for
 
 from torchsurgeon.serve import ModelRegistry, Server, create_app, guarded
@@ -59,9 +59,9 @@ def error_in(answer: bytes) -> str:
     return str(json.loads(body)["error"])
 
 
-def check_serves(server: Server) -> None:
+def check_serves(server: Server, name: str = "input") -> None:
     with HttpTransport(server.url, 10) as transport:
-        assert transport.infer("net", {"input": X}, max_answer_bytes=1000).tensors["output"].shape == (1, 2)
+        assert transport.infer("net", {name: X}, max_answer_bytes=1000).tensors["output"].shape == (1, 2)
 
 
 # --- heads ---
@@ -464,3 +464,109 @@ def test_a_request_for_a_tunnel_is_refused(server: Server) -> None:
         answer = read_all(link)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert "no proxy" in error_in(answer)
+
+
+# --- requests that are sent before earlier ones are answered ---
+
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+HOLDING = threading.Event()
+BEGUN, STEPS = threading.Semaphore(0), threading.Semaphore(0)
+
+
+def hold(x: torch.Tensor) -> torch.Tensor:
+    """Take until the test says so, and so long that the request is never run by the thread that receives it."""
+    time.sleep(2e-3)
+    if HOLDING.is_set() and float(x.max()) > 0:
+        BEGUN.release()
+        STEPS.acquire(timeout=60)
+    return x * 1
+
+
+fx.wrap("hold")
+
+
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(hold(x))
+
+
+@pytest.fixture(params=["direct", "asgi"])
+def holding(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server whose model answers each ``HELD`` once the test lets it."""
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", Held().eval(), X)
+    while BEGUN.acquire(blocking=False) or STEPS.acquire(blocking=False):
+        pass
+    HOLDING.set()
+    with contextlib.closing(registry), Server(create_app(registry), direct=request.param == "direct") as server:
+        yield server
+        HOLDING.clear()
+        STEPS.release(10)
+
+
+HELD_BODY = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1] * 4}]}).encode()
+HELD = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(HELD_BODY) + HELD_BODY
+
+
+def statuses_in(received: bytes) -> list[int]:
+    return [int(one) for one in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
+
+
+def test_nothing_is_read_while_requests_wait_for_earlier_ones(holding: Server) -> None:
+    with connect(holding, 60) as link:
+        link.sendall(HELD * 3)
+        assert BEGUN.acquire(timeout=30)
+        (connection,) = opened(holding)
+        wait_for(lambda: len(connection.pipeline) == 2)
+        STEPS.release()
+        assert BEGUN.acquire(timeout=30)
+        # One is answered, one runs, and one waits.
+        assert connection.flow.read_paused
+        for _ in range(20):
+            link.sendall(LIVE * 100)
+        STEPS.release(2)
+        link.shutdown(socket.SHUT_WR)
+        received = read_all(link)
+    assert statuses_in(received)[:3] == [200] * 3
+
+
+def test_with_too_many_requests_waiting_the_connection_ends_after_their_answers(holding: Server) -> None:
+    with connect(holding, 60) as link:
+        link.sendall(HELD)
+        assert BEGUN.acquire(timeout=30)
+        # All in one piece, and then some for which the server no longer reads.
+        for _ in range(20):
+            link.sendall(LIVE * (guarded.MAX_WAITING * 3))
+        (connection,) = opened(holding)
+        wait_for(lambda: connection._dropping is not None)
+        assert len(connection.pipeline) == guarded.MAX_WAITING
+        STEPS.release()
+        received = read_all(link)
+    assert statuses_in(received) == [200] * (1 + guarded.MAX_WAITING)
+    check_serves(holding, "x")
+
+
+@pytest.mark.parametrize("between", [b"", LIVE], ids=["at once", "after another"])
+@pytest.mark.parametrize(
+    "wrong",
+    [b"nonsense\r\n\r\n", CHUNKED.replace(b"2\r\n{}\r\n", b"zz\r\n")],
+    ids=["no request", "no chunk"],
+)
+def test_what_is_wrong_with_a_request_takes_no_earlier_one_its_answer(
+    holding: Server, between: bytes, wrong: bytes
+) -> None:
+    with connect(holding, 60) as link:
+        link.sendall(HELD)
+        assert BEGUN.acquire(timeout=30)
+        link.sendall(between + wrong)
+        (connection,) = opened(holding)
+        wait_for(lambda: connection._dropping is not None)
+        STEPS.release()
+        assert statuses_in(read_all(link)) == [200] * (2 if between else 1)
+    check_serves(holding, "x")

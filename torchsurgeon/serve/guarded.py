@@ -2,6 +2,7 @@
 
 * A request's head has to arrive within ``HEAD_TIMEOUT_S``, and ``heads`` limits its size.
 * A client has ``ANSWER_TIMEOUT_S`` to read an answer, and the time of what is left then at 16 KiB/s.
+* While requests wait for earlier ones on their connection, nothing is read; and only ``MAX_WAITING`` may wait.
 * ``connections`` decides which connection is closed where there are too many.
 * What is no request is answered in JSON, and an upgrade that a client offers is ignored.
 """
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from torchsurgeon.errors import ProtocolError, short
@@ -28,6 +31,8 @@ from torchsurgeon.serve.replies import only_health
 
 HEAD_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 30.0
+# So many requests of one connection may wait for the answers to earlier ones. One piece of data can hold very many.
+MAX_WAITING = 100
 _UPGRADE = (b"upgrade", b"http2-settings")
 
 
@@ -37,6 +42,31 @@ class Fed:
 
     begun: int = 0
     body_bytes: int = 0
+
+
+class TooManyWaitingError(Exception):
+    """A client has sent more requests than may wait for the answers to earlier ones."""
+
+
+class _Flow(FlowControl):
+    """Reads nothing while requests wait for the answers to earlier ones on their connection.
+
+    uvicorn pauses reading when a request has to wait, but goes on after every answer, and whenever the application asks
+    for a body. A client that sends faster than it is answered could then have any number of requests kept.
+
+    Args:
+        transport: the connection's transport.
+        waiting: the requests that wait.
+    """
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        """Read on, unless requests wait."""
+        if not self._waiting:
+            super().resume_reading()
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -73,6 +103,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Start the connection; called by asyncio."""
         super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
         # What writes to the socket. Over TLS that is another transport below, by which alone one sees what is not sent.
         self._wire: asyncio.Transport = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)
         self._idle_since_s = self.loop.time()
@@ -124,9 +155,12 @@ class GuardedProtocol(HttpToolsProtocol):
         """Note that a request was answered; called by uvicorn."""
         self.answered = True
         self._idle_since_s = self.loop.time()
+        last = self._dropping is not None and not self.pipeline
         super().on_response_complete()
         if self.transport.is_closing():
             self.close()
+        elif last:
+            self._linger()
 
     def pause_writing(self) -> None:
         """Note that the client takes less than is written; called by asyncio."""
@@ -184,6 +218,8 @@ class GuardedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, HeadTooLargeError):
                 self._refuse(error.__context__)
+            elif isinstance(error.__context__, TooManyWaitingError):
+                self._end_after_answers(error.__context__)
             else:
                 self._refuse(ProtocolError(f"the request is not valid HTTP/1.1: {short(error)}"))
         except httptools.HttpParserUpgrade as upgrade:
@@ -209,18 +245,15 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(self, error: Exception, model: str = "") -> None:
         """Answer with an error, and close the connection.
 
-        The client may still be sending. If the connection were closed at once, the client's system would drop the
-        answer. So what arrives is read on for a while, and dropped.
-
         Args:
             error: the error.
             model: the name of the model that was asked; empty where that is not known.
         """
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
-            if self._in_head or getattr(cycle, "response_started", True):
-                # An answer to an earlier request is under way, which this one must not be taken for.
-                self.close()
+            if self._in_head or self.pipeline or getattr(cycle, "response_started", True):
+                # An answer to an earlier request is due, which this one must not be taken for.
+                self._end_after_answers(error)
                 return
             cycle.disconnected = True
             cycle.message_event.set()
@@ -231,6 +264,31 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.write(with_id(reply_head(status, None, len(body), False), request_id) + body)
         for listener in self._listeners:
             listener(Outcome(self.peer, request_id, "", model, "", status, 0.0, 0, len(body), type(error).__name__))
+        self._linger()
+
+    def _end_after_answers(self, error: Exception) -> None:
+        """Answer the requests that came whole, take no more, and then close the connection.
+
+        Args:
+            error: why no more is taken. It is not answered, since earlier requests are to be answered before it.
+        """
+        about = {"client": self.peer}
+        complain("ended early", f"closing a connection after its answers: {short(error)}", about, None, logging.WARNING)
+        self._stop_head_timer()
+        self._dropping = LINGER_BYTES
+        if self._in_message and not self._in_head:
+            # What is wrong is in the body of the last one, so that one did not come whole.
+            if self.pipeline:
+                self.pipeline.popleft()
+            else:
+                self.close()
+
+    def _linger(self) -> None:
+        """Close the connection after the last answer.
+
+        The client may still be sending. If the connection were closed at once, the client's system would drop the
+        answer. So what arrives is read on for a while, and dropped.
+        """
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._stop_timers()
@@ -265,10 +323,10 @@ class GuardedProtocol(HttpToolsProtocol):
         """Begin to answer a request; called by the parser."""
         if self.parser.should_upgrade():
             return
+        if len(self.pipeline) >= MAX_WAITING:
+            raise TooManyWaitingError(f"at most {MAX_WAITING} requests may wait for the answers to earlier ones")
         self._in_head = False
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        self._stop_head_timer()
         self._begin_request()
 
     def _begin_request(self) -> None:
@@ -302,8 +360,13 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self.close()
 
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
     def _stop_timers(self) -> None:
-        for timer in (self._head_timer, self._reader_timer):
-            if timer is not None:
-                timer.cancel()
-        self._head_timer = self._reader_timer = None
+        self._stop_head_timer()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None

@@ -272,7 +272,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
 
     def _end_turn(self) -> None:
         self._turn.response_complete = self.answered = True
-        if self.pipeline:
+        if self.pipeline or self._dropping is not None:
             self.on_response_complete()
             return
         self.server_state.total_requests += 1
