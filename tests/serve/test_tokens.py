@@ -112,6 +112,34 @@ def test_a_body_that_is_not_let_in_is_not_read(server: Server) -> None:
         assert link.recv(1000).startswith(b"HTTP/1.1 401 ")
 
 
+@pytest.mark.parametrize(
+    ("in_head", "in_trailer", "status"),
+    [
+        ("", f"Authorization: Bearer {ONE}", 401),
+        (f"Authorization: Bearer {ONE}\r\n", "Authorization: Bearer wrong-token-0123456789", 200),
+        (f"Authorization: Bearer {ONE}\r\n", "Content-Encoding: gzip", 200),
+        (f"Authorization: Bearer {ONE}\r\n", "Torchsurgeon-Deadline-S: soon", 200),
+        (f"Authorization: Bearer {ONE}\r\n", "X-Request-Id: forged", 200),
+    ],
+)
+@pytest.mark.parametrize("pause", [False, True], ids=["in one piece", "later"])
+def test_what_stands_in_a_trailer_is_no_header(
+    server: Server, in_head: str, in_trailer: str, status: int, pause: bool
+) -> None:
+    """A proxy checks headers, and hands trailers on as they come."""
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n{in_head}Transfer-Encoding: chunked\r\n\r\n"
+    body = b"%x\r\n%b\r\n0\r\n" % (len(BODY), BODY)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
+        link.sendall(head.encode() + body)
+        if pause:
+            time.sleep(0.05)
+        with contextlib.suppress(ConnectionError):
+            link.sendall(f"{in_trailer}\r\n\r\n".encode())
+        answer = link.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"forged" not in answer
+
+
 def test_a_token_that_is_taken_back_counts_no_more_on_an_open_connection(server: Server, file: Path) -> None:
     with HttpTransport(server.url, 10, headers=bearer(ONE)) as transport:
         for _ in range(3):

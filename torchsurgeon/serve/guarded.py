@@ -315,9 +315,11 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header line, or a line of the trailer; called by the parser."""
+        """Take a header line, or count a line of the trailer; called by the parser."""
         self._head.line(name, value)
-        super().on_header(name, value)
+        # A proxy checks headers before the trailer has come, so what stands there is none of them (RFC 9110, 6.5.1).
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Begin to answer a request; called by the parser."""
