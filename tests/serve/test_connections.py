@@ -570,3 +570,17 @@ def test_what_is_wrong_with_a_request_takes_no_earlier_one_its_answer(
         STEPS.release()
         assert statuses_in(read_all(link)) == [200] * (2 if between else 1)
     check_serves(holding, "x")
+
+
+def test_a_head_has_its_time_while_the_server_reads(holding: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded, "HEAD_TIMEOUT_S", 0.2)
+    with connect(holding, 60) as link:
+        link.sendall(HELD * 2 + HELD[:30])
+        assert BEGUN.acquire(timeout=30)
+        (connection,) = opened(holding)
+        wait_for(lambda: connection._in_head)
+        link.sendall(HELD[30:])
+        time.sleep(0.5)
+        STEPS.release(3)
+        for _ in range(3):
+            assert answer_on(link)[0] == 200

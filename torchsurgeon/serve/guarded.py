@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sized
+import math
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +58,22 @@ class _Flow(FlowControl):
     Args:
         transport: the connection's transport.
         waiting: the requests that wait.
+        clock: the event loop's clock.
+
+    Attributes:
+        resumed_s: when it last began to read again.
     """
 
-    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+    def __init__(self, transport: asyncio.Transport, waiting: Sized, clock: Callable[[], float]) -> None:
         super().__init__(transport)
         self._waiting = waiting
+        self._clock = clock
+        self.resumed_s = -math.inf
 
     def resume_reading(self) -> None:
         """Read on, unless requests wait."""
-        if not self._waiting:
+        if self.read_paused and not self._waiting:
+            self.resumed_s = self._clock()
             super().resume_reading()
 
 
@@ -103,7 +111,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Start the connection; called by asyncio."""
         super().connection_made(transport)
-        self.flow = _Flow(transport, self.pipeline)
+        self.flow: _Flow = _Flow(transport, self.pipeline, self.loop.time)
         # What writes to the socket. Over TLS that is another transport below, by which alone one sees what is not sent.
         self._wire: asyncio.Transport = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)
         self._idle_since_s = self.loop.time()
@@ -357,7 +365,12 @@ class GuardedProtocol(HttpToolsProtocol):
     def _late(self) -> None:
         """Close the connection: a head did not arrive in time, or not all that is dropped after an error."""
         self._head_timer = None
-        if self._in_head and self._dropping is None:
+        # While the server itself does not read, a client cannot send the rest of a head.
+        begun_s = self.loop.time() if self.flow.read_paused else self.flow.resumed_s
+        left_s = begun_s + HEAD_TIMEOUT_S - self.loop.time()
+        if self._in_head and self._dropping is None and left_s > 0:
+            self._head_timer = self.loop.call_later(left_s, self._late)
+        elif self._in_head and self._dropping is None:
             self._refuse(LateError(f"the head of a request must arrive within {HEAD_TIMEOUT_S:g} s; it did not"))
         else:
             self.close()
