@@ -138,7 +138,7 @@ def test_what_comes_too_late_is_answered_in_json(
     server: Server, outcomes: list[Outcome], missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchsurgeon.serve.guarded.HEAD_TIMEOUT_S", 0.3)
-    head = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+    head = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nX-Request-Id: mine\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
         link.sendall(head if missing == "head" else head + b"\r\n{")
         answer = b""
@@ -150,6 +150,11 @@ def test_what_comes_too_late_is_answered_in_json(
     wait_for(lambda: outcomes)
     assert [one.status for one in outcomes] == [408]
     assert outcomes[0].model == ("" if missing == "head" else "net")
+    assert outcomes[0].asked == ("" if missing == "head" else "POST /v2/models/net/infer")
+    assert (outcomes[0].request_id == "mine") == (missing == "body")
+    assert f"x-request-id: {outcomes[0].request_id}".encode() in head
+    # By the time that the server of these tests allows.
+    assert missing == "head" or 0.3 <= outcomes[0].duration_s < 20
 
 
 @pytest.fixture

@@ -122,6 +122,12 @@ class Job:
         self.missing[: len(data)] = data
         self.arrived(len(data))
 
+    def about(self) -> dict[str, str]:
+        """Return what a line of the log says of the request besides its message, before its body has arrived."""
+        received = self.received
+        about = {"client": received.client, "request_id": received.request_id}
+        return {**about, "asked": self.plain.asked, "model": received.model}
+
     def outcome(self, status: int, sent_bytes: int, error: str) -> Outcome:
         """Return what became of the request: its status, the bytes of the answer, and the kind of its error."""
         received, duration_s = self.received, time.perf_counter() - self.started_s

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from torchsurgeon.errors import ProtocolError, short
 from torchsurgeon.serve.body import LINGER_BYTES, LINGER_S, timeout_for
 from torchsurgeon.serve.connections import Connections
-from torchsurgeon.serve.direct import reply_head, with_id
+from torchsurgeon.serve.direct import Job, reply_head, with_id
 from torchsurgeon.serve.failure import HeadTooLargeError, LateError, complain, error_body, status_of
 from torchsurgeon.serve.heads import HeadMeter
 from torchsurgeon.serve.outcome import Listener, Outcome
@@ -250,12 +250,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"\r\n".join([*lines, b"", rest]))
 
-    def _refuse(self, error: Exception, model: str = "") -> None:
+    def _refuse(self, error: Exception, job: Job | None = None) -> None:
         """Answer with an error, and close the connection.
 
         Args:
             error: the error.
-            model: the name of the model that was asked; empty where that is not known.
+            job: the request; None where it is not known what was asked.
         """
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
@@ -265,13 +265,15 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             cycle.disconnected = True
             cycle.message_event.set()
-        status, request_id = status_of(error), new_id()
-        about = {"client": self.peer, "request_id": request_id, "model": model}
+        status, request_id = status_of(error), new_id() if job is None else job.received.request_id
+        about = {"client": self.peer, "request_id": request_id, "model": ""} if job is None else job.about()
         body = error_body(error, about)
         complain(f"refused {status}", f"closing a connection: {short(error)}", about, None, logging.WARNING)
         self.transport.write(with_id(reply_head(status, None, len(body), False), request_id) + body)
+        kind = type(error).__name__
+        outcome = Outcome(self.peer, request_id, "", "", "", status, 0.0, 0, len(body), kind)
         for listener in self._listeners:
-            listener(Outcome(self.peer, request_id, "", model, "", status, 0.0, 0, len(body), type(error).__name__))
+            listener(outcome if job is None else job.outcome(status, len(body), kind))
         self._linger()
 
     def _end_after_answers(self, error: Exception) -> None:

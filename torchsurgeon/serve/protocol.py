@@ -303,7 +303,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         self._body_timer = None
         job, self._job = self._job, None
         if job is not None:
-            self._refuse(late(job.plain.timeout_s), job.plain.model.name)
+            self._refuse(late(job.plain.timeout_s), job)
 
     def _stop_timers(self) -> None:
         super()._stop_timers()
