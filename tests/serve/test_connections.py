@@ -458,6 +458,22 @@ def test_an_offered_upgrade_is_ignored(server: Server, offer: bytes) -> None:
         assert ask(link)[0] == 200
 
 
+def test_a_thousand_offers_in_one_piece_of_data_are_ignored_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded, "MAX_WAITING", 10_000)
+    with serving(nn.Linear(1000, 2).eval(), torch.zeros(1, 1000)) as server, connect(server) as link:
+        # A large request, for whose like the server then has a large buffer.
+        zeros = {"name": "input", "datatype": "FP32", "shape": [64, 1000], "data": [0] * 64_000}
+        body = json.dumps({"inputs": [zeros]}).encode()
+        large = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        link.sendall(large)
+        assert answer_on(link)[0] == 200
+        link.sendall((b"GET /v2/health/live HTTP/1.1\r\n" + UPGRADE + b"\r\n") * 1000)
+        received = b""
+        while received.count(b"HTTP/1.1 200 ") < 1000 and (piece := link.recv(1 << 16)):
+            received += piece
+    assert statuses_in(received) == [200] * 1000
+
+
 def test_a_request_for_a_tunnel_is_refused(server: Server) -> None:
     with connect(server) as link:
         link.sendall(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n")

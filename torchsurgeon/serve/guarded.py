@@ -216,12 +216,12 @@ class GuardedProtocol(HttpToolsProtocol):
         """Parse a piece of data, and refuse what is no request, or has too large a head."""
         self._unset_keepalive_if_required()
         try:
-            self.parser.feed_data(data)
+            self._parse(data)
             if self._fed.body_bytes:
                 self._head.body()
             elif self._in_message and not self._fed.begun:
                 self._head.piece(len(data))
-        except HeadTooLargeError as error:
+        except (HeadTooLargeError, ProtocolError) as error:
             self._refuse(error)
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, HeadTooLargeError):
@@ -230,25 +230,36 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._end_after_answers(error.__context__)
             else:
                 self._refuse(ProtocolError(f"the request is not valid HTTP/1.1: {short(error)}"))
+
+    def _parse(self, data: bytes) -> None:
+        """Parse a piece of data. A server may ignore an upgrade that its client offers (RFC 9110, section 7.8)."""
+        rest = self._parse_to_upgrade(data)
+        # One piece can hold a thousand such requests, so this must be no recursion, and must not copy what follows.
+        while rest is not None:
+            self._parse_without_upgrade()
+            rest = self._parse_to_upgrade(rest)
+
+    def _parse_to_upgrade(self, data: bytes) -> bytes | None:
+        """Parse data up to the end of a head that offers an upgrade, and return what follows; None without an offer."""
+        try:
+            self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(bytes(data[upgrade.args[0] :]))
+            return data[upgrade.args[0] :]
+        return None
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """Parse a request again without the upgrade that its client offers.
+    def _parse_without_upgrade(self) -> None:
+        """Parse the head again at which the parser has stopped, without the upgrade that it offers.
 
-        The parser stops at an upgrade, and a server may ignore one (RFC 9110, section 7.8).
-
-        Args:
-            rest: what arrived after the request's head.
+        Raises:
+            ProtocolError: the request is for a tunnel.
         """
         method, version = self.parser.get_method(), self.parser.get_http_version()
         if method == b"CONNECT":
-            self._refuse(ProtocolError("the method must be GET or POST; got CONNECT, and this server is no proxy"))
-            return
+            raise ProtocolError("the method must be GET or POST; got CONNECT, and this server is no proxy")
         lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
         lines += [b"%s: %s" % (name, value) for name, value in self.headers if name not in _UPGRADE]
         self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"\r\n".join([*lines, b"", rest]))
+        self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
     def _refuse(self, error: Exception, job: Job | None = None) -> None:
         """Answer with an error, and close the connection.
