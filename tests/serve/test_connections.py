@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import re
+import select
 import socket
 import ssl
 import threading
@@ -23,7 +24,7 @@ from serving import serving, signed_by_itself
 from torch import fx, nn
 from waiting import wait_for
 
-from torchsurgeon.serve import ModelRegistry, Server, create_app, guarded
+from torchsurgeon.serve import ModelRegistry, Server, arriving, create_app, guarded
 from torchsurgeon.serve.connections import SPARE_CONNECTIONS, Connections
 from torchsurgeon.serve.guarded import GuardedProtocol
 from torchsurgeon.serve.outcome import Outcome
@@ -265,6 +266,87 @@ def test_a_connection_that_counts_no_more_is_not_left_to_its_client() -> None:
         connections.add(fake)
     assert len(connections) == 4 + SPARE_CONNECTIONS
     assert [fake.aborted for fake in busy] == [False] * 4 + [True] * 10 + [False] * SPARE_CONNECTIONS
+
+
+# --- TLS handshakes ---
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = signed_by_itself(tmp_path_factory.mktemp("certificate"))
+    return {"ssl_certfile": str(folder / "cert.pem"), "ssl_keyfile": str(folder / "key.pem")}
+
+
+@pytest.fixture
+def secured(certificate: dict[str, str]) -> Iterator[Server]:
+    """A server that speaks TLS and takes four connections."""
+    app = create_app(ModelRegistry())
+    with Server(app, max_connections=4, **certificate) as server:  # type: ignore[arg-type]
+        yield server
+
+
+def shaken(server: Server) -> socket.socket:
+    """A connection whose handshake is complete."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(connect(server))
+
+
+def count_open(links: list[socket.socket]) -> int:
+    """How many connections the server has not closed, of those on which it says nothing."""
+    readable, _, _ = select.select(links, [], [], 0)
+    return len(links) - len(readable)
+
+
+def test_connections_count_before_their_handshake_and_the_oldest_makes_room(
+    secured: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arriving, "HANDSHAKE_TIMEOUT_S", 100.0)
+    with contextlib.ExitStack() as stack:
+        established = stack.enter_context(shaken(secured))
+        assert ask(established, "/v2/health/live")[0] == 200
+        silent = [stack.enter_context(connect(secured)) for _ in range(300)]
+        wait_for(lambda: count_open(silent) <= 4 + SPARE_CONNECTIONS)
+        assert count_open(silent[-10:]) == 10
+        # Others are served meanwhile, old and new.
+        assert ask(established, "/v2/health/live")[0] == 200
+        for _ in range(3):
+            assert ask(stack.enter_context(shaken(secured)), "/v2/health/live")[0] == 200
+
+
+def test_a_handshake_has_its_time_and_what_follows_has_more(secured: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        established = stack.enter_context(shaken(secured))
+        assert ask(established, "/v2/health/live")[0] == 200
+        monkeypatch.setattr(arriving, "HANDSHAKE_TIMEOUT_S", 0.3)
+        silent = [stack.enter_context(connect(secured)) for _ in range(10)]
+        wait_for(lambda: count_open(silent) == 0)
+        assert ask(established, "/v2/health/live")[0] == 200
+        assert len(secured.connections._arriving) == 0
+
+
+def test_of_handshakes_one_address_gets_its_share() -> None:
+    class Handshake:
+        def __init__(self, address: str, number: int) -> None:
+            self.address, self.number, self.is_cut_off = address, number, False
+
+        def fileno(self) -> int:
+            return self.number
+
+        def settle(self) -> None:
+            pass
+
+        def cut_off(self) -> None:
+            self.is_cut_off = True
+
+    connections = Connections(8)
+    patient = Handshake("192.0.2.1", 1)
+    assert not connections.arrive(patient)
+    greedy = [Handshake("192.0.2.2", 2 + i) for i in range(20)]
+    for one in greedy:
+        connections.arrive(one)
+    assert not patient.is_cut_off
+    assert [one.is_cut_off for one in greedy] == [True] * 16 + [False] * 4
 
 
 # --- clients that do not read ---

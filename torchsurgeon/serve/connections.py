@@ -43,13 +43,33 @@ class Connection(Protocol):
         """Close it after the next answer."""
 
 
+class Arrival(Protocol):
+    """What has to be known of a connection whose TLS handshake is not complete.
+
+    Attributes:
+        address: the client's address.
+    """
+
+    address: str
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+
+    def settle(self) -> None:
+        """Let it be open for longer than a handshake may take."""
+
+    def cut_off(self) -> None:
+        """Close it at once."""
+
+
 class Connections:
     """The open connections. Used by the event loop's thread only.
 
     A new connection is always taken. Where there are too many, one that waits for a request is closed for it: first
     those on which no request was ever answered, and of these the one that has waited the longest. So connections that
     say nothing are closed, and not those of clients that are served. Where all are busy, the new one is a spare:
-    nothing but health is answered on it.
+    nothing but health is answered on it. Connections whose TLS handshake is not complete count by themselves: where
+    there are too many of them, the one that has been at it the longest is cut off.
 
     Attributes:
         draining: whether the server is about to stop.
@@ -66,6 +86,7 @@ class Connections:
         self.draining = False
         self._open: dict[Connection, None] = {}
         self._per_address: dict[str, dict[Connection, None]] = {}
+        self._arriving: dict[int, Arrival] = {}
 
     @property
     def most_per_address(self) -> int:
@@ -86,6 +107,25 @@ class Connections:
             if len(spare) >= SPARE_CONNECTIONS and not self._close_one(spare):
                 self._close(spare[0])
         self._open[connection] = self._per_address.setdefault(connection.address, {})[connection] = None
+
+    def arrive(self, arrival: Arrival) -> bool:
+        """Take a connection whose handshake begins, and return whether another one was cut off for it."""
+        own = [one for one in self._arriving.values() if one.address == arrival.address]
+        most = max(0, self.limit - len(self._open)) + SPARE_CONNECTIONS
+        crowded = own if len(own) >= self._limit_of(arrival.address) else []
+        full = list(self._arriving.values()) if len(self._arriving) >= most else []
+        late = next(iter(crowded or full), None)
+        if late is not None:
+            self.arrived(late.fileno())
+            late.cut_off()
+        self._arriving[arrival.fileno()] = arrival
+        return late is not None
+
+    def arrived(self, fileno: int) -> None:
+        """Count a connection no more as one whose handshake is not complete."""
+        arrival = self._arriving.pop(fileno, None)
+        if arrival is not None:
+            arrival.settle()
 
     def drain(self) -> int:
         """Close every connection after its next answer, and take new ones as spare ones only.
@@ -110,6 +150,8 @@ class Connections:
         cut_off = [one for one in self._open if one.idle_since_s is None]
         for connection in list(self._open):
             connection.abort()
+        for arrival in list(self._arriving.values()):
+            arrival.cut_off()
         return len(cut_off)
 
     def why_spare(self) -> str:

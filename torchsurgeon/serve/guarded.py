@@ -117,6 +117,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._idle_since_s = self.loop.time()
         if self.client:
             self.address, self.peer = self.client[0], address_text(self.client)
+        self._all.arrived(transport.get_extra_info("socket").fileno())
         self._all.add(self)
         if self.spare:
             self.app = only_health(self.app, self._all.why_spare)

@@ -17,6 +17,7 @@ from torchsurgeon.errors import ServerError
 from torchsurgeon.serve.access import AccessLog
 from torchsurgeon.serve.admission import MAX_QUEUE
 from torchsurgeon.serve.app import create_app
+from torchsurgeon.serve.arriving import Entrance
 from torchsurgeon.serve.batching import Batching
 from torchsurgeon.serve.certificates import certificates_of
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
@@ -178,6 +179,8 @@ def run(
         gc.unfreeze()
         return
     bound = listen(host, port)
+    if certificates is not None:
+        bound = Entrance(bound, connections)
     url = url_of(scheme, host, bound.getsockname()[1])
     app = create_app(registry)
     app.tokens = tokens

@@ -15,6 +15,7 @@ import uvicorn
 
 from torchsurgeon.errors import ServerError, short
 from torchsurgeon.serve.app import TailApp
+from torchsurgeon.serve.arriving import Entrance
 from torchsurgeon.serve.certificates import Certificates, certificates_of
 from torchsurgeon.serve.connections import MAX_CONNECTIONS, Connections
 from torchsurgeon.serve.protocol import ServeProtocol
@@ -70,6 +71,8 @@ class Server:
         self.port: int = self._socket.getsockname()[1]
         self.url = url_of("https" if ssl_certfile else "http", host, self.port)
         connections = Connections(max_connections, max_connections_per_address)
+        if certificates is not None:
+            self._socket = Entrance(self._socket, connections)
         config = config_of(app, connections, direct=direct, certificates=certificates)
         self.connections = connections
         if isinstance(app, TailApp):
