@@ -682,3 +682,49 @@ def test_a_head_has_its_time_while_the_server_reads(holding: Server, monkeypatch
         STEPS.release(3)
         for _ in range(3):
             assert answer_on(link)[0] == 200
+
+
+# --- bodies ---
+
+
+@pytest.fixture(scope="module", params=["direct", "asgi"])
+def hasty(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server that gives a body 0.3 s, and the time of what has come."""
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", nn.Linear(4, 2).eval(), X)
+    app = create_app(registry, body_timeout_s=0.3)
+    with contextlib.closing(registry), Server(app, direct=request.param == "direct") as server:
+        yield server
+
+
+POST = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        POST + b"Content-Length: 1000000\r\n\r\n{",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
+        b"POST /v2/probe HTTP/1.1\r\nHost: x\r\nContent-Length: 4000000\r\n\r\na",
+    ],
+    ids=["announced", "chunked", "probe"],
+)
+def test_a_body_that_stalls_is_given_up_however_long_it_was_to_be(hasty: Server, begun: bytes) -> None:
+    with connect(hasty, 30) as link:
+        link.sendall(begun)
+        status, _, told = answer_on(link)
+    assert (status, "a body must arrive" in told["error"]) == (408, True)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_has_the_time_of_what_has_come(hasty: Server, chunked: bool) -> None:
+    body = HELD_BODY.replace(b'"x"', b'"input"') + b" " * 700_000
+    if chunked:
+        head, body = b"Transfer-Encoding: chunked\r\n", b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        head = b"Content-Length: %d\r\n" % len(body)
+    with connect(hasty, 30) as link:
+        link.sendall(POST + head + b"\r\n" + body[:600_000])
+        time.sleep(1)
+        link.sendall(body[600_000:])
+        assert answer_on(link)[0] == 200

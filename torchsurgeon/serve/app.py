@@ -74,7 +74,7 @@ class TailApp:
 
     Args:
         registry: the models.
-        body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
+        body_timeout_s: seconds that a client may take to send a body, and the time at 16 KiB/s of what has come.
 
     Attributes:
         registry: as given.
@@ -226,7 +226,7 @@ def create_app(registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> Tail
 
     Args:
         registry: the models.
-        body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
+        body_timeout_s: seconds that a client may take to send a body, and the time at 16 KiB/s of what has come.
     """
     return TailApp(registry, body_timeout_s=body_timeout_s)
 

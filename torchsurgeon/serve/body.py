@@ -76,7 +76,7 @@ def check_length(size: int | None, limit_bytes: int) -> None:
 
 
 def timeout_for(timeout_s: float, size: int) -> float:
-    """Return the seconds that a body of ``size`` bytes may take: ``timeout_s``, and its time at 16 KiB/s."""
+    """Return the seconds that ``size`` bytes of a body may take: ``timeout_s``, and their time at 16 KiB/s."""
     return timeout_s + size / MIN_UPLINK_BYTE_S
 
 
@@ -87,7 +87,7 @@ async def read_body(receive: Receive, size: int | None, limit_bytes: int, timeou
         receive: the ASGI ``receive``.
         size: the declared length; None where it is not known.
         limit_bytes: the most bytes that are accepted.
-        timeout_s: seconds that the client may take, in addition to the body's time at 16 KiB/s.
+        timeout_s: seconds that the client may take, in addition to the time at 16 KiB/s of what has arrived.
 
     Raises:
         BodyTooLargeError: the body is larger than ``limit_bytes``.
@@ -95,18 +95,56 @@ async def read_body(receive: Receive, size: int | None, limit_bytes: int, timeou
         LateError: the body did not arrive in time.
         DisconnectedError: the client left.
     """
-    reading = _read_chunked(receive, limit_bytes) if size is None else _read_sized(receive, aligned_buffer(size))
+    arriving = _Arriving(receive)
+    reading = asyncio.ensure_future(
+        _read_chunked(arriving, limit_bytes) if size is None else _read_sized(arriving, aligned_buffer(size))
+    )
+    clock = asyncio.get_running_loop().time
+    begun_s = clock()
     try:
-        return await asyncio.wait_for(reading, timeout_for(timeout_s, limit_bytes if size is None else size))
-    except (TimeoutError, asyncio.TimeoutError):
-        raise late(timeout_s) from None
+        while not reading.done():
+            # By what has arrived, and not by what was announced: who announces much could else send nothing for hours.
+            left_s = begun_s + timeout_for(timeout_s, arriving.count) - clock()
+            if left_s <= 0:
+                raise late(timeout_s)
+            await asyncio.wait({reading}, timeout=left_s)
+        return reading.result()
+    finally:
+        reading.cancel()
 
 
 def late(timeout_s: float) -> LateError:
-    """Return the error for a body that did not arrive in ``timeout_s`` and its time at 16 KiB/s."""
-    return LateError(
-        f"a body must arrive within {timeout_s:g} s and its time at {MIN_UPLINK_BYTE_S >> 10} KiB/s; it did not"
-    )
+    """Return the error for a body that takes longer than ``timeout_s`` and the time of what has come at 16 KiB/s."""
+    rate = f"{MIN_UPLINK_BYTE_S >> 10} KiB/s"
+    return LateError(f"a body must arrive within {timeout_s:g} s and the time of what has come at {rate}; it did not")
+
+
+class _Arriving:
+    """An ASGI ``receive`` that returns the next piece of a body, and whether more follows.
+
+    Args:
+        receive: the ASGI ``receive``.
+
+    Attributes:
+        count: how many bytes have arrived.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.count = 0
+
+    async def __call__(self) -> tuple[bytes, bool]:
+        """Return the next piece of the body.
+
+        Raises:
+            DisconnectedError: the client left.
+        """
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise DisconnectedError
+        piece: bytes = message.get("body", b"")
+        self.count += len(piece)
+        return piece, message.get("more_body", False)
 
 
 async def discard(receive: Receive, limit_bytes: int, timeout_s: float) -> int:
@@ -165,11 +203,11 @@ def inflate(body: memoryview, encoding: bytes, limit_bytes: int) -> memoryview:
     return buffer
 
 
-async def _read_sized(receive: Receive, buffer: memoryview) -> memoryview:
+async def _read_sized(arriving: _Arriving, buffer: memoryview) -> memoryview:
     filled = 0
     more = True
     while more:
-        chunk, more = await _chunk(receive)
+        chunk, more = await arriving()
         if filled + len(chunk) > len(buffer):
             raise ProtocolError("the body is longer than its Content-Length")
         buffer[filled : filled + len(chunk)] = chunk
@@ -179,20 +217,13 @@ async def _read_sized(receive: Receive, buffer: memoryview) -> memoryview:
     return buffer
 
 
-async def _read_chunked(receive: Receive, limit_bytes: int) -> memoryview:
+async def _read_chunked(arriving: _Arriving, limit_bytes: int) -> memoryview:
     collected = bytearray()
     more = True
     while more:
-        chunk, more = await _chunk(receive)
+        chunk, more = await arriving()
         check_length(len(collected) + len(chunk), limit_bytes)
         collected += chunk
     buffer = aligned_buffer(len(collected))
     buffer[:] = collected
     return buffer
-
-
-async def _chunk(receive: Receive) -> tuple[bytes, bool]:
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise DisconnectedError
-    return message.get("body", b""), message.get("more_body", False)

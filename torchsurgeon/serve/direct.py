@@ -42,7 +42,7 @@ class Plain:
         model: the model that is asked for.
         size: length of the body.
         header_bytes: length of the body's JSON header; None where the whole body is JSON.
-        timeout_s: seconds that the client may take to send the body, in addition to the body's time at 16 KiB/s.
+        timeout_s: seconds that the client may take to send the body, and the time at 16 KiB/s of what has come.
         asked: the method, and the path that is asked for.
         given_id: the id that the client gave the request; None where it gave none.
         allowed: by which tokens the request was allowed.
@@ -112,6 +112,11 @@ class Job:
         self.received = Received(body, plain.header_bytes, 0.0, 0.0, client, plain.given_id, plain.model.name)
         self.received.due_s = self.started_s + plain.deadline_s
         self.received.holder, self.received.level = plain.holder, plain.level
+
+    @property
+    def arrived_bytes(self) -> int:
+        """How much of the body has arrived."""
+        return self.plain.size - len(self.missing)
 
     def arrived(self, count: int) -> None:
         """Record that the first ``count`` of the missing bytes have arrived."""
@@ -196,7 +201,7 @@ class Direct:
 
     Args:
         registry: the models.
-        body_timeout_s: seconds that a client may take to send a body, in addition to the body's time at 16 KiB/s.
+        body_timeout_s: seconds that a client may take to send a body, and the time at 16 KiB/s of what has come.
         tokens: returns the tokens of which a request must have one; None for requests without.
         highest: returns the highest priority that a client may ask for of whose token the file says none.
 

@@ -89,6 +89,7 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
         self._ahead: memoryview | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._body_since_s = 0.0
         self._admitted: Plain | None = None
         self._unread = False
 
@@ -176,8 +177,8 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
             with suppress(BlockingIOError, ConnectionError):
                 self._arrived(job, os.readv(self._fd, [job.missing]))
         if self._job is not None and self._body_timer is None:
-            patience_s = timeout_for(job.plain.timeout_s, job.plain.size)
-            self._body_timer = self.loop.call_later(patience_s, self._body_late)
+            self._body_since_s = self.loop.time()
+            self._body_timer = self.loop.call_later(job.plain.timeout_s, self._body_late)
 
     def _arrived(self, job: Job, nbytes: int) -> None:
         job.arrived(nbytes)
@@ -299,10 +300,16 @@ class ServeProtocol(GuardedProtocol, asyncio.BufferedProtocol):
             self.close()
 
     def _body_late(self) -> None:
-        """Answer that a body did not arrive in time, and close the connection."""
+        """Look whether enough of a body has arrived. If not, say so, and close the connection."""
         self._body_timer = None
-        job, self._job = self._job, None
-        if job is not None:
+        job = self._job
+        if job is None:
+            return
+        left_s = self._body_since_s + timeout_for(job.plain.timeout_s, job.arrived_bytes) - self.loop.time()
+        if left_s > 0:
+            self._body_timer = self.loop.call_later(left_s, self._body_late)
+        else:
+            self._job = None
             self._refuse(late(job.plain.timeout_s), job)
 
     def _stop_timers(self) -> None:
