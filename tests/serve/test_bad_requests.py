@@ -80,6 +80,16 @@ CASES = {
     "a priority that is none": Bad(post(more="Torchsurgeon-Priority: first\r\n"), (400,), (P,)),
     "a model that there is not": Bad(post().replace(b"/net/", b"/nothing/"), (404,), ("ModelNotServedError",), ""),
     "another method": Bad(post().replace(b"POST ", b"PUT ", 1), (405,), ("HTTPException",), ""),
+    "no host": Bad(post().replace(b"Host: x\r\n", b""), (400,), (P,), ""),
+    "another version of HTTP": Bad(post().replace(b"HTTP/1.1", b"HTTP/2.0"), (505,), ("VersionError",), ""),
+    "a version that there is not": Bad(post().replace(b"HTTP/1.1", b"HTTP/1.2"), (505,), ("VersionError",), ""),
+    "no version": Bad(b"GET /v2/health/live\r\n\r\n", (505,), ("VersionError",), ""),
+    "a transfer coding of two": Bad(
+        post(b"0\r\n\r\n", "Transfer-Encoding: gzip, chunked\r\n", length=-1), (501,), ("TransferCodingError",), ""
+    ),
+    "another transfer coding": Bad(
+        post(b"abc", "Transfer-Encoding: xchunked\r\n", length=-1), (501,), ("TransferCodingError",), ""
+    ),
     # oversized
     "a body that is declared too large": Bad(post(b"", length=1 << 40), (413,), ("BodyTooLargeError",)),
     "a chunked body that is too large": Bad(
@@ -99,6 +109,7 @@ CASES = {
     "a key twice": Bad(post(BODY.replace(b'"shape"', b'"shape": [1, 4], "shape"')), (400,), (P,)),
     "two lengths of a body": Bad(post(more="Content-Length: 5\r\n"), (400,), (P,), ""),
     "two lengths of a header": Bad(post(more="Inference-Header-Content-Length: 5\r\n" * 2), (400,), (P,)),
+    "two hosts": Bad(post(more="Host: x\r\n"), (400,), (P,), ""),
     "two tokens": Bad(post(more=BEARER), (400,), (P,)),
     "two deadlines": Bad(post(more="Torchsurgeon-Deadline-S: 5\r\nTorchsurgeon-Deadline-S: 6\r\n"), (400,), (P,)),
     "two priorities": Bad(post(more="Torchsurgeon-Priority: low\r\nTorchsurgeon-Priority: high\r\n"), (400,), (P,)),

@@ -516,6 +516,35 @@ def test_nothing_is_redirected(server: Server, path: str) -> None:
         assert "location" not in headers
 
 
+def test_an_old_client_needs_no_host(server: Server) -> None:
+    with connect(server) as link:
+        link.sendall(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
+        assert read_all(link).startswith(b"HTTP/1.1 200 ")
+
+
+def test_what_is_wrong_with_a_head_is_told_under_the_clients_id(server: Server) -> None:
+    with connect(server) as link:
+        link.sendall(b"GET /v2/load HTTP/1.1\r\nX-Request-Id: mine\r\n\r\n")
+        answer = read_all(link)
+    assert "Host" in error_in(answer)
+    assert b"x-request-id: mine\r\n" in answer
+
+
+@pytest.mark.parametrize("slash", ["%2F", "%2f"])
+def test_an_encoded_slash_parts_no_path(server: Server, slash: str) -> None:
+    """A proxy that keeps clients from a path would not have seen this one."""
+    with connect(server) as link:
+        assert ask(link, f"/v2{slash}load")[0] == 404
+        assert ask(link, f"/v2/models{slash}net")[0] == 404
+        assert ask(link, f"/v2/models/a{slash}b")[0] == 404
+        for path in ("repository%2Findex", "models%2Fnet/infer"):
+            link.sendall(
+                f"POST /v2/{path.replace('%2F', slash)} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()
+            )
+            assert answer_on(link)[0] == 404
+        assert ask(link, "/v2/mod%65ls/net")[0] == 200
+
+
 # --- upgrades ---
 
 UPGRADE = (

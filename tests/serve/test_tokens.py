@@ -94,6 +94,19 @@ def test_a_request_without_one_of_the_tokens_is_refused(
     assert ONE not in json.dumps(answer)
 
 
+@pytest.mark.parametrize("head", [f"GET {INFER}", "GET /v2/load", "POST /v2/probe", f"POST {INFER}"])
+def test_a_refused_request_without_a_body_leaves_its_connection_open(server: Server, head: str) -> None:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
+        method, path = head.split()
+        for headers in ({}, {}, bearer(ONE)):
+            connection.request(method, path, headers=headers)
+            response = connection.getresponse()
+            response.read()
+            assert (response.status == 401) == (not headers)
+            assert response.headers["connection"] is None
+            assert connection.sock is not None
+
+
 @pytest.mark.parametrize("token", [ONE, OTHER])
 def test_each_of_the_tokens_lets_its_client_in(server: Server, token: str) -> None:
     assert ask(server.port, INFER, BODY, **bearer(token))[0] == 200

@@ -20,8 +20,8 @@
 An error is answered with ``{"error": "…"}`` and one of these statuses: 400 for a request that is not valid, 401 without
 a token that the server knows, 403 for loading models where that is not allowed, 404 for a model that is not served, 405
 for another method, 408 for a body that does not arrive in time, 413 for a body larger than any request to the model (it
-is refused before it is read), 431 for too large a head, 500 when the model fails, 503 while it loads, or where too many
-requests wait.
+is refused before it is read), 431 for too large a head, 500 when the model fails, 501 for a transfer coding that the
+server does not know, 503 while it loads, or where too many requests wait, 505 for another version of HTTP.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from torchsurgeon import wire
 from torchsurgeon.errors import BodyTooLargeError, ModelNotServedError, ProtocolError
@@ -117,6 +117,7 @@ class TailApp:
         if scope["type"] != "http":
             await self._rest({**scope, "app": self}, receive, send)  # type: ignore[arg-type]
             return
+        scope = _with_own_slashes(scope)
         exchange = Exchange(scope, send)
         try:
             await self._answer(scope, receive, exchange)
@@ -128,7 +129,7 @@ class TailApp:
         tokens = None if scope["path"] in _OPEN else self.tokens
         holder = Holder() if tokens is None else tokens.holder_of(exchange.headers.get(b"authorization"))
         if holder is None:
-            incoming = Incoming(receive)
+            incoming = Incoming(receive, exchange.headers)
             await self._guarded(_refuse_unauthorized(), incoming, exchange)
             return
         if scope["method"] == "POST":
@@ -136,17 +137,17 @@ class TailApp:
             versioned = len(parts) == 7 and parts[4] == "versions"
             if parts[-1] == "infer" and parts[1:3] == ["v2", "models"] and (versioned or len(parts) == 5):
                 version = parts[5] if versioned else None
-                incoming = Incoming(receive)
+                incoming = Incoming(receive, exchange.headers)
                 # For the log, where a name with spaces could pass for other fields. A served model's has none.
                 exchange.model = quote(parts[3])
                 await self._guarded(self._infer(parts[3], version, exchange, incoming, holder), incoming, exchange)
                 return
             if scope["path"] == "/v2/probe":
-                incoming = Incoming(receive)
+                incoming = Incoming(receive, exchange.headers)
                 await self._guarded(self._probe(scope, incoming, exchange.send), incoming, exchange)
                 return
             if scope["path"].startswith(_REPOSITORY):
-                incoming = Incoming(receive)
+                incoming = Incoming(receive, exchange.headers)
                 await self._guarded(self._repository(scope, incoming, exchange), incoming, exchange)
                 return
         # By "app", the router knows that an error it raises is answered.
@@ -229,6 +230,15 @@ def create_app(registry: ModelRegistry, *, body_timeout_s: float = 30.0) -> Tail
         body_timeout_s: seconds that a client may take to send a body, and the time at 16 KiB/s of what has come.
     """
     return TailApp(registry, body_timeout_s=body_timeout_s)
+
+
+def _with_own_slashes(scope: Scope) -> Scope:
+    """Return a scope in whose path what was sent as ``%2F`` is no slash: a proxy that lets paths in sees none there."""
+    sent = scope.get("raw_path") or b""
+    if b"%2f" not in sent.lower():
+        return scope
+    kept = sent.replace(b"%2F", b"%252F").replace(b"%2f", b"%252F")
+    return {**scope, "path": unquote(kept.decode("latin-1"))}
 
 
 def _check_once(repeated: Sequence[bytes]) -> None:

@@ -27,14 +27,15 @@ class Incoming:
 
     Args:
         receive: the ASGI server's ``receive``.
+        headers: the request's headers; None where they do not matter.
 
     Attributes:
-        complete: whether the whole body has arrived, or the client has left.
+        complete: whether the whole body has arrived, or there is none, or the client has left.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, headers: Mapping[bytes, bytes] | None = None) -> None:
         self._receive = receive
-        self.complete = False
+        self.complete = headers is not None and not _announces_body(headers)
 
     async def __call__(self) -> Mapping[str, Any]:
         """Return the next message of the ASGI server."""
@@ -45,6 +46,10 @@ class Incoming:
 
 class DisconnectedError(Exception):
     """The client left before its request was complete."""
+
+
+def _announces_body(headers: Mapping[bytes, bytes]) -> bool:
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
 
 def content_length(headers: Mapping[bytes, bytes]) -> int | None:

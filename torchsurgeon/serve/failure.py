@@ -32,6 +32,14 @@ class HeadTooLargeError(Exception):
     """A request's head has more lines or bytes than any request needs."""
 
 
+class VersionError(Exception):
+    """A request is of another version of HTTP."""
+
+
+class TransferCodingError(Exception):
+    """A request's body is sent in a way that the server does not know."""
+
+
 class UnauthorizedError(Exception):
     """A request has no token, or one that the server does not know."""
 
@@ -75,9 +83,11 @@ STATUS: dict[type[Exception], int] = {
     ProtocolError: 400,
     PartitionError: 400,
     ModelFailedError: 500,
+    TransferCodingError: 501,
     ModelNotReadyError: 503,
     BusyError: 503,
     ExpiredError: 503,
+    VersionError: 505,
     GoneError: CLIENT_GONE,
 }
 

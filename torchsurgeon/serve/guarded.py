@@ -24,10 +24,18 @@ from torchsurgeon.errors import ProtocolError, short
 from torchsurgeon.serve.body import LINGER_BYTES, LINGER_S, timeout_for
 from torchsurgeon.serve.connections import Connections
 from torchsurgeon.serve.direct import Job, reply_head, with_id
-from torchsurgeon.serve.failure import HeadTooLargeError, LateError, complain, error_body, status_of
-from torchsurgeon.serve.heads import HeadMeter
+from torchsurgeon.serve.failure import (
+    HeadTooLargeError,
+    LateError,
+    TransferCodingError,
+    VersionError,
+    complain,
+    error_body,
+    status_of,
+)
+from torchsurgeon.serve.heads import HeadMeter, check_head
 from torchsurgeon.serve.outcome import Listener, Outcome
-from torchsurgeon.serve.received import address_text, new_id
+from torchsurgeon.serve.received import REQUEST_ID, address_text, given_id, new_id
 from torchsurgeon.serve.replies import only_health
 
 HEAD_TIMEOUT_S = 10.0
@@ -35,6 +43,7 @@ ANSWER_TIMEOUT_S = 30.0
 # So many requests of one connection may wait for the answers to earlier ones. One piece of data can hold very many.
 MAX_WAITING = 100
 _UPGRADE = (b"upgrade", b"http2-settings")
+_REFUSED = (HeadTooLargeError, ProtocolError, TransferCodingError, VersionError)
 
 
 @dataclass
@@ -103,6 +112,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._reader_timer: asyncio.TimerHandle | None = None
         self._idle_since_s = 0.0
         self._in_head = self._in_message = self._draining = False
+        # Whether the head of the last request that began has come.
+        self._head_known = False
         self._fed = Fed()
         self._head = HeadMeter()
         # Bytes that are still read and dropped after an error, before the connection is closed; None before an error.
@@ -222,13 +233,15 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._head.body()
             elif self._in_message and not self._fed.begun:
                 self._head.piece(len(data))
-        except (HeadTooLargeError, ProtocolError) as error:
+        except _REFUSED as error:
             self._refuse(error)
         except httptools.HttpParserError as error:
-            if isinstance(error.__context__, HeadTooLargeError):
+            if isinstance(error.__context__, _REFUSED):
                 self._refuse(error.__context__)
             elif isinstance(error.__context__, TooManyWaitingError):
                 self._end_after_answers(error.__context__)
+            elif "HTTP version" in str(error):
+                self._refuse(VersionError("the version must be HTTP/1.1 or HTTP/1.0"))
             else:
                 self._refuse(ProtocolError(f"the request is not valid HTTP/1.1: {short(error)}"))
 
@@ -267,7 +280,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
         Args:
             error: the error.
-            job: the request; None where it is not known what was asked.
+            job: the request; None for one that is not answered without ASGI.
         """
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
@@ -277,16 +290,26 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             cycle.disconnected = True
             cycle.message_event.set()
-        status, request_id = status_of(error), new_id() if job is None else job.received.request_id
-        about = {"client": self.peer, "request_id": request_id, "model": ""} if job is None else job.about()
+        status = status_of(error)
+        about = self._about() if job is None else job.about()
+        request_id = about["request_id"]
         body = error_body(error, about)
         complain(f"refused {status}", f"closing a connection: {short(error)}", about, None, logging.WARNING)
         self.transport.write(with_id(reply_head(status, None, len(body), False), request_id) + body)
         kind = type(error).__name__
-        outcome = Outcome(self.peer, request_id, "", "", "", status, 0.0, 0, len(body), kind)
+        outcome = Outcome(self.peer, request_id, about["asked"], "", "", status, 0.0, 0, len(body), kind)
         for listener in self._listeners:
             listener(outcome if job is None else job.outcome(status, len(body), kind))
         self._linger()
+
+    def _about(self) -> dict[str, str]:
+        """Return what is said of the last request that began, as far as that is known."""
+        about = {"client": self.peer, "request_id": new_id(), "asked": "", "model": ""}
+        if self._head_known:
+            about["request_id"] = given_id(dict(self.headers).get(REQUEST_ID)) or about["request_id"]
+            method, path = self.parser.get_method(), self.url.partition(b"?")[0]
+            about["asked"] = f"{method.decode()} {path.decode('latin-1')}"
+        return about
 
     def _end_after_answers(self, error: Exception) -> None:
         """Answer the requests that came whole, take no more, and then close the connection.
@@ -328,6 +351,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._head.begin()
         self._in_head = self._in_message = True
+        self._head_known = False
         self._fed.begun += 1
         self._idle_since_s = self.loop.time()
 
@@ -349,6 +373,8 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if len(self.pipeline) >= MAX_WAITING:
             raise TooManyWaitingError(f"at most {MAX_WAITING} requests may wait for the answers to earlier ones")
+        self._head_known = True
+        check_head(self.parser.get_http_version(), self.headers)
         self._in_head = False
         self._stop_head_timer()
         self._begin_request()

@@ -1,8 +1,11 @@
-"""How large a request's head may be. The HTTP parser itself collects lines, and what a line holds, without a limit."""
+"""What a request's head may be. The HTTP parser itself collects lines, and what a line holds, without a limit."""
 
 from __future__ import annotations
 
-from torchsurgeon.serve.failure import HeadTooLargeError
+from collections.abc import Iterable
+
+from torchsurgeon.errors import ProtocolError, short
+from torchsurgeon.serve.failure import HeadTooLargeError, TransferCodingError, VersionError
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEAD_LINES = 100
@@ -63,3 +66,27 @@ class HeadMeter:
             raise HeadTooLargeError(
                 f"the head of a request may have at most {MAX_HEAD_BYTES >> 10} KiB; this one has more"
             )
+
+
+def check_head(version: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Check what a proxy and this server could otherwise read differently (RFC 9112, sections 2.3, 3.2 and 6.1).
+
+    Args:
+        version: the version of HTTP.
+        headers: the headers, with names in lower case.
+
+    Raises:
+        VersionError: the version is another one.
+        TransferCodingError: the body is sent in another way than in chunks.
+        ProtocolError: there is not one Host.
+    """
+    if version not in ("1.0", "1.1"):
+        raise VersionError(f"the version must be HTTP/1.1 or HTTP/1.0; got HTTP/{version}")
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
+    if codings and (len(codings) > 1 or codings[0].strip().lower() != b"chunked"):
+        raise TransferCodingError(
+            f"Transfer-Encoding must be chunked; got {short(b', '.join(codings).decode('latin-1'))}"
+        )
+    hosts = sum(name == b"host" for name, _ in headers)
+    if hosts > 1 or (hosts == 0 and version == "1.1"):
+        raise ProtocolError(f"a request must have the header Host once; this one has it {hosts} times")
