@@ -545,6 +545,15 @@ def test_an_encoded_slash_parts_no_path(server: Server, slash: str) -> None:
         assert ask(link, "/v2/mod%65ls/net")[0] == 200
 
 
+def test_places_of_connections_whose_requests_are_answered_before_their_bodies_come_are_not_kept(small: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            link = stack.enter_context(connect(small))
+            link.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+            assert answer_on(link)[0] == 200
+        assert ask(stack.enter_context(connect(small)))[0] == 200
+
+
 # --- upgrades ---
 
 UPGRADE = (

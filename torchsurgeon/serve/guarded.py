@@ -147,7 +147,7 @@ class GuardedProtocol(HttpToolsProtocol):
         None while a body arrives, while a request is answered, and until its client has taken all of the answer.
         """
         answering = self.unsent_bytes > 0 or (self.cycle is not None and not self.cycle.response_complete)
-        return None if answering or (self._in_message and not self._in_head) else self._idle_since_s
+        return None if answering else self._idle_since_s
 
     @property
     def unsent_bytes(self) -> int:
