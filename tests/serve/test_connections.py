@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import io
 import json
@@ -325,20 +326,23 @@ def test_a_handshake_has_its_time_and_what_follows_has_more(secured: Server, mon
         assert len(secured.connections._arriving) == 0
 
 
+class Handshake:
+    """A connection whose handshake is not complete."""
+
+    def __init__(self, address: str, number: int) -> None:
+        self.address, self.number, self.is_cut_off = address, number, False
+
+    def fileno(self) -> int:
+        return self.number
+
+    def settle(self) -> None:
+        pass
+
+    def cut_off(self) -> None:
+        self.is_cut_off = True
+
+
 def test_of_handshakes_one_address_gets_its_share() -> None:
-    class Handshake:
-        def __init__(self, address: str, number: int) -> None:
-            self.address, self.number, self.is_cut_off = address, number, False
-
-        def fileno(self) -> int:
-            return self.number
-
-        def settle(self) -> None:
-            pass
-
-        def cut_off(self) -> None:
-            self.is_cut_off = True
-
     connections = Connections(8)
     patient = Handshake("192.0.2.1", 1)
     assert not connections.arrive(patient)
@@ -347,6 +351,25 @@ def test_of_handshakes_one_address_gets_its_share() -> None:
         connections.arrive(one)
     assert not patient.is_cut_off
     assert [one.is_cut_off for one in greedy] == [True] * 16 + [False] * 4
+
+
+def test_a_handshake_makes_room_where_the_system_has_no_more_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: socket.socket) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    connections = Connections(8)
+    handshakes = [Handshake("192.0.2.1", 1 + i) for i in range(2)]
+    for one in handshakes:
+        connections.arrive(one)
+    monkeypatch.setattr(socket.socket, "accept", fail)
+    with arriving.Entrance(socket.create_server(("127.0.0.1", 0)), connections) as entrance:
+        for count in (1, 2):
+            # By which asyncio goes on with what else there is to do.
+            with pytest.raises(BlockingIOError):
+                entrance.accept()
+            assert [one.is_cut_off for one in handshakes].count(True) == count
+        with pytest.raises(OSError, match="too many open files"):
+            entrance.accept()
 
 
 # --- clients that do not read ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from contextlib import suppress
 from typing import Any
@@ -34,7 +35,12 @@ class Entrance(socket.socket):
             # As if nobody else waited, so that the event loop first closes the connection that was cut off.
             self._is_full = False
             raise BlockingIOError
-        accepted, address = super().accept()
+        try:
+            accepted, address = super().accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._connections.cut_off_arrival():
+                raise BlockingIOError from error
+            raise
         arrival = _Arrival(accepted.detach(), str(address[0]), self._connections)
         self._is_full = self._connections.arrive(arrival)
         return arrival, address

@@ -114,12 +114,18 @@ class Connections:
         most = max(0, self.limit - len(self._open)) + SPARE_CONNECTIONS
         crowded = own if len(own) >= self._limit_of(arrival.address) else []
         full = list(self._arriving.values()) if len(self._arriving) >= most else []
-        late = next(iter(crowded or full), None)
-        if late is not None:
-            self.arrived(late.fileno())
-            late.cut_off()
+        late = bool(crowded or full) and self.cut_off_arrival((crowded or full)[0])
         self._arriving[arrival.fileno()] = arrival
-        return late is not None
+        return late
+
+    def cut_off_arrival(self, arrival: Arrival | None = None) -> bool:
+        """Cut off a connection whose handshake is not complete; by default the oldest. Return whether there was one."""
+        arrival = arrival or next(iter(self._arriving.values()), None)
+        if arrival is None:
+            return False
+        self.arrived(arrival.fileno())
+        arrival.cut_off()
+        return True
 
     def arrived(self, fileno: int) -> None:
         """Count a connection no more as one whose handshake is not complete."""
