@@ -17,10 +17,11 @@ Copy = Callable[[], Path]
 
 
 def edited(folder: Path, **changes: Any) -> Path:
-    """Change the manifest of a bundle; None removes a field."""
+    """Change the manifest of a bundle; None removes a field that must not be null."""
+    null = ("whole", "batches")
     path = folder / "manifest.json"
     data = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None or key == "whole"}))
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None or key in null}))
     return folder
 
 
@@ -32,7 +33,7 @@ def test_a_folder_that_is_no_bundle_says_how_to_make_one(tmp_path: Path) -> None
 
 
 def test_another_version_says_so(copy: Copy) -> None:
-    with pytest.raises(ts.BundleError, match=r"must be 'torchsurgeon.bundle/2'; got 'torchsurgeon.bundle/0'; export"):
+    with pytest.raises(ts.BundleError, match=r"must be 'torchsurgeon.bundle/3'; got 'torchsurgeon.bundle/0'; export"):
         edge.open(edited(copy(), format="torchsurgeon.bundle/0"))
 
 
@@ -91,6 +92,7 @@ def test_a_part_that_is_not_listed_is_refused(copy: Copy) -> None:
         ({"points": [{}]}, "has no field 'layers'"),
         ({"inputs": [3]}, "holds a wrong value"),
         ({"name": 3}, "holds a wrong value: 3 must be a text"),
+        ({"batches": [[1]]}, "holds a wrong value"),
         ({"example_batch": -1}, "holds a wrong value: -1 must be a whole number"),
     ],
 )

@@ -65,6 +65,61 @@ def test_what_numpy_does_not_have_is_refused(tmp_path: Path) -> None:
         export_bundle(graph, tmp_path / "bundle", points=[1], **costs)
 
 
+class Masked(nn.Module):
+    """A model that skips its mask where that hides nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.first(x)
+        return x.relu() if mask.all() else (x * mask).relu() - 1
+
+
+def test_a_model_whose_path_values_decide_is_refused_since_a_device_would_not_notice(tmp_path: Path) -> None:
+    x, mask = torch.rand(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    graph, costs = traced(Masked(), x, mask)
+    for whole in (True, False):
+        with pytest.raises(ts.BackendError, match="Masked tests the values of 'mask' and goes on by what it finds"):
+            export_bundle(graph, tmp_path / "bundle", points=["first"], whole=whole, **costs)
+    for write in (export_triton, export_openvino):
+        with pytest.raises(ts.BackendError, match="tests the values of 'mask'"):
+            write(graph, tmp_path / "tails", point="first")
+
+
+class ManyDiffer(nn.Module):
+    """A model that computes something else for large batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.first(x)
+        return found * 2 if x.shape[0] >= 64 else found
+
+
+def test_batches_for_which_the_model_takes_another_path_are_refused_on_a_device(tmp_path: Path) -> None:
+    model = ManyDiffer()
+    graph, costs = traced(model, torch.rand(2, 4))
+    assert graph.batch_free
+    export_bundle(graph, tmp_path / "bundle", points=["server"], **costs)
+    few, many = torch.rand(63, 4), torch.rand(64, 4)
+    with edge.open(tmp_path / "bundle") as device:
+        with torch.no_grad():
+            assert np.allclose(device(few.numpy()), model(few).numpy(), atol=1e-5)
+        with pytest.raises(TypeError, match=r"a batch of 64 .* it takes the same for 1 to 63; export it"):
+            device(many.numpy())
+
+
+def test_a_tail_for_other_servers_takes_one_batch_size_where_the_model_does_not_treat_all_alike(tmp_path: Path) -> None:
+    graph, _ = traced(ManyDiffer(), torch.rand(2, 4))
+    assert "dims: [ 2, 4 ]" in (export_triton(graph, tmp_path, point="server") / "config.pbtxt").read_text()
+    graph, _ = traced(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.rand(2, 4))
+    assert "dims: [ -1, 4 ]" in (export_triton(graph, tmp_path, point=1, name="alike") / "config.pbtxt").read_text()
+
+
 def test_a_folder_that_holds_something_and_a_point_without_a_tail_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ts.BundleError, match="holds something already"):

@@ -20,7 +20,7 @@ from torchsurgeon.planning.costs import CostTable
 from torchsurgeon.transport.fingerprint import Fingerprint
 from torchsurgeon.wire.fields import ITEM_BYTES
 
-FORMAT = "torchsurgeon.bundle/2"
+FORMAT = "torchsurgeon.bundle/3"
 MANIFEST, FRONTIER, FINGERPRINT = "manifest.json", "frontier.json", "fingerprint.json"
 
 DATATYPES = {
@@ -128,6 +128,8 @@ class Bundle:
         inputs: the model's inputs.
         outputs: the model's outputs.
         example_batch: the batch size of the traced example.
+        batches: the batch sizes for which the model takes the traced path, as the first and last of each run of them;
+            None where it does for any.
         valued: whether shapes of outputs depend on values, so that only their number of dimensions is known.
         points: where it can be cut.
         whole: the whole model; None where the device holds only heads.
@@ -143,6 +145,7 @@ class Bundle:
     inputs: tuple[ArraySpec, ...]
     outputs: tuple[ArraySpec, ...]
     example_batch: int
+    batches: tuple[tuple[int, int], ...] | None
     valued: bool
     points: tuple[BundlePoint, ...]
     whole: OnnxPart | None
@@ -236,6 +239,7 @@ def read(folder: str | Path) -> Bundle:
             inputs=tuple(map(_spec, data["inputs"])),
             outputs=tuple(map(_spec, data["outputs"])),
             example_batch=_whole(data["example_batch"]),
+            batches=_runs(data["batches"]),
             valued=bool(data["valued"]),
             points=tuple(map(_point, data["points"])),
             whole=_part(data["whole"]),
@@ -309,6 +313,10 @@ def _spec(data: Mapping[str, Any]) -> ArraySpec:
     if spec.datatype not in DATATYPES or len(spec.shape) != len(spec.batch_step):
         raise ValueError(f"{spec.name} is {spec.datatype} of shape {list(spec.shape)}")
     return spec
+
+
+def _runs(data: Any) -> tuple[tuple[int, int], ...] | None:
+    return None if data is None else tuple((_whole(first), _whole(last)) for first, last in data)
 
 
 def _part(data: Mapping[str, Any] | None) -> OnnxPart | None:

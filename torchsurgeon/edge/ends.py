@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchsurgeon.edge.bundle import DATATYPES, ArraySpec, Bundle
-from torchsurgeon.errors import ProtocolError
+from torchsurgeon.errors import ProtocolError, short
 
 Array = np.ndarray[Any, Any]
 
@@ -50,6 +50,12 @@ def checked_inputs(bundle: Bundle, arrays: Sequence[Array], named: Mapping[str, 
         stuck = next((part.file for part in bundle.parts if not part.free_batch), None)
         if stuck is not None:
             raise TypeError(f"{stuck} of the bundle takes a batch of {bundle.example_batch} only; got {batch}")
+    if bundle.batches is not None and not any(first <= batch <= last for first, last in bundle.batches):
+        known = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in bundle.batches)
+        raise TypeError(
+            f"with a batch of {batch} the model takes another path than the bundle's; it takes the same for "
+            f"{short(known, 100, quote=False)}; export it with an example of this batch size"
+        )
     return given, batch
 
 

@@ -31,6 +31,7 @@ from torchsurgeon.edge.codec import has
 from torchsurgeon.errors import BackendError, BundleError, short
 from torchsurgeon.export.fitted import checked_fitted, on_arrays, write_fitted
 from torchsurgeon.export.parts import array_specs, write_part
+from torchsurgeon.export.premises import batches_of, check_values_free
 from torchsurgeon.link.rates import PRESETS
 from torchsurgeon.models.weights import weight_digests
 from torchsurgeon.planning import Frontier
@@ -114,14 +115,16 @@ def export_bundle(
 
     Raises:
         BundleError: the folder holds something else, or there are no points.
-        BackendError: a layer cannot be exported to ONNX, which the message names; or the backend is another one, or
-            lacks a sample and a budget.
+        BackendError: a layer cannot be exported to ONNX, which the message names; values of the model's inputs decide
+            which path it takes; or the backend is another one, or lacks a sample and a budget.
         CodecError: the backend's sample does not fit the model, or is too small for its budget; or a fitted codec is of
             another model or other points.
         PartitionError: the graph has no such point.
     """
     folder, runs = Path(folder), _backend(backend)
     runs.check(graph)
+    check_values_free(graph)
+    batches = batches_of(graph)
     chosen = list(dict.fromkeys(graph.point(point) for point in points))
     chosen = [point for point in chosen if point.index != len(graph.layers)]
     if not chosen:
@@ -179,6 +182,7 @@ def export_bundle(
             "graph": fingerprint.graph,
             "weights": fingerprint.weights,
             "example_batch": graph.batch,
+            "batches": batches,
             "valued": graph.sizes_vary,
             "inputs": list(map(to_json, taken)),
             "outputs": list(map(to_json, outputs)),

@@ -6,6 +6,7 @@ the inputs of the tail there.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torchsurgeon.backends.part import Part
 from torchsurgeon.cutting.partition import Head, cut
 from torchsurgeon.errors import BackendError, BundleError, short
 from torchsurgeon.export.parts import write_part
+from torchsurgeon.export.premises import batches_of, check_values_free
 from torchsurgeon.profiling import example_inputs
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import PartitionPoint, TensorSpec
@@ -45,7 +47,8 @@ def export_triton(
         inputs: the model's input tensors, with which the tail is compared with the model; by default random ones.
 
     Raises:
-        BackendError: a layer cannot be exported to ONNX, which the message names, or Triton cannot take what crosses.
+        BackendError: a layer cannot be exported to ONNX, which the message names; values of the model's inputs decide
+            which path it takes; or Triton cannot take what crosses.
         BundleError: the repository has a model of this name already, or the name is no name of a folder.
         PartitionError: the graph has no such point.
     """
@@ -96,7 +99,8 @@ def export_openvino(
         The model's folder.
 
     Raises:
-        BackendError: a layer cannot be exported to ONNX, which the message names.
+        BackendError: a layer cannot be exported to ONNX, which the message names; or values of the model's inputs
+            decide which path it takes.
         BundleError: the folder has a model of this name already, or holds a ``config.json`` of another kind.
         PartitionError: the graph has no such point.
     """
@@ -131,7 +135,11 @@ def _write_tail(
     where = graph.point(point)
     if where.index == len(graph.layers):
         raise BundleError("behind the point 'device' there is no tail; cut earlier")
+    check_values_free(graph)
     part = Part.tail(graph, [spec.name for spec in where.tensors])
+    if batches_of(graph) is not None:
+        # Other servers know of a size only whether it is free.
+        part = dataclasses.replace(part, batch_free=False)
     if part.numbers:
         numbers = ", ".join(part.inputs[i].name for i in sorted(part.numbers))
         raise BackendError(
