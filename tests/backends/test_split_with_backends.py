@@ -268,6 +268,47 @@ def test_the_middle_of_a_chain_runs_by_its_backend_once_that_has_built_it(net: n
     registry.close()
 
 
+FACTORS = torch.ones(4)
+
+
+class Reading(nn.Module):
+    """A model that reads a parameter, a plain tensor and one that stands outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.weight, self.plain = nn.Parameter(torch.rand(4, 4)), torch.ones(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.first(x) @ self.weight * self.plain * FACTORS
+        return found
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda model: model.plain.mul_(2),
+        lambda model: FACTORS.mul_(2),
+        lambda model: setattr(model, "weight", nn.Parameter(torch.rand(4, 4))),
+        # Neither is counted by PyTorch.
+        lambda model: model.first.weight.data.mul_(2),
+        lambda model: model.plain.numpy().__imul__(2),
+    ],
+    ids=["a plain tensor", "a tensor outside", "another parameter", "through data", "through NumPy"],
+)
+def test_a_device_alone_notices_every_write_to_what_its_part_holds(write: Callable[[Any], Any]) -> None:
+    model, x, ran = Reading().eval(), torch.rand(2, 4), []
+    with ts.SplitModule(model, x, partition="device", backend="onnxruntime") as split:
+        for _ in range(2):
+            split(x)
+            write(model)
+            for _ in range(2):
+                assert deviation(split(x), model(x)) < 1e-4
+                assert split.last is not None
+                ran.append(split.last.backend)
+    assert ran == ["eager", "onnxruntime"] * 2
+
+
 def test_a_device_alone_builds_its_part_anew_after_its_weights_have_changed(net: nn.Module) -> None:
     spy, ran = Spy(), []
     with ts.SplitModule(net, X, partition="device", backend=spy) as split, torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torchsurgeon.backends.leading import Leading, note_refusal, refused
 from torchsurgeon.backends.part import Part
 from torchsurgeon.errors import BackendError, BackendWarning, short
 from torchsurgeon.models.watching import WatchedWeights
+from torchsurgeon.tracing.reading import plain_tensors
 
 # Of so many kinds of calls it is remembered that they are taken.
 _MOST_KINDS = 64
@@ -32,6 +33,8 @@ class BuiltPart:
         part: the part.
         backend: what runs it.
         said: the reasons of which the user has been told, for all parts of one model together; None to tell none.
+        watch: returns the model's weights, which somebody compares with their bytes from then on. By default only the
+            writes that PyTorch counts are noticed.
 
     Attributes:
         tried: whether building was tried.
@@ -42,8 +45,14 @@ class BuiltPart:
         outdated: whether a call has found that the weights have changed since, so that eager PyTorch runs it.
     """
 
-    def __init__(self, part: Part, backend: Backend, said: set[str] | None) -> None:
-        self.part, self.backend = part, backend
+    def __init__(
+        self,
+        part: Part,
+        backend: Backend,
+        said: set[str] | None,
+        watch: Callable[[], WatchedWeights] | None = None,
+    ) -> None:
+        self.part, self.backend, self._watch = part, backend, watch
         self.tried = self.free_batch = self.outdated = False
         self.reason: str | None = None
         self.rest: str | None = None
@@ -102,7 +111,7 @@ class BuiltPart:
         tensors = tensors if backend.judge is None else backend.judge.example(part)
         tensors = [tensor.detach().clone() for tensor in tensors]
         # Before the weights are read, so that a write during the build is noticed.
-        weights = WatchedWeights(part.segment) if backend.copies_weights else None
+        weights = self._watched() if backend.copies_weights else None
         expected = part.segment(*tensors)
         own = {part.graph.steps[step].name for step in part.segment.steps}
         known = {layer: why for layer, why in refused(part.graph, backend).items() if layer in own}
@@ -122,6 +131,16 @@ class BuiltPart:
         self.rest = leading.layer
         self._example, self._weights, self._run = tensors, weights, run
         return refusal or (None if leading.layer is None else BackendError(known[leading.layer], leading.layer))
+
+    def _watched(self) -> WatchedWeights:
+        part, graph = self.part, self.part.graph
+        if not part.own:
+            # A student's layers are not the model's.
+            return WatchedWeights(part.segment)
+        if self._watch is not None:
+            return self._watch()
+        # Of the whole model, since a part keeps what it was cut with: a parameter that is replaced stays in the part.
+        return WatchedWeights(graph.model, plain_tensors(graph.model, graph.reading).values())
 
     def _built(self, leading: Leading, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> Run:
         """Return what runs the part: for any batch, where that is possible, or else for these shapes."""

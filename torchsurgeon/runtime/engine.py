@@ -75,7 +75,7 @@ class Engine:
     ) -> None:
         self.graph, self.options, self._codec = graph, options, options.codec
         self.local = LocalModel(graph)
-        self.parts = Parts(graph, options.backend)
+        self.parts = Parts(graph, options.backend, self.local.watch)
         self.times = DeviceTimes(self.parts, options.example, options.device_profiles)
         self.servers = Servers(servers, options, self.local, self.times)
         self.servers.free_codec = isinstance(options.codec, Lossless)
@@ -204,6 +204,7 @@ class Engine:
         if fixed is not None and fixed.whole and deadline_s is None:
             uncut = work.uncut() if self._compiles and self._unlike_trace() else None
             if self._compiles and uncut is None:
+                self.local.used()
                 self._compile(fixed)
             return Done(self._device.run(work, time.perf_counter(), self._astray, uncut=uncut))
         if self._closed:
@@ -268,6 +269,9 @@ class Engine:
 
     def _compile(self, way: Way) -> None:
         """Have the parts of a way compiled, if that is due: now, or in the background where backends are chosen."""
+        if not self.parts.ready(way.point, way.student) or self.parts.outdated(way.point, way.student):
+            # What is built now is to be compared with the weights as they are now.
+            self._connector.renew()
         if self.parts.auto is None:
             self.parts.compile(way.point, self.times.example, way.student)
         else:

@@ -101,6 +101,13 @@ class LocalModel:
         """End the thread that watches the weights. Closing twice is harmless."""
         self._patrol.close()
 
+    def watch(self) -> WatchedWeights:
+        """Return the weights of the present epoch, whose bytes a thread compares from now on while they are in use."""
+        weights = self._weights
+        weights.remember()
+        self._patrol.start()
+        return weights
+
     @property
     def weights(self) -> WatchedWeights:
         """The weights of the present epoch. They are another object once a change has been noticed."""

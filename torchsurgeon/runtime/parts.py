@@ -17,6 +17,7 @@ from torchsurgeon.codec.fitted import FittedCodec
 from torchsurgeon.cutting.partition import cut, tail_for
 from torchsurgeon.cutting.segment import Segment
 from torchsurgeon.errors import PartitionError
+from torchsurgeon.models.watching import WatchedWeights
 from torchsurgeon.runtime.auto import AutoBackend
 from torchsurgeon.runtime.compiled import Compiled
 from torchsurgeon.tracing.graph import LayerGraph
@@ -77,7 +78,8 @@ class _Built:
         built: the part as the backend runs it.
         flatten: turns the arguments of a call into the part's tensors; None where these are the arguments.
         result: turns the part's results into what the call returns; None where these are returned, as a tuple.
-        otherwise: answers calls for which the trace does not hold; where it is None, these raise ``TypeError``.
+        otherwise: answers calls for which the trace does not hold, and the one that finds the weights changed; where it
+            is None, the former raise ``TypeError``, and eager PyTorch runs the part for the latter.
     """
 
     def __init__(
@@ -116,6 +118,9 @@ class _Built:
                 raise
             return self._otherwise(*args, **kwargs)
         found = self._built(*tensors)
+        if self._built.outdated and self._otherwise is not None:
+            # The part keeps a parameter that was replaced.
+            return self._otherwise(*args, **kwargs)
         return tuple(found) if self._result is None else self._result(*found)
 
 
@@ -154,19 +159,26 @@ class _Middle:
 class Parts:
     """Heads, middles and tails of a traced model. Thread-safe.
 
+    Args:
+        graph: the traced model.
+        backend: what runs the parts; None for eager PyTorch.
+        watch: as ``BuiltPart`` takes it.
+
     Attributes:
         graph: the traced model.
         input_bytes: the bytes of the example's inputs.
         generation: is another number once parts may have to be built anew.
     """
 
-    def __init__(self, graph: LayerGraph, backend: Backend | None) -> None:
+    def __init__(
+        self, graph: LayerGraph, backend: Backend | None, watch: Callable[[], WatchedWeights] | None = None
+    ) -> None:
         if isinstance(backend, NamedBackend):
             backend.check(graph)
         self.graph = graph
         self.input_bytes = sum(spec.size_bytes for spec in graph.inputs)
         self.generation = 0
-        self._backend = backend
+        self._backend, self._watch = backend, watch
         self._known: dict[Any, Any] = {}
         # Which reasons of the backend the user has been told, for all parts together.
         self._said: set[str] = set()
@@ -205,7 +217,7 @@ class Parts:
 
         def make() -> Run:
             if named is not None:
-                part = BuiltPart(Part.head(graph, graph.points[-1]), named, self._said)
+                part = BuiltPart(Part.head(graph, graph.points[-1]), named, self._said, self._watch)
                 return _Built(part, graph.tensors_of_call, self._build_output, otherwise=graph.model)
             own = self._own
             return graph.model if own is None else own(graph.model)
@@ -231,7 +243,7 @@ class Parts:
 
     def _made_head(self, point: PartitionPoint, named: NamedBackend | None) -> Run:
         if named is not None:
-            part = BuiltPart(Part.head(self.graph, point), named, self._said)
+            part = BuiltPart(Part.head(self.graph, point), named, self._said, self._watch)
             return _Built(part, self.graph.tensors_of_call)
         head, own = cut(self.graph, point).head, self._own
         return head if own is None else own(head)
@@ -240,7 +252,7 @@ class Parts:
         assert student.student is not None
         if named is not None:
             segment = student.student.segment(self.graph, point.index)
-            part = BuiltPart(Part.student(self.graph, point, segment), named, self._said)
+            part = BuiltPart(Part.student(self.graph, point, segment), named, self._said, self._watch)
             return _Built(part, self.graph.tensors_of_call)
         module, own = student.student.module(self.graph, point.index), self._own
         return module if own is None else own(module)
@@ -252,7 +264,7 @@ class Parts:
         def make() -> Tail:
             segment = tail_for(self.graph, names, flat=flat)
             if named is not None:
-                part = BuiltPart(Part.tail(self.graph, names), named, self._said)
+                part = BuiltPart(Part.tail(self.graph, names), named, self._said, self._watch)
                 return Tail(segment, _Built(part, result=None if flat else self._build_output))
             return Tail(segment, None if own is None else own(segment))
 
@@ -295,9 +307,13 @@ class Parts:
         if tail is not None and not tail.tried:
             tail.compile(head(*args, **kwargs) if student is None else self.graph.tensors_of_call(args, kwargs))
 
+    def outdated(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
+        """Return whether a call has found that the weights have changed since head or tail of a point were built."""
+        return _outdated(*self._ends(point, student))
+
     def forget_outdated(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
         """Forget all parts if the weights have changed since head or tail of a point were built; return whether so."""
-        if not _outdated(*self._ends(point, student)):
+        if not self.outdated(point, student):
             return False
         self.clear()
         return True
@@ -325,7 +341,7 @@ class Parts:
                 part = Part.middle(self.graph, names, point)
             except PartitionError:
                 return _passed_on, tuple(self.graph.values[name] for name in names)
-            run = part.segment if named is None else _Middle(BuiltPart(part, named, self._said))
+            run = part.segment if named is None else _Middle(BuiltPart(part, named, self._said, self._watch))
             return run, point.tensors
 
         return self._get(("middle", names, *point.place), make)
