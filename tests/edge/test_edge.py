@@ -294,6 +294,30 @@ def test_a_deadline_that_nothing_can_keep_is_refused(deadline_s: float, bundle: 
             model(X, deadline_s=deadline_s)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_without_a_fallback_no_call_waits_for_a_server_beyond_its_deadline(
+    again: bool, bundle: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edge.open(bundle, server.url, partition="act", fallback="error") as model:
+        if again:
+            assert near(model(X))
+            assert model._server is not None
+            model._server.ready = False
+        waits: list[float] = []
+
+        def silent(*args: Any) -> Any:
+            waits.append(args[-1])
+            raise ts.ServerUnavailableError("no answer")
+
+        monkeypatch.setattr("torchsurgeon.edge.server.fetch", silent)
+        with pytest.raises(ts.ServerUnavailableError):
+            model(X, deadline_s=0.2)
+        with pytest.raises(ts.ServerUnavailableError):
+            model(X)
+    assert 0 < waits[0] <= 0.2
+    assert waits[1] > 0.2
+
+
 def test_a_deadline_that_can_be_kept_is(bundle: Path, server: Server) -> None:
     with edge.open(bundle, server.url) as model:
         assert near(model(X, deadline_s=PATIENCE_S))

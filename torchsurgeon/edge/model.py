@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from torchsurgeon._interrupts import NoThreadError
-from torchsurgeon.adapting import Decision
+from torchsurgeon.adapting import Decision, check_deadline
 from torchsurgeon.edge.bundle import Bundle, BundlePoint, OnnxPart
 from torchsurgeon.edge.choice import Choices
 from torchsurgeon.edge.ends import check_answer, checked_inputs, result_of
@@ -139,27 +139,31 @@ class EdgeModel:
         Raises:
             ServerError: the server could not be made ready, and the device does not answer in its place.
         """
+        self._prepare(_SETUP_S)
+        return self
+
+    def _prepare(self, wait_s: float) -> None:
+        """Do what ``prepare()`` does, and wait for the server's fingerprint for ``wait_s`` at most."""
         self._prepared = True
         server = self._server
         if server is None or self._choices.on_device:
-            return self
+            return
         if not self._falls_back:
             try:
-                server.connect()
+                server.connect(wait_s)
             except TorchSurgeonError as error:
                 server.failed(error)
                 raise
-            return self
+            return
         try:
             task = Task(server.connect)
         except NoThreadError as error:
             server.failed(error)
-            return self
-        if not task.wait(_SETUP_S):
+            return
+        if not task.wait(wait_s):
             server.failed(f"unready: {server.url} is still loading the model, or does not answer")
         elif task.error is not None:
             self._failed(task.error)
-        return self
 
     @property
     def server_failure(self) -> str | None:
@@ -178,7 +182,8 @@ class EdgeModel:
 
         Args:
             *arrays: the inputs in their order.
-            deadline_s: seconds from now within which the answer is due.
+            deadline_s: seconds within which the answer is due. What the first call waits for the server to be made
+                ready does not count where the device answers in its place.
             **named: inputs by name.
 
         Returns:
@@ -190,10 +195,14 @@ class EdgeModel:
             ServerError: the server did not answer, and the device does not answer in its place.
         """
         inputs, batch = checked_inputs(self.bundle, arrays, named)
-        if not self._prepared:
-            self.prepare()
+        if deadline_s is not None:
+            check_deadline(deadline_s, 0.0, "")
+        if self._falls_back and not self._prepared:
+            self._prepare(_SETUP_S)
         call = _Call(inputs, batch, batch / self.bundle.example_batch, time.perf_counter(), deadline_s)
-        row, call.decision, why = self._choose(call.scale)
+        if not self._prepared:
+            self._prepare(_patience_s(call))
+        row, call.decision, why = self._choose(call)
         if deadline_s is not None:
             row = self._choices.within(deadline_s, row, call.scale, split=why is None)
         call.decided_s = time.perf_counter()
@@ -299,7 +308,7 @@ class EdgeModel:
 
     # --- the choice ---
 
-    def _choose(self, scale: float) -> tuple[Row, Decision[Row] | None, str | None]:
+    def _choose(self, call: _Call) -> tuple[Row, Decision[Row] | None, str | None]:
         """Return how to run a call, what that was chosen on, and why it is not split as planned."""
         server = self._server
         if server is None or self._choices.on_device:
@@ -308,8 +317,8 @@ class EdgeModel:
             if not server.usable:
                 return self._choices.device, None, f"nobody: no server to ask, after: {server.failure}"
         elif not server.ready:
-            self.prepare()
-        return *self._choices.choose(scale), None
+            self._prepare(_patience_s(call))
+        return *self._choices.choose(call.scale), None
 
     # --- the parts ---
 
@@ -335,3 +344,10 @@ class EdgeModel:
         found = self._sessions.run(whole, call.inputs, [spec.onnx for spec in outputs])
         self._choices.slowdown.observe(time.perf_counter() - begin_s, self._choices.device.head_s * call.scale)
         return result_of(self.bundle, dict(zip((spec.name for spec in outputs), found, strict=True)))
+
+
+def _patience_s(call: _Call) -> float:
+    """Return how long a call may wait for a server without which it has no answer."""
+    if call.due_s is None:
+        return _SETUP_S
+    return min(max(call.due_s - time.perf_counter(), 1e-6), _SETUP_S)
