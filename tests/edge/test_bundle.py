@@ -68,6 +68,25 @@ def test_a_file_outside_of_the_bundle_is_refused(name: str, copy: Copy, tmp_path
         edge.open(edited(folder, files=files))
 
 
+@pytest.mark.parametrize("name", ["\ud800", "x" * 300, "a/" * 3000])
+def test_a_name_that_no_file_can_have_is_refused(name: str, copy: Copy) -> None:
+    folder = copy()
+    files = {**json.loads((folder / "manifest.json").read_text())["files"], name: {"size_bytes": 1, "sha256": ""}}
+    with pytest.raises(ts.BundleError, match=r"cannot be read|lacks its file"):
+        edge.open(edited(folder, files=files))
+
+
+def test_parts_that_are_not_those_of_the_manifest_are_refused(copy: Copy) -> None:
+    folder = copy()
+    data = json.loads((folder / "manifest.json").read_text())
+    head = next(point["head"] for point in data["points"] if point["head"] is not None)
+    with pytest.raises(ts.BundleError, match=r"heads/1.onnx of the bundle is another part .* does not give 'output'"):
+        edge.open(edited(folder, whole=head))
+    inputs = [{**one, "name": "other"} for one in data["inputs"]]
+    with pytest.raises(ts.BundleError, match=r"whole.onnx of the bundle is another part .* it takes 'x'"):
+        edge.open(edited(folder, whole=data["whole"], inputs=inputs))
+
+
 def test_a_link_that_leads_outside_is_refused(copy: Copy, tmp_path: Path) -> None:
     folder = copy()
     outside = tmp_path / "outside.onnx"
@@ -92,6 +111,8 @@ def test_a_part_that_is_not_listed_is_refused(copy: Copy) -> None:
         ({"points": [{}]}, "has no field 'layers'"),
         ({"inputs": [3]}, "holds a wrong value"),
         ({"name": 3}, "holds a wrong value: 3 must be a text"),
+        ({"inputs": []}, "a model without inputs or outputs"),
+        ({"outputs": []}, "a model without inputs or outputs"),
         ({"batches": [[1]]}, "holds a wrong value"),
         ({"example_batch": -1}, "holds a wrong value: -1 must be a whole number"),
     ],

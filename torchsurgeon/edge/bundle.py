@@ -253,6 +253,8 @@ def read(folder: str | Path) -> Bundle:
             raise
         what = f"has no field {short(error)}" if isinstance(error, KeyError) else f"holds a wrong value: {short(error)}"
         raise BundleError(f"{short(path)} {what}; {_AGAIN}") from None
+    if not found.inputs or not found.outputs:
+        raise BundleError(f"{short(path)} tells of a model without inputs or outputs; {_AGAIN}")
     used = [*(part.file for part in found.parts), *(codec.file for codec in found.codecs)]
     missing = next((file for file in used if file not in files), None)
     if missing is not None:
@@ -277,28 +279,40 @@ def _checked_files(folder: Path, data: Mapping[str, Any]) -> set[str]:
     if not isinstance(listed, dict):
         raise BundleError(f"{short(folder / MANIFEST)} has no list of files; {_AGAIN}")
     for name in (*listed, *(one for one in (FRONTIER, FINGERPRINT) if one not in listed)):
-        path = PurePosixPath(name)
-        inside = name and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
-        if not inside or not (folder / path).resolve().is_relative_to(folder.resolve()):
-            raise BundleError(f"the files of a bundle must lie inside of it; {MANIFEST} lists {short(name, 100)}")
-        said = listed.get(name)
-        if not isinstance(said, dict):
-            raise BundleError(f"{MANIFEST} must tell size and SHA-256 of {short(name, 100)}; {_AGAIN}")
-        there = folder / path
-        if not there.is_file():
-            raise BundleError(f"the bundle {short(folder, 100)} lacks its file {name}; copy the whole folder again")
-        size = there.stat().st_size
-        if size != said.get("size_bytes"):
+        try:
+            _check_file(folder, name, listed.get(name))
+        except (OSError, ValueError) as error:
+            if isinstance(error, BundleError):
+                raise
+            # One that may not be read, or a name that no file can have.
             raise BundleError(
-                f"{name} of the bundle {short(folder, 100)} must have {short(said.get('size_bytes'), 30)} bytes; got "
-                f"{size}; copy it again"
-            )
-        if digest_of(there) != said.get("sha256"):
-            raise BundleError(
-                f"{name} of the bundle {short(folder, 100)} has not the SHA-256 that the manifest tells: it was "
-                "damaged or edited; copy it again"
-            )
+                f"{short(name, 100)} of the bundle {short(folder, 100)} cannot be read: {short(error, 100)}"
+            ) from None
     return set(listed)
+
+
+def _check_file(folder: Path, name: str, said: Any) -> None:
+    """Check that a file lies in the bundle, and is as the manifest says."""
+    path = PurePosixPath(name)
+    inside = name and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
+    if not inside or not (folder / path).resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"the files of a bundle must lie inside of it; {MANIFEST} lists {short(name, 100)}")
+    if not isinstance(said, dict):
+        raise BundleError(f"{MANIFEST} must tell size and SHA-256 of {short(name, 100)}; {_AGAIN}")
+    there = folder / path
+    if not there.is_file():
+        raise BundleError(f"the bundle {short(folder, 100)} lacks its file {name}; copy the whole folder again")
+    size = there.stat().st_size
+    if size != said.get("size_bytes"):
+        raise BundleError(
+            f"{name} of the bundle {short(folder, 100)} must have {short(said.get('size_bytes'), 30)} bytes; got "
+            f"{size}; copy it again"
+        )
+    if digest_of(there) != said.get("sha256"):
+        raise BundleError(
+            f"{name} of the bundle {short(folder, 100)} has not the SHA-256 that the manifest tells: it was damaged or "
+            "edited; copy it again"
+        )
 
 
 def _spec(data: Mapping[str, Any]) -> ArraySpec:

@@ -325,11 +325,14 @@ class EdgeModel:
     def _load(self) -> None:
         """Load the parts that calls may need, so that none waits for it."""
         rows = [] if self._server is None else self._choices.rows
-        heads = [head for row in rows if not row.on_device for head in self._choices.heads_of(row)]
-        whole = [self.bundle.whole] if self._falls_back or any(row.on_device for row in self._choices.rows) else []
-        for part in (*heads, *whole):
+        split = [row for row in rows if not row.on_device]
+        parts = [(head, self._choices.point_of(row).tensors) for row in split for head in self._choices.heads_of(row)]
+        if self._falls_back or any(row.on_device for row in self._choices.rows):
+            parts.append((self.bundle.whole, self.bundle.outputs))
+        taken = [spec.name for spec in self.bundle.inputs]
+        for part, results in parts:
             if part is not None:
-                self._sessions.load(part)
+                self._sessions.prepare(part, taken, [spec.onnx for spec in results])
 
     def _boundary(self, point: BundlePoint, head: OnnxPart | None, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if head is None:

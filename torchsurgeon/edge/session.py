@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from torchsurgeon._allocator import give_freed_memory_back
 from torchsurgeon.edge.bundle import OnnxPart
-from torchsurgeon.errors import BackendError, short
+from torchsurgeon.errors import BackendError, BundleError, short
 
 # The first release that reads what is exported: IR version 10, and with it every opset up to 21.
 _OLDEST = (1, 18)
@@ -44,6 +44,27 @@ class Sessions:
                 if found is None:
                     found = self._sessions[part.file] = open_session(self._folder / part.file, self._threads)
         return found
+
+    def prepare(self, part: OnnxPart, taken: Collection[str], given: Collection[str]) -> None:
+        """Load a part, and check that it is one of the bundle's model.
+
+        Args:
+            part: the part.
+            taken: the names of the model's inputs.
+            given: the names under which its file must have its outputs.
+
+        Raises:
+            BundleError: it takes other arrays, or gives others.
+            BackendError: as ``load()`` raises it.
+        """
+        session = self.load(part)
+        strange = [one.name for one in session.get_inputs() if one.name not in taken]
+        missing = sorted(set(given) - {one.name for one in session.get_outputs()})
+        if strange or missing:
+            what = f"takes {short(strange[0], 60)}" if strange else f"does not give {short(missing[0], 60)}"
+            raise BundleError(
+                f"{part.file} of the bundle is another part than the manifest says: it {what}; export the bundle again"
+            )
 
     def run(
         self, part: OnnxPart, arrays: Mapping[str, np.ndarray[Any, Any]], names: Sequence[str]
