@@ -293,6 +293,18 @@ def test_answers_that_deviate_are_not_used(net: nn.Module) -> None:
     assert torch.equal(made(X)[0], made.part.segment(X)[0])
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_nan_is_passed_on_as_by_pytorch(name: str) -> None:
+    graph = ts.trace(nn.Sequential(nn.MaxPool1d(2), nn.ReLU()).eval(), torch.rand(1, 2, 8))
+    part = Part.head(graph, graph.points[-1])
+    made = built(part, name, [torch.rand(1, 2, 8)])
+    x = torch.rand(1, 2, 8)
+    x[0, 1, 2] = torch.nan
+    assert not made.takes([x])
+    assert made.takes([x.nan_to_num()])
+    assert torch.equal(made(x)[0].isnan(), part.segment(x)[0].isnan())
+
+
 def test_changed_weights_are_followed_in_eager(net: nn.Module) -> None:
     graph = ts.trace(net, X)
     made = built(Part.head(graph, graph.point("stem")), "onnxruntime", [X])

@@ -18,6 +18,7 @@ class Aot(Backend):
 
     name = "aot"
     device = "where the weights are"
+    keeps_nan = True
 
     def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:
         """Compile the part into a package, and load it."""

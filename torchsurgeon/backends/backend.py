@@ -31,6 +31,8 @@ class Backend(abc.ABC):
         free_batch: whether what it builds may take other batch sizes than the example's.
         copies_weights: whether what it builds holds the weights as they were then, and so must not be used once they
             have changed.
+        keeps_nan: whether it passes NaN on as PyTorch does. Others leave it out of a maximum, so calls with NaN run in
+            eager PyTorch.
         packages: the modules that it imports.
         extra: the extra of torchsurgeon that installs these, or several with commas between them.
         calibrates: whether what it builds is set up on a sample of the user's, and so needs one.
@@ -53,6 +55,7 @@ class Backend(abc.ABC):
     tolerance: float = 1e-4
     free_batch: bool = True
     copies_weights: bool = True
+    keeps_nan: bool = False
     packages: tuple[str, ...] = ()
     extra: str = ""
     calibrates: bool = False

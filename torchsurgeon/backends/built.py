@@ -26,8 +26,8 @@ _MOST_KINDS = 64
 class BuiltPart:
     """A part that runs by a backend once ``build()`` was called, and in eager PyTorch before that.
 
-    It also runs in eager PyTorch for calls that what was built does not take: other shapes, other numbers, and any call
-    after the weights have changed. So no call waits for a compiler without having asked for it. Thread-safe.
+    It also runs in eager PyTorch for calls that what was built does not take: other shapes, other numbers, NaN, and any
+    call after the weights have changed. So no call waits for a compiler without having asked for it. Thread-safe.
 
     Args:
         part: the part.
@@ -181,6 +181,8 @@ class BuiltPart:
                 return False
             if len(self._taken) < _MOST_KINDS:
                 self._taken.add(kinds)
+        if not self.backend.keeps_nan and any(map(_holds_nan, tensors)):
+            return False
         return all(torch.equal(tensors[i], self._example[i]) for i in self.part.numbers)
 
     def _fits(self, tensors: Sequence[Tensor]) -> bool:
@@ -203,6 +205,14 @@ class BuiltPart:
             if batch < 1 or tuple(tensor.shape) != spec.at_batch(batch):
                 return False
         return True
+
+
+def _holds_nan(tensor: Tensor) -> bool:
+    """Return whether a tensor holds NaN; now and then also where it holds both infinities."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    total = tensor.detach().sum()
+    return bool((total != total).item())
 
 
 def check(part: Part, backend: Backend, run: Run, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -18,6 +18,7 @@ class Eager(Backend):
     keeps_bits = True
     tolerance = 0.0
     copies_weights = False
+    keeps_nan = True
 
     def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:
         """Return the part itself."""

@@ -28,6 +28,7 @@ class Inductor(Backend):
     device = "where the weights are"
     free_batch = False
     copies_weights = False
+    keeps_nan = True
     compiler = "inductor"
 
     def build(self, part: Part, example: Sequence[Tensor], *, free_batch: bool) -> Run:

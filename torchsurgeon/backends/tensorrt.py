@@ -23,6 +23,7 @@ class TensorRT(Inductor):
     device = "cuda"
     tolerance = 1e-2  # TensorRT multiplies in TF32
     copies_weights = True
+    keeps_nan = False
     packages = ("torch_tensorrt",)
     compiler = "torch_tensorrt"
 
