@@ -20,6 +20,7 @@ import torchsurgeon as ts
 from torchsurgeon import cli, edge
 from torchsurgeon.accuracy import Budget
 from torchsurgeon.backends import Backend, find_backend
+from torchsurgeon.backends.onnxruntime import OnnxRuntime
 from torchsurgeon.codec import CodecCost, CodecRow, CodecTable
 from torchsurgeon.export import best_points, export_bundle, export_openvino, export_triton
 
@@ -118,6 +119,25 @@ def test_a_tail_for_other_servers_takes_one_batch_size_where_the_model_does_not_
     assert "dims: [ 2, 4 ]" in (export_triton(graph, tmp_path, point="server") / "config.pbtxt").read_text()
     graph, _ = traced(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.rand(2, 4))
     assert "dims: [ -1, 4 ]" in (export_triton(graph, tmp_path, point=1, name="alike") / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_weights_that_change_while_a_bundle_is_written_are_noticed(
+    counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    graph, costs = traced(model, torch.rand(2, 4))
+    write = OnnxRuntime.write
+
+    def trained(self: OnnxRuntime, *args: Any, **kwargs: Any) -> None:
+        write(self, *args, **kwargs)
+        with torch.no_grad():
+            (model[1].weight if counted else model[1].weight.data).mul_(2)
+
+    monkeypatch.setattr(OnnxRuntime, "write", trained)
+    with pytest.raises(ts.BundleError, match="written to while the bundle was made"):
+        export_bundle(graph, tmp_path / "bundle", points=[1], whole=False, **costs)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_holds_something_and_a_point_without_a_tail_are_refused(tmp_path: Path) -> None:

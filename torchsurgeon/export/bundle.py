@@ -33,6 +33,7 @@ from torchsurgeon.export.fitted import checked_fitted, on_arrays, write_fitted
 from torchsurgeon.export.parts import array_specs, write_part
 from torchsurgeon.export.premises import batches_of, check_values_free
 from torchsurgeon.link.rates import PRESETS
+from torchsurgeon.models.watching import WatchedWeights
 from torchsurgeon.models.weights import weight_digests
 from torchsurgeon.planning import Frontier
 from torchsurgeon.planning.costs import CostTable
@@ -41,6 +42,7 @@ from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.profiling import LayerProfile, example_inputs
 from torchsurgeon.runtime.handshake import fingerprint_of
 from torchsurgeon.tracing.graph import LayerGraph
+from torchsurgeon.tracing.reading import plain_tensors
 from torchsurgeon.tracing.specs import PartitionPoint
 
 BACKENDS = ("onnxruntime", "onnxruntime:int8")
@@ -114,7 +116,7 @@ def export_bundle(
             budget=…)`` for whole numbers of 8 bits. A part that does not keep the budget in these stays in float32.
 
     Raises:
-        BundleError: the folder holds something else, or there are no points.
+        BundleError: the folder holds something else, there are no points, or the weights change meanwhile.
         BackendError: a layer cannot be exported to ONNX, which the message names; values of the model's inputs decide
             which path it takes; or the backend is another one, or lacks a sample and a budget.
         CodecError: the backend's sample does not fit the model, or is too small for its budget; or a fitted codec is of
@@ -134,6 +136,9 @@ def export_bundle(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"a bundle is written to a new or empty folder; {short(folder)} holds something already")
     fitted = checked_fitted(graph, chosen, fitted)
+    # Before the first part is written, so that a write in between is noticed.
+    weights = WatchedWeights(graph.model, plain_tensors(graph.model, graph.reading).values())
+    weights.remember()
     example = example_inputs(graph) if inputs is None else [tensor.detach().cpu() for tensor in inputs]
     taken = array_specs(graph.inputs, [spec.name for spec in graph.inputs])
     every = Part.head(graph, graph.points[-1])
@@ -168,6 +173,11 @@ def export_bundle(
         costs, left_out = _costs(graph, chosen, device, server, codecs, {one.name for one in fitted})
         _json_file.write(made / FRONTIER, costs.to_json(), BundleError)
         fingerprint = fingerprint_of(graph, weight_digests(graph.model, graph.reading))
+        if not weights.same_in_full():
+            raise BundleError(
+                "weights of the model were written to while the bundle was made, so its parts may differ; export it "
+                "when they stay the same"
+            )
         _json_file.write(made / FINGERPRINT, to_json(fingerprint), BundleError)
         files: dict[str, dict[str, Any]] = {
             path.relative_to(made).as_posix(): {"size_bytes": path.stat().st_size, "sha256": digest_of(path)}
