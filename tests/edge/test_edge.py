@@ -383,6 +383,25 @@ def test_points_codecs_and_words_that_do_not_exist_are_refused(bundle: Path, ser
         edge.open(bundle, server.url, link="no such link")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"timeout_s": math.nan}, ts.AdaptError, "timeout_s must be a positive number of seconds; got nan"),
+        ({"timeout_s": "5"}, ts.AdaptError, "timeout_s must be a positive number of seconds; got '5'"),
+        ({"timeout_s": 0}, ts.AdaptError, "timeout_s must be a positive number of seconds; got 0"),
+        ({"threads": 0}, ts.BackendError, "threads must be a whole number from 1 on; got 0"),
+        ({"threads": 2.5}, ts.BackendError, r"threads must be a whole number from 1 on; got 2\.5"),
+        ({"codec": 3}, ts.CodecError, "codec must be the name of a codec; got 3"),
+        ({"link": 3}, ts.LinkError, "link must be a Link or the name of one; got 3"),
+    ],
+)
+def test_options_that_are_no_such_values_are_refused_at_once(
+    options: dict[str, Any], error: type[Exception], said: str, bundle: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        edge.open(bundle, "http://127.0.0.1:9", **options)
+
+
 # --- without PyTorch ---
 
 _ALONE = (

@@ -16,7 +16,7 @@ from torchsurgeon.edge.message import ArrayTransport
 from torchsurgeon.edge.model import EdgeModel
 from torchsurgeon.edge.server import EdgeServer
 from torchsurgeon.edge.session import Sessions
-from torchsurgeon.errors import BundleError, short
+from torchsurgeon.errors import AdaptError, BackendError, BundleError, CodecError, LinkError, is_finite, short
 from torchsurgeon.link import Link
 from torchsurgeon.planning.objective import Objective
 
@@ -65,9 +65,10 @@ def open(
         BackendError: ONNX Runtime is missing, too old, or does not take a part.
         PartitionError: the bundle has no such point.
         CodecError: neither a device without PyTorch nor the bundle has such a codec.
+        AdaptError: ``timeout_s`` is not a positive number.
+        LinkError: there is no such link.
     """
-    if fallback not in ("local", "error"):
-        raise BundleError(f"fallback must be 'local' or 'error'; got {short(fallback)}")
+    _check(fallback, codec, link, timeout_s, threads)
     bundle = read(folder)
     transport = ArrayTransport(server, timeout_s) if isinstance(server, str) else server
     limit = max(_LEAST_ANSWER_BYTES, _ANSWER_FACTOR * bundle.costs.answer_bytes)
@@ -85,3 +86,17 @@ def open(
         codec=codec,
         timeout_s=timeout_s,
     )
+
+
+def _check(fallback: object, codec: object, link: object, timeout_s: float, threads: object) -> None:
+    """Raise where an option is none of its values, which would otherwise show only when a server is asked."""
+    if fallback not in ("local", "error"):
+        raise BundleError(f"fallback must be 'local' or 'error'; got {short(fallback)}")
+    if codec is not None and not isinstance(codec, str):
+        raise CodecError(f"codec must be the name of a codec; got {short(codec)}")
+    if link is not None and not isinstance(link, str | Link):
+        raise LinkError(f"link must be a Link or the name of one; got {short(link)}")
+    if not (is_finite(timeout_s) and timeout_s > 0):
+        raise AdaptError(f"timeout_s must be a positive number of seconds; got {short(timeout_s)}")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise BackendError(f"threads must be a whole number from 1 on; got {short(threads)}")
