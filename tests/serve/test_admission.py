@@ -223,19 +223,19 @@ def test_requests_that_are_stopped_at_their_deadlines_are_refused_at_once_then(
 ) -> None:
     requests = QuickRequests()
     monkeypatch.setattr(served(server).intake, "_quick", requests)
-    tried = begin(server, **{"Torchsurgeon-Deadline-S": "0.5"})
+    tried = begin(server, **{"Torchsurgeon-Deadline-S": "1.5"})
     assert BEGUN.acquire(timeout=20)
-    time.sleep(0.6)
+    time.sleep(1.6)
     held.set()
     assert "deadline passed" in end(tried)[2]["error"]
     # The next one is tried, and ends in the time that it has left.
     held.clear()
-    tried = begin(server, **{"Torchsurgeon-Deadline-S": "0.4"})
+    tried = begin(server, **{"Torchsurgeon-Deadline-S": "1.2"})
     assert BEGUN.acquire(timeout=20)
-    time.sleep(0.5)
+    time.sleep(1.3)
     held.set()
     assert "deadline passed" in end(tried)[2]["error"]
-    assert "cannot answer within" in end(begin(server, **{"Torchsurgeon-Deadline-S": "0.55"}))[2]["error"]
+    assert "cannot answer within" in end(begin(server, **{"Torchsurgeon-Deadline-S": "1.55"}))[2]["error"]
 
 
 def test_how_long_a_request_waits_is_estimated_from_those_before() -> None:
