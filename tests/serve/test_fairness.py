@@ -189,22 +189,26 @@ def test_accounts_are_bounded_and_end_when_nothing_waits() -> None:
     assert not queue._finish_s
 
 
+class Group:
+    """What a worker asks of jobs that run together: up to four of a kind, and each as long as the others."""
+
+    def limit(self, kind: object) -> int:
+        return 4
+
+    def limit_of_several(self) -> int:
+        return 4
+
+    def joins(self, kind: object, other: object) -> bool:
+        return False
+
+    def weights(self, loads: Any) -> list[float]:
+        return [1.0] * len(loads)
+
+
 def test_a_batch_takes_requests_of_several_clients_each_in_its_turn() -> None:
     taken: list[list[str]] = []
 
-    class Together:
-        def limit(self, kind: object) -> int:
-            return 4
-
-        def limit_of_several(self) -> int:
-            return 4
-
-        def joins(self, kind: object, other: object) -> bool:
-            return False
-
-        def weights(self, loads: Any) -> list[float]:
-            return [1.0] * len(loads)
-
+    class Together(Group):
         def answer_together(self, loads: Any) -> list[Any]:
             taken.append(list(loads))
             return list(loads)
@@ -226,20 +230,8 @@ def test_a_batch_takes_requests_of_several_clients_each_in_its_turn() -> None:
     assert taken == [["a0", "b0", "c0", "a1"], ["b1", "a2", "a3", "a4"]]
 
 
-class Failing:
+class Failing(Group):
     """A group of jobs that raises what it is told to, for one of them or for all."""
-
-    def limit(self, kind: object) -> int:
-        return 4
-
-    def limit_of_several(self) -> int:
-        return 4
-
-    def joins(self, kind: object, other: object) -> bool:
-        return False
-
-    def weights(self, loads: Any) -> list[float]:
-        return [1.0] * len(loads)
 
     def answer_together(self, loads: Sequence[Any]) -> list[Any]:
         time.sleep(0.01)

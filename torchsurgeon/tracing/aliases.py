@@ -25,7 +25,7 @@ _MOST_KNOWN = 256
 
 
 class Aliases:
-    """What ``steps`` share memory with in the example, where that counts.
+    """Which steps shared memory with what they read in the example, where the model overwrites that memory later.
 
     Args:
         steps: the traced program, settled.
@@ -83,13 +83,13 @@ class Aliases:
         try:
             dry_run(self._needed, values, self._source)
         except Exception as error:
-            return f"what the model overwrites in tensors of this form is not known ({error}); {end}"
+            return f"it is not known what the model overwrites in tensors of this form ({error}); {end}"
         for (index, used), shared in self._pairs.items():
             if bool(_memory(values[index]) & _memory(values[used])) is not shared:
-                how = "copies" if shared else "shares"
+                how = "copies its tensor" if shared else "shares the memory of its tensor"
                 return (
-                    f"with tensors of these sizes and this layout in memory, {self._steps[index].name!r} {how} what it "
-                    f"did not in the example, and the model overwrites that; {end}"
+                    f"with tensors of these sizes and this layout in memory, {self._steps[index].name!r} {how}, unlike "
+                    f"in the example, and the model overwrites one of the two afterwards; {end}"
                 )
         return ""
 
