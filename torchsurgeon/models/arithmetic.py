@@ -289,7 +289,7 @@ def _absent() -> None:
 
 
 _SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (
-    ("deterministic_algorithms", torch.are_deterministic_algorithms_enabled),
+    ("deterministic_algorithms", _c("_get_deterministic_algorithms")),
     ("default_dtype", torch.get_default_dtype),
     ("mkldnn.enabled", _c("_get_mkldnn_enabled")),
     ("mkldnn.deterministic", _c("_get_mkldnn_deterministic")),

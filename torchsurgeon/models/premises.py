@@ -25,6 +25,7 @@ from torchsurgeon.tracing.replaced import functions_of_pytorch
 from torchsurgeon.tracing.source import is_library_code, is_library_module
 
 _ABSENT = object()
+_flat = itertools.chain.from_iterable
 _OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What ``module.compile()`` assigns; a module that has it calls that instead of its code.
@@ -37,16 +38,19 @@ REMEDY = "take that back, or call prepare() on the SplitModule, which traces the
 
 
 class _Group(NamedTuple):
-    """The parts of many owners that have the same names. A single ``map`` reads them, faster than a loop."""
+    """The parts of many owners that have the same names. A single ``map`` reads them, faster than a loop.
+
+    Attributes:
+        read: returns the parts of one owner.
+        several: whether it returns several, in a tuple.
+        owners: the owners.
+        values: what it returned for each of them when the model was read.
+    """
 
     read: Callable[[Any], Any]
     several: bool
     owners: list[Any]
     values: list[Any]
-
-    def flat(self, single: Iterable[Any]) -> Iterable[Any]:
-        """Return one value after the other, of what ``read`` returned for each owner."""
-        return itertools.chain.from_iterable(single) if self.several else single
 
 
 class Premises:
@@ -86,14 +90,12 @@ class Premises:
         self._object_paths = {key: path for key, (path, _) in objects.items()}
         self._owners = [*self._modules, *_own_classes(self._classes), *(one for _, one in objects.values())]
         self._own: list[Mapping[str, Any]] = [vars(owner) for owner in self._owners]
-        self._sizes = list(map(len, self._own))
         self._keys = list(map(tuple, self._own))
         # Code may ask whether a parameter or buffer is there. Which tensor it is concerns the weights, so none is kept.
         tables = [(one, table) for one in self._modules for table in (one._parameters, one._buffers)]
         self._tensor_tables = [(module, table, _present(table)) for module, table in tables]
         self._tensorless = [table for _, table in tables if not table]
-        self._tensor_names = [table for _, table in tables if table]
-        self._tensor_counts = list(map(len, self._tensor_names))
+        self._sized = [*self._own, *(table for _, table in tables if table)]
         self._keep_hooks()
         self._keep_parts()
 
@@ -128,9 +130,9 @@ class Premises:
         users = [part for part in self._plain if not type(part.holder).__module__.startswith("torch.nn.")]
         users = [part for part in users if part.key != "training"]
         self._typed_groups = _groups([part for part in users if isinstance(part.value, (int, float))])
-        self._types = list(self._types_now())
-        # The values in one line, so that a single ``map`` compares them by identity.
-        self._objects = list(self._objects_now())
+        self._equals = [*self._classes, *map(len, self._sized), *self._children]
+        self._equals += [*_flat(group.values for group in self._plain_groups), *self._types_now()]
+        self._objects = self._objects_now()
         held = [part for part in self._reading.parts if isinstance(part.value, (*_CHANGEABLE, dict))]
         held = [part for part in held if len(part.value) <= _MOST_ELEMENTS]
         self._containers = [(part, _contents(part.value)) for part in held]
@@ -154,60 +156,54 @@ class Premises:
 
     def hold(self) -> bool:
         """Return whether everything is the very same. It is called at every inference."""
-        return (
-            not any(self._empty)
-            and list(map(type, self._modules)) == self._classes
-            and list(map(len, self._own)) == self._sizes
-            and list(map(len, self._tensor_names)) == self._tensor_counts
-            and self._same_values()
-            and self._same_objects()
-            and self._arrays.same()
-            and list(map(tuple, self._hooked)) == self._hooks
-            and self._children_now() == self._children
-        )
-
-    def _same_values(self) -> bool:
         try:
-            for read, _, owners, values in self._plain_groups:
-                if list(map(read, owners)) != values:
-                    return False
-            if list(self._types_now()) != self._types:
-                return False
+            return (
+                not any(self._empty)
+                and self._equals_now() == self._equals
+                and self._same_objects()
+                and (not self._containers or self._same_elements())
+                and self._arrays.same()
+                and (not self._hooked or list(map(tuple, self._hooked)) == self._hooks)
+            )
         except Exception as error:
             if by_signal_handler(error):
                 raise
-            # An attribute is gone, or is a tensor now, whose comparison is a tensor.
+            # An attribute is gone, or is a tensor now, whose comparison is a tensor; a cell is empty; or another thread
+            # changes a dict at this moment.
             return False
-        return True
+
+    def _equals_now(self) -> list[Any]:
+        """Return what is compared by its value, in one list, which takes the least time to make and to compare."""
+        now = [*map(type, self._modules), *map(len, self._sized), *_flat(self._child_views)]
+        for read, _, owners, _ in self._plain_groups:
+            now += map(read, owners)
+        return now + self._types_now()
+
+    def _types_now(self) -> list[type]:
+        now: list[type] = []
+        for read, several, owners, _ in self._typed_groups:
+            now += map(type, _flat(map(read, owners)) if several else map(read, owners))
+        return now
 
     def _same_objects(self) -> bool:
-        try:
-            if not all(map(operator.is_, self._objects_now(), self._objects)):
-                return False
-            if not self._containers:
-                return True
-            sizes = sum(map(len, self._lists)) + 2 * sum(map(len, self._dicts))
-            return sizes == len(self._elements) and all(map(operator.is_, self._elements_now(), self._elements))
-        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-            if by_signal_handler(error):
-                raise
-            # An attribute is gone, a cell is empty, or another thread changes a dict at this moment.
-            return False
+        now = self._objects_now()
+        return len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
 
-    def _types_now(self) -> Iterable[type]:
-        return map(
-            type,
-            itertools.chain.from_iterable(group.flat(map(group.read, group.owners)) for group in self._typed_groups),
-        )
+    def _same_elements(self) -> bool:
+        sizes = sum(map(len, self._lists)) + 2 * sum(map(len, self._dicts))
+        return sizes == len(self._elements) and all(map(operator.is_, self._elements_now(), self._elements))
 
-    def _objects_now(self) -> Iterable[Any]:
-        return itertools.chain.from_iterable(group.flat(map(group.read, group.owners)) for group in self._other_groups)
+    def _objects_now(self) -> list[Any]:
+        now: list[Any] = []
+        for read, several, owners, _ in self._other_groups:
+            now += _flat(map(read, owners)) if several else map(read, owners)
+        return now
 
     def _elements_now(self) -> Iterable[Any]:
-        return itertools.chain.from_iterable([*self._lists, *self._dicts, *map(dict.values, self._dicts)])
+        return _flat([*self._lists, *self._dicts, *map(dict.values, self._dicts)])
 
     def _children_now(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(self._child_views))
+        return list(_flat(self._child_views))
 
     # --- what has changed ---
 

@@ -111,8 +111,7 @@ class Snapshot:
         self.tensors = tuple(given.values())
         self._counted = [tensor for tensor in given.values() if not tensor.is_inference()]
         self._placed = [one for one in given.values() if one.layout is torch.strided and not _is_wrapper(one)]
-        self._versions = list(map(_VERSION, self._counted))
-        self._places = list(map(Tensor.data_ptr, self._placed))
+        self._numbers = [*map(_VERSION, self._counted), *map(_PLACE, self._placed)]
 
     def same_weights(self) -> bool:
         """Return whether every weight is the same tensor in the same place, not written to since.
@@ -121,9 +120,8 @@ class Snapshot:
         """
         return (
             self._same_tensors()
-            and list(map(_VERSION, self._counted)) == self._versions
-            and list(map(Tensor.data_ptr, self._placed)) == self._places
-            and all(table.get(key) is value for table, key, value in self._packed)
+            and [*map(_VERSION, self._counted), *map(_PLACE, self._placed)] == self._numbers
+            and (not self._packed or all(table.get(key) is value for table, key, value in self._packed))
         )
 
     def _same_tensors(self) -> bool:
@@ -131,14 +129,16 @@ class Snapshot:
         # compared by value, which raises unless they have one element, so those are compared by identity.
         now = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         try:
-            return now == self._tensors and all(map(operator.is_, map(now.__getitem__, self._single), self._singles))
+            if now != self._tensors:
+                return False
+            return not self._single or all(map(operator.is_, map(now.__getitem__, self._single), self._singles))
         except Exception as error:
             if by_signal_handler(error):
                 raise
             return False
 
 
-_VERSION = operator.attrgetter("_version")
+_VERSION, _PLACE = operator.attrgetter("_version"), Tensor.data_ptr
 _BATCH_NORM = nn.modules.batchnorm._NormBase
 
 

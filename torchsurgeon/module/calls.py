@@ -68,7 +68,7 @@ class Calls(Wrapped):
         if self._engine.changes.noticed and deadline_s is None:
             self._replace_engine(self.model, wanted=False)
         engine = self._engine
-        return without_gradients(lambda: engine.run(ModelCall(engine.parts, args, kwargs), deadline_s))
+        return without_gradients(engine.run, ModelCall(engine.parts, args, kwargs), deadline_s)
 
     def map(self, calls: Iterable[Any], depth: int = 4) -> Iterator[Any]:
         """Yield the answers to ``calls``, in their order, while up to ``depth`` of them are in flight.
@@ -135,7 +135,7 @@ class Calls(Wrapped):
             self._replace_engine(self.model, wanted=False)
         engine = self._engine
         # Copied, because a camera's buffer may hold the next frame before this one has been sent.
-        args, kwargs = without_gradients(lambda: with_tensors(same_layout, (args, dict(kwargs))))
+        args, kwargs = without_gradients(with_tensors, same_layout, (args, dict(kwargs)))
         work = ModelCall(engine.parts, args, kwargs)
         return functools.partial(engine.started, work, deadline_s, in_flight=in_flight)
 
@@ -158,7 +158,7 @@ class Calls(Wrapped):
         """
         engine = self._engine
         engine.parts.tail(names, flat=True)
-        return without_gradients(lambda: tuple(engine.run(TailCall(engine.parts, names, tensors))))
+        return tuple(without_gradients(engine.run, TailCall(engine.parts, names, tensors)))
 
     def deadline(self, deadline_s: float | None) -> AbstractContextManager[None]:
         """Give the calls within this context a deadline, instead of the constructor's.

@@ -107,8 +107,12 @@ class Learner:
             self._parts.compile(way.point, self._times.example, way.student)
 
     def _due(self) -> bool:
-        lacking = any(peer.profiles.lacking for peer in self._servers.peers)
-        return (lacking and self._servers.chooses) or bool(self._missing())
+        if self._measures and self._missing():
+            return True
+        for peer in self._servers.peers:
+            if peer.profiles.lacking and self._servers.chooses:
+                return True
+        return False
 
     def _missing(self) -> list[Backend]:
         """Return the backends of this device of which it is not known yet what they take."""

@@ -179,6 +179,9 @@ class Parts:
         self.input_bytes = sum(spec.size_bytes for spec in graph.inputs)
         self.generation = 0
         self._backend, self._watch = backend, watch
+        # Every call asks what the backend is, and the class of one is an abstract one, which takes long to tell.
+        self._auto = backend if isinstance(backend, AutoBackend) else None
+        self._named = backend if isinstance(backend, NamedBackend) else None
         self._known: dict[Any, Any] = {}
         # Which reasons of the backend the user has been told, for all parts together.
         self._said: set[str] = set()
@@ -191,19 +194,19 @@ class Parts:
     @property
     def exported(self) -> bool:
         """Whether even the whole model runs as it was traced, and not by the model's own code."""
-        return isinstance(self._backend, NamedBackend | AutoBackend)
+        return self._named is not None or self._auto is not None
 
     @property
     def auto(self) -> AutoBackend | None:
         """What chooses the backend of each part; None where there is no choice."""
-        return self._backend if isinstance(self._backend, AutoBackend) else None
+        return self._auto
 
     @property
     def backends(self) -> tuple[NamedBackend, ...]:
         """The backends of torchsurgeon that may run parts, besides eager PyTorch."""
-        if isinstance(self._backend, AutoBackend):
-            return tuple(self._backend.candidates.values())
-        return (self._backend,) if isinstance(self._backend, NamedBackend) else ()
+        if self._auto is not None:
+            return tuple(self._auto.candidates.values())
+        return () if self._named is None else (self._named,)
 
     def clear(self) -> None:
         """Forget all parts, so that they are cut again; for a model whose tensors were replaced."""
@@ -334,7 +337,7 @@ class Parts:
         Tensors that lie beyond the point are passed on as they are. Where a backend is chosen among several, eager
         PyTorch runs it, since what it takes by each is not measured.
         """
-        named = self._backend if isinstance(self._backend, NamedBackend) else None
+        named = self._named
 
         def make() -> tuple[Run, tuple[TensorSpec, ...]]:
             try:
@@ -349,17 +352,15 @@ class Parts:
     @property
     def _own(self) -> Callable[[nn.Module], Callable[..., Any]] | None:
         """The function of the user, or the compiler, that turns a module into what runs it; None without one."""
-        return None if isinstance(self._backend, NamedBackend | AutoBackend) else self._backend
+        if self._backend is None or isinstance(self._backend, NamedBackend | AutoBackend):
+            return None
+        return self._backend
 
     def _of_head(self, point: PartitionPoint) -> NamedBackend | None:
-        if isinstance(self._backend, AutoBackend):
-            return self._backend.of_head(point)
-        return self._backend if isinstance(self._backend, NamedBackend) else None
+        return self._named if self._auto is None else self._auto.of_head(point)
 
     def _of_tail(self, names: tuple[str, ...]) -> NamedBackend | None:
-        if isinstance(self._backend, AutoBackend):
-            return self._backend.of_tail(names)
-        return self._backend if isinstance(self._backend, NamedBackend) else None
+        return self._named if self._auto is None else self._auto.of_tail(names)
 
     def _build_output(self, *tensors: Tensor) -> Any:
         """Return the model's result from its output tensors."""

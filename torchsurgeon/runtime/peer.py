@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import threading
 import time
@@ -43,6 +44,8 @@ from torchsurgeon.transport.steps import Steps, complete
 _UNKNOWN_LINK = Link("not measured", 10e6, 10e6, 0.05, source="a guess until there are requests")
 # Durations at a fixed cut are averaged over about this time.
 _DURATIONS_MEMORY_S = 1.0
+# Of answers that follow each other within this time, one is observed.
+_ALIKE_S = 2e-3
 # How many kinds of requests are remembered that a server refused.
 _MOST_REFUSED = 64
 
@@ -98,7 +101,7 @@ class Peer:
         self.plan: Adaptive | None = None
         self.planned_for: PartitionPoint | None = None
         self.ready_in = -1
-        self.asked_s = -math.inf
+        self.asked_s = self._observed_s = -math.inf
         self.doubted = self.pinged = False
         self.trials = TrialPolicy()
         self._identity: str | None = None
@@ -198,23 +201,21 @@ class Peer:
             ServerError: it did not answer in time, or refused; whatever else the transport raises.
         """
 
-        def infer() -> Steps[Answer]:
-            return self.transport.inferring(
-                self._name,
-                tensors,
-                max_answer_bytes=self._max_bytes,
-                parameters=None if backend is None else {"backend": backend},
-                codecs=codecs,
-                output_codec=self._output_codec,
-                deadline=deadline,
-            )
-
-        request = object()
-        begun_s = time.perf_counter()
+        options: dict[str, Any] = {
+            "max_answer_bytes": self._max_bytes,
+            "parameters": None if backend is None else {"backend": backend},
+            "codecs": codecs,
+            "output_codec": self._output_codec,
+            "deadline": deadline,
+        }
+        request, known = object(), self._identity
         deadline.most_bytes = self.allowance.left_bytes()
         try:
-            self._asking[request] = begun_s
-            answer = yield from self._checked(infer, deadline)
+            self._asking[request] = time.perf_counter()
+            answer = yield from self.transport.inferring(self._name, tensors, **options)
+            if answer.parameters.get("identity") != known:
+                again = functools.partial(self.transport.inferring, self._name, tensors, **options)
+                answer = yield from self._once_more(again, answer, known, deadline)
             if not deadline.sent_bytes:
                 # A transport of the program's own, which counts its answers only.
                 deadline.sent_bytes = answer.timing.sent_bytes
@@ -229,11 +230,10 @@ class Peer:
                 self.sent_bytes += deadline.sent_bytes
             self.allowance.settle(reserved, deadline.sent_bytes)
 
-    def _checked(self, infer: Callable[[], Steps[Answer]], deadline: Deadline) -> Steps[Answer]:
-        known = self._identity
-        answer = yield from infer()
-        if answer.parameters.get("identity") == known:
-            return answer
+    def _once_more(
+        self, infer: Callable[[], Steps[Answer]], answer: Answer, known: str | None, deadline: Deadline
+    ) -> Steps[Answer]:
+        """Check the server again after an answer that carries another identity than ``known``, and ask it once more."""
         yield None  # a handshake waits by itself
         with self._lock:
             if self._identity == known:
@@ -325,6 +325,7 @@ class Peer:
             self.trials.timed()
         elif not self.trials.pings_count():
             predicted_s = 0.0
+        self.count(answer)
         timing, measured = answer.timing, answer.parameters
         queue_s, compute_s = seconds(measured.get("queue_s")), seconds(measured.get("compute_s"))
         server_s = queue_s + compute_s + seconds(measured.get("decode_s"))
@@ -351,8 +352,6 @@ class Peer:
                 total_s=total_s,
                 server_s=server_s,
             )
-        self.answers += 1
-        self.received_bytes += timing.received_bytes
 
     def missed(self, up_bytes: float, waited_s: float) -> None:
         """Record that no answer came within ``waited_s`` beyond what the server needs, so the link may be that slow.
@@ -428,6 +427,26 @@ class Peer:
             "probes": state.probes.count,
             "probe_bytes": state.probes.spent_bytes,
         }
+
+    def tells_more(self, now_s: float) -> bool:
+        """Return whether the answer that has come now is to be observed, and not only counted.
+
+        The estimates are averages over a hundred times ``_ALIKE_S``, so of answers that follow each other more closely
+        one is enough. An answer that comes while other requests are under way is always observed, since what each would
+        take alone follows from all of them.
+
+        Args:
+            now_s: when it came (``time.perf_counter``).
+        """
+        if not self._asking and 0 <= now_s - self._observed_s < _ALIKE_S:
+            return False
+        self._observed_s = now_s
+        return True
+
+    def count(self, answer: Answer) -> None:
+        """Count an answer, without which the estimates are as good."""
+        self.answers += 1
+        self.received_bytes += answer.timing.received_bytes
 
     def answered(self) -> None:
         """Record an answer: the breaker closes."""

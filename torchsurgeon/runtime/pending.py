@@ -396,13 +396,10 @@ class Pending:
         peer, shared = self._peer, self._shared
         end_s = time.perf_counter()
         peer.answered()
-        row = self._way.row
-        # What the row foretells is the first server's time, and says nothing of another one that is asked instead.
-        foretold_s = row.tail_s * self.scale if row is not None and peer is self._tried[0] else 0.0
-        peer.observe(answer, foretold_s)
-        if row is None or peer is not self._tried[0]:
-            taken_s = min(max(answer.timing.end_s - self._sent_s, 1e-6), peer.transport.timeout_s)
-            peer.record_duration(self._way.point, taken_s / (max(self.scale, 1.0) * self._waiting.share))
+        if peer.tells_more(end_s):
+            self._estimate(answer)
+        else:
+            peer.count(answer)
         if isinstance(self._wanted_codec, Lossless) and self._codec.zstd:
             size_bytes = sum(tensor.nbytes for tensor in self._boundary)
             timing = answer.timing
@@ -434,6 +431,16 @@ class Pending:
             received_bytes=answer.timing.received_bytes,
             by_server=True,
         )
+
+    def _estimate(self, answer: Answer) -> None:
+        """Update what is known of the server and the link from an answer that was right."""
+        peer, row = self._peer, self._way.row
+        # What the row foretells is the first server's time, and says nothing of another one that is asked instead.
+        foretold_s = row.tail_s * self.scale if row is not None and peer is self._tried[0] else 0.0
+        peer.observe(answer, foretold_s)
+        if row is None or peer is not self._tried[0]:
+            taken_s = min(max(answer.timing.end_s - self._sent_s, 1e-6), peer.transport.timeout_s)
+            peer.record_duration(self._way.point, taken_s / (max(self.scale, 1.0) * self._waiting.share))
 
     def _verdict(self, answer: Answer) -> tuple[str, tuple[str, ...]]:
         """Return whether a server's answer has the model's own bits, and why if not."""

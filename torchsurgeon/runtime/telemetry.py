@@ -58,7 +58,7 @@ def below_current(ask: Callable[[], T]) -> Callable[[], T]:
 
 
 def record(model: str, total_s: float, inference: Callable[[], Inference], *, by_server: bool) -> None:
-    """Make the span of an inference that has just ended; without OpenTelemetry, do nothing.
+    """Make the span of an inference that has just ended, if the program has set up a tracer provider.
 
     Args:
         model: the model's name.
@@ -66,7 +66,7 @@ def record(model: str, total_s: float, inference: Callable[[], Inference], *, by
         inference: returns its account, which is asked for where the span goes anywhere.
         by_server: whether the answer is a server's.
     """
-    if _tracer is None:
+    if _tracer is None or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return
     end_ns = time.time_ns()
     kind = trace.SpanKind.CLIENT if by_server else trace.SpanKind.INTERNAL

@@ -28,6 +28,10 @@ _BY_TABLES = {"scaled_dot_product_attention"}
 _PLACES: tuple[Any, ...] = (torch.nn.functional, torch, torch.linalg, torch.special, torch.fft, torch.Tensor)
 
 
+# Looked up once, since every inference compares them.
+_OF_MODULES, _known = vars(nn.Module), dict.__getitem__
+
+
 class _AsWritten(dict[str, Any]):
     """Methods of ``nn.Module`` as the program has them, also while they are others because a model is traced."""
 
@@ -35,7 +39,7 @@ class _AsWritten(dict[str, Any]):
         return self[name]
 
     def __getitem__(self, name: str) -> Any:
-        now, known = vars(nn.Module)[name], super().__getitem__(name)
+        now, known = _OF_MODULES[name], _known(self, name)
         if now is known or getattr(now, "__globals__", {}).get("__name__", "").startswith(_TRACERS):
             return known
         self.__setitem__(name, now)
