@@ -94,6 +94,8 @@ class CircuitBreaker:
         After a return it takes three answers in a row until a single failure is forgiven again, and until the pauses
         start from the shortest.
         """
+        if not (self._failed or self._level) and self._state == "closed" and self._answered >= _PROVEN_ANSWERS:
+            return  # The usual case, in which an answer changes nothing.
         with self._lock:
             self._failed = 0
             if self._state != "closed":

@@ -46,7 +46,7 @@ class Driven(Task[T]):
         Raises:
             ServerUnavailableError: the pool has been closed.
         """
-        self._pool.watch(self)
+        self._pool.watch(self.interrupt)
         self._step(None)
         if self._wanted is None:
             self.hand_over()
@@ -104,7 +104,7 @@ class Driven(Task[T]):
         # A signal handler may have interrupted a step, and given the request up. The step then ends by itself.
         if inspect.getgeneratorstate(self._steps) != inspect.GEN_RUNNING:
             self._steps.close()
-            self._pool.forget(self)
+            self._pool.forget(self.interrupt)
 
     def _over(self) -> bool:
         """Return whether it was given up, as by a signal handler while this thread waited, and end it then."""
@@ -131,5 +131,5 @@ class Driven(Task[T]):
             if by_signal_handler(error):
                 raise
             self.error = error
-        self._pool.forget(self)
+        self._pool.forget(self.interrupt)
         self.end()

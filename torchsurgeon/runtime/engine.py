@@ -287,8 +287,8 @@ class Engine:
         A student computes what only its own codec was made for, so it is not used with a server that lacks the codec.
         """
         way = choice.way
-        if way.codec is None and isinstance(self.codec, RatedCodec):
-            own = dataclasses.replace(way, codec=self.codec)
+        if way.codec is None and isinstance(self._codec, RatedCodec):
+            own = dataclasses.replace(way, codec=self._codec)
             way = way if own.student is None else own
         if way.student is None or choice.peer is None or way.codec is None or choice.peer.has(way.codec):
             return way
@@ -323,7 +323,8 @@ class Engine:
             return Done(self._device.run(work, begun_s, Failure("unlike", str(error)), decision))
         settle(boundary)
         headed_s = time.perf_counter()
-        rounded = bits.displaced(self.graph, work.crossing(way.point), boundary)
+        specs = work.crossing(way.point)
+        rounded = bits.displaced(self.graph, specs, boundary)
         if rounded and self.options.exact:
             if not self.options.falls_back:
                 raise ArithmeticMismatchError(f"exact=True asks for the same bits, and {'; '.join(rounded)}")
@@ -338,8 +339,9 @@ class Engine:
             way,
             peer,
             boundary,
+            specs,
             Moments(begun_s, decided_s, headed_s, self.times.backend(way)),
-            codec=self.codec,
+            codec=self._codec,
             expected=expected,
             decision=decision,
             deadline_s=due_s,

@@ -183,6 +183,7 @@ class Peer:
         backend: str | None = None,
         *,
         reserved: object = None,
+        record_sent: Callable[[int], object] | None = None,
     ) -> Steps[Answer]:
         """Return the server's answer to named tensors, in steps.
 
@@ -195,6 +196,7 @@ class Peer:
             exact: what the server has to compute with; None for anything.
             backend: by which backend; None for the server's own.
             reserved: for which request bytes were reserved of those that may be sent in this hour.
+            record_sent: called with the bytes that were sent, whether the answer came or not.
 
         Raises:
             ModelMismatchError: the server holds another model now, or computes with something else than ``exact``.
@@ -229,6 +231,8 @@ class Peer:
             with self._counting:
                 self.sent_bytes += deadline.sent_bytes
             self.allowance.settle(reserved, deadline.sent_bytes)
+            if record_sent is not None:
+                record_sent(deadline.sent_bytes)
 
     def _once_more(
         self, infer: Callable[[], Steps[Answer]], answer: Answer, known: str | None, deadline: Deadline

@@ -46,11 +46,12 @@ from torchsurgeon.runtime.lossless import Lossless
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.parts import Parts
 from torchsurgeon.runtime.peer import Peer
-from torchsurgeon.runtime.pool import Pool, Task
+from torchsurgeon.runtime.pool import Ended, Pool, Task
 from torchsurgeon.runtime.servers import Servers
 from torchsurgeon.runtime.telemetry import below_current
 from torchsurgeon.runtime.waiting import FIRST_PATIENCE_S, Waiting
 from torchsurgeon.runtime.work import Work
+from torchsurgeon.tracing.specs import TensorSpec
 from torchsurgeon.transport import Answer
 from torchsurgeon.transport.deadline import Deadline
 from torchsurgeon.transport.steps import Steps, complete
@@ -126,7 +127,8 @@ class Pending:
         work: the call.
         way: where it is cut.
         peer: the server to ask.
-        boundary: the tensors that the head has computed, as ``work.crossing(way.point)`` describes them.
+        boundary: the tensors that the head has computed.
+        specs: what these tensors are, as ``work.crossing(way.point)`` says.
         moments: when its stages ended.
         codec: how to encode the boundary, unless ``way`` has a codec of its own.
         expected: predicts the server's part; None where nothing has been measured.
@@ -144,6 +146,7 @@ class Pending:
         way: Way,
         peer: Peer,
         boundary: tuple[Tensor, ...],
+        specs: tuple[TensorSpec, ...],
         moments: Moments,
         *,
         codec: Codec | Lossless,
@@ -158,26 +161,19 @@ class Pending:
         self._moments, self._decision, self._deadline_s = moments, decision, deadline_s
         self._arithmetic, self._weights, self._rounded_because = arithmetic, weights, rounded_because
         self._wanted_codec, self._own_codec = way.codec or codec, codec
-        self._specs = work.crossing(way.point)
+        self._specs = specs
         size_bytes = example_bytes = 0
         for spec, tensor in zip(self._specs, boundary, strict=True):
             example_bytes += spec.size_bytes
             size_bytes += tensor.nbytes
         self.scale = size_bytes / example_bytes if example_bytes else 1.0
         self._tried = [peer]
-        self._reserved = object()
-        self._task: Task[Answer] | None = None
+        self._is_bounded, self._reserved = peer.allowance.hourly_bytes is not None, object()
+        self._task: Task[Answer] | Ended[Answer] | Ended[Answer] | None = None
         self._deadline: Deadline | None = None
         self._sent_s = 0.0
         self._why: Failure | None = None
-        self._waiting = Waiting(
-            shared.times,
-            way,
-            self.scale,
-            expected=expected,
-            deadline_s=deadline_s,
-            stoppable=shared.parts.stoppable,
-        )
+        self._waiting = Waiting(shared.times, shared.parts, way, self.scale, expected, deadline_s)
         self._unwanted = False
         self.recorded = False
         """Whether its error has been recorded."""
@@ -193,13 +189,12 @@ class Pending:
         shared = self._shared
         if self._way.student is not None and self._way.codec is not None and not self._peer.has(self._way.codec):
             self._compute_without_student()
-        metered = shared.servers.metered(self._way, self._work, self._reserved)
+        metered = shared.servers.metered(self._way, self._work, self._reserved) if self._is_bounded else None
         if metered is not None:
             # Other calls have begun to send since this one was decided.
             if not shared.options.falls_back:
                 raise ServerUnavailableError(f"no request may be sent: {metered.text}")
-            self._task = Task(None, None)
-            self._task.fail(MeteredError(metered.text))
+            self._task = Ended(error=MeteredError(metered.text))
             return
         self._sent_s = time.perf_counter()
         limit_s = self._peer.transport.timeout_s
@@ -211,12 +206,13 @@ class Pending:
         exact = self._arithmetic if shared.options.exact else None
         backend = self._peer.profiles.to_name(None if self._way.row is None else self._way.row.server_backend)
         codecs = dict.fromkeys(tensors, self._codec)
-        asking = self._asking(self._peer, tensors, codecs, deadline, exact, backend)
+        asking = self._peer.asking(
+            tensors, codecs, deadline, exact, backend, reserved=self._reserved, record_sent=shared.ledger.record_sent
+        )
         ask: Callable[[], Answer] = functools.partial(complete, asking, deadline)
         refusal = self._peer.refusal(self._kind()) if self._peer.refuses else None
         if refusal is not None:
-            self._task = Task(ask, None)
-            self._task.fail(refusal)
+            self._task = Ended(error=refusal)
             return
         self._peer.asked_s = time.monotonic()
         if in_caller and shared.options.falls_back and self._light() and not shared.pool.crowded:
@@ -235,8 +231,7 @@ class Pending:
                 return
             except NoThreadError as error:
                 if shared.options.falls_back:
-                    self._task = Task(ask, None)
-                    self._task.fail(error)
+                    self._task = Ended(error=error)
                     return
         self._task = shared.pool.run_here(ask, deadline.cancel)
 
@@ -252,20 +247,6 @@ class Pending:
             return False
         answer_bytes = self._shared.local.graph.points[-1].size_bytes * self.scale
         return max(sum(tensor.nbytes for tensor in self._boundary), answer_bytes) <= _LIGHT_BYTES
-
-    def _asking(
-        self,
-        peer: Peer,
-        tensors: dict[str, Tensor],
-        codecs: dict[str, Codec],
-        deadline: Deadline,
-        exact: Arithmetic | None,
-        backend: str | None,
-    ) -> Steps[Answer]:
-        try:
-            return (yield from peer.asking(tensors, codecs, deadline, exact, backend, reserved=self._reserved))
-        finally:
-            self._shared.ledger.record_sent(deadline.sent_bytes)
 
     def _compute_without_student(self) -> None:
         """Have the model's own layers compute the boundary, for a server that does not decode what a student gives."""
@@ -322,7 +303,8 @@ class Pending:
                 self._shared.ledger.record_error(time.perf_counter() - self._moments.begun_s, error)
             raise
         finally:
-            self._peer.allowance.settle(self._reserved, 0.0)
+            if self._is_bounded:
+                self._peer.allowance.settle(self._reserved, 0.0)
 
     def _result(self) -> Any:
         while True:
@@ -371,7 +353,7 @@ class Pending:
                 return self._finished_on_device(task)
             self.send(in_caller=True)
 
-    def _received(self, task: Task[Answer]) -> tuple[Any, BaseException | None]:
+    def _received(self, task: Task[Answer] | Ended[Answer]) -> tuple[Any, BaseException | None]:
         """Return the model's result from the server's answer, or what is wrong with the answer.
 
         Errors are returned, so that whoever calls this need not catch any: what is raised has nothing to do with the
@@ -445,7 +427,7 @@ class Pending:
     def _verdict(self, answer: Answer) -> tuple[str, tuple[str, ...]]:
         """Return whether a server's answer has the model's own bits, and why if not."""
         options, ours = self._shared.options, self._arithmetic
-        because = (*options.rounded_because, *self._rounded_because)
+        because = options.rounded_because + self._rounded_because
         if answer.parameters.get("arithmetic") != ours.digest:
             # The answer itself tells what counts; the handshake, which may be older, tells what differs.
             differing = self._peer.differences(ours)
@@ -501,7 +483,7 @@ class Pending:
 
     # --- finishing on the device ---
 
-    def _finished_on_device(self, task: Task[Answer]) -> Any:
+    def _finished_on_device(self, task: Task[Answer] | Ended[Answer]) -> Any:
         """Run the tail on the device, and return its result, or the server's answer if that comes first."""
         begin_s = time.perf_counter()
         try:
@@ -579,7 +561,7 @@ class Pending:
             self._peer.failed(why)
         self._shared.keeper.wake()
 
-    def _with_new_weights(self, task: Task[Answer]) -> Any:
+    def _with_new_weights(self, task: Task[Answer] | Ended[Answer]) -> Any:
         """Run the whole call on the device, as the model is now.
 
         Its weights have changed since the handshake, perhaps while the head ran, so neither head nor answer counts.

@@ -66,16 +66,6 @@ class Task(Generic[T]):
         before_end(self)
         self.end()
 
-    def run_in_caller(self) -> None:
-        """Call the function in the thread that waits for it. What a signal handler raises meanwhile is raised."""
-        try:
-            self._call()
-        except Exception as error:
-            if by_signal_handler(error):
-                raise
-            self.error = error
-        self.end()
-
     def fail(self, error: Exception) -> None:
         """End it with ``error``, without having run it."""
         self._work, self.error = None, error
@@ -144,6 +134,41 @@ class Task(Generic[T]):
         return self.value  # type: ignore[return-value]
 
 
+class Ended(Generic[T]):
+    """What has ended, or has not even begun, in the thread that asks for its end. It has the methods of a ``Task``.
+
+    Args:
+        value: what it returned.
+        error: what it raised, or why it was not begun.
+    """
+
+    __slots__ = ("error", "value")
+    ended, here = True, False
+
+    def __init__(self, value: T | None = None, error: BaseException | None = None) -> None:
+        self.value, self.error = value, error
+
+    def wait(self, timeout_s: float) -> bool:
+        """Return True at once."""
+        return True
+
+    def answered(self) -> bool:
+        """Return whether it has ended without an error."""
+        return self.error is None
+
+    def hand_over(self) -> None:
+        """Do nothing: nothing is under way."""
+
+    def give_up(self) -> None:
+        """Do nothing: nothing is under way."""
+
+    def result(self) -> T:
+        """Return what it returned, or raise what it raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]
+
+
 class Pool:
     """Daemon threads, started when they are needed and kept until ``close()``. Thread-safe.
 
@@ -164,7 +189,7 @@ class Pool:
         self._threads: list[threading.Thread] = []
         # Sets rather than counts: what a signal handler raises in the middle of a change leaves no wrong number behind.
         self._given: set[Task[Any]] = set()
-        self._watched: set[Task[Any]] = set()
+        self._watched: set[Callable[[], object]] = set()
         self._closed = False
 
     def submit(self, work: Callable[[], T], cancel: Callable[[], object] | None = None) -> Task[T]:
@@ -195,7 +220,7 @@ class Pool:
                 if self._closed:
                     raise ServerUnavailableError("the SplitModule has been closed")
                 self._given.add(task)
-                self._watched.discard(task)
+                self._watched.discard(task.interrupt)
                 if len(self._threads) < min(len(self._given), self._most):
                     self._start()
                 self._tasks.put(task)
@@ -212,22 +237,32 @@ class Pool:
                 self._tasks.put(task)
             raise
 
-    def run_here(self, work: Callable[[], T], cancel: Callable[[], object]) -> Task[T]:
-        """Run ``work`` in the calling thread, and return how it ended. Whoever ends the pool interrupts it.
+    def run_here(self, work: Callable[[], T], cancel: Callable[[], object]) -> Ended[T]:
+        """Run ``work`` in the calling thread, and return how it ended. What a signal handler raises is raised.
+
+        Args:
+            work: the function.
+            cancel: interrupts it; called by whoever ends the pool.
 
         Raises:
             ServerUnavailableError: the pool has been closed.
         """
-        task = Task(work, cancel)
         try:
-            self.watch(task)
-            task.run_in_caller()
+            self.watch(cancel)
+            try:
+                return Ended(work())
+            except Exception as error:
+                if by_signal_handler(error):
+                    raise
+                return Ended(error=error)
         finally:
-            self.forget(task)
-        return task
+            self.forget(cancel)
 
-    def watch(self, task: Task[Any]) -> None:
-        """Have whoever ends the pool interrupt a task that the calling thread runs itself, until ``forget()``.
+    def watch(self, cancel: Callable[[], object]) -> None:
+        """Have whoever ends the pool interrupt what the calling thread runs itself, until ``forget()``.
+
+        Args:
+            cancel: interrupts it.
 
         Raises:
             ServerUnavailableError: the pool has been closed.
@@ -235,11 +270,11 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise ServerUnavailableError("the SplitModule has been closed")
-            self._watched.add(task)
+            self._watched.add(cancel)
 
-    def forget(self, task: Task[Any]) -> None:
+    def forget(self, cancel: Callable[[], object]) -> None:
         """Undo ``watch()``. Undoing it twice is harmless."""
-        self._watched.discard(task)
+        self._watched.discard(cancel)
 
     @property
     def crowded(self) -> bool:
@@ -268,10 +303,10 @@ class Pool:
         """Have the threads end: now, interrupting what runs, or with ``drain`` once all that was submitted has run."""
         with self._lock:
             self._closed = True
-            running = () if drain else (*self._given, *self._watched)
+            running = () if drain else (*(task.interrupt for task in self._given), *self._watched)
             self._tasks.put(None)
-        for task in running:
-            task.interrupt()
+        for interrupt in running:
+            interrupt()
 
     def close(self, join_s: float = _JOIN_S) -> None:
         """Interrupt what runs, end the threads, and wait up to ``join_s`` for them. Closing twice is harmless."""
@@ -295,7 +330,7 @@ class Pool:
     def _freed(self, task: Task[Any]) -> None:
         # Called before the task ends: whoever waits for it and submits the next one then gets this thread again.
         self._given.discard(task)
-        self._watched.discard(task)
+        self._watched.discard(task.interrupt)
 
     def _run(self) -> None:
         with torch.no_grad():

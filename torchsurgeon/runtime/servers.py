@@ -262,7 +262,8 @@ class Servers:
             # Running on the device is worth reporting only where a server would have been asked.
             wanted = self._chosen != self.whole.point or fixed is not None
             return Choice(self.whole, None, why=self._why_nobody(ours) if wanted else None)
-        if peer.plan is None or not self.chooses or not peer.plans(self.planned_for):
+        cut = None if fixed is None else fixed.point
+        if not peer.plans(cut) or peer.plan is None or not self.chooses:
             return self._allowed(Choice(fixed or self.whole, peer), work)
         plan = peer.plan if in_flight is None else peer.plan.in_stream(in_flight)
         scale = work.scale()
@@ -278,7 +279,9 @@ class Servers:
 
     def _allowed(self, choice: Choice, work: Work) -> Choice:
         """Return the choice, or the device where the choice would send more than may be sent in this hour."""
-        metered = None if choice.way.whole else self.metered(choice.way, work)
+        if choice.way.whole or self._allowance.hourly_bytes is None:
+            return choice
+        metered = self.metered(choice.way, work)
         return choice if metered is None else Choice(self.whole, None, choice.decision, metered)
 
     def metered(self, way: Way, work: Work, request: object = None) -> Failure | None:

@@ -10,6 +10,7 @@ from torchsurgeon.planning.costs import Expected
 from torchsurgeon.runtime.choice import Way
 from torchsurgeon.runtime.device import DeviceTimes
 from torchsurgeon.runtime.failure import Failure
+from torchsurgeon.runtime.parts import Parts
 from torchsurgeon.runtime.peer import Peer
 
 FIRST_PATIENCE_S = 1.0
@@ -21,11 +22,11 @@ class Waiting:
 
     Args:
         times: how long the parts of the model take on this device.
+        parts: the parts, some of which cannot be stopped when the answer comes after all.
         way: where the call is cut.
         scale: how many times as large as the traced example the call is.
         expected: predicts the part of the first server that is asked; None where nothing has been measured.
         deadline_s: when the answer is due (``time.perf_counter``); None for no deadline.
-        stoppable: whether a tail on the device can be stopped when the answer comes after all.
 
     Attributes:
         way: as given; may be assigned.
@@ -35,17 +36,15 @@ class Waiting:
     def __init__(
         self,
         times: DeviceTimes,
+        parts: Parts,
         way: Way,
         scale: float,
-        *,
         expected: Callable[[], Expected] | None,
         deadline_s: float | None,
-        stoppable: bool,
     ) -> None:
-        self.way = way
-        self._times, self._scale = times, scale
-        self._foreseen, self._deadline_s, self._stoppable = expected, deadline_s, stoppable
-        self.share = 1
+        self.way, self.share = way, 1
+        self._times, self._parts, self._scale = times, parts, scale
+        self._foreseen, self._deadline_s = expected, deadline_s
 
     def patience(self, peer: Peer, *, first: bool) -> tuple[float, Failure]:
         """Return how many seconds to wait before the tail is started on the device, and the failure to record then.
@@ -63,12 +62,13 @@ class Waiting:
             remote_s = expected.remote_s * scale
             # A tail that a backend runs cannot be stopped. So it is started only once the answer is late by as much
             # time as the tail takes.
-            tail_s = None if self._stoppable else times.known_tail_s(self.way)
+            stoppable = self._parts.stoppable
+            tail_s = None if stoppable else times.known_tail_s(self.way)
             patience_s = patience(
                 remote_s,
                 expected.spread,
                 expected.round_trip_s,
-                stoppable=self._stoppable,
+                stoppable=stoppable,
                 tail_s=None if tail_s is None else tail_s * self._scale,
             )
             why = f"expected after {remote_s * 1e3:.3g} ms"
