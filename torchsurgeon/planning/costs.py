@@ -122,7 +122,7 @@ class CostTable:
     def _columns(self) -> Array:
         return np.asfortranarray(columns(self.rows))
 
-    @property
+    @cached_property
     def has_energy(self) -> bool:
         """Whether the joules of all rows are known."""
         return all(row.device_j is not None for row in self.rows)
