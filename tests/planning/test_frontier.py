@@ -324,6 +324,40 @@ def test_energy_that_nobody_metered_is_not_planned_for() -> None:
         Frontier.build(graph, device, server).best(ts.Link("bare", 1e6, 1e6, 0.0), objective="energy")
 
 
+SUM = Objective(latency=1.0, energy=0.5, throughput=2.0, server_time=3.0)
+IN_FLIGHT = Objective(latency=0.3, throughput=1.0, in_flight=3)
+OBJECTIVES = [Objective.of(name) for name in ("latency", "energy", "throughput", "server_time")] + [SUM, IN_FLIGHT]
+
+
+def grown(frontier: Frontier, scale: float) -> Frontier:
+    """The frontier of a model whose layers take so many times as long and as many joules, and give as many bytes."""
+    amounts = ("head_s", "encode_s", "size_bytes", "tail_s", "decode_s", "device_j")
+    rows = [dataclasses.replace(r, **{name: getattr(r, name) * scale for name in amounts}) for r in frontier.rows]
+    return dataclasses.replace(frontier, rows=tuple(rows), answer_bytes=frontier.answer_bytes * scale)
+
+
+@pytest.mark.parametrize("objective", ["latency", *OBJECTIVES], ids=str)
+@settings(deadline=None, max_examples=20, phases=PHASES)
+@given(problems(2, 5), LINKS, FACTORS, FACTORS, st.floats(1e-3, 1e3))
+def test_a_call_of_another_size_costs_what_the_example_of_such_a_model_costs(
+    objective, problem, link, load, slowdown, scale
+) -> None:
+    """Its seconds, joules and bytes grow alike; the link is the same, its round trip and the radio's tail included."""
+    frontier = Frontier.build(*problem)
+    expected = grown(frontier, scale).costs(link, load, slowdown, objective)
+    assert frontier.costs(link, load, slowdown, objective, scale) == pytest.approx(expected)
+    best = frontier.best(link, load, slowdown, objective, scale)
+    assert expected[frontier.rows.index(best)] == pytest.approx(expected.min())
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_sizes_that_cannot_be_are_refused(scale: float) -> None:
+    frontier = Frontier.build(*small())
+    for factor in (1.0, -1.0):
+        with pytest.raises(ts.PlanError, match=r"scale must be positive numbers; got .* and (0.0|-1.0|nan|inf)"):
+            frontier.costs(ts.Link.parse("lte"), factor, factor, scale=scale)
+
+
 @pytest.mark.parametrize("factors", [(0.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0), (1.0, float("inf")), (1.0, 0.0)])
 def test_loads_that_cannot_be_are_refused(factors: tuple[float, float]) -> None:
     frontier = Frontier.build(*small())

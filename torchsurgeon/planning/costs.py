@@ -133,6 +133,7 @@ class CostTable:
         load: float = 1.0,
         slowdown: float = 1.0,
         objective: str | Mapping[str, float] | Objective = "latency",
+        scale: float = 1.0,
     ) -> Array:
         """Return what each row costs, shape (rows,), in the objective's unit.
 
@@ -141,55 +142,64 @@ class CostTable:
             load: the factor by which the server is slower than its profile says.
             slowdown: the factor by which the device is slower than its profile says.
             objective: what to minimize, as ``Objective.of()`` takes it.
+            scale: how many times as large as the traced example the call is. Its seconds of computing, joules and bytes
+                are taken to grow alike; the round trip and the radio's tail do not grow.
 
         Raises:
-            PlanError: load or slowdown is not positive, the objective is unknown, or it counts energy and no joules are
-                known.
+            PlanError: load, slowdown or scale is not positive, the objective is unknown, or it counts energy and no
+                joules are known.
         """
-        wanted = objective if objective == "latency" else Objective.of(objective)
-        return self._costs(self._columns, link, load, slowdown, wanted)
+        return self._costs(self._columns, link, load, slowdown, objective, scale)
 
     def _costs(
-        self, table: Array, link: Link, load: float, slowdown: float, wanted: str | Mapping[str, float] | Objective
+        self,
+        table: Array,
+        link: Link,
+        load: float,
+        slowdown: float,
+        objective: str | Mapping[str, float] | Objective,
+        scale: float,
     ) -> Array:
-        if not (0.0 < load < math.inf and 0.0 < slowdown < math.inf):
-            raise PlanError(f"load and slowdown must be positive numbers; got {load} and {slowdown}")
-        up_s_per_byte, downlink_s = 8.0 / link.uplink_bit_s, self.answer_bytes * 8.0 / link.downlink_bit_s
-        if not isinstance(wanted, Objective):
+        # A call of twice the size takes as long as the example does with machines and a link of half the speed. The
+        # radio's power remains that at the link's own rate.
+        device, bits, server = slowdown * scale, 8.0 * scale, load * scale
+        if not (scale > 0.0 and server > 0.0 and device > 0.0 and server + device < math.inf):
+            raise PlanError(f"load, slowdown and scale must be positive numbers; got {load}, {slowdown} and {scale}")
+        up_s_per_byte, downlink_s = bits / link.uplink_bit_s, self.answer_bytes * bits / link.downlink_bit_s
+        latency = (device, up_s_per_byte, server, 0.0, link.round_trip_s + downlink_s)
+        if objective == "latency":
             # Latency has a short way, since it is asked for before every inference.
-            factors = np.array((slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s))
-            costs: Array = table.dot(factors)
-            return costs
-        weights = np.zeros(5)
-        sums = bool(wanted.latency or wanted.energy or wanted.server_time)
-        if wanted.latency:
-            weights += np.array([slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s]) * wanted.latency
+            return table.dot(latency)  # type: ignore[no-any-return]
+        wanted = Objective.of(objective)
+        weights = [wanted.latency * seconds for seconds in latency]
         if wanted.energy:
-            weights += np.array(self._joules(link)) * wanted.energy
+            for place, joules in enumerate(self._joules(link, scale)):
+                weights[place] += wanted.energy * joules
         if wanted.server_time:
-            weights[2] += wanted.server_time
+            weights[2] += wanted.server_time * scale
         if not wanted.throughput:
-            found: Array = table @ weights
-            return found
+            return table.dot(np.array(weights))  # type: ignore[no-any-return]
         device_s, size_bytes, server_s, _, crosses = table.T
-        slowest: Array = device_s * slowdown
-        for stage_s in (size_bytes * up_s_per_byte, server_s * load, crosses * downlink_s):
+        slowest: Array = device_s * device
+        for stage_s in (size_bytes * up_s_per_byte, server_s * server, crosses * downlink_s):
             np.maximum(slowest, stage_s, out=slowest)
         if wanted.in_flight is not None:
-            latency = np.array((slowdown, up_s_per_byte, load, 0.0, link.round_trip_s + downlink_s))
-            np.maximum(slowest, table @ latency / wanted.in_flight, out=slowest)
+            np.maximum(slowest, table.dot(np.array(latency)) / wanted.in_flight, out=slowest)
         if wanted.throughput != 1.0:
             slowest *= wanted.throughput
-        return slowest + table @ weights if sums else slowest
+        sums = wanted.latency or wanted.energy or wanted.server_time
+        return slowest + table.dot(np.array(weights)) if sums else slowest
 
-    def _joules(self, link: Link) -> tuple[float, float, float, float, float]:
+    def _joules(self, link: Link, scale: float) -> tuple[float, float, float, float, float]:
+        """Return the joules of a call for each unit of the columns."""
         if not self.has_energy:
             raise PlanError(
                 f"the energy of {self.model} on the device is unknown: its profile has no joules for some layers; "
                 "profile it where a meter exists (docs/profiling.md), or choose another objective"
             )
-        fixed_j = link.request_j(0, self.answer_bytes)
-        return 0.0, link.request_j(1, self.answer_bytes) - fixed_j, 0.0, 1.0, fixed_j
+        answer_bytes = self.answer_bytes * scale
+        fixed_j = link.request_j(0, answer_bytes)
+        return 0.0, (link.request_j(1, answer_bytes) - fixed_j) * scale, 0.0, scale, fixed_j
 
     def expected(self, row: Row, link: LinkEstimate, load: LoadEstimate, slowdown: float) -> Expected:
         """Return how long the server's part of a row should take, for a call of the example's size.

@@ -121,6 +121,7 @@ class Frontier(CostTable):
         load: float = 1.0,
         slowdown: float = 1.0,
         objective: str | Mapping[str, float] | Objective = "latency",
+        scale: float = 1.0,
     ) -> Row:
         """Return the row that costs least; of equal ones the one with the least work on the device.
 
@@ -129,15 +130,16 @@ class Frontier(CostTable):
             load: the factor by which the server is slower than its profile says.
             slowdown: the factor by which the device is slower than its profile says.
             objective: what to minimize, as ``Objective.of()`` takes it.
+            scale: how many times as large as the traced example the call is, as ``costs()`` takes it.
 
         Raises:
-            PlanError: load or slowdown is not positive, the objective is unknown, or it counts energy and no joules are
-                known.
+            PlanError: load, slowdown or scale is not positive, the objective is unknown, or it counts energy and no
+                joules are known.
         """
         wanted = objective if objective == "latency" else Objective.of(objective)
         # A throughput objective takes the maximum of several stages, so a row off the lower hull can win it.
         table, rows = self._cheapest if _has_stages(wanted) else self._linear
-        return rows[self._costs(table, link, load, slowdown, wanted).argmin()]
+        return rows[self._costs(table, link, load, slowdown, wanted, scale).argmin()]
 
 
 def _has_stages(objective: str | Mapping[str, float] | Objective) -> bool:
