@@ -46,14 +46,15 @@ ROWS = [SERVER, MIDDLE, LATE, DEVICE]
 ANSWER_BYTES = 4000
 
 
-def cost(row: Row, link: Link, load: float, slowdown: float) -> float:
+def cost(row: Row, link: Link, load: float, slowdown: float, scale: float = 1.0) -> float:
     if not row.up_bytes:
-        return row.head_s * slowdown
-    return row.head_s * slowdown + link.request_s(row.up_bytes, ANSWER_BYTES) + row.tail_s * load
+        return row.head_s * slowdown * scale
+    there_s = link.request_s(row.up_bytes * scale, ANSWER_BYTES * scale) + row.tail_s * load * scale
+    return row.head_s * slowdown * scale + there_s
 
 
-def costs(link: Link, load: float, slowdown: float) -> list[float]:
-    return [cost(row, link, load, slowdown) for row in ROWS]
+def costs(link: Link, load: float, slowdown: float, *, scale: float = 1.0) -> list[float]:
+    return [cost(row, link, load, slowdown, scale) for row in ROWS]
 
 
 class World:
@@ -290,8 +291,9 @@ def test_of_what_is_known_exactly_it_takes_the_best_at_once(
 
 @pytest.mark.parametrize(("bit_s", "scale"), [(1e3, 16.0), (8e3, 1e4), (1e12, 1e-3)])
 def test_a_call_of_another_size_is_decided_whatever_the_rates_of_the_link(bit_s: float, scale: float) -> None:
-    """A slow link looks slower to a large call than any link may be, and a quick one quicker to a small call."""
     known = exactly(bit_s, bit_s, 0.1, 1.0, 0.0, 1.0)._replace(scale=scale)
+    link = known.conditions().link
+    assert (link.uplink_bit_s, link.downlink_bit_s) == (bit_s, bit_s)  # the radio's power is that at the true rate
     decider = Decider(ROWS, costs)
     decision = decider.decide(known)
     crossing = (scale * (row.head_s + row.tail_s + (row.up_bytes + ANSWER_BYTES) * 8 / bit_s) + 0.1 for row in ROWS)
@@ -306,8 +308,8 @@ COARSE, FINE, EXACT = Row(0.06, 8_000, 0.003), Row(0.06, 16_000, 0.003), Row(0.0
 LOSSES = (0.9, 0.4, 0.0)
 
 
-def rated(link: Link, load: float, slowdown: float) -> list[float]:
-    return [cost(row, link, load, slowdown) for row in (COARSE, FINE, EXACT)]
+def rated(link: Link, load: float, slowdown: float, *, scale: float = 1.0) -> list[float]:
+    return [cost(row, link, load, slowdown, scale) for row in (COARSE, FINE, EXACT)]
 
 
 def over(uplink_bit_s: float, seen: float = 0.1) -> Estimates:

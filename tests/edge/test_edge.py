@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import WITHOUT_TORCH, flat_profile
-from classifier import EXAMPLE, GRAPH, MODEL, PATIENCE_S, net, serve, truth
+from classifier import EXAMPLE, GRAPH, LAYERS, MODEL, PATIENCE_S, net, profile, serve, truth
 from paths import environment
 from serving import serving
 
@@ -185,6 +185,19 @@ def test_the_cut_follows_the_link(bundle: Path, server: Server) -> None:
         assert last(model).partition == partition
         assert last(model).decision is not None
         assert len(model.decisions) == 1
+
+
+def test_a_batch_is_sent_where_its_joules_on_the_device_are_more_than_the_radios_tail(
+    tmp_path: Path, server: Server
+) -> None:
+    costs = {"device": profile(1e-3, 0.5 / LAYERS), "server": profile(1e-3)}
+    export_bundle(GRAPH, tmp_path / "metered", points=["server", "act"], inputs=[EXAMPLE], **costs)
+    link = ts.Link("radio", 1e7, 1e7, 1e-3, radio=ts.Radio(1e-8, 1e-8, 0.1, tail_s=2.0, tail_w=0.5))
+    with edge.open(tmp_path / "metered", server.url, link=link, objective="energy") as model:
+        for count in (1, 8, 1):
+            x = np.concatenate([X] * count)
+            assert near(model(x), x)
+            assert (last(model).partition == "device") is (count == 1)
 
 
 # --- servers that fail ---

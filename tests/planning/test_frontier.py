@@ -20,6 +20,7 @@ from small_models import CASES, model
 from torch import nn
 
 import torchsurgeon as ts
+from torchsurgeon.adapting import Decider, Estimates, LinkEstimate, LoadEstimate, Quantity
 from torchsurgeon.codec.table import CodecCost, CodecRow, CodecTable
 from torchsurgeon.cutting.partition import cut
 from torchsurgeon.planning import Frontier, Objective, sets
@@ -348,6 +349,21 @@ def test_a_call_of_another_size_costs_what_the_example_of_such_a_model_costs(
     assert frontier.costs(link, load, slowdown, objective, scale) == pytest.approx(expected)
     best = frontier.best(link, load, slowdown, objective, scale)
     assert expected[frontier.rows.index(best)] == pytest.approx(expected.min())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("scale", [0.25, 1.0, 8.0])
+def test_what_a_call_of_another_size_costs_is_what_is_decided_by(objective: Objective, scale: float) -> None:
+    frontier, sizes = Frontier.build(*small()), grown(Frontier.build(*small()), scale)
+    decider = Decider(frontier.rows, lambda *known, **size: frontier.costs(*known, objective, **size))
+    for bit_s in (1e3, 1e4, 1e5, 1e7):
+        link = ts.Link("known", bit_s, 1e6, 0.3, radio=ts.Radio(3e-7, 1e-7, 0.5, 1.0, 2.0))
+        up, down, trip, load, slowdown = (Quantity(one, 0.0, 0.0, 0.0) for one in (bit_s, 1e6, 0.3, 2.0, 3.0))
+        known = Estimates(LinkEstimate(up, down, trip, link.radio), LoadEstimate(load, 0.0), slowdown, scale)
+        decision = decider.decide(known)
+        expected = sizes.costs(link, 2.0, 3.0, objective)
+        assert decision.cost == pytest.approx(expected.min())
+        assert expected[frontier.rows.index(decision.row)] == pytest.approx(expected.min())
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])

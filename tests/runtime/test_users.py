@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from classifier import EXAMPLE, PATIENCE_S, profile, remote, right, serve, split_of, truth, until
+from classifier import EXAMPLE, LAYERS, PATIENCE_S, profile, remote, right, serve, split_of, truth, until
 from tcp import reserved_port
 from torch import nn
 from transports import Silent
@@ -95,6 +95,19 @@ def test_known_energy_is_saved(server: Server, layer_j: float, here: bool) -> No
     with split_of(server.url, objective="energy", **known) as split:
         assert right(split)
         assert not split.decisions[0].row.on_device
+
+
+def test_a_batch_is_sent_where_its_joules_on_the_device_are_more_than_the_radios_tail(server: Server) -> None:
+    """The tail is paid once for a request of any size, and the device's joules for every sample."""
+    known = {"device_profile": profile(1e-3, 0.5 / LAYERS), "server_profile": profile(1e-3)}
+    link = ts.Link("radio", 1e7, 1e7, 1e-3, radio=ts.Radio(1e-8, 1e-8, 0.1, tail_s=2.0, tail_w=0.5))
+    with split_of(server.url, objective="energy", link=link, **known) as split:
+        for count in (1, 8, 1):
+            x = torch.cat([EXAMPLE] * count)
+            assert torch.equal(split(x), truth(x))
+            row, cost_j = split.decisions[-1].row, split.decisions[-1].cost
+            assert row.on_device is (count == 1)
+            assert cost_j == pytest.approx(0.5 if count == 1 else 1.0, rel=0.1)
 
 
 # --- deadlines after a slow while ---

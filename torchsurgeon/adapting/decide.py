@@ -32,7 +32,8 @@ class Estimates(NamedTuple):
         link: rates and round trip.
         load: how busy the server is.
         slowdown: the factor by which the device is slower than predicted.
-        scale: how many times as large as the traced example the call is. Its times and bytes are taken to grow alike.
+        scale: how many times as large as the traced example the call is. Its seconds of computing, joules and bytes are
+            taken to grow alike.
     """
 
     link: LinkEstimate
@@ -43,20 +44,7 @@ class Estimates(NamedTuple):
     def conditions(self) -> Conditions:
         """Return the most likely values, as a frontier takes them."""
         link = self.link.link(later_s=self.load.queue_s)
-        if self.scale != 1.0:
-            up_bit_s, down_bit_s = link.uplink_bit_s / self.scale, link.downlink_bit_s / self.scale
-            link = _AsSeen(link.name, up_bit_s, down_bit_s, link.round_trip_s, link.source, link.radio)
-        return Conditions(link, self.load.compute.value * self.scale, self.slowdown.value * self.scale)
-
-
-class _AsSeen(Link):
-    """The link as a call of another size sees it: as many times slower as the call is larger.
-
-    No link is so slow or so quick as these rates may be, so their range is not checked.
-    """
-
-    def __post_init__(self) -> None:
-        """Check nothing."""
+        return Conditions(link, self.load.compute.value, self.slowdown.value, self.scale)
 
 
 class Conditions(NamedTuple):
@@ -67,11 +55,13 @@ class Conditions(NamedTuple):
             sends pays both once.
         load: factor on tail times.
         slowdown: factor on head times.
+        scale: how many times as large as the traced example the call is.
     """
 
     link: Link
     load: float
     slowdown: float
+    scale: float
 
 
 # Predicted costs are off by more than this share, so rows that differ by less cost about the same.
@@ -86,8 +76,16 @@ class RowCosts(Protocol):
     The unit is the objective's: seconds, or joules where energy is saved.
     """
 
-    def __call__(self, link: Link, load: float, slowdown: float) -> Iterable[float]:
-        """Return one cost for each row, in the rows' order."""
+    def __call__(self, link: Link, load: float, slowdown: float, *, scale: float) -> Iterable[float]:
+        """Return one cost for each row, in the rows' order.
+
+        Args:
+            link: rates and round trip.
+            load: factor on tail times.
+            slowdown: factor on head times.
+            scale: factor on tail times, head times, bytes and joules: how many times as large as the traced example the
+                call is. The round trip does not grow with it.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +118,7 @@ class Decider(Generic[_Row]):
 
     Args:
         rows: the rows to choose from.
-        costs: computes the costs of all rows for a link, a load and a slow-down.
+        costs: computes the costs of all rows for a link, a load, a slow-down and the size of a call.
         losses: how much each row changes the model's answers, in any unit; without them all rows count as equal.
         now_s: a monotonic clock in seconds.
         least_gain: share of the present row's cost that another row has to save.
@@ -194,7 +192,8 @@ class Decider(Generic[_Row]):
         )[2]
 
     def _costs_under(self, conditions: Conditions) -> list[float]:
-        return list(self._costs(conditions.link, conditions.load, conditions.slowdown))
+        link, load, slowdown, scale = conditions
+        return list(self._costs(link, load, slowdown, scale=scale))
 
     def _record(self, place: int, cost: float, estimates: Estimates, reason: str) -> Decision[_Row]:
         changed = self._place is not None and self._place != place

@@ -229,8 +229,8 @@ class Choices:
         why = "will probably be late" if plan.hedged else f"had not come {plan.start_s * 1e3:.3g} ms after the head"
         return plan.start_s, f"deadline: the answer of {self._server.url} {why}", expected
 
-    def _costs(self, link: Link, load: float, slowdown: float) -> list[float]:
-        costs = self._bundle.costs.costs(link, load, slowdown, self._objective)
+    def _costs(self, link: Link, load: float, slowdown: float, *, scale: float) -> list[float]:
+        costs = self._bundle.costs.costs(link, load, slowdown, self._objective, scale)
         return [
             float(costs[place]) if row.on_device or self._decodable(row) else _NEVER
             for place, row in zip(self._places, self.rows, strict=True)

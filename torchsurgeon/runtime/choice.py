@@ -231,8 +231,8 @@ class Adaptive:
         losses = [row.budget_used for row in rows]
         return Decider(rows, self._costs, losses=losses, least_gain=self._least_gain, on_change=self._on_change)
 
-    def _costs(self, link: Link, load: float, slowdown: float) -> list[float]:
-        return self.frontier.costs(link, load, slowdown, self.goal.now()).tolist()  # type: ignore[no-any-return]
+    def _costs(self, link: Link, load: float, slowdown: float, *, scale: float) -> list[float]:
+        return self.frontier.costs(link, load, slowdown, self.goal.now(), scale).tolist()  # type: ignore[no-any-return]
 
     def decide(self, estimates: Estimates) -> tuple[Way, Decision[Row]]:
         """Choose the way to run one call."""
@@ -255,8 +255,8 @@ class Adaptive:
 
     def least_cost(self, estimates: Estimates) -> float:
         """Return what the best row costs now; servers are compared by it."""
-        now = estimates.conditions()
-        return float(self.frontier.costs(now.link, now.load, now.slowdown, self.goal.now()).min())
+        link, load, slowdown, scale = estimates.conditions()
+        return float(self.frontier.costs(link, load, slowdown, self.goal.now(), scale).min())
 
     def worth_a_trial(self, estimates: Estimates) -> Row | None:
         """Return the row to try a server with that is not asked now; None where its speed could not matter.
@@ -264,8 +264,8 @@ class Adaptive:
         It is the best row but for the tail's seconds, if it would then beat the device, and its tail is long enough to
         tell how fast the server is.
         """
-        now = estimates.conditions()
-        costs = self.frontier.costs(now.link, _NO_LOAD, now.slowdown, self.goal.now())
+        link, _, slowdown, scale = estimates.conditions()
+        costs = self.frontier.costs(link, _NO_LOAD, slowdown, self.goal.now(), scale)
         here = min(
             (cost for row, cost in zip(self.frontier.rows, costs, strict=True) if row.on_device), default=math.inf
         )
@@ -283,5 +283,5 @@ class Adaptive:
 
     def latencies(self, estimates: Estimates) -> list[float]:
         """Return the predicted latency of every row, in the order of the frontier's rows."""
-        now = estimates.conditions()
-        return self.frontier.costs(now.link, now.load, now.slowdown, "latency").tolist()  # type: ignore[no-any-return]
+        link, load, slowdown, scale = estimates.conditions()
+        return self.frontier.costs(link, load, slowdown, "latency", scale).tolist()  # type: ignore[no-any-return]
