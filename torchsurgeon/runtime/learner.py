@@ -107,12 +107,8 @@ class Learner:
             self._parts.compile(way.point, self._times.example, way.student)
 
     def _due(self) -> bool:
-        if self._measures and self._missing():
-            return True
-        for peer in self._servers.peers:
-            if peer.profiles.lacking and self._servers.chooses:
-                return True
-        return False
+        lacking = [peer for peer in self._servers.peers if peer.profiles.lacking]
+        return (bool(lacking) and self._servers.chooses) or (self._measures and bool(self._missing()))
 
     def _missing(self) -> list[Backend]:
         """Return the backends of this device of which it is not known yet what they take."""

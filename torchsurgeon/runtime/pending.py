@@ -54,7 +54,7 @@ from torchsurgeon.runtime.work import Work
 from torchsurgeon.tracing.specs import TensorSpec
 from torchsurgeon.transport import Answer
 from torchsurgeon.transport.deadline import Deadline
-from torchsurgeon.transport.steps import Steps, complete
+from torchsurgeon.transport.steps import complete
 
 # A tail on the device may be finished before the answer comes. The server then counts as failed only if the answer has
 # already taken this many times what was expected of it.

@@ -235,12 +235,9 @@ class Servers:
 
     def compared(self, ours: Arithmetic) -> bool:
         """Return whether every server that is ready has been compared with what this device computes with now."""
-        # A loop, since every call asks, and any() with a generator takes three times as long.
+        # A list, since every call asks, and all() with a generator takes longer.
         epoch = self._local.epoch
-        for peer in self.peers:
-            if peer.ready_in == epoch and not peer.compared(ours):
-                return False
-        return True
+        return not [peer for peer in self.peers if peer.ready_in == epoch and not peer.compared(ours)]
 
     def choose(self, work: Work, ours: Arithmetic, *, in_flight: int | None) -> Choice:
         """Choose where to cut one call, and which server to ask.

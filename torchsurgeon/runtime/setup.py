@@ -63,12 +63,7 @@ class Setup:
         epoch = self._local.epoch
         if self._done_in != epoch:
             return False
-        if self._options.falls_back:
-            return True
-        for peer in self._servers.peers:
-            if peer.ready_in == epoch:
-                return True
-        return False
+        return self._options.falls_back or bool([peer for peer in self._servers.peers if peer.ready_in == epoch])
 
     def again(self, change: Callable[[], object]) -> None:
         """Call ``change`` while nobody prepares; afterwards it is done again, since preparing rests on what changes."""
