@@ -366,6 +366,18 @@ def test_what_a_call_of_another_size_costs_is_what_is_decided_by(objective: Obje
         assert expected[frontier.rows.index(decision.row)] == pytest.approx(expected.min())
 
 
+def test_a_larger_call_waits_for_the_round_trip_and_in_the_queue_only_once() -> None:
+    frontier = Frontier.build(*small())
+    row = next(row for row in frontier.rows if not row.on_device)
+    up, down = Quantity(1e6, 0.1, 0.1, 0.0), Quantity(2e6, 0.1, 0.1, 0.0)
+    link = LinkEstimate(up, down, Quantity(0.3, 0.1, 0.1, 0.0), None)
+    load = LoadEstimate(Quantity(1.5, 0.1, 0.1, 0.0), 0.2)
+    once, often = (frontier.expected(row, link, load, 1.2, scale) for scale in (1.0, 8.0))
+    assert once.round_trip_s == often.round_trip_s == pytest.approx(0.5)
+    assert often.remote_s - 0.5 == pytest.approx(8 * (once.remote_s - 0.5))
+    assert frontier.expected(row, link, load, 1.2) == once
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_sizes_that_cannot_be_are_refused(scale: float) -> None:
     frontier = Frontier.build(*small())

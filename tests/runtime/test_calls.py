@@ -818,6 +818,20 @@ def test_an_error_in_choosing_a_cut_costs_no_answer(
             assert right(split)
 
 
+def test_an_error_in_asking_whether_a_deadline_can_be_kept_costs_no_answer(
+    server: Server, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("for this test")
+
+    with split_of(server, link=FAST, **known) as split:
+        assert right(split)
+        monkeypatch.setattr("torchsurgeon.runtime.choice.Adaptive.latencies", broken)
+        with split.deadline(60.0):
+            assert right(split)
+        assert "whether the deadline can be kept is not known" in caplog.text
+
+
 class Branches(nn.Module):
     """Two branches, so that two layers on the device may be either of two sets."""
 

@@ -200,10 +200,8 @@ class Choices:
         """Return how long the server's part of a row should take for a call of this scale."""
         assert self._server is not None
         state = self._server.state
-        found = self._bundle.costs.expected(
-            row, state.link.estimate(), state.load.estimate(), self.slowdown.estimate().value
-        )
-        return found._replace(remote_s=found.remote_s * max(scale, 1.0))
+        link, load, slowdown = state.link.estimate(), state.load.estimate(), self.slowdown.estimate().value
+        return self._bundle.costs.expected(row, link, load, slowdown, max(scale, 1.0))
 
     def patience(self, row: Row, scale: float, due_s: float | None) -> tuple[float, str, Expected]:
         """Return how long to wait for an answer, what to say if none has come then, and what is expected."""

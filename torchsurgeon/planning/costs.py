@@ -201,20 +201,24 @@ class CostTable:
         fixed_j = link.request_j(0, answer_bytes)
         return 0.0, (link.request_j(1, answer_bytes) - fixed_j) * scale, 0.0, scale, fixed_j
 
-    def expected(self, row: Row, link: LinkEstimate, load: LoadEstimate, slowdown: float) -> Expected:
-        """Return how long the server's part of a row should take, for a call of the example's size.
+    def expected(
+        self, row: Row, link: LinkEstimate, load: LoadEstimate, slowdown: float, scale: float = 1.0
+    ) -> Expected:
+        """Return how long the server's part of a row should take.
 
         Args:
             row: the row.
             link: rates and round trip.
             load: how busy the server is.
             slowdown: the factor by which the device is slower than its profile says.
+            scale: how many times as large as the traced example the call is. The round trip and the wait in the
+                server's queue do not grow with it.
         """
         round_trip_s = link.round_trip.value + load.queue_s
-        up_s = row.size_bytes * 8 / link.uplink.value
-        tail_s = (row.tail_s + row.decode_s) * load.compute.value
-        down_s = self.answer_bytes * 8 / link.downlink.value
-        remote_s = up_s + tail_s + down_s + row.encode_s * slowdown + round_trip_s
+        up_s = row.size_bytes * scale * 8 / link.uplink.value
+        tail_s = (row.tail_s + row.decode_s) * scale * load.compute.value
+        down_s = self.answer_bytes * scale * 8 / link.downlink.value
+        remote_s = up_s + tail_s + down_s + row.encode_s * scale * slowdown + round_trip_s
         spread = math.hypot(
             up_s * link.uplink.spread,
             tail_s * load.compute.spread,

@@ -276,10 +276,10 @@ class Adaptive:
         ]
         return self.frontier.rows[min(tried)[1]] if tried else None
 
-    def expected(self, row: Row, estimates: Estimates) -> Expected:
-        """Return how long the server's part of a row should take, for a call of the example's size."""
+    def expected(self, row: Row, estimates: Estimates, scale: float) -> Expected:
+        """Return how long the server's part of a row should take for a call of ``scale`` times the example's size."""
         link, load, slowdown, _ = estimates
-        return self.frontier.expected(row, link, load, slowdown.value)
+        return self.frontier.expected(row, link, load, slowdown.value, scale)
 
     def latencies(self, estimates: Estimates) -> list[float]:
         """Return the predicted latency of every row, in the order of the frontier's rows."""

@@ -19,7 +19,14 @@ from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.codec import Codec
 from torchsurgeon.codec.codec import fitted_codecs
 from torchsurgeon.codec.fitted import RatedCodec
-from torchsurgeon.errors import ArithmeticMismatchError, PartitionError, ServerUnavailableError, TraceError, short
+from torchsurgeon.errors import (
+    ArithmeticMismatchError,
+    DeadlineError,
+    PartitionError,
+    ServerUnavailableError,
+    TraceError,
+    short,
+)
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.planning.costs import Expected
 from torchsurgeon.runtime import bits
@@ -256,7 +263,7 @@ class Engine:
             timing_s = time.perf_counter()
             self.times.expected_s(choice.way)
             begun_s += time.perf_counter() - timing_s
-            choice = choice._replace(way=self.servers.within(deadline_s, begun_s, work, choice))
+            choice = choice._replace(way=self._within(deadline_s, begun_s, work, choice))
         if choice.peer is None or choice.way.whole:
             if choice.why is not None:
                 if not falls_back and choice.why.kind == "metered":
@@ -266,6 +273,16 @@ class Engine:
                 self._connector.renew()
             return Done(self._device.run(work, begun_s, choice.why or self._astray, choice.decision))
         return self._headed(work, choice, arithmetic, begun_s, None if deadline_s is None else begun_s + deadline_s)
+
+    def _within(self, deadline_s: float, begun_s: float, work: Work, choice: Choice) -> Way:
+        """Return the way of a choice, or a quicker one that keeps the deadline; see ``Servers.within()``."""
+        try:
+            return self.servers.within(deadline_s, begun_s, work, choice)
+        except Exception as error:
+            if isinstance(error, DeadlineError) or by_signal_handler(error):
+                raise
+            _logger.exception("whether the deadline can be kept is not known; the call is cut where it was to be cut")
+            return choice.way
 
     def _compile(self, way: Way) -> None:
         """Have the parts of a way compiled, if that is due: now, or in the background where backends are chosen."""
@@ -330,7 +347,7 @@ class Engine:
                 raise ArithmeticMismatchError(f"exact=True asks for the same bits, and {'; '.join(rounded)}")
             return Done(self._device.run(work, begun_s, Failure("inexact", "; ".join(rounded)), decision))
         plan, row = peer.plan, way.row
-        expected: Callable[[], Expected] | None = None
+        expected: Callable[[float], Expected] | None = None
         if decision is not None and plan is not None and row is not None:
             expected = functools.partial(plan.expected, row, decision.estimates)
         pending = Pending(

@@ -150,7 +150,7 @@ class Pending:
         moments: Moments,
         *,
         codec: Codec | Lossless,
-        expected: Callable[[], Expected] | None,
+        expected: Callable[[float], Expected] | None,
         decision: Decision[Row] | None,
         deadline_s: float | None,
         arithmetic: Arithmetic,
@@ -549,7 +549,7 @@ class Pending:
                 self._failed(error)
             return
         expected, taken_s = self._waiting.expected(self._peer, first=self._peer is self._tried[0]), end_s - self._sent_s
-        remote_s = FIRST_PATIENCE_S if expected is None else expected.remote_s * max(self.scale, 1.0)
+        remote_s = FIRST_PATIENCE_S if expected is None else expected.remote_s
         if taken_s > remote_s:
             row = self._way.row if self._peer is self._tried[0] else None
             if row is not None:

@@ -329,11 +329,12 @@ class Servers:
             latencies = plan.latencies(decision.estimates)
             least = latencies.index(min(latencies))
             taken_s = latencies[at]
-            spread = 0.0 if rows[least].on_device else plan.expected(rows[least], decision.estimates).spread
+            row = rows[least]
+            spread = 0.0 if row.on_device else plan.expected(row, decision.estimates, max(scale, 1.0)).spread
             surely_s = min(surely_s, _surely_s(latencies[least], max(device_error, spread)))
             if latencies[least] < best_s:
-                quickest = plan.ways[id(rows[least])]
-                best_s, how = latencies[least], f"cut after {rows[least].name}"
+                quickest = plan.ways[id(row)]
+                best_s, how = latencies[least], f"cut after {row.name}"
         elif peer is not None and (expected := peer.expected_duration(way.point)) is not None:
             # What is kept of a server's part is not scaled down for inputs smaller than the example.
             taken_s = head_s * scale + expected.value * max(scale, 1.0)

@@ -25,7 +25,8 @@ class Waiting:
         parts: the parts, some of which cannot be stopped when the answer comes after all.
         way: where the call is cut.
         scale: how many times as large as the traced example the call is.
-        expected: predicts the part of the first server that is asked; None where nothing has been measured.
+        expected: predicts the part of the first server that is asked, for a call of so many times the example's size;
+            None where nothing has been measured.
         deadline_s: when the answer is due (``time.perf_counter``); None for no deadline.
 
     Attributes:
@@ -39,7 +40,7 @@ class Waiting:
         parts: Parts,
         way: Way,
         scale: float,
-        expected: Callable[[], Expected] | None,
+        expected: Callable[[float], Expected] | None,
         deadline_s: float | None,
     ) -> None:
         self.way, self.share = way, 1
@@ -55,11 +56,11 @@ class Waiting:
             peer: the server that is asked.
             first: whether it is the first one that the call asks.
         """
-        expected, scale, times = self.expected(peer, first=first), max(self._scale, 1.0), self._times
+        expected, times = self.expected(peer, first=first), self._times
         if expected is None:
             patience_s, why = FIRST_PATIENCE_S, "the first answer is usually sooner"
         else:
-            remote_s = expected.remote_s * scale
+            remote_s = expected.remote_s
             # A tail that a backend runs cannot be stopped. So it is started only once the answer is late by as much
             # time as the tail takes.
             stoppable = self._parts.stoppable
@@ -80,7 +81,7 @@ class Waiting:
             left_s,
             # Where nothing is known yet, the median is taken to be half of the time that is left, with a spread of a
             # factor of two.
-            remote_s=left_s / 2 if expected is None else expected.remote_s * scale,
+            remote_s=left_s / 2 if expected is None else expected.remote_s,
             remote_spread=0.7 if expected is None else expected.spread,
             tail_s=times.expected_s(self.way)[1] * self._scale,
             tail_spread=times.slowdown().spread,
@@ -97,14 +98,16 @@ class Waiting:
             peer: the server that is asked.
             first: whether it is the first one that the call asks.
         """
+        # What the server needs is not scaled down for calls smaller than the example.
+        scale = max(self._scale, 1.0)
         if self._foreseen is not None and first:
-            foreseen = self._foreseen()
+            foreseen = self._foreseen(scale)
             return foreseen._replace(remote_s=foreseen.remote_s * self.share)
         duration = peer.expected_duration(self.way.point)
         if duration is None:
             return None
         round_trip_s = min(peer.state.link.estimate().round_trip.value, duration.value)
-        return Expected(duration.value * self.share, duration.spread, round_trip_s)
+        return Expected(duration.value * self.share * scale, duration.spread, round_trip_s)
 
     def crowded(self, peer: Peer) -> bool:
         """Return whether more requests share link and server than this one's time allows for, and allow for them."""
