@@ -212,6 +212,7 @@ class Engine:
             uncut = work.uncut() if self._compiles and self._unlike_trace() else None
             if self._compiles and uncut is None:
                 self.local.used()
+                self._learner.start()
                 self._compile(fixed)
             return Done(self._device.run(work, time.perf_counter(), self._astray, uncut=uncut))
         if self._closed:
@@ -286,9 +287,10 @@ class Engine:
 
     def _compile(self, way: Way) -> None:
         """Have the parts of a way compiled, if that is due: now, or in the background where backends are chosen."""
-        if not self.parts.ready(way.point, way.student) or self.parts.outdated(way.point, way.student):
-            # What is built now is to be compared with the weights as they are now.
-            self._connector.renew()
+        if not self.parts.due(way.point, way.student):
+            return
+        # What is built now is to be compared with the weights as they are now.
+        self._connector.renew()
         if self.parts.auto is None:
             self.parts.compile(way.point, self.times.example, way.student)
         else:

@@ -78,7 +78,6 @@ class Learner:
 
     def build(self, way: Way) -> None:
         """Have head and tail of a way built in a thread of the pool: once, and after each change of the weights."""
-        self.start()
         student = None if way.student is None else way.student.name
         key = (self._parts.generation, *way.point.place, student)
         if key in self._asked:

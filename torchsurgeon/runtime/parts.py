@@ -310,13 +310,15 @@ class Parts:
         if tail is not None and not tail.tried:
             tail.compile(head(*args, **kwargs) if student is None else self.graph.tensors_of_call(args, kwargs))
 
-    def outdated(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
-        """Return whether a call has found that the weights have changed since head or tail of a point were built."""
-        return _outdated(*self._ends(point, student))
+    def due(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
+        """Return whether head or tail of a point has to be built, for the first time or anew; asked at every call."""
+        head, tail = self._ends(point, student)
+        untried = isinstance(head, Compiled | _Built) and not head.tried
+        return untried or (tail is not None and not tail.tried) or _outdated(head, tail)
 
     def forget_outdated(self, point: PartitionPoint, student: FittedCodec | None = None) -> bool:
         """Forget all parts if the weights have changed since head or tail of a point were built; return whether so."""
-        if not self.outdated(point, student):
+        if not _outdated(*self._ends(point, student)):
             return False
         self.clear()
         return True
