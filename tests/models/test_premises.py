@@ -417,3 +417,26 @@ def test_the_default_dtype_is_a_premise_where_the_code_asks_for_it() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert asks.hold()
+
+
+def test_objects_that_raise_anything_for_an_attribute_are_not_asked_for_any() -> None:
+    class Options:
+        def __init__(self) -> None:
+            self.__dict__["table"] = {"scale": 2.0}
+
+        def __getattr__(self, name: str) -> Any:
+            return self.table[name]  # a KeyError, not an AttributeError
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.options = Options()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.options.scale
+
+    model = Scaled().eval()
+    premises = Premises(model)
+    assert premises.hold()
+    model.options.table["scale"] = 3.0
+    assert "'options.table' of the model holds has changed" in str(premises.broken())

@@ -370,7 +370,8 @@ def _code(parts: Iterable[Part]) -> list[Part]:
     """Return what functions are made of, which a program that reloads its code may exchange inside of them."""
     found = {}
     for part in parts:
-        function = getattr(part.value, "__func__", part.value)
+        # A user's object is not asked for attributes: its ``__getattr__`` may raise anything.
+        function = part.value.__func__ if isinstance(part.value, types.MethodType) else part.value
         if isinstance(function, types.FunctionType) and not is_library_code(function.__code__):
             found[id(function)] = (part.path, function)
     return [
