@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -334,3 +336,77 @@ def test_weights_that_were_one_tensor_and_are_two() -> None:
     assert graph.reformed() is None
     model.other.weight = nn.Parameter(torch.ones(4, 4))
     assert "one tensor" in (graph.reformed() or "")
+
+
+# --- what tensors are besides elements, sizes and dtypes ---
+
+
+class Marked:
+    @staticmethod
+    def tensor() -> torch.Tensor:
+        made = Y.clone()
+        made.mask = torch.zeros(4)  # type: ignore[attr-defined]
+        return made
+
+
+COMPLEX = torch.complex(X, Y)
+UNLIKE: dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor], Callable[[Any, torch.Tensor], bool]]] = {
+    "a parameter": (X, lambda: nn.Parameter(Y), lambda self, x: isinstance(x, nn.Parameter)),
+    "a parameter by its class": (X, lambda: nn.Parameter(Y), lambda self, x: type(x) is not torch.Tensor),
+    "an attribute": (X, Marked.tensor, lambda self, x: getattr(x, "mask", None) is not None),
+    "lazily conjugated": (COMPLEX, lambda: COMPLEX.clone().conj(), lambda self, x: x.is_conj()),
+    "a conjugate that is lazily conjugated": (COMPLEX, lambda: COMPLEX.conj(), lambda self, x: not x.mH.is_conj()),
+    "lazily negated": (X, lambda: COMPLEX.conj().imag, lambda self, x: torch.is_neg(x)),
+    "a copy where it is lazy": (COMPLEX, lambda: COMPLEX.conj(), lambda self, x: x.resolve_conj() is not x),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_tensor_that_answers_a_question_of_the_model_otherwise_is_not_taken(name: str) -> None:
+    example, other, question = UNLIKE[name]
+
+    def asking(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * (2 if question(self, x) else 3) + 1
+
+    graph = ts.trace(model_of(asking), example)
+    assert takes(graph, example * 2)
+    assert not takes(graph, other())
+
+    # Where nothing is asked, such a tensor is as good as any.
+    graph = ts.trace(model_of(lambda self, x: x * 3 + 1), example)
+    assert takes(graph, other())
+
+
+def test_a_question_in_a_module_of_helpers_is_found() -> None:
+    helpers = types.ModuleType("helpers_of_a_test")
+    helpers.is_trained = lambda x: isinstance(x, nn.Parameter)  # type: ignore[attr-defined]
+    graph = ts.trace(model_of(lambda self, x: self.lin(x) * (2 if helpers.is_trained(x) else 3)), X)
+    assert takes(graph, Y)
+    assert not takes(graph, nn.Parameter(Y))
+
+
+def test_an_example_that_is_a_parameter_is_traced_as_an_ordinary_tensor() -> None:
+    graph = ts.trace(model_of(lambda self, x: self.lin(x) * (2 if isinstance(x, nn.Parameter) else 3)), nn.Parameter(X))
+    assert takes(graph, Y)
+    assert not takes(graph, nn.Parameter(X))
+    graph = ts.trace(model_of(lambda self, x: self.lin(x)), nn.Parameter(X))
+    assert takes(graph, nn.Parameter(X))
+
+
+@pytest.mark.parametrize("name", ["storage_offset", "_is_view", "is_shared", "_base"])
+def test_a_model_that_asks_where_its_input_lies_in_memory_is_refused(name: str) -> None:
+    def asking(self: Any, x: torch.Tensor) -> torch.Tensor:
+        answer = getattr(x, name)
+        return self.lin(x) * (3 if (answer() if callable(answer) else answer is not None) else 2)
+
+    with pytest.raises(ts.errors.TraceError, match=f"how a tensor lies in its caller's memory \\({name}\\)"):
+        ts.trace(model_of(asking), X)
+
+
+def test_zero_with_the_other_sign_is_another_argument() -> None:
+    def signed(self: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
+        return self.lin(x) * math.copysign(1, scale)
+
+    graph = ts.trace(model_of(signed), X, 0.0)
+    assert takes(graph, Y, 0.0)
+    assert not takes(graph, Y, -0.0)

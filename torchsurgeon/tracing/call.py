@@ -55,7 +55,8 @@ class Call:
         self.fixed: dict[LeafPath, Any] = {path: leaf for path, leaf in leaves if not isinstance(leaf, torch.Tensor)}
         self._count = len(self.paths)
         given = [leaf for _, leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self._kinds = [type(tensor) for tensor in given]
+        # A parameter is followed as an ordinary tensor; ``questions`` sees to models that ask for it.
+        self._kinds = [torch.Tensor if type(tensor) is nn.Parameter else type(tensor) for tensor in given]
         # Whether the example passes ordinary tensors and nothing else, so that other arguments have their defaults.
         self._plain = (
             all(path == (p.name,) for path, p in zip(self.paths, parameters, strict=False))
@@ -164,7 +165,11 @@ class Call:
 
 def _is_fixed_at(leaf: Any, known: Any) -> bool:
     """Return whether an argument is what it was in the example. 1, 1.0 and True are equal, and compute otherwise."""
-    return leaf is known or (type(leaf) is type(known) and leaf == known)
+    if leaf is known:
+        return True
+    # 0.0 and -0.0 are equal, too, and have other texts.
+    is_zero = type(leaf) is float and not leaf
+    return type(leaf) is type(known) and leaf == known and (not is_zero or repr(leaf) == repr(known))
 
 
 def _sameness(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from torchsurgeon.tracing.call import Call
 from torchsurgeon.tracing.capture_export import Guard, capture_export
 from torchsurgeon.tracing.gradients import asked_in
 from torchsurgeon.tracing.program import NOTHING, Assumed
+from torchsurgeon.tracing.questions import asked_of_inputs
 from torchsurgeon.tracing.recording import Recording, record
 from torchsurgeon.tracing.replaced import has_another_forward
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes
@@ -47,6 +48,7 @@ class Captured:
         constants: other tensors whose elements it depends on.
         formed: the names of the model's own tensors whose dtype or sizes its code reads.
         asked: what it asks of its caller's gradient mode; see ``gradients``.
+        asked_of_inputs: what it may ask of its input tensors; see ``questions``.
         check_values: raises ``TypeError`` for input tensors whose values would take another path; None where values
             decide nothing.
         as_compiled: whether the model was told that it is compiled or exported.
@@ -63,6 +65,7 @@ class Captured:
     constants: tuple[torch.Tensor, ...] = ()
     formed: frozenset[str] = frozenset()
     asked: frozenset[str] = frozenset()
+    asked_of_inputs: frozenset[str] = frozenset()
     check_values: Guard | None = None
     as_compiled: bool = False
 
@@ -96,6 +99,11 @@ class Ways:
         self.reasons: list[str] = []
 
     def __iter__(self) -> Iterator[Captured]:
+        asked = asked_of_inputs(self._state.functions)
+        for captured in self._tried():
+            yield dataclasses.replace(captured, asked_of_inputs=asked)
+
+    def _tried(self) -> Iterator[Captured]:
         recorded = self._attempt("recorded")
         if recorded is not None:
             yield recorded

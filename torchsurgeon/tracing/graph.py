@@ -25,6 +25,7 @@ from torchsurgeon.tracing.digests import tensor_digest
 from torchsurgeon.tracing.flow import DataFlow, Value
 from torchsurgeon.tracing.gradients import check_asked
 from torchsurgeon.tracing.held import holdings, parameter_holdings
+from torchsurgeon.tracing.questions import check_inputs
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
 from torchsurgeon.tracing.replaced import functions_of_pytorch, replaced_functions
 from torchsurgeon.tracing.results import Left
@@ -63,6 +64,7 @@ class LayerGraph:
         self.model = model
         self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
         self._asked, self.check_values = captured.asked, captured.check_values
+        self._asked_of_inputs = captured.asked_of_inputs
         self.value_dependent = specs.value_dependent
         self.sizes_vary = specs.value_dependent or bool(specs.shapes.bound)
         self.verified: tuple[str, ...] = ()
@@ -230,6 +232,8 @@ class LayerGraph:
         self.check_sizes(tensors)
         if self._asked:
             check_asked(self._asked, self.call.names, tensors)
+        if self._asked_of_inputs:
+            check_inputs(self._asked_of_inputs, self.call.names, tensors)
         if self.check_values is not None:
             self.check_values(tensors)
         return tensors

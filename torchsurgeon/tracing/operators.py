@@ -19,6 +19,7 @@ class Kind(enum.Enum):
     SIZE = "a number that sizes and strides decide"
     VALUE = "something that the elements of a tensor decide"
     REFUSED = "something that leaves no trace"
+    UNTOLD = "something that says how a tensor lies in its caller's memory, and that is not sent"
 
 
 class Operation(NamedTuple):
@@ -43,8 +44,8 @@ _STATIC = frozenset(
     """
     dtype device ndim layout requires_grad is_leaf grad_fn names itemsize is_cuda is_cpu is_meta is_xla is_mps is_xpu
     is_hpu is_ipu is_maia is_mtia is_vulkan is_sparse is_sparse_csr is_quantized is_nested is_mkldnn retains_grad
-    output_nr _version dim ndimension is_floating_point is_complex is_signed is_inference is_conj is_neg element_size
-    get_device has_names is_shared is_pinned result_type can_cast __repr__ __str__ is_distributed qscheme
+    output_nr dim ndimension is_floating_point is_complex is_signed is_inference is_conj is_neg element_size
+    get_device has_names is_pinned result_type can_cast __repr__ __str__ is_distributed qscheme
     _backward_hooks _has_symbolic_sizes_strides
     """.split()  # noqa: SIM905
 )
@@ -64,9 +65,10 @@ _GRADIENTS = frozenset(
 _UNSEEN = frozenset(
     """
     apply_ map_ map2_ set_ share_memory_ __setstate__ __reduce_ex__ __deepcopy__ as_subclass module_load resize_as_
-    resize_ swap_tensors _is_view storage_offset as_strided_
+    resize_ swap_tensors as_strided_
     """.split()  # noqa: SIM905
 )
+_UNTOLD = frozenset("_version storage_offset _is_view is_shared _base".split())  # noqa: SIM905
 # Operators arrive as methods. They are recorded as Python's operators, as the model's source has them.
 _OPERATORS = {
     "add": operator.add,
@@ -148,6 +150,8 @@ def describe(func: Any, args: tuple[Any, ...], kwargs: Any = None) -> Operation:
         return Operation(Kind.REFUSED, None, args, plain, f"gradients are asked for, by {plain!r}; they end at a cut")
     if method is not None and plain in _UNSEEN:
         return Operation(Kind.REFUSED, None, args, plain, f"{plain!r} of a tensor leaves no trace")
+    if method is not None and plain in _UNTOLD:
+        return Operation(Kind.UNTOLD, None, args, plain)
     if plain in _STATIC or (plain == "type" and len(args) == 1 and not kwargs):
         return Operation(Kind.STATIC, None, args, plain)
     if plain in _SIZE:
@@ -165,13 +169,15 @@ def describe(func: Any, args: tuple[Any, ...], kwargs: Any = None) -> Operation:
 
 
 def _attribute(name: str, args: tuple[Any, ...]) -> Operation:
+    if name in _UNTOLD:
+        return Operation(Kind.UNTOLD, None, args, name)
     if name in _STATIC:
         return Operation(Kind.STATIC, None, args, name)
     if name in _SIZE:
         return Operation(Kind.SIZE, builtins.getattr, (args[0], name), name)
     if name in _VALUE:
         return Operation(Kind.VALUE, None, args, name)
-    if name in ("grad", "_grad", "_base"):
+    if name in ("grad", "_grad"):
         return Operation(Kind.REFUSED, None, args, name, f"the attribute {name!r} of a tensor is read")
     return Operation(Kind.CALL, builtins.getattr, (args[0], name), name)
 

@@ -274,7 +274,9 @@ class Recorder(Program, TorchFunctionMode):
         operation = describe(func, args, kwargs)
         if operation.kind is Kind.REFUSED:
             raise self.refuse(operation.reason)
-        if operation.kind is Kind.STATIC:
+        if operation.kind is Kind.UNTOLD and self.follows(args[0]):
+            self._refuse_at_once(operation.name)
+        if operation.kind in (Kind.STATIC, Kind.UNTOLD):
             return self._static(operation.name, func, args, kwargs)
         if operation.kind is Kind.SIZE:
             return self._size(operation.target, operation.args, kwargs)
@@ -289,7 +291,7 @@ class Recorder(Program, TorchFunctionMode):
     def _static(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Return what is the same for all values and sizes: dtype, rank, device, and the like."""
         tensor = args[0]
-        if (name in QUESTIONS or name == "_version") and isinstance(tensor, torch.Tensor) and self.follows(tensor):
+        if name in QUESTIONS and isinstance(tensor, torch.Tensor) and self.follows(tensor):
             self._asked_of_gradients(name)
         if name in _OF_FORM:
             self._note_form(tensor)
@@ -309,16 +311,18 @@ class Recorder(Program, TorchFunctionMode):
 
     def _asked_of_gradients(self, name: str) -> None:
         """Note a question that a call's tensors may answer otherwise, or refuse it."""
-        if name == "_version":
-            # Neither torch.export nor a module that is kept whole would give the same on both sides.
-            self.refusal = TraceError(
-                f"{type(self.model).__name__} asks how often a tensor was written to (_version), which depends on what "
-                "its caller did with the tensor, and is not sent; leave that question out of forward"
-            )
-            raise self.refusal
         if name in OF_TENSORS and torch.is_grad_enabled():
             raise self.refuse(f"{name!r} of a tensor is asked where gradients are recorded; gradients end at a cut")
         self.guards.asked.add(name)
+
+    def _refuse_at_once(self, name: str) -> None:
+        """Refuse the model for a question that neither torch.export nor a module kept whole would answer as it does."""
+        what = "how often a tensor was written to" if name == "_version" else "how a tensor lies in its caller's memory"
+        self.refusal = TraceError(
+            f"{type(self.model).__name__} asks {what} ({name}), which depends on what its caller did with the tensor, "
+            "and is not sent; leave that question out of forward"
+        )
+        raise self.refusal
 
     def _size(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return sizes of a tensor as numbers that are followed."""

@@ -19,7 +19,7 @@ from torch import nn
 from torchsurgeon.tracing.alone import leaves_something
 from torchsurgeon.tracing.gradients import names_in
 from torchsurgeon.tracing.results import Left
-from torchsurgeon.tracing.source import function_of
+from torchsurgeon.tracing.source import function_of, is_installed_module, is_library_module
 
 _CONTAINERS = (dict, list, set, deque)
 _ATOMS = (
@@ -242,9 +242,19 @@ def functions_of(model: nn.Module) -> list[types.FunctionType]:
         if str(function.__module__).partition(".")[0] in _LIBRARIES:
             continue
         found[id(function)] = function
-        todo += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
-        todo += [function.__globals__.get(name) for name in names_in(function.__code__)]
+        names = names_in(function.__code__)
+        used = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        used += [function.__globals__.get(name) for name in names]
+        todo += used
+        todo += [vars(module).get(name) for module in filter(_is_own_module, used) for name in names]
     return list(found.values())
+
+
+def _is_own_module(value: Any) -> bool:
+    """Return whether a value is a Python module of the user's own, such as the one of ``helpers.scale(x)``."""
+    if not isinstance(value, types.ModuleType):
+        return False
+    return not is_library_module(value.__name__) and not is_installed_module(value.__name__)
 
 
 class _Kept:

@@ -178,6 +178,7 @@ def _other_values(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype in EXTENSION_DATATYPES and tensor.element_size() in _INTEGERS:
         # PyTorch cannot move the elements of these dtypes about.
         return _other_values(tensor.resolve_conj().view(_INTEGERS[tensor.element_size()])).view(tensor.dtype)
+    tensor = tensor.detach()
     mixed = tensor.flip(tuple(range(tensor.dim()))) if tensor.dim() else tensor.clone()
     if (
         not tensor.dtype.is_floating_point
