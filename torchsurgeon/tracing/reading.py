@@ -95,6 +95,7 @@ class Reading:
         firm: the same where results are told by the code alone, so that every process has the same parts.
         assigned: the names of attributes that the code assigns.
         filled: the names of attributes and global names whose lists, dicts and arrays the code changes.
+        functions: those that it followed, without those of PyTorch, NumPy and the standard library.
         complete: False where there was more than a reading follows.
 
     Args:
@@ -130,7 +131,7 @@ class Reading:
         self._owners: list[tuple[str, Any]] = []
         self._classes: dict[type, str] = {}
         self._code: deque[tuple[str, types.FunctionType]] = deque()
-        self._functions: list[types.FunctionType] = []
+        self.functions: list[types.FunctionType] = []
         # The classes whose methods functions are, by the functions' ids.
         self._classes_of: dict[int, dict[type, None]] = {}
         for path, module in modules.items():
@@ -141,7 +142,7 @@ class Reading:
             for label, table in GLOBAL_HOOKS:
                 self._add_hooks("", label, table, None)
         self._follow_all()
-        self._results = Results(self._functions, self._classes_of, [owner for _, owner in self._owners])
+        self._results = Results(self.functions, self._classes_of, [owner for _, owner in self._owners])
         for owner, names in self._computed_by_library.items():
             self._results.add(owner, names)
         if any(isinstance(part.value, CHANGEABLE) for part in self._found):
@@ -211,7 +212,7 @@ class Reading:
             self._names |= names.read
             if code.co_name not in MAKING:
                 self.assigned |= names.assigned
-            self._functions.append(function)
+            self.functions.append(function)
             self._computed |= names.computed
             installed = is_installed_module(function.__module__ or "")
             for name in sorted(names.globals & function.__globals__.keys()):

@@ -46,13 +46,7 @@ class _AsWritten(dict[str, Any]):
         return now
 
 
-class _Settings:
-    @property
-    def default_dtype(self) -> torch.dtype:
-        return torch.get_default_dtype()
-
-
-_AS_WRITTEN, _SETTINGS = _AsWritten({name: vars(nn.Module)[name] for name in _EXCHANGED}), _Settings()
+_AS_WRITTEN = _AsWritten({name: vars(nn.Module)[name] for name in _EXCHANGED})
 
 
 def functions_of_pytorch(classes: Iterable[type], reading: Reading) -> list[Part]:
@@ -69,9 +63,6 @@ def functions_of_pytorch(classes: Iterable[type], reading: Reading) -> list[Part
     parts += [
         Part(f"torch.nn.Module.{name}", vars(nn.Module), name, vars(nn.Module)[name], nn.Module) for name in _CALLING
     ]
-    if "get_default_dtype" in names:
-        # A trace holds what it returned.
-        parts.append(Part("torch.default_dtype", _SETTINGS, "default_dtype", _SETTINGS.default_dtype, torch))
     return parts + [
         Part(f"{_name_of(place)}.{name}", vars(place), name, vars(place)[name], place)
         for place in _PLACES

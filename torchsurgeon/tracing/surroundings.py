@@ -1,0 +1,149 @@
+"""What the code of a model asks of its surroundings: settings of PyTorch, the environment, variables of its thread.
+
+A trace holds what the answers were, and so takes the path to which they led. They are premises of the trace as
+attributes are. Nothing is watched that the code does not name.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import backends
+
+from torchsurgeon.tracing.names import names_in
+from torchsurgeon.tracing.reading import Part, Reading
+from torchsurgeon.tracing.results import MAKING
+
+# By their names: the functions of PyTorch that tell a setting. Autocast and the gradient mode are compared elsewhere.
+_TELLING: dict[str, Callable[[], Any]] = {
+    function.__name__: function
+    for function in (
+        torch.get_default_dtype,
+        torch.get_default_device,
+        torch.get_num_threads,
+        torch.get_float32_matmul_precision,
+        torch.are_deterministic_algorithms_enabled,
+        torch.is_deterministic_algorithms_warn_only_enabled,
+        torch.get_deterministic_debug_mode,
+        backends.cuda.flash_sdp_enabled,
+        backends.cuda.mem_efficient_sdp_enabled,
+        backends.cuda.math_sdp_enabled,
+        backends.cuda.cudnn_sdp_enabled,
+        backends.mha.get_fastpath_enabled,
+    )
+}
+# By the last name of a module in ``torch.backends``: its flags.
+_FLAGS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "cudnn": (backends.cudnn, ("enabled", "benchmark", "deterministic", "allow_tf32")),
+    "matmul": (backends.cuda.matmul, ("allow_tf32",)),
+    "mkldnn": (backends.mkldnn, ("enabled", "deterministic", "allow_tf32")),
+    "quantized": (backends.quantized, ("engine",)),
+    "opt_einsum": (backends.opt_einsum, ("enabled", "strategy")),
+}
+_ENVIRONMENT = frozenset(("environ", "getenv"))
+_ABSENT = "(absent)"
+
+
+class _Answers(dict[str, Any]):
+    """By its name, what is asked; looked up, it is what the answer is now."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name]
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name)()
+
+
+def surroundings(reading: Reading) -> list[Part]:
+    """Return what the code of a model asks of its surroundings, with the answers.
+
+    Args:
+        reading: what the model's call reads.
+    """
+    asked: dict[str, dict[str, Callable[[], Any]]] = {
+        "torch": dict(_settings(reading)),
+        "os.environ": {name: _of_environment(name) for name in _variables(reading.functions)},
+    }
+    for part in reading.parts:
+        if isinstance(part.value, threading.local):
+            names = _read_beside(part, reading.functions)
+            asked[part.path] = {name: _of_thread(part.value, name) for name in sorted(names)}
+        elif isinstance(part.value, ContextVar):
+            asked[part.path] = {"get()": _of_context(part.value)}
+    found = []
+    for place, by_name in asked.items():
+        answers = _Answers(by_name)
+        found += [Part(f"{place}.{name}", answers, name, answers[name], None) for name in by_name]
+    return found
+
+
+def _settings(reading: Reading) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the settings of PyTorch that the code asks for, and what tells them."""
+    by_their_own_name = {id(part.value) for part in reading.parts if callable(part.value)}
+    for name, function in _TELLING.items():
+        if name in reading.names or id(function) in by_their_own_name:
+            yield f"{name}()", function
+    imported = {id(part.value) for part in reading.parts if isinstance(part.value, types.ModuleType)}
+    for name, (module, flags) in _FLAGS.items():
+        if name in reading.names or id(module) in imported:
+            yield from ((f"{name}.{flag}", _of_module(module, flag)) for flag in flags if flag in reading.names)
+
+
+def _variables(functions: Iterable[types.FunctionType]) -> list[str]:
+    """Return the texts that may name a variable of the environment, in the functions that read it."""
+    found: set[str] = set()
+    for function in functions:
+        names = names_in(function.__code__)
+        if not _ENVIRONMENT.isdisjoint(names.read | names.globals):
+            found.update(_texts(function.__code__))
+            known = (function.__globals__.get(name) for name in names.globals)
+            found.update(text for text in known if isinstance(text, str))
+    return sorted(text for text in found if text and "=" not in text and "\0" not in text)
+
+
+def _texts(code: types.CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, str) and constant.replace("_", "").isalnum():
+            yield constant
+        elif isinstance(constant, types.CodeType):
+            yield from _texts(constant)
+
+
+def _read_beside(part: Part, functions: Iterable[types.FunctionType]) -> set[str]:
+    """Return the attributes that functions read which also read a part, without those that one of them assigns."""
+    read: set[str] = set()
+    assigned: set[str] = set()
+    for function in functions:
+        names = names_in(function.__code__)
+        if function is part.holder or part.key in names.read | names.globals:
+            read |= names.read
+            assigned |= names.assigned if function.__code__.co_name not in MAKING else set()
+    return read - assigned - {part.key}
+
+
+def _of_environment(name: str) -> Callable[[], Any]:
+    return lambda: os.environ.get(name)
+
+
+def _of_thread(variables: threading.local, name: str) -> Callable[[], Any]:
+    return lambda: getattr(variables, name, _ABSENT)
+
+
+def _of_context(variable: ContextVar[Any]) -> Callable[[], Any]:
+    def now() -> Any:
+        try:
+            return variable.get()
+        except LookupError:
+            return _ABSENT
+
+    return now
+
+
+def _of_module(module: Any, flag: str) -> Callable[[], Any]:
+    return lambda: getattr(module, flag)
