@@ -22,6 +22,7 @@ from torchsurgeon.models.arrays import Arrays
 from torchsurgeon.models.hook_rows import GLOBAL_HOOK_ROWS, hook_rows
 from torchsurgeon.tracing.reading import CONTAINERS, PLAIN, Part, Reading, is_own_method, read_model
 from torchsurgeon.tracing.replaced import functions_of_pytorch
+from torchsurgeon.tracing.settled import settled
 from torchsurgeon.tracing.source import is_library_code, is_library_module
 from torchsurgeon.tracing.surroundings import surroundings
 
@@ -122,7 +123,7 @@ class Premises:
         of_pytorch = functions_of_pytorch(self._classes, self._reading)
         self._of_pytorch = {part.path for part in of_pytorch}
         attributes += of_pytorch
-        attributes += surroundings(self._reading)
+        attributes += [*surroundings(self._reading), *settled(self._reading)]
         attributes += _code(attributes)
         attributes += [part for module, path in self._paths.items() for part in _own_methods(module, path)]
         self._plain = [part for part in attributes if _is_plain(part.value)]

@@ -22,6 +22,7 @@ from torchsurgeon.tracing.program import NOTHING, Assumed
 from torchsurgeon.tracing.questions import asked_of_inputs
 from torchsurgeon.tracing.recording import Recording, record
 from torchsurgeon.tracing.replaced import has_another_forward
+from torchsurgeon.tracing.results import Settled
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes
 from torchsurgeon.tracing.state import State, functions_of
 from torchsurgeon.tracing.step import Step
@@ -51,6 +52,7 @@ class Captured:
         asked_of_inputs: what it may ask of its input tensors; see ``questions``.
         check_values: raises ``TypeError`` for input tensors whose values would take another path; None where values
             decide nothing.
+        settled: what its first call changes for good; see ``Left.settled``.
         as_compiled: whether the model was told that it is compiled or exported.
     """
 
@@ -67,6 +69,7 @@ class Captured:
     asked: frozenset[str] = frozenset()
     asked_of_inputs: frozenset[str] = frozenset()
     check_values: Guard | None = None
+    settled: Settled = dataclasses.field(default_factory=dict)
     as_compiled: bool = False
 
 
@@ -188,6 +191,7 @@ def _captured(found: Recording, traced_by: str, model: nn.Module, asked: frozens
         formed=frozenset(guards.formed),
         asked=asked | guards.asked | _asked_in_whole(found, model),
         check_values=check_values if guards.values else None,
+        settled=found.settled,
     )
 
 

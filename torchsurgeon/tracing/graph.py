@@ -64,7 +64,7 @@ class LayerGraph:
         self.model = model
         self.traced_by, self.opaque, self._guard = captured.traced_by, dict(captured.opaque), captured.guard
         self._asked, self.check_values = captured.asked, captured.check_values
-        self._asked_of_inputs = captured.asked_of_inputs
+        self._asked_of_inputs, self._settled = captured.asked_of_inputs, captured.settled
         self.value_dependent = specs.value_dependent
         self.sizes_vary = specs.value_dependent or bool(specs.shapes.bound)
         self.verified: tuple[str, ...] = ()
@@ -343,7 +343,8 @@ class LayerGraph:
     @cached_property
     def reading(self) -> Reading:
         """What the model's call reads besides its inputs; found out at the first use."""
-        return read_model(self.model, self.call.fixed, self.left)
+        left = None if self.left is None else self.left._replace(settled=self._settled)
+        return read_model(self.model, self.call.fixed, left)
 
     @cached_property
     def configuration(self) -> Configuration:

@@ -151,6 +151,17 @@ def names_in(code: types.CodeType) -> Names:
     )
 
 
+def texts_in(code: types.CodeType) -> Iterator[str]:
+    """Yield the texts in a function's code that may be keys or names: ``"scale"``, ``"MY_SCALE"``."""
+    for constant in code.co_consts:
+        if isinstance(constant, str) and constant.isidentifier():
+            yield constant
+        elif isinstance(constant, tuple):
+            yield from (text for text in constant if isinstance(text, str) and text.isidentifier())
+        elif isinstance(constant, types.CodeType):
+            yield from texts_in(constant)
+
+
 def _first_argument(code: types.CodeType) -> str:
     return code.co_varnames[0] if code.co_argcount else ""
 

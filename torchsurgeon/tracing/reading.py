@@ -96,6 +96,8 @@ class Reading:
         assigned: the names of attributes that the code assigns.
         filled: the names of attributes and global names whose lists, dicts and arrays the code changes.
         functions: those that it followed, without those of PyTorch, NumPy and the standard library.
+        owners: the modules, classes and other objects whose attributes the code reads, with where they are.
+        left: what a call of the model was seen to leave; None where none was watched.
         complete: False where there was more than a reading follows.
 
     Args:
@@ -120,7 +122,7 @@ class Reading:
         self.filled: set[str] = set()
         self.complete = True
         self._given = modules, values, global_hooks, unhooked, left
-        self._unhooked, self._left = unhooked, left
+        self._unhooked, self.left = unhooked, left
         self._names: set[str] = set(_ROOTS)
         self._computed = False
         self._computed_by_library: dict[Any, set[str]] = {}
@@ -128,7 +130,7 @@ class Reading:
         self._visited: set[tuple[int, Any]] = set()
         self._seen: set[int] = set()
         self._kept: list[Any] = []
-        self._owners: list[tuple[str, Any]] = []
+        self.owners: list[tuple[str, Any]] = []
         self._classes: dict[type, str] = {}
         self._code: deque[tuple[str, types.FunctionType]] = deque()
         self.functions: list[types.FunctionType] = []
@@ -142,7 +144,7 @@ class Reading:
             for label, table in GLOBAL_HOOKS:
                 self._add_hooks("", label, table, None)
         self._follow_all()
-        self._results = Results(self.functions, self._classes_of, [owner for _, owner in self._owners])
+        self._results = Results(self.functions, self._classes_of, [owner for _, owner in self.owners])
         for owner, names in self._computed_by_library.items():
             self._results.add(owner, names)
         if any(isinstance(part.value, CHANGEABLE) for part in self._found):
@@ -154,13 +156,13 @@ class Reading:
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:
         """All modules whose attributes the code reads, with where they are; also those in plain lists and closures."""
-        return [(path, owner) for path, owner in self._owners if isinstance(owner, nn.Module)]
+        return [(path, owner) for path, owner in self.owners if isinstance(owner, nn.Module)]
 
     @property
     def objects(self) -> list[tuple[str, Any]]:
         """The objects whose attributes the code reads, with where they are: no modules, classes and functions."""
         others = (nn.Module, type, types.ModuleType, types.FunctionType)
-        return [(path, one) for path, one in self._owners if hasattr(one, "__dict__") and not isinstance(one, others)]
+        return [(path, one) for path, one in self.owners if hasattr(one, "__dict__") and not isinstance(one, others)]
 
     @property
     def names(self) -> frozenset[str]:
@@ -170,12 +172,21 @@ class Reading:
     def reads(self, owner: Any, name: str) -> bool:
         """Return whether the code reads an attribute of this name, if the module or object has it."""
         tables = (vars(owner), owner._parameters, owner._buffers) if isinstance(owner, nn.Module) else (vars(owner),)
-        assigned = any(self._results.assigns(table, name, owner, self._left) for table in tables)
+        assigned = any(self._results.assigns(table, name, owner, self.left) for table in tables)
         return not assigned and self._names_it(owner, name)
 
     def fills(self, part: Part) -> bool:
         """Return whether the code changes what a list, dict or array holds."""
-        return isinstance(part.key, str) and self._results.fills(part.value, part.key, part.holder, self._left)
+        return isinstance(part.key, str) and self._results.fills(part.value, part.key, part.holder, self.left)
+
+    def overwrites(self, owner: Any, name: str) -> bool:
+        """Return whether each call assigns an attribute of a module or object before it reads it."""
+        return self._results.overwrites(name, owner)
+
+    @property
+    def filled_dicts(self) -> list[Part]:
+        """The dicts that are read and whose contents the code changes."""
+        return [part for part in self._found if isinstance(part.value, dict) and self.fills(part)]
 
     def again(self) -> Reading:
         """Return what the same call reads now."""
@@ -194,14 +205,14 @@ class Reading:
 
     def _follow_all(self) -> None:
         while True:
-            before = len(self._found), len(self._names), len(self.assigned), len(self._owners), len(self._classes)
+            before = len(self._found), len(self._names), len(self.assigned), len(self.owners), len(self._classes)
             while self._code:
                 self._scan(*self._code.popleft())
-            for path, owner in list(self._owners):
+            for path, owner in list(self.owners):
                 self._look_at(path, owner)
             for cls, path in list(self._classes.items()):
                 self._look_at_class(path, cls)
-            after = len(self._found), len(self._names), len(self.assigned), len(self._owners), len(self._classes)
+            after = len(self._found), len(self._names), len(self.assigned), len(self.owners), len(self._classes)
             if before == after and not self._code:
                 return
 
@@ -241,7 +252,7 @@ class Reading:
             module = sys.modules.get(one)
             if not isinstance(module, types.ModuleType) or is_library_module(one):
                 continue
-            if self._left is None and is_installed_module(one):
+            if self.left is None and is_installed_module(one):
                 continue  # whether it has been imported may depend on what else the process does
             installed = is_installed_module(function.__module__ or "")
             if not imported.names:
@@ -399,7 +410,7 @@ class Reading:
         self._computed_by_library.setdefault(owner, set()).update(names)
 
     def _add_owner(self, path: str, owner: Any) -> None:
-        self._owners.append((path, owner))
+        self.owners.append((path, owner))
         self._kept.append(owner)
 
 

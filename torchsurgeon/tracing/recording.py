@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torchsurgeon.tracing.guards import Guards
 from torchsurgeon.tracing.program import NOTHING, Assumed
 from torchsurgeon.tracing.python_numbers import tables_of
 from torchsurgeon.tracing.recorder import Recorder
+from torchsurgeon.tracing.results import Settled
 from torchsurgeon.tracing.shape_rules import META
 from torchsurgeon.tracing.shapes import MetaModel, RealModel, Shapes, propagate, tensors_in
 from torchsurgeon.tracing.state import State
@@ -38,6 +40,7 @@ class Recording:
         guards: what the model's path depends on, besides values.
         only_settings: whether the real model was needed only for autocast, which does not act on meta tensors, so that
             no shape depends on values.
+        settled: what the first call changed for good; see ``Left.settled``.
     """
 
     steps: list[Step]
@@ -46,6 +49,7 @@ class Recording:
     whole: Mapping[str, str]
     guards: Guards
     only_settings: bool = False
+    settled: Settled = dataclasses.field(default_factory=dict)
 
 
 def record(
@@ -121,20 +125,31 @@ def _recorded(begun: Callable[..., Recorder], tensors: Sequence[torch.Tensor], s
     try:
         first = _of_many_sizes(begun, tensors, state)
         first.left = changed = state.changed()
+        settling = state.settling() if changed else {}
         if changed:
             # What the model left behind is there in the next call. If that does the same, it reads none of it.
             second = begun(earlier=first)
             second.run(tensors)
             second.left = changed
+            now = state.settling()
+            settling = {place: _if_still(pair, now.get(place)) for place, pair in settling.items()}
             if not _alike(first, second):
                 # A cache that was filled may be read instead of being computed again, but always the same one.
                 third = begun(earlier=second)
                 third.run(tensors)
                 if not second.read_cache or not _alike(second, third):
                     raise TraceError(keeps_state(first.model, changed))
-        return Recording(first.steps, first.propagation.shapes, first.source, first.whole, first.guards)
+        return Recording(
+            first.steps, first.propagation.shapes, first.source, first.whole, first.guards, settled=settling
+        )
     finally:
         state.restore()
+
+
+def _if_still(one: tuple[Any, Any] | None, other: tuple[Any, Any] | None) -> tuple[Any, Any] | None:
+    """Return what was before and after a call, if it is the same after the next one; None otherwise."""
+    same = one is not None and other is not None and type(one[1]) is type(other[1]) and one[1] == other[1]
+    return one if same else None
 
 
 def _of_many_sizes(begun: Callable[..., Recorder], tensors: Sequence[torch.Tensor], state: State) -> Recorder:

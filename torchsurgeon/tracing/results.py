@@ -14,14 +14,22 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from torchsurgeon.tracing.names import Way, filled_by, names_in, overwritten_by
 
 # What these assign to their first argument is of an object that they make.
 MAKING = frozenset(("__init__", "__new__", "__post_init__"))
+
+
+_SINGLE: frozenset[type] = frozenset((bool, int, float, complex, str, type(None), torch.dtype))
+
+
+Settled = Mapping[tuple[int, Any], tuple[Any, Any] | None]
 
 
 class Left(NamedTuple):
@@ -31,11 +39,20 @@ class Left(NamedTuple):
         watched: the ids of the dicts (also ``__dict__`` of modules and objects), lists and sets that were watched.
         changed: by id and key, what changed in the dicts.
         filled: the ids of all of them that changed.
+        settled: by id and key, what a call changed in the dicts when it was recorded. If it is a single number, text or
+            the like that the next call left alone: what it was before, the dict itself where it was absent, and what it
+            was afterwards. Otherwise None.
     """
 
     watched: frozenset[int]
     changed: frozenset[tuple[int, Any]]
     filled: frozenset[int]
+    settled: Settled = MappingProxyType({})
+
+
+def is_single(value: Any) -> bool:
+    """Return whether a value is a single number, text or the like, and no stand-in for a number that is followed."""
+    return type(value) in _SINGLE
 
 
 class Results:
@@ -105,10 +122,14 @@ class Results:
         """
         if left is not None and id(table) in left.watched:
             # What is only assigned on a path that the example does not take is read on the path that it takes.
-            return (id(table), name) in left.changed or name in self._overwritten.get(id(holder), ())
+            return (id(table), name) in left.changed or self.overwrites(name, holder)
         if any(name in self._assigned.get(key, ()) for key in (*type(holder).__mro__, id(holder))):
             return True
         return name in self._assigned_elsewhere
+
+    def overwrites(self, name: str, holder: Any) -> bool:
+        """Return whether each call assigns an attribute of a module or object before it reads it."""
+        return name in self._overwritten.get(id(holder), ())
 
     def fills(self, value: Any, name: str, holder: Any, left: Left | None) -> bool:
         """Return whether what a list, dict or array holds is a result; the arguments are those of ``assigns()``."""

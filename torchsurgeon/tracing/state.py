@@ -18,7 +18,7 @@ from torch import nn
 
 from torchsurgeon.tracing.alone import leaves_something
 from torchsurgeon.tracing.gradients import names_in
-from torchsurgeon.tracing.results import Left
+from torchsurgeon.tracing.results import Left, Settled, is_single
 from torchsurgeon.tracing.source import function_of, is_installed_module, is_library_module
 
 _CONTAINERS = (dict, list, set, deque)
@@ -168,6 +168,18 @@ class State:
         changed |= {(id(container), key) for container in empty for key in container}
         filled = (id(container) for container in (*(container for container, _ in held), *empty))
         return Left(self._watched(), frozenset(changed), frozenset(filled))
+
+    def settling(self) -> Settled:
+        """Return what has changed in dicts, as ``Left.settled`` has it after one call."""
+        held = {id(container): (container, before.copy) for container, before, _ in self._held.values()}
+        held |= {id(container): (container, {}) for container, _ in self._empty}
+        return {
+            (place, key): (before.get(key, container), container[key]) if is_single(container[key]) else None
+            for place, (container, before) in held.items()
+            if isinstance(container, dict)
+            for key in container
+            if container[key] is not before.get(key, container)
+        }
 
     def restore(self) -> None:
         """Put everything back."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import backends
 
-from torchsurgeon.tracing.names import names_in
+from torchsurgeon.tracing.names import names_in, texts_in
 from torchsurgeon.tracing.reading import Part, Reading
 from torchsurgeon.tracing.results import MAKING
 
@@ -101,18 +101,10 @@ def _variables(functions: Iterable[types.FunctionType]) -> list[str]:
     for function in functions:
         names = names_in(function.__code__)
         if not _ENVIRONMENT.isdisjoint(names.read | names.globals):
-            found.update(_texts(function.__code__))
+            found.update(texts_in(function.__code__))
             known = (function.__globals__.get(name) for name in names.globals)
             found.update(text for text in known if isinstance(text, str))
     return sorted(text for text in found if text and "=" not in text and "\0" not in text)
-
-
-def _texts(code: types.CodeType) -> Iterator[str]:
-    for constant in code.co_consts:
-        if isinstance(constant, str) and constant.replace("_", "").isalnum():
-            yield constant
-        elif isinstance(constant, types.CodeType):
-            yield from _texts(constant)
 
 
 def _read_beside(part: Part, functions: Iterable[types.FunctionType]) -> set[str]:
