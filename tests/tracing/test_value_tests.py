@@ -122,6 +122,62 @@ def test_a_model_that_answers_otherwise_where_it_is_compiled_is_recorded_with_it
         graph.tensors_of_call((X, PADDED), {})
 
 
+def clamping(self: Any, x: Tensor) -> Tensor:
+    """As models do for half precision: large values are rare, and no example shows them."""
+    y = self.first(x)
+    if not torch.compiler.is_compiling() and (y.abs() > 100).any():
+        y = y.clamp(-100, 100)
+    return y  # type: ignore[no-any-return]
+
+
+def test_a_test_of_fractions_that_is_left_out_where_the_model_is_compiled_keeps_its_module_whole() -> None:
+    made = model(lambda self, x: self.last(self.part(x)), part=model(clamping, first=linear()), last=linear())
+    graph = ts.trace(made, X)
+    assert (graph.traced_by, list(graph.opaque)) == ("hierarchical", ["part"])
+    for point in graph.points:
+        part = ts.cut(graph, point)
+        with torch.no_grad():
+            assert_same(part.tail(*part.head(X * 1e4)), made(X * 1e4), point.name)
+
+
+def test_a_mask_that_is_tested_at_the_root_stays_free_beside_a_part_that_tests_fractions() -> None:
+    def forward(self: Any, x: Tensor, mask: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not mask.all():
+            x = x * mask[..., None]
+        return self.last(self.part(x))  # type: ignore[no-any-return]
+
+    made = model(forward, part=model(clamping, first=linear()), last=linear())
+    graph = ts.trace(made, X, FULL)
+    assert (graph.traced_by, list(graph.opaque), graph.check_values) == ("hierarchical", ["part"], None)
+    for point in graph.points:
+        part = ts.cut(graph, point)
+        for given in (X * 1e4, FULL), (X * 1e4, PADDED), (X, PADDED):
+            with torch.no_grad():
+                assert_same(part.tail(*part.head(*given)), made(*given), point.name)
+
+
+def test_a_test_of_fractions_at_the_root_that_is_left_out_where_the_model_is_compiled_is_refused() -> None:
+    with pytest.raises(TraceError, match="where it is compiled, the model leaves out a test of the values of a tensor"):
+        ts.trace(model(clamping, first=linear()), X)
+
+
+def test_a_test_of_what_is_computed_from_whole_inputs_and_weights_is_one_of_fractions() -> None:
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        return self.last(self.part(self.embed(ids)))  # type: ignore[no-any-return]
+
+    made = model(forward, embed=nn.Embedding(4, 8), part=model(clamping, first=linear()), last=linear())
+    assert list(ts.trace(made, torch.tensor([[0, 3]])).opaque) == ["part"]
+
+
+def test_a_number_that_is_read_either_way_is_no_test_that_is_left_out() -> None:
+    def forward(self: Any, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.first(x) * x.mean().item()
+        return x * mask[..., None] if torch.compiler.is_compiling() or mask.float().mean() != 1 else x
+
+    graph = ts.trace(model(forward, first=linear()), X, FULL)
+    assert (graph.traced_by, graph.check_values) == ("recorded", None)
+
+
 def test_whether_the_process_compiles_is_as_before_after_tracing() -> None:
     before = torch.compiler.is_compiling
     ts.trace(model(masking, first=linear()), X, FULL)

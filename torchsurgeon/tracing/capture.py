@@ -100,6 +100,8 @@ class Ways:
         self._export = not leaf_modules
         self._unfollowed: UnfollowedError | None = None
         self.reasons: list[str] = []
+        # Where a test was left out, and how many modules have been kept whole for that.
+        self._left_out_in, self._tests_whole = "", 0
 
     def __iter__(self) -> Iterator[Captured]:
         asked = asked_of_inputs(self._state.functions)
@@ -112,9 +114,7 @@ class Ways:
             yield recorded
         if recorded is None and self._unfollowed is not None and self._unfollowed.asks_whether_compiling:
             # Models that test the values of a mask leave that out where they are compiled, and so here.
-            compiled = self._attempt("recorded", Assumed(compiling=True))
-            if compiled is not None:
-                yield dataclasses.replace(compiled, as_compiled=True)
+            yield from self._as_compiled()
         if self._export:
             try:
                 steps, guard = capture_export(self._model, self._call, self._tensors)
@@ -136,14 +136,28 @@ class Ways:
         if tested is not None:
             yield tested
 
-    def failed(self, module_path: str, reason: str) -> None:
+    def _as_compiled(self) -> Iterator[Captured]:
+        """Record the model as it is where it is compiled, with modules kept whole that test more where they are not."""
+        while True:
+            self._left_out_in = ""
+            compiled = self._attempt("hierarchical" if self._tests_whole else "recorded", Assumed(compiling=True))
+            if compiled is None:
+                return
+            yield dataclasses.replace(compiled, as_compiled=True)
+            if not self._keep_whole(self._left_out_in, self.reasons[-1]):
+                return
+            self._tests_whole += 1
+
+    def failed(self, module_path: str, reason: str, *, leaves_out: bool = False) -> None:
         """Tell that what was captured last gives another answer than the model.
 
         Args:
             module_path: the module in which it first differs.
             reason: what differs.
+            leaves_out: whether it leaves out a test that the module makes where it is not compiled.
         """
         self.reasons.append(reason)
+        self._left_out_in = module_path if leaves_out else ""
         # Where the recorder could not follow the model, it knows that place; torch.export fails elsewhere.
         self._unfollowed = self._unfollowed or UnfollowedError(reason, module_path, reason)
 

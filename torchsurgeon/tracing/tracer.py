@@ -36,7 +36,7 @@ from torchsurgeon.tracing.shapes import (
 from torchsurgeon.tracing.specs import Specs
 from torchsurgeon.tracing.state import State, left_as_it_was
 from torchsurgeon.tracing.step import Step
-from torchsurgeon.tracing.verify import Mismatch, Unrepeatable
+from torchsurgeon.tracing.verify import LeavesOut, Mismatch, Unrepeatable
 from torchsurgeon.tracing.verify import verify as verify_steps
 
 
@@ -134,6 +134,7 @@ def _traced(
                 graph.batch_free,
                 layouts=captured.traced_by == "export",
                 masks=captured.as_compiled,
+                whole=captured.opaque,
                 check_values=captured.check_values,
                 noted=functools.partial(setattr, graph, "left"),
             )
@@ -152,7 +153,8 @@ def _traced(
                     stacklevel=3,
                 )
         except Mismatch as mismatch:
-            ways.failed(mismatch.module_path, f"{captured.traced_by}: {mismatch}")
+            reason = f"{captured.traced_by}: {mismatch}"
+            ways.failed(mismatch.module_path, reason, leaves_out=isinstance(mismatch, LeavesOut))
             continue
         return graph
     raise TraceError("\n".join(dict.fromkeys(ways.reasons)))

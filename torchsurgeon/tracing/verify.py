@@ -6,7 +6,7 @@ from a real call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.admission import refuse_changed_arguments
 from torchsurgeon.tracing.call import Call, check_result
 from torchsurgeon.tracing.crossing import EXTENSION_DATATYPES
+from torchsurgeon.tracing.float_tests import left_out
 from torchsurgeon.tracing.results import Left
 from torchsurgeon.tracing.state import State, left_as_it_was
 from torchsurgeon.tracing.step import Environment, Step, clone
@@ -47,6 +48,16 @@ class Mismatch(Exception):
         self.sample, self.layer, self.module_path = sample, layer, module_path
 
 
+class LeavesOut(Mismatch):
+    """A trace was made of the model as it is where it is compiled, and leaves out a test of fractions."""
+
+    def __init__(self, module_path: str, name: str) -> None:
+        Exception.__init__(
+            self, f"where it is compiled, the model leaves out a test of the values of a tensor, by {name!r}"
+        )
+        self.sample, self.layer, self.module_path = EXAMPLE, "", module_path
+
+
 class Unrepeatable(Exception):
     """The model's own answers differ from run to run, so that there is nothing to compare with."""
 
@@ -59,6 +70,7 @@ def verify(
     batch_free: bool,
     layouts: bool = False,
     masks: bool = False,
+    whole: Collection[str] = (),
     check_values: Callable[[Sequence[torch.Tensor]], None] | None = None,
     noted: Callable[[Left], None] = lambda left: None,
 ) -> tuple[str, ...]:
@@ -74,6 +86,7 @@ def verify(
             model was traced does not notice whether it asks for that.
         masks: whether to try other masks, too, because the model was told that it is compiled, where it does not test
             their values.
+        whole: the paths of the modules that are kept whole.
         check_values: raises ``TypeError`` for inputs that the steps are not for.
         noted: gets what a call with the example leaves in the model.
 
@@ -105,6 +118,8 @@ def verify(
             raise TraceError(keeps_state(model, changed))
         if name is EXAMPLE:
             noted(state.left)
+            if masks:
+                _refuse_left_out(model, call, given, whole, state)
         elif changed:
             # What a larger batch leaves may be read by the next call of the example's size.
             fresh, _, later = _answers(model, call, tensors, state, after=given)
@@ -240,6 +255,24 @@ def _answers(
         return answer, changed, _seeded(lambda: run(tensors))
     finally:
         state.restore()
+
+
+def _refuse_left_out(
+    model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], whole: Collection[str], state: State
+) -> None:
+    """Raise ``LeavesOut`` where the model leaves out a test of fractions where it is compiled."""
+
+    def run(given: Sequence[torch.Tensor]) -> None:
+        state.restore()
+        args, kwargs = call.rebuild(dict(zip(call.paths, given, strict=True)))
+        model(*args, **kwargs)
+
+    try:
+        found = _seeded(lambda: left_out(run, model, tensors, whole))
+    finally:
+        state.restore()
+    if found is not None:
+        raise LeavesOut(*found)
 
 
 def _kept(answer: Any) -> Any:
