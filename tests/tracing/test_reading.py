@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import types
 import weakref
+from collections import UserDict, UserList
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from small_models import model
 from torch import Tensor, nn
 
+from torchsurgeon.models.premises import Premises
 from torchsurgeon.tracing.digests import part_digest, tensor_digest
 from torchsurgeon.tracing.names import filled_by, names_in, overwritten_by
 from torchsurgeon.tracing.reading import Reading, plain_tensors, read_model
@@ -184,6 +186,28 @@ def test_an_installed_module_that_may_not_have_been_imported_is_watched_but_not_
     found = Reading({}, {"act": space["act"]}, left=Left(frozenset(), frozenset(), frozenset()))
     assert [part.path for part in found.parts] == ["act", "installed_for_a_test.SCALE"]
     assert [part.path for part in Reading({}, {"act": space["act"]}).parts] == ["act"]
+
+
+def test_attributes_of_weights_are_read_where_the_code_names_them() -> None:
+    made: Any = model(lambda self, x: self.part(x) * self.part.weight.scale, part=nn.Linear(4, 4), held=torch.ones(2))
+    made.part.weight.scale, made.part.weight.unused, made.held.scale = 2.0, 1.0, 3.0
+    found = {part.path: part.value for part in read_model(made).parts if part.key in ("scale", "unused")}
+    assert found == {"held.scale": 3.0, "part.weight.scale": 2.0}
+    premises = Premises(made)
+    made.part.weight.scale = 4.0
+    assert "attribute 'scale' of 'part.weight' was 2.0" in str(premises.broken())
+
+
+def test_what_lies_in_dicts_and_lists_of_users_is_read() -> None:
+    made: Any = model(lambda self, x: x * self.table["scale"] * self.row[0])
+    made.table, made.row = UserDict(scale=2.0), UserList([1.0])
+    premises = Premises(made)
+    assert premises.hold()
+    made.table["scale"] = 3.0
+    assert "what 'table.data' of the model holds has changed" in str(premises.broken())
+    made.table["scale"] = 2.0
+    made.row.append(1.0)
+    assert "what 'row.data' of the model holds has changed" in str(premises.broken())
 
 
 def test_what_a_weak_reference_refers_to_is_read() -> None:

@@ -128,3 +128,16 @@ def test_nothing_is_watched_that_the_code_does_not_ask_for() -> None:
         for _, change in ASKED.values():
             inside.enter_context(change())
         assert premises.hold()
+
+
+def test_whether_parameters_need_gradients_is_a_premise_where_the_code_asks_for_it() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.first(x) * (2 if self.first.weight.requires_grad else 3)  # type: ignore[no-any-return]
+
+    made = model(forward, first=nn.Linear(4, 4))
+    premises = Premises(made)
+    assert premises.hold()
+    made.requires_grad_(False)
+    assert "'requires_grad' of 'parameters' was (True, True)" in str(premises.broken())
+    made.requires_grad_(True)
+    assert premises.hold()

@@ -8,6 +8,7 @@ import functools
 import re
 import types
 import weakref
+from collections import UserDict, UserList
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -268,7 +269,7 @@ def _always(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def wrapped(value: Any) -> Iterator[tuple[str, Any]]:
-    """Return the parts of a callable, descriptor or reference that wraps others."""
+    """Return the parts of a callable, descriptor, reference or container that wraps others."""
     if isinstance(value, functools.partial):
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
     elif isinstance(value, types.MethodType):
@@ -284,6 +285,8 @@ def wrapped(value: Any) -> Iterator[tuple[str, Any]]:
         yield "func", value.func
     elif isinstance(value, functools._lru_cache_wrapper):
         yield "__wrapped__", value.__wrapped__
+    elif isinstance(value, (UserDict, UserList)):
+        yield "data", value.data
     elif isinstance(value, weakref.ReferenceType):
         referred = value()
         if referred is not None:

@@ -267,6 +267,7 @@ class Reading:
         if isinstance(owner, nn.Module):
             wanted = [name for name in own.keys() - OF_MODULES if self._names_it(owner, name)]
             wanted = [name for name in wanted if not is_own_method(owner, name, own[name])]
+            self._look_at_tensors(path, owner)
         elif isinstance(own, dict):
             computed = self._computed and not isinstance(owner, types.ModuleType)
             wanted = own.keys() if computed else own.keys() & self._names
@@ -275,6 +276,14 @@ class Reading:
         for name in sorted(_slots(type(owner)) & self._names):
             if hasattr(owner, name):
                 self._visit(_dotted(path, name), owner, name, getattr(owner, name), owner)
+
+    def _look_at_tensors(self, path: str, module: nn.Module) -> None:
+        """Note the attributes that a program has given to a module's parameters and buffers: ``weight.scale = 2.0``."""
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                given = tensor.__dict__ if tensor is not None else {}
+                for name in sorted(given.keys() & self._names):
+                    self._visit(_dotted(_dotted(path, key), name), given, name, given[name], tensor)
 
     def _names_it(self, owner: Any, name: str) -> bool:
         if self._computed or name in self._names:

@@ -1,5 +1,7 @@
 """What the code of a model asks of its surroundings: settings of PyTorch, the environment, variables of its thread.
 
+Whether its parameters need gradients is such a thing, too, since a program that trains a part of them sets it.
+
 A trace holds what the answers were, and so takes the path to which they led. They are premises of the trace as
 attributes are. Nothing is watched that the code does not name.
 """
@@ -14,7 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import backends
+from torch import backends, nn
 
 from torchsurgeon.tracing.names import names_in, texts_in
 from torchsurgeon.tracing.reading import Part, Reading
@@ -46,6 +48,7 @@ _FLAGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "quantized": (backends.quantized, ("engine",)),
     "opt_einsum": (backends.opt_einsum, ("enabled", "strategy")),
 }
+_OF_PARAMETERS = frozenset(("requires_grad", "is_leaf", "grad_fn"))
 _ENVIRONMENT = frozenset(("environ", "getenv"))
 _ABSENT = "(absent)"
 
@@ -70,6 +73,8 @@ def surroundings(reading: Reading) -> list[Part]:
         "torch": dict(_settings(reading)),
         "os.environ": {name: _of_environment(name) for name in _variables(reading.functions)},
     }
+    if not _OF_PARAMETERS.isdisjoint(reading.names):
+        asked["parameters"] = {"requires_grad": _of_parameters([module for _, module in reading.modules])}
     for part in reading.parts:
         if isinstance(part.value, threading.local):
             names = _read_beside(part, reading.functions)
@@ -135,6 +140,11 @@ def _of_context(variable: ContextVar[Any]) -> Callable[[], Any]:
             return _ABSENT
 
     return now
+
+
+def _of_parameters(modules: list[nn.Module]) -> Callable[[], Any]:
+    tables = [module._parameters for module in modules if module._parameters]
+    return lambda: tuple([one.requires_grad for table in tables for one in table.values() if one is not None])
 
 
 def _of_module(module: Any, flag: str) -> Callable[[], Any]:
