@@ -113,6 +113,26 @@ def test_a_model_of_quantized_layers_crosses_exactly() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_quantized_inputs_are_traced_and_of_other_scales_and_sizes_answered() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(x.dequantize()) + x.int_repr()
+
+    def quantized(rows: int, scale: float) -> torch.Tensor:
+        return torch.quantize_per_tensor(torch.rand(rows, 4), scale, 3, torch.quint8)
+
+    with split(Whole().eval(), quantized(2, 0.1)) as module, torch.no_grad():
+        for x in quantized(2, 0.1), quantized(2, 0.2), quantized(5, 0.1):
+            for point in module.graph.points:
+                module.partition = point.index
+                assert torch.equal(module(x), module.model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_copy_of_a_quantized_tensor_keeps_the_order_of_its_memory() -> None:
     x = torch.rand(1, 4, 3, 3).to(memory_format=torch.channels_last)
     quantized = torch.quantize_per_tensor(x, 0.1, 3, torch.quint8)

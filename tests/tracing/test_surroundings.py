@@ -65,6 +65,10 @@ ASKED: dict[str, tuple[Callable[[], Any], Callable[[], contextlib.AbstractContex
         lambda: torch.get_default_dtype().itemsize,
         lambda: set_to(torch.set_default_dtype, torch.float64, torch.float32),
     ),
+    "the default dtype, of a tensor that is made": (
+        lambda: torch.zeros(1).itemsize,
+        lambda: set_to(torch.set_default_dtype, torch.float64, torch.float32),
+    ),
     "deterministic algorithms": (
         lambda: 1 + torch.are_deterministic_algorithms_enabled(),
         lambda: set_to(torch.use_deterministic_algorithms, True, False),

@@ -323,6 +323,23 @@ def test_weights_of_another_form_are_another_model_where_the_code_reads_their_fo
         assert (graph.reformed() is not None) == bool(forms), forward.__name__
 
 
+def test_weights_that_lie_otherwise_in_memory_where_the_code_asks_how_they_lie() -> None:
+    model = model_of(lambda self, x: self.lin(x) * (2 if self.lin.weight.is_contiguous() else 3))
+    graph = ts.trace(model, X)
+    assert graph.reformed() is None
+    model.lin.weight = nn.Parameter(model.lin.weight.detach().t())
+    assert "layout in memory" in (graph.reformed() or "")
+
+
+def test_weights_that_were_two_tensors_and_are_one() -> None:
+    model = model_of(lambda self, x: self.lin(x) * (2 if self.other.weight is self.lin.weight else 3))
+    model.other = nn.Linear(4, 4).eval()
+    graph = ts.trace(model, X)
+    assert graph.reformed() is None
+    model.other.weight = model.lin.weight
+    assert "were two tensors" in (graph.reformed() or "")
+
+
 def test_weights_that_were_one_tensor_and_are_two() -> None:
     def tied(self: Any, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(self.lin(x).relu(), self.other.weight)
@@ -357,6 +374,7 @@ UNLIKE: dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor], Callable[[Any,
     "lazily conjugated": (COMPLEX, lambda: COMPLEX.clone().conj(), lambda self, x: x.is_conj()),
     "a conjugate that is lazily conjugated": (COMPLEX, lambda: COMPLEX.conj(), lambda self, x: not x.mH.is_conj()),
     "lazily negated": (X, lambda: COMPLEX.conj().imag, lambda self, x: torch.is_neg(x)),
+    "an error where it is lazy": (COMPLEX, lambda: COMPLEX.conj(), lambda self, x: torch.view_as_real(x) is x),
     "a copy where it is lazy": (COMPLEX, lambda: COMPLEX.conj(), lambda self, x: x.resolve_conj() is not x),
 }
 

@@ -255,7 +255,8 @@ class LayerGraph:
     def reformed(self) -> str | None:
         """Return in a sentence how the model's own tensors have another form than when it was traced; None if not.
 
-        Sizes and dtypes count where the code reads them, and everywhere which names stand for one and the same tensor.
+        Dtype, sizes and strides count where the code reads one of them, and everywhere which names stand for one and
+        the same tensor.
         """
         now = _forms(self.model)
         for name, (form, same) in self._forms.items():
@@ -263,10 +264,14 @@ class LayerGraph:
                 continue
             if name in self._formed and now[name][0] != form:
                 return (
-                    f"{short(name)} has another dtype or shape than when it was traced, and the model's code reads that"
+                    f"{short(name)} has another dtype, shape or layout in memory than when it was traced, and the "
+                    "model's code reads that"
                 )
             if same != name and same in now and now[name][1] != now[same][1]:
                 return f"{short(name)} and {short(same)} were one tensor when it was traced, and are two now"
+            became = now[name][1]
+            if same == name and became != name and became in self._forms:
+                return f"{short(name)} and {short(became)} were two tensors when it was traced, and are one now"
         return None
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -364,10 +369,14 @@ class LayerGraph:
 
 
 def _forms(model: nn.Module) -> dict[str, tuple[tuple[Any, ...], str]]:
-    """Return, by name, the dtype and shape of a model's own tensors, and the first name of the same tensor."""
+    """Return, by name, dtype, shape and strides of a model's own tensors, and the first name of the same tensor."""
     first: dict[int, str] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: ((tensor.dtype, tensor.shape), first.setdefault(id(tensor), name)) for name, tensor in named}
+    return {name: (_form(tensor), first.setdefault(id(tensor), name)) for name, tensor in named}
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride() if tensor.layout is torch.strided else None
 
 
 def _never(_: Any) -> Any:

@@ -89,12 +89,12 @@ class Guards:
     def _wrong(self, source: MetaModel, tensors: Sequence[torch.Tensor]) -> str:
         values: Environment = [None] * len(self._steps)
         given = iter(tensors)
-        for step in self._steps:
-            if step.kind == "input":
-                values[step.index] = without_elements(next(given))
         shapes = ", ".join(short(list(t.shape), 100, quote=False) for t in tensors)
         ask = "trace it again with an example of these sizes"
         try:
+            for step in self._steps:
+                if step.kind == "input":
+                    values[step.index] = without_elements(next(given))
             dry_run(self.needed(), values, source)
         except Exception as error:
             # Mostly because the path is another one, which an earlier step tells.

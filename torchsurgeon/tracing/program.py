@@ -153,7 +153,11 @@ class Program:
     def input(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Append the step of an input, and return what stands for it."""
         step = self.add("input", name, name.replace(".", "_"))
-        made: torch.Tensor = self.propagation.input(step, tensor)
+        try:
+            made: torch.Tensor = self.propagation.input(step, tensor)
+        except Exception as error:
+            # There are no quantized tensors without elements.
+            raise self.needs_elements(error) from error
         self.places[id(made)] = (made, step.index, ())
         return made
 

@@ -20,7 +20,7 @@ _PARAMETERS, _LAZY, _ATTRIBUTES = "whether it is a parameter", "whether it is la
 # By what the code may ask, the names of which one is in code that asks for it.
 _ASKING = {
     _PARAMETERS: frozenset(("Parameter", "_is_param", "type", "__class__")),
-    _LAZY: frozenset(("is_conj", "is_neg", "resolve_conj", "resolve_neg")),
+    _LAZY: frozenset(("is_conj", "is_neg", "resolve_conj", "resolve_neg", "view_as_real")),
     _ATTRIBUTES: frozenset(("getattr", "hasattr", "vars", "__dict__", "AttributeError", "Exception", "Buffer")),
 }
 # PyTorch puts these on tensors for its compiler.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Collection, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ MAKING = frozenset(("__init__", "__new__", "__post_init__"))
 _SINGLE: frozenset[type] = frozenset((bool, int, float, complex, str, type(None), torch.dtype))
 
 
+ABSENT = "(absent)"
 Settled = Mapping[tuple[int, Any], tuple[Any, Any] | None]
 
 
@@ -40,14 +40,14 @@ class Left(NamedTuple):
         changed: by id and key, what changed in the dicts.
         filled: the ids of all of them that changed.
         settled: by id and key, what a call changed in the dicts when it was recorded. If it is a single number, text or
-            the like that the next call left alone: what it was before, the dict itself where it was absent, and what it
+            the like that the next call left alone: what it was before, ``ABSENT`` where it was not there, and what it
             was afterwards. Otherwise None.
     """
 
     watched: frozenset[int]
     changed: frozenset[tuple[int, Any]]
     filled: frozenset[int]
-    settled: Settled = MappingProxyType({})
+    settled: Settled | None = None
 
 
 def is_single(value: Any) -> bool:

@@ -17,9 +17,8 @@ from typing import Any
 
 from torchsurgeon.tracing.names import names_in, texts_in
 from torchsurgeon.tracing.reading import Part, Reading
-from torchsurgeon.tracing.results import is_single
+from torchsurgeon.tracing.results import ABSENT, is_single
 
-_ABSENT = "(absent)"
 _MOST_NAMED = 16
 
 
@@ -28,7 +27,7 @@ class _Computed(dict[str, Any]):
 
     Args:
         table: the dict that holds them.
-        settled: by their names, what they are before the first call (the table itself where they are absent) and after.
+        settled: by their names, what they are before the first call and after.
     """
 
     def __init__(self, table: dict[str, Any], settled: dict[str, tuple[Any, Any]]) -> None:
@@ -40,7 +39,7 @@ class _Computed(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         before, after = super().__getitem__(name)
-        now = self._table.get(name, self._table)
+        now = self._table.get(name, ABSENT)
         return after if now is before or (is_single(now) and type(now) is type(before) and now == before) else now
 
 
@@ -55,8 +54,8 @@ class _Absent(dict[str, Any]):
         return self[name]
 
     def __getitem__(self, name: str) -> Any:
-        now = self._table.get(name, self._table)
-        return now if is_single(now) else _ABSENT
+        now = self._table.get(name, ABSENT)
+        return now if is_single(now) else ABSENT
 
 
 def settled(reading: Reading) -> list[Part]:
@@ -73,7 +72,7 @@ def settled(reading: Reading) -> list[Part]:
 def _computed(reading: Reading) -> Iterator[Part]:
     assert reading.left is not None
     tables = [(path, vars(owner), owner) for path, owner in reading.owners if hasattr(owner, "__dict__")]
-    tables += [(part.path, part.value, part.holder) for part in reading.filled_dicts]
+    tables += [(part.path, part.value, None) for part in reading.filled_dicts]
     done: set[int] = set()
     for path, table, holder in tables:
         if id(table) in done or not isinstance(table, dict):
@@ -81,7 +80,7 @@ def _computed(reading: Reading) -> Iterator[Part]:
         done.add(id(table))
         known = {
             key: values
-            for (place, key), values in reading.left.settled.items()
+            for (place, key), values in (reading.left.settled or {}).items()
             if place == id(table) and isinstance(key, str) and values is not None
         }
         of_holder = table is getattr(holder, "__dict__", None)
@@ -99,7 +98,9 @@ def _beside_results(reading: Reading) -> Iterator[Part]:
     for part in reading.filled_dicts:
         if id(part.value) not in reading.left.watched:
             continue
-        changed = {key for place, key in (*reading.left.changed, *reading.left.settled) if place == id(part.value)}
+        changed = {
+            key for place, key in (*reading.left.changed, *(reading.left.settled or ())) if place == id(part.value)
+        }
         for key, value in part.value.items():
             if isinstance(key, str) and is_single(value) and key not in changed:
                 yield Part(f"{part.path}.{key}", part.value, key, value, None)
@@ -108,7 +109,7 @@ def _beside_results(reading: Reading) -> Iterator[Part]:
         named = {text for function in functions for text in texts_in(function.__code__)}
         absent = sorted(named - part.value.keys() - changed)[:_MOST_NAMED]
         answers = _Absent(part.value, absent)
-        yield from (Part(f"{part.path}.{key}", answers, key, _ABSENT, None) for key in absent)
+        yield from (Part(f"{part.path}.{key}", answers, key, ABSENT, None) for key in absent)
 
 
 def _names(function: types.FunctionType, part: Part) -> bool:

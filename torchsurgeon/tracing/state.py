@@ -18,7 +18,7 @@ from torch import nn
 
 from torchsurgeon.tracing.alone import leaves_something
 from torchsurgeon.tracing.gradients import names_in
-from torchsurgeon.tracing.results import Left, Settled, is_single
+from torchsurgeon.tracing.results import ABSENT, Left, Settled, is_single
 from torchsurgeon.tracing.source import function_of, is_installed_module, is_library_module
 
 _CONTAINERS = (dict, list, set, deque)
@@ -174,7 +174,7 @@ class State:
         held = {id(container): (container, before.copy) for container, before, _ in self._held.values()}
         held |= {id(container): (container, {}) for container, _ in self._empty}
         return {
-            (place, key): (before.get(key, container), container[key]) if is_single(container[key]) else None
+            (place, key): (before.get(key, ABSENT), container[key]) if is_single(container[key]) else None
             for place, (container, before) in held.items()
             if isinstance(container, dict)
             for key in container

@@ -20,7 +20,7 @@ from torch import backends, nn
 
 from torchsurgeon.tracing.names import names_in, texts_in
 from torchsurgeon.tracing.reading import Part, Reading
-from torchsurgeon.tracing.results import MAKING
+from torchsurgeon.tracing.results import ABSENT, MAKING
 
 # By their names: the functions of PyTorch that tell a setting. Autocast and the gradient mode are compared elsewhere.
 _TELLING: dict[str, Callable[[], Any]] = {
@@ -49,8 +49,11 @@ _FLAGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "opt_einsum": (backends.opt_einsum, ("enabled", "strategy")),
 }
 _OF_PARAMETERS = frozenset(("requires_grad", "is_leaf", "grad_fn"))
+# These make tensors of the default dtype, which decides the dtypes of what is computed from them.
+_OF_DEFAULT_DTYPE = frozenset(
+    "zeros ones empty full rand randn tensor as_tensor scalar_tensor arange linspace logspace eye".split()  # noqa: SIM905
+)
 _ENVIRONMENT = frozenset(("environ", "getenv"))
-_ABSENT = "(absent)"
 
 
 class _Answers(dict[str, Any]):
@@ -92,7 +95,8 @@ def _settings(reading: Reading) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield the settings of PyTorch that the code asks for, and what tells them."""
     by_their_own_name = {id(part.value) for part in reading.parts if callable(part.value)}
     for name, function in _TELLING.items():
-        if name in reading.names or id(function) in by_their_own_name:
+        makes = function is torch.get_default_dtype and not _OF_DEFAULT_DTYPE.isdisjoint(reading.names)
+        if makes or name in reading.names or id(function) in by_their_own_name:
             yield f"{name}()", function
     imported = {id(part.value) for part in reading.parts if isinstance(part.value, types.ModuleType)}
     for name, (module, flags) in _FLAGS.items():
@@ -129,7 +133,7 @@ def _of_environment(name: str) -> Callable[[], Any]:
 
 
 def _of_thread(variables: threading.local, name: str) -> Callable[[], Any]:
-    return lambda: getattr(variables, name, _ABSENT)
+    return lambda: getattr(variables, name, ABSENT)
 
 
 def _of_context(variable: ContextVar[Any]) -> Callable[[], Any]:
@@ -137,7 +141,7 @@ def _of_context(variable: ContextVar[Any]) -> Callable[[], Any]:
         try:
             return variable.get()
         except LookupError:
-            return _ABSENT
+            return ABSENT
 
     return now
 
