@@ -395,6 +395,31 @@ def test_state_in_a_part_kept_whole_is_refused_too(forward: Any) -> None:
         ts.trace(made, X, leaf_modules=["1"])
 
 
+def warming_up(self: Any, x: Tensor) -> Tensor:
+    self.calls += 1
+    return self.l(x) * (1 if self.calls < 10 else 2)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("whole", [[], ["1"]], ids=["followed", "kept whole"])
+def test_a_count_of_calls_that_decides_after_many_is_refused(whole: list[str]) -> None:
+    made = nn.Sequential(linear(), keeping(warming_up), linear()).eval()
+
+    def refused() -> None:
+        with pytest.raises(TraceError, match=r"state between calls.*'1.calls'"):
+            ts.trace(made, X, leaf_modules=whole)
+
+    untouched(made, refused)
+
+
+def test_a_size_that_is_kept_is_no_count_of_calls() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if self.calls != x.shape[0]:
+            self.calls, self.kept["rows"] = x.shape[0], torch.arange(float(x.shape[0]))
+        return self.l(x) + self.kept["rows"][: self.calls, None]  # type: ignore[no-any-return]
+
+    check(keeping(forward), X)
+
+
 # --- state outside of the modules ---
 
 _calls = 0

@@ -29,6 +29,7 @@ _ATOMS = (
 _PLAIN = frozenset((int, float, complex, str, bool, bytes, type(None), types.FunctionType))
 _DEPTH = 6
 _SMALL_BYTES = 1 << 20
+_MANY_CALLS = 1_000_003
 
 
 _Cache = functools._lru_cache_wrapper
@@ -180,6 +181,20 @@ class State:
             for key in container
             if container[key] is not before.get(key, container)
         }
+
+    def count_on(self) -> list[str]:
+        """Set the whole numbers that a call has changed far ahead, as many calls would, and return their names.
+
+        The call was seen to give the same answer again. What counts calls may still decide after the tenth one.
+        """
+        found = []
+        for container, before, path in self._held.values():
+            for key in before.changed(container):
+                was, now = before.copy.get(key), container.get(key)
+                if type(was) is type(now) is int and was != now:
+                    container[key] = now + _MANY_CALLS
+                    found.append(f"{path}.{key}".lstrip("."))
+        return found
 
     def restore(self) -> None:
         """Put everything back."""

@@ -118,6 +118,7 @@ def verify(
             raise TraceError(keeps_state(model, changed))
         if name is EXAMPLE:
             noted(state.left)
+            _refuse_counters(model, call, given, state, expected)
             if masks:
                 _refuse_left_out(model, call, given, whole, state)
         elif changed:
@@ -236,13 +237,7 @@ def _answers(
     """
 
     def run(given: Sequence[torch.Tensor]) -> Any:
-        copies = {id(tensor): clone(tensor) for tensor in given}
-        passed = [copies[id(tensor)] for tensor in given]
-        args, kwargs = call.rebuild(dict(zip(call.paths, passed, strict=True)))
-        result = model(*args, **kwargs)
-        check_result(model, result)
-        refuse_changed_arguments(model, call, args, kwargs, passed)
-        return result
+        return _run_model(model, call, given)
 
     try:
         answer = _kept(_seeded(lambda: run(tensors)))
@@ -255,6 +250,25 @@ def _answers(
         return answer, changed, _seeded(lambda: run(tensors))
     finally:
         state.restore()
+
+
+def _refuse_counters(
+    model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], state: State, expected: Any
+) -> None:
+    """Raise for a model that counts its calls, and answers otherwise after many of them."""
+    if not state.left.changed:
+        return
+    try:
+        _seeded(lambda: _run_model(model, call, tensors))
+        counters = state.count_on()
+        later = _seeded(lambda: _run_model(model, call, tensors)) if counters else expected
+    except Exception:
+        # Such a number may be a size that fits nothing else.
+        return
+    finally:
+        state.restore()
+    if not same_answer(expected, later):
+        raise TraceError(keeps_state(model, counters))
 
 
 def _refuse_left_out(
@@ -273,6 +287,17 @@ def _refuse_left_out(
         state.restore()
     if found is not None:
         raise LeavesOut(*found)
+
+
+def _run_model(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
+    """Return the model's answer; raise for one that cannot be put together again, and for changed arguments."""
+    copies = {id(tensor): clone(tensor) for tensor in tensors}
+    passed = [copies[id(tensor)] for tensor in tensors]
+    args, kwargs = call.rebuild(dict(zip(call.paths, passed, strict=True)))
+    result = model(*args, **kwargs)
+    check_result(model, result)
+    refuse_changed_arguments(model, call, args, kwargs, passed)
+    return result
 
 
 def _kept(answer: Any) -> Any:
