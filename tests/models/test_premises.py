@@ -412,7 +412,7 @@ def test_the_default_dtype_is_a_premise_where_the_code_asks_for_it() -> None:
     asks, does_not = Premises(Cast(8, 8).eval()), Premises(nn.Linear(8, 8).eval())
     torch.set_default_dtype(torch.float64)
     try:
-        assert "'get_default_dtype()' of 'torch' was torch.float32" in str(asks.broken())
+        assert "'torch.get_default_dtype()' of 'its surroundings' was torch.float32" in str(asks.broken())
         assert does_not.broken() is None
     finally:
         torch.set_default_dtype(torch.float32)

@@ -142,6 +142,6 @@ def test_whether_parameters_need_gradients_is_a_premise_where_the_code_asks_for_
     premises = Premises(made)
     assert premises.hold()
     made.requires_grad_(False)
-    assert "'requires_grad' of 'parameters' was (True, True)" in str(premises.broken())
+    assert "'parameters.requires_grad' of 'its surroundings' was (True, True)" in str(premises.broken())
     made.requires_grad_(True)
     assert premises.hold()

@@ -63,7 +63,7 @@ class _Answers(dict[str, Any]):
         return self[name]
 
     def __getitem__(self, name: str) -> Any:
-        return super().__getitem__(name)()
+        return dict.__getitem__(self, name)()  # quicker than by super()
 
 
 def surroundings(reading: Reading) -> list[Part]:
@@ -84,11 +84,9 @@ def surroundings(reading: Reading) -> list[Part]:
             asked[part.path] = {name: _of_thread(part.value, name) for name in sorted(names)}
         elif isinstance(part.value, ContextVar):
             asked[part.path] = {"get()": _of_context(part.value)}
-    found = []
-    for place, by_name in asked.items():
-        answers = _Answers(by_name)
-        found += [Part(f"{place}.{name}", answers, name, answers[name], None) for name in by_name]
-    return found
+    # All in one, which takes less time at each call.
+    answers = _Answers({f"{place}.{name}": tell for place, by_name in asked.items() for name, tell in by_name.items()})
+    return [Part(f"its surroundings.{name}", answers, name, answers[name], None) for name in answers]
 
 
 def _settings(reading: Reading) -> Iterator[tuple[str, Callable[[], Any]]]:
