@@ -40,6 +40,37 @@ from torchsurgeon.transport.deadline import Deadline
 # --- answering ---
 
 
+class Catching(nn.Module):
+    """Answers in another way where an operator raises an error for the values that it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(x)
+        try:
+            y = torch.linalg.cholesky(y)
+        except torch.linalg.LinAlgError:
+            y = y - 1.0
+        return torch.relu(y)
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("partition", [1, 2])
+def test_a_model_that_catches_what_a_layer_raises_answers_itself(partition: int) -> None:
+    model, example = Catching().eval(), torch.eye(3)
+    with serving(model, example, name="catching") as running:
+        options: dict[str, Any] = {"server": running.url, "name": "catching", "partition": partition}
+        with ts.SplitModule(model, example, **options) as split:
+            assert torch.equal(split(example), model(example))
+            assert split.last is not None
+            assert split.last.degraded is None
+            assert torch.equal(split(-example), model(-example))
+            assert "unlike: a part of the model raised" in str(split.last.degraded)
+            assert torch.equal(split(example), model(example))
+        with ts.SplitModule(model, example, fallback="error", **options) as split:
+            assert torch.equal(split(example), model(example))
+            with pytest.raises((torch.linalg.LinAlgError, ts.ServerError)):
+                split(-example)
+
+
 class Choosy(nn.Module):
     """Takes another way for large inputs, and a number."""
 

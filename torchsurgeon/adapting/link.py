@@ -15,6 +15,8 @@ from torchsurgeon.link import Link, Radio
 # Over recorded and synthetic uplinks, a longer memory follows too late, and a shorter one is no better than the last
 # transfer alone.
 _MEMORY_S = 0.2
+# A request that a stall has held up is over with the stall, so the last round trip counts for half at least.
+_TRIP_SHARE = 0.5
 _FIRST_WINDOW_BYTES = 1 << 14  # TCP sends this much at once; a shorter transfer that arrives at once shows no rate
 _SURELY_TIMED = 2.0  # a short transfer that took this many times the timing error does show one
 _PACKET_BYTES = 1500
@@ -82,7 +84,7 @@ class LinkEstimator:
         self._uplink = Mean(1 / prior.uplink_bit_s, now_s=now_s, memory_s=_MEMORY_S)
         self._downlink = Mean(1 / prior.downlink_bit_s, now_s=now_s, memory_s=_MEMORY_S)
         trip_s = max(prior.round_trip_s, _LEAST_ROUND_TRIP_S)
-        self._round_trip = Mean(trip_s, now_s=now_s, memory_s=_MEMORY_S)
+        self._round_trip = Mean(trip_s, now_s=now_s, memory_s=_MEMORY_S, least_share=_TRIP_SHARE)
 
     def observe(
         self,

@@ -333,13 +333,16 @@ class Engine:
         assert peer is not None
         head, weights = work.head(way.point, way.student), self.local.weights
         decided_s = time.perf_counter()
+        raised: Failure | None = None
         try:
             boundary = head()
-        except TypeError as error:
-            # The trace does not hold for this call, or the model itself refuses it.
-            if not self.options.falls_back or by_signal_handler(error):
+        except Exception as error:
+            if work.uncut() is None or not self.options.falls_back or by_signal_handler(error):
                 raise
-            return Done(self._device.run(work, begun_s, Failure("unlike", str(error)), decision))
+            raised = Failure.of_part(error)
+        if raised is not None:
+            # The trace does not hold for this call, or the model refuses it, or catches what its layers raise.
+            return Done(self._device.run(work, begun_s, raised, decision, uncut=work.uncut()))
         settle(boundary)
         headed_s = time.perf_counter()
         specs = work.crossing(way.point)

@@ -12,6 +12,7 @@ from torchsurgeon.errors import (
     ProtocolError,
     RequestRefusedError,
     ServerUnavailableError,
+    short,
 )
 
 
@@ -45,6 +46,13 @@ class Failure:
             if isinstance(error, kinds):
                 return Failure(word, str(error))
         return Failure("failed", f"{type(error).__name__}: {error}")
+
+    @staticmethod
+    def of_part(error: Exception) -> Failure:
+        """Return the failure of a part of the model that has raised ``error`` on this device."""
+        if isinstance(error, TypeError):
+            return Failure("unlike", str(error))
+        return Failure("unlike", f"a part of the model raised {type(error).__name__}: {short(error, 300)}")
 
 
 _WORDS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (

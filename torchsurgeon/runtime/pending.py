@@ -494,7 +494,9 @@ class Pending:
                 # What a student computed is near the model's own, which the device can give.
                 tail, tensors = self._work.anew()
             # A request that has failed already will not bring an answer that could stop the tail.
-            result = tail(tensors) if task.ended else tail.until(task.answered, tensors)
+            result, raised = self._run_tail(lambda: tail(tensors) if task.ended else tail.until(task.answered, tensors))
+            if raised is not None:
+                return self._answered_by_model(raised)
             if self._shared.local.changed(self._weights):
                 return self._with_new_weights(task)
             if result is None:
@@ -502,7 +504,9 @@ class Pending:
                 if error is None:
                     return result
                 self._failed(error)
-                result = tail(tensors)
+                result, raised = self._run_tail(lambda: tail(tensors))
+                if raised is not None:
+                    return self._answered_by_model(raised)
         finally:
             # Read first, so that what giving it up makes of the request is not taken for the server's failure.
             answered = task.ended
@@ -532,6 +536,20 @@ class Pending:
         why = None if self._why is None else self._why.kind
         self._shared.ledger.record(self._way.name, account, why, bits=verdict, total_s=total_s)
         return result
+
+    def _run_tail(self, tail: Callable[[], Any]) -> tuple[Any, Failure | None]:
+        """Return the result of a tail, or that it has raised an error where the model itself can be asked."""
+        try:
+            return tail(), None
+        except Exception as error:
+            if self._work.uncut() is None or by_signal_handler(error):
+                raise
+            return None, Failure.of_part(error)
+
+    def _answered_by_model(self, why: Failure) -> Any:
+        """Return what the model itself answers, which raises what its layers raise, or catches it."""
+        shared, begun_s = self._shared, self._moments.begun_s
+        return shared.device.run(self._work, begun_s, why, self._decision, uncut=self._work.uncut())
 
     def _judge(self, error: BaseException | None, end_s: float, *, answered: bool) -> None:
         """Record that the device was finished before the server, and decide whether the server has failed.
