@@ -22,8 +22,8 @@ _NAMES_BY_ROOM = {
         "MeterError",
         "MismatchWarning", "MissingCodecWarning",
         "ModelFailedError", "ModelMismatchError", "ModelNotReadyError", "ModelNotServedError", "ModelServingError",
-        "NativeUnavailableError", "NoisyProfileWarning", "PartitionError", "PlanError", "PredictionWarning",
-        "ProfileError", "ProtocolError", "RequestRefusedError", "SampleSizeError", "ServerError",
+        "NativeUnavailableError", "NoServerWarning", "NoisyProfileWarning", "PartitionError", "PlanError",
+        "PredictionWarning", "ProfileError", "ProtocolError", "RequestRefusedError", "SampleSizeError", "ServerError",
         "ServerUnavailableError",
         "SimulationError", "SpecError", "SplitAttributeError", "ThrottledWarning", "TorchSurgeonError", "TraceError",
         "UnfinishedWarning", "UnknownEnergyWarning", "UnrepeatableWarning",
@@ -125,6 +125,7 @@ else:
     from torchsurgeon.errors import ModelServingError as ModelServingError
     from torchsurgeon.errors import NativeUnavailableError as NativeUnavailableError
     from torchsurgeon.errors import NoisyProfileWarning as NoisyProfileWarning
+    from torchsurgeon.errors import NoServerWarning as NoServerWarning
     from torchsurgeon.errors import PartitionError as PartitionError
     from torchsurgeon.errors import PlanError as PlanError
     from torchsurgeon.errors import PredictionWarning as PredictionWarning

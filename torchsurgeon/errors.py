@@ -40,6 +40,7 @@
     ├── ThrottledWarning           the device became slower while it was calibrated
     ├── PredictionWarning          layers are unlike those of the calibration, so their times may be off
     ├── MismatchWarning            a server holds another model, so its answers are not used
+    ├── NoServerWarning            no server could be used at the first call, so the device answers alone
     ├── MissingCodecWarning        a server lacks a fitted codec, so another is used in its place
     ├── BackendWarning             a backend does not take a part of the model, so that part runs in eager PyTorch
     ├── ChangedModelWarning        the model is no longer as it was traced, so it answers as a whole on the device
@@ -306,6 +307,10 @@ class PredictionWarning(UserWarning):
 
 class MismatchWarning(UserWarning):
     """A server holds another model than the device, so its answers are not used and every layer runs on the device."""
+
+
+class NoServerWarning(UserWarning):
+    """No server could be used when the first call was prepared, so the device answers alone until one can."""
 
 
 class MissingCodecWarning(UserWarning):

@@ -159,8 +159,10 @@ def _children(pid: int) -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
+            command = (stat.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(fields[1]) == pid:
+        # Others are started while packages are imported, and end soon.
+        if int(fields[1]) == pid and b"multiprocessing" in command:
             found.append(int(stat.parent.name))
     return found

@@ -55,7 +55,7 @@ def test_overloaded_servers_have_no_percentile(saved: str, capsys: pytest.Captur
         (["--servers", "2", "--limit", "0.01"], "the limit must be at least"),
         (["--servers", "2", "--limit", "1", "--percentile", "100"], "percentile must be above 0 and below 100"),
         (["--servers", "2", "--rate", "1", "--arrivals", "normal"], "there is no shape 'normal'; use one of"),
-        (["--servers", "2", "--rate", "1", "--slowdown", "0"], "slowdown must be positive"),
+        (["--servers", "2", "--rate", "1", "--slowdown", "0"], "slowdown must be a positive number; got 0"),
     ],
 )
 def test_wrong_input_is_answered_in_a_line(

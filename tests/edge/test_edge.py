@@ -21,6 +21,7 @@ from bundles import WITHOUT_TORCH, flat_profile
 from classifier import EXAMPLE, GRAPH, LAYERS, MODEL, PATIENCE_S, net, profile, serve, truth
 from paths import environment
 from serving import serving
+from tcp import reserved_port
 
 import torchsurgeon as ts
 from torchsurgeon import edge
@@ -221,7 +222,7 @@ def test_the_device_answers_while_the_server_does_not_and_the_server_again_when_
         assert near(model(X))
         assert degraded(model).startswith("unavailable: ")
         assert last(model).local_s > 0
-        until(lambda: degraded(model).startswith("nobody: "), model)
+        until(lambda: degraded(model).startswith("unserved: "), model)
         assert last(model).partition == "device"
         with serve(port=port):
             until(lambda: last(model).server is not None, model)
@@ -264,12 +265,21 @@ def test_a_bundle_without_the_whole_model_says_that_the_device_cannot_answer_alo
             edge.open(heads_only, **options)  # type: ignore[arg-type]
 
 
+def test_a_server_that_was_never_there_is_warned_of_once(bundle: Path) -> None:
+    with reserved_port() as port, edge.open(bundle, f"http://127.0.0.1:{port}", partition="act") as model:
+        with pytest.warns(ts.NoServerWarning, match="no server is in use, so the device answers alone") as caught:
+            answers = [model(X) for _ in range(2)]
+        assert all(map(near, answers))
+        assert len(caught) == 1
+        assert degraded(model).startswith("unserved: no server is in use: unavailable: ")
+
+
 def test_other_weights_on_the_server_are_never_used(bundle: Path) -> None:
     with serve(net(1)) as server:
         with edge.open(bundle, server.url, partition="act") as model:
             with pytest.warns(ts.MismatchWarning, match=r"other weights on the server: stem.weight"):
                 assert near(model(X))
-            assert degraded(model).startswith("nobody: no server to ask, after: mismatch: ")
+            assert degraded(model).startswith("unserved: no server is in use: mismatch: ")
         with (
             edge.open(bundle, server.url, partition="act", fallback="error") as model,
             pytest.raises(ts.ModelMismatchError, match=r"other weights on the server: stem.weight"),

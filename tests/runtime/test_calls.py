@@ -135,7 +135,7 @@ def test_a_module_that_is_moved_to_another_dtype_before_its_first_call_answers(
         for _ in range(3):
             assert right(split, x, model)
             assert split.last is not None
-            assert str(split.last.degraded).startswith("nobody: no server to ask, after: unlike: argument 'x'")
+            assert str(split.last.degraded).startswith("unserved: no server is in use: unlike: argument 'x'")
         split.float()
         split.model.load_state_dict(net().state_dict())
         until(lambda: split.last is not None and split.last.degraded is None, split)

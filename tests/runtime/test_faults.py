@@ -132,11 +132,11 @@ def test_every_fault_is_answered_named_and_left_behind(server: Server, fault: st
         assert split.last is not None
         assert split.last.local_s > 0
         assert split.last.server is None
-        until(lambda: degraded(split).startswith("nobody: "), split)
+        until(lambda: degraded(split).startswith("unserved: "), split)
         assert split.stats()["servers"][0]["breaker"] != "closed"
         before.fault = "none"
         until(lambda: remote(split), split)
-        assert split.stats()["degraded"]["nobody"] >= 1
+        assert split.stats()["degraded"]["unserved"] >= 1
 
 
 @pytest.mark.parametrize("url", ["refused", "http://no-such-host.invalid:8000"])
@@ -145,9 +145,12 @@ def test_a_server_that_was_never_there_is_no_reason_not_to_answer(url: str) -> N
         with reserved_port() as port:
             where = f"http://127.0.0.1:{port}" if url == "refused" else url
             split = split_of(where, partition=partition)
-            answers(split, 3)
+            with pytest.warns(ts.NoServerWarning, match="no server is in use, so the device answers alone") as caught:
+                answers(split, 3)
+            of_none = [warning.filename for warning in caught if issubclass(warning.category, ts.NoServerWarning)]
+            assert of_none == [__file__]
             assert "unavailable" in degraded(split)
-            assert split.stats()["degraded"] == {"nobody": 3}
+            assert split.stats()["degraded"] == {"unserved": 3}
 
 
 def test_a_server_that_comes_up_later_is_used_from_then_on() -> None:
@@ -345,7 +348,7 @@ def test_a_process_is_stopped_continued_killed_and_restarted() -> None:
         os.kill(child.pid, signal.SIGSTOP)
         assert slowly_answered(split)
         assert degraded(split).startswith("late: ")
-        until(lambda: degraded(split).startswith("nobody: "), split, slowly_answered)
+        until(lambda: degraded(split).startswith("unserved: "), split, slowly_answered)
         os.kill(child.pid, signal.SIGCONT)
         until(lambda: remote(split), split, slowly_answered)
         child.kill()

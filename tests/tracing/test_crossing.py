@@ -18,7 +18,7 @@ from torchsurgeon.planning.rows import LayerCosts
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 EYE = torch.eye(8)
 # Why an answer was not the server's, if it is not that this machine was busy.
-SPOILT = {"encoding", "refused", "damaged", "failed", "nobody"}
+SPOILT = {"encoding", "refused", "damaged", "failed", "unserved"}
 
 
 class Between(nn.Module):

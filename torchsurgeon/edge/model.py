@@ -24,6 +24,7 @@ from torchsurgeon.errors import (
     BundleError,
     MismatchWarning,
     ModelMismatchError,
+    NoServerWarning,
     ProtocolError,
     ServerError,
     TorchSurgeonError,
@@ -164,6 +165,10 @@ class EdgeModel:
             server.failed(f"unready: {server.url} is still loading the model, or does not answer")
         elif task.error is not None:
             self._failed(task.error)
+        if not (server.usable or self._warned):
+            self._warned = True
+            text = f"no server is in use, so the device answers alone until one can be used: {server.failure}"
+            warnings.warn(text, NoServerWarning, stacklevel=3)
 
     @property
     def server_failure(self) -> str | None:
@@ -315,7 +320,7 @@ class EdgeModel:
             return self._choices.device, None, None
         if self._falls_back:
             if not server.usable:
-                return self._choices.device, None, f"nobody: no server to ask, after: {server.failure}"
+                return self._choices.device, None, f"unserved: no server is in use: {server.failure}"
         elif not server.ready:
             self._prepare(_patience_s(call))
         return *self._choices.choose(call.scale), None

@@ -164,7 +164,9 @@ class CostTable:
         # radio's power remains that at the link's own rate.
         device, bits, server = slowdown * scale, 8.0 * scale, load * scale
         if not (scale > 0.0 and server > 0.0 and device > 0.0 and server + device < math.inf):
-            raise PlanError(f"load, slowdown and scale must be positive numbers; got {load}, {slowdown} and {scale}")
+            given = {"load": load, "slowdown": slowdown, "scale": scale}
+            what = next((name for name, value in given.items() if not 0.0 < value < math.inf), "scale")
+            raise PlanError(f"{what} must be a positive number; got {given[what]}")
         up_s_per_byte, downlink_s = bits / link.uplink_bit_s, self.answer_bytes * bits / link.downlink_bit_s
         latency = (device, up_s_per_byte, server, 0.0, link.round_trip_s + downlink_s)
         if objective == "latency":

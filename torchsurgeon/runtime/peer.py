@@ -410,6 +410,7 @@ class Peer:
         """Return what is known of it, as plain data."""
         state = self.state
         link, load = state.link.estimate(), state.load.estimate()
+        rates = {"uplink_bit_s": link.uplink, "downlink_bit_s": link.downlink, "round_trip_s": link.round_trip}
         # Before the first handshake, nothing has been compared.
         differences = list(map(str, self.differences(self._ours()))) if self._compared else None
         return {
@@ -420,9 +421,7 @@ class Peer:
             "failure": None if self.failure is None else str(self.failure),
             "bits": None if differences is None else bits.verdict(differences)[0],
             "inexact_because": differences or [],
-            "uplink_bit_s": link.uplink.value,
-            "downlink_bit_s": link.downlink.value,
-            "round_trip_s": link.round_trip.value,
+            **{name: None if self._is_guess(one) else one.value for name, one in rates.items()},
             "load": load.compute.value,
             "queue_s": load.queue_s,
             "answers": self.answers,
@@ -431,6 +430,10 @@ class Peer:
             "probes": state.probes.count,
             "probe_bytes": state.probes.spent_bytes,
         }
+
+    def _is_guess(self, rate: Quantity) -> bool:
+        """Return whether a rate or the round trip has neither been given nor measured."""
+        return self.link is None and math.isinf(rate.age_s)
 
     def tells_more(self, now_s: float) -> bool:
         """Return whether the answer that has come now is to be observed, and not only counted.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torchsurgeon.adapting import SURE, Allowance, Decision, Estimates, Quantity, Refusals, check_deadline
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.codec.names import FITTED
-from torchsurgeon.errors import MismatchWarning, MissingCodecWarning
+from torchsurgeon.errors import MismatchWarning, MissingCodecWarning, NoServerWarning
 from torchsurgeon.link import Link
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.planning import Row
@@ -120,7 +120,7 @@ class Servers:
         self.decisions: deque[Decision[Row]] = deque(maxlen=_KEPT_DECISIONS)
         self._chosen: PartitionPoint | None = None
         self._preferred: Peer | None = None
-        self._warned = False
+        self._warned = self._told_of_none = False
         self._warned_of: set[str] = set()
         self._refusals = Refusals()
 
@@ -204,6 +204,14 @@ class Servers:
         if failure is not None and failure.kind == "mismatch" and self._options.falls_back and not self._warned:
             self._warned = True
             warn_caller(f"a server's answers are not used: {failure.text}", MismatchWarning)
+
+    def warn_of_none(self) -> None:
+        """Warn the caller, once, that no server could be made ready, so that the device answers alone."""
+        if not (self._warned or self._told_of_none):
+            self._told_of_none = True
+            reasons = "; ".join(dict.fromkeys(failure.text for failure in self._failures()))
+            text = f"no server is in use, so the device answers alone until one can be used: {reasons}"
+            warn_caller(text, NoServerWarning)
 
     def warn_of_codec(self, codec: Codec, other: Codec, peer: Peer) -> None:
         """Warn the caller, once for each codec, that a server lacks it or that the weights are others."""
@@ -407,11 +415,16 @@ class Servers:
         return self._preferred
 
     def _why_nobody(self, ours: Arithmetic) -> Failure:
-        """Return why no server can be asked, with the first server's failure where one is known."""
-        known = next((peer.failure for peer in self.peers if peer.failure is not None), None)
-        if known is None and self.peers and self.peers[0].told is not None and not self.fit(ours):
-            known = Failure.of(bits.refusal(self._options.name, self.peers[0].differences(ours)))
-        return Failure("nobody", "no server is ready" if known is None else f"no server to ask, after: {known}")
+        """Return why no server can be asked, with the servers' failures where they are known."""
+        failures = self._failures()
+        if not failures and self.peers and self.peers[0].told is not None and not self.fit(ours):
+            failures = [Failure.of(bits.refusal(self._options.name, self.peers[0].differences(ours)))]
+        reasons = "; ".join(dict.fromkeys(map(str, failures)))
+        return Failure("unserved", f"no server is in use: {reasons or 'none is ready yet'}")
+
+    def _failures(self) -> list[Failure]:
+        """Return why servers cannot be used, as far as that is known."""
+        return [peer.failure for peer in self.peers if peer.failure is not None]
 
 
 def _surely_s(seconds: float, error: float) -> float:

@@ -158,6 +158,8 @@ class Setup:
                 warn_caller(text, UnknownEnergyWarning)
         if falls_back:
             self._connect_all([peer for peer in self._unready() if wait_s is None or _answers(peer)], wait_s)
+            if len(self._unready()) == len(servers.peers):
+                servers.warn_of_none()
         else:
             self._connect_any(wait_s)
         if self._connector.ping_tensors:
