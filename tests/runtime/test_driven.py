@@ -27,7 +27,7 @@ import torchsurgeon as ts
 from torchsurgeon.runtime import pending
 from torchsurgeon.runtime import pool as pool_module
 from torchsurgeon.runtime.driven import Driven
-from torchsurgeon.runtime.pool import Pool
+from torchsurgeon.runtime.pool import Pool, Task
 from torchsurgeon.serve import Server
 from torchsurgeon.transport import HttpTransport, Transport, connection
 from torchsurgeon.transport.connection import Connection
@@ -455,6 +455,20 @@ def test_the_end_of_the_pool_ends_what_waits() -> None:
         with pytest.raises(ts.ServerUnavailableError, match="closed"):
             late.begin()
     pool.close()
+
+
+def test_tasks_may_end_while_the_pool_is_ended(pool: Pool) -> None:
+    class Ends(Task[None]):
+        @property
+        def interrupt(self) -> Callable[[], object]:  # type: ignore[override]
+            pool._given.clear()  # as other threads do at any moment, whose tasks have ended
+            return functools.partial(interrupted.append, self)
+
+    interrupted: list[Task[None]] = []
+    tasks = {Ends(None, None) for _ in range(3)}
+    pool._given.update(tasks)
+    pool.end()
+    assert set(interrupted) == tasks
 
 
 @pytest.mark.parametrize("why", ["closed", "no thread"])

@@ -303,7 +303,9 @@ class Pool:
         """Have the threads end: now, interrupting what runs, or with ``drain`` once all that was submitted has run."""
         with self._lock:
             self._closed = True
-            running = () if drain else (*(task.interrupt for task in self._given), *self._watched)
+            # Copied in one step, since tasks that end meanwhile leave the set.
+            given = () if drain else tuple(self._given)
+            running = () if drain else (*(task.interrupt for task in given), *self._watched)
             self._tasks.put(None)
         for interrupt in running:
             interrupt()
