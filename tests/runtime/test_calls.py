@@ -863,6 +863,18 @@ def test_an_error_in_asking_whether_a_deadline_can_be_kept_costs_no_answer(
         assert "whether the deadline can be kept is not known" in caplog.text
 
 
+@pytest.mark.parametrize("partition", ["device", 2])
+def test_a_deadline_costs_no_answer_where_the_model_does_not_run_its_example_any_more(
+    server: Server, partition: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = EXAMPLE.double()
+    with split_of(server, partition=partition) as split:
+        split.model.double()
+        with split.deadline(PATIENCE_S):
+            assert right(split, x, net().double())
+        assert "whether the deadline can be kept is not known" in caplog.text
+
+
 class Branches(nn.Module):
     """Two branches, so that two layers on the device may be either of two sets."""
 

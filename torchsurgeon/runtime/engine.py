@@ -260,11 +260,8 @@ class Engine:
             self._compile(choice.way)
             begun_s += time.perf_counter() - compiling_s
         if deadline_s is not None and falls_back:
-            # Where nobody has said what the way's parts take, they are run for that once, which is not the call's time.
-            timing_s = time.perf_counter()
-            self.times.expected_s(choice.way)
-            begun_s += time.perf_counter() - timing_s
-            choice = choice._replace(way=self._within(deadline_s, begun_s, work, choice))
+            way, begun_s = self._within(deadline_s, begun_s, work, choice)
+            choice = choice._replace(way=way)
         if choice.peer is None or choice.way.whole:
             if choice.why is not None:
                 if not falls_back and choice.why.kind == "metered":
@@ -275,15 +272,22 @@ class Engine:
             return Done(self._device.run(work, begun_s, choice.why or self._astray, choice.decision))
         return self._headed(work, choice, arithmetic, begun_s, None if deadline_s is None else begun_s + deadline_s)
 
-    def _within(self, deadline_s: float, begun_s: float, work: Work, choice: Choice) -> Way:
-        """Return the way of a choice, or a quicker one that keeps the deadline; see ``Servers.within()``."""
+    def _within(self, deadline_s: float, begun_s: float, work: Work, choice: Choice) -> tuple[Way, float]:
+        """Return the way of a choice, or a quicker one that keeps the deadline, and from when the call's time counts.
+
+        See ``Servers.within()``.
+        """
+        timing_s = time.perf_counter()
         try:
-            return self.servers.within(deadline_s, begun_s, work, choice)
+            # Where nobody has said what the way's parts take, they are run for that once, which is not the call's time.
+            self.times.expected_s(choice.way)
+            begun_s += time.perf_counter() - timing_s
+            return self.servers.within(deadline_s, begun_s, work, choice), begun_s
         except Exception as error:
             if isinstance(error, DeadlineError) or by_signal_handler(error):
                 raise
             _logger.exception("whether the deadline can be kept is not known; the call is cut where it was to be cut")
-            return choice.way
+            return choice.way, begun_s
 
     def _compile(self, way: Way) -> None:
         """Have the parts of a way compiled, if that is due: now, or in the background where backends are chosen."""
