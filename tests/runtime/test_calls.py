@@ -592,6 +592,23 @@ def test_closing_in_the_middle_of_a_call_still_answers_it(server: Server) -> Non
             assert answer.result(10)
 
 
+def test_closing_in_the_middle_of_a_call_does_not_have_the_next_server_asked(server: Server) -> None:
+    with HttpTransport(server.url) as one, HttpTransport(server.url) as two:
+        first = Held(one)
+        split = split_of([first, two], partition=2)
+        assert right(split)
+        first.hold()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(right, split)
+            assert first.begun.wait(PATIENCE_S)
+            split._engine._pool.end()
+            first.go.set()
+            assert answer.result(PATIENCE_S)
+        assert split.last is not None
+        assert split.last.server is None
+        split.close()
+
+
 @pytest.mark.parametrize("partition", [2, "auto"])
 def test_closing_interrupts_a_call_that_waits_in_its_own_thread(
     server: Server, known: dict[str, Any], partition: Any

@@ -169,7 +169,7 @@ class Pending:
         self.scale = size_bytes / example_bytes if example_bytes else 1.0
         self._tried = [peer]
         self._is_bounded, self._reserved = peer.allowance.hourly_bytes is not None, object()
-        self._task: Task[Answer] | Ended[Answer] | Ended[Answer] | None = None
+        self._task: Task[Answer] | Ended[Answer] | None = None
         self._deadline: Deadline | None = None
         self._sent_s = 0.0
         self._why: Failure | None = None
@@ -466,6 +466,8 @@ class Pending:
     def _next_peer(self, error: BaseException) -> bool:
         """Return whether there is another server to ask after one has failed with ``error``, and take it."""
         shared = self._shared
+        if shared.pool.closed:
+            return False
         peer = shared.servers.another(self._tried, self._arithmetic)
         if peer is None:
             return False
