@@ -71,6 +71,38 @@ def test_an_old_head_is_not_finished_with_new_weights_that_another_call_has_noti
     registry.close()
 
 
+@pytest.mark.filterwarnings("ignore::torchsurgeon.MismatchWarning")
+@pytest.mark.parametrize("fallback", ["local", "error"])
+@pytest.mark.parametrize("partition", [1, "auto"])
+def test_a_head_of_weights_that_change_while_a_server_is_made_ready_is_not_finished_with_the_old_ones(
+    partition: Any, fallback: Any
+) -> None:
+    model = net()
+    registry = ModelRegistry()
+    registry.add("net", net(), X)
+
+    class Changing(InProcessTransport):
+        def get_json(self, path: str, *, timeout_s: float | None = None) -> Any:
+            told = super().get_json(path, timeout_s=timeout_s)
+            if path.endswith("/fingerprint") and torch.equal(model[0].weight, net()[0].weight):
+                double(model)
+            return told
+
+    with (
+        Changing(create_app(registry)) as transport,
+        ts.SplitModule(model, X, server=transport, name="net", partition=partition, fallback=fallback) as split,
+    ):
+        if fallback == "error":
+            with pytest.raises(ts.ModelMismatchError, match="changed since this call began; call it again"):
+                split(X)
+            with pytest.raises(ts.ModelMismatchError, match="other weights on the server"):
+                split(X)
+        else:
+            for _ in range(2):
+                assert torch.equal(split(X), model(X))
+    registry.close()
+
+
 def test_a_late_tail_on_the_device_does_not_finish_an_old_head_with_new_weights() -> None:
     model, ended = net(), threading.Event()
     registry = ModelRegistry(profiler=None)

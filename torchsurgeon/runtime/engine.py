@@ -36,7 +36,7 @@ from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes, settle
 from torchsurgeon.runtime.ending import Ending
 from torchsurgeon.runtime.failure import Failure
-from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch, mode_here
+from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch, changed_midway, mode_here
 from torchsurgeon.runtime.inference import Moments
 from torchsurgeon.runtime.keeper import Bell, Keeper
 from torchsurgeon.runtime.learner import Learner
@@ -237,9 +237,12 @@ class Engine:
         arithmetic = self.local.arithmetic.now()
         if not self.servers.compared(arithmetic):
             self.local.again()
-        begun_s = time.perf_counter()
+        begun_s, weights = time.perf_counter(), self.local.weights
         if (fixed is None or not fixed.whole) and not self._setup.done:
             begun_s = self._setup.prepare_for(work, deadline_s)
+            if not falls_back and self.local.changed(weights):
+                # As they may in the seconds that preparing takes. A new head must not be finished with old weights.
+                raise changed_midway()
         self._learner.start()
         self._keeper.used()
         try:

@@ -181,6 +181,11 @@ def autocast_mismatch() -> ModelMismatchError | None:
     )
 
 
+def changed_midway() -> ModelMismatchError:
+    """Return the error to raise where weights have changed during a call that the device does not answer by itself."""
+    return ModelMismatchError("this model's weights have changed since this call began; call it again")
+
+
 def mode_here() -> str | None:
     """Return what to say of a mode that acts on each operator in this thread, which no server runs; None for none."""
     if not (_count_function_modes() or _count_dispatch_modes()):

@@ -22,7 +22,6 @@ from torchsurgeon.adapting import Decision
 from torchsurgeon.codec import Codec, RatedCodec
 from torchsurgeon.errors import (
     EncodingError,
-    ModelMismatchError,
     RequestRefusedError,
     ServerError,
     ServerUnavailableError,
@@ -38,7 +37,7 @@ from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceRunner, DeviceTimes, settle
 from torchsurgeon.runtime.driven import Driven
 from torchsurgeon.runtime.failure import Failure, MeteredError, is_requests_fault
-from torchsurgeon.runtime.handshake import LocalModel
+from torchsurgeon.runtime.handshake import LocalModel, changed_midway
 from torchsurgeon.runtime.inference import Moments
 from torchsurgeon.runtime.keeper import Keeper
 from torchsurgeon.runtime.ledger import Ledger
@@ -315,7 +314,7 @@ class Pending:
                 if not task.wait(timeout_s + _QUEUED_S):
                     raise ServerUnavailableError(f"no thread could ask {self._peer.label} within {timeout_s:g} s")
                 if self._shared.local.weights is not self._weights:
-                    raise ModelMismatchError("this model's weights have changed since this call began; call it again")
+                    raise changed_midway()
                 result, error = self._received(task)
                 if error is None:
                     return result
