@@ -84,12 +84,16 @@ class Allowance:
         """Return whether so many bytes more would keep the bound."""
         return size_bytes <= self.left_bytes()
 
-    def left_bytes(self) -> float:
-        """Return how many bytes more may be sent now; infinite without a bound."""
+    def left_bytes(self, request: object = None) -> float:
+        """Return how many bytes more may be sent now; infinite without a bound.
+
+        Args:
+            request: if given, what is reserved for it is among them.
+        """
         if self.hourly_bytes is None:
             return math.inf
         with self._lock:
-            return self._left_bytes()
+            return self._left_bytes() + self._reserved.get(request, 0.0)
 
     def _left_bytes(self) -> float:
         assert self.hourly_bytes is not None

@@ -211,7 +211,7 @@ class Peer:
             "deadline": deadline,
         }
         request, known = object(), self._identity
-        deadline.most_bytes = self.allowance.left_bytes()
+        deadline.most_bytes = self.allowance.left_bytes(reserved)
         try:
             self._asking[request] = time.perf_counter()
             answer = yield from self.transport.inferring(self._name, tensors, **options)
