@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ from classifier import EXAMPLE, GRAPH, LAYERS, PATIENCE_S, degraded, net, profil
 from known_machines import FAST, SLOW, device
 from serving import serving
 from torch import nn
-from transports import Between, Held, Silent
+from transports import Between, Held, Relay, Silent
 
 import torchsurgeon as ts
 from torchsurgeon.emulate import LinkEmulator
@@ -749,6 +750,24 @@ def test_a_deadline_counts_all_of_what_the_server_takes_for_an_input_smaller_tha
             with pytest.raises(ts.DeadlineError) as caught, split.deadline(0.02):
                 split(EXAMPLE)
             assert caught.value.best_s >= 0.1
+
+
+@pytest.mark.parametrize("partition", [2, "auto"])
+def test_a_transport_that_does_not_know_when_answers_came_costs_none(
+    server: Server, known: dict[str, Any], partition: Any
+) -> None:
+    class Timeless(Relay):
+        def infer(self, *args: Any, **options: Any) -> Answer:
+            answer = super().infer(*args, **options)
+            never = dict.fromkeys(("send_start_s", "send_end_s", "first_byte_s", "end_s"), math.nan)
+            return answer._replace(timing=answer.timing._replace(**never))
+
+    with HttpTransport(server.url) as inner:
+        options = known | {"link": FAST, "partition": partition}
+        with split_of(Timeless(inner), **options) as split:
+            for _ in range(3):
+                assert right(split)
+            assert split.stats()["servers"][0]["answers"] > 0
 
 
 def test_the_link_is_observed_while_other_requests_wait_in_the_server(server: Server, monkeypatch: Any) -> None:

@@ -420,7 +420,8 @@ class Pending:
         foretold_s = row.tail_s * self.scale if row is not None and peer is self._tried[0] else 0.0
         peer.observe(answer, foretold_s)
         if row is None or peer is not self._tried[0]:
-            taken_s = min(max(answer.timing.end_s - self._sent_s, 1e-6), peer.transport.timeout_s)
+            # In this order, since a transport of the program's own may not know when, and give NaN.
+            taken_s = min(max(1e-6, answer.timing.end_s - self._sent_s), peer.transport.timeout_s)
             peer.record_duration(self._way.point, taken_s / (max(self.scale, 1.0) * self._waiting.share))
 
     def _verdict(self, answer: Answer) -> tuple[str, tuple[str, ...]]:
