@@ -20,6 +20,7 @@ from known_machines import FAST, SLOW, device
 from serving import serving
 from torch import nn
 from transports import Between, Held, Relay, Silent
+from waiting import wait_for
 
 import torchsurgeon as ts
 from torchsurgeon.emulate import LinkEmulator
@@ -368,6 +369,32 @@ def test_requests_under_way_count_among_what_is_sent_in_an_hour(server: Server) 
 
 
 @pytest.mark.usefixtures("patient")
+def test_a_late_request_counts_among_what_is_sent_in_an_hour_before_it_ends(server: Server) -> None:
+    class Lasting(Relay):
+        def infer(self, *args: Any, **options: Any) -> Answer:
+            answer = super().infer(*args, **options)
+            assert go.wait(PATIENCE_S)
+            return answer
+
+    go = threading.Event()
+    go.set()
+    bound = 2.5 * EXAMPLE.nbytes
+    with (
+        HttpTransport(server.url) as inner,
+        split_of(Lasting(inner), partition="server", hourly_bytes=bound) as split,
+    ):
+        assert right(split)
+        go.clear()
+        assert right(split)
+        assert degraded(split).startswith("late: ")
+        assert right(split)
+        assert degraded(split).startswith("metered: ")
+        go.set()
+        wait_for(lambda: split._engine._pool.idle)
+        assert not split._engine.servers._allowance._reserved
+        assert split.stats()["sent_bytes"] <= bound
+
+
 @pytest.mark.parametrize("fallback", ["local", "error"])
 def test_calls_that_are_decided_at_the_same_time_do_not_send_the_same_bytes(server: Server, fallback: Any) -> None:
     """Each has seen before its head that one more request may be sent, and only one may."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ from torchsurgeon.runtime.work import Work
 from torchsurgeon.tracing.specs import TensorSpec
 from torchsurgeon.transport import Answer
 from torchsurgeon.transport.deadline import Deadline
-from torchsurgeon.transport.steps import complete
+from torchsurgeon.transport.steps import Steps, complete
 
 # A tail on the device may be finished before the answer comes. The server then counts as failed only if the answer has
 # already taken this many times what was expected of it.
@@ -168,6 +169,7 @@ class Pending:
         self.scale = size_bytes / example_bytes if example_bytes else 1.0
         self._tried = [peer]
         self._is_bounded, self._reserved = peer.allowance.hourly_bytes is not None, object()
+        self._asking: Steps[Answer] | None = None
         self._task: Task[Answer] | Ended[Answer] | None = None
         self._deadline: Deadline | None = None
         self._sent_s = 0.0
@@ -208,6 +210,8 @@ class Pending:
         asking = self._peer.asking(
             tensors, codecs, deadline, exact, backend, reserved=self._reserved, record_sent=shared.ledger.record_sent
         )
+        if self._is_bounded:
+            self._asking = asking
         ask: Callable[[], Answer] = functools.partial(complete, asking, deadline)
         refusal = self._peer.refusal(self._kind()) if self._peer.refuses else None
         if refusal is not None:
@@ -257,12 +261,17 @@ class Pending:
     def cancel(self) -> None:
         """Give the request up: nobody wants the answer any more."""
         self._unwanted = True
-        self._peer.allowance.settle(self._reserved, 0.0)
+        self._release()
         if self._task is not None:
             self._task.give_up()
         if self._deadline is not None:
             # A signal handler may have raised after a thread had taken the request, and before this knew of its task.
             self._deadline.cancel()
+
+    def _release(self) -> None:
+        """Give back the bytes that were reserved for the request, unless it is under way and counts them at its end."""
+        if self._asking is None or inspect.getgeneratorstate(self._asking) in (inspect.GEN_CREATED, inspect.GEN_CLOSED):
+            self._peer.allowance.settle(self._reserved, 0.0)
 
     def _codec_now(self) -> Codec:
         codec = self._wanted_codec
@@ -303,7 +312,7 @@ class Pending:
             raise
         finally:
             if self._is_bounded:
-                self._peer.allowance.settle(self._reserved, 0.0)
+                self._release()
 
     def _result(self) -> Any:
         while True:
