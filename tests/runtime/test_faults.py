@@ -298,6 +298,24 @@ def test_a_server_that_was_restarted_is_not_sent_the_request_again_above_what_is
         assert split.stats()["sent_bytes"] <= bound
 
 
+def test_a_restarted_server_is_not_sent_the_request_again_where_others_have_reserved_what_is_left(
+    server: Server,
+) -> None:
+    class Busy(Restarted):
+        def infer(self, *args: Any, **options: Any) -> Answer:
+            split._engine.servers._allowance.reserve(self, 2 * EXAMPLE.nbytes)
+            return super().infer(*args, **options)
+
+    bound = 3.5 * EXAMPLE.nbytes
+    with (
+        HttpTransport(server.url) as inner,
+        split_of(Busy(inner), partition="server", hourly_bytes=bound) as split,
+    ):
+        assert right(split)
+        assert "hourly_bytes" in degraded(split)
+        assert split.stats()["sent_bytes"] <= bound - 2 * EXAMPLE.nbytes
+
+
 class Choosy(Relay):
     """Refuses what is encoded by ``refused``, and keeps the codecs of the requests that came."""
 

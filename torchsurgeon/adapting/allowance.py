@@ -62,11 +62,14 @@ class Allowance:
             return allowed
 
     def reserve(self, request: object, size_bytes: float) -> bool:
-        """Keep bytes for a request until ``settle()``, if they keep the bound; return whether they do."""
+        """Keep bytes for a request until ``settle()``, if they keep the bound; return whether they do.
+
+        They take the place of what was reserved for it before.
+        """
         if self.hourly_bytes is None:
             return True
         with self._lock:
-            allowed = size_bytes <= self._left_bytes()
+            allowed = size_bytes <= self._left_bytes() + self._reserved.get(request, 0.0)
             if allowed:
                 self._reserved[request] = size_bytes
             return allowed

@@ -211,13 +211,14 @@ class Peer:
             "deadline": deadline,
         }
         request, known = object(), self._identity
+        reserved = request if reserved is None else reserved
         deadline.most_bytes = self.allowance.left_bytes(reserved)
         try:
             self._asking[request] = time.perf_counter()
             answer = yield from self.transport.inferring(self._name, tensors, **options)
             if answer.parameters.get("identity") != known:
                 again = functools.partial(self.transport.inferring, self._name, tensors, **options)
-                answer = yield from self._once_more(again, answer, known, deadline)
+                answer = yield from self._once_more(again, answer, known, deadline, reserved)
             if not deadline.sent_bytes:
                 # A transport of the program's own, which counts its answers only.
                 deadline.sent_bytes = answer.timing.sent_bytes
@@ -235,7 +236,12 @@ class Peer:
                 record_sent(deadline.sent_bytes)
 
     def _once_more(
-        self, infer: Callable[[], Steps[Answer]], answer: Answer, known: str | None, deadline: Deadline
+        self,
+        infer: Callable[[], Steps[Answer]],
+        answer: Answer,
+        known: str | None,
+        deadline: Deadline,
+        reserved: object,
     ) -> Steps[Answer]:
         """Check the server again after an answer that carries another identity than ``known``, and ask it once more."""
         yield None  # a handshake waits by itself
@@ -243,7 +249,8 @@ class Peer:
             if self._identity == known:
                 self.ready_in = self._shake(self._left_s(deadline))
             known = self._identity
-        if (deadline.sent_bytes or answer.timing.sent_bytes) + answer.timing.sent_bytes > deadline.most_bytes:
+        both_bytes = (deadline.sent_bytes or answer.timing.sent_bytes) + answer.timing.sent_bytes
+        if not self.allowance.reserve(reserved, both_bytes):
             raise ServerUnavailableError(
                 f"{self.label} has changed, and sending the request again would be above hourly_bytes in this hour"
             )
