@@ -326,6 +326,18 @@ def test_what_a_handler_raises_while_the_calling_thread_drives_comes_out_as_it_i
         assert split.stats()["degraded"] == {}
 
 
+def test_what_strikes_a_caller_that_has_asked_by_itself_leaves_nothing_under_way(server: Server) -> None:
+    for line in itertools.count(1):
+        with split_of(server, partition=2, fallback="error") as split:
+            assert right(split)
+            with raising_at(Pool.forget, line) as raised, contextlib.suppress(Full):
+                split(EXAMPLE)
+            assert split._engine._pool.idle
+            assert right(split)
+        if not raised:
+            break
+
+
 # --- steps ---
 
 

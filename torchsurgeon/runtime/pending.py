@@ -267,6 +267,8 @@ class Pending:
         if self._deadline is not None:
             # A signal handler may have raised after a thread had taken the request, and before this knew of its task.
             self._deadline.cancel()
+            # Or just as this thread had asked by itself.
+            self._shared.pool.forget(self._deadline.cancel)
 
     def _release(self) -> None:
         """Give back the bytes that were reserved for the request, unless it is under way and counts them at its end."""
