@@ -103,6 +103,25 @@ def test_a_head_of_weights_that_change_while_a_server_is_made_ready_is_not_finis
     registry.close()
 
 
+def test_a_head_of_weights_that_change_while_parts_are_compiled_is_not_finished_with_the_old_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = net()
+    registry = ModelRegistry(profiler=None)
+    registry.add("net", net(), X)
+    options: dict[str, Any] = {"partition": 1, "fallback": "error", "backend": lambda part: part}
+    with (
+        InProcessTransport(create_app(registry)) as transport,
+        ts.SplitModule(model, X, server=transport, name="net", **options) as split,
+    ):
+        assert torch.equal(split(X), model(X))
+        monkeypatch.setattr(split._engine.parts, "due", lambda *_: True)
+        monkeypatch.setattr(split._engine.parts, "compile", lambda *_: double(model))
+        with pytest.raises(ts.ModelMismatchError, match="changed since this call began; call it again"):
+            split(X)
+    registry.close()
+
+
 def test_a_late_tail_on_the_device_does_not_finish_an_old_head_with_new_weights() -> None:
     model, ended = net(), threading.Event()
     registry = ModelRegistry(profiler=None)

@@ -260,7 +260,8 @@ class Engine:
         if self._compiles and choice.why is None:
             # Compiling takes seconds, so it is not done in an emergency, and does not count as the call's time.
             compiling_s = time.perf_counter()
-            self._compile(choice.way)
+            if self._compile(choice.way) and not falls_back and self.local.changed(weights):
+                raise changed_midway()
             begun_s += time.perf_counter() - compiling_s
         if deadline_s is not None and falls_back:
             way, begun_s = self._within(deadline_s, begun_s, work, choice)
@@ -292,16 +293,21 @@ class Engine:
             _logger.exception("whether the deadline can be kept is not known; the call is cut where it was to be cut")
             return choice.way, begun_s
 
-    def _compile(self, way: Way) -> None:
-        """Have the parts of a way compiled, if that is due: now, or in the background where backends are chosen."""
+    def _compile(self, way: Way) -> bool:
+        """Have the parts of a way compiled, if that is due: now, or in the background where backends are chosen.
+
+        Returns:
+            Whether it was due.
+        """
         if not self.parts.due(way.point, way.student):
-            return
+            return False
         # What is built now is to be compared with the weights as they are now.
         self._connector.renew()
         if self.parts.auto is None:
             self.parts.compile(way.point, self.times.example, way.student)
         else:
             self._learner.build(way)
+        return True
 
     def _unlike_trace(self) -> bool:
         """Return whether the model itself may answer a call otherwise than as it was traced, with which it is built."""
