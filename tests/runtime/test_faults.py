@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from classifier import EXAMPLE, degraded, net, remote, right, serve, truth, until
+from classifier import EXAMPLE, PATIENCE_S, degraded, net, remote, right, serve, truth, until
 from classifier import split_of as split_anywhere
 from factories import Slow
 from serving import process
@@ -24,6 +24,7 @@ from transports import Relay
 import torchsurgeon as ts
 from torchsurgeon.serve import Server
 from torchsurgeon.transport import Answer, HttpTransport, Transport
+from torchsurgeon.transport.deadline import Deadline
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -296,6 +297,25 @@ def test_a_server_that_was_restarted_is_not_sent_the_request_again_above_what_is
         assert right(split)
         assert "hourly_bytes" in degraded(split)
         assert split.stats()["sent_bytes"] <= bound
+
+
+@pytest.mark.filterwarnings("ignore::torchsurgeon.MismatchWarning")
+@pytest.mark.parametrize("again", [True, False])
+def test_both_requests_to_a_restarted_server_count_where_the_transport_counts_its_answers_only(
+    server: Server, again: bool
+) -> None:
+    class Uncounted(Restarted):
+        def infer(self, *args: Any, **options: Any) -> Answer:
+            return super().infer(*args, **options | {"deadline": Deadline(PATIENCE_S)})
+
+    bound = (2.5 if again else 1.5) * EXAMPLE.nbytes
+    with (
+        HttpTransport(server.url) as inner,
+        split_of(Uncounted(inner), partition="server", hourly_bytes=bound) as split,
+    ):
+        assert right(split)
+        sent = split.stats()["sent_bytes"] / EXAMPLE.nbytes
+        assert 2 < sent < 2.5 if again else 1 < sent < 1.5
 
 
 def test_a_restarted_server_is_not_sent_the_request_again_where_others_have_reserved_what_is_left(

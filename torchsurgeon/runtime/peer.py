@@ -244,17 +244,21 @@ class Peer:
         reserved: object,
     ) -> Steps[Answer]:
         """Check the server again after an answer that carries another identity than ``known``, and ask it once more."""
+        # A transport of the program's own counts its answers only, and each of the two is one.
+        uncounted = not deadline.sent_bytes
+        deadline.sent_bytes = deadline.sent_bytes or answer.timing.sent_bytes
         yield None  # a handshake waits by itself
         with self._lock:
             if self._identity == known:
                 self.ready_in = self._shake(self._left_s(deadline))
             known = self._identity
-        both_bytes = (deadline.sent_bytes or answer.timing.sent_bytes) + answer.timing.sent_bytes
-        if not self.allowance.reserve(reserved, both_bytes):
+        if not self.allowance.reserve(reserved, deadline.sent_bytes + answer.timing.sent_bytes):
             raise ServerUnavailableError(
                 f"{self.label} has changed, and sending the request again would be above hourly_bytes in this hour"
             )
         answer = yield from infer()
+        if uncounted:
+            deadline.sent_bytes += answer.timing.sent_bytes
         if answer.parameters.get("identity") != known:
             raise ModelMismatchError(
                 f"model {self._name!r} answers with other weights than the server has just given the fingerprint of; "
