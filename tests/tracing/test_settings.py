@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import torchsurgeon as ts
 from torchsurgeon.errors import TraceError
 from torchsurgeon.tracing.ambient import Ambient, settings
+from torchsurgeon.tracing.recorder import Recorder
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 MORE = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
@@ -412,3 +413,17 @@ def test_what_a_step_needs_is_said_by_name() -> None:
     with ambient.restored():
         assert settings() == inside
     assert settings() == outside
+
+
+def test_ctrl_c_just_as_a_mode_is_to_be_ended_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def struck(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.rand(1, 4)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Recorder, "__exit__", struck)
+        ts.trace(model, x)
+    assert not torch._C._len_torch_function_stack()
+    assert not torch._C._len_torch_dispatch_stack()
+    with torch.no_grad():
+        assert torch.equal(ts.trace(model, x).model(x), model(x))

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import _pop_mode
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
 from torchsurgeon.errors import TraceError, UnrepeatableWarning, short
 from torchsurgeon.tracing.admission import admit, is_split
@@ -38,6 +40,9 @@ from torchsurgeon.tracing.state import State, left_as_it_was
 from torchsurgeon.tracing.step import Step
 from torchsurgeon.tracing.verify import LeavesOut, Mismatch, Unrepeatable
 from torchsurgeon.tracing.verify import verify as verify_steps
+
+_count_function_modes = torch._C._len_torch_function_stack
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def trace(
@@ -86,7 +91,7 @@ def trace(
         model = getattr(model, "_orig_mod", model)
     admit(model, example_args, example_kwargs, verify=verify)
     _refuse_training(model)
-    with alone(model), left_as_it_was(model) as state, _random_numbers_kept():
+    with alone(model), left_as_it_was(model) as state, _random_numbers_kept(), _modes_kept():
         call = Call(model, example_args, example_kwargs)
         tensors = call.tensors(example_args, example_kwargs)
         return _traced(model, call, tensors, leaf_modules, verify, state)
@@ -103,6 +108,19 @@ def _random_numbers_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(arrays)
+
+
+@contextlib.contextmanager
+def _modes_kept() -> Iterator[None]:
+    """Leave no mode behind that sees this thread's operators, also where Ctrl-C comes just as one is to be ended."""
+    functions, dispatches = _count_function_modes(), _count_dispatch_modes()
+    try:
+        yield
+    finally:
+        while _count_function_modes() > functions:
+            _pop_mode()
+        while _count_dispatch_modes() > dispatches:
+            _pop_dispatch_mode()
 
 
 def _traced(
