@@ -420,9 +420,10 @@ def test_ctrl_c_just_as_a_mode_is_to_be_ended_leaves_none_behind(monkeypatch: py
         raise KeyboardInterrupt
 
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.rand(1, 4)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(Recorder, "__exit__", struck)
-        ts.trace(model, x)
+        with pytest.raises(KeyboardInterrupt):
+            ts.trace(model, x)
     assert not torch._C._len_torch_function_stack()
     assert not torch._C._len_torch_dispatch_stack()
     with torch.no_grad():
