@@ -156,3 +156,23 @@ def test_an_end_that_wins_is_said_to_win() -> None:
     slower = result(way="ours", cut="after block 5", index=58, measured_s=0.199)
     said = tables.verdict([device, result(), slower])
     assert said == "A cut in between is the best in 0 of 1 cases. All on the server is the best in 1."
+
+
+def test_a_choice_that_is_slower_than_an_end_is_explained_by_what_was_predicted() -> None:
+    device = result(way="device", cut="all on the device", measured_s=0.5, predicted_s=0.5)
+    chosen = result(way="ours", cut="after block 5", index=58, predicted_s=0.1, measured_s=0.21)
+    assert tables.misses([device, result(), chosen]) == "", "5 % more is not yet a miss"
+    said = tables.misses([device, result(), result(way="ours", index=58, predicted_s=0.1, measured_s=0.3)])
+    assert said.startswith("In 1 of 1 cases what torchsurgeon chose is at least 5% slower than the better end: one ph")
+    assert "over lte, where it took 3 times the predicted time, and the better end 1 times" in said
+    assert "--repeats" in said
+
+
+@pytest.mark.parametrize(("mode", "predicted", "measured"), [("one", "500.0 ms", "200.0 ms"), ("stream", " 2 ", " 5 ")])
+def test_the_table_shows_what_was_predicted_beside_what_was_measured(mode: str, predicted: str, measured: str) -> None:
+    rows = [result(mode=mode, way=way, predicted_s=0.5) for way in ways.WAYS]
+    said = io.StringIO()
+    Console(file=said, width=160).print(tables.table(rows, mode, 20))
+    assert "predicted" in said.getvalue()
+    assert predicted in said.getvalue()
+    assert measured in said.getvalue()

@@ -144,6 +144,8 @@ def run(
     for mode in ways.OBJECTIVES:
         console.print(tables.table(results, mode, slow))
     console.print(tables.verdict(results))
+    if missed := tables.misses(results):
+        console.print(missed)
     _write(out, results, graph, here, there, table, links, device, console)
     return results
 

@@ -18,6 +18,8 @@ _TITLES = {"one": "One photograph at a time", "stream": "A stream of photographs
 _WAY = {"device": "device only", "server": "server only", "ours": "torchsurgeon"}
 # Measured times of equal ways differ by about this factor.
 _ALIKE = 1.02
+# A choice that gains less than this was the wrong one.
+_MISSED = 0.95
 
 
 def label_lines(names_: Sequence[str], answers: Sequence[Tensor]) -> list[str]:
@@ -52,20 +54,16 @@ def table(results: Sequence[Result], mode: str, slow: float) -> FittingTable:
     """
     rows = [row for row in results if row.mode == mode]
     best = [best_of(rows, row) == row for row in rows]
-    ends_s = {
-        (row.link, row.budget): min(
-            r.measured_s for r in rows if (r.link, r.budget) == (row.link, row.budget) and r.way != "ours"
-        )
-        for row in rows
-    }
     new_link = [k == 0 or rows[k - 1].link != row.link for k, row in enumerate(rows)]
     new_budget = [
         new or rows[k - 1].budget != row.budget for k, (row, new) in enumerate(zip(rows, new_link, strict=True))
     ]
     if mode == "one":
         value = Column("latency", [seconds_text(row.measured_s) for row in rows], note="Latency is the median.")
+        predicted = [seconds_text(row.predicted_s) for row in rows]
     else:
         value = Column("frames/s", [number_text(1 / row.measured_s) for row in rows])
+        predicted = [number_text(1 / row.predicted_s) for row in rows]
     return FittingTable(
         f"{_TITLES[mode]}; the device is {slow:g}× slower than the server, one thread each",
         [
@@ -79,18 +77,19 @@ def table(results: Sequence[Result], mode: str, slow: float) -> FittingTable:
             names("cut", [row.cut for row in rows]),
             Column("as", [row.codec or "–" for row in rows], rank=2, left=True),
             Column("sent", [bytes_text(round(row.sent_bytes)) if row.sent_bytes else "–" for row in rows], rank=3),
+            Column("predicted", predicted, rank=5, note="The planner chooses by what is predicted."),
             value,
             Column(
                 "gain",
-                [f"{ends_s[row.link, row.budget] / row.measured_s:.2f}×" if row.way == "ours" else "" for row in rows],
-                rank=4,
+                [f"{_gain(rows, row):.2f}×" if row.way == "ours" else "" for row in rows],
+                rank=6,
                 note="Gain is how many times better than the better of both ends.",
             ),
-            Column("radio", [_joules(row) for row in rows], rank=5, note="Radio is the energy of the device's radio."),
+            Column("radio", [_joules(row) for row in rows], rank=4, note="Radio is the energy of the device's radio."),
             Column(
                 "answers",
                 [_answers(row) for row in rows],
-                rank=6,
+                rank=7,
                 note="Answers are the model's own: to the bit, or by their label.",
             ),
         ],
@@ -104,17 +103,53 @@ def verdict(results: Sequence[Result]) -> str:
     """Return in a few sentences where a cut in between won, and where an end did."""
     groups = {(row.mode, row.link, row.budget): best_of(results, row) for row in results}
     cases: dict[str, list[str]] = {}
-    for (mode, link, budget), row in groups.items():
-        what = "one photograph" if mode == "one" else "a stream"
-        exactly = "" if budget == "lossless" else f" within {budget}"
+    for row in groups.values():
         where = row.cut if _is_end(row) else "a cut in between"
-        cases.setdefault(where, []).append(f"{what} over {link}{exactly}")
+        cases.setdefault(where, []).append(_case(row))
     split = cases.pop("a cut in between", [])
     text = (
         f"A cut in between is the best in {len(split)} of {len(groups)} cases{': ' if split else ''}{', '.join(split)}."
     )
     ends = " ".join(f"{where.capitalize()} is the best in {len(found)}." for where, found in cases.items())
     return f"{text} {ends}".rstrip()
+
+
+def misses(results: Sequence[Result]) -> str:
+    """Return where what torchsurgeon chose was clearly slower than the better end, and why; "" where it never was."""
+    ours = [row for row in results if row.way == "ours"]
+    missed = [row for row in ours if _gain(results, row) < _MISSED]
+    if not missed:
+        return ""
+    cases = "; ".join(
+        f"{_case(row)}, where it took {_overrun(row)} times the predicted time, and the better end "
+        f"{_overrun(_better_end(results, row))} times"
+        for row in missed
+    )
+    return (
+        f"In {len(missed)} of {len(ours)} cases what torchsurgeon chose is at least {1 - _MISSED:.0%} slower than the "
+        f"better end: {cases}. It chooses by predicted times, which hold while the machine is as busy as when the "
+        "layers were timed; on the slowed-down device an interruption takes longer, too. Close other programs, or give "
+        "more --repeats."
+    )
+
+
+def _better_end(results: Sequence[Result], row: Result) -> Result:
+    """Return the quicker of both ends in a result's mode, over its link and within its budget."""
+    alike = [r for r in results if (r.mode, r.link, r.budget) == (row.mode, row.link, row.budget)]
+    return min((r for r in alike if r.way != "ours"), key=lambda r: r.measured_s)
+
+
+def _gain(results: Sequence[Result], row: Result) -> float:
+    return _better_end(results, row).measured_s / row.measured_s
+
+
+def _overrun(row: Result) -> str:
+    return number_text(row.measured_s / row.predicted_s)
+
+
+def _case(row: Result) -> str:
+    what = "one photograph" if row.mode == "one" else "a stream"
+    return f"{what} over {row.link}{'' if row.budget == 'lossless' else f' within {row.budget}'}"
 
 
 def _is_end(row: Result) -> bool:
