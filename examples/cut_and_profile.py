@@ -24,7 +24,7 @@ def main() -> None:
     graph = ts.trace(model, *example)
     print(f"{type(model).__name__}: {len(graph.layers)} layers, {len(graph.points)} partition points")
     least = min(graph.points[1:-1], key=lambda point: point.size_bytes)
-    for index, point in enumerate(graph.points):
+    for index, point in enumerate(graph.points[:-1]):  # nothing crosses after the last layer
         if all(point.size_bytes < earlier.size_bytes for earlier in graph.points[:index]):
             print(f"  {point.size_bytes:>9} bytes cross after {point.name}, fewer than anywhere before")
 
@@ -35,9 +35,11 @@ def main() -> None:
     for latency_s, name in slowest:
         print(f"  {latency_s * 1e3:7.2f} ms  {name}")
 
+    ends = {0: "all on the server", graph.points[-1].index: "all on the device"}
     for name in ("3g", "lte", "wifi"):
         plan = ts.plan(graph, device=device, server=server, link=name)
-        print(f"{name:>5}: cut after {plan.point.name}, {plan.terms.latency_s * 1e3:.0f} ms predicted")
+        where = ends.get(plan.point.index, f"cut after {plan.point.name}")
+        print(f"{name:>5}: {where}, {plan.terms.latency_s * 1e3:.0f} ms predicted")
 
     part = ts.cut(graph, least)
     with torch.no_grad():

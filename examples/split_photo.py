@@ -56,7 +56,7 @@ def main() -> None:
         split = stack.enter_context(ts.SplitModule(model, photo, server=given, name="photo"))
         photo = torch.randint(0, 256, photo.shape, dtype=torch.uint8)
         scores = split(photo)
-        print(f"class {int(scores.argmax())}; cut after {split.partition.name}")
+        print(f"class {int(scores.argmax())}; {split.last}")
         for where in ("device", "net.features.5", "server"):
             split.partition = where
             with torch.no_grad():
