@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +22,14 @@ pytest.importorskip("torchvision")
 
 LIMIT_S = 240.0
 ADDRESS = "http://127.0.0.1:8000"
+HTTPS = "https://192.168.0.2:8000"
+
+
+def address_in(server: subprocess.Popen[str]) -> str:
+    """The address that a started server says it is ready at."""
+    assert server.stdout is not None
+    ready = (re.match(r"ready: .* at (https?://.*)\n", line) for line in server.stdout)
+    return next(found[1] for found in ready if found)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +44,13 @@ def address_of() -> Iterator[Callable[[str], str]]:
                 server = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment())
                 stack.enter_context(server)
                 stack.callback(server.terminate)
-                assert server.stdout is not None
-                ready = (re.match(r"ready: .* at (http://.*)\n", line) for line in server.stdout)
-                addresses[command] = next(found[1] for found in ready if found)
+                addresses[command] = address_in(server)
             return addresses[command]
 
         yield start
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
+@pytest.mark.parametrize("block", [block for block in blocks("python") if HTTPS not in block.text], ids=str)
 def test_python_runs_alone_as_pasted(block: Block, tmp_path: Path, address_of: Callable[[str], str]) -> None:
     text = block.text
     if ADDRESS in text:
@@ -51,6 +59,28 @@ def test_python_runs_alone_as_pasted(block: Block, tmp_path: Path, address_of: C
         text = text.replace(ADDRESS, address_of(serve[0]))
     status, printed = run(text, tmp_path, LIMIT_S)
     assert status == 0, f"{block} ended with {status}:\n{printed}"
+
+
+def test_the_commands_for_a_token_and_a_certificate_serve_the_program_below_them(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl: apt-get install openssl")
+    (program,) = (block.text for block in blocks("python") if HTTPS in block.text)
+    # Where the token or the certificate is not taken, it raises instead of answering on the device.
+    program = program.replace('ca="cert.pem"', 'ca="cert.pem", fallback="error", timeout_s=60')
+    (typed,) = (block.text for block in blocks("bash") if "--tls-cert cert.pem" in block.text)
+    made, serve = typed.replace("\\\n", " ").replace("192.168.0.2", "127.0.0.1").split("torchsurgeon serve ")
+    subprocess.run(["bash", "-e", "-c", made], cwd=tmp_path, check=True, capture_output=True)
+    words = [*shlex.split(serve.replace("0.0.0.0", "127.0.0.1")), "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "torchsurgeon", "serve", *words]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment()) as server:
+        try:
+            address = address_in(server)
+            assert address.startswith("https://")
+            status, printed = run(program.replace(HTTPS, address), tmp_path, LIMIT_S)
+        finally:
+            server.terminate()
+    assert status == 0, printed
+    assert "'usable': True" in printed
 
 
 def test_blocks_say_what_they_are() -> None:
