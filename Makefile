@@ -1,6 +1,6 @@
 # make setup   virtual environment in .venv, with the package and its extension built in place
 # make demo    set up, then the main job on this machine (PHOTOS=DIR for photographs of your own)
-# make test    set up, then the tests
+# make test    set up, then the tests; the first time with a second PyTorch in .venv-interop (some more GB)
 # make bench   set up, then time everything beside the simplest other way (DEVICE=cuda for a GPU)
 # make evaluate   set up, then the paper's experiments: docs/evaluation.md (an hour; DJINN=DIRECTORY reads the
 #                 authors' files anew); make evaluate-quick does a part of them in five minutes, into build/evaluation
@@ -92,7 +92,7 @@ $(VENV)/.set-up: $(SOURCES)
 
 $(INTEROP)/.set-up: Makefile
 	@$(call make-venv,$(INTEROP))
-	@echo "A second PyTorch for the tests in which device and server differ"
+	@echo "A second PyTorch, for the tests in which device and server differ (some GB the first time)"
 	$(INTEROP)/bin/python -m pip install $(INTEROP_PACKAGES)
 	@touch $@
 
@@ -111,5 +111,5 @@ test -x $(1)/bin/python || { \
     || { echo "$(PYTHON) is older than 3.10: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }; \
   $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
     || { echo "$(PYTHON) has no venv module: apt-get install python3-venv"; exit 1; }; \
-  echo "[0/3] $(1)"; $(PYTHON) -m venv $(1); }
+  echo "A new virtual environment in $(1)"; $(PYTHON) -m venv $(1); }
 endef
