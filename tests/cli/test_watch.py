@@ -52,6 +52,21 @@ def test_each_inference_is_a_line_and_the_run_ends_with_a_summary_and_the_answer
     assert lines[4].startswith("answer: float32[1, 7], largest: ")
 
 
+@pytest.mark.parametrize(
+    ("times_ms", "says"),
+    [
+        ([5], "1 inferences, median 5.0 ms; "),
+        ([90, 30], "2 inferences, median 60.0 ms, middle half 45.0 ms … 75.0 ms; "),
+        ([1, 2, 3, 4, 9], "5 inferences, median 3.0 ms, middle half 2.0 ms … 4.0 ms; "),
+    ],
+)
+def test_the_summary_tells_the_middle_half_of_what_was_measured(times_ms: list[float], says: str) -> None:
+    log = watch.Log()
+    log.done = len(times_ms)
+    log.latencies_s.extend(one / 1e3 for one in times_ms)
+    assert watch.summary(log).startswith(says)
+
+
 def test_an_image_is_an_input(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "photo.png"
     Image.fromarray(numpy.arange(300, dtype=numpy.uint8).reshape(10, 10, 3)).save(path)

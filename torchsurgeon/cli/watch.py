@@ -132,13 +132,16 @@ class Log:
 def summary(log: Log) -> str:
     """Return the summary of a run in one line: latencies, cuts, bytes sent, and reasons for degraded inferences."""
     times = sorted(log.latencies_s)
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    spread = ""
+    if len(times) > 1:
+        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+        spread = f", middle half {seconds_text(low)} … {seconds_text(high)}"
     cuts = ", ".join(f"{cut} {count}×" for cut, count in log.cuts.most_common())
     reasons = ", ".join(f"{reason} {count}×" for reason, count in log.reasons.most_common())
     bits = ", ".join(f"{text} {count}×" for text, count in log.bits.most_common())
     degraded = f"degraded: {reasons}" if reasons else "none degraded"
     return (
-        f"{log.done} inferences, median {seconds_text(median)} ({seconds_text(low)} … {seconds_text(high)}); "
+        f"{log.done} inferences, median {seconds_text(statistics.median(times))}{spread}; "
         f"cut: {cuts}; {bytes_text(log.sent_bytes)} sent; {bits}; {degraded}"
     )
 
