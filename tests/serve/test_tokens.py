@@ -356,6 +356,8 @@ def test_files_that_are_no_certificates_are_refused_before_a_model_is_loaded(cer
     for given in ((str(file), None, None), (cert, None, None), (cert, key, str(file)), ("/nowhere", key, None)):
         with pytest.raises(ServerError, match="cannot be used"):
             certificates_of(*given)
+    with pytest.raises(ServerError, match="holds no key; give --tls-key FILE"):
+        certificates_of(cert, None, None)
     with pytest.raises(ServerError, match="give --tls-cert"):
         certificates_of(None, key, None)
 

@@ -37,8 +37,14 @@ class Parser(argparse.ArgumentParser):
     extend: Callable[[Parser, Sequence[str]], list[str]] | None = None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments; called by argparse."""
-        return super().parse_known_args(args if self.extend is None else self.extend(self, args), namespace)
+        """Parse arguments; called by argparse.
+
+        It would have the program's own parser report what the parser of a command does not know, with the wrong usage.
+        """
+        found, unknown = super().parse_known_args(args if self.extend is None else self.extend(self, args), namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and end the process."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchsurgeon.cli import completion
+from torchsurgeon.cli.access import access, access_arguments
 from torchsurgeon.cli.arguments import (
     SPEC_HELP,
     WEIGHTS_HELP,
@@ -135,10 +136,7 @@ def add_bench_server(commands: Commands) -> None:
         "that the model comes with)",
     )
     leaf_argument(parser, "NAME=MODULE", "keep this submodule of a model whole, as the server does")
-    file_argument(parser, "--token-file", "a file whose first token is sent with each request", "none is sent")
-    parser.add_argument("--ca", metavar="FILE", help="the certificates that are trusted (default: the system's)")
-    parser.add_argument("--tls-cert", metavar="FILE", help="a certificate to show to the server (default: none)")
-    parser.add_argument("--tls-key", metavar="FILE", help="its key (default: in the certificate's file)")
+    access_arguments(parser)
     parser.add_argument(
         "--seed", type=whole_number(0), default=0, metavar="N", help="seed of the moments (default: %(default)s)"
     )
@@ -163,14 +161,12 @@ def _bench_server(options: argparse.Namespace) -> None:
         from torchsurgeon.loadtest import LoadReport, Target, drive, try_each
 
     arrivals = _arrivals(options)
-    token = None if options.token_file is None else _first_token(options.token_file)
-    cert = None if options.tls_cert is None else (options.tls_cert, options.tls_key or options.tls_cert)
-    verify = True if options.ca is None else options.ca
-    target = Target.at(options.url, token=token, verify=verify, cert=cert, deadline_s=options.deadline)
+    token, ca, cert = access(options)
+    target = Target.at(options.url, token=token, verify=ca, cert=cert, deadline_s=options.deadline)
     requests: list[LoadRequest] = []
     for name, spec in specs.items():
         if spec is None:
-            requests += _whole(target, name, options, {"token": token, "verify": verify, "cert": cert})
+            requests += _whole(target, name, options, {"token": token, "verify": ca, "cert": cert})
         else:
             requests += _cuts(target, name, spec, options, inputs.get(name), weights.get(name), leaves.get(name, ()))
     devices = options.devices or max(20, len(requests))
@@ -229,17 +225,6 @@ def _arrivals(options: argparse.Namespace) -> Arrivals | None:
     if not Path(options.arrivals).is_file():
         return Arrivals.named(options.arrivals)  # which says what there is
     return Arrivals.recorded(options.arrivals)
-
-
-def _first_token(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadTestError(f"the token in {short(path)} cannot be read: {short(error)}") from error
-    for line in map(str.strip, lines):
-        if line and not line.startswith("#"):
-            return line.split()[0]  # a name and a priority may follow
-    raise LoadTestError(f"{short(path)} must hold a token in a line; it holds none")
 
 
 def _whole(target: Target, name: str, options: argparse.Namespace, access: dict[str, Any]) -> list[LoadRequest]:

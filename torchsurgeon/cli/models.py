@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from torchsurgeon.cli.access import Access, access, access_arguments
 from torchsurgeon.cli.arguments import command, model_arguments, traced, weights_argument
 from torchsurgeon.cli.screen import console, loading
 
@@ -59,35 +60,45 @@ def add_doctor(commands: Commands) -> None:
         "(default: none is asked)",
     )
     parser.add_argument("--name", help="the model's name on the server (default: the last part of SPEC)")
+    access_arguments(parser)
 
 
 def _doctor(options: argparse.Namespace) -> None:
+    let_in = access(options)
     with loading():
         from torchsurgeon.cutting import doctor
         from torchsurgeon.models import specs
         from torchsurgeon.report import diagnosis_text
+        from torchsurgeon.transport import HttpTransport
 
+    name = options.name or specs.short_name(options.spec)
+    if options.server is not None:
+        # Examining a model takes long, so a server that cannot be asked afterwards is told of before.
+        with HttpTransport(options.server, token=let_in.token, verify=let_in.ca, cert=let_in.cert) as transport:
+            transport.get_json(f"/v2/models/{name}")
     model = specs.load(options.spec, input_spec=options.input, weights=options.weights)
     found = doctor.examine(model.model, *model.args, leaf_modules=options.leaf, verify=options.verify, **model.kwargs)
     console().print(diagnosis_text(found))
     if options.server is not None:
-        print(_compared(options, model))
+        print(_compared(options, model, name, let_in))
 
 
-def _compared(options: argparse.Namespace, model: Model) -> str:
+def _compared(options: argparse.Namespace, model: Model, name: str, let_in: Access) -> str:
     """Return whether a server's answers have the same bits as this device's, and if not, what differs."""
-    from torchsurgeon.models import specs
     from torchsurgeon.module import SplitModule
 
     with SplitModule(
         model.model,
         model.kwargs or model.args,
         server=options.server,
-        name=options.name or specs.short_name(options.spec),
+        name=name,
         partition="server",
         fallback="error",
         leaf_modules=options.leaf,
         verify=options.verify,
+        token=let_in.token,
+        ca=let_in.ca,
+        cert=let_in.cert,
     ) as split:
         (server,) = split.prepare().stats()["servers"]
     because = ", ".join(server["inexact_because"])

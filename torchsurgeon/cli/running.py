@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchsurgeon.cli import completion
+from torchsurgeon.cli.access import access, access_arguments
 from torchsurgeon.cli.arguments import (
     SPEC_HELP,
     command,
@@ -87,6 +88,7 @@ def add_run(commands: Commands) -> None:
         "Run a model split with a server, and show where it is cut and why.",
         "torchvision:alexnet --server http://127.0.0.1:8000",
         "torchvision:alexnet --server http://edge:8000 --server http://cloud:8000 --deadline 0.2 --watch",
+        "torchvision:alexnet --server https://edge:8000 --token-file token.txt --ca ca.pem",
     )
     completed(parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP), completion.specs)
     parser.add_argument(
@@ -97,6 +99,7 @@ def add_run(commands: Commands) -> None:
         help="a torchsurgeon serve; may be repeated, in the order in which they are preferred",
     )
     parser.add_argument("--name", help="the model's name on the server (default: the last part of SPEC)")
+    access_arguments(parser)
     weights_argument(parser)
     leaf_argument(parser, "MODULE", "keep this submodule whole, as the server does")
     image = parser.add_argument(
@@ -148,6 +151,7 @@ def add_run(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> None:
     if options.input != "random" and not Path(options.input).is_file():
         raise TorchSurgeonError(f"--input must be an image or 'random'; there is no file {short(options.input)}")
+    token, ca, cert = access(options)
     with loading():
         import torch
 
@@ -171,6 +175,9 @@ def _run(options: argparse.Namespace) -> None:
         exact=options.exact,
         leaf_modules=options.leaf,
         verify=options.verify,
+        token=token,
+        ca=ca,
+        cert=cert,
     ) as split:
         if options.input != "random":
             args, kwargs = (codec.image_call(split.graph, options.input),), {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
 from typing import Any
 
 from torchsurgeon.errors import ServerError, short
@@ -45,8 +46,13 @@ class Certificates:
                 context.verify_mode = ssl.CERT_REQUIRED
         except (OSError, ssl.SSLError) as error:
             named = ", ".join(short(one) for one in (self.cert, self.key, self.client_ca) if one is not None)
-            raise ServerError(f"the certificates in {named} cannot be used: {short(error)}") from error
+            reason = "the first holds no key; give --tls-key FILE" if self._lacks_key() else short(error)
+            raise ServerError(f"the certificates in {named} cannot be used: {reason}") from error
         self.context.present = context
+
+    def _lacks_key(self) -> bool:
+        cert = Path(self.cert)
+        return self.key is None and cert.is_file() and b"PRIVATE KEY-" not in cert.read_bytes()
 
 
 class _Changeable(ssl.SSLContext):
