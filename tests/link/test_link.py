@@ -74,6 +74,16 @@ def test_texts_that_are_no_link_are_refused(text: str) -> None:
         Link.parse(text)
 
 
+def test_a_long_round_trip_needs_its_unit(tmp_path: Path) -> None:
+    for text in ("10/5/60", f"trace:{write(tmp_path, 'one')},60"):
+        with pytest.raises(LinkError, match=r"a round trip is in seconds; got 60 in .*; write 60ms, or 60s if"):
+            parse_profile(text)
+    assert Link.parse("10/5/60s").round_trip_s == 60
+    assert Link.parse("10/5/10").round_trip_s == 10
+    with pytest.raises(LinkError, match="round-trip"):
+        Link.parse("10/5/70s")
+
+
 def test_an_unknown_link_lists_the_known_ones() -> None:
     with pytest.raises(LinkError, match="3g, lte, wifi"):
         parse_profile("ltee")

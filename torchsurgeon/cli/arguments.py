@@ -197,8 +197,12 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def number(text: str) -> float:
+def number(text: str, given: str | None = None) -> float:
     """Return the number that the text of an argument means.
+
+    Args:
+        text: the text of the number.
+        given: the whole argument, which the message quotes; None where ``text`` is that.
 
     Raises:
         ArgumentTypeError: the text is no number, or not a finite one.
@@ -208,7 +212,32 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number; got {short(text)}")
+        raise argparse.ArgumentTypeError(f"must be a finite number; got {short(text if given is None else given)}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """Return the seconds that the text of an argument means: a number of them, or one followed by "s" or "ms".
+
+    Raises:
+        ArgumentTypeError: the text is no such number, or not a finite one.
+    """
+    plain = text.strip()
+    for unit, factor in (("ms", 1e-3), ("s", 1.0)):
+        if plain.endswith(unit):
+            return number(plain.removesuffix(unit), text) * factor
+    return number(text)
+
+
+def positive(text: str) -> float:
+    """Return the number above zero that the text of an argument means.
+
+    Raises:
+        ArgumentTypeError: the text is no finite number, or not one above zero.
+    """
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number; got {short(text)}")
     return value
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchsurgeon.cli import completion
-from torchsurgeon.cli.arguments import command, number, whole_number
+from torchsurgeon.cli.arguments import command, number, seconds, whole_number
 from torchsurgeon.cli.completion import completed, one_of
 from torchsurgeon.cli.screen import console, loading, progress
 from torchsurgeon.errors import SimulationError
@@ -45,7 +45,7 @@ def add_simulate(commands: Commands) -> None:
     )
     parser.add_argument(
         "--limit",
-        type=number,
+        type=seconds,
         metavar="SECONDS",
         help="the longest time at the servers allowed to the percentile (default: no highest rate is searched)",
     )

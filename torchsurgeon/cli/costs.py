@@ -16,8 +16,8 @@ from torchsurgeon.cli.arguments import (
     device_argument,
     file_argument,
     model_arguments,
-    number,
     pairs,
+    seconds,
     threads_argument,
     traced,
     whole_number,
@@ -74,7 +74,7 @@ def add_profile(commands: Commands) -> None:
     threads_argument(parser)
     parser.add_argument(
         "--cooldown",
-        type=number,
+        type=seconds,
         default=0.0,
         metavar="SECONDS",
         help="pause before every 10 repeats, so that the machine cools down (default: %(default)s)",
@@ -101,7 +101,7 @@ def backend_arguments(parser: argparse.ArgumentParser) -> None:
     completed(backend, one_of(completion.BACKENDS))
     parser.add_argument(
         "--backend-budget",
-        type=number,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="with --backend, how long points are measured (default: %(default)s)",
@@ -170,7 +170,7 @@ def add_calibrate(commands: Commands) -> None:
     device_argument(parser, "device to calibrate")
     parser.add_argument(
         "--budget",
-        type=number,
+        type=seconds,
         default=_MEASURING["budget"],
         metavar="SECONDS",
         help="time to spend (default: %(default)s)",
@@ -186,7 +186,7 @@ def add_calibrate(commands: Commands) -> None:
     completed(backend, one_of(completion.BACKENDS))
     parser.add_argument(
         "--backend-budget",
-        type=number,
+        type=seconds,
         default=_MEASURING["backend_budget"],
         metavar="SECONDS",
         help="time to spend on each --backend (default: %(default)s)",

@@ -19,6 +19,7 @@ from torchsurgeon.cli.arguments import (
     leaf_argument,
     number,
     pairs,
+    seconds,
     whole_number,
 )
 from torchsurgeon.cli.completion import completed, named, one_of
@@ -96,24 +97,24 @@ def add_bench_server(commands: Commands) -> None:
         help="how many devices there are, each with a connection and a cut of its own (default: 20, or one for each "
         "model, cut and codec if that is more)",
     )
-    parser.add_argument("--seconds", type=number, default=10.0, help="how long each test lasts (default: %(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=10.0, help="how long each test lasts (default: %(default)s)")
     parser.add_argument(
         "--warmup",
-        type=number,
+        type=seconds,
         default=1.0,
         metavar="SECONDS",
         help="how long requests are sent before that without being counted (default: %(default)s)",
     )
     parser.add_argument(
         "--timeout",
-        type=number,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
         help="a request without an answer so long after it was due has failed (default: %(default)s)",
     )
     parser.add_argument(
         "--deadline",
-        type=number,
+        type=seconds,
         metavar="SECONDS",
         help="tell the server after how long an answer is of no use, so that it refuses what it cannot keep (default: "
         "none is told)",

@@ -17,6 +17,7 @@ from torchsurgeon.cli.arguments import (
     leaf_argument,
     number,
     port_number,
+    seconds,
     threads_argument,
     weights_argument,
     whole_number,
@@ -117,7 +118,7 @@ def add_run(commands: Commands) -> None:
     )
     parser.add_argument(
         "--interval",
-        type=number,
+        type=seconds,
         default=0.0,
         metavar="SECONDS",
         help="shortest time from the start of one inference to the next (default: %(default)s)",
@@ -130,7 +131,7 @@ def add_run(commands: Commands) -> None:
     )
     completed(partition, one_of(("auto", "device", "server")))
     parser.add_argument(
-        "--deadline", type=number, metavar="SECONDS", help="when each answer is due, from its call (default: never)"
+        "--deadline", type=seconds, metavar="SECONDS", help="when each answer is due, from its call (default: never)"
     )
     parser.add_argument(
         "--fallback",

@@ -14,9 +14,9 @@ from torchsurgeon.cli.arguments import (
     command,
     judged_by,
     leaf_argument,
-    number,
     pairs,
     port_number,
+    seconds,
     threads_argument,
     whole_number,
 )
@@ -175,7 +175,7 @@ def add_serve(commands: Commands) -> None:
     )
     parser.add_argument(
         "--grace-s",
-        type=number,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="after SIGTERM or Ctrl-C, longest time for the requests that are under way (default: %(default)s)",

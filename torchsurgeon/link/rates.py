@@ -9,6 +9,8 @@ from torchsurgeon.errors import LinkError, is_finite, short
 
 LEAST_BIT_S, MOST_BIT_S = 1e3, 1e12
 _MOST_ROUND_TRIP_S = 60.0
+# In a link's text.
+_LONGEST_WITHOUT_UNIT_S = 10.0
 # What a new TCP connection may send before the first acknowledgement (RFC 6928).
 _INITIAL_WINDOW_BYTES = 10 * 1460
 
@@ -281,10 +283,16 @@ def seconds_of(part: str, text: str) -> float:
         text: the whole text, for the message.
 
     Raises:
-        LinkError: it holds no number.
+        LinkError: it holds no number, or one above 10 without a unit, which is most likely in milliseconds.
     """
     number, unit = re.fullmatch(r"\s*(.*?)\s*(ms|s)?\s*", part, re.DOTALL).groups()  # type: ignore[union-attr]
-    return _number(number, "seconds", text) * (1e-3 if unit == "ms" else 1.0)
+    value = _number(number, "seconds", text)
+    if unit is None and _LONGEST_WITHOUT_UNIT_S < value <= _MOST_ROUND_TRIP_S * 1e3:
+        raise LinkError(
+            f"a round trip is in seconds; got {value:g} in {short(text, 150)}; write {value:g}ms, or {value:g}s if "
+            "seconds are meant"
+        )
+    return value * (1e-3 if unit == "ms" else 1.0)
 
 
 # Milliwatts per Mbit/s, as papers give them, in watts per bit/s.
