@@ -84,6 +84,13 @@ def test_a_budget_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
         Budget(**options)
 
 
+def test_a_share_in_percent_is_told_how_to_write_it() -> None:
+    with pytest.raises(CodecError, match=r"max_top1_change must be from 0 to 1; got 3\.0; 3 % is 0\.03$"):
+        Budget(max_top1_change=3.0)
+    with pytest.raises(CodecError, match=r"min_cosine must be from -1 to 1; got 3\.0$"):
+        Budget(min_cosine=3.0)
+
+
 def test_a_budget_says_what_it_allows() -> None:
     assert str(Budget(max_top1_change=0.01)) == "at most 1.00% of predictions change; with 0.95 confidence"
     budget = Budget(score=boxes_matched, min_score=0.9, decide_by="estimate")

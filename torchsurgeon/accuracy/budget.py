@@ -21,7 +21,7 @@ from torchsurgeon.errors import CodecError, SampleSizeError, short
 if TYPE_CHECKING:
     from torchsurgeon.tracing.specs import TensorSpec
 
-_BY_ESTIMATE = "let these calls alone decide (decide_by='estimate', --decide-by estimate)"
+_BY_ESTIMATE = "let these calls alone decide (decide by estimate)"
 DecideBy = Literal["bound", "estimate"]
 
 
@@ -64,7 +64,8 @@ class Budget:
         for name, low, high in ranges:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise CodecError(f"{name} must be from {low} to {high}; got {value}")
+                percent = f"; {value:g} % is {value / 100:g}" if low == 0 and 1 < value <= 100 else ""
+                raise CodecError(f"{name} must be from {low} to {high}; got {value}{percent}")
         if self.confidence == 1:
             raise CodecError("confidence must be below 1, because no sample shows anything for certain; 0.95 is usual")
         if (self.score is None) != (self.min_score is None) or (

@@ -17,16 +17,21 @@ from torchsurgeon.cli.arguments import (
     model_arguments,
     number,
     pairs,
+    positive,
+    seconds,
     traced,
     whole_number,
 )
 from torchsurgeon.cli.completion import completed, one_of
+from torchsurgeon.cli.files import check_costs, check_given, check_model
+from torchsurgeon.cli.limits import idle_latency, limits_of, unkept
 from torchsurgeon.cli.screen import console, loading, warn
-from torchsurgeon.errors import PlanError, PredictionWarning, TorchSurgeonError, short
+from torchsurgeon.errors import InfeasibleError, PlanError, PredictionWarning, TorchSurgeonError, short
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
     from torchsurgeon.planning import Objective
+    from torchsurgeon.profiling import LayerProfile
 
 
 def add_plan(commands: Commands) -> None:
@@ -41,16 +46,21 @@ def add_plan(commands: Commands) -> None:
     )
     _plan_arguments(parser)
     parser.add_argument(
-        "--uplink", type=number, metavar="MBIT_S", help="uplink rate in Mbit/s (default: the link's own)"
+        "--uplink", type=positive, metavar="MBIT_S", help="uplink rate in Mbit/s (default: the link's own)"
     )
     parser.add_argument(
         "--load",
-        type=number,
+        type=positive,
         default=1.0,
         metavar="K",
         help="the server takes K times as long as its profile says (default: %(default)s)",
     )
-    parser.add_argument("--latency", type=number, metavar="SECONDS", help="highest latency allowed (default: any)")
+    parser.add_argument(
+        "--latency",
+        type=seconds,
+        metavar="SECONDS",
+        help="highest latency allowed, such as 0.2 or 200ms (default: any)",
+    )
     parser.add_argument(
         "--energy", type=number, metavar="JOULES", help="highest energy of the device allowed (default: any)"
     )
@@ -81,25 +91,29 @@ def add_plan(commands: Commands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    check_files(options.frontier, options.plot, options.html)
+    _check_read(options)
     with loading():
         from torchsurgeon import report
-        from torchsurgeon.planning import plan
+        from torchsurgeon.planning import Constraints, plan
 
-    check_files(options.frontier, options.plot, options.html)
-    parts, objective = _planned(options, options.uplink)
-    found = plan(
-        **parts,
-        objective=objective,
-        load=options.load,
-        slowdown=options.slowdown,
-        latency_s=options.latency,
-        energy_j=options.energy,
-        memory_bytes=None if options.memory is None else options.memory * 1e6,
-        min_layers=options.min_layers,
-        raw_input=not options.no_raw_input,
-        server_allowed=not options.no_server,
-        allow_bounds=options.allow_bounds,
-    )
+    limits = limits_of(options)
+    Constraints(**limits)  # which refuses a wrong one before the model is loaded
+    parts, objective, notes = _planned(options, options.uplink, energy=options.energy is not None)
+    try:
+        found = plan(
+            **parts,
+            objective=objective,
+            load=options.load,
+            slowdown=options.slowdown,
+            **limits,
+            allow_bounds=options.allow_bounds,
+        )
+    except InfeasibleError as error:
+        raise InfeasibleError(unkept(limits, error.least), error.least) from None
+    idle = idle_latency(found)
+    for note in notes if idle is None else [*notes, idle]:
+        warn(note)
     screen = console()
     screen.print(report.plan_table(found))
     screen.print(report.plan_explanation(found), highlight=False)
@@ -140,6 +154,7 @@ def add_sweep(commands: Commands) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     check_files(options.csv, options.plot)
+    _check_read(options)
     rates = [1e6 * rate for rate in _spread(options.uplinks)]
     loads = _spread(options.loads)
     with loading():
@@ -147,11 +162,13 @@ def _sweep(options: argparse.Namespace) -> None:
         from torchsurgeon.planning.sides import with_joules
         from torchsurgeon.report import sweep_picture, sweep_table
 
-    parts, objective = _planned(options)
+    parts, objective, notes = _planned(options)
     link = parts.pop("link")
     if objective.energy:
         parts["device"] = with_joules(parts["device"])
     found = sweep(Frontier.build(**parts), link, rates, loads, objective, options.slowdown)
+    for note in notes:
+        warn(note)
     console().print(sweep_table(found))
     if options.csv is not None:
         found.save(options.csv)
@@ -186,6 +203,11 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     completed(objective, one_of(("latency", "energy", "throughput", "server_time")))
     file_argument(parser, "--codecs", "codecs measured by torchsurgeon codecs --out", "only raw tensors are sent")
     parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="name each layer whose time is predicted roughly, and say why (default: count them)",
+    )
+    parser.add_argument(
         "--allow-bounds",
         action="store_true",
         help="plan with a device of which only the data sheet is known, although real times are longer by factors that "
@@ -193,21 +215,31 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--slowdown",
-        type=number,
+        type=positive,
         default=1.0,
         metavar="S",
         help="the device takes S times as long as its profile says (default: %(default)s)",
     )
 
 
-def _planned(options: argparse.Namespace, uplink_mbit_s: float | None = None) -> tuple[dict[str, Any], Objective]:
-    """Return what a plan is made of and its objective, and warn where costs are guesses.
+def _check_read(options: argparse.Namespace) -> None:
+    """Check that the files that a plan is made of are there."""
+    check_costs([*options.device, *options.server])
+    check_given(options.codecs)
+    check_model(options)
+
+
+def _planned(
+    options: argparse.Namespace, uplink_mbit_s: float | None = None, *, energy: bool = False
+) -> tuple[dict[str, Any], Objective, list[str]]:
+    """Return what a plan is made of, its objective, and what a user is told of costs that are guesses.
 
     Files and numbers are read before the model is loaded, so that a mistake in them is told at once.
 
     Args:
         options: the parsed arguments.
         uplink_mbit_s: the uplink's rate in place of the link's own. The downlink stays.
+        energy: whether energy counts although it is not in the objective.
     """
     with loading():
         from torchsurgeon.codec import CodecTable
@@ -222,6 +254,11 @@ def _planned(options: argparse.Namespace, uplink_mbit_s: float | None = None) ->
     link = Link.parse(options.link)
     if uplink_mbit_s is not None:
         link = dataclasses.replace(link, uplink_bit_s=uplink_mbit_s * 1e6)
+    if (objective.energy or energy) and link.radio is None:
+        raise PlanError(
+            f"the power of the radio on --link {short(options.link, 100)} is not known, and energy counts; name a link "
+            "with a radio, such as wifi, whose rate --uplink sets"
+        )
     names = [*options.device, *options.server]
     known = [load_costs(name) for name in names]
     bounds = [name for name, costs in zip(names, known, strict=True) if costs.is_bound]
@@ -232,16 +269,26 @@ def _planned(options: argparse.Namespace, uplink_mbit_s: float | None = None) ->
         )
     codecs = None if options.codecs is None else CodecTable.load(options.codecs)
     graph = traced(options)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", PredictionWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PredictionWarning)  # told in the notes
         profiles = [all_costs_on(graph, costs) for costs in known]
     count = len(options.device)
     device, server = (list(itertools.chain(*some)) for some in (profiles[:count], profiles[count:]))
-    notes = list(dict.fromkeys(str(warning.message) for warning in caught))
-    notes += [f"{name}: a bound from data sheets, not a measured device; real times are longer" for name in set(bounds)]
-    for note in notes:
-        warn(note)
-    return {"graph": graph, "device": device, "server": server, "link": link, "codecs": codecs}, objective
+    notes = []
+    for place, (name, (eager, *_)) in enumerate(zip(names, profiles, strict=True)):
+        notes += _guesses(f"{'device' if place < count else 'server'} {name}", eager, verbose=options.verbose)
+    return {"graph": graph, "device": device, "server": server, "link": link, "codecs": codecs}, objective, notes
+
+
+def _guesses(where: str, profile: LayerProfile, *, verbose: bool) -> list[str]:
+    """Return what a user is told of the times in a profile that are guesses."""
+    if profile.is_bound:
+        return [f"{where}: a bound from data sheets, not a measured device; real times are longer"]
+    rough, count = profile.warned, len(profile.layers)
+    if not rough:
+        return []
+    said = f"{where}: the times of {len(rough)} of {count} layers are predicted roughly"
+    return [said, *(f"{name}: {why}" for name, why in rough.items())] if verbose else [f"{said}; --verbose lists them"]
 
 
 def _spread(text: str) -> list[float]:

@@ -207,7 +207,15 @@ class Constraints:
         )
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)}" for name in self.given()) or "none"
+        said = {
+            "latency_s": f"at most {self.latency_s} s",
+            "energy_j": f"at most {self.energy_j} J",
+            "memory_bytes": f"at most {(self.memory_bytes or 0) / 1e6:g} MB",
+            "min_layers": f"at least {self.min_layers} layers on the device",
+            "raw_input": "no input leaves the device",
+            "server_allowed": "nothing leaves the device",
+        }
+        return ", ".join(said[name] for name in self.given()) or "none"
 
 
 NO_LIMITS = Constraints()

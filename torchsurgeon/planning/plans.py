@@ -15,6 +15,15 @@ from torchsurgeon.tracing.specs import PartitionPoint
 
 _PARTS = ("head", "encode", "uplink", "decode", "tail", "downlink", "latency", "interval")
 
+_LIMITS = {
+    "latency_s": "the limit on latency",
+    "energy_j": "the limit on energy",
+    "memory_bytes": "the limit on memory",
+    "min_layers": "layers that must run on the device",
+    "raw_input": "the rule that no input leaves the device",
+    "server_allowed": "the rule that nothing leaves the device",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Crossover:
@@ -107,7 +116,7 @@ def explain(plan: Plan) -> str:
 
 def headline(plan: Plan) -> str:
     """Return the chosen way and its value in a line."""
-    return f"{plan.frontier.model}: {place(plan.row)}, least {plan.objective}: {_value(plan)}"
+    return f"{plan.frontier.model}: {place(plan.row)}, least {plan.objective}: {_value(plan, plan.value)}"
 
 
 def situation(plan: Plan) -> str:
@@ -162,7 +171,7 @@ def remarks(plan: Plan) -> list[str]:
     if plan.fresh_s:
         lines.append(f"a request on a fresh connection takes {plan.fresh_s * 1e3:.1f} ms more")
     for name, value in plan.prices.items():
-        lines.append(f"without {name}: {plan.objective} {value:.4g} {plan.objective.unit}".rstrip())
+        lines.append(f"without {_LIMITS[name]}: {plan.objective} {_value(plan, value)}")
     lines += [f"{_when(c)}: {place(c.after)} instead of {place(c.before)}" for c in plan.crossovers]
     if not plan.crossovers:
         lines.append("no other uplink rate and no other load would change the choice")
@@ -211,7 +220,7 @@ def _when(change: Crossover) -> str:
     return f"from an uplink of {change.at / 1e6:.4g} Mbit/s on"
 
 
-def _value(plan: Plan) -> str:
+def _value(plan: Plan, value: float) -> str:
     if plan.objective.unit == "s":
-        return f"{plan.value * 1e3:.2f} ms"
-    return f"{plan.value:.4g} {plan.objective.unit}".rstrip()
+        return f"{value * 1e3:.2f} ms"
+    return f"{value:.4g} {plan.objective.unit}".rstrip()
