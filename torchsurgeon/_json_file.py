@@ -15,6 +15,15 @@ T = TypeVar("T")
 ErrorClass = type[TorchSurgeonError]
 # Larger values in a file are mistakes: seconds, bytes and joules of one inference are far below.
 _MOST = 1e18
+# By the name of a format, between the package's name and its version: what the file holds, and what writes it.
+_KINDS = {
+    "profile": "a profile (torchsurgeon profile)",
+    "predictor": "a calibration (torchsurgeon calibrate)",
+    "codecs": "a codec table (torchsurgeon codecs --out)",
+    "frontier": "a frontier (torchsurgeon plan --frontier)",
+    "load": "a load test (torchsurgeon bench-server --json)",
+    "graph": "a model's layers (torchsurgeon trace --json)",
+}
 
 
 class Rule(NamedTuple):
@@ -104,8 +113,13 @@ def check_format(data: Any, wanted: str, error: ErrorClass, what: str, remedy: s
     """
     if not isinstance(data, dict):
         raise error(f"{what} must be a JSON object; got a {type(data).__name__}; {remedy}")
-    if data.get("format") != wanted:
-        raise error(f"the format of {what} must be {wanted!r}; got {short(data.get('format'))}; {remedy}")
+    given = data.get("format")
+    if given == wanted:
+        return
+    needed, held = (_KINDS.get(str(one).removeprefix("torchsurgeon.").partition("/")[0]) for one in (wanted, given))
+    if needed is not None and held is not None and needed != held:
+        raise error(f"{needed} is needed here, and this is {held}; give the file of the former")
+    raise error(f"the format of {what} must be {wanted!r}; got {short(given)}; {remedy}")
 
 
 def field(data: Mapping[str, Any], name: str, make: Callable[[Any], T], rule: str, error: ErrorClass, remedy: str) -> T:

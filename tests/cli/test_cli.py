@@ -80,7 +80,9 @@ def test_trace_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: p
         (["trace", "torchvision:resnet19"], "resnet18"),
         (["trace", "nothing"], "SPEC"),
         (["trace", SPEC, "--leaf", "absent"], "absent"),
-        (["serve", "noname"], "NAME=VALUE"),
+        (["serve", "mine:f"], "a served model must be NAME=SPEC; got 'mine:f'; such as f=mine:f"),
+        (["serve", f"a={SPEC}", "--weights", "w.pt"], "--weights must be NAME=FILE; got 'w.pt'"),
+        (["serve", f"a={SPEC}", "--leaf", "0"], "--leaf must be NAME=MODULE; got '0'"),
         (["serve", f"a={SPEC}", f"a={SPEC}"], "twice"),
         (["link", "--listen", "0", "--to", "nowhere", "--profile", "lte"], "HOST:PORT"),
         (["link", "--listen", "0", "--to", "127.0.0.1:1", "--profile", "6g"], "3g, lte, wifi"),
@@ -282,6 +284,48 @@ def test_a_noisy_profile_advises_what_the_command_has(
     assert told.startswith("torchsurgeon: warning: the middle half of 4 runs")
     assert "start this command again" in told
     assert "repeats" not in told
+
+
+def test_only_the_own_warnings_are_printed_as_a_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    others: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "showwarning", lambda message, *_: others.append(str(message)))
+        with advising():
+            warnings.showwarning(ts.MismatchWarning("another model"), ts.MismatchWarning, "file.py", 1)
+            warnings.showwarning(UserWarning("of another library"), UserWarning, "file.py", 1)
+    assert others == ["of another library"]
+    assert capsys.readouterr().err == "torchsurgeon: warning: another model\n"
+
+
+def written(folder: Path) -> dict[str, str]:
+    """A file of each kind that commands read, by kind."""
+    model, x = tiny()
+    graph = ts.trace(model.eval(), x)
+    profile = ts.profile(graph, repeats=3, meter=None)
+    files = {kind: str(folder / f"{kind}.json") for kind in ("profile", "calibration", "frontier")}
+    profile.save(files["profile"])
+    ts.Frontier.build(graph, profile, profile).save(files["frontier"])
+    ts.reference_device("k40-gpu").save(files["calibration"])
+    return files
+
+
+@pytest.mark.filterwarnings("ignore::torchsurgeon.NoisyProfileWarning")
+def test_a_file_of_another_kind_names_the_command_that_writes_the_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = written(tmp_path)
+    both = ["--device", "k40-gpu", "--server", "k40-gpu"]
+    for line, needed, held in (
+        (["predict", SPEC, "--device", files["profile"]], "calibrate", "a profile (torchsurgeon profile)"),
+        (["predict", SPEC, "--device", "k40-gpu", "--profile", files["frontier"]], "profile", "a frontier"),
+        (["simulate", files["profile"], "--servers", "1", "--rate", "1"], "plan --frontier", "a profile"),
+        (["plan", SPEC, *both, "--codecs", files["calibration"]], "codecs --out", "a calibration"),
+        (["plan", SPEC, "--device", files["frontier"], "--server", "k40-gpu"], "profile", "a frontier"),
+    ):
+        assert cli.main(line) == 2
+        told = capsys.readouterr().err
+        assert f"(torchsurgeon {needed}) is needed here, and this is {held}" in told
+        assert "again" not in told
 
 
 def test_a_codec_is_fitted_measured_and_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from torchsurgeon import cli
         ("serve net=factories:small --weights other=x.pt", "'other'"),
         ("serve net=factories:small --input other=x:float32[1,4]", "'other'"),
         ("serve net=factories:small --leaf other=0", "'other'"),
-        ("serve net=factories:small --leaf 0", "NAME=VALUE"),
+        ("serve net=factories:small --leaf 0", "--leaf must be NAME=MODULE"),
         ("serve net=factories:small --port 0 --leaf net=9", "'9'"),
         ("link --listen 0 --to 127.0.0.1:99999 --profile lte", "1 to 65535"),
         ("link --listen 0 --to ²:² --profile lte", "HOST:PORT"),

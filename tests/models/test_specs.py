@@ -138,7 +138,9 @@ def test_an_input_spec_stands_in_for_the_example(factory: str) -> None:
         ("{}:text", {}, "must return a Module or .* returned str"),
         ("{}:broken", {}, "no luck"),
         ("no_such_module_at_all:f", {}, "'no_such_module_at_all' is not: ModuleNotFoundError"),
-        ("resnet50", {}, "must be torchvision:NAME.* got 'resnet50'"),
+        ("resnet50", {}, r"must be torchvision:NAME.* got 'resnet50'; did you mean torchvision:resnet50\?$"),
+        ("whole.pt", {}, "got 'whole.pt'; such a file holds weights: name the function that makes the model"),
+        ("my/missing.py:f", {}, "'my/missing.py' is not: .*; write my.missing:f, without .py$"),
         ("", {}, "must be torchvision:NAME.* got ''"),
         ("a:", {}, "must be torchvision:NAME.* got 'a:'"),
         ("x" * 1000, {}, "got 'x+…x+'$"),
@@ -196,8 +198,26 @@ def test_weights_from_files(factory: str, tmp_path: Path) -> None:
         ("noise.pt", lambda path: path.write_bytes(b"\x80" * 100), "plain tensors"),
         ("noise.safetensors", lambda path: path.write_bytes(b"\xff" * 100), "plain tensors"),
         ("list.pt", lambda path: torch.save([torch.ones(1)], path), "holds a list; save model.state_dict()"),
-        ("other.pt", lambda path: torch.save({"other": torch.ones(1)}, path), "not this model's"),
-        ("shape.pt", lambda path: torch.save({"weight": torch.ones(1), "bias": torch.ones(2)}, path), "not this model"),
+        (
+            "other.pt",
+            lambda path: torch.save({"other": torch.ones(1)}, path),
+            "file lacks weight, bias; the model lacks other; g",
+        ),
+        (
+            "shape.pt",
+            lambda path: torch.save({"weight": torch.ones(1), "bias": torch.ones(2)}, path),
+            r"not this model's: weight is \[1\] in the file, \[2, 3\] in the model; give",
+        ),
+        (
+            "large.pt",
+            lambda path: torch.save({f"{i}.weight": torch.ones(1) for i in range(9)}, path),
+            r"lacks weight, bias; the model lacks 0.weight, 1.weight and 7 more; give",
+        ),
+        (
+            "parallel.pt",
+            lambda path: torch.save(nn.DataParallel(nn.Linear(3, 2)).state_dict(), path),
+            r"begin with 'module\.', as DataParallel names them; save model\.module\.state_dict\(\)$",
+        ),
     ],
 )
 def test_weights_that_are_not_plain_tensors_of_this_model_are_refused(

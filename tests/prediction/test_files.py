@@ -59,7 +59,7 @@ def test_another_version_is_refused(valid: str, tmp_path: Path) -> None:
     data = json.loads(valid) | {"format": "torchsurgeon.predictor/99"}
     assert "'torchsurgeon.predictor/99'" in refused(tmp_path, json.dumps(data))
     assert "list" in refused(tmp_path, "[]")
-    assert "torchsurgeon.profile/2" in refused(tmp_path, json.dumps({"format": "torchsurgeon.profile/2"}))
+    assert "this is a profile" in refused(tmp_path, json.dumps({"format": "torchsurgeon.profile/2"}))
 
 
 def test_an_unfinished_one_says_how_to_go_on(valid: str, tmp_path: Path) -> None:

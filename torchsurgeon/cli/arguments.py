@@ -258,11 +258,12 @@ def index_or_name(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() else text
 
 
-def pairs(texts: Sequence[str], *, last_wins: bool = False) -> dict[str, str]:
+def pairs(texts: Sequence[str], what: str, *, last_wins: bool = False) -> dict[str, str]:
     """Return the values of ``NAME=VALUE`` arguments by name.
 
     Args:
         texts: the arguments.
+        what: what they are and how they are written, as the message says it ("--weights must be NAME=FILE").
         last_wins: whether a name may be given twice, and the last value counts.
 
     Raises:
@@ -272,8 +273,25 @@ def pairs(texts: Sequence[str], *, last_wins: bool = False) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
-            raise TorchSurgeonError(f"the argument must be NAME=VALUE; got {short(text)}")
+            raise TorchSurgeonError(f"{what}; got {short(text)}")
         if name in found and not last_wins:
             raise TorchSurgeonError(f"each name may be given once; {short(name)} is given twice")
         found[name] = value
+    return found
+
+
+def lists(texts: Sequence[str], what: str) -> dict[str, list[str]]:
+    """Return the values of ``NAME=VALUE`` arguments by name, where a name may be given several times.
+
+    Args:
+        texts: the arguments.
+        what: as in ``pairs()``.
+
+    Raises:
+        TorchSurgeonError: a text has no name, no "=" or no value.
+    """
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        for name, value in pairs([text], what).items():
+            found.setdefault(name, []).append(value)
     return found

@@ -224,7 +224,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         from torchsurgeon.report import calibration_table
 
     if options.from_csv:
-        imported = Predictor.from_csv(pairs(options.from_csv), options.name)
+        imported = Predictor.from_csv(pairs(options.from_csv, "--from-csv must be KIND=FILE"), options.name)
         imported.save(options.out)
         console().print(calibration_table(imported))
         return

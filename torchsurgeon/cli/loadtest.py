@@ -17,6 +17,7 @@ from torchsurgeon.cli.arguments import (
     file_argument,
     index_or_name,
     leaf_argument,
+    lists,
     number,
     pairs,
     seconds,
@@ -147,11 +148,9 @@ def add_bench_server(commands: Commands) -> None:
 
 def _bench_server(options: argparse.Namespace) -> None:
     specs = dict(_name_and_spec(text) for text in options.models)
-    inputs, weights = pairs(options.input), pairs(options.weights)
-    leaves: dict[str, list[str]] = {}
-    for text in options.leaf:
-        for name, module in pairs([text]).items():
-            leaves.setdefault(name, []).append(module)
+    inputs = pairs(options.input, "--input must be NAME=SPEC")
+    weights = pairs(options.weights, "--weights must be NAME=FILE")
+    leaves = lists(options.leaf, "--leaf must be NAME=MODULE")
     for name in (*inputs, *weights, *leaves):
         if specs.get(name) is None:
             raise LoadTestError(
@@ -206,7 +205,7 @@ def _advance(advance: Advance, done: int, tests: int, what: str, passed_s: float
 
 
 def _name_and_spec(text: str) -> tuple[str, str | None]:
-    return next(iter(pairs([text]).items())) if "=" in text else (text, None)
+    return next(iter(pairs([text], "a model must be NAME or NAME=SPEC").items())) if "=" in text else (text, None)
 
 
 def _arrivals(options: argparse.Namespace) -> Arrivals | None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torchsurgeon.planning import Objective
     from torchsurgeon.profiling import LayerProfile
 
+_WEIGHTS = "--objective must be a name or weights by name, such as latency=1,energy=0.5"
+
 
 def add_plan(commands: Commands) -> None:
     """Declare ``torchsurgeon plan``."""
@@ -249,7 +251,7 @@ def _planned(
 
     weights: str | dict[str, float] = options.objective
     if "=" in options.objective:
-        weights = {name: _number(text) for name, text in pairs(options.objective.split(",")).items()}
+        weights = {name: _number(text) for name, text in pairs(options.objective.split(","), _WEIGHTS).items()}
     objective = Objective.of(weights)
     link = Link.parse(options.link)
     if uplink_mbit_s is not None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from torchsurgeon import errors
 from torchsurgeon.errors import NoisyProfileWarning
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def warn(message: object) -> None:
 
 @contextlib.contextmanager
 def advising() -> Iterator[None]:
-    """Within the context, print the warning of a noisy profile with advice for a user of the command line."""
+    """Within the context, print the package's own warnings as a command's, with advice for who uses that."""
     shown_otherwise = warnings.showwarning
 
     def show(
@@ -78,6 +79,8 @@ def advising() -> Iterator[None]:
     ) -> None:
         if isinstance(message, NoisyProfileWarning):
             warn(f"{message.finding}; quiet or cool the machine, then start this command again")
+        elif category.__module__ == errors.__name__:
+            warn(message)
         else:
             shown_otherwise(message, category, filename, lineno, file, line)
 

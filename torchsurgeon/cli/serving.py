@@ -14,6 +14,7 @@ from torchsurgeon.cli.arguments import (
     command,
     judged_by,
     leaf_argument,
+    lists,
     pairs,
     port_number,
     seconds,
@@ -244,12 +245,19 @@ def add_serve(commands: Commands) -> None:
 def _serve(options: argparse.Namespace) -> None:
     # With a file, what is given on the command line comes after what stands there.
     last_wins = options.config is not None
-    models = {**options.file_models, **pairs(options.models)}
+    models = {**options.file_models, **_models(options.models)}
     weights, inputs, backends, samples, limits = (
-        pairs(one, last_wins=last_wins)
-        for one in (options.weights, options.input, options.backend, options.backend_sample, options.backend_limits)
+        pairs(one, f"{option} must be NAME={value}", last_wins=last_wins)
+        for option, value, one in (
+            ("--weights", "FILE", options.weights),
+            ("--input", "SPEC", options.input),
+            ("--backend", "BACKEND", options.backend),
+            ("--backend-sample", "DIR", options.backend_sample),
+            ("--backend-limits", "LIMITS", options.backend_limits),
+        )
     )
-    leaves, codecs = _lists(options.leaf), _lists(options.codec)
+    leaves = lists(options.leaf, "--leaf must be NAME=MODULE")
+    codecs = lists(options.codec, "--codec must be NAME=FILE")
     if not models:
         raise TorchSurgeonError("name at least one model as NAME=SPEC, or under [models] in the file of --config")
     for name in (*weights, *inputs, *leaves, *codecs, *backends, *samples, *limits):
@@ -316,9 +324,12 @@ def _serve(options: argparse.Namespace) -> None:
     )
 
 
-def _lists(texts: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _models(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
-        for name, value in pairs([text]).items():
-            found.setdefault(name, []).append(value)
-    return found
+        if "=" not in text:
+            name = text.removesuffix(".pt2").rpartition("/")[2].rpartition(":")[2] or "NAME"
+            raise TorchSurgeonError(
+                f"a served model must be NAME=SPEC; got {short(text, 100)}; such as "
+                f"{short(f'{name}={text}', 150, quote=False)}"
+            )
+    return pairs(texts, "a served model must be NAME=SPEC")

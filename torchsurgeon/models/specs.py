@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from torchsurgeon.tracing.call import call_of
 _INPUT = re.compile(r"\s*(?:(?P<name>\w+)\s*:\s*)?(?P<dtype>[a-z]\w*)\s*\[(?P<shape>[\d\s,]*)\]\s*(?:[,;]|$)")
 _MAX_EXAMPLE_ELEMENTS = 1 << 30
 _MAX_EXAMPLE_DIMS = 64
+_WEIGHT_FILES = (".pt", ".pth", ".safetensors")
 _environment_lock = threading.Lock()
 
 
@@ -84,7 +85,7 @@ def load(spec: str, *, weights: str | None = None, input_spec: str | None = None
     else:
         raise SpecError(
             "a model SPEC must be torchvision:NAME, package.module:FACTORY or the path of a .pt2 file; "
-            f"got {short(spec)}"
+            f"got {short(spec)}{_meant(spec)}"
         )
     if weights == "default":
         if prefix != "torchvision":
@@ -144,10 +145,45 @@ def load_weights(model: nn.Module, path: str) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
         raise SpecError(
-            f"the weights in {short(Path(path), 100)} are not this model's: {short(reason, 200, quote=False)}"
+            f"the weights in {short(Path(path), 100)} are not this model's: {_difference(model, state, error)}"
         ) from error
+
+
+def _difference(model: nn.Module, state: Mapping[str, Tensor], error: RuntimeError) -> str:
+    """Return how the names and shapes of weights differ from a model's, and what to do.
+
+    Args:
+        model: the model.
+        state: the weights.
+        error: what PyTorch said of them, for what is neither.
+    """
+    own = model.state_dict()
+    if state and all(name.startswith("module.") for name in state) and not any(name in own for name in state):
+        return "all their names begin with 'module.', as DataParallel names them; save model.module.state_dict()"
+    found = []
+    for what, names in (
+        ("the file lacks", [name for name in own if name not in state]),
+        ("the model lacks", [name for name in state if name not in own]),
+    ):
+        if names:
+            found.append(f"{what} {short(', '.join(names[:2]), 100, quote=False)}{_more(names)}")
+    shapes = {
+        name: (list(value.shape), list(own[name].shape))
+        for name, value in state.items()
+        if isinstance(own.get(name), Tensor) and value.shape != own[name].shape
+    }
+    if shapes:
+        name, (given, wanted) = next(iter(shapes.items()))
+        told = short(name, 100, quote=False)
+        found.append(f"{told} is {given} in the file, {wanted} in the model{_more(shapes, 1)}")
+    if not found:
+        return short(" ".join(line.strip() for line in str(error).splitlines()[1:]), 200, quote=False)
+    return f"{'; '.join(found)}; give the file that was saved from this model"
+
+
+def _more(names: Collection[str], told: int = 2) -> str:
+    return f" and {len(names) - told} more" if len(names) > told else ""
 
 
 def parse_inputs(text: str, *, seed: int = 0) -> list[tuple[str | None, Tensor]]:
@@ -261,6 +297,17 @@ def _torchvision_example(name: str, builder: Callable[..., nn.Module], model: nn
     return (_example_tensor([1, 3, size, size], torch.float32),)
 
 
+def _meant(spec: str) -> str:
+    """Return the end of a message that says what a text that is no SPEC most likely means; empty where nothing does."""
+    if spec.endswith(_WEIGHT_FILES):
+        return "; such a file holds weights: name the function that makes the model, and give the file as its weights"
+    try:
+        from torchvision import models
+    except ImportError:
+        return ""
+    return f"; did you mean torchvision:{spec}?" if spec in models.list_models() else ""
+
+
 def _factory(
     module_name: str, attribute: str, seed: int
 ) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Any]] | None]:
@@ -270,9 +317,11 @@ def _factory(
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
+        path, is_file, _ = module_name.rpartition(".py")
+        hint = f"; write {path.replace('/', '.')[:100]}:{attribute[:50]}, without .py" if is_file else ""
         raise SpecError(
             f"the module of a model SPEC must be importable, and {short(module_name, 100)} is not: "
-            f"{type(error).__name__}: {short(error, 200)}"
+            f"{type(error).__name__}: {short(error, 200)}{hint}"
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
