@@ -189,13 +189,14 @@ def test_check_says_what_would_be_served(file: Path, tmp_path: Path, capsys: pyt
     assert said[6] == "also: a page at /, /metrics, clients may load and unload models"
     assert said[7].startswith("loaded net from factories:small in ")
     assert said[8].startswith("requests of net have at most ")
-    assert said[9] == "this server can be started: net"
+    assert said[9] == "this server can be started once its port is free: net"
     tokens.write_text(f"{TOKEN} name=door priority=high\n")
     status, said, wrong = checked(capsys, "net=factories:small", "--host", "0.0.0.0", "--token-file", str(tokens))
     assert (status, wrong) == (0, "")
     assert said[1] == f"clients need one of the 1 tokens in {tokens}"
     assert "each token has an equal share; clients may ask for priorities up to normal" in said[4]
     assert said[5] == "clients with the token door may ask for priorities up to high"
+    assert said[-1] == "this server can be started: net"
     assert TOKEN not in "".join(said)
 
 

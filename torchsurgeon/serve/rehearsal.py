@@ -35,8 +35,8 @@ def tell_entrance(say: Say, url: str, host: str, tokens: Tokens | None, certific
             say(f"clients need a certificate that {short(certificates.client_ca)} has signed")
 
 
-def tell_address(say: Say, host: str, port: int) -> None:
-    """Tell whether the address is free. The server that is to be replaced may still listen there.
+def tell_address(say: Say, host: str, port: int) -> bool:
+    """Tell whether the address is free, and return it. The server that is to be replaced may still listen there.
 
     Raises:
         ServerError: this machine has no such address, or the port is not allowed.
@@ -47,6 +47,8 @@ def tell_address(say: Say, host: str, port: int) -> None:
         if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EADDRINUSE:
             raise
         say(f"another process listens on port {port} now; it has to end first")
+        return False
+    return True
 
 
 def tell_limits(say: Say, registry: ModelRegistry, connections: Connections, grace_s: float) -> None:
@@ -75,8 +77,14 @@ def tell_extras(say: Say, extras: Sequence[str]) -> None:
         say(f"also: {', '.join(extras)}")
 
 
-def tell_models(say: Say, registry: ModelRegistry) -> None:
-    """Tell the limits that hold for each of the models, once they are loaded."""
+def tell_models(say: Say, registry: ModelRegistry, *, is_free: bool) -> None:
+    """Tell the limits that hold for each of the models, once they are loaded, and that the server can be started.
+
+    Args:
+        say: prints a line.
+        registry: the models.
+        is_free: whether the address is free.
+    """
     for name, served in sorted(registry.loaded().items()):
         if served is not None:
             joined = f", up to {served.together} samples together" if served.together > 1 else ""
@@ -84,4 +92,5 @@ def tell_models(say: Say, registry: ModelRegistry) -> None:
                 f"requests of {name} have at most {served.max_body_bytes(binary=True)} bytes; "
                 f"{served.worker.concurrency} run at once{joined}; tails run by {served.backends}"
             )
-    say(f"this server can be started: {', '.join(registry.names())}")
+    when = "" if is_free else " once its port is free"
+    say(f"this server can be started{when}: {', '.join(registry.names())}")

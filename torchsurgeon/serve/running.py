@@ -170,12 +170,12 @@ def run(
         }
         with contextlib.closing(registry):
             tell_entrance(report, url_of(scheme, host, port), host, tokens, certificates)
-            tell_address(report, host, port)
+            is_free = tell_address(report, host, port)
             tell_limits(report, registry, connections, grace_s)
             tell_priorities(report, tokens, max_priority)
             tell_extras(report, [name for name, is_on in extras.items() if is_on])
             loader.load_all()
-            tell_models(report, registry)
+            tell_models(report, registry, is_free=is_free)
         gc.unfreeze()
         return
     bound = listen(host, port)
