@@ -9,12 +9,14 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from paths import ROOT
 
 import torchsurgeon as ts
 from torchsurgeon import cli
 from torchsurgeon.prediction.kinds import KINDS
 from torchsurgeon.prediction.samples import read_csv
+from torchsurgeon.profiling.origin import provenance
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torchsurgeon.ThrottledWarning"),
@@ -64,6 +66,42 @@ def test_calibrate_measures_this_machine_and_prints_what_its_models_are_worth(
     predictor = ts.Predictor.load(out)
     assert all(kind in told.out for kind in predictor.fitted)
     assert predictor.provenance["seed"] == 5
+
+
+def measured_before(path: Path, spent_s: float) -> Path:
+    """A finished calibration of this machine, as short ones are: it has samples of convolutions only."""
+    predictor = ts.Predictor.from_csv({"conv": conv_csv(path.parent)})
+    predictor.provenance = provenance(torch.device("cpu")) | {"calibrated_for_s": spent_s, "seed": 0}
+    path.write_text(json.dumps(predictor.to_json() | {"networks": {"count": 0, "timed": []}}))
+    return path
+
+
+def test_a_finished_calibration_is_replaced_only_where_told_to(
+    few_forms: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = measured_before(tmp_path / "device.json", 10.0)
+    before = path.read_bytes()
+    assert cli.main(["calibrate", "--budget", "3", "--out", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert f"{path} is a finished calibration of 10 s, as much as the budget of 3 s or more; give another file" in told
+    assert path.read_bytes() == before
+    monkeypatch.setattr("torchsurgeon.prediction.calibration._Calibration.run", lambda *_: None)
+    monkeypatch.setattr("torchsurgeon.prediction.calibration._Calibration.fitted", lambda _: ts.Predictor.load(path))
+    assert cli.main(["calibrate", "--budget", "3", "--out", str(path), "--overwrite"]) == 0
+
+
+def test_a_calibration_that_is_too_short_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = measured_before(tmp_path / "device.json", 10.0)
+    monkeypatch.setattr("torchsurgeon.prediction.calibration._Calibration.run", lambda *_: None)
+    assert cli.main(["calibrate", "--budget", "20", "--out", str(path)]) == 0
+    told = capsys.readouterr().err
+    assert "warning: too few samples of " in told
+    assert "linear" in told
+    assert "the same command with --budget 300 goes on from here" in told
+    assert cli.main(["calibrate", "--budget", "400", "--out", str(path)]) == 0
+    assert "with --budget 800 goes on" in capsys.readouterr().err
 
 
 def test_an_interrupted_calibration_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +172,7 @@ def test_predict_takes_a_reference_device_and_says_that_all_is_a_bound(capsys: p
         (["predict", SPEC, "--device", "k40-gpu", "--plot", "a.png"], "--profile"),
         (["predict", SPEC, "--device", "k40-gpu", "--profile", "absent.json"], "absent.json"),
         (["predict", SPEC, "--device", __file__], "not JSON"),
-        (["calibrate", "--out", "x.json", "--from-csv", "conv"], "NAME=VALUE"),
+        (["calibrate", "--out", "x.json", "--from-csv", "conv"], "--from-csv must be KIND=FILE; got 'conv'"),
         (["calibrate", "--out", "x.json", "--from-csv", "conv=absent.csv"], "absent.csv cannot be read"),
         (["calibrate", "--out", "x.json", "--from-csv", f"magic={__file__}"], "no kind of layer 'magic'"),
         (["calibrate", "--out", "x.json", "--device", "cuda:99"], "cuda"),

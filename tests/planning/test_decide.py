@@ -164,7 +164,14 @@ def test_an_explanation_sets_the_choice_beside_the_others_term_by_term() -> None
     text = found.explain()
     assert found.runner_up is not None
     assert found.runner_up.row.index != found.row.index
-    for word in ("chosen", "all on device", "all on server", "runner-up", "without the rule that no input leaves", "fresh connection"):
+    for word in (
+        "chosen",
+        "all on device",
+        "all on server",
+        "runner-up",
+        "no input leaves",
+        "fresh connection",
+    ):
         assert word in text
     for terms in (found.terms, found.device_only, found.server_only, found.runner_up):
         assert f"{terms.latency_s * 1e3:.2f}" in text

@@ -117,6 +117,17 @@ def test_another_devices_finished_calibration_is_not_overwritten(tmp_path: Path)
     assert path.read_bytes() == before
 
 
+def test_a_finished_calibration_that_had_the_budget_is_kept_where_it_may_not_be_overwritten(
+    calibrated: tuple[ts.Predictor, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "device.json"
+    path.write_bytes(calibrated[1].read_bytes())
+    spent_s = calibrated[0].provenance["calibrated_for_s"]
+    with pytest.raises(ts.CalibrationError, match=rf"finished calibration of {spent_s:g} s, .* or a larger budget"):
+        ts.calibrate("cpu", budget_s=spent_s, out=path, meter=None, overwrite=False)
+    assert path.read_bytes() == calibrated[1].read_bytes()
+
+
 def test_what_is_no_calibration_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "notes.json"
     for text, what in (("{}", "no calibration"), ("[1]", "no calibration"), ("half", "not JSON")):

@@ -23,6 +23,7 @@ from torchsurgeon.cli.arguments import (
     whole_number,
 )
 from torchsurgeon.cli.completion import completed, one_of
+from torchsurgeon.cli.files import check_costs, check_given, check_model
 from torchsurgeon.cli.screen import console, loading, progress, warn
 from torchsurgeon.errors import (
     CalibrationError,
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 # How often a calibration says how far it is where there is no terminal to draw a bar on.
 _REPORT_EVERY_S = 20.0
 _UNNAMED = "an unnamed device"
-_MEASURING = {"device": "cpu", "budget": 300.0, "backend": [], "backend_budget": 100.0, "threads": None, "seed": 0}
+_BUDGET_S = 300.0
+_MEASURING = {"device": "cpu", "budget": _BUDGET_S, "backend": [], "backend_budget": 100.0, "threads": None, "seed": 0}
 """The options of a calibration that say how this machine is measured, with their defaults."""
 
 
@@ -95,8 +97,8 @@ def backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="eager",
         metavar="NAME",
-        help="what runs the model; a backend other than eager fuses layers, so heads and tails are measured at a few "
-        "points and interpolated between these (default: %(default)s)",
+        help=f"what runs the model: {', '.join(completion.BACKENDS)}; one other than eager fuses layers, so heads and "
+        "tails are measured at a few points and interpolated between these (default: %(default)s)",
     )
     completed(backend, one_of(completion.BACKENDS))
     parser.add_argument(
@@ -110,6 +112,7 @@ def backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _profile(options: argparse.Namespace) -> None:
     check_files(options.out, options.plot, options.trace)
+    check_model(options)
     with loading():
         import torch
 
@@ -165,25 +168,30 @@ def add_calibrate(commands: Commands) -> None:
         type=Path,
         metavar="FILE",
         required=True,
-        help="JSON file of the calibration; an interrupted calibration continues from it",
+        help="JSON file of the calibration; one that was interrupted, or had a smaller --budget, is continued",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a finished calibration in --out that had as large a --budget (default: it is refused)",
     )
     device_argument(parser, "device to calibrate")
     parser.add_argument(
         "--budget",
         type=seconds,
-        default=_MEASURING["budget"],
+        default=_BUDGET_S,
         metavar="SECONDS",
-        help="time to spend (default: %(default)s)",
+        help="time to spend on measuring; to start and to fit takes some more (default: %(default)s)",
     )
     backend = parser.add_argument(
         "--backend",
         action="append",
         default=[],
         metavar="NAME",
-        help="add what networks take by this backend to the calibration in --out, which is made first unless there is "
-        "one; may be repeated (default: eager PyTorch alone)",
+        help=f"add what networks take by this backend ({', '.join(completion.BACKENDS[1:])}) to the calibration in "
+        "--out, which is made first unless there is one; may be repeated (default: eager PyTorch alone)",
     )
-    completed(backend, one_of(completion.BACKENDS))
+    completed(backend, one_of(completion.BACKENDS[1:]))
     parser.add_argument(
         "--backend-budget",
         type=seconds,
@@ -247,14 +255,21 @@ def _calibrate(options: argparse.Namespace) -> None:
         with progress("calibrating") as advance, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ThrottledWarning)
             predictor: Predictor | None = None
+            missing: tuple[str, ...] = ()
             if options.backend and options.out.exists():
                 # An unfinished one goes on, and what is no calibration is refused there.
                 with contextlib.suppress(CalibrationError):
                     predictor = Predictor.load(options.out)
             if predictor is None:
                 predictor = calibrate(
-                    options.device, budget_s=options.budget, out=options.out, seed=options.seed, progress=report
+                    options.device,
+                    budget_s=options.budget,
+                    out=options.out,
+                    seed=options.seed,
+                    progress=report,
+                    overwrite=options.overwrite,
                 )
+                missing = predictor.missing()
             for name in options.backend:
                 reported_s = 0.0
                 predictor = calibrate_backend(
@@ -267,6 +282,12 @@ def _calibrate(options: argparse.Namespace) -> None:
     print(f"written to {options.out}")
     for warning in caught:
         warn(warning.message)
+    if missing:
+        warn(
+            f"too few samples of {', '.join(missing)} were timed; the device's roofline predicts these layers, which "
+            f"may be off by a factor; the same command with --budget {max(_BUDGET_S, 2 * options.budget):g} goes on "
+            "from here"
+        )
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -313,6 +334,9 @@ def _predict(options: argparse.Namespace) -> None:
     if options.plot is not None and options.profile is None:
         raise TorchSurgeonError("--plot draws predicted over measured times; give these with --profile FILE")
     check_files(options.json, options.plot)
+    check_costs([options.device])
+    check_given(options.profile)
+    check_model(options)
     with loading():
         from torchsurgeon import report
         from torchsurgeon.prediction import load_device

@@ -82,6 +82,7 @@ def calibrate(
     seed: int = 0,
     meter: EnergyMeter | str | None = "auto",
     progress: Progress | None = None,
+    overwrite: bool = True,
 ) -> Predictor:
     """Time layers on a device, and return a predictor of it.
 
@@ -92,16 +93,17 @@ def calibrate(
         device: "cpu", "cuda" or "cuda:1".
         budget_s: seconds to spend, above 0.
         out: the file to which the predictor is written and, until it is done, what has been measured so far. A call
-            with the same file continues after an interruption, or where a calibration had a smaller budget. A finished
-            one that had the budget is replaced at the end of a new one.
+            with the same file continues after an interruption, or where a calibration had a smaller budget. For a
+            finished one that had the budget, ``overwrite`` says what happens.
         seed: the same seed draws the same networks and layers.
         meter: an energy meter, "auto" for the best one of the machine, or None.
         progress: is called after each network with the seconds spent, ``budget_s``, and what is being done.
+        overwrite: whether a finished calibration in ``out`` that had the budget is replaced at the end of a new one.
 
     Raises:
         DeviceError: the device does not exist.
         CalibrationError: the budget is not positive, or ``out`` cannot be written, is no calibration or is that of
-            another device.
+            another device; or it holds a finished calibration that had the budget, and ``overwrite`` is false.
 
     Warns:
         ThrottledWarning: the device became slower meanwhile. It was given pauses then, which the provenance counts.
@@ -109,7 +111,7 @@ def calibrate(
     if not (is_finite(budget_s) and budget_s > 0):
         raise CalibrationError(f"budget_s must be a positive number of seconds, such as 300; got {short(budget_s)}")
     target = find_device(device)
-    calibration = _Calibration(target, seed, None if out is None else Path(out), budget_s)
+    calibration = _Calibration(target, seed, None if out is None else Path(out), budget_s, overwrite)
     with contextlib.ExitStack() as exit_stack:
         exit_stack.enter_context(torch.no_grad())
         chosen = exit_stack.enter_context(find_meter(target)) if meter == "auto" else meter
@@ -131,7 +133,7 @@ def calibrate(
 class _Calibration:
     """A calibration that is running: what has been measured so far, and what to measure next."""
 
-    def __init__(self, device: torch.device, seed: int, out: Path | None, budget_s: float) -> None:
+    def __init__(self, device: torch.device, seed: int, out: Path | None, budget_s: float, overwrite: bool) -> None:
         self._device, self._out, self._budget_s = device, out, budget_s
         self._facts = provenance(device) | {"calibrated_for_s": 0.0, "seed": seed}
         self._samples: list[Sample] = []
@@ -143,7 +145,7 @@ class _Calibration:
         if out is not None:
             _whole_file.check_writable(out, CalibrationError)
             if out.exists():
-                self._resume(out, budget_s)
+                self._resume(out, budget_s, overwrite)
         self._rng = random.Random(seed * 1_000_003 + self._group)
         self._candidates = {kind: candidates(kind, seed * 7919 + self._group) for kind in sweep_kinds()}
 
@@ -273,7 +275,7 @@ class _Calibration:
         """Return what is needed to continue this calibration, beside the predictor."""
         return {"networks": {"count": self._group, "timed": [dataclasses.astuple(net) for net in self._nets]}}
 
-    def _resume(self, out: Path, budget_s: float) -> None:
+    def _resume(self, out: Path, budget_s: float, overwrite: bool) -> None:
         """Continue with what a file holds, unless that is finished and had the budget."""
         data = _json_file.read(out, CalibrationError, "delete it and calibrate again")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -285,6 +287,11 @@ class _Calibration:
             spent_s = float(facts.get("calibrated_for_s", math.inf))
             self._check_same(out, facts, ("device",))
             if not data.get("unfinished") and spent_s >= budget_s:
+                if not overwrite:
+                    raise CalibrationError(
+                        f"{out} is a finished calibration of {spent_s:g} s, as much as the budget of {budget_s:g} s or "
+                        "more; give another file, or a larger budget, with which it goes on, or have it overwritten"
+                    )
                 # A finished calibration is only replaced by another that is finished.
                 self._keeps_finished = True
                 return

@@ -135,6 +135,10 @@ class Predictor:
             self._models[kind, what] = refit_kind(table, getattr(table, what), form, held_out)
         return self._models[kind, what]
 
+    def missing(self) -> tuple[str, ...]:
+        """Return the kinds of layers without a model, which the roofline predicts."""
+        return tuple(kind for kind in KINDS if kind not in self.fitted)
+
     def predict(self, graph: LayerGraph, backend: str = "eager") -> LayerProfile:
         """Predict the profile of a model: seconds of each layer and of the whole, with 90 % intervals.
 
