@@ -83,6 +83,49 @@ def test_help_and_version_need_neither_torch_nor_extras(line: str) -> None:
     assert shown.stdout.startswith(("torchsurgeon ", "usage: torchsurgeon "))
 
 
+def test_a_bare_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out == cli.parser().format_help()
+
+
+@pytest.mark.parametrize("name", ["profile", "calibrate", "serve"])
+def test_help_names_the_backends(name: str) -> None:
+    told = " ".join(COMMANDS[name].format_help().split()).replace("- ", "-")
+    assert all(backend in told for backend in ("onnxruntime", "openvino", "openvino:bf16", "inductor", "aot")), told
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("trace absent.pt2", "there is no file 'absent.pt2'"),
+        ("profile absent.pt2", "there is no file 'absent.pt2'"),
+        ("doctor x:y --weights absent.pt", "there is no file 'absent.pt'"),
+        ("run x:y --server http://127.0.0.1:9 --weights absent.pt", "there is no file 'absent.pt'"),
+        ("predict x:y --device absent.json", "there is no file absent.json, and no reference device of that name"),
+        ("predict x:y --device k40-gpu --profile absent.json", "absent.json cannot be read: there is no such file"),
+        ("plan x:y --device absent.json --server k40-gpu", "there is no file absent.json, and no reference device"),
+        ("plan x:y --device k40-gpu --server k40-gpu --codecs absent.json", "absent.json cannot be read"),
+        ("sweep x:y --device k40-gpu --server absent.json", "there is no file absent.json, and no reference device"),
+        ("simulate absent.json --servers 1 --rate 1", "absent.json cannot be read"),
+        ("codecs x:y --sample . --frontier absent.json", "absent.json cannot be read"),
+        ("distill absent.pt2 --point 1 --data . --out one.student", "there is no file 'absent.pt2'"),
+        ("export x:y --out bundle --device absent.json", "there is no file absent.json, and no reference device"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_without_torch(line: str, says: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH.replace("cli.main()", "sys.exit(cli.main())"), *line.split()],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("torchsurgeon: ")
+    assert says in done.stderr
+
+
 def completions(line: str, folder: Path) -> set[str]:
     """What a shell offers for ``line`` in ``folder``, where torch cannot be imported."""
     for name in ("net.pt2", "device.json", "photo.png", "notes.txt"):

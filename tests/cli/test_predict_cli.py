@@ -168,7 +168,7 @@ def test_predict_takes_a_reference_device_and_says_that_all_is_a_bound(capsys: p
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["predict", SPEC, "--device", "tegra-k2"], "jetson-orin-nano (a bound from data sheets), k40-gpu"),
+        (["predict", SPEC, "--device", "tegra-k2"], "jetson-orin-nano (a bound), k40-gpu"),
         (["predict", SPEC, "--device", "k40-gpu", "--plot", "a.png"], "--profile"),
         (["predict", SPEC, "--device", "k40-gpu", "--profile", "absent.json"], "absent.json"),
         (["predict", SPEC, "--device", __file__], "not JSON"),

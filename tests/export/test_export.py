@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -324,7 +325,7 @@ def test_the_command_writes_a_bundle_and_tails(tmp_path: Path, capsys: pytest.Ca
     spec = ["export", "factories:tiny", "--point", "1", "--name", "tiny"]
     assert cli.main([*spec, "--out", out, "--triton", triton, "--ovms", ovms]) == 0
     said = capsys.readouterr().out
-    assert f"{out}: " in said
+    assert re.search(rf"^{re.escape(out)}: [1-9][\d.]* kB, heads up to ", said, re.MULTILINE)
     assert (tmp_path / "triton" / "tiny" / "config.pbtxt").exists()
     assert (tmp_path / "ovms" / "config.json").exists()
     with edge.open(out) as model:

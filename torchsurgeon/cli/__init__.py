@@ -82,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             import argcomplete
 
             argcomplete.autocomplete(commands)  # ends the process
-        options = commands.parse_args(argv)
+        given = sys.argv[1:] if argv is None else argv
+        if not given:
+            commands.print_help()
+            return 0
+        options = commands.parse_args(given)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 # A terminal that does not know "×" then shows "?" instead of failing.

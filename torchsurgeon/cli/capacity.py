@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torchsurgeon.cli import completion
 from torchsurgeon.cli.arguments import command, number, seconds, whole_number
 from torchsurgeon.cli.completion import completed, one_of
+from torchsurgeon.cli.files import check_given
 from torchsurgeon.cli.screen import console, loading, progress
 from torchsurgeon.errors import SimulationError
 
@@ -80,6 +81,7 @@ def _simulate(options: argparse.Namespace) -> None:
         raise SimulationError(
             "there is nothing to simulate: give --rate for the times at a rate, --limit for the highest rate, or both"
         )
+    check_given(options.frontier)
     with loading():
         from torchsurgeon.link import Link
         from torchsurgeon.planning import Frontier

@@ -22,6 +22,7 @@ from torchsurgeon.cli.arguments import (
     weights_argument,
     whole_number,
 )
+from torchsurgeon.cli.files import check_given, check_model
 from torchsurgeon.cli.screen import console, loading, progress, warn
 from torchsurgeon.errors import TorchSurgeonError, UnfinishedWarning, short
 
@@ -129,6 +130,8 @@ def _codecs(options: argparse.Namespace) -> None:
     if options.fit is not None and (points is None or len(points) != 1):
         raise TorchSurgeonError(f"--fit fits a codec to one --point; got {len(points or [])} of them")
     check_files(options.out, options.fit)
+    check_given(options.frontier, *options.fitted or ())
+    check_model(options)
     with loading():
         import torch
 
@@ -257,6 +260,7 @@ def _distill(options: argparse.Namespace) -> None:
     if not options.data.is_dir():
         raise TorchSurgeonError(f"--data must be a folder of images; there is no folder {short(options.data)}")
     check_files(options.out)
+    check_model(options)
     with loading():
         import torch
 

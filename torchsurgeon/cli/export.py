@@ -18,6 +18,7 @@ from torchsurgeon.cli.arguments import (
     weights_argument,
 )
 from torchsurgeon.cli.completion import completed, one_of
+from torchsurgeon.cli.files import check_costs, check_given, check_model
 from torchsurgeon.cli.screen import loading, warn
 from torchsurgeon.errors import NoisyProfileWarning, PredictionWarning, TorchSurgeonError, short
 
@@ -125,11 +126,15 @@ def _export(options: argparse.Namespace) -> None:
             "a bundle's heads are run by onnxruntime or onnxruntime:int8; got --backend "
             f"{short(options.backend, 60, quote=False)}"
         )
+    check_costs(name for name in (options.device, options.server) if name is not None)
+    check_given(options.codecs, *options.fitted)
+    check_model(options)
     with loading():
         from torchsurgeon.backends import find_backend
         from torchsurgeon.codec import CodecTable, load_codec
         from torchsurgeon.export import best_points, export_bundle, export_openvino, export_triton
         from torchsurgeon.models.specs import short_name
+        from torchsurgeon.report import bytes_text
 
     judged = judged_by(options.backend_sample, options.backend_limits, "--backend-")
     backend = find_backend(options.backend, **judged)
@@ -153,7 +158,7 @@ def _export(options: argparse.Namespace) -> None:
             backend=backend,
         )
         named = ", ".join(point.name for point in written.points)
-        print(f"{options.out}: {written.size_bytes / 1e6:.1f} MB, heads up to {short(named, 300, quote=False)}")
+        print(f"{options.out}: {bytes_text(written.size_bytes)}, heads up to {short(named, 300, quote=False)}")
         if written.left_out:
             warn(f"left out, since a device without PyTorch does not have these codecs: {', '.join(written.left_out)}")
         for part in written.in_floats:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torchsurgeon.cli.access import Access, access, access_arguments
 from torchsurgeon.cli.arguments import command, model_arguments, traced, weights_argument
+from torchsurgeon.cli.files import check_model
 from torchsurgeon.cli.screen import console, loading
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def add_trace(commands: Commands) -> None:
 
 
 def _trace(options: argparse.Namespace) -> None:
+    check_model(options)
     graph = traced(options)
     if options.json:
         print(json.dumps(graph.to_json()))
@@ -65,6 +67,7 @@ def add_doctor(commands: Commands) -> None:
 
 def _doctor(options: argparse.Namespace) -> None:
     let_in = access(options)
+    check_model(options)
     with loading():
         from torchsurgeon.cutting import doctor
         from torchsurgeon.models import specs

@@ -23,6 +23,7 @@ from torchsurgeon.cli.arguments import (
     whole_number,
 )
 from torchsurgeon.cli.completion import completed, one_of
+from torchsurgeon.cli.files import check_model
 from torchsurgeon.cli.screen import loading
 from torchsurgeon.errors import TorchSurgeonError, short
 
@@ -88,7 +89,7 @@ def add_run(commands: Commands) -> None:
         "run",
         "Run a model split with a server, and show where it is cut and why.",
         "torchvision:alexnet --server http://127.0.0.1:8000",
-        "torchvision:alexnet --server http://edge:8000 --server http://cloud:8000 --deadline 0.2 --watch",
+        "torchvision:alexnet --server http://edge:8000 --server http://cloud:8000 --deadline 200ms --watch",
         "torchvision:alexnet --server https://edge:8000 --token-file token.txt --ca ca.pem",
     )
     completed(parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP), completion.specs)
@@ -131,7 +132,10 @@ def add_run(commands: Commands) -> None:
     )
     completed(partition, one_of(("auto", "device", "server")))
     parser.add_argument(
-        "--deadline", type=seconds, metavar="SECONDS", help="when each answer is due, from its call (default: never)"
+        "--deadline",
+        type=seconds,
+        metavar="SECONDS",
+        help="when each answer is due, from its call, such as 0.2 or 200ms (default: never)",
     )
     parser.add_argument(
         "--fallback",
@@ -153,6 +157,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.input != "random" and not Path(options.input).is_file():
         raise TorchSurgeonError(f"--input must be an image or 'random'; there is no file {short(options.input)}")
     token, ca, cert = access(options)
+    check_model(options)
     with loading():
         import torch
 
