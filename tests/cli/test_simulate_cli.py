@@ -55,7 +55,6 @@ def test_overloaded_servers_have_no_percentile(saved: str, capsys: pytest.Captur
         (["--servers", "2", "--limit", "0.01"], "the limit must be at least"),
         (["--servers", "2", "--limit", "1", "--percentile", "100"], "percentile must be above 0 and below 100"),
         (["--servers", "2", "--rate", "1", "--arrivals", "normal"], "there is no shape 'normal'; use one of"),
-        (["--servers", "2", "--rate", "1", "--slowdown", "0"], "slowdown must be a positive number; got 0"),
     ],
 )
 def test_wrong_input_is_answered_in_a_line(
@@ -65,6 +64,12 @@ def test_wrong_input_is_answered_in_a_line(
     said = capsys.readouterr().err
     assert message in said
     assert "\n" not in said.strip()
+
+
+def test_a_slowdown_that_is_not_positive_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["simulate", "absent.json", "--servers", "2", "--rate", "1", "--slowdown", "0"])
+    assert "argument --slowdown: must be a positive number; got '0'" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_frontier_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchsurgeon.cli import completion
-from torchsurgeon.cli.arguments import command, number, seconds, whole_number
+from torchsurgeon.cli.arguments import command, number, positive, seconds, whole_number
 from torchsurgeon.cli.completion import completed, one_of
 from torchsurgeon.cli.files import check_given
 from torchsurgeon.cli.screen import console, loading, progress
@@ -61,7 +61,7 @@ def add_simulate(commands: Commands) -> None:
     completed(link, one_of(completion.LINKS))
     parser.add_argument(
         "--slowdown",
-        type=number,
+        type=positive,
         default=1.0,
         metavar="S",
         help="the devices take S times as long as the frontier says (default: %(default)s)",
