@@ -76,6 +76,14 @@ def test_an_image_is_an_input(server: Server, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.splitlines()[-1] != with_image
 
 
+def test_a_deadline_that_must_be_in_milliseconds_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--server", "http://127.0.0.1:9", "--count", "1", "--partition", "device", "--deadline"]
+    assert run(*line, "200") == 0
+    assert "--deadline 200 s is longer than any server is waited for; write 200ms" in capsys.readouterr().err
+    assert run(*line, "20000ms") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_server_that_is_gone_is_said_in_lines_and_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--server", "http://127.0.0.1:9", "--count", "2", "--partition", "1") == 0
     lines = capsys.readouterr().out.splitlines()

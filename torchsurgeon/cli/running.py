@@ -24,13 +24,15 @@ from torchsurgeon.cli.arguments import (
 )
 from torchsurgeon.cli.completion import completed, one_of
 from torchsurgeon.cli.files import check_model
-from torchsurgeon.cli.screen import loading
+from torchsurgeon.cli.screen import loading, warn
 from torchsurgeon.errors import TorchSurgeonError, short
 
 if TYPE_CHECKING:
     from torchsurgeon.cli.arguments import Commands
 
 _RUNS = 10
+# No server is waited for so long, so a longer deadline is most likely in milliseconds.
+_LONGEST_DEADLINE_S = 30.0
 
 
 def add_demo(commands: Commands) -> None:
@@ -158,6 +160,9 @@ def _run(options: argparse.Namespace) -> None:
         raise TorchSurgeonError(f"--input must be an image or 'random'; there is no file {short(options.input)}")
     token, ca, cert = access(options)
     check_model(options)
+    if options.deadline is not None and options.deadline > _LONGEST_DEADLINE_S:
+        given = f"{options.deadline:g}"
+        warn(f"--deadline {given} s is longer than any server is waited for; write {given}ms if milliseconds are meant")
     with loading():
         import torch
 
