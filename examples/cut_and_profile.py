@@ -26,7 +26,7 @@ def main() -> None:
     least = min(graph.points[1:-1], key=lambda point: point.size_bytes)
     for index, point in enumerate(graph.points[:-1]):  # nothing crosses after the last layer
         if all(point.size_bytes < earlier.size_bytes for earlier in graph.points[:index]):
-            print(f"  {point.size_bytes:>9} bytes cross after {point.name}, fewer than anywhere before")
+            print(f"  {point.size_bytes:>9} bytes cross, fewer than anywhere before: {point.where}")
 
     server = ts.profile(graph, repeats=5)
     device = server.scaled(options.slow)
@@ -35,11 +35,9 @@ def main() -> None:
     for latency_s, name in slowest:
         print(f"  {latency_s * 1e3:7.2f} ms  {name}")
 
-    ends = {0: "all on the server", graph.points[-1].index: "all on the device"}
     for name in ("3g", "lte", "wifi"):
         plan = ts.plan(graph, device=device, server=server, link=name)
-        where = ends.get(plan.point.index, f"cut after {plan.point.name}")
-        print(f"{name:>5}: {where}, {plan.terms.latency_s * 1e3:.0f} ms predicted")
+        print(f"{name:>5}: {plan.point.where}, {plan.terms.latency_s * 1e3:.0f} ms predicted")
 
     part = ts.cut(graph, least)
     with torch.no_grad():
@@ -48,7 +46,7 @@ def main() -> None:
     crossed = ", ".join(
         f"{spec.name} {list(tensor.shape)}" for spec, tensor in zip(part.point.tensors, boundary, strict=True)
     )
-    print(f"cut after {part.point.name}: {crossed} crossed, and the answer is the model's own, bit for bit")
+    print(f"{part.point.where}: {crossed} crossed, and the answer is the model's own, bit for bit")
 
 
 if __name__ == "__main__":

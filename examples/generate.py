@@ -41,7 +41,7 @@ def main() -> None:
         split.partition = len(split.graph.layers) // 2
         model.encoder = split
         assert torch.equal(model.generate(**sentence, **options), whole)
-        print(f"the same {whole.shape[1]} tokens, with the encoder cut after {split.last.partition.name}")
+        print(f"the same {whole.shape[1]} tokens, with the encoder {split.last.where}")
         print(split.last)
         assert split.last.degraded is None
         split.close()

@@ -59,7 +59,7 @@ def main() -> None:
                 split.partition = len(split.graph.layers) // 2
                 pipe.model = split
                 assert str(pipe(given, **options)) == str(whole)
-                print(f"{kind}: the whole model's answer, cut after {split.last.partition.name}")
+                print(f"{kind}: the whole model's answer, {split.last.where}")
                 assert split.last.degraded is None
 
 

@@ -146,6 +146,12 @@ def shown(thing: object, width: int) -> list[str]:
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
+def test_a_simulation_calls_cuts_as_plans_do() -> None:
+    lines = shown(TABLES["simulation"][0](), 160)
+    assert any("all on the server" in line for line in lines), lines
+    assert not any(" input " in line for line in lines), lines
+
+
 @pytest.mark.filterwarnings("ignore::torchsurgeon.PredictionWarning")
 @pytest.mark.parametrize("name", TABLES)
 def test_at_any_width_a_row_is_a_line_and_headers_are_whole(name: str) -> None:

@@ -135,6 +135,11 @@ def test_last_says_where_the_time_went(server: Server) -> None:
         assert split.last is None
         split(EXAMPLE)
         last = split.last
+        for cut, where in (("server", "all on the server"), ("device", "all on the device")):
+            split.partition = cut
+            split(EXAMPLE)
+            assert split.last is not None
+            assert f"({where}; " in str(split.last)
     assert last is not None
     assert last.partition.name == "stem"
     parts = [getattr(last, part) for part in _PARTS]

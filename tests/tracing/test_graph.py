@@ -443,4 +443,13 @@ def test_what_is_no_model_graph_or_point_is_named() -> None:
         graph.point(1.5)  # type: ignore[arg-type]
     with pytest.raises(PartitionError, match=r"'0' is a module with layers inside.*'0\.1'"):
         graph.point("0")
-    assert str(graph.point("0.1")) == "point 2 (after 0.1): 0.1 float32[N×2]; 8 bytes"
+
+
+def test_a_point_says_where_it_cuts() -> None:
+    graph = trace(nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), nn.ReLU()).eval(), torch.zeros(1, 3))
+    assert [point.where for point in graph.points] == [
+        "all on the server", "cut after 0.0", "cut after 0.1", "all on the device"
+    ]  # fmt: skip
+    assert str(graph.point("0.1")) == "point 2 (cut after 0.1): 0.1 float32[N×2]; 8 bytes"
+    assert str(graph.point("server")) == "point 0 (all on the server): input float32[N×3]; 12 bytes"
+    assert str(graph.point("device")) == "point 3 (all on the device): nothing crosses"

@@ -112,7 +112,7 @@ def check_deadline(deadline_s: float, best_s: float, how: str) -> None:
     Args:
         deadline_s: seconds within which an answer is wanted.
         best_s: the lowest predicted latency of all ways to answer, in seconds.
-        how: the way with that latency, for the message, such as "on the device".
+        how: the way with that latency, for the message, such as "all on the device".
 
     Raises:
         DeadlineError: ``deadline_s`` is not positive and finite, or is below ``best_s``. The error's ``best_s`` holds

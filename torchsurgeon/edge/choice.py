@@ -192,8 +192,7 @@ class Choices:
         if is_finite(deadline_s) and any(deadline_s >= likely * math.exp(-SURE * error) for likely, error, _ in ways):
             self._refusals.end()
         elif not is_finite(deadline_s) or self._refusals.refuse(best_s):
-            how = "on the device" if quickest.on_device else f"cut after {quickest.name}"
-            check_deadline(deadline_s, best_s, how)
+            check_deadline(deadline_s, best_s, quickest.where)
         return row if taken_s <= deadline_s else quickest
 
     def expected(self, row: Row, scale: float) -> Expected:

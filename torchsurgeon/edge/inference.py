@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torchsurgeon._place import ALL_ON_DEVICE
 from torchsurgeon.adapting import Decision
 from torchsurgeon.edge.message import ArrayAnswer
 from torchsurgeon.planning.row import Row
@@ -36,6 +37,7 @@ class EdgeInference:
         degraded: why the answer was not made as planned, such as ``"late: …"``; None if it was.
         server: the server whose answer it is; None if the device made it.
         decision: what the cut was chosen on; None where it is fixed.
+        where: where the model ran, in words: ``all on the server``, ``cut after features.5`` or ``all on the device``.
     """
 
     partition: str
@@ -56,12 +58,12 @@ class EdgeInference:
     degraded: str | None = None
     server: str | None = None
     decision: Decision[Row] | None = None
+    where: str = ALL_ON_DEVICE
 
     def __str__(self) -> str:
         parts = [f"{name} {getattr(self, name + '_s') * 1e3:.2f}" for name in _PARTS if getattr(self, name + "_s")]
-        where = "all on the device" if self.codec is None else f"cut after {self.partition}"
         why = f"; {self.degraded}" if self.degraded else ""
-        return f"{self.total_s * 1e3:.2f} ms ({where}; ms: {', '.join(parts)}; {self.sent_bytes} bytes sent{why})"
+        return f"{self.total_s * 1e3:.2f} ms ({self.where}; ms: {', '.join(parts)}; {self.sent_bytes} bytes sent{why})"
 
 
 def times_of(answer: ArrayAnswer, headed_s: float, end_s: float, round_trip_s: float) -> dict[str, float]:

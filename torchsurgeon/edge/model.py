@@ -256,7 +256,12 @@ class EdgeModel:
         server.observe(answer, row.tail_s * call.scale)
         round_trip_s = server.state.link.estimate().round_trip.value
         self.last = call.account(
-            end_s, point.name, codec.name, server=server.url, **times_of(answer, call.headed_s, end_s, round_trip_s)
+            end_s,
+            point.name,
+            codec.name,
+            server=server.url,
+            where=row.where,
+            **times_of(answer, call.headed_s, end_s, round_trip_s),
         )
         return result_of(self.bundle, answer.arrays)
 

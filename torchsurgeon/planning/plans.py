@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from torchsurgeon._place import place_text
 from torchsurgeon.codec import Finding
 from torchsurgeon.link import Link
 from torchsurgeon.planning.costs import Terms
@@ -182,9 +183,9 @@ def remarks(plan: Plan) -> list[str]:
 
 def place(row: Row) -> str:
     """Return where a row cuts and what it sends, in words."""
+    where = place_text(row.index, _short(row), on_device=row.on_device)
     if row.on_device:
-        return "all on the device"
-    where = "all on the server" if row.index == 0 else f"cut after {_short(row)}"
+        return where
     if row.student:
         where = f"a student in place of the layers up to {_short(row)}"
     return where if row.codec == "raw" else f"{where} as {row.codec}"

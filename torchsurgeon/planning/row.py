@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsurgeon._json_file import AMOUNT, FLAG, NUMBER, OBJECTS, TEXT, WHOLE, WHOLES, check_fields
+from torchsurgeon._place import place_text
 from torchsurgeon.accuracy.finding import Finding
 
 Array = NDArray[np.float64]
@@ -76,6 +77,11 @@ class Row:
     student: bool = False
     backend: str = "eager"
     server_backend: str = "eager"
+
+    @property
+    def where(self) -> str:
+        """Where it cuts, in words: ``all on the server``, ``cut after features.5`` or ``all on the device``."""
+        return place_text(self.index, self.name, on_device=self.on_device)
 
     @property
     def budget_used(self) -> float:

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from torchsurgeon._place import place_text
 from torchsurgeon.planning import Constraints, Objective, Plan
 from torchsurgeon.planning.grid import Sweep
 from torchsurgeon.planning.plans import comparison, headline, remarks, situation
@@ -126,9 +127,7 @@ def constraint_texts(constraints: Constraints) -> list[str]:
 
 
 def _cut(row: Row) -> str:
-    if row.on_device:
-        return "all on the device"
-    return "all on the server" if row.index == 0 else row.name
+    return place_text(row.index, row.name, on_device=row.on_device, before="")
 
 
 def _codecs(rows: Sequence[Row], rank: int) -> list[Column]:

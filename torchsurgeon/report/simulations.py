@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from torchsurgeon._place import place_text
+from torchsurgeon.planning.row import Row
 from torchsurgeon.report.narrow import Column, FittingTable, names
 from torchsurgeon.report.units import number_text, seconds_text
 from torchsurgeon.simulate import Estimate, Sustained
@@ -22,7 +24,7 @@ def simulation_table(ways: Sequence[Sustained], percentile: float = 99.0) -> Fit
     """
     columns = [
         Column("way", [way.name for way in ways], left=True),
-        names("cut", ["all on the device" if way.row.on_device else way.row.name for way in ways]),
+        names("cut", [_cut(way.row) for way in ways]),
         Column(
             "latency", [seconds_text(way.latency_s) for way in ways], rank=2, note="Latency is that of idle servers."
         ),
@@ -38,6 +40,10 @@ def simulation_table(ways: Sequence[Sustained], percentile: float = 99.0) -> Fit
     if any(way.capacity is not None for way in ways):
         columns.append(_figures("rate", [_rate(way) for way in ways], rank=6, note="Rate is the highest in the limit."))
     return FittingTable("What the servers sustain", columns, _CAPTION)
+
+
+def _cut(row: Row) -> str:
+    return place_text(row.index, row.name, on_device=row.on_device, before="")
 
 
 def _figures(header: str, cells: Sequence[tuple[str, str]], rank: int, last: int = 0, note: str = "") -> Column:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torchsurgeon._place import ALL_ON_DEVICE
 from torchsurgeon.adapting import Decision
 from torchsurgeon.planning import Row
 from torchsurgeon.runtime.bits import SAME
@@ -66,11 +67,14 @@ class Inference:
     inexact_because: tuple[str, ...] = ()
     backend: str = "eager"
 
+    @property
+    def where(self) -> str:
+        """Where the model ran, in words: ``all on the server``, ``cut after features.5`` or ``all on the device``."""
+        return self.partition.where if self.sent_bytes or self.wait_s or self.local_s else ALL_ON_DEVICE
+
     def __str__(self) -> str:
         parts = [f"{name} {getattr(self, name + '_s') * 1e3:.2f}" for name in _PARTS if getattr(self, name + "_s")]
-        crossed = self.sent_bytes or self.wait_s or self.local_s
-        where = f"cut after {self.partition.name}" if crossed else "all on the device"
-        where += "" if self.backend == "eager" else f", by {self.backend}"
+        where = self.where if self.backend == "eager" else f"{self.where}, by {self.backend}"
         why = "" if self.bits == SAME else f"; {self.bits}"
         why += f"; {self.degraded}" if self.degraded else ""
         return f"{self.total_s * 1e3:.2f} ms ({where}; ms: {', '.join(parts)}; {self.sent_bytes} bytes sent{why})"

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torchsurgeon._place import ALL_ON_DEVICE
 from torchsurgeon.adapting import SURE, Allowance, Decision, Estimates, Quantity, Refusals, check_deadline
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.codec.names import FITTED
@@ -326,7 +327,7 @@ class Servers:
         head_s, tail_s = self._times.expected_s(way)
         # taken_s is the latency of the chosen way, and best_s that of the quickest. A deadline below surely_s is missed
         # with 99 % confidence, whichever way is taken. All three begin with what running on the device alone takes.
-        best_s, quickest, taken_s, how = (head_s + tail_s) * scale, way, (head_s + tail_s) * scale, "on the device"
+        best_s, quickest, taken_s, how = (head_s + tail_s) * scale, way, (head_s + tail_s) * scale, ALL_ON_DEVICE
         device_error = self._times.slowdown().error
         surely_s = _surely_s(best_s, device_error)
         plan = None if decision is None or peer is None else peer.plan
@@ -342,13 +343,13 @@ class Servers:
             surely_s = min(surely_s, _surely_s(latencies[least], max(device_error, spread)))
             if latencies[least] < best_s:
                 quickest = plan.ways[id(row)]
-                best_s, how = latencies[least], f"cut after {row.name}"
+                best_s, how = latencies[least], row.where
         elif peer is not None and (expected := peer.expected_duration(way.point)) is not None:
             # What is kept of a server's part is not scaled down for inputs smaller than the example.
             taken_s = head_s * scale + expected.value * max(scale, 1.0)
             surely_s = min(surely_s, _surely_s(taken_s, max(device_error, expected.spread)))
             if taken_s < best_s:
-                best_s, how = taken_s, f"cut after {way.point.name}"
+                best_s, how = taken_s, way.point.where
         if deadline_s >= surely_s:
             self._refusals.end()
         elif self._refusals.refuse(best_s):

@@ -102,6 +102,7 @@ class LayerGraph:
                 else result
                 if k == len(self.layers)
                 else tuple(self.values[v.name] for v in boundary),
+                on_device=k == len(self.layers),
             )
             for k, boundary in boundaries.items()
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torchsurgeon._cached import cached_property
+from torchsurgeon._place import place_text
 from torchsurgeon.errors import TraceError, short
 from torchsurgeon.tracing.crossing import obstacle
 from torchsurgeon.tracing.flow import Value
@@ -123,12 +124,19 @@ class PartitionPoint:
         name: the last layer on the device; ``input`` at point 0. Across branches, the last ones joined by ``+``.
         tensors: the boundary tensors, which cross from the device to the server.
         layers: across branches, the indices of the layers on the device; None where they are the first ``index`` ones.
+        on_device: whether all layers run on the device, and nothing crosses.
     """
 
     index: int
     name: str
     tensors: tuple[TensorSpec, ...]
     layers: tuple[int, ...] | None = None
+    on_device: bool = False
+
+    @property
+    def where(self) -> str:
+        """Where it cuts, in words: ``all on the server``, ``cut after features.5`` or ``all on the device``."""
+        return place_text(self.index, self.name, on_device=self.on_device)
 
     @property
     def place(self) -> tuple[int, tuple[int, ...] | None]:
@@ -141,8 +149,8 @@ class PartitionPoint:
         return sum(spec.size_bytes for spec in self.tensors)
 
     def __str__(self) -> str:
-        place = "before the first layer" if self.index == 0 else f"after {self.name}"
-        return f"point {self.index} ({place}): {', '.join(map(str, self.tensors))}; {self.size_bytes} bytes"
+        crosses = f"{', '.join(map(str, self.tensors))}; {self.size_bytes} bytes"
+        return f"point {self.index} ({self.where}): {'nothing crosses' if self.on_device else crosses}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the point as plain data."""
