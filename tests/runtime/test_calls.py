@@ -503,7 +503,10 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once_with_the_best(server:
         with split_of(between, link=ts.Link("far", 1e6, 1e6, 2.0), **known) as split:
             split(EXAMPLE)
             asked = between.asked
-            with pytest.raises(ts.DeadlineError, match="best possible .*, all on the device") as caught, split.deadline(1e-5):
+            with (
+                pytest.raises(ts.DeadlineError, match=r"best possible .*, all on the device") as caught,
+                split.deadline(1e-5),
+            ):
                 split(EXAMPLE)
             assert caught.value.best_s > 1e-5
             assert between.asked - asked <= 1
