@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from messages import joined
+from serving import signed_by_itself
 from tcp import listening, read_message, reserved_port
 
 from torchsurgeon import wire
 from torchsurgeon.errors import BodyTooLargeError, ProtocolError, RequestRefusedError, ServerUnavailableError
+from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.transport import HttpTransport
 from torchsurgeon.transport.deadline import Deadline
+from torchsurgeon.transport.route import route_to
+from torchsurgeon.transport.unreachable import unreachable
 
 X = torch.arange(6.0).view(2, 3)
 Script = Callable[[socket.socket], object]
@@ -278,6 +286,55 @@ def test_a_server_that_keeps_closing_is_not_asked_for_ever() -> None:
 def test_nothing_listens() -> None:
     with reserved_port() as port, pytest.raises(ServerUnavailableError, match=f"127.0.0.1:{port}"):
         ask(f"http://127.0.0.1:{port}")
+
+
+def causes(url: str, **ways: Any) -> list[str]:
+    """What is said where a server is not reached, when it is asked for its model and for an inference."""
+    said = []
+    with HttpTransport(url, 20, **ways) as transport:
+        for call in (
+            lambda: transport.get_json("/v2"),
+            lambda: transport.infer("m", {"x": X}, max_answer_bytes=1000),
+        ):
+            with pytest.raises(ServerUnavailableError) as caught:
+                call()
+            said.append(str(caught.value))
+    return said
+
+
+def test_each_cause_why_a_server_is_not_reached_has_its_own_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key = (str(signed_by_itself(tmp_path) / name) for name in ("cert.pem", "key.pem"))
+    app = create_app(ModelRegistry())
+    with Server(app) as plain, Server(app, ssl_certfile=cert, ssl_keyfile=key) as secure:
+        for said in causes(plain.url.replace("http:", "https:")):
+            assert re.fullmatch(rf"https.* answers, but not in https .*; if it serves http, write {plain.url}", said)
+        for said in causes(secure.url.replace("https:", "http:")):
+            assert re.search(rf"is the server running\? If it serves https, write {secure.url}$", said)
+        for said in causes(secure.url):
+            assert "not trusted here" in said
+            assert "ca= of SplitModule, verify= of HttpTransport, --ca on the command line" in said
+        for said in causes(secure.url.replace("127.0.0.1", "localhost"), verify=cert):
+            assert "is for another host" in said
+            assert said.endswith("write the name that it is for in the URL")
+    with reserved_port() as port:
+        for said in causes(f"http://127.0.0.1:{port}"):
+            assert said.endswith("(ConnectionRefusedError: Connection refused); is the server running?")
+
+    def unknown(*args: object, **more: object) -> NoReturn:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    refused = ssl.SSLError(1, "[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] (_ssl.c:2580)")
+    refused.reason = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+    said = unreachable(refused, route_to("https://127.0.0.1:1"), "https://127.0.0.1:1")
+    assert "lets in only clients with a certificate" in said
+    assert "_ssl.c" not in said
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for said in causes("http://servr:8000"):
+        assert said == (
+            "there is no host 'servr' (gaierror: Name or service not known); check the name in http://servr:8000"
+        )
 
 
 def silent(link: socket.socket) -> None:

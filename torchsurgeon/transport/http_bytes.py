@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import functools
 import http.client
 import math
@@ -11,7 +11,8 @@ import re
 import ssl
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -25,10 +26,10 @@ from torchsurgeon.transport.deadline import Deadline
 from torchsurgeon.transport.route import route_to
 from torchsurgeon.transport.steps import Steps, complete
 from torchsurgeon.transport.trace_context import TRACEPARENT, traceparent
+from torchsurgeon.transport.unreachable import in_words, unreachable
 from torchsurgeon.wire.header import DEADLINE, HEADER_LENGTH, Buffer, parse_json
 
 _MAX_IDLE = 32
-_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 # Statuses by which a proxy says that it has not got an answer from the server.
 _PROXYS_OWN = (407, 502, 503, 504)
 _ADVICE = {
@@ -55,7 +56,7 @@ class HttpBytes(ByteTransport):
 
     Raises:
         ServerUnavailableError: ``url`` is not the URL of a server, or a certificate's file cannot be used.
-        ProtocolError: a header holds a line break.
+        ProtocolError: ``token`` or a header holds a line break.
 
     Attributes:
         url: the URL, without a slash at its end.
@@ -74,6 +75,10 @@ class HttpBytes(ByteTransport):
     ) -> None:
         super().__init__(timeout_s)
         if token is not None:
+            # A file's last line break is no part of the token in it. The token itself is never quoted.
+            token = token.strip() if isinstance(token, str) else ""
+            if not token or not token.isascii() or not token.isprintable():
+                raise ProtocolError("token= must be printable ASCII characters without a line break; correct it")
             headers = {**(headers or {}), "Authorization": f"Bearer {token}"}
         if verify is True:
             # What the environment names for requests holds for inference, too.
@@ -262,20 +267,7 @@ class HttpBytes(ByteTransport):
         )
 
     def _gone(self, error: BaseException | None) -> ServerUnavailableError:
-        inner = _systems(error)
-        if isinstance(inner, OSError) and inner.errno in _OUT_OF_FILES:
-            return ServerUnavailableError(
-                f"{self.url[:300]} could not be asked: {_reason(error)} in this process; close files or sockets, or "
-                "raise its limit (ulimit -n)"
-            )
-        if self._route.proxy is not None:
-            return ServerUnavailableError(
-                f"{self.url[:300]} cannot be reached{self._route.through}, or broke off ({_reason(error)}); are proxy "
-                "and server running? no_proxy in the environment names hosts to reach without it"
-            )
-        return ServerUnavailableError(
-            f"{self.url[:300]} does not answer, or broke off ({_reason(error)}); is the server running?"
-        )
+        return ServerUnavailableError(unreachable(error, self._route, self.url[:300]))
 
 
 def context_for(verify: bool | str, cert: str | tuple[str, str] | None) -> ssl.SSLContext | None:
@@ -290,19 +282,38 @@ def context_for(verify: bool | str, cert: str | tuple[str, str] | None) -> ssl.S
     """
     if verify is True and cert is None:
         return None
+    trusted = verify if isinstance(verify, str) else None
+    folder = trusted is not None and os.path.isdir(trusted)
     try:
-        folder = isinstance(verify, str) and os.path.isdir(verify)
-        trusted = verify if isinstance(verify, str) else None
         context = ssl.create_default_context(cafile=None if folder else trusted, capath=trusted if folder else None)
-        if verify is False:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        if cert is not None:
-            context.load_cert_chain(*((cert,) if isinstance(cert, str) else cert))
     except (OSError, ssl.SSLError) as error:
         raise ServerUnavailableError(
-            f"the certificates in {short((verify, cert))} cannot be used: {short(error)}; give files in PEM format"
+            f"the certificates to trust in {short(trusted)} cannot be used: {in_words(error)}; give a file in PEM "
+            "format as ca= of SplitModule, verify= of HttpTransport, or --ca on the command line"
         ) from error
+    if verify is False:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if cert is not None:
+        files = (cert,) if isinstance(cert, str) else tuple(cert)
+        try:
+            context.load_cert_chain(*files)
+        except (OSError, ssl.SSLError) as error:
+            named = " and ".join(short(file) for file in files)
+            raise ServerUnavailableError(
+                f"this side's certificate in {named} cannot be used: {_why_unusable(files, error)}"
+            ) from error
     return context
+
+
+def _why_unusable(files: Sequence[str], error: OSError) -> str:
+    """Return what is wrong with a certificate's files, and what to do; OpenSSL does not say which file it is."""
+    missing = next((file for file in files if not os.path.exists(file)), None)
+    if missing is not None:
+        return f"there is no file {short(missing)}; correct its name in cert="
+    with contextlib.suppress(OSError):
+        if b"PRIVATE KEY-----" not in Path(files[-1]).read_bytes():
+            return f"{short(files[-1])} holds no key in PEM format; give both files as cert=(certificate, key)"
+    return f"{in_words(error)}; give files in PEM format, of a certificate and of its own key"
 
 
 def _rounded_up(seconds: float) -> str:
@@ -314,28 +325,6 @@ def _rounded_up(seconds: float) -> str:
 def _close_all(connections: list[Connection]) -> None:
     while connections:
         connections.pop().close()
-
-
-def _reason(error: BaseException | None) -> str:
-    """Return what went wrong, in the words of the system where they are known.
-
-    requests and urllib3 wrap the system's error in several of their own, whose texts name internal objects.
-    """
-    inner = _systems(error)
-    if isinstance(inner, OSError) and inner.strerror:
-        return f"{type(inner).__name__}: {short(inner.strerror, quote=False)}"
-    return f"{type(error).__name__}: {short(error)}"
-
-
-def _systems(error: BaseException | None) -> BaseException | None:
-    """Return the system's error that others wrap; where there is none, any of them or None."""
-    inner = error
-    for _ in range(8):
-        if inner is None or (isinstance(inner, OSError) and inner.strerror):
-            break
-        wrapped = [getattr(inner, "reason", None), *inner.args]
-        inner = next((one for one in wrapped if isinstance(one, BaseException)), None) or inner.__cause__
-    return inner
 
 
 # Every transport that exists, for a fork.

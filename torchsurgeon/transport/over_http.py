@@ -21,12 +21,13 @@ class HttpTransport(HttpBytes, Transport):
         verify: how certificates are checked: True for as the system does, or as REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE in
             the environment says; a file or folder with those that are trusted; or False for not at all. With
             ``ssl_context`` it holds for the control plane only, and so does ``cert``.
-        token: sent with every request as ``Authorization: Bearer``; None for none.
+        token: sent with every request as ``Authorization: Bearer``, without spaces and line breaks around it; None for
+            none.
         cert: this side's certificate, for servers that ask for one: a file that holds its key too, or both files.
 
     Raises:
         ServerUnavailableError: ``url`` is not the URL of a server, or a certificate's file cannot be used.
-        ProtocolError: a header holds a line break.
+        ProtocolError: ``token`` or a header holds a line break.
 
     Attributes:
         url: the URL, without a slash at its end.
