@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import select
 import shutil
 import signal
@@ -29,6 +30,7 @@ from torchsurgeon.errors import ProtocolError, RequestRefusedError, ServerError,
 from torchsurgeon.models import specs
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.certificates import certificates_of
+from torchsurgeon.serve.failure import OncePerPeriod
 from torchsurgeon.serve.tokens import Tokens
 from torchsurgeon.transport import HttpTransport
 
@@ -89,9 +91,40 @@ def test_a_request_without_one_of_the_tokens_is_refused(
     status, told, answer = ask(server.port, path, body, **headers)
     assert status == 401
     assert told["www-authenticate"] == "Bearer"
-    assert "asks for a token" in answer["error"]
-    assert "SplitModule and HttpTransport take token=" in answer["error"]
+    if headers.get("Authorization", "").startswith("Bearer ") and headers != bearer(""):
+        assert "the token that was sent is none of this server's: correct token= (--token-file)" in answer["error"]
+    else:
+        assert "asks for a token: send it as Authorization: Bearer TOKEN" in answer["error"]
+        assert "SplitModule and HttpTransport take token=" in answer["error"]
     assert ONE not in json.dumps(answer)
+
+
+@pytest.fixture
+def heard() -> Iterator[list[logging.LogRecord]]:
+    """What a server tells its operator, which no earlier test has told within the last seconds."""
+    log, records = logging.getLogger("torchsurgeon.serve.failure"), list[logging.LogRecord]()
+    handler, before = logging.Handler(), log.filters
+    handler.emit = records.append  # type: ignore[method-assign]
+    log.filters = [OncePerPeriod(period_s=60.0)]
+    log.addHandler(handler)
+    yield records
+    log.removeHandler(handler)
+    log.filters = before
+
+
+def test_the_operator_hears_of_refused_tokens_once_in_a_while_and_never_reads_one(
+    server: Server, heard: list[logging.LogRecord]
+) -> None:
+    for _ in range(3):
+        assert ask(server.port, INFER, BODY, **bearer(THIRD))[0] == 401
+        assert ask(server.port, "/v2")[0] == 401
+    said = [record.getMessage() for record in heard]
+    assert said == [
+        "refused a request: the token that was sent is none of this server's",
+        "refused a request: this server asks for a token",
+    ]
+    assert all(record.levelno == logging.WARNING and record.__dict__["client"] for record in heard)
+    assert THIRD not in str([record.__dict__ for record in heard])
 
 
 @pytest.mark.parametrize("head", [f"GET {INFER}", "GET /v2/load", "POST /v2/probe", f"POST {INFER}"])
@@ -331,13 +364,20 @@ def test_a_split_model_shows_its_token_and_its_certificate(certificate: Path, fi
         given = {"server": f"https://127.0.0.1:{port}", "name": "net", "partition": 0, "fallback": "error"}
         with ts.SplitModule(loaded.model, X, **given, **way) as split:
             torch.testing.assert_close(split(X), loaded.model(X))
-        for wrong, error in (
-            ({"token": THIRD}, RequestRefusedError),
-            ({"token": None}, RequestRefusedError),
-            ({"ca": True}, ServerError),
-            ({"cert": None}, ServerError),
+        for wrong, error, message in (
+            ({"token": THIRD}, RequestRefusedError, "is none of this server's"),
+            ({"token": None}, RequestRefusedError, "asks for a token"),
+            ({"ca": True}, ServerUnavailableError, "is not trusted here .*: ca= of SplitModule"),
+            (
+                {"cert": None},
+                ServerUnavailableError,
+                "is the server running\\? If it lets in only clients with a certificate, give cert=",
+            ),
         ):
-            with ts.SplitModule(loaded.model, X, **given, **(way | wrong)) as split, pytest.raises(error):
+            with (
+                ts.SplitModule(loaded.model, X, **given, **(way | wrong)) as split,
+                pytest.raises(error, match=message),
+            ):
                 split(X)
 
 
@@ -345,8 +385,32 @@ def test_a_device_says_which_certificate_it_cannot_use(file: Path) -> None:
     for wrong in ({"verify": str(file)}, {"cert": str(file)}, {"cert": ("/nowhere", "/nowhere")}):
         with pytest.raises(ServerUnavailableError, match="cannot be used"):
             HttpTransport("https://127.0.0.1:1", **wrong)  # type: ignore[arg-type]
-    with pytest.raises(ProtocolError, match="line break"):
-        HttpTransport("http://127.0.0.1:1", token="a\r\nb: c")
+    for secret in ("secret\r\nb: c", "secret\u0436", "  ", 7):
+        with pytest.raises(ProtocolError, match=r"token= must be .* without a line break") as refused:
+            HttpTransport("http://127.0.0.1:1", token=secret)  # type: ignore[arg-type]
+        assert "secret" not in str(refused.value)
+
+
+def test_a_token_that_was_read_with_its_line_break_lets_its_client_in(server: Server) -> None:
+    with HttpTransport(server.url, 20, token=f" {ONE}\n") as transport:
+        assert transport.get_json("/v2")
+
+
+def test_a_device_says_which_file_of_a_certificate_is_wrong_and_what_to_give(certificate: Path) -> None:
+    cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
+    url, wrongs = "https://127.0.0.1:1", [
+        ({"verify": "/nowhere.pem"}, r"to trust in '/nowhere\.pem' cannot be used: .*No such file.* as ca= of Split"),
+        ({"verify": key}, r"to trust in '.*key\.pem' cannot be used: .* as ca= of SplitModule"),
+        ({"cert": (cert, "/nowhere.key")}, r"there is no file '/nowhere\.key'; correct its name in cert="),
+        ({"cert": cert}, r"'.*cert\.pem' holds no key in PEM format; give both files as cert=\(certificate, key\)"),
+        ({"cert": (cert, cert)}, r"'.*cert\.pem' holds no key in PEM format; give both files"),
+        ({"cert": key}, r"give files in PEM format, of a certificate and of its own key"),
+    ]  # fmt: skip
+    for wrong, message in wrongs:
+        with pytest.raises(ServerUnavailableError, match=message) as refused:
+            HttpTransport(url, **wrong)  # type: ignore[arg-type]
+        assert "_ssl.c" not in str(refused.value)
+        assert "None" not in str(refused.value)
 
 
 def test_files_that_are_no_certificates_are_refused_before_a_model_is_loaded(certificate: Path, file: Path) -> None:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -51,7 +52,14 @@ from torchsurgeon.serve.body import (
 from torchsurgeon.serve.control import control_plane
 from torchsurgeon.serve.direct import Direct
 from torchsurgeon.serve.exchange import Exchange
-from torchsurgeon.serve.failure import ForbiddenError, UnauthorizedError, error_body, retry_after_s, status_of
+from torchsurgeon.serve.failure import (
+    ForbiddenError,
+    UnauthorizedError,
+    complain,
+    error_body,
+    retry_after_s,
+    status_of,
+)
 from torchsurgeon.serve.fairness import NORMAL
 from torchsurgeon.serve.outcome import Listener
 from torchsurgeon.serve.page import PATH
@@ -60,7 +68,7 @@ from torchsurgeon.serve.registry import ModelRegistry
 from torchsurgeon.serve.replies import HEALTH, Scope, Send, refuse, send_json
 from torchsurgeon.serve.repository import MAX_BODY_BYTES, Loading, answer
 from torchsurgeon.serve.served import ServedModel
-from torchsurgeon.serve.tokens import Holder, Tokens
+from torchsurgeon.serve.tokens import Holder, Tokens, is_bearer
 
 MAX_PROBE_BYTES = 4 << 20
 _OPEN = (*HEALTH, PATH)
@@ -130,7 +138,7 @@ class TailApp:
         holder = Holder() if tokens is None else tokens.holder_of(exchange.headers.get(b"authorization"))
         if holder is None:
             incoming = Incoming(receive, exchange.headers)
-            await self._guarded(_refuse_unauthorized(), incoming, exchange)
+            await self._guarded(_refuse_unauthorized(exchange), incoming, exchange)
             return
         if scope["method"] == "POST":
             parts = scope["path"].split("/")
@@ -262,11 +270,19 @@ def _advising(header_bytes: int | None, model: ServedModel) -> Iterator[None]:
         ) from None
 
 
-async def _refuse_unauthorized() -> None:
-    raise UnauthorizedError(
-        "this server asks for a token: send it as Authorization: Bearer TOKEN; "
-        "SplitModule and HttpTransport take token="
-    )
+async def _refuse_unauthorized(exchange: Exchange) -> None:
+    given = exchange.headers.get(b"authorization", b"").strip()
+    if is_bearer(given):
+        told = "the token that was sent is none of this server's"
+        advice = "correct token= (--token-file), or send the server SIGHUP if its file of tokens has changed since"
+    else:
+        told = "this server asks for a token"
+        advice = (
+            "send it as Authorization: Bearer TOKEN; SplitModule and HttpTransport take token=, the command line "
+            "--token-file"
+        )
+    complain(f"refused 401 {told}", f"refused a request: {told}", exchange.about(), level=logging.WARNING)
+    raise UnauthorizedError(f"{told}: {advice}")
 
 
 async def _answered(future: Future[wire.Encoded], request: Received, receive: Receive) -> wire.Encoded:

@@ -89,7 +89,7 @@ class Tokens:
 
         How long that takes does not depend on where a wrong token differs, nor on which token it is.
         """
-        if authorization is None or authorization[: len(_SCHEME)].lower() != _SCHEME:
+        if authorization is None or not is_bearer(authorization):
             return None
         given = authorization[len(_SCHEME) :].strip()
         same = [holder for token, holder in self._tokens if hmac.compare_digest(given, token)]
@@ -116,6 +116,11 @@ class Tokens:
                 f"of {', '.join(PRIORITIES)}; line {number} of {short(self.path)} has something else"
             )
         return Holder(name, None if priority is None else PRIORITIES.index(priority))
+
+
+def is_bearer(authorization: bytes) -> bool:
+    """Return whether a request's ``Authorization`` holds a token, known or not."""
+    return authorization[: len(_SCHEME)].lower() == _SCHEME
 
 
 class Allowed(NamedTuple):
