@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from torchsurgeon.errors import ModelMismatchError, ProtocolError, RequestRefusedError, short
 from torchsurgeon.transport.base import ByteTransport
 
 _LISTED = 5
+# So many tensors tell what differs; a line in an account of a call holds no more.
+_NAMED = 2
+_CASTS = {"float16": ".half()", "bfloat16": ".bfloat16()", "float32": ".float()", "float64": ".double()"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +68,7 @@ def fetch(
         if error.status != 404:
             raise
         raise ModelMismatchError(
-            f"the server cannot tell fingerprints of a model {name!r} ({error}); "
-            f"start it with: torchsurgeon serve {name}=SPEC"
+            f"the server cannot tell fingerprints of a model {name!r} ({error}); {_where_else(transport, name)}"
         ) from None
     if not isinstance(theirs, dict) or not isinstance(theirs.get("tensors"), dict):
         raise ProtocolError("the server's fingerprint is not what torchsurgeon's servers answer")
@@ -82,6 +85,19 @@ def fetch(
             "compare functions, hooks and packed weights. Install the same torchsurgeon on both sides"
         )
     return theirs
+
+
+def _where_else(transport: ByteTransport, name: str) -> str:
+    """Return what to do where a server does not have the path of a model's fingerprint."""
+    path = urlsplit(str(getattr(transport, "url", ""))).path.strip("/")
+    start = f"start it with: torchsurgeon serve {name}=SPEC"
+    if not path:
+        return start
+    # Only a proxy before the server can take a path away that precedes every path of the server.
+    return (
+        f"leave the path {short('/' + path, 100)} out of server=, unless a proxy before the server needs it, and then "
+        f"{start}"
+    )
 
 
 def _differing_graph(name: str, ours: Fingerprint, theirs: Mapping[str, Any]) -> str:
@@ -128,22 +144,48 @@ def _python(names: Sequence[str], theirs: Mapping[str, Any]) -> str:
 
 
 def _differing_weights(name: str, ours: Fingerprint, theirs: Mapping[str, Any]) -> str:
-    rows = []
-    for tensor in dict.fromkeys([*ours.tensors, *theirs]):
-        here = ours.tensors.get(tensor)
-        there = theirs.get(tensor)
-        if here != there:
-            rows.append(f"{tensor} ({_described(here)} here, {_described(there)} on the server)")
-    more = f", and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
+    """Return which tensors differ, and what to do: another model, other dtypes, or other values."""
+    pairs = [
+        (tensor, ours.tensors.get(tensor), theirs.get(tensor)) for tensor in dict.fromkeys([*ours.tensors, *theirs])
+    ]
+    differing = [pair for pair in pairs if pair[1] != pair[2]]
+    unlike = [pair for pair in differing if _shape(pair[1]) is None or _shape(pair[1]) != _shape(pair[2])]
+    if unlike:
+        # Names and shapes that are alike say little, so those that tell the models apart are named.
+        return (
+            f"the server's {name!r} is another model: {_listed(unlike, digests=False)}. Give the name= under which "
+            f"this model is served, or serve it as {name!r}"
+        )
+    here, there = (str(differing[0][side].get("dtype"))[:16] if differing else "" for side in (1, 2))
+    if here != there and here in _CASTS and there in _CASTS:
+        return (
+            f"model {name!r} is in {here} here and in {there} on the server: {_listed(differing, digests=False)}. Call "
+            f"{_CASTS[there]} on the model here, or {_CASTS[here]} where the server makes it"
+        )
     return (
-        f"model {name!r} has other weights on the server: {', '.join(rows[:_LISTED])}{more}. "
-        "Serve the weights this model was loaded with"
+        f"model {name!r} has other weights on the server: {_listed(differing)}. Serve the weights this model was "
+        "loaded with"
     )
 
 
-def _described(tensor: Any) -> str:
+def _shape(tensor: Any) -> Any:
+    return tensor.get("shape") if isinstance(tensor, Mapping) else None
+
+
+def _listed(differing: Sequence[tuple[str, Any, Any]], *, digests: bool = True) -> str:
+    rows = [
+        f"{short(tensor, 100, quote=False)} ({_described(here, digests)} here, {_described(there, digests)} on the "
+        "server)"
+        for tensor, here, there in differing[:_NAMED]
+    ]
+    more = f", and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+    return f"{', '.join(rows)}{more}"
+
+
+def _described(tensor: Any, digest: bool) -> str:
     if not isinstance(tensor, Mapping):
         return "absent"
     shape = tensor.get("shape")
     sizes = "×".join(map(str, shape)) if isinstance(shape, list) else str(shape)
-    return f"{str(tensor.get('dtype'))[:16]}[{sizes[:64]}] {str(tensor.get('digest'))[:8]}"
+    said = f"{str(tensor.get('dtype'))[:16]}[{sizes[:64]}]"
+    return f"{said} {str(tensor.get('digest'))[:8]}" if digest else said
