@@ -419,7 +419,7 @@ def test_points_codecs_and_words_that_do_not_exist_are_refused(bundle: Path, ser
         ({"threads": 0}, ts.BackendError, "threads must be a whole number from 1 on; got 0"),
         ({"threads": 2.5}, ts.BackendError, r"threads must be a whole number from 1 on; got 2\.5"),
         ({"codec": 3}, ts.CodecError, "codec must be the name of a codec; got 3"),
-        ({"link": 3}, ts.LinkError, "link must be a Link or the name of one; got 3"),
+        ({"link": 3}, ts.LinkError, 'link must be a Link, or a text such as "lte"; got 3'),
     ],
 )
 def test_options_that_are_no_such_values_are_refused_at_once(

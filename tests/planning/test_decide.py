@@ -321,6 +321,28 @@ def test_a_link_may_be_given_by_its_name() -> None:
         planned(link="lta")
 
 
+def test_what_is_no_objective_is_told_how_weights_are_given() -> None:
+    dict_form = r'or a dict of weights by these names such as \{"latency": 1, "energy": 0\.5\}; '
+    for wrong, said in (
+        ("latency=1,energy=0.5", "got 'latency=1,energy=0.5'"),
+        ({"latency": 1, "energi": 0.5}, "the dict has 'energi'"),
+        (3, "got 3"),
+    ):
+        with pytest.raises(ts.PlanError, match=dict_form + said):
+            planned(objective=wrong)
+
+
+def test_what_is_no_profile_is_told_what_makes_one() -> None:
+    made = r'torchsurgeon\.reference_device\("tegra-k1-gpu"\)\.predict\(graph\) makes one'
+    for wrong, said in (
+        ("tegra-k1-gpu", f"got 'tegra-k1-gpu'; {made}"),
+        (ts.reference_device("tegra-k1-gpu"), r"its predict\(graph\) makes one"),
+        ("device.json", r"got 'device\.json'; LayerProfile\.load\(\) reads one"),
+    ):
+        with pytest.raises(ts.ProfileError, match=said):
+            planned(device=wrong)
+
+
 def test_a_model_that_ignores_its_input_is_planned() -> None:
     class Ignores(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

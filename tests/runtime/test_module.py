@@ -109,6 +109,15 @@ def test_auto_prefers_a_fast_server_to_a_slow_device_and_a_device_to_a_slow_link
     assert choices == [0, len(split.graph.layers)]
 
 
+def test_a_link_may_be_given_by_its_name(server: Server) -> None:
+    options: dict[str, Any] = {"server": server.url, "name": "net", "partition": "server"}
+    with ts.SplitModule(make_net(), EXAMPLE, link="wifi", **options) as split:
+        assert split.link == ts.Link.parse("wifi")
+    for wrong, said in (("wify", "no link 'wify'"), (3, 'a Link, or a text such as "lte"; got 3')):
+        with pytest.raises(ts.LinkError, match=said):
+            ts.SplitModule(make_net(), EXAMPLE, link=wrong, **options)
+
+
 @pytest.mark.parametrize(("partition", "index"), [("server", 0), ("stem", 1), (2, 2), ("device", -1)])
 def test_partition_is_given_by_word_name_or_index(server: Server, partition: str | int, index: int) -> None:
     with ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition=partition) as split:

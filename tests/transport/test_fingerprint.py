@@ -50,8 +50,8 @@ def mismatch(there: dict[str, Any], ours: Fingerprint = OURS) -> str:
 def test_other_values_are_other_weights_and_two_tensors_are_named() -> None:
     assert mismatch(tensors(digest="b")) == (
         "model 'net' has other weights on the server: stem.weight (float32[4×3] aaaaaaaa here, float32[4×3] bbbbbbbb "
-        "on the server), stem.bias (float32[4×3] aaaaaaaa here, float32[4×3] bbbbbbbb on the server), and 2 more. Serve "
-        "the weights this model was loaded with"
+        "on the server), stem.bias (float32[4×3] aaaaaaaa here, float32[4×3] bbbbbbbb on the server), and 2 more. "
+        "Serve the weights this model was loaded with"
     )
 
 

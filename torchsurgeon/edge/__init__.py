@@ -95,7 +95,7 @@ def _check(fallback: object, codec: object, link: object, timeout_s: float, thre
     if codec is not None and not isinstance(codec, str):
         raise CodecError(f"codec must be the name of a codec; got {short(codec)}")
     if link is not None and not isinstance(link, str | Link):
-        raise LinkError(f"link must be a Link or the name of one; got {short(link)}")
+        raise LinkError(f'link must be a Link, or a text such as "lte"; got {short(link)}')
     if not (is_finite(timeout_s) and timeout_s > 0):
         raise AdaptError(f"timeout_s must be a positive number of seconds; got {short(timeout_s)}")
     if threads is not None and (type(threads) is not int or threads < 1):

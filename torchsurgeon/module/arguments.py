@@ -126,10 +126,21 @@ def check_server_backend(wanted: object, tolerance: float, backend: object) -> N
         )
 
 
-def check_measured(link: object, codecs: object) -> None:
-    """Raise where an argument that was measured beforehand is of another type, or names a codec that is not here."""
-    if not isinstance(link, Link | None):
-        raise LinkError(f'link must be a Link; got {short(link)}; Link.parse() makes one of a text such as "lte"')
+def link_of(wanted: object) -> Link | None:
+    """Return the link that was given as itself or as a text that ``Link.parse()`` understands; None for none.
+
+    Raises:
+        LinkError: it is neither, or there is no such link.
+    """
+    if isinstance(wanted, str):
+        return Link.parse(wanted)
+    if not isinstance(wanted, Link | None):
+        raise LinkError(f'link must be a Link, or a text such as "lte"; got {short(wanted)}')
+    return wanted
+
+
+def check_codecs(codecs: object) -> None:
+    """Raise where measured codecs are of another type, or name a codec that is not here."""
     if not isinstance(codecs, CodecTable | None):
         raise CodecError(f"codecs must be a measured CodecTable; got {short(codecs)}; codec= takes the name of a codec")
     if isinstance(codecs, CodecTable):

@@ -19,13 +19,14 @@ from torchsurgeon.module.arguments import (
     ServerAddress,
     addresses_of,
     backend_of,
+    check_codecs,
     check_exact,
-    check_measured,
     check_options,
     check_priority,
     check_server_backend,
     codec_name,
     codec_of,
+    link_of,
 )
 from torchsurgeon.module.calls import Calls
 from torchsurgeon.module.deadlines import Deadlines
@@ -76,7 +77,8 @@ class SplitModule(Calls):
         fallback: ``"local"`` to let the device answer when no server does, ``"error"`` to raise.
         deadline_s: the seconds after a call within which its answer is due; see ``deadline()``.
         on_replan: a function that is called with the ``Decision`` when ``"auto"`` changes the cut.
-        link: the link, if it is known. Otherwise ``"auto"`` measures it.
+        link: the link, if it is known, or what ``Link.parse()`` understands, such as ``"wifi"``. Otherwise ``"auto"``
+            measures it.
         device_profile: the layer times of this device, if they are known; several where each is of another backend.
             Otherwise ``"auto"`` measures them.
         server_profile: the layer times of the server, if they are known; likewise. Otherwise ``"auto"`` asks the
@@ -140,7 +142,7 @@ class SplitModule(Calls):
             is negative, or nothing is chosen by it. With ``fallback="error"``, calls raise it where the server does not
             have ``server_backend``.
         CodecError: there is no such codec, ``codecs`` is no measured table, or a codec is lossy and ``exact`` is given.
-        LinkError: ``link`` is no ``Link``.
+        LinkError: ``link`` is no ``Link``, or there is none of this name.
         ProfileError: a profile is no ``LayerProfile``.
         AdaptError: ``timeout_s`` or ``hourly_bytes`` is not a positive number.
         DeadlineError: ``deadline_s`` is not a positive number.
@@ -165,7 +167,7 @@ class SplitModule(Calls):
         fallback: Literal["local", "error"] = "local",
         deadline_s: float | None = None,
         on_replan: Callable[[Decision[Row]], object] | None = None,
-        link: Link | None = None,
+        link: Link | str | None = None,
         device_profile: LayerProfile | Sequence[LayerProfile] | None = None,
         server_profile: LayerProfile | Sequence[LayerProfile] | None = None,
         codec: str | Codec | Lossless = "raw",
@@ -187,7 +189,8 @@ class SplitModule(Calls):
         super().__init__()
         check_options(fallback, deadline_s, timeout_s, compile, backend)
         check_priority(priority)
-        check_measured(link, codecs)
+        check_codecs(codecs)
+        known_link = link_of(link)
         check_server_backend(server_backend, tolerance, backend)
         sent_as, answered_as = codec_name(codec), codec_name(answer_codec)
         runs = backend_of(backend, compile, tolerance)
@@ -216,7 +219,7 @@ class SplitModule(Calls):
                 answer_codec=find_codec(answered_as),
                 codecs=codecs,
                 backend=runs,
-                link=link,
+                link=known_link,
                 device_profiles=() if device_profile is None else as_profiles(device_profile, "device"),
                 server_profiles=() if server_profile is None else as_profiles(server_profile, "server"),
                 timeout_s=timeout_s,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from torchsurgeon.errors import PlanError, is_finite, is_whole, short
 from torchsurgeon.planning.row import Row
 
+_EXAMPLE = '{"latency": 1, "energy": 0.5}'
 _UNITS = {"latency": "s", "energy": "J", "throughput": "s", "server_time": "s"}
 
 
@@ -73,13 +74,15 @@ class Objective:
             return _NAMED[wanted]
         if not isinstance(wanted, (str, Mapping)):
             raise PlanError(
-                f"an objective must be one of {', '.join(_UNITS)}, or a dict of these to weights; got {short(wanted)}"
+                f"an objective must be one of {', '.join(_UNITS)}, or a dict of weights by these names such as "
+                f"{_EXAMPLE}; got {short(wanted)}"
             )
         weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
         unknown = [name for name in weights if name not in _UNITS]
         if unknown:
             raise PlanError(
-                f"an objective must be {', '.join(_UNITS)} or a weighted sum of these; got {short(unknown[0])}"
+                f"an objective must be one of {', '.join(_UNITS)}, or a dict of weights by these names such as "
+                f"{_EXAMPLE}; {'got' if isinstance(wanted, str) else 'the dict has'} {short(unknown[0])}"
             )
         return _weighted(weights)
 

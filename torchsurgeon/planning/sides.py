@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from torchsurgeon.errors import ProfileError, short
+from torchsurgeon.prediction import Predictor, reference_devices
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.profiling.energy import Array
 from torchsurgeon.tracing.graph import LayerGraph
@@ -100,7 +101,7 @@ def as_profiles(profiles: object, what: str) -> tuple[LayerProfile, ...]:
     if not isinstance(found, Sequence) or not found or not all(isinstance(one, LayerProfile) for one in found):
         raise ProfileError(
             f"the {what}'s profile must be a LayerProfile, or several of different backends; got {short(profiles)}; "
-            "LayerProfile.load() reads one"
+            f"{_made_by(profiles)}"
         )
     backends = [profile.backend for profile in found]
     if len(set(backends)) < len(backends):
@@ -109,6 +110,15 @@ def as_profiles(profiles: object, what: str) -> tuple[LayerProfile, ...]:
             f"the {what}'s profiles must be of different backends; got {short(twice, 100)} twice; leave one of them out"
         )
     return tuple(found)
+
+
+def _made_by(given: object) -> str:
+    """Return how what was given in place of a profile leads to one."""
+    if isinstance(given, Predictor):
+        return "its predict(graph) makes one"
+    if isinstance(given, str) and given in reference_devices():
+        return f'torchsurgeon.reference_device("{given}").predict(graph) makes one'
+    return "LayerProfile.load() reads one, and profile(graph) measures one"
 
 
 def with_joules(profiles: Sequence[LayerProfile]) -> list[LayerProfile]:
