@@ -421,6 +421,12 @@ def test_points_that_do_not_exist_are_refused_with_the_near_ones() -> None:
         graph.point(99)
     with pytest.raises(PartitionError, match=r"no layer 'feature\.3' to cut after; near it: features\.3"):
         graph.point("feature.3")
+    for place in ("Server", "servr", "DEVICE"):
+        word = "device" if place == "DEVICE" else "server"
+        with pytest.raises(PartitionError, match=rf'no layer \'{place}\' to cut after; did you mean "{word}"\?$'):
+            graph.point(place)
+    with pytest.raises(PartitionError, match=r'near it: .*; or "device" or "server" for everything on one side$'):
+        graph.point("cloud")
     with pytest.raises(PartitionError, match="no partition point -24"):
         graph.point(-24)
 

@@ -197,8 +197,8 @@ class Bundle:
                 return point
         there = ", ".join(f"{point.index} ({point.name})" for point in self.points)
         raise PartitionError(
-            f"the bundle has heads for the points {short(there, 300, quote=False)}; got {short(ref, 100)}; export the "
-            "bundle with this point"
+            f"the bundle has heads for the points {short(there, 300, quote=False)}; got {short(ref, 100)}; give one of "
+            'these, "device" or "auto", or export the bundle with this point'
         )
 
 

@@ -13,7 +13,7 @@ from torchsurgeon.adapting import Decision
 from torchsurgeon.backends import Backend as NamedBackend
 from torchsurgeon.backends.eager import Eager
 from torchsurgeon.codec import Codec, CodecTable, find_codec
-from torchsurgeon.errors import ServerUnavailableError, short
+from torchsurgeon.errors import PartitionError, ServerUnavailableError, short
 from torchsurgeon.link import Link
 from torchsurgeon.module.arguments import (
     ServerAddress,
@@ -255,7 +255,10 @@ class SplitModule(Calls):
 
     @partition.setter
     def partition(self, wanted: str | int | PartitionPoint) -> None:
-        choice = None if wanted == "auto" else self.graph.point(wanted)
+        try:
+            choice = None if wanted == "auto" else self.graph.point(wanted)
+        except PartitionError as error:
+            raise PartitionError(f'{error}; or "auto", which chooses at every call') from None
         if not self._engine.servers.peers and (choice is None or choice != self.graph.points[-1]):
             raise ServerUnavailableError(
                 f'partition {short(wanted)} needs a server: give server="http://host:port", or partition="device"'

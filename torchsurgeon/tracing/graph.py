@@ -173,7 +173,13 @@ class LayerGraph:
                 f"{ref!r} is a module with layers inside; name one of them, the last is {inside[-1]!r}"
             )
         near_names = difflib.get_close_matches(ref[:200], names, n=5, cutoff=0.3) or names[:5]
-        raise PartitionError(f"there is no layer {short(ref)} to cut after; near it: {', '.join(near_names)}")
+        word = difflib.get_close_matches(ref[:200].lower(), ("device", "server"), n=1, cutoff=0.8)
+        if word:
+            raise PartitionError(f'there is no layer {short(ref)} to cut after; did you mean "{word[0]}"?')
+        raise PartitionError(
+            f"there is no layer {short(ref)} to cut after; near it: {', '.join(near_names)}; or "
+            '"device" or "server" for everything on one side'
+        )
 
     @cached_property
     def closure(self) -> Closure:
