@@ -57,7 +57,11 @@ import math
 import numbers
 import os
 import re
+import sys
+import warnings
 
+# Which warnings of this package's own threads have been given.
+_given: dict[object, object] = {}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -99,6 +103,28 @@ def is_finite(value: object) -> bool:
 def is_whole(value: object) -> bool:
     """Return whether ``value`` is a whole number and no truth value."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def warn_caller(text: str | Warning, category: type[Warning] | None = None) -> None:
+    """Warn at the line of the program that called: the first up the stack that is neither this package's nor PyTorch's.
+
+    In a thread of this package no line of the program has called, and the warning names the package alone.
+
+    Args:
+        text: the message, or the warning itself.
+        category: the warning's class, for a message.
+    """
+    torch = sys.modules.get("torch")
+    files = [__file__, *([] if torch is None else [str(torch.__file__)])]
+    between = tuple(os.path.dirname(file) + os.sep for file in files)
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(between):
+        frame, level = frame.f_back, level + 1
+    if frame.f_globals.get("__name__") == "threading":
+        kind = category or type(text)
+        warnings.warn_explicit(text, kind, "torchsurgeon", 1, "torchsurgeon", _given)  # type: ignore[arg-type]
+    else:
+        warnings.warn(text, category, stacklevel=level)
 
 
 class TorchSurgeonError(Exception):

@@ -273,7 +273,7 @@ def test_a_noisy_profile_advises_what_the_command_has(
     monkeypatch.setattr("torchsurgeon.profiling.measure._NOISY_SPREAD", -1.0)
     assert cli.main(["profile", SPEC, "--no-energy", "--repeats", "4"]) == 0
     told = capsys.readouterr().err
-    assert "the middle half of 4 runs" in told
+    assert "4 runs differ widely: the middle half spans" in told
     assert "--repeats" in told
     assert "--cooldown" in told
     model, x = tiny()
@@ -281,7 +281,7 @@ def test_a_noisy_profile_advises_what_the_command_has(
         warnings.simplefilter("always", ts.NoisyProfileWarning)
         ts.profile(ts.trace(model.eval(), x), repeats=4, meter=None)
     told = capsys.readouterr().err
-    assert told.startswith("torchsurgeon: warning: the middle half of 4 runs")
+    assert told.startswith("torchsurgeon: warning: 4 runs differ widely: the middle half spans")
     assert "start this command again" in told
     assert "repeats" not in told
 

@@ -279,8 +279,9 @@ def test_a_server_that_was_never_there_is_warned_of_once(bundle: Path) -> None:
 def test_other_weights_on_the_server_are_never_used(bundle: Path) -> None:
     with serve(net(1)) as server:
         with edge.open(bundle, server.url, partition="act") as model:
-            with pytest.warns(ts.MismatchWarning, match=r"other weights on the server: stem.weight"):
+            with pytest.warns(ts.MismatchWarning, match=r"other weights on the server: stem.weight") as caught:
                 assert near(model(X))
+            assert caught[0].filename == __file__
             assert degraded(model).startswith("unserved: no server is in use: mismatch: ")
         with (
             edge.open(bundle, server.url, partition="act", fallback="error") as model,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import count, pairwise
 from pathlib import Path
@@ -444,8 +445,16 @@ def test_a_machine_that_slows_down_is_warned_of(graph: ts.LayerGraph, monkeypatc
     monkeypatch.setattr(measure.ModelRun, "times", times(1.0))
     assert ts.profile(graph, meter=None).drift == 0
     monkeypatch.setattr(measure.ModelRun, "times", lambda *_: (np.ones((4, 5)), np.array([1.0, 2.0, 1.0, 2.0])))
-    with pytest.warns(ts.NoisyProfileWarning, match="busy"):
+    with pytest.warns(
+        ts.NoisyProfileWarning, match=r"^4 runs differ widely: the middle half spans \d+% of the median, so .* busy"
+    ) as caught:
         ts.profile(graph, meter=None)
+    assert caught[0].filename == __file__
+    told: list[ts.NoisyProfileWarning] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ts.profile(graph, meter=None, on_noise=told.append)
+    assert [noise.finding.partition(":")[0] for noise in told] == ["4 runs differ widely"]
 
 
 def test_the_device_rests_when_asked(graph: ts.LayerGraph, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,19 @@ def test_auto_chooses_a_point_and_answers(server: Server) -> None:
         assert split.decisions[0].row.index == planned.row.index
 
 
+def test_a_noisy_profile_is_warned_of_where_the_program_calls(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchsurgeon.profiling.measure._NOISY_SPREAD", -1.0)
+    with pytest.warns(ts.NoisyProfileWarning) as caught, ts.SplitModule(
+        make_net(), EXAMPLE, server=server.url, name="net", fallback="error"
+    ) as split:  # fmt: skip
+        split.prepare()
+    (said,) = [one for one in caught if issubclass(one.category, ts.NoisyProfileWarning)]
+    assert said.filename == __file__
+    assert "10 runs differ widely" in str(said.message)
+    assert "device_profile= gives better ones" in str(said.message)
+    assert "repeats" not in str(said.message), "SplitModule takes none"
+
+
 def test_auto_prefers_a_fast_server_to_a_slow_device_and_a_device_to_a_slow_link(server: Server) -> None:
     fast = ts.Link("fast", 1e9, 1e9, 1e-4)
     slow = ts.Link("slow", 1e4, 1e4, 1.0)
@@ -122,6 +135,14 @@ def test_a_link_may_be_given_by_its_name(server: Server) -> None:
 def test_partition_is_given_by_word_name_or_index(server: Server, partition: str | int, index: int) -> None:
     with ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition=partition) as split:
         assert split.partition == split.graph.points[index]
+
+
+@pytest.mark.parametrize(
+    ("partition", "said"), [("cloud", 'or "device" or "server"'), ("Auto", "near it"), (99, "the nearest")]
+)
+def test_a_partition_that_is_none_is_told_what_there_is(server: Server, partition: str | int, said: str) -> None:
+    with pytest.raises(ts.PartitionError, match=rf'{said}.*; or "auto", which chooses at every call$'):
+        ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition=partition)
 
 
 def test_device_only_needs_no_server() -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from paths import environment
 from torch import Tensor, nn
 from waiting import wait_for
 
+import torchsurgeon as ts
 from torchsurgeon.serve import ModelRegistry, Server, create_app
 from torchsurgeon.serve.access import AccessLog, access
 from torchsurgeon.serve.failure import OncePerPeriod, complain
 from torchsurgeon.serve.logs import JsonFormatter, LogFormat, LogHandler, TextFormatter, log_handler
 from torchsurgeon.serve.outcome import CLIENT_GONE, Outcome
 from torchsurgeon.serve.received import given_id
+from torchsurgeon.serve.served import measured_profile
 
 X = torch.ones(1, 4)
 BODY = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1.0] * 4}]}).encode()
@@ -472,3 +475,21 @@ def test_complaints_reach_a_handler_of_the_operators() -> None:
     finally:
         log.removeHandler(handler)
     assert stream.getvalue() == "a complaint\n"
+
+
+def test_the_operator_reads_that_a_device_asked_for_layer_times_while_the_server_was_busy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is no warning of Python, which would advise to start something again that only a device has asked for."""
+    monkeypatch.setattr("torchsurgeon.profiling.measure._NOISY_SPREAD", -1.0)
+    log = logging.getLogger("torchsurgeon.serve.served")
+    log.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            measured_profile(ts.trace(nn.Linear(2, 2).eval(), torch.zeros(1, 2)))
+    finally:
+        log.removeHandler(caplog.handler)
+    said = caplog.records[0].getMessage()
+    assert said.startswith("the layer times of Linear that a device asked for are rough: 10 runs differ widely")
+    assert said.endswith("; its calls correct them")

@@ -304,7 +304,7 @@ def test_random_numbers_are_warned_of_by_the_layer_that_draws_them() -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x) + torch.randn_like(x[:, :1, 1:-1, 1:-1])
 
-    with pytest.warns(ts.UnrepeatableWarning, match="'randn_like' draw random numbers"):
+    with pytest.warns(ts.UnrepeatableWarning, match="'randn_like' draws random numbers"):
         ts.trace(model(forward, conv=nn.Conv2d(3, 4, 3)), torch.rand(1, 3, 9, 9))
 
 

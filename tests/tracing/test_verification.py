@@ -344,7 +344,11 @@ def test_a_model_that_draws_numbers_warns_once_and_is_traced() -> None:
     with pytest.warns(ts.UnrepeatableWarning) as caught:
         graph = ts.trace(made, X)
     assert len(caught) == 1
-    assert "'rand_like' draw random numbers" in str(caught[0].message)
+    assert "'rand_like' draws random numbers" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    with pytest.warns(ts.UnrepeatableWarning) as caught:
+        ts.SplitModule(made, X, partition="device")
+    assert caught[0].filename == __file__
     assert [layer.name for layer in graph.layers] == ["l", "rand_like", "add"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Mapping
 
 from torchsurgeon.adapting import (
@@ -24,7 +23,7 @@ from torchsurgeon.edge.bundle import Bundle, BundlePoint, OnnxPart
 from torchsurgeon.edge.codec import ArrayCodec, find_codec, lossless
 from torchsurgeon.edge.codecs import BundleCodecs
 from torchsurgeon.edge.server import EdgeServer
-from torchsurgeon.errors import BundleError, CodecError, MissingCodecWarning, is_finite
+from torchsurgeon.errors import BundleError, CodecError, MissingCodecWarning, is_finite, warn_caller
 from torchsurgeon.link import Link
 from torchsurgeon.planning.costs import Expected
 from torchsurgeon.planning.objective import Objective
@@ -98,12 +97,10 @@ class Choices:
         other = self._next_best(row)
         if wanted.name not in self._warned_of:
             self._warned_of.add(wanted.name)
-            # Of the program's line that called the model.
-            warnings.warn(
+            warn_caller(
                 f"{server.url} does not have the codec {wanted.name}, so {other.name} is used in its place; start the "
                 f"server with --codec {server.name}=FILE",
                 MissingCodecWarning,
-                stacklevel=4,
             )
         return other
 

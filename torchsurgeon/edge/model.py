@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from torchsurgeon.errors import (
     ProtocolError,
     ServerError,
     TorchSurgeonError,
+    warn_caller,
 )
 from torchsurgeon.planning.costs import Expected
 from torchsurgeon.planning.objective import Objective
@@ -314,7 +314,7 @@ class EdgeModel:
         self._server.failed(error)
         if isinstance(error, ModelMismatchError) and self._falls_back and not self._warned:
             self._warned = True
-            warnings.warn(f"the server's answers are not used: {error}", MismatchWarning, stacklevel=2)
+            warn_caller(f"the server's answers are not used: {error}", MismatchWarning)
 
     # --- the choice ---
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -31,6 +30,7 @@ from torchsurgeon.errors import (
     is_finite,
     is_whole,
     short,
+    warn_caller,
 )
 from torchsurgeon.hooks.attribution import KernelTrace, LayerSpan
 from torchsurgeon.meters import Clock, CudaEventClock, EnergyMeter, NullMeter, find_meter
@@ -81,6 +81,7 @@ def profile(
     budget_s: float = 10.0,
     points: Sequence[int] | None = None,
     eager: LayerProfile | None = None,
+    on_noise: Callable[[NoisyProfileWarning], None] = warn_caller,
 ) -> LayerProfile:
     """Measure every layer of a model on the device that the model is on.
 
@@ -106,6 +107,8 @@ def profile(
         points: with a backend, the indices of the partition points to measure, whatever that takes. By default they are
             chosen.
         eager: with a backend, the profile in eager PyTorch on this device, if there is one; it is measured otherwise.
+        on_noise: is called with the warning that the machine was not quiet. By default it is given at the caller's
+            line.
 
     Returns:
         The profile. Where no meter gave a reading its ``energy`` is None, and ``provenance["meter"]`` says why. By a
@@ -137,7 +140,14 @@ def profile(
     if not isinstance(runs, Eager):
         if eager is None:
             eager = profile(
-                graph, device, repeats=repeats, warmup=warmup, inputs=inputs, meter=None, cooldown_s=cooldown_s
+                graph,
+                device,
+                repeats=repeats,
+                warmup=warmup,
+                inputs=inputs,
+                meter=None,
+                cooldown_s=cooldown_s,
+                on_noise=on_noise,
             )
         eager.check(graph)
         given = example_inputs(graph) if inputs is None else inputs
@@ -147,11 +157,10 @@ def profile(
         )
         if fused.provenance["not_by_backend"]:
             where = short(", ".join(fused.provenance["not_by_backend"]), 300, quote=False)
-            warnings.warn(
+            warn_caller(
                 f"backend {runs.name!r} does not run all parts of the model, and what it does not take of them was "
                 f"measured in eager PyTorch; these parts begin or end at: {where}",
                 BackendWarning,
-                stacklevel=2,
             )
         return fused
     origin = provenance(target)
@@ -196,7 +205,9 @@ def profile(
         memory,
         energy,
     )
-    _warn_of_noise(measured)
+    noise = _noise_in(measured)
+    if noise is not None:
+        on_noise(noise)
     return measured
 
 
@@ -213,17 +224,19 @@ def _meter(wanted: EnergyMeter | str | None, device: torch.device) -> Iterator[E
         raise ProfileError(f"meter must be 'auto', None or a meter of torchsurgeon.meters; got {short(wanted)}")
 
 
-def _warn_of_noise(measured: LayerProfile) -> None:
+def _noise_in(measured: LayerProfile) -> NoisyProfileWarning | None:
+    """Return the warning that the machine was not quiet while it was measured; None where it was."""
     repeats = len(measured.whole_s)
     if repeats >= 4 and measured.spread > _NOISY_SPREAD:
         finding = (
-            f"the middle half of {repeats} runs spreads over {measured.spread:.0%} of their median: the machine is "
-            "busy or changes its clocks"
+            f"{repeats} runs differ widely: the middle half spans {measured.spread:.0%} of the median, so the machine "
+            "is busy or changes its clocks"
         )
-        warnings.warn(NoisyProfileWarning(finding, "stop what else runs on it, or take more repeats"), stacklevel=3)
-    elif measured.drift > _NOISY_DRIFT and _is_apart(measured.whole_s):
+        return NoisyProfileWarning(finding, "stop what else runs on it, or take more repeats")
+    if measured.drift > _NOISY_DRIFT and _is_apart(measured.whole_s):
         finding = f"the last runs took {measured.drift:.0%} longer than the first: the machine throttles or became busy"
-        warnings.warn(NoisyProfileWarning(finding, "let it rest with cooldown_s, or cool it"), stacklevel=3)
+        return NoisyProfileWarning(finding, "let it rest with cooldown_s, or cool it")
+    return None
 
 
 def _is_apart(whole_s: Array) -> bool:

@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from torchsurgeon._interrupts import Condition
-from torchsurgeon.errors import ChangedModelWarning, short
+from torchsurgeon.errors import ChangedModelWarning, short, warn_caller
 from torchsurgeon.models.onlookers import KeptByHooks
 from torchsurgeon.models.premises import Premises
 from torchsurgeon.runtime.failure import Failure
 from torchsurgeon.runtime.handshake import LocalModel, autocast_mismatch
-from torchsurgeon.runtime.warn import warn_caller
 
 # A model is traced anew only after it has stayed the same for this long.
 _QUIET_S = 1.0

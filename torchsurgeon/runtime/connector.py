@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchsurgeon.cutting import cut
-from torchsurgeon.errors import ServerUnavailableError
+from torchsurgeon.errors import NoisyProfileWarning, ServerUnavailableError, warn_caller
 from torchsurgeon.planning import Frontier
 from torchsurgeon.planning.rows import LayerCosts
 from torchsurgeon.planning.sides import with_joules
@@ -32,6 +32,12 @@ def _left_s(deadline: Deadline) -> float:
         return deadline.left_s()
     except TimeoutError:
         raise ServerUnavailableError(f"the server was not made ready within {deadline.timeout_s:g} s") from None
+
+
+def _tell(noise: NoisyProfileWarning) -> None:
+    """Warn of layer times that were measured while this device was busy, with what its user can do."""
+    advice = "the cut is chosen by rough layer times until calls have corrected them; device_profile= gives better ones"
+    warn_caller(NoisyProfileWarning(noise.finding, advice))
 
 
 class Connector:
@@ -124,7 +130,9 @@ class Connector:
         times, graph = self._times, self._local.graph
         if times.profile is None:
             meter = "auto" if self._servers.goal.needs_joules else None
-            times.profiles = (profile(graph, inputs=graph.tensors_of_call(*times.example), meter=meter),)
+            times.profiles = (
+                profile(graph, inputs=graph.tensors_of_call(*times.example), meter=meter, on_noise=_tell),
+            )
         return next((known for known in times.profiles if known.backend == "eager"), times.profiles[0])
 
     def prepare_ping(self) -> None:

@@ -13,7 +13,7 @@ from torchsurgeon._place import ALL_ON_DEVICE
 from torchsurgeon.adapting import SURE, Allowance, Decision, Estimates, Quantity, Refusals, check_deadline
 from torchsurgeon.codec import Codec, find_codec
 from torchsurgeon.codec.names import FITTED
-from torchsurgeon.errors import MismatchWarning, MissingCodecWarning, NoServerWarning
+from torchsurgeon.errors import MismatchWarning, MissingCodecWarning, NoServerWarning, warn_caller
 from torchsurgeon.link import Link
 from torchsurgeon.models.arithmetic import Arithmetic
 from torchsurgeon.planning import Row
@@ -26,7 +26,6 @@ from torchsurgeon.runtime.handshake import LocalModel
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.server_profiles import ServerProfiles
-from torchsurgeon.runtime.warn import warn_caller
 from torchsurgeon.runtime.work import Work
 from torchsurgeon.tracing.specs import PartitionPoint
 from torchsurgeon.transport import HttpTransport, Transport

@@ -11,7 +11,7 @@ import torch
 
 from torchsurgeon._interrupts import by_signal_handler
 from torchsurgeon.adapting import SURE
-from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning, short
+from torchsurgeon.errors import ServerUnavailableError, UnknownEnergyWarning, short, warn_caller
 from torchsurgeon.planning.sides import with_joules
 from torchsurgeon.runtime.connector import Connector
 from torchsurgeon.runtime.device import DeviceTimes
@@ -21,7 +21,6 @@ from torchsurgeon.runtime.keeper import Keeper
 from torchsurgeon.runtime.options import Options
 from torchsurgeon.runtime.peer import Peer
 from torchsurgeon.runtime.servers import Servers
-from torchsurgeon.runtime.warn import warn_caller
 from torchsurgeon.runtime.work import Work
 
 # How long the first call waits for servers to be made ready, which includes measuring a profile and the link, and how

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import torch
 from torchsurgeon import wire
 from torchsurgeon.backends import Backend
 from torchsurgeon.codec import FittedCodec, codec_names
-from torchsurgeon.errors import ModelNotServedError
+from torchsurgeon.errors import ModelNotServedError, NoisyProfileWarning
 from torchsurgeon.models.arithmetic import ArithmeticReader
 from torchsurgeon.profiling import profile
 from torchsurgeon.serve.admission import MAX_QUEUE
@@ -32,6 +33,8 @@ from torchsurgeon.serve.worker import Worker
 from torchsurgeon.tracing.graph import LayerGraph
 from torchsurgeon.tracing.specs import TensorSpec
 
+_log = logging.getLogger(__name__)
+
 Profiler = Callable[[LayerGraph], dict[str, Any]]
 """Returns the JSON of a graph's layer profile."""
 
@@ -47,7 +50,16 @@ _JSON_FACTOR = 8
 
 def measured_profile(graph: LayerGraph) -> dict[str, Any]:
     """Measure the layers of a graph on this machine, without joules, and return the profile's JSON."""
-    return profile(graph, meter=None).to_json()
+
+    def tell(noise: NoisyProfileWarning) -> None:
+        # Nobody started this measurement here: a device has asked for it.
+        _log.warning(
+            "the layer times of %s that a device asked for are rough: %s; its calls correct them",
+            type(graph.model).__name__,
+            noise.finding,
+        )
+
+    return profile(graph, meter=None, on_noise=tell).to_json()
 
 
 class ServedModel:

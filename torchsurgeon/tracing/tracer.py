@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import _pop_mode
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
-from torchsurgeon.errors import TraceError, UnrepeatableWarning, short
+from torchsurgeon.errors import TraceError, UnrepeatableWarning, short, warn_caller
 from torchsurgeon.tracing.admission import admit, is_split
 from torchsurgeon.tracing.alone import alone
 from torchsurgeon.tracing.call import Call, settle_output
@@ -164,11 +164,10 @@ def _traced(
                         "numbers: it reads something outside of its tensors, such as the random numbers of Python or "
                         "NumPy, the time, a counter or an iterator; pass that in as a tensor"
                     ) from None
-                warnings.warn(
+                warn_caller(
                     f"the answers of {type(model).__name__} to one input differ from run to run, and so do those of "
                     "the split model",
                     UnrepeatableWarning,
-                    stacklevel=3,
                 )
         except Mismatch as mismatch:
             reason = f"{captured.traced_by}: {mismatch}"
@@ -269,11 +268,11 @@ def _refuse_randomness(drawing: list[Step]) -> None:
             )
     if drawing:
         names = ", ".join(repr(step.name) for step in drawing[:5])
-        warnings.warn(
-            f"{names} draw random numbers: the model's answers differ from run to run, and so do those of the split "
+        draw = "draws" if len(drawing) == 1 else "draw"
+        warn_caller(
+            f"{names} {draw} random numbers: the model's answers differ from run to run, and so do those of the split "
             "model",
             UnrepeatableWarning,
-            stacklevel=5,
         )
 
 

@@ -149,14 +149,15 @@ def _differing_weights(name: str, ours: Fingerprint, theirs: Mapping[str, Any]) 
         (tensor, ours.tensors.get(tensor), theirs.get(tensor)) for tensor in dict.fromkeys([*ours.tensors, *theirs])
     ]
     differing = [pair for pair in pairs if pair[1] != pair[2]]
-    unlike = [pair for pair in differing if _shape(pair[1]) is None or _shape(pair[1]) != _shape(pair[2])]
+    shapes = [(_field(here, "shape"), _field(there, "shape")) for _, here, there in differing]
+    unlike = [pair for pair, (here, there) in zip(differing, shapes, strict=True) if here is None or here != there]
     if unlike:
         # Names and shapes that are alike say little, so those that tell the models apart are named.
         return (
             f"the server's {name!r} is another model: {_listed(unlike, digests=False)}. Give the name= under which "
             f"this model is served, or serve it as {name!r}"
         )
-    here, there = (str(differing[0][side].get("dtype"))[:16] if differing else "" for side in (1, 2))
+    here, there = (str(_field(differing[0][side], "dtype"))[:16] if differing else "" for side in (1, 2))
     if here != there and here in _CASTS and there in _CASTS:
         return (
             f"model {name!r} is in {here} here and in {there} on the server: {_listed(differing, digests=False)}. Call "
@@ -168,8 +169,8 @@ def _differing_weights(name: str, ours: Fingerprint, theirs: Mapping[str, Any]) 
     )
 
 
-def _shape(tensor: Any) -> Any:
-    return tensor.get("shape") if isinstance(tensor, Mapping) else None
+def _field(tensor: Any, name: str) -> Any:
+    return tensor.get(name) if isinstance(tensor, Mapping) else None
 
 
 def _listed(differing: Sequence[tuple[str, Any, Any]], *, digests: bool = True) -> str:
