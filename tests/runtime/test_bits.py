@@ -337,6 +337,10 @@ def test_what_differs_is_named_on_both_sides() -> None:
         "the CPU's features (avx2 here, neon on the server)",
         "new (not told here, yes on the server)",
     ]
+    joins = Arithmetic({**here.facts, "batching": "up to 64 samples"})
+    assert list(map(str, here.compare(joins))) == [
+        "the server may run requests together (up to 64 samples) unless started with --exact or --no-batching"
+    ]
     assert here.compare(Arithmetic(dict(here.facts))) == ()
 
 

@@ -265,7 +265,7 @@ def test_an_awaited_call_of_a_closed_module_is_an_error_and_no_cancellation(
         await asyncio.sleep(0)
         threading.Timer(0.05, go.set).start()
         await asyncio.to_thread(split.close)
-        with pytest.raises(ts.ServerUnavailableError, match="the SplitModule has been closed"):
+        with pytest.raises(ts.ServerUnavailableError, match="the SplitModule has been closed; make a new one"):
             await call
 
     asyncio.run(main())

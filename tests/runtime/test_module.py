@@ -145,6 +145,13 @@ def test_a_partition_that_is_none_is_told_what_there_is(server: Server, partitio
         ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition=partition)
 
 
+def test_a_closed_module_says_what_to_do(server: Server) -> None:
+    split = ts.SplitModule(make_net(), EXAMPLE, server=server.url, name="net", partition=1, fallback="error")
+    split.close()
+    with pytest.raises(ts.ServerUnavailableError, match="the SplitModule has been closed; make a new one"):
+        split(EXAMPLE)
+
+
 def test_device_only_needs_no_server() -> None:
     model = make_net()
     split = ts.SplitModule(model, EXAMPLE, partition="device")

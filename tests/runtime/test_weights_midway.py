@@ -64,7 +64,9 @@ def test_an_old_head_is_not_finished_with_new_weights_that_another_call_has_noti
                 split(X)
         else:
             assert torch.equal(split(X), model(X))
-            assert degraded(split).startswith("weights: ")
+            assert degraded(split) == (
+                "weights: this model's weights have changed since the handshake; load the same on the server"
+            )
         assert torch.equal(split(X), model(X))
         assert split.last is not None
         assert split.last.degraded is None

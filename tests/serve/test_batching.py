@@ -573,7 +573,7 @@ def test_devices_are_told_where_answers_may_be_the_same_to_rounding_only(
         with ts.SplitModule(model, X, server=server.url, name="net", partition=1) as split, torch.no_grad():
             split(X)
             assert split.last.bits == ("same to rounding" if told else "same bits")
-            assert any("batches" in why for why in split.last.inexact_because) == told
+            assert any("run requests together" in why for why in split.last.inexact_because) == told
         options: dict[str, Any] = {"server": server.url, "name": "net", "partition": 1, "exact": True}
         with ts.SplitModule(model, X, fallback="error", **options) as split, torch.no_grad():
             if told:

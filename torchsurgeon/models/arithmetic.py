@@ -66,6 +66,8 @@ class Difference(NamedTuple):
         here, there = self.here, self.there
         if self.fact == "backend":
             return f"the server runs the model by {_said(there)}"
+        if self.fact == "batching" and there is not None:
+            return f"the server may run requests together ({_said(there)}) unless started with --exact or --no-batching"
         if self.fact == "cpu_features" and here is not None and there is not None:
             ours, theirs = set(here.split()), set(there.split())
             here, there = _listed(ours - theirs), _listed(theirs - ours)

@@ -44,7 +44,7 @@ class Ending:
         """End everything, since nothing refers to the module any more."""
         self.end("was dropped: keep a reference to it until its futures are done")
 
-    def end(self, why: str = "has been closed") -> None:
+    def end(self, why: str = "has been closed; make a new one") -> None:
         """End everything. Ending twice is harmless.
 
         Args:

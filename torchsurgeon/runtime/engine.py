@@ -216,7 +216,7 @@ class Engine:
                 self._compile(fixed)
             return Done(self._device.run(work, time.perf_counter(), self._astray, uncut=uncut))
         if self._closed:
-            raise ServerUnavailableError("the SplitModule has been closed")
+            raise ServerUnavailableError("the SplitModule has been closed; make a new one")
         if not falls_back:
             # With a fallback, changed weights are noticed while the request is on its way, which costs no time.
             self._connector.renew()
@@ -468,7 +468,7 @@ class Engine:
             return self._successor.stream()
         stream = self.ending.stream
         if self._closed or stream is None:
-            raise ServerUnavailableError("the SplitModule has been closed")
+            raise ServerUnavailableError("the SplitModule has been closed; make a new one")
         return stream
 
     # --- the end ---

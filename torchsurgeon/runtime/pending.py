@@ -599,7 +599,7 @@ class Pending:
         """
         task.give_up()
         self._shared.connector.renew()
-        why = Failure("weights", "this model's weights have changed since the handshake with the server")
+        why = Failure("weights", "this model's weights have changed since the handshake; load the same on the server")
         # The model takes another path where a tensor that it asks for is gone, and only the model itself knows it.
         changed = self._shared.local.departed()
         uncut = None if changed is None else self._work.uncut()

@@ -218,7 +218,7 @@ class Pool:
         try:
             with self._lock:
                 if self._closed:
-                    raise ServerUnavailableError("the SplitModule has been closed")
+                    raise ServerUnavailableError("the SplitModule has been closed; make a new one")
                 self._given.add(task)
                 self._watched.discard(task.interrupt)
                 if len(self._threads) < min(len(self._given), self._most):
@@ -226,7 +226,7 @@ class Pool:
                 self._tasks.put(task)
                 if self._closed:
                     # A garbage collection in this very method has closed the pool.
-                    raise ServerUnavailableError("the SplitModule has been closed")
+                    raise ServerUnavailableError("the SplitModule has been closed; make a new one")
         except BaseException as error:
             if isinstance(error, NoThreadError):
                 self._given.discard(task)
@@ -269,7 +269,7 @@ class Pool:
         """
         with self._lock:
             if self._closed:
-                raise ServerUnavailableError("the SplitModule has been closed")
+                raise ServerUnavailableError("the SplitModule has been closed; make a new one")
             self._watched.add(cancel)
 
     def forget(self, cancel: Callable[[], object]) -> None:
