@@ -333,7 +333,7 @@ def test_what_is_no_objective_is_told_how_weights_are_given() -> None:
 
 
 def test_what_is_no_profile_is_told_what_makes_one() -> None:
-    made = r'torchsurgeon\.reference_device\("tegra-k1-gpu"\)\.predict\(graph\) makes one'
+    made = r"torchsurgeon\.reference_device\('tegra-k1-gpu'\)\.predict\(graph\) makes one"
     for wrong, said in (
         ("tegra-k1-gpu", f"got 'tegra-k1-gpu'; {made}"),
         (ts.reference_device("tegra-k1-gpu"), r"its predict\(graph\) makes one"),

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from torchsurgeon.errors import ProfileError, short
-from torchsurgeon.prediction import Predictor, reference_devices
 from torchsurgeon.profiling import LayerProfile
 from torchsurgeon.profiling.energy import Array
 from torchsurgeon.tracing.graph import LayerGraph
@@ -114,10 +113,12 @@ def as_profiles(profiles: object, what: str) -> tuple[LayerProfile, ...]:
 
 def _made_by(given: object) -> str:
     """Return how what was given in place of a profile leads to one."""
-    if isinstance(given, Predictor):
+    if hasattr(given, "predict"):
         return "its predict(graph) makes one"
-    if isinstance(given, str) and given in reference_devices():
-        return f'torchsurgeon.reference_device("{given}").predict(graph) makes one'
+    if isinstance(given, str) and not given.endswith(".json"):
+        return (
+            f"torchsurgeon.reference_device({short(given, 100)}).predict(graph) makes one where that is a device's name"
+        )
     return "LayerProfile.load() reads one, and profile(graph) measures one"
 
 
