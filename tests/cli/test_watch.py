@@ -260,4 +260,4 @@ def test_doctor_compares_with_a_server(wide: str, capsys: pytest.CaptureFixture[
     assert cli.main(["doctor", "factories:wide", "--server", wide]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{wide} gives the same bits as this device"
     assert cli.main(["doctor", "factories:tiny", "--server", wide, "--name", "wide"]) == 2
-    assert "the server's 'wide' is another model" in " ".join(capsys.readouterr().err.split())
+    assert "model 'wide' of the server is another model" in " ".join(capsys.readouterr().err.split())

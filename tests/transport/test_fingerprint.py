@@ -59,11 +59,12 @@ def test_other_names_or_shapes_are_another_model() -> None:
     advice = "Give the name= under which this model is served, or serve it as 'net'"
     said = mismatch(tensors(digest="b") | {"head.weight": {"dtype": "float32", "shape": [5, 3], "digest": "c"}})
     assert said == (
-        "the server's 'net' is another model: head.weight (float32[4×3] here, float32[5×3] on the server). " + advice
+        "model 'net' of the server is another model: head.weight (float32[4×3] here, float32[5×3] on the server). "
+        + advice
     )
     said = mismatch({"features.0.weight": tensors()["stem.weight"]})
     assert said == (
-        "the server's 'net' is another model: stem.weight (float32[4×3] here, absent on the server), stem.bias "
+        "model 'net' of the server is another model: stem.weight (float32[4×3] here, absent on the server), stem.bias "
         "(float32[4×3] here, absent on the server), and 3 more. " + advice
     )
 

@@ -154,7 +154,7 @@ def _differing_weights(name: str, ours: Fingerprint, theirs: Mapping[str, Any]) 
     if unlike:
         # Names and shapes that are alike say little, so those that tell the models apart are named.
         return (
-            f"the server's {name!r} is another model: {_listed(unlike, digests=False)}. Give the name= under which "
+            f"model {name!r} of the server is another model: {_listed(unlike, digests=False)}. Give the name= under which "
             f"this model is served, or serve it as {name!r}"
         )
     here, there = (str(_field(differing[0][side], "dtype"))[:16] if differing else "" for side in (1, 2))
