@@ -168,7 +168,7 @@ class EdgeModel:
         if not (server.usable or self._warned):
             self._warned = True
             text = f"no server is in use, so the device answers alone until one can be used: {server.failure}"
-            warnings.warn(text, NoServerWarning, stacklevel=3)
+            warn_caller(text, NoServerWarning)
 
     @property
     def server_failure(self) -> str | None:

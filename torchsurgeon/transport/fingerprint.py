@@ -154,8 +154,8 @@ def _differing_weights(name: str, ours: Fingerprint, theirs: Mapping[str, Any]) 
     if unlike:
         # Names and shapes that are alike say little, so those that tell the models apart are named.
         return (
-            f"model {name!r} of the server is another model: {_listed(unlike, digests=False)}. Give the name= under which "
-            f"this model is served, or serve it as {name!r}"
+            f"model {name!r} of the server is another model: {_listed(unlike, digests=False)}. Give the name= under "
+            f"which this model is served, or serve it as {name!r}"
         )
     here, there = (str(_field(differing[0][side], "dtype"))[:16] if differing else "" for side in (1, 2))
     if here != there and here in _CASTS and there in _CASTS:
