@@ -70,11 +70,9 @@ warnings.simplefilter("ignore", ts.NoisyProfileWarning)
 model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
 with ts.SplitModule(model, torch.ones(1, 4), partition="device") as split:
     assert torch.equal(split(torch.ones(2, 4)), model(torch.ones(2, 4)))
+warnings.simplefilter("ignore", ts.NoServerWarning)
 split = ts.SplitModule(model, torch.ones(1, 4), server="http://127.0.0.1:9", timeout_s=1)
-try:
-    split(torch.ones(1, 4))
-except ts.ServerUnavailableError:
-    pass
+assert torch.equal(split(torch.ones(1, 4)), model(torch.ones(1, 4)))
 for line in ("trace SPEC --json", "trace SPEC", "serve m=SPEC", "demo", "trace torchvision:alexnet"):
     print(cli.main(line.replace("SPEC", "test_faults_factory:make").split()), file=sys.stderr)
 """
@@ -163,6 +161,6 @@ def _children(pid: int) -> list[int]:
         except OSError:
             continue
         # Others are started while packages are imported, and end soon.
-        if int(fields[1]) == pid and b"multiprocessing" in command:
+        if int(fields[1]) == pid and b"-m\0torchsurgeon" in command:
             found.append(int(stat.parent.name))
     return found

@@ -87,8 +87,8 @@ def test_a_deadline_that_must_be_in_milliseconds_is_told(capsys: pytest.CaptureF
 def test_a_server_that_is_gone_is_said_in_lines_and_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--server", "http://127.0.0.1:9", "--count", "2", "--partition", "1") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "no server to ask" in lines[0]
-    assert lines[2].endswith("degraded: nobody 2×")
+    assert "no server is in use" in lines[0]
+    assert lines[2].endswith("degraded: unserved 2×")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_run_says_whether_bits_are_the_same(wide: str, capsys: pytest.CaptureFix
     assert "same to rounding 2×" in summary
     assert cli.main([*arguments, "--exact"]) == 0
     printed = capsys.readouterr()
-    assert "same bits 2×; degraded: nobody 2×" in printed.out
+    assert "same bits 2×; degraded: unserved 2×" in printed.out
     (warning,) = printed.err.splitlines()
     assert warning.startswith("torchsurgeon: warning: ")
     assert "CPU threads (2 here, 1 on the server)" in warning
