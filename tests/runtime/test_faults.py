@@ -154,6 +154,19 @@ def test_a_server_that_was_never_there_is_no_reason_not_to_answer(url: str) -> N
             assert split.stats()["degraded"] == {"unserved": 3}
 
 
+@pytest.mark.filterwarnings("error::torchsurgeon.NoServerWarning")
+def test_a_call_with_little_time_does_not_tell_of_servers_that_may_still_answer(server: Server) -> None:
+    model = net()
+    with gate(server.port) as before, split_of(before.url, model=model, partition="stem") as split:
+        assert right(split, model=model)
+        before.fault = "black hole"
+        model.stem.bias = torch.nn.Parameter(model.stem.bias + 1)
+        with split.deadline(0.5):
+            assert right(split, model=model)
+            assert right(split, model=model)
+        assert "unready" in degraded(split)
+
+
 def test_a_server_that_comes_up_later_is_used_from_then_on() -> None:
     with reserved_port() as port, split_of(f"http://127.0.0.1:{port}") as split:
         answers(split)

@@ -157,7 +157,9 @@ class Setup:
                 warn_caller(text, UnknownEnergyWarning)
         if falls_back:
             self._connect_all([peer for peer in self._unready() if wait_s is None or _answers(peer)], wait_s)
-            if len(self._unready()) == len(servers.peers):
+            # A call that has little time did not wait long enough to know of servers that have not answered yet.
+            kinds = {peer.failure.kind for peer in self._unready() if peer.failure is not None}
+            if len(self._unready()) == len(servers.peers) and (kinds - {"unready"} or (kinds and wait_s is None)):
                 servers.warn_of_none()
         else:
             self._connect_any(wait_s)
