@@ -307,8 +307,9 @@ def test_connections_count_before_their_handshake_and_the_oldest_makes_room(
         established = stack.enter_context(shaken(secured))
         assert ask(established, "/v2/health/live")[0] == 200
         silent = [stack.enter_context(connect(secured)) for _ in range(300)]
-        wait_for(lambda: count_open(silent) <= 4 + SPARE_CONNECTIONS)
-        assert count_open(silent[-10:]) == 10
+        # All are from one address, which may have as many as the server takes.
+        wait_for(lambda: count_open(silent) <= 4)
+        assert count_open(silent[-4:]) == 4
         # Others are served meanwhile, old and new.
         assert ask(established, "/v2/health/live")[0] == 200
         for _ in range(3):
