@@ -267,8 +267,7 @@ class Servers:
             # Running on the device is worth reporting only where a server would have been asked.
             wanted = self._chosen != self.whole.point or fixed is not None
             return Choice(self.whole, None, why=self._why_nobody(ours) if wanted else None)
-        cut = None if fixed is None else fixed.point
-        if not peer.plans(cut) or peer.plan is None or not self.chooses:
+        if peer.plan is None or not self.chooses or not peer.plans(self.planned_for):
             return self._allowed(Choice(fixed or self.whole, peer), work)
         plan = peer.plan if in_flight is None else peer.plan.in_stream(in_flight)
         scale = work.scale()

@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from torchsurgeon.tracing.operators import Kind, describe
+from torchsurgeon.tracing.program import tensors_within
 
 # What shows a value without deciding anything by it.
 _SHOWING = frozenset(("__format__", "__repr__", "__str__"))
@@ -46,7 +47,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = [id(tensor) for tensor in _tensors((args, kwargs))]
+        given = [id(tensor) for tensor in tensors_within((args, kwargs))]
         from_whole = any(key in self._whole for key in given)
         from_fractions = any(key in self._fractions for key in given)
         if from_whole or from_fractions:
@@ -54,7 +55,7 @@ class _Reads(TorchFunctionMode):
             operation = describe(func, args, kwargs)
             if from_fractions and operation.kind is Kind.VALUE and operation.name not in _SHOWING:
                 self.counted[self._reading_module(), operation.name] += 1
-            found = {id(tensor): tensor for tensor in _tensors(result)}
+            found = {id(tensor): tensor for tensor in tensors_within(result)}
             (self._fractions if from_fractions else self._whole).update(found)
         return result
 
@@ -109,13 +110,3 @@ def _compiling() -> Iterator[None]:
 
 def _has_fractions(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _tensors(one)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
